@@ -1,0 +1,1 @@
+"""Disaggregated and colocated LLM serving: one controller, two kinds of time."""

@@ -1,0 +1,89 @@
+"""The seam between deciding and doing: backends, executors, and the serving loop."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from disagg_jax.controller import Controller
+from disagg_jax.request import Request, Timeline
+from disagg_jax.work import Arrived, Cancelled, Done, Down, Event, Up, Work
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one piece of work that was run alone."""
+
+    duration_s: float
+    tokens: tuple[int, ...] = ()  # step: one per sampling slice; () in simulation
+    bytes: int = 0  # transfer: KV bytes moved
+
+
+class Executor(Protocol):
+    """Does one piece of work from start to end: a cost model, or a real engine."""
+
+    def run(self, work: Work) -> Outcome: ...
+
+
+class Backend(Protocol):
+    """Owns time and order. Work is submitted, completions come back."""
+
+    def now_s(self) -> float:
+        """Seconds since the start of the run."""
+        ...
+
+    def submit(self, work: Work) -> None:
+        """Starts `work` as soon as its device or link is free."""
+        ...
+
+    def wait(self, until_s: float) -> list[Done]:
+        """Returns the next completions, or [] once it is `until_s`.
+
+        With nothing submitted and `until_s` infinite it returns [] at once.
+        """
+        ...
+
+    def drop(self, instance: int) -> None:
+        """Forgets all work that touches `instance`: no Done follows for it."""
+        ...
+
+
+Intervention = tuple[float, Cancelled | Down | Up]
+Observer = Callable[[float, Sequence[Event], Sequence[Work]], None]
+
+
+def serve(
+    controller: Controller,
+    backend: Backend,
+    requests: Iterable[Request],
+    interventions: Iterable[Intervention] = (),
+    observer: Observer | None = None,
+) -> list[Timeline]:
+    """Serves `requests` to the end and returns their timelines in arrival order.
+
+    Args:
+      interventions: (time in seconds, event) pairs to inject: cancellations, losses.
+      observer: called once per turn with the time, the events and the work decided on;
+        the event log is such an observer.
+    """
+    timed: list[tuple[float, Event]] = [(r.arrival_s, Arrived(r)) for r in requests]
+    timed += interventions
+    external = collections.deque(sorted(timed, key=lambda item: item[0]))
+    while external or controller.in_flight:
+        done = backend.wait(external[0][0] if external else math.inf)
+        now_s = backend.now_s()
+        events: list[Event] = [*done]
+        while external and external[0][0] <= now_s:
+            events.append(external.popleft()[1])
+        for event in events:
+            if isinstance(event, Down):
+                backend.drop(event.instance)
+        works = controller.step(now_s, events)
+        if observer is not None:
+            observer(now_s, events, works)
+        for work in works:
+            backend.submit(work)
+    return controller.timelines

@@ -1,0 +1,118 @@
+"""Which instances serve: their roles, their tensor parallelism, their KV memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import re
+
+_SYNTAX = "'[N x]ROLE:tpK' items joined by commas, like 2xprefill:tp1,1xdecode:tp2"
+_ITEM = re.compile(r"(?:([1-9]\d*)x)?(prefill|decode|colocated):tp(\d+)")
+
+
+class Role(enum.StrEnum):
+    """What an instance does with a request."""
+
+    PREFILL = "prefill"  # prompts only; hands the KV over
+    DECODE = "decode"  # pulls KV, then generates
+    COLOCATED = "colocated"  # both
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InstanceSpec:
+    """One copy of the weights on its own devices."""
+
+    role: Role
+    tp: int = 1  # tensor parallelism = devices of the instance
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise ValueError(f"tp: expected >= 1, got {self.tp}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVMemory:
+    """How much context an instance can hold."""
+
+    num_blocks: int  # KV blocks in the pool
+    block_tokens: int = 16  # tokens in a block
+    max_context: int  # longest prompt + output of one request, in tokens
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_tokens", "max_context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold `tokens` tokens."""
+        return -(-tokens // self.block_tokens)
+
+    def why_never(self, prompt_tokens: int, max_tokens: int) -> str:
+        """Why a request could not be served here even alone; '' if it could."""
+        tokens = prompt_tokens + max_tokens
+        request = f"{prompt_tokens} prompt + {max_tokens} output tokens"
+        if tokens > self.max_context:
+            return f"expected at most {self.max_context} tokens, got {request}"
+        # The KV of the last token is never needed.
+        if (blocks := self.blocks_for(tokens - 1)) > self.num_blocks:
+            return f"has {self.num_blocks} KV blocks, got {request} = {blocks} blocks"
+        return ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Deployment:
+    """The instances that serve together, in device order.
+
+    Data parallelism is several instances of a role. Prefill instances need decode
+    instances to hand over to, and the reverse; colocated ones stand alone.
+
+    Raises:
+      ValueError: on a deployment that cannot serve a request from end to end.
+    """
+
+    instances: tuple[InstanceSpec, ...]
+
+    def __post_init__(self) -> None:
+        if not self.instances:
+            raise ValueError("deployment: expected at least one instance, got none")
+        prefill, decode = self.of(Role.PREFILL), self.of(Role.DECODE)
+        if bool(prefill) != bool(decode):
+            raise ValueError(
+                "deployment: prefill and decode instances need each other, got "
+                f"{len(prefill)} prefill and {len(decode)} decode in '{self}'"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Deployment:
+        """Reads `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp2`, ..."""
+        instances: list[InstanceSpec] = []
+        for item in text.replace(" ", "").split(","):
+            match = _ITEM.fullmatch(item)
+            if match is None:
+                raise ValueError(f"deployment: expected {_SYNTAX}; got '{item}'")
+            count, role, tp = match.groups()
+            spec = InstanceSpec(role=Role(role), tp=int(tp))
+            instances += [spec] * int(count or 1)
+        return cls(tuple(instances))
+
+    def of(self, *roles: Role) -> tuple[int, ...]:
+        """Indices of the instances with one of `roles`."""
+        return tuple(i for i, spec in enumerate(self.instances) if spec.role in roles)
+
+    @property
+    def devices(self) -> int:
+        """Devices of all instances together."""
+        return sum(spec.tp for spec in self.instances)
+
+    def __str__(self) -> str:
+        """The text that `parse` reads, equal neighbours counted."""
+        items: list[str] = []
+        i = 0
+        while i < len(self.instances):
+            spec, count = self.instances[i], 1
+            while self.instances[i + count : i + count + 1] == (spec,):
+                count += 1
+            prefix = f"{count}x" if count > 1 else ""
+            items.append(f"{prefix}{spec.role}:tp{spec.tp}")
+            i += count
+        return ",".join(items)

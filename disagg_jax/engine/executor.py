@@ -1,0 +1,283 @@
+"""The engine: a deployment's instances on their meshes, doing steps and transfers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+from jax import Array
+
+from disagg_jax.backend import Outcome
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.engine import kv_cache
+from disagg_jax.engine.batch import DecodeShape, StepShape
+from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.programs import ModelOnMesh
+from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
+from disagg_jax.request import Request
+from disagg_jax.work import Slice, Step, Transfer, Work
+from models import transformer
+from models.config import ModelConfig
+from sharding.mesh import cut_meshes
+from sharding.rules import RULES
+
+# What running work yields: arrays to wait for before it can go on; and what it returns:
+# the tokens of a step, the bytes of a transfer.
+Result = tuple[tuple[int, ...], int]
+Running = Generator[Sequence[Array], None, Result]
+ModelKey = tuple[str, tuple[int, ...]]  # rule table, device ids
+
+
+@dataclasses.dataclass
+class Instance:
+    """A model on a mesh with a KV pool of its own."""
+
+    role: Role
+    model: ModelOnMesh
+    cache: list[kv_cache.Cache]  # one for each layer group
+
+
+class Engine:
+    """Runs the work of one deployment. Each instance is on devices of its own.
+
+    Args:
+      deployment: the instances, cut from `devices` in order.
+      buckets: the listed shapes; only these can run.
+      models: weights and programs made before, by rule table and devices. Missing ones
+        are added, so that engines of several deployments share them.
+
+    Raises:
+      ValueError: if the devices are too few, or a dimension of the model does not divide
+        over an instance's mesh.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: transformer.Params,
+        deployment: Deployment,
+        devices: Sequence[jax.Device],
+        memory: KVMemory,
+        buckets: Buckets,
+        *,
+        layer_groups: int = 1,
+        models: dict[ModelKey, ModelOnMesh] | None = None,
+    ):
+        models = {} if models is None else models
+        meshes = cut_meshes(devices, [spec.tp for spec in deployment.instances])
+        self.deployment, self.buckets, self.memory = deployment, buckets, memory
+        self.instances: list[Instance] = []
+        for spec, mesh in zip(deployment.instances, meshes, strict=True):
+            key = (str(spec.role), tuple(d.id for d in mesh.devices.flat))
+            if key not in models:
+                rules = RULES[spec.role]
+                models[key] = ModelOnMesh(
+                    config, params, mesh, rules, memory, layer_groups
+                )
+            model = models[key]
+            self.instances.append(Instance(spec.role, model, model.new_cache()))
+        self._plans: dict[tuple[int, int], PiecePlan] = {
+            (src, dst): self._piece_plan(src, dst)
+            for src in deployment.of(Role.PREFILL)
+            for dst in deployment.of(Role.DECODE)
+        }
+
+    def _piece_plan(self, src: int, dst: int) -> PiecePlan:
+        a, b = self.instances[src].model, self.instances[dst].model
+        return piece_plan(a.layout.kv, a.tp, b.layout.kv, b.tp)
+
+    # -- before serving -------------------------------------------------------------
+
+    def compile(self) -> None:
+        """Compiles every program that the deployment can need."""
+        for instance in self.instances:
+            for shape in self.buckets.step_shapes(instance.role):
+                instance.model.compile_step(shape)
+        for (src, dst), plan in self._plans.items():
+            for blocks in self.buckets.transfer_blocks:
+                self.instances[src].model.compile_gather(blocks, plan)
+                self.instances[dst].model.compile_insert(blocks, plan)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Guards a run: a compile or an implicit transfer in it raises.
+
+        The objects made so far are kept out of garbage collection meanwhile, so that no
+        pause for them falls on a token.
+        """
+        gc.collect()
+        gc.freeze()
+        try:
+            with jax.no_tracing(True), jax.transfer_guard("disallow"):
+                yield
+        finally:
+            gc.unfreeze()
+
+    # -- work -----------------------------------------------------------------------
+
+    def start(self, work: Work) -> Running:
+        """Work to be advanced with `next` whenever the arrays it yielded are ready."""
+        return self._step(work) if isinstance(work, Step) else self._transfer(work)
+
+    def program_key(self, work: Work) -> str:
+        """Which programs `work` runs: work with equal keys takes equally long."""
+        if isinstance(work, Step):
+            model = self.instances[work.instance].model
+            return f"tp{model.tp}/{self.buckets.step_shape(work.slices)}"
+        src, dst = (self.instances[i].model.tp for i in (work.src, work.dst))
+        size = self.buckets.transfer_size(len(work.src_blocks))
+        return f"tp{src}->tp{dst}/transfer_{size}"
+
+    def _step(self, step: Step) -> Running:
+        instance = self.instances[step.instance]
+        model = instance.model
+        shape = self.buckets.step_shape(step.slices)
+        packed = shape.pack(step.slices, self.memory.block_tokens, model.scratch_block)
+        tokens = model.step(shape, instance.cache, model.put(packed))
+        tokens.copy_to_host_async()
+        yield (tokens,)
+        return tuple(np.asarray(tokens)[: len(step.slices)].tolist()), 0
+
+    def _transfer(self, transfer: Transfer) -> Running:
+        """Gather on the source, copy device to device, insert at the destination.
+
+        Each is dispatched only when the one before is there, so that neither instance's
+        queue of steps ever waits for the link.
+        """
+        src, dst = self.instances[transfer.src], self.instances[transfer.dst]
+        plan = self._plans[transfer.src, transfer.dst]
+        size = self.buckets.transfer_size(len(transfer.src_blocks))
+        src_ids = src.model.put(_pad(transfer.src_blocks, size, src.model))
+        dst_ids = dst.model.put(_pad(transfer.dst_blocks, size, dst.model))
+        groups = range(len(src.cache))
+        gathered = [src.model.gather(g, src.cache[g], src_ids, plan) for g in groups]
+        yield [piece for group in gathered for piece in group]
+        moved = [
+            move(pieces, plan, dst.model.payload_sharding, kv_cache.PAYLOAD_HEAD_AXIS)
+            for pieces in gathered
+        ]
+        yield [piece for group in moved for piece in group]
+        landed: list[Array] = []
+        for g, pieces in enumerate(moved):
+            dst.cache[g], flag = dst.model.insert(g, dst.cache[g], dst_ids, pieces, plan)
+            landed.append(flag)
+        yield landed
+        return (), sum(piece.nbytes for group in moved for piece in group)
+
+
+def _pad(blocks: Sequence[int], size: int, model: ModelOnMesh) -> np.ndarray:
+    ids = np.full(size, model.scratch_block, np.int32)
+    ids[: len(blocks)] = blocks
+    return ids
+
+
+def run_alone(engine: Engine, work: Work) -> tuple[float, Result]:
+    """Runs `work` to its end with nothing beside it: (seconds, result)."""
+    start_s = time.perf_counter()
+    running = engine.start(work)
+    while True:
+        try:
+            arrays = next(running)
+        except StopIteration as stop:
+            return time.perf_counter() - start_s, stop.value
+        jax.block_until_ready(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineExecutor:
+    """An `Executor` for the virtual clock: the programs run, one at a time.
+
+    `duration_s(work, measured_s)` says what stands on the timeline: the time just
+    measured, a median taken before, or a model's.
+    """
+
+    engine: Engine
+    duration_s: Callable[[Work, float], float]
+
+    def run(self, work: Work) -> Outcome:
+        measured_s, (tokens, size) = run_alone(self.engine, work)
+        return Outcome(self.duration_s(work, measured_s), tokens, size)
+
+
+def table_duration(
+    engine: Engine, step_times: Mapping[str, float]
+) -> Callable[[Work, float], float]:
+    """A `duration_s` that looks each program up in `step_times`.
+
+    Raises:
+      ValueError: when called, if the table lacks a program.
+    """
+
+    def duration_s(work: Work, measured_s: float) -> float:
+        del measured_s
+        key = engine.program_key(work)
+        if key not in step_times:
+            raise ValueError(
+                f"step times: no entry '{key}'; the table was taken for other buckets, "
+                "or another deployment"
+            )
+        return step_times[key]
+
+    return duration_s
+
+
+def measure_step_times(
+    engine: Engine, repeats: int = 5, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, float]:
+    """Median seconds of every program the deployment can need, each run alone.
+
+    The rounds go over all programs in turn, so that a slow moment of the machine falls on
+    different programs in different rounds. The pools hold garbage afterwards.
+    """
+    works = {engine.program_key(work): work for work in _every_work(engine)}
+    for work in works.values():
+        run_alone(engine, work)
+    times: dict[str, list[float]] = {key: [] for key in works}
+    for i in range(repeats):
+        progress(f"timing {len(works)} programs, round {i + 1} of {repeats}")
+        for key, work in works.items():
+            times[key].append(run_alone(engine, work)[0])
+    return {key: statistics.median(values) for key, values in times.items()}
+
+
+def _every_work(engine: Engine) -> Iterable[Work]:
+    for i, instance in enumerate(engine.instances):
+        for shape in engine.buckets.step_shapes(instance.role):
+            yield Step(0, i, _full_slices(shape, engine.memory))
+    for src in engine.deployment.of(Role.PREFILL):
+        for dst in engine.deployment.of(Role.DECODE):
+            for size in engine.buckets.transfer_blocks:
+                blocks = tuple(range(size))
+                request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
+                yield Transfer(0, request, src, dst, blocks, blocks, 1)
+
+
+def _full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
+    """Slices that fill `shape` and need it. Rows may share blocks: it is for timing."""
+    if isinstance(shape, DecodeShape):
+        tables = np.array_split(np.arange(shape.blocks), shape.rows)
+        tables = [table if len(table) else np.array([0]) for table in tables]
+        starts = [len(table) * memory.block_tokens - 1 for table in tables]
+        counts = [1] * shape.rows
+    else:
+        rows = min(shape.rows, shape.tokens)
+        parts = np.array_split(np.arange(shape.tokens), rows)
+        counts, starts = [len(part) for part in parts], [0] * rows
+        tables = [np.arange(memory.blocks_for(count)) for count in counts]
+    return tuple(
+        Slice(
+            request=Request(id=0, arrival_s=0, prompt_tokens=start + 1, max_tokens=1),
+            start=start,
+            count=count,
+            samples=True,
+            blocks=tuple(table.tolist()),
+            tokens=(0,) * count,
+        )
+        for start, count, table in zip(starts, counts, tables, strict=True)
+    )

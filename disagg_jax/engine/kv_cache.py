@@ -1,0 +1,164 @@
+"""The paged KV cache: its layout, and what reads and writes it.
+
+A layer's cache is two arrays (k, v) of shape [blocks, K_tensor, block_tokens, H]; a layer
+group's cache is a list of them. Each layer has arrays of its own because XLA would copy a
+layer out of a stacked array before a matmul reads it.
+
+Decode attends in *pool order*: instead of gathering each request's blocks (which writes
+and reads its whole context once more), every block of the pool's front finds its owner's
+query. The keys and values are then read once, where they lie, and a short request is not
+padded to the longest one. The allocator hands out the lowest free blocks to keep that
+front short.
+
+Shape letters as in `models/transformer.py`; also P pool blocks, B decode rows, G query
+heads of a kv head, O offsets in a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from models.layers import attention, einsum
+
+LayerCache = tuple[Array, Array]  # k, v
+Cache = list[LayerCache]
+AXES = ("blocks", "kv_heads", "length", "head_dim")  # of k and of v
+PAYLOAD_AXES = ("layers", *AXES)  # of KV on its way: k and v of each layer in turn
+PAYLOAD_HEAD_AXIS = PAYLOAD_AXES.index("kv_heads")
+
+# attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache); see `models.transformer`
+Attend = Callable[[int, Array, Array, Array, Cache], tuple[Array, Cache]]
+
+# Every index comes from a block table and padding goes to the scratch block, so nothing
+# is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
+_IN_BOUNDS = "promise_in_bounds"
+_QUERY_CHUNK = 512  # prefill queries that attend at a time: bounds the score matrix
+
+
+def prefill_attend(row_T: Array, slot_T: Array, block_tokens: int) -> Attend:
+    """Whole prompts: tokens see the earlier tokens of their own row.
+
+    Args:
+      row_T: which prompt a token belongs to; -1 is padding.
+      slot_T: where its KV goes: block * block_tokens + offset.
+    """
+    T = row_T.shape[0]
+    index_T = jnp.arange(T)
+
+    def attend(
+        layer: int, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        cache = _write(cache, layer, slot_T, block_tokens, k_TKH, v_TKH)
+        outs: list[Array] = []
+        for start in range(0, T, _QUERY_CHUNK):
+            end = min(start + _QUERY_CHUNK, T)
+            mask = (row_T[start:end, None] == row_T[None, :end]) & (
+                index_T[start:end, None] >= index_T[None, :end]
+            )
+            outs.append(attention(q_TNH[start:end], k_TKH[:end], v_TKH[:end], mask))
+        return jnp.concatenate(outs), cache
+
+    return attend
+
+
+def decode_attend(
+    position_B: Array,
+    slot_B: Array,
+    owner_P: Array,
+    start_P: Array,
+    block_tokens: int,
+) -> Attend:
+    """One token for each row: it sees its row's cached context and itself.
+
+    Args:
+      position_B: the token's position in its request.
+      slot_B: where its KV goes: block * block_tokens + offset.
+      owner_P: the row that each block of the pool's front belongs to; -1 is nobody.
+      start_P: the position of the block's first token in its request.
+    """
+    B, P = position_B.shape[0], owner_P.shape[0]
+    owned_BP = owner_P[None, :] == jnp.arange(B)[:, None]
+    owner_P = jnp.maximum(owner_P, 0)
+    position_PO = start_P[:, None] + jnp.arange(block_tokens)[None, :]
+    seen_PO = (position_PO <= position_B[owner_P][:, None]) & owned_BP.any(0)[:, None]
+    seen = seen_PO[:, None, None, :]
+    lowest = jnp.finfo(jnp.float32).min
+
+    def attend(
+        layer: int, q_BNH: Array, k_BKH: Array, v_BKH: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        cache = _write(cache, layer, slot_B, block_tokens, k_BKH, v_BKH)
+        k_PKOH, v_PKOH = (part[:P] for part in cache[layer])
+        N, H = q_BNH.shape[1:]
+        K = k_BKH.shape[1]
+        q_PKGH = q_BNH.reshape(B, K, N // K, H)[owner_P]
+        scores = einsum("PKGH,PKOH->PKGO", q_PKGH, k_PKOH, jnp.float32) * H**-0.5
+        scores = jnp.where(seen, scores, lowest)
+        # Softmax over all blocks of a row: its maximum, then weights relative to that.
+        max_PKG = scores.max(-1)
+        max_BKG = jnp.where(owned_BP[:, :, None, None], max_PKG[None], lowest).max(1)
+        weights = jnp.where(seen, jnp.exp(scores - max_BKG[owner_P][..., None]), 0.0)
+        owned = owned_BP.astype(jnp.float32)
+        total_BKG = jnp.einsum("BP,PKG->BKG", owned, weights.sum(-1))
+        part = einsum(
+            "PKGO,PKOH->PKGH", weights.astype(v_PKOH.dtype), v_PKOH, jnp.float32
+        )
+        out = jnp.einsum("BP,PKGH->BKGH", owned, part)
+        # A padding row owns nothing: 0 / 1.
+        out = out / jnp.maximum(total_BKG, 1e-30)[..., None]
+        return out.astype(q_BNH.dtype).reshape(B, N, H), cache
+
+    return attend
+
+
+def _write(
+    cache: Cache,
+    layer: int,
+    slot_T: Array,
+    block_tokens: int,
+    k_TKH: Array,
+    v_TKH: Array,
+) -> Cache:
+    """Puts each token's key and value into its slot, in place under donation."""
+    block_T, offset_T = slot_T // block_tokens, slot_T % block_tokens
+    k, v = cache[layer]
+    k = k.at[block_T, :, offset_T].set(k_TKH, mode=_IN_BOUNDS)
+    v = v.at[block_T, :, offset_T].set(v_TKH, mode=_IN_BOUNDS)
+    return [*cache[:layer], (k, v), *cache[layer + 1 :]]
+
+
+def gather(cache: Cache, ids: Array, *, piece_heads: int) -> tuple[Array, ...]:
+    """The blocks `ids` of a device's part of the cache, cut into pieces of kv heads.
+
+    Returns:
+      Arrays `[2 layers, len(ids), piece_heads, block_tokens, H]`.
+    """
+    parts = [part for pair in cache for part in pair]
+    pieces = parts[0].shape[AXES.index("kv_heads")] // piece_heads
+    return tuple(
+        jnp.stack(
+            [
+                part.at[ids, i * piece_heads : (i + 1) * piece_heads].get(
+                    mode=_IN_BOUNDS
+                )
+                for part in parts
+            ]
+        )
+        for i in range(pieces)
+    )
+
+
+def insert(cache: Cache, ids: Array, pieces: Sequence[Array]) -> tuple[Cache, Array]:
+    """Writes pieces side by side into a device's blocks `ids`; (cache, done)."""
+    parts = [part for pair in cache for part in pair]
+    heads = pieces[0].shape[PAYLOAD_HEAD_AXIS]
+    for i, piece in enumerate(pieces):
+        parts = [
+            part.at[ids, i * heads : (i + 1) * heads].set(piece[j], mode=_IN_BOUNDS)
+            for j, part in enumerate(parts)
+        ]
+    return list(zip(parts[::2], parts[1::2], strict=True)), ids[0]

@@ -1,0 +1,291 @@
+"""The compiled programs of one mesh: prefill, decode, and the two ends of a transfer.
+
+Everything is lowered and compiled ahead of time for a listed shape; serving only looks
+programs up, so it cannot compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from disagg_jax.deployment import KVMemory
+from disagg_jax.engine import kv_cache
+from disagg_jax.engine.batch import PrefillShape, StepShape, sampling_params
+from disagg_jax.engine.sampling import sample
+from disagg_jax.engine.transfer import PiecePlan
+from disagg_jax.engine.weights import place_params
+from models import transformer
+from models.config import ModelConfig
+from sharding.heads import head_layout
+from sharding.rules import Rules, named_sharding
+
+Compiled = Callable[..., Any]
+
+
+class ModelOnMesh:
+    """One copy of the weights on one mesh, cut into layer groups, and its programs.
+
+    A forward pass is a sequence of layer groups, each a program of its own with its own
+    part of the cache. Programs hold no requests and no cache: several pools may use them.
+
+    Attributes:
+      tp: devices of the mesh.
+      layout: which kv head is in which slot of the cache.
+      scratch_block: what padding reads and writes; the block after the pool.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: transformer.Params,
+        mesh: Mesh,
+        rules: Rules,
+        memory: KVMemory,
+        layer_groups: int = 1,
+    ):
+        if not 1 <= layer_groups <= config.layers:
+            raise ValueError(
+                f"layer_groups: expected 1 to {config.layers} for {config.name}, got "
+                f"{layer_groups}"
+            )
+        self.config, self.mesh, self.memory = config, mesh, memory
+        self.tp: int = mesh.devices.size
+        self.layout = head_layout(config.q_heads, config.kv_heads, self.tp)
+        self.scratch_block = memory.num_blocks
+        bounds = np.linspace(0, config.layers, layer_groups + 1).round().astype(int)
+        placed = place_params(config, params, self.layout, mesh, rules)
+        self._params = _group_params(placed, bounds.tolist())
+        self._group_layers: list[int] = np.diff(bounds).tolist()
+        # Sharding objects are made once: a fresh one per call misses jax's fast path.
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)
+        self.payload_sharding = named_sharding(mesh, kv_cache.PAYLOAD_AXES, rules)
+        self._programs: dict[Hashable, Compiled] = {}
+
+    @property
+    def layer_groups(self) -> int:
+        return len(self._group_layers)
+
+    def new_cache(self) -> list[kv_cache.Cache]:
+        """An empty pool: for each layer group its part of the cache."""
+        spec = self._part_spec()
+        zeros = jax.jit(
+            lambda: jnp.zeros(spec.shape, spec.dtype), out_shardings=spec.sharding
+        )
+        return [[(zeros(), zeros()) for _ in range(n)] for n in self._group_layers]
+
+    def put(self, vector: np.ndarray) -> Array:
+        """A host vector on every device of the mesh."""
+        return jax.device_put(vector, self._replicated)
+
+    # -- steps ----------------------------------------------------------------------
+
+    def compile_step(self, shape: StepShape) -> None:
+        """Compiles the step of `shape`, unless that was done before."""
+        for group in range(self.layer_groups):
+            self._compile((shape, group), self._group_program, shape, group)
+
+    def step(
+        self, shape: StepShape, cache: list[kv_cache.Cache], packed: Array
+    ) -> Array:
+        """Runs one step; returns the next token of each row, `[rows] int32`.
+
+        The caches are donated, and replaced in the list by the updated ones.
+
+        Raises:
+          ValueError: if the step of `shape` was not compiled.
+        """
+        x: tuple[Array, ...] = ()
+        for group, params in enumerate(self._params):
+            program = self._lookup((shape, group))
+            cache[group], out = program(params, cache[group], packed, *x)
+            x = (out,)
+        return x[0]
+
+    def _group_program(self, shape: StepShape, group: int) -> Compiled:
+        cache, params = self._cache_spec(group), self._params[group]
+        packed = self._spec((shape.fields.size,), jnp.int32)
+        x_spec = self._spec((shape.width, self.config.embed), self.config.dtype)
+        x = [x_spec] if group else []
+        run = functools.partial(
+            _run_group,
+            self.config,
+            self.memory.block_tokens,
+            shape,
+            is_last=group == self.layer_groups - 1,
+        )
+        weights = jax.tree.map(lambda leaf: leaf.sharding, params)
+        step_inputs = (self._replicated,) * (1 + len(x))
+        program = jax.jit(
+            run,
+            donate_argnums=1,
+            in_shardings=(weights, self._kv_sharding, *step_inputs),
+            out_shardings=(self._kv_sharding, self._replicated),
+        )
+        return program.lower(params, cache, packed, *x).compile()
+
+    # -- the two ends of a transfer -------------------------------------------------
+
+    def compile_gather(self, blocks: int, plan: PiecePlan) -> None:
+        """Compiles the source's end of transfers of `blocks` blocks by `plan`."""
+        for group in range(self.layer_groups):
+            key = ("gather", group, blocks, plan.piece_heads)
+            self._compile(key, self._gather_program, group, blocks, plan)
+
+    def gather(
+        self, group: int, cache: kv_cache.Cache, ids: Array, plan: PiecePlan
+    ) -> tuple[Array, ...]:
+        """Copies blocks out of a pool, cut into pieces of kv heads.
+
+        Returns:
+          `plan.pieces_per_source` arrays: piece j of source shard i is the shard on
+          device i of array j.
+        """
+        key = ("gather", group, ids.shape[0], plan.piece_heads)
+        return self._lookup(key)(cache, ids)
+
+    def compile_insert(self, blocks: int, plan: PiecePlan) -> None:
+        """Compiles the destination's end of transfers of `blocks` blocks by `plan`."""
+        for group in range(self.layer_groups):
+            key = ("insert", group, blocks, plan.piece_heads)
+            self._compile(key, self._insert_program, group, blocks, plan)
+
+    def insert(
+        self,
+        group: int,
+        cache: kv_cache.Cache,
+        ids: Array,
+        pieces: Sequence[Array],
+        plan: PiecePlan,
+    ) -> tuple[kv_cache.Cache, Array]:
+        """Joins the pieces and writes them into the blocks `ids` of a donated pool.
+
+        Returns:
+          The updated pool, and a scalar that is ready when the pool is: the pool itself
+          may be donated to the next step before anyone looks.
+        """
+        key = ("insert", group, ids.shape[0], plan.piece_heads)
+        return self._lookup(key)(cache, ids, list(pieces))
+
+    def _gather_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
+        program = jax.shard_map(
+            functools.partial(kv_cache.gather, piece_heads=plan.piece_heads),
+            mesh=self.mesh,
+            in_specs=(self._kv_sharding.spec, PartitionSpec()),
+            out_specs=self.payload_sharding.spec,
+        )
+        ids = self._spec((blocks,), jnp.int32)
+        return jax.jit(program).lower(self._cache_spec(group), ids).compile()
+
+    def _insert_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
+        part = self._part_spec()
+        shape = [2 * self._group_layers[group], *part.shape]
+        shape[kv_cache.PAYLOAD_AXES.index("blocks")] = blocks
+        shape[kv_cache.PAYLOAD_HEAD_AXIS] = plan.piece_heads * self.tp
+        piece = jax.ShapeDtypeStruct(
+            tuple(shape), part.dtype, sharding=self.payload_sharding
+        )
+        program = jax.shard_map(
+            kv_cache.insert,
+            mesh=self.mesh,
+            in_specs=(
+                self._kv_sharding.spec,
+                PartitionSpec(),
+                self.payload_sharding.spec,
+            ),
+            out_specs=(self._kv_sharding.spec, PartitionSpec()),
+        )
+        ids = self._spec((blocks,), jnp.int32)
+        pieces = [piece] * len(plan.sources[0])
+        jitted = jax.jit(program, donate_argnums=0)
+        return jitted.lower(self._cache_spec(group), ids, pieces).compile()
+
+    # -- helpers --------------------------------------------------------------------
+
+    def _compile(
+        self, key: Hashable, build: Callable[..., Compiled], *args: Any
+    ) -> None:
+        if key not in self._programs:
+            self._programs[key] = build(*args)
+
+    def _lookup(self, key: Hashable) -> Compiled:
+        program = self._programs.get(key)
+        if program is None:
+            raise ValueError(f"{key}: no such program was compiled before serving")
+        return program
+
+    def _spec(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(
+            shape, jnp.dtype(dtype), sharding=self._replicated
+        )
+
+    def _cache_spec(self, group: int) -> kv_cache.Cache:
+        part = self._part_spec()
+        return [(part, part)] * self._group_layers[group]
+
+    def _part_spec(self) -> jax.ShapeDtypeStruct:
+        """The keys, or the values, of one layer."""
+        blocks, block_tokens = self.memory.num_blocks + 1, self.memory.block_tokens
+        return jax.ShapeDtypeStruct(
+            (blocks, len(self.layout.kv), block_tokens, self.config.head_dim),
+            jnp.dtype(self.config.dtype),
+            sharding=self._kv_sharding,
+        )
+
+
+def _group_params(
+    params: transformer.Params, bounds: Sequence[int]
+) -> list[transformer.Params]:
+    """Each layer group's weights; the first embeds and the last unembeds."""
+    layers = params["layers"]
+    groups: list[transformer.Params] = [
+        {"layers": layers[start:end]} for start, end in itertools.pairwise(bounds)
+    ]
+    groups[0]["embed"] = params["embed"]
+    groups[-1]["final_norm"] = params["final_norm"]
+    unembed = "unembed" if "unembed" in params else "embed"
+    groups[-1][unembed] = params[unembed]
+    return groups
+
+
+def _run_group(
+    config: ModelConfig,
+    block_tokens: int,
+    shape: StepShape,
+    params: transformer.Params,
+    cache: kv_cache.Cache,
+    packed: Array,
+    *x_TE: Array,
+    is_last: bool,
+) -> tuple[kv_cache.Cache, Array]:
+    """One layer group of a step: embeds if there is no `x_TE`, samples if it is last."""
+    inputs = shape.fields.unpack(packed)
+    x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"])
+    if isinstance(shape, PrefillShape):
+        attend = kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
+    else:
+        attend = kv_cache.decode_attend(
+            inputs["position"],
+            inputs["slot"],
+            inputs["owner"],
+            inputs["start"],
+            block_tokens,
+        )
+    x, cache = transformer.run_layers(
+        config, params["layers"], x, inputs["position"], attend, cache
+    )
+    if not is_last:
+        return cache, x
+    if isinstance(shape, PrefillShape):
+        x = x[inputs["last"]]
+    logits_RV = transformer.unembed(config, params, x)
+    return cache, sample(logits_RV, sampling_params(inputs))

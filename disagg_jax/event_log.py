@@ -1,0 +1,88 @@
+"""The event log: everything the controller was told, and what it decided.
+
+Replaying the events through a fresh controller must give the same decisions, which is
+how a log, or a change to the scheduling code, is checked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from disagg_jax.controller import Controller
+from disagg_jax.request import Request, Sampling
+from disagg_jax.work import Arrived, Cancelled, Done, Down, Event, Step, Up, Work
+
+_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Done, Down, Up)}
+
+
+@dataclasses.dataclass
+class EventLog:
+    """An observer for `serve` that keeps one JSON line per turn of the controller."""
+
+    lines: list[str] = dataclasses.field(default_factory=list[str])
+
+    def __call__(
+        self, now_s: float, events: Sequence[Event], works: Sequence[Work]
+    ) -> None:
+        turn = {
+            "now_s": now_s,
+            "events": [_event_to_json(event) for event in events],
+            "works": [_work_to_json(work) for work in works],
+        }
+        self.lines.append(json.dumps(turn, separators=(",", ":")))
+
+
+def replay(lines: Iterable[str], controller: Controller) -> Iterator[int]:
+    """Feeds the logged events to `controller`; yields each turn whose work differs."""
+    for number, line in enumerate(lines):
+        turn = json.loads(line)
+        events = [_event_from_json(event) for event in turn["events"]]
+        works = controller.step(turn["now_s"], events)
+        if [_work_to_json(work) for work in works] != turn["works"]:
+            yield number
+
+
+def _event_to_json(event: Event) -> list[Any]:
+    if isinstance(event, Arrived):
+        fields = dataclasses.asdict(event.request)
+        fields["stop_tokens"] = sorted(event.request.stop_tokens)
+        return ["Arrived", fields]
+    values = [getattr(event, field.name) for field in dataclasses.fields(event)]
+    return [type(event).__name__, *values]
+
+
+def _event_from_json(record: list[Any]) -> Event:
+    kind, *values = record
+    if kind == "Arrived":
+        fields = dict(values[0])
+        fields["sampling"] = Sampling(**fields["sampling"])
+        fields["stop_tokens"] = frozenset(fields["stop_tokens"])
+        if fields["prompt"] is not None:
+            fields["prompt"] = tuple(fields["prompt"])
+        return Arrived(Request(**fields))
+    if kind == "Done":
+        work, start_s, end_s, tokens, size = values
+        return Done(work, start_s, end_s, tuple(tokens), size)
+    return _PLAIN_EVENTS[kind](*values)
+
+
+def _work_to_json(work: Work) -> list[Any]:
+    if isinstance(work, Step):
+        slices = [
+            [part.request.id, part.start, part.count, part.samples, list(part.blocks)]
+            for part in work.slices
+        ]
+        return ["Step", work.id, work.instance, slices]
+    return [
+        "Transfer",
+        work.id,
+        work.request.id,
+        work.src,
+        work.dst,
+        list(work.src_blocks),
+        list(work.dst_blocks),
+        work.context,
+    ]

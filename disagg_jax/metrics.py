@@ -1,0 +1,541 @@
+"""The only definitions of latency, attainment, goodput and their intervals.
+
+Names and formulas are vLLM's `bench serve` (0.33): TTFT = first token - arrival, E2EL =
+last token - arrival, TPOT = (last - first token) / (n - 1), ITL = every gap between two
+tokens of a request, pooled over requests. So E2EL = TTFT + (n - 1) * TPOT always.
+Attainment and goodput are DistServe's (OSDI'24). Seconds everywhere; `summarise` alone
+writes milliseconds, under vLLM's key names.
+
+The edge rules, where tools differ:
+
+* Every request that arrived is in the denominator of attainment.
+* Only a FINISHED request can be good. Unfinished, refused and cancelled ones are
+  missed, and are left out of latency statistics.
+* A one-token request has TPOT 0, so it meets any TPOT target; it is left out of TPOT
+  statistics.
+* A latency equal to its target meets it (`<=`).
+
+Uncertainty comes from independent runs (`interval_across`), never from a binomial
+formula over requests: requests that share a queue succeed and fail together. On an
+M/D/1 queue of 1000 requests whose true attainment is 0.9, 95 % intervals covered the
+truth this often (4000 runs; tests/test_metrics.py repeats the middle column):
+
+    utilisation                             .6    .75   .85
+    Student-t over 5 runs                   95    94    92 %
+    10 batch means of one run               92    87    77 %
+    Wilson (binomial) over one run          53    34    21 %
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from scipy.special import stdtrit  # pyright: ignore  # scipy ships no types
+
+from disagg_jax.request import Status, Timeline
+
+# ---- one request ---------------------------------------------------------------------
+
+
+def ttft_s(timeline: Timeline) -> float:
+    """Time to first token: first token - arrival.
+
+    Raises:
+      ValueError: if there is no token yet.
+    """
+    return _stamps(timeline)[0] - timeline.request.arrival_s
+
+
+def tpot_s(timeline: Timeline) -> float:
+    """Time per output token after the first: (last - first) / (n - 1); 0 if n is 1.
+
+    Raises:
+      ValueError: if there is no token yet.
+    """
+    stamps = _stamps(timeline)
+    if len(stamps) == 1:
+        return 0.0
+    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def itl_s(timeline: Timeline) -> list[float]:
+    """Inter-token latencies: the n - 1 gaps between consecutive tokens."""
+    return [later - sooner for sooner, later in itertools.pairwise(timeline.token_s)]
+
+
+def e2e_s(timeline: Timeline) -> float:
+    """End-to-end latency of a finished request: last token - arrival.
+
+    Raises:
+      ValueError: if the request has not finished.
+    """
+    _check_finished(timeline)
+    return _stamps(timeline)[-1] - timeline.request.arrival_s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Stages:
+    """Where the end-to-end latency of one request went; the five sum to `e2e_s`.
+
+    The stages are those of DistServe's Fig. 10 (there: prefill queuing, prefill
+    execution, transmission, decoding queuing, decoding execution).
+    """
+
+    prefill_queue_s: float  # arrival -> first prompt token goes to a device
+    prefill_s: float  # -> first token
+    transfer_s: float  # KV on the way, while the request waits for it
+    decode_queue_s: float  # first token -> first decode step, less the transfer
+    decode_s: float  # -> last token
+
+
+def stages_s(timeline: Timeline) -> Stages:
+    """The five stages of a finished request, none negative.
+
+    A transfer counts only between the first token and the first decode step: the part
+    of a streamed transfer that overlaps prefill costs the request nothing. A one-token
+    request ends with its prefill: the later stages are 0.
+
+    Raises:
+      ValueError: if the request has not finished, or its stamps are missing or out of
+        order.
+    """
+    arrival, start, first, decode, last = _stage_bounds(timeline)
+    transfer_start, transfer_end = _exposed_transfer(timeline, first, decode)
+    return Stages(
+        prefill_queue_s=start - arrival,
+        prefill_s=first - start,
+        transfer_s=transfer_end - transfer_start,
+        # Both waits, before the pull and after it. Written as a sum of differences of
+        # ordered stamps, rounding cannot make it negative.
+        decode_queue_s=(transfer_start - first) + (decode - transfer_end),
+        decode_s=last - decode,
+    )
+
+
+def _stage_bounds(timeline: Timeline) -> tuple[float, float, float, float, float]:
+    """Arrival, prefill start, first token, decode start, last token; checked."""
+    _check_finished(timeline)
+    stamps = _stamps(timeline)
+    bounds = (
+        timeline.request.arrival_s,
+        _given(timeline.prefill_start_s),
+        stamps[0],
+        _given(timeline.decode_start_s) if len(stamps) > 1 else stamps[-1],
+        stamps[-1],
+    )
+    if not all(sooner <= later for sooner, later in itertools.pairwise(bounds)):
+        raise ValueError(
+            f"request {timeline.request.id}: expected arrival <= prefill start <= "
+            f"first token <= decode start <= last token, got {bounds} (nan: no stamp)"
+        )
+    return bounds
+
+
+def _given(stamp_s: float | None) -> float:
+    return math.nan if stamp_s is None else stamp_s  # nan is in no order
+
+
+def _exposed_transfer(
+    timeline: Timeline, first_s: float, decode_s: float
+) -> tuple[float, float]:
+    """Start and end of the transfer, cut to [first_s, decode_s]; empty if none."""
+    start, end = timeline.transfer_start_s, timeline.transfer_end_s
+    if start is None or end is None:
+        return first_s, first_s
+    start = min(max(start, first_s), decode_s)
+    return start, min(max(end, start), decode_s)
+
+
+def _stamps(timeline: Timeline) -> list[float]:
+    if not timeline.token_s:
+        raise ValueError(
+            f"request {timeline.request.id}: expected at least one token, got none "
+            f"(status {timeline.status})"
+        )
+    return timeline.token_s
+
+
+def _check_finished(timeline: Timeline) -> None:
+    if timeline.status is not Status.FINISHED:
+        raise ValueError(
+            f"request {timeline.request.id}: expected a finished request, got status "
+            f"{timeline.status}"
+        )
+
+
+# ---- targets and attainment ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SLO:
+    """The two latency targets of a service; `math.inf` means no target."""
+
+    ttft_s: float  # > 0
+    tpot_s: float  # > 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("ttft_s", self.ttft_s), ("tpot_s", self.tpot_s)):
+            if not value > 0:
+                raise ValueError(f"SLO {name}: expected > 0 seconds, got {value}")
+
+    def scaled(self, factor: float) -> SLO:
+        """Both targets times `factor` (the "SLO scale" of DistServe's Figs. 8, 9)."""
+        return SLO(ttft_s=self.ttft_s * factor, tpot_s=self.tpot_s * factor)
+
+
+def meets_ttft(timeline: Timeline, slo: SLO) -> bool:
+    """Whether the request finished and its first token was in time."""
+    return timeline.status is Status.FINISHED and ttft_s(timeline) <= slo.ttft_s
+
+
+def meets_tpot(timeline: Timeline, slo: SLO) -> bool:
+    """Whether the request finished and its later tokens were fast enough on average."""
+    return timeline.status is Status.FINISHED and tpot_s(timeline) <= slo.tpot_s
+
+
+def meets(timeline: Timeline, slo: SLO) -> bool:
+    """Whether the request is good: finished, with both targets met."""
+    return meets_ttft(timeline, slo) and meets_tpot(timeline, slo)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Attainment:
+    """Shares, in [0, 1], of the requests that arrived."""
+
+    joint: float  # met both targets
+    ttft_only: float  # met the TTFT target, whatever their TPOT
+    tpot_only: float  # met the TPOT target, whatever their TTFT
+
+
+def attainment(timelines: Sequence[Timeline], slo: SLO) -> Attainment:
+    """The share of arrived requests that met the targets.
+
+    Raises:
+      ValueError: if there are no requests.
+    """
+    arrived = len(timelines)
+    if arrived == 0:
+        raise ValueError("attainment: expected at least one request, got none")
+    return Attainment(
+        joint=sum(meets(t, slo) for t in timelines) / arrived,
+        ttft_only=sum(meets_ttft(t, slo) for t in timelines) / arrived,
+        tpot_only=sum(meets_tpot(t, slo) for t in timelines) / arrived,
+    )
+
+
+# ---- uncertainty ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A mean and its confidence interval; None where one value cannot give one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def interval_across(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student-t interval for the mean of independent runs (one value per seed).
+
+    Values that are all equal give an interval of width 0; for attainments near 1 from a
+    few seeds that is optimistic.
+
+    Raises:
+      ValueError: on no values, or a `confidence` outside (0, 1).
+    """
+    mean = _mean(values)
+    if mean is None:
+        raise ValueError("interval: expected at least one value, got none")
+    if len(values) == 1:
+        return Interval(mean=mean, low=None, high=None)
+    half = _half_width(values, confidence)
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def batch_means(
+    flags: Sequence[float], batches: int = 10, confidence: float = 0.95
+) -> Interval:
+    """Interval for the mean of one run's `flags` (1 good, 0 not) in arrival order.
+
+    The run is cut into contiguous batches, equal to within one request, whose means are
+    treated as independent; each must therefore outlast the queue's memory. At 100
+    requests a batch this is too narrow at high load (module docstring): it serves where
+    a second seed cannot be had.
+
+    Raises:
+      ValueError: if `batches` < 2, or there are fewer flags than batches.
+    """
+    if not 2 <= batches <= len(flags):
+        raise ValueError(
+            f"batches: expected from 2 to the {len(flags)} flags, got {batches}"
+        )
+    values = np.asarray(flags, dtype=np.float64)
+    means = [float(part.mean()) for part in np.array_split(values, batches)]
+    half = _half_width(means, confidence)
+    mean = float(values.mean())  # of the run, not of slightly unequal batches
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def _half_width(values: Sequence[float], confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return _t_quantile((1 + confidence) / 2, len(values) - 1) * error
+
+
+def _t_quantile(probability: float, degrees: int) -> float:
+    # scipy.special, as scipy.stats takes most of a second to import.
+    return float(stdtrit(degrees, probability))  # pyright: ignore
+
+
+# ---- backlog -------------------------------------------------------------------------
+
+
+def is_steady(timelines: Sequence[Timeline], tolerance: float = 0.05) -> bool:
+    """Whether the system kept up: no growing backlog while requests arrived.
+
+    Compares the mean number of requests in the system (arrived and not ended) at the
+    arrivals of the last quarter and at those of the second; the first is warm-up.
+    About n / 2 requests arrive from the middle of one to the middle of the other.
+    Steady means that at most `tolerance` of them were added to the backlog: 0.05 is the
+    growth when the load offered is 1.05 times the capacity.
+
+    The answer is a noisy one near capacity. M/D/1 queues called steady, of 300 runs:
+
+        utilisation    .7    .85   .95   1.1   1.3
+        n = 1000       100   100   99    11    0 %
+        n = 300        100   98    86    29    0 %
+        n = 100        97    79    68    33    4 %
+
+    The run must also be many times as long as one request's life: the filling of an
+    empty system is growth too. Fewer than 4 requests show nothing: False.
+    """
+    in_system = _in_system_at_arrivals(timelines)
+    quarter = len(in_system) // 4
+    if quarter == 0:
+        return False
+    growth = np.mean(in_system[-quarter:]) - np.mean(in_system[quarter : 2 * quarter])
+    return bool(growth <= tolerance * len(in_system) / 2)
+
+
+def _in_system_at_arrivals(timelines: Sequence[Timeline]) -> Sequence[int]:
+    """Requests in the system just after each arrival, the new one included."""
+    arrivals = np.sort([t.request.arrival_s for t in timelines])
+    ends = np.sort([t.end_s for t in timelines if t.end_s is not None])
+    arrived = np.searchsorted(arrivals, arrivals, side="right")
+    return (arrived - np.searchsorted(ends, arrivals, side="right")).tolist()
+
+
+# ---- goodput -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Goodput:
+    """The highest rate that still attains the target, and the rates it lies between."""
+
+    rate_rps: float  # per device if the given rates were; 0 if the lowest rate failed
+    pass_rps: float | None  # highest passing rate below the first failure
+    fail_rps: float | None  # lowest failing rate
+
+    @property
+    def bracketed(self) -> bool:
+        """Whether a pass and a failure were both seen.
+
+        Otherwise `rate_rps` is a lower bound only: the sweep was too high or too low.
+        """
+        return self.pass_rps is not None and self.fail_rps is not None
+
+
+def goodput(points: Iterable[tuple[float, float]], target: float = 0.9) -> Goodput:
+    """The first crossing of `target` by attainment over rate, for one seed.
+
+    `points` are (rate_rps, attainment) in any order. Going up in rate, the first point
+    below the target ends the search: a later pass is luck, since a higher rate cannot
+    be served better, and counting it would reward trying many rates. The price is a
+    bias downwards where attainment is noisy near the target and the grid is fine;
+    longer runs cure it, and the interval over seeds shows it. Between the last pass and
+    the first failure the rate is interpolated linearly, as in DistServe's plots.
+
+    Raises:
+      ValueError: on no points, a rate given twice or not > 0, an attainment outside
+        [0, 1], or a target outside (0, 1].
+    """
+    ordered = sorted(points)
+    _check_points(ordered, target)
+    passed: tuple[float, float] | None = None
+    for rate, share in ordered:
+        if share < target:
+            return _crossing(passed, (rate, share), target)
+        passed = (rate, share)
+    assert passed is not None  # there is a point, and none failed
+    return Goodput(rate_rps=passed[0], pass_rps=passed[0], fail_rps=None)
+
+
+def _crossing(
+    passed: tuple[float, float] | None, failed: tuple[float, float], target: float
+) -> Goodput:
+    if passed is None:
+        return Goodput(rate_rps=0.0, pass_rps=None, fail_rps=failed[0])
+    (pass_rps, high), (fail_rps, low) = passed, failed
+    rate = pass_rps + (fail_rps - pass_rps) * (high - target) / (high - low)
+    return Goodput(rate_rps=rate, pass_rps=pass_rps, fail_rps=fail_rps)
+
+
+def _check_points(points: Sequence[tuple[float, float]], target: float) -> None:
+    if not points:
+        raise ValueError("goodput: expected at least one (rate, attainment), got none")
+    if not 0 < target <= 1:
+        raise ValueError(f"target: expected in (0, 1], got {target}")
+    for rate, share in points:
+        if not rate > 0 or not 0 <= share <= 1:
+            raise ValueError(
+                f"goodput: expected rate > 0 and attainment in [0, 1], "
+                f"got ({rate}, {share})"
+            )
+    for (rate, _), (after, _) in itertools.pairwise(points):
+        if rate == after:
+            raise ValueError(f"goodput: expected each rate once, got {rate} twice")
+
+
+def is_resolved(at_pass: Interval, at_fail: Interval, target: float = 0.9) -> bool:
+    """Whether the runs were long and many enough to decide a goodput.
+
+    True if the interval at the highest passing rate lies at or above the target, and
+    that at the lowest failing rate below it. An unknown interval decides nothing.
+    """
+    if at_pass.low is None or at_fail.high is None:
+        return False
+    return at_pass.low >= target > at_fail.high
+
+
+# ---- summary -------------------------------------------------------------------------
+
+
+def percentiles(
+    values: Sequence[float], points: Sequence[float] = (50, 90, 99)
+) -> dict[str, float | None]:
+    """`{"p50": ...}` by linear interpolation (numpy's default); None if no values."""
+    if len(values) == 0:
+        return {f"p{point:g}": None for point in points}
+    found = np.percentile(values, points)
+    return {f"p{point:g}": float(x) for point, x in zip(points, found, strict=True)}
+
+
+def summarise(
+    timelines: Sequence[Timeline],
+    slo: SLO,
+    devices: int,
+    duration_s: float | None = None,
+) -> dict[str, float | None]:
+    """One run as a flat, JSON-able dict; None where nothing was measured, never NaN.
+
+    Keys and formulas are vLLM `bench serve` 0.33's where it has them: latencies in ms
+    over finished requests, tokens of finished requests only, rates per second.
+    `request_goodput` is its rate of good requests, not DistServe's goodput. Ours are
+    `attainment*`, `mean_<stage>_ms`, `preemptions` and `transfer_bytes` (both summed
+    over all requests), and `*_per_device` (of all devices, prefill and decode).
+
+    Args:
+      duration_s: of the run; by default from the first arrival to the last end.
+
+    Raises:
+      ValueError: if there are no requests, `devices` < 1 or `duration_s` <= 0.
+    """
+    if devices < 1:
+        raise ValueError(f"devices: expected >= 1, got {devices}")
+    if duration_s is None:
+        duration_s = _span_s(timelines)
+    elif not duration_s > 0:
+        raise ValueError(f"duration_s: expected > 0, got {duration_s}")
+    shares = attainment(timelines, slo)
+    finished = [t for t in timelines if t.status is Status.FINISHED]
+    return {
+        "devices": devices,
+        "duration": duration_s,
+        "num_prompts": len(timelines),
+        "completed": len(finished),
+        "failed": len(timelines) - len(finished),
+        **_throughput(finished, slo, devices, duration_s),
+        "attainment": shares.joint,
+        "attainment_ttft": shares.ttft_only,
+        "attainment_tpot": shares.tpot_only,
+        **_latencies_ms(finished),
+        **_mean_stages_ms(finished),
+        "preemptions": sum(t.preemptions for t in timelines),
+        "transfer_bytes": sum(t.transfer_bytes for t in timelines),
+    }
+
+
+def _span_s(timelines: Sequence[Timeline]) -> float | None:
+    """First arrival to last end; None if nothing ended or no time passed."""
+    ends = [t.end_s for t in timelines if t.end_s is not None]
+    if not ends:
+        return None
+    span = max(ends) - min(t.request.arrival_s for t in timelines)
+    return span if span > 0 else None
+
+
+def _throughput(
+    finished: Sequence[Timeline], slo: SLO, devices: int, duration_s: float | None
+) -> dict[str, float | None]:
+    tokens_in = sum(t.request.prompt_tokens for t in finished)
+    tokens_out = sum(len(t.token_s) for t in finished)
+    counts = {
+        "request_throughput": len(finished),
+        "request_goodput": sum(meets(t, slo) for t in finished),
+        "output_throughput": tokens_out,
+        "total_token_throughput": tokens_in + tokens_out,
+    }
+    summary: dict[str, float | None] = {
+        "total_input_tokens": tokens_in,
+        "total_output_tokens": tokens_out,
+    }
+    for key, count in counts.items():
+        per_s = None if duration_s is None else count / duration_s
+        summary[key] = per_s
+        summary[f"{key}_per_device"] = None if per_s is None else per_s / devices
+    return summary
+
+
+def _latencies_ms(finished: Sequence[Timeline]) -> dict[str, float | None]:
+    pools = {
+        "ttft": [ttft_s(t) for t in finished],
+        "tpot": [tpot_s(t) for t in finished if len(t.token_s) > 1],
+        "itl": [gap for t in finished for gap in itl_s(t)],
+        "e2el": [e2e_s(t) for t in finished],
+    }
+    summary: dict[str, float | None] = {}
+    for name, values_s in pools.items():
+        spread = percentiles(values_s)
+        stats = {
+            "mean": _mean(values_s),
+            "median": spread["p50"],
+            "std": float(np.std(values_s)) if values_s else None,  # vLLM's: ddof 0
+            **spread,
+        }
+        summary |= {f"{stat}_{name}_ms": _ms(value) for stat, value in stats.items()}
+    return summary
+
+
+def _mean_stages_ms(finished: Sequence[Timeline]) -> dict[str, float | None]:
+    stages = [stages_s(t) for t in finished]
+    return {
+        "mean_prefill_queue_ms": _ms(_mean([s.prefill_queue_s for s in stages])),
+        "mean_prefill_ms": _ms(_mean([s.prefill_s for s in stages])),
+        "mean_transfer_ms": _ms(_mean([s.transfer_s for s in stages])),
+        "mean_decode_queue_ms": _ms(_mean([s.decode_queue_s for s in stages])),
+        "mean_decode_ms": _ms(_mean([s.decode_s for s in stages])),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if len(values) else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3

@@ -1,0 +1,24 @@
+"""The systems that can be compared. To add one: a policy file, and its line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from disagg_jax.deployment import Role
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.view import Policy
+
+# A system is a policy for each role it uses; the default parameters are the papers'.
+SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
+    "vllm": {Role.COLOCATED: PrefillFirst()},
+    "disaggregated": {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
+}
+
+
+def get_system(name: str) -> Mapping[Role, Policy]:
+    """The policies of system `name`, by role."""
+    if name not in SYSTEMS:
+        raise ValueError(f"system: expected one of {sorted(SYSTEMS)}, got '{name}'")
+    return SYSTEMS[name]

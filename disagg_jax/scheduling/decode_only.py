@@ -1,0 +1,29 @@
+"""The decode side of disaggregation: pulls what fits, decodes everything it has."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.scheduling.decoding import decode_all, fits
+from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOnly:
+    """Reserves blocks for a request's KV before fetching it; preempts like vLLM.
+
+    A preempted request goes back to a prefill instance, which computes prompt and
+    generated tokens again and hands them over once more.
+    Source: DistServe (OSDI'24) section 4.3 (pull); it does not describe preemption.
+    """
+
+    max_seqs: int = 256  # requests with KV at the same time
+    watermark: float = 0.01  # share of the blocks that a pull leaves free
+
+    def plan(self, instance: InstanceView) -> Plan:
+        return decode_all(instance)
+
+    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+        if instance.resident >= self.max_seqs:
+            return False
+        return fits(instance, request, self.watermark)

@@ -1,0 +1,32 @@
+"""The prefill side of disaggregation: whole prompts, batched up to L_m tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillOnly:
+    """In order of arrival, prompts up to `token_budget` together, a longer one alone.
+
+    KV that waits to be pulled holds its blocks, so when decode is slow the queue stands
+    here: this memory is the back-pressure.
+    Source: DistServe (OSDI'24) section 4.3, where the budget is called L_m.
+    """
+
+    token_budget: int = 512  # L_m: the prompt length that saturates the device
+    max_seqs: int = 64  # prompts in one step
+
+    def plan(self, instance: InstanceView) -> Plan:
+        free, tokens = instance.blocks.free, 0
+        slices: list[tuple[RequestView, int]] = []
+        for request in instance.waiting:
+            free -= instance.blocks.missing(request.id, request.known)
+            tokens += request.known
+            too_long = tokens > self.token_budget and slices
+            if free < 0 or too_long or len(slices) >= self.max_seqs:
+                break
+            slices.append((request, request.known))
+        return Plan(slices)

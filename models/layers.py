@@ -1,0 +1,211 @@
+"""The modules of one transformer block, and the maths they are made of.
+
+The modules build the weights and say what is computed with them. The shape letters are
+explained in `transformer.py`. Each weight carries the logical name of every axis
+(metadata `axes`); which mesh axis that is, if any, is decided elsewhere. Head counts
+are read off the weights, because tensor parallelism may pad or replicate heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from models.config import ModelConfig
+
+Cache = TypeVar("Cache")  # any pytree; only `attend` looks inside
+
+
+def einsum(spec: str, x: Array, y: Array, dtype: jnp.dtype | None = None) -> Array:
+    """`jnp.einsum` of two operands, with the precision this project means by a dtype.
+
+    float32 is the exact mode, in which different shardings and batchings must choose
+    the same tokens: HIGHEST keeps a GPU from TF32 and a TPU from bfloat16 passes.
+    bfloat16 is the fast mode: accelerators accumulate in float32 and round the result
+    once, and the partial sums that tensor parallelism adds up travel as bfloat16.
+
+    Returns:
+      The result in `dtype`, by default that of the operands.
+    """
+    exact = x.dtype == jnp.float32
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
+
+
+def rms_norm(x_TE: Array, scale_E: Array, eps: float) -> Array:
+    """Root-mean-square normalisation, in float32 inside (Zhang & Sennrich 2019)."""
+    x32_TE = x_TE.astype(jnp.float32)
+    mean_square_T1 = jnp.mean(jnp.square(x32_TE), axis=-1, keepdims=True)
+    normed_TE = x32_TE * lax.rsqrt(mean_square_T1 + eps)
+    return (normed_TE * scale_E[None, :].astype(jnp.float32)).astype(x_TE.dtype)
+
+
+def rope_table(positions_T: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Sine and cosine of every position's rotation angles.
+
+    Returns:
+      Twice `[T, head_dim / 2]` float32. Pair i turns by
+      `position * theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021).
+    """
+    exponents_D = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies_D = theta**-exponents_D
+    angles_TD = positions_T[:, None].astype(jnp.float32) * frequencies_D[None, :]
+    return jnp.sin(angles_TD), jnp.cos(angles_TD)
+
+
+def rotate(x_TNH: Array, table: tuple[Array, Array]) -> Array:
+    """Rotates each head by its token's position.
+
+    Pair i is (x[i], x[i + H/2]), the convention of Llama checkpoints on Hugging Face;
+    the papers, and llama.cpp's weights, pair (x[2i], x[2i + 1]).
+    """
+    sin_T1D, cos_T1D = (part[:, None, :] for part in table)
+    low_TND, high_TND = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
+    rotated = (
+        low_TND * cos_T1D - high_TND * sin_T1D,
+        high_TND * cos_T1D + low_TND * sin_T1D,
+    )
+    return jnp.concatenate(rotated, axis=-1).astype(x_TNH.dtype)
+
+
+def attention(q_TNH: Array, k_SKH: Array, v_SKH: Array, mask_TS: Array) -> Array:
+    """Grouped-query attention of T queries over S keys; softmax in float32.
+
+    Query heads `[k * G, (k + 1) * G)` share kv head `k`, where G = N / K.
+
+    Args:
+      mask_TS: True where the query may look at the key. A row without any True gives
+        the mean of all values (not NaN): padding queries need no special case.
+
+    Returns:
+      `[T, N, H]` in the dtype of `v_SKH`.
+    """
+    T, N, H = q_TNH.shape
+    K = k_SKH.shape[1]
+    q_TKGH = q_TNH.reshape(T, K, N // K, H)
+    scores_KGTS = einsum("TKGH,SKH->KGTS", q_TKGH, k_SKH, dtype=jnp.float32)
+    scores_KGTS = jnp.where(
+        mask_TS[None, None], scores_KGTS * H**-0.5, jnp.finfo(jnp.float32).min
+    )
+    probs_KGTS = jax.nn.softmax(scores_KGTS, axis=-1).astype(v_SKH.dtype)
+    return einsum("KGTS,SKH->TKGH", probs_KGTS, v_SKH).reshape(T, N, H)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """The length of every logical axis that a weight can have."""
+    return {
+        "layers": config.layers,
+        "embed": config.embed,
+        "heads": config.q_heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "mlp": config.mlp,
+        "vocab": config.vocab_size,
+    }
+
+
+def weight(
+    config: ModelConfig,
+    rngs: nnx.Rngs,
+    *axes: str,
+    fan_in: tuple[str, ...],
+    gain: float = 1.0,
+) -> nnx.Param:
+    """A random weight with one dimension for each logical axis named in `axes`.
+
+    Normal with variance gain^2 / (product of the `fan_in` axes): with a gain of 1 a
+    matmul over those axes keeps the scale of its input. Nothing is scaled down for
+    depth: random models are for tests, and strong layers make the output depend on the
+    whole context.
+    """
+    size = axis_sizes(config)
+    stddev = gain * math.prod(size[axis] for axis in fan_in) ** -0.5
+    shape = tuple(size[axis] for axis in axes)
+    noise = jax.random.normal(rngs.params(), shape, jnp.dtype(config.dtype))
+    return nnx.Param(noise * stddev, axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, config: ModelConfig, *axes: str) -> None:
+        self.eps = config.norm_eps
+        shape = tuple(axis_sizes(config)[axis] for axis in axes)
+        self.scale = nnx.Param(jnp.ones(shape, jnp.dtype(config.dtype)), axes=axes)
+
+    def __call__(self, x_TE: Array) -> Array:
+        return rms_norm(x_TE, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    """The projections into and out of attention, which itself is the caller's."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        into = functools.partial(weight, config, rngs, "layers", "embed")
+        # With a gain of 1 random attention is nearly a mean over the context and greedy
+        # output soon repeats one token; with 4 it picks out a few keys.
+        self.wq = into("heads", "head_dim", fan_in=("embed",), gain=4.0)
+        self.wk = into("kv_heads", "head_dim", fan_in=("embed",))
+        self.wv = into("kv_heads", "head_dim", fan_in=("embed",))
+        out = ("layers", "heads", "head_dim", "embed")
+        self.wo = weight(config, rngs, *out, fan_in=("heads", "head_dim"))
+
+    def qkv(
+        self, x_TE: Array, table: tuple[Array, Array]
+    ) -> tuple[Array, Array, Array]:
+        """Queries `[T, N, H]`, keys and values `[T, K, H]`; the first two rotated."""
+        q_TNH = einsum("TE,ENH->TNH", x_TE, self.wq[...])
+        k_TKH = einsum("TE,EKH->TKH", x_TE, self.wk[...])
+        v_TKH = einsum("TE,EKH->TKH", x_TE, self.wv[...])
+        return rotate(q_TNH, table), rotate(k_TKH, table), v_TKH
+
+    def out(self, out_TNH: Array) -> Array:
+        return einsum("TNH,NHE->TE", out_TNH, self.wo[...])
+
+
+class MLP(nnx.Module):
+    """SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        stacked = functools.partial(weight, config, rngs, "layers")
+        self.w_gate = stacked("embed", "mlp", fan_in=("embed",))
+        self.w_up = stacked("embed", "mlp", fan_in=("embed",))
+        self.w_down = stacked("mlp", "embed", fan_in=("mlp",))
+
+    def __call__(self, x_TE: Array) -> Array:
+        gate_TF = einsum("TE,EF->TF", x_TE, self.w_gate[...])
+        up_TF = einsum("TE,EF->TF", x_TE, self.w_up[...])
+        return einsum("TF,FE->TE", jax.nn.silu(gate_TF) * up_TF, self.w_down[...])
+
+
+class Block(nnx.Module):
+    """Built with the weights of all layers stacked; called with those of one."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config, "layers", "embed")
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config, "layers", "embed")
+        self.mlp = MLP(config, rngs)
+
+    def __call__(
+        self,
+        x_TE: Array,
+        table: tuple[Array, Array],
+        attend: Callable[[Array, Array, Array, Cache], tuple[Array, Cache]],
+        cache: Cache,
+    ) -> tuple[Array, Cache]:
+        """`attend(q_TNH, k_TKH, v_TKH, cache)` gives `[T, N, H]` and the new cache."""
+        with jax.named_scope("qkv"):
+            q_TNH, k_TKH, v_TKH = self.attention.qkv(self.attention_norm(x_TE), table)
+        with jax.named_scope("attention"):
+            out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, cache)
+        with jax.named_scope("attention_out"):
+            x_TE = x_TE + self.attention.out(out_TNH)
+        with jax.named_scope("mlp"):
+            x_TE = x_TE + self.mlp(self.mlp_norm(x_TE))
+        return x_TE, cache

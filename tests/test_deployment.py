@@ -1,0 +1,111 @@
+"""Deployments read what they write and say what is wrong with the rest."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
+
+
+def by_pairs(specs: list[InstanceSpec]) -> bool:
+    roles = {spec.role for spec in specs}
+    return (Role.PREFILL in roles) == (Role.DECODE in roles)
+
+
+SPECS = st.builds(InstanceSpec, role=st.sampled_from(Role), tp=st.integers(1, 16))
+DEPLOYMENTS = (
+    st.lists(SPECS, min_size=1, max_size=8).filter(by_pairs).map(tuple).map(Deployment)
+)
+
+
+@given(DEPLOYMENTS)
+def test_parse_reads_what_str_writes(deployment: Deployment):
+    assert Deployment.parse(str(deployment)) == deployment
+
+
+@given(DEPLOYMENTS)
+def test_every_instance_has_one_role(deployment: Deployment):
+    found = [i for role in Role for i in deployment.of(role)]
+    assert sorted(found) == list(range(len(deployment.instances)))
+    assert deployment.of(*Role) == tuple(range(len(deployment.instances)))
+    assert deployment.devices == sum(spec.tp for spec in deployment.instances)
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "devices"),
+    [
+        ("colocated:tp1", "colocated:tp1", 1),
+        (" 2 x prefill:tp1, 1xdecode:tp2 ", "2xprefill:tp1,decode:tp2", 4),
+        ("prefill:tp1,prefill:tp1,decode:tp1", "2xprefill:tp1,decode:tp1", 3),
+        (
+            "prefill:tp1,decode:tp1,prefill:tp1",  # device order is kept
+            "prefill:tp1,decode:tp1,prefill:tp1",
+            3,
+        ),
+        ("colocated:tp2,10xcolocated:tp1", "colocated:tp2,10xcolocated:tp1", 12),
+    ],
+)
+def test_parse_accepts(text: str, written: str, devices: int):
+    deployment = Deployment.parse(text)
+    assert str(deployment) == written
+    assert deployment.devices == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "deployment: expected '[N x]ROLE:tpK' items"),
+        ("prefill:tp1,", "; got ''"),
+        ("verifier:tp1", "; got 'verifier:tp1'"),
+        ("prefill", "; got 'prefill'"),
+        ("prefill:tp1;decode:tp1", "; got 'prefill:tp1;decode:tp1'"),
+        ("-1xcolocated:tp1", "; got '-1xcolocated:tp1'"),
+        ("colocated:tp0", "tp: expected >= 1, got 0"),
+        ("0xcolocated:tp1", "; got '0xcolocated:tp1'"),
+        ("colocated:tp1,0xcolocated:tp2", "; got '0xcolocated:tp2'"),
+        ("2xprefill:tp1", "got 2 prefill and 0 decode in '2xprefill:tp1'"),
+        ("colocated:tp1,decode:tp1", "got 0 prefill and 1 decode"),
+    ],
+)
+def test_parse_says_what_is_wrong(text: str, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Deployment.parse(text)
+
+
+def test_a_deployment_has_instances():
+    with pytest.raises(ValueError, match="expected at least one instance, got none"):
+        Deployment(())
+
+
+@pytest.mark.parametrize("name", ["num_blocks", "block_tokens", "max_context"])
+def test_kv_memory_has_room(name: str):
+    fields = {"num_blocks": 1, "block_tokens": 1, "max_context": 1}
+    with pytest.raises(ValueError, match=f"{name}: expected >= 1, got 0"):
+        KVMemory(**{**fields, name: 0})
+
+
+@given(st.integers(0, 1000), st.integers(1, 40))
+def test_blocks_for_is_the_least_that_holds(tokens: int, block_tokens: int):
+    memory = KVMemory(num_blocks=1, block_tokens=block_tokens, max_context=1)
+    blocks = memory.blocks_for(tokens)
+    assert blocks * block_tokens >= tokens
+    assert (blocks - 1) * block_tokens < tokens or blocks == 0
+
+
+# 4 blocks of 4 tokens hold 16; the KV of the last token is never needed, so 17 fit.
+@pytest.mark.parametrize(
+    ("prompt", "out", "max_context", "reason"),
+    [
+        (10, 7, 17, ""),
+        (16, 1, 17, ""),
+        (1, 16, 17, ""),
+        (10, 8, 18, "has 4 KV blocks, got 10 prompt + 8 output tokens = 5 blocks"),
+        (17, 1, 18, "has 4 KV blocks, got 17 prompt + 1 output tokens = 5 blocks"),
+        (10, 7, 16, "expected at most 16 tokens, got 10 prompt + 7 output tokens"),
+    ],
+)
+def test_why_never(prompt: int, out: int, max_context: int, reason: str):
+    memory = KVMemory(num_blocks=4, block_tokens=4, max_context=max_context)
+    assert memory.why_never(prompt, out) == reason

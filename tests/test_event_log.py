@@ -1,0 +1,116 @@
+"""The event log: what was told and decided, as JSON, and told again."""
+
+import json
+import math
+
+import pytest
+
+from disagg_jax.backend import serve
+from disagg_jax.deployment import Role
+from disagg_jax.event_log import (
+    EventLog,
+    _event_from_json,
+    _event_to_json,
+    replay,
+)
+from disagg_jax.request import Request, Sampling
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.work import Arrived, Cancelled, Done, Down, Up
+from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
+
+EVENTS = [
+    Arrived(make_request()),
+    Arrived(
+        Request(
+            id=0,
+            arrival_s=0.1 + 0.2,  # not a short decimal
+            prompt_tokens=3,
+            max_tokens=2,
+            prompt=(0, 5, 0),
+            sampling=Sampling(temperature=1 / 3, top_k=5, top_p=0.9, seed=2**31 - 1),
+            eos_token=0,
+            ignore_eos=True,
+            stop_tokens=frozenset({0, 7}),
+        )
+    ),
+    Done(0, 0.1, math.nextafter(0.1, 1)),
+    Done(1, 0.0, 1e-9, (0, 1), 0),
+    Done(2, 0.0, 1e300, (), 2**40),
+    Cancelled(0),
+    Down(0),
+    Up(3),
+]
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_events_survive_json(event):
+    assert _event_from_json(json.loads(json.dumps(_event_to_json(event)))) == event
+
+
+# Tiny pools, so that requests are preempted; 1 is cancelled, an instance is lost.
+RUNS = {
+    "2xcolocated:tp1": [(7.0, Cancelled(1)), (9.0, Down(0)), (12.0, Up(0))],
+    "2xprefill:tp1,decode:tp1": [(7.0, Cancelled(1)), (9.0, Down(2)), (12.0, Up(2))],
+}
+
+
+def logged_run(deployment: str) -> list[str]:
+    sampling = Sampling(temperature=0.7, top_p=0.9, seed=5)
+    requests = [
+        with_prompt(i, i / 2, prompt=3 + i % 4, out=9, sampling=sampling)
+        for i in range(12)
+    ]
+    log, engine = EventLog(), CheckingEngine()
+    timelines = serve(
+        make_controller(deployment, blocks=6),
+        VirtualBackend(engine),
+        requests,
+        RUNS[deployment],
+        log,
+    )
+    assert sum(t.preemptions for t in timelines) > 2
+    return log.lines
+
+
+@pytest.mark.parametrize("deployment", RUNS)
+def test_replay_makes_the_same_decisions(deployment):
+    lines = logged_run(deployment)
+    told = {event[0] for line in lines for event in json.loads(line)["events"]}
+    assert told == {"Arrived", "Done", "Cancelled", "Down", "Up"}
+    controller = make_controller(deployment, blocks=6)
+    assert list(replay(lines, controller)) == []
+    assert len(controller.timelines) == 12
+
+
+def test_replay_shows_the_turn_where_another_policy_decides_otherwise():
+    log = EventLog()
+    arrivals = [(float(i), [Arrived(make_request(j))]) for j, i in enumerate((0, 1, 2))]
+    controller = make_controller()
+    for now_s, events in [*arrivals, (3.0, [Done(1, 0.0, 3.0)])]:
+        log(now_s, events, controller.step(now_s, events))
+    # Turn 3: both that wait start together, or one of them alone.
+    policies = {Role.COLOCATED: PrefillFirst(max_seqs=1)}
+    assert list(replay(log.lines, make_controller())) == []
+    assert list(replay(log.lines, make_controller(policies=policies))) == [3]
+
+
+def test_replay_shows_other_blocks():
+    """The same requests in other blocks is another decision."""
+    lines = logged_run("2xcolocated:tp1")
+    record = json.loads(lines[0])
+    record["works"][0][3][0][4] = [4, 3]
+    lines[0] = json.dumps(record)
+    controller = make_controller("2xcolocated:tp1", blocks=6)
+    assert list(replay(lines, controller)) == [0]
+
+
+def test_a_line_holds_one_turn():
+    log = EventLog()
+    controller = make_controller()
+    events = [Arrived(make_request(0, prompt=3))]
+    log(0.5, events, controller.step(0.5, events))
+    record = json.loads(log.lines[0])
+    assert record["now_s"] == 0.5
+    assert record["events"][0][1]["prompt_tokens"] == 3
+    assert record["works"] == [["Step", 1, 0, [[0, 0, 3, True, [0]]]]]

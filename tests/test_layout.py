@@ -1,0 +1,330 @@
+"""Who may import whom, and what stands at the top: design rules as tests."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("disagg_jax", "models", "sharding", "experiments", "tests")
+TOP_LEVEL = {*ROOMS, "setup.py", "pyproject.toml", "README.md", ".gitignore", ".ci"}
+
+
+def within(name: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a dotted name is one of the prefixes or lies below one."""
+    return any(name == p or name.startswith(p + ".") for p in prefixes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    rooms: tuple[str, ...]  # modules the rule speaks about ...
+    except_for: tuple[str, ...] = ()  # ... but not these
+    forbidden: tuple[str, ...]  # dotted names that must not be referred to
+
+
+RULES = {
+    "models knows no other room": Rule(
+        rooms=("models",),
+        forbidden=("sharding", "disagg_jax", "experiments", "tests"),
+    ),
+    "sharding knows no other room": Rule(
+        rooms=("sharding",),
+        forbidden=("models", "disagg_jax", "experiments", "tests"),
+    ),
+    "the core imports no jax": Rule(
+        rooms=("disagg_jax",),
+        except_for=("disagg_jax.engine",),
+        forbidden=("jax", "jaxlib", "flax", "optax", "orbax"),
+    ),
+    "the core does not know what it schedules": Rule(
+        rooms=("disagg_jax",),
+        except_for=("disagg_jax.engine",),
+        forbidden=("models", "sharding", "disagg_jax.engine"),
+    ),
+    "the engine does not know the simulator": Rule(
+        rooms=("disagg_jax.engine",),
+        forbidden=("disagg_jax.sim",),
+    ),
+    "the simulator does not know the engine": Rule(
+        rooms=("disagg_jax.sim",),
+        forbidden=("disagg_jax.engine",),
+    ),
+    "nothing below experiments knows it": Rule(
+        rooms=("disagg_jax", "models", "sharding"),
+        forbidden=("experiments", "tests"),
+    ),
+    "only experiments reads flags and environment": Rule(
+        rooms=("disagg_jax", "models", "sharding"),
+        forbidden=(
+            "absl.app",
+            "absl.flags",
+            "argparse",
+            "os.environ",
+            "os.environb",
+            "os.getenv",
+            "os.getenvb",
+            "sys.argv",
+        ),
+    ),
+}
+
+
+def absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
+    """The dotted name after `from`, with leading dots resolved."""
+    if not node.level:
+        return node.module or ""
+    package = module.split(".") if is_package else module.split(".")[:-1]
+    base = package[: len(package) - node.level + 1]
+    return ".".join(base + ([node.module] if node.module else []))
+
+
+def dotted(node: ast.expr) -> str | None:
+    """`a.b.c` for such an expression, None for any other."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return None
+
+
+def references(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+    """Every (line, dotted name) the source imports or reaches through an import.
+
+    Imports inside functions and under TYPE_CHECKING count. So do attribute chains that
+    start at an imported name (`os.environ`), and import_module("a constant").
+    """
+    tree = ast.parse(source, filename=module)
+    bound = {}  # local name -> the dotted name it stands for
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+                top = alias.name.split(".")[0]
+                bound[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            base = absolute(node, module, is_package)
+            for alias in node.names:
+                name = base if alias.name == "*" else f"{base}.{alias.name}"
+                yield node.lineno, name
+                bound[alias.asname or alias.name] = name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and (name := dotted(node)):
+            head, _, tail = name.partition(".")
+            if head in bound:
+                yield node.lineno, f"{bound[head]}.{tail}"
+        elif isinstance(node, ast.Call) and node.args:
+            function = (dotted(node.func) or "").split(".")[-1]
+            target = node.args[0]
+            if function in ("import_module", "__import__") and isinstance(
+                target, ast.Constant
+            ):
+                yield node.lineno, str(target.value)
+
+
+def violations(
+    rule: Rule, source: str, module: str, is_package: bool = False
+) -> list[str]:
+    if not within(module, rule.rooms) or within(module, rule.except_for):
+        return []
+    found = {
+        (line, name)
+        for line, name in references(source, module, is_package)
+        if within(name, rule.forbidden)
+    }
+    return [f"{module}:{line} refers to {name}" for line, name in sorted(found)]
+
+
+def source_files() -> list[Path]:
+    return [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_source_keeps_rule(name: str):
+    rule = RULES[name]
+    files = [path for path in source_files() if within(module_name(path), rule.rooms)]
+    assert files, f"no source in {rule.rooms}: the rule checks nothing"
+    found = []
+    for path in files:
+        is_package = path.name == "__init__.py"
+        found += violations(rule, path.read_text(), module_name(path), is_package)
+    assert not found, f"{name}:\n" + "\n".join(found)
+
+
+# (rule, module the snippet stands in, snippet that breaks the rule)
+BROKEN = [
+    ("models knows no other room", "models.x", "import sharding.rules"),
+    ("models knows no other room", "models", "from disagg_jax import request"),
+    ("sharding knows no other room", "sharding.x", "from models import config"),
+    ("sharding knows no other room", "sharding.x", "def f():\n    import experiments"),
+    ("the core imports no jax", "disagg_jax.metrics", "import jax.numpy as jnp"),
+    ("the core imports no jax", "disagg_jax.sim.cost", "def f():\n    import jax"),
+    ("the core imports no jax", "disagg_jax.x", "import_module('flax.nnx')"),
+    (
+        "the core imports no jax",
+        "disagg_jax.x",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import jaxlib",
+    ),
+    ("the core does not know what it schedules", "disagg_jax.x", "import models"),
+    (
+        "the core does not know what it schedules",
+        "disagg_jax.x",
+        "from . import engine",
+    ),
+    (
+        "the core does not know what it schedules",
+        "disagg_jax.scheduling.x",
+        "from ..engine.programs import decode",
+    ),
+    (
+        "the core does not know what it schedules",
+        "disagg_jax.x",
+        "import disagg_jax\ndisagg_jax.engine.executor.run()",
+    ),
+    (
+        "the engine does not know the simulator",
+        "disagg_jax.engine.x",
+        "from ..sim.clock import VirtualClock",
+    ),
+    (
+        "the simulator does not know the engine",
+        "disagg_jax.sim.x",
+        "import disagg_jax.engine as e",
+    ),
+    (
+        "nothing below experiments knows it",
+        "disagg_jax.engine.x",
+        "from experiments import runs",
+    ),
+    (
+        "nothing below experiments knows it",
+        "models.x",
+        "from tests.dummies import Tiny",
+    ),
+    (
+        "only experiments reads flags and environment",
+        "disagg_jax.engine.x",
+        "import os as o\nhome = o.environ['HOME']",
+    ),
+    (
+        "only experiments reads flags and environment",
+        "models.x",
+        "from os import getenv",
+    ),
+    (
+        "only experiments reads flags and environment",
+        "sharding.x",
+        "from absl import flags",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "module", "source"), BROKEN)
+def test_checker_sees_broken_rule(name: str, module: str, source: str):
+    assert violations(RULES[name], source, module)
+
+
+def test_every_rule_has_a_broken_example():
+    assert {name for name, _, _ in BROKEN} == set(RULES)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "disagg_jax.engine.x",
+            "import jax\nfrom models import layers\nimport sharding",
+        ),
+        ("disagg_jax.x", "from . import request\nfrom .scheduling import view"),
+        ("disagg_jax.x", "import os.path\nengine = os.path.join('a', 'b')"),
+        ("disagg_jax.x", "jax = 1\nenviron = jax.real"),
+        (
+            "models.x",
+            "import jax\nfrom models import config\ndef f():\n    import gguf",
+        ),
+        ("models.x", "import modelsharding, disagg_jaxish"),
+        ("experiments.x", "import os, models, sharding\nos.environ['HOME']"),
+    ],
+)
+def test_checker_lets_good_source_pass(module: str, source: str):
+    assert not [v for rule in RULES.values() for v in violations(rule, source, module)]
+
+
+def test_leading_dots_count_from_the_package():
+    source = "from . import engine"
+    assert (1, "disagg_jax.engine") in references(source, "disagg_jax", True)
+    assert (1, "disagg_jax.sim.engine") in references(source, "disagg_jax.sim.x", False)
+    assert (1, "disagg_jax.sim.engine") in references(source, "disagg_jax.sim", True)
+
+
+def core_files() -> list[Path]:
+    files = sorted((ROOT / "disagg_jax").rglob("*.py"))
+    return [p for p in files if not within(module_name(p), ("disagg_jax.engine",))]
+
+
+def test_importing_the_core_loads_no_jax():
+    """Also catches what no import statement shows: a library that loads jax itself."""
+    modules = [module_name(path) for path in core_files()]
+    assert "disagg_jax.request" in modules
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "print(sorted({'jax', 'jaxlib', 'flax'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *modules],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+def test_pyright_is_strict_on_the_whole_core():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pyright"]
+    strict = {
+        path
+        for pattern in settings["strict"]
+        for match in ROOT.glob(pattern)
+        for path in (match.rglob("*.py") if match.is_dir() else [match])
+    }
+    assert strict == set(core_files())
+
+
+def git_files() -> list[str]:
+    """Tracked files and new ones that git does not ignore, from the checkout's root."""
+    try:
+        top = subprocess.run(
+            ["git", "rev-parse", "--show-toplevel"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if top.returncode or Path(top.stdout.strip()).resolve() != ROOT:
+        pytest.skip(f"{ROOT} is not the root of a git checkout: {top.stderr.strip()}")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [name for name in listed.stdout.split("\0") if name]
+
+
+def test_top_level_holds_only_the_fixed_names():
+    tops = {Path(name).parts[0] for name in git_files()}
+    present = {name for name in tops if (ROOT / name).exists()}
+    assert present <= TOP_LEVEL, f"not of the layout: {sorted(present - TOP_LEVEL)}"

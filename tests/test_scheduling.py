@@ -1,0 +1,323 @@
+"""Policies as tables: (queue, running, free blocks) -> the next step."""
+
+import pytest
+
+from disagg_jax.deployment import InstanceSpec, KVMemory, Role
+from disagg_jax.request import Timeline
+from disagg_jax.scheduling import SYSTEMS, get_system
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.routing import least_loaded, shortest_queue
+from disagg_jax.state import InstanceState, RequestState
+from tests.serving import make_request
+
+BLOCK = 4  # tokens
+
+
+def state(id: int, known: int) -> RequestState:
+    request = make_request(id, prompt=known)
+    return RequestState(request, id, Timeline(request=request), known)
+
+
+def make_instance(*, waiting=None, running=None, arriving=None, free=100):
+    """An instance with {id: known tokens} in its places; a smaller id arrived earlier.
+
+    All tokens but the newest of a running or arriving request have their KV in blocks;
+    `free` blocks are left.
+    """
+    waiting, running, arriving = waiting or {}, running or {}, arriving or {}
+    resident = {**running, **arriving}
+    held = sum(-(-(known - 1) // BLOCK) for known in resident.values())
+    memory = KVMemory(num_blocks=held + free, block_tokens=BLOCK, max_context=1000)
+    instance = InstanceState(0, InstanceSpec(role=Role.COLOCATED), memory)
+    instance.waiting.extend(state(*item) for item in waiting.items())
+    instance.running += [state(*item) for item in running.items()]
+    instance.arriving = {id: state(id, known) for id, known in arriving.items()}
+    for request in [*instance.running, *instance.arriving.values()]:
+        request.context = request.known - 1
+        instance.blocks.extend(request.id, request.context)
+    assert instance.blocks.free == free
+    return instance
+
+
+def planned(policy, instance):
+    plan = policy.plan(instance)
+    slices = {request.id: count for request, count in plan.slices}
+    assert list(slices) == [request.id for request, _ in plan.slices]
+    return slices, [request.id for request in plan.preempt]
+
+
+def case(name, expected, preempt=(), *, limits=None, **places):
+    return pytest.param(places, limits or {}, expected, list(preempt), id=name)
+
+
+ROWS = ("places", "limits", "expected", "preempt")
+PREFILL_FIRST = [
+    case("nothing to do", {}),
+    case("prompts share a step", {0: 4, 1: 4}, waiting={0: 4, 1: 4}, free=2),
+    case(
+        "in queue order, not in order of arrival",
+        {1: 4, 0: 4},
+        waiting={1: 4, 0: 4},
+    ),
+    case(
+        "the first misfit stops admission, though the next would fit",
+        {0: 4},
+        waiting={0: 4, 1: 9, 2: 4},
+        free=3,
+    ),
+    case(
+        "cap reached exactly",
+        {0: 4, 1: 4},
+        waiting={0: 4, 1: 4, 2: 1},
+        limits={"max_batched_tokens": 8},
+    ),
+    case(
+        "the first beyond the cap stops admission",
+        {0: 4},
+        waiting={0: 4, 1: 5, 2: 1},
+        limits={"max_batched_tokens": 8},
+    ),
+    case(
+        "a prompt longer than the cap runs alone",
+        {0: 9},
+        waiting={0: 9, 1: 1},
+        limits={"max_batched_tokens": 8},
+    ),
+    case(
+        "a prompt longer than the cap waits for its turn to be first",
+        {0: 1},
+        waiting={0: 1, 1: 9},
+        limits={"max_batched_tokens": 8},
+    ),
+    case(
+        "max_seqs counts the running ones",
+        {2: 1},
+        waiting={2: 1, 3: 1},
+        running={0: 2, 1: 2},
+        limits={"max_seqs": 3},
+    ),
+    case(
+        "decode when max_seqs run",
+        {0: 1},
+        waiting={1: 1},
+        running={0: 2},
+        limits={"max_seqs": 1},
+    ),
+    case("prefill before decode", {1: 4}, waiting={1: 4}, running={0: 2}),
+    case(
+        "decode when the head of the queue does not fit",
+        {0: 1},
+        waiting={1: 9, 2: 1},
+        running={0: 2},
+        free=2,
+    ),
+    case(  # 1 + 9 blocks, 5 of them in reserve: 4 can be given away, no fifth
+        "admission leaves the watermark free",
+        {1: 16},
+        waiting={1: 16, 2: 1},
+        running={0: 2},
+        free=9,
+        limits={"watermark": 0.5},
+    ),
+    case(
+        "decodes may use the watermark",
+        {0: 1},
+        running={0: 5},
+        free=1,
+        limits={"watermark": 0.9},
+    ),
+    case(
+        "an empty instance admits below the watermark, but one only",
+        {0: 36},
+        waiting={0: 36, 1: 1},
+        free=10,
+        limits={"watermark": 0.5},
+    ),
+    case(
+        "not even an empty instance admits more than fits", {}, waiting={0: 5}, free=1
+    ),
+]
+
+
+@pytest.mark.parametrize(ROWS, PREFILL_FIRST)
+def test_prefill_first(places, limits, expected, preempt):
+    instance = make_instance(**places)
+    assert planned(PrefillFirst(**limits), instance) == (expected, preempt)
+
+
+# A request of 5 known tokens has one full block of 4 and needs another to go on; one of
+# 2 has room in its block.
+DECODES = [
+    case("all running, earliest first", {0: 1, 1: 1, 2: 1}, running={2: 2, 0: 2, 1: 2}),
+    case("a full block needs another", {0: 1, 1: 1}, running={0: 5, 1: 5}, free=2),
+    case("no block needed, none free", {0: 1, 1: 1}, running={0: 2, 1: 4}, free=0),
+    case(
+        "the latest arrival makes room, wherever it stands",
+        {0: 1, 1: 1},
+        [2],
+        running={2: 2, 0: 5, 1: 2},
+        free=0,
+    ),
+    case(
+        "several victims, latest first",
+        {0: 1, 1: 1},
+        [3, 2],
+        running={0: 5, 1: 5, 2: 2, 3: 2},
+        free=0,
+    ),
+    case(
+        "one victim with blocks for two",
+        {0: 1, 1: 1},
+        [2],
+        running={0: 5, 1: 5, 2: 8},
+        free=0,
+    ),
+    case("the latest makes room itself", {0: 1}, [1], running={0: 5, 1: 5}, free=1),
+    case(
+        "an earlier one is never the victim of a later one",
+        {0: 1},
+        [1],
+        running={0: 2, 1: 5},
+        free=0,
+    ),
+    case("even the only one makes room", {}, [0], running={0: 5}, free=0),
+    case(
+        "KV on its way in cannot make room",
+        {},
+        [0],
+        running={0: 5},
+        arriving={1: 9},
+        free=0,
+    ),
+]
+
+
+@pytest.mark.parametrize("policy", [PrefillFirst, DecodeOnly])
+@pytest.mark.parametrize(ROWS, DECODES)
+def test_decode(policy, places, limits, expected, preempt):
+    instance = make_instance(**places)
+    assert planned(policy(**limits), instance) == (expected, preempt)
+
+
+PREFILL_ONLY = [
+    case("nothing to do", {}),
+    case(
+        "L_m reached exactly",
+        {0: 4, 1: 4},
+        waiting={0: 4, 1: 4, 2: 1},
+        limits={"token_budget": 8},
+    ),
+    case(
+        "the first beyond L_m stops the batch, though the next would fit",
+        {0: 4},
+        waiting={0: 4, 1: 5, 2: 1},
+        limits={"token_budget": 8},
+    ),
+    case(
+        "a prompt longer than L_m runs alone",
+        {0: 9},
+        waiting={0: 9, 1: 1},
+        limits={"token_budget": 8},
+    ),
+    case(
+        "a prompt longer than L_m waits for its turn to be first",
+        {0: 1},
+        waiting={0: 1, 1: 9},
+        limits={"token_budget": 8},
+    ),
+    case("memory stops the batch", {0: 4}, waiting={0: 4, 1: 5, 2: 1}, free=2),
+    case("no memory, no step", {}, waiting={0: 5}, free=1),
+    case(
+        "at most max_seqs",
+        {0: 1, 1: 1},
+        waiting={0: 1, 1: 1, 2: 1},
+        limits={"max_seqs": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(ROWS, PREFILL_ONLY)
+def test_prefill_only(places, limits, expected, preempt):
+    instance = make_instance(**places)
+    assert planned(PrefillOnly(**limits), instance) == (expected, preempt)
+
+
+# A request of 5 known tokens is pulled into 2 blocks: its KV, and room for one token.
+@pytest.mark.parametrize(
+    ("places", "limits", "pulls"),
+    [
+        pytest.param({"free": 2}, {}, True, id="fits exactly"),
+        pytest.param({"free": 1}, {}, False, id="room for the KV, none for a token"),
+        pytest.param(
+            {"free": 2},
+            {"watermark": 1.0},
+            True,
+            id="an empty instance keeps no reserve",
+        ),
+        pytest.param(
+            {"running": {0: 2}, "free": 9},
+            {"watermark": 0.7},
+            True,
+            id="at the watermark",
+        ),
+        pytest.param(
+            {"running": {0: 2}, "free": 9}, {"watermark": 0.8}, False, id="below it"
+        ),
+        pytest.param(
+            {"arriving": {0: 2}, "free": 9},
+            {"watermark": 0.8},
+            False,
+            id="an instance with KV on its way in is not empty",
+        ),
+        pytest.param({"running": {0: 2}}, {"max_seqs": 2}, True, id="max_seqs reached"),
+        pytest.param(
+            {"running": {0: 2}}, {"max_seqs": 1}, False, id="max_seqs exceeded"
+        ),
+        pytest.param(
+            {"running": {0: 2}, "arriving": {1: 2}},
+            {"max_seqs": 2},
+            False,
+            id="max_seqs counts KV on its way in",
+        ),
+    ],
+)
+def test_decode_only_pulls(places, limits, pulls):
+    assert DecodeOnly(**limits).pulls(make_instance(**places), state(9, 5)) is pulls
+
+
+@pytest.mark.parametrize(
+    ("router", "instances", "picked"),
+    [
+        (shortest_queue, [{}, {}], 0),
+        (shortest_queue, [{"waiting": {0: 1}}, {}, {}], 1),
+        # Queue before load: one waits at the first, three run at the second.
+        (shortest_queue, [{"waiting": {0: 1}}, {"running": {1: 2, 2: 2, 3: 2}}], 1),
+        (shortest_queue, [{"running": {1: 2, 2: 2}}, {"running": {1: 2}}], 1),
+        (least_loaded, [{}, {}], 0),
+        (least_loaded, [{"running": {0: 2}}, {"running": {1: 2}}], 0),
+        (least_loaded, [{"running": {0: 2}}, {"arriving": {1: 2}}, {}], 2),
+        (least_loaded, [{"running": {0: 2, 1: 2}}, {"waiting": {2: 2}}], 1),
+    ],
+)
+def test_router_picks_the_least_and_of_equals_the_first(router, instances, picked):
+    views = [make_instance(**places) for places in instances]
+    assert router(views) is views[picked]
+
+
+def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
+    prefilling, decoding = make_instance(), make_instance()
+    prefilling.stepping = [state(0, 4)]
+    decoding.stepping = [state(1, 4)]
+    decoding.stepping[0].known += 1
+    assert (prefilling.queued, decoding.queued) == (1, 0)
+    assert shortest_queue([prefilling, decoding]) is decoding
+
+
+def test_unknown_system_is_named():
+    with pytest.raises(
+        ValueError, match="system: expected one of .*'vllm'.*got 'orca'"
+    ):
+        get_system("orca")
+    assert all(get_system(name) is SYSTEMS[name] for name in SYSTEMS)
