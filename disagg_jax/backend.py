@@ -47,7 +47,11 @@ class Backend(Protocol):
         ...
 
     def drop(self, instance: int) -> None:
-        """Forgets all work that touches `instance`: no Done follows for it."""
+        """Forgets all work that touches `instance`: no Done follows for it.
+
+        The blocks it was to write may be given to others at once, so nothing of it may
+        be written after work that is submitted later.
+        """
         ...
 
 
@@ -74,6 +78,11 @@ def serve(
     external = collections.deque(sorted(timed, key=lambda item: item[0]))
     while external or controller.in_flight:
         done = backend.wait(external[0][0] if external else math.inf)
+        if not done and not external:
+            raise RuntimeError(
+                f"the backend lost {controller.in_flight} pieces of work: it waits for "
+                "nothing, but they are not done"
+            )
         now_s = backend.now_s()
         events: list[Event] = [*done]
         while external and external[0][0] <= now_s:

@@ -234,7 +234,7 @@ class Controller:
         lost.up, lost.step = False, None
         touched = {*lost.waiting, *lost.running, *lost.parked, *lost.pulls}
         for work_id, flight in list(self._in_flight.items()):
-            if lost.id in _instances_of(flight.work):
+            if lost.id in flight.work.instances:
                 del self._in_flight[work_id]
                 touched.update(flight.states)
         in_order = sorted(touched, key=_order)
@@ -445,12 +445,6 @@ def _stamp_start(state: RequestState, now_s: float) -> None:
         timeline.prefill_start_s = now_s
     elif state.generated and timeline.decode_start_s is None:
         timeline.decode_start_s = now_s
-
-
-def _instances_of(work: Work) -> tuple[int, ...]:
-    if isinstance(work, Transfer):
-        return (work.src, work.dst)
-    return (work.instance,)
 
 
 def _some(value: InstanceState | None) -> InstanceState:

@@ -6,8 +6,10 @@ how a log, or a change to the scheduling code, is checked.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -70,19 +72,18 @@ def _event_from_json(record: list[Any]) -> Event:
 
 
 def _work_to_json(work: Work) -> list[Any]:
+    """Readable decisions, and a checksum of the blocks and tokens that go with them."""
     if isinstance(work, Step):
-        slices = [
-            [part.request.id, part.start, part.count, part.samples, list(part.blocks)]
-            for part in work.slices
-        ]
-        return ["Step", work.id, work.instance, slices]
-    return [
-        "Transfer",
-        work.id,
-        work.request.id,
-        work.src,
-        work.dst,
-        list(work.src_blocks),
-        list(work.dst_blocks),
-        work.context,
-    ]
+        slices = [[part.request.id, part.start, part.count] for part in work.slices]
+        details = [ids for part in work.slices for ids in (part.blocks, part.tokens)]
+        return ["Step", work.id, work.instance, slices, _checksum(details)]
+    blocks = _checksum([work.src_blocks, work.dst_blocks])
+    ends = [work.src, work.dst]
+    return ["Transfer", work.id, work.request.id, *ends, work.context, blocks]
+
+
+def _checksum(parts: Iterable[Sequence[int]]) -> int:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(array.array("q", part).tobytes(), checksum)
+    return checksum

@@ -16,8 +16,8 @@ class KVBlocks:
 
     def __init__(self, memory: KVMemory):
         self.memory = memory
-        # A heap: the lowest free blocks are used first, which keeps the used part of the
-        # pool short. A decode step reads the pool up to its last used block.
+        # A heap: the lowest free blocks are used first, which keeps the used part of
+        # the pool short. A decode step reads the pool up to its last used block.
         self._free = list(range(memory.num_blocks))
         self._tables: dict[int, list[int]] = {}
 

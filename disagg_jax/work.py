@@ -41,6 +41,11 @@ class Step:
     instance: int
     slices: tuple[Slice, ...]
 
+    @property
+    def instances(self) -> tuple[int, ...]:
+        """The instances it occupies or touches."""
+        return (self.instance,)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transfer:
@@ -53,6 +58,11 @@ class Transfer:
     src_blocks: tuple[int, ...]
     dst_blocks: tuple[int, ...]  # as many as src_blocks, in the same order
     context: int  # tokens whose KV is in those blocks
+
+    @property
+    def instances(self) -> tuple[int, ...]:
+        """The instances it occupies or touches."""
+        return (self.src, self.dst)
 
 
 Work = Step | Transfer

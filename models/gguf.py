@@ -75,7 +75,7 @@ def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
 
     params: dict[str, Any] = {
         "embed": take("token_embd.weight", config.vocab_size, config.embed),
-        "layers": _stack([layer(i) for i in range(config.layers)]),
+        "layers": [layer(i) for i in range(config.layers)],
         "final_norm": {"scale": take("output_norm.weight", config.embed)},
     }
     if not config.tie_embeddings:
@@ -195,15 +195,3 @@ def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """
     interleaved = rows.reshape(heads, -1, 2, rows.shape[1])
     return interleaved.swapaxes(1, 2).reshape(heads, -1, rows.shape[1])
-
-
-def _stack(
-    layers: list[dict[str, dict[str, np.ndarray]]],
-) -> dict[str, dict[str, np.ndarray]]:
-    return {
-        part: {
-            name: np.stack([layer[part][name] for layer in layers])
-            for name in layers[0][part]
-        }
-        for part in layers[0]
-    }

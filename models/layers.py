@@ -99,9 +99,8 @@ def attention(q_TNH: Array, k_SKH: Array, v_SKH: Array, mask_TS: Array) -> Array
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The length of every logical axis that a weight can have."""
+    """The length of every logical axis that a weight of one layer can have."""
     return {
-        "layers": config.layers,
         "embed": config.embed,
         "heads": config.q_heads,
         "kv_heads": config.kv_heads,
@@ -133,10 +132,10 @@ def weight(
 
 
 class RMSNorm(nnx.Module):
-    def __init__(self, config: ModelConfig, *axes: str) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.eps = config.norm_eps
-        shape = tuple(axis_sizes(config)[axis] for axis in axes)
-        self.scale = nnx.Param(jnp.ones(shape, jnp.dtype(config.dtype)), axes=axes)
+        ones_E = jnp.ones((config.embed,), jnp.dtype(config.dtype))
+        self.scale = nnx.Param(ones_E, axes=("embed",))
 
     def __call__(self, x_TE: Array) -> Array:
         return rms_norm(x_TE, self.scale[...], self.eps)
@@ -146,14 +145,14 @@ class Attention(nnx.Module):
     """The projections into and out of attention, which itself is the caller's."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        into = functools.partial(weight, config, rngs, "layers", "embed")
+        into = functools.partial(weight, config, rngs, "embed")
         # With a gain of 1 random attention is nearly a mean over the context and greedy
         # output soon repeats one token; with 4 it picks out a few keys.
         self.wq = into("heads", "head_dim", fan_in=("embed",), gain=4.0)
         self.wk = into("kv_heads", "head_dim", fan_in=("embed",))
         self.wv = into("kv_heads", "head_dim", fan_in=("embed",))
-        out = ("layers", "heads", "head_dim", "embed")
-        self.wo = weight(config, rngs, *out, fan_in=("heads", "head_dim"))
+        out_of = functools.partial(weight, config, rngs, "heads", "head_dim")
+        self.wo = out_of("embed", fan_in=("heads", "head_dim"))
 
     def qkv(
         self, x_TE: Array, table: tuple[Array, Array]
@@ -172,10 +171,9 @@ class MLP(nnx.Module):
     """SwiGLU (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        stacked = functools.partial(weight, config, rngs, "layers")
-        self.w_gate = stacked("embed", "mlp", fan_in=("embed",))
-        self.w_up = stacked("embed", "mlp", fan_in=("embed",))
-        self.w_down = stacked("mlp", "embed", fan_in=("mlp",))
+        self.w_gate = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
+        self.w_up = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
+        self.w_down = weight(config, rngs, "mlp", "embed", fan_in=("mlp",))
 
     def __call__(self, x_TE: Array) -> Array:
         gate_TF = einsum("TE,EF->TF", x_TE, self.w_gate[...])
@@ -184,12 +182,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Built with the weights of all layers stacked; called with those of one."""
-
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config, "layers", "embed")
+        self.attention_norm = RMSNorm(config)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config, "layers", "embed")
+        self.mlp_norm = RMSNorm(config)
         self.mlp = MLP(config, rngs)
 
     def __call__(

@@ -1,7 +1,8 @@
 """How attention heads are laid out so that they divide over a tensor-parallel mesh.
 
-The stored heads ("slots") may be more than the model's. The layout names the model's head
-in each slot, which is also what moving KV between two unequal meshes needs to know.
+The stored heads ("slots") may be more than the model's. The layout names the model's
+head in each slot, which is also what moving KV between two unequal meshes needs to
+know.
 """
 
 from __future__ import annotations

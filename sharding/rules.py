@@ -1,4 +1,4 @@
-"""Where each logical axis lives: one rule table per phase, independent of each other."""
+"""Where each logical axis lives: one rule table per role, each its own to change."""
 
 from __future__ import annotations
 

@@ -433,6 +433,9 @@ def test_source_lost_in_a_transfer_is_recomputed_and_destination_lost_is_not():
         run.finish()
         assert_served(run.timeline(0))
         assert run.timeline(0).preemptions == preemptions
+    # The recompute brought the second token, so no first transfer is left to time.
+    assert source.timeline(0).transfer_start_s is None
+    assert destination.timeline(0).transfer_end_s == 2.0  # the second pull: 1-2
 
 
 def test_pulls_of_a_lost_destination_go_to_another_in_order():

@@ -234,10 +234,11 @@ def check_timeline(timeline, cancelled: set[int]) -> None:
     else:
         assert timeline.status is Status.FINISHED
         assert timeline.tokens == expected
-        stages_s(timeline)  # raises on stamps out of order
-        stages = dataclasses.astuple(stages_s(timeline))
+        stages = dataclasses.astuple(stages_s(timeline))  # raises on bad order
         assert min(stages) >= 0
         assert sum(stages) == timeline.end_s - request.arrival_s
+        # A transfer that broke off, not repeated before decode, leaves no stamp.
+        assert (timeline.transfer_start_s is None) == (timeline.transfer_end_s is None)
     assert len(timeline.token_s) == len(timeline.tokens)
     order = [request.arrival_s, timeline.prefill_start_s, *timeline.token_s]
     order = [stamp for stamp in [*order, timeline.end_s] if stamp is not None]

@@ -88,10 +88,11 @@ def test_double_release_raises():
     assert blocks.free == 4
 
 
-def test_freed_blocks_are_used_first():
+def test_the_lowest_free_blocks_are_used_first():
     blocks = pool()
     blocks.extend(0, 8)
-    table = blocks.table(0)
-    blocks.release(0)
     blocks.extend(1, 8)
-    assert blocks.table(1) == table
+    blocks.release(0)
+    blocks.release(1)
+    blocks.extend(2, 12)
+    assert blocks.table(2) == (0, 1, 2)

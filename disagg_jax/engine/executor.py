@@ -7,7 +7,15 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 
 import jax
 import numpy as np
@@ -31,7 +39,7 @@ from sharding.rules import RULES
 # the tokens of a step, the bytes of a transfer.
 Result = tuple[tuple[int, ...], int]
 Running = Generator[Sequence[Array], None, Result]
-ModelKey = tuple[str, tuple[int, ...]]  # rule table, device ids
+ModelKey = tuple[Hashable, ...]  # rule table, device ids, KV pool
 
 
 @dataclasses.dataclass
@@ -40,6 +48,7 @@ class Instance:
 
     role: Role
     model: ModelOnMesh
+    buckets: Buckets
     cache: list[kv_cache.Cache]  # one for each layer group
 
 
@@ -48,13 +57,14 @@ class Engine:
 
     Args:
       deployment: the instances, cut from `devices` in order.
-      buckets: the listed shapes; only these can run.
-      models: weights and programs made before, by rule table and devices. Missing ones
-        are added, so that engines of several deployments share them.
+      memory: the KV pool of each instance.
+      buckets: the listed shapes of each instance; only these can run.
+      models: weights and programs made before; missing ones are added, so that engines
+        of several deployments share them.
 
     Raises:
-      ValueError: if the devices are too few, or a dimension of the model does not divide
-        over an instance's mesh.
+      ValueError: if the devices are too few, or a dimension of the model does not
+        divide over an instance's mesh.
     """
 
     def __init__(
@@ -63,25 +73,29 @@ class Engine:
         params: transformer.Params,
         deployment: Deployment,
         devices: Sequence[jax.Device],
-        memory: KVMemory,
-        buckets: Buckets,
+        memory: Sequence[KVMemory],
+        buckets: Sequence[Buckets],
         *,
         layer_groups: int = 1,
         models: dict[ModelKey, ModelOnMesh] | None = None,
     ):
         models = {} if models is None else models
         meshes = cut_meshes(devices, [spec.tp for spec in deployment.instances])
-        self.deployment, self.buckets, self.memory = deployment, buckets, memory
+        self.deployment = deployment
         self.instances: list[Instance] = []
-        for spec, mesh in zip(deployment.instances, meshes, strict=True):
-            key = (str(spec.role), tuple(d.id for d in mesh.devices.flat))
+        for i, (spec, mesh) in enumerate(
+            zip(deployment.instances, meshes, strict=True)
+        ):
+            rules = RULES[spec.role]
+            ids = tuple(device.id for device in mesh.devices.flat)
+            key = (tuple(sorted(rules.items())), ids, memory[i])
             if key not in models:
-                rules = RULES[spec.role]
                 models[key] = ModelOnMesh(
-                    config, params, mesh, rules, memory, layer_groups
+                    config, params, mesh, rules, memory[i], layer_groups
                 )
             model = models[key]
-            self.instances.append(Instance(spec.role, model, model.new_cache()))
+            cache = model.new_cache()
+            self.instances.append(Instance(spec.role, model, buckets[i], cache))
         self._plans: dict[tuple[int, int], PiecePlan] = {
             (src, dst): self._piece_plan(src, dst)
             for src in deployment.of(Role.PREFILL)
@@ -97,10 +111,10 @@ class Engine:
     def compile(self) -> None:
         """Compiles every program that the deployment can need."""
         for instance in self.instances:
-            for shape in self.buckets.step_shapes(instance.role):
+            for shape in instance.buckets.step_shapes:
                 instance.model.compile_step(shape)
         for (src, dst), plan in self._plans.items():
-            for blocks in self.buckets.transfer_blocks:
+            for blocks in self.instances[src].buckets.transfer_blocks:
                 self.instances[src].model.compile_gather(blocks, plan)
                 self.instances[dst].model.compile_insert(blocks, plan)
 
@@ -128,17 +142,17 @@ class Engine:
     def program_key(self, work: Work) -> str:
         """Which programs `work` runs: work with equal keys takes equally long."""
         if isinstance(work, Step):
-            model = self.instances[work.instance].model
-            return f"tp{model.tp}/{self.buckets.step_shape(work.slices)}"
-        src, dst = (self.instances[i].model.tp for i in (work.src, work.dst))
-        size = self.buckets.transfer_size(len(work.src_blocks))
-        return f"tp{src}->tp{dst}/transfer_{size}"
+            instance = self.instances[work.instance]
+            return f"tp{instance.model.tp}/{instance.buckets.step_shape(work.slices)}"
+        src, dst = self.instances[work.src], self.instances[work.dst]
+        size = src.buckets.transfer_size(len(work.src_blocks))
+        return f"tp{src.model.tp}->tp{dst.model.tp}/transfer_{size}"
 
     def _step(self, step: Step) -> Running:
         instance = self.instances[step.instance]
         model = instance.model
-        shape = self.buckets.step_shape(step.slices)
-        packed = shape.pack(step.slices, self.memory.block_tokens, model.scratch_block)
+        shape = instance.buckets.step_shape(step.slices)
+        packed = shape.pack(step.slices, model.memory.block_tokens, model.scratch_block)
         tokens = model.step(shape, instance.cache, model.put(packed))
         tokens.copy_to_host_async()
         yield (tokens,)
@@ -152,7 +166,7 @@ class Engine:
         """
         src, dst = self.instances[transfer.src], self.instances[transfer.dst]
         plan = self._plans[transfer.src, transfer.dst]
-        size = self.buckets.transfer_size(len(transfer.src_blocks))
+        size = src.buckets.transfer_size(len(transfer.src_blocks))
         src_ids = src.model.put(_pad(transfer.src_blocks, size, src.model))
         dst_ids = dst.model.put(_pad(transfer.dst_blocks, size, dst.model))
         groups = range(len(src.cache))
@@ -165,7 +179,9 @@ class Engine:
         yield [piece for group in moved for piece in group]
         landed: list[Array] = []
         for g, pieces in enumerate(moved):
-            dst.cache[g], flag = dst.model.insert(g, dst.cache[g], dst_ids, pieces, plan)
+            dst.cache[g], flag = dst.model.insert(
+                g, dst.cache[g], dst_ids, pieces, plan
+            )
             landed.append(flag)
         yield landed
         return (), sum(piece.nbytes for group in moved for piece in group)
@@ -232,8 +248,8 @@ def measure_step_times(
 ) -> dict[str, float]:
     """Median seconds of every program the deployment can need, each run alone.
 
-    The rounds go over all programs in turn, so that a slow moment of the machine falls on
-    different programs in different rounds. The pools hold garbage afterwards.
+    The rounds go over all programs in turn, so that a slow moment of the machine falls
+    on different programs in different rounds. The pools hold garbage afterwards.
     """
     works = {engine.program_key(work): work for work in _every_work(engine)}
     for work in works.values():
@@ -248,17 +264,17 @@ def measure_step_times(
 
 def _every_work(engine: Engine) -> Iterable[Work]:
     for i, instance in enumerate(engine.instances):
-        for shape in engine.buckets.step_shapes(instance.role):
-            yield Step(0, i, _full_slices(shape, engine.memory))
+        for shape in instance.buckets.step_shapes:
+            yield Step(0, i, full_slices(shape, instance.model.memory))
     for src in engine.deployment.of(Role.PREFILL):
         for dst in engine.deployment.of(Role.DECODE):
-            for size in engine.buckets.transfer_blocks:
+            for size in engine.instances[src].buckets.transfer_blocks:
                 blocks = tuple(range(size))
                 request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
                 yield Transfer(0, request, src, dst, blocks, blocks, 1)
 
 
-def _full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
+def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
     """Slices that fill `shape` and need it. Rows may share blocks: it is for timing."""
     if isinstance(shape, DecodeShape):
         tables = np.array_split(np.arange(shape.blocks), shape.rows)

@@ -1,14 +1,14 @@
 """The paged KV cache: its layout, and what reads and writes it.
 
-A layer's cache is two arrays (k, v) of shape [blocks, K_tensor, block_tokens, H]; a layer
-group's cache is a list of them. Each layer has arrays of its own because XLA would copy a
-layer out of a stacked array before a matmul reads it.
+A layer's cache is two arrays (k, v) of shape [blocks, K_tensor, block_tokens, H]; a
+layer group's cache is a list of them. Each layer has arrays of its own because XLA
+would copy a layer out of a stacked array before a matmul reads it.
 
 Decode attends in *pool order*: instead of gathering each request's blocks (which writes
-and reads its whole context once more), every block of the pool's front finds its owner's
-query. The keys and values are then read once, where they lie, and a short request is not
-padded to the longest one. The allocator hands out the lowest free blocks to keep that
-front short.
+and reads its whole context once more), every block of the pool's front finds its
+owner's query. The keys and values are then read once, where they lie, and a short
+request is not padded to the longest one. The allocator hands out the lowest free blocks
+to keep that front short.
 
 Shape letters as in `models/transformer.py`; also P pool blocks, B decode rows, G query
 heads of a kv head, O offsets in a block.
@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -30,7 +29,8 @@ AXES = ("blocks", "kv_heads", "length", "head_dim")  # of k and of v
 PAYLOAD_AXES = ("layers", *AXES)  # of KV on its way: k and v of each layer in turn
 PAYLOAD_HEAD_AXIS = PAYLOAD_AXES.index("kv_heads")
 
-# attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache); see `models.transformer`
+# attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache); see
+# `models.transformer`
 Attend = Callable[[int, Array, Array, Array, Cache], tuple[Array, Cache]]
 
 # Every index comes from a block table and padding goes to the scratch block, so nothing

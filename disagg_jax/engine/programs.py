@@ -35,7 +35,8 @@ class ModelOnMesh:
     """One copy of the weights on one mesh, cut into layer groups, and its programs.
 
     A forward pass is a sequence of layer groups, each a program of its own with its own
-    part of the cache. Programs hold no requests and no cache: several pools may use them.
+    part of the cache. Programs hold no requests and no cache: several pools may use
+    them.
 
     Attributes:
       tp: devices of the mesh.
@@ -224,9 +225,7 @@ class ModelOnMesh:
         return program
 
     def _spec(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(
-            shape, jnp.dtype(dtype), sharding=self._replicated
-        )
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._replicated)
 
     def _cache_spec(self, group: int) -> kv_cache.Cache:
         part = self._part_spec()
@@ -267,7 +266,7 @@ def _run_group(
     *x_TE: Array,
     is_last: bool,
 ) -> tuple[kv_cache.Cache, Array]:
-    """One layer group of a step: embeds if there is no `x_TE`, samples if it is last."""
+    """One layer group of a step; embeds without an `x_TE`, samples if it is last."""
     inputs = shape.fields.unpack(packed)
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"])
     if isinstance(shape, PrefillShape):

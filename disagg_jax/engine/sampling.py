@@ -42,22 +42,26 @@ def sample(logits_RV: Array, params: SamplingParams) -> Array:
 def _draw(logits_RV: Array, params: SamplingParams) -> Array:
     temperature_R1 = jnp.maximum(params.temperature, 1e-6)[:, None]
     logits_RV = logits_RV.astype(jnp.float32) / temperature_R1
-    logits_RV = jnp.where(_kept(logits_RV, params), logits_RV, -jnp.inf)
+    kept_RV = logits_RV >= _threshold(logits_RV, params)[:, None]
+    logits_RV = jnp.where(kept_RV, logits_RV, -jnp.inf)
     return jax.vmap(_categorical)(logits_RV, params.seed, params.index)
 
 
-def _kept(logits_RV: Array, params: SamplingParams) -> Array:
-    """`[R, V] bool` the tokens that top-k, and of those top-p, leave over."""
-    order_RV = jnp.argsort(-logits_RV, axis=-1, stable=True)
-    rank_RV = jnp.argsort(order_RV, axis=-1)
-    top_k_R = jnp.where(params.top_k > 0, params.top_k, logits_RV.shape[-1])
-    in_top_k_RV = rank_RV < top_k_R[:, None]
-    probs_RV = jax.nn.softmax(jnp.where(in_top_k_RV, logits_RV, -jnp.inf), axis=-1)
-    sorted_RV = jnp.take_along_axis(probs_RV, order_RV, axis=-1)
-    # A token stays if the ones before it do not reach top_p; the first always stays.
-    before_RV = jnp.cumsum(sorted_RV, axis=-1) - sorted_RV
-    before_RV = jnp.take_along_axis(before_RV, rank_RV, axis=-1)
-    return in_top_k_RV & ((before_RV < params.top_p[:, None]) | (rank_RV == 0))
+def _threshold(logits_RV: Array, params: SamplingParams) -> Array:
+    """The lowest logit that top-k, and then top-p of what is left, keep; `[R]`.
+
+    Logits equal to the threshold all stay, so ties may keep more than k.
+    """
+    V = logits_RV.shape[-1]
+    sorted_RV = jnp.sort(logits_RV, axis=-1, descending=True)
+    top_k_R = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, V), V)
+    in_top_k_RV = jnp.arange(V)[None, :] < top_k_R[:, None]
+    probs_RV = jax.nn.softmax(jnp.where(in_top_k_RV, sorted_RV, -jnp.inf), axis=-1)
+    # A token stays if the likelier ones do not reach top_p; the first always stays.
+    before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
+    kept_RV = in_top_k_RV & (before_RV < params.top_p[:, None])
+    count_R = jnp.maximum(kept_RV.sum(-1), 1)
+    return jnp.take_along_axis(sorted_RV, count_R[:, None] - 1, axis=-1)[:, 0]
 
 
 def _categorical(logits_V: Array, seed: Array, index: Array) -> Array:

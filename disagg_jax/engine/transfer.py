@@ -25,7 +25,9 @@ class PiecePlan:
 
     piece_heads: int  # kv head slots in a piece
     pieces_per_source: int  # pieces each source shard is cut into
-    sources: tuple[tuple[tuple[int, int], ...], ...]  # [dst shard][piece] -> (src, piece)
+    sources: tuple[
+        tuple[tuple[int, int], ...], ...
+    ]  # [dst shard][piece] -> (src, piece)
 
 
 def piece_plan(src: Slots, src_tp: int, dst: Slots, dst_tp: int) -> PiecePlan:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from jax import Array
 
 from disagg_jax.engine.executor import Engine, Result, Running
-from disagg_jax.work import Done, Step, Work
+from disagg_jax.work import Done, Work
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,7 +21,7 @@ class _Pending:
     arrays: Sequence[Array]  # what it waits for
 
     def advance(self) -> Result | None:
-        """Goes on as far as ready arrays allow; the result once there is nothing left."""
+        """Goes on as far as arrays are ready; the result once there is no more."""
         while all(array.is_ready() for array in self.arrays):
             try:
                 self.arrays = next(self.running)
@@ -33,8 +33,8 @@ class _Pending:
 class WallBackend:
     """A `Backend` on the clock of this machine.
 
-    Work is dispatched when submitted and polled for completion, so that no instance waits
-    for another. Times are when this thread saw the result on the host.
+    Work is dispatched when submitted and polled for completion, so that no instance
+    waits for another. Times are when this thread saw the result on the host.
     """
 
     def __init__(self, engine: Engine, poll_s: float = 50e-6):
@@ -63,7 +63,7 @@ class WallBackend:
         self._pending = [
             pending
             for pending in self._pending
-            if instance not in _instances(pending.work)
+            if instance not in pending.work.instances
         ]
 
     def _completed(self) -> list[Done]:
@@ -74,11 +74,5 @@ class WallBackend:
                 self._pending.remove(pending)
                 tokens, size = result
                 end_s = self.now_s()
-                done.append(
-                    Done(pending.work.id, pending.start_s, end_s, tokens, size)
-                )
+                done.append(Done(pending.work.id, pending.start_s, end_s, tokens, size))
         return done
-
-
-def _instances(work: Work) -> tuple[int, ...]:
-    return (work.instance,) if isinstance(work, Step) else (work.src, work.dst)

@@ -39,7 +39,7 @@ def place_params(
 
 
 def take_heads(weight: Array, slots: Sequence[int | None], axis: int) -> Array:
-    """`weight` with the head named by each slot along `axis`, zeros where it is None."""
+    """`weight` with each slot's head along `axis`, zeros where there is none."""
     if list(slots) == list(range(weight.shape[axis])):
         return weight
     heads = jnp.array([0 if head is None else head for head in slots])

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.scheduling.decoding import decode_all, fits
-from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
+from disagg_jax.scheduling.view import (
+    InstanceView,
+    Plan,
+    RequestView,
+    StepLimits,
+    check_parameters,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,15 @@ class DecodeOnly:
 
     max_seqs: int = 256  # requests with KV at the same time
     watermark: float = 0.01  # share of the blocks that a pull leaves free
+
+    def __post_init__(self) -> None:
+        check_parameters(self, max_seqs=self.max_seqs)
+        if not 0 <= self.watermark <= 1:
+            raise ValueError(f"watermark: expected in [0, 1], got {self.watermark}")
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(prefill_tokens=0, prefill_rows=0, decode_rows=self.max_seqs)
 
     def plan(self, instance: InstanceView) -> Plan:
         return decode_all(instance)

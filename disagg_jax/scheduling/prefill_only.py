@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
+from disagg_jax.scheduling.view import (
+    InstanceView,
+    Plan,
+    RequestView,
+    StepLimits,
+    check_parameters,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +24,21 @@ class PrefillOnly:
 
     token_budget: int = 512  # L_m: the prompt length that saturates the device
     max_seqs: int = 64  # prompts in one step
+
+    def __post_init__(self) -> None:
+        check_parameters(
+            self,
+            token_budget=self.token_budget,
+            max_seqs=self.max_seqs,
+        )
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(
+            prefill_tokens=self.token_budget,
+            prefill_rows=self.max_seqs,
+            decode_rows=0,
+        )
 
     def plan(self, instance: InstanceView) -> Plan:
         free, tokens = instance.blocks.free, 0

@@ -92,8 +92,28 @@ class Plan:
     preempt: Sequence[RequestView] = ()  # their KV is dropped before the step
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class StepLimits:
+    """How large a step a policy can ask for; an engine compiles programs up to this."""
+
+    prefill_tokens: int  # prompt tokens in one step, but for one longer prompt alone
+    prefill_rows: int  # prompts in one step; 0 where it never prefills
+    decode_rows: int  # requests that decode in one step; 0 where it never decodes
+
+
+def check_parameters(policy: object, **at_least_one: int) -> None:
+    """Raises ValueError unless each named parameter of `policy` is at least 1."""
+    for name, value in at_least_one.items():
+        if value < 1:
+            kind = type(policy).__name__
+            raise ValueError(f"{kind}.{name}: expected >= 1, got {value}")
+
+
 class Policy(Protocol):
     """Plans the next step of one instance."""
+
+    @property
+    def limits(self) -> StepLimits: ...
 
     def plan(self, instance: InstanceView) -> Plan:
         """The next step; no slices means nothing can run now."""

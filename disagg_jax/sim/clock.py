@@ -14,7 +14,7 @@ import heapq
 import math
 
 from disagg_jax.backend import Executor
-from disagg_jax.work import Done, Step, Work
+from disagg_jax.work import Done, Work
 
 
 class VirtualBackend:
@@ -33,10 +33,7 @@ class VirtualBackend:
         return self._now_s
 
     def submit(self, work: Work) -> None:
-        if isinstance(work, Step):
-            resource = (work.instance,)
-        else:
-            resource = (work.src, work.dst)
+        resource = work.instances  # one instance, or the link between two
         outcome = self._executor.run(work)
         if not 0 <= outcome.duration_s < math.inf:
             raise ValueError(

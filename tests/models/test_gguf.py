@@ -24,23 +24,26 @@ def random_params(tied: bool) -> dict[str, Any]:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
+    def block() -> dict[str, Any]:
+        return {
+            "attention_norm": {"scale": normal(E)},
+            "attention": {
+                "wq": normal(E, N, H),
+                "wk": normal(E, K, H),
+                "wv": normal(E, K, H),
+                "wo": normal(N, H, E),
+            },
+            "mlp_norm": {"scale": normal(E)},
+            "mlp": {
+                "w_gate": normal(E, F),
+                "w_up": normal(E, F),
+                "w_down": normal(F, E),
+            },
+        }
+
     params: dict[str, Any] = {
         "embed": normal(V, E),
-        "layers": {
-            "attention_norm": {"scale": normal(L, E)},
-            "attention": {
-                "wq": normal(L, E, N, H),
-                "wk": normal(L, E, K, H),
-                "wv": normal(L, E, K, H),
-                "wo": normal(L, N, H, E),
-            },
-            "mlp_norm": {"scale": normal(L, E)},
-            "mlp": {
-                "w_gate": normal(L, E, F),
-                "w_up": normal(L, E, F),
-                "w_down": normal(L, F, E),
-            },
-        },
+        "layers": [block() for _ in range(L)],
         "final_norm": {"scale": normal(E)},
     }
     return params if tied else {**params, "unembed": normal(E, V)}
@@ -64,23 +67,21 @@ def llama_tensors(params: dict[str, Any]) -> dict[str, np.ndarray]:
     }
     if "unembed" in params:
         tensors["output.weight"] = params["unembed"].T
-    blocks = params["layers"]
-    for i in range(L):
-        attention = {name: w[i] for name, w in blocks["attention"].items()}
+    for i, block in enumerate(params["layers"]):
+        attention, mlp = block["attention"], block["mlp"]
         wq, wk = attention["wq"].reshape(E, -1).T, attention["wk"].reshape(E, -1).T
-        mlp = {name: w[i].T for name, w in blocks["mlp"].items()}
-        block = {
-            "attn_norm": blocks["attention_norm"]["scale"][i],
+        named = {
+            "attn_norm": block["attention_norm"]["scale"],
             "attn_q": permute(wq, N),
             "attn_k": permute(wk, K),
             "attn_v": attention["wv"].reshape(E, -1).T,
             "attn_output": attention["wo"].reshape(-1, E).T,
-            "ffn_norm": blocks["mlp_norm"]["scale"][i],
-            "ffn_gate": mlp["w_gate"],
-            "ffn_up": mlp["w_up"],
-            "ffn_down": mlp["w_down"],
+            "ffn_norm": block["mlp_norm"]["scale"],
+            "ffn_gate": mlp["w_gate"].T,
+            "ffn_up": mlp["w_up"].T,
+            "ffn_down": mlp["w_down"].T,
         }
-        tensors |= {f"blk.{i}.{name}.weight": w for name, w in block.items()}
+        tensors |= {f"blk.{i}.{name}.weight": w for name, w in named.items()}
     return tensors
 
 
@@ -125,6 +126,10 @@ def assert_same(got: Any, want: Any, path: str = "params") -> None:
         assert got.keys() == want.keys(), path
         for key in want:
             assert_same(got[key], want[key], f"{path}.{key}")
+    elif isinstance(want, list):
+        assert len(got) == len(want), path
+        for i in range(len(want)):
+            assert_same(got[i], want[i], f"{path}.{i}")
     else:
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, want, err_msg=path)
@@ -159,7 +164,8 @@ def test_quantized_tensors_are_dequantized(tmp_path: pathlib.Path) -> None:
     _, loaded = load_gguf(path)
     # Q8_0: 8 bits for the range of a block of 32, here at most 2 * 4.5.
     np.testing.assert_allclose(loaded["embed"], params["embed"], atol=4.5 / 127)
-    down, want = loaded["layers"]["mlp"]["w_down"], params["layers"]["mlp"]["w_down"]
+    down = [block["mlp"]["w_down"] for block in loaded["layers"]]
+    want = [block["mlp"]["w_down"] for block in params["layers"]]
     np.testing.assert_allclose(down[1], want[1], atol=4.5 / 127)
     assert not np.array_equal(down[1], want[1])
     np.testing.assert_array_equal(down[0], want[0])

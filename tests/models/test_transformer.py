@@ -24,7 +24,7 @@ def params() -> Params:
 
 
 def causal_attend(
-    layer: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Any
+    layer: int, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Any
 ) -> tuple[Array, Any]:
     del layer
     mask_TS = jnp.tril(jnp.ones((q_TNH.shape[0],) * 2, bool))
@@ -32,7 +32,7 @@ def causal_attend(
 
 
 @jax.jit
-def run(layer_params: Params, x_TE: Array) -> Array:
+def run(layer_params: list[Params], x_TE: Array) -> Array:
     positions_T = jnp.arange(x_TE.shape[0])
     return transformer.run_layers(
         TINY, layer_params, x_TE, positions_T, causal_attend, ()
@@ -53,8 +53,7 @@ def numpy_forward(config: ModelConfig, params: Params, tokens: np.ndarray) -> An
         return np.concatenate([turned.real, turned.imag])
 
     xs = list(p["embed"][tokens])
-    for i in range(config.layers):
-        block = jax.tree.map(lambda leaf, i=i: leaf[i], p["layers"])
+    for block in p["layers"]:
         w, mlp = block["attention"], block["mlp"]
         seen: list[tuple[np.ndarray, np.ndarray]] = []
         for t, x in enumerate(xs):
@@ -84,13 +83,11 @@ def test_forward_is_llama(params: Params, tied: bool) -> None:
     if tied:
         params = {key: value for key, value in params.items() if key != "unembed"}
     # Scales other than one, so that forgetting or swapping a norm shows.
-    noise = 1 + 0.5 * jax.random.normal(jax.random.key(1), (TINY.layers, TINY.embed))
-    norms = {"attention_norm": {"scale": noise}, "mlp_norm": {"scale": 1 / noise}}
-    params = {
-        **params,
-        "layers": {**params["layers"], **norms},
-        "final_norm": {"scale": noise[0]},
-    }
+    noise = 1 + 0.5 * jax.random.normal(jax.random.key(1), (3, TINY.embed))
+    one, two, three = ({"scale": scale} for scale in noise)
+    norms = {"attention_norm": one, "mlp_norm": two}
+    blocks = [{**block, **norms} for block in params["layers"]]
+    params = {**params, "layers": blocks, "final_norm": three}
     got = transformer.forward(config, params, TOKENS)
     assert got.dtype == jnp.float32
     # Logits are about 1; float32 through two layers.
@@ -131,10 +128,13 @@ def test_greedy_takes_the_likeliest_and_padding_does_not_show(params: Params) ->
 
 def test_random_models_say_something(params: Params) -> None:
     """A model that repeats one token, whatever the prompt, would test nothing."""
-    first = transformer.greedy(TINY, params, [1, 2, 3], 48)
-    second = transformer.greedy(TINY, params, [9, 2, 3], 48)
-    assert len(set(first)) > 24
-    assert sum(a == b for a, b in zip(first, second, strict=True)) < 12
+    prompts = [[first, 2, 3] for first in (1, 9, 20, 77)]
+    outputs = [transformer.greedy(TINY, params, prompt, 48) for prompt in prompts]
+    # Found: 35 to 41 different tokens, and 25 to 34 where attention is a mean.
+    assert min(len(set(output)) for output in outputs) > 34
+    for output in outputs[1:]:
+        same = sum(a == b for a, b in zip(outputs[0], output, strict=True))
+        assert same < 6
 
 
 @pytest.mark.parametrize("prompt, n", [([], 4), ([1] * 1000, 25)])
@@ -146,55 +146,45 @@ def test_greedy_refuses_what_has_no_answer(
 
 
 def test_layer_groups_equal_the_whole(params: Params) -> None:
-    four = jax.tree.map(lambda leaf: jnp.concatenate([leaf, -leaf]), params["layers"])
+    four = [*params["layers"], *jax.tree.map(jnp.negative, params["layers"])]
     x_TE = transformer.embed(params, TOKENS)
     positions_T = jnp.arange(24)
 
     def attend(
-        layer: Array, q: Array, k: Array, v: Array, keys: Array
+        layer: int, q: Array, k: Array, v: Array, keys: Array
     ) -> tuple[Array, Array]:
         out, _ = causal_attend(layer, q, k, v, ())
         return out, keys.at[layer].set(k)
 
     @jax.jit
-    def run_group(group: Params, x_TE: Array) -> tuple[Array, Array]:
-        size = group["attention"]["wk"].shape[0]
-        keys = jnp.zeros((size, 24, TINY.kv_heads, TINY.head_dim))
+    def run_group(group: list[Params], x_TE: Array) -> tuple[Array, Array]:
+        keys = jnp.zeros((len(group), 24, TINY.kv_heads, TINY.head_dim))
         return transformer.run_layers(TINY, group, x_TE, positions_T, attend, keys)
 
     whole_x, whole_keys = run_group(four, x_TE)
-    parts = []
-    for group in transformer.split_layers(four, [0, 1, 4]):
-        x_TE, keys = run_group(group, x_TE)
-        parts.append(keys)
-    assert [len(keys) for keys in parts] == [1, 3]
+    x_TE, first_keys = run_group(four[:1], x_TE)
+    x_TE, other_keys = run_group(four[1:], x_TE)
     # One program against two: float32 rounding of a residual stream of about 2.
     np.testing.assert_allclose(x_TE, whole_x, atol=1e-4)
-    np.testing.assert_allclose(jnp.concatenate(parts), whole_keys, atol=1e-4)
-
-
-@pytest.mark.parametrize("bounds", [[0], [0, 1], [1, 2], [0, 1, 1, 2], [0, 2, 1, 2]])
-def test_bad_layer_bounds_are_refused(bounds: list[int]) -> None:
-    group = {"scale": np.zeros((2, 3))}
-    with pytest.raises(ValueError, match=r"from 0 to 2, got \[.*\]"):
-        transformer.split_layers(group, bounds)
+    keys = jnp.concatenate([first_keys, other_keys])
+    np.testing.assert_allclose(keys, whole_keys, atol=1e-4)
 
 
 def test_heads_are_counted_on_the_weights(params: Params) -> None:
     """Replicated kv heads and padded query heads do not change the result."""
-    attention = params["layers"]["attention"]
-    doubled = {
+    counts_N1 = jnp.tile(jnp.array([1.0, 0.0]), TINY.q_heads)[:, None, None]
+
+    def double(block: Params) -> Params:
         # A kv head serves 2 query heads. Each of those gets a replica of its own, and a
         # neighbour whose output counts for nothing.
-        "wq": jnp.repeat(attention["wq"], 2, axis=2),
-        "wk": jnp.repeat(attention["wk"], 2, axis=2),
-        "wv": jnp.repeat(attention["wv"], 2, axis=2),
-        "wo": jnp.repeat(attention["wo"], 2, axis=1)
-        * jnp.tile(jnp.array([1.0, 0.0]), TINY.q_heads)[None, :, None, None],
-    }
+        w = block["attention"]
+        doubled = {name: jnp.repeat(w[name], 2, axis=1) for name in ("wq", "wk", "wv")}
+        doubled["wo"] = jnp.repeat(w["wo"], 2, axis=0) * counts_N1
+        return {**block, "attention": doubled}
+
     x_TE = transformer.embed(params, TOKENS)
     want = run(params["layers"], x_TE)
-    got = run({**params["layers"], "attention": doubled}, x_TE)
+    got = run([double(block) for block in params["layers"]], x_TE)
     np.testing.assert_allclose(got, want, atol=1e-4)  # float32 rounding
 
 
@@ -223,9 +213,9 @@ def test_init_has_the_announced_shapes_and_follows_the_seed(params: Params) -> N
     jax.tree.map(np.testing.assert_array_equal, again, params)
     assert not jnp.allclose(other["embed"], params["embed"])
     # No two weights of the same shape are the same draw.
-    mlp = params["layers"]["mlp"]
-    assert not jnp.allclose(mlp["w_gate"], mlp["w_up"])
-    assert not jnp.allclose(mlp["w_gate"][0], mlp["w_gate"][1])
+    first, second = (block["mlp"] for block in params["layers"])
+    assert not jnp.allclose(first["w_gate"], first["w_up"])
+    assert not jnp.allclose(first["w_gate"], second["w_gate"])
 
 
 def test_bfloat16_stays_bfloat16_up_to_the_logits(params: Params) -> None:
@@ -234,7 +224,7 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits(params: Params) -> None:
     x_TE = transformer.embed(params16, TOKENS)
 
     def attend(
-        layer: Array, q: Array, k: Array, v: Array, cache: tuple[()]
+        layer: int, q: Array, k: Array, v: Array, cache: tuple[()]
     ) -> tuple[Array, tuple[()]]:
         assert q.dtype == k.dtype == v.dtype == jnp.bfloat16
         return causal_attend(layer, q, k, v, cache)
