@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+# jaxlib has no type stubs, so pyright takes `jax.Device` for a variable.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
+
 TENSOR = "tensor"  # mesh axis of tensor parallelism
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(devices: Sequence[Device]) -> Mesh:
     """A mesh [tensor] over `devices`.
 
     Its axis is Auto: with Explicit axes the KV scatter raises ShardingTypeError, and
@@ -20,7 +24,7 @@ def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
-def cut_meshes(devices: Sequence[jax.Device], sizes: Sequence[int]) -> list[Mesh]:
+def cut_meshes(devices: Sequence[Device], sizes: Sequence[int]) -> list[Mesh]:
     """Disjoint meshes of `sizes` devices each, taken from `devices` in order.
 
     Raises:

@@ -8,79 +8,34 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine.sampling import SamplingParams
 from disagg_jax.work import Slice
 
-_FLOATS = frozenset({"temperature", "top_p"})  # carried bit for bit in the int32 vector
+Vector = TypeVar("Vector", np.ndarray, Array)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """Named arrays that lie one after the other in a vector."""
+    """Named int32 arrays that lie one after the other in a vector."""
 
-    shapes: Mapping[str, tuple[int, ...]]
+    lengths: Mapping[str, int]
 
     @property
     def size(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(self.lengths.values())
 
-    def views(self, vector: np.ndarray) -> dict[str, np.ndarray]:
-        """Writable views of each array in the host `vector`."""
+    def split(self, vector: Vector) -> dict[str, Vector]:
+        """The arrays in `vector`: parts of a traced one, views of a host one."""
+        ends = list(itertools.accumulate(self.lengths.values()))
         return {
-            name: vector[start:end].view(_dtype(name)).reshape(shape)
-            for name, shape, start, end in self._spans()
+            name: vector[end - length : end]
+            for (name, length), end in zip(self.lengths.items(), ends, strict=True)
         }
-
-    def unpack(self, vector: Array) -> dict[str, Array]:
-        """The arrays in a traced `vector`."""
-        arrays: dict[str, Array] = {}
-        for name, shape, start, end in self._spans():
-            part = vector[start:end].reshape(shape)
-            if name in _FLOATS:
-                part = jax.lax.bitcast_convert_type(part, jnp.float32)
-            arrays[name] = part
-        return arrays
-
-    def _spans(self):
-        start = 0
-        for name, shape in self.shapes.items():
-            end = start + math.prod(shape)
-            yield name, shape, start, end
-            start = end
-
-
-def _dtype(name: str) -> type:
-    return np.float32 if name in _FLOATS else np.int32
-
-
-def _sampling_shapes(rows: int) -> dict[str, tuple[int, ...]]:
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    return {name: (rows,) for name in names}
-
-
-def sampling_params(arrays: Mapping[str, Array]) -> SamplingParams:
-    """The sampling parameters among the unpacked arrays of a batch."""
-    names = [field.name for field in dataclasses.fields(SamplingParams)]
-    return SamplingParams(**{name: arrays[name] for name in names})
-
-
-def _fill_sampling(views: Mapping[str, np.ndarray], slices: Sequence[Slice]) -> None:
-    n = len(slices)
-    views["index"][:n] = [part.sample_index for part in slices]
-    views["temperature"][n:] = 0  # padding is greedy
-    if all(part.request.sampling.temperature == 0 for part in slices):
-        views["temperature"][:n] = 0  # the other parameters are not looked at
-        return
-    for name in ("temperature", "top_k", "top_p", "seed"):
-        views[name][:n] = [getattr(part.request.sampling, name) for part in slices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +56,7 @@ class PrefillShape:
     @property
     def fields(self) -> Fields:
         T, R = self.tokens, self.rows
-        per_token = {name: (T,) for name in ("token", "position", "row", "slot")}
-        return Fields({**per_token, "last": (R,), **_sampling_shapes(R)})
+        return Fields({"token": T, "position": T, "row": T, "slot": T, "last": R})
 
     def pack(
         self, slices: Sequence[Slice], block_tokens: int, scratch_block: int
@@ -112,7 +66,7 @@ class PrefillShape:
         `slot` is the token's place in the pool: block * block_tokens + offset.
         """
         vector = np.zeros(self.fields.size, np.int32)
-        views = self.fields.views(vector)
+        views = self.fields.split(vector)
         views["row"][:] = -1
         views["slot"][:] = scratch_block * block_tokens
         start = 0
@@ -129,7 +83,6 @@ class PrefillShape:
             )
             views["last"][row] = end - 1
             start = end
-        _fill_sampling(views, slices)
         return vector
 
 
@@ -151,16 +104,14 @@ class DecodeShape:
     @property
     def fields(self) -> Fields:
         B, P = self.rows, self.blocks
-        per_row = {name: (B,) for name in ("token", "position", "slot")}
-        per_block = {name: (P,) for name in ("owner", "start")}
-        return Fields({**per_row, **per_block, **_sampling_shapes(B)})
+        return Fields({"token": B, "position": B, "slot": B, "owner": P, "start": P})
 
     def pack(
         self, slices: Sequence[Slice], block_tokens: int, scratch_block: int
     ) -> np.ndarray:
         """`[fields.size] int32`. Padding rows own no block, and write to scratch."""
         vector = np.zeros(self.fields.size, np.int32)
-        views = self.fields.views(vector)
+        views = self.fields.split(vector)
         n = len(slices)
         position = np.array([part.start for part in slices], np.int32)
         counts = np.array([len(part.blocks) for part in slices])
@@ -177,7 +128,6 @@ class DecodeShape:
         views["owner"][:] = -1
         views["owner"][block] = np.repeat(np.arange(n), counts)
         views["start"][block] = (np.arange(len(block)) - first) * block_tokens
-        _fill_sampling(views, slices)
         return vector
 
 

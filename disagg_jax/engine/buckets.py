@@ -10,19 +10,25 @@ from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.scheduling.view import StepLimits
 from disagg_jax.work import Slice
 
+_TOKENS_PER_ROW = 8  # of a prefill shape: shorter prompts take the next size
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Buckets:
-    """Sizes in increasing order; work is padded to the next one.
+    """Shapes in increasing order; work is padded to the next one.
 
-    No prefill sizes, or no decode sizes, where an instance never does that.
+    Attributes:
+      prefill: one shape for each number of tokens; none where an instance never
+        prefills.
+      decode_rows: requests in one decode step; none where it never decodes.
+      pool_blocks: lengths of the front of the KV pool that a decode step reads.
+      transfer_blocks: KV blocks in one transfer.
     """
 
-    prefill_tokens: tuple[int, ...]  # prompt tokens in one prefill step
-    prefill_rows: tuple[int, ...]  # prompts in one prefill step
-    decode_rows: tuple[int, ...]  # requests in one decode step
-    pool_blocks: tuple[int, ...]  # front of the KV pool that a decode step reads
-    transfer_blocks: tuple[int, ...]  # KV blocks in one transfer
+    prefill: tuple[PrefillShape, ...]
+    decode_rows: tuple[int, ...]
+    pool_blocks: tuple[int, ...]
+    transfer_blocks: tuple[int, ...]
 
     @classmethod
     def for_limits(cls, limits: StepLimits, memory: KVMemory) -> Buckets:
@@ -32,12 +38,17 @@ class Buckets:
         the longest context whatever the policy's limit.
         """
         longest = min(memory.max_context, memory.num_blocks * memory.block_tokens)
-        tokens = max(limits.prefill_tokens, longest)
+        rows = limits.prefill_rows
+        tokens = max(limits.prefill_tokens, longest, rows * _TOKENS_PER_ROW)
+        sizes = _sizes(32, tokens, 1.0, 1.5) if rows else ()
         return cls(
-            prefill_tokens=_sizes(32, tokens, 1.0, 1.5) if limits.prefill_rows else (),
-            prefill_rows=_few_or_all(limits.prefill_rows),
+            prefill=tuple(
+                PrefillShape(size, min(rows, size // _TOKENS_PER_ROW)) for size in sizes
+            ),
             decode_rows=_sizes(1, limits.decode_rows, 1.0),
-            pool_blocks=_sizes(16, memory.num_blocks, 1.0)
+            # Steps of 4: finer ones would be more programs, and a pool in full use is
+            # read to its end anyway.
+            pool_blocks=_sizes(16, memory.num_blocks, 1.0, factor=4)
             if limits.decode_rows
             else (),
             transfer_blocks=_sizes(1, memory.blocks_for(longest), 1.0, 1.5),
@@ -46,17 +57,12 @@ class Buckets:
     @property
     def step_shapes(self) -> list[StepShape]:
         """Every step shape."""
-        shapes: list[StepShape] = [
-            PrefillShape(tokens, rows)
-            for tokens in self.prefill_tokens
-            for rows in self.prefill_rows
-        ]
-        shapes += [
+        decode = [
             DecodeShape(rows, blocks)
             for rows in self.decode_rows
             for blocks in self.pool_blocks
         ]
-        return shapes
+        return [*self.prefill, *decode]
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`.
@@ -77,9 +83,12 @@ class Buckets:
         return self.prefill_shape(sum(part.count for part in slices), len(slices))
 
     def prefill_shape(self, tokens: int, rows: int) -> PrefillShape:
-        return PrefillShape(
-            _at_least("prefill tokens", self.prefill_tokens, tokens),
-            _at_least("prefill rows", self.prefill_rows, rows),
+        for shape in self.prefill:
+            if shape.tokens >= tokens and shape.rows >= rows:
+                return shape
+        largest = self.prefill[-1] if self.prefill else "none"
+        raise ValueError(
+            f"prefill: expected at most {largest}, got {tokens} tokens in {rows} rows"
         )
 
     def decode_shape(self, rows: int, blocks: int) -> DecodeShape:
@@ -93,19 +102,14 @@ class Buckets:
         return _at_least("transfer blocks", self.transfer_blocks, blocks)
 
 
-def _sizes(low: int, high: int, *steps: float) -> tuple[int, ...]:
-    """low, 2 low, 4 low, ... each times every one of `steps`, up to and with `high`."""
+def _sizes(low: int, high: int, *steps: float, factor: int = 2) -> tuple[int, ...]:
+    """low * factor**i times each of `steps`, below `high`; and `high`."""
     sizes = {high} if high else set[int]()
     size = low
     while size < high:
         sizes |= {int(size * step) for step in steps}
-        size *= 2
+        size *= factor
     return tuple(sorted(size for size in sizes if size <= high))
-
-
-def _few_or_all(rows: int) -> tuple[int, ...]:
-    """Unembedding is paid for every row, so a step of few prompts has its own size."""
-    return tuple(sorted({min(4, rows), rows} - {0}))
 
 
 def _at_least(what: str, sizes: Sequence[int], size: int) -> int:

@@ -103,11 +103,11 @@ def decode_attend(
         max_BKG = jnp.where(owned_BP[:, :, None, None], max_PKG[None], lowest).max(1)
         weights = jnp.where(seen, jnp.exp(scores - max_BKG[owner_P][..., None]), 0.0)
         owned = owned_BP.astype(jnp.float32)
-        total_BKG = jnp.einsum("BP,PKG->BKG", owned, weights.sum(-1))
+        total_BKG = einsum("BP,PKG->BKG", owned, weights.sum(-1))
         part = einsum(
             "PKGO,PKOH->PKGH", weights.astype(v_PKOH.dtype), v_PKOH, jnp.float32
         )
-        out = jnp.einsum("BP,PKGH->BKGH", owned, part)
+        out = einsum("BP,PKGH->BKGH", owned, part)
         # A padding row owns nothing: 0 / 1.
         out = out / jnp.maximum(total_BKG, 1e-30)[..., None]
         return out.astype(q_BNH.dtype).reshape(B, N, H), cache

@@ -18,9 +18,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine import kv_cache
-from disagg_jax.engine.batch import PrefillShape, StepShape, sampling_params
-from disagg_jax.engine.sampling import sample
+from disagg_jax.engine import kv_cache, sampling
+from disagg_jax.engine.batch import PrefillShape, StepShape
 from disagg_jax.engine.transfer import PiecePlan
 from disagg_jax.engine.weights import place_params
 from models import transformer
@@ -95,10 +94,14 @@ class ModelOnMesh:
         for group in range(self.layer_groups):
             self._compile((shape, group), self._group_program, shape, group)
 
+    def compile_draw(self, rows: int) -> None:
+        """Compiles the draw for steps of `rows` rows, unless that was done before."""
+        self._compile(("draw", rows), self._draw_program, rows)
+
     def step(
         self, shape: StepShape, cache: list[kv_cache.Cache], packed: Array
-    ) -> Array:
-        """Runs one step; returns the next token of each row, `[rows] int32`.
+    ) -> tuple[Array, Array]:
+        """Runs one step: (`[rows] int32` likeliest next token, `[rows, V]` logits).
 
         The caches are donated, and replaced in the list by the updated ones.
 
@@ -106,11 +109,24 @@ class ModelOnMesh:
           ValueError: if the step of `shape` was not compiled.
         """
         x: tuple[Array, ...] = ()
+        out: Any = None
         for group, params in enumerate(self._params):
             program = self._lookup((shape, group))
             cache[group], out = program(params, cache[group], packed, *x)
             x = (out,)
-        return x[0]
+        return out
+
+    def draw(self, logits: Array, packed: Array) -> Array:
+        """Next tokens by each row's sampling parameters; see `sampling.draw`.
+
+        A program of its own, so that greedy steps pay nothing for it.
+        """
+        return self._lookup(("draw", logits.shape[0]))(logits, packed)
+
+    def _draw_program(self, rows: int) -> Compiled:
+        logits = self._spec((rows, self.config.vocab_size), jnp.float32)
+        packed = self._spec((sampling.PARAMETERS, rows), jnp.int32)
+        return jax.jit(sampling.draw).lower(logits, packed).compile()
 
     def _group_program(self, shape: StepShape, group: int) -> Compiled:
         cache, params = self._cache_spec(group), self._params[group]
@@ -227,7 +243,9 @@ class ModelOnMesh:
     def _spec(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=self._replicated)
 
-    def _cache_spec(self, group: int) -> kv_cache.Cache:
+    def _cache_spec(
+        self, group: int
+    ) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         part = self._part_spec()
         return [(part, part)] * self._group_layers[group]
 
@@ -265,9 +283,13 @@ def _run_group(
     packed: Array,
     *x_TE: Array,
     is_last: bool,
-) -> tuple[kv_cache.Cache, Array]:
-    """One layer group of a step; embeds without an `x_TE`, samples if it is last."""
-    inputs = shape.fields.unpack(packed)
+) -> tuple[kv_cache.Cache, Any]:
+    """One layer group of a step. Without an `x_TE` it embeds the tokens.
+
+    Returns:
+      The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
+    """
+    inputs = shape.fields.split(packed)
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"])
     if isinstance(shape, PrefillShape):
         attend = kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
@@ -287,4 +309,4 @@ def _run_group(
     if isinstance(shape, PrefillShape):
         x = x[inputs["last"]]
     logits_RV = transformer.unembed(config, params, x)
-    return cache, sample(logits_RV, sampling_params(inputs))
+    return cache, (jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), logits_RV)

@@ -2,68 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from disagg_jax.work import Slice
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """One entry per row; the fields of `request.Sampling`."""
-
-    temperature: Array  # `[R] float32`; 0 is greedy
-    top_k: Array  # `[R] int32`; 0 keeps all
-    top_p: Array  # `[R] float32`
-    seed: Array  # `[R] int32`
-    index: Array  # `[R] int32` how many tokens the request has generated before
+PARAMETERS = 5  # temperature, top_p (bit patterns), top_k, seed, index
 
 
-def sample(logits_RV: Array, params: SamplingParams) -> Array:
-    """The next token of each row, `[R] int32`.
+def pack(slices: Sequence[Slice], rows: int) -> np.ndarray:
+    """`[PARAMETERS, rows] int32` the sampling parameters; padding rows are greedy."""
+    packed = np.zeros((PARAMETERS, rows), np.int32)
+    floats = packed.view(np.float32)
+    n, params = len(slices), [part.request.sampling for part in slices]
+    floats[0, :n] = [p.temperature for p in params]
+    floats[1, :n] = [p.top_p for p in params]
+    packed[2, :n] = [p.top_k for p in params]
+    packed[3, :n] = [p.seed for p in params]
+    packed[4, :n] = [part.sample_index for part in slices]
+    return packed
+
+
+def draw(logits_RV: Array, packed: Array) -> Array:
+    """The next token of each row, `[R] int32`; greedy where the temperature is 0.
 
     Token n of a request depends on its logits, its parameters and n only, so recompute
-    and replay give the same tokens. Sorting the vocabulary is paid for only in steps in
-    which some row is not greedy.
+    and replay give the same tokens. It is inverse-CDF sampling over the vocabulary in
+    order of likelihood: one sort serves top-k, top-p and the draw.
     """
-    with jax.named_scope("sample"):
-        greedy_R = jnp.argmax(logits_RV, axis=-1).astype(jnp.int32)
-        return jax.lax.cond(
-            jnp.any(params.temperature > 0),
-            lambda: jnp.where(
-                params.temperature > 0, _draw(logits_RV, params), greedy_R
-            ),
-            lambda: greedy_R,
-        )
-
-
-def _draw(logits_RV: Array, params: SamplingParams) -> Array:
-    temperature_R1 = jnp.maximum(params.temperature, 1e-6)[:, None]
-    logits_RV = logits_RV.astype(jnp.float32) / temperature_R1
-    kept_RV = logits_RV >= _threshold(logits_RV, params)[:, None]
-    logits_RV = jnp.where(kept_RV, logits_RV, -jnp.inf)
-    return jax.vmap(_categorical)(logits_RV, params.seed, params.index)
-
-
-def _threshold(logits_RV: Array, params: SamplingParams) -> Array:
-    """The lowest logit that top-k, and then top-p of what is left, keep; `[R]`.
-
-    Logits equal to the threshold all stay, so ties may keep more than k.
-    """
+    temperature_R, top_p_R = jax.lax.bitcast_convert_type(packed[:2], jnp.float32)
+    top_k_R, seed_R, index_R = packed[2:]
     V = logits_RV.shape[-1]
-    sorted_RV = jnp.sort(logits_RV, axis=-1, descending=True)
-    top_k_R = jnp.where(params.top_k > 0, jnp.minimum(params.top_k, V), V)
+    scaled_RV = logits_RV / jnp.maximum(temperature_R, 1e-6)[:, None]
+    ids_RV = jax.lax.broadcasted_iota(jnp.int32, logits_RV.shape, 1)
+    falling_RV, order_RV = jax.lax.sort((-scaled_RV, ids_RV), dimension=1, num_keys=1)
+    top_k_R = jnp.where(top_k_R > 0, top_k_R, V)
     in_top_k_RV = jnp.arange(V)[None, :] < top_k_R[:, None]
-    probs_RV = jax.nn.softmax(jnp.where(in_top_k_RV, sorted_RV, -jnp.inf), axis=-1)
+    probs_RV = jax.nn.softmax(jnp.where(in_top_k_RV, -falling_RV, -jnp.inf), axis=-1)
     # A token stays if the likelier ones do not reach top_p; the first always stays.
-    before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
-    kept_RV = in_top_k_RV & (before_RV < params.top_p[:, None])
-    count_R = jnp.maximum(kept_RV.sum(-1), 1)
-    return jnp.take_along_axis(sorted_RV, count_R[:, None] - 1, axis=-1)[:, 0]
+    reached_RV = jnp.cumsum(probs_RV, axis=-1)
+    kept_RV = in_top_k_RV & (reached_RV - probs_RV < top_p_R[:, None])
+    mass_R = jnp.where(kept_RV, probs_RV, 0.0).sum(-1)
+    target_R = jax.vmap(_uniform)(seed_R, index_R) * mass_R
+    rank_R = (kept_RV & (reached_RV <= target_R[:, None])).sum(-1)
+    # Rounding may carry the target past the last token that stays.
+    rank_R = jnp.minimum(rank_R, jnp.maximum(kept_RV.sum(-1) - 1, 0))
+    rank_R = jnp.where(temperature_R > 0, rank_R, 0)
+    return jnp.take_along_axis(order_RV, rank_R[:, None], axis=-1)[:, 0]
 
 
-def _categorical(logits_V: Array, seed: Array, index: Array) -> Array:
-    key = jax.random.fold_in(jax.random.key(seed), index)
-    return jax.random.categorical(key, logits_V).astype(jnp.int32)
+def _uniform(seed: Array, index: Array) -> Array:
+    """A uniform number in [0, 1) for a request's `index`-th token."""
+    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), index))

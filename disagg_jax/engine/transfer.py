@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Sequence
 
 import jax
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 Slots = tuple[int | None, ...]  # kv head in each slot, see `sharding.heads.HeadLayout`
 
@@ -78,8 +79,9 @@ def move(
     Returns:
       One array for each piece of a destination shard, sharded by `target`.
     """
-    src_devices = list(pieces[0].sharding.mesh.devices.flat)
-    dst_devices = list(target.mesh.devices.flat)
+    source = typing.cast(NamedSharding, pieces[0].sharding)
+    src_devices = list(typing.cast(Mesh, source.mesh).devices.flat)
+    dst_devices = list(typing.cast(Mesh, target.mesh).devices.flat)
     shards = [{s.device: s.data for s in piece.addressable_shards} for piece in pieces]
     parts, devices = [], []
     for device, sources in zip(dst_devices, plan.sources, strict=True):

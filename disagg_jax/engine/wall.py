@@ -6,8 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-
-from jax import Array
+from typing import Any
 
 from disagg_jax.engine.executor import Engine, Result, Running
 from disagg_jax.work import Done, Work
@@ -18,7 +17,7 @@ class _Pending:
     work: Work
     start_s: float
     running: Running
-    arrays: Sequence[Array]  # what it waits for
+    arrays: Sequence[Any]  # jax arrays it waits for; their type lacks `is_ready`
 
     def advance(self) -> Result | None:
         """Goes on as far as arrays are ready; the result once there is no more."""

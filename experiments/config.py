@@ -1,0 +1,255 @@
+"""What an experiment is: typed, nested, and overridable from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from disagg_jax.deployment import Deployment, Role
+from disagg_jax.metrics import SLO
+from disagg_jax.scheduling import get_system
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.search import SearchPlan
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.workload import (
+    Arrivals,
+    FixedLengths,
+    Lengths,
+    LognormalLengths,
+    UniformLengths,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is asked of the systems. Every point runs `num_requests`."""
+
+    source: str = "random"  # prompts: random | human_eval | trace
+    trace: str = ""  # source=trace: path of an Azure CSV or a Mooncake JSONL
+    trace_scale: float = 1.0  # source=trace: factor on its lengths, to fit the model
+    num_requests: int = 100  # in each run
+    arrivals: Arrivals = Arrivals()
+    prompt_tokens: str = "uniform:32:256"  # source=random; see `parse_lengths`
+    output_tokens: str = "uniform:16:48"  # source=random | human_eval
+    ignore_eos: bool = True  # generate all output_tokens: the same work for all systems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The SLO: seconds, or multiples of what one step takes on this machine alone.
+
+    The multiples ask the same question on any machine; the resolved seconds are in every
+    output.
+    """
+
+    ttft_s: float = 0.0  # 0: `ttft_scale` times the prefill of the longest prompt alone
+    tpot_s: float = 0.0  # 0: `tpot_scale` times a decode step with all rows and blocks
+    ttft_scale: float = 5.0
+    tpot_scale: float = 1.5
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not value >= 0:
+                raise ValueError(f"slo.{field.name}: expected >= 0, got {value}")
+
+    def resolve(self, prefill_s: float, decode_s: float) -> SLO:
+        """The SLO in seconds, given the durations that the scales refer to."""
+        return SLO(
+            ttft_s=self.ttft_s or self.ttft_scale * prefill_s,
+            tpot_s=self.tpot_s or self.tpot_scale * decode_s,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """One of the systems compared: a scheduling system on a deployment."""
+
+    deployment: str  # such as 2xcolocated:tp1 or prefill:tp2,decode:tp1
+    policies: Mapping[Role, Policy]  # by role; see `disagg_jax.scheduling.SYSTEMS`
+
+    @classmethod
+    def of(
+        cls, system: str, deployment: str, **changes: Mapping[str, object]
+    ) -> System:
+        """`system` with its policies' parameters changed: `prefill={"max_seqs": 8}`."""
+        policies = {
+            role: dataclasses.replace(
+                typing.cast(Any, policy), **changes.get(role.value, {})
+            )
+            for role, policy in get_system(system).items()
+        }
+        return cls(deployment=deployment, policies=policies)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """KV memory. A device has so many blocks whatever its instance's role."""
+
+    blocks_per_device: int = 256  # an instance with tp devices has tp times as many
+    block_tokens: int = 16  # tokens in a block
+    max_context: int = 512  # longest prompt + output, in tokens
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything that decides a run's result."""
+
+    model: str = "tiny"  # a preset of models.config
+    weights: str = "random"  # random | smollm2 | the path of a .gguf file
+    systems: Mapping[str, System]  # by the name used in tables and pictures
+    workload: Workload = Workload()
+    slo: Targets = Targets()
+    memory: Memory = Memory()
+    search: SearchPlan = SearchPlan()
+    rates: tuple[
+        float, ...
+    ] = ()  # requests/s per device; empty: search for the goodput
+    num_seeds: int = 3  # runs of each point; intervals are across them
+    seed: int = 0  # the runs use seed, seed + 1, ...; weights use seed
+    clock: str = "virtual"  # virtual | wall
+    # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).
+    durations: str = "table"
+    timing_repeats: int = 5  # runs of each program behind a median
+    cost: LinearCost = LinearCost(step_base_s=1e-3)
+    layer_groups: int = 1  # programs that a forward pass is cut into
+
+    def __post_init__(self) -> None:
+        _expect_one_of("clock", self.clock, ("virtual", "wall"))
+        _expect_one_of("durations", self.durations, ("table", "live", "modelled"))
+        _expect_one_of(
+            "workload.source", self.workload.source, ("random", "human_eval", "trace")
+        )
+        if not self.systems:
+            raise ValueError("systems: expected at least one, got none")
+        if self.num_seeds < 1:
+            raise ValueError(f"num_seeds: expected >= 1, got {self.num_seeds}")
+        if self.workload.num_requests < 1:
+            raise ValueError(
+                f"workload.num_requests: expected >= 1, got {self.workload.num_requests}"
+            )
+        for rate in self.rates:
+            if not rate > 0:
+                raise ValueError(f"rates: expected > 0 requests/s, got {rate}")
+        for name, system in self.systems.items():
+            for spec in Deployment.parse(system.deployment).instances:
+                if spec.role not in system.policies:
+                    raise ValueError(
+                        f"systems.{name}: deployment '{system.deployment}' has "
+                        f"{spec.role} instances, but the system has policies for "
+                        f"{', '.join(system.policies)} only"
+                    )
+
+
+def _expect_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got '{value}'")
+
+
+def parse_lengths(text: str) -> Lengths:
+    """`fixed:N`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA:HIGH`, in tokens."""
+    kind, *numbers = text.split(":")
+    try:
+        match kind, [float(number) for number in numbers]:
+            case "fixed", [tokens]:
+                return FixedLengths(tokens=int(tokens))
+            case "uniform", [low, high]:
+                return UniformLengths(low=int(low), high=int(high))
+            case "lognormal", [median, sigma, high]:
+                return LognormalLengths(median=median, sigma=sigma, high=int(high))
+            case _:
+                pass
+    except ValueError as error:
+        raise ValueError(f"lengths '{text}': {error}") from error
+    raise ValueError(
+        "lengths: expected fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, "
+        f"got '{text}'"
+    )
+
+
+# -- overrides --------------------------------------------------------------------------
+
+
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """`config` with `key=value` assignments applied, keys dotted, types checked.
+
+    A key goes through fields and mappings: `workload.num_requests=50`,
+    `systems.vllm.policies.colocated.max_seqs=8`.
+
+    Raises:
+      ValueError: naming the keys there are, or the type that was expected.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set: expected key=value, got '{assignment}'")
+        config = _assign(config, key, key.split("."), text)
+    return config
+
+
+def _assign(node: Any, key: str, path: list[str], text: str) -> Any:
+    name, rest = path[0], path[1:]
+    if isinstance(node, Mapping):
+        known = {str(k): k for k in node}
+        child = node[known[name]] if name in known else None
+    else:
+        known = {field.name: field.name for field in dataclasses.fields(node)}
+        child = getattr(node, name, None)
+    if name not in known:
+        raise ValueError(
+            f"--set {key}: no '{name}' here; expected one of {', '.join(known)}"
+        )
+    if rest and not (dataclasses.is_dataclass(child) or isinstance(child, Mapping)):
+        raise ValueError(f"--set {key}: '{name}' has no parts")
+    if rest:
+        value = _assign(child, key, rest, text)
+    elif dataclasses.is_dataclass(child) or isinstance(child, Mapping):
+        raise ValueError(f"--set {key}: '{name}' has parts; name one of them")
+    else:
+        value = _parse(key, typing.get_type_hints(type(node))[name], text)
+    if isinstance(node, Mapping):
+        return {**node, known[name]: value}
+    return dataclasses.replace(node, **{name: value})
+
+
+def _parse(key: str, kind: Any, text: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_parse(key, item, part) for part in text.split(",") if part)
+    if typing.get_origin(kind) is typing.Literal:
+        _expect_one_of(f"--set {key}", text, typing.get_args(kind))
+        return text
+    if isinstance(kind, types.UnionType):
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    else:
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    raise ValueError(f"--set {key}: expected {kind.__name__}, got '{text}'")
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as JSON data, the types of its parts included."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = {
+                field.name: plain(getattr(value, field.name))
+                for field in dataclasses.fields(value)
+            }
+            return {"type": type(value).__name__, **fields}
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return json.loads(json.dumps(plain(config)))

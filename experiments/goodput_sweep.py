@@ -1,0 +1,141 @@
+"""Goodput of every system, side by side: the main job.
+
+    python -m experiments.goodput_sweep
+    python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
+    python -m experiments.goodput_sweep --set workload.num_requests=300 --set num_seeds=5
+
+Writes a run directory and prints a table. Started again with the same --out and config it
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from disagg_jax.engine.programs import ModelOnMesh
+from experiments import report
+from experiments.config import Config, override, to_json
+from experiments.configs import CONFIGS, get_config
+from experiments.run_dir import RunDir, environment
+from experiments.serving import (
+    Progress,
+    RequestSource,
+    Server,
+    check_modelled,
+    devices_needed,
+    load_model,
+    resolve_slo,
+)
+from experiments.sweep import Sweep
+
+_CONFIG = flags.DEFINE_string(
+    "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."
+)
+_SET = flags.DEFINE_multi_string("set", [], "Overrides, key=value; may be repeated.")
+_OUT = flags.DEFINE_string("out", None, "Run directory; default runs/CONFIG.")
+_SEED = flags.DEFINE_integer("seed", None, "Short for --set seed=N.")
+_STEP_TIMES = flags.DEFINE_string(
+    "step_times", None, "step_times.json of another run, instead of timing programs."
+)
+
+
+def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
+    """Runs a sweep; returns its table.
+
+    Raises:
+      ValueError, FileNotFoundError: on bad input, before any work.
+    """
+    if jax.config.jax_num_cpu_devices < devices_needed(config):
+        jax.config.update("jax_num_cpu_devices", devices_needed(config))
+    check_modelled(config)
+    given = _read_step_times(step_times_file) if step_times_file else None
+    progress = _progress()
+    model = load_model(config)
+    source = RequestSource.load(config, model)
+    source(1.0, config.num_seeds - 1)  # any complaint about the workload comes now
+    shared: dict[Any, ModelOnMesh] = {}
+    servers = {
+        name: Server(config, system, model, shared)
+        for name, system in config.systems.items()
+    }
+    run_dir = RunDir(out, {**to_json(config), "step_times_file": step_times_file})
+    for server in servers.values():
+        server.prepare(progress)
+    step_times = _step_times(config, run_dir, servers, given, progress)
+    slo = resolve_slo(config, next(iter(servers.values())), source, step_times)
+    sweep = Sweep(config, model, source, servers, step_times, slo, run_dir, progress)
+    summary = sweep.run()
+    run_dir.write_json("summary.json", summary)
+    report.plot(summary, out / "attainment.png")
+    text = report.table(summary)
+    (out / "table.txt").write_text(text + "\n")
+    return text
+
+
+def _step_times(
+    config: Config,
+    run_dir: RunDir,
+    servers: Mapping[str, Server],
+    given: dict[str, float] | None,
+    progress: Progress,
+) -> dict[str, float]:
+    """The medians to use: given, of the run that is resumed, or taken now."""
+    saved = run_dir.read_json("step_times.json")
+    if saved is not None:
+        return saved["seconds"]
+    seconds = given
+    if seconds is None:
+        seconds = {}
+        for server in servers.values():
+            seconds |= server.step_times(progress)
+    content = {"seconds": seconds, "measured": environment() if not given else None}
+    run_dir.write_json("step_times.json", content)
+    return seconds
+
+
+def _read_step_times(path: str) -> dict[str, float]:
+    try:
+        seconds = json.loads(pathlib.Path(path).read_text())["seconds"]
+        return {str(key): float(value) for key, value in seconds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--step_times: expected the step_times.json of a run, got '{path}': "
+            f"{error!r}"
+        ) from error
+
+
+def _progress() -> Progress:
+    start_s = time.monotonic()
+
+    def show(message: str) -> None:
+        elapsed_s = time.monotonic() - start_s
+        print(f"[{elapsed_s:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    try:
+        changes = list(_SET.value)
+        if _SEED.value is not None:
+            changes.append(f"seed={_SEED.value}")
+        config = override(get_config(_CONFIG.value), changes)
+        out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
+        print(run(config, out, _STEP_TIMES.value))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"\nrun directory: {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,201 @@
+"""What a sweep shows: the table and the picture."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+
+# Okabe and Ito's colours, which stay apart for the colour-blind.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
+_STAGE_COLOURS = ("#999999", "#E69F00", "#000000", "#56B4E9", "#009E73")
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """The result as text."""
+    systems = summary["systems"]
+    slo = summary["slo"]
+    lines = [
+        f"model {summary['model']}; SLO: TTFT <= {slo['ttft_s'] * 1e3:.2f} ms and TPOT "
+        f"<= {slo['tpot_s'] * 1e3:.2f} ms for {summary['target']:.0%} of requests; "
+        f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point",
+        f"clock: {summary['clock']}, durations: {summary['durations']}"
+        + _validity(summary),
+        "",
+        *_grid("goodput", systems, _goodput_rows(systems)),
+        "",
+        *_grid("at its highest passing rate", systems, _metric_rows(systems)),
+    ]
+    for name, ratio in summary["ratios"].items():
+        lines += ["", f"goodput {name}, paired by seed: {_interval(ratio, '.2f')}"]
+    return "\n".join(lines)
+
+
+def _validity(summary: Mapping[str, Any]) -> str:
+    if summary["clock"] == "wall":
+        return " (real time on this machine's devices)"
+    if summary["durations"] == "modelled":
+        return " (times come from a formula; tokens are real)"
+    return " (each program timed alone; valid for devices that are really separate)"
+
+
+def _goodput_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    found = [system["goodput"] for system in systems.values()]
+    return [
+        ("deployment", [system["deployment"] for system in systems.values()]),
+        (
+            "requests/s per device",
+            [_interval(g["max_goodput_rate_per_device"], ".1f") for g in found],
+        ),
+        (
+            "passes at / fails at",
+            [
+                f"{_number(g['pass_rps_per_device'], '.1f')} / "
+                f"{_number(g['fail_rps_per_device'], '.1f')}"
+                for g in found
+            ],
+        ),
+        ("resolved", [_yes(g["resolved"]) for g in found]),
+        ("steady", [_yes(g["steady"]) for g in found]),
+    ]
+
+
+def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    at = [system["goodput"]["at_pass_rate"] or {} for system in systems.values()]
+
+    def row(
+        label: str, *keys: str, form: str = ".2f", unit: float = 1.0
+    ) -> tuple[str, list[str]]:
+        values = [
+            " / ".join(_number(metrics.get(key), form, unit) for key in keys)
+            for metrics in at
+        ]
+        return label, values
+
+    names = ("ttft", "tpot", "itl")
+    return [
+        row(
+            "attainment: both / TTFT / TPOT",
+            "attainment",
+            "attainment_ttft",
+            "attainment_tpot",
+            form=".1%",
+        ),
+        *(
+            row(
+                f"{n.upper()} P50 / P90 / P99, ms",
+                *[f"p{p}_{n}_ms" for p in (50, 90, 99)],
+            )
+            for n in names
+        ),
+        *(row(f"mean {s.replace('_', ' ')}, ms", f"mean_{s}_ms") for s in _STAGES),
+        row("output tokens/s per device", "output_throughput_per_device", form=".0f"),
+        row("preemptions", "preemptions", form=".1f"),
+        row("KV moved between instances, MB", "transfer_bytes", unit=1e6),
+    ]
+
+
+def _grid(
+    title: str, systems: Mapping[str, Any], rows: Sequence[tuple[str, list[str]]]
+) -> list[str]:
+    header = (title, list(systems))
+    wide = max(len(label) for label, _ in [header, *rows])
+    widths = [max(len(r[1][i]) for r in [header, *rows]) for i in range(len(systems))]
+    lines = [
+        "  ".join(
+            [label.ljust(wide)]
+            + [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
+        )
+        for label, cells in [header, *rows]
+    ]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _interval(interval: Mapping[str, float | None], form: str) -> str:
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+    if low is None or high is None:
+        return f"{mean:{form}}"
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def _number(value: float | None, form: str, unit: float = 1.0) -> str:
+    return "-" if value is None else f"{value / unit:{form}}"
+
+
+def _yes(value: bool | None) -> str:
+    return {True: "yes", False: "no", None: "-"}[value]
+
+
+def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Attainment over rate per device with intervals, and where the time went."""
+    with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
+        figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        _plot_attainment(left, summary)
+        _plot_stages(right, summary)
+        figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def _plot_attainment(axes: Any, summary: Mapping[str, Any]) -> None:
+    for colour, (name, system) in zip(
+        _COLOURS, summary["systems"].items(), strict=False
+    ):
+        points = system["points"]
+        rates = [point["request_rate_per_device"] for point in points]
+        label = f"{name} ({system['deployment']})"
+        mean = [100 * point["attainment"]["mean"] for point in points]
+        axes.plot(rates, mean, "o-", color=colour, ms=3.5, label=label)
+        low, high = (
+            [
+                100 * min(1, max(0, _or(point["attainment"][end], mean)))
+                for point, mean in zip(points, [m / 100 for m in mean], strict=True)
+            ]
+            for end in ("low", "high")
+        )
+        axes.fill_between(rates, low, high, color=colour, alpha=0.15, lw=0)
+        for key, style in (("attainment_ttft", ":"), ("attainment_tpot", "--")):
+            values = [100 * point[key]["mean"] for point in points]
+            axes.plot(rates, values, style, color=colour, lw=0.9)
+        goodput = system["goodput"]["max_goodput_rate_per_device"]["mean"]
+        axes.plot([goodput], [100 * summary["target"]], "D", color=colour, ms=7)
+    axes.axhline(100 * summary["target"], color="black", lw=0.8)
+    axes.plot([], [], ":", color="grey", label="TTFT only")
+    axes.plot([], [], "--", color="grey", label="TPOT only")
+    axes.plot([], [], "D", color="grey", label="goodput at the target")
+    axes.set(
+        xlabel="arrival rate (requests/s per device)",
+        ylabel="requests within the SLO (%)",
+        ylim=(-3, 103),
+        title=f"{summary['model']}: TTFT {summary['slo']['ttft_s'] * 1e3:.3g} ms, "
+        f"TPOT {summary['slo']['tpot_s'] * 1e3:.3g} ms; "
+        f"{summary['num_requests']} requests x {summary['num_seeds']} seeds, 95 % CI",
+    )
+    axes.legend(fontsize=7.5, loc="lower left")
+
+
+def _or(value: float | None, other: float) -> float:
+    return other if value is None else value
+
+
+def _plot_stages(axes: Any, summary: Mapping[str, Any]) -> None:
+    systems = summary["systems"]
+    names = [n for n, system in systems.items() if system["goodput"]["at_pass_rate"]]
+    bottom = [0.0] * len(names)
+    for stage, colour in zip(_STAGES, _STAGE_COLOURS, strict=True):
+        values = [
+            systems[n]["goodput"]["at_pass_rate"][f"mean_{stage}_ms"] or 0.0
+            for n in names
+        ]
+        label = stage.replace("_", " ")
+        axes.bar(names, values, bottom=bottom, color=colour, label=label, width=0.6)
+        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    axes.set(
+        ylabel="mean time of a request (ms)",
+        title="where it goes, at each one's highest passing rate",
+    )
+    axes.legend(fontsize=7.5)
+    axes.grid(axis="x", visible=False)

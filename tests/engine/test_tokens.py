@@ -1,0 +1,139 @@
+"""The engine generates the tokens of the one-device, no-cache reference."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from tests.engine.harness import (
+    MODELS,
+    assert_reference,
+    make_request,
+    mixed_requests,
+    serve_virtual,
+)
+
+CONFIG = MODELS["divided"]
+
+
+def test_the_reference_is_worth_comparing_with(world):
+    """Different prompts have different, varied outputs, and they end in all ways."""
+    for config in MODELS.values():
+        requests = mixed_requests(world, config)
+        tokens = [world.reference(config, request) for request in requests]
+        assert len(set(itertools.chain.from_iterable(tokens))) > 20
+        assert len({tuple(part[:4]) for part in tokens}) >= len(requests) - 1
+        early = [
+            request.id
+            for request, part in zip(requests, tokens, strict=True)
+            if len(part) < request.max_tokens
+        ]
+        assert early == [6, 7]
+
+
+@pytest.mark.parametrize("decode", [1, 2, 4])
+@pytest.mark.parametrize("prefill", [1, 2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_disaggregated(world, model, prefill, decode):
+    """Unequal meshes, and a pool so full that requests are preempted and redone."""
+    config = MODELS[model]
+    engine = world.engine(f"prefill:tp{prefill},decode:tp{decode}", config)
+    timelines = serve_virtual(engine, mixed_requests(world, config))
+    assert_reference(world, config, timelines)
+    assert sum(timeline.preemptions for timeline in timelines.values()) > 0
+    assert timelines[0].transfer_bytes > 0
+    assert timelines[2].transfer_bytes == 0  # its only token is prefill's
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_colocated(world, model, tp):
+    config = MODELS[model]
+    timelines = serve_virtual(
+        world.engine(f"colocated:tp{tp}", config), mixed_requests(world, config)
+    )
+    assert_reference(world, config, timelines)
+    assert sum(timeline.preemptions for timeline in timelines.values()) > 0
+
+
+@pytest.mark.parametrize(
+    "deployment",
+    [
+        "2xprefill:tp2,decode:tp1",
+        "prefill:tp1,2xdecode:tp4",
+        "prefill:tp2,prefill:tp1,decode:tp1,decode:tp2",
+        "colocated:tp1,prefill:tp1,decode:tp1",
+    ],
+)
+def test_several_instances(world, deployment):
+    timelines = serve_virtual(world.engine(deployment), mixed_requests(world, CONFIG))
+    assert_reference(world, CONFIG, timelines)
+
+
+def test_instances_on_devices_of_their_own(world):
+    engine = world.engine("2xprefill:tp1,decode:tp1", devices=jax.devices()[2:5])
+    meshes = [instance.model.mesh for instance in engine.instances]
+    ids = [[device.id for device in mesh.devices.flat] for mesh in meshes]
+    assert ids == [[2], [3], [4]]
+    timelines = serve_virtual(engine, mixed_requests(world, CONFIG))
+    assert_reference(world, CONFIG, timelines)
+
+
+def test_equal_instances_on_the_same_devices(world):
+    """They share the programs and not the cache."""
+    devices = [jax.devices()[0], jax.devices()[4]]
+    engine = world.engine(
+        "2xprefill:tp1,2xdecode:tp1", devices=devices, share_devices=True
+    )
+    models = [instance.model for instance in engine.instances]
+    assert models[0] is models[1] and models[2] is models[3]
+    timelines = serve_virtual(engine, mixed_requests(world, CONFIG))
+    assert_reference(world, CONFIG, timelines)
+
+
+@pytest.mark.parametrize("deployment", ["colocated:tp1", "prefill:tp1,decode:tp1"])
+def test_blocks_are_reused_without_a_trace(world, deployment):
+    """Ten times the pool goes through it, in other sizes and orders each time."""
+    sizes = np.random.default_rng(0).integers(1, 32, (24, 2))
+    requests = [
+        make_request(i, prompt, out) for i, (prompt, out) in enumerate(sizes.tolist())
+    ]
+    assert sum(r.prompt_tokens + r.max_tokens for r in requests) > 10 * 64
+    timelines = serve_virtual(world.engine(deployment), requests)
+    assert_reference(world, CONFIG, timelines)
+
+
+@pytest.mark.parametrize("deployment", ["colocated:tp1", "prefill:tp1,decode:tp1"])
+def test_requests_that_each_fill_the_pool_take_turns(world, deployment):
+    """No livelock, although no two of them fit at the end: 4 * 64 tokens for 64."""
+    requests = [make_request(i, 5, 59) for i in range(4)]
+    timelines = serve_virtual(world.engine(deployment), requests)
+    assert_reference(world, CONFIG, timelines)
+    assert sum(timeline.preemptions for timeline in timelines.values()) > 0
+
+
+@pytest.mark.parametrize("deployment", ["colocated:tp1", "prefill:tp1,decode:tp1"])
+def test_a_batch_that_fills_the_pool_exactly_is_not_preempted(world, deployment):
+    """4 requests of 16 cached tokens in 64: the KV of a last token is never needed."""
+    requests = [make_request(i, 8, 9) for i in range(4)]
+    timelines = serve_virtual(world.engine(deployment), requests)
+    assert_reference(world, CONFIG, timelines)
+    assert sum(timeline.preemptions for timeline in timelines.values()) == 0
+
+
+@pytest.mark.parametrize(
+    "model, layer_groups, deployment",
+    [
+        ("divided", 2, "prefill:tp1,decode:tp2"),
+        ("padded", 3, "prefill:tp1,decode:tp1"),
+    ],
+)
+def test_layer_groups(world, model, layer_groups, deployment):
+    config = MODELS[model]
+    engine = world.engine(deployment, config, layer_groups=layer_groups)
+    assert [len(instance.cache) for instance in engine.instances] == [
+        layer_groups
+    ] * len(engine.instances)
+    timelines = serve_virtual(engine, mixed_requests(world, config))
+    assert_reference(world, config, timelines)
