@@ -1,7 +1,7 @@
 """Finding a goodput: which rates to try, and what they say.
 
-Every rate is tried with every seed, and all systems see the same arrivals and lengths at
-the same seed (common random numbers), so that ratios can be paired by seed.
+Every rate is tried with every seed, and all systems see the same arrivals and lengths
+at the same seed (common random numbers), so that ratios can be paired by seed.
 """
 
 from __future__ import annotations

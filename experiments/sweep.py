@@ -58,9 +58,9 @@ class Sweep:
         return self._summary(rates)
 
     def _start_rps(self) -> float:
-        """Where all searches begin: half of what the devices could do if all were busy.
+        """Where all searches begin: half of what the devices could do if always busy.
 
-        The estimate is that of the first system, so that all try the same rates at first.
+        The estimate is that of the first system, so that all try the same rates first.
         """
         server = next(iter(self.servers.values()))
         requests = self.source(1.0, 0)
@@ -128,7 +128,7 @@ class Sweep:
             row["text"] = self.model.tokenizer.decode(timeline.tokens)
         return row
 
-    # -- summary --------------------------------------------------------------------
+    # -- summary ------------------------------------------------------------------
 
     def _summary(self, rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         systems = {name: self._system(name, tried) for name, tried in rates.items()}

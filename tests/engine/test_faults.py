@@ -4,18 +4,22 @@ Each is a test here that the engine does not have it.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from disagg_jax.engine import programs
 from disagg_jax.engine.batch import DecodeShape, PrefillShape
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.request import Status
 from disagg_jax.work import Step, Transfer
 from tests.engine.harness import (
+    BUCKETS,
     MODELS,
+    POOL,
     assert_reference,
     drive,
     make_request,
@@ -119,10 +123,13 @@ def test_output_is_right_up_to_the_last_token_of_the_context(world, deployment, 
 @pytest.mark.parametrize("shape", [PrefillShape(64, 4), DecodeShape(4, 16)], ids=str)
 def test_float32_stays_float32(world, shape):
     """Every float of a step is 32 bits wide, and no matmul may round its inputs."""
-    model = world.engine("colocated:tp1").instances[0].model
-    jaxpr = jax.make_jaxpr(lambda *args: model.group_function(shape, 0)(*args))(
-        *model.group_inputs(shape, 0)
+    instance = world.engine("colocated:tp1").instances[0]
+    step = functools.partial(
+        programs._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
     )
+    packed = np.zeros(shape.fields.size, np.int32)
+    params, cache = instance.model._params[0], instance.cache[0]
+    jaxpr = jax.make_jaxpr(step)(params, cache, packed)
     floats, matmuls = set(), 0
     for equation in _equations(jaxpr.jaxpr):
         for var in [*equation.invars, *equation.outvars]:
@@ -167,10 +174,7 @@ def test_a_transfer_moves_the_prompt_and_not_the_context(world):
     """Blocks of 4 tokens, k and v, 2 layers of 4 kv heads of 8 floats of 4 bytes."""
     engine = world.engine(
         "prefill:tp1,decode:tp1",
-        buckets=dataclasses.replace(
-            world.engine("prefill:tp1,decode:tp1").instances[0].buckets,
-            transfer_blocks=(2, 16),
-        ),
+        buckets=dataclasses.replace(BUCKETS, transfer_blocks=(2, 16)),
     )
     requests = [make_request(0, 5, 3), make_request(1, 8, 3), make_request(2, 9, 3)]
     timelines = serve_virtual(engine, requests)

@@ -1,0 +1,115 @@
+"""The packed vector of a step against a plain restatement, token by token."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from disagg_jax.engine import sampling
+from disagg_jax.engine.batch import DecodeShape, Fields, PrefillShape
+from disagg_jax.request import Sampling
+from disagg_jax.work import Slice
+from tests.engine.harness import make_request
+
+BLOCK, POOL, SCRATCH = 4, 40, 40
+
+
+@st.composite
+def batches(draw, decode: bool):
+    """Slices of up to 5 requests whose blocks are scattered over the pool."""
+    free = draw(st.permutations(range(POOL)))
+    slices = []
+    for id in range(draw(st.integers(1, 5))):
+        size = draw(st.integers(1, 30))
+        start, count = (size, 1) if decode else (0, size)
+        n = -(-(start + count) // BLOCK)
+        blocks, free = tuple(free[:n]), free[n:]
+        tokens = tuple(
+            draw(st.lists(st.integers(0, 63), min_size=count, max_size=count))
+        )
+        params = draw(
+            st.builds(
+                Sampling,
+                temperature=st.sampled_from([0.0, 0.7]),
+                top_k=st.integers(0, 9),
+                top_p=st.floats(0.1, 1.0, width=32),
+                seed=st.integers(0, 2**31 - 1),
+            )
+        )
+        prompt = draw(st.integers(1, start + count))
+        request = make_request(id, prompt, 50, sampling=params)
+        slices.append(Slice(request, start, count, True, blocks, tokens))
+    return slices
+
+
+def slot(part: Slice, position: int) -> int:
+    return part.blocks[position // BLOCK] * BLOCK + position % BLOCK
+
+
+@given(batches(decode=False), st.integers(0, 9), st.integers(0, 3))
+def test_prefill(slices, more_tokens, more_rows):
+    total = sum(part.count for part in slices)
+    shape = PrefillShape(total + more_tokens, len(slices) + more_rows)
+    packed = shape.pack(slices, BLOCK, SCRATCH)
+    assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
+    fields = {
+        name: array.tolist() for name, array in shape.fields.split(packed).items()
+    }
+    tokens = [
+        (part.tokens[i], i, row, slot(part, i))
+        for row, part in enumerate(slices)
+        for i in range(part.count)
+    ]
+    tokens += [(0, 0, -1, SCRATCH * BLOCK)] * more_tokens
+    got = zip(
+        fields["token"], fields["position"], fields["row"], fields["slot"], strict=True
+    )
+    assert list(got) == tokens
+    ends = itertools.accumulate(part.count for part in slices)
+    assert fields["last"] == [end - 1 for end in ends] + [0] * more_rows
+
+
+@given(batches(decode=True), st.integers(0, 3))
+def test_decode(slices, more_rows):
+    front = 1 + max(max(part.blocks) for part in slices)
+    shape = DecodeShape(len(slices) + more_rows, front)
+    packed = shape.pack(slices, BLOCK, SCRATCH)
+    assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
+    fields = {
+        name: array.tolist() for name, array in shape.fields.split(packed).items()
+    }
+    rows = [(p.tokens[0], p.start, slot(p, p.start)) for p in slices]
+    rows += [(0, 0, SCRATCH * BLOCK)] * more_rows
+    got = zip(fields["token"], fields["position"], fields["slot"], strict=True)
+    assert list(got) == rows
+    owner, start = [-1] * front, [0] * front
+    for row, part in enumerate(slices):
+        for i, block in enumerate(part.blocks):
+            owner[block], start[block] = row, i * BLOCK
+    assert fields["owner"] == owner
+    assert fields["start"] == start
+
+
+@given(batches(decode=True), st.integers(0, 3))
+def test_sampling_parameters(slices, more_rows):
+    packed = sampling.pack(slices, len(slices) + more_rows)
+    floats = packed.view(np.float32)
+    for row, part in enumerate(slices):
+        params = part.request.sampling
+        assert floats[0, row] == np.float32(params.temperature)
+        assert floats[1, row] == np.float32(params.top_p)
+        generated = part.start + 1 - part.request.prompt_tokens
+        assert packed[2:, row].tolist() == [params.top_k, params.seed, generated]
+    assert not packed[:, len(slices) :].any()
+
+
+def test_fields_split_host_and_device_vectors_alike():
+    fields = Fields({"a": 2, "b": 0, "c": 3})
+    host = np.arange(5, dtype=np.int32)
+    for vector in (host, jnp.asarray(host)):
+        parts = {name: part.tolist() for name, part in fields.split(vector).items()}
+        assert parts == {"a": [0, 1], "b": [], "c": [2, 3, 4]}
+    fields.split(host)["c"][:] = 7
+    assert host.tolist() == [0, 1, 7, 7, 7]

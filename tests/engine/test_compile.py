@@ -1,0 +1,221 @@
+"""Programs: compiled before serving and not in it, and working in place."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from disagg_jax.deployment import KVMemory
+from disagg_jax.engine.batch import DecodeShape, PrefillShape
+from disagg_jax.engine.executor import (
+    EngineExecutor,
+    full_slices,
+    measure_step_times,
+    run_alone,
+    table_duration,
+)
+from disagg_jax.engine.programs import ModelOnMesh
+from disagg_jax.engine.transfer import piece_plan
+from disagg_jax.request import Sampling
+from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.work import Step
+from sharding.mesh import make_mesh
+from sharding.rules import RULES
+from tests.engine.harness import (
+    BUCKETS,
+    MODELS,
+    POOL,
+    assert_reference,
+    drive,
+    make_config,
+    make_request,
+    mixed_requests,
+    serve_virtual,
+)
+
+CONFIG = MODELS["divided"]
+# Other sizes than all other tests have, and several of each.
+SEVERAL = dataclasses.replace(
+    BUCKETS,
+    prefill=(PrefillShape(16, 2), PrefillShape(64, 4)),
+    decode_rows=(1, 4),
+    pool_blocks=(5, 16),
+    transfer_blocks=(2, 16),
+)
+
+
+@pytest.fixture(scope="module")
+def compiles():
+    """A list that grows by one with every compile, and every trace."""
+    seen = []
+    names = ("jaxpr_trace_duration", "backend_compile_duration")
+
+    def listen(name, duration_s, **_):
+        if name.endswith(names):
+            seen.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return seen
+
+
+def test_the_count_of_compiles_counts(compiles):
+    before = len(compiles)
+    jax.jit(lambda x: x * 3 + 1)(np.ones(7))
+    assert {name.rsplit("/")[-1] for name in compiles[before:]} == {
+        "jaxpr_trace_duration",
+        "backend_compile_duration",
+    }
+
+
+def test_nothing_is_compiled_or_traced_while_serving(world, compiles):
+    """With a choice of several sizes for everything, sampled requests among them."""
+    engine = world.engine("prefill:tp1,decode:tp1", buckets=SEVERAL, sampled=True)
+    requests = mixed_requests(world, CONFIG)
+    hot = make_request(20, 5, 6, sampling=Sampling(temperature=1.0))
+    before = len(compiles)
+    timelines = serve_virtual(engine, [*requests, hot])
+    assert len(compiles) == before
+    timelines.pop(20)
+    assert_reference(world, CONFIG, timelines)
+
+
+def test_a_shape_that_was_not_compiled_is_an_error(world):
+    engine = world.engine("colocated:tp1")
+    listed = dataclasses.replace(BUCKETS, decode_rows=(3,))
+    engine = dataclasses.replace(engine.instances[0], buckets=listed)
+    step = Step(1, 0, full_slices(DecodeShape(3, 16), POOL))
+    shape = engine.buckets.step_shape(step.slices)
+    with pytest.raises(ValueError, match="DecodeShape.*was compiled before serving"):
+        engine.model.step(shape, engine.cache, engine.model.put(np.zeros(1)))
+
+
+@pytest.mark.parametrize(
+    "slices, message",
+    [
+        (full_slices(DecodeShape(5, 16), POOL), "decode rows: expected at most 4"),
+        (full_slices(DecodeShape(4, 17), POOL), "pool blocks: expected at most 16"),
+        (full_slices(PrefillShape(65, 4), POOL), "prefill: expected at most prefill_T"),
+        (full_slices(PrefillShape(64, 5), POOL), "got 64 tokens in 5 rows"),
+        (
+            full_slices(DecodeShape(1, 16), POOL)
+            + full_slices(PrefillShape(8, 1), POOL),
+            "whole prompts or decodes only",
+        ),
+    ],
+)
+def test_a_step_beyond_the_listed_sizes_is_an_error(world, slices, message):
+    engine = world.engine("colocated:tp1")
+    with pytest.raises(ValueError, match=message), engine.serving():
+        run_alone(engine, Step(1, 0, slices))
+
+
+def test_the_guard_refuses_a_trace_and_a_hidden_transfer(world):
+    engine = world.engine("colocated:tp1")
+    program = jax.jit(lambda x: x + 1)
+    program(jax.numpy.ones(3))
+    with engine.serving():
+        with pytest.raises(RuntimeError, match="(?i)trac"):
+            jax.jit(lambda x: x - 1)(jax.device_put(np.ones(3)))
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            program(np.ones(3, np.float32))
+    jax.jit(lambda x: x - 2)(np.ones(3))  # the guard ends with serving
+
+
+# -- step times -------------------------------------------------------------------------
+
+
+def test_step_times_cover_all_that_serving_looks_up(world):
+    """With the table a run is a function of it alone: every time is one of a sum."""
+    engine = world.engine("prefill:tp1,decode:tp1", buckets=SEVERAL)
+    rounds = []
+    table = measure_step_times(engine, repeats=2, progress=rounds.append)
+    assert len(rounds) == 2 and all(time_s > 0 for time_s in table.values())
+    assert set(table) == {
+        *(f"tp1/{shape}" for shape in SEVERAL.step_shapes),
+        *(f"tp1->tp1/transfer_{size}" for size in SEVERAL.transfer_blocks),
+    }
+    runs = [
+        serve_virtual(engine, mixed_requests(world, CONFIG), table_duration(engine, t))
+        for t in (table, table, {key: 2 * time_s for key, time_s in table.items()})
+    ]
+    stamps = [[t.token_s for t in run.values()] for run in runs]
+    assert stamps[0] == stamps[1]
+    np.testing.assert_allclose(
+        np.concatenate(stamps[2]), 2 * np.concatenate(stamps[0]), rtol=1e-9
+    )
+
+
+def test_a_program_missing_from_the_table_is_named(world):
+    engine = world.engine("colocated:tp1")
+    duration_s = table_duration(engine, {"tp1/prefill_T64_R4": 1.0})
+    with pytest.raises(ValueError, match="no entry 'tp1/decode_B4_P16'"):
+        serve_virtual(engine, [make_request(0, 4, 3)], duration_s)
+
+
+def test_live_durations_are_what_a_step_took(world):
+    engine = world.engine("colocated:tp1")
+    seen = []
+
+    def live(work, measured_s):
+        seen.append(measured_s)
+        return measured_s
+
+    backend = VirtualBackend(EngineExecutor(engine, live))
+    (timeline,) = drive(engine, backend, [make_request(0, 4, 5)]).values()
+    assert len(seen) == 5 and min(seen) > 0
+    np.testing.assert_allclose(timeline.token_s, np.cumsum(seen))
+
+
+# -- in place ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_programs_work_in_place(tp):
+    """Beside a pool of 16 MiB a device, no program needs a copy of it, or of a part.
+
+    Decode over half of the pool reads that where it lies.
+    """
+    config = make_config("deep pool", layers=1, q_heads=2 * tp, kv_heads=tp)
+    pool = KVMemory(num_blocks=16_383, block_tokens=16, max_context=64)
+    model = ModelOnMesh(
+        config,
+        jax.tree.map(np.asarray, _zeros(config)),
+        make_mesh(jax.devices()[:tp]),
+        RULES["decode"],
+        pool,
+    )
+    plan = piece_plan(model.layout.kv, tp, model.layout.kv, tp)
+    half = DecodeShape(4, 8192)
+    for shape in (PrefillShape(64, 4), DecodeShape(4, 64), half):
+        model.compile_step(shape)
+    model.compile_gather(16, plan)
+    model.compile_insert(16, plan)
+    part_bytes = 16_384 * 16 * config.head_dim * 4  # k, or v; on each device
+    for key, program in model._programs.items():
+        memory = program.memory_analysis()
+        if key[0] != "gather":
+            assert memory.alias_size_in_bytes >= 2 * part_bytes, key
+        # Scores and weights of 2 query heads for 8 floats of k: 1/4 of it each.
+        limit = part_bytes if key[0] == half else part_bytes // 50
+        assert memory.temp_size_in_bytes < limit, (key, memory.temp_size_in_bytes)
+
+
+def _zeros(config):
+    from models import transformer
+
+    shapes = transformer.param_shapes(config)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def test_the_pool_stays_where_it_is(world):
+    """Steps and transfers get the same buffers back that they were given."""
+    engine = world.engine("prefill:tp1,decode:tp1")
+
+    def pointers():
+        caches = [instance.cache for instance in engine.instances]
+        return [part.unsafe_buffer_pointer() for part in jax.tree.leaves(caches)]
+
+    before = pointers()
+    serve_virtual(engine, mixed_requests(world, CONFIG))
+    assert pointers() == before

@@ -1,0 +1,97 @@
+"""Configs and their overrides from the command line."""
+
+import json
+
+import pytest
+
+from disagg_jax.deployment import Role
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.workload import FixedLengths, LognormalLengths, UniformLengths
+from experiments.config import override, parse_lengths, to_json
+from experiments.configs import CONFIGS, get_config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_named_config_is_valid_json(name):
+    content = to_json(override(get_config(name), []))
+    assert json.loads(json.dumps(content)) == content
+    assert content["type"] == "Config"
+
+
+def test_both_systems_of_the_main_job_have_equally_many_devices_and_limits():
+    policies = [system.policies for system in get_config("tiny").systems.values()]
+    limits = [policy.limits for by_role in policies for policy in by_role.values()]
+    assert {limit.decode_rows for limit in limits} == {16, 0}  # 0: never decodes
+
+
+def test_an_override_reaches_through_mappings_into_a_policy():
+    config = override(
+        get_config("tiny"),
+        [
+            "systems.vllm.policies.colocated.max_seqs=3",
+            "workload.arrivals.kind=gamma",
+            "workload.arrivals.burstiness=0.5",
+            "rates=1,2.5",
+            "workload.ignore_eos=false",
+        ],
+    )
+    policy = config.systems["vllm"].policies[Role.COLOCATED]
+    assert isinstance(policy, PrefillFirst)
+    assert policy.max_seqs == 3
+    assert config.workload.arrivals.burstiness == 0.5
+    assert config.rates == (1.0, 2.5)
+    assert config.workload.ignore_eos is False
+    # All else is as it was.
+    assert (
+        config.systems["disaggregated"] == get_config("tiny").systems["disaggregated"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("num_seeds", "expected key=value, got 'num_seeds'"),
+        ("num_seeds=x", "--set num_seeds: expected int, got 'x'"),
+        ("workload.ignore_eos=1", "expected bool, got '1'"),
+        ("speed=1", "no 'speed' here; expected one of model, weights"),
+        ("workload=1", "'workload' has parts"),
+        ("model.size=1", "'model' has no parts"),
+        ("rates=1,-2", "rates: expected > 0 requests/s, got -2.0"),
+        ("num_seeds=0", "num_seeds: expected >= 1, got 0"),
+        ("clock=sundial", "clock: expected one of virtual, wall, got 'sundial'"),
+        ("workload.num_requests=0", "workload.num_requests: expected >= 1, got 0"),
+        ("workload.arrivals.kind=odd", "expected one of poisson, gamma, fixed"),
+        ("systems.vllm.policies.colocated.max_seqs=0", "max_seqs: expected >= 1"),
+        ("systems.vllm.deployment=prefill:tp1,decode:tp1", "has prefill instances"),
+        ("workload.source=trace", "workload.trace: expected the path of a trace"),
+        ("slo.ttft_s=-1", "slo.ttft_s: expected >= 0, got -1.0"),
+        ("search.target=1.5", "target: expected in (0, 1], got 1.5"),
+    ],
+)
+def test_a_bad_override_says_what_was_expected_and_what_came(assignment, message):
+    with pytest.raises(ValueError) as error:
+        override(get_config("tiny"), [assignment])
+    assert message in str(error.value)
+
+
+def test_an_unknown_config_names_the_known_ones():
+    with pytest.raises(ValueError, match="expected one of.*smoke.*got 'nope'"):
+        get_config("nope")
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("fixed:7", FixedLengths(tokens=7)),
+        ("uniform:3:9", UniformLengths(low=3, high=9)),
+        ("lognormal:20:0.5:99", LognormalLengths(median=20, sigma=0.5, high=99)),
+    ],
+)
+def test_lengths_are_read(text, lengths):
+    assert parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["", "fixed", "fixed:x", "uniform:9:3", "zipf:2"])
+def test_bad_lengths_are_an_error_that_quotes_them(text):
+    with pytest.raises(ValueError, match=f"'{text}'"):
+        parse_lengths(text)

@@ -1,0 +1,213 @@
+"""The main job from end to end, on a workload of seconds."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from disagg_jax import metrics
+from disagg_jax.event_log import replay
+from disagg_jax.request import Request, Timeline
+from experiments import goodput_sweep, serving
+from experiments.config import override
+from experiments.configs import get_config
+from experiments.run_dir import Point, RunDir
+
+# As few programs as possible: compiling is most of the time.
+SMALL = [
+    "workload.num_requests=6",
+    "workload.prompt_tokens=uniform:2:20",
+    "workload.output_tokens=uniform:1:6",
+    "memory.max_context=32",
+    "memory.blocks_per_device=16",
+    "rates=50,5000",
+    "timing_repeats=1",
+    "systems.vllm.policies.colocated.max_seqs=2",
+    "systems.vllm.policies.colocated.max_batched_tokens=32",
+    "systems.disaggregated.policies.prefill.max_seqs=2",
+    "systems.disaggregated.policies.prefill.token_budget=32",
+    "systems.disaggregated.policies.decode.max_seqs=2",
+]
+
+
+def config(*changes):
+    return override(get_config("smoke"), [*SMALL, *changes])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Runs after the first find their programs on disk."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A finished run directory."""
+    out = tmp_path_factory.mktemp("runs") / "first"
+    goodput_sweep.run(config(), out, None)
+    return out
+
+
+def test_the_run_directory_is_complete(first):
+    names = {path.name for path in first.iterdir()}
+    assert names >= {
+        "config.json",
+        "env.json",
+        "step_times.json",
+        "requests.jsonl",
+        "summary.json",
+        "attainment.png",
+        "table.txt",
+    }
+    rows = [
+        json.loads(line) for line in (first / "requests.jsonl").read_text().splitlines()
+    ]
+    # 2 systems x 2 rates x 2 seeds x 6 requests
+    assert len(rows) == 48
+    assert {row["status"] for row in rows} == {"finished"}
+
+
+def test_equal_step_times_give_equal_bytes(first, tmp_path):
+    times = str(first / "step_times.json")
+    for name in ("a", "b"):
+        goodput_sweep.run(config(), tmp_path / name, times)
+    for name in ("summary.json", "requests.jsonl", "table.txt"):
+        a, b = (tmp_path / run / name for run in ("a", "b"))
+        assert a.read_bytes() == b.read_bytes()
+    # And they are the times of the first run, whose summary it therefore repeats.
+    again = (tmp_path / "a" / "summary.json").read_bytes()
+    assert again == (first / "summary.json").read_bytes()
+
+
+def test_a_killed_run_resumes_without_losing_or_repeating_a_point(first, tmp_path):
+    out = tmp_path / "resumed"
+    times = str(first / "step_times.json")
+    goodput_sweep.run(config(), out, times)
+    want = (out / "summary.json").read_bytes()
+    lost = sorted((out / "points").glob("disaggregated-10000*.json"))
+    kept = sorted(set((out / "points").glob("*.json")) - set(lost))
+    assert lost and kept
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    for path in [*lost, out / "summary.json", out / "requests.jsonl"]:
+        path.unlink()
+    goodput_sweep.run(config(), out, times)
+    assert (out / "summary.json").read_bytes() == want
+    assert [path.stat().st_mtime_ns for path in kept] == stamps
+    assert len((out / "requests.jsonl").read_text().splitlines()) == 48
+
+
+def test_systems_see_the_same_requests_and_generate_the_same_tokens(first):
+    rows = [
+        json.loads(line) for line in (first / "requests.jsonl").read_text().splitlines()
+    ]
+
+    def of(system):
+        return [
+            (row["rate_rps"], row["replica"], row["arrival_s"], row["tokens"])
+            for row in rows
+            if row["system"] == system
+        ]
+
+    assert of("vllm") == of("disaggregated")
+    assert any(row["transfer_bytes"] for row in rows if row["system"] != "vllm")
+
+
+def test_metrics_of_a_request_follow_from_its_token_times(first):
+    for line in (first / "requests.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        request = Request(
+            id=0,
+            arrival_s=row["arrival_s"],
+            prompt_tokens=row["prompt_tokens"],
+            max_tokens=row["output_tokens"],
+        )
+        timeline = Timeline(request=request, token_s=row["token_s"])
+        assert row["ttft_s"] == metrics.ttft_s(timeline)
+        assert row["tpot_s"] == metrics.tpot_s(timeline)
+
+
+def test_every_event_log_replays_to_the_same_decisions(first):
+    cfg = config()
+    run_dir = RunDir(first, json.loads((first / "config.json").read_text()))
+    model = serving.load_model(cfg)
+    for name, system in cfg.systems.items():
+        server = serving.Server(cfg, system, model, {})
+        for rate in (100.0, 10000.0):
+            lines = list(run_dir.events(Point(name, rate, 0)))
+            assert lines
+            assert list(replay(lines, server.new_controller())) == []
+
+
+def test_the_wall_clock_serves_too(tmp_path):
+    cfg = config("clock=wall", "rates=50", "num_seeds=1")
+    text = goodput_sweep.run(cfg, tmp_path, None)
+    assert "clock: wall" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["durations"] == "live"
+
+
+def test_tensor_parallel_host_devices_must_be_modelled(tmp_path):
+    deployment = "systems.vllm.deployment=2xcolocated:tp2"
+    with pytest.raises(ValueError, match="must be modelled"):
+        goodput_sweep.run(config(deployment), tmp_path / "a", None)
+    assert not (tmp_path / "a").exists()
+    text = goodput_sweep.run(
+        config(deployment, "durations=modelled", "rates=50", "num_seeds=1"),
+        tmp_path / "b",
+        None,
+    )
+    assert "times come from a formula" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("workload.prompt_tokens=fixed:31", "expected at most 32 tokens"),
+        ("weights=/nowhere.gguf", "which does not exist"),
+        ("memory.max_context=2048", "1024 tokens of model tiny"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(change, message, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        goodput_sweep.run(config(change), tmp_path / "run", None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_malformed_trace_line_is_named(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2023-11-16 18:15:46.6805900,374,44\n"
+        "2023-11-16 18:15:50.9951690,many,109\n"
+    )
+    cfg = config("workload.source=trace", f"workload.trace={trace}")
+    with pytest.raises(ValueError, match="line 3"):
+        goodput_sweep.run(cfg, tmp_path / "run", None)
+
+
+def test_the_command_line_says_one_line_on_bad_flags(tmp_path):
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.goodput_sweep", "--set", "seed=x"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "error: --set seed: expected int, got 'x'"
+    )

@@ -1,0 +1,92 @@
+"""The goodput search on attainment curves that are known."""
+
+import pytest
+
+from disagg_jax.search import SearchPlan, estimate, search
+
+PLAN = SearchPlan(target=0.9, growth=2.0, tolerance=0.05, max_rates=30)
+
+
+def falling(*limits):
+    """Attainment of one seed for each limit: 1 up to it, then falling linearly."""
+    tried = {}
+
+    def evaluate(rate):
+        tried[rate] = [min(1.0, max(0.0, 2 - rate / limit)) for limit in limits]
+        return tried[rate]
+
+    return evaluate, tried
+
+
+@pytest.mark.parametrize("start", [0.1, 10.0, 5000.0])
+def test_the_crossing_is_found_from_below_and_from_above(start):
+    evaluate, tried = falling(100.0, 110.0, 90.0)
+    search(evaluate, start, PLAN)
+    found = estimate(tried, PLAN.target)
+    # Attainment is 0.9 at 1.1 x limit: at 110, 121 and 99 for the three seeds. Each
+    # one's crossing is found between the two tried rates around it.
+    for rate, crossing in zip(found.per_seed_rps, (110, 121, 99), strict=True):
+        below = max(tried_rate for tried_rate in tried if tried_rate <= crossing)
+        above = min(tried_rate for tried_rate in tried if tried_rate > crossing)
+        assert below <= rate <= above
+    # The mean curve crosses near 109 (1 up to 90, then a seed at a time falls).
+    assert found.pass_rps < 110 < found.fail_rps * 1.02
+    assert found.fail_rps / found.pass_rps <= 1.05
+    assert found.bracketed
+
+
+def test_every_seed_is_seen_to_pass_and_to_fail():
+    evaluate, tried = falling(10.0, 1000.0)
+    search(evaluate, 50.0, PLAN)
+    for seed in (0, 1):
+        values = [attainments[seed] for attainments in tried.values()]
+        assert max(values) >= 0.9 > min(values)
+
+
+def test_no_rate_is_evaluated_twice():
+    calls = []
+
+    def evaluate(rate):
+        calls.append(rate)
+        return [1.0 if rate < 7 else 0.0]
+
+    search(evaluate, 1.0, PLAN)
+    assert len(calls) == len(set(calls))
+
+
+def test_a_system_that_always_fails_has_no_goodput_and_the_search_ends():
+    calls = []
+
+    def evaluate(rate):
+        calls.append(rate)
+        return [0.0, 0.0]
+
+    search(evaluate, 1.0, SearchPlan(max_rates=6))
+    assert len(calls) == 6
+    found = estimate({rate: [0.0, 0.0] for rate in calls}, 0.9)
+    assert found.per_seed_rps == (0.0, 0.0)
+    assert found.pass_rps is None
+    assert not found.bracketed and not found.resolved
+
+
+def test_resolved_needs_both_intervals_on_their_sides():
+    # Seeds agree: at 1 all pass, at 2 all fail.
+    sharp = {1.0: [1.0, 1.0, 0.99], 2.0: [0.1, 0.12, 0.1]}
+    assert estimate(sharp, 0.9).resolved
+    # At 1 the mean passes (0.933), but one seed is far below.
+    noisy = {1.0: [1.0, 1.0, 0.8], 2.0: [0.1, 0.12, 0.1]}
+    assert not estimate(noisy, 0.9).resolved
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": 0.0}, "target: expected in"),
+        ({"growth": 1.0}, "growth: expected > 1"),
+        ({"tolerance": 0.0}, "tolerance: expected > 0"),
+        ({"max_rates": 1}, "max_rates: expected >= 2"),
+    ],
+)
+def test_bad_plans_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        SearchPlan(**change)
