@@ -10,18 +10,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.metrics import SLO
-from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.view import Policy
-from disagg_jax.search import SearchPlan
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.workload import (
-    Arrivals,
+from disagg_jax.lengths import (
     FixedLengths,
     Lengths,
     LognormalLengths,
     UniformLengths,
 )
+from disagg_jax.metrics import SLO
+from disagg_jax.scheduling import get_system
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.search import SearchPlan
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.workload import Arrivals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

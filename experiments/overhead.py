@@ -16,6 +16,9 @@ handoff  KV from mesh to mesh: gather, move, insert. Over a numpy copy of as man
          insert.
 m32      32 requests at once, beside what a peer JAX engine reached on two such cores.
 
+Large blocks that are freed stay with the process (`timing.keep_freed_memory`), as on an
+accelerator; a copy into fresh memory is into a new array all the same.
+
 Warm-up and compilation are outside the timing; figures are medians of rounds that
 alternate between the two sides of a ratio. About 4 minutes on 2 idle cores. On a busy
 machine ratios hold better than absolute figures, so the load is printed as well.
@@ -32,43 +35,32 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from jax import Array
 
 from disagg_jax.controller import Controller
-from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.engine import kv_cache
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import full_slices, run_alone
-from disagg_jax.engine.programs import Compiled, ModelOnMesh
-from disagg_jax.engine.transfer import PiecePlan, piece_plan
-from disagg_jax.metrics import SLO, summarise
+from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
-from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
-from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.summary import summarise
 from disagg_jax.work import Event, Step, Transfer, Work
-from experiments.timing import (
-    Figure,
+from experiments.rigs import (
+    HollowModel,
+    NamedShape,
     Rig,
     bare_step_s,
     burst,
-    interleaved,
-    table,
-    timed_s,
+    colocated,
+    handoff_rig,
+    plain_device_put,
 )
-from models import transformer
+from experiments.timing import Figure, interleaved, keep_freed_memory, table, timed_s
 from models.config import ModelConfig, get_config
-from sharding.rules import RULES
 
 BLOCK_TOKENS = 16  # in all parts but m32
-PROMPT, OUTPUT = 64, 64  # tokens of a request in the host and decode parts
 PAIRS = ((4, 4), (4, 2), (2, 4), (1, 4))  # hand-off: TP of prefill, TP of decode
 
 
@@ -80,99 +72,61 @@ class Options:
     batches: Sequence[int] = (16, 64)  # requests in a decode step
     handoff_mib: Sequence[int] = (1, 16, 128)
     repeats: int = 7  # rounds that a median is taken over
+    prompt: int = 64  # tokens of a request in the host and decode parts
+    output: int = 64
     prefill_tokens: int = 512  # of a full prefill step of 4 prompts
-    named: NamedShape | None = None  # default: m32
-
-    @property
-    def params(self) -> transformer.Params:
-        return transformer.init_params(self.config, 0)
+    named: NamedShape | None = None  # None is m32
 
 
-# -- host
-# -------------------------------------------------------------------------------
+# -- host and decode: a full batch -----------------------------------------------------
 
 
-class HollowModel(ModelOnMesh):
-    """Programs of the same inputs and outputs that compute nothing, and a stopwatch.
-
-    On one device, with one layer group.
-    """
-
-    put_start_s = put_end_s = step_end_s = 0.0
-
-    def put(self, vector: np.ndarray) -> Array:
-        self.put_start_s = time.perf_counter()
-        packed = super().put(vector)
-        self.put_end_s = time.perf_counter()
-        return packed
-
-    def step(
-        self, shape: StepShape, cache: list[kv_cache.Cache], packed: Array
-    ) -> tuple[Array, Array]:
-        out = super().step(shape, cache, packed)
-        self.step_end_s = time.perf_counter()
-        return out
-
-    def _group_program(self, shape: StepShape, group: int) -> Compiled:
-        real = super()._group_program(shape, group)
-        args, _ = real.args_info
-        _, out = real.out_info
-
-        def hollow(params: Any, cache: kv_cache.Cache, packed: Array) -> Any:
-            return cache, jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), out
-            )
-
-        # keep_unused: jax would drop the weights, and the cost of passing them.
-        program = jax.jit(hollow, donate_argnums=1, keep_unused=True)
-        return program.lower(*args).compile()
+def _full_batch(options: Options, batch: int) -> tuple[Rig, DecodeShape, list[Request]]:
+    """An instance, its decode step, and requests that one prefill step makes fill it."""
+    prefill = PrefillShape(batch * options.prompt, batch)
+    context = options.prompt + options.output
+    rig, shape = colocated(
+        options.config, prefill, context=context, block_tokens=BLOCK_TOKENS
+    )
+    return rig, shape, burst(options.config, batch, options.prompt, options.output)
 
 
 def host(options: Options) -> list[Figure]:
-    """Host time of a decode step, and the controller's."""
+    """Host time of a decode step, of the controller, and of all from token to token."""
     figures: list[Figure] = []
     for batch in options.batches:
-        rig, shape = _decode_rig(options, batch)
-        _make_hollow(rig, options)
-        aim = {"bound": 100.0 + batch, "bound_name": "100 us + 1 us per token"}
-        micros = _host_step_us(rig, shape, 100 * options.repeats)
-        loop = _host_loop_us(rig, options, batch)
+        rig, shape, requests = _full_batch(options, batch)
+        hollow = HollowModel.replace(rig)
+        micros = _host_step_us(rig, hollow, shape, 100 * options.repeats)
+        micros |= _host_loop_us(rig, requests, options.repeats)
         figures += [
             Figure(
                 part="host",
                 name=f"B{batch} {name}",
                 measured=value,
+                bound=100.0 + batch,
                 unit="us",
+                bound_name="100 us + 1 us per token",
                 better="less",
                 aim=1.0 if name == "step" else None,
-                **aim,
             )
-            for name, value in (micros | loop).items()
+            for name, value in micros.items()
         ]
     return figures
 
 
-def _make_hollow(rig: Rig, options: Options) -> None:
-    instance = rig.engine.instances[0]
-    real = instance.model
-    rules = RULES[instance.role]
-    hollow = HollowModel(options.config, options.params, real.mesh, rules, real.memory)
-    instance.model = hollow
-    rig.engine.compile()
-
-
-def _host_step_us(rig: Rig, shape: DecodeShape, steps: int) -> dict[str, float]:
+def _host_step_us(
+    rig: Rig, model: HollowModel, shape: DecodeShape, steps: int
+) -> dict[str, float]:
     """Medians of the whole step and of its four parts."""
-    model = rig.engine.instances[0].model
-    assert isinstance(model, HollowModel)
     step = Step(0, 0, full_slices(shape, model.memory))
     samples: dict[str, list[float]] = {}
+    warm_up = 20
     with rig.engine.serving():
-        for i in range(steps + 20):
+        for i in range(warm_up + steps):
             start_s = time.perf_counter()
-            running = rig.engine.start(step)
-            for _ in running:  # the tokens are there at once: no need to poll
-                pass
+            for _ in rig.engine.start(step):
+                pass  # no need to poll: reading the tokens back waits for them
             end_s = time.perf_counter()
             spans_s = {
                 "step": end_s - start_s,
@@ -182,7 +136,7 @@ def _host_step_us(rig: Rig, shape: DecodeShape, steps: int) -> dict[str, float]:
                 "- readback": end_s - model.step_end_s,
             }
             for name, span_s in spans_s.items():
-                if i >= 20:
+                if i >= warm_up:
                     samples.setdefault(name, []).append(span_s * 1e6)
     return {name: statistics.median(values) for name, values in samples.items()}
 
@@ -190,111 +144,74 @@ def _host_step_us(rig: Rig, shape: DecodeShape, steps: int) -> dict[str, float]:
 class _TimedController(Controller):
     """Notes how long it took to turn a finished decode step into the next one."""
 
+    spans_s: tuple[float, ...] = ()
+
     def step(self, now_s: float, events: Sequence[Event]) -> list[Work]:
         start_s = time.perf_counter()
         works = super().step(now_s, events)
         span_s = time.perf_counter() - start_s
         if works and isinstance(works[0], Step) and works[0].slices[0].is_decode:
-            self.spans_s = [*getattr(self, "spans_s", []), span_s]
+            self.spans_s += (span_s,)
         return works
 
 
-def _host_loop_us(rig: Rig, options: Options, batch: int) -> dict[str, float]:
-    """Per decode step: the controller, and everything from token to token."""
-    controllers: list[float] = []
-    loops: list[float] = []
-    for i in range(options.repeats + 1):
+def _host_loop_us(
+    rig: Rig, requests: Sequence[Request], repeats: int
+) -> dict[str, float]:
+    """Medians over decode steps."""
+    controller_s: list[float] = []
+    loop_s: list[float] = []
+    for i in range(repeats + 1):
         controller = rig.controller(_TimedController)
         assert isinstance(controller, _TimedController)
-        requests = burst(options.config, batch, PROMPT, OUTPUT)
         timelines = rig.serve(requests, controller)
         if i:
-            controllers += controller.spans_s
-            loops += np.diff(timelines[0].token_s).tolist()
+            controller_s += controller.spans_s
+            loop_s += np.diff(timelines[0].token_s).tolist()
     return {
-        "controller": statistics.median(controllers) * 1e6,
-        "whole loop": statistics.median(loops) * 1e6,
+        "controller": statistics.median(controller_s) * 1e6,
+        "whole loop": statistics.median(loop_s) * 1e6,
     }
-
-
-# -- decode and prefill -----------------------------------------------------------------
-
-
-def _decode_rig(options: Options, batch: int) -> tuple[Rig, DecodeShape]:
-    """One colocated instance whose batch is full after one prefill step."""
-    blocks = batch * math.ceil((PROMPT + OUTPUT) / BLOCK_TOKENS)
-    buckets = Buckets(
-        prefill=(PrefillShape(batch * PROMPT, batch),),
-        decode_rows=(batch,),
-        pool_blocks=(blocks,),
-        transfer_blocks=(),
-    )
-    policy = PrefillFirst(
-        max_batched_tokens=batch * PROMPT, max_seqs=batch, watermark=0.0
-    )
-    rig = _colocated(options, policy, blocks, buckets)
-    return rig, DecodeShape(batch, blocks)
-
-
-def _colocated(
-    options: Options, policy: PrefillFirst, blocks: int, buckets: Buckets
-) -> Rig:
-    memory = KVMemory(
-        num_blocks=blocks,
-        block_tokens=BLOCK_TOKENS,
-        max_context=options.config.max_length,
-    )
-    policies = {Role.COLOCATED: policy}
-    return Rig.build(
-        options.config, options.params, "colocated:tp1", policies, [memory], [buckets]
-    )
-
-
-def _loop_step_s(rig: Rig, requests: Sequence[Request]) -> float:
-    """Mean seconds from one step's tokens to the next one's, all steps alike."""
-    timelines = rig.serve(requests)
-    ends_s = sorted({stamp for t in timelines for stamp in t.token_s})
-    return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
 
 
 def decode(options: Options) -> list[Figure]:
     """Decode tokens per second of the whole loop and of the bare program."""
-    figures: list[Figure] = []
-    for batch in options.batches:
-        rig, shape = _decode_rig(options, batch)
-        requests = burst(options.config, batch, PROMPT, OUTPUT)
-        figures.append(
-            _against_bare(f"B{batch}", "decode", batch, options, rig, shape, requests)
+    return [
+        _against_bare(
+            "decode", f"B{batch}", batch, options, *_full_batch(options, batch)
         )
-    return figures
+        for batch in options.batches
+    ]
 
 
 def prefill(options: Options) -> list[Figure]:
     """Prefill tokens per second of the whole loop and of the bare program."""
-    tokens, rows, steps = options.prefill_tokens, 4, 12
-    prompt = tokens // rows
-    policy = PrefillFirst(max_batched_tokens=tokens, max_seqs=rows, watermark=0.0)
-    shape = PrefillShape(tokens, rows)
-    buckets = Buckets(
-        prefill=(shape,), decode_rows=(), pool_blocks=(), transfer_blocks=()
+    rows, steps = 4, 12
+    prompt = options.prefill_tokens // rows
+    shape = PrefillShape(rows * prompt, rows)
+    rig, _ = colocated(
+        options.config,
+        shape,
+        context=prompt,
+        block_tokens=BLOCK_TOKENS,
+        decodes=False,
     )
-    blocks = rows * math.ceil(prompt / BLOCK_TOKENS)
-    rig = _colocated(options, policy, blocks, buckets)
     requests = burst(options.config, rows * steps, prompt, 1)
     name = f"{rows} x {prompt}"
-    return [_against_bare(name, "prefill", tokens, options, rig, shape, requests)]
+    return [_against_bare("prefill", name, shape.tokens, options, rig, shape, requests)]
 
 
 def _against_bare(
-    name: str,
     part: str,
+    name: str,
     tokens: int,
     options: Options,
     rig: Rig,
     shape: StepShape,
     requests: Sequence[Request],
 ) -> Figure:
-    steps = OUTPUT if isinstance(shape, DecodeShape) else 12
+    """`tokens` over the time of a step: in the whole loop, and of `shape` alone."""
+    steps = options.output if isinstance(shape, DecodeShape) else 12
     step_s = interleaved(
         options.repeats,
         {
@@ -313,7 +230,14 @@ def _against_bare(
     )
 
 
-# -- hand-off ---------------------------------------------------------------------------
+def _loop_step_s(rig: Rig, requests: Sequence[Request]) -> float:
+    """Mean seconds from one step's tokens to the next one's, all steps alike."""
+    timelines = rig.serve(requests)
+    ends_s = sorted({stamp for t in timelines for stamp in t.token_s})
+    return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
+
+
+# -- hand-off --------------------------------------------------------------------------
 
 
 def handoff(options: Options) -> list[Figure]:
@@ -322,50 +246,35 @@ def handoff(options: Options) -> list[Figure]:
     sizes = {mib: math.ceil(mib * 2**20 / block_bytes) for mib in options.handoff_mib}
     figures: list[Figure] = []
     for src_tp, dst_tp in PAIRS:
-        rig = _handoff_rig(options, src_tp, dst_tp, tuple(sizes.values()))
-        for mib, blocks in sizes.items():
+        blocks = sorted(set(sizes.values()))
+        rig = handoff_rig(options.config, src_tp, dst_tp, blocks, BLOCK_TOKENS)
+        for mib in sizes:
             name = f"TP{src_tp}->TP{dst_tp} {mib} MiB"
-            figures += _handoff(name, rig, blocks, options.repeats)
+            equal = src_tp == dst_tp
+            figures += _handoff(name, rig, sizes[mib], options.repeats, equal)
     return figures
 
 
-def _handoff_rig(options: Options, src_tp: int, dst_tp: int, sizes: tuple) -> Rig:
-    memory = KVMemory(
-        num_blocks=max(sizes),
-        block_tokens=BLOCK_TOKENS,
-        max_context=options.config.max_length,
-    )
-    buckets = Buckets(prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=sizes)
-    return Rig.build(
-        options.config,
-        options.params,
-        f"prefill:tp{src_tp},decode:tp{dst_tp}",
-        {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
-        [memory] * 2,
-        [buckets] * 2,
-    )
-
-
-def _handoff(name: str, rig: Rig, blocks: int, repeats: int) -> list[Figure]:
-    src, dst = rig.engine.instances
+def _handoff(
+    name: str, rig: Rig, blocks: int, repeats: int, equal: bool
+) -> list[Figure]:
     # Blocks that lie scattered, as they do after a while of serving.
-    order = np.random.default_rng(0).permutation(src.model.memory.num_blocks)
-    ids = tuple(order[:blocks].tolist())
+    pool = rig.engine.instances[0].model.memory.num_blocks
+    ids = tuple(np.random.default_rng(0).permutation(pool)[:blocks].tolist())
     request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
     transfer = Transfer(0, request, 0, 1, ids, ids, context=1)
-    size = run_alone(rig.engine, transfer)[1][1]
+    _, (_, size) = run_alone(rig.engine, transfer)
     source = np.ones(size, np.uint8)
-    plain = _plain_device_put(src.model, dst.model, ids)
+    plain = plain_device_put(rig, ids)
     seconds = interleaved(
         repeats,
         {
             "ours": lambda: run_alone(rig.engine, transfer)[0],
             "copy": lambda: timed_s(source.copy),
-            "plain": lambda: timed_s(lambda: plain(src.cache, dst.cache)),
+            "plain": lambda: timed_s(plain),
         },
     )
     rate = {side: size / value / 1e9 for side, value in seconds.items()}
-    equal = src.model.tp == dst.model.tp
 
     def figure(side: str, bound_name: str, aim: float | None) -> Figure:
         return Figure(
@@ -384,103 +293,7 @@ def _handoff(name: str, rig: Rig, blocks: int, repeats: int) -> list[Figure]:
     ]
 
 
-Caches = list[kv_cache.Cache]
-
-
-def _plain_device_put(
-    src: ModelOnMesh, dst: ModelOnMesh, ids: Sequence[int]
-) -> Callable[[Caches, Caches], None]:
-    """The hand-off with `jax.device_put` of the payload in place of our plan.
-
-    The payload is a new array every time, because jax keeps the host's copy of one that
-    passed through it.
-    """
-    plans = [_whole(model) for model in (src, dst)]
-    src.compile_gather(len(ids), plans[0])
-    dst.compile_insert(len(ids), plans[1])
-    vector = np.array(ids, np.int32)
-
-    def run(src_cache: Caches, dst_cache: Caches) -> None:
-        src_ids, dst_ids = src.put(vector), dst.put(vector)
-        payload = src.gather(0, src_cache[0], src_ids, plans[0])
-        moved = jax.device_put(jax.block_until_ready(payload), dst.payload_sharding)
-        jax.block_until_ready(moved)
-        dst_cache[0], flag = dst.insert(0, dst_cache[0], dst_ids, moved, plans[1])
-        jax.block_until_ready(flag)
-
-    return run
-
-
-def _whole(model: ModelOnMesh) -> PiecePlan:
-    """A plan in which each shard is one piece."""
-    return piece_plan(model.layout.kv, model.tp, model.layout.kv, model.tp)
-
-
-# -- the named shape --------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NamedShape:
-    """A burst of equal requests on one prefill and one decode device."""
-
-    config: ModelConfig
-    requests: int = 32
-    prompt: int = 100
-    output: int = 64
-    batch: int = 16  # requests in a decode step
-    prefill_rows: int = 4
-    block_tokens: int = 16
-
-    @property
-    def context(self) -> int:
-        return self.prompt + self.output
-
-    def rig(self) -> Rig:
-        tokens = self.prefill_rows * self.prompt
-        prompt_blocks = math.ceil(self.prompt / self.block_tokens)
-        # The decode pool holds a batch; the prefill pool all that can wait for it.
-        pools = (self.requests * prompt_blocks, self.batch * self._blocks)
-        memory = [
-            KVMemory(
-                num_blocks=blocks,
-                block_tokens=self.block_tokens,
-                max_context=self.config.max_length,
-            )
-            for blocks in pools
-        ]
-        prefill = Buckets(
-            prefill=(PrefillShape(tokens, self.prefill_rows),),
-            decode_rows=(),
-            pool_blocks=(),
-            transfer_blocks=(prompt_blocks,),
-        )
-        decode = Buckets(
-            prefill=(),
-            decode_rows=(self.batch // 2, self.batch),
-            pool_blocks=(pools[1] // 2, pools[1]),
-            transfer_blocks=(prompt_blocks,),
-        )
-        policies = {
-            Role.PREFILL: PrefillOnly(token_budget=tokens, max_seqs=self.prefill_rows),
-            Role.DECODE: DecodeOnly(max_seqs=self.batch, watermark=0.0),
-        }
-        return Rig.build(
-            self.config,
-            transformer.init_params(self.config, 0),
-            "prefill:tp1,decode:tp1",
-            policies,
-            memory,
-            [prefill, decode],
-        )
-
-    @property
-    def full_step(self) -> DecodeShape:
-        return DecodeShape(self.batch, self.batch * self._blocks)
-
-    @property
-    def _blocks(self) -> int:
-        return math.ceil(self.context / self.block_tokens)
-
+# -- the named shape -------------------------------------------------------------------
 
 # What a peer JAX engine reached on two such cores (issue 2): (name, unit, value). Its
 # decode attends to 512 slots for at most 164 tokens of context.
@@ -496,10 +309,10 @@ def named_shape(options: Options) -> list[Figure]:
     """A burst on the wall clock beside the peer's figures."""
     shape = options.named or NamedShape(config=get_config("m32"))
     rig = shape.rig()
+    requests = burst(shape.config, shape.requests, shape.prompt, shape.output)
     runs: list[dict[str, float]] = []
     for i in range(options.repeats + 1):
-        bare_s = bare_step_s(rig.engine, 1, shape.full_step, 50)
-        requests = burst(shape.config, shape.requests, shape.prompt, shape.output)
+        bare_s = bare_step_s(rig.engine, 1, shape.decode_shape, 50)
         summary = summarise(rig.serve(requests), SLO(ttft_s=1, tpot_s=1), devices=2)
         summary["bare_ms"] = bare_s * 1e3
         if i:
@@ -519,7 +332,7 @@ def named_shape(options: Options) -> list[Figure]:
     ]
 
 
-# -- command line -----------------------------------------------------------------------
+# -- command line ----------------------------------------------------------------------
 
 PARTS: dict[str, Callable[[Options], list[Figure]]] = {
     "host": host,
@@ -598,6 +411,7 @@ def _writable(path: str | None) -> pathlib.Path | None:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", max(DEVICES.values()))
     try:
         out = _writable(_OUT.value)

@@ -26,14 +26,9 @@ from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
 from disagg_jax.work import Step, Work
-from disagg_jax.workload import (
-    TraceRow,
-    make_requests,
-    read_trace,
-    requests_from_prompts,
-    requests_from_trace,
-)
+from disagg_jax.workload import make_requests, requests_from_prompts
 from experiments.config import Config, System, parse_lengths
 from models import transformer
 from models.config import ModelConfig, get_config

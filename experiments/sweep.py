@@ -11,6 +11,7 @@ from disagg_jax import metrics
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.request import Status, Timeline
 from disagg_jax.search import GoodputEstimate, estimate, search
+from disagg_jax.summary import summarise
 from experiments.config import Config
 from experiments.run_dir import Point, RunDir
 from experiments.serving import Model, Progress, RequestSource, Server
@@ -94,7 +95,7 @@ class Sweep:
             )
             devices = server.deployment.devices
             found: dict[str, Any] = {
-                **metrics.summarise(run.timelines, self.slo, devices),
+                **summarise(run.timelines, self.slo, devices),
                 "steady": metrics.is_steady(run.timelines),
             }
             rows = [self._request_row(timeline) for timeline in run.timelines]

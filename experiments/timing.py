@@ -1,30 +1,17 @@
-"""What timing an engine takes: figures with their bounds, and engines of one shape."""
+"""Figures beside their bounds, and medians of things timed side by side."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-
-from disagg_jax.backend import serve
-from disagg_jax.controller import Controller
-from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.batch import StepShape
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import Engine, full_slices
-from disagg_jax.engine.wall import WallBackend
-from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling.view import Policy
-from disagg_jax.workload import FixedLengths, make_requests
-from models import transformer
-from models.config import ModelConfig
-
-# -- figures ----------------------------------------------------------------------------
+# -- figures ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,7 +88,7 @@ def _digits(value: float) -> str:
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value) or 1)))}f}"
 
 
-# -- timing -----------------------------------------------------------------------------
+# -- timing ----------------------------------------------------------------------------
 
 
 def timed_s(run: Callable[[], object]) -> float:
@@ -128,71 +115,20 @@ def interleaved(
     return {name: statistics.median(found) for name, found in values.items()}
 
 
-# -- engines ----------------------------------------------------------------------------
+def keep_freed_memory() -> None:
+    """Makes malloc keep large blocks that are freed, as accelerators' allocators do.
 
-
-@dataclasses.dataclass(frozen=True)
-class Rig:
-    """An engine with just the programs of one measurement, and the system it serves."""
-
-    engine: Engine
-    policies: Mapping[Role, Policy]
-
-    @classmethod
-    def build(
-        cls,
-        config: ModelConfig,
-        params: transformer.Params,
-        deployment: str,
-        policies: Mapping[Role, Policy],
-        memory: Sequence[KVMemory],
-        buckets: Sequence[Buckets],
-    ) -> Rig:
-        """Compiles every program."""
-        parsed = Deployment.parse(deployment)
-        engine = Engine(config, params, parsed, jax.devices(), memory, buckets)
-        engine.compile()
-        return cls(engine, policies)
-
-    def controller(self, kind: type[Controller] = Controller) -> Controller:
-        """A new one, for one run."""
-        memory = [instance.model.memory for instance in self.engine.instances]
-        return kind(self.engine.deployment, self.policies, memory)
-
-    def serve(
-        self, requests: Sequence[Request], controller: Controller | None = None
-    ) -> list[Timeline]:
-        """Serves `requests` on the clock of this machine, guarded as any run is."""
-        controller = controller or self.controller()
-        with self.engine.serving():
-            return serve(controller, WallBackend(self.engine), requests)
-
-
-def burst(config: ModelConfig, n: int, prompt: int, output: int) -> list[Request]:
-    """`n` requests at once: `prompt` random tokens, then `output` greedy ones."""
-    return make_requests(
-        n=n,
-        rate_rps=math.inf,
-        prompt_lengths=FixedLengths(tokens=prompt),
-        output_lengths=FixedLengths(tokens=output),
-        seed=0,
-        vocab_size=config.vocab_size,
-    )
-
-
-def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> float:
-    """Mean seconds of the compiled program in a tight loop, its cache donated.
-
-    Each step is waited for. Its inputs are on the device before, and the tokens stay.
+    XLA's CPU buffers come from malloc, which by default returns a large block to the
+    kernel and faults a new one in page by page: 128 MiB of KV moved at 0.4 GB/s, and
+    at 1.6 with this. Call it before threads start. Does nothing without glibc.
     """
-    model, cache = engine.instances[instance].model, engine.instances[instance].cache
-    slices = full_slices(shape, model.memory)
-    packed = model.put(
-        shape.pack(slices, model.memory.block_tokens, model.scratch_block)
-    )
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)
 
-    def loop() -> None:
-        for _ in range(steps):
-            jax.block_until_ready(model.step(shape, cache, packed))
 
-    return timed_s(loop) / steps
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # malloc.h of glibc

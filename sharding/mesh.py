@@ -33,7 +33,7 @@ def cut_meshes(devices: Sequence[Device], sizes: Sequence[int]) -> list[Mesh]:
     if sum(sizes) > len(devices):
         raise ValueError(
             f"the deployment needs {'+'.join(map(str, sizes))} = {sum(sizes)} devices, "
-            f"got {len(devices)} {devices[0].platform} devices"
+            f"got {len(devices)} {devices[0].platform if devices else 'usable'} devices"
         )
     ends = np.cumsum(sizes)
     return [

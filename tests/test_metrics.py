@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 
 import numpy as np
@@ -12,42 +11,8 @@ from hypothesis import strategies as st
 
 from disagg_jax import metrics
 from disagg_jax.metrics import SLO, Interval
-from disagg_jax.request import Request, Status, Timeline
-
-SLO_1 = SLO(ttft_s=1.0, tpot_s=0.5)
-
-
-def served(
-    token_s: list[float],
-    arrival_s: float = 0.0,
-    status: Status = Status.FINISHED,
-    **stamps: float,
-) -> Timeline:
-    """A request with these token stamps; colocated and never queued unless said."""
-    request = Request(
-        id=7, arrival_s=arrival_s, prompt_tokens=10, max_tokens=max(1, len(token_s))
-    )
-    timeline = Timeline(
-        request=request, status=status, token_s=token_s, prefill_start_s=arrival_s
-    )
-    if token_s:
-        timeline.decode_start_s = token_s[0]
-        timeline.end_s = token_s[-1]
-    for name, value in stamps.items():
-        setattr(timeline, name, value)
-    return timeline
-
-
-# Arrives at 1, waits 1, prefills 2 (first token at 4), waits 1 for the pull, transfers
-# 2, waits 0.5, then four more tokens in 3.5 s. All are exact in binary.
-DISAGGREGATED = served(
-    [4.0, 8.0, 8.5, 9.0, 11.0],
-    arrival_s=1.0,
-    prefill_start_s=2.0,
-    transfer_start_s=5.0,
-    transfer_end_s=7.0,
-    decode_start_s=7.5,
-)
+from disagg_jax.request import Status, Timeline
+from tests.timelines import DISAGGREGATED, SLO_1, served
 
 
 class TestRequest:
@@ -395,81 +360,3 @@ class TestGoodput:
         at_pass = Interval(mean=0.95, low=low_at_pass, high=1.0)
         at_fail = Interval(mean=0.8, low=0.7, high=high_at_fail)
         assert metrics.is_resolved(at_pass, at_fail, target=0.9) is resolved
-
-
-class TestSummary:
-    def test_percentiles(self):
-        # numpy's linear rule on 0..10: the p-th percentile is p / 10.
-        found = metrics.percentiles([float(x) for x in range(11)], (50, 90, 99.5))
-        assert found == {"p50": 5, "p90": 9, "p99.5": pytest.approx(9.95)}
-        assert metrics.percentiles([]) == {"p50": None, "p90": None, "p99": None}
-
-    def test_by_hand(self):
-        run = [
-            served([0.5, 1.0, 2.0], preemptions=2),  # TTFT .5, TPOT .75, misses TPOT
-            served([3.0], arrival_s=2.0, transfer_bytes=64),  # TTFT 1, one token: good
-            served([], arrival_s=3.0, end_s=4.0, status=Status.CANCELLED),
-        ]
-        summary = metrics.summarise(run, SLO_1, devices=2)
-        expected = {
-            "duration": 4.0,  # from 0 to the cancellation at 4
-            "num_prompts": 3,
-            "completed": 2,
-            "failed": 1,
-            "total_input_tokens": 20,  # 10 each, of finished ones
-            "total_output_tokens": 4,
-            "request_throughput": 0.5,  # 2 / 4
-            "request_goodput": 0.25,  # 1 / 4
-            "request_goodput_per_device": 0.125,
-            "output_throughput": 1.0,
-            "total_token_throughput": 6.0,  # 24 / 4
-            "attainment": 1 / 3,
-            "attainment_ttft": 2 / 3,
-            "attainment_tpot": 1 / 3,
-            "mean_ttft_ms": 750.0,
-            "std_ttft_ms": 250.0,  # over n, as vLLM
-            "p90_ttft_ms": 950.0,  # .5 + .9 * (1 - .5)
-            "mean_tpot_ms": 750.0,  # the one-token request is left out
-            "median_itl_ms": 750.0,  # of .5 and 1
-            "mean_e2el_ms": 1500.0,  # of 2 and 1
-            "mean_prefill_ms": 750.0,  # of .5 and 1
-            "mean_decode_ms": 750.0,  # of 1.5 and 0
-            "preemptions": 2,
-            "transfer_bytes": 64,
-        }
-        assert {k: summary[k] for k in expected} == pytest.approx(expected)
-
-    def test_vllm_keys(self):
-        summary = metrics.summarise([DISAGGREGATED], SLO_1, devices=1)
-        assert summary["duration"] == 10.0  # from its arrival at 1 to its end at 11
-        stats = ("mean", "median", "std", "p50", "p90", "p99")
-        for stat, name in itertools.product(stats, ("ttft", "tpot", "itl", "e2el")):
-            assert isinstance(summary[f"{stat}_{name}_ms"], float)
-
-    def test_duration_is_the_callers_where_given(self):
-        summary = metrics.summarise([DISAGGREGATED], SLO_1, devices=1, duration_s=20)
-        assert (summary["duration"], summary["request_throughput"]) == (20, 0.05)
-
-    @pytest.mark.parametrize(
-        "run",
-        [
-            [served([], status=Status.ACTIVE)],  # nothing ended
-            [served([], end_s=0.0, status=Status.REFUSED)],  # no time passed
-            [served([1.0])],  # no gap, no TPOT
-        ],
-    )
-    def test_never_nan(self, run):
-        summary = metrics.summarise(run, SLO_1, devices=1)
-        json.dumps(summary, allow_nan=False)
-        assert summary["mean_tpot_ms"] is None
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"devices": 0}, "devices: expected >= 1"),
-            ({"devices": 1, "duration_s": 0}, "duration_s: expected > 0"),
-        ],
-    )
-    def test_errors(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            metrics.summarise([DISAGGREGATED], SLO_1, **arguments)

@@ -117,19 +117,26 @@ class World:
             engine.compile(sampled=sampled)
             return engine
         parsed = Deployment.parse(deployment)
-        n = len(parsed.instances)
+        roles = [spec.role for spec in parsed.instances]
         engine = self._engines[key] = Engine(
             config,
             self.params(config),
             parsed,
             devices or _devices(parsed),
-            [pool] * n,
-            [buckets] * n,
+            [pool] * len(roles),
+            [_only(role, buckets) for role in roles],
             models=self.models,
             **options,
         )
         engine.compile(sampled=sampled)
         return engine
+
+
+def _only(role: Role, buckets: Buckets) -> Buckets:
+    """The shapes that an instance of `role` needs."""
+    if role is Role.PREFILL:
+        return dataclasses.replace(buckets, decode_rows=(), pool_blocks=())
+    return dataclasses.replace(buckets, prefill=()) if role is Role.DECODE else buckets
 
 
 def _devices(deployment: Deployment) -> list[jax.Device]:

@@ -34,7 +34,7 @@ def batches(draw, decode: bool):
                 Sampling,
                 temperature=st.sampled_from([0.0, 0.7]),
                 top_k=st.integers(0, 9),
-                top_p=st.floats(0.1, 1.0, width=32),
+                top_p=st.floats(0.25, 1.0, width=32),
                 seed=st.integers(0, 2**31 - 1),
             )
         )

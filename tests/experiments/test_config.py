@@ -5,8 +5,8 @@ import json
 import pytest
 
 from disagg_jax.deployment import Role
+from disagg_jax.lengths import FixedLengths, LognormalLengths, UniformLengths
 from disagg_jax.scheduling.prefill_first import PrefillFirst
-from disagg_jax.workload import FixedLengths, LognormalLengths, UniformLengths
 from experiments.config import override, parse_lengths, to_json
 from experiments.configs import CONFIGS, get_config
 

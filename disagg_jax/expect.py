@@ -1,0 +1,9 @@
+"""The form of an error that a user can cause: what was expected, and what came."""
+
+from __future__ import annotations
+
+
+def expect(ok: bool, expected: str, got: object) -> None:
+    """Raises a ValueError of both unless `ok`."""
+    if not ok:
+        raise ValueError(f"{expected}, got {got!r}")

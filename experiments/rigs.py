@@ -1,0 +1,292 @@
+"""Engines with just the programs of one measurement, and what they are held against."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from disagg_jax.backend import serve
+from disagg_jax.controller import Controller
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.engine import kv_cache
+from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
+from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.executor import Engine, full_slices
+from disagg_jax.engine.programs import Compiled, ModelOnMesh
+from disagg_jax.engine.transfer import PiecePlan, piece_plan
+from disagg_jax.engine.wall import WallBackend
+from disagg_jax.lengths import FixedLengths
+from disagg_jax.request import Request, Timeline
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.workload import make_requests
+from experiments.timing import timed_s
+from models import transformer
+from models.config import ModelConfig
+from sharding.rules import RULES
+
+NO_STEPS = Buckets(prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Rig:
+    """A compiled engine, and the policies of the system it serves with."""
+
+    engine: Engine
+    policies: Mapping[Role, Policy]
+
+    @classmethod
+    def build(
+        cls,
+        config: ModelConfig,
+        deployment: str,
+        policies: Mapping[Role, Policy],
+        memory: Sequence[KVMemory],
+        buckets: Sequence[Buckets],
+    ) -> Rig:
+        """Compiles every program, for random weights."""
+        parsed = Deployment.parse(deployment)
+        params = transformer.init_params(config, 0)
+        engine = Engine(config, params, parsed, jax.devices(), memory, buckets)
+        engine.compile()
+        return cls(engine, policies)
+
+    def controller(self, kind: type[Controller] = Controller) -> Controller:
+        """A new one, for one run."""
+        memory = [instance.model.memory for instance in self.engine.instances]
+        return kind(self.engine.deployment, self.policies, memory)
+
+    def serve(
+        self, requests: Sequence[Request], controller: Controller | None = None
+    ) -> list[Timeline]:
+        """Serves `requests` on the clock of this machine, guarded as any run is."""
+        controller = controller or self.controller()
+        with self.engine.serving():
+            return serve(controller, WallBackend(self.engine), requests)
+
+
+def burst(config: ModelConfig, n: int, prompt: int, output: int) -> list[Request]:
+    """`n` requests at once: `prompt` random tokens, then `output` greedy ones."""
+    return make_requests(
+        n=n,
+        rate_rps=math.inf,
+        prompt_lengths=FixedLengths(tokens=prompt),
+        output_lengths=FixedLengths(tokens=output),
+        seed=0,
+        vocab_size=config.vocab_size,
+    )
+
+
+def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> float:
+    """Mean seconds of the compiled program in a tight loop, its cache donated.
+
+    Each step is waited for. Its inputs are on the device before, and the tokens stay.
+    """
+    model, cache = engine.instances[instance].model, engine.instances[instance].cache
+    slices = full_slices(shape, model.memory)
+    size, scratch = model.memory.block_tokens, model.scratch_block
+    packed = model.put(shape.pack(slices, size, scratch))
+
+    def loop() -> None:
+        for _ in range(steps):
+            jax.block_until_ready(model.step(shape, cache, packed))
+
+    return timed_s(loop) / steps
+
+
+# -- one colocated instance ------------------------------------------------------------
+
+
+def colocated(
+    config: ModelConfig,
+    prefill: PrefillShape,
+    *,
+    context: int,
+    block_tokens: int,
+    decodes: bool = True,
+) -> tuple[Rig, DecodeShape]:
+    """An instance whose pool holds as many requests of `context` tokens as it prefills.
+
+    So a burst of that many is one prefill step, and then decode steps of that shape.
+    """
+    blocks = prefill.rows * math.ceil(context / block_tokens)
+    buckets = dataclasses.replace(
+        NO_STEPS,
+        prefill=(prefill,),
+        decode_rows=(prefill.rows,) if decodes else (),
+        pool_blocks=(blocks,) if decodes else (),
+    )
+    policy = PrefillFirst(
+        max_batched_tokens=prefill.tokens, max_seqs=prefill.rows, watermark=0.0
+    )
+    memory = KVMemory(
+        num_blocks=blocks, block_tokens=block_tokens, max_context=config.max_length
+    )
+    policies = {Role.COLOCATED: policy}
+    rig = Rig.build(config, "colocated:tp1", policies, [memory], [buckets])
+    return rig, DecodeShape(prefill.rows, blocks)
+
+
+class HollowModel(ModelOnMesh):
+    """Programs of the same inputs and outputs that compute nothing, and a stopwatch.
+
+    On one device, with one layer group.
+    """
+
+    put_start_s = put_end_s = step_end_s = 0.0
+
+    @classmethod
+    def replace(cls, rig: Rig) -> HollowModel:
+        """Takes the place of the model of a rig's only instance."""
+        engine, (instance,) = rig.engine, rig.engine.instances
+        params = transformer.init_params(engine.config, 0)
+        mesh, memory = instance.model.mesh, instance.model.memory
+        hollow = cls(engine.config, params, mesh, RULES[instance.role], memory)
+        instance.model = hollow
+        engine.compile()
+        return hollow
+
+    def put(self, vector: np.ndarray) -> Array:
+        self.put_start_s = time.perf_counter()
+        packed = super().put(vector)
+        self.put_end_s = time.perf_counter()
+        return packed
+
+    def step(
+        self, shape: StepShape, cache: list[kv_cache.Cache], packed: Array
+    ) -> tuple[Array, Array]:
+        out = super().step(shape, cache, packed)
+        self.step_end_s = time.perf_counter()
+        return out
+
+    def _group_program(self, shape: StepShape, group: int) -> Compiled:
+        real = super()._group_program(shape, group)
+        args, _ = real.args_info
+        _, out = real.out_info
+
+        def hollow(params: Any, cache: kv_cache.Cache, packed: Array) -> Any:
+            del params, packed
+            return cache, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+
+        # keep_unused: jax would drop the weights, and the cost of passing them.
+        program = jax.jit(hollow, donate_argnums=1, keep_unused=True)
+        return program.lower(*args).compile()
+
+
+# -- hand-off --------------------------------------------------------------------------
+
+Caches = list[kv_cache.Cache]
+
+
+def handoff_rig(
+    config: ModelConfig,
+    src_tp: int,
+    dst_tp: int,
+    sizes: Sequence[int],
+    block_tokens: int,
+) -> Rig:
+    """A prefill and a decode mesh, for transfers of `sizes` blocks and nothing else."""
+    memory = KVMemory(
+        num_blocks=max(sizes), block_tokens=block_tokens, max_context=config.max_length
+    )
+    transfers = dataclasses.replace(NO_STEPS, transfer_blocks=tuple(sorted(sizes)))
+    return Rig.build(
+        config,
+        f"prefill:tp{src_tp},decode:tp{dst_tp}",
+        {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
+        [memory] * 2,
+        [transfers] * 2,
+    )
+
+
+def plain_device_put(rig: Rig, ids: Sequence[int]) -> Callable[[], None]:
+    """The hand-off of blocks `ids` with `jax.device_put` of the payload as a whole.
+
+    The payload is a new array every time, because jax keeps the host's copy of one that
+    passed through it.
+    """
+    src, dst = rig.engine.instances
+    plans = [_one_piece(instance.model) for instance in (src, dst)]
+    src.model.compile_gather(len(ids), plans[0])
+    dst.model.compile_insert(len(ids), plans[1])
+    vector = np.array(ids, np.int32)
+    target = dst.model.payload_sharding
+
+    def run() -> None:
+        src_ids, dst_ids = src.model.put(vector), dst.model.put(vector)
+        payload = src.model.gather(0, src.cache[0], src_ids, plans[0])
+        moved = jax.device_put(jax.block_until_ready(payload), target)
+        jax.block_until_ready(moved)
+        cache = dst.cache[0]
+        dst.cache[0], flag = dst.model.insert(0, cache, dst_ids, moved, plans[1])
+        jax.block_until_ready(flag)
+
+    return run
+
+
+def _one_piece(model: ModelOnMesh) -> PiecePlan:
+    """A plan in which each shard is one piece."""
+    return piece_plan(model.layout.kv, model.tp, model.layout.kv, model.tp)
+
+
+# -- the named shape -------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NamedShape:
+    """A burst of equal requests on one prefill and one decode device."""
+
+    config: ModelConfig
+    requests: int = 32
+    prompt: int = 100
+    output: int = 64
+    batch: int = 16  # requests in a decode step
+    prefill_rows: int = 4  # prompts in a prefill step
+    block_tokens: int = 16
+
+    @property
+    def decode_shape(self) -> DecodeShape:
+        """The step of a full batch, over a pool that just holds it to its end."""
+        context = self.prompt + self.output
+        blocks = self.batch * math.ceil(context / self.block_tokens)
+        return DecodeShape(self.batch, blocks)
+
+    def rig(self) -> Rig:
+        tokens = self.prefill_rows * self.prompt
+        prompt_blocks = math.ceil(self.prompt / self.block_tokens)
+        rows, pool = self.decode_shape.rows, self.decode_shape.blocks
+        # The prefill pool holds all prompts, as many may wait for the decode side.
+        memory = [
+            KVMemory(
+                num_blocks=blocks,
+                block_tokens=self.block_tokens,
+                max_context=self.config.max_length,
+            )
+            for blocks in (self.requests * prompt_blocks, pool)
+        ]
+        shape = PrefillShape(tokens, self.prefill_rows)
+        moves = dataclasses.replace(NO_STEPS, transfer_blocks=(prompt_blocks,))
+        buckets = [
+            dataclasses.replace(moves, prefill=(shape,)),
+            dataclasses.replace(
+                moves,
+                decode_rows=(rows // 4, rows // 2, rows),
+                pool_blocks=(pool // 2, pool * 3 // 4, pool),
+            ),
+        ]
+        policies = {
+            Role.PREFILL: PrefillOnly(token_budget=tokens, max_seqs=self.prefill_rows),
+            Role.DECODE: DecodeOnly(max_seqs=self.batch, watermark=0.0),
+        }
+        deployment = "prefill:tp1,decode:tp1"
+        return Rig.build(self.config, deployment, policies, memory, buckets)
