@@ -1,5 +1,6 @@
 """The event log: what was told and decided, as JSON, and told again."""
 
+import dataclasses
 import json
 import math
 
@@ -95,14 +96,24 @@ def test_replay_shows_the_turn_where_another_policy_decides_otherwise():
     assert list(replay(log.lines, make_controller(policies=policies))) == [3]
 
 
-def test_replay_shows_other_blocks():
-    """The same requests in other blocks is another decision."""
-    lines = logged_run("2xcolocated:tp1")
-    record = json.loads(lines[0])
-    record["works"][0][3][0][4] = [4, 3]
-    lines[0] = json.dumps(record)
-    controller = make_controller("2xcolocated:tp1", blocks=6)
-    assert list(replay(lines, controller)) == [0]
+def test_replay_shows_other_blocks_and_other_tokens():
+    """The same slices in other blocks, or with other inputs, are another decision."""
+
+    def logged(step):
+        log = EventLog()
+        log(0.0, [Arrived(step.slices[0].request)], [step])
+        return log.lines
+
+    controller = make_controller()
+    request = make_request(0, prompt=3)
+    (step,) = controller.step(0.0, [Arrived(request)])
+    (part,) = step.slices
+    assert list(replay(logged(step), make_controller())) == []
+    for change in ({"blocks": (1,)}, {"tokens": (7, 7, 7)}):
+        other = dataclasses.replace(part, **change)
+        assert other != part
+        lines = logged(dataclasses.replace(step, slices=(other,)))
+        assert list(replay(lines, make_controller())) == [0]
 
 
 def test_a_line_holds_one_turn():
@@ -113,4 +124,7 @@ def test_a_line_holds_one_turn():
     record = json.loads(log.lines[0])
     assert record["now_s"] == 0.5
     assert record["events"][0][1]["prompt_tokens"] == 3
-    assert record["works"] == [["Step", 1, 0, [[0, 0, 3, True, [0]]]]]
+    ((kind, step, instance, slices, checksum),) = record["works"]
+    assert (kind, step, instance) == ("Step", 1, 0)
+    assert slices == [[0, 0, 3]]  # request 0, from its first token, 3 of them
+    assert isinstance(checksum, int)
