@@ -1,6 +1,7 @@
 """The controller: events in, work out. No clock, no I/O, no JAX.
 
-Every change of a request's state is made here, so that the same events always lead to
+What it hears (events), what it decides (plans) and every stamp on a timeline is here;
+how a request moves among the instances is in `cluster`. The same events always lead to
 the same decisions, whatever executes them.
 """
 
@@ -9,18 +10,18 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping, Sequence
 
+from disagg_jax.cluster import Cluster
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.view import Policy, PullPolicy
-from disagg_jax.state import InFlight, InstanceState, Place, RequestState
+from disagg_jax.state import InFlight, InstanceState, Place, RequestState, in_order
 from disagg_jax.work import (
     Arrived,
     Cancelled,
     Done,
     Down,
     Event,
-    Slice,
     Step,
     Transfer,
     Up,
@@ -55,32 +56,16 @@ class Controller:
         prefill_router: Router = shortest_queue,
         decode_router: Router = least_loaded,
     ):
-        if len(memory) != len(deployment.instances):
-            raise ValueError(
-                f"memory: expected one KVMemory for each of the "
-                f"{len(deployment.instances)} instances, got {len(memory)}"
-            )
+        self._cluster = Cluster(deployment, memory, prefill_router, decode_router)
         for spec in deployment.instances:
             if spec.role not in policies:
                 raise ValueError(
                     f"deployment '{deployment}' has {spec.role} instances, but the "
                     f"system has policies for {', '.join(sorted(policies))} only"
                 )
-        moved = deployment.of(Role.PREFILL, Role.DECODE)
-        if len({memory[i].block_tokens for i in moved}) > 1:
-            raise ValueError(
-                "block_tokens: expected one size on all prefill and decode instances, "
-                f"got {[memory[i].block_tokens for i in moved]}"
-            )
-        self._instances = [
-            InstanceState(i, spec, memory[i])
-            for i, spec in enumerate(deployment.instances)
-        ]
         self._policies = policies
-        self._prefill_router, self._decode_router = prefill_router, decode_router
         self._requests: dict[int, RequestState] = {}
         self._in_flight: dict[int, InFlight] = {}
-        self._unrouted: list[RequestState] = []
         self._next_work = 0
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
@@ -93,7 +78,7 @@ class Controller:
     @property
     def instances(self) -> Sequence[InstanceState]:
         """The state of every instance, for reading."""
-        return self._instances
+        return self._cluster.instances
 
     def step(self, now_s: float, events: Sequence[Event]) -> list[Work]:
         """Applies all `events` in their order, then plans all work that can start.
@@ -123,40 +108,31 @@ class Controller:
             case Cancelled(request_id):
                 self._cancel(now_s, request_id)
             case Down(instance):
-                self._down(self._instances[instance])
+                self._down(self.instances[instance])
             case Up(instance):
-                self._up(self._instances[instance])
+                self._up(self.instances[instance])
 
     def _arrive(self, now_s: float, request: Request) -> None:
         if request.id in self._requests:
             raise RuntimeError(f"request {request.id} arrived twice")
         timeline = Timeline(request=request)
-        order, known = len(self.timelines), request.prompt_tokens
-        state = RequestState(request, order, timeline, known)
+        order = len(self.timelines)
+        state = RequestState(request, order, timeline, known=request.prompt_tokens)
         self._requests[request.id] = state
         self.timelines.append(timeline)
-        timeline.error = self._why_never(request)
+        timeline.error = self._cluster.why_never(request)
         if timeline.error:
             timeline.status, timeline.end_s = Status.REFUSED, now_s
-            state.place = Place.ENDED
             return
         self._active += 1
-        self._enqueue(state)
-
-    def _why_never(self, request: Request) -> str:
-        """Why `request` could not be served even alone; '' if it could."""
-        for instance in self._instances:
-            limit = instance.memory.why_never(request.prompt_tokens, request.max_tokens)
-            if limit:
-                return f"instance {instance.id}: {limit}"
-        return ""
+        self._cluster.enqueue(state)
 
     def _done(self, event: Done) -> None:
         flight = self._in_flight.pop(event.work, None)
         if flight is None:
             raise RuntimeError(f"work {event.work} is done but was not in flight")
         if isinstance(flight.work, Transfer):
-            self._transfer_done(flight.work, flight.states[0], event)
+            self._transfer_done(flight.states[0], event)
         else:
             self._step_done(flight.work, flight.states, event)
 
@@ -168,26 +144,19 @@ class Controller:
             raise RuntimeError(
                 f"step {step.id}: expected {samples} tokens, got {len(event.tokens)}"
             )
-        instance = self._instances[step.instance]
-        instance.step, instance.stepping = None, []
-        instance.running += states
+        self._cluster.finish_step(step)
+        role = self.instances[step.instance].spec.role
         tokens = iter(event.tokens)
         for state, part in zip(states, step.slices, strict=True):
-            state.place = Place.RUNNING
-            state.context += part.count
             token = next(tokens, None) if part.samples else None
             if not state.active:  # cancelled meanwhile
-                self._remove(state)
+                self._cluster.remove(state)
             elif part.samples:
-                self._generate(instance, state, token, event.end_s)
+                self._generate(state, token, event.end_s)
+                if state.active and role is Role.PREFILL:
+                    self._cluster.park(state)
 
-    def _generate(
-        self,
-        instance: InstanceState,
-        state: RequestState,
-        token: int | None,
-        end_s: float,
-    ) -> None:
+    def _generate(self, state: RequestState, token: int | None, end_s: float) -> None:
         request, timeline = state.request, state.timeline
         state.known += 1
         timeline.token_s.append(end_s)
@@ -199,35 +168,24 @@ class Controller:
             raise RuntimeError(f"request {request.id}: a step returned no token")
         if stops or state.generated == request.max_tokens:
             self._end(state, Status.FINISHED, end_s)
-        elif instance.spec.role is Role.PREFILL:
-            instance.running.remove(state)
-            instance.parked.append(state)
-            state.place = Place.PARKED
-            self._assign(state)
 
-    def _transfer_done(
-        self, transfer: Transfer, state: RequestState, event: Done
-    ) -> None:
+    def _transfer_done(self, state: RequestState, event: Done) -> None:
         timeline = state.timeline
         timeline.transfer_bytes += event.bytes
         if not state.active:  # cancelled meanwhile
-            self._remove(state)
+            _stamp_broken_transfer(timeline)
+            self._cluster.remove(state)
             return
-        dst = self._instances[transfer.dst]
-        self._instances[transfer.src].blocks.release(state.id)
-        del dst.arriving[state.id]
         if timeline.decode_start_s is None:
             timeline.transfer_end_s = event.end_s
-        state.place, state.holder, state.target = Place.RUNNING, dst, None
-        dst.running.append(state)
+        self._cluster.finish_transfer(state)
 
     def _cancel(self, now_s: float, request_id: int) -> None:
         state = self._requests.get(request_id)
         if state is None:
             raise RuntimeError(f"cancelled request {request_id} never arrived")
-        if not state.active:
-            return
-        self._end(state, Status.CANCELLED, now_s)
+        if state.active:
+            self._end(state, Status.CANCELLED, now_s)
 
     def _down(self, lost: InstanceState) -> None:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
@@ -237,14 +195,16 @@ class Controller:
             if lost.id in flight.work.instances:
                 del self._in_flight[work_id]
                 touched.update(flight.states)
-        in_order = sorted(touched, key=_order)
+                if isinstance(flight.work, Transfer):
+                    _stamp_broken_transfer(flight.states[0].timeline)
+        earliest_first = in_order(touched)
         # Where only the receiving side is lost, the KV can go elsewhere.
-        for state in in_order:
+        for state in earliest_first:
             if state.active and state.holder is not lost:
-                self._unassign(state)
-                self._assign(state)
+                self._cluster.drop_target(state)
+                self._cluster.assign_target(state)
         # Latest first: each goes to the front of a queue, where the earliest ends up.
-        for state in reversed(in_order):
+        for state in reversed(earliest_first):
             if not state.active or state.holder is lost:
                 self._lose(state)
         if lost.blocks.held_by:
@@ -253,138 +213,40 @@ class Controller:
     def _lose(self, state: RequestState) -> None:
         """Its KV is gone, or nobody wants it any more."""
         had_kv = state.place is not Place.WAITING
-        self._remove(state)
+        self._cluster.remove(state)
         if state.active:
             state.timeline.preemptions += had_kv
-            self._enqueue(state, front=True)
+            self._cluster.enqueue(state, front=True)
 
     def _up(self, instance: InstanceState) -> None:
         instance.up = True
-        unrouted, self._unrouted = self._unrouted, []
-        for state in sorted(unrouted, key=_order):
-            self._enqueue(state)
-        parked = [s for i in self._instances for s in i.parked if s.target is None]
-        for state in sorted(parked, key=_order):
-            self._assign(state)
-
-    # -- moves ----------------------------------------------------------------------
-
-    def _enqueue(
-        self,
-        state: RequestState,
-        instance: InstanceState | None = None,
-        *,
-        front: bool = False,
-    ) -> None:
-        """Puts a request that has no KV into a queue: `instance`'s, or as routed."""
-        if instance is None:
-            up = self._instances_up(Role.PREFILL, Role.COLOCATED)
-            if not up:
-                state.place = Place.UNROUTED
-                self._unrouted.append(state)
-                return
-            instance = self._pick(self._prefill_router, up)
-        state.place, state.holder = Place.WAITING, instance
-        if front:
-            instance.waiting.appendleft(state)
-        else:
-            instance.waiting.append(state)
-
-    def _assign(self, state: RequestState) -> None:
-        """Picks the decode instance that is to pull a parked request's KV."""
-        up = self._instances_up(Role.DECODE)
-        if up:
-            state.target = self._pick(self._decode_router, up)
-            state.target.pulls.append(state)
-
-    def _unassign(self, state: RequestState) -> None:
-        """Back to parked without a target, from parked or from a broken transfer."""
-        target = _some(state.target)
-        if state.place is Place.MOVING:
-            del target.arriving[state.id]
-            target.blocks.release(state.id)
-            if state.timeline.transfer_end_s is None:
-                state.timeline.transfer_start_s = None
-            state.place = Place.PARKED
-            _some(state.holder).parked.append(state)
-        else:
-            target.pulls.remove(state)
-        state.target = None
-
-    def _remove(self, state: RequestState) -> None:
-        """Takes a request out of where it is and frees all its blocks."""
-        if state.place is Place.MOVING:
-            self._unassign(state)
-        holder = state.holder
-        match state.place:
-            case Place.UNROUTED:
-                self._unrouted.remove(state)
-            case Place.WAITING:
-                _some(holder).waiting.remove(state)
-            case Place.RUNNING:
-                _some(holder).running.remove(state)
-            case Place.STEPPING:
-                _some(holder).stepping.remove(state)
-            case Place.PARKED:
-                _some(holder).parked.remove(state)
-                if state.target is not None:
-                    state.target.pulls.remove(state)
-            case _:
-                raise RuntimeError(f"request {state.id} cannot leave {state.place}")
-        if holder is not None and holder.blocks.held(state.id):
-            holder.blocks.release(state.id)
-        state.context, state.place = 0, Place.ENDED
-        state.holder = state.target = None
+        self._cluster.route_stranded()
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
         """The request is over. What is in flight for it keeps its blocks until done."""
         state.timeline.status, state.timeline.end_s = status, now_s
         self._active -= 1
         if state.place not in (Place.STEPPING, Place.MOVING):
-            self._remove(state)
-
-    def _instances_up(self, *roles: Role) -> list[InstanceState]:
-        return [i for i in self._instances if i.up and i.spec.role in roles]
-
-    def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
-        return self._instances[router(up).id]
+            self._cluster.remove(state)
 
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> bool:
         started = len(works)
-        for dst in self._instances_up(Role.DECODE):
+        for dst in self._cluster.up(Role.DECODE):
             policy = typing.cast(PullPolicy, self._policies[Role.DECODE])
             while dst.pulls and policy.pulls(dst, dst.pulls[0]):
-                works.append(self._start_transfer(now_s, dst, dst.pulls.popleft()))
+                state = dst.pulls[0]
+                transfer = self._cluster.start_transfer(self._new_work_id(), state)
+                self._in_flight[transfer.id] = InFlight(transfer, (state,))
+                works.append(transfer)
+                if state.timeline.decode_start_s is None:
+                    state.timeline.transfer_start_s = now_s
         return len(works) > started
-
-    def _start_transfer(
-        self, now_s: float, dst: InstanceState, state: RequestState
-    ) -> Transfer:
-        src = _some(state.holder)
-        src.parked.remove(state)
-        dst.blocks.extend(state.id, state.known)
-        blocks = src.memory.blocks_for(state.context)
-        transfer = Transfer(
-            id=self._new_work_id(),
-            request=state.request,
-            src=src.id,
-            dst=dst.id,
-            src_blocks=src.blocks.table(state.id)[:blocks],
-            dst_blocks=dst.blocks.table(state.id)[:blocks],
-            context=state.context,
-        )
-        state.place = Place.MOVING
-        dst.arriving[state.id] = state
-        if state.timeline.decode_start_s is None:
-            state.timeline.transfer_start_s = now_s
-        self._in_flight[transfer.id] = InFlight(transfer, (state,))
-        return transfer
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
         progress = False
-        for instance in self._instances:
+        for instance in self.instances:
             if instance.step is None and (instance.waiting or instance.running):
                 progress |= self._start_step(now_s, instance, works)
         return progress
@@ -397,20 +259,12 @@ class Controller:
             self._preempt(instance, self._requests[victim.id])
         if not plan.slices:
             return bool(plan.preempt)
-        states = tuple(self._requests[request.id] for request, _ in plan.slices)
-        slices: list[Slice] = []
-        for state, (_, count) in zip(states, plan.slices, strict=True):
-            instance.blocks.extend(state.id, state.context + count)
-            slices.append(state.slice(count, instance.blocks.table(state.id)))
+        parts = [(self._requests[view.id], count) for view, count in plan.slices]
+        step = self._cluster.start_step(self._new_work_id(), instance, parts)
+        self._in_flight[step.id] = InFlight(step, tuple(instance.stepping))
+        works.append(step)
+        for state in instance.stepping:
             _stamp_start(state, now_s)
-            (
-                instance.waiting if state.place is Place.WAITING else instance.running
-            ).remove(state)
-            state.place = Place.STEPPING
-        instance.stepping = list(states)
-        instance.step = Step(self._new_work_id(), instance.id, tuple(slices))
-        self._in_flight[instance.step.id] = InFlight(instance.step, states)
-        works.append(instance.step)
         return True
 
     def _preempt(self, instance: InstanceState, victim: RequestState) -> None:
@@ -418,25 +272,21 @@ class Controller:
 
         A decode instance cannot prefill, so its victims go back to a prefill instance.
         """
-        self._remove(victim)
+        self._cluster.remove(victim)
         victim.timeline.preemptions += 1
         stays = instance.spec.role is not Role.DECODE
-        self._enqueue(victim, instance if stays else None, front=True)
+        self._cluster.enqueue(victim, instance if stays else None, front=True)
 
     def _new_work_id(self) -> int:
         self._next_work += 1
         return self._next_work
 
     def _check_alive(self) -> None:
-        if self._active and not self._in_flight and all(i.up for i in self._instances):
+        if self._active and not self._in_flight and all(i.up for i in self.instances):
             places = {s.id: s.place.name for s in self._requests.values() if s.active}
             raise RuntimeError(
                 f"{self._active} requests wait, but nothing can be planned: {places}"
             )
-
-
-def _order(state: RequestState) -> int:
-    return state.order
 
 
 def _stamp_start(state: RequestState, now_s: float) -> None:
@@ -447,8 +297,7 @@ def _stamp_start(state: RequestState, now_s: float) -> None:
         timeline.decode_start_s = now_s
 
 
-def _some(value: InstanceState | None) -> InstanceState:
-    """`value`, which the state machine guarantees to be there."""
-    if value is None:
-        raise RuntimeError("a request has no instance where it must have one")
-    return value
+def _stamp_broken_transfer(timeline: Timeline) -> None:
+    """A transfer that did not arrive leaves no stamp; an earlier one keeps its own."""
+    if timeline.transfer_end_s is None:
+        timeline.transfer_start_s = None

@@ -1,10 +1,11 @@
-"""The controller's own record of requests and instances."""
+"""The records that the controller and the cluster keep of requests and instances."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import enum
+from collections.abc import Iterable
 
 from disagg_jax.deployment import InstanceSpec, KVMemory
 from disagg_jax.kv_blocks import KVBlocks
@@ -21,7 +22,7 @@ class Place(enum.Enum):
     RUNNING = enum.auto()  # has KV, ready for its next step
     PARKED = enum.auto()  # prefilled; KV stays until the decode side pulls it
     MOVING = enum.auto()  # in a transfer
-    ENDED = enum.auto()
+    ENDED = enum.auto()  # in no container: over, refused, or not taken in yet
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -33,7 +34,7 @@ class RequestState:
     timeline: Timeline
     known: int  # prompt + generated tokens
     context: int = 0  # tokens whose KV is cached
-    place: Place = Place.UNROUTED
+    place: Place = Place.ENDED
     holder: InstanceState | None = None  # whose queue it is in, or who has its KV
     target: InstanceState | None = None  # PARKED, MOVING: who pulls it
 
@@ -71,6 +72,11 @@ class RequestState:
         if start >= size:
             return tuple(generated[start - size : end - size])
         return prompt[start:end] + tuple(generated[: max(0, end - size)])
+
+
+def in_order(states: Iterable[RequestState]) -> list[RequestState]:
+    """`states` in order of arrival."""
+    return sorted(states, key=lambda state: state.order)
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -119,7 +119,7 @@ def smollm2_humaneval() -> Config:
             ignore_eos=False,
         ),
         memory=Memory(blocks_per_device=128, max_context=512),
-        rates=(0.2, 0.4, 0.8),
+        rates=(0.2, 0.4, 0.8, 1.6),
         num_seeds=2,
         timing_repeats=3,
     )

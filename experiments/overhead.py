@@ -82,7 +82,7 @@ class Options:
 
 
 def _full_batch(options: Options, batch: int) -> tuple[Rig, DecodeShape, list[Request]]:
-    """An instance, its decode step, and requests that one prefill step makes fill it."""
+    """An instance, its decode step, and requests that fill it in one prefill step."""
     prefill = PrefillShape(batch * options.prompt, batch)
     context = options.prompt + options.output
     rig, shape = colocated(
@@ -380,12 +380,29 @@ def check(parts: Sequence[str], options: Options) -> None:
     for name, values in numbers.items():
         if not values or min(values) < 1:
             raise ValueError(f"{name}: expected numbers >= 1, got {list(values)}")
+    context, limit = options.prompt + options.output, options.config.max_length
+    if context > limit:
+        name = options.config.name
+        raise ValueError(
+            f"{name}: expected at most {limit} tokens, got {context} tokens"
+        )
     for part in parts:
         if (have := len(jax.devices())) < DEVICES.get(part, 1):
             raise ValueError(
                 f"part {part} needs {DEVICES[part]} devices, got {have} "
                 f"{jax.default_backend()} devices"
             )
+
+
+def to_json(figures: Sequence[Figure]) -> str:
+    """The figures, and what they were measured on."""
+    result = {
+        "backend": jax.default_backend(),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "figures": [figure.to_json() for figure in figures],
+    }
+    return json.dumps(result, indent=2) + "\n"
 
 
 def _load() -> str:
@@ -426,13 +443,7 @@ def main(argv: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     if out is not None:
-        result = {
-            "backend": jax.default_backend(),
-            "cpus": os.cpu_count(),
-            "load_average": os.getloadavg(),
-            "figures": [figure.to_json() for figure in figures],
-        }
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        out.write_text(to_json(figures))
 
 
 if __name__ == "__main__":

@@ -143,17 +143,18 @@ class HollowModel(ModelOnMesh):
     On one device, with one layer group.
     """
 
+    real: ModelOnMesh
     put_start_s = put_end_s = step_end_s = 0.0
 
     @classmethod
     def replace(cls, rig: Rig) -> HollowModel:
         """Takes the place of the model of a rig's only instance."""
-        engine, (instance,) = rig.engine, rig.engine.instances
-        params = transformer.init_params(engine.config, 0)
-        mesh, memory = instance.model.mesh, instance.model.memory
-        hollow = cls(engine.config, params, mesh, RULES[instance.role], memory)
-        instance.model = hollow
-        engine.compile()
+        (instance,) = rig.engine.instances
+        real, rules = instance.model, RULES[instance.role]
+        params = transformer.init_params(real.config, 0)
+        hollow = cls(real.config, params, real.mesh, rules, real.memory)
+        instance.model, hollow.real = hollow, real
+        rig.engine.compile()
         return hollow
 
     def put(self, vector: np.ndarray) -> Array:
@@ -170,7 +171,7 @@ class HollowModel(ModelOnMesh):
         return out
 
     def _group_program(self, shape: StepShape, group: int) -> Compiled:
-        real = super()._group_program(shape, group)
+        real = self.real._lookup((shape, group))
         args, _ = real.args_info
         _, out = real.out_info
 
@@ -280,7 +281,7 @@ class NamedShape:
             dataclasses.replace(moves, prefill=(shape,)),
             dataclasses.replace(
                 moves,
-                decode_rows=(rows // 4, rows // 2, rows),
+                decode_rows=(rows // 2, rows),
                 pool_blocks=(pool // 2, pool * 3 // 4, pool),
             ),
         ]

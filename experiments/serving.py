@@ -291,6 +291,7 @@ class Server:
 
     def run(self, requests: Sequence[Request], step_times: Mapping[str, float]) -> Run:
         """Serves `requests` from an idle state to the end."""
+        self.engine.check(requests)
         controller = self.new_controller()
         log = EventLog()
         with self.engine.serving():

@@ -144,8 +144,9 @@ def check_blocks(controller: Controller) -> None:
 
 
 def check_places(controller: Controller) -> None:
-    """Every request is in one container: the one of its place."""
-    found = [(s.id, Place.UNROUTED) for s in controller._unrouted]
+    """Every request is in one container: the one of its place, at its holder."""
+    found = [(s.id, Place.UNROUTED) for s in controller._cluster.unrouted]
+    assert all(s.holder is s.target is None for s in controller._cluster.unrouted)
     for instance in controller.instances:
         for states, place in (
             (instance.waiting, Place.WAITING),
@@ -155,6 +156,10 @@ def check_places(controller: Controller) -> None:
             (instance.arriving.values(), Place.MOVING),
         ):
             found += [(s.id, place) for s in states]
+            for s in states:
+                at = s.target if place is Place.MOVING else s.holder
+                assert at is instance
+                assert s.target is None or place in (Place.PARKED, Place.MOVING)
         to_pull = {s.id for s in controller._requests.values() if s.target is instance}
         pulls = [s.id for s in instance.pulls]
         assert sorted([*pulls, *instance.arriving]) == sorted(to_pull)

@@ -8,7 +8,9 @@ import pytest
 
 from tests.engine.harness import (
     MODELS,
+    POOL,
     assert_reference,
+    make_config,
     make_request,
     mixed_requests,
     serve_virtual,
@@ -120,6 +122,35 @@ def test_a_batch_that_fills_the_pool_exactly_is_not_preempted(world, deployment)
     timelines = serve_virtual(world.engine(deployment), requests)
     assert_reference(world, CONFIG, timelines)
     assert sum(timeline.preemptions for timeline in timelines.values()) == 0
+
+
+@pytest.mark.parametrize("deployment", ["colocated:tp1", "prefill:tp1,decode:tp1"])
+def test_what_free_blocks_hold_is_never_read(world, deployment):
+    """Leftovers so large that a weight of them would be infinite."""
+    engine = world.engine(deployment)
+    for instance in engine.instances:
+        instance.cache[:] = jax.tree.map(
+            lambda part: jax.device_put(np.full(part.shape, 1e30, "f4"), part.sharding),
+            instance.cache,
+        )
+    timelines = serve_virtual(engine, mixed_requests(world, CONFIG))
+    assert_reference(world, CONFIG, timelines)
+
+
+def test_bfloat16(world):
+    """The same tokens either way, and KV half as large on its way."""
+    config = make_config("bfloat16", dtype="bfloat16", q_heads=8, kv_heads=4)
+    requests = [make_request(i, 5 + 3 * i, 12) for i in range(6)]
+    disaggregated, colocated = (
+        serve_virtual(world.engine(deployment, config), requests)
+        for deployment in ("prefill:tp1,decode:tp1", "colocated:tp1")
+    )
+    for id in range(6):
+        assert disaggregated[id].tokens == colocated[id].tokens
+        assert len(disaggregated[id].tokens) == 12
+    block_bytes = POOL.block_tokens * config.kv_bytes_per_token
+    assert disaggregated[0].transfer_bytes == 16 * block_bytes
+    assert config.kv_bytes_per_token * 2 == CONFIG.kv_bytes_per_token
 
 
 @pytest.mark.parametrize(

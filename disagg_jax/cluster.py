@@ -1,0 +1,220 @@
+"""Where requests are: the instances, and every move of a request among them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.request import Request
+from disagg_jax.scheduling.routing import Router
+from disagg_jax.state import InstanceState, Place, RequestState, in_order
+from disagg_jax.work import Slice, Step, Transfer
+
+
+class Cluster:
+    """The instances of a deployment, with each request in exactly one place.
+
+    A request's `place` names the container it is in, `holder` and `target` say of which
+    instances. Only the moves below write these, together with the container and the KV
+    blocks, so that they cannot disagree; an impossible move raises. When and why a
+    request moves, and the stamps on its timeline, are the controller's.
+
+    Args:
+      deployment: the instances.
+      memory: KV memory of each instance, in the deployment's order.
+      prefill_router: picks where a request without KV goes.
+      decode_router: picks the decode instance that pulls a prefilled request.
+
+    Raises:
+      ValueError: if `memory` does not match the deployment, or prefill and decode have
+        blocks of different sizes.
+    """
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        memory: Sequence[KVMemory],
+        prefill_router: Router,
+        decode_router: Router,
+    ):
+        if len(memory) != len(deployment.instances):
+            raise ValueError(
+                f"memory: expected one KVMemory for each of the "
+                f"{len(deployment.instances)} instances, got {len(memory)}"
+            )
+        moved = deployment.of(Role.PREFILL, Role.DECODE)
+        if len({memory[i].block_tokens for i in moved}) > 1:
+            raise ValueError(
+                "block_tokens: expected one size on all prefill and decode instances, "
+                f"got {[memory[i].block_tokens for i in moved]}"
+            )
+        self.instances = [
+            InstanceState(i, spec, memory[i])
+            for i, spec in enumerate(deployment.instances)
+        ]
+        self.unrouted: list[RequestState] = []
+        self._prefill_router, self._decode_router = prefill_router, decode_router
+
+    def up(self, *roles: Role) -> list[InstanceState]:
+        """The instances that are up and have one of `roles`."""
+        return [i for i in self.instances if i.up and i.spec.role in roles]
+
+    def why_never(self, request: Request) -> str:
+        """Why `request` could not be served even alone; '' if it could."""
+        for instance in self.instances:
+            limit = instance.memory.why_never(request.prompt_tokens, request.max_tokens)
+            if limit:
+                return f"instance {instance.id}: {limit}"
+        return ""
+
+    # -- queues ---------------------------------------------------------------------
+
+    def enqueue(
+        self,
+        state: RequestState,
+        instance: InstanceState | None = None,
+        *,
+        front: bool = False,
+    ) -> None:
+        """Puts a request that has no KV into a queue: `instance`'s, or as routed."""
+        if instance is None:
+            up = self.up(Role.PREFILL, Role.COLOCATED)
+            if not up:
+                state.place = Place.UNROUTED
+                self.unrouted.append(state)
+                return
+            instance = self._pick(self._prefill_router, up)
+        state.place, state.holder = Place.WAITING, instance
+        if front:
+            instance.waiting.appendleft(state)
+        else:
+            instance.waiting.append(state)
+
+    def route_stranded(self) -> None:
+        """Routes again, in order of arrival, what found no instance up."""
+        unrouted, self.unrouted = self.unrouted, []
+        for state in in_order(unrouted):
+            self.enqueue(state)
+        parked = [s for i in self.instances for s in i.parked if s.target is None]
+        for state in in_order(parked):
+            self.assign_target(state)
+
+    def remove(self, state: RequestState) -> None:
+        """Takes a request out of where it is and frees all its blocks."""
+        if state.place is Place.MOVING:
+            self.drop_target(state)
+        holder = state.holder
+        match state.place:
+            case Place.UNROUTED:
+                self.unrouted.remove(state)
+            case Place.WAITING:
+                _some(holder).waiting.remove(state)
+            case Place.RUNNING:
+                _some(holder).running.remove(state)
+            case Place.STEPPING:
+                _some(holder).stepping.remove(state)
+            case Place.PARKED:
+                _some(holder).parked.remove(state)
+                if state.target is not None:
+                    state.target.pulls.remove(state)
+            case _:
+                raise RuntimeError(f"request {state.id} cannot leave {state.place}")
+        if holder is not None and holder.blocks.held(state.id):
+            holder.blocks.release(state.id)
+        state.context, state.place = 0, Place.ENDED
+        state.holder = state.target = None
+
+    # -- steps ----------------------------------------------------------------------
+
+    def start_step(
+        self,
+        work_id: int,
+        instance: InstanceState,
+        parts: Sequence[tuple[RequestState, int]],
+    ) -> Step:
+        """Reserves blocks for the next (request, tokens) and puts them in one step."""
+        slices: list[Slice] = []
+        for state, count in parts:
+            instance.blocks.extend(state.id, state.context + count)
+            slices.append(state.slice(count, instance.blocks.table(state.id)))
+            waits = state.place is Place.WAITING
+            (instance.waiting if waits else instance.running).remove(state)
+            state.place = Place.STEPPING
+            instance.stepping.append(state)
+        instance.step = Step(work_id, instance.id, tuple(slices))
+        return instance.step
+
+    def finish_step(self, step: Step) -> None:
+        """The tokens of `step` are cached; its requests are ready for the next."""
+        instance = self.instances[step.instance]
+        for state, part in zip(instance.stepping, step.slices, strict=True):
+            state.place = Place.RUNNING
+            state.context += part.count
+        instance.running += instance.stepping
+        instance.step, instance.stepping = None, []
+
+    # -- transfers ------------------------------------------------------------------
+
+    def park(self, state: RequestState) -> None:
+        """Prefilled: the KV stays here until a decode instance pulls it."""
+        holder = _some(state.holder)
+        holder.running.remove(state)
+        holder.parked.append(state)
+        state.place = Place.PARKED
+        self.assign_target(state)
+
+    def assign_target(self, state: RequestState) -> None:
+        """Picks the decode instance that is to pull a parked request's KV."""
+        up = self.up(Role.DECODE)
+        if up:
+            state.target = self._pick(self._decode_router, up)
+            state.target.pulls.append(state)
+
+    def drop_target(self, state: RequestState) -> None:
+        """Back to parked without a target, from parked or from a broken transfer."""
+        target = _some(state.target)
+        if state.place is Place.MOVING:
+            del target.arriving[state.id]
+            target.blocks.release(state.id)
+            state.place = Place.PARKED
+            _some(state.holder).parked.append(state)
+        else:
+            target.pulls.remove(state)
+        state.target = None
+
+    def start_transfer(self, work_id: int, state: RequestState) -> Transfer:
+        """Reserves blocks at the target; the source keeps its own until it is over."""
+        src, dst = _some(state.holder), _some(state.target)
+        src.parked.remove(state)
+        dst.pulls.remove(state)
+        dst.blocks.extend(state.id, state.known)
+        state.place = Place.MOVING
+        dst.arriving[state.id] = state
+        blocks = src.memory.blocks_for(state.context)
+        return Transfer(
+            id=work_id,
+            request=state.request,
+            src=src.id,
+            dst=dst.id,
+            src_blocks=src.blocks.table(state.id)[:blocks],
+            dst_blocks=dst.blocks.table(state.id)[:blocks],
+            context=state.context,
+        )
+
+    def finish_transfer(self, state: RequestState) -> None:
+        """The KV has landed: the target holds the request, the source is free of it."""
+        src, dst = _some(state.holder), _some(state.target)
+        src.blocks.release(state.id)
+        del dst.arriving[state.id]
+        state.place, state.holder, state.target = Place.RUNNING, dst, None
+        dst.running.append(state)
+
+    def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
+        return self.instances[router(up).id]
+
+
+def _some(value: InstanceState | None) -> InstanceState:
+    """`value`, which the state machine guarantees to be there."""
+    if value is None:
+        raise RuntimeError("a request has no instance where it must have one")
+    return value

@@ -1,0 +1,196 @@
+"""Every part of the report runs, and says what it claims to say."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from disagg_jax.work import Step
+from experiments import overhead, rigs
+from experiments.overhead import Options
+from experiments.rigs import NamedShape
+from experiments.timing import Figure, interleaved, table
+from models.config import get_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = dataclasses.replace(get_config("tiny"), layers=1)  # quick to compile
+SMALL = Options(
+    config=TINY,
+    batches=[2],
+    handoff_mib=[1],
+    repeats=1,
+    prompt=16,
+    output=4,
+    prefill_tokens=32,
+    named=NamedShape(config=TINY, requests=4, prompt=8, output=6, batch=2, prefill_rows=2),
+)
+
+
+def figure(**changes) -> Figure:
+    fields = {"part": "p", "name": "n", "unit": "us", "bound_name": "b"}
+    return Figure(**{**fields, "measured": 90.0, "bound": 100.0, **changes})
+
+
+# -- figures ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("better", "aim", "met"),
+    [("more", 0.9, True), ("more", 0.91, False), ("less", 0.9, True)]
+    + [("less", 0.89, False), ("more", None, None)],
+)
+def test_an_aim_is_a_bound_of_the_ratio(better, aim, met):
+    assert figure(better=better, aim=aim).met is met
+
+
+def test_the_printed_ratio_is_that_of_the_printed_numbers():
+    values = [(1234.5678, 1937.0), (0.01234, 5.5), (97.06, 116.0), (3e6, 1e6)]
+    figures = [figure(measured=a, bound=b) for a, b in values]
+    for line in table(figures).splitlines()[1:]:
+        _, _, measured, bound, _, ratio, *_ = line.split()
+        # Four digits are printed of each number, and two decimals of the ratio.
+        computed = float(measured) / float(bound)
+        assert float(ratio) == pytest.approx(computed, rel=2e-3, abs=0.006)
+
+
+def test_medians_leave_the_warm_up_round_out():
+    order = []
+
+    def measure(name, values):
+        def next_value():
+            order.append(name)
+            return values.pop(0)
+
+        return next_value
+
+    measures = {"a": measure("a", [99, 1, 5, 3]), "b": measure("b", [0, 7, 7, 8])}
+    assert interleaved(3, measures) == {"a": 3, "b": 7}
+    assert order == ["a", "b"] * 4
+
+
+# -- parts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        (
+            "host",
+            ["B2 step", "B2 - pack", "B2 - put", "B2 - dispatch", "B2 - readback"]
+            + ["B2 controller", "B2 whole loop"],
+        ),
+        ("decode", ["B2 whole loop"]),
+        ("prefill", ["4 x 8 whole loop"]),
+        (
+            "handoff",
+            [
+                f"{pair} 1 MiB"
+                for pair in ("TP4->TP4", "TP4->TP2", "TP2->TP4", "TP1->TP4")
+                for _ in ("copy", "device_put")
+            ],
+        ),
+        (
+            "m32",
+            ["throughput", "TTFT P50", "TPOT P50", "bare decode step"],
+        ),
+    ],
+)
+def test_a_part_measures_what_it_lists(part, names, capsys):
+    figures = overhead.run([part], SMALL)
+    assert [f.name for f in figures] == names
+    for found in figures:
+        assert 0 < found.measured < math.inf and 0 < found.bound < math.inf
+    printed = capsys.readouterr().out
+    assert "load average" in printed
+    assert all(name in printed for name in names)
+
+
+def arguments(program) -> list:
+    leaves = jax.tree.leaves(program.args_info)
+    return [(leaf.shape, leaf.dtype, leaf.donated) for leaf in leaves]
+
+
+def test_a_hollow_model_takes_and_returns_the_same_but_does_no_work():
+    rig, shape, requests = overhead._full_batch(SMALL, 2)
+    hollow = rigs.HollowModel.replace(rig)
+    real, stub = (m._lookup((shape, 0)) for m in (hollow.real, hollow))
+    assert arguments(stub) == arguments(real)
+    assert stub.out_tree == real.out_tree
+    assert stub.cost_analysis().get("flops", 0) == 0 < real.cost_analysis()["flops"]
+    timelines = rig.serve(requests)
+    assert [t.tokens for t in timelines] == [[0] * SMALL.output] * 2
+    step_us = overhead._host_step_us(rig, hollow, shape, steps=1)
+    assert step_us.pop("step") == pytest.approx(sum(step_us.values()))
+
+
+def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape():
+    rig, shape, requests = overhead._full_batch(SMALL, 2)
+    controller = rig.controller()
+    steps = []
+    plan = controller.step
+    controller.step = lambda *args: steps.extend(works := plan(*args)) or works
+    rig.serve(requests, controller)
+    buckets = rig.engine.instances[0].buckets
+    assert all(isinstance(step, Step) for step in steps)
+    shapes = [buckets.step_shape(step.slices) for step in steps]
+    assert shapes == [buckets.prefill[0]] + [shape] * (SMALL.output - 1)
+
+
+# -- command line ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "message"),
+    [
+        (["host", "speed"], {}, "expected some of .*, got 'speed'"),
+        (["host"], {"batches": [0]}, r"batches: expected numbers >= 1, got \[0\]"),
+        (["host"], {"repeats": 0}, "repeats: expected numbers >= 1"),
+        (["handoff"], {"handoff_mib": []}, "handoff_mib: expected numbers >= 1"),
+        (["decode"], {"batches": [16], "prompt": 1000, "output": 100}, "1100 tokens"),
+    ],
+)
+def test_bad_options_are_refused_before_any_work(parts, changes, message):
+    with pytest.raises(ValueError, match=message):
+        overhead.run(parts, dataclasses.replace(SMALL, **changes))
+
+
+def test_a_part_that_lacks_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(overhead.jax, "devices", lambda: [None] * 4)
+    with pytest.raises(ValueError, match="handoff needs 8 devices, got 4"):
+        overhead.run(["handoff"], SMALL)
+
+
+def test_bad_flags_are_one_clear_error():
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.overhead", "--model=gpt"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "error: model: expected one of" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_json_holds_every_figure_and_its_ratio():
+    found = json.loads(overhead.to_json([figure(aim=0.9)]))
+    assert found["figures"][0]["ratio"] == 0.9
+    assert found["figures"][0]["met"] is True
+    assert len(found["load_average"]) == 3
+
+
+@pytest.mark.parametrize("path", ["/", "/no/such/folder/file.json"])
+def test_an_unwritable_file_is_refused(path):
+    with pytest.raises(ValueError, match=f"out: expected .*, got '{path}'"):
+        overhead._writable(path)
+
+
+def test_numbers_are_parsed_or_named():
+    assert overhead._integers("batches", ["16", "64"]) == [16, 64]
+    with pytest.raises(ValueError, match="batches: expected integers, got"):
+        overhead._integers("batches", ["16", "many"])
