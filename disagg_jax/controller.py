@@ -110,14 +110,15 @@ class Controller:
             case Down(instance):
                 self._down(self.instances[instance])
             case Up(instance):
-                self._up(self.instances[instance])
+                self.instances[instance].up = True
+                self._cluster.route_stranded()
 
     def _arrive(self, now_s: float, request: Request) -> None:
         if request.id in self._requests:
             raise RuntimeError(f"request {request.id} arrived twice")
         timeline = Timeline(request=request)
-        order = len(self.timelines)
-        state = RequestState(request, order, timeline, known=request.prompt_tokens)
+        order, known = len(self.timelines), request.prompt_tokens
+        state = RequestState(request, order, timeline, known)
         self._requests[request.id] = state
         self.timelines.append(timeline)
         timeline.error = self._cluster.why_never(request)
@@ -217,10 +218,6 @@ class Controller:
         if state.active:
             state.timeline.preemptions += had_kv
             self._cluster.enqueue(state, front=True)
-
-    def _up(self, instance: InstanceState) -> None:
-        instance.up = True
-        self._cluster.route_stranded()
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
         """The request is over. What is in flight for it keeps its blocks until done."""

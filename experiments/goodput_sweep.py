@@ -21,6 +21,7 @@ import jax
 from absl import app, flags
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.engine.executor import check_step_times
 from disagg_jax.engine.programs import ModelOnMesh
 from experiments import report
 from experiments.config import Config, override, to_json
@@ -55,8 +56,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
-    if jax.config.jax_num_cpu_devices < devices_needed(config):
-        jax.config.update("jax_num_cpu_devices", devices_needed(config))
+    _provide_cpu_devices(devices_needed(config))
     check_modelled(config)
     given = _read_step_times(step_times_file) if step_times_file else None
     progress = _progress()
@@ -83,6 +83,13 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     return text
 
 
+def _provide_cpu_devices(needed: int) -> None:
+    """Splits the host into enough devices; an accelerator's are as they are."""
+    name = "jax_num_cpu_devices"
+    if jax.config.values[name] < needed:
+        jax.config.update(name, needed)
+
+
 def _step_times(
     config: Config,
     run_dir: RunDir,
@@ -95,6 +102,9 @@ def _step_times(
     if saved is not None:
         return saved["seconds"]
     seconds = given
+    if given is not None:
+        for server in servers.values():
+            check_step_times(server.engine, given)
     if seconds is None:
         seconds = {}
         for server in servers.values():

@@ -19,7 +19,8 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import kv_cache
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import Engine, full_slices
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.programs import Compiled, ModelOnMesh
 from disagg_jax.engine.transfer import PiecePlan, piece_plan
 from disagg_jax.engine.wall import WallBackend
@@ -266,14 +267,15 @@ class NamedShape:
         tokens = self.prefill_rows * self.prompt
         prompt_blocks = math.ceil(self.prompt / self.block_tokens)
         rows, pool = self.decode_shape.rows, self.decode_shape.blocks
-        # The prefill pool holds all prompts, as many may wait for the decode side.
+        # Room for one step's prompts while another's wait to be pulled: with more, later
+        # prompts take the cores from the decodes and then only wait for a place.
         memory = [
             KVMemory(
                 num_blocks=blocks,
                 block_tokens=self.block_tokens,
                 max_context=self.config.max_length,
             )
-            for blocks in (self.requests * prompt_blocks, pool)
+            for blocks in (2 * self.prefill_rows * prompt_blocks, pool)
         ]
         shape = PrefillShape(tokens, self.prefill_rows)
         moves = dataclasses.replace(NO_STEPS, transfer_blocks=(prompt_blocks,))

@@ -36,8 +36,8 @@ class Point:
 class RunDir:
     """Files of an experiment; a killed one goes on where it was.
 
-    `config.json`, `env.json` and `step_times.json` are written first; each point's files
-    appear whole or not at all; `requests.jsonl` and `summary.json` come last.
+    `config.json`, `env.json` and `step_times.json` are written first; each point's
+    files appear whole or not at all; `requests.jsonl` and `summary.json` come last.
 
     Raises:
       ValueError: if `path` cannot be written, or holds a run of another config.

@@ -13,8 +13,8 @@ from disagg_jax.backend import Backend, serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import (
-    Engine,
     EngineExecutor,
     full_slices,
     measure_step_times,

@@ -32,7 +32,7 @@ class Buckets:
 
     @classmethod
     def for_limits(cls, limits: StepLimits, memory: KVMemory) -> Buckets:
-        """Sizes up to what a policy can ask for: about two dozen programs an instance.
+        """Sizes up to what a policy can ask for: a few dozen programs an instance.
 
         A recomputed request can be longer than any prompt, so a prefill step can hold
         the longest context whatever the policy's limit.

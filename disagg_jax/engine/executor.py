@@ -1,268 +1,21 @@
-"""The engine: a deployment's instances on their meshes, doing steps and transfers."""
+"""Running work alone, to its end: the executor behind the virtual clock, and timing."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import statistics
 import time
-from collections.abc import (
-    Callable,
-    Generator,
-    Hashable,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
-from jax import Array
-from jax.sharding import Mesh
 
 from disagg_jax.backend import Outcome
-from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine import kv_cache, sampling
+from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, StepShape
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.programs import ModelOnMesh
-from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
+from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Transfer, Work
-from models import transformer
-from models.config import ModelConfig
-from sharding.mesh import Device, cut_meshes
-from sharding.rules import RULES
-
-# What running work yields: arrays to wait for before it can go on; and what it returns:
-# the tokens of a step, the bytes of a transfer.
-Result = tuple[tuple[int, ...], int]
-Running = Generator[Sequence[Array], None, Result]
-# What programs depend on: model, layer groups, rule table, device ids, KV pool.
-ModelKey = tuple[Hashable, ...]
-
-
-@dataclasses.dataclass
-class Instance:
-    """A model on a mesh with a KV pool of its own."""
-
-    role: Role
-    model: ModelOnMesh
-    buckets: Buckets
-    cache: list[kv_cache.Cache]  # one for each layer group
-
-
-class Engine:
-    """Runs the work of one deployment. Each instance is on devices of its own.
-
-    Args:
-      deployment: the instances; their meshes are cut from `devices` in order.
-      memory: the KV pool of each instance.
-      buckets: the listed shapes of each instance; only these can run.
-      models: weights and programs made before from the same `params`; missing ones are
-        added, so that engines of several deployments share them.
-      share_devices: give equal instances the same devices, each with a KV pool of its
-        own: for the virtual clock, where only one program runs at a time.
-
-    Raises:
-      ValueError: if the devices are too few, `memory` or `buckets` is not one for each
-        instance, a context is longer than the model's, or a dimension of the model does
-        not divide over an instance's mesh.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: transformer.Params,
-        deployment: Deployment,
-        devices: Sequence[Device],
-        memory: Sequence[KVMemory],
-        buckets: Sequence[Buckets],
-        *,
-        layer_groups: int = 1,
-        models: dict[ModelKey, ModelOnMesh] | None = None,
-        share_devices: bool = False,
-    ):
-        _check_pools(config, deployment, memory, buckets)
-        models = {} if models is None else models
-        self.config = config
-        meshes = _meshes(deployment, devices, share_devices)
-        self.deployment = deployment
-        self.instances: list[Instance] = []
-        for i, (spec, mesh) in enumerate(
-            zip(deployment.instances, meshes, strict=True)
-        ):
-            rules = RULES[spec.role]
-            ids = tuple(device.id for device in mesh.devices.flat)
-            table = tuple(sorted(rules.items()))
-            key = (config, layer_groups, table, ids, memory[i])
-            if key not in models:
-                models[key] = ModelOnMesh(
-                    config, params, mesh, rules, memory[i], layer_groups
-                )
-            model = models[key]
-            cache = model.new_cache()
-            self.instances.append(Instance(spec.role, model, buckets[i], cache))
-        self._plans: dict[tuple[int, int], PiecePlan] = {
-            (src, dst): self._piece_plan(src, dst)
-            for src in deployment.of(Role.PREFILL)
-            for dst in deployment.of(Role.DECODE)
-        }
-
-    def _piece_plan(self, src: int, dst: int) -> PiecePlan:
-        a, b = self.instances[src].model, self.instances[dst].model
-        return piece_plan(a.layout.kv, a.tp, b.layout.kv, b.tp)
-
-    # -- before serving -------------------------------------------------------------
-
-    def compile(self, *, sampled: bool = True) -> None:
-        """Compiles every program that the deployment can need.
-
-        Args:
-          sampled: whether requests may come that are not greedy.
-        """
-        for instance in self.instances:
-            for shape in instance.buckets.step_shapes:
-                instance.model.compile_step(shape)
-                if sampled:
-                    instance.model.compile_draw(shape.rows)
-        for (src, dst), plan in self._plans.items():
-            for blocks in self.instances[src].buckets.transfer_blocks:
-                self.instances[src].model.compile_gather(blocks, plan)
-                self.instances[dst].model.compile_insert(blocks, plan)
-
-    def check(self, requests: Iterable[Request]) -> None:
-        """Raises ValueError on a request that would break a step, or its own output."""
-        vocab = self.config.vocab_size
-        for request in requests:
-            what = f"request {request.id}"
-            if request.prompt is None:
-                raise ValueError(f"{what}: expected token ids, got lengths only")
-            wrong = [token for token in request.prompt if not 0 <= token < vocab]
-            if wrong:
-                raise ValueError(
-                    f"{what}: expected token ids in [0, {vocab}), got {wrong[0]}"
-                )
-            if request.sampling.top_k >= 2**31:
-                raise ValueError(
-                    f"{what}: expected top_k < 2**31, got {request.sampling.top_k}"
-                )
-
-    @contextlib.contextmanager
-    def serving(self) -> Iterator[None]:
-        """Guards a run: a compile or an implicit transfer in it raises.
-
-        The objects made so far are kept out of garbage collection meanwhile, so that no
-        pause for them falls on a token.
-        """
-        gc.collect()
-        gc.freeze()
-        try:
-            with jax.no_tracing(True), jax.transfer_guard("disallow"):
-                yield
-        finally:
-            gc.unfreeze()
-
-    # -- work -----------------------------------------------------------------------
-
-    def start(self, work: Work) -> Running:
-        """Work to be advanced with `next` whenever the arrays it yielded are ready."""
-        return self._step(work) if isinstance(work, Step) else self._transfer(work)
-
-    def program_key(self, work: Work) -> str:
-        """Which programs `work` runs: work with equal keys takes equally long."""
-        if isinstance(work, Step):
-            instance = self.instances[work.instance]
-            return f"tp{instance.model.tp}/{instance.buckets.step_shape(work.slices)}"
-        src, dst = self.instances[work.src], self.instances[work.dst]
-        size = src.buckets.transfer_size(len(work.src_blocks))
-        return f"tp{src.model.tp}->tp{dst.model.tp}/transfer_{size}"
-
-    def _step(self, step: Step) -> Running:
-        instance = self.instances[step.instance]
-        model = instance.model
-        shape = instance.buckets.step_shape(step.slices)
-        packed = shape.pack(step.slices, model.memory.block_tokens, model.scratch_block)
-        tokens, logits = model.step(shape, instance.cache, model.put(packed))
-        if any(part.request.sampling.temperature for part in step.slices):
-            params = model.put(sampling.pack(step.slices, shape.rows))
-            tokens = model.draw(logits, params)
-        # The one copy to the host there is. jax counts it as implicit, and the guard of
-        # `serving` would refuse it on an accelerator.
-        with jax.transfer_guard_device_to_host("allow"):
-            tokens.copy_to_host_async()
-        yield (tokens,)
-        return tuple(np.asarray(tokens)[: len(step.slices)].tolist()), 0
-
-    def _transfer(self, transfer: Transfer) -> Running:
-        """Gather on the source, copy device to device, insert at the destination.
-
-        Each is dispatched only when the one before is there, so that neither instance's
-        queue of steps ever waits for the link.
-        """
-        src, dst = self.instances[transfer.src], self.instances[transfer.dst]
-        plan = self._plans[transfer.src, transfer.dst]
-        size = src.buckets.transfer_size(len(transfer.src_blocks))
-        src_ids = src.model.put(_pad(transfer.src_blocks, size, src.model))
-        dst_ids = dst.model.put(_pad(transfer.dst_blocks, size, dst.model))
-        groups = range(len(src.cache))
-        gathered = [src.model.gather(g, src.cache[g], src_ids, plan) for g in groups]
-        yield [piece for group in gathered for piece in group]
-        moved = [
-            move(pieces, plan, dst.model.payload_sharding, kv_cache.PAYLOAD_HEAD_AXIS)
-            for pieces in gathered
-        ]
-        yield [piece for group in moved for piece in group]
-        landed: list[Array] = []
-        for g, pieces in enumerate(moved):
-            dst.cache[g], flag = dst.model.insert(
-                g, dst.cache[g], dst_ids, pieces, plan
-            )
-            landed.append(flag)
-        yield landed
-        return (), sum(piece.nbytes for group in moved for piece in group)
-
-
-def _check_pools(
-    config: ModelConfig,
-    deployment: Deployment,
-    memory: Sequence[KVMemory],
-    buckets: Sequence[Buckets],
-) -> None:
-    n = len(deployment.instances)
-    for name, values in (("memory", memory), ("buckets", buckets)):
-        if len(values) != n:
-            raise ValueError(
-                f"{name}: expected one for each of the {n} instances, got {len(values)}"
-            )
-    longest = max(pool.max_context for pool in memory)
-    if longest > config.max_length:
-        raise ValueError(
-            f"max_context: expected at most the {config.max_length} tokens of model "
-            f"{config.name}, got {longest}"
-        )
-
-
-def _meshes(
-    deployment: Deployment, devices: Sequence[Any], share_devices: bool
-) -> list[Mesh]:
-    specs = deployment.instances
-    if not share_devices:
-        return cut_meshes(devices, [spec.tp for spec in specs])
-    kinds = list(dict.fromkeys(specs))
-    meshes = dict(
-        zip(kinds, cut_meshes(devices, [spec.tp for spec in kinds]), strict=True)
-    )
-    return [meshes[spec] for spec in specs]
-
-
-def _pad(blocks: Sequence[int], size: int, model: ModelOnMesh) -> np.ndarray:
-    ids = np.full(size, model.scratch_block, np.int32)
-    ids[: len(blocks)] = blocks
-    return ids
 
 
 def run_alone(engine: Engine, work: Work) -> tuple[float, Result]:
@@ -296,23 +49,19 @@ class EngineExecutor:
 def table_duration(
     engine: Engine, step_times: Mapping[str, float]
 ) -> Callable[[Work, float], float]:
-    """A `duration_s` that looks each program up in `step_times`.
+    """A `duration_s` that looks each program up; see `check_step_times`."""
+    return lambda work, measured_s: step_times[engine.program_key(work)]
 
-    Raises:
-      ValueError: when called, if the table lacks a program.
-    """
 
-    def duration_s(work: Work, measured_s: float) -> float:
-        del measured_s
-        key = engine.program_key(work)
-        if key not in step_times:
-            raise ValueError(
-                f"step times: no entry '{key}'; the table was taken for other buckets, "
-                "or another deployment"
-            )
-        return step_times[key]
-
-    return duration_s
+def check_step_times(engine: Engine, step_times: Mapping[str, float]) -> None:
+    """Raises ValueError if the table lacks a program that the deployment can need."""
+    needed = {engine.program_key(work) for work in _every_work(engine)}
+    if missing := sorted(needed - step_times.keys()):
+        raise ValueError(
+            f"step times: expected entries for all {len(needed)} programs of "
+            f"{engine.deployment}, but {len(missing)} are missing, such as "
+            f"'{missing[0]}'; the table was taken for other buckets or deployments"
+        )
 
 
 def measure_step_times(

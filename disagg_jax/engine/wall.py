@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from disagg_jax.engine.executor import Engine, Result, Running
+from disagg_jax.engine.engine import Engine, Result, Running
 from disagg_jax.work import Done, Work
 
 

@@ -15,7 +15,8 @@ from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import Engine, EngineExecutor
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import EngineExecutor
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.executor import Engine
+from disagg_jax.engine.engine import Engine
 from disagg_jax.request import Request, Sampling
 from tests.engine.harness import BUCKETS, MODELS, POOL, make_config, make_request
 

@@ -10,7 +10,7 @@ import pytest
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import Engine
+from disagg_jax.engine.engine import Engine
 from models.gguf import load_gguf, smollm2_path
 from models.tokenizer import load_tokenizer
 from tests.engine.harness import make_request, serve_virtual

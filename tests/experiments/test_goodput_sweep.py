@@ -186,6 +186,15 @@ def test_bad_input_is_refused_before_any_work(change, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_step_times_of_other_programs_are_refused(first, tmp_path):
+    content = json.loads((first / "step_times.json").read_text())
+    del content["seconds"]["tp1->tp1/transfer_1"]
+    times = tmp_path / "step_times.json"
+    times.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="1 are missing, such as 'tp1->tp1/transfer_1"):
+        goodput_sweep.run(config(), tmp_path / "run", str(times))
+
+
 def test_a_malformed_trace_line_is_named(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text(

@@ -27,7 +27,9 @@ SMALL = Options(
     prompt=16,
     output=4,
     prefill_tokens=32,
-    named=NamedShape(config=TINY, requests=4, prompt=8, output=6, batch=2, prefill_rows=2),
+    named=NamedShape(
+        config=TINY, requests=4, prompt=8, output=6, batch=2, prefill_rows=2
+    ),
 )
 
 
