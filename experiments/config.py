@@ -109,7 +109,7 @@ class Config:
     rates: tuple[
         float, ...
     ] = ()  # requests/s per device; empty: search for the goodput
-    num_seeds: int = 3  # runs of each point; intervals are across them
+    num_seeds: int = 5  # runs of each point; intervals are across them
     seed: int = 0  # the runs use seed, seed + 1, ...; weights use seed
     clock: str = "virtual"  # virtual | wall
     # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).

@@ -17,13 +17,12 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import app, flags
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times
 from disagg_jax.engine.programs import ModelOnMesh
-from experiments import report
+from experiments import host_devices, report
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
 from experiments.run_dir import RunDir, environment
@@ -56,7 +55,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
-    _provide_cpu_devices(devices_needed(config))
+    host_devices.provide(devices_needed(config))
     check_modelled(config)
     given = _read_step_times(step_times_file) if step_times_file else None
     progress = _progress()
@@ -81,13 +80,6 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     text = report.table(summary)
     (out / "table.txt").write_text(text + "\n")
     return text
-
-
-def _provide_cpu_devices(needed: int) -> None:
-    """Splits the host into enough devices; an accelerator's are as they are."""
-    name = "jax_num_cpu_devices"
-    if jax.config.values[name] < needed:
-        jax.config.update(name, needed)
 
 
 def _step_times(
@@ -138,6 +130,7 @@ def _progress() -> Progress:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    host_devices.one_thread_each()
     try:
         changes = list(_SET.value)
         if _SEED.value is not None:

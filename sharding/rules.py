@@ -12,7 +12,6 @@ Rules = Mapping[str, str | None]  # logical axis -> mesh axis; None is replicate
 
 # Megatron's split: heads and the MLP's width over the devices, activations replicated.
 _MEGATRON: Rules = {
-    "layers": None,
     "embed": None,
     "heads": TENSOR,
     "kv_heads": TENSOR,

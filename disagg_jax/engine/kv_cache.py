@@ -26,8 +26,7 @@ from models.layers import attention, einsum
 LayerCache = tuple[Array, Array]  # k, v
 Cache = list[LayerCache]
 AXES = ("blocks", "kv_heads", "length", "head_dim")  # of k and of v
-PAYLOAD_AXES = ("layers", *AXES)  # of KV on its way: k and v of each layer in turn
-PAYLOAD_HEAD_AXIS = PAYLOAD_AXES.index("kv_heads")
+HEAD_AXIS = AXES.index("kv_heads")
 
 # attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache); see
 # `models.transformer`
@@ -131,31 +130,33 @@ def _write(
     return [*cache[:layer], (k, v), *cache[layer + 1 :]]
 
 
-def gather(cache: Cache, ids: Array, *, piece_heads: int) -> tuple[Array, ...]:
+def gather(
+    cache: Cache, ids: Array, *, piece_heads: int
+) -> tuple[tuple[Array, ...], ...]:
     """The blocks `ids` of a device's part of the cache, cut into pieces of kv heads.
 
     Returns:
-      Arrays `[2 layers, len(ids), piece_heads, block_tokens, H]`.
+      For each piece, k and v of each layer in turn: `[len(ids), piece_heads,
+      block_tokens, H]`. They are not stacked: that would copy all of it once more here,
+      and again when it is inserted.
     """
     parts = [part for pair in cache for part in pair]
-    pieces = parts[0].shape[AXES.index("kv_heads")] // piece_heads
+    pieces = parts[0].shape[HEAD_AXIS] // piece_heads
     return tuple(
-        jnp.stack(
-            [
-                part.at[ids, i * piece_heads : (i + 1) * piece_heads].get(
-                    mode=_IN_BOUNDS
-                )
-                for part in parts
-            ]
+        tuple(
+            part.at[ids, i * piece_heads : (i + 1) * piece_heads].get(mode=_IN_BOUNDS)
+            for part in parts
         )
         for i in range(pieces)
     )
 
 
-def insert(cache: Cache, ids: Array, pieces: Sequence[Array]) -> tuple[Cache, Array]:
+def insert(
+    cache: Cache, ids: Array, pieces: Sequence[Sequence[Array]]
+) -> tuple[Cache, Array]:
     """Writes pieces side by side into a device's blocks `ids`; (cache, done)."""
     parts = [part for pair in cache for part in pair]
-    heads = pieces[0].shape[PAYLOAD_HEAD_AXIS]
+    heads = pieces[0][0].shape[HEAD_AXIS]
     for i, piece in enumerate(pieces):
         parts = [
             part.at[ids, i * heads : (i + 1) * heads].set(piece[j], mode=_IN_BOUNDS)

@@ -67,8 +67,7 @@ class ModelOnMesh:
         self._group_layers: list[int] = np.diff(bounds).tolist()
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)
-        self.payload_sharding = named_sharding(mesh, kv_cache.PAYLOAD_AXES, rules)
+        self.kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)
         self._programs: dict[Hashable, Compiled] = {}
 
     @property
@@ -99,7 +98,7 @@ class ModelOnMesh:
         self._compile(("draw", rows), self._draw_program, rows)
 
     def step(
-        self, shape: StepShape, cache: list[kv_cache.Cache], packed: Array
+        self, shape: StepShape, cache: list[kv_cache.Cache], packed: np.ndarray | Array
     ) -> tuple[Array, Array]:
         """Runs one step: (`[rows] int32` likeliest next token, `[rows, V]` logits).
 
@@ -145,8 +144,8 @@ class ModelOnMesh:
         program = jax.jit(
             run,
             donate_argnums=1,
-            in_shardings=(weights, self._kv_sharding, *step_inputs),
-            out_shardings=(self._kv_sharding, self._replicated),
+            in_shardings=(weights, self.kv_sharding, *step_inputs),
+            out_shardings=(self.kv_sharding, self._replicated),
         )
         return program.lower(params, cache, packed, *x).compile()
 
@@ -160,12 +159,12 @@ class ModelOnMesh:
 
     def gather(
         self, group: int, cache: kv_cache.Cache, ids: Array, plan: PiecePlan
-    ) -> tuple[Array, ...]:
+    ) -> tuple[tuple[Array, ...], ...]:
         """Copies blocks out of a pool, cut into pieces of kv heads.
 
         Returns:
-          `plan.pieces_per_source` arrays: piece j of source shard i is the shard on
-          device i of array j.
+          For each of `plan.pieces_per_source` pieces, k and v of each layer: piece j of
+          source shard i is the shards on device i of the arrays j.
         """
         key = ("gather", group, ids.shape[0], plan.piece_heads)
         return self._lookup(key)(cache, ids)
@@ -181,7 +180,7 @@ class ModelOnMesh:
         group: int,
         cache: kv_cache.Cache,
         ids: Array,
-        pieces: Sequence[Array],
+        pieces: Sequence[Sequence[Array]],
         plan: PiecePlan,
     ) -> tuple[kv_cache.Cache, Array]:
         """Joins the pieces and writes them into the blocks `ids` of a donated pool.
@@ -191,35 +190,36 @@ class ModelOnMesh:
           may be donated to the next step before anyone looks.
         """
         key = ("insert", group, ids.shape[0], plan.piece_heads)
-        return self._lookup(key)(cache, ids, list(pieces))
+        return self._lookup(key)(cache, ids, [list(p) for p in pieces])
 
     def _gather_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
         program = jax.shard_map(
             functools.partial(kv_cache.gather, piece_heads=plan.piece_heads),
             mesh=self.mesh,
-            in_specs=(self._kv_sharding.spec, PartitionSpec()),
-            out_specs=self.payload_sharding.spec,
+            in_specs=(self.kv_sharding.spec, PartitionSpec()),
+            out_specs=self.kv_sharding.spec,
         )
         ids = self._spec((blocks,), jnp.int32)
         return jax.jit(program).lower(self._cache_spec(group), ids).compile()
 
     def _insert_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
         part = self._part_spec()
-        shape = [2 * self._group_layers[group], *part.shape]
-        shape[kv_cache.PAYLOAD_AXES.index("blocks")] = blocks
-        shape[kv_cache.PAYLOAD_HEAD_AXIS] = plan.piece_heads * self.tp
-        piece = jax.ShapeDtypeStruct(
-            tuple(shape), part.dtype, sharding=self.payload_sharding
+        shape = list(part.shape)
+        shape[kv_cache.AXES.index("blocks")] = blocks
+        shape[kv_cache.HEAD_AXIS] = plan.piece_heads * self.tp
+        array = jax.ShapeDtypeStruct(
+            tuple(shape), part.dtype, sharding=self.kv_sharding
         )
+        piece = [array] * (2 * self._group_layers[group])
         program = jax.shard_map(
             kv_cache.insert,
             mesh=self.mesh,
             in_specs=(
-                self._kv_sharding.spec,
+                self.kv_sharding.spec,
                 PartitionSpec(),
-                self.payload_sharding.spec,
+                self.kv_sharding.spec,
             ),
-            out_specs=(self._kv_sharding.spec, PartitionSpec()),
+            out_specs=(self.kv_sharding.spec, PartitionSpec()),
         )
         ids = self._spec((blocks,), jnp.int32)
         pieces = [piece] * len(plan.sources[0])
@@ -255,7 +255,7 @@ class ModelOnMesh:
         return jax.ShapeDtypeStruct(
             (blocks, len(self.layout.kv), block_tokens, self.config.head_dim),
             jnp.dtype(self.config.dtype),
-            sharding=self._kv_sharding,
+            sharding=self.kv_sharding,
         )
 
 

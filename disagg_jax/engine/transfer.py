@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 Slots = tuple[int | None, ...]  # kv head in each slot, see `sharding.heads.HeadLayout`
 
@@ -67,34 +67,42 @@ def _find(piece: Slots, have: Sequence[Slots], index: int) -> int | None:
 
 
 def move(
-    pieces: Sequence[Array], plan: PiecePlan, target: NamedSharding, head_axis: int
-) -> list[Array]:
+    pieces: Sequence[Sequence[Array]], plan: PiecePlan, target: NamedSharding, axis: int
+) -> list[list[Array]]:
     """Copies pieces, device to device, to the mesh of `target`.
 
     Args:
-      pieces: one array for each piece of a source shard, sharded along `head_axis`; its
-        shard on device i is that piece of source shard i.
+      pieces: for each piece of a source shard its arrays, sharded along `axis` (the kv
+        heads): the shard on device i is that piece of source shard i.
       target: the same sharding on the destination mesh.
 
     Returns:
-      One array for each piece of a destination shard, sharded by `target`.
+      For each piece of a destination shard its arrays, sharded by `target`.
     """
-    source = typing.cast(NamedSharding, pieces[0].sharding)
-    src_devices = list(typing.cast(Mesh, source.mesh).devices.flat)
-    dst_devices = list(typing.cast(Mesh, target.mesh).devices.flat)
-    shards = [{s.device: s.data for s in piece.addressable_shards} for piece in pieces]
-    parts, devices = [], []
-    for device, sources in zip(dst_devices, plan.sources, strict=True):
-        for src, piece in sources:
-            parts.append(shards[piece][src_devices[src]])
-            devices.append(device)
-    moved = jax.device_put(parts, devices)
-    per_dst = len(plan.sources[0])
-    shape = list(pieces[0].shape)
-    shape[head_axis] = plan.piece_heads * len(dst_devices)
-    return [
-        jax.make_array_from_single_device_arrays(
-            tuple(shape), target, moved[piece::per_dst]
-        )
-        for piece in range(per_dst)
+    src_devices, dst_devices = _devices(pieces[0][0].sharding), _devices(target)
+    shards = [
+        [{s.device: s.data for s in array.addressable_shards} for array in piece]
+        for piece in pieces
     ]
+    per_dst, arrays = len(plan.sources[0]), range(len(pieces[0]))
+    # [piece of a destination shard][array][destination device], flat for one call.
+    parts = [
+        shards[sources[i][1]][array][src_devices[sources[i][0]]]
+        for i in range(per_dst)
+        for array in arrays
+        for sources in plan.sources
+    ]
+    moved = iter(jax.device_put(parts, dst_devices * (per_dst * len(arrays))))
+    shape = list(pieces[0][0].shape)
+    shape[axis] = plan.piece_heads * len(dst_devices)
+
+    def assemble() -> Array:
+        shards = [next(moved) for _ in dst_devices]
+        return jax.make_array_from_single_device_arrays(tuple(shape), target, shards)
+
+    return [[assemble() for _ in arrays] for _ in range(per_dst)]
+
+
+def _devices(sharding: Any) -> list[Any]:
+    """The devices of a NamedSharding's mesh, in its order."""
+    return list(sharding.mesh.devices.flat)

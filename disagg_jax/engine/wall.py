@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import math
+import queue
 import time
-from collections.abc import Sequence
-from typing import Any
 
-from disagg_jax.engine.engine import Engine, Result, Running
+import jax
+
+from disagg_jax.engine.engine import Engine, Running
 from disagg_jax.work import Done, Work
 
 
@@ -17,61 +19,77 @@ class _Pending:
     work: Work
     start_s: float
     running: Running
-    arrays: Sequence[Any]  # jax arrays it waits for; their type lacks `is_ready`
-
-    def advance(self) -> Result | None:
-        """Goes on as far as arrays are ready; the result once there is no more."""
-        while all(array.is_ready() for array in self.arrays):
-            try:
-                self.arrays = next(self.running)
-            except StopIteration as stop:
-                return stop.value
-        return None
+    dropped: bool = False
 
 
 class WallBackend:
     """A `Backend` on the clock of this machine.
 
-    Work is dispatched when submitted and polled for completion, so that no instance
-    waits for another. Times are when this thread saw the result on the host.
+    Work is dispatched when submitted, so that no instance waits for another. Threads
+    wait for the arrays of what is in flight: polling them took CPU time from host
+    devices. All else happens in the thread that calls. Times are when it learnt of a
+    result.
     """
 
-    def __init__(self, engine: Engine, poll_s: float = 50e-6):
+    def __init__(self, engine: Engine):
         self._engine = engine
-        self._poll_s = poll_s
-        self._pending: list[_Pending] = []
+        self._pending: set[_Pending] = set()
+        # (work whose arrays are ready, or failed to become so)
+        self._ready: queue.SimpleQueue[tuple[_Pending, BaseException | None]] = (
+            queue.SimpleQueue()
+        )
+        self._waiters = concurrent.futures.ThreadPoolExecutor(
+            max_workers=256, thread_name_prefix="wait-for-arrays"
+        )
         self._zero_s = time.perf_counter()
 
     def now_s(self) -> float:
         return time.perf_counter() - self._zero_s
 
     def submit(self, work: Work) -> None:
-        start_s = self.now_s()
-        running = self._engine.start(work)
-        self._pending.append(_Pending(work, start_s, running, next(running)))
+        pending = _Pending(work, self.now_s(), self._engine.start(work))
+        self._pending.add(pending)
+        self._advance(pending)
 
     def wait(self, until_s: float) -> list[Done]:
-        while True:
-            done = self._completed()
+        done: list[Done] = []
+        while not done:
             left_s = until_s - self.now_s()
-            if done or left_s <= 0 or (not self._pending and left_s == math.inf):
-                return done
-            time.sleep(min(self._poll_s, left_s) if self._pending else left_s)
+            if left_s == math.inf and not self._pending:
+                break
+            try:
+                timeout_s = None if left_s == math.inf else max(0.0, left_s)
+                pending, error = self._ready.get(timeout=timeout_s)
+            except queue.Empty:
+                break
+            if error is not None:
+                raise error
+            if not pending.dropped:
+                done += self._advance(pending)
+        return done
 
     def drop(self, instance: int) -> None:
-        self._pending = [
-            pending
-            for pending in self._pending
-            if instance not in pending.work.instances
-        ]
+        lost = {p for p in self._pending if instance in p.work.instances}
+        for pending in lost:
+            pending.dropped = True
+        self._pending -= lost
 
-    def _completed(self) -> list[Done]:
-        done: list[Done] = []
-        for pending in list(self._pending):
-            result = pending.advance()
-            if result is not None:
-                self._pending.remove(pending)
-                tokens, size = result
-                end_s = self.now_s()
-                done.append(Done(pending.work.id, pending.start_s, end_s, tokens, size))
-        return done
+    def _advance(self, pending: _Pending) -> list[Done]:
+        """Goes on with work whose arrays are ready; its Done if that was the end."""
+        try:
+            arrays = next(pending.running)
+        except StopIteration as stop:
+            self._pending.remove(pending)
+            tokens, size = stop.value
+            work = pending.work.id
+            return [Done(work, pending.start_s, self.now_s(), tokens, size)]
+        self._waiters.submit(self._await, pending, arrays)
+        return []
+
+    def _await(self, pending: _Pending, arrays: object) -> None:
+        try:
+            jax.block_until_ready(arrays)
+        except BaseException as error:  # whatever it is, the caller's thread gets it
+            self._ready.put((pending, error))
+        else:
+            self._ready.put((pending, None))

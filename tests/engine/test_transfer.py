@@ -163,13 +163,14 @@ def test_the_guard_catches_device_put_between_unequal_shardings():
             )
 
 
-def test_payload_axes_match_the_arrays(world):
-    """[2 layers, blocks, kv heads, block_tokens, head_dim], heads over the mesh."""
+def test_what_moves_is_k_and_v_of_each_layer_with_heads_over_the_mesh(world):
     engine = world.engine("prefill:tp2,decode:tp1")
-    (gathered, *_) = next(engine.start(make_transfer((0, 1), (1, 0), 8)))
-    heads = gathered.shape[kv_cache.PAYLOAD_HEAD_AXIS]
+    arrays = next(engine.start(make_transfer((0, 1), (1, 0), 8)))
     config = MODELS["divided"]
-    assert gathered.shape == (2 * config.layers, 16, heads, 4, config.head_dim)
-    shard = gathered.addressable_shards[0].data.shape
-    assert math.prod(shard) * 2 == math.prod(gathered.shape)
-    assert shard[kv_cache.PAYLOAD_HEAD_AXIS] * 2 == heads
+    assert len(arrays) == 2 * config.layers
+    for array in arrays:
+        heads = array.shape[kv_cache.HEAD_AXIS]
+        assert array.shape == (16, heads, 4, config.head_dim)
+        shard = array.addressable_shards[0].data.shape
+        assert math.prod(shard) * 2 == math.prod(array.shape)
+        assert shard[kv_cache.HEAD_AXIS] * 2 == heads

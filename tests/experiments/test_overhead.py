@@ -150,6 +150,7 @@ def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape()
     ("parts", "changes", "message"),
     [
         (["host", "speed"], {}, "expected some of .*, got 'speed'"),
+        ([], {}, "expected some of .*, got none"),
         (["host"], {"batches": [0]}, r"batches: expected numbers >= 1, got \[0\]"),
         (["host"], {"repeats": 0}, "repeats: expected numbers >= 1"),
         (["handoff"], {"handoff_mib": []}, "handoff_mib: expected numbers >= 1"),
@@ -167,6 +168,13 @@ def test_a_part_that_lacks_devices_is_refused(monkeypatch):
         overhead.run(["handoff"], SMALL)
 
 
+def test_parts_share_a_process_if_they_need_as_many_devices():
+    assert overhead._by_devices(list(overhead.PARTS)) == [
+        ["host", "decode", "prefill", "m32"],
+        ["handoff"],
+    ]
+
+
 def test_bad_flags_are_one_clear_error():
     done = subprocess.run(
         [sys.executable, "-m", "experiments.overhead", "--model=gpt"],
@@ -180,7 +188,7 @@ def test_bad_flags_are_one_clear_error():
 
 
 def test_the_json_holds_every_figure_and_its_ratio():
-    found = json.loads(overhead.to_json([figure(aim=0.9)]))
+    found = json.loads(overhead.to_json([figure(aim=0.9).to_json()]))
     assert found["figures"][0]["ratio"] == 0.9
     assert found["figures"][0]["met"] is True
     assert len(found["load_average"]) == 3

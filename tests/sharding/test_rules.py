@@ -23,7 +23,7 @@ def test_every_role_has_a_table():
 def test_every_logical_axis_has_a_rule(role):
     """Of all weights of all presets, tied or not, and of KV at rest and on its way."""
     rules = RULES[role]
-    arrays = [kv_cache.AXES, kv_cache.PAYLOAD_AXES]
+    arrays = [kv_cache.AXES]
     for name in PRESETS:
         axes = transformer.param_axes(get_config(name))
         arrays += jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))
