@@ -83,7 +83,7 @@ def test_medians_leave_the_warm_up_round_out():
     [
         (
             "host",
-            ["B2 step", "B2 - pack", "B2 - put", "B2 - dispatch", "B2 - readback"]
+            ["B2 step", "B2 - pack", "B2 - put, dispatch", "B2 - readback"]
             + ["B2 controller", "B2 whole loop"],
         ),
         ("decode", ["B2 whole loop"]),
