@@ -7,7 +7,7 @@ host     Host time of an engine step, from `Engine.start` to the tokens as a tup
          a program that does nothing in place of the model: it takes the same number of
          arrays, donates the cache and returns zeros. So packing, copying to the device,
          dispatch and copying back are all real; what is left of device time is the few
-         microseconds of an empty program. Polling is in the whole loop only.
+         microseconds of an empty program. Waiting in threads is in the whole loop only.
 decode   Tokens per second of the whole loop (controller, wall backend, engine) with
          the batch full and only decodes going on, over those of the bare program.
 prefill  The same for full prefill steps back to back.
@@ -130,7 +130,7 @@ def _host_step_us(
         for i in range(warm_up + steps):
             start_s = time.perf_counter()
             for _ in rig.engine.start(step):
-                pass  # no need to poll: reading the tokens back waits for them
+                pass  # no need to wait: reading the tokens back does
             end_s = time.perf_counter()
             spans_s = {
                 "step": end_s - start_s,

@@ -60,7 +60,9 @@ class RunDir:
                 "directory, or the same config to resume"
             )
         self.write_json("config.json", config)
-        self.write_json("env.json", environment())
+        starts = self.read_json("env.json") or []
+        # An entry for each start, so that a resumed run shows all it ran on.
+        self.write_json("env.json", [*starts, environment()])
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, None where there is none."""

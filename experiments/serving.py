@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -187,7 +187,6 @@ class RequestSource:
             if row.output_tokens
         ]
         half = self.config.memory.max_context // 2
-        too_long: Literal["clip"] = "clip"
         return requests_from_trace(
             rows,
             seed=self.config.seed + replica,
@@ -195,7 +194,7 @@ class RequestSource:
             rate_rps=rate_rps,
             max_prompt_tokens=half,
             max_output_tokens=half,
-            too_long=too_long,
+            too_long="clip",
             vocab_size=self.model.vocab_size,
             **stop,
         ).requests

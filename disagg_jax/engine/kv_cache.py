@@ -16,21 +16,18 @@ heads of a kv head, O offsets in a block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from models.layers import attention, einsum
+from models.transformer import Attend
 
 LayerCache = tuple[Array, Array]  # k, v
 Cache = list[LayerCache]
 AXES = ("blocks", "kv_heads", "length", "head_dim")  # of k and of v
 HEAD_AXIS = AXES.index("kv_heads")
-
-# attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache); see
-# `models.transformer`
-Attend = Callable[[int, Array, Array, Array, Cache], tuple[Array, Cache]]
 
 # Every index comes from a block table and padding goes to the scratch block, so nothing
 # is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
@@ -38,7 +35,7 @@ _IN_BOUNDS = "promise_in_bounds"
 _QUERY_CHUNK = 512  # prefill queries that attend at a time: bounds the score matrix
 
 
-def prefill_attend(row_T: Array, slot_T: Array, block_tokens: int) -> Attend:
+def prefill_attend(row_T: Array, slot_T: Array, block_tokens: int) -> Attend[Cache]:
     """Whole prompts: tokens see the earlier tokens of their own row.
 
     Args:
@@ -70,7 +67,7 @@ def decode_attend(
     owner_P: Array,
     start_P: Array,
     block_tokens: int,
-) -> Attend:
+) -> Attend[Cache]:
     """One token for each row: it sees its row's cached context and itself.
 
     Args:

@@ -62,10 +62,11 @@ class WallBackend:
                 pending, error = self._ready.get(timeout=timeout_s)
             except queue.Empty:
                 break
+            if pending.dropped:
+                continue
             if error is not None:
                 raise error
-            if not pending.dropped:
-                done += self._advance(pending)
+            done += self._advance(pending)
         return done
 
     def drop(self, instance: int) -> None:

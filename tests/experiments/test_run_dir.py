@@ -48,6 +48,13 @@ def test_a_point_that_was_cut_off_while_saving_does_not_count(tmp_path):
     assert not run_dir.has(POINT)
 
 
+def test_a_resumed_run_keeps_the_environment_of_every_start(tmp_path):
+    for starts in (1, 2):
+        env = RunDir(tmp_path, {}).read_json("env.json")
+        assert len(env) == starts
+    assert all(start["packages"]["jax"] for start in env)
+
+
 def test_another_config_is_refused_by_the_keys_that_differ(tmp_path):
     RunDir(tmp_path, {"seed": 0, "workload": {"n": 1, "m": 2}})
     with pytest.raises(ValueError, match=r"another config \(workload.n\)"):
