@@ -28,7 +28,11 @@ from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
 from disagg_jax.work import Step, Work
-from disagg_jax.workload import make_requests, requests_from_prompts
+from disagg_jax.workload import (
+    make_requests,
+    requests_from_prompts,
+    spawn_streams,
+)
 from experiments.config import Config, System, parse_lengths
 from models import transformer
 from models.config import ModelConfig, get_config
@@ -143,19 +147,14 @@ class RequestSource:
             # Each run takes other prompts, so that seeds differ in them too.
             start = replica * n % len(self.prompts)
             prompts = [*self.prompts[start:], *self.prompts[:start]]
-            lengths = parse_lengths(workload.output_tokens)
-            drawn = make_requests(
-                n=len(prompts),
-                rate_rps=1.0,
-                prompt_lengths=parse_lengths("fixed:1"),
-                output_lengths=lengths,
-                seed=seed,
+            lengths = parse_lengths(workload.output_tokens).sample(
+                len(prompts), spawn_streams(seed).output_lengths
             )
             return requests_from_prompts(
                 n=n,
                 rate_rps=rate_rps,
                 prompts=prompts,
-                output_tokens=[request.max_tokens for request in drawn],
+                output_tokens=lengths.tolist(),
                 seed=seed,
                 arrivals=workload.arrivals,
                 **stop,

@@ -1,12 +1,16 @@
 """Strict settings for every test, made before JAX starts a backend."""
 
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
 import pytest
+
+from models.gguf import smollm2_path
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -32,3 +36,23 @@ def shared_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no reference data: {path} is missing")
     return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    try:
+        return smollm2_path()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def smollm2_cases(shared_dir: Path) -> list[dict[str, Any]]:
+    """Prompts, their ids and 48 greedy tokens, by an independent implementation."""
+    file = shared_dir / "golden" / "smollm2_greedy.json"
+    if not file.exists():
+        pytest.skip(f"no golden outputs: {file} is missing")
+    return json.loads(file.read_text())["cases"]

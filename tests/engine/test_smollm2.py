@@ -1,8 +1,6 @@
 """Real weights through the engine against an independent implementation."""
 
 import dataclasses
-import json
-import pathlib
 
 import jax
 import pytest
@@ -11,12 +9,10 @@ from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
-from models.gguf import load_gguf, smollm2_path
+from models.gguf import load_gguf
 from models.tokenizer import load_tokenizer
 from tests.engine.harness import make_request, serve_virtual
 
-pytest.importorskip("gguf")
-pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.slow
 
 # All six requests of at most 24 + 48 tokens at once.
@@ -24,16 +20,8 @@ POOL = KVMemory(num_blocks=32, block_tokens=16, max_context=128)
 
 
 @pytest.fixture(scope="module")
-def path() -> pathlib.Path:
-    try:
-        return smollm2_path()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def model(path):
-    return load_gguf(path)
+def model(smollm2_file):
+    return load_gguf(smollm2_file)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +31,7 @@ def model(path):
         "prefill:tp1,decode:tp2",  # 3 kv heads: padded to 4
     ],
 )
-def test_greedy_tokens_are_the_original(shared_dir, path, model, deployment):
+def test_greedy_tokens_are_the_original(smollm2_cases, smollm2_file, model, deployment):
     """48 tokens of 6 prompts, all in one batch, equal to transformers + torch.
 
     No flip is excused. Along these paths the best two logits are at least 0.0015 apart,
@@ -51,11 +39,7 @@ def test_greedy_tokens_are_the_original(shared_dir, path, model, deployment):
     tests/models/test_smollm2.py). Should another platform's float32 flip one, only the
     case with that margin can be meant: `min_top2_margin` in the golden file.
     """
-    golden = shared_dir / "golden" / "smollm2_greedy.json"
-    if not golden.exists():
-        pytest.skip(f"no golden outputs: {golden} is missing")
-    cases = json.loads(golden.read_text())["cases"]
-    assert min(case["min_top2_margin"] for case in cases) > 1e-3
+    assert min(case["min_top2_margin"] for case in smollm2_cases) > 1e-3
     config, params = model
     assert config.dtype == "float32"
     both = Buckets(
@@ -75,14 +59,14 @@ def test_greedy_tokens_are_the_original(shared_dir, path, model, deployment):
         [prefill, decode],
     )
     engine.compile(sampled=False)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(smollm2_file)
     requests = [
         make_request(i, tuple(tokenizer.encode(case["prompt"])), 48)
-        for i, case in enumerate(cases)
+        for i, case in enumerate(smollm2_cases)
     ]
     engine.check(requests)
     timelines = serve_virtual(engine, requests)
-    for id, case in enumerate(cases):
+    for id, case in enumerate(smollm2_cases):
         assert list(timelines[id].request.prompt) == case["prompt_ids"]
         assert timelines[id].tokens == case["greedy_ids"], case["min_top2_margin"]
         assert tokenizer.decode(timelines[id].tokens) == case["text"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -14,45 +13,26 @@ import pytest
 
 from models import transformer
 from models.config import ModelConfig, get_config
-from models.gguf import load_gguf, smollm2_path
+from models.gguf import load_gguf
 from models.tokenizer import Tokenizer, load_tokenizer
 from models.transformer import Params
 
-pytest.importorskip("gguf")
-pytest.importorskip("tokenizers")
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_file: pathlib.Path) -> Tokenizer:
+    return load_tokenizer(smollm2_file)
 
 
 @pytest.fixture(scope="module")
-def path() -> pathlib.Path:
-    try:
-        return smollm2_path()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def cases(shared_dir: pathlib.Path) -> list[dict[str, Any]]:
-    file = shared_dir / "golden" / "smollm2_greedy.json"
-    if not file.exists():
-        pytest.skip(f"no golden outputs: {file} is missing")
-    return json.loads(file.read_text())["cases"]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(path: pathlib.Path) -> Tokenizer:
-    return load_tokenizer(path)
-
-
-@pytest.fixture(scope="module")
-def model(path: pathlib.Path) -> tuple[ModelConfig, Params]:
-    config, params = load_gguf(path)
+def model(smollm2_file: pathlib.Path) -> tuple[ModelConfig, Params]:
+    config, params = load_gguf(smollm2_file)
     return config, jax.device_put(params)
 
 
 def test_text_is_split_like_the_original(
-    tokenizer: Tokenizer, cases: list[dict[str, Any]]
+    tokenizer: Tokenizer, smollm2_cases: list[dict[str, Any]]
 ) -> None:
-    for case in cases:
+    for case in smollm2_cases:
         assert tokenizer.encode(case["prompt"]) == case["prompt_ids"]
         assert tokenizer.decode(case["prompt_ids"]) == case["prompt"]
         assert tokenizer.decode(case["greedy_ids"]) == case["text"]
@@ -67,7 +47,7 @@ def test_config_is_the_preset(model: tuple[ModelConfig, Params]) -> None:
 
 @pytest.mark.slow
 def test_logits_and_greedy_tokens_are_the_original(
-    model: tuple[ModelConfig, Params], cases: list[dict[str, Any]]
+    model: tuple[ModelConfig, Params], smollm2_cases: list[dict[str, Any]]
 ) -> None:
     """Teacher-forced: one pass over prompt and golden output, an argmax at each token.
 
@@ -75,7 +55,7 @@ def test_logits_and_greedy_tokens_are_the_original(
     between the implementations.
     """
     config, params = model
-    for case in cases:
+    for case in smollm2_cases:
         start = len(case["prompt_ids"])
         # One length, so that one program serves all cases.
         tokens = np.zeros(72, np.int32)
@@ -93,8 +73,8 @@ def test_logits_and_greedy_tokens_are_the_original(
 
 @pytest.mark.slow
 def test_reference_generation_is_the_original(
-    model: tuple[ModelConfig, Params], cases: list[dict[str, Any]]
+    model: tuple[ModelConfig, Params], smollm2_cases: list[dict[str, Any]]
 ) -> None:
-    case = cases[0]
+    case = smollm2_cases[0]
     output = transformer.greedy(*model, case["prompt_ids"], 48)
     assert output == case["greedy_ids"]
