@@ -10,14 +10,25 @@ from typing import Protocol
 
 from disagg_jax.controller import Controller
 from disagg_jax.request import Request, Timeline
-from disagg_jax.work import Arrived, Cancelled, Done, Down, Event, Up, Work
+from disagg_jax.work import (
+    Arrived,
+    Cancelled,
+    Done,
+    Down,
+    Event,
+    Progress,
+    Step,
+    Task,
+    Up,
+    Work,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """What came of one piece of work that was run alone."""
 
-    duration_s: float
+    durations_s: Iterable[float]  # of each iteration; may be made when it is needed
     tokens: tuple[int, ...] = ()  # step: one per sampling slice; () in simulation
     bytes: int = 0  # transfer: KV bytes moved
 
@@ -25,7 +36,7 @@ class Outcome:
 class Executor(Protocol):
     """Does one piece of work from start to end: a cost model, or a real engine."""
 
-    def run(self, work: Work) -> Outcome: ...
+    def run(self, work: Task) -> Outcome: ...
 
 
 class Backend(Protocol):
@@ -36,13 +47,14 @@ class Backend(Protocol):
         ...
 
     def submit(self, work: Work) -> None:
-        """Starts `work` as soon as its device or link is free."""
+        """Starts `work` as soon as its device or link is free; a Cut at once."""
         ...
 
-    def wait(self, until_s: float) -> list[Done]:
-        """Returns the next completions, or [] once it is `until_s`.
+    def wait(self, until_s: float) -> list[Done | Progress]:
+        """Returns the next completions; none if there are none until `until_s`.
 
-        With nothing submitted and `until_s` infinite it returns [] at once.
+        The progress that spans have made by then comes with them. With nothing
+        submitted and `until_s` infinite it returns [] at once.
         """
         ...
 

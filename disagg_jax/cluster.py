@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request
 from disagg_jax.scheduling.routing import Router
-from disagg_jax.state import InstanceState, Place, RequestState, in_order
-from disagg_jax.work import Slice, Step, Transfer
+from disagg_jax.state import (
+    InstanceState,
+    Place,
+    RequestState,
+    StepInFlight,
+    in_order,
+)
+from disagg_jax.kv_blocks import KVBlocks
+from disagg_jax.work import OnRead, Slice, Step, StepLoad, Transfer
 
 
 class Cluster:
@@ -80,11 +88,11 @@ class Cluster:
         if instance is None:
             up = self.up(Role.PREFILL, Role.COLOCATED)
             if not up:
-                state.place = Place.UNROUTED
+                state.settled_place = Place.UNROUTED
                 self.unrouted.append(state)
                 return
             instance = self._pick(self._prefill_router, up)
-        state.place, state.holder = Place.WAITING, instance
+        state.settled_place, state.holder = Place.WAITING, instance
         if front:
             instance.waiting.appendleft(state)
         else:
@@ -95,7 +103,7 @@ class Cluster:
         unrouted, self.unrouted = self.unrouted, []
         for state in in_order(unrouted):
             self.enqueue(state)
-        parked = [s for i in self.instances for s in i.parked if s.target is None]
+        parked = [s for i in self.instances for s in i.parked.values() if s.target is None]
         for state in in_order(parked):
             self.assign_target(state)
 
@@ -104,24 +112,21 @@ class Cluster:
         if state.place is Place.MOVING:
             self.drop_target(state)
         holder = state.holder
-        match state.place:
-            case Place.UNROUTED:
-                self.unrouted.remove(state)
-            case Place.WAITING:
-                _some(holder).waiting.remove(state)
-            case Place.RUNNING:
-                _some(holder).running.remove(state)
-            case Place.STEPPING:
-                _some(holder).stepping.remove(state)
-            case Place.PARKED:
-                _some(holder).parked.remove(state)
-                if state.target is not None:
-                    state.target.pulls.remove(state)
-            case _:
-                raise RuntimeError(f"request {state.id} cannot leave {state.place}")
+        if state.batch is not None:
+            state.batch.leave(state)
+        elif state.place is Place.UNROUTED:
+            self.unrouted.remove(state)
+        elif state.place is Place.WAITING:
+            _some(holder).waiting.remove(state)
+        elif state.place is Place.PARKED:
+            del _some(holder).parked[state.id]
+            if state.target is not None:
+                state.target.pulls.remove(state)
+        elif state.place not in (Place.STEPPING, Place.RUNNING):  # a prompt in a step
+            raise RuntimeError(f"request {state.id} cannot leave {state.place}")
         if holder is not None and holder.blocks.held(state.id):
             holder.blocks.release(state.id)
-        state.context, state.place = 0, Place.ENDED
+        state.settled_context, state.settled_place = 0, Place.ENDED
         state.holder = state.target = None
 
     # -- steps ----------------------------------------------------------------------
@@ -130,37 +135,57 @@ class Cluster:
         self,
         work_id: int,
         instance: InstanceState,
-        parts: Sequence[tuple[RequestState, int]],
-    ) -> Step:
-        """Reserves blocks for the next (request, tokens) and puts them in one step."""
-        slices: list[Slice] = []
-        for state, count in parts:
-            instance.blocks.extend(state.id, state.context + count)
-            slices.append(state.slice(count, instance.blocks.table(state.id)))
-            waits = state.place is Place.WAITING
-            (instance.waiting if waits else instance.running).remove(state)
-            state.place = Place.STEPPING
-            instance.stepping.append(state)
-        instance.step = Step(work_id, instance.id, tuple(slices))
+        prompts: Sequence[RequestState],
+        decodes: Sequence[RequestState] | None,
+        repeats: int,
+    ) -> StepInFlight:
+        """Reserves blocks for a step and puts requests into it.
+
+        Args:
+          prompts: waiting requests, to compute all their known tokens.
+          decodes: the ready requests that decode; None for all.
+          repeats: how many decode iterations may be one span.
+        """
+        for state in prompts:
+            instance.blocks.extend(state.id, state.known)
+            instance.waiting.remove(state)
+            state.settled_place = Place.STEPPING
+        batch = _take_ready(instance, decodes)
+        iterations = 1
+        if repeats > 1 and not prompts:
+            iterations = min(repeats, batch.lasting(instance.blocks.free))
+        batch.start()
+        work = Step(
+            work_id,
+            instance.id,
+            OnRead(lambda: _slices(prompts, batch, instance.blocks)),
+            StepLoad(
+                tuple((state.context, state.known - state.context) for state in prompts),
+                len(batch),
+                batch.context + len(batch),
+            ),
+            iterations,
+        )
+        until = batch.iteration + iterations
+        instance.step = StepInFlight(work, prompts, batch, until=until)
         return instance.step
 
-    def finish_step(self, step: Step) -> None:
-        """The tokens of `step` are cached; its requests are ready for the next."""
-        instance = self.instances[step.instance]
-        for state, part in zip(instance.stepping, step.slices, strict=True):
-            state.place = Place.RUNNING
-            state.context += part.count
-        instance.running += instance.stepping
-        instance.step, instance.stepping = None, []
+    def finish_prompts(self, flight: StepInFlight) -> None:
+        """The known tokens of the prompts are cached; they are to be placed anew."""
+        for state in flight.prompts:
+            state.settled_place = Place.RUNNING
+            state.settled_context = state.known
+
+    def keep(self, state: RequestState) -> None:
+        """A request that was just prefilled decodes where it is."""
+        _some(state.holder).ready.join(state)
 
     # -- transfers ------------------------------------------------------------------
 
     def park(self, state: RequestState) -> None:
         """Prefilled: the KV stays here until a decode instance pulls it."""
-        holder = _some(state.holder)
-        holder.running.remove(state)
-        holder.parked.append(state)
-        state.place = Place.PARKED
+        _some(state.holder).parked[state.id] = state
+        state.settled_place = Place.PARKED
         self.assign_target(state)
 
     def assign_target(self, state: RequestState) -> None:
@@ -176,8 +201,8 @@ class Cluster:
         if state.place is Place.MOVING:
             del target.arriving[state.id]
             target.blocks.release(state.id)
-            state.place = Place.PARKED
-            _some(state.holder).parked.append(state)
+            state.settled_place = Place.PARKED
+            _some(state.holder).parked[state.id] = state
         else:
             target.pulls.remove(state)
         state.target = None
@@ -185,10 +210,10 @@ class Cluster:
     def start_transfer(self, work_id: int, state: RequestState) -> Transfer:
         """Reserves blocks at the target; the source keeps its own until it is over."""
         src, dst = _some(state.holder), _some(state.target)
-        src.parked.remove(state)
+        del src.parked[state.id]
         dst.pulls.remove(state)
         dst.blocks.extend(state.id, state.known)
-        state.place = Place.MOVING
+        state.settled_place = Place.MOVING
         dst.arriving[state.id] = state
         blocks = src.memory.blocks_for(state.context)
         return Transfer(
@@ -196,8 +221,8 @@ class Cluster:
             request=state.request,
             src=src.id,
             dst=dst.id,
-            src_blocks=src.blocks.table(state.id)[:blocks],
-            dst_blocks=dst.blocks.table(state.id)[:blocks],
+            src_blocks=OnRead(lambda: src.blocks.table(state.id)[:blocks]),
+            dst_blocks=OnRead(lambda: dst.blocks.table(state.id)[:blocks]),
             context=state.context,
         )
 
@@ -206,11 +231,44 @@ class Cluster:
         src, dst = _some(state.holder), _some(state.target)
         src.blocks.release(state.id)
         del dst.arriving[state.id]
-        state.place, state.holder, state.target = Place.RUNNING, dst, None
-        dst.running.append(state)
+        state.holder, state.target = dst, None
+        dst.ready.join(state)
 
     def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
         return self.instances[router(up).id]
+
+
+def _take_ready(
+    instance: InstanceState, decodes: Sequence[RequestState] | None
+) -> DecodeBatch:
+    """Takes those that decode out of the ready ones."""
+    ready, other = instance.ready, DecodeBatch(instance.blocks)
+    if decodes is None:
+        instance.ready = other
+        return ready
+    chosen = {state.id for state in decodes}
+    if 2 * len(chosen) < len(ready):
+        _shift(decodes, ready, other)
+        return other
+    rest = [state for state in ready.members.values() if state.id not in chosen]
+    _shift(rest, ready, other)
+    instance.ready = other
+    return ready
+
+
+def _shift(states: Iterable[RequestState], src: DecodeBatch, dst: DecodeBatch) -> None:
+    for state in states:
+        src.leave(state)
+        dst.join(state)
+
+
+def _slices(
+    prompts: Sequence[RequestState], batch: DecodeBatch, blocks: KVBlocks
+) -> list[Slice]:
+    """The slices of a step that begins now."""
+    parts = [(state, state.known - state.context) for state in prompts]
+    parts += [(state, 1) for state in batch.members.values()]
+    return [state.slice(count, blocks.table(state.id)) for state, count in parts]
 
 
 def _some(value: InstanceState | None) -> InstanceState:

@@ -8,22 +8,31 @@ the same decisions, whatever executes them.
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from disagg_jax.cluster import Cluster
+from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.view import Policy, PullPolicy
-from disagg_jax.state import InFlight, InstanceState, Place, RequestState, in_order
+from disagg_jax.state import (
+    InFlight,
+    InstanceState,
+    Place,
+    RequestState,
+    StepInFlight,
+    TransferInFlight,
+    in_order,
+)
 from disagg_jax.work import (
     Arrived,
     Cancelled,
+    Cut,
     Done,
     Down,
     Event,
-    Step,
-    Transfer,
+    Progress,
     Up,
     Work,
 )
@@ -41,6 +50,8 @@ class Controller:
       memory: KV memory of each instance, in the deployment's order.
       prefill_router: picks where an arrival goes: a prefill or colocated instance.
       decode_router: picks the decode instance that pulls a prefilled request.
+      spans: plan as many decode iterations at once as nothing can change the plan for.
+        The results are the same and come faster, but need a backend that simulates.
 
     Raises:
       ValueError: if a role has no policy, or `memory` does not match the deployment,
@@ -55,6 +66,7 @@ class Controller:
         *,
         prefill_router: Router = shortest_queue,
         decode_router: Router = least_loaded,
+        spans: bool = False,
     ):
         self._cluster = Cluster(deployment, memory, prefill_router, decode_router)
         for spec in deployment.instances:
@@ -63,9 +75,16 @@ class Controller:
                     f"deployment '{deployment}' has {spec.role} instances, but the "
                     f"system has policies for {', '.join(sorted(policies))} only"
                 )
+        self._decode_instances = [
+            i for i in self.instances if i.spec.role is Role.DECODE
+        ]
         self._policies = policies
+        self._spans = spans
         self._requests: dict[int, RequestState] = {}
         self._in_flight: dict[int, InFlight] = {}
+        # Spans that must end early, and those with an iteration that ends right now.
+        self._to_cut: list[StepInFlight] = []
+        self._at_boundary: list[StepInFlight] = []
         self._next_work = 0
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
@@ -90,10 +109,12 @@ class Controller:
         for event in events:
             self._apply(now_s, event)
         works: list[Work] = []
+        self._cut_spans(works)
         # One plan can make room for another (a preemption frees blocks that a pull
         # waits for), so go round in a fixed order until nothing changes.
         while self._start_transfers(now_s, works) or self._start_steps(now_s, works):
             pass
+        self._at_boundary.clear()
         self._check_alive()
         return works
 
@@ -104,7 +125,9 @@ class Controller:
             case Arrived(request):
                 self._arrive(now_s, request)
             case Done():
-                self._done(event)
+                self._done(now_s, event)
+            case Progress(work, ends_s):
+                self._progress(now_s, work, ends_s)
             case Cancelled(request_id):
                 self._cancel(now_s, request_id)
             case Down(instance):
@@ -126,49 +149,90 @@ class Controller:
             timeline.status, timeline.end_s = Status.REFUSED, now_s
             return
         self._active += 1
-        self._cluster.enqueue(state)
+        self._enqueue(state)
 
-    def _done(self, event: Done) -> None:
+    def _done(self, now_s: float, event: Done) -> None:
         flight = self._in_flight.pop(event.work, None)
         if flight is None:
             raise RuntimeError(f"work {event.work} is done but was not in flight")
-        if isinstance(flight.work, Transfer):
-            self._transfer_done(flight.states[0], event)
+        if isinstance(flight, TransferInFlight):
+            self._transfer_done(flight.state, event)
         else:
-            self._step_done(flight.work, flight.states, event)
+            self._step_done(flight, event)
 
-    def _step_done(
-        self, step: Step, states: tuple[RequestState, ...], event: Done
-    ) -> None:
-        samples = sum(part.samples for part in step.slices)
+    def _step_done(self, flight: StepInFlight, event: Done) -> None:
+        """The last iteration of a step is over."""
+        batch, end_s = flight.batch, event.end_s
+        samples = len(flight.prompts) + len(batch)
         if len(event.tokens) not in (0, samples):
             raise RuntimeError(
-                f"step {step.id}: expected {samples} tokens, got {len(event.tokens)}"
+                f"step {event.work}: expected {samples} tokens, got {len(event.tokens)}"
             )
-        self._cluster.finish_step(step)
-        role = self.instances[step.instance].spec.role
         tokens = iter(event.tokens)
-        for state, part in zip(states, step.slices, strict=True):
-            token = next(tokens, None) if part.samples else None
+        batch.advance(event.ends_s or (end_s,))
+        self._cluster.finish_prompts(flight)
+        batch.stepping = False
+        instance = self.instances[flight.work.instance]
+        for state in flight.prompts:
+            token = next(tokens, None)
             if not state.active:  # cancelled meanwhile
                 self._cluster.remove(state)
-            elif part.samples:
-                self._generate(state, token, event.end_s)
-                if state.active and role is Role.PREFILL:
+            elif self._first_token(state, token, end_s):
+                if instance.spec.role is Role.PREFILL:
                     self._cluster.park(state)
+                else:
+                    self._cluster.keep(state)
+        if event.tokens:
+            self._receive_decoded(batch, tokens, end_s)
+        for state in batch.take_finished():
+            if state.active:
+                self._end(state, Status.FINISHED, end_s)
+        self._step_over(flight)
 
-    def _generate(self, state: RequestState, token: int | None, end_s: float) -> None:
-        request, timeline = state.request, state.timeline
-        state.known += 1
-        timeline.token_s.append(end_s)
-        stops = False
+    def _first_token(
+        self, state: RequestState, token: int | None, end_s: float
+    ) -> bool:
+        """A step computed all known tokens of a request; whether it goes on."""
+        state.settled_known += 1
+        state.timeline.token_s.append(end_s)
         if token is not None:
-            timeline.tokens.append(token)
-            stops = request.stops_at(token)
-        elif request.prompt is not None:
-            raise RuntimeError(f"request {request.id}: a step returned no token")
-        if stops or state.generated == request.max_tokens:
+            self._receive(state, token, end_s)
+        elif state.request.prompt is not None:
+            raise RuntimeError(f"request {state.id}: a step returned no token")
+        if state.active and state.generated == state.request.max_tokens:
             self._end(state, Status.FINISHED, end_s)
+        return state.active
+
+    def _receive_decoded(
+        self, batch: DecodeBatch, tokens: Iterator[int], end_s: float
+    ) -> None:
+        for state in list(batch.members.values()):
+            token = next(tokens)
+            if state.active:
+                self._receive(state, token, end_s)
+
+    def _step_over(self, flight: StepInFlight) -> None:
+        """Those that go on decoding are ready for the next step."""
+        for state in flight.cancelled:
+            self._cluster.remove(state)
+        instance = self.instances[flight.work.instance]
+        instance.step, flight.batch.stepping = None, False
+        instance.ready = instance.ready.absorb(flight.batch)
+
+    def _receive(self, state: RequestState, token: int, end_s: float) -> None:
+        state.timeline.tokens.append(token)
+        if state.request.stops_at(token):
+            self._end(state, Status.FINISHED, end_s)
+
+    def _progress(self, now_s: float, work: int, ends_s: Sequence[float]) -> None:
+        flight = self._in_flight.get(work)
+        if not isinstance(flight, StepInFlight):
+            raise RuntimeError(f"work {work} makes progress but is no span in flight")
+        flight.batch.advance(ends_s)
+        if ends_s[-1] < now_s:
+            flight.batch.charge()
+        else:
+            self._at_boundary.append(flight)
 
     def _transfer_done(self, state: RequestState, event: Done) -> None:
         timeline = state.timeline
@@ -180,24 +244,26 @@ class Controller:
         if timeline.decode_start_s is None:
             timeline.transfer_end_s = event.end_s
         self._cluster.finish_transfer(state)
+        self._disturb(state.holder)
 
     def _cancel(self, now_s: float, request_id: int) -> None:
         state = self._requests.get(request_id)
         if state is None:
             raise RuntimeError(f"cancelled request {request_id} never arrived")
         if state.active:
+            self._disturb(state.holder)
             self._end(state, Status.CANCELLED, now_s)
 
     def _down(self, lost: InstanceState) -> None:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
         lost.up, lost.step = False, None
-        touched = {*lost.waiting, *lost.running, *lost.parked, *lost.pulls}
+        touched = {*lost.waiting, *lost.running, *lost.parked.values(), *lost.pulls}
         for work_id, flight in list(self._in_flight.items()):
             if lost.id in flight.work.instances:
                 del self._in_flight[work_id]
                 touched.update(flight.states)
-                if isinstance(flight.work, Transfer):
-                    _stamp_broken_transfer(flight.states[0].timeline)
+                if isinstance(flight, TransferInFlight):
+                    _stamp_broken_transfer(flight.state.timeline)
         earliest_first = in_order(touched)
         # Where only the receiving side is lost, the KV can go elsewhere.
         for state in earliest_first:
@@ -217,34 +283,86 @@ class Controller:
         self._cluster.remove(state)
         if state.active:
             state.timeline.preemptions += had_kv
-            self._cluster.enqueue(state, front=True)
+            self._enqueue(state, front=True)
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
         """The request is over. What is in flight for it keeps its blocks until done."""
+        if state.batch is not None:
+            state.batch.settle(state)
         state.timeline.status, state.timeline.end_s = status, now_s
         self._active -= 1
         if state.place not in (Place.STEPPING, Place.MOVING):
             self._cluster.remove(state)
+        elif state.batch is not None and state.holder and state.holder.step:
+            state.holder.step.cancelled.append(state)
+
+    # -- spans ----------------------------------------------------------------------
+
+    def _disturb(self, instance: InstanceState | None) -> None:
+        """Something happened at `instance` that may change its next plan."""
+        flight = instance.step if instance else None
+        if flight is not None and flight.work.iterations > 1 and not flight.cut:
+            flight.cut = True
+            self._to_cut.append(flight)
+
+    def _cut_spans(self, works: list[Work]) -> None:
+        """Ends what was disturbed, if it did not end by itself."""
+        for flight in self._to_cut:
+            if flight.work.id in self._in_flight:
+                self._cut(flight, works)
+        self._to_cut.clear()
+
+    def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
+        """Ends a span with the iteration that is going on, or now if none is."""
+        if flight in self._at_boundary:
+            self._at_boundary.remove(flight)
+            del self._in_flight[flight.work.id]
+            works.append(Cut(flight.work.id))
+            self._step_over(flight)
+        elif flight.batch.iteration + 1 < flight.until:
+            works.append(Cut(flight.work.id))
+
+    def _go_on(self, works: list[Work]) -> None:
+        """Spans between two iterations reserve blocks for the next one, or end."""
+        for flight in list(self._at_boundary):
+            instance = self.instances[flight.work.instance]
+            if flight.batch.missing() > instance.blocks.free:
+                self._cut(flight, works)
+            else:
+                flight.batch.charge()
+        self._at_boundary.clear()
+
+    def _check_span(self, instance: InstanceState) -> None:
+        """Cuts a span that has lost the blocks for its last iteration."""
+        flight = instance.step
+        if flight is not None and flight.work.iterations > 1:
+            left = flight.until - flight.batch.begun
+            if flight.batch.missing(left) > instance.blocks.free:
+                self._disturb(instance)
 
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> bool:
-        started = len(works)
-        for dst in self._cluster.up(Role.DECODE):
+        started = False
+        for dst in self._decode_instances:
             policy = typing.cast(PullPolicy, self._policies[Role.DECODE])
-            while dst.pulls and policy.pulls(dst, dst.pulls[0]):
+            while dst.up and dst.pulls and policy.pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
                 transfer = self._cluster.start_transfer(self._new_work_id(), state)
-                self._in_flight[transfer.id] = InFlight(transfer, (state,))
+                self._in_flight[transfer.id] = TransferInFlight(transfer, state)
                 works.append(transfer)
                 if state.timeline.decode_start_s is None:
                     state.timeline.transfer_start_s = now_s
-        return len(works) > started
+                self._check_span(dst)
+                started = True
+        self._cut_spans(works)
+        return started
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
+        self._go_on(works)
         progress = False
         for instance in self.instances:
-            if instance.step is None and (instance.waiting or instance.running):
+            if instance.step is None and (instance.waiting or instance.ready.members):
                 progress |= self._start_step(now_s, instance, works)
         return progress
 
@@ -254,13 +372,20 @@ class Controller:
         plan = self._policies[instance.spec.role].plan(instance)
         for victim in plan.preempt:
             self._preempt(instance, self._requests[victim.id])
-        if not plan.slices:
+        if not plan.prompts and not plan.decodes:
             return bool(plan.preempt)
-        parts = [(self._requests[view.id], count) for view, count in plan.slices]
-        step = self._cluster.start_step(self._new_work_id(), instance, parts)
-        self._in_flight[step.id] = InFlight(step, tuple(instance.stepping))
-        works.append(step)
-        for state in instance.stepping:
+        flight = self._cluster.start_step(
+            self._new_work_id(),
+            instance,
+            [self._requests[view.id] for view in plan.prompts],
+            [self._requests[view.id] for view in plan.decodes]
+            if len(plan.decodes) < len(instance.ready.members)
+            else None,
+            plan.repeats if self._spans else 1,
+        )
+        self._in_flight[flight.work.id] = flight
+        works.append(flight.work)
+        for state in (*flight.prompts, *flight.batch.take_fresh()):
             _stamp_start(state, now_s)
         return True
 
@@ -272,7 +397,19 @@ class Controller:
         self._cluster.remove(victim)
         victim.timeline.preemptions += 1
         stays = instance.spec.role is not Role.DECODE
-        self._cluster.enqueue(victim, instance if stays else None, front=True)
+        self._enqueue(victim, instance if stays else None, front=True)
+
+    def _enqueue(
+        self,
+        state: RequestState,
+        instance: InstanceState | None = None,
+        *,
+        front: bool = False,
+    ) -> None:
+        self._cluster.enqueue(state, instance, front=front)
+        holder = state.holder
+        if holder is not None and holder.waiting[0] is state:
+            self._disturb(holder)
 
     def _new_work_id(self) -> int:
         self._next_work += 1

@@ -15,9 +15,20 @@ from typing import Any
 
 from disagg_jax.controller import Controller
 from disagg_jax.request import Request, Sampling
-from disagg_jax.work import Arrived, Cancelled, Done, Down, Event, Step, Up, Work
+from disagg_jax.work import (
+    Arrived,
+    Cancelled,
+    Cut,
+    Done,
+    Down,
+    Event,
+    Progress,
+    Step,
+    Up,
+    Work,
+)
 
-_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Done, Down, Up)}
+_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, Up)}
 
 
 @dataclasses.dataclass
@@ -66,8 +77,11 @@ def _event_from_json(record: list[Any]) -> Event:
             fields["prompt"] = tuple(fields["prompt"])
         return Arrived(Request(**fields))
     if kind == "Done":
-        work, start_s, end_s, tokens, size = values
-        return Done(work, start_s, end_s, tuple(tokens), size)
+        work, start_s, end_s, tokens, size, ends_s = values
+        return Done(work, start_s, end_s, tuple(tokens), size, tuple(ends_s))
+    if kind == "Progress":
+        work, ends_s = values
+        return Progress(work, tuple(ends_s))
     return _PLAIN_EVENTS[kind](*values)
 
 
@@ -76,7 +90,10 @@ def _work_to_json(work: Work) -> list[Any]:
     if isinstance(work, Step):
         slices = [[part.request.id, part.start, part.count] for part in work.slices]
         details = [ids for part in work.slices for ids in (part.blocks, part.tokens)]
-        return ["Step", work.id, work.instance, slices, _checksum(details)]
+        span = [work.iterations, _checksum(details)]
+        return ["Step", work.id, work.instance, slices, *span]
+    if isinstance(work, Cut):
+        return ["Cut", work.work]
     blocks = _checksum([work.src_blocks, work.dst_blocks])
     ends = [work.src, work.dst]
     return ["Transfer", work.id, work.request.id, *ends, work.context, blocks]

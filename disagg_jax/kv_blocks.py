@@ -10,30 +10,29 @@ from disagg_jax.deployment import KVMemory
 class KVBlocks:
     """The block tables of one instance's pool.
 
-    It raises on anything impossible (more blocks than are free, a release of what is
-    not held) and repairs nothing: such a call is a bug in whoever made it.
+    Which blocks somebody holds is settled when a table is first read: a simulation only
+    counts them. It raises on anything impossible (more blocks than are free, a release
+    of what is not held) and repairs nothing: such a call is a bug in whoever made it.
     """
 
     def __init__(self, memory: KVMemory):
         self.memory = memory
-        # A heap: the lowest free blocks are used first, which keeps the used part of
-        # the pool short. A decode step reads the pool up to its last used block.
-        self._free = list(range(memory.num_blocks))
+        self.free = memory.num_blocks  # blocks that nobody holds
+        self._held: dict[int, int] = {}
         self._tables: dict[int, list[int]] = {}
-
-    @property
-    def free(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
+        # The lowest free blocks are used first, which keeps the used part of the pool
+        # short: a decode step reads the pool up to its last used block.
+        self._returned: list[int] = []  # a heap; all below `_untouched`
+        self._untouched = 0  # the first block that was never in a table
 
     @property
     def held_by(self) -> dict[int, int]:
         """Blocks held, by request id."""
-        return {owner: len(table) for owner, table in self._tables.items()}
+        return dict(self._held)
 
     def held(self, owner: int) -> int:
         """Blocks that request `owner` holds."""
-        return len(self._tables.get(owner, ()))
+        return self._held.get(owner, 0)
 
     def missing(self, owner: int, tokens: int) -> int:
         """Blocks that `owner` must still get before it can hold `tokens` tokens."""
@@ -41,23 +40,35 @@ class KVBlocks:
 
     def table(self, owner: int) -> tuple[int, ...]:
         """The blocks of `owner`, in the order of its tokens."""
-        return tuple(self._tables[owner])
+        table = self._tables.setdefault(owner, [])
+        for _ in range(self._held[owner] - len(table)):
+            table.append(self._lowest())
+        return tuple(table)
 
     def extend(self, owner: int, tokens: int) -> None:
         """Gives `owner` the blocks it is missing to hold `tokens` tokens."""
-        missing = self.missing(owner, tokens)
-        if missing > self.free:
+        self.add(owner, self.missing(owner, tokens))
+
+    def add(self, owner: int, count: int) -> None:
+        """Gives `owner` `count` more blocks."""
+        if count > self.free:
             raise RuntimeError(
-                f"request {owner} needs {missing} more KV blocks for {tokens} tokens, "
-                f"but only {self.free} of {self.memory.num_blocks} are free"
+                f"request {owner} needs {count} more KV blocks, but only {self.free} "
+                f"of {self.memory.num_blocks} are free"
             )
-        table = self._tables.setdefault(owner, [])
-        for _ in range(missing):
-            table.append(heapq.heappop(self._free))
+        self.free -= count
+        self._held[owner] = self._held.get(owner, 0) + count
 
     def release(self, owner: int) -> None:
         """Takes all blocks of `owner` back."""
-        if owner not in self._tables:
+        if owner not in self._held:
             raise RuntimeError(f"request {owner} holds no KV blocks to release")
-        for block in self._tables.pop(owner):
-            heapq.heappush(self._free, block)
+        self.free += self._held.pop(owner)
+        for block in self._tables.pop(owner, ()):
+            heapq.heappush(self._returned, block)
+
+    def _lowest(self) -> int:
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._untouched += 1
+        return self._untouched - 1

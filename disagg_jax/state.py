@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, ValuesView
 
+from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import InstanceSpec, KVMemory
 from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Request, Status, Timeline
@@ -27,25 +28,59 @@ class Place(enum.Enum):
 
 @dataclasses.dataclass(slots=True, eq=False)
 class RequestState:
-    """One request on its way."""
+    """One request on its way.
+
+    While it decodes in a batch, what it knows grows with the batch: the settled numbers
+    are those of the iteration `joined`.
+    """
 
     request: Request
     order: int  # place in arrival order
     timeline: Timeline
-    known: int  # prompt + generated tokens
-    context: int = 0  # tokens whose KV is cached
-    place: Place = Place.ENDED
+    settled_known: int  # prompt + generated tokens
+    settled_context: int = 0  # tokens whose KV is cached
+    settled_place: Place = Place.ENDED  # where it is, if it is in no batch
     holder: InstanceState | None = None  # whose queue it is in, or who has its KV
     target: InstanceState | None = None  # PARKED, MOVING: who pulls it
+    batch: DecodeBatch | None = None  # that it decodes in
+    joined: int = 0  # iteration of the batch
+    phase: int = 0  # in the batch
 
     @property
     def id(self) -> int:
         return self.request.id
 
     @property
+    def known(self) -> int:
+        """Prompt + generated tokens."""
+        if self.batch is None:
+            return self.settled_known
+        return self.settled_known + self.batch.iteration - self.joined
+
+    @property
+    def context(self) -> int:
+        """Tokens whose KV is cached."""
+        if self.batch is None:
+            return self.settled_context
+        return self.settled_context + self.batch.iteration - self.joined
+
+    @property
     def generated(self) -> int:
         """Tokens generated so far."""
         return self.known - self.request.prompt_tokens
+
+    @property
+    def last_iteration(self) -> int:
+        """The iteration of its batch after which it has all its tokens."""
+        request = self.request
+        left = request.prompt_tokens + request.max_tokens - self.settled_known
+        return self.joined + left
+
+    @property
+    def place(self) -> Place:
+        if self.batch is None:
+            return self.settled_place
+        return Place.STEPPING if self.batch.stepping else Place.RUNNING
 
     @property
     def active(self) -> bool:
@@ -54,14 +89,15 @@ class RequestState:
 
     def slice(self, count: int, blocks: tuple[int, ...]) -> Slice:
         """The next `count` tokens to compute."""
-        end = self.context + count
+        start = self.context
+        end = start + count
         return Slice(
             request=self.request,
-            start=self.context,
+            start=start,
             count=count,
             samples=end == self.known,
             blocks=blocks,
-            tokens=self._tokens(self.context, end),
+            tokens=self._tokens(start, end),
         )
 
     def _tokens(self, start: int, end: int) -> tuple[int, ...]:
@@ -80,6 +116,38 @@ def in_order(states: Iterable[RequestState]) -> list[RequestState]:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
+class StepInFlight:
+    """A step that was submitted, with the requests in it."""
+
+    work: Step
+    prompts: Sequence[RequestState]  # those whose known tokens are all computed
+    batch: DecodeBatch  # those that decode
+    cancelled: list[RequestState] = dataclasses.field(default_factory=list[RequestState])
+    until: int = 0  # iteration of the batch with which it ends
+    cut: bool = False  # whether it was told to end earlier
+
+    @property
+    def states(self) -> list[RequestState]:
+        """All its requests."""
+        return [*self.prompts, *self.batch.members.values()]
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class TransferInFlight:
+    """A transfer that was submitted, with its request."""
+
+    work: Transfer
+    state: RequestState
+
+    @property
+    def states(self) -> list[RequestState]:
+        return [self.state]
+
+
+InFlight = StepInFlight | TransferInFlight
+
+
+@dataclasses.dataclass(slots=True, eq=False)
 class InstanceState:
     """One instance: its queue, its requests, its KV blocks."""
 
@@ -87,13 +155,13 @@ class InstanceState:
     spec: InstanceSpec
     memory: KVMemory
     up: bool = True
-    step: Step | None = None  # the step in flight
+    step: StepInFlight | None = None
     waiting: collections.deque[RequestState] = dataclasses.field(
         default_factory=collections.deque[RequestState]
     )
-    stepping: list[RequestState] = dataclasses.field(default_factory=list[RequestState])
-    running: list[RequestState] = dataclasses.field(default_factory=list[RequestState])
-    parked: list[RequestState] = dataclasses.field(default_factory=list[RequestState])
+    parked: dict[int, RequestState] = dataclasses.field(
+        default_factory=dict[int, RequestState]
+    )
     # Requests this instance is to pull: parked elsewhere, and being moved here.
     pulls: collections.deque[RequestState] = dataclasses.field(
         default_factory=collections.deque[RequestState]
@@ -102,26 +170,42 @@ class InstanceState:
         default_factory=dict[int, RequestState]
     )
     blocks: KVBlocks = dataclasses.field(init=False)
+    ready: DecodeBatch = dataclasses.field(init=False)  # can decode; not in the step
 
     def __post_init__(self) -> None:
         self.blocks = KVBlocks(self.memory)
+        self.ready = DecodeBatch(self.blocks)
+
+    @property
+    def running(self) -> ValuesView[RequestState]:
+        return self.ready.members.values()
+
+    @property
+    def stepping(self) -> list[RequestState]:
+        """The requests in the step that is going on."""
+        return self.step.states if self.step else []
+
+    @property
+    def running_context(self) -> int:
+        return self.ready.context
+
+    @property
+    def growth(self) -> int:
+        return self.ready.missing()
 
     @property
     def queued(self) -> int:
-        return len(self.waiting) + sum(s.generated == 0 for s in self.stepping)
+        if self.step is None:
+            return len(self.waiting)
+        firsts = sum(state.generated == 0 for state in self.step.prompts)
+        return len(self.waiting) + firsts
 
     @property
     def resident(self) -> int:
-        return len(self.running) + len(self.stepping) + len(self.arriving)
+        in_step = self.step
+        stepping = len(in_step.prompts) + len(in_step.batch.members) if in_step else 0
+        return len(self.ready.members) + stepping + len(self.arriving)
 
     @property
     def load(self) -> int:
         return self.resident + len(self.waiting) + len(self.pulls)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class InFlight:
-    """A piece of work that was submitted, with the requests it carries."""
-
-    work: Step | Transfer
-    states: tuple[RequestState, ...]

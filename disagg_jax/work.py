@@ -3,8 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar, overload
 
 from disagg_jax.request import Request
+
+Item = TypeVar("Item")
+
+
+class OnRead(Sequence[Item]):
+    """A sequence that is made when it is first read.
+
+    Details of work that an engine reads when the work is submitted, and a cost model
+    never: making them takes longer than simulating the work.
+    """
+
+    def __init__(self, make: Callable[[], Sequence[Item]]):
+        self._make = make
+        self._items: Sequence[Item] | None = None
+
+    def _made(self) -> Sequence[Item]:
+        if self._items is None:
+            self._items = self._make()
+        return self._items
+
+    def __len__(self) -> int:
+        return len(self._made())
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._made())
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        return self._made()[index]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,12 +68,42 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class StepLoad:
+    """What a step computes, as far as its duration depends on it."""
+
+    chunks: tuple[tuple[int, int], ...]  # (start, count) of each prompt part
+    decodes: int  # requests that decode one token each
+    context: int  # tokens that those attend to together, the new ones included
+
+    @classmethod
+    def of(cls, slices: Sequence[Slice]) -> StepLoad:
+        """The load of given slices."""
+        decodes = [part for part in slices if part.is_decode]
+        return cls(
+            tuple((p.start, p.count) for p in slices if not p.is_decode),
+            len(decodes),
+            sum(part.start + 1 for part in decodes),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass of one instance."""
+    """One forward pass of one instance; or a span: several decode passes in a row.
+
+    Each iteration of a span is the one before with every context a token longer. Only a
+    cost model can run spans: they have no tokens.
+    """
 
     id: int
     instance: int
-    slices: tuple[Slice, ...]
+    slices: Sequence[Slice]  # of the first iteration
+    load: StepLoad  # of the first iteration
+    iterations: int = 1
+
+    @classmethod
+    def of(cls, id: int, instance: int, slices: Sequence[Slice]) -> Step:
+        """A step of given slices."""
+        return cls(id, instance, slices, StepLoad.of(slices))
 
     @property
     def instances(self) -> tuple[int, ...]:
@@ -55,8 +119,8 @@ class Transfer:
     request: Request
     src: int  # instance
     dst: int  # instance
-    src_blocks: tuple[int, ...]
-    dst_blocks: tuple[int, ...]  # as many as src_blocks, in the same order
+    src_blocks: Sequence[int]
+    dst_blocks: Sequence[int]  # as many as src_blocks, in the same order
     context: int  # tokens whose KV is in those blocks
 
     @property
@@ -65,7 +129,18 @@ class Transfer:
         return (self.src, self.dst)
 
 
-Work = Step | Transfer
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cut:
+    """A span is to end with the iteration that is going on now.
+
+    If an iteration ends at this very instant, the span is over, and no Done follows.
+    """
+
+    work: int  # Step.id
+
+
+Task = Step | Transfer  # what takes time
+Work = Task | Cut
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,10 +157,17 @@ class Done:
     work: int  # Step.id or Transfer.id
     start_s: float  # when it began on its device or link
     end_s: float  # when its result was there
-    tokens: tuple[
-        int, ...
-    ] = ()  # step: one per sampling slice; () where there are none
+    tokens: tuple[int, ...] = ()  # step: one per sampling slice, where there are tokens
     bytes: int = 0  # transfer: KV bytes moved
+    ends_s: tuple[float, ...] = ()  # span: ends of iterations not reported before
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Progress:
+    """Iterations of a span are over; it goes on."""
+
+    work: int  # Step.id
+    ends_s: tuple[float, ...]  # of the iterations not reported before; the last <= now
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,4 +191,4 @@ class Up:
     instance: int
 
 
-Event = Arrived | Done | Cancelled | Down | Up
+Event = Arrived | Done | Progress | Cancelled | Down | Up

@@ -123,7 +123,7 @@ def _host_step_us(
     rig: Rig, model: HollowModel, shape: DecodeShape, steps: int
 ) -> dict[str, float]:
     """Medians of the whole step and of its parts."""
-    step = Step(0, 0, full_slices(shape, model.memory))
+    step = Step.of(0, 0, full_slices(shape, model.memory))
     samples: dict[str, list[float]] = {}
     warm_up = 20
     with rig.engine.serving():

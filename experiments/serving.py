@@ -27,7 +27,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
-from disagg_jax.work import Step, Work
+from disagg_jax.work import Step, Task
 from disagg_jax.workload import (
     make_requests,
     requests_from_prompts,
@@ -307,7 +307,7 @@ class Server:
 
     def _duration(
         self, step_times: Mapping[str, float]
-    ) -> Callable[[Work, float], float]:
+    ) -> Callable[[Task, float], float]:
         match self.config.durations:
             case "table":
                 return table_duration(self.engine, step_times)
@@ -316,9 +316,11 @@ class Server:
             case _:
                 return lambda work, measured_s: self._modelled_s(work)
 
-    def _modelled_s(self, work: Work) -> float:
+    def _modelled_s(self, work: Task) -> float:
         cost = self.config.cost
-        return cost.step_s(work) if isinstance(work, Step) else cost.transfer_s(work)
+        if isinstance(work, Step):
+            return cost.step_s(work.instance, work.load)
+        return cost.transfer_s(work)
 
     # -- what one step takes, for SLOs and for where to start a search -----------------
 
@@ -328,7 +330,7 @@ class Server:
         instance = self.engine.instances[i]
         shape = instance.buckets.prefill_shape(tokens, 1)
         slices = full_slices(shape, instance.model.memory)
-        return self._known_s(Step(0, i, slices), step_times)
+        return self._known_s(Step.of(0, i, slices), step_times)
 
     def decode_s(self, step_times: Mapping[str, float]) -> tuple[float, int]:
         """Seconds of the largest decode step, and its rows."""
@@ -337,7 +339,7 @@ class Server:
         buckets = instance.buckets
         shape = buckets.decode_shape(buckets.decode_rows[-1], buckets.pool_blocks[-1])
         slices = full_slices(shape, instance.model.memory)
-        return self._known_s(Step(0, i, slices), step_times), shape.rows
+        return self._known_s(Step.of(0, i, slices), step_times), shape.rows
 
     def _known_s(self, step: Step, step_times: Mapping[str, float]) -> float:
         if self.config.durations == "modelled":

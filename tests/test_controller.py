@@ -582,7 +582,7 @@ class Idle(PrefillFirst):
     """A policy that never plans anything."""
 
     def plan(self, instance):
-        return dataclasses.replace(super().plan(instance), slices=())
+        return dataclasses.replace(super().plan(instance), prompts=())
 
 
 def test_requests_that_wait_for_ever_raise():

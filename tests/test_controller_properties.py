@@ -127,7 +127,7 @@ def check_blocks(controller: Controller) -> None:
     """Blocks are held by requests that are here, owned once, and add up."""
     for instance in controller.instances:
         blocks = instance.blocks
-        here = [*instance.running, *instance.stepping, *instance.parked]
+        here = [*instance.running, *instance.stepping, *instance.parked.values()]
         here += instance.arriving.values()
         leaving = [  # the source keeps its blocks until the transfer has landed
             s
@@ -152,7 +152,7 @@ def check_places(controller: Controller) -> None:
             (instance.waiting, Place.WAITING),
             (instance.stepping, Place.STEPPING),
             (instance.running, Place.RUNNING),
-            (instance.parked, Place.PARKED),
+            (instance.parked.values(), Place.PARKED),
             (instance.arriving.values(), Place.MOVING),
         ):
             found += [(s.id, place) for s in states]
@@ -181,7 +181,7 @@ def check_no_idle(controller: Controller, policies: dict) -> None:
         policy = policies[instance.spec.role]
         if instance.step is None:
             plan = policy.plan(instance)
-            assert not plan.slices and not plan.preempt
+            assert not plan.prompts and not plan.decodes and not plan.preempt
         if instance.pulls:
             assert not policy.pulls(instance, instance.pulls[0])
 

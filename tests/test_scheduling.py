@@ -9,8 +9,9 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.routing import least_loaded, shortest_queue
-from disagg_jax.state import InstanceState, RequestState
-from tests.serving import make_request
+from disagg_jax.state import InstanceState, Place, RequestState
+from disagg_jax.work import Arrived
+from tests.serving import Run, make_controller, make_request, with_prompt
 
 BLOCK = 4  # tokens
 
@@ -32,19 +33,22 @@ def make_instance(*, waiting=None, running=None, arriving=None, free=100):
     memory = KVMemory(num_blocks=held + free, block_tokens=BLOCK, max_context=1000)
     instance = InstanceState(0, InstanceSpec(role=Role.COLOCATED), memory)
     instance.waiting.extend(state(*item) for item in waiting.items())
-    instance.running += [state(*item) for item in running.items()]
     instance.arriving = {id: state(id, known) for id, known in arriving.items()}
-    for request in [*instance.running, *instance.arriving.values()]:
-        request.context = request.known - 1
+    ready = [state(*item) for item in running.items()]
+    for request in [*ready, *instance.arriving.values()]:
+        request.settled_context = request.known - 1
         instance.blocks.extend(request.id, request.context)
+    for request in ready:
+        instance.ready.join(request)
     assert instance.blocks.free == free
     return instance
 
 
 def planned(policy, instance):
     plan = policy.plan(instance)
-    slices = {request.id: count for request, count in plan.slices}
-    assert list(slices) == [request.id for request, _ in plan.slices]
+    slices = {request.id: request.known for request in plan.prompts}
+    slices |= {request.id: 1 for request in plan.decodes}
+    assert len(slices) == len(plan.prompts) + len(plan.decodes)
     return slices, [request.id for request in plan.preempt]
 
 
@@ -307,12 +311,14 @@ def test_router_picks_the_least_and_of_equals_the_first(router, instances, picke
 
 
 def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
-    prefilling, decoding = make_instance(), make_instance()
-    prefilling.stepping = [state(0, 4)]
-    decoding.stepping = [state(1, 4)]
-    decoding.stepping[0].known += 1
-    assert (prefilling.queued, decoding.queued) == (1, 0)
-    assert shortest_queue([prefilling, decoding]) is decoding
+    run = Run(make_controller("2xcolocated:tp1"))
+    first, second = run.controller.instances
+    run.turn(Arrived(with_prompt(0, out=3)))
+    assert (first.queued, second.queued) == (1, 0)
+    assert shortest_queue([first, second]) is second
+    run.turn()
+    assert run.place(0) is Place.STEPPING
+    assert (first.queued, second.queued) == (0, 0)
 
 
 def test_unknown_system_is_named():

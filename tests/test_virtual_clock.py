@@ -23,7 +23,7 @@ def step(id, instance=0, *parts) -> Step:
     slices = [
         Slice(request, start, n, True, (0,), ()) for start, n in parts or [(0, 1)]
     ]
-    return Step(id, instance, tuple(slices))
+    return Step.of(id, instance, slices)
 
 
 def transfer(id, src=0, dst=1, context=1) -> Transfer:
@@ -37,7 +37,7 @@ class Durations:
         self._durations_s = durations_s
 
     def run(self, work) -> Outcome:
-        return Outcome(self._durations_s[work.id])
+        return Outcome((self._durations_s[work.id],))
 
 
 def spans(done):
@@ -63,11 +63,11 @@ def test_other_links_and_instances_do_not_wait():
     assert spans(done) == [(3, 0, 1), (2, 0, 2), (1, 0, 3), (0, 0, 4)]
 
 
-def test_completions_of_an_instant_come_together_in_order_of_submission():
+def test_completions_of_an_instant_come_together_in_order_of_instances():
     backend = VirtualBackend(Durations(2.0, 1.0, 1.0, 1.0))
-    for work in (step(0, 0), transfer(1, 0, 1), step(2, 1), transfer(3, 0, 1)):
+    for work in (step(0, 0), step(1, 1), transfer(2, 0, 1), transfer(3, 0, 1)):
         backend.submit(work)
-    assert [d.work for d in backend.wait(math.inf)] == [1, 2]
+    assert [d.work for d in backend.wait(math.inf)] == [2, 1]
     assert [d.work for d in backend.wait(math.inf)] == [0, 3]
 
 
@@ -101,7 +101,7 @@ def test_drop_forgets_what_touches_an_instance_and_frees_its_links():
     backend.submit(step(4, 1))
     backend.submit(transfer(5, 0, 1))
     done = [*backend.wait(math.inf), *backend.wait(math.inf)]
-    assert spans(done) == [(3, 0.0, 3.0), (4, 2.0, 3.0), (5, 2.0, 3.0)]
+    assert spans(done) == [(5, 2.0, 3.0), (3, 0.0, 3.0), (4, 2.0, 3.0)]
 
 
 @pytest.mark.parametrize("duration_s", [-1.0, math.inf, math.nan])
@@ -122,12 +122,12 @@ def test_linear_cost_counts_prompt_decode_and_context_tokens():
         transfer_base_s=5.0,
         transfer_token_s=0.5,
     )
-    assert cost.step_s(step(0, 0, (0, 3), (0, 1))) == 1400.0  # a prompt of 1 is one too
-    assert cost.step_s(step(0, 0, (4, 1), (2, 1))) == 1028.0  # contexts of 5 and 3
-    assert cost.step_s(step(0, 0, (4, 2), (2, 1))) == 1213.0  # a chunk beside a decode
+    assert cost.step_s(0, step(0, 0, (0, 3), (0, 1)).load) == 1400.0  # a prompt of 1 is one too
+    assert cost.step_s(0, step(0, 0, (4, 1), (2, 1)).load) == 1028.0  # contexts of 5 and 3
+    assert cost.step_s(0, step(0, 0, (4, 2), (2, 1)).load) == 1213.0  # a chunk beside a decode
     assert cost.transfer_s(transfer(0, context=6)) == 8.0
     executor = CostExecutor(cost)
-    assert executor.run(transfer(0, context=6)) == Outcome(8.0)
+    assert executor.run(transfer(0, context=6)) == Outcome((8.0,))
 
 
 # ---- against a closed form -----------------------------------------------------------

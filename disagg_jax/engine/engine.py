@@ -25,7 +25,7 @@ from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.programs import ModelOnMesh
 from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
 from disagg_jax.request import Request
-from disagg_jax.work import Step, Transfer, Work
+from disagg_jax.work import Step, Task, Transfer
 from models import transformer
 from models.config import ModelConfig
 from sharding.mesh import Device, cut_meshes
@@ -162,11 +162,11 @@ class Engine:
 
     # -- work -----------------------------------------------------------------------
 
-    def start(self, work: Work) -> Running:
+    def start(self, work: Task) -> Running:
         """Work to be advanced with `next` whenever the arrays it yielded are ready."""
         return self._step(work) if isinstance(work, Step) else self._transfer(work)
 
-    def program_key(self, work: Work) -> str:
+    def program_key(self, work: Task) -> str:
         """Which programs `work` runs: work with equal keys takes equally long."""
         if isinstance(work, Step):
             instance = self.instances[work.instance]

@@ -15,10 +15,10 @@ from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, StepShape
 from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
-from disagg_jax.work import Slice, Step, Transfer, Work
+from disagg_jax.work import Slice, Step, Task, Transfer
 
 
-def run_alone(engine: Engine, work: Work) -> tuple[float, Result]:
+def run_alone(engine: Engine, work: Task) -> tuple[float, Result]:
     """Runs `work` to its end with nothing beside it: (seconds, result)."""
     start_s = time.perf_counter()
     running = engine.start(work)
@@ -39,16 +39,16 @@ class EngineExecutor:
     """
 
     engine: Engine
-    duration_s: Callable[[Work, float], float]
+    duration_s: Callable[[Task, float], float]
 
-    def run(self, work: Work) -> Outcome:
+    def run(self, work: Task) -> Outcome:
         measured_s, (tokens, size) = run_alone(self.engine, work)
-        return Outcome(self.duration_s(work, measured_s), tokens, size)
+        return Outcome((self.duration_s(work, measured_s),), tokens, size)
 
 
 def table_duration(
     engine: Engine, step_times: Mapping[str, float]
-) -> Callable[[Work, float], float]:
+) -> Callable[[Task, float], float]:
     """A `duration_s` that looks each program up; see `check_step_times`."""
     return lambda work, measured_s: step_times[engine.program_key(work)]
 
@@ -83,10 +83,10 @@ def measure_step_times(
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def _every_work(engine: Engine) -> Iterable[Work]:
+def _every_work(engine: Engine) -> Iterable[Task]:
     for i, instance in enumerate(engine.instances):
         for shape in instance.buckets.step_shapes:
-            yield Step(0, i, full_slices(shape, instance.model.memory))
+            yield Step.of(0, i, full_slices(shape, instance.model.memory))
     for src in engine.deployment.of(Role.PREFILL):
         for dst in engine.deployment.of(Role.DECODE):
             for size in engine.instances[src].buckets.transfer_blocks:

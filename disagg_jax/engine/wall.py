@@ -11,12 +11,12 @@ import time
 import jax
 
 from disagg_jax.engine.engine import Engine, Running
-from disagg_jax.work import Done, Work
+from disagg_jax.work import Cut, Done, Progress, Task, Work
 
 
 @dataclasses.dataclass(eq=False)
 class _Pending:
-    work: Work
+    work: Task
     start_s: float
     running: Running
     dropped: bool = False
@@ -47,12 +47,14 @@ class WallBackend:
         return time.perf_counter() - self._zero_s
 
     def submit(self, work: Work) -> None:
+        if isinstance(work, Cut):
+            raise ValueError("spans need a backend that simulates")
         pending = _Pending(work, self.now_s(), self._engine.start(work))
         self._pending.add(pending)
         self._advance(pending)
 
-    def wait(self, until_s: float) -> list[Done]:
-        done: list[Done] = []
+    def wait(self, until_s: float) -> list[Done | Progress]:
+        done: list[Done | Progress] = []
         while not done:
             left_s = until_s - self.now_s()
             if left_s == math.inf and not self._pending:

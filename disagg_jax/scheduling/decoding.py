@@ -8,26 +8,36 @@ from __future__ import annotations
 from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
 
 
+FOREVER = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
+
+
 def decode_all(instance: InstanceView) -> Plan:
-    """One token for every running request, first come first served.
+    """One token for every running request.
 
     A request whose last block is full needs another. If none is free, the latest
     arrival loses its KV (and is recomputed later), down to the request itself.
     """
+    if instance.growth <= instance.blocks.free:
+        return Plan(decodes=instance.running, repeats=FOREVER)
+    return _decode_what_fits(instance)
+
+
+def _decode_what_fits(instance: InstanceView) -> Plan:
+    """First come, first served; the latest arrivals make room."""
     running = sorted(instance.running, key=lambda request: request.order)
     blocks = instance.blocks
     free, end = blocks.free, len(running)
-    slices: list[tuple[RequestView, int]] = []
-    while len(slices) < end:
-        request = running[len(slices)]
+    decodes: list[RequestView] = []
+    while len(decodes) < end:
+        request = running[len(decodes)]
         missing = blocks.missing(request.id, request.known)
-        while missing > free and end > len(slices):
+        while missing > free and end > len(decodes):
             end -= 1
             free += blocks.held(running[end].id)
-        if len(slices) < end:
+        if len(decodes) < end:
             free -= missing
-            slices.append((request, 1))
-    return Plan(slices, running[end:][::-1])
+            decodes.append(request)
+    return Plan(decodes=decodes, preempt=running[end:][::-1])
 
 
 def fits(instance: InstanceView, request: RequestView, watermark: float) -> bool:

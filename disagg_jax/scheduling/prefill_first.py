@@ -51,16 +51,16 @@ class PrefillFirst:
         blocks = instance.blocks
         free, tokens = blocks.free, 0
         reserve = int(self.watermark * blocks.memory.num_blocks)
-        slices: list[tuple[RequestView, int]] = []
+        prompts: list[RequestView] = []
         for request in instance.waiting:
-            empty = not slices and not instance.resident
+            empty = not prompts and not instance.resident
             free -= blocks.missing(request.id, request.known)
             tokens += request.known
             if (
                 free < (0 if empty else reserve)
-                or (tokens > self.max_batched_tokens and slices)
-                or instance.resident + len(slices) >= self.max_seqs
+                or (tokens > self.max_batched_tokens and prompts)
+                or instance.resident + len(prompts) >= self.max_seqs
             ):
                 break
-            slices.append((request, request.known))
-        return Plan(slices) if slices else None
+            prompts.append(request)
+        return Plan(prompts) if prompts else None

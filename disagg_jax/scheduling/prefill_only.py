@@ -42,12 +42,12 @@ class PrefillOnly:
 
     def plan(self, instance: InstanceView) -> Plan:
         free, tokens = instance.blocks.free, 0
-        slices: list[tuple[RequestView, int]] = []
+        prompts: list[RequestView] = []
         for request in instance.waiting:
             free -= instance.blocks.missing(request.id, request.known)
             tokens += request.known
-            too_long = tokens > self.token_budget and slices
-            if free < 0 or too_long or len(slices) >= self.max_seqs:
+            too_long = tokens > self.token_budget and prompts
+            if free < 0 or too_long or len(prompts) >= self.max_seqs:
                 break
-            slices.append((request, request.known))
-        return Plan(slices)
+            prompts.append(request)
+        return Plan(prompts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from disagg_jax.deployment import KVMemory
@@ -61,8 +61,18 @@ class InstanceView(Protocol):
         ...
 
     @property
-    def running(self) -> Sequence[RequestView]:
-        """Requests with KV here and more to compute, not in a step right now."""
+    def running(self) -> Collection[RequestView]:
+        """Requests ready to decode here, in queue order; not in a step right now."""
+        ...
+
+    @property
+    def running_context(self) -> int:
+        """Cached tokens of all of `running` together."""
+        ...
+
+    @property
+    def growth(self) -> int:
+        """Blocks that are missing for each of `running` to decode one token."""
         ...
 
     @property
@@ -86,10 +96,14 @@ class InstanceView(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Plan:
-    """The next step of an instance, {request: tokens}, and who must make room."""
+    """The next step of an instance, and who must make room for it."""
 
-    slices: Sequence[tuple[RequestView, int]] = ()  # (request, tokens to compute)
-    preempt: Sequence[RequestView] = ()  # their KV is dropped before the step
+    prompts: Sequence[RequestView] = ()  # waiting: all their known tokens are computed
+    decodes: Collection[RequestView] = ()  # running: one token each
+    preempt: Sequence[RequestView] = ()  # running: their KV is dropped before the step
+    # Steps for which this plan holds, while no request comes or goes and no block runs
+    # out. A simulation takes that many at once.
+    repeats: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,7 +130,7 @@ class Policy(Protocol):
     def limits(self) -> StepLimits: ...
 
     def plan(self, instance: InstanceView) -> Plan:
-        """The next step; no slices means nothing can run now."""
+        """The next step; an empty one means nothing can run now."""
         ...
 
 

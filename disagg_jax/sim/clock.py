@@ -1,67 +1,152 @@
-"""The virtual clock: work is run alone, and its duration placed on a timeline.
-
-With a cost model behind it this is a discrete-event simulator. With a real engine
-behind it, it is execution-driven emulation: the programs run and their tokens are real,
-and each duration stands on the timeline of the instance's *own* devices, so that one
-machine can measure a deployment of many. That holds for programs whose devices are
-really there one at a time, not for tensor parallelism over host devices that share the
-cores.
-"""
+"""The virtual clock: an event heap that orders work without waiting for it."""
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+import itertools
 import math
+from collections.abc import Iterator
 
 from disagg_jax.backend import Executor
-from disagg_jax.work import Done, Work
+from disagg_jax.work import Cut, Done, Progress, Step, Transfer, Work
+
+_AHEAD = 16  # iterations of a span that are timed at once: most spans are cut early
+
+Resource = tuple[int, ...]  # one instance, or the link between two
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Running:
+    """Work on its way, timed as far as it was needed."""
+
+    work: int
+    resource: Resource
+    start_s: float
+    durations_s: Iterator[float]  # of the iterations that are not timed yet
+    iterations: int
+    tokens: tuple[int, ...]
+    bytes: int
+    ends_s: list[float] = dataclasses.field(default_factory=list[float])
+    reported: int = 0  # iterations
+    due_s: float = math.inf  # of its entry in the heap that counts
 
 
 class VirtualBackend:
-    """A `Backend` on virtual time. An instance, or a link, does one thing at a time.
+    """A `Backend` whose time is computed.
 
-    A link joins one source to one destination instance and serves transfers in order.
+    Each instance, and each link from one instance to another, does one thing at a time
+    in order of submission; a duration is what the executor says. With a cost model this
+    is a discrete-event simulator. With an engine it is an execution-driven emulator:
+    each program really runs, alone, its tokens are real, and it stands on the timeline
+    of its own devices, so that one machine can measure a deployment of many. That holds
+    for programs whose devices are really there one at a time, not for tensor
+    parallelism over host devices that share the cores. What ends at one instant is told in the order of the instances.
     """
 
     def __init__(self, executor: Executor):
         self._executor = executor
         self._now_s = 0.0
-        self._busy_until_s: dict[tuple[int, ...], float] = {}  # instance or link
-        self._heap: list[tuple[float, int, tuple[int, ...], Done]] = []
+        self._busy_until_s: dict[Resource, float] = {}
+        self._heap: list[tuple[float, Resource, int, _Running]] = []
+        self._spans: dict[int, _Running] = {}
 
     def now_s(self) -> float:
         return self._now_s
 
     def submit(self, work: Work) -> None:
-        resource = work.instances  # one instance, or the link between two
+        if isinstance(work, Cut):
+            self._cut(self._spans[work.work])
+            return
+        resource = work.instances
         outcome = self._executor.run(work)
-        if not 0 <= outcome.duration_s < math.inf:
-            raise ValueError(
-                f"work {work.id}: expected a finite duration >= 0, "
-                f"got {outcome.duration_s}"
-            )
-        start_s = max(self._now_s, self._busy_until_s.get(resource, 0.0))
-        end_s = start_s + outcome.duration_s
-        self._busy_until_s[resource] = end_s
-        done = Done(work.id, start_s, end_s, outcome.tokens, outcome.bytes)
-        heapq.heappush(self._heap, (end_s, work.id, resource, done))
+        running = _Running(
+            work.id,
+            resource,
+            max(self._now_s, self._busy_until_s.get(resource, 0.0)),
+            iter(outcome.durations_s),
+            work.iterations if isinstance(work, Step) else 1,
+            outcome.tokens,
+            outcome.bytes,
+        )
+        self._time(running)
+        if running.iterations > 1:
+            self._spans[work.id] = running
+        else:
+            self._busy_until_s[resource] = running.due_s
 
-    def wait(self, until_s: float) -> list[Done]:
+    def wait(self, until_s: float) -> list[Done | Progress]:
         """Advances to the next instant with completions, or to `until_s`."""
-        next_s = self._heap[0][0] if self._heap else math.inf
-        if next_s > until_s or next_s == math.inf:
-            if until_s < math.inf:
-                self._now_s = max(self._now_s, until_s)
-            return []
-        self._now_s = next_s
-        done: list[Done] = []
-        while self._heap and self._heap[0][0] == next_s:
-            done.append(heapq.heappop(self._heap)[3])
-        return done
+        done: list[Done | Progress] = []
+        while self._heap and self._heap[0][0] <= until_s:
+            end_s, _, _, running = heapq.heappop(self._heap)
+            if running.due_s != end_s:
+                continue  # cut or dropped
+            if len(running.ends_s) < running.iterations:
+                self._time(running)
+                continue
+            done.append(self._done(running, end_s))
+            self._now_s = until_s = end_s
+        if not done and until_s < math.inf:
+            self._now_s = max(self._now_s, until_s)
+        return self._progress() + done
 
     def drop(self, instance: int) -> None:
-        self._heap = [item for item in self._heap if instance not in item[2]]
-        heapq.heapify(self._heap)
+        for _, resource, work, running in self._heap:
+            if instance in resource:
+                running.due_s = math.inf
+                self._spans.pop(work, None)
         for resource in self._busy_until_s:
             if instance in resource:
                 self._busy_until_s[resource] = self._now_s
+
+    def _time(self, running: _Running) -> None:
+        """Times the next iterations and puts the last of them into the heap."""
+        end_s = running.ends_s[-1] if running.ends_s else running.start_s
+        for duration_s in itertools.islice(running.durations_s, _AHEAD):
+            if not 0 <= duration_s < math.inf:
+                raise ValueError(
+                    f"work {running.work}: expected a finite duration >= 0, "
+                    f"got {duration_s}"
+                )
+            end_s += duration_s
+            running.ends_s.append(end_s)
+        self._push(running, end_s)
+
+    def _push(self, running: _Running, due_s: float) -> None:
+        running.due_s = due_s
+        heapq.heappush(self._heap, (due_s, running.resource, running.work, running))
+
+    def _done(self, running: _Running, end_s: float) -> Done:
+        ends_s: tuple[float, ...] = ()
+        if self._spans.pop(running.work, None) is not None:
+            self._busy_until_s[running.resource] = end_s
+            ends_s = tuple(running.ends_s[running.reported :])
+        return Done(
+            running.work, running.start_s, end_s, running.tokens, running.bytes, ends_s
+        )
+
+    def _progress(self) -> list[Done | Progress]:
+        """The iterations of spans that are over and were not told yet."""
+        found: list[Done | Progress] = []
+        for running in self._spans.values():
+            first = last = running.reported
+            while running.ends_s[last] <= self._now_s:
+                last += 1
+            if last > first:
+                running.reported = last
+                ends_s = tuple(running.ends_s[first:last])
+                found.append(Progress(running.work, ends_s))
+        return found
+
+    def _cut(self, running: _Running) -> None:
+        """All iterations up to now are told, so the one after them is going on."""
+        told = running.reported
+        if told and running.ends_s[told - 1] == self._now_s:
+            del self._spans[running.work]
+            running.due_s = math.inf
+            return
+        del running.ends_s[told + 1 :]
+        running.iterations = told + 1
+        if running.due_s != running.ends_s[told]:
+            self._push(running, running.ends_s[told])

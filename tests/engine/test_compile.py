@@ -83,7 +83,7 @@ def test_a_shape_that_was_not_compiled_is_an_error(world):
     engine = world.engine("colocated:tp1")
     listed = dataclasses.replace(BUCKETS, decode_rows=(3,))
     engine = dataclasses.replace(engine.instances[0], buckets=listed)
-    step = Step(1, 0, full_slices(DecodeShape(3, 16), POOL))
+    step = Step.of(1, 0, full_slices(DecodeShape(3, 16), POOL))
     shape = engine.buckets.step_shape(step.slices)
     with pytest.raises(ValueError, match="DecodeShape.*was compiled before serving"):
         engine.model.step(shape, engine.cache, engine.model.put(np.zeros(1)))
@@ -106,7 +106,7 @@ def test_a_shape_that_was_not_compiled_is_an_error(world):
 def test_a_step_beyond_the_listed_sizes_is_an_error(world, slices, message):
     engine = world.engine("colocated:tp1")
     with pytest.raises(ValueError, match=message), engine.serving():
-        run_alone(engine, Step(1, 0, slices))
+        run_alone(engine, Step.of(1, 0, slices))
 
 
 def test_the_guard_refuses_a_trace_and_a_hidden_transfer(world):

@@ -104,7 +104,7 @@ def make_work(kind: str):
     request = make_request(0, 8, 4)
     if kind == "transfer":
         return Transfer(7, request, 0, 1, (0, 1), (2, 3), 8)
-    return Step(7, 0, (Slice(request, 0, 8, True, (0, 1), request.prompt),))
+    return Step.of(7, 0, (Slice(request, 0, 8, True, (0, 1), request.prompt),))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""Requests that decode together, advanced as one."""
+
+from __future__ import annotations
+
+import collections
+import heapq
+import typing
+from collections.abc import Collection, Sequence
+
+from disagg_jax.kv_blocks import KVBlocks
+
+if typing.TYPE_CHECKING:  # `state` itself needs this module
+    from disagg_jax.state import RequestState
+
+
+class DecodeBatch:
+    """Requests that each compute one token in every iteration.
+
+    What a member knows, and when its tokens came, is where it stood when it joined plus
+    the iterations since. So an iteration costs O(1), not O(members), and joining or
+    leaving O(log members); only where a member crosses into another block is it looked
+    at by itself.
+
+    Attributes:
+      members: by request id, in queue order.
+      iteration: iterations completed.
+      context: cached tokens of all members together.
+      stepping: whether it is in a step. Only an idle batch takes members in.
+    """
+
+    def __init__(self, blocks: KVBlocks):
+        self.members: collections.OrderedDict[int, RequestState] = (
+            collections.OrderedDict()
+        )
+        self.iteration = 0
+        self.context = 0
+        self.stepping = False
+        self._blocks = blocks
+        self._ends_s: list[float] = []  # of every iteration
+        # (iteration after which it has all its tokens, order, state); may be outdated.
+        self._ends: list[tuple[int, int, RequestState]] = []
+        # Those in phase p cross into another block when p + iteration is a multiple of
+        # the block size.
+        self._phases: dict[int, dict[int, None]] = {}
+        self._prepaid: set[int] = set()  # hold the block of their next token already
+        self._charged = False  # the blocks of the next iteration are reserved
+        self._fresh: list[RequestState] = []  # were not in a step of this batch yet
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    # -- members --------------------------------------------------------------------
+
+    def join(self, state: RequestState, *, front: bool = False) -> None:
+        """Takes in a request that lacks the KV of its newest token only."""
+        memory, context = self._blocks.memory, state.context
+        state.batch, state.joined = self, self.iteration
+        state.phase = (context - self.iteration) % memory.block_tokens
+        self.members[state.id] = state
+        if front:
+            self.members.move_to_end(state.id, last=False)
+        self._phases.setdefault(state.phase, {})[state.id] = None
+        if self._blocks.held(state.id) > memory.blocks_for(context):
+            self._prepaid.add(state.id)
+        heapq.heappush(self._ends, (state.last_iteration, state.order, state))
+        self._fresh.append(state)
+        self.context += context
+
+    def leave(self, state: RequestState) -> None:
+        """Lets a member go, with all its tokens stamped."""
+        self.context -= state.context
+        self.settle(state)
+        state.batch = None
+        del self.members[state.id]
+        del self._phases[state.phase][state.id]
+        self._prepaid.discard(state.id)
+
+    def settle(self, state: RequestState) -> None:
+        """Writes down what a member went through since it joined."""
+        passed = self.iteration - state.joined
+        if state.active:
+            state.timeline.token_s += self._ends_s[state.joined : self.iteration]
+        state.settled_known += passed
+        state.settled_context += passed
+        state.joined = self.iteration
+
+    def absorb(self, other: DecodeBatch) -> DecodeBatch:
+        """One of the two batches, with the members of `other` behind its own."""
+        if len(self.members) >= len(other.members):
+            for state in list(other.members.values()):
+                other.leave(state)
+                self.join(state)
+            return self
+        for state in reversed(list(self.members.values())):
+            self.leave(state)
+            other.join(state, front=True)
+        return other
+
+    def take_fresh(self) -> list[RequestState]:
+        """The members that are new since this was last asked."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
+
+    def take_finished(self) -> list[RequestState]:
+        """Members that have all their tokens."""
+        finished: list[RequestState] = []
+        while self._next_end() == self.iteration:
+            finished.append(heapq.heappop(self._ends)[2])
+        return finished
+
+    def _next_end(self) -> int:
+        """The iteration after which the first member has all its tokens; -1: none."""
+        while self._ends:
+            iteration, _, state = self._ends[0]
+            if state.batch is self and state.last_iteration == iteration:
+                return iteration
+            heapq.heappop(self._ends)
+        return -1
+
+    # -- iterations -----------------------------------------------------------------
+
+    def start(self) -> None:
+        """The first iteration of a step begins."""
+        self.stepping = True
+        self.charge()
+
+    def charge(self) -> None:
+        """Reserves the blocks of the iteration that begins."""
+        for owner in self._crossing(self.iteration):
+            if owner not in self._prepaid:
+                self._blocks.add(owner, 1)
+        self._prepaid.clear()
+        self._charged = True
+
+    def advance(self, ends_s: Sequence[float]) -> None:
+        """Iterations are over, at `ends_s`."""
+        for _ in ends_s:
+            if not self._charged:
+                self.charge()
+            self.iteration += 1
+            self._charged = False
+        self._ends_s += ends_s
+        self.context += len(ends_s) * len(self.members)
+
+    @property
+    def begun(self) -> int:
+        """Iterations completed or going on."""
+        return self.iteration + self._charged
+
+    def missing(self, iterations: int = 1) -> int:
+        """Blocks that the next iterations, not begun yet, must still get."""
+        begun = self.begun
+        cycles, rest = divmod(iterations, self._blocks.memory.block_tokens)
+        crossing = sum(len(self._crossing(begun + i)) for i in range(rest))
+        return cycles * len(self.members) + crossing - len(self._prepaid)
+
+    def _crossing(self, iteration: int) -> Collection[int]:
+        """The members that need another block in the iteration after `iteration`."""
+        return self._phases.get(-iteration % self._blocks.memory.block_tokens, ())
+
+    def lasting(self, free: int) -> int:
+        """Iterations until a member is finished or `free` blocks are used up."""
+        iterations = self._next_end() - self.iteration
+        if self.missing(iterations) <= free:
+            return iterations
+        low, high = 0, iterations  # `low` iterations can run, `high` cannot
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.missing(middle) <= free:
+                low = middle
+            else:
+                high = middle
+        return low
