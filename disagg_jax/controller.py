@@ -109,12 +109,14 @@ class Controller:
         for event in events:
             self._apply(now_s, event)
         works: list[Work] = []
-        self._cut_spans(works)
-        # One plan can make room for another (a preemption frees blocks that a pull
-        # waits for), so go round in a fixed order until nothing changes.
-        while self._start_transfers(now_s, works) or self._start_steps(now_s, works):
-            pass
-        self._at_boundary.clear()
+        if self._to_cut:
+            self._cut_spans(works)
+        # Plans only take room, but for preemption: it frees blocks that a pull waits
+        # for, and fills a queue. So go round in a fixed order until nobody makes room.
+        made_room = True
+        while made_room:
+            self._start_transfers(now_s, works)
+            made_room = self._start_steps(now_s, works)
         self._check_alive()
         return works
 
@@ -314,13 +316,14 @@ class Controller:
 
     def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
         """Ends a span with the iteration that is going on, or now if none is."""
+        work, begun = flight.work, flight.batch.begun
+        if begun < flight.until:
+            works.append(Cut(work.id, work.iterations - (flight.until - begun)))
+            flight.until = begun
         if flight in self._at_boundary:
             self._at_boundary.remove(flight)
-            del self._in_flight[flight.work.id]
-            works.append(Cut(flight.work.id))
+            del self._in_flight[work.id]
             self._step_over(flight)
-        elif flight.batch.iteration + 1 < flight.until:
-            works.append(Cut(flight.work.id))
 
     def _go_on(self, works: list[Work]) -> None:
         """Spans between two iterations reserve blocks for the next one, or end."""
@@ -342,8 +345,7 @@ class Controller:
 
     # -- plans ----------------------------------------------------------------------
 
-    def _start_transfers(self, now_s: float, works: list[Work]) -> bool:
-        started = False
+    def _start_transfers(self, now_s: float, works: list[Work]) -> None:
         for dst in self._decode_instances:
             policy = typing.cast(PullPolicy, self._policies[Role.DECODE])
             while dst.up and dst.pulls and policy.pulls(dst, dst.pulls[0]):
@@ -354,17 +356,18 @@ class Controller:
                 if state.timeline.decode_start_s is None:
                     state.timeline.transfer_start_s = now_s
                 self._check_span(dst)
-                started = True
-        self._cut_spans(works)
-        return started
+        if self._to_cut:
+            self._cut_spans(works)
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
-        self._go_on(works)
-        progress = False
+        """Starts what can start; whether anybody made room for it."""
+        if self._at_boundary:
+            self._go_on(works)
+        made_room = False
         for instance in self.instances:
             if instance.step is None and (instance.waiting or instance.ready.members):
-                progress |= self._start_step(now_s, instance, works)
-        return progress
+                made_room |= self._start_step(now_s, instance, works)
+        return made_room
 
     def _start_step(
         self, now_s: float, instance: InstanceState, works: list[Work]
@@ -387,7 +390,7 @@ class Controller:
         works.append(flight.work)
         for state in (*flight.prompts, *flight.batch.take_fresh()):
             _stamp_start(state, now_s)
-        return True
+        return bool(plan.preempt)
 
     def _preempt(self, instance: InstanceState, victim: RequestState) -> None:
         """Drops its KV; prompt and generated tokens are computed again, before others.

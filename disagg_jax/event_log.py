@@ -63,8 +63,7 @@ def _event_to_json(event: Event) -> list[Any]:
         fields = dataclasses.asdict(event.request)
         fields["stop_tokens"] = sorted(event.request.stop_tokens)
         return ["Arrived", fields]
-    values = [getattr(event, field.name) for field in dataclasses.fields(event)]
-    return [type(event).__name__, *values]
+    return [type(event).__name__, *event]
 
 
 def _event_from_json(record: list[Any]) -> Event:

@@ -56,7 +56,7 @@ class VirtualBackend:
 
     def submit(self, work: Work) -> None:
         if isinstance(work, Cut):
-            self._cut(self._spans[work.work])
+            self._cut(self._spans[work.work], work.iterations)
             return
         resource = work.instances
         outcome = self._executor.run(work)
@@ -139,14 +139,12 @@ class VirtualBackend:
                 found.append(Progress(running.work, ends_s))
         return found
 
-    def _cut(self, running: _Running) -> None:
-        """All iterations up to now are told, so the one after them is going on."""
-        told = running.reported
-        if told and running.ends_s[told - 1] == self._now_s:
+    def _cut(self, running: _Running, iterations: int) -> None:
+        """Leaves `iterations` of a span: those that were told, or one more."""
+        del running.ends_s[iterations:]
+        running.iterations = iterations
+        if running.reported == iterations:
             del self._spans[running.work]
             running.due_s = math.inf
-            return
-        del running.ends_s[told + 1 :]
-        running.iterations = told + 1
-        if running.due_s != running.ends_s[told]:
-            self._push(running, running.ends_s[told])
+        elif running.due_s != running.ends_s[-1]:
+            self._push(running, running.ends_s[-1])

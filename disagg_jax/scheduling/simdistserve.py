@@ -1,0 +1,78 @@
+"""The rules of DistServe's own simulator, to reproduce its numbers request by request.
+
+They differ from what the paper describes: no L_m, no KV memory, free transfers, and a
+decode batch capped at 50,000 tokens whatever the device holds.
+Source: LLMServe/DistServe @ 82831f16, `facts/distserve.md` 2.2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.scheduling.decoding import FOREVER
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.view import (
+    InstanceView,
+    Plan,
+    RequestView,
+    StepLimits,
+    check_parameters,
+)
+
+_ROWS = 1_000_000_000  # no limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundRobinDecode:
+    """Decodes from the head of its queue, up to a cap of tokens; takes all KV at once.
+
+    Those that decoded go to the tail, behind what came meanwhile.
+    """
+
+    token_cap: int = 50_000  # sum of (context + 1) over a batch
+
+    def __post_init__(self) -> None:
+        check_parameters(self, token_cap=self.token_cap)
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(prefill_tokens=0, prefill_rows=0, decode_rows=_ROWS)
+
+    def plan(self, instance: InstanceView) -> Plan:
+        rows, tokens = len(instance.running), instance.running_context
+        if tokens + rows <= self.token_cap:
+            spare = self.token_cap - tokens - rows
+            repeats = spare // rows + 1 if rows else FOREVER
+            return Plan(decodes=instance.running, repeats=repeats)
+        return Plan(decodes=self._head(instance))
+
+    def _head(self, instance: InstanceView) -> list[RequestView]:
+        """The requests from the head of the queue that fit under the cap."""
+        batch: list[RequestView] = []
+        tokens = 0
+        for request in instance.running:
+            tokens += request.context + 1
+            if tokens > self.token_cap:
+                break
+            batch.append(request)
+        return batch
+
+    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+        return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillThenDecode:
+    """A colocated instance: all that waits is prefilled first, then decodes go on."""
+
+    prefill: PrefillOnly = PrefillOnly(token_budget=66_144, max_seqs=_ROWS)
+    decode: RoundRobinDecode = RoundRobinDecode()
+
+    @property
+    def limits(self) -> StepLimits:
+        rows, tokens = self.prefill.max_seqs, self.prefill.token_budget
+        return StepLimits(prefill_tokens=tokens, prefill_rows=rows, decode_rows=_ROWS)
+
+    def plan(self, instance: InstanceView) -> Plan:
+        prefill = self.prefill.plan(instance)
+        return prefill if prefill.prompts else self.decode.plan(instance)
