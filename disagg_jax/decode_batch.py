@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import heapq
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from disagg_jax.kv_blocks import KVBlocks
 
@@ -36,6 +36,7 @@ class DecodeBatch:
         self.context = 0
         self.stepping = False
         self._blocks = blocks
+        self._block_tokens = blocks.memory.block_tokens
         self._ends_s: list[float] = []  # of every iteration
         # (iteration after which it has all its tokens, order, state); may be outdated.
         self._ends: list[tuple[int, int, RequestState]] = []
@@ -55,7 +56,7 @@ class DecodeBatch:
         """Takes in a request that lacks the KV of its newest token only."""
         memory, context = self._blocks.memory, state.context
         state.batch, state.joined = self, self.iteration
-        state.phase = (context - self.iteration) % memory.block_tokens
+        state.phase = (context - self.iteration) % self._block_tokens
         self.members[state.id] = state
         if front:
             self.members.move_to_end(state.id, last=False)
@@ -126,19 +127,21 @@ class DecodeBatch:
 
     def charge(self) -> None:
         """Reserves the blocks of the iteration that begins."""
-        for owner in self._crossing(self.iteration):
+        self._charge(self.iteration)
+        self._charged = True
+
+    def _charge(self, iteration: int) -> None:
+        for owner in self._phases.get(-iteration % self._block_tokens, ()):
             if owner not in self._prepaid:
                 self._blocks.add(owner, 1)
         self._prepaid.clear()
-        self._charged = True
 
     def advance(self, ends_s: Sequence[float]) -> None:
         """Iterations are over, at `ends_s`."""
-        for _ in ends_s:
-            if not self._charged:
-                self.charge()
-            self.iteration += 1
-            self._charged = False
+        for iteration in range(self.begun, self.iteration + len(ends_s)):
+            self._charge(iteration)
+        self.iteration += len(ends_s)
+        self._charged = False
         self._ends_s += ends_s
         self.context += len(ends_s) * len(self.members)
 
@@ -149,19 +152,18 @@ class DecodeBatch:
 
     def missing(self, iterations: int = 1) -> int:
         """Blocks that the next iterations, not begun yet, must still get."""
-        begun = self.begun
-        cycles, rest = divmod(iterations, self._blocks.memory.block_tokens)
-        crossing = sum(len(self._crossing(begun + i)) for i in range(rest))
-        return cycles * len(self.members) + crossing - len(self._prepaid)
-
-    def _crossing(self, iteration: int) -> Collection[int]:
-        """The members that need another block in the iteration after `iteration`."""
-        return self._phases.get(-iteration % self._blocks.memory.block_tokens, ())
+        size, begun = self._block_tokens, self.begun
+        cycles, rest = divmod(iterations, size)
+        blocks = cycles * len(self.members) - len(self._prepaid)
+        for iteration in range(begun, begun + rest):
+            blocks += len(self._phases.get(-iteration % size, ()))
+        return blocks
 
     def lasting(self, free: int) -> int:
         """Iterations until a member is finished or `free` blocks are used up."""
         iterations = self._next_end() - self.iteration
-        if self.missing(iterations) <= free:
+        most = (iterations // self._block_tokens + 1) * len(self.members)
+        if most <= free or self.missing(iterations) <= free:
             return iterations
         low, high = 0, iterations  # `low` iterations can run, `high` cannot
         while high - low > 1:
