@@ -135,10 +135,12 @@ class FittedInstance:
         return prefill_ms + self._decode_ms(load) - base_ms / self._pp
 
     def _prefill_ms(self, load: StepLoad) -> float:
-        tokens = sum(count for _, count in load.chunks)
-        squares = sum((s + count) ** 2 - s**2 for s, count in load.chunks)
         fit = self._fit.prefill
-        whole_ms = fit.base_ms + fit.token_ms * tokens + fit.square_ms * squares
+        whole_ms = (
+            fit.base_ms
+            + fit.token_ms * load.prompt_tokens
+            + fit.square_ms * load.prompt_squares
+        )
         return whole_ms / self._pp + self._cost.stage_ms * self._pp
 
     def _decode_ms(self, load: StepLoad) -> float:

@@ -18,13 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import cast
 
 from disagg_jax.expect import expect
 from disagg_jax.sim.fitted import DecodeFit, FittedCost, PrefillFit, StepFit
-from disagg_jax.sim.record import get_mapping, get_numbers, get_text, positive_int
-
-_KIND = "fitted"
+from disagg_jax.sim.record import (
+    get_mapping,
+    get_numbers,
+    get_text,
+    get_texts,
+    open_profile,
+    positive_int,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,8 @@ def profile_from_json(record: object) -> FittedProfile:
     Raises:
       ValueError: saying where, what was expected and what came.
     """
-    expect(isinstance(record, Mapping), "profile: expected an object", record)
-    top = cast(Mapping[str, object], record)
-    kind = get_text(top, "kind", "profile")
-    expect(kind == _KIND, f"profile.kind: expected {_KIND!r}", kind)
-    warnings = _texts(top, "warnings")
+    top = open_profile(record, "fitted")
+    warnings = get_texts(top, "warnings", "profile")
     fits = {
         engine: {
             model: _fits_by_tp(by_tp, f"{engine}/{model}", warnings)
@@ -84,7 +85,7 @@ def profile_from_json(record: object) -> FittedProfile:
     }
     return FittedProfile(
         name=get_text(top, "name", "profile"),
-        provenance=_texts(top, "provenance"),
+        provenance=get_texts(top, "provenance", "profile"),
         warnings=warnings,
         fits=fits,
         capacities=_capacities(get_mapping(top, "kv_tokens", "profile")),
@@ -95,11 +96,6 @@ def _children(
     record: Mapping[str, object], where: str
 ) -> list[tuple[str, Mapping[str, object]]]:
     return [(key, get_mapping(record, key, where)) for key in record]
-
-
-def _texts(record: Mapping[str, object], key: str) -> dict[str, str]:
-    inner = get_mapping(record, key, "profile")
-    return {name: get_text(inner, name, key) for name in inner}
 
 
 def _fits_by_tp(

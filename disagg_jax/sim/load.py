@@ -40,6 +40,20 @@ class StepLoad:
         if not (self.chunks or self.decodes):
             raise ValueError("load: expected a chunk or a decode, got neither")
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens computed."""
+        return sum(count for _, count in self.chunks)
+
+    @property
+    def prompt_squares(self) -> int:
+        """The sum over chunks of (start + count)^2 - start^2.
+
+        Whole prompts have their length squared. Prompt attention grows with it, and the
+        chunks of a prompt add up to the prompt's.
+        """
+        return sum((start + n) ** 2 - start**2 for start, n in self.chunks)
+
 
 class InstanceCost(Protocol):
     """Durations on one instance; the cost model that made it was given tp and pp."""

@@ -24,6 +24,21 @@ def get_mapping(
     return cast(Mapping[str, object], value)
 
 
+def get_texts(record: Mapping[str, object], key: str, where: str) -> Mapping[str, str]:
+    """`record[key]`, an object of texts."""
+    inner = get_mapping(record, key, where)
+    return {name: get_text(inner, name, key) for name in inner}
+
+
+def open_profile(record: object, kind: str) -> Mapping[str, object]:
+    """`record`, if it is an object of that "kind"."""
+    expect(isinstance(record, Mapping), "profile: expected an object", record)
+    top = cast(Mapping[str, object], record)
+    came = get_text(top, "kind", "profile")
+    expect(came == kind, f"profile.kind: expected {kind!r}", came)
+    return top
+
+
 def get_list(record: Mapping[str, object], key: str, where: str) -> list[object]:
     """`record[key]`, a list that is not empty."""
     value = get_value(record, key, where)

@@ -85,7 +85,7 @@ class RooflineInstance:
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Seconds on each stage."""
-        tokens = load.decodes + sum(count for _, count in load.chunks)
+        tokens = load.decodes + load.prompt_tokens
         # A chunk that does not end its prompt needs no logits, but a load does not say
         # which do: each is billed for one row.
         logits = load.decodes + len(load.chunks)

@@ -15,6 +15,20 @@ def test_a_load_holds_what_it_was_given(chunks, decodes, context):
 
 
 @pytest.mark.parametrize(
+    ("chunks", "tokens", "squares"),
+    [
+        ((), 0, 0),
+        (((0, 3), (0, 4)), 7, 25),
+        (((2, 3),), 3, 21),  # 25 - 4
+        (((0, 2), (2, 3)), 5, 25),  # the chunks of a prompt of 5
+    ],
+)
+def test_tokens_and_squares_of_prompt_parts(chunks, tokens, squares):
+    load = StepLoad(chunks, 1, 9)
+    assert (load.prompt_tokens, load.prompt_squares) == (tokens, squares)
+
+
+@pytest.mark.parametrize(
     ("chunks", "decodes", "context", "message"),
     [
         ((), 0, 0, "expected a chunk or a decode, got neither"),
