@@ -15,7 +15,8 @@ Two things are ours, because DistServe neither chunks nor mixes:
 
 * A chunk that computes `count` tokens after `start` cached ones has
   (start + count)^2 - start^2 in the place of len^2: the chunks of a prompt then add up
-  to the whole prompt's quadratic (attention) and linear terms.
+  to the whole prompt's quadratic (attention) and linear terms. Its ctx in the overhead
+  is start + count.
 * A step with prompt parts and decodes costs prefill + decode - min(a, a')/pp, and pays
   the overheads once. The constants are mostly the weights streamed through the linear
   layers and the launches, which one pass has once (Sarathi's observation); attention
