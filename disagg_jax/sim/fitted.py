@@ -1,0 +1,156 @@
+"""DistServe's fitted step times: a few measured coefficients for each tp.
+
+The form is that of DistServe's own simulator (OSDI'24; LLMServe/DistServe @ 82831f16),
+stated in our words. On each of pp stages, in ms:
+
+    prefill  (a + b S1 + c S2)/pp + 1.0 pp       S1 = sum len, S2 = sum len^2
+    decode   (a' + b' sum(ctx + 1) + c' B)/pp    two sets (a', b', c'), chosen by B
+
+and on the first stage also 2.0 + 1e-4 sum(ctx). It has no communication term, and for
+pp > 1 it is scaled from the measurement with one stage. It is computed in ms, in this
+order, and divided by 1000 at the end, so that whole simulations can be compared with
+that simulator's to 1e-6 ms.
+
+Two things are ours, because DistServe neither chunks nor mixes:
+
+* A chunk that computes `count` tokens after `start` cached ones has
+  (start + count)^2 - start^2 in the place of len^2: the chunks of a prompt then add up
+  to the whole prompt's quadratic (attention) and linear terms. Its ctx in the overhead
+  is start + count.
+* A step with prompt parts and decodes costs prefill + decode - min(a, a')/pp, and pays
+  the overheads once. The constants are mostly the weights streamed through the linear
+  layers and the launches, which one pass has once (Sarathi's observation); attention
+  over prompts and over contexts adds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.load import StepLoad, expect_one_stage, expect_parallelism
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillFit:
+    """Milliseconds of a prefill: a + b S1 + c S2."""
+
+    base_ms: float  # a
+    token_ms: float  # b, per prompt token
+    square_ms: float  # c, per squared token; a fit may have got it negative
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeFit:
+    """Milliseconds of a decode: a' + b' sum(ctx + 1) + c' B."""
+
+    base_ms: float  # a'
+    context_ms: float  # b', per token attended to, the new one included
+    request_ms: float  # c', per request
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepFit:
+    """What was fitted for one model on one engine with one tp."""
+
+    prefill: PrefillFit
+    decode_small: DecodeFit  # where fewer than `large_decodes` requests decode
+    decode_large: DecodeFit  # from there on
+    large_decodes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedCost:
+    """A `CostModel` of measured coefficients.
+
+    The three constants are DistServe's; they are not in the profile.
+    """
+
+    name: str  # what outputs are marked with
+    fits: Mapping[int, StepFit]  # by tp
+    stage_ms: float = 1.0  # times pp: of each stage of a prefill, the hand-over
+    first_stage_ms: float = (
+        2.0  # of a step on the first stage: its RPC ("ray overhead")
+    )
+    first_stage_token_ms: float = (
+        1e-4  # the same per token of context, which it carries
+    )
+
+    def instance(self, tp: int, pp: int = 1) -> FittedInstance:
+        """The durations on tp x pp devices; any pp, but only a tp that was measured."""
+        expect_parallelism(tp, pp)
+        expect(tp in self.fits, f"{self.name}: expected tp in {sorted(self.fits)}", tp)
+        return FittedInstance(self, self.fits[tp], pp)
+
+
+class FittedInstance:
+    """An `InstanceCost`: `fit` on `pp` stages."""
+
+    __slots__ = (
+        "_cost",
+        "_fit",
+        "_first_ms",
+        "_first_token_ms",
+        "_large_decodes",
+        "_pp",
+        "_small",
+        "_large",
+    )
+
+    def __init__(self, cost: FittedCost, fit: StepFit, pp: int):
+        self._cost, self._fit, self._pp = cost, fit, pp
+        # decode_s reads these in the hot loop; a chain of attributes takes longer.
+        self._first_ms = cost.first_stage_ms
+        self._first_token_ms = cost.first_stage_token_ms
+        self._large_decodes = fit.large_decodes
+        self._small = dataclasses.astuple(fit.decode_small)
+        self._large = dataclasses.astuple(fit.decode_large)
+
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        """Seconds on each stage; all but the first take the same."""
+        stage_ms = self._shared_ms(load)
+        cached = load.context - load.decodes  # without the tokens computed now
+        in_prompts = sum(start + count for start, count in load.chunks)
+        first_ms = self._first_ms + self._first_token_ms * (in_prompts + cached)
+        return ((stage_ms + first_ms) / 1000,) + (stage_ms / 1000,) * (self._pp - 1)
+
+    def decode_s(self, decodes: int, context: int) -> float:
+        """Seconds of a decode-only step on the one stage."""
+        if self._pp != 1:
+            expect_one_stage(self._pp)
+        large = decodes >= self._large_decodes
+        base_ms, context_ms, request_ms = self._large if large else self._small
+        stage_ms = base_ms + context_ms * context + request_ms * decodes
+        first_ms = self._first_ms + self._first_token_ms * (context - decodes)
+        return (stage_ms + first_ms) / 1000
+
+    def _shared_ms(self, load: StepLoad) -> float:
+        """Milliseconds that every stage takes."""
+        if not load.chunks:
+            return self._decode_ms(load)
+        prefill_ms = self._prefill_ms(load)
+        if not load.decodes:
+            return prefill_ms
+        base_ms = min(self._fit.prefill.base_ms, self._decode_fit(load).base_ms)
+        return prefill_ms + self._decode_ms(load) - base_ms / self._pp
+
+    def _prefill_ms(self, load: StepLoad) -> float:
+        fit = self._fit.prefill
+        whole_ms = (
+            fit.base_ms
+            + fit.token_ms * load.prompt_tokens
+            + fit.square_ms * load.prompt_squares
+        )
+        return whole_ms / self._pp + self._cost.stage_ms * self._pp
+
+    def _decode_ms(self, load: StepLoad) -> float:
+        fit = self._decode_fit(load)
+        whole_ms = (
+            fit.base_ms + fit.context_ms * load.context + fit.request_ms * load.decodes
+        )
+        return whole_ms / self._pp
+
+    def _decode_fit(self, load: StepLoad) -> DecodeFit:
+        large = load.decodes >= self._fit.large_decodes
+        return self._fit.decode_large if large else self._fit.decode_small

@@ -1,0 +1,148 @@
+"""A device as a roofline sees it: peaks, memory, and the share of them that is reached.
+
+Efficiencies are measured points, not fits; between the points they are interpolated.
+The presets are in hardware_presets.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.link import LinkSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EfficiencyCurve:
+    """The share of a peak that is reached, by size; constant outside the points.
+
+    Between two points it is linear. size / efficiency must not fall from one point to
+    the next: a larger problem would else take less time. It then falls nowhere,
+    because on a segment it is a ratio of two linear functions, which is monotone.
+
+    Raises:
+      ValueError: if points are missing, out of order, or not in (0, 1], or if a larger
+        problem would take less time.
+    """
+
+    points: tuple[tuple[float, float], ...]  # (size, efficiency), sizes increasing
+
+    def __post_init__(self) -> None:
+        expect(len(self.points) > 0, "curve: expected at least one point", self.points)
+        for size, efficiency in self.points:
+            ok = size > 0 and 0 < efficiency <= 1
+            expect(
+                ok,
+                "curve: expected (size > 0, 0 < efficiency <= 1)",
+                (size, efficiency),
+            )
+        for (x0, y0), (x1, y1) in itertools.pairwise(self.points):
+            expect(x0 < x1, "curve: expected increasing sizes", (x0, x1))
+            expected = f"curve: expected size / efficiency >= {x0 / y0:g} at {x1:g}"
+            expect(x0 / y0 <= x1 / y1, expected, x1 / y1)
+
+    @classmethod
+    def constant(cls, efficiency: float) -> EfficiencyCurve:
+        """The same efficiency at all sizes."""
+        return cls(((1.0, efficiency),))
+
+    def at(self, size: float) -> float:
+        """The efficiency at `size`."""
+        points = self.points
+        if size <= points[0][0]:
+            return points[0][1]
+        for (x0, y0), (x1, y1) in itertools.pairwise(points):
+            if size <= x1:
+                return y0 + (y1 - y0) * (size - x0) / (x1 - x0)
+        return points[-1][1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AllReduce:
+    """An all-reduce of n bytes takes alpha + 2 (tp - 1)/tp n / bus bandwidth.
+
+    Raises:
+      ValueError: on a negative alpha or no bandwidth.
+    """
+
+    alpha_s: float  # of a message of no bytes
+    bus_bytes_s: float  # as NCCL counts it: independent of tp where links are alike
+
+    def __post_init__(self) -> None:
+        expect(self.alpha_s >= 0, "alpha_s: expected >= 0", self.alpha_s)
+        expect(self.bus_bytes_s > 0, "bus_bytes_s: expected > 0", self.bus_bytes_s)
+
+    def time_s(self, tp: int, size_bytes: float) -> float:
+        """Seconds for `size_bytes` on each of `tp` devices."""
+        return self.alpha_s + 2 * (tp - 1) / tp * size_bytes / self.bus_bytes_s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One kind of accelerator and how several of them are joined.
+
+    Raises:
+      ValueError: naming the field, on a value that no device has.
+    """
+
+    name: str
+    peak_flops: float  # dense matmul in the models' activation dtype, FLOP/s
+    hbm_bytes_s: float  # memory bandwidth
+    memory_bytes: float  # of one device
+    # Shares of the peak that are reached:
+    gemm_mfu: EfficiencyCurve  # by rows (tokens) of a linear layer's matmul
+    weight_mbu: float  # of hbm_bytes_s, streaming weights for few rows
+    attention_mfu: EfficiencyCurve  # by tokens attended to, prefill, causal FLOPs
+    kv_mbu: float  # of hbm_bytes_s, decode attention, for large KV
+    kv_startup_s: float  # of decode attention in one layer, before KV flows at kv_mbu
+    # Joining devices:
+    all_reduce: Mapping[int, AllReduce]  # by tp > 1; no other tp can be had
+    hop: LinkSpec  # takes activations to the next pipeline stage
+    # A step:
+    step_s: float  # t0: launches and host work of a stage that nothing hides
+    tile_rows: int  # above this, rows of a matmul are computed in multiples of it
+
+    def __post_init__(self) -> None:
+        for name in ("peak_flops", "hbm_bytes_s", "memory_bytes", "tile_rows"):
+            value = getattr(self, name)
+            expect(value > 0, f"{self.name}: {name}: expected > 0", value)
+        for name in ("weight_mbu", "kv_mbu"):
+            value = getattr(self, name)
+            expect(0 < value <= 1, f"{self.name}: {name}: expected in (0, 1]", value)
+        for name in ("kv_startup_s", "step_s"):
+            value = getattr(self, name)
+            expect(value >= 0, f"{self.name}: {name}: expected >= 0", value)
+
+    def rows(self, tokens: int) -> int:
+        """Rows that a matmul over `tokens` is billed for.
+
+        Above one tile whole tiles are computed (Sarathi on an A6000: 256 tokens take
+        69.8 ms, 257 take 92.3 ms). Up to one tile kernels of fewer rows are chosen,
+        and streaming the weights takes longer than they do.
+        """
+        tile = self.tile_rows
+        return tokens if tokens <= tile else -(-tokens // tile) * tile
+
+    def ideal(self) -> Hardware:
+        """The same peaks reached in full, with no overhead: a bound.
+
+        Communication takes no time: it hides behind compute and memory traffic.
+        """
+        full = EfficiencyCurve.constant(1.0)
+        free = AllReduce(0.0, math.inf)
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}-ideal",
+            gemm_mfu=full,
+            weight_mbu=1.0,
+            attention_mfu=full,
+            kv_mbu=1.0,
+            kv_startup_s=0.0,
+            all_reduce={tp: free for tp in self.all_reduce},
+            hop=dataclasses.replace(self.hop.ideal(), bandwidth_bytes_s=math.inf),
+            step_s=0.0,
+            tile_rows=1,
+        )

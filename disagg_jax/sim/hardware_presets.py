@@ -1,0 +1,176 @@
+"""Devices with the source of each constant.
+
+"measured" and "spec" below mean facts/latency.md's table "Efficiencies from published
+measurements" and its header; (aic) is aiconfigurator, (Vidur) is Vidur's profiles. For
+the TPUs and the CPU no efficiency has been measured: those are assumed, each with its
+reason, and results from them are bounds with a guess rather than predictions.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.hardware import AllReduce, EfficiencyCurve, Hardware
+from disagg_jax.sim.link import LinkSpec, get_link
+
+# t0 where nothing was measured: about what a stage's launches cost where the host's
+# other work is hidden. Engines differ far more: DistServe's prefill constants are
+# 12-43 ms, and a fit to vLLM of 2023 needs 20-40 ms (facts/latency.md).
+_STEP_S = 1e-3
+
+_A100 = Hardware(
+    name="a100-80g",
+    peak_flops=312e12,  # spec: bf16 and fp16, dense
+    hbm_bytes_s=2.039e12,  # spec: SXM, 80 GB
+    memory_bytes=80 * 2**30,  # DistServe's capacities fit 80 GiB (tests)
+    # measured (aic), rows 128 ... 4096
+    gemm_mfu=EfficiencyCurve(
+        ((128, 0.47), (256, 0.67), (512, 0.73), (1024, 0.83), (4096, 0.88))
+    ),
+    weight_mbu=0.685,  # measured (aic), m <= 64: .67-.70
+    # measured, 512 ... 8k tokens
+    attention_mfu=EfficiencyCurve(
+        ((512, 0.24), (1024, 0.36), (2048, 0.46), (4096, 0.52), (8192, 0.55))
+    ),
+    # measured: MBU .49 / .68 / .75 where a layer's kernel reads 64-256 MB / .25-1 GB /
+    # 1-4 GB. The time at each bin's geometric middle (128, 512, 2048 MB) lies on
+    # 47.4 us + bytes / (0.779 W) to 0.2 %. Below 64 MB the line is extrapolated.
+    kv_mbu=0.779,
+    kv_startup_s=47.4e-6,
+    # measured: alpha of vLLM's custom all-reduce, captured; bandwidth at about 1 GB
+    all_reduce={
+        2: AllReduce(5e-6, 199e9),
+        4: AllReduce(5e-6, 221e9),
+        8: AllReduce(6e-6, 228e9),
+    },
+    hop=get_link("nvlink-a100"),
+    step_s=_STEP_S,  # assumed
+    tile_rows=128,  # Sarathi (facts/schedulers.md): tiles of 128 rows
+)
+_H100 = Hardware(
+    name="h100",
+    peak_flops=989e12,  # spec: SXM, bf16, dense
+    hbm_bytes_s=3.35e12,  # spec: SXM
+    memory_bytes=80 * 2**30,  # spec: 80 GB, read as for the A100
+    # measured (aic), rows 128 ... 4096
+    gemm_mfu=EfficiencyCurve(
+        ((128, 0.34), (256, 0.63), (512, 0.80), (1024, 0.86), (4096, 0.85))
+    ),
+    weight_mbu=0.825,  # measured (aic), m <= 64: .81-.84
+    # measured, 512 ... 8k tokens
+    attention_mfu=EfficiencyCurve(
+        ((512, 0.15), (1024, 0.25), (2048, 0.37), (4096, 0.49), (8192, 0.55))
+    ),
+    # measured as for the A100: MBU .48 / .77 / .90, on 39.6 us + bytes / (0.958 W)
+    kv_mbu=0.958,
+    kv_startup_s=39.6e-6,
+    # measured as for the A100
+    all_reduce={
+        2: AllReduce(4e-6, 332e9),
+        4: AllReduce(5e-6, 355e9),
+        8: AllReduce(5e-6, 362e9),
+    },
+    hop=get_link("nvlink-h100"),
+    step_s=_STEP_S,  # assumed
+    tile_rows=128,  # as the A100
+)
+
+
+def _tpu(
+    name: str,
+    *,
+    peak_flops: float,
+    hbm_bytes_s: float,
+    memory_bytes: float,
+    ici: LinkSpec,
+    devices: tuple[int, ...],
+) -> Hardware:
+    """A TPU chip. What it reaches of its peaks is assumed.
+
+    `devices` are the tensor parallel sizes of one ring: a ring sends both ways, so its
+    bus bandwidth is two links, with one hop's latency for each chip (the scaling
+    book's all-reduce, on one axis of the torus).
+    """
+    ring_bytes_s = 2 * ici.efficiency * ici.bandwidth_bytes_s
+    return Hardware(
+        name=name,
+        peak_flops=peak_flops,
+        hbm_bytes_s=hbm_bytes_s,
+        memory_bytes=memory_bytes,
+        # assumed: 40 % is the scaling book's guess for prefill; it measured none
+        gemm_mfu=EfficiencyCurve.constant(0.4),
+        attention_mfu=EfficiencyCurve.constant(0.4),
+        # assumed: between the A100's .69 and the H100's .83
+        weight_mbu=0.8,
+        kv_mbu=0.8,
+        kv_startup_s=0.0,  # assumed: one compiled program has no launch per layer
+        all_reduce={tp: AllReduce(tp * ici.latency_s, ring_bytes_s) for tp in devices},
+        hop=ici,
+        step_s=_STEP_S,  # assumed
+        tile_rows=8,  # a bf16 operand enters the MXU in groups of 8 rows
+    )
+
+
+_V5E = _tpu(
+    "tpu-v5e",
+    peak_flops=197e12,  # spec (scaling book; Google Cloud, docs/v5e), bf16
+    hbm_bytes_s=0.819e12,  # Google Cloud, docs/v5e; facts/latency.md: 0.81-0.82
+    memory_bytes=16e9,  # spec
+    ici=get_link("ici-v5e"),
+    devices=(2, 4, 8, 16),  # an axis of the 2-D torus has up to 16
+)
+_V5P = _tpu(
+    "tpu-v5p",
+    peak_flops=459e12,  # Google Cloud, docs/v5p, bf16
+    hbm_bytes_s=2.765e12,  # Google Cloud, docs/v5p
+    memory_bytes=95e9,  # Google Cloud, docs/v5p: 95 GB (later pages: GiB)
+    ici=get_link("ici-v5p"),
+    devices=(2, 4, 8, 16),  # an axis of the 3-D torus has up to 24
+)
+_V6E = _tpu(
+    "tpu-v6e",
+    peak_flops=918e12,  # Google Cloud, docs/v6e, bf16
+    hbm_bytes_s=1.64e12,  # Google Cloud, docs/v6e, 2025 (later pages: 1600 GB/s)
+    memory_bytes=32e9,  # Google Cloud, docs/v6e
+    ici=get_link("ici-v6e"),
+    devices=(2, 4, 8, 16),  # as v5e
+)
+_CPU = Hardware(
+    # Two cores of a server, to run examples with: no particular machine. All of it is
+    # assumed. Devices share nothing, unlike JAX's host devices, which share the cores.
+    name="cpu",
+    peak_flops=192e9,  # 2 cores x 3 GHz x 32 float32 FLOPs (AVX2, two FMA units)
+    hbm_bytes_s=20e9,  # one DDR4 channel, about
+    memory_bytes=8e9,
+    gemm_mfu=EfficiencyCurve.constant(0.5),
+    weight_mbu=0.5,
+    attention_mfu=EfficiencyCurve.constant(0.25),
+    kv_mbu=0.5,
+    kv_startup_s=0.0,
+    all_reduce={tp: AllReduce(50e-6, 5e9) for tp in (2, 4, 8)},
+    hop=LinkSpec(
+        name="memory",
+        latency_s=50e-6,
+        bandwidth_bytes_s=5e9,
+        efficiency=1.0,
+        measured=False,
+    ),
+    step_s=_STEP_S,
+    tile_rows=1,
+)
+HARDWARE: Mapping[str, Hardware] = types.MappingProxyType(
+    {x.name: x for x in (_A100, _H100, _V5E, _V5P, _V6E, _CPU)}
+)
+
+
+def get_hardware(name: str) -> Hardware:
+    """The preset called `name`.
+
+    Raises:
+      ValueError: naming the presets, if there is none of that name.
+    """
+    known = sorted(HARDWARE)
+    expect(name in HARDWARE, f"hardware: expected one of {known}", name)
+    return HARDWARE[name]

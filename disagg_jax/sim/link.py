@@ -1,0 +1,141 @@
+"""Links between devices: how long bytes take when nothing else is on the wire.
+
+A transfer takes latency + bytes / (efficiency * lanes * bandwidth). Queueing for a link
+is the backend's job. Measured efficiencies come from facts/latency.md ("Link
+efficiency", and the send-recv rows of its table of published measurements).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+
+from disagg_jax.expect import expect
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LinkSpec:
+    """One direction of a link of one device (or host, where it says so).
+
+    Raises:
+      ValueError: on a negative latency, no bandwidth, or an efficiency not in (0, 1].
+    """
+
+    name: str
+    latency_s: float  # of a message of no bytes
+    bandwidth_bytes_s: float  # one way, ideal: from the spec sheet
+    efficiency: float  # share of that which large messages reach
+    measured: bool  # whether the efficiency is a measurement or an assumption
+
+    def __post_init__(self) -> None:
+        expect(self.latency_s >= 0, "latency_s: expected >= 0", self.latency_s)
+        bandwidth = self.bandwidth_bytes_s
+        expect(bandwidth > 0, "bandwidth_bytes_s: expected > 0", bandwidth)
+        in_range = 0 < self.efficiency <= 1
+        expect(in_range, "efficiency: expected in (0, 1]", self.efficiency)
+
+    def transfer_s(self, size_bytes: float, lanes: int = 1) -> float:
+        """Seconds for `size_bytes` spread evenly over `lanes` such links.
+
+        Between instances that shard KV alike, lanes = min(tp of the source, tp of the
+        destination) where each device has a link of its own.
+        """
+        expect(size_bytes >= 0, "size_bytes: expected >= 0", size_bytes)
+        expect(lanes >= 1, "lanes: expected >= 1", lanes)
+        rate_bytes_s = self.efficiency * lanes * self.bandwidth_bytes_s
+        return self.latency_s + size_bytes / rate_bytes_s
+
+    def ideal(self) -> LinkSpec:
+        """The same wire without latency and loss: a bound."""
+        return dataclasses.replace(self, latency_s=0.0, efficiency=1.0)
+
+
+_ALL = (
+    LinkSpec(
+        name="nvlink-a100",
+        latency_s=8e-6,  # Vidur's DGX send-recv tables
+        bandwidth_bytes_s=300e9,  # A100 datasheet: 600 GB/s both ways together
+        efficiency=0.77,  # Vidur's DGX send-recv tables: about 230 of 300 GB/s
+        measured=True,
+    ),
+    LinkSpec(
+        name="nvlink-h100",
+        latency_s=5e-6,  # Vidur's DGX send-recv tables
+        bandwidth_bytes_s=450e9,  # H100 SXM datasheet: 900 GB/s both ways together
+        efficiency=0.77,  # Vidur's DGX send-recv tables: 348 of 450 GB/s
+        measured=True,
+    ),
+    LinkSpec(
+        name="pcie5",
+        latency_s=5e-6,  # assumed: as NVLink between H100s
+        bandwidth_bytes_s=64e9,  # PCIe 5.0 x16: 32 GT/s x 16 lanes, before encoding
+        efficiency=0.8,  # assumed: facts/latency.md has no measurement
+        measured=False,
+    ),
+    LinkSpec(
+        name="400gb",
+        latency_s=17e-6,  # Vidur's H100 inter-node send-recv
+        bandwidth_bytes_s=50e9,  # 400 Gb/s
+        # Vidur's H100 inter-node send-recv: 35.9 of 50 GB/s, if its NIC is 400 Gb/s,
+        # as aiconfigurator assumes.
+        efficiency=0.72,
+        measured=True,
+    ),
+    LinkSpec(
+        name="100gb",
+        latency_s=24e-6,  # Vidur's A100 inter-node send-recv
+        bandwidth_bytes_s=12.5e9,  # 100 Gb/s
+        # Vidur's A100 inter-node send-recv: 7.8 of 12.5 GB/s, if that link is 100 Gb/s.
+        efficiency=0.62,
+        measured=True,
+    ),
+    LinkSpec(
+        name="25gb",  # DistServe's testbed between nodes
+        latency_s=24e-6,  # assumed: as 100gb
+        bandwidth_bytes_s=3.125e9,  # 25 Gb/s
+        efficiency=0.62,  # assumed: as 100gb
+        measured=False,
+    ),
+    LinkSpec(
+        name="ici-v5e",  # one link of a chip; a chip of the 2-D torus has four
+        latency_s=1e-6,  # assumed: about 1 us for a hop
+        bandwidth_bytes_s=45e9,  # one way, facts/latency.md (scaling book)
+        efficiency=1.0,  # assumed: no measurement found; the 45 GB/s is below the spec
+        measured=False,
+    ),
+    LinkSpec(
+        name="ici-v5p",  # one link of a chip; a chip of the 3-D torus has six
+        latency_s=1e-6,  # assumed: as ici-v5e
+        # Google Cloud, docs/v5p: 1200 GB/s for a chip, both ways, over its six links
+        bandwidth_bytes_s=100e9,
+        efficiency=0.9,  # assumed: the scaling book counts 45 of v5e's 50 GB/s
+        measured=False,
+    ),
+    LinkSpec(
+        name="ici-v6e",  # one link of a chip; a chip of the 2-D torus has four
+        latency_s=1e-6,  # assumed: as ici-v5e
+        # Google Cloud, docs/v6e: 800 GB/s for a chip, both ways, over its four links
+        bandwidth_bytes_s=100e9,
+        efficiency=0.9,  # assumed: as ici-v5p
+        measured=False,
+    ),
+    LinkSpec(
+        name="dcn-v5e",  # of a host with 8 chips
+        latency_s=50e-6,  # assumed: an Ethernet round through the hosts
+        bandwidth_bytes_s=25e9,  # facts/latency.md; Google Cloud: 2 x 100 Gb/s NICs
+        efficiency=0.62,  # assumed: as 100gb
+        measured=False,
+    ),
+)
+LINKS: Mapping[str, LinkSpec] = types.MappingProxyType({x.name: x for x in _ALL})
+
+
+def get_link(name: str) -> LinkSpec:
+    """The preset called `name`.
+
+    Raises:
+      ValueError: naming the presets, if there is none of that name.
+    """
+    expect(name in LINKS, f"link: expected one of {sorted(LINKS)}", name)
+    return LINKS[name]

@@ -1,0 +1,87 @@
+"""Whether a model fits on tp x pp devices, and how much context fits beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.load import expect_parallelism
+from disagg_jax.sim.model_shape import ModelShape
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Partition:
+    """A model's layers over pp stages and its heads over tp devices each.
+
+    The first layers % pp stages have a layer more than the others. Where tp is more
+    than kv_heads, each kv head is kept by tp / kv_heads devices.
+
+    Raises:
+      ValueError: with the numbers, if heads or layers do not divide so.
+    """
+
+    model: ModelShape
+    tp: int
+    pp: int
+
+    def __post_init__(self) -> None:
+        expect_parallelism(self.tp, self.pp)
+        name, q_heads, kv = self.model.name, self.model.q_heads, self.model.kv_heads
+        expected = f"{name}: expected tp to divide {q_heads} query heads"
+        expect(q_heads % self.tp == 0, expected, self.tp)
+        divides = kv % self.tp == 0 or self.tp % kv == 0
+        expect(divides, f"{name}: expected tp to fit {kv} kv heads", self.tp)
+        layers = self.model.layers
+        expect(self.pp <= layers, f"{name}: expected pp <= {layers} layers", self.pp)
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers of each stage."""
+        whole, more = divmod(self.model.layers, self.pp)
+        return tuple(whole + (stage < more) for stage in range(self.pp))
+
+    @property
+    def kv_shards(self) -> int:
+        """Devices of a stage over which its KV is spread."""
+        return min(self.tp, self.model.kv_heads)
+
+    @property
+    def weight_bytes_per_device(self) -> float:
+        """Bytes of weights on the fullest device.
+
+        That is one of the first stage, which has the embedding. The last stage has the
+        unembedding, and its own copy of a tied one unless it is also the first.
+        """
+        model = self.model
+        tables = 2 if self.pp == 1 and not model.tie_embeddings else 1
+        layers = self.stage_layers[0]
+        params = layers * model.layer_params + tables * model.table_params
+        return params * model.weight_dtype_bytes / self.tp
+
+    @property
+    def kv_bytes_per_token_per_device(self) -> float:
+        """Bytes of KV of one token on the device that keeps most of it."""
+        layer_bytes = self.model.layer_kv_bytes_per_token
+        return self.stage_layers[0] * layer_bytes / self.kv_shards
+
+    def kv_tokens(self, memory_bytes: float, utilisation: float = 0.9) -> int:
+        """Tokens of KV that fit beside the weights.
+
+        Args:
+          memory_bytes: of one device.
+          utilisation: the share of it for weights and KV; the rest is for activations.
+
+        Raises:
+          ValueError: if the weights leave no room for one token.
+        """
+        expect(0 < utilisation <= 1, "utilisation: expected in (0, 1]", utilisation)
+        usable = memory_bytes * utilisation
+        weights = self.weight_bytes_per_device
+        tokens = int((usable - weights) // self.kv_bytes_per_token_per_device)
+        expect(
+            tokens >= 1,
+            f"{self.model.name} with tp={self.tp}, pp={self.pp}: expected weights and "
+            f"KV in {usable / 1e9:.4g} GB of a device ({utilisation:g} of its memory)",
+            f"{weights / 1e9:.4g} GB of weights alone",
+        )
+        return tokens

@@ -1,0 +1,138 @@
+"""Step times from a model's sizes and a device's peaks: no measurement of the model.
+
+The form is facts/latency.md's "Step time (recommended)": Sarathi's max of compute and
+weight streaming, DistServe's attention terms, Vidur's split into operators. Seconds on
+a stage with L layers, for n tokens in the pass, on tp devices of F FLOP/s and W byte/s:
+
+    t0
+    + max(2 P n~ / (tp F eta_f), P s / (tp W eta_w))        linear layers, P weights
+    + the same for the unembedding, on the last stage, for the rows that need logits
+    + sum over chunks of 4 L h c (k + c/2) / (tp F eta_a)   c tokens after k cached ones
+    + L t_kv + L kv_bytes context / (min(tp, kv_heads) W eta_kv)      if any decode
+    + 2 L (alpha + 2 (tp - 1)/tp n h s / bus)               if tp > 1
+    + the activations' hop to the next stage                if there is one
+
+Decodes and prompt parts share the linear layers of a mixed step, its t0 and its
+communication latency; attention adds. All of a decode-only step but one product depends
+on the number of decodes alone, so `decode_s` is base[decodes] + slope * context.
+
+What it leaves out: sampling, the embedding lookup, norms and activations (bandwidth),
+memory traffic of prefill attention, any overlap of communication with compute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.hardware import Hardware
+from disagg_jax.sim.load import StepLoad, expect_one_stage
+from disagg_jax.sim.memory import Partition
+from disagg_jax.sim.model_shape import ModelShape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RooflineCost:
+    """A `CostModel` of any model on any device."""
+
+    model: ModelShape
+    hardware: Hardware
+    memory_utilisation: float = 0.9  # share of a device's memory for weights and KV
+
+    @property
+    def name(self) -> str:
+        """What outputs are marked with."""
+        return f"roofline/{self.hardware.name}/{self.model.name}"
+
+    def instance(self, tp: int, pp: int = 1) -> RooflineInstance:
+        """The durations on tp x pp devices.
+
+        Raises:
+          ValueError: if the model does not divide or fit so (see `kv_tokens`), or the
+            hardware has no all-reduce over tp devices.
+        """
+        partition = Partition(self.model, tp, pp)
+        known = sorted((1, *self.hardware.all_reduce))
+        expect(tp in known, f"{self.hardware.name}: expected tp in {known}", tp)
+        self.kv_tokens(tp, pp)
+        return RooflineInstance(partition, self.hardware)
+
+    def kv_tokens(self, tp: int, pp: int = 1) -> int:
+        """Tokens of KV that an instance can hold.
+
+        Raises:
+          ValueError: with the numbers, if the model does not divide or fit so.
+        """
+        partition = Partition(self.model, tp, pp)
+        return partition.kv_tokens(self.hardware.memory_bytes, self.memory_utilisation)
+
+
+class RooflineInstance:
+    """An `InstanceCost`; `decode_s` keeps what depends on the number of decodes."""
+
+    __slots__ = ("_bases", "_context_s", "_hardware", "_partition", "_slope")
+
+    def __init__(self, partition: Partition, hardware: Hardware):
+        self._partition, self._hardware = partition, hardware
+        kv_bytes_s = partition.kv_shards * hardware.hbm_bytes_s * hardware.kv_mbu
+        layer_bytes = partition.model.layer_kv_bytes_per_token
+        # Seconds per token of context, on each stage.
+        self._context_s = tuple(
+            layers * layer_bytes / kv_bytes_s for layers in partition.stage_layers
+        )
+        self._slope = self._context_s[0]
+        self._bases: dict[int, float] = {}  # decodes -> seconds without context
+
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        """Seconds on each stage."""
+        tokens = load.decodes + load.prompt_tokens
+        # A chunk that does not end its prompt needs no logits, but a load does not say
+        # which do: each is billed for one row.
+        logits = load.decodes + len(load.chunks)
+        attention_s = sum(self._attention_s(*chunk) for chunk in load.chunks)
+        return tuple(
+            self._fixed_s(stage, tokens, logits, load.decodes > 0)
+            + layers * attention_s
+            + self._context_s[stage] * load.context
+            for stage, layers in enumerate(self._partition.stage_layers)
+        )
+
+    def decode_s(self, decodes: int, context: int) -> float:
+        """Seconds of a decode-only step on the one stage."""
+        base_s = self._bases.get(decodes)
+        if base_s is None:
+            expect_one_stage(self._partition.pp)
+            base_s = self._bases[decodes] = self._fixed_s(0, decodes, decodes, True)
+        return base_s + self._slope * context
+
+    def _fixed_s(self, stage: int, tokens: int, logits: int, decodes: bool) -> float:
+        """Seconds of all that no context and no prompt's length changes."""
+        model, hardware = self._partition.model, self._hardware
+        layers, tp = self._partition.stage_layers[stage], self._partition.tp
+        activation_bytes = tokens * model.embed * model.activation_dtype_bytes
+        time_s = hardware.step_s + self._linear_s(layers * model.layer_params, tokens)
+        if decodes:
+            time_s += layers * hardware.kv_startup_s
+        if tp > 1:  # after attention and after the MLP
+            reduce_s = hardware.all_reduce[tp].time_s(tp, activation_bytes)
+            time_s += 2 * layers * reduce_s
+        if stage == self._partition.pp - 1:
+            return time_s + self._linear_s(model.table_params, logits)
+        return time_s + hardware.hop.transfer_s(activation_bytes)
+
+    def _linear_s(self, params: int, tokens: int) -> float:
+        """Seconds of matmuls with `params` weights: compute or streaming them."""
+        hardware, tp = self._hardware, self._partition.tp
+        rows = hardware.rows(tokens)
+        flops_s = tp * hardware.peak_flops * hardware.gemm_mfu.at(rows)
+        weight_bytes = params * self._partition.model.weight_dtype_bytes
+        bytes_s = tp * hardware.hbm_bytes_s * hardware.weight_mbu
+        return max(2 * params * rows / flops_s, weight_bytes / bytes_s)
+
+    def _attention_s(self, start: int, count: int) -> float:
+        """Seconds of one layer's causal attention over a prompt part."""
+        model, hardware = self._partition.model, self._hardware
+        width = model.q_heads * model.head_dim
+        flops = 4 * width * count * (start + count / 2)
+        mfu = hardware.attention_mfu.at(start + count)
+        return flops / (self._partition.tp * hardware.peak_flops * mfu)

@@ -1,0 +1,68 @@
+"""Links against the ideal transfer times of facts/latency.md."""
+
+import dataclasses
+
+import pytest
+
+from disagg_jax.sim.link import LINKS, get_link
+from disagg_jax.sim.model_shape import get_model_shape
+
+NAMES = ("nvlink-a100", "nvlink-h100", "pcie5", "400gb", "100gb", "25gb")
+
+
+@pytest.mark.parametrize(
+    ("model", "tokens", "expected_ms"),
+    [
+        # facts/latency.md, "ideal one-way ms", as printed there
+        ("opt-66b", 512, ("4.0", "2.7", "18.9", "24.2", "96.6", "387")),
+        ("opt-175b", 2048, ("32.2", "21.5", "151", "193", "773", "3092")),
+        ("llama-2-70b", 2048, ("2.2", "1.5", "10.5", "13.4", "53.7", "215")),
+        ("llama-3-8b", 2048, ("0.9", "0.6", "4.2", "5.4", "21.5", "86")),
+        ("opt-13b", 512, ("1.4", "0.9", "6.6", "8.4", "33.6", "134")),
+    ],
+)
+def test_ideal_times_of_a_requests_kv(model, tokens, expected_ms):
+    size_bytes = tokens * get_model_shape(model).kv_bytes_per_token
+    for name, text in zip(NAMES, expected_ms, strict=True):
+        ms = 1000 * get_link(name).ideal().transfer_s(size_bytes)
+        digits = len(text.partition(".")[2])
+        assert f"{ms:.{digits}f}" == text, name
+
+
+def test_latency_efficiency_and_lanes():
+    link = dataclasses.replace(
+        get_link("25gb"), latency_s=0.5, bandwidth_bytes_s=100.0, efficiency=0.5
+    )
+    assert link.transfer_s(0) == 0.5
+    assert link.transfer_s(100) == 2.5  # .5 + 100 / (.5 * 100)
+    assert link.transfer_s(100, lanes=4) == 1.0
+    assert link.ideal().transfer_s(100, lanes=2) == 0.5
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_presets_are_slower_than_their_bound(name):
+    link = get_link(name)
+    assert link.transfer_s(1e6) > link.ideal().transfer_s(1e6) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latency_s": -1e-6}, "latency_s: expected >= 0, got -1e-06"),
+        ({"bandwidth_bytes_s": 0.0}, "bandwidth_bytes_s: expected > 0, got 0.0"),
+        ({"efficiency": 1.2}, r"efficiency: expected in \(0, 1\], got 1.2"),
+        ({"efficiency": 0.0}, r"efficiency: expected in \(0, 1\], got 0.0"),
+    ],
+)
+def test_impossible_links_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(get_link("pcie5"), **change)
+
+
+def test_bad_transfers_are_refused():
+    with pytest.raises(ValueError, match="size_bytes: expected >= 0, got -1"):
+        get_link("pcie5").transfer_s(-1)
+    with pytest.raises(ValueError, match="lanes: expected >= 1, got 0"):
+        get_link("pcie5").transfer_s(1, lanes=0)
+    with pytest.raises(ValueError, match="link: .*'pcie5'.*, got 'pcie6'"):
+        get_link("pcie6")
