@@ -13,11 +13,9 @@ from disagg_jax.request import Request, Timeline
 from disagg_jax.work import (
     Arrived,
     Cancelled,
-    Done,
     Down,
     Event,
     Progress,
-    Step,
     Task,
     Up,
     Work,
@@ -31,6 +29,8 @@ class Outcome:
     durations_s: Iterable[float]  # of each iteration; may be made when it is needed
     tokens: tuple[int, ...] = ()  # step: one per sampling slice; () in simulation
     bytes: int = 0  # transfer: KV bytes moved
+    later_stages_s: Sequence[float] = ()  # step: on the pipeline stages after the first
+    link: tuple[int, ...] = ()  # transfer: the wire; () is one for each (src, dst)
 
 
 class Executor(Protocol):
@@ -50,7 +50,7 @@ class Backend(Protocol):
         """Starts `work` as soon as its device or link is free; a Cut at once."""
         ...
 
-    def wait(self, until_s: float) -> list[Done | Progress]:
+    def wait(self, until_s: float) -> list[Report]:
         """Returns the next completions; none if there are none until `until_s`.
 
         The progress that spans have made by then comes with them. With nothing

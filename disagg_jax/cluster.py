@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Request
 from disagg_jax.scheduling.routing import Router
 from disagg_jax.state import (
@@ -15,7 +16,6 @@ from disagg_jax.state import (
     StepInFlight,
     in_order,
 )
-from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.work import OnRead, Slice, Step, StepLoad, Transfer
 
 
@@ -103,7 +103,9 @@ class Cluster:
         unrouted, self.unrouted = self.unrouted, []
         for state in in_order(unrouted):
             self.enqueue(state)
-        parked = [s for i in self.instances for s in i.parked.values() if s.target is None]
+        parked = [
+            s for i in self.instances for s in i.parked.values() if s.target is None
+        ]
         for state in in_order(parked):
             self.assign_target(state)
 
@@ -160,7 +162,9 @@ class Cluster:
             instance.id,
             OnRead(lambda: _slices(prompts, batch, instance.blocks)),
             StepLoad(
-                tuple((state.context, state.known - state.context) for state in prompts),
+                tuple(
+                    (state.context, state.known - state.context) for state in prompts
+                ),
                 len(batch),
                 batch.context + len(batch),
             ),

@@ -33,6 +33,7 @@ from disagg_jax.work import (
     Down,
     Event,
     Progress,
+    StageFree,
     Up,
     Work,
 )
@@ -130,6 +131,8 @@ class Controller:
                 self._done(now_s, event)
             case Progress(work, ends_s):
                 self._progress(now_s, work, ends_s)
+            case StageFree(work):
+                self._stage_free(work)
             case Cancelled(request_id):
                 self._cancel(now_s, request_id)
             case Down(instance):
@@ -218,7 +221,11 @@ class Controller:
         for state in flight.cancelled:
             self._cluster.remove(state)
         instance = self.instances[flight.work.instance]
-        instance.step, flight.batch.stepping = None, False
+        flight.batch.stepping = False
+        if instance.step is flight:
+            instance.step = None
+        else:
+            del instance.downstream[flight.work.id]
         instance.ready = instance.ready.absorb(flight.batch)
 
     def _receive(self, state: RequestState, token: int, end_s: float) -> None:
@@ -226,9 +233,16 @@ class Controller:
         if state.request.stops_at(token):
             self._end(state, Status.FINISHED, end_s)
 
+    def _stage_free(self, work: int) -> None:
+        flight = self._in_flight.get(work)
+        instance = self.instances[flight.work.instance] if _is_step(flight) else None
+        if instance is None or instance.step is not flight:
+            raise RuntimeError(f"work {work} leaves a stage that it is not on")
+        instance.step, instance.downstream[work] = None, instance.step
+
     def _progress(self, now_s: float, work: int, ends_s: Sequence[float]) -> None:
         flight = self._in_flight.get(work)
-        if not isinstance(flight, StepInFlight):
+        if not _is_step(flight):
             raise RuntimeError(f"work {work} makes progress but is no span in flight")
         flight.batch.advance(ends_s)
         if ends_s[-1] < now_s:
@@ -259,6 +273,7 @@ class Controller:
     def _down(self, lost: InstanceState) -> None:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
         lost.up, lost.step = False, None
+        lost.downstream.clear()
         touched = {*lost.waiting, *lost.running, *lost.parked.values(), *lost.pulls}
         for work_id, flight in list(self._in_flight.items()):
             if lost.id in flight.work.instances:
@@ -295,8 +310,9 @@ class Controller:
         self._active -= 1
         if state.place not in (Place.STEPPING, Place.MOVING):
             self._cluster.remove(state)
-        elif state.batch is not None and state.holder and state.holder.step:
-            state.holder.step.cancelled.append(state)
+        elif state.batch is not None and state.holder is not None:
+            flights = state.holder.steps
+            next(f for f in flights if f.batch is state.batch).cancelled.append(state)
 
     # -- spans ----------------------------------------------------------------------
 
@@ -384,7 +400,7 @@ class Controller:
             [self._requests[view.id] for view in plan.decodes]
             if len(plan.decodes) < len(instance.ready.members)
             else None,
-            plan.repeats if self._spans else 1,
+            plan.repeats if self._spans and instance.spec.pp == 1 else 1,
         )
         self._in_flight[flight.work.id] = flight
         works.append(flight.work)
@@ -424,6 +440,10 @@ class Controller:
             raise RuntimeError(
                 f"{self._active} requests wait, but nothing can be planned: {places}"
             )
+
+
+def _is_step(flight: InFlight | None) -> typing.TypeGuard[StepInFlight]:
+    return isinstance(flight, StepInFlight)
 
 
 def _stamp_start(state: RequestState, now_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Which instances serve: their roles, their tensor parallelism, their KV memory."""
+"""Which instances serve: their roles, their parallelism, their KV memory."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 import enum
 import re
 
-_SYNTAX = "'[N x]ROLE:tpK' items joined by commas, like 2xprefill:tp1,1xdecode:tp2"
-_ITEM = re.compile(r"(?:([1-9]\d*)x)?(prefill|decode|colocated):tp(\d+)")
+_SYNTAX = (
+    "'[N x]ROLE:tpK[ppL]' items joined by commas, like 2xprefill:tp1,1xdecode:tp2pp2"
+)
+_ITEM = re.compile(r"(?:([1-9]\d*)x)?(prefill|decode|colocated):tp(\d+)(?:pp(\d+))?")
 
 
 class Role(enum.StrEnum):
@@ -23,11 +25,23 @@ class InstanceSpec:
     """One copy of the weights on its own devices."""
 
     role: Role
-    tp: int = 1  # tensor parallelism = devices of the instance
+    tp: int = 1  # tensor parallelism: devices of a stage
+    pp: int = 1  # pipeline parallelism: stages
 
     def __post_init__(self) -> None:
-        if self.tp < 1:
-            raise ValueError(f"tp: expected >= 1, got {self.tp}")
+        for name in ("tp", "pp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+
+    @property
+    def devices(self) -> int:
+        """Devices of all stages together."""
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        """Its item in the text that `Deployment.parse` reads."""
+        stages = f"pp{self.pp}" if self.pp > 1 else ""
+        return f"{self.role}:tp{self.tp}{stages}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +98,14 @@ class Deployment:
 
     @classmethod
     def parse(cls, text: str) -> Deployment:
-        """Reads `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp2`, ..."""
+        """Reads `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp2pp2`, ..."""
         instances: list[InstanceSpec] = []
         for item in text.replace(" ", "").split(","):
             match = _ITEM.fullmatch(item)
             if match is None:
                 raise ValueError(f"deployment: expected {_SYNTAX}; got '{item}'")
-            count, role, tp = match.groups()
-            spec = InstanceSpec(role=Role(role), tp=int(tp))
+            count, role, tp, pp = match.groups()
+            spec = InstanceSpec(role=Role(role), tp=int(tp), pp=int(pp or 1))
             instances += [spec] * int(count or 1)
         return cls(tuple(instances))
 
@@ -102,7 +116,7 @@ class Deployment:
     @property
     def devices(self) -> int:
         """Devices of all instances together."""
-        return sum(spec.tp for spec in self.instances)
+        return sum(spec.devices for spec in self.instances)
 
     def __str__(self) -> str:
         """The text that `parse` reads, equal neighbours counted."""
@@ -113,6 +127,6 @@ class Deployment:
             while self.instances[i + count : i + count + 1] == (spec,):
                 count += 1
             prefix = f"{count}x" if count > 1 else ""
-            items.append(f"{prefix}{spec.role}:tp{spec.tp}")
+            items.append(f"{prefix}{spec}")
             i += count
         return ",".join(items)

@@ -23,12 +23,13 @@ from disagg_jax.work import (
     Down,
     Event,
     Progress,
+    StageFree,
     Step,
     Up,
     Work,
 )
 
-_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, Up)}
+_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, StageFree, Up)}
 
 
 @dataclasses.dataclass

@@ -122,7 +122,9 @@ class StepInFlight:
     work: Step
     prompts: Sequence[RequestState]  # those whose known tokens are all computed
     batch: DecodeBatch  # those that decode
-    cancelled: list[RequestState] = dataclasses.field(default_factory=list[RequestState])
+    cancelled: list[RequestState] = dataclasses.field(
+        default_factory=list[RequestState]
+    )
     until: int = 0  # iteration of the batch with which it ends
     cut: bool = False  # whether it was told to end earlier
 
@@ -155,7 +157,11 @@ class InstanceState:
     spec: InstanceSpec
     memory: KVMemory
     up: bool = True
-    step: StepInFlight | None = None
+    step: StepInFlight | None = None  # the one on the first pipeline stage
+    # Those that are on later stages: with one stage there are none.
+    downstream: dict[int, StepInFlight] = dataclasses.field(
+        default_factory=dict[int, StepInFlight]
+    )
     waiting: collections.deque[RequestState] = dataclasses.field(
         default_factory=collections.deque[RequestState]
     )
@@ -181,9 +187,14 @@ class InstanceState:
         return self.ready.members.values()
 
     @property
+    def steps(self) -> list[StepInFlight]:
+        """All that is in flight."""
+        return [*self.downstream.values(), *([self.step] if self.step else [])]
+
+    @property
     def stepping(self) -> list[RequestState]:
-        """The requests in the step that is going on."""
-        return self.step.states if self.step else []
+        """The requests in a step."""
+        return [state for flight in self.steps for state in flight.states]
 
     @property
     def running_context(self) -> int:
@@ -195,15 +206,14 @@ class InstanceState:
 
     @property
     def queued(self) -> int:
-        if self.step is None:
-            return len(self.waiting)
-        firsts = sum(state.generated == 0 for state in self.step.prompts)
+        firsts = sum(
+            state.generated == 0 for flight in self.steps for state in flight.prompts
+        )
         return len(self.waiting) + firsts
 
     @property
     def resident(self) -> int:
-        in_step = self.step
-        stepping = len(in_step.prompts) + len(in_step.batch.members) if in_step else 0
+        stepping = sum(len(f.prompts) + len(f.batch.members) for f in self.steps)
         return len(self.ready.members) + stepping + len(self.arriving)
 
     @property

@@ -78,6 +78,20 @@ class StepLoad(NamedTuple):
     decodes: int  # requests that decode one token each
     context: int  # tokens that those attend to together, the new ones included
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Prompt tokens computed."""
+        return sum(count for _, count in self.chunks)
+
+    @property
+    def prompt_squares(self) -> int:
+        """The sum over chunks of (start + count)^2 - start^2.
+
+        Whole prompts have their length squared. Prompt attention grows with it, and the
+        chunks of a prompt add up to the prompt's.
+        """
+        return sum((start + n) ** 2 - start**2 for start, n in self.chunks)
+
     @classmethod
     def of(cls, slices: Sequence[Slice]) -> StepLoad:
         """The load of given slices."""
@@ -158,6 +172,12 @@ class Done(NamedTuple):
     ends_s: tuple[float, ...] = ()  # span: ends of iterations not reported before
 
 
+class StageFree(NamedTuple):
+    """The first pipeline stage is done with a step, which goes on: another may start."""
+
+    work: int  # Step.id
+
+
 class Progress(NamedTuple):
     """Iterations of a span are over; it goes on."""
 
@@ -183,4 +203,5 @@ class Up(NamedTuple):
     instance: int
 
 
-Event = Arrived | Done | Progress | Cancelled | Down | Up
+Report = Done | Progress | StageFree  # what a backend tells
+Event = Arrived | Report | Cancelled | Down | Up

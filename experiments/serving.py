@@ -319,8 +319,8 @@ class Server:
     def _modelled_s(self, work: Task) -> float:
         cost = self.config.cost
         if isinstance(work, Step):
-            return cost.step_s(work.instance, work.load)
-        return cost.transfer_s(work)
+            return sum(cost.stages_s(work.instance, work.load))
+        return cost.hop(work).duration_s
 
     # -- what one step takes, for SLOs and for where to start a search -----------------
 

@@ -90,7 +90,7 @@ class CheckingEngine:
                 slot = self._slot(work.instance, part.blocks, position)
                 self._cache[slot] = (part.request.id, position, value)
         tokens = [token(p.request, p.sample_index) for p in work.slices if p.samples]
-        return Outcome((self._cost.step_s(work.instance, work.load),), tuple(tokens))
+        return Outcome(self._cost.stages_s(work.instance, work.load), tuple(tokens))
 
     def done(self, events) -> None:
         """Checks, when work is done, that the KV it read and wrote is still intact."""
@@ -117,7 +117,7 @@ class CheckingEngine:
             source = self._slot(work.src, work.src_blocks, position)
             target = self._slot(work.dst, work.dst_blocks, position)
             self._cache[target] = self._cache[source]
-        return Outcome((self._cost.transfer_s(work),), bytes=work.context)
+        return Outcome((self._cost.hop(work).duration_s,), bytes=work.context)
 
     def _check(self, instance, blocks, request: Request, context: int) -> None:
         truth = self._truth(request, 0, context)

@@ -14,7 +14,12 @@ def by_pairs(specs: list[InstanceSpec]) -> bool:
     return (Role.PREFILL in roles) == (Role.DECODE in roles)
 
 
-SPECS = st.builds(InstanceSpec, role=st.sampled_from(Role), tp=st.integers(1, 16))
+SPECS = st.builds(
+    InstanceSpec,
+    role=st.sampled_from(Role),
+    tp=st.integers(1, 16),
+    pp=st.integers(1, 4),
+)
 DEPLOYMENTS = (
     st.lists(SPECS, min_size=1, max_size=8).filter(by_pairs).map(tuple).map(Deployment)
 )
@@ -30,7 +35,8 @@ def test_every_instance_has_one_role(deployment: Deployment):
     found = [i for role in Role for i in deployment.of(role)]
     assert sorted(found) == list(range(len(deployment.instances)))
     assert deployment.of(*Role) == tuple(range(len(deployment.instances)))
-    assert deployment.devices == sum(spec.tp for spec in deployment.instances)
+    devices = [spec.tp * spec.pp for spec in deployment.instances]
+    assert deployment.devices == sum(devices)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,7 @@ def test_every_instance_has_one_role(deployment: Deployment):
             "prefill:tp1,decode:tp1,prefill:tp1",
             3,
         ),
+        ("prefill:tp1pp1,2xdecode:tp2pp3", "prefill:tp1,2xdecode:tp2pp3", 13),
         ("colocated:tp2,10xcolocated:tp1", "colocated:tp2,10xcolocated:tp1", 12),
     ],
 )
@@ -56,13 +63,15 @@ def test_parse_accepts(text: str, written: str, devices: int):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "deployment: expected '[N x]ROLE:tpK' items"),
+        ("", "deployment: expected '[N x]ROLE:tpK[ppL]' items"),
         ("prefill:tp1,", "; got ''"),
         ("verifier:tp1", "; got 'verifier:tp1'"),
         ("prefill", "; got 'prefill'"),
         ("prefill:tp1;decode:tp1", "; got 'prefill:tp1;decode:tp1'"),
         ("-1xcolocated:tp1", "; got '-1xcolocated:tp1'"),
         ("colocated:tp0", "tp: expected >= 1, got 0"),
+        ("colocated:tp1pp0", "pp: expected >= 1, got 0"),
+        ("colocated:pp2", "; got 'colocated:pp2'"),
         ("0xcolocated:tp1", "; got '0xcolocated:tp1'"),
         ("colocated:tp1,0xcolocated:tp2", "; got '0xcolocated:tp2'"),
         ("2xprefill:tp1", "got 2 prefill and 0 decode in '2xprefill:tp1'"),

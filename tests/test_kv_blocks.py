@@ -69,9 +69,7 @@ TestBlocks = BlocksMachine.TestCase
 def test_over_extending_changes_nothing():
     blocks = pool(4)
     blocks.extend(1, 9)  # 3 blocks
-    with pytest.raises(
-        RuntimeError, match="needs 2 more KV blocks, but only 1 of 4"
-    ):
+    with pytest.raises(RuntimeError, match="needs 2 more KV blocks, but only 1 of 4"):
         blocks.extend(1, 17)
     assert (blocks.free, blocks.held(1)) == (1, 3)
     with pytest.raises(RuntimeError):

@@ -122,12 +122,16 @@ def test_linear_cost_counts_prompt_decode_and_context_tokens():
         transfer_base_s=5.0,
         transfer_token_s=0.5,
     )
-    assert cost.step_s(0, step(0, 0, (0, 3), (0, 1)).load) == 1400.0  # a prompt of 1 is one too
-    assert cost.step_s(0, step(0, 0, (4, 1), (2, 1)).load) == 1028.0  # contexts of 5 and 3
-    assert cost.step_s(0, step(0, 0, (4, 2), (2, 1)).load) == 1213.0  # a chunk beside a decode
-    assert cost.transfer_s(transfer(0, context=6)) == 8.0
+    # A prompt of 1 is a prompt too; contexts of 5 and 3; a chunk beside a decode.
+    for parts, seconds in (
+        ([(0, 3), (0, 1)], 1400.0),
+        ([(4, 1), (2, 1)], 1028.0),
+        ([(4, 2), (2, 1)], 1213.0),
+    ):
+        assert cost.stages_s(0, step(0, 0, *parts).load) == (seconds,)
+    assert cost.hop(transfer(0, context=6)).duration_s == 8.0
     executor = CostExecutor(cost)
-    assert executor.run(transfer(0, context=6)) == Outcome((8.0,))
+    assert executor.run(transfer(0, context=6)) == Outcome((8.0,), link=())
 
 
 # ---- against a closed form -----------------------------------------------------------

@@ -11,7 +11,7 @@ import time
 import jax
 
 from disagg_jax.engine.engine import Engine, Running
-from disagg_jax.work import Cut, Done, Progress, Task, Work
+from disagg_jax.work import Cut, Done, Report, Task, Work
 
 
 @dataclasses.dataclass(eq=False)
@@ -53,8 +53,8 @@ class WallBackend:
         self._pending.add(pending)
         self._advance(pending)
 
-    def wait(self, until_s: float) -> list[Done | Progress]:
-        done: list[Done | Progress] = []
+    def wait(self, until_s: float) -> list[Report]:
+        done: list[Report] = []
         while not done:
             left_s = until_s - self.now_s()
             if left_s == math.inf and not self._pending:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
 
-
 FOREVER = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
 
 

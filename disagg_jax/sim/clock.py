@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from disagg_jax.backend import Executor
-from disagg_jax.work import Cut, Done, Progress, Step, Transfer, Work
+from disagg_jax.work import Cut, Done, Progress, Report, StageFree, Step, Work
 
 _AHEAD = 16  # iterations of a span that are timed at once: most spans are cut early
 
-Resource = tuple[int, ...]  # one instance, or the link between two
+Resource = tuple[int, ...]  # (instance,), a link, or (instance, stage) for later stages
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -21,6 +22,7 @@ class _Running:
     """Work on its way, timed as far as it was needed."""
 
     work: int
+    instances: tuple[int, ...]
     resource: Resource
     start_s: float
     durations_s: Iterator[float]  # of the iterations that are not timed yet
@@ -30,6 +32,7 @@ class _Running:
     ends_s: list[float] = dataclasses.field(default_factory=list[float])
     reported: int = 0  # iterations
     due_s: float = math.inf  # of its entry in the heap that counts
+    last_stage_s: float | None = None  # when the last stage will be done, if it is later
 
 
 class VirtualBackend:
@@ -41,13 +44,20 @@ class VirtualBackend:
     each program really runs, alone, its tokens are real, and it stands on the timeline
     of its own devices, so that one machine can measure a deployment of many. That holds
     for programs whose devices are really there one at a time, not for tensor
-    parallelism over host devices that share the cores. What ends at one instant is told in the order of the instances.
+    parallelism over host devices that share the cores.
+
+    A pipelined instance has several steps in flight, one on each stage. What ends at
+    one instant is told in the order of the instances.
     """
 
     def __init__(self, executor: Executor):
         self._executor = executor
         self._now_s = 0.0
         self._busy_until_s: dict[Resource, float] = {}
+        # Seconds that an instance (its first stage), a later stage, or a link worked.
+        self.busy_s: collections.defaultdict[Resource, float] = collections.defaultdict(
+            float
+        )
         self._heap: list[tuple[float, Resource, int, _Running]] = []
         self._spans: dict[int, _Running] = {}
 
@@ -58,10 +68,11 @@ class VirtualBackend:
         if isinstance(work, Cut):
             self._cut(self._spans[work.work], work.iterations)
             return
-        resource = work.instances
         outcome = self._executor.run(work)
+        resource = outcome.link or work.instances
         running = _Running(
             work.id,
+            work.instances,
             resource,
             max(self._now_s, self._busy_until_s.get(resource, 0.0)),
             iter(outcome.durations_s),
@@ -72,12 +83,14 @@ class VirtualBackend:
         self._time(running)
         if running.iterations > 1:
             self._spans[work.id] = running
-        else:
-            self._busy_until_s[resource] = running.due_s
+            return
+        self._busy_until_s[resource] = running.due_s
+        if outcome.later_stages_s:
+            self._pass_stages(running, outcome.later_stages_s)
 
-    def wait(self, until_s: float) -> list[Done | Progress]:
+    def wait(self, until_s: float) -> list[Report]:
         """Advances to the next instant with completions, or to `until_s`."""
-        done: list[Done | Progress] = []
+        done: list[Report] = []
         while self._heap and self._heap[0][0] <= until_s:
             end_s, _, _, running = heapq.heappop(self._heap)
             if running.due_s != end_s:
@@ -85,20 +98,36 @@ class VirtualBackend:
             if len(running.ends_s) < running.iterations:
                 self._time(running)
                 continue
-            done.append(self._done(running, end_s))
             self._now_s = until_s = end_s
+            if running.last_stage_s is not None:
+                self._push(running, running.last_stage_s)
+                running.last_stage_s = None
+                done.append(StageFree(running.work))
+            else:
+                done.append(self._done(running, end_s))
         if not done and until_s < math.inf:
             self._now_s = max(self._now_s, until_s)
         return self._progress() + done
 
     def drop(self, instance: int) -> None:
-        for _, resource, work, running in self._heap:
-            if instance in resource:
+        for _, _, work, running in self._heap:
+            if instance in running.instances:
                 running.due_s = math.inf
                 self._spans.pop(work, None)
         for resource in self._busy_until_s:
             if instance in resource:
                 self._busy_until_s[resource] = self._now_s
+
+    def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
+        """start(step, k) = max(end(step, k - 1), end(step before, k)) on later stages."""
+        end_s = running.due_s
+        for stage, duration_s in enumerate(durations_s, 1):
+            resource = (*running.resource, stage)
+            start_s = max(end_s, self._busy_until_s.get(resource, 0.0))
+            end_s = start_s + duration_s
+            self._busy_until_s[resource] = end_s
+            self.busy_s[resource] += duration_s
+        running.last_stage_s = end_s
 
     def _time(self, running: _Running) -> None:
         """Times the next iterations and puts the last of them into the heap."""
@@ -118,6 +147,7 @@ class VirtualBackend:
         heapq.heappush(self._heap, (due_s, running.resource, running.work, running))
 
     def _done(self, running: _Running, end_s: float) -> Done:
+        self.busy_s[running.resource] += running.ends_s[-1] - running.start_s
         ends_s: tuple[float, ...] = ()
         if self._spans.pop(running.work, None) is not None:
             self._busy_until_s[running.resource] = end_s
@@ -126,9 +156,9 @@ class VirtualBackend:
             running.work, running.start_s, end_s, running.tokens, running.bytes, ends_s
         )
 
-    def _progress(self) -> list[Done | Progress]:
+    def _progress(self) -> list[Report]:
         """The iterations of spans that are over and were not told yet."""
-        found: list[Done | Progress] = []
+        found: list[Report] = []
         for running in self._spans.values():
             first = last = running.reported
             while running.ends_s[last] <= self._now_s:

@@ -1,4 +1,4 @@
-"""Cost models: how long work takes, without doing it."""
+"""What a deployment's work costs in time, without doing it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from disagg_jax.backend import Outcome
+from disagg_jax.sim.network import Hop, Network
+from disagg_jax.sim.protocols import InstanceCost
 from disagg_jax.work import Step, StepLoad, Task, Transfer
 
 
-class CostModel(Protocol):
-    """Durations in seconds."""
+class DeploymentCost(Protocol):
+    """Durations of the work of one deployment, in seconds."""
 
-    def step_s(self, instance: int, load: StepLoad) -> float:
-        """One step of an instance."""
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
+        """A step on each pipeline stage of an instance."""
         ...
 
     def decode_s(self, instance: int, decodes: int, context: int) -> float:
-        """The same for a step of decodes only. Called for each iteration."""
+        """Where there is one stage: the same for a step of decodes only, but cheap."""
         ...
 
-    def transfer_s(self, transfer: Transfer) -> float: ...
+    def hop(self, transfer: Transfer) -> Hop:
+        """How a transfer goes."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearCost:
     """step = fixed + per prompt token + per decode token + per context token read.
 
-    The simplest model that shows interference; every coefficient is in seconds. With
-    all but `step_base_s` zero it is constant.
+    The simplest `DeploymentCost` that shows interference, the same for all instances;
+    every coefficient is in seconds. With all but `step_base_s` zero it is constant.
     """
 
     step_base_s: float  # of every step: launch, streaming the weights
@@ -39,10 +43,9 @@ class LinearCost:
     transfer_base_s: float = 0.0  # latency of the link
     transfer_token_s: float = 0.0  # per token of KV moved
 
-    def step_s(self, instance: int, load: StepLoad) -> float:
-        prefill = sum(count for _, count in load.chunks)
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
         decode_s = self.decode_s(instance, load.decodes, load.context)
-        return decode_s + self.prefill_token_s * prefill
+        return (decode_s + self.prefill_token_s * load.prompt_tokens,)
 
     def decode_s(self, instance: int, decodes: int, context: int) -> float:
         return (
@@ -51,24 +54,43 @@ class LinearCost:
             + self.context_token_s * context
         )
 
-    def transfer_s(self, transfer: Transfer) -> float:
-        return self.transfer_base_s + self.transfer_token_s * transfer.context
+    def hop(self, transfer: Transfer) -> Hop:
+        return Hop(self.transfer_base_s + self.transfer_token_s * transfer.context)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelledCost:
+    """A `DeploymentCost` of a cost model for the instances and a network between."""
+
+    instances: tuple[InstanceCost, ...]  # in the deployment's order
+    network: Network
+
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
+        return self.instances[instance].stages_s(load)
+
+    def decode_s(self, instance: int, decodes: int, context: int) -> float:
+        return self.instances[instance].decode_s(decodes, context)
+
+    def hop(self, transfer: Transfer) -> Hop:
+        return self.network.hop(transfer)
 
 
 @dataclasses.dataclass(frozen=True)
 class CostExecutor:
     """An `Executor` that only says how long the work would take."""
 
-    cost: CostModel
+    cost: DeploymentCost
 
     def run(self, work: Task) -> Outcome:
         if isinstance(work, Transfer):
-            return Outcome((self.cost.transfer_s(work),))
+            hop = self.cost.hop(work)
+            return Outcome((hop.duration_s,), bytes=hop.bytes, link=hop.link)
         if work.iterations > 1:
             return Outcome(self._span_s(work))
-        return Outcome((self.cost.step_s(work.instance, work.load),))
+        first, *later = self.cost.stages_s(work.instance, work.load)
+        return Outcome((first,), later_stages_s=later)
 
     def _span_s(self, step: Step) -> Iterator[float]:
-        decodes, context = step.load.decodes, step.load.context
+        _, decodes, context = step.load
         for i in range(step.iterations):
             yield self.cost.decode_s(step.instance, decodes, context + i * decodes)

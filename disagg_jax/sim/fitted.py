@@ -29,7 +29,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from disagg_jax.expect import expect
-from disagg_jax.sim.load import StepLoad, expect_one_stage, expect_parallelism
+from disagg_jax.sim.protocols import expect_one_stage, expect_parallelism
+from disagg_jax.work import StepLoad
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

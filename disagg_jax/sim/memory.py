@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.expect import expect
-from disagg_jax.sim.load import expect_parallelism
 from disagg_jax.sim.model_shape import ModelShape
+from disagg_jax.sim.protocols import expect_parallelism
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -26,9 +26,10 @@ import dataclasses
 
 from disagg_jax.expect import expect
 from disagg_jax.sim.hardware import Hardware
-from disagg_jax.sim.load import StepLoad, expect_one_stage
 from disagg_jax.sim.memory import Partition
 from disagg_jax.sim.model_shape import ModelShape
+from disagg_jax.sim.protocols import expect_one_stage
+from disagg_jax.work import StepLoad
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

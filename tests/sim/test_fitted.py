@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from disagg_jax.sim.fitted import DecodeFit, FittedCost, PrefillFit, StepFit
 from disagg_jax.sim.fitted_profile import profile_from_json
-from disagg_jax.sim.load import StepLoad
+from disagg_jax.work import StepLoad
 
 PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"
 SIMPLE = FittedCost(

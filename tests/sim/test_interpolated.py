@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from disagg_jax.sim.interpolated import interpolate
 from disagg_jax.sim.interpolated_profile import cost_from_json
-from disagg_jax.sim.load import StepLoad
+from disagg_jax.work import StepLoad
 
 STAGE = {
     "floor_s": 1.0,

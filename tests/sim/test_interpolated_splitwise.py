@@ -13,7 +13,7 @@ from collections import defaultdict
 import pytest
 
 from disagg_jax.sim.interpolated_profile import cost_from_json
-from disagg_jax.sim.load import StepLoad
+from disagg_jax.work import StepLoad
 
 SYSTEMS = [
     ("llama2-70b", "a100-80gb", 2),

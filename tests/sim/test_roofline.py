@@ -13,9 +13,9 @@ from disagg_jax.sim.fitted_profile import profile_from_json
 from disagg_jax.sim.hardware import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware_presets import get_hardware
 from disagg_jax.sim.link import LinkSpec
-from disagg_jax.sim.load import StepLoad
 from disagg_jax.sim.model_shape import ModelShape, get_model_shape
 from disagg_jax.sim.roofline import RooflineCost
+from disagg_jax.work import StepLoad
 
 PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"
 
