@@ -381,7 +381,7 @@ class Controller:
             self._go_on(works)
         made_room = False
         for instance in self.instances:
-            if instance.step is None and (instance.waiting or instance.ready.members):
+            if instance.takes_a_step and (instance.waiting or instance.ready.members):
                 made_room |= self._start_step(now_s, instance, works)
         return made_room
 

@@ -187,6 +187,15 @@ class InstanceState:
         return self.ready.members.values()
 
     @property
+    def takes_a_step(self) -> bool:
+        """Whether the first stage is free, and fewer steps in flight than stages.
+
+        Without the second rule a faster first stage would send off ever smaller steps,
+        to wait before the slowest. vLLM has it too: a batch in flight for each stage.
+        """
+        return self.step is None and len(self.downstream) < self.spec.pp
+
+    @property
     def steps(self) -> list[StepInFlight]:
         """All that is in flight."""
         return [*self.downstream.values(), *([self.step] if self.step else [])]

@@ -39,18 +39,66 @@ class _Raw(NamedTuple):
 
 
 def read_trace(path: str | os.PathLike[str]) -> list[TraceRow]:
-    """The rows of a trace: `.csv` in the Azure format, `.jsonl` in Mooncake's.
+    """The rows of a trace: `.csv` of Azure or with plain columns, Mooncake's `.jsonl`.
 
     Raises:
       ValueError: on another extension, or as the reader of the format does.
     """
-    readers = {".csv": read_azure, ".jsonl": read_mooncake}
+    readers = {".csv": _read_csv, ".jsonl": read_mooncake}
     extension = pathlib.Path(path).suffix
     if extension not in readers:
         raise ValueError(
             f"{path}: expected one of {sorted(readers)}, got {extension!r}"
         )
     return readers[extension](path)
+
+
+def _read_csv(path: str | os.PathLike[str]) -> list[TraceRow]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        header = next(csv.reader(file), [])
+    return read_azure(path) if "TIMESTAMP" in header else read_columns(path)
+
+
+# Columns that say the same: name -> units per second, or per token.
+ARRIVAL_COLUMNS = {"arrival_s": 1, "arrival_ms": 1000}
+PROMPT_COLUMNS = ("prompt_tokens", "prompt_len")
+OUTPUT_COLUMNS = ("output_tokens", "output_len")
+
+
+def read_columns(path: str | os.PathLike[str]) -> list[TraceRow]:
+    """A CSV file with columns for arrival, prompt and output; others are ignored.
+
+    simdistserve's inputs and results are such files, and so is this project's
+    `requests.csv`.
+
+    Raises:
+      ValueError: naming file and line, without one of each kind of columns, on a field
+        that cannot be read, a negative count, or a time before the row above; also on
+        no rows.
+    """
+    kinds = (tuple(ARRIVAL_COLUMNS), PROMPT_COLUMNS, OUTPUT_COLUMNS)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = csv.reader(file)
+        header = next(lines, [])
+        names = [next((n for n in kind if n in header), None) for kind in kinds]
+        columns = [header.index(name) for name in names if name is not None]
+        if len(columns) < len(kinds):
+            one_each = " and ".join(f"one of {'/'.join(kind)}" for kind in kinds)
+            raise _bad_line(path, 1, f"a header with {one_each}", header)
+        parsed = ((lines.line_num, line, _plain(line, columns)) for line in lines if line)
+        expected = "a finite arrival and two token counts >= 0"
+        units = ARRIVAL_COLUMNS[names[0] or ""]
+        return _checked(path, parsed, expected, units_per_s=units)
+
+
+def _plain(fields: Sequence[str], columns: Sequence[int]) -> _Raw | None:
+    """The row; None if malformed."""
+    try:
+        time, prompt, output = (fields[column] for column in columns)
+        row = _Raw(float(time), int(prompt), int(output))
+    except (ValueError, IndexError):
+        return None
+    return row if math.isfinite(row.time) else None
 
 
 AZURE_HEADER = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")

@@ -19,7 +19,7 @@ from disagg_jax.scheduling.view import (
     check_parameters,
 )
 
-_ROWS = 1_000_000_000  # no limit
+NO_LIMIT = 1_000_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class RoundRobinDecode:
 
     @property
     def limits(self) -> StepLimits:
-        return StepLimits(prefill_tokens=0, prefill_rows=0, decode_rows=_ROWS)
+        return StepLimits(prefill_tokens=0, prefill_rows=0, decode_rows=NO_LIMIT)
 
     def plan(self, instance: InstanceView) -> Plan:
         rows, tokens = len(instance.running), instance.running_context
@@ -65,13 +65,13 @@ class RoundRobinDecode:
 class PrefillThenDecode:
     """A colocated instance: all that waits is prefilled first, then decodes go on."""
 
-    prefill: PrefillOnly = PrefillOnly(token_budget=66_144, max_seqs=_ROWS)
+    prefill: PrefillOnly = PrefillOnly(token_budget=66_144, max_seqs=NO_LIMIT)
     decode: RoundRobinDecode = RoundRobinDecode()
 
     @property
     def limits(self) -> StepLimits:
         rows, tokens = self.prefill.max_seqs, self.prefill.token_budget
-        return StepLimits(prefill_tokens=tokens, prefill_rows=rows, decode_rows=_ROWS)
+        return StepLimits(prefill_tokens=tokens, prefill_rows=rows, decode_rows=NO_LIMIT)
 
     def plan(self, instance: InstanceView) -> Plan:
         prefill = self.prefill.plan(instance)

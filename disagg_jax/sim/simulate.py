@@ -1,0 +1,58 @@
+"""A deployment that exists only as durations: what the simulator runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+from disagg_jax.backend import Intervention, Observer, serve
+from disagg_jax.controller import Controller
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.request import Request, Timeline
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.sim.cost import CostExecutor, DeploymentCost
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedRun:
+    """What came of one run."""
+
+    timelines: list[Timeline]  # in order of arrival
+    end_s: float
+    # Seconds of work: (instance,) is its first stage, (instance, k) a later one; links
+    # as `Network` names them, or (src, dst).
+    busy_s: Mapping[tuple[int, ...], float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedDeployment:
+    """Instances, policies, memory and durations; it runs any requests.
+
+    Attributes:
+      memory: of each instance, in the deployment's order.
+      spans: whether several decode iterations are taken at once. It changes nothing
+        but the speed.
+    """
+
+    deployment: Deployment
+    policies: Mapping[Role, Policy]
+    memory: tuple[KVMemory, ...]
+    cost: DeploymentCost
+    spans: bool = True
+
+    def run(
+        self,
+        requests: Iterable[Request],
+        interventions: Iterable[Intervention] = (),
+        observer: Observer | None = None,
+    ) -> SimulatedRun:
+        """Serves `requests` to the end."""
+        controller = Controller(
+            self.deployment, self.policies, self.memory, spans=self.spans
+        )
+        backend = VirtualBackend(CostExecutor(self.cost))
+        timelines = serve(controller, backend, requests, interventions, observer)
+        return SimulatedRun(
+            timelines=timelines, end_s=backend.now_s(), busy_s=dict(backend.busy_s)
+        )

@@ -1,0 +1,111 @@
+"""Simulates a trace on a deployment: one row for each request.
+
+    python -m experiments.simulate --trace=FILE.csv --config=opt13b_a100 \\
+        --deployment=prefill:tp2,decode:tp1 --out=runs/simulated
+
+FILE is a CSV file with columns for arrival (arrival_s or arrival_ms), prompt
+(prompt_tokens or prompt_len) and output (output_tokens or output_len), an Azure trace,
+or a Mooncake .jsonl file. A deployment reads like prefill:tp2,decode:tp1 or
+2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs: experiments/simulations.py.
+
+OUT/requests.csv has, for each request, ttft_s, tpot_s and the five stages, floats in
+full; where a request was refused they are empty, and `error` says why.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from disagg_jax.deployment import Deployment
+from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
+from disagg_jax.request import Request, Status, Timeline
+from disagg_jax.sim.simulate import SimulatedRun
+from disagg_jax.traces import read_trace, requests_from_trace
+from experiments.simulations import SIMULATIONS, Simulation, get_simulation
+
+_TRACE = flags.DEFINE_string("trace", None, "Arrivals and lengths.", required=True)
+_CONFIG = flags.DEFINE_enum("config", None, sorted(SIMULATIONS), "What is simulated.")
+_DEPLOYMENT = flags.DEFINE_string("deployment", None, "Which instances serve.")
+_OUT = flags.DEFINE_string("out", None, "Folder for requests.csv.", allow_override=True)
+
+STAGES = tuple(field.name for field in dataclasses.fields(Stages))
+COLUMNS = (
+    "request_id",
+    "arrival_s",
+    "prompt_tokens",
+    "output_tokens",
+    "ttft_s",
+    "tpot_s",
+    *STAGES,
+    "error",
+)
+
+
+def trace_requests(path: str, simulation: Simulation) -> list[Request]:
+    """The requests of a trace, with the tokens the simulation adds to each."""
+    rows = read_trace(path)
+    made = requests_from_trace(rows, seed=0)
+    if made.dropped_empty:
+        print(f"{made.dropped_empty} rows without tokens are left out", file=sys.stderr)
+    return [
+        dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
+        for r in made.requests
+    ]
+
+
+def run(trace: str, simulation: Simulation, deployment: Deployment) -> SimulatedRun:
+    """Simulates a trace.
+
+    Raises:
+      ValueError, OSError: on bad input, before any work.
+    """
+    simulated = simulation.build(deployment)
+    return simulated.run(trace_requests(trace, simulation))
+
+
+def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
+    """Writes a row for each request; floats read back as they were."""
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(COLUMNS)
+        for timeline in timelines:
+            request = timeline.request
+            output = request.max_tokens - extra_tokens
+            asked = (request.id, request.arrival_s, request.prompt_tokens, output)
+            rows.writerow((*asked, *_latencies_s(timeline), timeline.error))
+
+
+def _latencies_s(timeline: Timeline) -> tuple[float | str, ...]:
+    if timeline.status is not Status.FINISHED:
+        return ("",) * (2 + len(STAGES))
+    stages = dataclasses.astuple(stages_s(timeline))
+    return (ttft_s(timeline), tpot_s(timeline), *stages)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    try:
+        simulation = get_simulation(_CONFIG.value)
+        deployment = Deployment.parse(_DEPLOYMENT.value)
+        out = pathlib.Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        timelines = run(_TRACE.value, simulation, deployment).timelines
+        write(out / "requests.csv", timelines, simulation.extra_tokens)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    refused = sum(t.status is not Status.FINISHED for t in timelines)
+    print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
+    if simulation.mark:
+        print(simulation.mark)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "deployment", "out"])
+    app.run(main)

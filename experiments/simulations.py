@@ -1,0 +1,217 @@
+"""Named simulations: models, cost models, policies and links for `simulate` & co.
+
+A simulation is everything but the deployment and the requests. To vary one:
+`dataclasses.replace(get_simulation("opt13b_a100"), between="100gb")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
+from disagg_jax.expect import expect
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.simdistserve import (
+    NO_LIMIT,
+    PrefillThenDecode,
+    RoundRobinDecode,
+)
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.sim.cost import ModelledCost
+from disagg_jax.sim.fitted_profile import FittedProfile, profile_from_json
+from disagg_jax.sim.hardware_presets import get_hardware
+from disagg_jax.sim.link import get_link
+from disagg_jax.sim.model_shape import get_model_shape
+from disagg_jax.sim.network import Network
+from disagg_jax.sim.protocols import CostModel
+from disagg_jax.sim.roofline import RooflineCost
+from disagg_jax.sim.simulate import SimulatedDeployment
+
+PROFILES = pathlib.Path(__file__).parent / "profiles"
+DISTSERVE = PROFILES / "distserve_a100_opt.json"
+_UNLIMITED_BLOCKS = 10**12
+_POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Simulation:
+    """What `build` makes a simulated deployment of.
+
+    Raises:
+      ValueError: on an unknown model, cost model, hardware or link.
+    """
+
+    model: str  # a name of `sim/model_shape.py`
+    # "fitted/ENGINE" (DistServe's A100 coefficients) or "roofline/HARDWARE".
+    cost: str
+    # Another for colocated instances. A comparison across it compares engines too, so
+    # whatever is printed of it is marked.
+    colocated_cost: str | None = None
+    policies: Mapping[Role, Policy] = dataclasses.field(
+        default_factory=lambda: dict(_POLICIES)
+    )
+    prefill_budget_is_memory: bool = False  # simdistserve: L_m is the KV capacity
+    kv_memory: bool = True  # False: unlimited
+    inside: str | None = None  # link inside a node; None takes no time
+    between: str | None = None  # link between nodes; None: all is one node
+    node_devices: int = 8
+    max_context: int = 2048  # of one request, in tokens
+    block_tokens: int = 16
+    extra_tokens: int = 0  # generated beyond the output length that is asked for
+
+    def __post_init__(self) -> None:
+        get_model_shape(self.model)
+        for link in (self.inside, self.between):
+            if link is not None:
+                get_link(link)
+        for cost in self.costs:
+            cost_model(cost, self.model)
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """The cost models that are used."""
+        return tuple(dict.fromkeys((self.cost, self.colocated_cost or self.cost)))
+
+    @property
+    def mark(self) -> str:
+        """What to print beside every result: '' if all systems share a cost model."""
+        if len(self.costs) == 1:
+            return ""
+        return f"unequal engines: colocated {self.costs[1]}, others {self.cost}"
+
+    def cost_of(self, spec: InstanceSpec) -> CostModel:
+        """The cost model of an instance."""
+        colocated = spec.role is Role.COLOCATED and self.colocated_cost is not None
+        return cost_model(self.costs[1] if colocated else self.cost, self.model)
+
+    def memory_of(self, spec: InstanceSpec) -> KVMemory:
+        """The KV memory of an instance.
+
+        Raises:
+          ValueError: if the model does not fit on it.
+        """
+        blocks = _UNLIMITED_BLOCKS
+        if self.kv_memory:
+            blocks = self.kv_tokens(spec) // self.block_tokens
+        return KVMemory(
+            num_blocks=blocks,
+            block_tokens=self.block_tokens,
+            max_context=self.max_context + self.extra_tokens,
+        )
+
+    def kv_tokens(self, spec: InstanceSpec) -> int:
+        """Tokens of KV that fit beside the weights."""
+        kind, _, name = self.cost.partition("/")
+        if kind == "fitted":
+            return distserve_profile().kv_tokens(self.model, spec.tp, spec.pp)
+        shape, hardware = get_model_shape(self.model), get_hardware(name)
+        return RooflineCost(model=shape, hardware=hardware).kv_tokens(spec.tp, spec.pp)
+
+    def build(self, deployment: Deployment) -> SimulatedDeployment:
+        """The simulated deployment.
+
+        Raises:
+          ValueError: if the model does not fit, or the cost model has no data for a tp.
+        """
+        shape = get_model_shape(self.model)
+        return SimulatedDeployment(
+            deployment=deployment,
+            policies=self._policies(deployment),
+            memory=tuple(self.memory_of(spec) for spec in deployment.instances),
+            cost=ModelledCost(
+                instances=tuple(
+                    self.cost_of(spec).instance(spec.tp, spec.pp)
+                    for spec in deployment.instances
+                ),
+                network=Network(
+                    deployment=deployment,
+                    kv_bytes_per_token=shape.kv_bytes_per_token,
+                    inside=get_link(self.inside) if self.inside else None,
+                    between=get_link(self.between) if self.between else None,
+                    node_devices=self.node_devices,
+                ),
+            ),
+        )
+
+    def _policies(self, deployment: Deployment) -> Mapping[Role, Policy]:
+        if not self.prefill_budget_is_memory:
+            return self.policies
+        entry = deployment.of(Role.PREFILL, Role.COLOCATED)[0]
+        budget = self.kv_tokens(deployment.instances[entry])
+        prefill = PrefillOnly(token_budget=budget, max_seqs=NO_LIMIT)
+        return {
+            Role.PREFILL: prefill,
+            Role.DECODE: RoundRobinDecode(),
+            Role.COLOCATED: PrefillThenDecode(prefill=prefill),
+        }
+
+
+@functools.cache
+def distserve_profile() -> FittedProfile:
+    """DistServe's released A100 coefficients."""
+    return profile_from_json(json.loads(DISTSERVE.read_text()))
+
+
+@functools.cache
+def cost_model(name: str, model: str) -> CostModel:
+    """The cost model `name` ("fitted/distserve", "roofline/h100", ...) of `model`."""
+    kind, _, rest = name.partition("/")
+    kinds = "'fitted/ENGINE' or 'roofline/HARDWARE'"
+    expect(kind in ("fitted", "roofline") and rest != "", f"cost: expected {kinds}", name)
+    if kind == "fitted":
+        return distserve_profile().cost_model(rest, model)
+    return RooflineCost(model=get_model_shape(model), hardware=get_hardware(rest))
+
+
+def _simdistserve(model: str) -> Simulation:
+    """DistServe's own simulator: free links, no KV memory, an engine for each side."""
+    return Simulation(
+        model=model,
+        cost="fitted/distserve",
+        colocated_cost="fitted/vllm",
+        prefill_budget_is_memory=True,
+        kv_memory=False,
+        max_context=10**9,
+        extra_tokens=1,
+    )
+
+
+SIMULATIONS = {
+    "simdistserve_opt13b": _simdistserve("opt-13b"),
+    "simdistserve_opt66b": _simdistserve("opt-66b"),
+    # One engine for all systems, KV memory and links: what the comparison should be.
+    "opt13b_a100": Simulation(
+        model="opt-13b", cost="fitted/distserve", inside="nvlink-a100", between="25gb"
+    ),
+    "opt66b_a100": Simulation(
+        model="opt-66b", cost="fitted/distserve", inside="nvlink-a100", between="25gb"
+    ),
+    "opt175b_a100": Simulation(
+        model="opt-175b", cost="roofline/a100-80g", inside="nvlink-a100", between="25gb"
+    ),
+    "llama3_8b_h100": Simulation(
+        model="llama-3-8b",
+        cost="roofline/h100",
+        inside="nvlink-h100",
+        between="400gb",
+        max_context=8192,
+    ),
+    "llama3_70b_h100": Simulation(
+        model="llama-3-70b",
+        cost="roofline/h100",
+        inside="nvlink-h100",
+        between="400gb",
+        max_context=8192,
+    ),
+}
+
+
+def get_simulation(name: str) -> Simulation:
+    """The simulation called `name`."""
+    expect(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
+    return SIMULATIONS[name]
