@@ -35,7 +35,7 @@ _IN_BOUNDS = "promise_in_bounds"
 _QUERY_CHUNK = 512  # prefill queries that attend at a time: bounds the score matrix
 # To send one more array costs about 0.1 ms for each device; to share one costs a copy
 # when it is taken apart. m32, TP4 to TP4: 1 MiB took 4.4 ms with k and v of each layer
-# apart and 2.4 together; 16 MiB 14.3 and 15.2; 128 MiB 75 and 89.
+# apart and 2.4 together; 16 MiB 15.0 and 14.0; 128 MiB 75 and 89 (2 busy cores).
 _ARRAY_BYTES = 4 * 2**20
 
 
