@@ -22,7 +22,6 @@ from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.programs import Compiled, ModelOnMesh
-from disagg_jax.engine.transfer import PiecePlan, piece_plan
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.lengths import FixedLengths
 from disagg_jax.request import Request, Timeline
@@ -207,33 +206,33 @@ def handoff_rig(
 
 
 def plain_device_put(rig: Rig, ids: Sequence[int]) -> Callable[[], None]:
-    """The hand-off of blocks `ids` with `jax.device_put` of the payload as a whole.
+    """The hand-off of blocks `ids` as JAX has it: index, `jax.device_put`, `.at[].set`.
 
     The payload is a new array every time, because jax keeps the host's copy of one that
     passed through it.
     """
     src, dst = rig.engine.instances
-    plans = [_one_piece(instance.model) for instance in (src, dst)]
-    src.model.compile_gather(len(ids), plans[0])
-    dst.model.compile_insert(len(ids), plans[1])
     vector = np.array(ids, np.int32)
-    target = dst.model.kv_sharding
+    source, target = src.model.kv_sharding, dst.model.kv_sharding
+
+    def gather(cache: kv_cache.Cache, ids: Array) -> kv_cache.Cache:
+        return [(k[ids], v[ids]) for k, v in cache]
+
+    def insert(cache: kv_cache.Cache, ids: Array, new: kv_cache.Cache) -> Any:
+        pairs = zip(cache, new, strict=True)
+        return [(k.at[ids].set(x), v.at[ids].set(y)) for (k, v), (x, y) in pairs]
+
+    gathering = jax.jit(gather, out_shardings=source)
+    inserting = jax.jit(insert, out_shardings=target, donate_argnums=0)
 
     def run() -> None:
         src_ids, dst_ids = src.model.put(vector), dst.model.put(vector)
-        payload = src.model.gather(0, src.cache[0], src_ids, plans[0])
-        moved = jax.device_put(jax.block_until_ready(payload), target)
-        jax.block_until_ready(moved)
-        cache = dst.cache[0]
-        dst.cache[0], flag = dst.model.insert(0, cache, dst_ids, moved, plans[1])
-        jax.block_until_ready(flag)
+        payload = jax.block_until_ready(gathering(src.cache[0], src_ids))
+        moved = jax.block_until_ready(jax.device_put(payload, target))
+        dst.cache[0] = inserting(dst.cache[0], dst_ids, moved)
+        jax.block_until_ready(dst.cache[0])
 
     return run
-
-
-def _one_piece(model: ModelOnMesh) -> PiecePlan:
-    """A plan in which each shard is one piece."""
-    return piece_plan(model.layout.kv, model.tp, model.layout.kv, model.tp)
 
 
 # -- the named shape -------------------------------------------------------------------

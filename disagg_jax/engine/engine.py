@@ -208,10 +208,7 @@ class Engine:
         groups = range(len(src.cache))
         gathered = [src.model.gather(g, src.cache[g], src_ids, plan) for g in groups]
         yield jax.tree.leaves(gathered)
-        moved = [
-            move(pieces, plan, dst.model.kv_sharding, kv_cache.HEAD_AXIS)
-            for pieces in gathered
-        ]
+        moved = [move(pieces, plan, dst.model.payload_sharding) for pieces in gathered]
         yield jax.tree.leaves(moved)
         landed: list[Array] = []
         for g, pieces in enumerate(moved):

@@ -68,6 +68,7 @@ class ModelOnMesh:
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self.kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)
+        self.payload_sharding = named_sharding(mesh, kv_cache.PAYLOAD_AXES, rules)
         self._programs: dict[Hashable, Compiled] = {}
 
     @property
@@ -159,12 +160,12 @@ class ModelOnMesh:
 
     def gather(
         self, group: int, cache: kv_cache.Cache, ids: Array, plan: PiecePlan
-    ) -> tuple[tuple[Array, ...], ...]:
+    ) -> list[list[Array]]:
         """Copies blocks out of a pool, cut into pieces of kv heads.
 
         Returns:
-          For each of `plan.pieces_per_source` pieces, k and v of each layer: piece j of
-          source shard i is the shards on device i of the arrays j.
+          For each of `plan.pieces_per_source` pieces its arrays: piece j of source
+          shard i is the shards on device i of the arrays j.
         """
         key = ("gather", group, ids.shape[0], plan.piece_heads)
         return self._lookup(key)(cache, ids)
@@ -180,7 +181,7 @@ class ModelOnMesh:
         group: int,
         cache: kv_cache.Cache,
         ids: Array,
-        pieces: Sequence[Sequence[Array]],
+        pieces: list[list[Array]],
         plan: PiecePlan,
     ) -> tuple[kv_cache.Cache, Array]:
         """Joins the pieces and writes them into the blocks `ids` of a donated pool.
@@ -190,41 +191,61 @@ class ModelOnMesh:
           may be donated to the next step before anyone looks.
         """
         key = ("insert", group, ids.shape[0], plan.piece_heads)
-        return self._lookup(key)(cache, ids, [list(p) for p in pieces])
+        return self._lookup(key)(cache, ids, pieces)
 
     def _gather_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
+        gather = functools.partial(
+            kv_cache.gather,
+            pieces=plan.pieces_per_source,
+            together=self._together(blocks, plan),
+        )
         program = jax.shard_map(
-            functools.partial(kv_cache.gather, piece_heads=plan.piece_heads),
+            gather,
             mesh=self.mesh,
             in_specs=(self.kv_sharding.spec, PartitionSpec()),
-            out_specs=self.kv_sharding.spec,
+            out_specs=self.payload_sharding.spec,
         )
         ids = self._spec((blocks,), jnp.int32)
         return jax.jit(program).lower(self._cache_spec(group), ids).compile()
 
     def _insert_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
-        part = self._part_spec()
-        shape = list(part.shape)
-        shape[kv_cache.AXES.index("blocks")] = blocks
-        shape[kv_cache.HEAD_AXIS] = plan.piece_heads * self.tp
-        array = jax.ShapeDtypeStruct(
-            tuple(shape), part.dtype, sharding=self.kv_sharding
-        )
-        piece = [array] * (2 * self._group_layers[group])
         program = jax.shard_map(
             kv_cache.insert,
             mesh=self.mesh,
             in_specs=(
                 self.kv_sharding.spec,
                 PartitionSpec(),
-                self.kv_sharding.spec,
+                self.payload_sharding.spec,
             ),
             out_specs=(self.kv_sharding.spec, PartitionSpec()),
         )
         ids = self._spec((blocks,), jnp.int32)
-        pieces = [piece] * len(plan.sources[0])
+        pieces = [self._piece_spec(group, blocks, plan)] * len(plan.sources[0])
         jitted = jax.jit(program, donate_argnums=0)
         return jitted.lower(self._cache_spec(group), ids, pieces).compile()
+
+    def _piece_spec(
+        self, group: int, blocks: int, plan: PiecePlan
+    ) -> list[jax.ShapeDtypeStruct]:
+        """The arrays of a piece, as they arrive."""
+        parts, together = 2 * self._group_layers[group], self._together(blocks, plan)
+        width = self.tp * self._row_size(plan)
+        return [
+            jax.ShapeDtypeStruct(
+                (min(together, parts - i) * blocks, width),
+                jnp.dtype(self.config.dtype),
+                sharding=self.payload_sharding,
+            )
+            for i in range(0, parts, together)
+        ]
+
+    def _together(self, blocks: int, plan: PiecePlan) -> int:
+        part_bytes = blocks * self._row_size(plan) * self.config.dtype_bytes
+        return kv_cache.parts_together(part_bytes)
+
+    def _row_size(self, plan: PiecePlan) -> int:
+        """Elements of a piece's heads in a block of k, or of v, of a layer."""
+        return plan.piece_heads * self.memory.block_tokens * self.config.head_dim
 
     # -- helpers --------------------------------------------------------------------
 

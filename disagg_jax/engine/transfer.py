@@ -67,13 +67,13 @@ def _find(piece: Slots, have: Sequence[Slots], index: int) -> int | None:
 
 
 def move(
-    pieces: Sequence[Sequence[Array]], plan: PiecePlan, target: NamedSharding, axis: int
+    pieces: Sequence[Sequence[Array]], plan: PiecePlan, target: NamedSharding
 ) -> list[list[Array]]:
     """Copies pieces, device to device, to the mesh of `target`.
 
     Args:
-      pieces: for each piece of a source shard its arrays, sharded along `axis` (the kv
-        heads): the shard on device i is that piece of source shard i.
+      pieces: for each piece of a source shard its arrays, sharded along the last axis
+        (the kv heads): the shard on device i is that piece of source shard i.
       target: the same sharding on the destination mesh.
 
     Returns:
@@ -93,12 +93,12 @@ def move(
         for sources in plan.sources
     ]
     moved = iter(jax.device_put(parts, dst_devices * (per_dst * len(arrays))))
-    shape = list(pieces[0][0].shape)
-    shape[axis] = plan.piece_heads * len(dst_devices)
 
     def assemble() -> Array:
         shards = [next(moved) for _ in dst_devices]
-        return jax.make_array_from_single_device_arrays(tuple(shape), target, shards)
+        *rest, width = shards[0].shape
+        shape = (*rest, width * len(shards))
+        return jax.make_array_from_single_device_arrays(shape, target, shards)
 
     return [[assemble() for _ in arrays] for _ in range(per_dst)]
 

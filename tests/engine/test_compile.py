@@ -169,12 +169,12 @@ def test_live_durations_are_what_a_step_took(world):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_programs_work_in_place(tp):
-    """Beside a pool of 16 MiB a device, no program needs a copy of it, or of a part.
+    """Beside a pool of 32 MiB a device, no program needs a copy of it, or of a part.
 
     Decode over a part of the pool copies that part, which is why the whole pool is
     read with its scratch block.
     """
-    config = make_config("deep pool", layers=1, q_heads=2 * tp, kv_heads=tp)
+    config = make_config("deep pool", layers=1, q_heads=4 * tp, kv_heads=2 * tp)
     pool = KVMemory(num_blocks=16_383, block_tokens=16, max_context=64)
     model = ModelOnMesh(
         config,
@@ -183,13 +183,15 @@ def test_programs_work_in_place(tp):
         RULES["decode"],
         pool,
     )
-    plan = piece_plan(model.layout.kv, tp, model.layout.kv, tp)
+    heads = model.layout.kv
     whole = DecodeShape(4, pool.num_blocks)
     for shape in (PrefillShape(64, 4), DecodeShape(4, 64), whole):
         model.compile_step(shape)
-    model.compile_gather(16, plan)
-    model.compile_insert(16, plan)
-    part_bytes = 16_384 * 16 * config.head_dim * 4  # k, or v; on each device
+    for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
+        model.compile_gather(16, piece_plan(heads, tp, heads, other))
+        model.compile_insert(16, piece_plan(heads, other, heads, tp))
+    assert len(model._programs) == 3 + 4
+    part_bytes = 16_384 * 16 * 2 * config.head_dim * 4  # k, or v; on each device
     for key, program in model._programs.items():
         memory = program.memory_analysis()
         if key[0] != "gather":

@@ -1,7 +1,6 @@
 """The hand-off of KV: what moves, where to, and by which way."""
 
 import dataclasses
-import math
 
 import jax
 import numpy as np
@@ -16,7 +15,13 @@ from disagg_jax.engine.transfer import piece_plan
 from disagg_jax.work import Transfer
 from sharding.heads import head_layout
 from sharding.mesh import make_mesh
-from tests.engine.harness import BUCKETS, MODELS, POOL, make_request
+from tests.engine.harness import (
+    BUCKETS,
+    MODELS,
+    POOL,
+    make_config,
+    make_request,
+)
 
 TPS = st.sampled_from([1, 2, 4, 8])
 
@@ -163,14 +168,27 @@ def test_the_guard_catches_device_put_between_unequal_shardings():
             )
 
 
-def test_what_moves_is_k_and_v_of_each_layer_with_heads_over_the_mesh(world):
+def test_a_small_payload_is_one_array_with_heads_over_the_mesh(world):
+    """k and v of 2 layers, each 16 blocks of 4 heads of 4 tokens."""
     engine = world.engine("prefill:tp2,decode:tp1")
-    arrays = next(engine.start(make_transfer((0, 1), (1, 0), 8)))
-    config = MODELS["divided"]
-    assert len(arrays) == 2 * config.layers
-    for array in arrays:
-        heads = array.shape[kv_cache.HEAD_AXIS]
-        assert array.shape == (16, heads, 4, config.head_dim)
-        shard = array.addressable_shards[0].data.shape
-        assert math.prod(shard) * 2 == math.prod(array.shape)
-        assert shard[kv_cache.HEAD_AXIS] * 2 == heads
+    (array,) = next(engine.start(make_transfer((0, 1), (1, 0), 8)))
+    head_dim = MODELS["divided"].head_dim
+    assert array.shape == (2 * 2 * 16, 4 * 4 * head_dim)
+    assert array.addressable_shards[0].data.shape == (2 * 2 * 16, 2 * 4 * head_dim)
+
+
+@pytest.mark.parametrize("room, arrays", [(1, [1] * 6), (4, [4, 2]), (6, [6])])
+def test_a_larger_payload_is_several_arrays(world, monkeypatch, room, arrays):
+    """k and v of 3 layers are 6 parts, of which an array has room for so many."""
+    config = make_config(f"room for {room}", kv_heads=2, layers=3)
+    part_bytes = 16 * POOL.block_tokens * config.head_dim * 4  # of one head
+    monkeypatch.setattr(kv_cache, "_ARRAY_BYTES", room * part_bytes + part_bytes // 2)
+    engine = world.engine("prefill:tp1,decode:tp2", config)
+    src, dst = engine.instances
+    sent, _ = fill(src, 1), fill(dst, 2)
+    transfer = make_transfer((3, 0), (7, 15), 8)
+    pieces = next(engine.start(transfer))
+    assert [array.shape[0] for array in pieces] == 2 * [16 * n for n in arrays]
+    run_alone(engine, transfer)
+    for source, part in zip(sent, contents(dst), strict=True):
+        np.testing.assert_array_equal(part[[7, 15]], source[[3, 0]])

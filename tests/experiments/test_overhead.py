@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
-from disagg_jax.work import Step
+from disagg_jax.engine.executor import run_alone
+from disagg_jax.request import Request
+from disagg_jax.work import Step, Transfer
 from experiments import overhead, rigs
 from experiments.overhead import Options
 from experiments.rigs import NamedShape
@@ -141,6 +144,29 @@ def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape()
     assert all(isinstance(step, Step) for step in steps)
     shapes = [buckets.step_shape(step.slices) for step in steps]
     assert shapes == [buckets.prefill[0]] + [shape] * (SMALL.output - 1)
+
+
+@pytest.mark.parametrize("src_tp, dst_tp", [(4, 4), (4, 2), (1, 4)])
+def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
+    rig = rigs.handoff_rig(TINY, src_tp, dst_tp, [4], block_tokens=4)
+    src, dst = rig.engine.instances
+    ids = (3, 0, 2, 1)
+    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
+    transfer = Transfer(0, request, 0, 1, ids, ids, context=1)
+    rng = np.random.default_rng(0)
+    for run in (
+        lambda: run_alone(rig.engine, transfer),
+        rigs.plain_device_put(rig, ids),
+    ):
+        shape, sharding = src.cache[0][0][0].shape, src.model.kv_sharding
+        sent = rng.normal(size=(2, *shape)).astype(np.float32)  # k, v of the one layer
+        src.cache[0] = [
+            (jax.device_put(sent[0], sharding), jax.device_put(sent[1], sharding))
+        ]
+        run()
+        for part, want in zip(dst.cache[0][0], sent, strict=True):
+            assert part.sharding == dst.model.kv_sharding
+            np.testing.assert_array_equal(np.asarray(part)[:4], want[:4])
 
 
 # -- command line ----------------------------------------------------------------------
