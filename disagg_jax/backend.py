@@ -10,16 +10,7 @@ from typing import Protocol
 
 from disagg_jax.controller import Controller
 from disagg_jax.request import Request, Timeline
-from disagg_jax.work import (
-    Arrived,
-    Cancelled,
-    Down,
-    Event,
-    Progress,
-    Task,
-    Up,
-    Work,
-)
+from disagg_jax.work import Arrived, Cancelled, Down, Event, Report, Task, Up, Work
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

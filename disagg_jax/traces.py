@@ -85,7 +85,9 @@ def read_columns(path: str | os.PathLike[str]) -> list[TraceRow]:
         if len(columns) < len(kinds):
             one_each = " and ".join(f"one of {'/'.join(kind)}" for kind in kinds)
             raise _bad_line(path, 1, f"a header with {one_each}", header)
-        parsed = ((lines.line_num, line, _plain(line, columns)) for line in lines if line)
+        parsed = (
+            (lines.line_num, line, _plain(line, columns)) for line in lines if line
+        )
         expected = "a finite arrival and two token counts >= 0"
         units = ARRIVAL_COLUMNS[names[0] or ""]
         return _checked(path, parsed, expected, units_per_s=units)

@@ -173,7 +173,7 @@ class Done(NamedTuple):
 
 
 class StageFree(NamedTuple):
-    """The first pipeline stage is done with a step, which goes on: another may start."""
+    """A step has left the first pipeline stage and goes on: another may start."""
 
     work: int  # Step.id
 

@@ -162,7 +162,9 @@ def cost_model(name: str, model: str) -> CostModel:
     """The cost model `name` ("fitted/distserve", "roofline/h100", ...) of `model`."""
     kind, _, rest = name.partition("/")
     kinds = "'fitted/ENGINE' or 'roofline/HARDWARE'"
-    expect(kind in ("fitted", "roofline") and rest != "", f"cost: expected {kinds}", name)
+    expect(
+        kind in ("fitted", "roofline") and rest != "", f"cost: expected {kinds}", name
+    )
     if kind == "fitted":
         return distserve_profile().cost_model(rest, model)
     return RooflineCost(model=get_model_shape(model), hardware=get_hardware(rest))

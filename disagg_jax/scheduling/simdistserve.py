@@ -71,7 +71,9 @@ class PrefillThenDecode:
     @property
     def limits(self) -> StepLimits:
         rows, tokens = self.prefill.max_seqs, self.prefill.token_budget
-        return StepLimits(prefill_tokens=tokens, prefill_rows=rows, decode_rows=NO_LIMIT)
+        return StepLimits(
+            prefill_tokens=tokens, prefill_rows=rows, decode_rows=NO_LIMIT
+        )
 
     def plan(self, instance: InstanceView) -> Plan:
         prefill = self.prefill.plan(instance)

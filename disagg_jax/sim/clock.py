@@ -32,7 +32,9 @@ class _Running:
     ends_s: list[float] = dataclasses.field(default_factory=list[float])
     reported: int = 0  # iterations
     due_s: float = math.inf  # of its entry in the heap that counts
-    last_stage_s: float | None = None  # when the last stage will be done, if it is later
+    last_stage_s: float | None = (
+        None  # when the last stage will be done, if it is later
+    )
 
 
 class VirtualBackend:
@@ -119,7 +121,7 @@ class VirtualBackend:
                 self._busy_until_s[resource] = self._now_s
 
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
-        """start(step, k) = max(end(step, k - 1), end(step before, k)) on later stages."""
+        """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""
         end_s = running.due_s
         for stage, duration_s in enumerate(durations_s, 1):
             resource = (*running.resource, stage)
