@@ -235,10 +235,12 @@ class Controller:
 
     def _stage_free(self, work: int) -> None:
         flight = self._in_flight.get(work)
-        instance = self.instances[flight.work.instance] if _is_step(flight) else None
-        if instance is None or instance.step is not flight:
-            raise RuntimeError(f"work {work} leaves a stage that it is not on")
-        instance.step, instance.downstream[work] = None, instance.step
+        if not _is_step(flight):
+            raise RuntimeError(f"work {work} leaves a stage but is no step in flight")
+        instance = self.instances[flight.work.instance]
+        if instance.step is not flight:
+            raise RuntimeError(f"step {work} leaves the first stage twice")
+        instance.step, instance.downstream[work] = None, flight
 
     def _progress(self, now_s: float, work: int, ends_s: Sequence[float]) -> None:
         flight = self._in_flight.get(work)

@@ -55,8 +55,9 @@ def read_trace(path: str | os.PathLike[str]) -> list[TraceRow]:
 
 def _read_csv(path: str | os.PathLike[str]) -> list[TraceRow]:
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = next(csv.reader(file), [])
-    return read_azure(path) if "TIMESTAMP" in header else read_columns(path)
+        header = next(csv.reader(file), list[str]())
+    plain = header and "TIMESTAMP" not in header
+    return read_columns(path) if plain else read_azure(path)
 
 
 # Columns that say the same: name -> units per second, or per token.
@@ -79,7 +80,7 @@ def read_columns(path: str | os.PathLike[str]) -> list[TraceRow]:
     kinds = (tuple(ARRIVAL_COLUMNS), PROMPT_COLUMNS, OUTPUT_COLUMNS)
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file)
-        header = next(lines, [])
+        header = next(lines, list[str]())
         names = [next((n for n in kind if n in header), None) for kind in kinds]
         columns = [header.index(name) for name in names if name is not None]
         if len(columns) < len(kinds):

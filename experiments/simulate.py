@@ -92,9 +92,9 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     try:
-        simulation = get_simulation(_CONFIG.value)
-        deployment = Deployment.parse(_DEPLOYMENT.value)
-        out = pathlib.Path(_OUT.value)
+        simulation = get_simulation(_CONFIG.value or "")
+        deployment = Deployment.parse(_DEPLOYMENT.value or "")
+        out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)
         timelines = run(_TRACE.value, simulation, deployment).timelines
         write(out / "requests.csv", timelines, simulation.extra_tokens)

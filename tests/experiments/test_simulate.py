@@ -1,0 +1,133 @@
+"""`experiments.simulate`: DistServe's simulator request by request, and its inputs."""
+
+import csv
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from disagg_jax.deployment import Deployment
+from disagg_jax.metrics import tpot_s, ttft_s
+from disagg_jax.request import Status
+from experiments import simulate
+from experiments.simulations import SIMULATIONS, get_simulation
+
+# File of simdistserve's results (its settings are in the name) -> the same deployment.
+RUNS = {
+    "fixed512x64__disagg-p11-d11__rate4": "prefill:tp1,decode:tp1",
+    "fixed512x64__vllm-11__rate2": "colocated:tp1",
+    "sharegptlike__disagg-p11-d11__rate5": "prefill:tp1,decode:tp1",
+    "sharegptlike__disagg-p21-d11__rate3": "prefill:tp2,decode:tp1",
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_request_as_in_simdistserve(name, shared_dir):
+    path = shared_dir / "golden" / "simdistserve" / f"{name}.csv"
+    if not path.exists():
+        pytest.skip(f"needs {path}, simdistserve's results")
+    with path.open() as file:
+        theirs = list(csv.DictReader(file))
+    simulation = get_simulation("simdistserve_opt13b")
+    run = simulate.run(str(path), simulation, Deployment.parse(RUNS[name]))
+    assert len(run.timelines) == len(theirs)
+    for timeline, row in zip(run.timelines, theirs, strict=True):
+        # Theirs has 9 decimals of a ms, and adds up hundreds of times.
+        assert math.isclose(
+            ttft_s(timeline) * 1000, float(row["ttft_ms"]), rel_tol=0, abs_tol=1e-6
+        )
+        assert math.isclose(
+            tpot_s(timeline) * 1000, float(row["tpot_ms"]), rel_tol=0, abs_tol=1e-6
+        )
+
+
+HEADER = "req_id,arrival_ms,prompt_len,output_len\n"
+TRACE = HEADER + "0,0.0,512,64\n1,250.5,100,0\n2,300,100,3\n"
+
+
+def command(tmp_path, **flags) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "trace.csv").write_text(TRACE)
+    values = {
+        "trace": tmp_path / "trace.csv",
+        "config": "simdistserve_opt13b",
+        "deployment": "prefill:tp1,decode:tp1",
+        "out": tmp_path / "out",
+        **flags,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.simulate"]
+        + [f"--{name}={value}" for name, value in values.items()],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_row_for_each_request_with_floats_in_full(tmp_path):
+    done = command(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 rows without tokens are left out" in done.stderr
+    assert "unequal engines" in done.stdout  # simdistserve's two profiles
+    with (tmp_path / "out" / "requests.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    simulation = get_simulation("simdistserve_opt13b")
+    deployment = Deployment.parse("prefill:tp1,decode:tp1")
+    timelines = simulate.run(
+        str(tmp_path / "trace.csv"), simulation, deployment
+    ).timelines
+    assert [float(row["ttft_s"]) for row in rows] == [ttft_s(t) for t in timelines]
+    assert [float(row["tpot_s"]) for row in rows] == [tpot_s(t) for t in timelines]
+    assert [float(row["arrival_s"]) for row in rows] == [0.0, 0.3]
+    assert [row["output_tokens"] for row in rows] == ["64", "3"]  # as in the trace
+    # Facts, distserve.md 2.1: one prompt of 512 alone.
+    assert math.isclose(float(rows[0]["ttft_s"]), 0.07519988, abs_tol=1e-8)
+    stages = [float(rows[0][name]) for name in simulate.STAGES]
+    e2e_s = float(rows[0]["ttft_s"]) + 64 * float(rows[0]["tpot_s"])
+    assert math.isclose(sum(stages), e2e_s, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trace": "nowhere.csv"}, "nowhere.csv"),
+        ({"trace": "trace.txt"}, "expected one of ['.csv', '.jsonl'], got '.txt'"),
+        ({"deployment": "prefill:tp1"}, "prefill and decode instances need each other"),
+        ({"deployment": "colocated:tp3"}, "(tp, pp): expected [(1, 1), (1, 2)"),
+        ({"config": "gpt4"}, "opt13b_a100"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, change, message):
+    done = command(tmp_path, **change)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("trace", "message"),
+    [
+        ("a,b\n1,2\n", "line 1: expected a header with one of arrival_s/arrival_ms"),
+        (HEADER + "0,0,5,5\n1,x,5,5\n", "line 3: expected a finite arrival"),
+        (HEADER + "0,9,5,5\n1,3,5,5\n", "line 3: expected a time not before"),
+        (HEADER, "expected at least one row, got none"),
+    ],
+)
+def test_a_malformed_trace_is_named_with_its_line(tmp_path, trace, message):
+    (tmp_path / "trace.csv").write_text(trace)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        simulate.trace_requests(
+            str(tmp_path / "trace.csv"), get_simulation("opt13b_a100")
+        )
+
+
+@pytest.mark.parametrize("name", SIMULATIONS)
+def test_every_named_simulation_serves(tmp_path, name):
+    (tmp_path / "trace.csv").write_text(TRACE)
+    simulation = get_simulation(name)
+    deployment = Deployment.parse("prefill:tp8,decode:tp8")
+    if simulation.cost.startswith("fitted"):
+        tp = 8 if simulation.model == "opt-66b" else 4
+        deployment = Deployment.parse(f"prefill:tp{tp},decode:tp{tp}")
+    run = simulate.run(str(tmp_path / "trace.csv"), simulation, deployment)
+    assert [t.status for t in run.timelines] == [Status.FINISHED] * 2
