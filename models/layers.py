@@ -164,7 +164,10 @@ class Attention(nnx.Module):
         return rotate(q_TNH, table), rotate(k_TKH, table), v_TKH
 
     def out(self, out_TNH: Array) -> Array:
-        return einsum("TNH,NHE->TE", out_TNH, self.wo[...])
+        # Two matrices: for "TNH,NHE->TE" XLA on a CPU copies wo in every step.
+        wo_NHE = self.wo[...]
+        N, H, E = wo_NHE.shape
+        return einsum("TM,ME->TE", out_TNH.reshape(-1, N * H), wo_NHE.reshape(-1, E))
 
 
 class MLP(nnx.Module):

@@ -7,6 +7,7 @@ step, P blocks of the pool.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -25,17 +26,21 @@ class Fields:
 
     lengths: Mapping[str, int]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         return sum(self.lengths.values())
 
+    @functools.cached_property
+    def _places(self) -> list[tuple[str, slice]]:
+        ends = itertools.accumulate(self.lengths.values(), initial=0)
+        return [
+            (name, slice(*bounds))
+            for name, bounds in zip(self.lengths, itertools.pairwise(ends), strict=True)
+        ]
+
     def split(self, vector: Vector) -> dict[str, Vector]:
         """The arrays in `vector`: parts of a traced one, views of a host one."""
-        ends = list(itertools.accumulate(self.lengths.values()))
-        return {
-            name: vector[end - length : end]
-            for (name, length), end in zip(self.lengths.items(), ends, strict=True)
-        }
+        return {name: vector[place] for name, place in self._places}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,7 @@ class PrefillShape:
         """Tokens that go through the layers, padding included."""
         return self.tokens
 
-    @property
+    @functools.cached_property
     def fields(self) -> Fields:
         T, R = self.tokens, self.rows
         return Fields({"token": T, "position": T, "row": T, "slot": T, "last": R})
@@ -101,7 +106,7 @@ class DecodeShape:
         """Tokens that go through the layers, padding included."""
         return self.rows
 
-    @property
+    @functools.cached_property
     def fields(self) -> Fields:
         B, P = self.rows, self.blocks
         return Fields({"token": B, "position": B, "slot": B, "owner": P, "start": P})
@@ -113,21 +118,22 @@ class DecodeShape:
         vector = np.zeros(self.fields.size, np.int32)
         views = self.fields.split(vector)
         n = len(slices)
-        position = np.array([part.start for part in slices], np.int32)
-        counts = np.array([len(part.blocks) for part in slices])
-        block = np.fromiter(
-            itertools.chain.from_iterable(part.blocks for part in slices), np.int32
-        )
+        tables = [part.blocks for part in slices]
+        counts = np.array([len(table) for table in tables])
         ends = counts.cumsum()
-        first = np.repeat(ends - counts, counts)  # where each one's row begins
+        firsts = ends - counts  # where each one's table begins in `block`
+        # intp, as all that numpy indexes with: anything else is converted first.
+        block = np.fromiter(itertools.chain.from_iterable(tables), np.intp)
+        row = np.repeat(np.arange(n), counts)
+        views["owner"][:] = -1
+        views["owner"][block] = row
+        views["start"][block] = (np.arange(len(block)) - firsts[row]) * block_tokens
+        position = np.array([part.start for part in slices])
+        newest, offset = np.divmod(position, block_tokens)
         views["token"][:n] = [part.tokens[0] for part in slices]
         views["position"][:n] = position
-        newest = block[ends - counts + position // block_tokens]
-        views["slot"][:n] = newest * block_tokens + position % block_tokens
+        views["slot"][:n] = block[firsts + newest] * block_tokens + offset
         views["slot"][n:] = scratch_block * block_tokens
-        views["owner"][:] = -1
-        views["owner"][block] = np.repeat(np.arange(n), counts)
-        views["start"][block] = (np.arange(len(block)) - first) * block_tokens
         return vector
 
 

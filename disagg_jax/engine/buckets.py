@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from disagg_jax.deployment import KVMemory
@@ -72,9 +73,8 @@ class Buckets:
             middle, or is larger than every bucket.
         """
         if all(part.is_decode for part in slices):
-            return self.decode_shape(
-                len(slices), 1 + max(max(part.blocks) for part in slices)
-            )
+            blocks = itertools.chain.from_iterable(part.blocks for part in slices)
+            return self.decode_shape(len(slices), 1 + max(blocks))
         if any(part.start or not part.samples for part in slices):
             raise ValueError(
                 "a step must be whole prompts or decodes only, got slices (start, "

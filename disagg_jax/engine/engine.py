@@ -187,10 +187,11 @@ class Engine:
         if any(part.request.sampling.temperature for part in step.slices):
             params = model.put(sampling.pack(step.slices, shape.rows))
             tokens = model.draw(logits, params)
-        # The one copy to the host there is. jax counts it as implicit, and the guard of
-        # `serving` would refuse it on an accelerator.
-        with jax.transfer_guard_device_to_host("allow"):
-            tokens.copy_to_host_async()
+        if not model.on_host:
+            # The one copy to the host there is. jax counts it as implicit, and the
+            # guard of `serving` would refuse it.
+            with jax.transfer_guard_device_to_host("allow"):
+                tokens.copy_to_host_async()
         yield (tokens,)
         return tuple(np.asarray(tokens)[: len(step.slices)].tolist()), 0
 

@@ -84,7 +84,8 @@ def decode_attend(
     owned_BP = owner_P[None, :] == jnp.arange(B)[:, None]
     owner_P = jnp.maximum(owner_P, 0)
     position_PO = start_P[:, None] + jnp.arange(block_tokens)[None, :]
-    seen_PO = (position_PO <= position_B[owner_P][:, None]) & owned_BP.any(0)[:, None]
+    used_P = owned_BP.any(0)
+    seen_PO = (position_PO <= position_B[owner_P][:, None]) & used_P[:, None]
     seen = seen_PO[:, None, None, :]
     lowest = jnp.finfo(jnp.float32).min
 
@@ -107,6 +108,8 @@ def decode_attend(
         part = einsum(
             "PKGO,PKOH->PKGH", weights.astype(v_PKOH.dtype), v_PKOH, jnp.float32
         )
+        # Every row sums over all blocks, and 0 * NaN of a free one would be NaN.
+        part = jnp.where(used_P[:, None, None, None], part, 0.0)
         out = einsum("BP,PKGH->BKGH", owned, part)
         # A padding row owns nothing: 0 / 1.
         out = out / jnp.maximum(total_BKG, 1e-30)[..., None]
