@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
@@ -246,24 +246,18 @@ def _take_ready(
     instance: InstanceState, decodes: Sequence[RequestState] | None
 ) -> DecodeBatch:
     """Takes those that decode out of the ready ones."""
-    ready, other = instance.ready, DecodeBatch(instance.blocks)
+    ready, other = instance.ready, instance.spare_batch()
     if decodes is None:
         instance.ready = other
         return ready
     chosen = {state.id for state in decodes}
     if 2 * len(chosen) < len(ready):
-        _shift(decodes, ready, other)
+        ready.shift(decodes, other)
         return other
     rest = [state for state in ready.members.values() if state.id not in chosen]
-    _shift(rest, ready, other)
+    ready.shift(rest, other)
     instance.ready = other
     return ready
-
-
-def _shift(states: Iterable[RequestState], src: DecodeBatch, dst: DecodeBatch) -> None:
-    for state in states:
-        src.leave(state)
-        dst.join(state)
 
 
 def _slices(

@@ -80,6 +80,7 @@ class Controller:
             i for i in self.instances if i.spec.role is Role.DECODE
         ]
         self._policies = policies
+        self._plans = [policies[i.spec.role].plan for i in self.instances]
         self._spans = spans
         self._requests: dict[int, RequestState] = {}
         self._in_flight: dict[int, InFlight] = {}
@@ -226,7 +227,7 @@ class Controller:
             instance.step = None
         else:
             del instance.downstream[flight.work.id]
-        instance.ready = instance.ready.absorb(flight.batch)
+        instance.take_back(flight.batch)
 
     def _receive(self, state: RequestState, token: int, end_s: float) -> None:
         state.timeline.tokens.append(token)
@@ -390,7 +391,7 @@ class Controller:
     def _start_step(
         self, now_s: float, instance: InstanceState, works: list[Work]
     ) -> bool:
-        plan = self._policies[instance.spec.role].plan(instance)
+        plan = self._plans[instance.id](instance)
         for victim in plan.preempt:
             self._preempt(instance, self._requests[victim.id])
         if not plan.prompts and not plan.decodes:

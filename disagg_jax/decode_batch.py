@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import heapq
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from disagg_jax.kv_blocks import KVBlocks
 
@@ -85,17 +85,24 @@ class DecodeBatch:
         state.settled_context += passed
         state.joined = self.iteration
 
-    def absorb(self, other: DecodeBatch) -> DecodeBatch:
-        """One of the two batches, with the members of `other` behind its own."""
-        if len(self.members) >= len(other.members):
-            for state in list(other.members.values()):
-                other.leave(state)
-                self.join(state)
-            return self
-        for state in reversed(list(self.members.values())):
+    def shift(
+        self, states: Iterable[RequestState], to: DecodeBatch, *, front: bool = False
+    ) -> None:
+        """Lets members go over to another batch, each to its end or its front."""
+        for state in states:
             self.leave(state)
-            other.join(state, front=True)
-        return other
+            to.join(state, front=front)
+
+    def absorb(self, other: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
+        """Brings the members of `other` behind its own: (batch of all, the empty one).
+
+        Only those of the smaller batch are looked at.
+        """
+        if len(self.members) >= len(other.members):
+            other.shift(list(other.members.values()), self)
+            return self, other
+        self.shift(reversed(list(self.members.values())), other, front=True)
+        return other, self
 
     def take_fresh(self) -> list[RequestState]:
         """The members that are new since this was last asked."""

@@ -64,13 +64,13 @@ class KVMemory:
     def why_never(self, prompt_tokens: int, max_tokens: int) -> str:
         """Why a request could not be served here even alone; '' if it could."""
         tokens = prompt_tokens + max_tokens
+        blocks = self.blocks_for(tokens - 1)  # the KV of the last is never needed
+        if tokens <= self.max_context and blocks <= self.num_blocks:
+            return ""
         request = f"{prompt_tokens} prompt + {max_tokens} output tokens"
         if tokens > self.max_context:
             return f"expected at most {self.max_context} tokens, got {request}"
-        # The KV of the last token is never needed.
-        if (blocks := self.blocks_for(tokens - 1)) > self.num_blocks:
-            return f"has {self.num_blocks} KV blocks, got {request} = {blocks} blocks"
-        return ""
+        return f"has {self.num_blocks} KV blocks, got {request} = {blocks} blocks"
 
 
 @dataclasses.dataclass(frozen=True)

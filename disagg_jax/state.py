@@ -176,11 +176,22 @@ class InstanceState:
         default_factory=dict[int, RequestState]
     )
     blocks: KVBlocks = dataclasses.field(init=False)
-    ready: DecodeBatch = dataclasses.field(init=False)  # can decode; not in the step
+    ready: DecodeBatch = dataclasses.field(init=False)  # can decode; not in a step
+    _spares: list[DecodeBatch] = dataclasses.field(default_factory=list[DecodeBatch])
 
     def __post_init__(self) -> None:
         self.blocks = KVBlocks(self.memory)
         self.ready = DecodeBatch(self.blocks)
+
+    def spare_batch(self) -> DecodeBatch:
+        """An empty batch, one used before if there is any."""
+        return self._spares.pop() if self._spares else DecodeBatch(self.blocks)
+
+    def take_back(self, batch: DecodeBatch) -> None:
+        """Those in `batch` are ready again, behind those that became so meanwhile."""
+        batch.stepping = False
+        self.ready, spare = self.ready.absorb(batch)
+        self._spares.append(spare)
 
     @property
     def running(self) -> ValuesView[RequestState]:

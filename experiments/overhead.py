@@ -451,7 +451,8 @@ def main(argv: Sequence[str]) -> None:
         if len(groups) > 1:
             figures = [figure for group in groups for figure in _run_apart(group)]
         else:
-            keep_freed_memory()
+            if "handoff" in parts:
+                keep_freed_memory()
             jax.config.update("jax_num_cpu_devices", DEVICES[parts[0]])
             figures = [figure.to_json() for figure in run(parts, options)]
     except ValueError as error:

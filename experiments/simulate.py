@@ -24,12 +24,16 @@ from absl import app, flags
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
-from disagg_jax.request import Request, Status, Timeline
+from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.simulate import SimulatedRun
-from disagg_jax.traces import read_trace, requests_from_trace
-from experiments.simulations import SIMULATIONS, Simulation, get_simulation
+from experiments.simulations import (
+    SIMULATIONS,
+    Simulation,
+    get_simulation,
+    trace_requests,
+)
 
-_TRACE = flags.DEFINE_string("trace", None, "Arrivals and lengths.", required=True)
+_TRACE = flags.DEFINE_string("trace", None, "Arrivals and lengths.")
 _CONFIG = flags.DEFINE_enum("config", None, sorted(SIMULATIONS), "What is simulated.")
 _DEPLOYMENT = flags.DEFINE_string("deployment", None, "Which instances serve.")
 _OUT = flags.DEFINE_string("out", None, "Folder for requests.csv.", allow_override=True)
@@ -45,18 +49,6 @@ COLUMNS = (
     *STAGES,
     "error",
 )
-
-
-def trace_requests(path: str, simulation: Simulation) -> list[Request]:
-    """The requests of a trace, with the tokens the simulation adds to each."""
-    rows = read_trace(path)
-    made = requests_from_trace(rows, seed=0)
-    if made.dropped_empty:
-        print(f"{made.dropped_empty} rows without tokens are left out", file=sys.stderr)
-    return [
-        dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
-        for r in made.requests
-    ]
 
 
 def run(trace: str, simulation: Simulation, deployment: Deployment) -> SimulatedRun:
@@ -96,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         deployment = Deployment.parse(_DEPLOYMENT.value or "")
         out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)
-        timelines = run(_TRACE.value, simulation, deployment).timelines
+        timelines = run(_TRACE.value or "", simulation, deployment).timelines
         write(out / "requests.csv", timelines, simulation.extra_tokens)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -107,5 +99,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "deployment", "out"])
+    flags.mark_flags_as_required(["trace", "config", "deployment", "out"])
     app.run(main)

@@ -10,10 +10,12 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.expect import expect
+from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.simdistserve import (
@@ -31,6 +33,7 @@ from disagg_jax.sim.network import Network
 from disagg_jax.sim.protocols import CostModel
 from disagg_jax.sim.roofline import RooflineCost
 from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.traces import read_trace, requests_from_trace
 
 PROFILES = pathlib.Path(__file__).parent / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
@@ -217,3 +220,15 @@ def get_simulation(name: str) -> Simulation:
     """The simulation called `name`."""
     expect(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
     return SIMULATIONS[name]
+
+
+def trace_requests(path: str, simulation: Simulation) -> list[Request]:
+    """The requests of a trace, with the tokens the simulation adds to each."""
+    rows = read_trace(path)
+    made = requests_from_trace(rows, seed=0)
+    if made.dropped_empty:
+        print(f"{made.dropped_empty} rows without tokens are left out", file=sys.stderr)
+    return [
+        dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
+        for r in made.requests
+    ]

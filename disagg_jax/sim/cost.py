@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from disagg_jax.backend import Outcome
 from disagg_jax.sim.network import Hop, Network
 from disagg_jax.sim.protocols import InstanceCost
 from disagg_jax.work import Step, StepLoad, Task, Transfer
+
+Decoder = Callable[[int, int], float]  # (decodes, context tokens) -> seconds
 
 
 class DeploymentCost(Protocol):
@@ -19,7 +21,7 @@ class DeploymentCost(Protocol):
         """A step on each pipeline stage of an instance."""
         ...
 
-    def decode_s(self, instance: int, decodes: int, context: int) -> float:
+    def decoder(self, instance: int) -> Decoder:
         """Where there is one stage: the same for a step of decodes only, but cheap."""
         ...
 
@@ -44,10 +46,13 @@ class LinearCost:
     transfer_token_s: float = 0.0  # per token of KV moved
 
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
-        decode_s = self.decode_s(instance, load.decodes, load.context)
+        decode_s = self._decode_s(load.decodes, load.context)
         return (decode_s + self.prefill_token_s * load.prompt_tokens,)
 
-    def decode_s(self, instance: int, decodes: int, context: int) -> float:
+    def decoder(self, instance: int) -> Decoder:
+        return self._decode_s
+
+    def _decode_s(self, decodes: int, context: int) -> float:
         return (
             self.step_base_s
             + self.decode_token_s * decodes
@@ -68,8 +73,8 @@ class ModelledCost:
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
         return self.instances[instance].stages_s(load)
 
-    def decode_s(self, instance: int, decodes: int, context: int) -> float:
-        return self.instances[instance].decode_s(decodes, context)
+    def decoder(self, instance: int) -> Decoder:
+        return self.instances[instance].decode_s
 
     def hop(self, transfer: Transfer) -> Hop:
         return self.network.hop(transfer)
@@ -92,5 +97,6 @@ class CostExecutor:
 
     def _span_s(self, step: Step) -> Iterator[float]:
         _, decodes, context = step.load
+        decode_s = self.cost.decoder(step.instance)
         for i in range(step.iterations):
-            yield self.cost.decode_s(step.instance, decodes, context + i * decodes)
+            yield decode_s(decodes, context + i * decodes)

@@ -12,7 +12,7 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Status
 from experiments import simulate
-from experiments.simulations import SIMULATIONS, get_simulation
+from experiments.simulations import SIMULATIONS, get_simulation, trace_requests
 
 # File of simdistserve's results (its settings are in the name) -> the same deployment.
 RUNS = {
@@ -116,9 +116,7 @@ def test_bad_input_is_one_clear_error(tmp_path, change, message):
 def test_a_malformed_trace_is_named_with_its_line(tmp_path, trace, message):
     (tmp_path / "trace.csv").write_text(trace)
     with pytest.raises(ValueError, match=re.escape(message)):
-        simulate.trace_requests(
-            str(tmp_path / "trace.csv"), get_simulation("opt13b_a100")
-        )
+        trace_requests(str(tmp_path / "trace.csv"), get_simulation("opt13b_a100"))
 
 
 @pytest.mark.parametrize("name", SIMULATIONS)

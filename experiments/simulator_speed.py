@@ -1,0 +1,145 @@
+"""How fast the simulator is: one JSON line for each workload.
+
+    python -m experiments.simulator_speed
+    python -m experiments.simulator_speed --golden=../shared/golden/simdistserve
+
+Each line has `requests_per_cpu_s`: requests over the CPU seconds of drawing nothing,
+simulating everything (block accounting and preemption included) and taking the metrics
+of every request and the gaps between all its tokens. The best of `--repeats` runs
+counts, since other work on the machine only slows one down.
+
+The golden workloads are simdistserve's (the same files and rules), and every TTFT and
+TPOT is compared with its results in the same run: `worst_difference_ms`. simdistserve
+does about 670 requests/CPU-s, Vidur 535-649, splitwise-sim 304-1841 and 60 when
+overloaded (facts, design.md). `saturated` offers twice what its deployment can serve.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from disagg_jax.deployment import Deployment
+from disagg_jax.lengths import FixedLengths
+from disagg_jax.metrics import itl_s, stages_s, tpot_s, ttft_s
+from disagg_jax.request import Request, Timeline
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.workload import make_requests
+from experiments.simulations import get_simulation, trace_requests
+
+_GOLDEN = flags.DEFINE_string(
+    "golden", "../shared/golden/simdistserve", "Folder of simdistserve's results."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Runs; the fastest counts.")
+
+# simdistserve's file -> the deployment it was made with.
+GOLDEN_RUNS = {
+    "fixed512x64__disagg-p11-d11__rate4": "prefill:tp1,decode:tp1",
+    "fixed512x64__vllm-11__rate2": "colocated:tp1",
+    "sharegptlike__disagg-p11-d11__rate5": "prefill:tp1,decode:tp1",
+    "sharegptlike__disagg-p21-d11__rate3": "prefill:tp2,decode:tp1",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedWorkload:
+    """Requests, what serves them, and what is known of the result."""
+
+    name: str
+    simulated: SimulatedDeployment
+    requests: Sequence[Request]
+    worst_difference_ms: Callable[[Sequence[Timeline]], float] | None = None
+
+
+def workloads(golden: pathlib.Path) -> Iterator[SpeedWorkload]:
+    """The golden workloads, as far as their files are there, and a saturated one."""
+    simulation = get_simulation("simdistserve_opt13b")
+    for name, deployment in GOLDEN_RUNS.items():
+        path = golden / f"{name}.csv"
+        if not path.exists():
+            print(f"{path} is missing: left out", file=sys.stderr)
+            continue
+        yield SpeedWorkload(
+            name=name,
+            simulated=simulation.build(Deployment.parse(deployment)),
+            requests=trace_requests(str(path), simulation),
+            worst_difference_ms=_compare(path),
+        )
+    for name in ("prefill:tp1,decode:tp1", "2xcolocated:tp1"):
+        yield SpeedWorkload(
+            name=f"saturated {name}",
+            simulated=get_simulation("opt13b_a100").build(Deployment.parse(name)),
+            requests=make_requests(
+                n=3000,
+                rate_rps=20.0,
+                prompt_lengths=FixedLengths(tokens=512),
+                output_lengths=FixedLengths(tokens=64),
+                seed=0,
+            ),
+        )
+
+
+def _compare(path: pathlib.Path) -> Callable[[Sequence[Timeline]], float]:
+    """The largest difference of any request's TTFT or TPOT from those in a file."""
+    with path.open() as file:
+        theirs = [
+            (float(row["ttft_ms"]), float(row["tpot_ms"]))
+            for row in csv.DictReader(file)
+        ]
+
+    def worst_ms(timelines: Sequence[Timeline]) -> float:
+        ours = [(ttft_s(t) * 1000, tpot_s(t) * 1000) for t in timelines]
+        return float(np.abs(np.array(ours) - np.array(theirs)).max())
+
+    return worst_ms
+
+
+def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
+    """The line of one workload."""
+    runs = [_cpu_s(workload) for _ in range(repeats)]
+    cpu_s = min(seconds for seconds, _ in runs)
+    timelines = runs[0][1]
+    line: dict[str, Any] = {
+        "workload": workload.name,
+        "requests_per_cpu_s": len(timelines) / cpu_s,
+        "requests": len(timelines),
+        "tokens": sum(len(t.token_s) for t in timelines),
+        "cpu_s": cpu_s,
+    }
+    if workload.worst_difference_ms is not None:
+        line["worst_difference_ms"] = workload.worst_difference_ms(timelines)
+    return line
+
+
+def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
+    start_s = time.process_time()
+    timelines = workload.simulated.run(workload.requests).timelines
+    for timeline in timelines:
+        ttft_s(timeline), tpot_s(timeline), stages_s(timeline)
+    gaps_s = np.fromiter(itertools.chain.from_iterable(map(itl_s, timelines)), float)
+    np.percentile(gaps_s, (50, 90, 99))
+    return time.process_time() - start_s, timelines
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    for workload in workloads(pathlib.Path(_GOLDEN.value)):
+        line = measure(workload, _REPEATS.value)
+        print(json.dumps(line), flush=True)
+        if line.get("worst_difference_ms", 0.0) > 1e-6:
+            sys.exit(f"error: {workload.name} is not simdistserve's result")
+
+
+if __name__ == "__main__":
+    app.run(main)
