@@ -10,7 +10,17 @@ from typing import Protocol
 
 from disagg_jax.controller import Controller
 from disagg_jax.request import Request, Timeline
-from disagg_jax.work import Arrived, Cancelled, Down, Event, Report, Task, Up, Work
+from disagg_jax.work import (
+    Arrived,
+    Cancelled,
+    Down,
+    Event,
+    Report,
+    Slow,
+    Task,
+    Up,
+    Work,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +59,14 @@ class Backend(Protocol):
         """
         ...
 
+    def slow(self, instance: int, factor: float) -> None:
+        """Lets the steps of `instance` that start from now on take `factor` as long.
+
+        Raises:
+          ValueError: where time is not simulated.
+        """
+        ...
+
     def drop(self, instance: int) -> None:
         """Forgets all work that touches `instance`: no Done follows for it.
 
@@ -58,7 +76,7 @@ class Backend(Protocol):
         ...
 
 
-Intervention = tuple[float, Cancelled | Down | Up]
+Intervention = tuple[float, Cancelled | Down | Slow | Up]
 Observer = Callable[[float, Sequence[Event], Sequence[Work]], None]
 
 
@@ -72,7 +90,8 @@ def serve(
     """Serves `requests` to the end and returns their timelines in arrival order.
 
     Args:
-      interventions: (time in seconds, event) pairs to inject: cancellations, losses.
+      interventions: (time in seconds, event) pairs to inject: cancellations, losses,
+        stragglers.
       observer: called once per turn with the time, the events and the work decided on;
         the event log is such an observer.
     """
@@ -93,6 +112,8 @@ def serve(
         for event in events:
             if isinstance(event, Down):
                 backend.drop(event.instance)
+            elif isinstance(event, Slow):
+                backend.slow(event.instance, event.factor)
         works = controller.step(now_s, events)
         if observer is not None:
             observer(now_s, events, works)

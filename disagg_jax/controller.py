@@ -33,6 +33,7 @@ from disagg_jax.work import (
     Down,
     Event,
     Progress,
+    Slow,
     StageFree,
     Up,
     Work,
@@ -138,6 +139,8 @@ class Controller:
                 self._cancel(now_s, request_id)
             case Down(instance):
                 self._down(self.instances[instance])
+            case Slow(instance):
+                self._disturb(self.instances[instance])
             case Up(instance):
                 self.instances[instance].up = True
                 self._cluster.route_stranded()

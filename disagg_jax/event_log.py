@@ -23,13 +23,14 @@ from disagg_jax.work import (
     Down,
     Event,
     Progress,
+    Slow,
     StageFree,
     Step,
     Up,
     Work,
 )
 
-_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, StageFree, Up)}
+_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, Slow, StageFree, Up)}
 
 
 @dataclasses.dataclass

@@ -203,5 +203,12 @@ class Up(NamedTuple):
     instance: int
 
 
+class Slow(NamedTuple):
+    """An instance becomes a straggler, or is one no longer. Only for simulations."""
+
+    instance: int
+    factor: float  # on the durations of its steps from now on; 1 is its usual speed
+
+
 Report = Done | Progress | StageFree  # what a backend tells
-Event = Arrived | Report | Cancelled | Down | Up
+Event = Arrived | Report | Cancelled | Down | Up | Slow

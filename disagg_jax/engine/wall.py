@@ -71,6 +71,9 @@ class WallBackend:
             done += self._advance(pending)
         return done
 
+    def slow(self, instance: int, factor: float) -> None:
+        raise ValueError("stragglers need a backend that simulates")
+
     def drop(self, instance: int) -> None:
         lost = {p for p in self._pending if instance in p.work.instances}
         for pending in lost:

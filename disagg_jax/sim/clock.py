@@ -29,6 +29,7 @@ class _Running:
     iterations: int
     tokens: tuple[int, ...]
     bytes: int
+    factor: float = 1.0  # on its durations
     ends_s: list[float] = dataclasses.field(default_factory=list[float])
     reported: int = 0  # iterations
     due_s: float = math.inf  # of its entry in the heap that counts
@@ -62,6 +63,7 @@ class VirtualBackend:
         )
         self._heap: list[tuple[float, Resource, int, _Running]] = []
         self._spans: dict[int, _Running] = {}
+        self._factors: dict[int, float] = {}  # of slow instances
 
     def now_s(self) -> float:
         return self._now_s
@@ -82,6 +84,8 @@ class VirtualBackend:
             outcome.tokens,
             outcome.bytes,
         )
+        if isinstance(work, Step) and work.instance in self._factors:
+            running.factor = self._factors[work.instance]
         self._time(running)
         if running.iterations > 1:
             self._spans[work.id] = running
@@ -111,6 +115,11 @@ class VirtualBackend:
             self._now_s = max(self._now_s, until_s)
         return self._progress() + done
 
+    def slow(self, instance: int, factor: float) -> None:
+        if not 0 < factor < math.inf:
+            raise ValueError(f"slow: expected a finite factor > 0, got {factor}")
+        self._factors[instance] = factor
+
     def drop(self, instance: int) -> None:
         for _, _, work, running in self._heap:
             if instance in running.instances:
@@ -126,9 +135,9 @@ class VirtualBackend:
         for stage, duration_s in enumerate(durations_s, 1):
             resource = (*running.resource, stage)
             start_s = max(end_s, self._busy_until_s.get(resource, 0.0))
-            end_s = start_s + duration_s
+            end_s = start_s + duration_s * running.factor
             self._busy_until_s[resource] = end_s
-            self.busy_s[resource] += duration_s
+            self.busy_s[resource] += end_s - start_s
         running.last_stage_s = end_s
 
     def _time(self, running: _Running) -> None:
@@ -140,7 +149,7 @@ class VirtualBackend:
                     f"work {running.work}: expected a finite duration >= 0, "
                     f"got {duration_s}"
                 )
-            end_s += duration_s
+            end_s += duration_s * running.factor
             running.ends_s.append(end_s)
         self._push(running, end_s)
 

@@ -1,0 +1,274 @@
+"""Simulated deployments: pipeline stages, shared links, stragglers, points."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.lengths import FixedLengths, UniformLengths
+from disagg_jax.metrics import SLO, attainment
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.sim.cost import LinearCost, ModelledCost
+from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.network import Network
+from disagg_jax.sim.points import SimPoint, SimWorkload, run_point, run_points
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.work import Done, Slow, StageFree, Step
+from tests.serving import make_request
+
+PAIR = "prefill:tp1,decode:tp1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """An `InstanceCost` with given seconds on each stage, whatever the load."""
+
+    seconds: tuple[float, ...]
+
+    def stages_s(self, load):
+        return self.seconds
+
+    def decode_s(self, decodes, context):
+        (seconds,) = self.seconds
+        return seconds
+
+
+def simulated(deployment, *stages_s, policies=None, bytes_per_token=0, **network):
+    """Instances with given stage seconds, and links of one byte a second."""
+    parsed = Deployment.parse(deployment)
+    return SimulatedDeployment(
+        deployment=parsed,
+        policies={
+            Role.PREFILL: PrefillOnly(),
+            Role.DECODE: DecodeOnly(),
+            Role.COLOCATED: PrefillFirst(),
+            **(policies or {}),
+        },
+        memory=(KVMemory(num_blocks=1000, block_tokens=4, max_context=1000),)
+        * len(parsed.instances),
+        cost=ModelledCost(
+            instances=tuple(Stages(s) for s in stages_s),
+            network=Network(
+                deployment=parsed, kv_bytes_per_token=bytes_per_token, **network
+            ),
+        ),
+    )
+
+
+def link(latency_s=0.0):
+    return LinkSpec(
+        name="slow",
+        latency_s=latency_s,
+        bandwidth_bytes_s=1.0,
+        efficiency=1.0,
+        measured=False,
+    )
+
+
+class Log:
+    """An observer that keeps when steps were in flight, by instance."""
+
+    def __init__(self):
+        self.steps, self.starts, self.free, self.ends = [], {}, {}, {}
+
+    def __call__(self, now_s, events, works):
+        for event in events:
+            if isinstance(event, StageFree):
+                self.free[event.work] = now_s
+            elif isinstance(event, Done):
+                self.starts[event.work] = event.start_s
+                self.ends[event.work] = event.end_s
+        self.steps += [work for work in works if isinstance(work, Step)]
+
+
+# ---- pipeline stages -----------------------------------------------------------------
+
+
+def test_stages_overlap_as_the_recurrence_says():
+    # One prompt a step, stages of 1, 3 and 2 s. start(b, k) = max(end(b, k - 1),
+    # end(b - 1, k)); at most 3 steps in flight, so step 4 waits for the first's end.
+    run = simulated(
+        "colocated:tp1pp3",
+        (1.0, 3.0, 2.0),
+        policies={Role.COLOCATED: PrefillFirst(max_batched_tokens=4)},
+    )
+    log = Log()
+    requests = [make_request(i, prompt=4) for i in range(5)]
+    result = run.run(requests, observer=log)
+    # Step:      0        1        2         3          4
+    # stage 0   0-1      1-2      2-3       6-7       9-10
+    # stage 1   1-4      4-7      7-10     10-13     13-16
+    # stage 2   4-6      7-9     10-12     13-15     16-18
+    ids = [step.id for step in log.steps]
+    assert [log.starts[i] for i in ids] == [0, 1, 2, 6, 9]
+    assert [log.free[i] for i in ids] == [1, 2, 3, 7, 10]
+    assert [log.ends[i] for i in ids] == [6, 9, 12, 15, 18]
+    assert [t.token_s for t in result.timelines] == [[6], [9], [12], [15], [18]]
+    assert result.busy_s == {(0,): 5.0, (0, 1): 15.0, (0, 2): 10.0}
+
+
+@pytest.mark.parametrize(("stages", "steps"), [(1, 5), (2, 1), (2, 6), (4, 4), (4, 9)])
+def test_fill_and_drain_bubble(stages, steps):
+    """Idle share of equal stages with m steps: (pp - 1) / (m + pp - 1) exactly."""
+    run = simulated(
+        f"colocated:tp1pp{stages}",
+        (1.0,) * stages,
+        policies={Role.COLOCATED: PrefillFirst(max_batched_tokens=4)},
+    )
+    result = run.run([make_request(i, prompt=4) for i in range(steps)])
+    busy_s = sum(result.busy_s.values())
+    bubble = 1 - busy_s / (stages * result.end_s)
+    assert bubble == pytest.approx((stages - 1) / (steps + stages - 1), abs=1e-12)
+
+
+def test_a_decode_is_in_one_step_at_a_time_and_fills_the_pipeline():
+    # 2 stages of 1 s. A decoding request is in one stage, so two groups take turns.
+    run = simulated("colocated:tp1pp2", (1.0, 1.0))
+    log = Log()
+    requests = [make_request(0, 0.0, 4, 3), make_request(1, 1.0, 4, 3)]
+    result = run.run(requests, observer=log)
+    # 0: prefill 0-2, decodes 2-4, 4-6. 1: prefill 1-3, decodes 3-5, 5-7.
+    assert [t.token_s for t in result.timelines] == [[2, 4, 6], [3, 5, 7]]
+    assert all(step.iterations == 1 for step in log.steps)
+
+
+# ---- links ---------------------------------------------------------------------------
+
+
+def transfers(result):
+    return [(t.transfer_start_s, t.transfer_end_s) for t in result.timelines]
+
+
+def test_transfers_to_one_instance_queue_inside_a_node():
+    # Two prefill instances end at 1 s; both send 4 bytes to the decode instance at
+    # 1 byte/s. The second one's start is when it was asked for: its wait is transfer.
+    run = simulated(
+        "2xprefill:tp1,decode:tp1",
+        (1.0,),
+        (1.0,),
+        (1.0,),
+        bytes_per_token=1,
+        inside=link(),
+    )
+    result = run.run([make_request(i, prompt=4, out=2) for i in range(2)])
+    assert transfers(result) == [(1.0, 5.0), (1.0, 9.0)]
+    assert result.busy_s[-2, 2] == 8.0
+    assert [t.transfer_bytes for t in result.timelines] == [4, 4]
+
+
+def test_transfers_to_different_instances_do_not_queue_inside_a_node():
+    run = simulated(
+        "2xprefill:tp1,2xdecode:tp1",
+        *[(1.0,)] * 4,
+        bytes_per_token=1,
+        inside=link(),
+    )
+    result = run.run([make_request(i, prompt=4, out=2) for i in range(2)])
+    assert transfers(result) == [(1.0, 5.0), (1.0, 5.0)]
+
+
+def test_transfers_between_nodes_share_the_senders_nic():
+    # Nodes of 2 devices: prefill 0 and 1 in one, decode 2 and 3 in the other. The NIC
+    # has 1 s of latency and is one wire, whoever receives.
+    run = simulated(
+        "2xprefill:tp1,2xdecode:tp1",
+        *[(1.0,)] * 4,
+        bytes_per_token=1,
+        inside=link(),
+        between=link(latency_s=1.0),
+        node_devices=2,
+    )
+    result = run.run([make_request(i, prompt=4, out=2) for i in range(2)])
+    assert transfers(result) == [(1.0, 6.0), (1.0, 11.0)]
+    assert result.busy_s[-1, 0] == 10.0
+
+
+def test_lanes_are_the_devices_of_the_smaller_end():
+    run = simulated(
+        "prefill:tp4,decode:tp2",
+        (1.0,),
+        (1.0,),
+        bytes_per_token=1,
+        inside=link(),
+    )
+    result = run.run([make_request(0, prompt=8, out=2)])
+    assert transfers(result) == [(1.0, 5.0)]  # 8 bytes over 2 links
+
+
+# ---- stragglers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spans", [False, True])
+def test_a_slow_instance_takes_longer_from_the_next_step_on(spans):
+    run = dataclasses.replace(simulated("colocated:tp1", (1.0,)), spans=spans)
+    slow = [(2.5, Slow(0, 3.0)), (7.0, Slow(0, 1.0))]
+    result = run.run([make_request(0, prompt=4, out=7)], slow)
+    # 0-1 prefill, 1-2, 2-3 as usual; 3-6, 6-9 three times as long; then as usual.
+    assert result.timelines[0].token_s == [1, 2, 3, 6, 9, 10, 11]
+
+
+def test_a_factor_is_positive_and_finite():
+    run = simulated("colocated:tp1", (1.0,))
+    for factor in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"finite factor > 0, got {factor}"):
+            run.run([make_request(0)], [(0.0, Slow(0, factor))])
+
+
+# ---- points --------------------------------------------------------------------------
+
+WORKLOAD = SimWorkload(
+    prompt=UniformLengths(low=1, high=200), output=UniformLengths(low=1, high=200)
+)
+
+
+def test_equal_seeds_give_equal_requests_at_every_rate():
+    slow, fast = (WORKLOAD.requests(50, rate, seed=3) for rate in (1.0, 4.0))
+    for a, b in zip(slow, fast, strict=True):
+        assert (a.prompt_tokens, a.max_tokens) == (b.prompt_tokens, b.max_tokens)
+        assert a.arrival_s == pytest.approx(4 * b.arrival_s, rel=1e-12)
+    assert WORKLOAD.requests(20, 1.0, seed=3) == slow[:20]
+    assert WORKLOAD.requests(50, 1.0, seed=4) != slow
+
+
+def test_too_long_requests_lose_output_then_prompt():
+    workload = dataclasses.replace(
+        WORKLOAD,
+        prompt=FixedLengths(tokens=100),
+        output=FixedLengths(tokens=30),
+        extra_tokens=1,
+    )
+
+    def lengths(limit):
+        limited = dataclasses.replace(workload, max_total_tokens=limit)
+        (request,) = limited.requests(1, 1.0, seed=0)
+        return request.prompt_tokens, request.max_tokens
+
+    assert lengths(None) == lengths(130) == (100, 31)
+    assert lengths(110) == (100, 11)
+    assert lengths(50) == (49, 2)
+
+
+def test_a_result_is_judged_as_the_metrics_do():
+    slo = SLO(ttft_s=3.0, tpot_s=1.5)
+    run = simulated(PAIR, (1.0,), (1.0,))
+    point = SimPoint(simulated=run, workload=WORKLOAD, rate_rps=0.9, num_requests=60)
+    result = run_point(point)
+    timelines = run.run(WORKLOAD.requests(60, 0.9, 0)).timelines
+    for scale in (0.5, 1.0, 2.0):
+        expected = attainment(timelines, slo.scaled(scale))
+        assert result.attainment(slo.scaled(scale)) == expected
+    assert 0 < result.attainment(slo).joint < 1
+
+
+def test_workers_give_the_results_of_one_process_in_order():
+    cost = LinearCost(step_base_s=0.01, prefill_token_s=1e-4)
+    run = dataclasses.replace(simulated(PAIR, (1.0,), (1.0,)), cost=cost)
+    points = [
+        SimPoint(simulated=run, workload=WORKLOAD, rate_rps=r, num_requests=20, seed=s)
+        for r, s in itertools.product((1.0, 9.0), (0, 1))
+    ]
+    assert list(run_points(points, workers=2)) == list(run_points(points, workers=1))
