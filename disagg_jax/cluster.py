@@ -60,12 +60,11 @@ class Cluster:
             InstanceState(i, spec, memory[i])
             for i, spec in enumerate(deployment.instances)
         ]
+        entries = deployment.of(Role.PREFILL, Role.COLOCATED)
+        self._entries = [self.instances[i] for i in entries]
+        self.decoders = [self.instances[i] for i in deployment.of(Role.DECODE)]
         self.unrouted: list[RequestState] = []
         self._prefill_router, self._decode_router = prefill_router, decode_router
-
-    def up(self, *roles: Role) -> list[InstanceState]:
-        """The instances that are up and have one of `roles`."""
-        return [i for i in self.instances if i.up and i.spec.role in roles]
 
     def why_never(self, request: Request) -> str:
         """Why `request` could not be served even alone; '' if it could."""
@@ -86,7 +85,7 @@ class Cluster:
     ) -> None:
         """Puts a request that has no KV into a queue: `instance`'s, or as routed."""
         if instance is None:
-            up = self.up(Role.PREFILL, Role.COLOCATED)
+            up = [entry for entry in self._entries if entry.up]
             if not up:
                 state.settled_place = Place.UNROUTED
                 self.unrouted.append(state)
@@ -194,7 +193,7 @@ class Cluster:
 
     def assign_target(self, state: RequestState) -> None:
         """Picks the decode instance that is to pull a parked request's KV."""
-        up = self.up(Role.DECODE)
+        up = [decode for decode in self.decoders if decode.up]
         if up:
             state.target = self._pick(self._decode_router, up)
             state.target.pulls.append(state)
@@ -239,7 +238,8 @@ class Cluster:
         dst.ready.join(state)
 
     def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
-        return self.instances[router(up).id]
+        """One of `up`; a router is asked only where there is a choice."""
+        return up[0] if len(up) == 1 else self.instances[router(up).id]
 
 
 def _take_ready(

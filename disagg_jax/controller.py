@@ -77,9 +77,6 @@ class Controller:
                     f"deployment '{deployment}' has {spec.role} instances, but the "
                     f"system has policies for {', '.join(sorted(policies))} only"
                 )
-        self._decode_instances = [
-            i for i in self.instances if i.spec.role is Role.DECODE
-        ]
         self._policies = policies
         self._plans = [policies[i.spec.role].plan for i in self.instances]
         self._spans = spans
@@ -351,10 +348,10 @@ class Controller:
         """Spans between two iterations reserve blocks for the next one, or end."""
         for flight in list(self._at_boundary):
             instance = self.instances[flight.work.instance]
-            if flight.batch.missing() > instance.blocks.free:
-                self._cut(flight, works)
-            else:
+            if flight.batch.fits(1, instance.blocks.free):
                 flight.batch.charge()
+            else:
+                self._cut(flight, works)
         self._at_boundary.clear()
 
     def _check_span(self, instance: InstanceState) -> None:
@@ -362,13 +359,13 @@ class Controller:
         flight = instance.step
         if flight is not None and flight.work.iterations > 1:
             left = flight.until - flight.batch.begun
-            if flight.batch.missing(left) > instance.blocks.free:
+            if not flight.batch.fits(left, instance.blocks.free):
                 self._disturb(instance)
 
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> None:
-        for dst in self._decode_instances:
+        for dst in self._cluster.decoders:
             policy = typing.cast(PullPolicy, self._policies[Role.DECODE])
             while dst.up and dst.pulls and policy.pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]

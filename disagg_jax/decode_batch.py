@@ -166,16 +166,20 @@ class DecodeBatch:
             blocks += len(self._phases.get(-iteration % size, ()))
         return blocks
 
+    def fits(self, iterations: int, free: int) -> bool:
+        """Whether the next iterations, not begun yet, can run on `free` blocks."""
+        at_most = (iterations // self._block_tokens + 1) * len(self.members)
+        return at_most <= free or self.missing(iterations) <= free
+
     def lasting(self, free: int) -> int:
         """Iterations until a member is finished or `free` blocks are used up."""
         iterations = self._next_end() - self.iteration
-        most = (iterations // self._block_tokens + 1) * len(self.members)
-        if most <= free or self.missing(iterations) <= free:
+        if self.fits(iterations, free):
             return iterations
         low, high = 0, iterations  # `low` iterations can run, `high` cannot
         while high - low > 1:
             middle = (low + high) // 2
-            if self.missing(middle) <= free:
+            if self.fits(middle, free):
                 low = middle
             else:
                 high = middle

@@ -11,7 +11,7 @@ class KVBlocks:
     """The block tables of one instance's pool.
 
     Which blocks somebody holds is settled when a table is first read: a simulation only
-    counts them. It raises on anything impossible (more blocks than are free, a release
+    counts them. So equal reads in equal order give equal blocks. It raises on anything impossible (more blocks than are free, a release
     of what is not held) and repairs nothing: such a call is a bug in whoever made it.
     """
 

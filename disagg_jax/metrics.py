@@ -33,6 +33,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import stdtrit  # pyright: ignore  # scipy ships no types
 
 from disagg_jax.request import Status, Timeline
@@ -64,6 +65,16 @@ def tpot_s(timeline: Timeline) -> float:
 def itl_s(timeline: Timeline) -> list[float]:
     """Inter-token latencies: the n - 1 gaps between consecutive tokens."""
     return [later - sooner for sooner, later in itertools.pairwise(timeline.token_s)]
+
+
+def pooled_itl_s(timelines: Iterable[Timeline]) -> NDArray[np.float64]:
+    """The inter-token latencies of all requests, in their order."""
+    stamps = [t.token_s for t in timelines if t.token_s]
+    if not stamps:
+        return np.empty(0)
+    gaps_s = np.diff(np.fromiter(itertools.chain.from_iterable(stamps), np.float64))
+    ends = np.cumsum([len(s) for s in stamps])
+    return np.delete(gaps_s, ends[:-1] - 1)  # there is no gap between two requests
 
 
 def e2e_s(timeline: Timeline) -> float:

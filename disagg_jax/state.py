@@ -209,7 +209,8 @@ class InstanceState:
     @property
     def steps(self) -> list[StepInFlight]:
         """All that is in flight."""
-        return [*self.downstream.values(), *([self.step] if self.step else [])]
+        first = [] if self.step is None else [self.step]
+        return [*self.downstream.values(), *first] if self.downstream else first
 
     @property
     def stepping(self) -> list[RequestState]:
@@ -226,15 +227,18 @@ class InstanceState:
 
     @property
     def queued(self) -> int:
-        firsts = sum(
-            state.generated == 0 for flight in self.steps for state in flight.prompts
-        )
-        return len(self.waiting) + firsts
+        queued = len(self.waiting)
+        for flight in self.steps:
+            for state in flight.prompts:
+                queued += state.generated == 0
+        return queued
 
     @property
     def resident(self) -> int:
-        stepping = sum(len(f.prompts) + len(f.batch.members) for f in self.steps)
-        return len(self.ready.members) + stepping + len(self.arriving)
+        resident = len(self.ready.members) + len(self.arriving)
+        for flight in self.steps:
+            resident += len(flight.prompts) + len(flight.batch.members)
+        return resident
 
     @property
     def load(self) -> int:

@@ -11,8 +11,8 @@ from disagg_jax.metrics import (
     SLO,
     attainment,
     e2e_s,
-    itl_s,
     meets,
+    pooled_itl_s,
     stages_s,
     tpot_s,
     ttft_s,
@@ -110,7 +110,7 @@ def _latencies_ms(finished: Sequence[Timeline]) -> dict[str, float | None]:
     pools = {
         "ttft": [ttft_s(t) for t in finished],
         "tpot": [tpot_s(t) for t in finished if len(t.token_s) > 1],
-        "itl": [gap for t in finished for gap in itl_s(t)],
+        "itl": pooled_itl_s(finished).tolist(),
         "e2el": [e2e_s(t) for t in finished],
     }
     summary: dict[str, float | None] = {}

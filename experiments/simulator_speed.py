@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import itertools
 import json
 import pathlib
 import sys
@@ -31,7 +30,7 @@ from absl import app, flags
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.lengths import FixedLengths
-from disagg_jax.metrics import itl_s, stages_s, tpot_s, ttft_s
+from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.workload import make_requests
@@ -124,10 +123,9 @@ def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
 def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
     start_s = time.process_time()
     timelines = workload.simulated.run(workload.requests).timelines
-    for timeline in timelines:
-        ttft_s(timeline), tpot_s(timeline), stages_s(timeline)
-    gaps_s = np.fromiter(itertools.chain.from_iterable(map(itl_s, timelines)), float)
-    np.percentile(gaps_s, (50, 90, 99))
+    latencies_s = [(ttft_s(t), tpot_s(t), stages_s(t)) for t in timelines]
+    np.percentile(pooled_itl_s(timelines), (50, 90, 99))
+    assert len(latencies_s) == len(workload.requests)
     return time.process_time() - start_s, timelines
 
 

@@ -204,11 +204,12 @@ class Watch:
                 }
         self.open |= {work.id: work for work in works}
         assert len(self.open) == self.controller.in_flight
+        # First, as a replay does: reading a table settles which blocks are in it.
+        self.log(now_s, events, works)
         self.engine.done(events)
         check_blocks(self.controller)
         check_places(self.controller)
         check_no_idle(self.controller, self.case.policies)
-        self.log(now_s, events, works)
 
 
 def on(work, down: Down) -> bool:

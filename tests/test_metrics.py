@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from disagg_jax import metrics
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.request import Status, Timeline
+from tests.serving import make_request
 from tests.timelines import DISAGGREGATED, SLO_1, served
 
 
@@ -360,3 +361,17 @@ class TestGoodput:
         at_pass = Interval(mean=0.95, low=low_at_pass, high=1.0)
         at_fail = Interval(mean=0.8, low=0.7, high=high_at_fail)
         assert metrics.is_resolved(at_pass, at_fail, target=0.9) is resolved
+
+
+def test_pooled_gaps_are_those_of_each_request_one_after_the_other():
+    stamps = [[], [1.0, 1.5, 3.0], [], [2.0], [0.5, 9.0], []]
+    timelines = [
+        Timeline(request=make_request(i), token_s=list(s)) for i, s in enumerate(stamps)
+    ]
+    assert metrics.pooled_itl_s(timelines).tolist() == [0.5, 1.5, 8.5]
+    assert [gap for t in timelines for gap in metrics.itl_s(t)] == [0.5, 1.5, 8.5]
+    assert (
+        metrics.pooled_itl_s(timelines[:1]).tolist()
+        == metrics.pooled_itl_s([]).tolist()
+        == []
+    )
