@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from disagg_jax.controller import Controller
 from disagg_jax.request import Request, Timeline
@@ -23,8 +22,7 @@ from disagg_jax.work import (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What came of one piece of work that was run alone."""
 
     durations_s: Iterable[float]  # of each iteration; may be made when it is needed

@@ -43,7 +43,9 @@ from disagg_jax.work import (
 class Controller:
     """Schedules requests on a deployment by the policies of one system.
 
-    `timelines` holds what happened to each request, in arrival order.
+    Attributes:
+      instances: the state of every instance, for reading.
+      timelines: what happened to each request, in arrival order.
 
     Args:
       deployment: the instances.
@@ -71,13 +73,15 @@ class Controller:
         spans: bool = False,
     ):
         self._cluster = Cluster(deployment, memory, prefill_router, decode_router)
+        self.instances: Sequence[InstanceState] = self._cluster.instances
         for spec in deployment.instances:
             if spec.role not in policies:
                 raise ValueError(
                     f"deployment '{deployment}' has {spec.role} instances, but the "
                     f"system has policies for {', '.join(sorted(policies))} only"
                 )
-        self._policies = policies
+        if self._cluster.decoders:
+            self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
         self._plans = [policies[i.spec.role].plan for i in self.instances]
         self._spans = spans
         self._requests: dict[int, RequestState] = {}
@@ -93,11 +97,6 @@ class Controller:
     def in_flight(self) -> int:
         """Pieces of work that were submitted and are not done."""
         return len(self._in_flight)
-
-    @property
-    def instances(self) -> Sequence[InstanceState]:
-        """The state of every instance, for reading."""
-        return self._cluster.instances
 
     def step(self, now_s: float, events: Sequence[Event]) -> list[Work]:
         """Applies all `events` in their order, then plans all work that can start.
@@ -366,8 +365,7 @@ class Controller:
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> None:
         for dst in self._cluster.decoders:
-            policy = typing.cast(PullPolicy, self._policies[Role.DECODE])
-            while dst.up and dst.pulls and policy.pulls(dst, dst.pulls[0]):
+            while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
                 transfer = self._cluster.start_transfer(self._new_work_id(), state)
                 self._in_flight[transfer.id] = TransferInFlight(transfer, state)

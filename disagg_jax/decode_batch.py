@@ -107,7 +107,7 @@ class DecodeBatch:
     def take_fresh(self) -> list[RequestState]:
         """The members that are new since this was last asked."""
         fresh, self._fresh = self._fresh, []
-        return fresh
+        return [state for state in fresh if state.batch is self]
 
     def take_finished(self) -> list[RequestState]:
         """Members that have all their tokens."""

@@ -11,8 +11,9 @@ class KVBlocks:
     """The block tables of one instance's pool.
 
     Which blocks somebody holds is settled when a table is first read: a simulation only
-    counts them. So equal reads in equal order give equal blocks. It raises on anything impossible (more blocks than are free, a release
-    of what is not held) and repairs nothing: such a call is a bug in whoever made it.
+    counts them. So equal reads in equal order give equal blocks. It raises on anything
+    impossible (more blocks than are free, a release of what is not held) and repairs
+    nothing: such a call is a bug in whoever made it.
     """
 
     def __init__(self, memory: KVMemory):

@@ -45,10 +45,10 @@ class RequestState:
     batch: DecodeBatch | None = None  # that it decodes in
     joined: int = 0  # iteration of the batch
     phase: int = 0  # in the batch
+    id: int = dataclasses.field(init=False)  # of the request: it is asked for often
 
-    @property
-    def id(self) -> int:
-        return self.request.id
+    def __post_init__(self) -> None:
+        self.id = self.request.id
 
     @property
     def known(self) -> int:

@@ -5,6 +5,7 @@ Costs are binary fractions, so that every stamp is exact.
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 
@@ -209,6 +210,18 @@ def test_generation_ends_with_the_first_stop(deployment, fields, tokens):
     assert run.timeline(1).status is Status.FINISHED
     assert len(run.steps) == len(tokens)  # nothing is computed beyond the end
     assert_all_free(controller)
+
+
+def test_a_request_cancelled_as_its_kv_lands_never_starts_to_decode():
+    run = Run(make_controller(PAIR, blocks=100))
+    run.turn(*(Arrived(with_prompt(i, prompt=4, out=4)) for i in range(2)))
+    run.until(0, Place.MOVING)
+    (done,) = run._backend.wait(math.inf)
+    run.turn(done, Cancelled(0))
+    assert run.timeline(0).transfer_end_s is not None
+    run.finish()
+    assert run.timeline(0).decode_start_s is None
+    assert run.timeline(1).decode_start_s is not None
 
 
 # ---- memory --------------------------------------------------------------------------
@@ -582,7 +595,7 @@ class Idle(PrefillFirst):
     """A policy that never plans anything."""
 
     def plan(self, instance):
-        return dataclasses.replace(super().plan(instance), prompts=())
+        return super().plan(instance)._replace(prompts=())
 
 
 def test_requests_that_wait_for_ever_raise():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from disagg_jax.deployment import KVMemory
 
@@ -94,8 +94,7 @@ class InstanceView(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """The next step of an instance, and who must make room for it."""
 
     prompts: Sequence[RequestView] = ()  # waiting: all their known tokens are computed

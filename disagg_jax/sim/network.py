@@ -9,12 +9,17 @@ is the wire. No peer simulator queues transfers (`facts/latency.md`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from disagg_jax.deployment import Deployment, InstanceSpec
+from disagg_jax.deployment import Deployment
 from disagg_jax.expect import expect
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.work import Transfer
+
+Route = tuple[LinkSpec | None, int, tuple[int, ...]]
 
 
 class Hop(NamedTuple):
@@ -43,22 +48,28 @@ class Network:
         expect(self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices)
 
     def hop(self, transfer: Transfer) -> Hop:
+        """How a transfer goes."""
         size = self.kv_bytes_per_token * transfer.context
-        src, dst = (self.deployment.instances[i] for i in (transfer.src, transfer.dst))
-        first, second = self._node(transfer.src), self._node(transfer.dst)
-        if self.between is not None and first != second:
-            return Hop(self.between.transfer_s(size), size, (-1, first))
+        link, lanes, wire = self._routes[transfer.src, transfer.dst]
+        return Hop(link.transfer_s(size, lanes) if link else 0.0, size, wire)
+
+    @functools.cached_property
+    def _routes(self) -> Mapping[tuple[int, int], Route]:
+        """For each (src, dst) the link, how many of it at once, and the wire's name."""
+        pairs = itertools.product(range(len(self.deployment.instances)), repeat=2)
+        return {(src, dst): self._route(src, dst) for src, dst in pairs}
+
+    def _route(self, src: int, dst: int) -> Route:
+        node = self._node(src)
+        if self.between is not None and node != self._node(dst):
+            return self.between, 1, (-1, node)
         if self.inside is None:
-            return Hop(0.0, size)
-        seconds = self.inside.transfer_s(size, _lanes(src, dst))
-        return Hop(seconds, size, (-2, transfer.dst))
+            return None, 1, ()
+        ends = (self.deployment.instances[i] for i in (src, dst))
+        # The devices of the smaller end, each on a link of its own.
+        return self.inside, min(spec.devices for spec in ends), (-2, dst)
 
     def _node(self, instance: int) -> int:
         """The node of an instance's first device; instances lie in device order."""
         before = self.deployment.instances[:instance]
         return sum(spec.devices for spec in before) // self.node_devices
-
-
-def _lanes(src: InstanceSpec, dst: InstanceSpec) -> int:
-    """Links in use at once: the devices of the end with fewer."""
-    return min(src.devices, dst.devices)
