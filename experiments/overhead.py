@@ -152,8 +152,10 @@ class _TimedController(Controller):
     def step(self, now_s: float, events: Sequence[Event]) -> list[Work]:
         start_s = time.perf_counter()
         works = super().step(now_s, events)
+        steps = [work for work in works if isinstance(work, Step)]
+        decodes = [step for step in steps if step.slices[0].is_decode]  # makes them
         span_s = time.perf_counter() - start_s
-        if works and isinstance(works[0], Step) and works[0].slices[0].is_decode:
+        if decodes:
             self.spans_s += (span_s,)
         return works
 
