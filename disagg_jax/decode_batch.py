@@ -45,36 +45,41 @@ class DecodeBatch:
         self._phases: dict[int, dict[int, None]] = {}
         self._prepaid: set[int] = set()  # hold the block of their next token already
         self._charged = False  # the blocks of the next iteration are reserved
-        self._fresh: list[RequestState] = []  # were not in a step of this batch yet
+        self._fresh: dict[int, RequestState] = {}  # were not in a step yet
 
     def __len__(self) -> int:
         return len(self.members)
 
     # -- members --------------------------------------------------------------------
 
-    def join(self, state: RequestState, *, front: bool = False) -> None:
+    def join(self, state: RequestState) -> None:
         """Takes in a request that lacks the KV of its newest token only."""
-        memory, context = self._blocks.memory, state.context
+        self._fresh[state.id] = state
+        held, memory = self._blocks.held(state.id), self._blocks.memory
+        if held > memory.blocks_for(state.context):
+            self._prepaid.add(state.id)
+        self._add(state)
+
+    def _add(self, state: RequestState, *, front: bool = False) -> None:
+        context, id = state.context, state.id
         state.batch, state.joined = self, self.iteration
         state.phase = (context - self.iteration) % self._block_tokens
-        self.members[state.id] = state
+        self.members[id] = state
         if front:
-            self.members.move_to_end(state.id, last=False)
-        self._phases.setdefault(state.phase, {})[state.id] = None
-        if self._blocks.held(state.id) > memory.blocks_for(context):
-            self._prepaid.add(state.id)
+            self.members.move_to_end(id, last=False)
+        self._phases.setdefault(state.phase, {})[id] = None
         heapq.heappush(self._ends, (state.last_iteration, state.order, state))
-        self._fresh.append(state)
         self.context += context
 
     def leave(self, state: RequestState) -> None:
         """Lets a member go, with all its tokens stamped."""
         self.context -= state.context
         self.settle(state)
-        state.batch = None
-        del self.members[state.id]
-        del self._phases[state.phase][state.id]
-        self._prepaid.discard(state.id)
+        state.batch, id = None, state.id
+        del self.members[id]
+        del self._phases[state.phase][id]
+        self._prepaid.discard(id)
+        self._fresh.pop(id, None)
 
     def settle(self, state: RequestState) -> None:
         """Writes down what a member went through since it joined."""
@@ -90,8 +95,13 @@ class DecodeBatch:
     ) -> None:
         """Lets members go over to another batch, each to its end or its front."""
         for state in states:
+            fresh, prepaid = state.id in self._fresh, state.id in self._prepaid
             self.leave(state)
-            to.join(state, front=front)
+            to._add(state, front=front)
+            if fresh:
+                to._fresh[state.id] = state
+            if prepaid:
+                to._prepaid.add(state.id)
 
     def absorb(self, other: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
         """Brings the members of `other` behind its own: (batch of all, the empty one).
@@ -104,10 +114,10 @@ class DecodeBatch:
         self.shift(reversed(list(self.members.values())), other, front=True)
         return other, self
 
-    def take_fresh(self) -> list[RequestState]:
+    def take_fresh(self) -> Iterable[RequestState]:
         """The members that are new since this was last asked."""
-        fresh, self._fresh = self._fresh, []
-        return [state for state in fresh if state.batch is self]
+        fresh, self._fresh = self._fresh, {}
+        return fresh.values()
 
     def take_finished(self) -> list[RequestState]:
         """Members that have all their tokens."""
