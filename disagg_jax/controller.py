@@ -189,7 +189,7 @@ class Controller:
                     self._cluster.keep(state)
         if event.tokens:
             self._receive_decoded(batch, tokens, end_s)
-        for state in batch.take_finished():
+        for state in batch.finished:
             if state.active:
                 self._end(state, Status.FINISHED, end_s)
         self._step_over(flight)

@@ -38,8 +38,10 @@ class DecodeBatch:
         self._blocks = blocks
         self._block_tokens = blocks.memory.block_tokens
         self._ends_s: list[float] = []  # of every iteration
-        # (iteration after which it has all its tokens, order, state); may be outdated.
-        self._ends: list[tuple[int, int, RequestState]] = []
+        # Those that have all their tokens after an iteration, and such iterations in a
+        # heap, where some may be outdated.
+        self._ending: dict[int, dict[int, RequestState]] = {}
+        self._end_iterations: list[int] = []
         # Those in phase p cross into another block when p + iteration is a multiple of
         # the block size.
         self._phases: dict[int, dict[int, None]] = {}
@@ -68,7 +70,13 @@ class DecodeBatch:
         if front:
             self.members.move_to_end(id, last=False)
         self._phases.setdefault(state.phase, {})[id] = None
-        heapq.heappush(self._ends, (state.last_iteration, state.order, state))
+        request = state.request
+        left = request.prompt_tokens + request.max_tokens - state.settled_known
+        state.last = last = self.iteration + left
+        if last not in self._ending:
+            self._ending[last] = {}
+            heapq.heappush(self._end_iterations, last)
+        self._ending[last][id] = state
         self.context += context
 
     def leave(self, state: RequestState) -> None:
@@ -78,6 +86,7 @@ class DecodeBatch:
         state.batch, id = None, state.id
         del self.members[id]
         del self._phases[state.phase][id]
+        del self._ending[state.last][id]
         self._prepaid.discard(id)
         self._fresh.pop(id, None)
 
@@ -119,21 +128,17 @@ class DecodeBatch:
         fresh, self._fresh = self._fresh, {}
         return fresh.values()
 
-    def take_finished(self) -> list[RequestState]:
-        """Members that have all their tokens."""
-        finished: list[RequestState] = []
-        while self._next_end() == self.iteration:
-            finished.append(heapq.heappop(self._ends)[2])
-        return finished
+    @property
+    def finished(self) -> list[RequestState]:
+        """Members that have all their tokens, in order of arrival."""
+        states = self._ending.get(self.iteration, {}).values()
+        return sorted(states, key=lambda state: state.order)
 
     def _next_end(self) -> int:
-        """The iteration after which the first member has all its tokens; -1: none."""
-        while self._ends:
-            iteration, _, state = self._ends[0]
-            if state.batch is self and state.last_iteration == iteration:
-                return iteration
-            heapq.heappop(self._ends)
-        return -1
+        """The iteration after which the first member has all its tokens."""
+        while not self._ending[self._end_iterations[0]]:
+            del self._ending[heapq.heappop(self._end_iterations)]
+        return self._end_iterations[0]
 
     # -- iterations -----------------------------------------------------------------
 

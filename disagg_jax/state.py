@@ -45,6 +45,7 @@ class RequestState:
     batch: DecodeBatch | None = None  # that it decodes in
     joined: int = 0  # iteration of the batch
     phase: int = 0  # in the batch
+    last: int = 0  # iteration of the batch after which it has all its tokens
     id: int = dataclasses.field(init=False)  # of the request: it is asked for often
 
     def __post_init__(self) -> None:
@@ -68,13 +69,6 @@ class RequestState:
     def generated(self) -> int:
         """Tokens generated so far."""
         return self.known - self.request.prompt_tokens
-
-    @property
-    def last_iteration(self) -> int:
-        """The iteration of its batch after which it has all its tokens."""
-        request = self.request
-        left = request.prompt_tokens + request.max_tokens - self.settled_known
-        return self.joined + left
 
     @property
     def place(self) -> Place:
