@@ -30,6 +30,7 @@ class Outcome(NamedTuple):
     bytes: int = 0  # transfer: KV bytes moved
     later_stages_s: Sequence[float] = ()  # step: on the pipeline stages after the first
     link: tuple[int, ...] = ()  # transfer: the wire; () is one for each (src, dst)
+    shared: bool = False  # transfer: all on that wire at once, instead of in turn
 
 
 class Executor(Protocol):

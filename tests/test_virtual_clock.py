@@ -63,12 +63,12 @@ def test_other_links_and_instances_do_not_wait():
     assert spans(done) == [(3, 0, 1), (2, 0, 2), (1, 0, 3), (0, 0, 4)]
 
 
-def test_completions_of_an_instant_come_together_in_order_of_instances():
+def test_what_ends_at_an_instant_comes_together_links_first_then_instances():
     backend = VirtualBackend(Durations(2.0, 1.0, 1.0, 1.0))
     for work in (step(0, 0), step(1, 1), transfer(2, 0, 1), transfer(3, 0, 1)):
         backend.submit(work)
     assert [d.work for d in backend.wait(math.inf)] == [2, 1]
-    assert [d.work for d in backend.wait(math.inf)] == [0, 3]
+    assert [d.work for d in backend.wait(math.inf)] == [3, 0]
 
 
 def test_wait_goes_to_the_next_completion_and_no_further_than_asked():

@@ -10,11 +10,23 @@ import math
 from collections.abc import Iterator, Sequence
 
 from disagg_jax.backend import Executor
-from disagg_jax.work import Cut, Done, Progress, Report, StageFree, Step, Work
+from disagg_jax.sim.shared_link import SharedLink
+from disagg_jax.work import (
+    Cut,
+    Done,
+    Progress,
+    Report,
+    StageFree,
+    Step,
+    Transfer,
+    Work,
+)
 
 _AHEAD = 16  # iterations of a span that are timed at once: most spans are cut early
 
-Resource = tuple[int, ...]  # (instance,), a link, or (instance, stage) for later stages
+# (instance,), (instance, stage) for its later stages, or a link: its name, by default
+# (-3, src, dst). Names of links begin below 0, so that they are no stages.
+Resource = tuple[int, ...]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -42,7 +54,8 @@ class VirtualBackend:
     """A `Backend` whose time is computed.
 
     Each instance, and each link from one instance to another, does one thing at a time
-    in order of submission; a duration is what the executor says. With a cost model this
+    in order of submission, but for links that are shared; a duration is what the executor
+    says. With a cost model this
     is a discrete-event simulator. With an engine it is an execution-driven emulator:
     each program really runs, alone, its tokens are real, and it stands on the timeline
     of its own devices, so that one machine can measure a deployment of many. That holds
@@ -50,7 +63,7 @@ class VirtualBackend:
     parallelism over host devices that share the cores.
 
     A pipelined instance has several steps in flight, one on each stage. What ends at
-    one instant is told in the order of the instances.
+    one instant is told in a fixed order: links first, then instances.
     """
 
     def __init__(self, executor: Executor):
@@ -64,6 +77,8 @@ class VirtualBackend:
         self._heap: list[tuple[float, Resource, int, _Running]] = []
         self._spans: dict[int, _Running] = {}
         self._factors: dict[int, float] = {}  # of slow instances
+        self._shared: dict[Resource, SharedLink] = {}
+        self._sharing: dict[int, _Running] = {}  # the transfers on them
 
     def now_s(self) -> float:
         return self._now_s
@@ -73,7 +88,9 @@ class VirtualBackend:
             self._cut(self._spans[work.work], work.iterations)
             return
         outcome = self._executor.run(work)
-        resource = outcome.link or work.instances
+        resource = work.instances
+        if isinstance(work, Transfer):
+            resource = outcome.link or (-3, *resource)
         running = _Running(
             work.id,
             work.instances,
@@ -86,6 +103,9 @@ class VirtualBackend:
         )
         if isinstance(work, Step) and work.instance in self._factors:
             running.factor = self._factors[work.instance]
+        if outcome.shared:
+            self._share(running)
+            return
         self._time(running)
         if running.iterations > 1:
             self._spans[work.id] = running
@@ -105,6 +125,8 @@ class VirtualBackend:
                 self._time(running)
                 continue
             self._now_s = until_s = end_s
+            if running.resource in self._shared:
+                self._unshare(running)
             if running.last_stage_s is not None:
                 self._push(running, running.last_stage_s)
                 running.last_stage_s = None
@@ -121,13 +143,38 @@ class VirtualBackend:
         self._factors[instance] = factor
 
     def drop(self, instance: int) -> None:
-        for _, _, work, running in self._heap:
-            if instance in running.instances:
-                running.due_s = math.inf
-                self._spans.pop(work, None)
+        lost = {r.work: r for _, _, _, r in self._heap if instance in r.instances}
+        lost |= {w: r for w, r in self._sharing.items() if instance in r.instances}
+        for work, running in lost.items():
+            running.due_s = math.inf
+            self._spans.pop(work, None)
+            if work in self._sharing:
+                self._unshare(running)
         for resource in self._busy_until_s:
             if instance in resource:
                 self._busy_until_s[resource] = self._now_s
+
+    def _share(self, running: _Running) -> None:
+        """Puts a transfer on a link beside those that are on it."""
+        (alone_s,) = running.durations_s
+        running.start_s, running.ends_s = self._now_s, [self._now_s + alone_s]
+        self._sharing[running.work] = running
+        link = self._shared.setdefault(running.resource, SharedLink())
+        link.add(self._now_s, running.work, alone_s)
+        self._await_first(link)
+
+    def _unshare(self, running: _Running) -> None:
+        del self._sharing[running.work]
+        link = self._shared[running.resource]
+        link.remove(self._now_s, running.work)
+        self._await_first(link)
+
+    def _await_first(self, link: SharedLink) -> None:
+        """Leaves one entry of a link in the heap that counts: the next to end."""
+        for work in link.left_s:
+            self._sharing[work].due_s = math.inf
+        if (first := link.next_end()) is not None:
+            self._push(self._sharing[first[0]], first[1])
 
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
         """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""

@@ -89,7 +89,9 @@ class CostExecutor:
     def run(self, work: Task) -> Outcome:
         if isinstance(work, Transfer):
             hop = self.cost.hop(work)
-            return Outcome((hop.duration_s,), bytes=hop.bytes, link=hop.link)
+            return Outcome(
+                (hop.duration_s,), bytes=hop.bytes, link=hop.link, shared=hop.shared
+            )
         if work.iterations > 1:
             return Outcome(self._span_s(work))
         first, *later = self.cost.stages_s(work.instance, work.load)

@@ -1,6 +1,6 @@
 """The wires between instances: which one a transfer takes, and for how long.
 
-Transfers on one wire queue, first come first served. Within a node every device has
+Transfers on one wire queue, first come first served, or share it. Within a node every device has
 links of its own into a switch (NVLink, ICI), so what is shared is the receiving
 instance's end. Between nodes all instances of a node share its NIC; the one that sends
 is the wire. No peer simulator queues transfers (`facts/latency.md`).
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.expect import expect
@@ -28,6 +28,7 @@ class Hop(NamedTuple):
     duration_s: float
     bytes: int = 0
     link: tuple[int, ...] = ()  # the wire; () is one for each (src, dst)
+    shared: bool = False  # with the others on the wire, instead of after them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Network:
     """Where the instances are, and the links inside nodes and between them.
 
     Raises:
-      ValueError: if a node has no devices.
+      ValueError: if a node has no devices, or `sharing` is unknown.
     """
 
     deployment: Deployment
@@ -43,15 +44,20 @@ class Network:
     inside: LinkSpec | None = None  # one device's link; None takes no time
     between: LinkSpec | None = None  # a node's NIC; None is one large node
     node_devices: int = 8
+    # Transfers on one wire: one after the other, or all at once with an equal share.
+    sharing: Literal["fifo", "fair"] = "fifo"
 
     def __post_init__(self) -> None:
         expect(self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices)
+        known = self.sharing in ("fifo", "fair")
+        expect(known, "sharing: expected fifo or fair", self.sharing)
 
     def hop(self, transfer: Transfer) -> Hop:
         """How a transfer goes."""
         size = self.kv_bytes_per_token * transfer.context
         link, lanes, wire = self._routes[transfer.src, transfer.dst]
-        return Hop(link.transfer_s(size, lanes) if link else 0.0, size, wire)
+        seconds = link.transfer_s(size, lanes) if link else 0.0
+        return Hop(seconds, size, wire, shared=self.sharing == "fair")
 
     @functools.cached_property
     def _routes(self) -> Mapping[tuple[int, int], Route]:

@@ -21,7 +21,7 @@ class SimulatedRun:
     timelines: list[Timeline]  # in order of arrival
     end_s: float
     # Seconds of work: (instance,) is its first stage, (instance, k) a later one; links
-    # as `Network` names them, or (src, dst).
+    # as `Network` names them, or (-3, src, dst).
     busy_s: Mapping[tuple[int, ...], float]
 
 

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import math
+import statistics
 
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.lengths import FixedLengths, UniformLengths
-from disagg_jax.metrics import SLO, attainment
+from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -17,7 +18,7 @@ from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.points import SimPoint, SimWorkload, run_point, run_points
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.work import Done, Slow, StageFree, Step
+from disagg_jax.work import Done, Down, Slow, StageFree, Step, Up
 from tests.serving import make_request
 
 PAIR = "prefill:tp1,decode:tp1"
@@ -197,6 +198,73 @@ def test_lanes_are_the_devices_of_the_smaller_end():
     )
     result = run.run([make_request(0, prompt=8, out=2)])
     assert transfers(result) == [(1.0, 5.0)]  # 8 bytes over 2 links
+
+
+def test_fair_transfers_share_the_wire():
+    # 4 bytes at 1 byte/s each, asked for at 1 s and 3 s. The first has 2 left when the
+    # second comes: both at half speed until 7 s, when the second has 2 left.
+    run = simulated(
+        "2xprefill:tp1,decode:tp1",
+        (1.0,),
+        (1.0,),
+        (1.0,),
+        bytes_per_token=1,
+        inside=link(),
+        sharing="fair",
+    )
+    requests = [make_request(i, 2.0 * i, prompt=4, out=2) for i in range(2)]
+    result = run.run(requests)
+    assert transfers(result) == [(1.0, 7.0), (3.0, 9.0)]
+    assert result.busy_s[-2, 2] == 8.0
+
+
+def test_a_transfer_that_is_lost_leaves_its_share_to_the_others():
+    run = simulated(
+        "2xprefill:tp1,decode:tp1",
+        (1.0,),
+        (1.0,),
+        (1.0,),
+        bytes_per_token=1,
+        inside=link(),
+        sharing="fair",
+    )
+    requests = [make_request(i, prompt=4, out=2) for i in range(2)]
+    result = run.run(requests, [(3.0, Down(0)), (50.0, Up(0))])
+    # Both share 1-3 and have 3 bytes left; request 1 then goes on alone.
+    assert transfers(result)[1] == (1.0, 6.0)
+
+
+def test_mean_time_on_a_fair_link_is_that_of_processor_sharing():
+    """M/D/1-PS: D / (1 - rho). Steps take no time: arrivals at the link are Poisson."""
+    size, rate = 5, 0.1  # D = 5 s at 1 byte/s, rho = 0.5
+    run = simulated(
+        "prefill:tp1,decode:tp1",
+        (0.0,),
+        (0.0,),
+        bytes_per_token=1,
+        inside=link(),
+        sharing="fair",
+    )
+    workload = SimWorkload(
+        prompt=FixedLengths(tokens=size), output=FixedLengths(tokens=2)
+    )
+    means = [
+        statistics.mean(
+            end - start
+            for start, end in transfers(run.run(workload.requests(3000, rate, seed)))
+        )
+        for seed in range(6)
+    ]
+    interval = interval_across(means, confidence=0.99)
+    assert interval.low < 10.0 < interval.high
+    assert interval.high - interval.low < 3.0
+
+
+def test_stages_and_links_have_times_of_their_own():
+    # Stage 1 of instance 0 and the link from 0 to 1 once had the same name.
+    run = simulated("prefill:tp1pp2,decode:tp1", (1.0, 5.0), (1.0,))
+    result = run.run([make_request(i, prompt=600, out=2) for i in range(2)])
+    assert transfers(result) == [(6.0, 6.0), (11.0, 11.0)]
 
 
 # ---- stragglers ----------------------------------------------------------------------
