@@ -54,13 +54,12 @@ class VirtualBackend:
     """A `Backend` whose time is computed.
 
     Each instance, and each link from one instance to another, does one thing at a time
-    in order of submission, but for links that are shared; a duration is what the executor
-    says. With a cost model this
-    is a discrete-event simulator. With an engine it is an execution-driven emulator:
-    each program really runs, alone, its tokens are real, and it stands on the timeline
-    of its own devices, so that one machine can measure a deployment of many. That holds
-    for programs whose devices are really there one at a time, not for tensor
-    parallelism over host devices that share the cores.
+    in order of submission, but for links that are shared; a duration is what the
+    executor says. With a cost model this is a discrete-event simulator. With an engine
+    it is an execution-driven emulator: each program really runs, alone, its tokens are
+    real, and it stands on the timeline of its own devices, so that one machine can
+    measure a deployment of many. That holds for programs whose devices are really there
+    one at a time, not for tensor parallelism over host devices that share the cores.
 
     A pipelined instance has several steps in flight, one on each stage. What ends at
     one instant is told in a fixed order: links first, then instances.

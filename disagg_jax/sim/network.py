@@ -1,9 +1,9 @@
 """The wires between instances: which one a transfer takes, and for how long.
 
-Transfers on one wire queue, first come first served, or share it. Within a node every device has
-links of its own into a switch (NVLink, ICI), so what is shared is the receiving
-instance's end. Between nodes all instances of a node share its NIC; the one that sends
-is the wire. No peer simulator queues transfers (`facts/latency.md`).
+Transfers on one wire queue, first come first served, or share it. Within a node every
+device has links of its own into a switch (NVLink, ICI), so what is shared is the
+receiving instance's end. Between nodes all instances of a node share its NIC; the one
+that sends is the wire. No peer simulator queues transfers (`facts/latency.md`).
 """
 
 from __future__ import annotations
