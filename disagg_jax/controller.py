@@ -126,7 +126,7 @@ class Controller:
             case Arrived(request):
                 self._arrive(now_s, request)
             case Done():
-                self._done(now_s, event)
+                self._done(event)
             case Progress(work, ends_s):
                 self._progress(now_s, work, ends_s)
             case StageFree(work):
@@ -156,7 +156,7 @@ class Controller:
         self._active += 1
         self._enqueue(state)
 
-    def _done(self, now_s: float, event: Done) -> None:
+    def _done(self, event: Done) -> None:
         flight = self._in_flight.pop(event.work, None)
         if flight is None:
             raise RuntimeError(f"work {event.work} is done but was not in flight")
