@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -58,12 +59,13 @@ class Buckets:
     @property
     def step_shapes(self) -> list[StepShape]:
         """Every step shape."""
-        decode = [
-            DecodeShape(rows, blocks)
-            for rows in self.decode_rows
-            for blocks in self.pool_blocks
-        ]
-        return [*self.prefill, *decode]
+        return [*self.prefill, *self._decode.values()]
+
+    @functools.cached_property
+    def _decode(self) -> dict[tuple[int, int], DecodeShape]:
+        """One object for each shape: it remembers its layout."""
+        sizes = itertools.product(self.decode_rows, self.pool_blocks)
+        return {size: DecodeShape(*size) for size in sizes}
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`.
@@ -92,10 +94,10 @@ class Buckets:
         )
 
     def decode_shape(self, rows: int, blocks: int) -> DecodeShape:
-        return DecodeShape(
+        return self._decode[
             _at_least("decode rows", self.decode_rows, rows),
             _at_least("pool blocks", self.pool_blocks, blocks),
-        )
+        ]
 
     def transfer_size(self, blocks: int) -> int:
         """The size, in blocks, for a transfer of `blocks` blocks."""

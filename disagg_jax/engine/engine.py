@@ -176,16 +176,16 @@ class Engine:
         return f"tp{src.model.tp}->tp{dst.model.tp}/transfer_{size}"
 
     def _step(self, step: Step) -> Running:
-        instance = self.instances[step.instance]
+        instance, slices = self.instances[step.instance], tuple(step.slices)
         model = instance.model
-        shape = instance.buckets.step_shape(step.slices)
-        packed = shape.pack(step.slices, model.memory.block_tokens, model.scratch_block)
+        shape = instance.buckets.step_shape(slices)
+        packed = shape.pack(slices, model.memory.block_tokens, model.scratch_block)
         # The program copies its input to the devices itself: an explicit device_put
         # before costs 60 us more.
         with jax.transfer_guard_host_to_device("allow"):
             tokens, logits = model.step(shape, instance.cache, packed)
-        if any(part.request.sampling.temperature for part in step.slices):
-            params = model.put(sampling.pack(step.slices, shape.rows))
+        if any(part.request.sampling.temperature for part in slices):
+            params = model.put(sampling.pack(slices, shape.rows))
             tokens = model.draw(logits, params)
         if not model.on_host:
             # The one copy to the host there is. jax counts it as implicit, and the
@@ -193,7 +193,7 @@ class Engine:
             with jax.transfer_guard_device_to_host("allow"):
                 tokens.copy_to_host_async()
         yield (tokens,)
-        return tuple(np.asarray(tokens)[: len(step.slices)].tolist()), 0
+        return tuple(np.asarray(tokens)[: len(slices)].tolist()), 0
 
     def _transfer(self, transfer: Transfer) -> Running:
         """Gather on the source, copy device to device, insert at the destination.
