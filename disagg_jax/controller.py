@@ -176,7 +176,7 @@ class Controller:
         tokens = iter(event.tokens)
         batch.advance(event.ends_s or (end_s,))
         self._cluster.finish_prompts(flight)
-        batch.stepping = False
+        batch.stepping = False  # so that whoever ends now leaves it at once
         instance = self.instances[flight.work.instance]
         for state in flight.prompts:
             token = next(tokens, None)
@@ -221,7 +221,6 @@ class Controller:
         for state in flight.cancelled:
             self._cluster.remove(state)
         instance = self.instances[flight.work.instance]
-        flight.batch.stepping = False
         if instance.step is flight:
             instance.step = None
         else:
