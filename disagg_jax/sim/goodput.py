@@ -33,6 +33,8 @@ from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.trial import Trial, Verdict, decisive_misses, run_trial
 from disagg_jax.sim.workers import Mapper
 
+_SAMPLE = 200  # requests by which the capacity is estimated
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GoodputSearch:
@@ -75,7 +77,8 @@ class GoodputSearch:
             return self.must_beat_rps
         if self.start_rps is not None:
             return self.start_rps
-        requests = self.workload.requests(self.num_requests, 1.0, self.seeds[0])
+        sample = min(self.num_requests, _SAMPLE)
+        requests = self.workload.requests(sample, 1.0, self.seeds[0])
         capacity = capacity_rps(self.simulated, requests, self.slo)
         return 0.8 * capacity if capacity < math.inf else 1.0
 
