@@ -36,8 +36,8 @@ from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
 
 Progress = Callable[[str], None]
-# Candidates between two looks at the best; fixed, so that the number of workers does not
-# change what is searched. The first have nothing to beat, so they are searched in full.
+# Candidates between two looks at the best; fixed, so that the number of workers does
+# not matter. The first have nothing to beat, so they are searched in full.
 _FIRST, _AT_ONCE = 2, 4
 
 
@@ -97,7 +97,10 @@ class Outcome:
         """An upper bound of the goodput, as far as is known."""
         if self.goodput is None:
             return self.candidate.bound_rps
-        return max(self.goodput.rps, self.goodput.found.fail_rps or 0.0)
+        found = self.goodput.found
+        if found.pass_rps is not None and found.fail_rps is None:
+            return math.inf  # it passed at all rates that were tried
+        return max(found.interval.mean, found.fail_rps or 0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,16 +342,15 @@ def low_affinity_candidates(
 def joint_candidates(
     problem: Problem, layouts: Sequence[Layout], phases: Phases
 ) -> list[Candidate]:
-    """Any numbers of two kinds of instances on all devices, and colocated ones.
+    """Any numbers of two kinds of instances.
 
     Units that are multiples of another are left out: the same instances, pooled.
     """
-    units = [
+    return [
         _unit(problem, phases, (p, n), (d, m))
         for p, d in itertools.product(layouts, repeat=2)
         for n, m in _counts(problem.devices, p.devices, d.devices)
     ]
-    return units + colocated_candidates(problem, layouts)
 
 
 def colocated_candidates(
