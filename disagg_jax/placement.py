@@ -13,9 +13,9 @@ All of them are one search, `best_first`: a candidate is first simulated at the 
 which it would beat the best so far, and searched further only if it passes there. What
 cannot win even by the bound of its phases is not simulated at all. A phase alone has
 less to wait for than in a pair, but its arrivals are not the same (prefill smooths or
-bunches them), and pooled instances do better than one; so bounds are widened by a
-margin. Within it the pruning is a heuristic, which tests/test_placement.py holds
-against exhaustive search.
+bunches them), and pooled instances do better than one alone: their bound is an estimate
+of what each does when it is always busy. So bounds are widened by a margin, and pruning
+is as safe as the margin; tests/test_placement.py holds it against exhaustive search.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Problem:
         used. Without it all `devices` count, also those that are left over.
       num_requests: of a run for up to `node_devices` devices; twice as many for up to
         twice the devices, and so on, so that runs last about equally long.
-      margin: by which bounds are widened; twice that for pooled instances.
+      margin: by which bounds are widened.
     """
 
     build: Build
@@ -301,6 +301,7 @@ class PhaseRates:
 
     bound_rps: float  # its goodput is not above it
     about_rps: float  # its goodput, or an estimate of it
+    pooled_rps: float  # a bound of what it adds to a pool: queues are shared there
 
 
 Phases = tuple[Mapping[Layout, PhaseRates], Mapping[Layout, PhaseRates]]
@@ -311,6 +312,7 @@ def phase_rates(outcomes: Sequence[Outcome]) -> dict[Layout, PhaseRates]:
     return {
         outcome.candidate.layout: PhaseRates(
             bound_rps=outcome.at_most_rps,
+            pooled_rps=_pooled_rps(outcome),
             about_rps=outcome.goodput.rps
             if outcome.goodput is not None and outcome.won
             else min(outcome.at_most_rps, outcome.candidate.search.first_rps()),
@@ -318,6 +320,12 @@ def phase_rates(outcomes: Sequence[Outcome]) -> dict[Layout, PhaseRates]:
         for outcome in outcomes
         if outcome.candidate.layout is not None
     }
+
+
+def _pooled_rps(outcome: Outcome) -> float:
+    """What a share `target` of which keeps an instance busy all the time."""
+    search = outcome.candidate.search
+    return max(outcome.at_most_rps, search.capacity_rps() / search.plan.target)
 
 
 def low_affinity_candidates(
@@ -389,8 +397,7 @@ def _unit(
     unit = pair(p, d, n, m)
     rates = phases[0][p], phases[1][d]
     about = min(n * rates[0].about_rps, m * rates[1].about_rps)
-    bound = min(n * rates[0].bound_rps, m * rates[1].bound_rps)
-    margin = problem.margin * (1 if n == m == 1 else 2)
+    bound = min(_bound_rps(rates[0], n), _bound_rps(rates[1], m))
     asked = problem.ask(problem.build(unit), unit.devices)
     copies = problem.copies(unit.devices, nodes)
     return Candidate(
@@ -398,5 +405,9 @@ def _unit(
         search=dataclasses.replace(asked, start_rps=about or None),
         devices=problem.share(unit.devices, copies),
         copies=copies,
-        bound_rps=bound * (1 + margin),
+        bound_rps=bound * (1 + problem.margin),
     )
+
+
+def _bound_rps(rates: PhaseRates, count: int) -> float:
+    return rates.bound_rps if count == 1 else count * rates.pooled_rps

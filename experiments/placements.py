@@ -167,7 +167,7 @@ class Search:
     def _fitting(
         self, prefill: Sequence[Outcome], decode: Sequence[Outcome]
     ) -> tuple[Outcome, Outcome]:
-        """The best of both; where they do not fit together, the next that were found."""
+        """The best of both; where they do not fit, the best that were found and do."""
         room = math.inf if self.problem.rate_rps else self.problem.devices
         pairs = [
             (p, d)

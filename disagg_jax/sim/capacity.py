@@ -1,13 +1,14 @@
 """What a deployment does without queues: alone with one request, and fully used.
 
 The capacity is where a search for the goodput begins: utilisation 1 of the busiest
-stage, prompts one at a time, decodes in the largest batch that keeps the TPOT target
-and fits the memory. Batched prompts can do better and queues do worse, so it bounds
-nothing.
+stage, prompts in the batches of a long queue, decodes in the largest batch that keeps
+the TPOT target and fits the memory. Any number of pooled instances does about that at
+best; a short run can do better, since it ends before a backlog hurts.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections.abc import Sequence
@@ -81,10 +82,22 @@ def capacity_rps(
 def _prefill_rps(
     simulated: SimulatedDeployment, instance: int, requests: Sequence[Request]
 ) -> float:
-    """Prompts/s of an instance."""
-    loads = (StepLoad(((0, r.prompt_tokens),), 0, 0) for r in requests[:_SAMPLE])
+    """Prompts/s of an instance, in the batches of a long queue."""
+    role = simulated.deployment.instances[instance].role
+    limits = simulated.policies[role].limits
+    batches: list[list[int]] = []
+    room = 0
+    for request in requests[:_SAMPLE]:
+        tokens = request.prompt_tokens
+        if tokens > room or len(batches[-1]) == limits.prefill_rows:
+            batches.append([])
+            room = limits.prefill_tokens
+        batches[-1].append(tokens)
+        room -= tokens
     stages_s = simulated.cost.stages_s
-    return _rate(statistics.fmean(max(stages_s(instance, load)) for load in loads))
+    loads = (StepLoad(tuple((0, n) for n in batch), 0, 0) for batch in batches)
+    busy_s = sum(max(stages_s(instance, load)) for load in loads)
+    return _rate(busy_s / len(requests[:_SAMPLE]))
 
 
 def _decode_rps(
@@ -95,26 +108,22 @@ def _decode_rps(
     if steps == 0:
         return math.inf
     context = statistics.fmean(r.prompt_tokens + r.max_tokens / 2 for r in requests)
-    stages = simulated.deployment.instances[instance].pp
-    memory = simulated.memory[instance]
+    memory, spec = simulated.memory[instance], simulated.deployment.instances[instance]
     # Each stage holds a batch of its own.
-    fitting = int(memory.num_blocks * memory.block_tokens / context / stages)
-    most = min(fitting, _most_decodes(simulated, instance))
+    fitting = int(memory.num_blocks * memory.block_tokens / context / spec.pp)
+    most = min(fitting, simulated.policies[spec.role].limits.decode_rows // spec.pp)
 
     def stages_s(decodes: int) -> Sequence[float]:
         load = StepLoad((), decodes, int(decodes * context))
         return simulated.cost.stages_s(instance, load)
 
-    decodes = 1
-    while decodes * 2 <= most and sum(stages_s(decodes * 2)) <= slo.tpot_s:
-        decodes *= 2
+    def too_slow(decodes: int) -> bool:
+        return sum(stages_s(decodes)) > slo.tpot_s
+
+    sizes = range(2, max(most, 1) + 1)
+    decodes = 1 + bisect.bisect_left(sizes, True, key=too_slow)
     return _rate(max(stages_s(decodes)) * steps / decodes)
 
 
 def _rate(seconds: float) -> float:
     return 1 / seconds if seconds > 0 else math.inf
-
-
-def _most_decodes(simulated: SimulatedDeployment, instance: int) -> int:
-    role = simulated.deployment.instances[instance].role
-    return simulated.policies[role].limits.decode_rows

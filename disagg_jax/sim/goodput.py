@@ -77,10 +77,14 @@ class GoodputSearch:
             return self.must_beat_rps
         if self.start_rps is not None:
             return self.start_rps
+        capacity = self.capacity_rps()
+        return 0.8 * capacity if capacity < math.inf else 1.0
+
+    def capacity_rps(self) -> float:
+        """An estimate of what the deployment can serve; inf if nothing takes time."""
         sample = min(self.num_requests, _SAMPLE)
         requests = self.workload.requests(sample, 1.0, self.seeds[0])
-        capacity = capacity_rps(self.simulated, requests, self.slo)
-        return 0.8 * capacity if capacity < math.inf else 1.0
+        return capacity_rps(self.simulated, requests, self.slo)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -177,14 +177,31 @@ def test_unloaded_latencies_are_those_of_requests_far_apart(text):
     assert alone.tpot_s == pytest.approx(apart.tpot_s, rel=1e-6)
 
 
-def test_capacity_of_a_prefill_instance_is_one_over_the_service_time():
+def test_capacity_of_prefill_is_that_of_full_batches():
     simulated = build(Deployment.parse("2xprefill:tp1,9xdecode:tp1"))
     workload = SimWorkload(
         prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=2)
     )
     requests = workload.requests(10, 1.0, 0)
     rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.1))
-    assert rate == pytest.approx(2 / (0.01 + 200 * 2e-4))
+    # Two prompts fit into a batch of 512 tokens, on two instances.
+    assert rate == pytest.approx(2 * 2 / (0.01 + 400 * 2e-4))
+
+
+def test_capacity_of_decode_is_that_of_the_largest_batch_in_time():
+    simulated = build(Deployment.parse("9xprefill:tp1,decode:tp1"))
+    workload = SimWorkload(
+        prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
+    )
+    requests = workload.requests(10, 1.0, 0)
+    # 10 ms + 0.1 ms a request: 50 of them in 15 ms, 10 steps each.
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.01501))
+    assert rate == pytest.approx(50 / (10 * 0.015))
+    # Memory for 640 tokens has room for 25 with 25.5 tokens on average.
+    memory = KVMemory(num_blocks=40, max_context=31)
+    simulated = build(simulated.deployment, memory=memory)
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.01501))
+    assert rate == pytest.approx(25 / (10 * 0.0125))
 
 
 def test_worker_processes_find_the_same():
