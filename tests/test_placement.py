@@ -78,7 +78,7 @@ def problem(**changes):
         ),
         slo=SLO(ttft_s=0.3, tpot_s=0.025),
         plan=SearchPlan(growth=1.3, tolerance=0.05, max_rates=30),
-        num_requests=150,
+        num_requests=120,
     )
     return dataclasses.replace(given, **changes)
 
@@ -118,7 +118,8 @@ def test_pruning_keeps_the_winner(given):
     full = best_first(units, map, silent, prune=False)
     fast = best_first(units, map, silent)
     assert all(outcome.goodput is not None for outcome in full)
-    assert runs(fast) < runs(full) / 2
+    # The first two are searched in full by both: in ten or so, that is much.
+    assert runs(fast) < 0.7 * runs(full)
     values = {outcome.candidate.name: outcome.per_device_rps for outcome in full}
     # Goodputs are known to the plan's 5 %.
     assert values[fast[0].candidate.name] >= full[0].per_device_rps / 1.05
@@ -246,7 +247,7 @@ def test_units_of_the_joint_search():
 
 def test_longer_runs_for_more_devices():
     given = problem(node_devices=2)
-    for devices, expected in ((1, 150), (2, 150), (3, 300), (8, 600)):
+    for devices, expected in ((1, 120), (2, 120), (3, 240), (8, 480)):
         asked = given.ask(build(pair(Layout(1), Layout(1))), devices)
         assert asked.num_requests == expected
 
