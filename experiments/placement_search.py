@@ -56,6 +56,7 @@ _SEEDS = flags.DEFINE_integer("seeds", 1, "Runs at each rate.")
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "Of goodputs, relative.")
 _MARGIN = flags.DEFINE_float("margin", 0.1, "By which the bounds of pruning are wider.")
 _EXHAUSTIVE = flags.DEFINE_bool("exhaustive", False, "Search all candidates in full.")
+_WHOLE = flags.DEFINE_bool("whole", False, "Simulate the answer of high as a whole.")
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; one a core by default.")
 _OUT = flags.DEFINE_string("out", None, "Folder for placement.json.")
 
@@ -94,6 +95,7 @@ def main(argv: Sequence[str]) -> None:
                 mapper=mapper,
                 progress=progress,
                 prune=not _EXHAUSTIVE.value,
+                whole=_WHOLE.value,
             )
             found = search.run(chosen)
     except ValueError as error:

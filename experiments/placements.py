@@ -93,6 +93,7 @@ class Search:
     mapper: Mapper
     progress: Callable[[str], None]
     prune: bool = True
+    whole: bool = False  # simulate Algorithm 1's answer as a whole, too
 
     def run(self, algorithms: Sequence[str]) -> dict[str, Any]:
         """The tables and winners, ready for JSON.
@@ -162,7 +163,24 @@ class Search:
             "goodput_per_device_rps": served / devices,
             "prefill": [row(outcome) for outcome in prefill],
             "decode": [row(outcome) for outcome in decode],
+            "as a whole": self._as_a_whole((p, n), (d, m), served),
         }
+
+    def _as_a_whole(
+        self, prefill: tuple[Outcome, int], decode: tuple[Outcome, int], served: float
+    ) -> list[dict[str, Any]]:
+        """The goodput of all instances together, which Algorithm 1 does not look at."""
+        (p, n), (d, m) = prefill, decode
+        if not self.whole or p.candidate.layout is None or d.candidate.layout is None:
+            return []
+        unit = placement.pair(p.candidate.layout, d.candidate.layout, n, m)
+        asked = self.problem.ask(self.problem.build(unit), unit.devices)
+        candidate = placement.Candidate(
+            name=str(unit),
+            search=dataclasses.replace(asked, start_rps=served),
+            devices=unit.devices,
+        )
+        return [row(outcome) for outcome in self._best("whole", [candidate], False)]
 
     def _fitting(
         self, prefill: Sequence[Outcome], decode: Sequence[Outcome]
@@ -298,8 +316,8 @@ def report(found: dict[str, Any]) -> str:
         if name not in found:
             continue
         result = found[name]
-        for table in ("prefill", "decode", "candidates"):
-            if table in result:
+        for table in ("prefill", "decode", "as a whole", "candidates"):
+            if result.get(table):
                 text += ["", f"{name}: {table}", *lines(result[table])]
         copies = f"{result['copies']} x " if "copies" in result else ""
         text.append(

@@ -227,6 +227,14 @@ def test_pairs_of_algorithm_2_share_their_nodes():
     assert candidate.devices == 3
 
 
+def test_copies_that_share_nodes_leave_devices_over():
+    given = problem(devices=12, node_devices=4)
+    assert given.copies(3) == 4  # anywhere
+    assert given.copies(3, nodes=1) == 3  # one in each node
+    assert given.copies(6, nodes=2) == 1  # the third node has no partner
+    assert problem(devices=3, node_devices=4).copies(2, nodes=1) == 1
+
+
 def test_units_of_the_joint_search():
     layouts = [Layout(1), Layout(2)]
     found = joint_candidates(problem(devices=4), layouts, made_up(layouts))

@@ -1,11 +1,13 @@
 """The placement search from the command line, on searches of seconds."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
 from disagg_jax.placement import Layout
 from disagg_jax.search import SearchPlan
@@ -105,6 +107,15 @@ def test_a_rate_is_served_by_as_many_copies_as_it_takes():
     one = found["low"]["goodput_rps"] / found["low"]["copies"]
     assert fewer * one < 40
     assert f"low: {found['low']['copies']} x" in report(found)
+
+
+def test_the_answer_of_high_as_a_whole():
+    asked = dataclasses.replace(search(devices=3), whole=True)
+    found = asked.run(["high"])["high"]
+    (whole,) = found["as a whole"]
+    assert Deployment.parse(whole["candidate"]) == Deployment.parse(found["winner"])
+    # Together they serve about what Algorithm 1 says: the search's 20 % each.
+    assert whole["goodput"] == pytest.approx(found["goodput_per_device_rps"], rel=0.4)
 
 
 def test_one_cost_model_for_all_systems():
