@@ -115,7 +115,8 @@ class Problem:
       rate_rps: to be served by as many replicas as it takes: goodput counts per device
         used. Without it all `devices` count, also those that are left over.
       num_requests: of a run for up to `node_devices` devices; twice as many for up to
-        twice the devices, and so on, so that runs last about equally long.
+        twice the devices, and so on, since short runs end before a backlog hurts.
+        Smaller deployments so run longer, and their goodputs are the more cautious.
       margin: by which bounds are widened.
     """
 
@@ -212,7 +213,9 @@ def best_first(
         done = [Outcome(candidate=c, goodput=found.get(id(c))) for c in batch]
         outcomes += done
         best = max(best, *(outcome.per_device_rps for outcome in done))
-        progress(f"{len(outcomes)}/{len(order)}: best {best:.3g} requests/s per device")
+        if live or len(outcomes) == len(order):
+            done_of = f"{len(outcomes)}/{len(order)}"
+            progress(f"{done_of}: best {best:.3g} requests/s per device")
     return sorted(outcomes, key=lambda o: (-o.per_device_rps, o.candidate.devices))
 
 
