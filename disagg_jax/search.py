@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax import metrics
 
@@ -75,7 +75,7 @@ def search(evaluate: Evaluate, start_rps: float, plan: SearchPlan) -> None:
 
 
 def _bracket(
-    tried: dict[float, Sequence[float]], target: float
+    tried: Mapping[float, Sequence[float]], target: float
 ) -> tuple[float, float | None]:
     points = [(rate, statistics.mean(values)) for rate, values in tried.items()]
     found = metrics.goodput(points, target)
@@ -83,7 +83,7 @@ def _bracket(
 
 
 def estimate(
-    attainments: dict[float, Sequence[float]], target: float
+    attainments: Mapping[float, Sequence[float]], target: float
 ) -> GoodputEstimate:
     """What evaluated points say about the goodput.
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,6 +11,7 @@ from disagg_jax.lengths import Lengths
 from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
 from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload import POISSON, Arrivals, make_requests
 
 
@@ -112,11 +111,6 @@ def run_points(
     Args:
       workers: processes; by default one for each core. With 1 nothing is started.
     """
-    workers = min(workers or os.cpu_count() or 1, len(points))
-    if workers <= 1:
-        yield from map(run_point, points)
-        return
-    # spawn: a fork would copy the threads that JAX may have started.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-        yield from pool.map(run_point, points)
+    workers = min(workers or os.cpu_count() or 1, max(1, len(points)))
+    with worker_pool(workers) as mapper:
+        yield from mapper(run_point, points)

@@ -41,16 +41,23 @@ class SimulatedDeployment:
     cost: DeploymentCost
     spans: bool = True
 
+    def controller(self) -> Controller:
+        """A new controller of this deployment."""
+        return Controller(self.deployment, self.policies, self.memory, spans=self.spans)
+
     def run(
         self,
         requests: Iterable[Request],
         interventions: Iterable[Intervention] = (),
         observer: Observer | None = None,
+        controller: Controller | None = None,
     ) -> SimulatedRun:
-        """Serves `requests` to the end."""
-        controller = Controller(
-            self.deployment, self.policies, self.memory, spans=self.spans
-        )
+        """Serves `requests` to the end.
+
+        Args:
+          controller: a new one of `self.controller()`, for an observer that reads it.
+        """
+        controller = controller or self.controller()
         backend = VirtualBackend(CostExecutor(self.cost))
         timelines = serve(controller, backend, requests, interventions, observer)
         return SimulatedRun(

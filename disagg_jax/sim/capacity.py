@@ -1,0 +1,129 @@
+"""What a deployment does without queues: alone with one request, and fully used.
+
+The capacity is where a search for the goodput begins: utilisation 1 of the busiest
+stage, prompts in the batches of a long queue, decodes in the largest batch that keeps
+the TPOT target and fits the memory. Any number of pooled instances does about that at
+best; a short run can do better, since it ends before a backlog hurts.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import statistics
+from collections.abc import Sequence
+
+from disagg_jax.deployment import Role
+from disagg_jax.metrics import SLO
+from disagg_jax.request import Request
+from disagg_jax.sim.points import SimResult
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.work import StepLoad, Transfer
+
+_SAMPLE = 100  # requests whose prompts are timed
+
+
+def unloaded(simulated: SimulatedDeployment, requests: Sequence[Request]) -> SimResult:
+    """Latencies of requests that find the deployment empty; no stages.
+
+    No load makes them shorter. The decode steps of a request are timed at its mean
+    context, which is exact where durations are linear in the context.
+    """
+    entry = simulated.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
+    decode = simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+    return SimResult(
+        arrived=len(requests),
+        ttft_s=tuple(_prompt_s(simulated, entry, r) for r in requests),
+        tpot_s=tuple(_token_s(simulated, entry, decode, r) for r in requests),
+        stages=(),
+        steady=True,
+        end_s=0.0,
+    )
+
+
+def _prompt_s(simulated: SimulatedDeployment, instance: int, request: Request) -> float:
+    load = StepLoad(((0, request.prompt_tokens),), 0, 0)
+    return sum(simulated.cost.stages_s(instance, load))
+
+
+def _token_s(
+    simulated: SimulatedDeployment, src: int, dst: int, request: Request
+) -> float:
+    """The TPOT, with the share of the transfer that each token has."""
+    gaps = request.max_tokens - 1
+    if not gaps:
+        return 0.0
+    # Contexts from prompt + 1 to prompt + gaps; their mean may lie between two.
+    twice = 2 * request.prompt_tokens + 1 + gaps
+    step_s = statistics.fmean(
+        sum(simulated.cost.stages_s(dst, StepLoad((), 1, context)))
+        for context in (twice // 2, (twice + 1) // 2)
+    )
+    if src == dst:
+        return step_s
+    transfer = Transfer(0, request, src, dst, (), (), request.prompt_tokens)
+    return step_s + simulated.cost.hop(transfer).duration_s / gaps
+
+
+def capacity_rps(
+    simulated: SimulatedDeployment, requests: Sequence[Request], slo: SLO
+) -> float:
+    """Requests/s that the whole deployment could serve; inf if all of it is free."""
+    roles = {role: simulated.deployment.of(role) for role in Role}
+    prefill = sum(_prefill_rps(simulated, i, requests) for i in roles[Role.PREFILL])
+    decode = sum(_decode_rps(simulated, i, requests, slo) for i in roles[Role.DECODE])
+    colocated = (
+        (_prefill_rps(simulated, i, requests), _decode_rps(simulated, i, requests, slo))
+        for i in roles[Role.COLOCATED]
+    )
+    return min(prefill, decode) + sum(_rate(1 / a + 1 / b) for a, b in colocated)
+
+
+def _prefill_rps(
+    simulated: SimulatedDeployment, instance: int, requests: Sequence[Request]
+) -> float:
+    """Prompts/s of an instance, in the batches of a long queue."""
+    role = simulated.deployment.instances[instance].role
+    limits = simulated.policies[role].limits
+    batches: list[list[int]] = []
+    room = 0
+    for request in requests[:_SAMPLE]:
+        tokens = request.prompt_tokens
+        if tokens > room or len(batches[-1]) == limits.prefill_rows:
+            batches.append([])
+            room = limits.prefill_tokens
+        batches[-1].append(tokens)
+        room -= tokens
+    stages_s = simulated.cost.stages_s
+    loads = (StepLoad(tuple((0, n) for n in batch), 0, 0) for batch in batches)
+    busy_s = sum(max(stages_s(instance, load)) for load in loads)
+    return _rate(busy_s / len(requests[:_SAMPLE]))
+
+
+def _decode_rps(
+    simulated: SimulatedDeployment, instance: int, requests: Sequence[Request], slo: SLO
+) -> float:
+    """Requests/s whose later tokens an instance can generate in time."""
+    steps = statistics.fmean(r.max_tokens - 1 for r in requests)
+    if steps == 0:
+        return math.inf
+    context = statistics.fmean(r.prompt_tokens + r.max_tokens / 2 for r in requests)
+    memory, spec = simulated.memory[instance], simulated.deployment.instances[instance]
+    # Each stage holds a batch of its own.
+    fitting = int(memory.num_blocks * memory.block_tokens / context / spec.pp)
+    most = min(fitting, simulated.policies[spec.role].limits.decode_rows // spec.pp)
+
+    def stages_s(decodes: int) -> Sequence[float]:
+        load = StepLoad((), decodes, int(decodes * context))
+        return simulated.cost.stages_s(instance, load)
+
+    def too_slow(decodes: int) -> bool:
+        return sum(stages_s(decodes)) > slo.tpot_s
+
+    sizes = range(2, max(most, 1) + 1)
+    decodes = 1 + bisect.bisect_left(sizes, True, key=too_slow)
+    return _rate(max(stages_s(decodes)) * steps / decodes)
+
+
+def _rate(seconds: float) -> float:
+    return 1 / seconds if seconds > 0 else math.inf

@@ -1,0 +1,136 @@
+"""One simulated run that only has to say whether a target is met: it may stop early.
+
+A request is missed for certain as soon as one of these is known, whatever follows:
+
+* it was refused, or it finished without meeting the targets;
+* it has no first token, and its TTFT would already be too long if it came now;
+* its TPOT would already be too long if all tokens that are left came now.
+
+When so many are missed that the target is out of reach, the run is cut. The times are
+compared with the same float operations as in `metrics`, which grow with the time of the
+token, so a run that is cut would fail in full as well. (No request stops early in a
+simulation: it generates `max_tokens`.)
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import heapq
+import math
+import statistics
+from collections.abc import Sequence
+
+from disagg_jax import metrics
+from disagg_jax.metrics import SLO
+from disagg_jax.request import Status, Timeline
+from disagg_jax.sim.points import SimPoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run to be judged."""
+
+    point: SimPoint
+    slo: SLO
+    cut_at_misses: int  # the verdict is decided by so many; > num_requests: never cut
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a trial showed."""
+
+    attainment: float  # joint; of a run that was cut, an upper bound that fails too
+    cut: bool  # whether the run ended early
+    steady: bool  # no growing backlog, see `metrics.is_steady`; False if it was cut
+
+
+def decisive_misses(num_requests: int, num_seeds: int, target: float) -> int:
+    """The fewest misses in one run by which the mean over all seeds fails.
+
+    The runs of the other seeds may be perfect. So the run's own attainment fails too.
+    """
+
+    def fails(misses: int) -> bool:
+        own = (num_requests - misses) / num_requests
+        return statistics.mean([1.0] * (num_seeds - 1) + [own]) < target
+
+    return bisect.bisect_left(range(num_requests + 1), True, key=fails)
+
+
+class _Decided(Exception):
+    """Enough requests are missed."""
+
+
+def run_trial(trial: Trial) -> Verdict:
+    """Simulates a trial, as far as is needed to judge it."""
+    point = trial.point
+    requests = point.workload.requests(point.num_requests, point.rate_rps, point.seed)
+    controller = point.simulated.controller()
+    watch = _Watch(controller.timelines, trial.slo, trial.cut_at_misses)
+    try:
+        point.simulated.run(requests, observer=watch, controller=controller)
+    except _Decided:
+        share = (point.num_requests - watch.missed) / point.num_requests
+        return Verdict(attainment=share, cut=True, steady=False)
+    return Verdict(
+        attainment=metrics.attainment(controller.timelines, trial.slo).joint,
+        cut=False,
+        steady=metrics.is_steady(controller.timelines),
+    )
+
+
+class _Watch:
+    """An `Observer` that counts requests that are missed for certain.
+
+    It looks at a request when its deadline is over, so a turn costs two comparisons.
+    """
+
+    def __init__(self, timelines: Sequence[Timeline], slo: SLO, cut_at_misses: int):
+        self.missed = 0
+        self._timelines, self._slo = timelines, slo
+        self._cut_at_misses = cut_at_misses
+        self._next = 0  # the first, in order of arrival, whose TTFT is not judged
+        # (about when its TPOT is over, index) of those with their first token in time.
+        self._started: list[tuple[float, int]] = []
+
+    def __call__(self, now_s: float, events: object, works: object) -> None:
+        missed = self.missed
+        self._judge_ttft(now_s)
+        self._judge_tpot(now_s)
+        if self.missed > missed and self.missed >= self._cut_at_misses:
+            raise _Decided
+
+    def _judge_ttft(self, now_s: float) -> None:
+        while self._next < len(self._timelines):
+            timeline = self._timelines[self._next]
+            ends_s = timeline.token_s[0] if timeline.token_s else now_s
+            late = ends_s - timeline.request.arrival_s > self._slo.ttft_s
+            if late or timeline.status is Status.REFUSED:
+                self.missed += 1
+            elif timeline.token_s:
+                self._expect_last_token(timeline)
+            else:
+                return
+            self._next += 1
+
+    def _expect_last_token(self, timeline: Timeline) -> None:
+        gaps = timeline.request.max_tokens - 1
+        if gaps and self._slo.tpot_s < math.inf:
+            due_s = timeline.token_s[0] + gaps * self._slo.tpot_s
+            heapq.heappush(self._started, (due_s, self._next))
+
+    def _judge_tpot(self, now_s: float) -> None:
+        while self._started and self._started[0][0] < now_s:
+            timeline = self._timelines[self._started[0][1]]
+            if timeline.status is Status.FINISHED:
+                self.missed += not metrics.meets_tpot(timeline, self._slo)
+            elif self._is_late(timeline, now_s):
+                self.missed += 1
+            else:  # within rounding of the deadline
+                return
+            heapq.heappop(self._started)
+
+    def _is_late(self, timeline: Timeline, now_s: float) -> bool:
+        gaps = timeline.request.max_tokens - 1
+        return (now_s - timeline.token_s[0]) / gaps > self._slo.tpot_s

@@ -1,0 +1,119 @@
+"""Searches the deployment that serves the most requests on given devices.
+
+    python -m experiments.placement_search --model=opt-66b --hardware=a100 \\
+        --devices=32 --slo=2.5,0.15 --workload=sharegpt --out=runs/placement
+
+--slo is TTFT_S,TPOT_S. Algorithms: high and low are DistServe's two (OSDI'24, section
+4); joint takes any numbers of instances, and colocated systems too. Durations are
+DistServe's measured coefficients where its profile has the model on an a100, and a
+roofline otherwise; KV moves over the links inside a node.
+
+OPT-66B with high and low takes 22.0 and 82.5 s on 96 cores in the paper (Fig. 12).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+
+from disagg_jax.search import SearchPlan
+from disagg_jax.sim.workers import worker_pool
+from experiments.paper_workloads import get_workload
+from experiments.placements import (
+    ALGORITHMS,
+    Search,
+    parse_slo,
+    problem_of,
+    report,
+    simulation_of,
+)
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "A name of disagg_jax/sim/model_shape.py.", required=True
+)
+_DEVICE = flags.DEFINE_string("hardware", "a100", "A device, such as a100 or h100.")
+_DEVICES = flags.DEFINE_integer("devices", None, "How many there are.", required=True)
+_SLO = flags.DEFINE_string(
+    "slo", None, "TTFT_S,TPOT_S: targets in seconds.", required=True
+)
+_WORKLOAD = flags.DEFINE_string(
+    "workload", "sharegpt", "sharegpt, humaneval, longbench or fixed:PROMPTxOUTPUT."
+)
+_ALGORITHM = flags.DEFINE_enum(
+    "algorithm", "all", [*ALGORITHMS, "all"], "Which search; all is high and low."
+)
+_RATE = flags.DEFINE_float("rate", None, "Requests/s to serve; else the devices count.")
+_TARGET = flags.DEFINE_float("target", 0.9, "Joint attainment to reach.")
+_REQUESTS = flags.DEFINE_integer("num_requests", 1000, "Of a run, for up to a node.")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs at each rate.")
+_TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "Of goodputs, relative.")
+_MARGIN = flags.DEFINE_float("margin", 0.1, "By which the bounds of pruning are wider.")
+_EXHAUSTIVE = flags.DEFINE_bool("exhaustive", False, "Search all candidates in full.")
+_WHOLE = flags.DEFINE_bool("whole", False, "Simulate the answer of high as a whole.")
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes; one a core by default.")
+_OUT = flags.DEFINE_string("out", None, "Folder for placement.json.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    start = time.perf_counter()
+    workers = _WORKERS.value or os.cpu_count() or 1
+
+    def progress(text: str) -> None:
+        elapsed = time.perf_counter() - start
+        print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    try:
+        problem = problem_of(
+            simulation_of(_MODEL.value, _DEVICE.value),
+            _DEVICES.value,
+            workload=get_workload(_WORKLOAD.value),
+            slo=parse_slo(_SLO.value),
+            plan=SearchPlan(
+                target=_TARGET.value,
+                growth=1.25,
+                tolerance=_TOLERANCE.value,
+                max_rates=30,
+            ),
+            rate_rps=_RATE.value,
+            num_requests=_REQUESTS.value,
+            seeds=tuple(range(_SEEDS.value)),
+            margin=_MARGIN.value,
+        )
+        chosen = ("high", "low") if _ALGORITHM.value == "all" else (_ALGORITHM.value,)
+        with worker_pool(workers) as mapper:
+            search = Search(
+                problem=problem,
+                mapper=mapper,
+                progress=progress,
+                prune=not _EXHAUSTIVE.value,
+                whole=_WHOLE.value,
+            )
+            found = search.run(chosen)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    seconds = time.perf_counter() - start
+    found |= {"wall_s": seconds, "workers": workers, "flags": _asked()}
+    print(report(found))
+    print(f"{seconds:.1f} s with {workers} workers")
+    if _OUT.value:
+        out = pathlib.Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "placement.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _asked() -> dict[str, Any]:
+    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+    return {flag.name: flag.value for flag in own}
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,366 @@
+"""The goodput search in simulation: a closed form, and cut runs against full ones."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg_jax import metrics
+from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.lengths import FixedLengths, UniformLengths
+from disagg_jax.metrics import SLO
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.search import SearchPlan
+from disagg_jax.sim.capacity import capacity_rps, unloaded
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.goodput import (
+    GoodputSearch,
+    find_goodput,
+    find_slo_scale,
+    slo_scale,
+)
+from disagg_jax.sim.phases import decode_alone, prefill_alone
+from disagg_jax.sim.points import SimPoint, SimWorkload, run_point
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.trial import Trial, decisive_misses, run_trial
+from disagg_jax.sim.workers import worker_pool
+
+POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+MEMORY = KVMemory(num_blocks=4000, max_context=4096)
+COST = LinearCost(
+    step_base_s=0.01, prefill_token_s=2e-4, decode_token_s=1e-4, transfer_token_s=1e-6
+)
+WORKLOAD = SimWorkload(
+    prompt=UniformLengths(low=50, high=500), output=UniformLengths(low=1, high=60)
+)
+
+
+def build(deployment, cost=COST, memory=MEMORY, policies=POLICIES):
+    return SimulatedDeployment(
+        deployment=deployment,
+        policies=policies,
+        memory=(memory,) * len(deployment.instances),
+        cost=cost,
+    )
+
+
+def asked(text, **changes):
+    search = GoodputSearch(
+        simulated=build(Deployment.parse(text)),
+        workload=WORKLOAD,
+        slo=SLO(ttft_s=0.3, tpot_s=0.03),
+        num_requests=200,
+        seeds=(0, 1),
+    )
+    return dataclasses.replace(search, **changes)
+
+
+# ---- the whole search ----------------------------------------------------------------
+
+
+def mdl1_goodput(slo_s, service_s, target):
+    """Rate at which a share `target` of M/D/1 customers waits + is served in `slo_s`.
+
+    Lindley's recursion over 400,000 customers: no code in common with the simulator.
+    """
+
+    def attainment(rate):
+        rng = np.random.default_rng(7)
+        steps = service_s - rng.standard_exponential(400_000) / rate
+        walk = np.cumsum(steps)
+        wait = walk - np.minimum.accumulate(np.minimum(walk, 0))
+        return np.mean(wait + service_s <= slo_s)
+
+    low, high = 0.01 / service_s, 1 / service_s
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if attainment(middle) >= target else (low, middle)
+    return low
+
+
+def test_the_goodput_of_an_m_d_1_queue():
+    service_s, slo_s = 0.1, 0.4
+    simulated = build(
+        Deployment.parse("colocated:tp1"),
+        cost=LinearCost(step_base_s=service_s),
+        policies={**POLICIES, **one_at_a_time()},
+    )
+    found = find_goodput(
+        GoodputSearch(
+            simulated=simulated,
+            workload=SimWorkload(
+                prompt=FixedLengths(tokens=8), output=FixedLengths(tokens=1)
+            ),
+            slo=SLO(ttft_s=slo_s, tpot_s=math.inf),
+            num_requests=2000,
+            seeds=tuple(range(4)),
+            plan=SearchPlan(growth=1.1, tolerance=0.03, max_rates=30),
+        )
+    )
+    true = mdl1_goodput(slo_s, service_s, 0.9)
+    assert 6 < true < 9
+    # The spread over seeds of 2000 requests is about 2 %, so the mean's is 1 %.
+    assert found.rps == pytest.approx(true, rel=0.03)
+    assert found.found.interval.low < true < found.found.interval.high * 1.01
+    assert found.steady and found.found.bracketed
+    assert found.num_requests == 2000 and len(found.found.per_seed_rps) == 4
+
+
+def one_at_a_time():
+    (role,) = SYSTEMS["vllm"]
+    return {role: PrefillFirst(max_batched_tokens=1, max_seqs=1)}
+
+
+@pytest.mark.parametrize(
+    "text", ["colocated:tp1", "prefill:tp1,decode:tp1", "2xprefill:tp1,decode:tp1"]
+)
+@pytest.mark.parametrize("target", [0.9, 0.99])
+def test_the_bracket_is_that_of_full_runs(text, target):
+    search = asked(text, plan=SearchPlan(target=target, growth=1.3, tolerance=0.05))
+    found = find_goodput(search).found
+    assert found.fail_rps / found.pass_rps <= 1.05
+    full = {
+        rate: [run_point(p).attainment(search.slo).joint for p in search.points(rate)]
+        for rate in (found.pass_rps, found.fail_rps)
+    }
+    assert np.mean(full[found.pass_rps]) >= target > np.mean(full[found.fail_rps])
+    # Both ends are run in full, so what they decide is that of full runs.
+    ends = [metrics.interval_across(full[rate]) for rate in full]
+    assert found.resolved == metrics.is_resolved(*ends, target)
+
+
+def test_a_seeds_crossing_is_interpolated_between_full_runs():
+    coarse = SearchPlan(growth=2.0, tolerance=0.6)  # the end that fails, fails clearly
+    search = asked("colocated:tp1", seeds=(3,), plan=coarse)
+    found = find_goodput(search).found
+    full = [
+        (rate, run_point(*search.points(rate)).attainment(search.slo).joint)
+        for rate in (found.pass_rps, found.fail_rps)
+    ]
+    assert found.per_seed_rps == (metrics.goodput(full, 0.9).rate_rps,)
+
+
+def test_what_cannot_beat_a_rate_is_not_searched():
+    search = asked("colocated:tp1")
+    whole = find_goodput(search)
+    lost = find_goodput(
+        dataclasses.replace(search, must_beat_rps=1.2 * whole.found.fail_rps)
+    )
+    assert lost.found.pass_rps is None and lost.runs == 2
+    won = find_goodput(
+        dataclasses.replace(search, must_beat_rps=0.8 * whole.found.pass_rps)
+    )
+    assert won.rps == pytest.approx(whole.rps, rel=0.05)
+
+
+def test_targets_below_the_unloaded_latency_cost_no_run():
+    found = find_goodput(asked("colocated:tp1", slo=SLO(ttft_s=0.3, tpot_s=0.005)))
+    assert (found.runs, found.rps, found.found.pass_rps) == (0, 0.0, None)
+    # A decode step alone takes 10.1 ms.
+    assert found.unloaded_scale == pytest.approx(0.0101 / 0.005)
+
+
+@pytest.mark.parametrize("text", ["colocated:tp1", "prefill:tp1,decode:tp1pp1"])
+def test_unloaded_latencies_are_those_of_requests_far_apart(text):
+    cost = dataclasses.replace(COST, context_token_s=1e-5)
+    simulated = build(Deployment.parse(text), cost=cost)
+    point = SimPoint(
+        simulated=simulated, workload=WORKLOAD, rate_rps=1e-3, num_requests=50
+    )
+    apart = run_point(point)
+    alone = unloaded(simulated, WORKLOAD.requests(50, 1.0, 0))
+    assert alone.ttft_s == pytest.approx(apart.ttft_s, rel=1e-6)
+    assert alone.tpot_s == pytest.approx(apart.tpot_s, rel=1e-6)
+
+
+def test_capacity_of_prefill_is_that_of_full_batches():
+    simulated = build(Deployment.parse("2xprefill:tp1,9xdecode:tp1"))
+    workload = SimWorkload(
+        prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=2)
+    )
+    requests = workload.requests(10, 1.0, 0)
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.1))
+    # Two prompts fit into a batch of 512 tokens, on two instances.
+    assert rate == pytest.approx(2 * 2 / (0.01 + 400 * 2e-4))
+
+
+def test_capacity_of_decode_is_that_of_the_largest_batch_in_time():
+    simulated = build(Deployment.parse("9xprefill:tp1,decode:tp1"))
+    workload = SimWorkload(
+        prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
+    )
+    requests = workload.requests(10, 1.0, 0)
+    # 10 ms + 0.1 ms a request: 50 of them in 15 ms, 10 steps each.
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.01501))
+    assert rate == pytest.approx(50 / (10 * 0.015))
+    # Memory for 640 tokens has room for 25 with 25.5 tokens on average.
+    memory = KVMemory(num_blocks=40, max_context=31)
+    simulated = build(simulated.deployment, memory=memory)
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.01501))
+    assert rate == pytest.approx(25 / (10 * 0.0125))
+
+
+def test_worker_processes_find_the_same():
+    search = asked("prefill:tp1,decode:tp1", num_requests=100, seeds=(0, 1))
+    with worker_pool(2) as mapper:
+        assert find_goodput(search, mapper) == find_goodput(search)
+
+
+# ---- runs that are cut ---------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text=st.sampled_from(
+        ["colocated:tp1", "prefill:tp1,decode:tp1", "prefill:tp1pp1,2xdecode:tp1"]
+    ),
+    rate=st.floats(1, 60),
+    at=st.tuples(st.integers(0, 79), st.integers(0, 79)),
+    without=st.sampled_from(["", "", "ttft", "tpot"]),
+    blocks=st.sampled_from([40, 100, 4000]),
+    seed=st.integers(0, 1000),
+)
+def test_a_cut_run_gives_the_verdict_of_the_full_run(
+    text, rate, at, without, blocks, seed
+):
+    # 40 blocks hold 640 tokens: memory is short, and requests are preempted.
+    memory = KVMemory(num_blocks=blocks, max_context=520)  # some are refused
+    point = SimPoint(
+        simulated=build(Deployment.parse(text), memory=memory),
+        workload=WORKLOAD,
+        rate_rps=rate,
+        num_requests=80,
+        seed=seed,
+    )
+    full = run_point(point)
+    # Targets that some request meets exactly, and attainment targets on the edge.
+    ttft_s, tpot_s = (
+        sorted(values)[i % len(values)]
+        for values, i in zip((full.ttft_s, full.tpot_s), at, strict=True)
+    )
+    slo = SLO(
+        ttft_s=math.inf if without == "ttft" else ttft_s,
+        tpot_s=math.inf if without == "tpot" else max(tpot_s, 1e-9),
+    )
+    true = full.attainment(slo).joint
+    for target, passes in ((true, True), (true + 1 / 80, False)):
+        if not 0 < target <= 1:
+            continue
+        cut_at = decisive_misses(80, 1, target)
+        verdict = run_trial(Trial(point=point, slo=slo, cut_at_misses=cut_at))
+        assert (verdict.attainment >= target) == passes
+        assert not (passes and verdict.cut)
+        assert verdict.cut or verdict.attainment == true
+
+
+def test_a_hopeless_run_is_cut_early():
+    search = asked("prefill:tp1,decode:tp1", num_requests=2000)
+    (point, *_) = search.points(200.0)
+    turns = []
+    simulated = dataclasses.replace(point.simulated, cost=Counting(COST, turns))
+    point = dataclasses.replace(point, simulated=simulated)
+    assert run_trial(Trial(point=point, slo=search.slo, cut_at_misses=200)).cut
+    cut = len(turns)
+    turns.clear()
+    run_point(point)
+    assert cut < len(turns) / 4
+
+
+class Counting:
+    """A cost that counts how often it is asked for steps."""
+
+    def __init__(self, cost, calls):
+        self._cost, self._calls = cost, calls
+
+    def stages_s(self, instance, load):
+        self._calls.append(instance)
+        return self._cost.stages_s(instance, load)
+
+    def decode_s(self, instance, decodes, context):
+        return self._cost.decode_s(instance, decodes, context)
+
+    def hop(self, transfer):
+        return self._cost.hop(transfer)
+
+
+@pytest.mark.parametrize(
+    ("requests", "seeds", "target", "misses"),
+    [
+        (1000, 1, 0.9, 101),  # 900 good pass, 899 fail
+        (1000, 3, 0.9, 301),  # the other two may be perfect
+        (100, 1, 0.99, 2),
+        (100, 1, 1.0, 1),
+        (10, 3, 0.5, 11),  # even with all missed the mean is 2/3
+    ],
+)
+def test_decisive_misses(requests, seeds, target, misses):
+    assert decisive_misses(requests, seeds, target) == misses
+
+
+# ---- phases --------------------------------------------------------------------------
+
+
+def test_phases_alone():
+    whole = asked("prefill:tp1,decode:tp1")
+    (point, *_) = prefill_alone(build, 1, 1, 1, whole).points(0.001)
+    found = run_point(point)
+    assert set(found.tpot_s) == {0.0}
+    assert found.ttft_s[0] == pytest.approx(
+        0.01 + 2e-4 * WORKLOAD.requests(1, 1.0, 0)[0].prompt_tokens
+    )
+    (point, *_) = decode_alone(build, 1, 1, 1, whole).points(0.001)
+    found = run_point(point)
+    assert set(found.ttft_s) == {0.0}
+    # Nothing but decode steps of one request; no transfer.
+    assert max(found.tpot_s) == pytest.approx(0.0101)
+
+
+def test_a_pair_is_no_better_than_its_phases():
+    whole = asked("prefill:tp1,decode:tp1")
+    pair = find_goodput(whole)
+    for phase in (prefill_alone, decode_alone):
+        alone = find_goodput(phase(build, 1, 1, 1, whole))
+        assert pair.rps <= 1.05 * alone.rps  # the search's tolerance
+
+
+# ---- SLO scale -----------------------------------------------------------------------
+
+
+def test_slo_scale_is_the_smallest_factor_that_passes():
+    search = asked("colocated:tp1")
+    found = find_slo_scale(search, rate_rps=12.0)
+    results = [run_point(p) for p in search.points(12.0)]
+
+    def attainment(factor):
+        scaled = search.slo.scaled(factor)
+        return np.mean([r.attainment(scaled).joint for r in results])
+
+    assert attainment(found.factor) >= 0.9 > attainment(found.factor * (1 - 1e-9))
+    for result, factor in zip(results, found.per_seed, strict=True):
+        good = result.attainment(search.slo.scaled(factor)).joint
+        worse = result.attainment(search.slo.scaled(factor * (1 - 1e-9))).joint
+        assert good >= 0.9 > worse
+    assert found.interval.low < found.interval.mean < found.interval.high
+    assert (found.num_requests, found.seeds) == (200, (0, 1))
+
+
+def test_slo_scale_by_hand():
+    (point, *_) = asked("colocated:tp1").points(0.01)
+    result = dataclasses.replace(
+        run_point(point), arrived=4, ttft_s=(1.0, 2.0, 3.0), tpot_s=(0.5, 0.1, 0.1)
+    )
+    slo = SLO(ttft_s=1.0, tpot_s=0.1)
+    # Factors 5, 2 and 3; the fourth request never finished.
+    assert slo_scale([result], slo, 0.25) == pytest.approx(2.0)
+    assert slo_scale([result], slo, 0.75) == pytest.approx(5.0)
+    assert slo_scale([result], slo, 0.9) == math.inf
+
+
+@pytest.mark.parametrize("change", [{"num_requests": 0}, {"seeds": ()}])
+def test_bad_searches_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
+        asked("colocated:tp1", **change)

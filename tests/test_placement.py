@@ -1,0 +1,304 @@
+"""Placement: counting, and pruned searches against exhaustive ones."""
+
+import dataclasses
+
+import pytest
+
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.lengths import UniformLengths
+from disagg_jax.metrics import SLO
+from disagg_jax.placement import (
+    Candidate,
+    Layout,
+    Outcome,
+    PhaseRates,
+    Problem,
+    best_first,
+    colocated_candidates,
+    joint_candidates,
+    low_affinity_candidates,
+    pair,
+    phase_candidates,
+    phase_rates,
+    replicas,
+)
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.search import SearchPlan
+from disagg_jax.sim.cost import ModelledCost
+from disagg_jax.sim.network import Network
+from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.simulate import SimulatedDeployment
+
+POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """An `InstanceCost`: prompts gain from tp, decodes hardly."""
+
+    tp: int
+    pp: int
+
+    def stages_s(self, load):
+        prompt_s = 3e-4 * load.prompt_tokens / self.tp**0.8
+        return ((self._base_s(load.decodes) + prompt_s) / self.pp,) * self.pp
+
+    def decode_s(self, decodes, context):
+        return self._base_s(decodes)
+
+    def _base_s(self, decodes):
+        return 0.008 / self.tp**0.3 + 4e-4 * decodes
+
+
+def build(deployment):
+    instances = deployment.instances
+    if any(spec.tp > 4 for spec in instances):
+        raise ValueError("expected tp <= 4, got more")
+    return SimulatedDeployment(
+        deployment=deployment,
+        policies=POLICIES,
+        memory=(KVMemory(num_blocks=2000, max_context=2048),) * len(instances),
+        cost=ModelledCost(
+            instances=tuple(Speed(spec.tp, spec.pp) for spec in instances),
+            network=Network(deployment=deployment, kv_bytes_per_token=1),
+        ),
+    )
+
+
+def problem(**changes):
+    given = Problem(
+        build=build,
+        colocated={"vllm": build},
+        layouts=SMALL,
+        devices=3,
+        workload=SimWorkload(
+            prompt=UniformLengths(low=50, high=400),
+            output=UniformLengths(low=20, high=80),
+        ),
+        slo=SLO(ttft_s=0.3, tpot_s=0.025),
+        plan=SearchPlan(growth=1.3, tolerance=0.05, max_rates=30),
+        num_requests=120,
+    )
+    return dataclasses.replace(given, **changes)
+
+
+def silent(_):
+    pass
+
+
+def phases(given, prune=False):
+    rates = [
+        phase_rates(
+            best_first(
+                phase_candidates(given, given.layouts, role), map, silent, prune=prune
+            )
+        )
+        for role in (Role.PREFILL, Role.DECODE)
+    ]
+    return rates[0], rates[1]
+
+
+# ---- pruning -------------------------------------------------------------------------
+
+SPACES = [
+    problem(),
+    problem(slo=SLO(ttft_s=0.15, tpot_s=0.05)),  # prompts are what is hard
+    problem(slo=SLO(ttft_s=1.0, tpot_s=0.013)),  # decoding is
+]
+
+
+@pytest.mark.parametrize("given", SPACES)
+def test_pruning_keeps_the_winner(given):
+    bounds = phases(given)
+    units = [
+        *joint_candidates(given, given.layouts, bounds),
+        *colocated_candidates(given, given.layouts),
+    ]
+    full = best_first(units, map, silent, prune=False)
+    fast = best_first(units, map, silent)
+    assert all(outcome.goodput is not None for outcome in full)
+    # The first two are searched in full by both: in ten or so, that is much.
+    assert runs(fast) < 0.7 * runs(full)
+    values = {outcome.candidate.name: outcome.per_device_rps for outcome in full}
+    # Goodputs are known to the plan's 5 %.
+    assert values[fast[0].candidate.name] >= full[0].per_device_rps / 1.05
+    for outcome in full:  # what pruning relies on
+        assert outcome.per_device_rps <= (
+            outcome.candidate.bound_rps / outcome.candidate.devices
+        )
+
+
+@pytest.mark.parametrize("given", SPACES[:2])
+def test_pruned_phases_give_bounds_too(given):
+    full, fast = phases(given), phases(given, prune=True)
+    for role in (0, 1):
+        best = max(full[role][k].about_rps / k.devices for k in given.layouts)
+        for layout in given.layouts:
+            assert fast[role][layout].bound_rps >= full[role][layout].about_rps / 1.05
+        found = max(fast[role][k].about_rps / k.devices for k in given.layouts)
+        assert found == pytest.approx(best, rel=0.05)
+
+
+def runs(outcomes):
+    return sum(outcome.goodput.runs for outcome in outcomes if outcome.goodput)
+
+
+# ---- when not to disaggregate --------------------------------------------------------
+
+
+def winner(given):
+    """Of the joint search; candidates of a phase need room for the other."""
+    layouts = [layout for layout in given.layouts if layout.devices < given.devices]
+    kept = dataclasses.replace(given, layouts=tuple(layouts))
+    units = joint_candidates(given, layouts, phases(kept))
+    units += colocated_candidates(given, given.layouts)
+    return best_first(units, map, silent)[0].candidate.name
+
+
+def test_disaggregation_wins_where_prompts_stall_decodes():
+    assert "prefill" in winner(problem())
+
+
+def test_colocation_wins_where_there_is_next_to_nothing_to_decode():
+    given = problem(devices=2, layouts=SMALL[:1], slo=SLO(ttft_s=0.3, tpot_s=0.5))
+    short = UniformLengths(low=1, high=2)
+    workload = dataclasses.replace(given.workload, output=short)
+    # The decode instance would idle.
+    assert winner(dataclasses.replace(given, workload=workload)) == (
+        "vllm colocated:tp1"
+    )
+
+
+def test_one_device_is_not_disaggregated():
+    assert winner(problem(devices=1, layouts=SMALL[:1])) == "vllm colocated:tp1"
+
+
+# ---- what is tried -------------------------------------------------------------------
+
+
+def test_layouts_that_do_not_fit_are_listed_with_the_reason():
+    given = problem(layouts=(*SMALL, Layout(4, 1), Layout(8, 1)), devices=8)
+    kept, skipped = given.feasible()
+    assert kept == (*SMALL, Layout(4, 1))
+    assert skipped == {Layout(8, 1): "expected tp <= 4, got more"}
+    _, skipped = problem(devices=1).feasible()
+    assert set(skipped) == {Layout(2, 1), Layout(1, 2)}
+    assert "expected at most 1 devices, got 2" in skipped[Layout(2, 1)]
+
+
+def made_up(layouts):
+    """Phases in which a device serves 1 request/s, and up to 2 in a pool."""
+    rates = {
+        k: PhaseRates(
+            bound_rps=k.devices, about_rps=k.devices, pooled_rps=2 * k.devices
+        )
+        for k in layouts
+    }
+    return rates, rates
+
+
+def test_pairs_of_algorithm_2_share_their_nodes():
+    layouts = [Layout(tp, pp) for tp in (1, 2, 3) for pp in (1, 2, 4)]
+    given = problem(devices=8, node_devices=4)
+    found = low_affinity_candidates(given, layouts, made_up(layouts))
+    names = {candidate.name: candidate for candidate in found}
+    assert set(names) == {
+        *("prefill:tp1,decode:tp1", "prefill:tp1,decode:tp2", "prefill:tp2,decode:tp1"),
+        *("prefill:tp2,decode:tp2", "prefill:tp1,decode:tp3", "prefill:tp3,decode:tp1"),
+        *("prefill:tp1pp2,decode:tp1", "prefill:tp1,decode:tp1pp2"),
+        *("prefill:tp1pp2,decode:tp1pp2", "prefill:tp2,decode:tp1pp2"),
+        "prefill:tp1pp2,decode:tp2",
+        # over two nodes, with even numbers of stages
+        *("prefill:tp1pp2,decode:tp2pp2", "prefill:tp2pp2,decode:tp1pp2"),
+        *("prefill:tp2pp2,decode:tp2pp2", "prefill:tp1pp2,decode:tp3pp2"),
+        *("prefill:tp3pp2,decode:tp1pp2", "prefill:tp1pp4,decode:tp1pp2"),
+        *("prefill:tp1pp2,decode:tp1pp4", "prefill:tp1pp4,decode:tp1pp4"),
+        *("prefill:tp2pp2,decode:tp1pp4", "prefill:tp1pp4,decode:tp2pp2"),
+    }
+    # 3 of 4 devices are used in each of two nodes; the fourth has no other use.
+    candidate = names["prefill:tp1,decode:tp2"]
+    assert (candidate.copies, candidate.devices) == (2, 4.0)
+    assert candidate.bound_rps == pytest.approx(1.1)  # of prefill, with the margin
+    # With a rate to serve there are as many nodes as it takes.
+    given = dataclasses.replace(given, rate_rps=9.0)
+    found = low_affinity_candidates(given, layouts, made_up(layouts))
+    candidate = {c.name: c for c in found}["prefill:tp1,decode:tp2"]
+    assert candidate.devices == 3
+
+
+def test_copies_that_share_nodes_leave_devices_over():
+    given = problem(devices=12, node_devices=4)
+    assert given.copies(3) == 4  # anywhere
+    assert given.copies(3, nodes=1) == 3  # one in each node
+    assert given.copies(6, nodes=2) == 1  # the third node has no partner
+    assert problem(devices=3, node_devices=4).copies(2, nodes=1) == 1
+
+
+def test_units_of_the_joint_search():
+    layouts = [Layout(1), Layout(2)]
+    found = joint_candidates(problem(devices=4), layouts, made_up(layouts))
+    names = {c.name: (c.copies, c.devices, round(c.bound_rps, 3)) for c in found}
+    assert names == {
+        "prefill:tp1,decode:tp1": (2, 2.0, 1.1),
+        "2xprefill:tp1,decode:tp1": (1, 4.0, 1.1),
+        "3xprefill:tp1,decode:tp1": (1, 4.0, 1.1),
+        "prefill:tp1,2xdecode:tp1": (1, 4.0, 1.1),
+        "prefill:tp1,3xdecode:tp1": (1, 4.0, 1.1),
+        "prefill:tp1,decode:tp2": (1, 4.0, 1.1),
+        "2xprefill:tp1,decode:tp2": (1, 4.0, 2.2),
+        "prefill:tp2,decode:tp1": (1, 4.0, 1.1),
+        "prefill:tp2,2xdecode:tp1": (1, 4.0, 2.2),
+        "prefill:tp2,decode:tp2": (1, 4.0, 2.2),
+    }
+
+
+def test_longer_runs_for_more_devices():
+    given = problem(node_devices=2)
+    for devices, expected in ((1, 120), (2, 120), (3, 240), (8, 480)):
+        asked = given.ask(build(pair(Layout(1), Layout(1))), devices)
+        assert asked.num_requests == expected
+
+
+# ---- replicas ------------------------------------------------------------------------
+
+
+class Known(Outcome):
+    """An outcome of a given goodput per device."""
+
+    per_device_rps = property(lambda self: self.goodput)
+
+
+def known(per_device_rps, devices):
+    search = problem().ask(build(Deployment.parse("prefill:tp1,decode:tp1")), 1)
+    candidate = Candidate(name="", search=search, devices=devices)
+    return Known(candidate=candidate, goodput=per_device_rps)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "limit", "counts"),
+    [
+        # DistServe's Fig. 1: 5.6 and 10 requests/s a device; 2 + 1 serve 10.
+        ((5.6, 1), (10.0, 1), {"devices": 3}, (2, 1)),
+        ((5.6, 1), (10.0, 1), {"rate_rps": 10.0}, (2, 1)),
+        ((5.6, 1), (10.0, 1), {"rate_rps": 11.3}, (3, 2)),
+        # 8 prefill of 2 and 2 decode of 8: min(8 x 2, 2 x 10) on 32.
+        ((1.0, 2), (1.25, 8), {"devices": 32}, (8, 2)),
+        # min(3, 4): a fourth device of prefill would serve no more.
+        ((1.0, 1), (1.0, 3), {"devices": 7}, (3, 1)),
+        ((1.0, 4), (1.0, 4), {"devices": 7}, (0, 0)),
+    ],
+)
+def test_replicas(prefill, decode, limit, counts):
+    assert replicas(known(*prefill), known(*decode), **limit) == counts
+
+
+def test_no_replicas_of_nothing():
+    with pytest.raises(ValueError, match="goodput > 0 of both phases"):
+        replicas(known(0.0, 1), known(1.0, 1), devices=4)
+
+
+@pytest.mark.parametrize("change", [{"devices": 0}, {"margin": -0.1}])
+def test_bad_problems_are_refused(change):
+    with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
+        problem(**change)
