@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from experiments.figures import placements
+from experiments.figures import motivation, placements, queueing, simulated, toy
 from experiments.figures.figure import Figure
 
-FIGURES: Mapping[str, Figure] = {**placements.FIGURES}
+FIGURES: Mapping[str, Figure] = {
+    **toy.FIGURES,
+    **motivation.FIGURES,
+    **queueing.FIGURES,
+    **placements.FIGURES,
+    **simulated.FIGURES,
+}

@@ -48,7 +48,8 @@ class System:
 
     def said(self, lab: Lab) -> str:
         """What was run, for the report."""
-        cost = ", ".join(self.simulation.costs)
+        instances = Deployment.parse(self.deployment).instances
+        cost = self.simulation.cost_of(instances[0]).name
         return (
             f"{self.label}: {self.deployment}, {cost}, "
             f"N={lab.requests(self.num_requests)} x {lab.seeds} seeds"
