@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from experiments.figures import motivation, placements, queueing, simulated, toy
+from experiments.figures import (
+    beyond,
+    breakdown,
+    motivation,
+    placements,
+    queueing,
+    simulated,
+    toy,
+)
 from experiments.figures.figure import Figure
 
 FIGURES: Mapping[str, Figure] = {
@@ -12,5 +20,7 @@ FIGURES: Mapping[str, Figure] = {
     **motivation.FIGURES,
     **queueing.FIGURES,
     **placements.FIGURES,
+    **breakdown.FIGURES,
     **simulated.FIGURES,
+    **beyond.FIGURES,
 }
