@@ -83,9 +83,15 @@ def make(lab: Lab) -> Drawn:
 
 
 def _share(result: SimResult, stage: str) -> float:
-    """A stage's share of the latency of all requests together, in %."""
-    total = sum(sum(dataclasses.astuple(each)) for each in result.stages)
-    return 100 * sum(getattr(each, stage) for each in result.stages) / total
+    """A stage's share of a request's latency in %, averaged over requests.
+
+    So does the artifact's script; the text sums the times first, which gives long
+    outputs more weight.
+    """
+    shares = [
+        getattr(each, stage) / sum(dataclasses.astuple(each)) for each in result.stages
+    ]
+    return 100 * sum(shares) / len(shares)
 
 
 def _shares(sweep: Sweep, stage: str) -> dict[float, list[float]]:
@@ -153,7 +159,7 @@ def _share_claim(lab: Lab, sweep: Sweep) -> Claim:
         ours=f"{first} at {min(ours):g} rps per GPU, {last} at {max(ours):g}",
         why="Text and drawing disagree. Ours is the wire alone at its measured "
         "efficiency, with waiting for it; the artifact's includes the decode loop, "
-        "which awaits each migration. Decode times are the roofline's",
+        "which awaits each migration",
         runs=sweep.system.said(lab),
     )
 

@@ -8,6 +8,9 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import numpy as np
+import PIL.Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from experiments.figures.figure import Panel, Series
 
@@ -22,19 +25,27 @@ COLOURS = (
     "#000000",
     "#999999",
 )
+_DPI = 88
+_PALETTE = 256  # colours of a file: all that is drawn, at half the bytes
 _MARKERS = "osD^vP*X"
 
 
 def draw(panels: Sequence[Panel], title: str, path: pathlib.Path) -> None:
     """Writes a PNG; equal panels give equal bytes."""
     with matplotlib.rc_context({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}):
-        width = 4.6 * len(panels)
+        width = 4.6 * max(len(panels), 1.25)  # a lone panel's title needs more
         figure = matplotlib.figure.Figure(figsize=(width, 4.4), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for one, panel in zip(axes, panels, strict=True):
             _panel(one, panel)
         figure.suptitle(title, fontsize=9)
-        figure.savefig(path, dpi=88, metadata={"Software": None})
+        canvas = FigureCanvasAgg(figure)
+        figure.set_dpi(_DPI)
+        canvas.draw()
+        picture = PIL.Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        # Coverage, as a median cut merges the colours of thin lines.
+        indexed = picture.quantize(_PALETTE, PIL.Image.Quantize.MAXCOVERAGE)
+        indexed.save(path, optimize=True)
 
 
 def _panel(axes: Any, panel: Panel) -> None:
