@@ -216,7 +216,8 @@ def _fig12_claim(name: str, times: Mapping[str, float] | None) -> Claim:
     paper = paper_panel("fig12", "time").series[name][-1]
     ours = "not run"
     if times:
-        ours = ", ".join(f"{s:.1f} s for {n} GPUs" for n, s in sorted(times.items()))
+        by_gpus = sorted((int(n), s) for n, s in times.items())
+        ours = ", ".join(f"{s:.1f} s for {n} GPUs" for n, s in by_gpus)
     return Claim(
         claim=f"Algorithm {name} searches up to {paper[0]:g} GPUs in under 1.3 min",
         paper=f"{paper[1]:.1f} s for {paper[0]:g} GPUs",
