@@ -10,12 +10,13 @@ import json
 import os
 import pathlib
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+
+from experiments.checkout import commit
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
@@ -113,7 +114,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
@@ -122,21 +123,6 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with a mark where files differ from it."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return described.stdout.strip()
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -42,6 +42,7 @@ _A100 = Hardware(
     # measured: alpha of vLLM's custom all-reduce, captured; bandwidth at about 1 GB
     all_reduce={
         2: AllReduce(5e-6, 199e9),
+        3: AllReduce(5e-6, 210e9),  # assumed: between 2 and 4; OPT-175B runs on 3
         4: AllReduce(5e-6, 221e9),
         8: AllReduce(6e-6, 228e9),
     },

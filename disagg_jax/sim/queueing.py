@@ -1,0 +1,58 @@
+"""Closed forms of simple systems, which simulations of them must agree with.
+
+Requests arrive at random (Poisson), are served in order and one at a time, and each
+takes the same time: M/D/1. Source: DistServe (OSDI'24) section 3.1; D is `service_s`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.protocols import expect_one_stage
+from disagg_jax.work import StepLoad
+
+
+def md1_wait_s(rate_rps: float, service_s: float) -> float:
+    """Mean wait before service: R D^2 / (2 (1 - R D)).
+
+    Raises:
+      ValueError: unless the server keeps up.
+    """
+    load = rate_rps * service_s
+    expect(0 <= load < 1, "rate_rps * service_s: expected in [0, 1)", load)
+    return load * service_s / (2 * (1 - load))
+
+
+def ttft_s(rate_rps: float, service_s: float) -> float:
+    """Mean TTFT of one device."""
+    return service_s + md1_wait_s(rate_rps, service_s)
+
+
+def inter_op_ttft_s(rate_rps: float, service_s: float, stages: int = 2) -> float:
+    """Mean TTFT of equal pipeline stages: all wait is in front of the first."""
+    return service_s + md1_wait_s(rate_rps, service_s / stages)
+
+
+def intra_op_ttft_s(rate_rps: float, service_s: float, speedup: float) -> float:
+    """Mean TTFT where tensor parallelism divides the time by `speedup` (K)."""
+    return ttft_s(rate_rps, service_s / speedup)
+
+
+def bubble_share(batches: int, stages: int) -> float:
+    """Idle share of a pipeline's stages that fill, pass `batches`, and drain."""
+    return (stages - 1) / (batches + stages - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantInstance:
+    """An `InstanceCost` that takes the same whatever the step computes."""
+
+    seconds: tuple[float, ...]  # on each pipeline stage
+
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        return self.seconds
+
+    def decode_s(self, decodes: int, context: int) -> float:
+        expect_one_stage(len(self.seconds))
+        return self.seconds[0]

@@ -1,0 +1,26 @@
+"""DistServe's figures, by the name that `experiments.reproduce` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from experiments.figures import (
+    beyond,
+    breakdown,
+    motivation,
+    placements,
+    queueing,
+    simulated,
+    toy,
+)
+from experiments.figures.figure import Figure
+
+FIGURES: Mapping[str, Figure] = {
+    **toy.FIGURES,
+    **motivation.FIGURES,
+    **queueing.FIGURES,
+    **placements.FIGURES,
+    **breakdown.FIGURES,
+    **simulated.FIGURES,
+    **beyond.FIGURES,
+}

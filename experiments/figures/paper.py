@@ -1,0 +1,61 @@
+"""The points of DistServe's figures, and what its evaluation ran."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from disagg_jax.metrics import SLO
+
+POINTS = pathlib.Path(__file__).parents[1] / "profiles" / "distserve_figures.json"
+
+XY = tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaperPanel:
+    """One set of axes of a published figure."""
+
+    x: str  # quantity and unit
+    y: str
+    series: Mapping[str, Sequence[XY]]
+
+
+@functools.cache
+def _figures() -> Mapping[str, Any]:
+    return json.loads(POINTS.read_text())["figures"]
+
+
+def paper_panel(figure: str, panel: str) -> PaperPanel:
+    """The digitised points of a panel."""
+    data = _figures()[figure]["panels"][panel]
+    series = {
+        name: [(float(x), float(y)) for x, y in points]
+        for name, points in data["series"].items()
+    }
+    return PaperPanel(x=data["x"], y=data["y"], series=series)
+
+
+def paper_crossings(figure: str, panel: str) -> Mapping[str, float]:
+    """Where each system's attainment crosses 90 %, by the figure's vertical lines."""
+    return _figures()[figure]["crossings_at_90"][panel]
+
+
+# Table 1 of arXiv v3.
+SLOS: Mapping[str, SLO] = {
+    "chat 13B": SLO(ttft_s=0.25, tpot_s=0.1),
+    "chat 66B": SLO(ttft_s=2.5, tpot_s=0.15),
+    "chat 175B": SLO(ttft_s=4.0, tpot_s=0.2),
+    "code 66B": SLO(ttft_s=0.125, tpot_s=0.2),
+    "summary 66B": SLO(ttft_s=15.0, tpot_s=0.15),
+    # Of arXiv v1, and of the artifact's scripts for Figs. 8b and 11.
+    "chat 66B, artifact": SLO(ttft_s=0.4, tpot_s=0.1),
+    # The motivation's and the blog's: 512 prompt and 64 output tokens.
+    "toy": SLO(ttft_s=0.4, tpot_s=0.04),
+}
+
+TARGET = 0.9  # joint attainment that counts as served

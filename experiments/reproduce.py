@@ -1,0 +1,178 @@
+"""Reproduces the figures and tables of DistServe's paper in the simulator.
+
+    python -m experiments.reproduce --list
+    python -m experiments.reproduce --figure=fig8a
+    python -m experiments.reproduce --all
+
+Each figure is our curve over the paper's digitised points, and rows that state the
+paper's claim, our number with its 95 % interval across seeds, and why they differ. With
+--all it writes experiments/reports/reproduction.md and its pictures (about ten minutes
+on two cores); one figure alone goes to runs/reproduction. Progress is on stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from absl import app, flags
+
+from disagg_jax.expect import expect
+from experiments.checkout import commit
+from experiments.figures import FIGURES
+from experiments.figures.draw import draw
+from experiments.figures.figure import Drawn, Lab
+
+_FIGURE = flags.DEFINE_string("figure", None, "One of --list.")
+_ALL = flags.DEFINE_bool("all", False, "Every figure.")
+_LIST = flags.DEFINE_bool("list", False, "Names the figures.")
+_NUM_REQUESTS = flags.DEFINE_integer(
+    "num_requests", None, "Of each run, instead of each figure's own number."
+)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each point.")
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default one for a core.")
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Folder; default experiments/reports with --all, else runs/reproduction.",
+    allow_override=True,
+)
+_SEARCH_TIMES = flags.DEFINE_string(
+    "search_times", None, 'JSON for fig12: {"Low" or "High": {GPUs: seconds}}.'
+)
+
+REPORTS = pathlib.Path(__file__).parent / "reports"
+_COLUMNS = ("claim", "paper", "ours, 95 % over seeds", "why they differ", "run")
+_PREAMBLE = """\
+# DistServe's figures, reproduced
+
+Made by `python -m experiments.reproduce {flags}`; do not edit. Everything is simulated.
+Intervals are Student t, 95 %, across seeds; all systems see the same requests at the
+same seed, and ratios are paired by seed. The paper's points were read from the vector
+drawings of arXiv 2401.09670 v3 (experiments/profiles/distserve_figures.json): hollow
+markers. "As shipped" is DistServe's own simulator: its rules, free links, no KV memory,
+and a slower engine for vLLM than for itself. "One engine" gives both sides the same
+step times, KV memory and links. rps is requests/s; per GPU unless said.
+"""
+
+
+def run(
+    names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
+) -> list[str]:
+    """Makes figures, their pictures and `out`/reproduction.md; returns its lines.
+
+    Raises:
+      ValueError: on an unknown figure, before any work.
+    """
+    for name in names:
+        expect(name in FIGURES, f"--figure: expected one of {sorted(FIGURES)}", name)
+    pictures = out / "figures"
+    pictures.mkdir(parents=True, exist_ok=True)
+    version = commit() or "no checkout"
+    lines = _PREAMBLE.format(flags=flags_used).splitlines()
+    for name in names:
+        figure = FIGURES[name]
+        lab.progress(f"{name}: {figure.title}")
+        drawn = figure.make(lab)
+        if drawn.panels:
+            draw(drawn.panels, figure.title, pictures / f"{name}.png")
+        lines += _section(name, figure.title, drawn, version, lab)
+    (out / "reproduction.md").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+def _section(name: str, title: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
+    command = f"--figure={name} --seeds={lab.seeds}"
+    if lab.num_requests is not None:
+        command += f" --num_requests={lab.num_requests}"
+    lines = ["", f"## {title}", ""]
+    if drawn.panels:
+        lines += [f"![{title}](figures/{name}.png)", ""]
+    lines += ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
+    for row in drawn.claims:
+        cells = (
+            row.claim,
+            row.paper,
+            row.ours,
+            row.why,
+            f"{row.runs}; `{command}` at {version}",
+        )
+        lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
+    return lines
+
+
+def read_search_times(path: str) -> Mapping[str, Mapping[str, float]]:
+    """Seconds of a placement search, by algorithm and number of GPUs.
+
+    Raises:
+      ValueError: naming the file, if it is something else.
+    """
+    try:
+        content = json.loads(pathlib.Path(path).read_text())
+        return {
+            algorithm: {str(int(n)): float(s) for n, s in times.items()}
+            for algorithm, times in content.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'--search_times: expected {{"Low": {{GPUs: seconds}}}} in JSON, got '
+            f"'{path}': {error!r}"
+        ) from error
+
+
+def _progress() -> Callable[[str], None]:
+    start_s = time.monotonic()
+
+    def show(message: str) -> None:
+        elapsed_s = time.monotonic() - start_s
+        print(f"[{elapsed_s:6.1f} s] {message}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def _names() -> list[str]:
+    """The figures that the flags ask for."""
+    one: str | None = _FIGURE.value
+    if _ALL.value == (one is not None):
+        raise ValueError("expected one of --figure=NAME, --all and --list")
+    return list(FIGURES) if one is None else [one]
+
+
+def _lab() -> Lab:
+    lab = Lab(
+        num_requests=_NUM_REQUESTS.value,
+        seeds=_SEEDS.value,
+        workers=_WORKERS.value,
+        progress=_progress(),
+    )
+    if _SEARCH_TIMES.value is None:
+        return lab
+    times = read_search_times(_SEARCH_TIMES.value)
+    return dataclasses.replace(lab, search_times=times)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    if _LIST.value:
+        print("\n".join(f"{name:12} {f.title}" for name, f in FIGURES.items()))
+        return
+    try:
+        names, lab = _names(), _lab()
+        default = REPORTS if _ALL.value else pathlib.Path("runs/reproduction")
+        out = pathlib.Path(_OUT.value) if _OUT.value else default
+        used = "--all" if _ALL.value else f"--figure={_FIGURE.value}"
+        lines = run(names, lab, out, used)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if not _ALL.value:
+        print("\n".join(lines))
+    print(f"\nreport: {out / 'reproduction.md'}")
+
+
+if __name__ == "__main__":
+    app.run(main)
