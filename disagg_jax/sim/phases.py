@@ -17,7 +17,7 @@ from collections.abc import Callable
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.lengths import FixedLengths
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.cost import DeploymentCost
+from disagg_jax.sim.cost import Decoder, DeploymentCost
 from disagg_jax.sim.goodput import GoodputSearch
 from disagg_jax.sim.network import Hop
 from disagg_jax.sim.simulate import SimulatedDeployment
@@ -38,8 +38,8 @@ class DecodeAloneCost:
         stages_s = self.cost.stages_s(instance, load)
         return (0.0,) * len(stages_s) if instance in self.free else stages_s
 
-    def decode_s(self, instance: int, decodes: int, context: int) -> float:
-        return self.cost.decode_s(instance, decodes, context)
+    def decoder(self, instance: int) -> Decoder:
+        return self.cost.decoder(instance)
 
     def hop(self, transfer: Transfer) -> Hop:
         return Hop(0.0)

@@ -280,8 +280,8 @@ class Counting:
         self._calls.append(instance)
         return self._cost.stages_s(instance, load)
 
-    def decode_s(self, instance, decodes, context):
-        return self._cost.decode_s(instance, decodes, context)
+    def decoder(self, instance):
+        return self._cost.decoder(instance)
 
     def hop(self, transfer):
         return self._cost.hop(transfer)
