@@ -153,9 +153,9 @@ class DecodeBatch:
         self._charged = True
 
     def _charge(self, iteration: int) -> None:
-        for owner in self._phases.get(-iteration % self._block_tokens, ()):
-            if owner not in self._prepaid:
-                self._blocks.add(owner, 1)
+        owners = self._phases.get(-iteration % self._block_tokens)
+        if owners:
+            self._blocks.add_to_each(owners.keys() - self._prepaid)
         self._prepaid.clear()
 
     def advance(self, ends_s: Sequence[float]) -> None:

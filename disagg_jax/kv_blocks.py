@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Collection
 
 from disagg_jax.deployment import KVMemory
 
@@ -59,6 +60,17 @@ class KVBlocks:
             )
         self.free -= count
         self._held[owner] = self._held.get(owner, 0) + count
+
+    def add_to_each(self, owners: Collection[int]) -> None:
+        """Gives each of `owners`, who hold some, one block more."""
+        if len(owners) > self.free:
+            raise RuntimeError(
+                f"{len(owners)} requests need a KV block more each, but only "
+                f"{self.free} of {self.memory.num_blocks} are free"
+            )
+        self.free -= len(owners)
+        for owner in owners:
+            self._held[owner] += 1
 
     def release(self, owner: int) -> None:
         """Takes all blocks of `owner` back."""

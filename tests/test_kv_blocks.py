@@ -77,6 +77,18 @@ def test_over_extending_changes_nothing():
     assert blocks.held_by == {1: 3}
 
 
+def test_a_block_more_for_each_or_for_none():
+    blocks = pool(4)
+    blocks.extend(0, 4)
+    blocks.extend(1, 4)
+    blocks.add_to_each({0, 1})
+    assert (blocks.free, blocks.held_by) == (0, {0: 2, 1: 2})
+    assert sorted(blocks.table(0) + blocks.table(1)) == [0, 1, 2, 3]
+    with pytest.raises(RuntimeError, match="1 requests need a KV block more .* only 0"):
+        blocks.add_to_each({1})
+    assert blocks.held_by == {0: 2, 1: 2}
+
+
 def test_double_release_raises():
     blocks = pool()
     blocks.extend(0, 1)
