@@ -36,7 +36,11 @@ from experiments.placements import (
 )
 
 _MODEL = flags.DEFINE_string(
-    "model", None, "A name of disagg_jax/sim/model_shape.py.", required=True
+    "model",
+    None,
+    "A name of disagg_jax/sim/model_shape.py.",
+    required=True,
+    allow_override=True,
 )
 _DEVICE = flags.DEFINE_string("hardware", "a100", "A device, such as a100 or h100.")
 _DEVICES = flags.DEFINE_integer("devices", None, "How many there are.", required=True)
@@ -51,14 +55,20 @@ _ALGORITHM = flags.DEFINE_enum(
 )
 _RATE = flags.DEFINE_float("rate", None, "Requests/s to serve; else the devices count.")
 _TARGET = flags.DEFINE_float("target", 0.9, "Joint attainment to reach.")
-_REQUESTS = flags.DEFINE_integer("num_requests", 1000, "Of a run, for up to a node.")
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs at each rate.")
+_REQUESTS = flags.DEFINE_integer(
+    "num_requests", 1000, "Of a run, for up to a node.", allow_override=True
+)
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs at each rate.", allow_override=True)
 _TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "Of goodputs, relative.")
 _MARGIN = flags.DEFINE_float("margin", 0.1, "By which the bounds of pruning are wider.")
 _EXHAUSTIVE = flags.DEFINE_bool("exhaustive", False, "Search all candidates in full.")
 _WHOLE = flags.DEFINE_bool("whole", False, "Simulate the answer of high as a whole.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes; one a core by default.")
-_OUT = flags.DEFINE_string("out", None, "Folder for placement.json.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "Processes; one a core by default.", allow_override=True
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder for placement.json.", allow_override=True
+)
 
 
 def main(argv: Sequence[str]) -> None:

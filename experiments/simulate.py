@@ -34,7 +34,10 @@ from experiments.simulations import (
 )
 
 _TRACE = flags.DEFINE_string("trace", None, "Arrivals and lengths.")
-_CONFIG = flags.DEFINE_enum("config", None, sorted(SIMULATIONS), "What is simulated.")
+# Other experiments have flags of these names too, and a test may import several.
+_CONFIG = flags.DEFINE_enum(
+    "config", None, sorted(SIMULATIONS), "What is simulated.", allow_override=True
+)
 _DEPLOYMENT = flags.DEFINE_string("deployment", None, "Which instances serve.")
 _OUT = flags.DEFINE_string("out", None, "Folder for requests.csv.", allow_override=True)
 
