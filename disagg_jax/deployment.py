@@ -113,6 +113,15 @@ class Deployment:
         """Indices of the instances with one of `roles`."""
         return tuple(i for i, spec in enumerate(self.instances) if spec.role in roles)
 
+    def check_one_stage(self) -> None:
+        """Raises ValueError on pipeline stages, which the engine does not run."""
+        for spec in self.instances:
+            if spec.pp > 1:
+                raise ValueError(
+                    "deployment: the engine runs one pipeline stage, expected pp1, got "
+                    f"'{spec}'; the simulator takes more"
+                )
+
     @property
     def devices(self) -> int:
         """Devices of all instances together."""

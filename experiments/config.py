@@ -140,7 +140,9 @@ class Config:
             if not rate > 0:
                 raise ValueError(f"rates: expected > 0 requests/s, got {rate}")
         for name, system in self.systems.items():
-            for spec in Deployment.parse(system.deployment).instances:
+            deployment = Deployment.parse(system.deployment)
+            deployment.check_one_stage()
+            for spec in deployment.instances:
                 if spec.role not in system.policies:
                     raise ValueError(
                         f"systems.{name}: deployment '{system.deployment}' has "

@@ -62,9 +62,9 @@ class Engine:
         own: for the virtual clock, where only one program runs at a time.
 
     Raises:
-      ValueError: if the devices are too few, `memory` or `buckets` is not one for each
-        instance, a context is longer than the model's, or a dimension of the model does
-        not divide over an instance's mesh.
+      ValueError: if an instance has pipeline stages, the devices are too few, `memory`
+        or `buckets` is not one for each instance, a context is longer than the model's,
+        or a dimension of the model does not divide over an instance's mesh.
     """
 
     def __init__(
@@ -227,6 +227,7 @@ def _check_pools(
     memory: Sequence[KVMemory],
     buckets: Sequence[Buckets],
 ) -> None:
+    deployment.check_one_stage()
     n = len(deployment.instances)
     for name, values in (("memory", memory), ("buckets", buckets)):
         if len(values) != n:

@@ -19,6 +19,8 @@ from disagg_jax.expect import expect
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.work import Transfer
 
+# The link, how many of it are used at once, and the wire's name: (-1, node) is the NIC
+# of a node, (-2, instance) the receiving end of an instance, () no wire of its own.
 Route = tuple[LinkSpec | None, int, tuple[int, ...]]
 
 

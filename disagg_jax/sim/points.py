@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from disagg_jax import metrics
 from disagg_jax.lengths import Lengths
@@ -98,9 +98,6 @@ def run_point(point: SimPoint) -> SimResult:
         steady=metrics.is_steady(run.timelines),
         end_s=run.end_s,
     )
-
-
-Mapper = Callable[[Sequence[SimPoint]], Iterator[SimResult]]
 
 
 def run_points(

@@ -41,6 +41,11 @@ def test_more_devices_than_there_are(world, deployment, needs):
         make_engine(world, deployment)
 
 
+def test_pipeline_stages_are_refused_and_not_ignored(world):
+    with pytest.raises(ValueError, match="expected pp1, got 'decode:tp1pp2'"):
+        make_engine(world, "prefill:tp1,decode:tp1pp2")
+
+
 @pytest.mark.parametrize(
     "field, size, axis", [("mlp", 66, "mlp"), ("vocab_size", 62, "vocab")]
 )

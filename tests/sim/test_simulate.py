@@ -39,8 +39,9 @@ class Stages:
 
 
 def simulated(deployment, *stages_s, policies=None, bytes_per_token=0, **network):
-    """Instances with given stage seconds, and links of one byte a second."""
+    """Instances with given stage seconds, by default 1 s each."""
     parsed = Deployment.parse(deployment)
+    stages_s = stages_s or ((1.0,),) * len(parsed.instances)
     return SimulatedDeployment(
         deployment=parsed,
         policies={
@@ -149,9 +150,6 @@ def test_transfers_to_one_instance_queue_inside_a_node():
     # 1 byte/s. The second one's start is when it was asked for: its wait is transfer.
     run = simulated(
         "2xprefill:tp1,decode:tp1",
-        (1.0,),
-        (1.0,),
-        (1.0,),
         bytes_per_token=1,
         inside=link(),
     )
@@ -164,7 +162,6 @@ def test_transfers_to_one_instance_queue_inside_a_node():
 def test_transfers_to_different_instances_do_not_queue_inside_a_node():
     run = simulated(
         "2xprefill:tp1,2xdecode:tp1",
-        *[(1.0,)] * 4,
         bytes_per_token=1,
         inside=link(),
     )
@@ -177,7 +174,6 @@ def test_transfers_between_nodes_share_the_senders_nic():
     # has 1 s of latency and is one wire, whoever receives.
     run = simulated(
         "2xprefill:tp1,2xdecode:tp1",
-        *[(1.0,)] * 4,
         bytes_per_token=1,
         inside=link(),
         between=link(latency_s=1.0),
@@ -191,8 +187,6 @@ def test_transfers_between_nodes_share_the_senders_nic():
 def test_lanes_are_the_devices_of_the_smaller_end():
     run = simulated(
         "prefill:tp4,decode:tp2",
-        (1.0,),
-        (1.0,),
         bytes_per_token=1,
         inside=link(),
     )
@@ -205,9 +199,6 @@ def test_fair_transfers_share_the_wire():
     # second comes: both at half speed until 7 s, when the second has 2 left.
     run = simulated(
         "2xprefill:tp1,decode:tp1",
-        (1.0,),
-        (1.0,),
-        (1.0,),
         bytes_per_token=1,
         inside=link(),
         sharing="fair",
@@ -221,9 +212,6 @@ def test_fair_transfers_share_the_wire():
 def test_a_transfer_that_is_lost_leaves_its_share_to_the_others():
     run = simulated(
         "2xprefill:tp1,decode:tp1",
-        (1.0,),
-        (1.0,),
-        (1.0,),
         bytes_per_token=1,
         inside=link(),
         sharing="fair",
