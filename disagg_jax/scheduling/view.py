@@ -112,6 +112,9 @@ class StepLimits:
     prefill_tokens: int  # prompt tokens in one step, but for one longer prompt alone
     prefill_rows: int  # prompts in one step; 0 where it never prefills
     decode_rows: int  # requests that decode in one step; 0 where it never decodes
+    # Whether prompts come in parts, or beside decodes. Then no step has more than
+    # `prefill_tokens` + `decode_rows` tokens, a long prompt's included.
+    mixed: bool = False
 
 
 def check_parameters(policy: object, **at_least_one: int) -> None:
