@@ -9,6 +9,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Request
 from disagg_jax.scheduling.routing import Router
+from disagg_jax.scheduling.view import Chunk
 from disagg_jax.state import (
     InstanceState,
     Place,
@@ -119,6 +120,8 @@ class Cluster:
             self.unrouted.remove(state)
         elif state.place is Place.WAITING:
             _some(holder).waiting.remove(state)
+        elif state.place is Place.PARTIAL:
+            del _some(holder).partly[state.id]
         elif state.place is Place.PARKED:
             del _some(holder).parked[state.id]
             if state.target is not None:
@@ -137,47 +140,56 @@ class Cluster:
         work_id: int,
         instance: InstanceState,
         prompts: Sequence[RequestState],
+        chunks: Sequence[Chunk],
         decodes: Sequence[RequestState] | None,
         repeats: int,
     ) -> StepInFlight:
         """Reserves blocks for a step and puts requests into it.
 
         Args:
-          prompts: waiting requests, to compute all their known tokens.
+          prompts: waiting and partly computed requests.
+          chunks: what to compute of each of `prompts`.
           decodes: the ready requests that decode; None for all.
           repeats: how many decode iterations may be one span.
         """
-        for state in prompts:
-            instance.blocks.extend(state.id, state.known)
-            instance.waiting.remove(state)
+        for state, chunk in zip(prompts, chunks, strict=True):
+            _check_chunk(state, chunk)
+            instance.blocks.extend(state.id, chunk.reserve)
+            if state.place is Place.PARTIAL:
+                del instance.partly[state.id]
+            else:
+                instance.waiting.remove(state)
             state.settled_place = Place.STEPPING
         batch = _take_ready(instance, decodes)
         iterations = 1
         if repeats > 1 and not prompts:
             iterations = min(repeats, batch.lasting(instance.blocks.free))
         batch.start()
-        work = Step(
-            work_id,
-            instance.id,
-            OnRead(lambda: _slices(prompts, batch, instance.blocks)),
-            StepLoad(
-                tuple(
-                    (state.context, state.known - state.context) for state in prompts
-                ),
-                len(batch),
-                batch.context + len(batch),
+        load = StepLoad(
+            tuple(
+                (state.context, chunk.tokens)
+                for state, chunk in zip(prompts, chunks, strict=True)
             ),
-            iterations,
+            len(batch),
+            batch.context + len(batch),
         )
+        slices = OnRead(lambda: _slices(prompts, load, batch, instance.blocks))
+        work = Step(work_id, instance.id, slices, load, iterations)
         until = batch.iteration + iterations
         instance.step = StepInFlight(work, prompts, batch, until=until)
         return instance.step
 
-    def finish_prompts(self, flight: StepInFlight) -> None:
-        """The known tokens of the prompts are cached; they are to be placed anew."""
-        for state in flight.prompts:
+    def finish_chunks(self, flight: StepInFlight) -> None:
+        """The chunks of a step are cached; their requests are to be placed anew."""
+        chunks = flight.work.load.chunks
+        for state, (start, count) in zip(flight.prompts, chunks, strict=True):
             state.settled_place = Place.RUNNING
-            state.settled_context = state.known
+            state.settled_context = start + count
+
+    def set_aside(self, state: RequestState) -> None:
+        """A request computed in part is ready for its next chunk."""
+        _some(state.holder).partly[state.id] = state
+        state.settled_place = Place.PARTIAL
 
     def keep(self, state: RequestState) -> None:
         """A request that was just prefilled decodes where it is."""
@@ -261,12 +273,37 @@ def _take_ready(
 
 
 def _slices(
-    prompts: Sequence[RequestState], batch: DecodeBatch, blocks: KVBlocks
+    prompts: Sequence[RequestState],
+    load: StepLoad,
+    batch: DecodeBatch,
+    blocks: KVBlocks,
 ) -> list[Slice]:
-    """The slices of a step that begins now."""
-    parts = [(state, state.known - state.context) for state in prompts]
-    parts += [(state, 1) for state in batch.members.values()]
-    return [state.slice(count, blocks.table(state.id)) for state, count in parts]
+    """The slices of a step that begins now, each with the blocks it needs only."""
+    parts = [
+        (state, start, count)
+        for state, (start, count) in zip(prompts, load.chunks, strict=True)
+    ]
+    parts += [(state, state.context, 1) for state in batch.members.values()]
+    size = blocks.memory.block_tokens
+    return [
+        state.slice(start, count, blocks.table(state.id)[: -(-(start + count) // size)])
+        for state, start, count in parts
+    ]
+
+
+def _check_chunk(state: RequestState, chunk: Chunk) -> None:
+    """Raises RuntimeError on what no policy may ask for."""
+    end = state.context + chunk.tokens
+    if not state.context < end <= state.known:
+        raise RuntimeError(
+            f"request {state.id}: expected a chunk of 1 to "
+            f"{state.known - state.context} tokens, got {chunk.tokens}"
+        )
+    if not (end <= chunk.reserve <= state.known or chunk.reserve == state.limit):
+        raise RuntimeError(
+            f"request {state.id}: expected to reserve {end} to {state.known} tokens, "
+            f"or its limit of {state.limit}, got {chunk.reserve}"
+        )
 
 
 def _some(value: InstanceState | None) -> InstanceState:

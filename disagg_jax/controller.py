@@ -168,20 +168,23 @@ class Controller:
     def _step_done(self, flight: StepInFlight, event: Done) -> None:
         """The last iteration of a step is over."""
         batch, end_s = flight.batch, event.end_s
-        samples = len(flight.prompts) + len(batch)
+        self._cluster.finish_chunks(flight)
+        samples = sum(s.complete for s in flight.prompts) + len(batch)
         if len(event.tokens) not in (0, samples):
             raise RuntimeError(
                 f"step {event.work}: expected {samples} tokens, got {len(event.tokens)}"
             )
         tokens = iter(event.tokens)
         batch.advance(event.ends_s or (end_s,))
-        self._cluster.finish_prompts(flight)
         batch.stepping = False  # so that whoever ends now leaves it at once
         instance = self.instances[flight.work.instance]
         for state in flight.prompts:
-            token = next(tokens, None)
+            complete = state.complete
+            token = next(tokens, None) if complete else None
             if not state.active:  # cancelled meanwhile
                 self._cluster.remove(state)
+            elif not complete:
+                self._cluster.set_aside(state)
             elif self._first_token(state, token, end_s):
                 if instance.spec.role is Role.PREFILL:
                     self._cluster.park(state)
@@ -197,7 +200,7 @@ class Controller:
     def _first_token(
         self, state: RequestState, token: int | None, end_s: float
     ) -> bool:
-        """A step computed all known tokens of a request; whether it goes on."""
+        """A step computed the last known token of a request; whether it goes on."""
         state.settled_known += 1
         state.timeline.token_s.append(end_s)
         if token is not None:
@@ -275,7 +278,8 @@ class Controller:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
         lost.up, lost.step = False, None
         lost.downstream.clear()
-        touched = {*lost.waiting, *lost.running, *lost.parked.values(), *lost.pulls}
+        touched = {*lost.waiting, *lost.running, *lost.partial}
+        touched |= {*lost.parked.values(), *lost.pulls}
         for work_id, flight in list(self._in_flight.items()):
             if lost.id in flight.work.instances:
                 del self._in_flight[work_id]
@@ -381,7 +385,8 @@ class Controller:
             self._go_on(works)
         made_room = False
         for instance in self.instances:
-            if instance.takes_a_step and (instance.waiting or instance.ready.members):
+            idle = not (instance.waiting or instance.partly or instance.ready.members)
+            if instance.takes_a_step and not idle:
                 made_room |= self._start_step(now_s, instance, works)
         return made_room
 
@@ -390,13 +395,14 @@ class Controller:
     ) -> bool:
         plan = self._plans[instance.id](instance)
         for victim in plan.preempt:
-            self._preempt(instance, self._requests[victim.id])
-        if not plan.prompts and not plan.decodes:
+            self._preempt(instance, self._requests[victim.id], plan.to_back)
+        if not plan.chunks and not plan.decodes:
             return bool(plan.preempt)
         flight = self._cluster.start_step(
             self._new_work_id(),
             instance,
-            [self._requests[view.id] for view in plan.prompts],
+            [self._requests[chunk.request.id] for chunk in plan.chunks],
+            plan.chunks,
             [self._requests[view.id] for view in plan.decodes]
             if len(plan.decodes) < len(instance.ready.members)
             else None,
@@ -408,15 +414,17 @@ class Controller:
             _stamp_start(state, now_s)
         return bool(plan.preempt)
 
-    def _preempt(self, instance: InstanceState, victim: RequestState) -> None:
-        """Drops its KV; prompt and generated tokens are computed again, before others.
+    def _preempt(
+        self, instance: InstanceState, victim: RequestState, to_back: bool
+    ) -> None:
+        """Drops its KV; prompt and generated tokens are to be computed again.
 
         A decode instance cannot prefill, so its victims go back to a prefill instance.
         """
         self._cluster.remove(victim)
         victim.timeline.preemptions += 1
         stays = instance.spec.role is not Role.DECODE
-        self._enqueue(victim, instance if stays else None, front=True)
+        self._enqueue(victim, instance if stays else None, front=not to_back)
 
     def _enqueue(
         self,

@@ -43,8 +43,9 @@ class DecodeBatch:
         self._ending: dict[int, dict[int, RequestState]] = {}
         self._end_iterations: list[int] = []
         # Those in phase p cross into another block when p + iteration is a multiple of
-        # the block size.
+        # the block size. Those that hold all blocks they can need are in no phase.
         self._phases: dict[int, dict[int, None]] = {}
+        self._growing = 0  # members in a phase
         self._prepaid: set[int] = set()  # hold the block of their next token already
         self._charged = False  # the blocks of the next iteration are reserved
         self._fresh: dict[int, RequestState] = {}  # were not in a step yet
@@ -57,10 +58,10 @@ class DecodeBatch:
     def join(self, state: RequestState) -> None:
         """Takes in a request that lacks the KV of its newest token only."""
         self._fresh[state.id] = state
-        held, memory = self._blocks.held(state.id), self._blocks.memory
-        if held > memory.blocks_for(state.context):
-            self._prepaid.add(state.id)
         self._add(state)
+        held = self._blocks.held(state.id)
+        if state.grows and held > self._blocks.memory.blocks_for(state.context):
+            self._prepaid.add(state.id)
 
     def _add(self, state: RequestState, *, front: bool = False) -> None:
         context, id = state.context, state.id
@@ -69,9 +70,11 @@ class DecodeBatch:
         self.members[id] = state
         if front:
             self.members.move_to_end(id, last=False)
-        self._phases.setdefault(state.phase, {})[id] = None
-        request = state.request
-        left = request.prompt_tokens + request.max_tokens - state.settled_known
+        state.grows = self._blocks.held(id) * self._block_tokens < state.limit
+        if state.grows:
+            self._growing += 1
+            self._phases.setdefault(state.phase, {})[id] = None
+        left = state.limit + 1 - state.settled_known
         state.last = last = self.iteration + left
         if last not in self._ending:
             self._ending[last] = {}
@@ -85,7 +88,9 @@ class DecodeBatch:
         self.settle(state)
         state.batch, id = None, state.id
         del self.members[id]
-        del self._phases[state.phase][id]
+        if state.grows:
+            self._growing -= 1
+            del self._phases[state.phase][id]
         del self._ending[state.last][id]
         self._prepaid.discard(id)
         self._fresh.pop(id, None)
@@ -173,17 +178,20 @@ class DecodeBatch:
         return self.iteration + self._charged
 
     def missing(self, iterations: int = 1) -> int:
-        """Blocks that the next iterations, not begun yet, must still get."""
+        """Blocks that the next iterations, not begun yet, must still get.
+
+        Of no more iterations than any member has left.
+        """
         size, begun = self._block_tokens, self.begun
         cycles, rest = divmod(iterations, size)
-        blocks = cycles * len(self.members) - len(self._prepaid)
+        blocks = cycles * self._growing - len(self._prepaid)
         for iteration in range(begun, begun + rest):
             blocks += len(self._phases.get(-iteration % size, ()))
         return blocks
 
     def fits(self, iterations: int, free: int) -> bool:
         """Whether the next iterations, not begun yet, can run on `free` blocks."""
-        at_most = (iterations // self._block_tokens + 1) * len(self.members)
+        at_most = (iterations // self._block_tokens + 1) * self._growing
         return at_most <= free or self.missing(iterations) <= free
 
     def lasting(self, free: int) -> int:

@@ -20,7 +20,8 @@ class Place(enum.Enum):
     UNROUTED = enum.auto()  # no instance for it is up
     WAITING = enum.auto()  # in an instance's queue, without KV
     STEPPING = enum.auto()  # in a step
-    RUNNING = enum.auto()  # has KV, ready for its next step
+    PARTIAL = enum.auto()  # a part of its known tokens has KV; ready for the next part
+    RUNNING = enum.auto()  # all but its newest token has KV; ready to decode
     PARKED = enum.auto()  # prefilled; KV stays until the decode side pulls it
     MOVING = enum.auto()  # in a transfer
     ENDED = enum.auto()  # in no container: over, refused, or not taken in yet
@@ -45,6 +46,7 @@ class RequestState:
     batch: DecodeBatch | None = None  # that it decodes in
     joined: int = 0  # iteration of the batch
     phase: int = 0  # in the batch
+    grows: bool = True  # whether it can need more blocks in the batch
     last: int = 0  # iteration of the batch after which it has all its tokens
     id: int = dataclasses.field(init=False)  # of the request: it is asked for often
 
@@ -66,6 +68,16 @@ class RequestState:
         return self.settled_context + self.batch.iteration - self.joined
 
     @property
+    def limit(self) -> int:
+        """Tokens whose KV it can ever need: all but the last one it may generate."""
+        return self.request.prompt_tokens + self.request.max_tokens - 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether all known tokens have KV, so that the next one is to come."""
+        return self.context == self.known
+
+    @property
     def generated(self) -> int:
         """Tokens generated so far."""
         return self.known - self.request.prompt_tokens
@@ -81,9 +93,8 @@ class RequestState:
         """Not finished, cancelled or refused."""
         return self.timeline.status is Status.ACTIVE
 
-    def slice(self, count: int, blocks: tuple[int, ...]) -> Slice:
-        """The next `count` tokens to compute."""
-        start = self.context
+    def slice(self, start: int, count: int, blocks: tuple[int, ...]) -> Slice:
+        """The next `count` tokens to compute; `start` are cached."""
         end = start + count
         return Slice(
             request=self.request,
@@ -114,7 +125,7 @@ class StepInFlight:
     """A step that was submitted, with the requests in it."""
 
     work: Step
-    prompts: Sequence[RequestState]  # those whose known tokens are all computed
+    prompts: Sequence[RequestState]  # those that compute a chunk of their known tokens
     batch: DecodeBatch  # those that decode
     cancelled: list[RequestState] = dataclasses.field(
         default_factory=list[RequestState]
@@ -159,6 +170,9 @@ class InstanceState:
     waiting: collections.deque[RequestState] = dataclasses.field(
         default_factory=collections.deque[RequestState]
     )
+    partly: dict[int, RequestState] = dataclasses.field(
+        default_factory=dict[int, RequestState]
+    )
     parked: dict[int, RequestState] = dataclasses.field(
         default_factory=dict[int, RequestState]
     )
@@ -192,6 +206,10 @@ class InstanceState:
         return self.ready.members.values()
 
     @property
+    def partial(self) -> list[RequestState]:
+        return in_order(self.partly.values())
+
+    @property
     def takes_a_step(self) -> bool:
         """Whether the first stage is free, and fewer steps in flight than stages.
 
@@ -222,6 +240,8 @@ class InstanceState:
     @property
     def queued(self) -> int:
         queued = len(self.waiting)
+        for state in self.partly.values():
+            queued += state.generated == 0
         for flight in self.steps:
             for state in flight.prompts:
                 queued += state.generated == 0
@@ -229,7 +249,7 @@ class InstanceState:
 
     @property
     def resident(self) -> int:
-        resident = len(self.ready.members) + len(self.arriving)
+        resident = len(self.ready.members) + len(self.partly) + len(self.arriving)
         for flight in self.steps:
             resident += len(flight.prompts) + len(flight.batch.members)
         return resident

@@ -17,8 +17,13 @@ from disagg_jax.event_log import EventLog, replay
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.state import Place
@@ -54,15 +59,30 @@ def deploy(prefill: int, decode: int, colocated: int) -> Deployment:
 
 
 @st.composite
+def colocated(draw, watermark: float) -> Policy:
+    tokens, seqs = draw(st.integers(1, 12)), draw(st.integers(1, 4))
+    budget = max(tokens, seqs)
+    return draw(
+        st.sampled_from(
+            [
+                Orca(max_batched_tokens=tokens, max_seqs=seqs),
+                PrefillFirst(
+                    max_batched_tokens=tokens, max_seqs=seqs, watermark=watermark
+                ),
+                Sarathi(chunk_tokens=budget, max_seqs=seqs),
+                SarathiServe(token_budget=budget, max_seqs=seqs, watermark=watermark),
+                SplitFuse(token_budget=budget, max_seqs=seqs),
+            ]
+        )
+    )
+
+
+@st.composite
 def policies(draw) -> dict:
     watermark = draw(st.sampled_from([0.0, 0.3, 1.0]))
     seqs = st.integers(1, 4)
     return {
-        Role.COLOCATED: PrefillFirst(
-            max_batched_tokens=draw(st.integers(1, 12)),
-            max_seqs=draw(seqs),
-            watermark=watermark,
-        ),
+        Role.COLOCATED: draw(colocated(watermark)),
         Role.PREFILL: PrefillOnly(
             token_budget=draw(st.integers(1, 12)), max_seqs=draw(seqs)
         ),
@@ -128,7 +148,7 @@ def check_blocks(controller: Controller) -> None:
     for instance in controller.instances:
         blocks = instance.blocks
         here = [*instance.running, *instance.stepping, *instance.parked.values()]
-        here += instance.arriving.values()
+        here += [*instance.partial, *instance.arriving.values()]
         leaving = [  # the source keeps its blocks until the transfer has landed
             s
             for other in controller.instances
@@ -151,6 +171,7 @@ def check_places(controller: Controller) -> None:
         for states, place in (
             (instance.waiting, Place.WAITING),
             (instance.stepping, Place.STEPPING),
+            (instance.partial, Place.PARTIAL),
             (instance.running, Place.RUNNING),
             (instance.parked.values(), Place.PARKED),
             (instance.arriving.values(), Place.MOVING),
@@ -181,7 +202,7 @@ def check_no_idle(controller: Controller, policies: dict) -> None:
         policy = policies[instance.spec.role]
         if instance.step is None:
             plan = policy.plan(instance)
-            assert not plan.prompts and not plan.decodes and not plan.preempt
+            assert not plan.chunks and not plan.decodes and not plan.preempt
         if instance.pulls:
             assert not policy.pulls(instance, instance.pulls[0])
 
@@ -268,6 +289,7 @@ def test_every_request_gets_its_tokens_and_nothing_is_lost(case: Case):
     for timeline in timelines:
         check_timeline(timeline, cancelled)
     # --hypothesis-show-statistics tells how many cases are hard ones.
+    event(type(case.policies[Role.COLOCATED]).__name__)
     for status in {t.status for t in timelines}:
         event(f"some {status}")
     event(f"preempted: {any(t.preemptions for t in timelines)}")

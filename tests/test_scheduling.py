@@ -2,61 +2,16 @@
 
 import pytest
 
-from disagg_jax.deployment import InstanceSpec, KVMemory, Role
-from disagg_jax.request import Timeline
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.routing import least_loaded, shortest_queue
-from disagg_jax.state import InstanceState, Place, RequestState
+from disagg_jax.state import Place
 from disagg_jax.work import Arrived
-from tests.serving import Run, make_controller, make_request, with_prompt
+from tests.instances import ROWS, case, make_instance, planned, state
+from tests.serving import Run, make_controller, with_prompt
 
-BLOCK = 4  # tokens
-
-
-def state(id: int, known: int) -> RequestState:
-    request = make_request(id, prompt=known)
-    return RequestState(request, id, Timeline(request=request), known)
-
-
-def make_instance(*, waiting=None, running=None, arriving=None, free=100):
-    """An instance with {id: known tokens} in its places; a smaller id arrived earlier.
-
-    All tokens but the newest of a running or arriving request have their KV in blocks;
-    `free` blocks are left.
-    """
-    waiting, running, arriving = waiting or {}, running or {}, arriving or {}
-    resident = {**running, **arriving}
-    held = sum(-(-(known - 1) // BLOCK) for known in resident.values())
-    memory = KVMemory(num_blocks=held + free, block_tokens=BLOCK, max_context=1000)
-    instance = InstanceState(0, InstanceSpec(role=Role.COLOCATED), memory)
-    instance.waiting.extend(state(*item) for item in waiting.items())
-    instance.arriving = {id: state(id, known) for id, known in arriving.items()}
-    ready = [state(*item) for item in running.items()]
-    for request in [*ready, *instance.arriving.values()]:
-        request.settled_context = request.known - 1
-        instance.blocks.extend(request.id, request.context)
-    for request in ready:
-        instance.ready.join(request)
-    assert instance.blocks.free == free
-    return instance
-
-
-def planned(policy, instance):
-    plan = policy.plan(instance)
-    slices = {request.id: request.known for request in plan.prompts}
-    slices |= {request.id: 1 for request in plan.decodes}
-    assert len(slices) == len(plan.prompts) + len(plan.decodes)
-    return slices, [request.id for request in plan.preempt]
-
-
-def case(name, expected, preempt=(), *, limits=None, **places):
-    return pytest.param(places, limits or {}, expected, list(preempt), id=name)
-
-
-ROWS = ("places", "limits", "expected", "preempt")
 PREFILL_FIRST = [
     case("nothing to do", {}),
     case("prompts share a step", {0: 4, 1: 4}, waiting={0: 4, 1: 4}, free=2),
@@ -323,7 +278,7 @@ def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
 
 def test_unknown_system_is_named():
     with pytest.raises(
-        ValueError, match="system: expected one of .*'vllm'.*got 'orca'"
+        ValueError, match="system: expected one of .*'vllm'.*got 'fastest'"
     ):
-        get_system("orca")
+        get_system("fastest")
     assert all(get_system(name) is SYSTEMS[name] for name in SYSTEMS)

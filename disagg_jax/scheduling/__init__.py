@@ -6,13 +6,21 @@ from collections.abc import Mapping
 
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.view import Policy
 
 # A system is a policy for each role it uses; the default parameters are the papers'.
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
+    "orca": {Role.COLOCATED: Orca()},
     "vllm": {Role.COLOCATED: PrefillFirst()},
+    "sarathi": {Role.COLOCATED: Sarathi()},
+    "sarathi_serve": {Role.COLOCATED: SarathiServe()},
+    "splitfuse": {Role.COLOCATED: SplitFuse()},
     "disaggregated": {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
 }
 

@@ -23,29 +23,39 @@ def decode_all(instance: InstanceView) -> Plan:
 
 def _decode_what_fits(instance: InstanceView) -> Plan:
     """First come, first served; the latest arrivals make room."""
-    running = sorted(instance.running, key=lambda request: request.order)
+    running = {request.id for request in instance.running}
+    resident = sorted(
+        [*instance.running, *instance.partial], key=lambda request: request.order
+    )
     blocks = instance.blocks
-    free, end = blocks.free, len(running)
+    free, end, i = blocks.free, len(resident), 0
     decodes: list[RequestView] = []
-    while len(decodes) < end:
-        request = running[len(decodes)]
-        missing = blocks.missing(request.id, request.known)
-        while missing > free and end > len(decodes):
+    while i < end:
+        request = resident[i]
+        decodes_next = request.id in running
+        missing = blocks.missing(request.id, request.known) if decodes_next else 0
+        while missing > free and end > i:
             end -= 1
-            free += blocks.held(running[end].id)
-        if len(decodes) < end:
+            free += blocks.held(resident[end].id)
+        if decodes_next and i < end:
             free -= missing
             decodes.append(request)
-    return Plan(decodes=decodes, preempt=running[end:][::-1])
+        i += 1
+    return Plan(decodes=decodes, preempt=resident[end:][::-1])
 
 
-def fits(instance: InstanceView, request: RequestView, watermark: float) -> bool:
+def fits(
+    instance: InstanceView, request: RequestView, watermark: float, taken: int = 0
+) -> bool:
     """Whether `request` can come in and leave a share `watermark` of all blocks free.
+
+    `taken` blocks are promised already and not to be counted as free.
 
     The reserve keeps newcomers from being preempted at once. With nobody else here
     there is nobody to keep it for, and it would lock out a long request for ever.
     """
     blocks = instance.blocks
-    free_after = blocks.free - blocks.missing(request.id, request.known)
-    reserve = int(watermark * blocks.memory.num_blocks) if instance.resident else 0
+    free_after = blocks.free - taken - blocks.missing(request.id, request.known)
+    others = instance.resident or taken
+    reserve = int(watermark * blocks.memory.num_blocks) if others else 0
     return free_after >= reserve

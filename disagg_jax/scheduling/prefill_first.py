@@ -6,9 +6,9 @@ import dataclasses
 
 from disagg_jax.scheduling.decoding import decode_all
 from disagg_jax.scheduling.view import (
+    Chunk,
     InstanceView,
     Plan,
-    RequestView,
     StepLimits,
     check_parameters,
 )
@@ -51,16 +51,16 @@ class PrefillFirst:
         blocks = instance.blocks
         free, tokens = blocks.free, 0
         reserve = int(self.watermark * blocks.memory.num_blocks)
-        prompts: list[RequestView] = []
+        chunks: list[Chunk] = []
         for request in instance.waiting:
-            empty = not prompts and not instance.resident
+            empty = not chunks and not instance.resident
             free -= blocks.missing(request.id, request.known)
             tokens += request.known
             if (
                 free < (0 if empty else reserve)
-                or (tokens > self.max_batched_tokens and prompts)
-                or instance.resident + len(prompts) >= self.max_seqs
+                or (tokens > self.max_batched_tokens and chunks)
+                or instance.resident + len(chunks) >= self.max_seqs
             ):
                 break
-            prompts.append(request)
-        return Plan(prompts) if prompts else None
+            chunks.append(Chunk.whole(request))
+        return Plan(chunks) if chunks else None

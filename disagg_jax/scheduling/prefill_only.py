@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.scheduling.view import (
+    Chunk,
     InstanceView,
     Plan,
-    RequestView,
     StepLimits,
     check_parameters,
 )
@@ -42,12 +42,12 @@ class PrefillOnly:
 
     def plan(self, instance: InstanceView) -> Plan:
         free, tokens = instance.blocks.free, 0
-        prompts: list[RequestView] = []
+        chunks: list[Chunk] = []
         for request in instance.waiting:
             free -= instance.blocks.missing(request.id, request.known)
             tokens += request.known
-            too_long = tokens > self.token_budget and prompts
-            if free < 0 or too_long or len(prompts) >= self.max_seqs:
+            too_long = tokens > self.token_budget and chunks
+            if free < 0 or too_long or len(chunks) >= self.max_seqs:
                 break
-            prompts.append(request)
-        return Plan(prompts)
+            chunks.append(Chunk.whole(request))
+        return Plan(chunks)

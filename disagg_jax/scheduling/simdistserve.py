@@ -77,4 +77,4 @@ class PrefillThenDecode:
 
     def plan(self, instance: InstanceView) -> Plan:
         prefill = self.prefill.plan(instance)
-        return prefill if prefill.prompts else self.decode.plan(instance)
+        return prefill if prefill.chunks else self.decode.plan(instance)

@@ -34,6 +34,11 @@ class RequestView(Protocol):
         """Tokens whose KV is cached."""
         ...
 
+    @property
+    def limit(self) -> int:
+        """Tokens whose KV it can ever need: all but the last one it may generate."""
+        ...
+
 
 class BlocksView(Protocol):
     """The KV blocks of an instance, for reading."""
@@ -61,6 +66,11 @@ class InstanceView(Protocol):
         ...
 
     @property
+    def partial(self) -> Sequence[RequestView]:
+        """Prompts computed in part, in order of arrival; not in a step right now."""
+        ...
+
+    @property
     def running(self) -> Collection[RequestView]:
         """Requests ready to decode here, in queue order; not in a step right now."""
         ...
@@ -80,7 +90,7 @@ class InstanceView(Protocol):
 
     @property
     def queued(self) -> int:
-        """Requests without a first token: waiting, or in their prefill step."""
+        """Requests without a first token: waiting, or in their prefill."""
         ...
 
     @property
@@ -90,16 +100,34 @@ class InstanceView(Protocol):
 
     @property
     def resident(self) -> int:
-        """Requests that hold KV here to decode, arriving transfers included."""
+        """Requests that hold KV here and will decode, arriving transfers included."""
         ...
+
+
+class Chunk(NamedTuple):
+    """The next tokens of a request that does not decode yet."""
+
+    request: RequestView  # waiting or partial
+    tokens: int  # of its known ones, to compute in this step
+    # Tokens that its blocks are to hold from now on: `context + tokens` at least, and
+    # what is known at most, or else `limit`.
+    reserve: int
+
+    @classmethod
+    def whole(cls, request: RequestView) -> Chunk:
+        """All known tokens at once."""
+        return cls(request, request.known - request.context, request.known)
 
 
 class Plan(NamedTuple):
     """The next step of an instance, and who must make room for it."""
 
-    prompts: Sequence[RequestView] = ()  # waiting: all their known tokens are computed
+    chunks: Sequence[Chunk] = ()
     decodes: Collection[RequestView] = ()  # running: one token each
-    preempt: Sequence[RequestView] = ()  # running: their KV is dropped before the step
+    # Running or partial: their KV is dropped before the step, and they queue again, the
+    # last of them in front.
+    preempt: Sequence[RequestView] = ()
+    to_back: bool = False  # the preempted go to the end of the queue, not to its front
     # Steps for which this plan holds, while no request comes or goes and no block runs
     # out. A simulation takes that many at once.
     repeats: int = 1
@@ -109,12 +137,11 @@ class Plan(NamedTuple):
 class StepLimits:
     """How large a step a policy can ask for; an engine compiles programs up to this."""
 
-    prefill_tokens: int  # prompt tokens in one step, but for one longer prompt alone
+    prefill_tokens: int  # prompt tokens in one step, but for one longer prompt
     prefill_rows: int  # prompts in one step; 0 where it never prefills
     decode_rows: int  # requests that decode in one step; 0 where it never decodes
-    # Whether prompts come in parts, or beside decodes. Then no step has more than
-    # `prefill_tokens` + `decode_rows` tokens, a long prompt's included.
-    mixed: bool = False
+    mixed: bool = False  # whether prompts come beside decodes
+    splits: bool = False  # whether prompts come in parts; then none is an exception
 
 
 def check_parameters(policy: object, **at_least_one: int) -> None:
@@ -123,6 +150,15 @@ def check_parameters(policy: object, **at_least_one: int) -> None:
         if value < 1:
             kind = type(policy).__name__
             raise ValueError(f"{kind}.{name}: expected >= 1, got {value}")
+
+
+def check_budget(policy: object, name: str, tokens: int, max_seqs: int) -> None:
+    """Raises ValueError unless a step has room for a token of every running request."""
+    if tokens < max_seqs:
+        raise ValueError(
+            f"{type(policy).__name__}.{name}: expected >= max_seqs ({max_seqs}), or "
+            f"decodes alone could exceed it, got {tokens}"
+        )
 
 
 class Policy(Protocol):

@@ -1,0 +1,58 @@
+"""Orca: iteration-level scheduling, selective batching, memory for the longest case."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from disagg_jax.scheduling.decoding import FOREVER
+from disagg_jax.scheduling.view import (
+    Chunk,
+    InstanceView,
+    Plan,
+    StepLimits,
+    check_parameters,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Orca:
+    """Every step: all that run, then whole prompts in order of arrival beside them.
+
+    A request is admitted if blocks for its prompt and all it may generate are free, and
+    holds them to its end: nothing is preempted, little runs at a time. The paper has no
+    bound on the tokens of a step; an engine's buffers need one, and a longer prompt
+    comes without other prompts.
+    Source: Orca (OSDI'22), `facts/schedulers.md` 1.1.
+    """
+
+    max_seqs: int = 16  # requests in a step; the paper's max_bs
+    max_batched_tokens: int = 4096  # prompt tokens in a step; Vidur's cap
+
+    def __post_init__(self) -> None:
+        check_parameters(
+            self, max_seqs=self.max_seqs, max_batched_tokens=self.max_batched_tokens
+        )
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(
+            prefill_tokens=self.max_batched_tokens,
+            prefill_rows=self.max_seqs,
+            decode_rows=self.max_seqs,
+            mixed=True,
+        )
+
+    def plan(self, instance: InstanceView) -> Plan:
+        decodes = list(itertools.islice(instance.running, self.max_seqs))
+        chunks: list[Chunk] = []
+        free, tokens = instance.blocks.free, 0
+        for request in instance.waiting:
+            free -= instance.blocks.missing(request.id, request.limit)
+            tokens += request.known
+            too_long = tokens > self.max_batched_tokens and chunks
+            full = len(decodes) + len(chunks) >= self.max_seqs
+            if free < 0 or too_long or full:
+                break
+            chunks.append(Chunk.whole(request)._replace(reserve=request.limit))
+        return Plan(chunks, decodes, repeats=FOREVER)

@@ -1,0 +1,66 @@
+"""SARATHI: decode-maximal batches, one prompt chunk and the decodes there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from disagg_jax.scheduling.decoding import FOREVER
+from disagg_jax.scheduling.view import (
+    Chunk,
+    InstanceView,
+    Plan,
+    RequestView,
+    StepLimits,
+    check_budget,
+    check_parameters,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sarathi:
+    """Every step: exactly one chunk, of one prompt at a time, and up to B - 1 decodes.
+
+    The chunk is made smaller by the decodes, so that the step has `chunk_tokens` tokens
+    and fills the device's tiles. Like Orca it holds memory for the longest case.
+    Source: SARATHI (arXiv 2308.16369), `facts/schedulers.md` 1.3.
+
+    Raises:
+      ValueError: if the decodes alone could fill the chunk.
+    """
+
+    chunk_tokens: int = 256  # C: tokens in a step, decodes included
+    max_seqs: int = 16  # B: requests in a step
+
+    def __post_init__(self) -> None:
+        check_parameters(self, chunk_tokens=self.chunk_tokens, max_seqs=self.max_seqs)
+        check_budget(self, "chunk_tokens", self.chunk_tokens, self.max_seqs)
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(
+            prefill_tokens=self.chunk_tokens,
+            prefill_rows=1,
+            decode_rows=self.max_seqs,
+            mixed=True,
+            splits=True,
+        )
+
+    def plan(self, instance: InstanceView) -> Plan:
+        decodes = list(itertools.islice(instance.running, self.max_seqs))
+        prompt = self._prompt(instance)
+        if prompt is None or len(decodes) == self.max_seqs:
+            return Plan(decodes=decodes, repeats=FOREVER)
+        left = prompt.known - prompt.context
+        tokens = min(left, self.chunk_tokens - len(decodes))
+        return Plan([Chunk(prompt, tokens, prompt.limit)], decodes)
+
+    def _prompt(self, instance: InstanceView) -> RequestView | None:
+        """The prompt that was begun; else the next one, if it fits to its end."""
+        if instance.partial:
+            return instance.partial[0]
+        if not instance.waiting:
+            return None
+        head = instance.waiting[0]
+        fits = instance.blocks.missing(head.id, head.limit) <= instance.blocks.free
+        return head if fits else None

@@ -1,0 +1,76 @@
+"""Sarathi-Serve: stall-free batches under a token budget."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.scheduling.decoding import decode_all, fits
+from disagg_jax.scheduling.view import (
+    Chunk,
+    InstanceView,
+    Plan,
+    StepLimits,
+    check_budget,
+    check_parameters,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SarathiServe:
+    """Every step: all decodes; then prompts that were begun; then new ones.
+
+    Prompts get what the decodes leave of the budget, several if they are short, so that
+    no decode waits for more than a budget's worth of tokens. A prompt is admitted if
+    its blocks are free above the watermark; preemption is vLLM's.
+    Source: Sarathi-Serve (OSDI'24) Algorithm 3, `facts/schedulers.md` 1.4.
+
+    Raises:
+      ValueError: if the decodes alone could exceed the budget.
+    """
+
+    token_budget: int = 512  # tau: tokens in a step, decodes included
+    max_seqs: int = 128  # requests with KV at the same time
+    watermark: float = 0.01  # share of the blocks that admission leaves free
+
+    def __post_init__(self) -> None:
+        check_parameters(self, token_budget=self.token_budget, max_seqs=self.max_seqs)
+        check_budget(self, "token_budget", self.token_budget, self.max_seqs)
+        if not 0 <= self.watermark <= 1:
+            raise ValueError(f"watermark: expected in [0, 1], got {self.watermark}")
+
+    @property
+    def limits(self) -> StepLimits:
+        return StepLimits(
+            prefill_tokens=self.token_budget,
+            prefill_rows=self.max_seqs,
+            decode_rows=self.max_seqs,
+            mixed=True,
+            splits=True,
+        )
+
+    def plan(self, instance: InstanceView) -> Plan:
+        plan = decode_all(instance)
+        left = self.token_budget - len(plan.decodes)
+        chunks: list[Chunk] = []
+        for request in instance.partial:
+            if left and request not in plan.preempt:
+                tokens = min(request.known - request.context, left)
+                chunks.append(Chunk(request, tokens, request.known))
+                left -= tokens
+        if not plan.preempt:  # who made room is before all that wait
+            chunks += self._admit(instance, left)
+        return plan._replace(chunks=chunks)
+
+    def _admit(self, instance: InstanceView, left: int) -> list[Chunk]:
+        """Chunks of waiting prompts, `left` tokens in all."""
+        chunks: list[Chunk] = []
+        taken = instance.growth  # blocks that are promised already
+        for request in instance.waiting:
+            full = instance.resident + len(chunks) >= self.max_seqs
+            if not left or full or not fits(instance, request, self.watermark, taken):
+                break
+            tokens = min(request.known, left)
+            chunks.append(Chunk(request, tokens, request.known))
+            left -= tokens
+            taken += instance.blocks.missing(request.id, request.known)
+        return chunks

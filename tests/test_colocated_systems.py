@@ -1,0 +1,231 @@
+"""The colocated systems side by side: one situation, and what each runs next."""
+
+import dataclasses
+
+import pytest
+
+from disagg_jax.deployment import Role
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.splitfuse import SplitFuse
+from tests.instances import ROWS, case, make_instance, planned
+
+# Steps of 8 tokens, blocks of 4, at most 4 requests.
+POLICIES = {
+    "orca": Orca(max_batched_tokens=8, max_seqs=4),
+    "vllm": PrefillFirst(max_batched_tokens=8, max_seqs=4),
+    "sarathi": Sarathi(chunk_tokens=8, max_seqs=4),
+    "sarathi_serve": SarathiServe(token_budget=8, max_seqs=4),
+    "splitfuse": SplitFuse(token_budget=8, max_seqs=4),
+}
+
+# name -> (places, {system: what it runs, or (what it runs, whom it preempts)})
+SITUATIONS = {
+    "a long prompt comes while others decode": (
+        {"running": {0: 2, 1: 2}, "waiting": {2: 20}},
+        {
+            "orca": {0: 1, 1: 1, 2: 20},
+            "vllm": {2: 20},
+            "sarathi": {0: 1, 1: 1, 2: 6},
+            "sarathi_serve": {0: 1, 1: 1, 2: 6},
+            "splitfuse": {0: 1, 1: 1, 2: 6},
+        },
+    ),
+    "short prompts come while one decodes": (
+        {"running": {0: 2}, "waiting": {1: 3, 2: 3}},
+        {
+            "orca": {0: 1, 1: 3, 2: 3},
+            "vllm": {1: 3, 2: 3},
+            "sarathi": {0: 1, 1: 3},
+            "sarathi_serve": {0: 1, 1: 3, 2: 3},
+            "splitfuse": {0: 1, 1: 3, 2: 3},
+        },
+    ),
+    "the second prompt does not fit into the step": (
+        {"running": {0: 2}, "waiting": {1: 3, 2: 9}},
+        {
+            "orca": {0: 1, 1: 3},
+            "vllm": {1: 3},
+            "sarathi": {0: 1, 1: 3},
+            "sarathi_serve": {0: 1, 1: 3, 2: 4},
+            "splitfuse": {0: 1, 1: 3, 2: 4},
+        },
+    ),
+    "a prompt was begun": (
+        {"running": {0: 2}, "partial": {1: (9, 4)}, "waiting": {2: 3}},
+        {
+            "sarathi": {0: 1, 1: 5},
+            "sarathi_serve": {0: 1, 1: 5, 2: 2},
+            "splitfuse": {0: 1, 1: 5, 2: 2},
+        },
+    ),
+    "two prompts were begun": (
+        {"partial": {0: (9, 4), 1: (9, 4)}},
+        {
+            "sarathi": {0: 5},
+            "sarathi_serve": {0: 5, 1: 3},
+            "splitfuse": {0: 5, 1: 3},
+        },
+    ),
+    "blocks for the prompt, not for its output": (
+        {"running": {0: 2}, "waiting": {1: 4}, "free": 2, "out": 9},
+        {
+            "orca": {0: 1},
+            "vllm": {1: 4},
+            "sarathi": {0: 1},
+            "sarathi_serve": {0: 1, 1: 4},
+            "splitfuse": {0: 1, 1: 4},
+        },
+    ),
+    "blocks for a part of the prompt only": (
+        {"running": {0: 2}, "waiting": {1: 20}, "free": 4},
+        dict.fromkeys(POLICIES, {0: 1}),
+    ),
+    "decodes take the block that a prompt would need": (
+        {"running": {0: 5}, "waiting": {1: 4}, "free": 1},
+        {"vllm": {1: 4}, "sarathi_serve": {0: 1}, "splitfuse": {0: 1}},
+    ),
+    "a block for one of two decodes": (
+        {"running": {0: 5, 1: 5}, "waiting": {2: 3}, "free": 1, "out": 9},
+        {
+            "vllm": {2: 3},
+            "sarathi_serve": ({0: 1}, [1]),
+            "splitfuse": {0: 1},
+        },
+    ),
+    "no block for any decode": (
+        {"running": {0: 5, 1: 5}, "free": 0, "out": 9},
+        {
+            "vllm": ({0: 1}, [1]),
+            "sarathi_serve": ({0: 1}, [1]),
+            "splitfuse": ({}, [1]),
+        },
+    ),
+    "a prompt that was begun came last": (
+        {"running": {0: 5}, "partial": {1: (9, 8)}, "free": 0, "out": 9},
+        {"sarathi_serve": ({0: 1}, [1]), "splitfuse": ({}, [0])},
+    ),
+    "as many decode as a step may have": (
+        {"running": {0: 2, 1: 2, 2: 2, 3: 2}, "waiting": {4: 1}},
+        dict.fromkeys(POLICIES, {0: 1, 1: 1, 2: 1, 3: 1}),
+    ),
+    "room for one more request": (
+        {"running": {0: 2, 1: 2, 2: 2}, "waiting": {3: 1, 4: 1}},
+        {
+            "orca": {0: 1, 1: 1, 2: 1, 3: 1},
+            "vllm": {3: 1},
+            "sarathi": {0: 1, 1: 1, 2: 1, 3: 1},
+            "sarathi_serve": {0: 1, 1: 1, 2: 1, 3: 1},
+            "splitfuse": {0: 1, 1: 1, 2: 1, 3: 1},
+        },
+    ),
+    "nothing to do": ({}, dict.fromkeys(POLICIES, {})),
+}
+
+
+@pytest.mark.parametrize(
+    ("places", "system", "expected"),
+    [
+        pytest.param(places, system, expected, id=f"{name}: {system}")
+        for name, (places, systems) in SITUATIONS.items()
+        for system, expected in systems.items()
+    ],
+)
+def test_what_each_system_runs_next(places, system, expected):
+    slices, preempted = expected if isinstance(expected, tuple) else (expected, [])
+    instance = make_instance(**places)
+    assert planned(POLICIES[system], instance) == (slices, preempted)
+
+
+WATERMARK = [
+    case(  # 1 + 9 blocks, 5 of them in reserve: 4 can be given away, no fifth
+        "admission leaves the watermark free",
+        {0: 1, 1: 16},
+        waiting={1: 16, 2: 1},
+        running={0: 2},
+        free=9,
+    ),
+    case("an empty instance admits one below it", {0: 36}, waiting={0: 36}, free=10),
+    case("but no second", {0: 36}, waiting={0: 36, 1: 1}, free=10),
+]
+
+
+@pytest.mark.parametrize(ROWS, WATERMARK)
+def test_watermark_of_sarathi_serve(places, limits, expected, preempt):
+    policy = SarathiServe(token_budget=64, max_seqs=4, watermark=0.5)
+    assert planned(policy, make_instance(**places)) == (expected, preempt)
+
+
+def test_reservations():
+    """What a request of 6 + 9 tokens gets with a first chunk of 4: blocks for how many.
+
+    Orca and SARATHI hold its longest case; Sarathi-Serve its prompt; SplitFuse what the
+    chunk needs.
+    """
+    expected = {"orca": 14, "vllm": 6, "sarathi": 14, "sarathi_serve": 6}
+    expected |= {"splitfuse": 4}
+    for system, reserve in expected.items():
+        policy = dict(POLICIES)[system]
+        if system not in ("orca", "vllm"):
+            name = "chunk_tokens" if system == "sarathi" else "token_budget"
+            policy = dataclasses.replace(policy, **{name: 4})
+        (chunk,) = policy.plan(make_instance(waiting={0: 6}, out=9)).chunks
+        assert (system, chunk.reserve) == (system, reserve)
+
+
+def test_only_splitfuse_sends_its_victim_to_the_back():
+    full = {"running": {0: 5, 1: 5}, "free": 0, "out": 9}
+    plans = {name: p.plan(make_instance(**full)) for name, p in POLICIES.items()}
+    backs = {name for name, plan in plans.items() if plan.preempt and plan.to_back}
+    assert backs == {"splitfuse"}
+
+
+@pytest.mark.parametrize(
+    ("system", "changes", "message"),
+    [
+        ("sarathi", {"chunk_tokens": 3}, "Sarathi.chunk_tokens: .* max_seqs .4.*got 3"),
+        (
+            "sarathi_serve",
+            {"token_budget": 3},
+            "SarathiServe.token_budget: expected >= max_seqs .4.*got 3",
+        ),
+        (
+            "splitfuse",
+            {"token_budget": 3},
+            "SplitFuse.token_budget: expected >= max_seqs .4.*got 3",
+        ),
+        ("orca", {"max_seqs": 0}, "Orca.max_seqs: expected >= 1, got 0"),
+        ("orca", {"max_batched_tokens": 0}, "max_batched_tokens: expected >= 1"),
+        ("splitfuse", {"max_seqs": 0}, "SplitFuse.max_seqs: expected >= 1, got 0"),
+        ("sarathi_serve", {"watermark": 2.0}, "watermark: expected in .0, 1., got 2"),
+    ],
+)
+def test_impossible_parameters_are_refused(system, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(POLICIES[system], **changes)
+
+
+def test_steps_stay_within_the_limits_a_system_states():
+    """What an engine compiles programs for; with all queues longer than the limits."""
+    crowd = {
+        "running": {0: 2, 1: 2},
+        "waiting": {id: 5 for id in range(2, 30)},
+        "out": 3,
+    }
+    for name in POLICIES:
+        policy = POLICIES[name]
+        plan, limits = policy.plan(make_instance(**crowd)), policy.limits
+        assert sum(c.tokens for c in plan.chunks) <= limits.prefill_tokens
+        assert 0 < len(plan.chunks) <= limits.prefill_rows
+        assert len(plan.decodes) <= limits.decode_rows
+        assert limits.mixed or not plan.decodes
+        whole = all(c.tokens == c.request.known for c in plan.chunks)
+        assert whole or limits.splits
+
+
+def test_every_colocated_system_is_compared_here():
+    systems = {n for n, roles in SYSTEMS.items() if Role.COLOCATED in roles}
+    assert systems == set(POLICIES)
