@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from disagg_jax.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.lengths import (
     FixedLengths,
@@ -50,19 +51,22 @@ class Targets:
     tpot_s: float = 0.0  # 0: `tpot_scale` times a decode step with all rows and blocks
     ttft_scale: float = 5.0
     tpot_scale: float = 1.5
+    preset: str = ""  # in place of the scales: a name of `criteria.MLPERF_SLOS`
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("ttft_s", "tpot_s", "ttft_scale", "tpot_scale"):
+            value = getattr(self, name)
             if not value >= 0:
-                raise ValueError(f"slo.{field.name}: expected >= 0, got {value}")
+                raise ValueError(f"slo.{name}: expected >= 0, got {value}")
 
     def resolve(self, prefill_s: float, decode_s: float) -> SLO:
         """The SLO in seconds, given the durations that the scales refer to."""
-        return SLO(
-            ttft_s=self.ttft_s or self.ttft_scale * prefill_s,
-            tpot_s=self.tpot_s or self.tpot_scale * decode_s,
-        )
+        if self.preset:
+            preset = MLPERF_SLOS[self.preset]
+            ttft_s, tpot_s = preset.ttft_s, preset.tpot_s
+        else:
+            ttft_s, tpot_s = self.ttft_scale * prefill_s, self.tpot_scale * decode_s
+        return SLO(ttft_s=self.ttft_s or ttft_s, tpot_s=self.tpot_s or tpot_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +109,8 @@ class Config:
     workload: Workload = Workload()
     slo: Targets = Targets()
     memory: Memory = Memory()
-    search: SearchPlan = SearchPlan()
+    criterion: str = "distserve"  # what is good: a name of `criteria.for_slo`
+    search: SearchPlan = SearchPlan()  # its target: of distserve and mooncake
     rates: tuple[
         float, ...
     ] = ()  # requests/s per device; empty: search for the goodput
@@ -128,6 +133,9 @@ class Config:
         _expect_one_of(
             "workload.source", self.workload.source, ("random", "human_eval", "trace")
         )
+        _expect_one_of("criterion", self.criterion, NAMES)
+        if self.slo.preset:
+            _expect_one_of("slo.preset", self.slo.preset, MLPERF_SLOS)
         if self.workload.source == "trace" and not self.workload.trace:
             raise ValueError("workload.trace: expected the path of a trace, got none")
         if not self.systems:

@@ -3,6 +3,7 @@
     python -m experiments.goodput_sweep
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
     python -m experiments.goodput_sweep --set workload.num_requests=300 --seed=7
+    python -m experiments.goodput_sweep --set criterion=sarathi_serve
 
 Writes a run directory and prints a table. Started again with the same --out and config,
 it goes on where it was.
@@ -34,6 +35,7 @@ from experiments.serving import (
     devices_needed,
     instance_memory,
     load_model,
+    resolve_criteria,
     resolve_slo,
 )
 from experiments.sweep import Sweep
@@ -72,9 +74,19 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     for server in servers.values():
         server.prepare(progress)
     step_times = _step_times(config, run_dir, servers, given, progress)
-    slo = resolve_slo(config, next(iter(servers.values())), source, step_times)
-    sweep = Sweep(config, model, source, servers, step_times, slo, run_dir, progress)
-    summary = sweep.run()
+    first = next(iter(servers.values()))
+    slo = resolve_slo(config, first, source, step_times)
+    summary = Sweep(
+        config=config,
+        model=model,
+        source=source,
+        servers=servers,
+        step_times=step_times,
+        slo=slo,
+        criteria=resolve_criteria(config, slo, first, source, step_times),
+        run_dir=run_dir,
+        progress=progress,
+    ).run()
     run_dir.write_json("summary.json", summary)
     report.plot(summary, out / "attainment.png")
     text = report.table(summary)

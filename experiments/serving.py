@@ -11,6 +11,7 @@ import jax
 
 from disagg_jax.backend import Backend, serve
 from disagg_jax.controller import Controller
+from disagg_jax.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
@@ -27,7 +28,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
-from disagg_jax.work import Step, Task
+from disagg_jax.work import Slice, Step, Task
 from disagg_jax.workload import (
     make_requests,
     requests_from_prompts,
@@ -341,6 +342,35 @@ class Server:
         slices = full_slices(shape, instance.model.memory)
         return self._known_s(Step.of(0, i, slices), step_times), shape.rows
 
+    def idle(self, step_times: Mapping[str, float]) -> IdleMachine:
+        """This system with one request at a time, less any transfer.
+
+        The decode steps of a request are those at its mean context.
+        """
+        entry = self.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
+        decode = self.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+
+        def step_s(instance: int, request: Request, start: int, count: int) -> float:
+            blocks = self.memory[instance].blocks_for(start + count)
+            part = Slice(
+                request=request,
+                start=start,
+                count=count,
+                samples=True,
+                blocks=tuple(range(blocks)),
+                tokens=(),
+            )
+            return self._known_s(Step.of(0, instance, [part]), step_times)
+
+        def alone(request: Request) -> Alone:
+            context = request.prompt_tokens + max(1, request.max_tokens // 2)
+            return Alone(
+                ttft_s=step_s(entry, request, 0, request.prompt_tokens),
+                tpot_s=step_s(decode, request, context - 1, 1),
+            )
+
+        return alone
+
     def _known_s(self, step: Step, step_times: Mapping[str, float]) -> float:
         if self.config.durations == "modelled":
             return self._modelled_s(step)
@@ -375,4 +405,24 @@ def resolve_slo(
     return config.slo.resolve(
         server.prefill_s(source.longest_prompt(), step_times),
         server.decode_s(step_times)[0],
+    )
+
+
+def resolve_criteria(
+    config: Config,
+    slo: SLO,
+    server: Server,
+    source: RequestSource,
+    step_times: Mapping[str, float],
+) -> dict[str, Criterion]:
+    """Every criterion by name, with the SLO's seconds.
+
+    Args:
+      server: the one that slowdowns refer to, whatever system is judged.
+    """
+    return for_slo(
+        slo,
+        target=config.search.target,
+        prompt_tokens=source.longest_prompt(),
+        idle=server.idle(step_times),
     )
