@@ -117,7 +117,8 @@ def test_slices_for_timing_need_exactly_their_shape(limits, memory):
     assume(memory.block_tokens > 1)  # a decode of 1 token on a block of 1 is a prompt
     buckets = Buckets.for_limits(limits, memory)
     for shape in (*buckets.step_shapes[:4], *buckets.step_shapes[-4:]):
-        assert buckets.step_shape(full_slices(shape, memory)) == shape
+        slices = full_slices(shape, memory)
+        assert buckets.step_shape(slices, memory.block_tokens) == shape
 
 
 def make_slice(start, count, blocks, samples=True) -> Slice:
@@ -134,13 +135,13 @@ def test_shape_of_a_step_by_example():
     )
     one = make_slice(7, 1, (3, 15))
     far = make_slice(7, 1, (3, 16))
-    assert buckets.step_shape([one]) == DecodeShape(1, 16)
-    assert buckets.step_shape([one, one]) == DecodeShape(4, 16)
-    assert buckets.step_shape([one, far]) == DecodeShape(4, 64)
+    assert buckets.step_shape([one], 4) == DecodeShape(1, 16)
+    assert buckets.step_shape([one, one], 4) == DecodeShape(4, 16)
+    assert buckets.step_shape([one, far], 4) == DecodeShape(4, 64)
     # A prompt of one token is no decode; five prompts need more rows.
-    assert buckets.step_shape([make_slice(0, 1, (40,))]) == PrefillShape(32, 4)
-    assert buckets.step_shape([make_slice(0, 33, (0, 1))]) == PrefillShape(64, 8)
-    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (40,))], 4) == PrefillShape(32, 4)
+    assert buckets.step_shape([make_slice(0, 33, (0, 1))], 4) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5, 4) == PrefillShape(64, 8)
     for chunk in (make_slice(4, 2, (0,)), make_slice(0, 2, (0,), samples=False)):
         with pytest.raises(ValueError, match="whole prompts or decodes only"):
-            buckets.step_shape([chunk])
+            buckets.step_shape([chunk], 4)

@@ -84,7 +84,7 @@ def test_a_shape_that_was_not_compiled_is_an_error(world):
     listed = dataclasses.replace(BUCKETS, decode_rows=(3,))
     engine = dataclasses.replace(engine.instances[0], buckets=listed)
     step = Step.of(1, 0, full_slices(DecodeShape(3, 16), POOL))
-    shape = engine.buckets.step_shape(step.slices)
+    shape = engine.step_shape(step.slices)
     with pytest.raises(ValueError, match="DecodeShape.*was compiled before serving"):
         engine.model.step(shape, engine.cache, engine.model.put(np.zeros(1)))
 
