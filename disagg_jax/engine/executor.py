@@ -12,7 +12,7 @@ import numpy as np
 
 from disagg_jax.backend import Outcome
 from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.engine.batch import DecodeShape, StepShape
+from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
@@ -98,23 +98,33 @@ def _every_work(engine: Engine) -> Iterable[Task]:
 def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
     """Slices that fill `shape` and need it. Rows may share blocks: it is for timing."""
     if isinstance(shape, DecodeShape):
-        tables = np.array_split(np.arange(shape.blocks), shape.rows)
-        tables = [table if len(table) else np.array([0]) for table in tables]
-        starts = [len(table) * memory.block_tokens - 1 for table in tables]
-        counts = [1] * shape.rows
-    else:
-        rows = min(shape.rows, shape.tokens)
-        parts = np.array_split(np.arange(shape.tokens), rows)
-        counts, starts = [len(part) for part in parts], [0] * rows
-        tables = [np.arange(memory.blocks_for(count)) for count in counts]
+        return _full_decodes(shape.rows, shape.blocks, memory)
+    if isinstance(shape, PrefillShape):
+        parts = np.array_split(np.arange(shape.tokens), min(shape.rows, shape.tokens))
+        counts = [len(part) for part in parts]
+        return tuple(_slice(0, n, range(memory.blocks_for(n))) for n in counts)
+    context = shape.context * memory.block_tokens
+    count = max(shape.tokens - shape.decodes, min(shape.tokens // 2, context))
+    chunk = _slice(context - count, count, range(shape.context))
+    return (chunk, *_full_decodes(shape.tokens - count, shape.blocks, memory))
+
+
+def _full_decodes(rows: int, blocks: int, memory: KVMemory) -> tuple[Slice, ...]:
+    """Decodes that have the front of the pool to themselves, all blocks full."""
+    tables = np.array_split(np.arange(blocks), rows) if rows else []
+    tables = [table if len(table) else np.array([0]) for table in tables]
     return tuple(
-        Slice(
-            request=Request(id=0, arrival_s=0, prompt_tokens=start + 1, max_tokens=1),
-            start=start,
-            count=count,
-            samples=True,
-            blocks=tuple(table.tolist()),
-            tokens=(0,) * count,
-        )
-        for start, count, table in zip(starts, counts, tables, strict=True)
+        _slice(len(table) * memory.block_tokens - 1, 1, table.tolist())
+        for table in tables
+    )
+
+
+def _slice(start: int, count: int, blocks: Iterable[int]) -> Slice:
+    return Slice(
+        request=Request(id=0, arrival_s=0, prompt_tokens=start + 1, max_tokens=1),
+        start=start,
+        count=count,
+        samples=True,
+        blocks=tuple(blocks),
+        tokens=(0,) * count,
     )
