@@ -152,7 +152,9 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[MixedShape, ...
     """
     longest = memory.blocks_for(_longest(memory))
     every = min(limits.prefill_rows * longest, memory.num_blocks)
-    budget = min(limits.prefill_tokens, every * memory.block_tokens)
+    # A prompt that may not be split can be as long as the longest context.
+    most_prompt = max(limits.prefill_tokens, 0 if limits.splits else _longest(memory))
+    budget = min(most_prompt, every * memory.block_tokens)
     most = min(budget + limits.decode_rows, memory.num_blocks * memory.block_tokens)
     # Blocks that chunks attend to: their own, which can be used in part; with those of
     # a long request that goes on; and between. Odd, so that the keys are no power of 2:
