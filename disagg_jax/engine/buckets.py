@@ -21,6 +21,7 @@ from disagg_jax.scheduling.view import StepLimits
 from disagg_jax.work import Slice
 
 _TOKENS_PER_ROW = 8  # of a prefill shape: shorter prompts take the next size
+_ROWS = 16  # mixed shapes have a multiple of it, so that similar policies share programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,8 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[MixedShape, ...
     # A prompt that may not be split can be as long as the longest context.
     most_prompt = max(limits.prefill_tokens, 0 if limits.splits else _longest(memory))
     budget = min(most_prompt, every * memory.block_tokens)
-    most = min(budget + limits.decode_rows, memory.num_blocks * memory.block_tokens)
+    decodes = 0 if limits.splits else limits.decode_rows
+    most = min(budget + decodes, memory.num_blocks * memory.block_tokens)
     # Blocks that chunks attend to: their own, which can be used in part; with those of
     # a long request that goes on; and between. Odd, so that the keys are no power of 2:
     # for 272 tokens of tiny on a CPU 31 blocks took 9.6 ms, 32 14.7 and 33 10.0.
@@ -173,13 +175,17 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[MixedShape, ...
     return tuple(
         MixedShape(
             tokens=T,
-            rows=min(T, limits.prefill_rows + limits.decode_rows),
+            rows=min(T, _round_up(limits.prefill_rows + limits.decode_rows, _ROWS)),
             context=C,
             decodes=min(T, limits.decode_rows),
             blocks=P,
         )
         for T, C, P in dict.fromkeys([*sizes, last])
     )
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
 
 
 def _mixed_tokens(budget: int, most: int) -> list[int]:
