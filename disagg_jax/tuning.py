@@ -122,13 +122,25 @@ def tune(
         return Tuned(policy=policy, choice=None)
     parameter, rule = _RULES[type(policy)]
     value, reason = (size, "given") if size else rule(policy, profile, tpot_s)
-    changes = {parameter: value}
-    if policy.limits.splits:
-        changes["max_seqs"] = min(policy.max_seqs, value)
     return Tuned(
-        policy=dataclasses.replace(policy, **changes),
+        policy=resized(policy, value),
         choice=Choice(parameter=parameter, value=value, reason=reason),
     )
+
+
+def has_rule(policy: Policy) -> bool:
+    """Whether the policy's paper says how to choose its step size."""
+    return isinstance(policy, _Sized) and _RULES[type(policy)][1] is not _default
+
+
+def resized(policy: Policy, size: int) -> Policy:
+    """`policy` with steps of `size` tokens; one without a step size as it is."""
+    if not isinstance(policy, _Sized):
+        return policy
+    changes = {_RULES[type(policy)][0]: size}
+    if policy.limits.splits:
+        changes["max_seqs"] = min(policy.max_seqs, size)
+    return dataclasses.replace(policy, **changes)
 
 
 # ---- the rules -----------------------------------------------------------------------

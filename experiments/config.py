@@ -22,6 +22,7 @@ from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import LinearCost
+from disagg_jax.tuning import has_rule, resized
 from disagg_jax.workload import Arrivals
 
 
@@ -89,6 +90,14 @@ class System:
         }
         return cls(deployment=deployment, policies=policies)
 
+    def resized(self, step_tokens: int) -> System:
+        """The same with steps of that size, where a policy's paper tunes it."""
+        policies = {
+            role: resized(policy, step_tokens) if has_rule(policy) else policy
+            for role, policy in self.policies.items()
+        }
+        return dataclasses.replace(self, policies=policies)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -114,12 +123,20 @@ class Config:
     rates: tuple[
         float, ...
     ] = ()  # requests/s per device; empty: search for the goodput
+    # Step sizes, in tokens: every system that has one runs with each of these. Empty:
+    # it runs once, with the size that its paper would choose for the SLO, if `tune`.
+    step_tokens: tuple[int, ...] = ()
+    tune: bool = True  # False: step sizes stay as the policies have them
     num_seeds: int = 5  # runs of each point; intervals are across them
     seed: int = 0  # the runs use seed, seed + 1, ...; weights use seed
     clock: str = "virtual"  # virtual | wall
     # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).
     durations: str = "table"
     timing_repeats: int = 5  # runs of each program behind a median
+    # all, or passing: programs run at each system's highest passing rate only. Other
+    # points get the timeline of the same durations without running, which is equal, and
+    # compared where programs did run.
+    executed: str = "all"
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     layer_groups: int = 1  # programs that a forward pass is cut into
 
@@ -130,6 +147,9 @@ class Config:
         """
         _expect_one_of("clock", self.clock, ("virtual", "wall"))
         _expect_one_of("durations", self.durations, ("table", "live", "modelled"))
+        _expect_one_of("executed", self.executed, ("all", "passing"))
+        if self.executed == "passing":
+            self._check_timelines_need_no_tokens()
         _expect_one_of(
             "workload.source", self.workload.source, ("random", "human_eval", "trace")
         )
@@ -157,6 +177,34 @@ class Config:
                         f"{spec.role} instances, but the system has policies for "
                         f"{', '.join(system.policies)} only"
                     )
+
+    def _check_timelines_need_no_tokens(self) -> None:
+        """Raises ValueError if only running the programs can tell the timeline."""
+        for name, value, wanted in (
+            ("clock", self.clock, ("virtual",)),
+            ("durations", self.durations, ("table", "modelled")),
+            ("workload.ignore_eos", self.workload.ignore_eos, (True,)),
+        ):
+            if value not in wanted:
+                raise ValueError(
+                    f"executed: expected all where {name}={value}, got passing, which "
+                    f"needs {name}={' or '.join(map(str, wanted))}"
+                )
+
+    def by_step_tokens(self) -> Config:
+        """A system for each of `step_tokens`, named like sarathi@128.
+
+        Raises:
+          ValueError: if a policy cannot have such a size.
+        """
+        systems: dict[str, System] = {}
+        for name, system in self.systems.items():
+            sized = any(has_rule(policy) for policy in system.policies.values())
+            for size in self.step_tokens if sized else ():
+                systems[f"{name}@{size}"] = system.resized(size)
+            if not sized or not self.step_tokens:
+                systems[name] = system
+        return dataclasses.replace(self, systems=systems)
 
 
 def _expect_one_of(name: str, value: str, known: Iterable[str]) -> None:

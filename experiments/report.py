@@ -24,6 +24,12 @@ def table(summary: Mapping[str, Any]) -> str:
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point",
         f"clock: {summary['clock']}, durations: {summary['durations']}"
         + _validity(summary),
+        *_executed(summary),
+        *(
+            f"{name}: {said}"
+            for name, choices in summary["choices"].items()
+            for said in choices
+        ),
         "",
         *_found(summary),
     ]
@@ -90,6 +96,16 @@ def _validity(summary: Mapping[str, Any]) -> str:
     if summary["durations"] == "modelled":
         return " (times come from a formula; tokens are real)"
     return " (each program timed alone; valid for devices that are really separate)"
+
+
+def _executed(summary: Mapping[str, Any]) -> list[str]:
+    if summary["executed"] == "all":
+        return []
+    return [
+        "programs ran at the rates of the second table; elsewhere their durations alone "
+        "made the",
+        "timelines, which were equal where both were done",
+    ]
 
 
 def _goodput_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
@@ -169,6 +185,11 @@ def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         *(row(f"mean {s.replace('_', ' ')}, ms", f"mean_{s}_ms") for s in _STAGES),
         row("output tokens/s per device", "output_throughput_per_device", form=".0f"),
         row("preemptions", "preemptions", form=".1f"),
+        row(
+            "padding of prefill / mixed / decode steps",
+            *(f"padding_{kind}" for kind in ("prefill", "mixed", "decode")),
+            form=".0%",
+        ),
         row("KV moved between instances, MB", "transfer_bytes", unit=1e6),
     ]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from disagg_jax import metrics
 from disagg_jax.criteria import Criterion
+from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.request import Status, Timeline
 from disagg_jax.search import (
@@ -40,6 +41,7 @@ class Sweep:
     servers: Mapping[str, Server]
     step_times: Mapping[str, float]
     slo: SLO
+    choices: Mapping[str, Sequence[str]]  # of step sizes, by system: which and why
     criteria: Mapping[str, Criterion]  # by name; `config.criterion` is searched for
     run_dir: RunDir
     progress: Progress
@@ -52,6 +54,9 @@ class Sweep:
     def run(self) -> dict[str, Any]:
         """Searches each system's goodput and returns the summary."""
         rates = {name: self._try_rates(name) for name in self.servers}
+        if self.config.executed == "passing":
+            for name, tried in rates.items():
+                self._execute(name, tried)
         self.run_dir.write_requests(
             Point(name, rate, replica)
             for name, tried in rates.items()
@@ -78,6 +83,33 @@ class Sweep:
                 plan = dataclasses.replace(plan, target=target)
                 search(scores, self._start_rps(), plan)
         return sorted(tried)
+
+    def _execute(self, name: str, rates: Sequence[float]) -> None:
+        """Runs the programs at the rate that a system is judged by."""
+        runs = self._runs(name, rates)
+        rate = self._judged_at(_scores_of(self.config.criterion, runs))
+        if rate is None:
+            return
+        devices = self.servers[name].deployment.devices
+        shown = f"{rate / devices:8.2f} requests/s per device"
+        self.progress(f"{name:>14}  {shown}: running its programs")
+        for replica in range(self.config.num_seeds):
+            point = Point(name, rate, replica)
+            expected = [_timeline(row) for row in self.run_dir.requests(point)]
+            self._run(point, execute=True)
+            found = [_timeline(row) for row in self.run_dir.requests(point)]
+            if found != expected:
+                raise RuntimeError(
+                    f"{point.name}: the programs' timelines are not those of their "
+                    "durations"
+                )
+
+    def _judged_at(self, scores: Mapping[float, Sequence[float]]) -> float | None:
+        """The highest passing rate, or the best for a throughput."""
+        target = self.good.target
+        if target is None:
+            return best_rate(scores, self.config.search.tolerance).rate_rps
+        return estimate(scores, target).pass_rps
 
     def _start_rps(self) -> float:
         """Where all searches begin: half of what the devices could do if always busy.
@@ -113,22 +145,25 @@ class Sweep:
 
     def _point(self, point: Point) -> dict[str, Any]:
         if not self.run_dir.has(point):
-            server = self.servers[point.system]
-            run = server.run(
-                self.source(point.rate_rps, point.replica), self.step_times
-            )
-            devices = server.deployment.devices
-            found: dict[str, Any] = {
-                **summarise(run.timelines, self.slo, devices),
-                "steady": metrics.is_steady(run.timelines),
-                "criteria": {
-                    name: criterion.score(run.timelines)
-                    for name, criterion in self.criteria.items()
-                },
-            }
-            rows = [self._request_row(timeline) for timeline in run.timelines]
-            self.run_dir.save(point, found, rows, run.log.lines)
+            self._run(point, execute=self.config.executed == "all")
         return self.run_dir.load(point)
+
+    def _run(self, point: Point, *, execute: bool) -> None:
+        server = self.servers[point.system]
+        serve = server.run if execute else server.simulate
+        run = serve(self.source(point.rate_rps, point.replica), self.step_times)
+        found: dict[str, Any] = {
+            **summarise(run.timelines, self.slo, server.deployment.devices),
+            "steady": metrics.is_steady(run.timelines),
+            "executed": run.totals is not None,
+            **_padding(run.totals or {}),
+            "criteria": {
+                name: criterion.score(run.timelines)
+                for name, criterion in self.criteria.items()
+            },
+        }
+        rows = [self._request_row(timeline) for timeline in run.timelines]
+        self.run_dir.save(point, found, rows, run.log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         request = timeline.request
@@ -173,6 +208,8 @@ class Sweep:
             "target": self.good.target,
             "num_requests": self.config.workload.num_requests,
             "num_seeds": self.config.num_seeds,
+            "executed": self.config.executed,
+            "choices": {name: list(said) for name, said in self.choices.items()},
             "systems": systems,
             "ratios": _ratios(systems),
             "criteria": {
@@ -224,6 +261,20 @@ class Sweep:
             "unit": f"{criterion.unit} per device",
             "rank": rank(criterion, scores, self.config.search.tolerance),
         }
+
+
+def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
+    """By kind of step the share of the tokens in it that were padding."""
+    shares: dict[str, float | None] = {}
+    for kind in ("prefill", "mixed", "decode"):
+        done = totals.get(kind)
+        shares[f"padding_{kind}"] = 1 - done.tokens / done.width if done else None
+    return shares
+
+
+def _timeline(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a request's row does not depend on its tokens."""
+    return {key: row[key] for key in row if key not in ("tokens", "text")}
 
 
 def _scores_of(criterion: str, runs: Runs) -> dict[float, list[float]]:

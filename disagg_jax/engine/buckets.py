@@ -21,7 +21,7 @@ from disagg_jax.scheduling.view import StepLimits
 from disagg_jax.work import Slice
 
 _TOKENS_PER_ROW = 8  # of a prefill shape: shorter prompts take the next size
-_ROWS = 16  # mixed shapes have a multiple of it, so that similar policies share programs
+_ROWS = 16  # mixed shapes have a multiple of it: similar policies share programs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,17 @@ class Buckets:
     def step_shapes(self) -> list[StepShape]:
         """Every step shape."""
         return [*self.prefill, *self.mixed, *self._decode.values()]
+
+    @property
+    def prompt_sizes(self) -> tuple[int, ...]:
+        """Tokens of the steps that prompts can be in, each size once."""
+        shapes = self.mixed or self.prefill
+        return tuple(sorted({shape.tokens for shape in shapes}))
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Tokens of the longest prompt, or part of one, that a step can compute."""
+        return self.prompt_sizes[-1]
 
     @functools.cached_property
     def _decode(self) -> dict[tuple[int, int], DecodeShape]:

@@ -195,6 +195,12 @@ class Engine:
         size = src.buckets.transfer_size(len(work.src_blocks))
         return f"tp{src.model.tp}->tp{dst.model.tp}/transfer_{size}"
 
+    def transfer_bytes(self, transfer: Transfer) -> int:
+        """What `transfer` moves, padding included."""
+        src, dst = self.instances[transfer.src], self.instances[transfer.dst]
+        size = src.buckets.transfer_size(len(transfer.src_blocks))
+        return dst.model.payload_bytes(size, self._plans[transfer.src, transfer.dst])
+
     def _step(self, step: Step) -> Running:
         instance, slices = self.instances[step.instance], tuple(step.slices)
         model = instance.model

@@ -15,7 +15,7 @@ from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
-from disagg_jax.work import Slice, Step, Task, Transfer
+from disagg_jax.work import Slice, Step, StepLoad, Task, Transfer
 
 
 def run_alone(engine: Engine, work: Task) -> tuple[float, Result]:
@@ -44,6 +44,18 @@ class EngineExecutor:
     def run(self, work: Task) -> Outcome:
         measured_s, (tokens, size) = run_alone(self.engine, work)
         return Outcome((self.duration_s(work, measured_s),), tokens, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingExecutor:
+    """An `Executor` that runs nothing: equal timelines, if no token ends a request."""
+
+    engine: Engine
+    duration_s: Callable[[Task], float]
+
+    def run(self, work: Task) -> Outcome:
+        size = self.engine.transfer_bytes(work) if isinstance(work, Transfer) else 0
+        return Outcome((self.duration_s(work),), bytes=size)
 
 
 def table_duration(
@@ -107,6 +119,24 @@ def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
     count = max(shape.tokens - shape.decodes, min(shape.tokens // 2, context))
     chunk = _slice(context - count, count, range(shape.context))
     return (chunk, *_full_decodes(shape.tokens - count, shape.blocks, memory))
+
+
+def load_slices(load: StepLoad, memory: KVMemory) -> tuple[Slice, ...]:
+    """Slices of a step with this load, their blocks one after the other in the pool.
+
+    Where the pool is too short they share its last blocks: it is for timing.
+    """
+    parts = list(load.chunks)
+    if load.decodes:
+        parts += [(max(1, load.context // load.decodes - 1), 1)] * load.decodes
+    slices: list[Slice] = []
+    first = 0
+    for start, count in parts:
+        blocks = memory.blocks_for(start + count)
+        first = max(0, min(first, memory.num_blocks - blocks))
+        slices.append(_slice(start, count, range(first, first + blocks)))
+        first += blocks
+    return tuple(slices)
 
 
 def _full_decodes(rows: int, blocks: int, memory: KVMemory) -> tuple[Slice, ...]:

@@ -202,6 +202,15 @@ class ModelOnMesh:
         key = ("insert", group, ids.shape[0], plan.piece_heads)
         return self._lookup(key)(cache, ids, pieces)
 
+    def payload_bytes(self, blocks: int, plan: PiecePlan) -> int:
+        """Bytes of all the pieces that `insert` takes."""
+        specs = [
+            spec
+            for group in range(self.layer_groups)
+            for spec in self._piece_spec(group, blocks, plan)
+        ]
+        return len(plan.sources[0]) * sum(s.size * s.dtype.itemsize for s in specs)
+
     def _gather_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
         gather = functools.partial(
             kv_cache.gather,
