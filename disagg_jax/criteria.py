@@ -358,7 +358,9 @@ def for_slo(
 ) -> dict[str, Criterion]:
     """Every criterion by name, with bounds for the machine that `slo` was chosen for.
 
-    A paper's TBT bound becomes `slo.tpot_s`, its TTFT bound `slo.ttft_s`. And:
+    A paper's TBT bound becomes `slo.tpot_s`, its TTFT bound `slo.ttft_s`. For single
+    gaps that is strict where `slo` was chosen for means: Sarathi-Serve's own bound is 5
+    or 25 decode steps. And:
 
     * a median scheduling delay (Sarathi-Serve) is bounded by `slo.ttft_s`, and its P99
       (Vidur-Search) by 2.5 times that, which is 5 s over 2 s;

@@ -34,7 +34,8 @@ def _figure(criterion: Criterion, tried: Scores, tolerance: float) -> dict[str, 
     A sweep tries the rates that one criterion needs. By another, `known` may be
 
     * coarsely: the rates between which it lies are further apart than the tolerance;
-    * at least: it passed at every rate, or the throughput was still growing;
+    * at least: it passed at every rate, or the throughput was best at the lowest or
+      the highest rate;
     * below: it failed at every rate.
 
     Otherwise it is "yes".

@@ -80,8 +80,8 @@ def _ranks(summary: Mapping[str, Any]) -> list[str]:
     ]
     return [
         *_grid("rank by each criterion", places, rows),
-        "* searched for; others are read off its points: ~ rates too far apart, >= no",
-        "higher rate tried, < no rate passed (the order of such bounds is open)",
+        "* searched for; others are read off its points: ~ between rates far apart,",
+        ">= and < bounds only, as the rates tried end there: their order is open",
     ]
 
 

@@ -179,6 +179,9 @@ def test_splitwise_bounds_nine_slowdowns():
     both = nine_tokens(2.0, 0.625)
     assert criterion.score([both]) == 0.0
     assert passes(criterion, [both, idle])
+    # E2E (2 + 8 * 17 / 32) / 5 is 1.25x exactly; (2 + 4.5) / 5 is more.
+    assert passes(criterion, [nine_tokens(2.0, 17 / 32)])
+    assert not passes(criterion, [nine_tokens(2.0, 18 / 32)])
     # TTFT 4x: over P90's 3x, so no more than 1 in 10. E2E 8 / 5 likewise.
     late = nine_tokens(4.0, 0.5)
     assert passes(criterion, [late, *[idle] * 9])
