@@ -161,7 +161,7 @@ class MixedShape:
             views["owner"][:] = -1
         lasts = _pack_chunks(views, chunks, block_tokens, first=len(decodes))
         views["last"][: len(slices)] = [*lasts, *range(len(decodes))]
-        tables = [used_blocks(part, block_tokens) for part in chunks]
+        tables = used_blocks(chunks, block_tokens)
         block = list(itertools.chain.from_iterable(tables))
         counts = [len(table) for table in tables]
         views["chunk_block"][: len(block)] = block
@@ -176,9 +176,12 @@ StepShape = PrefillShape | DecodeShape | MixedShape
 """The listed shapes that programs are compiled for; nothing else is ever run."""
 
 
-def used_blocks(part: Slice, block_tokens: int) -> tuple[int, ...]:
-    """The blocks that hold a request's KV after the step, without reserved ones."""
-    return part.blocks[: -(-(part.start + part.count) // block_tokens)]
+def used_blocks(slices: Sequence[Slice], block_tokens: int) -> list[tuple[int, ...]]:
+    """The blocks that hold each request's KV after the step, without reserved ones."""
+    return [
+        part.blocks[: (part.start + part.count - 1) // block_tokens + 1]
+        for part in slices
+    ]
 
 
 def split_decodes(
@@ -225,7 +228,7 @@ def _pack_decodes(
 ) -> None:
     """Writes decodes as the first tokens, and who owns which block of the front."""
     n = len(slices)
-    tables = [used_blocks(part, block_tokens) for part in slices]
+    tables = used_blocks(slices, block_tokens)
     counts = np.array([len(table) for table in tables])
     ends = counts.cumsum()
     firsts = ends - counts  # where each one's table begins in `block`

@@ -46,12 +46,11 @@ class Buckets:
     @classmethod
     def for_limits(cls, limits: StepLimits, memory: KVMemory) -> Buckets:
         """Sizes up to what a policy can ask for: a few dozen programs an instance."""
-        prefills = limits.prefill_rows > 0
+        mixes = limits.mixed and limits.prefill_rows > 0
+        prefills = limits.prefill_rows > 0 and not mixes
         return cls(
-            prefill=()
-            if limits.mixed or not prefills
-            else _prefill_shapes(limits, memory),
-            mixed=_mixed_shapes(limits, memory) if limits.mixed and prefills else (),
+            prefill=_prefill_shapes(limits, memory) if prefills else (),
+            mixed=_mixed_shapes(limits, memory) if mixes else (),
             decode_rows=_sizes(1, limits.decode_rows, 1.0),
             # Steps of 4: finer ones would be more programs, and a pool in full use is
             # read to its end anyway.
@@ -99,7 +98,7 @@ class Buckets:
             return self.mixed_shape(
                 tokens=sum(part.count for part in slices),
                 rows=len(slices),
-                context=sum(len(used_blocks(part, block_tokens)) for part in chunks),
+                context=sum(map(len, used_blocks(chunks, block_tokens))),
                 blocks=_front(decodes, block_tokens),
             )
         if any(part.start or not part.samples for part in slices):
@@ -147,8 +146,10 @@ class Buckets:
 
 
 def _prefill_shapes(limits: StepLimits, memory: KVMemory) -> tuple[PrefillShape, ...]:
-    """A recomputed request can be longer than any prompt, so a prefill step can hold
-    the longest context whatever the policy's limit.
+    """Sizes for as many whole prompts as a policy can ask for.
+
+    A recomputed request can be longer than any prompt, so a prefill step can hold the
+    longest context whatever the policy's limit.
     """
     rows = limits.prefill_rows
     most = max(limits.prefill_tokens, _longest(memory), rows * _TOKENS_PER_ROW)
@@ -159,30 +160,27 @@ def _prefill_shapes(limits: StepLimits, memory: KVMemory) -> tuple[PrefillShape,
 
 
 def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[MixedShape, ...]:
-    """Every choice of a few sizes of each kind; and one shape for all that is beyond,
-    which is several long prompts that go on in one step.
+    """Few sizes of each kind; and one shape for whatever is beyond.
+
+    That is a step in which several long prompts go on.
     """
-    longest = memory.blocks_for(_longest(memory))
-    every = min(limits.prefill_rows * longest, memory.num_blocks)
-    # A prompt that may not be split can be as long as the longest context.
-    most_prompt = max(limits.prefill_tokens, 0 if limits.splits else _longest(memory))
-    budget = min(most_prompt, every * memory.block_tokens)
+    longest = _longest(memory)
+    every = min(limits.prefill_rows * memory.blocks_for(longest), memory.num_blocks)
+    # A prompt that is not split can be as long as the longest context.
+    prompt = (
+        limits.prefill_tokens if limits.splits else max(limits.prefill_tokens, longest)
+    )
+    budget = min(prompt, every * memory.block_tokens)
     decodes = 0 if limits.splits else limits.decode_rows
     most = min(budget + decodes, memory.num_blocks * memory.block_tokens)
-    # Blocks that chunks attend to: their own, which can be used in part; with those of
-    # a long request that goes on; and between. Odd, so that the keys are no power of 2:
-    # for 272 tokens of tiny on a CPU 31 blocks took 9.6 ms, 32 14.7 and 33 10.0.
-    own = memory.blocks_for(budget * 5 // 4)
-    beside = own + longest
-    between = round(math.sqrt(own * beside))
-    contexts = {min(size | 1, every) for size in (own, between, beside)}
-    fronts = {-(-memory.num_blocks // 4), memory.num_blocks}
-    sizes = itertools.product(
-        _mixed_tokens(budget, most),
-        sorted(contexts),
-        sorted(fronts) if limits.decode_rows else [0],
-    )
-    last = (most, every, memory.num_blocks if limits.decode_rows else 0)
+    if not limits.splits:  # chunks attend to their own blocks only
+        every = min(every, memory.blocks_for(budget) + limits.prefill_rows)
+    whole = memory.num_blocks if limits.decode_rows else 0
+    sizes = [
+        (tokens, min(context, every), blocks)
+        for tokens in _mixed_tokens(budget, most)
+        for context, blocks in _mixed_blocks(tokens, limits.splits, whole, memory)
+    ]
     return tuple(
         MixedShape(
             tokens=T,
@@ -191,7 +189,7 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[MixedShape, ...
             decodes=min(T, limits.decode_rows),
             blocks=P,
         )
-        for T, C, P in dict.fromkeys([*sizes, last])
+        for T, C, P in dict.fromkeys([*sizes, (most, every, whole)])
     )
 
 
@@ -200,13 +198,35 @@ def _round_up(value: int, unit: int) -> int:
 
 
 def _mixed_tokens(budget: int, most: int) -> list[int]:
-    """Sizes for up to `most` tokens, if `budget` without decodes is a usual size."""
-    parts = {budget // part for part in (1, 2, 4, 8)}
-    sizes = {size for size in parts if 64 <= size < most}
-    # Most of a step is then less than the eighth above the budget.
-    if most <= budget * 9 // 8:
-        sizes -= {budget}
-    return [*sorted(sizes), most]
+    """Quarters of what a policy asks for.
+
+    A budget that includes decodes is filled in most steps, so it is a size too, unless
+    `most` is hardly more.
+    """
+    parts = (1, 2, 3, 4) if most > budget * 9 // 8 else (1, 2, 3)
+    sizes = {budget * part // 4 for part in parts}
+    return [*sorted(size for size in sizes if 32 <= size < most), most]
+
+
+def _mixed_blocks(
+    tokens: int, splits: bool, whole: int, memory: KVMemory
+) -> list[tuple[int, int]]:
+    """Sizes of a step of `tokens` tokens: blocks of its chunks, and of the pool.
+
+    Chunks attend to their own blocks, which can be used in part; with those of a long
+    request that goes on; or something between. Decodes read a quarter of the pool or
+    all of it; beside the longest chunks that difference is the smaller one.
+    """
+    own = memory.blocks_for(tokens * 5 // 4)
+    beside = own + memory.blocks_for(_longest(memory))
+    between = round(math.sqrt(own * beside))
+    # Odd, so that the keys are no power of 2: for 272 tokens of tiny on a CPU 31 blocks
+    # took 9.6 ms, 32 14.7 and 33 10.0.
+    own, between, beside = (size | 1 for size in (own, between, beside))
+    fronts = (-(-whole // 4), whole)
+    if not splits:
+        return [(own, front) for front in fronts]
+    return [*itertools.product((own, between), fronts), (beside, whole)]
 
 
 def _longest(memory: KVMemory) -> int:
@@ -216,8 +236,8 @@ def _longest(memory: KVMemory) -> int:
 
 def _front(slices: Sequence[Slice], block_tokens: int) -> int:
     """How long a front of the pool holds what `slices` use."""
-    tables = (used_blocks(part, block_tokens) for part in slices)
-    return 1 + max(itertools.chain.from_iterable(tables), default=-1)
+    blocks = itertools.chain.from_iterable(used_blocks(slices, block_tokens))
+    return 1 + max(blocks, default=-1)
 
 
 def _sizes(low: int, high: int, *steps: float, factor: int = 2) -> tuple[int, ...]:

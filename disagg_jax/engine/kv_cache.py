@@ -10,6 +10,9 @@ owner's query. The keys and values are then read once, where they lie, and a sho
 request is not padded to the longest one. The allocator hands out the lowest free blocks
 to keep that front short.
 
+Chunks of prompts attend to a gathered copy of their requests' blocks: a copy is small
+beside what so many queries do with it.
+
 Shape letters as in `models/transformer.py`; also P pool blocks, B decode rows, G query
 heads of a kv head, O offsets in a block, C blocks that chunks attend to.
 """
@@ -34,7 +37,10 @@ PAYLOAD_AXES = ("blocks", "kv_heads")  # of an array of a payload, see `gather`
 # is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
 _IN_BOUNDS = "promise_in_bounds"
 _QUERY_CHUNK = 512  # prefill queries that attend at a time: bounds the score matrix
-_SCORES = 2**22  # the same for chunks: queries * keys that attend at a time
+# The same for chunks, whose keys can be many more: queries * keys at a time, but for
+# at most so many pieces, each of which takes time to compile.
+_SCORES = 2**22
+_MAX_PIECES = 16
 # To send one more array costs about 0.1 ms for each device; to share one costs a copy
 # when it is taken apart. m32, TP4 to TP4: 1 MiB took 4.4 ms with k and v of each layer
 # apart and 2.4 together; 16 MiB 15.0 and 14.0; 128 MiB 75 and 89 (2 busy cores).
@@ -146,10 +152,7 @@ Attention = Callable[[Array, LayerCache], Array]  # (queries, layer's cache) -> 
 def _gathered_attention(
     position_T: Array, chunks: ChunkContext, block_tokens: int
 ) -> Attention:
-    """Attention of chunks to copies of their blocks, with a mask.
-
-    A chunk's queries are many, so that the copy is small beside what is done with it.
-    """
+    """Attention of chunks to copies of their blocks, with a mask."""
     offset_O = jnp.arange(block_tokens)
     position_S = (chunks.start_C[:, None] + offset_O[None, :]).reshape(-1)
     owner_S = jnp.repeat(chunks.owner_C, block_tokens)
@@ -160,7 +163,7 @@ def _gathered_attention(
     )
     used_S = seen_TS.any(0)
     T, S = seen_TS.shape
-    piece = max(min(_QUERY_CHUNK, _SCORES // S), -(-T // 16))
+    piece = max(min(_QUERY_CHUNK, _SCORES // S), -(-T // _MAX_PIECES))
 
     def attend(q_TNH: Array, layer: LayerCache) -> Array:
         k, v = (part.at[chunks.block_C].get(mode=_IN_BOUNDS) for part in layer)

@@ -36,6 +36,7 @@ MIXED_LIMITS = st.builds(
     prefill_rows=st.integers(1, 300),
     decode_rows=st.integers(0, 300),
     mixed=st.just(True),
+    splits=st.booleans(),
 )
 
 
@@ -114,21 +115,22 @@ def test_shapes_are_a_few_dozen(max_seqs, max_context, share):
 @pytest.mark.parametrize("budget", [256, 512, 768, 2048])
 @pytest.mark.parametrize("max_seqs", [16, 64, 128])
 @pytest.mark.parametrize("max_context", [512, 2048, 32_768])
-def test_mixed_shapes_are_two_dozen(max_seqs, max_context, budget):
+@pytest.mark.parametrize("splits", [False, True])
+def test_mixed_shapes_are_two_dozen(splits, max_seqs, max_context, budget):
     memory = KVMemory(num_blocks=max_seqs * max_context // 64, max_context=max_context)
     limits = StepLimits(
         prefill_tokens=budget,
         prefill_rows=max_seqs,
         decode_rows=max_seqs,
         mixed=True,
+        splits=splits,
     )
     shapes = Buckets.for_limits(limits, memory).mixed
-    assert (
-        len(shapes) == len(set(shapes)) <= 4 * 3 * 2 + 1 + 6 * (max_seqs > budget / 8)
-    )
+    assert len(shapes) == len(set(shapes)) <= 4 * 5 + 1
     for shape in shapes:
         assert shape.decodes <= max_seqs
         assert shape.rows <= min(2 * max_seqs, shape.tokens)
+        assert not splits or shape.tokens <= budget
 
 
 def test_roles_list_only_what_they_do():
@@ -141,7 +143,7 @@ def test_roles_list_only_what_they_do():
 
 @given(MIXED_LIMITS, MEMORIES, st.data())
 def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
-    """Chunks of up to its limits together, of prompts of any length, beside decodes."""
+    """Chunks, or whole prompts, of up to its limits, beside decodes."""
     buckets = Buckets.for_limits(limits, memory)
     assert not buckets.prefill
     size, longest = memory.block_tokens, longest_of(memory)
@@ -152,13 +154,15 @@ def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
         if not budget or not room:
             break
         count = data.draw(st.integers(1, min(budget, room)))
-        start = data.draw(st.integers(0, room - count))
+        start = data.draw(st.integers(0, room - count)) if limits.splits else 0
         n = memory.blocks_for(start + count)
         slices.append(make_slice(start, count, tuple(free[:n]), samples=False))
         budget, free = budget - count, free[n:]
     for block in reversed(free[-data.draw(st.integers(1, 8)) :]):
-        if size > 1 and sum(part.is_decode for part in slices) < limits.decode_rows:
+        fits = sum(part.is_decode for part in slices) < limits.decode_rows
+        if size > 1 and fits and (budget or not limits.splits):
             slices.append(make_slice(size - 1, 1, (block,)))
+            budget -= limits.splits
     assume(slices)
     shape = buckets.step_shape(slices, size)
     assert shape in buckets.step_shapes

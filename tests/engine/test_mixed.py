@@ -12,7 +12,7 @@ import pytest
 
 from disagg_jax.engine.batch import MixedShape
 from disagg_jax.engine.engine import Engine, StepTotals
-from disagg_jax.engine.executor import run_alone
+from disagg_jax.engine.executor import measure_step_times, run_alone
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import Slice, Step
 from tests.engine.harness import BUCKETS, MODELS, POOL, make_request, serve_virtual
@@ -98,7 +98,7 @@ def plan(hands: list[Hand], chunk: int) -> list[tuple[Hand, int]]:
 
 
 def serve_by_hand(engine: Engine, hands: list[Hand], chunk: int) -> list[list[int]]:
-    """Tokens of each request; and the slices of each step were of every kind."""
+    """Tokens of each request, of which two are prefilled at a time."""
     with engine.serving():
         while counts := plan(hands, chunk):
             run(engine, counts)
@@ -261,6 +261,12 @@ def test_totals_say_how_much_was_padding(world):
         }
 
 
+def test_step_times_cover_mixed_steps(world):
+    engine = world.engine("colocated:tp1", buckets=MIXED)
+    table = measure_step_times(engine, repeats=1)
+    assert set(table) == {"tp1/mixed_T32_C16_P16", "tp1/decode_B4_P16"}
+
+
 def test_a_step_beyond_the_listed_shapes_is_an_error(world):
     engine = world.engine("colocated:tp1", buckets=MIXED)
     request = make_request(0, 40, 1)
@@ -277,6 +283,7 @@ def test_the_pool_stays_where_it_is(world):
         return [part.unsafe_buffer_pointer() for part in cache]
 
     hands = start(engine, REQUESTS)
+    run(engine, plan(hands, chunk=5))  # only then is the pool no array of numpy's
     before = pointers()
     serve_by_hand(engine, hands, chunk=5)
     assert pointers() == before
