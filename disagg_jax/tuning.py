@@ -76,14 +76,17 @@ class Profile:
         """Cached tokens of a request, halfway through its output."""
         return self.prompt_tokens + self.output_tokens // 2
 
-    def mixed(self, size: int, max_seqs: int) -> StepLoad:
-        """A step of `size` tokens: whole prompts and the last part of one, decodes."""
+    def mixed(self, size: int, max_seqs: int, max_chunks: int) -> StepLoad:
+        """A step of `size` tokens: whole prompts and the last part of one, decodes.
+
+        It has fewer tokens if so many would take more than `max_chunks` prompts.
+        """
         decodes = self.decodes(size, max_seqs)
         whole, part = divmod(size - decodes, self.prompt_tokens)
         chunks = ((0, self.prompt_tokens),) * whole
         if part:
             chunks += ((self.prompt_tokens - part, part),)
-        return StepLoad(chunks, decodes, decodes * self.context)
+        return StepLoad(chunks[:max_chunks], decodes, decodes * self.context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,8 +216,9 @@ _RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
 
 def _mixed_s(policy: _Sized, profile: Profile) -> dict[int, float]:
     """Seconds of a saturated step, by its size."""
+    chunks = policy.limits.prefill_rows
     return {
-        size: profile.step_s(profile.mixed(size, policy.max_seqs))
+        size: profile.step_s(profile.mixed(size, policy.max_seqs, chunks))
         for size in profile.sizes
     }
 

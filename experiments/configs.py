@@ -39,13 +39,14 @@ def tiny() -> Config:
     The random `tiny` model; five colocated systems on two devices against one prefill
     and one decode device. About 3 minutes on 2 cores; no network, no accelerator.
     """
-    return Config(systems=_TWO_DEVICES, executed="passing")
+    return Config(systems=_TWO_DEVICES)
 
 
 def smoke() -> Config:
     """A minute's check that everything runs; its numbers mean nothing."""
     return Config(
         systems=_TWO_SYSTEMS,
+        execute_all=True,
         workload=Workload(num_requests=12, prompt_tokens="uniform:8:60"),
         memory=Memory(blocks_per_device=64, max_context=128),
         rates=(20.0, 200.0),

@@ -102,9 +102,9 @@ def _executed(summary: Mapping[str, Any]) -> list[str]:
     if summary["executed"] == "all":
         return []
     return [
-        "programs ran at the rates of the second table; elsewhere their durations alone "
-        "made the",
-        "timelines, which were equal where both were done",
+        "programs ran at the rates of the second table; elsewhere their durations "
+        "alone made",
+        "the timelines, which were equal where both were done",
     ]
 
 

@@ -35,8 +35,13 @@ def profile(step_s=linear, sizes=(128, 256, 512, 1024), **changes):
 def test_a_mixed_step_has_tokens_as_the_requests_do():
     # 300 prompt tokens and 100 decode steps: a quarter of 512 tokens are decodes, each
     # with 300 + 101 // 2 tokens; 384 prompt tokens are a prompt and the end of another.
-    load = profile().mixed(512, max_seqs=200)
+    load = profile().mixed(512, max_seqs=200, max_chunks=8)
     assert load == StepLoad(((0, 300), (216, 84)), 128, 128 * 350)
+
+
+def test_a_system_of_one_prompt_at_a_time_has_one_in_a_step():
+    load = profile().mixed(512, max_seqs=200, max_chunks=1)
+    assert load == StepLoad(((0, 300),), 128, 128 * 350)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +49,13 @@ def test_a_mixed_step_has_tokens_as_the_requests_do():
     [(16, 10**6, 16), (200, 7 * 350 + 349, 7), (200, 349, 0)],
 )
 def test_limit_and_memory_leave_more_of_a_step_to_prompts(max_seqs, kv_tokens, decodes):
-    load = profile(kv_tokens=kv_tokens).mixed(512, max_seqs)
+    load = profile(kv_tokens=kv_tokens).mixed(512, max_seqs, 8)
     assert load.decodes == decodes
     assert load.prompt_tokens == 512 - decodes
 
 
 def test_requests_of_one_token_never_decode():
-    assert profile(output_tokens=1).mixed(512, 200).decodes == 0
+    assert profile(output_tokens=1).mixed(512, 200, 8).decodes == 0
 
 
 # ---- each system's rule --------------------------------------------------------------

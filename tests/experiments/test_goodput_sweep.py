@@ -11,6 +11,7 @@ import jax
 import pytest
 
 from disagg_jax import criteria, metrics
+from disagg_jax.deployment import Role
 from disagg_jax.event_log import replay
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.cost import LinearCost
@@ -314,3 +315,107 @@ def test_the_command_line_says_one_line_on_bad_flags(tmp_path):
     assert done.stderr.strip().splitlines()[-1] == (
         "error: --set seed: expected int, got 'x'"
     )
+
+
+# The systems of the main job, with as few programs as possible.
+ALL_SYSTEMS = [
+    *(change for change in SMALL if not change.startswith(("systems", "rates"))),
+    "execute_all=false",
+    "num_seeds=1",
+    "memory.max_context=24",
+    "memory.blocks_per_device=16",
+    "workload.prompt_tokens=uniform:2:16",
+    "systems.vllm.policies.colocated.max_seqs=2",
+    "systems.vllm.policies.colocated.max_batched_tokens=24",
+    "systems.orca.policies.colocated.max_seqs=2",
+    "systems.orca.policies.colocated.max_batched_tokens=24",
+    "systems.sarathi.policies.colocated.max_seqs=2",
+    "systems.sarathi.policies.colocated.chunk_tokens=32",
+    "systems.sarathi_serve.policies.colocated.max_seqs=2",
+    "systems.sarathi_serve.policies.colocated.token_budget=32",
+    "systems.splitfuse.policies.colocated.max_seqs=2",
+    "systems.splitfuse.policies.colocated.token_budget=32",
+    "systems.disaggregated.policies.prefill.max_seqs=2",
+    "systems.disaggregated.policies.prefill.token_budget=24",
+    "systems.disaggregated.policies.decode.max_seqs=2",
+]
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory):
+    """A finished run of every system, programs run at passing rates only."""
+    out = tmp_path_factory.mktemp("runs") / "six"
+    changes = [*ALL_SYSTEMS, "rates=2,50000", "slo.ttft_scale=50", "slo.tpot_scale=50"]
+    goodput_sweep.run(override(get_config("tiny"), changes), out, None)
+    return out
+
+
+def rows_of(out):
+    lines = (out / "requests.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_every_system_takes_part_with_a_step_size_for_the_slo(six):
+    summary = json.loads((six / "summary.json").read_text())
+    assert set(summary["systems"]) == set(get_config("tiny").systems)
+    tuned = {"sarathi", "sarathi_serve", "splitfuse", "disaggregated"}
+    assert set(summary["choices"]) == tuned
+    table = (six / "table.txt").read_text()
+    for system, (said,) in summary["choices"].items():
+        assert f"{system}: {said}" in table
+
+
+def test_programs_run_where_a_system_passes_and_their_tokens_agree(six):
+    systems = json.loads((six / "summary.json").read_text())["systems"]
+    passing = {n: s["goodput"]["pass_rps_per_device"] for n, s in systems.items()}
+    tokens = {}
+    for row in rows_of(six):
+        executed = row["rate_rps"] == 2 * passing[row["system"]]
+        assert bool(row["tokens"]) == executed
+        if executed:
+            tokens.setdefault(row["request_id"], []).append(row["tokens"])
+    assert len(tokens) == 6
+    for served in tokens.values():
+        assert len(served) == 6 and all(part == served[0] for part in served)
+
+
+def test_running_every_program_gives_the_same_timelines(six, tmp_path):
+    changes = [*ALL_SYSTEMS, "execute_all=true", "rates=2,50000"]
+    changes += ["slo.ttft_scale=50", "slo.tpot_scale=50"]
+    cfg = override(get_config("tiny"), changes)
+    goodput_sweep.run(cfg, tmp_path / "all", str(six / "step_times.json"))
+    fewer, every = rows_of(six), rows_of(tmp_path / "all")
+    assert all(row["tokens"] for row in every)
+    for row in (*fewer, *every):
+        del row["tokens"]
+    assert fewer == every
+
+
+def test_a_timeline_unlike_the_durations_is_an_error(six, tmp_path, monkeypatch):
+    """Here the run of the programs is another run: of other requests."""
+    served = serving.Server.run
+    monkeypatch.setattr(
+        serving.Server,
+        "run",
+        lambda self, requests, times: served(self, requests[:-1], times),
+    )
+    changes = [*ALL_SYSTEMS, "rates=2", "slo.ttft_scale=50", "slo.tpot_scale=50"]
+    cfg = override(get_config("tiny"), changes)
+    with pytest.raises(
+        RuntimeError, match="timelines are not those of their durations"
+    ):
+        goodput_sweep.run(cfg, tmp_path / "x", str(six / "step_times.json"))
+
+
+def test_step_sizes_become_systems():
+    cfg = override(get_config("tiny"), ["step_tokens=64,128"]).by_step_tokens()
+    sized = ("sarathi", "sarathi_serve", "splitfuse", "disaggregated")
+    assert list(cfg.systems) == [
+        "vllm",
+        "orca",
+        *(f"{name}@{size}" for name in sized for size in (64, 128)),
+    ]
+    splitfuse = cfg.systems["splitfuse@64"].policies[Role.COLOCATED]
+    assert splitfuse.token_budget == 64
+    with pytest.raises(ValueError, match="token_budget: expected >= 1, got 0"):
+        override(get_config("tiny"), ["step_tokens=0"]).by_step_tokens()
