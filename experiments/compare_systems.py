@@ -43,6 +43,7 @@ from experiments.placements import parse_slo
 from experiments.run_dir import environment
 from experiments.simulations import SIMULATIONS, Simulation, get_simulation
 
+_COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked
 
 # Other experiments have flags of these names too, and a test may import several.
@@ -112,9 +113,12 @@ _OUT = flags.DEFINE_string(
 T = TypeVar("T")
 
 
-def _numbers(
-    name: str, texts: Sequence[str], kind: Callable[[str], T]
-) -> tuple[T, ...]:
+def numbers(name: str, texts: Sequence[str], kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The values of a list flag.
+
+    Raises:
+      ValueError: naming the flag, if they are no such numbers.
+    """
     try:
         return tuple(kind(text) for text in texts)
     except ValueError:
@@ -141,7 +145,7 @@ def _question() -> Question:
         devices=_DEVICES.value,
         systems=tuple(_SYSTEMS.value),
         sizes=tile_multiples(tile),
-        budgets=_numbers("budgets", _BUDGETS.value, int),
+        budgets=numbers("budgets", _BUDGETS.value, int),
         plan=SearchPlan(
             target=_TARGET.value,
             growth=1.2,
@@ -155,15 +159,15 @@ def _question() -> Question:
 
 def _maps(simulation: Simulation) -> list[Map]:
     lengths = lengths_map(
-        _numbers("prompts", _PROMPTS.value, int),
-        _numbers("outputs", _OUTPUTS.value, int),
+        numbers("prompts", _PROMPTS.value, int),
+        numbers("outputs", _OUTPUTS.value, int),
         _SIGMA.value,
         parse_slo(_SLO.value),
         min(_MAX_TOKENS.value, simulation.max_context),
     )
     targets = slos_map(
-        _numbers("ttfts", _TTFTS.value, float),
-        _numbers("tpots", _TPOTS.value, float),
+        numbers("ttfts", _TTFTS.value, float),
+        numbers("tpots", _TPOTS.value, float),
         get_workload(_WORKLOAD.value),
         _WORKLOAD.value,
     )
@@ -186,20 +190,27 @@ def main(argv: Sequence[str]) -> None:
         out = pathlib.Path(_OUT.value) if _OUT.value else None
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
+        ran_in = environment()  # now, as files may change while this runs
         with worker_pool(workers) as mapper:
             grids = compare(question, maps, mapper, progress)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     seconds = time.perf_counter() - start
-    text = comparison_report.text(question, maps, grids)
+    text = "\n\n".join(
+        [
+            f"# {' '.join([_COMMAND, *sys.argv[1:]])}   commit {ran_in['commit']}\n"
+            f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, load "
+            f"average {ran_in['load_average'][0]:.1f} at the start",
+            comparison_report.text(question, maps, grids),
+        ]
+    )
     print(text)
-    print(f"{seconds:.1f} s with {workers} workers")
     if out is not None:
         ran = {"flags": _asked(), "wall_s": seconds, "workers": workers}
         content = {
             **comparison_report.record(question, maps, grids),
             **ran,
-            "environment": environment(),
+            "environment": ran_in,
         }
         (out / "maps.json").write_text(
             json.dumps(content, indent=1, allow_nan=False) + "\n"
