@@ -79,14 +79,18 @@ class Profile:
     def mixed(self, size: int, max_seqs: int, max_chunks: int) -> StepLoad:
         """A step of `size` tokens: whole prompts and the last part of one, decodes.
 
-        It has fewer tokens if so many would take more than `max_chunks` prompts.
+        Where that would be more than `max_chunks`, the last is of a longer prompt.
         """
         decodes = self.decodes(size, max_seqs)
-        whole, part = divmod(size - decodes, self.prompt_tokens)
-        chunks = ((0, self.prompt_tokens),) * whole
+        left, prompt = size - decodes, self.prompt_tokens
+        whole, part = divmod(left, prompt)
+        chunks = ((0, prompt),) * whole
         if part:
-            chunks += ((self.prompt_tokens - part, part),)
-        return StepLoad(chunks[:max_chunks], decodes, decodes * self.context)
+            chunks += ((prompt - part, part),)
+        if len(chunks) > max_chunks:
+            others = max_chunks - 1
+            chunks = (*chunks[:others], (0, left - others * prompt))
+        return StepLoad(chunks, decodes, decodes * self.context)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

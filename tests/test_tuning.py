@@ -39,9 +39,9 @@ def test_a_mixed_step_has_tokens_as_the_requests_do():
     assert load == StepLoad(((0, 300), (216, 84)), 128, 128 * 350)
 
 
-def test_a_system_of_one_prompt_at_a_time_has_one_in_a_step():
+def test_a_system_of_one_prompt_at_a_time_has_a_long_one_in_a_step():
     load = profile().mixed(512, max_seqs=200, max_chunks=1)
-    assert load == StepLoad(((0, 300),), 128, 128 * 350)
+    assert load == StepLoad(((0, 384),), 128, 128 * 350)
 
 
 @pytest.mark.parametrize(
