@@ -417,5 +417,5 @@ def test_step_sizes_become_systems():
     ]
     splitfuse = cfg.systems["splitfuse@64"].policies[Role.COLOCATED]
     assert splitfuse.token_budget == 64
-    with pytest.raises(ValueError, match="token_budget: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="chunk_tokens: expected >= 1, got 0"):
         override(get_config("tiny"), ["step_tokens=0"]).by_step_tokens()
