@@ -262,14 +262,9 @@ def _take_ready(
     if decodes is None:
         instance.ready = other
         return ready
-    chosen = {state.id for state in decodes}
-    if 2 * len(chosen) < len(ready):
-        ready.shift(decodes, other)
-        return other
-    rest = [state for state in ready.members.values() if state.id not in chosen]
-    ready.shift(rest, other)
-    instance.ready = other
-    return ready
+    batch = ready.split(decodes, other)
+    instance.ready = other if batch is ready else ready
+    return batch
 
 
 def _slices(
@@ -283,7 +278,7 @@ def _slices(
         (state, start, count)
         for state, (start, count) in zip(prompts, load.chunks, strict=True)
     ]
-    parts += [(state, state.context, 1) for state in batch.members.values()]
+    parts += [(state, state.context, 1) for state in batch.members]
     size = blocks.memory.block_tokens
     return [
         state.slice(start, count, blocks.table(state.id)[: -(-(start + count) // size)])

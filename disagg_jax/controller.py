@@ -214,7 +214,7 @@ class Controller:
     def _receive_decoded(
         self, batch: DecodeBatch, tokens: Iterator[int], end_s: float
     ) -> None:
-        for state in list(batch.members.values()):
+        for state in list(batch.members):
             token = next(tokens)
             if state.active:
                 self._receive(state, token, end_s)
@@ -403,7 +403,7 @@ class Controller:
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
-            [self._requests[view.id] for view in plan.decodes]
+            list(typing.cast(Sequence[RequestState], plan.decodes))
             if len(plan.decodes) < len(instance.ready.members)
             else None,
             plan.repeats if self._spans and instance.spec.pp == 1 else 1,

@@ -83,8 +83,8 @@ def test_members_know_what_they_went_through(first, data):
         batch.advance((now_s,))
         batch.stepping = False
         now_s += 1.0
-        for id in batch.members:
-            passed[id] += 1
+        for state in batch.members:
+            passed[state.id] += 1
         for state in batch.finished:
             batch.leave(state)
             assert passed[state.id] == state.request.max_tokens - 1
@@ -92,8 +92,8 @@ def test_members_know_what_they_went_through(first, data):
         done = passed[state.id]
         assert (state.context, state.known) == (context + done, context + 1 + done)
         assert blocks.held(state.id) >= blocks.memory.blocks_for(state.context)
-    assert batch.context == sum(s.context for s in batch.members.values())
-    for state in list(batch.members.values()):
+    assert batch.context == sum(s.context for s in batch.members)
+    for state in list(batch.members):
         batch.leave(state)
     for state in states:
         times_s = [-1.0, *map(float, range(passed[state.id]))]
@@ -112,6 +112,6 @@ def test_absorbed_members_come_behind_whichever_batch_is_larger(a, b, step_first
         back.advance((1.0, 2.0))
         back.stepping = False
     whole, empty = front.absorb(back)
-    assert list(whole.members) == list(range(a + b))
+    assert [s.id for s in whole.members] == list(range(a + b))
     assert not empty.members and empty.context == 0
-    assert whole.context == sum(s.context for s in whole.members.values())
+    assert whole.context == sum(s.context for s in whole.members)
