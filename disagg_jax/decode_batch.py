@@ -115,18 +115,19 @@ class DecodeBatch:
         if not states:
             return
         now, ends_s, then = self.iteration, self._ends_s, to.iteration
-        context, known = 0, to._milestones
+        context = sum([state.base for state in states]) + now * len(states)
+        self.context -= context
+        to.context += context
         for state in states:
             if state.joined < now:
                 state.timeline.token_s += ends_s[state.joined : now]
-            context += state.base + now
             state.base += now - then
-            state.joined, state.batch = then, to
-            if known:
-                known.add(state, state.base + then)
-        self.context -= context
-        to.context += context
+            state.joined = then
+            state.batch = to
         self._milestones = None
+        if to._milestones:
+            for state in states:
+                to._milestones.add(state, state.base + then)
         if self._fresh:
             to._fresh += [state for state in self._fresh if state.batch is to]
             self._fresh = [state for state in self._fresh if state.batch is self]
@@ -155,31 +156,36 @@ class DecodeBatch:
 
     def charge(self) -> None:
         """Reserves the blocks of the iteration that begins."""
-        self._charge(self.iteration)
+        self._charge(self.iteration + 1)
         self._charged = True
 
-    def _charge(self, iteration: int) -> None:
-        if self._milestones:
-            owners = self._milestones.pop_crossing(iteration)
-        else:
-            size, held = self._block_tokens, self._blocks.held
-            owners = [
-                state.id
-                for state in self.members
-                if not (state.base + iteration) % size
-                and held(state.id) * size <= state.base + iteration
-            ]
-        if owners:
-            self._blocks.add_to_each(owners)
+    def _charge(self, end: int) -> None:
+        """Reserves the blocks of all iterations before `end`."""
+        crossing = self._milestones.crossing if self._milestones else self._crossing
+        for iteration in range(self.begun, end):
+            owners = crossing(iteration)
+            if owners:
+                self._blocks.add_to_each(owners)
+
+    def _crossing(self, iteration: int) -> Collection[int]:
+        """Those that need a block for `iteration`, found one by one."""
+        size, held = self._block_tokens, self._blocks.held
+        return [
+            state.id
+            for state in self.members
+            if not (state.base + iteration) % size
+            and held(state.id) * size <= state.base + iteration
+        ]
 
     def advance(self, ends_s: Sequence[float]) -> None:
         """Iterations are over, at `ends_s`."""
-        for iteration in range(self.begun, self.iteration + len(ends_s)):
-            self._charge(iteration)
-        self.iteration += len(ends_s)
+        count = len(ends_s)
+        if count > self._charged:
+            self._charge(self.iteration + count)
+        self.iteration += count
         self._charged = False
         self._ends_s += ends_s
-        self.context += len(ends_s) * len(self.members)
+        self.context += count * len(self.members)
 
     @property
     def begun(self) -> int:
@@ -266,11 +272,11 @@ class Milestones:
             self._prepaid.discard(state.id)
         del self.ending[state.limit - state.base][state.id]
 
-    def pop_crossing(self, iteration: int) -> Collection[int]:
-        """Those that need a block for `iteration`, which begins."""
-        owners = self._phases.get(-iteration % self._block_tokens, {}).keys()
+    def crossing(self, iteration: int) -> Collection[int]:
+        """Those that need a block for `iteration`, the next one to begin."""
+        owners = self._phases.get(-iteration % self._block_tokens, ())
         if self._prepaid:
-            owners = owners - self._prepaid
+            owners = [owner for owner in owners if owner not in self._prepaid]
             self._prepaid.clear()
         return owners
 
