@@ -158,8 +158,10 @@ class Cluster:
           decodes: the ready requests that decode; None for all.
           repeats: how many decode iterations may be one span.
         """
+        parts: list[tuple[int, int]] = []
         for state, chunk in zip(prompts, chunks, strict=True):
             _check_chunk(state, chunk)
+            parts.append((state.context, chunk.tokens))
             instance.blocks.extend(state.id, chunk.reserve)
             if state.place is Place.PARTIAL:
                 del instance.partly[state.id]
@@ -171,10 +173,6 @@ class Cluster:
         if repeats > 1 and not prompts:
             iterations = min(repeats, batch.lasting(instance.blocks.free))
         batch.start()
-        parts = [
-            (state.context, chunk.tokens)
-            for state, chunk in zip(prompts, chunks, strict=True)
-        ]
         decoding = len(batch.members)
         load = StepLoad(tuple(parts), decoding, batch.context + decoding)
         slices = OnRead(_slices, prompts, load, batch, instance.blocks)
@@ -290,7 +288,9 @@ def _slices(
     ]
 
 
-def _first_blocks(instance: InstanceState, state: RequestState, count: int):
+def _first_blocks(
+    instance: InstanceState, state: RequestState, count: int
+) -> tuple[int, ...]:
     return instance.blocks.table(state.id)[:count]
 
 

@@ -309,15 +309,14 @@ class Controller:
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
         """The request is over. What is in flight for it keeps its blocks until done."""
-        if state.batch is not None:
-            state.batch.settle(state)
-        state.timeline.status, state.timeline.end_s = status, now_s
-        self._active -= 1
         if state.place not in (Place.STEPPING, Place.MOVING):
             self._cluster.remove(state)
         elif state.batch is not None and state.holder is not None:
+            state.batch.settle(state)
             flights = state.holder.steps
             next(f for f in flights if f.batch is state.batch).cancelled.append(state)
+        state.timeline.status, state.timeline.end_s = status, now_s
+        self._active -= 1
 
     # -- spans ----------------------------------------------------------------------
 

@@ -61,9 +61,9 @@ class DecodeBatch:
         if self._milestones:
             self._milestones.remove(state)
         self.settle(state)
-        state.settled_context = state.context
-        state.settled_known = state.known
-        self.context -= state.context
+        context = state.context
+        state.settled_context, state.settled_known = context, context + 1
+        self.context -= context
         state.batch = None
         self.members.remove(state)
         if state in self._fresh:
@@ -161,6 +161,8 @@ class DecodeBatch:
 
     def _charge(self, end: int) -> None:
         """Reserves the blocks of all iterations before `end`."""
+        if not self.members:
+            return
         crossing = self._milestones.crossing if self._milestones else self._crossing
         for iteration in range(self.begun, end):
             owners = crossing(iteration)

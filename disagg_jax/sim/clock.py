@@ -133,7 +133,7 @@ class VirtualBackend:
                 done.append(self._done(running, end_s))
         if not done and until_s < math.inf:
             self._now_s = max(self._now_s, until_s)
-        return self._progress() + done
+        return self._progress() + done if self._spans else done
 
     def slow(self, instance: int, factor: float) -> None:
         if not 0 < factor < math.inf:
