@@ -397,14 +397,14 @@ class Controller:
             self._preempt(instance, self._requests[victim.id], plan.to_back)
         if not plan.chunks and not plan.decodes:
             return bool(plan.preempt)
+        # What a policy saw of the running requests is their states themselves.
+        decodes = typing.cast(Sequence[RequestState], plan.decodes)
         flight = self._cluster.start_step(
             next(self._work_ids),
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
-            list(typing.cast(Sequence[RequestState], plan.decodes))
-            if len(plan.decodes) < len(instance.ready.members)
-            else None,
+            list(decodes) if len(decodes) < len(instance.ready.members) else None,
             plan.repeats if self._spans and instance.spec.pp == 1 else 1,
         )
         self._in_flight[flight.work.id] = flight

@@ -87,6 +87,8 @@ class DecodeBatch:
             chosen = set(decodes)
             head = [state for state in self.members if state in chosen]
             rest = [state for state in self.members if state not in chosen]
+            if len(head) < count:
+                raise RuntimeError(f"{count - len(head)} to decode are not ready")
         if len(head) < len(rest):
             self._hand_over(head, spare)
             self.members, spare.members = rest, head
