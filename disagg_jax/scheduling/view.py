@@ -71,7 +71,7 @@ class InstanceView(Protocol):
         ...
 
     @property
-    def running(self) -> Collection[RequestView]:
+    def running(self) -> Sequence[RequestView]:
         """Requests ready to decode here, in queue order; not in a step right now."""
         ...
 
