@@ -132,7 +132,7 @@ class Config:
     clock: str = "virtual"  # virtual | wall
     # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).
     durations: str = "table"
-    timing_repeats: int = 5  # runs of each program behind a median
+    timing_repeats: int = 9  # runs of each program behind a median
     # Whether programs run at every point. Otherwise, where their durations are known
     # before and no token ends a request, only at each system's highest passing rate:
     # elsewhere the durations alone make the timelines, which are equal (compared where

@@ -21,7 +21,7 @@ from typing import Any
 from absl import app, flags
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.executor import check_step_times
+from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.programs import ModelOnMesh
 from experiments import host_devices, report
 from experiments.config import Config, override, to_json
@@ -120,9 +120,8 @@ def _step_times(
         for server in servers.values():
             check_step_times(server.engine, given)
     if seconds is None:
-        seconds = {}
-        for server in servers.values():
-            seconds |= server.step_times(progress)
+        engines = [server.engine for server in servers.values()]
+        seconds = measure_step_times(engines, config.timing_repeats, progress)
     content = {"seconds": seconds, "measured": environment() if not given else None}
     run_dir.write_json("step_times.json", content)
     return seconds

@@ -21,7 +21,6 @@ from disagg_jax.engine.executor import (
     TimingExecutor,
     full_slices,
     load_slices,
-    measure_step_times,
     table_duration,
 )
 from disagg_jax.engine.programs import ModelOnMesh
@@ -289,10 +288,6 @@ class Server:
         """Compiles every program."""
         progress(f"compiling for {self.deployment}")
         self.engine.compile(sampled=False)
-
-    def step_times(self, progress: Progress) -> dict[str, float]:
-        """Median seconds of every program; see `measure_step_times`."""
-        return measure_step_times(self.engine, self.config.timing_repeats, progress)
 
     def run(self, requests: Sequence[Request], step_times: Mapping[str, float]) -> Run:
         """Serves `requests` from an idle state to the end."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -77,20 +77,27 @@ def check_step_times(engine: Engine, step_times: Mapping[str, float]) -> None:
 
 
 def measure_step_times(
-    engine: Engine, repeats: int = 5, progress: Callable[[str], None] = lambda _: None
+    engines: Sequence[Engine],
+    repeats: int = 5,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Median seconds of every program the deployment can need, each run alone.
+    """Median seconds of every program that the deployments can need, each run alone.
 
     The rounds go over all programs in turn, so that a slow moment of the machine falls
-    on different programs in different rounds. The pools hold garbage afterwards.
+    on different programs in different rounds, and on no system more than on another.
+    The pools hold garbage afterwards.
     """
-    works = {engine.program_key(work): work for work in _every_work(engine)}
-    for work in works.values():
+    works = {
+        engine.program_key(work): (engine, work)
+        for engine in engines
+        for work in _every_work(engine)
+    }
+    for engine, work in works.values():
         run_alone(engine, work)
     times: dict[str, list[float]] = {key: [] for key in works}
     for i in range(repeats):
         progress(f"timing {len(works)} programs, round {i + 1} of {repeats}")
-        for key, work in works.items():
+        for key, (engine, work) in works.items():
             times[key].append(run_alone(engine, work)[0])
     return {key: statistics.median(values) for key, values in times.items()}
 

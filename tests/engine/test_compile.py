@@ -127,7 +127,7 @@ def test_step_times_cover_all_that_serving_looks_up(world):
     """With the table a run is a function of it alone: every time is one of a sum."""
     engine = world.engine("prefill:tp1,decode:tp1", buckets=SEVERAL)
     rounds = []
-    table = measure_step_times(engine, repeats=2, progress=rounds.append)
+    table = measure_step_times([engine], repeats=2, progress=rounds.append)
     assert len(rounds) == 2 and all(time_s > 0 for time_s in table.values())
     assert set(table) == {
         *(f"tp1/{shape}" for shape in SEVERAL.step_shapes),
