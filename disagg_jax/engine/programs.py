@@ -297,7 +297,7 @@ def _group_params(
     groups: list[transformer.Params] = [
         {"layers": layers[start:end]} for start, end in itertools.pairwise(bounds)
     ]
-    groups[0]["embed"] = params["embed"]
+    groups[0] |= {k: params[k] for k in ("embed", "positions") if k in params}
     groups[-1]["final_norm"] = params["final_norm"]
     unembed = "unembed" if "unembed" in params else "embed"
     groups[-1][unembed] = params[unembed]
@@ -320,7 +320,8 @@ def _run_group(
       The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
     """
     inputs = shape.fields.split(packed)
-    x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"])
+    position = inputs["position"]
+    x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
     if isinstance(shape, PrefillShape):
         attend = kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
     else:
@@ -330,10 +331,10 @@ def _run_group(
             # copies a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 whole.
             owner, start = jnp.append(owner, -1), jnp.append(start, 0)
         attend = kv_cache.decode_attend(
-            inputs["position"], inputs["slot"], owner, start, block_tokens
+            position, inputs["slot"], owner, start, block_tokens
         )
     x, cache = transformer.run_layers(
-        config, params["layers"], x, inputs["position"], attend, cache
+        config, params["layers"], x, position, attend, cache
     )
     if not is_last:
         return cache, x
