@@ -21,7 +21,7 @@ from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import kv_cache, sampling
 from disagg_jax.engine.batch import PrefillShape, StepShape
 from disagg_jax.engine.transfer import PiecePlan
-from disagg_jax.engine.weights import place_params
+from disagg_jax.engine.weights import Weights, place_params
 from models import transformer
 from models.config import ModelConfig
 from sharding.heads import head_layout
@@ -47,7 +47,7 @@ class ModelOnMesh:
     def __init__(
         self,
         config: ModelConfig,
-        params: transformer.Params,
+        params: Weights,
         mesh: Mesh,
         rules: Rules,
         memory: KVMemory,

@@ -17,6 +17,7 @@ from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor
+from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
@@ -95,11 +96,12 @@ def one_second(work, measured_s) -> float:
 class World:
     """Weights, programs and reference outputs, each made once."""
 
-    def __init__(self):
-        self._params, self._references, self._engines = {}, {}, {}
+    def __init__(self, weights: dict[ModelConfig, Weights] | None = None):
+        self._params = dict(weights or {})
+        self._references, self._engines = {}, {}
         self.models = {}
 
-    def params(self, config: ModelConfig) -> transformer.Params:
+    def params(self, config: ModelConfig) -> Weights:
         if config not in self._params:
             self._params[config] = random_params(config)
         return self._params[config]
