@@ -74,13 +74,11 @@ def save(
     """Writes a checkpoint of `params`, arrays of JAX or NumPy.
 
     Raises:
-      ValueError: if there is one already.
+      ValueError: by Orbax, if there is one already.
     """
     import orbax.checkpoint as ocp
 
     folder = pathlib.Path(folder).resolve()
-    if is_checkpoint(folder):
-        raise ValueError(f"expected no checkpoint in {folder} yet, got one")
     folder.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / _PARAMS, params)

@@ -89,6 +89,8 @@ def test_a_checkpoint_is_not_overwritten(tmp_path):
     before = (tmp_path / "a" / "model.json").stat().st_mtime_ns
     with pytest.raises(ValueError, match="a new folder, got"):
         convert(GOLDEN / "opt", tmp_path / "a")
+    with pytest.raises(ValueError, match="already exists"):
+        checkpoint.save(tmp_path / "a", *load_hf(GOLDEN / "opt"))
     assert (tmp_path / "a" / "model.json").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="another kind"):
         convert(tmp_path / "a", tmp_path / "b")
