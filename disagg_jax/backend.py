@@ -107,8 +107,8 @@ def serve(
         now_s = backend.now_s()
         events: list[Event] = [*done]
         while external and external[0][0] <= now_s:
-            events.append(external.popleft()[1])
-        for event in events:
+            event = external.popleft()[1]
+            events.append(event)
             if isinstance(event, Down):
                 backend.drop(event.instance)
             elif isinstance(event, Slow):

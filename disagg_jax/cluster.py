@@ -111,27 +111,33 @@ class Cluster:
 
     def remove(self, state: RequestState) -> None:
         """Takes a request out of where it is and frees all its blocks."""
-        if state.place is Place.MOVING:
-            self.drop_target(state)
-        holder = state.holder
         if state.batch is not None:
             state.batch.leave(state)
-        elif state.place is Place.UNROUTED:
-            self.unrouted.remove(state)
-        elif state.place is Place.WAITING:
-            _some(holder).waiting.remove(state)
-        elif state.place is Place.PARTIAL:
-            del _some(holder).partly[state.id]
-        elif state.place is Place.PARKED:
-            del _some(holder).parked[state.id]
-            if state.target is not None:
-                state.target.pulls.remove(state)
-        elif state.place not in (Place.STEPPING, Place.RUNNING):  # a prompt in a step
-            raise RuntimeError(f"request {state.id} cannot leave {state.place}")
+        else:
+            self._take_out(state)
+        holder = state.holder
         if holder is not None and holder.blocks.held(state.id):
             holder.blocks.release(state.id)
         state.settled_context, state.settled_place = 0, Place.ENDED
         state.holder = state.target = None
+
+    def _take_out(self, state: RequestState) -> None:
+        """Takes a request that does not decode out of its container."""
+        if state.place is Place.MOVING:
+            self.drop_target(state)
+        holder, place = state.holder, state.place
+        if place is Place.UNROUTED:
+            self.unrouted.remove(state)
+        elif place is Place.WAITING:
+            _some(holder).waiting.remove(state)
+        elif place is Place.PARTIAL:
+            del _some(holder).partly[state.id]
+        elif place is Place.PARKED:
+            del _some(holder).parked[state.id]
+            if state.target is not None:
+                state.target.pulls.remove(state)
+        elif place not in (Place.STEPPING, Place.RUNNING):  # a prompt in a step
+            raise RuntimeError(f"request {state.id} cannot leave {place}")
 
     # -- steps ----------------------------------------------------------------------
 
@@ -152,8 +158,10 @@ class Cluster:
           decodes: the ready requests that decode; None for all.
           repeats: how many decode iterations may be one span.
         """
+        parts: list[tuple[int, int]] = []
         for state, chunk in zip(prompts, chunks, strict=True):
             _check_chunk(state, chunk)
+            parts.append((state.context, chunk.tokens))
             instance.blocks.extend(state.id, chunk.reserve)
             if state.place is Place.PARTIAL:
                 del instance.partly[state.id]
@@ -165,15 +173,9 @@ class Cluster:
         if repeats > 1 and not prompts:
             iterations = min(repeats, batch.lasting(instance.blocks.free))
         batch.start()
-        load = StepLoad(
-            tuple(
-                (state.context, chunk.tokens)
-                for state, chunk in zip(prompts, chunks, strict=True)
-            ),
-            len(batch),
-            batch.context + len(batch),
-        )
-        slices = OnRead(lambda: _slices(prompts, load, batch, instance.blocks))
+        decoding = len(batch.members)
+        load = StepLoad(tuple(parts), decoding, batch.context + decoding)
+        slices = OnRead(_slices, prompts, load, batch, instance.blocks)
         work = Step(work_id, instance.id, slices, load, iterations)
         until = batch.iteration + iterations
         instance.step = StepInFlight(work, prompts, batch, until=until)
@@ -236,8 +238,8 @@ class Cluster:
             request=state.request,
             src=src.id,
             dst=dst.id,
-            src_blocks=OnRead(lambda: src.blocks.table(state.id)[:blocks]),
-            dst_blocks=OnRead(lambda: dst.blocks.table(state.id)[:blocks]),
+            src_blocks=OnRead(_first_blocks, src, state, blocks),
+            dst_blocks=OnRead(_first_blocks, dst, state, blocks),
             context=state.context,
         )
 
@@ -262,14 +264,9 @@ def _take_ready(
     if decodes is None:
         instance.ready = other
         return ready
-    chosen = {state.id for state in decodes}
-    if 2 * len(chosen) < len(ready):
-        ready.shift(decodes, other)
-        return other
-    rest = [state for state in ready.members.values() if state.id not in chosen]
-    ready.shift(rest, other)
-    instance.ready = other
-    return ready
+    batch = ready.split(decodes, other)
+    instance.ready = other if batch is ready else ready
+    return batch
 
 
 def _slices(
@@ -283,12 +280,18 @@ def _slices(
         (state, start, count)
         for state, (start, count) in zip(prompts, load.chunks, strict=True)
     ]
-    parts += [(state, state.context, 1) for state in batch.members.values()]
+    parts += [(state, state.context, 1) for state in batch.members]
     size = blocks.memory.block_tokens
     return [
         state.slice(start, count, blocks.table(state.id)[: -(-(start + count) // size)])
         for state, start, count in parts
     ]
+
+
+def _first_blocks(
+    instance: InstanceState, state: RequestState, count: int
+) -> tuple[int, ...]:
+    return instance.blocks.table(state.id)[:count]
 
 
 def _check_chunk(state: RequestState, chunk: Chunk) -> None:

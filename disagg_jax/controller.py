@@ -7,6 +7,7 @@ the same decisions, whatever executes them.
 
 from __future__ import annotations
 
+import itertools
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -89,7 +90,7 @@ class Controller:
         # Spans that must end early, and those with an iteration that ends right now.
         self._to_cut: list[StepInFlight] = []
         self._at_boundary: list[StepInFlight] = []
-        self._next_work = 0
+        self._work_ids = itertools.count(1)
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
 
@@ -116,7 +117,8 @@ class Controller:
         while made_room:
             self._start_transfers(now_s, works)
             made_room = self._start_steps(now_s, works)
-        self._check_alive()
+        if self._active and not self._in_flight:
+            self._check_alive()
         return works
 
     # -- events ---------------------------------------------------------------------
@@ -168,12 +170,10 @@ class Controller:
     def _step_done(self, flight: StepInFlight, event: Done) -> None:
         """The last iteration of a step is over."""
         batch, end_s = flight.batch, event.end_s
-        self._cluster.finish_chunks(flight)
-        samples = sum(s.complete for s in flight.prompts) + len(batch)
-        if len(event.tokens) not in (0, samples):
-            raise RuntimeError(
-                f"step {event.work}: expected {samples} tokens, got {len(event.tokens)}"
-            )
+        if flight.prompts:
+            self._cluster.finish_chunks(flight)
+        if event.tokens:
+            _check_tokens(flight, event)
         tokens = iter(event.tokens)
         batch.advance(event.ends_s or (end_s,))
         batch.stepping = False  # so that whoever ends now leaves it at once
@@ -214,7 +214,7 @@ class Controller:
     def _receive_decoded(
         self, batch: DecodeBatch, tokens: Iterator[int], end_s: float
     ) -> None:
-        for state in list(batch.members.values()):
+        for state in list(batch.members):
             token = next(tokens)
             if state.active:
                 self._receive(state, token, end_s)
@@ -237,7 +237,7 @@ class Controller:
 
     def _stage_free(self, work: int) -> None:
         flight = self._in_flight.get(work)
-        if not _is_step(flight):
+        if not isinstance(flight, StepInFlight):
             raise RuntimeError(f"work {work} leaves a stage but is no step in flight")
         instance = self.instances[flight.work.instance]
         if instance.step is not flight:
@@ -246,7 +246,7 @@ class Controller:
 
     def _progress(self, now_s: float, work: int, ends_s: Sequence[float]) -> None:
         flight = self._in_flight.get(work)
-        if not _is_step(flight):
+        if not isinstance(flight, StepInFlight):
             raise RuntimeError(f"work {work} makes progress but is no span in flight")
         flight.batch.advance(ends_s)
         if ends_s[-1] < now_s:
@@ -309,15 +309,14 @@ class Controller:
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
         """The request is over. What is in flight for it keeps its blocks until done."""
-        if state.batch is not None:
-            state.batch.settle(state)
-        state.timeline.status, state.timeline.end_s = status, now_s
-        self._active -= 1
         if state.place not in (Place.STEPPING, Place.MOVING):
             self._cluster.remove(state)
         elif state.batch is not None and state.holder is not None:
+            state.batch.settle(state)
             flights = state.holder.steps
             next(f for f in flights if f.batch is state.batch).cancelled.append(state)
+        state.timeline.status, state.timeline.end_s = status, now_s
+        self._active -= 1
 
     # -- spans ----------------------------------------------------------------------
 
@@ -370,7 +369,7 @@ class Controller:
         for dst in self._cluster.decoders:
             while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
-                transfer = self._cluster.start_transfer(self._new_work_id(), state)
+                transfer = self._cluster.start_transfer(next(self._work_ids), state)
                 self._in_flight[transfer.id] = TransferInFlight(transfer, state)
                 works.append(transfer)
                 if state.timeline.decode_start_s is None:
@@ -385,8 +384,8 @@ class Controller:
             self._go_on(works)
         made_room = False
         for instance in self.instances:
-            idle = not (instance.waiting or instance.partly or instance.ready.members)
-            if instance.takes_a_step and not idle:
+            ready = instance.waiting or instance.partly or instance.ready.members
+            if ready and instance.takes_a_step:
                 made_room |= self._start_step(now_s, instance, works)
         return made_room
 
@@ -398,14 +397,14 @@ class Controller:
             self._preempt(instance, self._requests[victim.id], plan.to_back)
         if not plan.chunks and not plan.decodes:
             return bool(plan.preempt)
+        # What a policy saw of the running requests is their states themselves.
+        decodes = typing.cast(Sequence[RequestState], plan.decodes)
         flight = self._cluster.start_step(
-            self._new_work_id(),
+            next(self._work_ids),
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
-            [self._requests[view.id] for view in plan.decodes]
-            if len(plan.decodes) < len(instance.ready.members)
-            else None,
+            list(decodes) if len(decodes) < len(instance.ready.members) else None,
             plan.repeats if self._spans and instance.spec.pp == 1 else 1,
         )
         self._in_flight[flight.work.id] = flight
@@ -438,20 +437,20 @@ class Controller:
         if holder is not None and holder.waiting[0] is state:
             self._disturb(holder)
 
-    def _new_work_id(self) -> int:
-        self._next_work += 1
-        return self._next_work
-
     def _check_alive(self) -> None:
-        if self._active and not self._in_flight and all(i.up for i in self.instances):
+        if all(instance.up for instance in self.instances):
             places = {s.id: s.place.name for s in self._requests.values() if s.active}
             raise RuntimeError(
                 f"{self._active} requests wait, but nothing can be planned: {places}"
             )
 
 
-def _is_step(flight: InFlight | None) -> typing.TypeGuard[StepInFlight]:
-    return isinstance(flight, StepInFlight)
+def _check_tokens(flight: StepInFlight, event: Done) -> None:
+    samples = sum(s.complete for s in flight.prompts) + len(flight.batch)
+    if len(event.tokens) != samples:
+        raise RuntimeError(
+            f"step {event.work}: expected {samples} tokens, got {len(event.tokens)}"
+        )
 
 
 def _stamp_start(state: RequestState, now_s: float) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import heapq
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from disagg_jax.kv_blocks import KVBlocks
 
@@ -16,39 +15,30 @@ if typing.TYPE_CHECKING:  # `state` itself needs this module
 class DecodeBatch:
     """Requests that each compute one token in every iteration.
 
-    What a member knows, and when its tokens came, is where it stood when it joined plus
-    the iterations since. So an iteration costs O(1), not O(members), and joining or
-    leaving O(log members); only where a member crosses into another block is it looked
-    at by itself.
+    What a member knows is where it stood when it came in plus the iterations since, and
+    when its tokens came is when these ended. So an iteration costs O(1), not
+    O(members). Who crosses into another block, and who has all its tokens, is kept in
+    `Milestones`, made when a look ahead first asks for them: where the members change
+    with every iteration, looking at each of them is cheaper.
 
     Attributes:
-      members: by request id, in queue order.
+      members: in queue order.
       iteration: iterations completed.
       context: cached tokens of all members together.
       stepping: whether it is in a step. Only an idle batch takes members in.
     """
 
     def __init__(self, blocks: KVBlocks):
-        self.members: collections.OrderedDict[int, RequestState] = (
-            collections.OrderedDict()
-        )
+        self.members: list[RequestState] = []
         self.iteration = 0
         self.context = 0
         self.stepping = False
         self._blocks = blocks
         self._block_tokens = blocks.memory.block_tokens
         self._ends_s: list[float] = []  # of every iteration
-        # Those that have all their tokens after an iteration, and such iterations in a
-        # heap, where some may be outdated.
-        self._ending: dict[int, dict[int, RequestState]] = {}
-        self._end_iterations: list[int] = []
-        # Those in phase p cross into another block when p + iteration is a multiple of
-        # the block size. Those that hold all blocks they can need are in no phase.
-        self._phases: dict[int, dict[int, None]] = {}
-        self._growing = 0  # members in a phase
-        self._prepaid: set[int] = set()  # hold the block of their next token already
+        self._milestones: Milestones | None = None
         self._charged = False  # the blocks of the next iteration are reserved
-        self._fresh: dict[int, RequestState] = {}  # were not in a step yet
+        self._fresh: list[RequestState] = []  # were not in a step yet
 
     def __len__(self) -> int:
         return len(self.members)
@@ -57,65 +47,55 @@ class DecodeBatch:
 
     def join(self, state: RequestState) -> None:
         """Takes in a request that lacks the KV of its newest token only."""
-        self._fresh[state.id] = state
-        self._add(state)
-        held = self._blocks.held(state.id)
-        if state.grows and held > self._blocks.memory.blocks_for(state.context):
-            self._prepaid.add(state.id)
-
-    def _add(self, state: RequestState, *, front: bool = False) -> None:
-        context, id = state.context, state.id
+        context = state.context
         state.batch, state.joined = self, self.iteration
-        state.phase = (context - self.iteration) % self._block_tokens
-        self.members[id] = state
-        if front:
-            self.members.move_to_end(id, last=False)
-        state.grows = self._blocks.held(id) * self._block_tokens < state.limit
-        if state.grows:
-            self._growing += 1
-            self._phases.setdefault(state.phase, {})[id] = None
-        left = state.limit + 1 - state.settled_known
-        state.last = last = self.iteration + left
-        if last not in self._ending:
-            self._ending[last] = {}
-            heapq.heappush(self._end_iterations, last)
-        self._ending[last][id] = state
+        state.base = context - self.iteration
+        self.members.append(state)
+        self._fresh.append(state)
         self.context += context
+        if self._milestones:
+            self._milestones.add(state, context)
 
     def leave(self, state: RequestState) -> None:
         """Lets a member go, with all its tokens stamped."""
-        self.context -= state.context
+        if self._milestones:
+            self._milestones.remove(state)
         self.settle(state)
-        state.batch, id = None, state.id
-        del self.members[id]
-        if state.grows:
-            self._growing -= 1
-            del self._phases[state.phase][id]
-        del self._ending[state.last][id]
-        self._prepaid.discard(id)
-        self._fresh.pop(id, None)
+        context = state.context
+        state.settled_context, state.settled_known = context, context + 1
+        self.context -= context
+        state.batch = None
+        self.members.remove(state)
+        if state in self._fresh:
+            self._fresh.remove(state)
 
     def settle(self, state: RequestState) -> None:
-        """Writes down what a member went through since it joined."""
-        passed = self.iteration - state.joined
+        """Stamps the tokens that a member got."""
         if state.active:
             state.timeline.token_s += self._ends_s[state.joined : self.iteration]
-        state.settled_known += passed
-        state.settled_context += passed
         state.joined = self.iteration
 
-    def shift(
-        self, states: Iterable[RequestState], to: DecodeBatch, *, front: bool = False
-    ) -> None:
-        """Lets members go over to another batch, each to its end or its front."""
-        for state in states:
-            fresh, prepaid = state.id in self._fresh, state.id in self._prepaid
-            self.leave(state)
-            to._add(state, front=front)
-            if fresh:
-                to._fresh[state.id] = state
-            if prepaid:
-                to._prepaid.add(state.id)
+    def split(self, decodes: Sequence[RequestState], spare: DecodeBatch) -> DecodeBatch:
+        """Divides into those of `decodes` and the others: (the batch of `decodes`).
+
+        The other part is in this batch or in `spare`, whichever is not returned. Only
+        the smaller part is looked at member by member.
+        """
+        count = len(decodes)
+        head, rest = self.members[:count], self.members[count:]
+        if head != decodes:  # it is for most policies, and is quickly compared
+            chosen = set(decodes)
+            head = [state for state in self.members if state in chosen]
+            rest = [state for state in self.members if state not in chosen]
+            if len(head) < count:
+                raise RuntimeError(f"{count - len(head)} to decode are not ready")
+        if len(head) < len(rest):
+            self._hand_over(head, spare)
+            self.members, spare.members = rest, head
+            return spare
+        self._hand_over(rest, spare)
+        self.members, spare.members = head, rest
+        return self
 
     def absorb(self, other: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
         """Brings the members of `other` behind its own: (batch of all, the empty one).
@@ -123,27 +103,51 @@ class DecodeBatch:
         Only those of the smaller batch are looked at.
         """
         if len(self.members) >= len(other.members):
-            other.shift(list(other.members.values()), self)
+            other._hand_over(other.members, self)
+            self.members += other.members
+            other.members = []
             return self, other
-        self.shift(reversed(list(self.members.values())), other, front=True)
+        self._hand_over(self.members, other)
+        other.members[:0] = self.members
+        self.members = []
         return other, self
+
+    def _hand_over(self, states: Collection[RequestState], to: DecodeBatch) -> None:
+        """Makes members of this batch those of another, but for the queue order."""
+        if not states:
+            return
+        now, ends_s, then = self.iteration, self._ends_s, to.iteration
+        context = sum([state.base for state in states]) + now * len(states)
+        self.context -= context
+        to.context += context
+        for state in states:
+            if state.joined < now:
+                state.timeline.token_s += ends_s[state.joined : now]
+            state.base += now - then
+            state.joined = then
+            state.batch = to
+        self._milestones = None
+        if to._milestones:
+            for state in states:
+                to._milestones.add(state, state.base + then)
+        if self._fresh:
+            to._fresh += [state for state in self._fresh if state.batch is to]
+            self._fresh = [state for state in self._fresh if state.batch is self]
 
     def take_fresh(self) -> Iterable[RequestState]:
         """The members that are new since this was last asked."""
-        fresh, self._fresh = self._fresh, {}
-        return fresh.values()
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     @property
     def finished(self) -> list[RequestState]:
         """Members that have all their tokens, in order of arrival."""
-        states = self._ending.get(self.iteration, {}).values()
-        return sorted(states, key=lambda state: state.order)
-
-    def _next_end(self) -> int:
-        """The iteration after which the first member has all its tokens."""
-        while not self._ending[self._end_iterations[0]]:
-            del self._ending[heapq.heappop(self._end_iterations)]
-        return self._end_iterations[0]
+        now = self.iteration
+        if self._milestones:
+            states = self._milestones.ending.get(now, {}).values()
+        else:
+            states = [s for s in self.members if s.base + now == s.limit]
+        return sorted(states, key=lambda state: state.order) if states else []
 
     # -- iterations -----------------------------------------------------------------
 
@@ -154,23 +158,38 @@ class DecodeBatch:
 
     def charge(self) -> None:
         """Reserves the blocks of the iteration that begins."""
-        self._charge(self.iteration)
+        self._charge(self.iteration + 1)
         self._charged = True
 
-    def _charge(self, iteration: int) -> None:
-        owners = self._phases.get(-iteration % self._block_tokens)
-        if owners:
-            self._blocks.add_to_each(owners.keys() - self._prepaid)
-        self._prepaid.clear()
+    def _charge(self, end: int) -> None:
+        """Reserves the blocks of all iterations before `end`."""
+        if not self.members:
+            return
+        crossing = self._milestones.crossing if self._milestones else self._crossing
+        for iteration in range(self.begun, end):
+            owners = crossing(iteration)
+            if owners:
+                self._blocks.add_to_each(owners)
+
+    def _crossing(self, iteration: int) -> Collection[int]:
+        """Those that need a block for `iteration`, found one by one."""
+        size, held = self._block_tokens, self._blocks.held
+        return [
+            state.id
+            for state in self.members
+            if not (state.base + iteration) % size
+            and held(state.id) * size <= state.base + iteration
+        ]
 
     def advance(self, ends_s: Sequence[float]) -> None:
         """Iterations are over, at `ends_s`."""
-        for iteration in range(self.begun, self.iteration + len(ends_s)):
-            self._charge(iteration)
-        self.iteration += len(ends_s)
+        count = len(ends_s)
+        if count > self._charged:
+            self._charge(self.iteration + count)
+        self.iteration += count
         self._charged = False
         self._ends_s += ends_s
-        self.context += len(ends_s) * len(self.members)
+        self.context += count * len(self.members)
 
     @property
     def begun(self) -> int:
@@ -182,21 +201,19 @@ class DecodeBatch:
 
         Of no more iterations than any member has left.
         """
-        size, begun = self._block_tokens, self.begun
-        cycles, rest = divmod(iterations, size)
-        blocks = cycles * self._growing - len(self._prepaid)
-        for iteration in range(begun, begun + rest):
-            blocks += len(self._phases.get(-iteration % size, ()))
-        return blocks
+        if not self.members:
+            return 0
+        return self._ahead().missing(self.begun, iterations)
 
     def fits(self, iterations: int, free: int) -> bool:
         """Whether the next iterations, not begun yet, can run on `free` blocks."""
-        at_most = (iterations // self._block_tokens + 1) * self._growing
-        return at_most <= free or self.missing(iterations) <= free
+        ahead = self._ahead()
+        at_most = (iterations // self._block_tokens + 1) * ahead.growing
+        return at_most <= free or ahead.missing(self.begun, iterations) <= free
 
     def lasting(self, free: int) -> int:
         """Iterations until a member is finished or `free` blocks are used up."""
-        iterations = self._next_end() - self.iteration
+        iterations = self._ahead().next_end() - self.iteration
         if self.fits(iterations, free):
             return iterations
         low, high = 0, iterations  # `low` iterations can run, `high` cannot
@@ -207,3 +224,77 @@ class DecodeBatch:
             else:
                 high = middle
         return low
+
+    def _ahead(self) -> Milestones:
+        if self._milestones is None:
+            self._milestones = Milestones(self._blocks)
+            for state in self.members:
+                self._milestones.add(state, state.base + self.begun)
+        return self._milestones
+
+
+class Milestones:
+    """In which iterations of a batch its members need a block, or are finished.
+
+    Attributes:
+      growing: members that can need another block.
+      ending: by iteration, those that have all their tokens after it, by id.
+    """
+
+    def __init__(self, blocks: KVBlocks):
+        self.growing = 0
+        self.ending: dict[int, dict[int, RequestState]] = {}
+        self._end_iterations: list[int] = []  # a heap; some may be outdated
+        self._blocks = blocks
+        self._block_tokens = blocks.memory.block_tokens
+        # Those in phase p cross into another block when p + iteration is a multiple of
+        # the block size. Those that hold all blocks they can need are in no phase.
+        self._phases: dict[int, dict[int, None]] = {}
+        self._prepaid: set[int] = set()  # hold the block of their next token already
+
+    def add(self, state: RequestState, context: int) -> None:
+        """Takes note of a member; `context` of its tokens have a block."""
+        size, id = self._block_tokens, state.id
+        held = self._blocks.held(id)
+        if held * size < state.limit:
+            self.growing += 1
+            self._phases.setdefault(state.base % size, {})[id] = None
+            if held > -(-context // size):
+                self._prepaid.add(id)
+        last = state.limit - state.base
+        if last not in self.ending:
+            self.ending[last] = {}
+            heapq.heappush(self._end_iterations, last)
+        self.ending[last][id] = state
+
+    def remove(self, state: RequestState) -> None:
+        """Forgets a member."""
+        phase = self._phases.get(state.base % self._block_tokens, {})
+        if state.id in phase:
+            self.growing -= 1
+            del phase[state.id]
+            self._prepaid.discard(state.id)
+        del self.ending[state.limit - state.base][state.id]
+
+    def crossing(self, iteration: int) -> Collection[int]:
+        """Those that need a block for `iteration`, the next one to begin."""
+        owners = self._phases.get(-iteration % self._block_tokens, ())
+        if self._prepaid:
+            owners = [owner for owner in owners if owner not in self._prepaid]
+            self._prepaid.clear()
+        return owners
+
+    def missing(self, begun: int, iterations: int) -> int:
+        """Blocks needed for so many iterations from `begun` on."""
+        size = self._block_tokens
+        cycles, rest = divmod(iterations, size)
+        blocks = cycles * self.growing - len(self._prepaid)
+        for iteration in range(begun, begun + rest):
+            blocks += len(self._phases.get(-iteration % size, ()))
+        return blocks
+
+    def next_end(self) -> int:
+        """The iteration after which the first member has all its tokens."""
+        while not self.ending[self._end_iterations[0]]:
+            del self.ending[heapq.heappop(self._end_iterations)]
+        return self._end_iterations[0]

@@ -27,6 +27,7 @@ truth this often (4000 runs; tests/test_metrics.py repeats the middle column):
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import itertools
 import math
@@ -69,11 +70,14 @@ def itl_s(timeline: Timeline) -> list[float]:
 
 def pooled_itl_s(timelines: Iterable[Timeline]) -> NDArray[np.float64]:
     """The inter-token latencies of all requests, in their order."""
-    stamps = [t.token_s for t in timelines if t.token_s]
-    if not stamps:
+    lists = [t.token_s for t in timelines if t.token_s]
+    if not lists:
         return np.empty(0)
-    gaps_s = np.diff(np.fromiter(itertools.chain.from_iterable(stamps), np.float64))
-    ends = np.cumsum([len(s) for s in stamps])
+    stamps = array.array("d")
+    for token_s in lists:
+        stamps.fromlist(token_s)  # twice as fast as any of numpy's ways
+    gaps_s = np.diff(np.frombuffer(stamps))
+    ends = np.cumsum([len(token_s) for token_s in lists])
     return np.delete(gaps_s, ends[:-1] - 1)  # there is no gap between two requests
 
 
@@ -137,7 +141,8 @@ def _stage_bounds(timeline: Timeline) -> tuple[float, float, float, float, float
         _given(timeline.decode_start_s) if len(stamps) > 1 else stamps[-1],
         stamps[-1],
     )
-    if not all(sooner <= later for sooner, later in itertools.pairwise(bounds)):
+    arrival, start, first, decode, last = bounds
+    if not arrival <= start <= first <= decode <= last:
         raise ValueError(
             f"request {timeline.request.id}: expected arrival <= prefill start <= "
             f"first token <= decode start <= last token, got {bounds} (nan: no stamp)"

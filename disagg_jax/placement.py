@@ -192,11 +192,15 @@ def best_first(
     progress: Progress,
     *,
     prune: bool = True,
+    first: int = _FIRST,
+    at_once: int = _AT_ONCE,
 ) -> list[Outcome]:
     """Finds the candidate with the highest goodput per device.
 
     Args:
       prune: without it all candidates are searched in full.
+      first: candidates of the first batch.
+      at_once: of each later one. With a mapper that does one at a time, 1 prunes most.
 
     Returns:
       An outcome for each candidate, the best first. If none has a goodput, none is
@@ -205,7 +209,7 @@ def best_first(
     order = sorted(candidates, key=_promise, reverse=True)
     best, outcomes = 0.0, list[Outcome]()
     while len(outcomes) < len(order):
-        begin, size = len(outcomes), _AT_ONCE if outcomes else _FIRST
+        begin, size = len(outcomes), at_once if outcomes else first
         batch = order[begin : begin + size]
         live = [c for c in batch if not prune or c.bound_rps > best * c.devices]
         asked = [_to_beat(c, best if prune else 0.0) for c in live]

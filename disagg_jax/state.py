@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
-from collections.abc import Iterable, Sequence, ValuesView
+from collections.abc import Iterable, Sequence
 
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import InstanceSpec, KVMemory
@@ -31,8 +31,8 @@ class Place(enum.Enum):
 class RequestState:
     """One request on its way.
 
-    While it decodes in a batch, what it knows grows with the batch: the settled numbers
-    are those of the iteration `joined`.
+    While it decodes in a batch, what it knows grows with the batch, and the settled
+    numbers are outdated.
     """
 
     request: Request
@@ -44,33 +44,30 @@ class RequestState:
     holder: InstanceState | None = None  # whose queue it is in, or who has its KV
     target: InstanceState | None = None  # PARKED, MOVING: who pulls it
     batch: DecodeBatch | None = None  # that it decodes in
-    joined: int = 0  # iteration of the batch
-    phase: int = 0  # in the batch
-    grows: bool = True  # whether it can need more blocks in the batch
-    last: int = 0  # iteration of the batch after which it has all its tokens
+    base: int = 0  # its context, less the iterations of the batch
+    joined: int = 0  # iteration of the batch up to which its tokens are stamped
     id: int = dataclasses.field(init=False)  # of the request: it is asked for often
+    # Tokens whose KV it can ever need: all but the last one it may generate.
+    limit: int = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
-        self.id = self.request.id
+        request = self.request
+        self.id = request.id
+        self.limit = request.prompt_tokens + request.max_tokens - 1
 
     @property
     def known(self) -> int:
         """Prompt + generated tokens."""
         if self.batch is None:
             return self.settled_known
-        return self.settled_known + self.batch.iteration - self.joined
+        return self.base + self.batch.iteration + 1
 
     @property
     def context(self) -> int:
         """Tokens whose KV is cached."""
         if self.batch is None:
             return self.settled_context
-        return self.settled_context + self.batch.iteration - self.joined
-
-    @property
-    def limit(self) -> int:
-        """Tokens whose KV it can ever need: all but the last one it may generate."""
-        return self.request.prompt_tokens + self.request.max_tokens - 1
+        return self.base + self.batch.iteration
 
     @property
     def complete(self) -> bool:
@@ -136,7 +133,7 @@ class StepInFlight:
     @property
     def states(self) -> list[RequestState]:
         """All its requests."""
-        return [*self.prompts, *self.batch.members.values()]
+        return [*self.prompts, *self.batch.members]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -202,8 +199,8 @@ class InstanceState:
         self._spares.append(spare)
 
     @property
-    def running(self) -> ValuesView[RequestState]:
-        return self.ready.members.values()
+    def running(self) -> Sequence[RequestState]:
+        return self.ready.members
 
     @property
     def partial(self) -> list[RequestState]:

@@ -16,19 +16,21 @@ Item = TypeVar("Item")
 
 
 class OnRead(Sequence[Item]):
-    """A sequence that is made when it is first read.
+    """A sequence that is made, by `make(*args)`, when it is first read.
 
     Details of work that an engine reads when the work is submitted, and a cost model
     never: making them takes longer than simulating the work.
     """
 
-    def __init__(self, make: Callable[[], Sequence[Item]]):
-        self._make = make
+    __slots__ = ("_make", "_args", "_items")
+
+    def __init__(self, make: Callable[..., Sequence[Item]], *args: object):
+        self._make, self._args = make, args
         self._items: Sequence[Item] | None = None
 
     def _made(self) -> Sequence[Item]:
         if self._items is None:
-            self._items = self._make()
+            self._items = self._make(*self._args)
         return self._items
 
     def __len__(self) -> int:

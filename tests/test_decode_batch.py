@@ -1,5 +1,6 @@
 """A batch advanced as one, against members that are counted one by one."""
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,8 +84,8 @@ def test_members_know_what_they_went_through(first, data):
         batch.advance((now_s,))
         batch.stepping = False
         now_s += 1.0
-        for id in batch.members:
-            passed[id] += 1
+        for state in batch.members:
+            passed[state.id] += 1
         for state in batch.finished:
             batch.leave(state)
             assert passed[state.id] == state.request.max_tokens - 1
@@ -92,8 +93,8 @@ def test_members_know_what_they_went_through(first, data):
         done = passed[state.id]
         assert (state.context, state.known) == (context + done, context + 1 + done)
         assert blocks.held(state.id) >= blocks.memory.blocks_for(state.context)
-    assert batch.context == sum(s.context for s in batch.members.values())
-    for state in list(batch.members.values()):
+    assert batch.context == sum(s.context for s in batch.members)
+    for state in list(batch.members):
         batch.leave(state)
     for state in states:
         times_s = [-1.0, *map(float, range(passed[state.id]))]
@@ -112,6 +113,58 @@ def test_absorbed_members_come_behind_whichever_batch_is_larger(a, b, step_first
         back.advance((1.0, 2.0))
         back.stepping = False
     whole, empty = front.absorb(back)
-    assert list(whole.members) == list(range(a + b))
+    assert [s.id for s in whole.members] == list(range(a + b))
     assert not empty.members and empty.context == 0
-    assert whole.context == sum(s.context for s in whole.members.values())
+    assert whole.context == sum(s.context for s in whole.members)
+
+
+@settings(max_examples=300)
+@given(MEMBERS, st.data())
+def test_any_part_can_step_alone(members, data):
+    """Members know what they went through, hold what they need, and keep their order.
+
+    Whether or not somebody looked ahead before.
+    """
+    ready, states, blocks = make_batch(members)
+    spare, queue = DecodeBatch(blocks), list(states)
+    stamps = {s.id: [-1.0] for s in states}
+    held = dict(blocks.held_by)
+    for turn in range(data.draw(st.integers(1, 8))):
+        if not queue:
+            break
+        chosen = data.draw(st.lists(st.sampled_from(queue), min_size=1, unique=True))
+        chosen.sort(key=queue.index)
+        if data.draw(st.booleans()):
+            ready.missing()
+        batch = ready.split(chosen, spare)
+        other = spare if batch is ready else ready
+        assert batch.members == chosen
+        for s in chosen:
+            held[s.id] = max(held[s.id], blocks.memory.blocks_for(s.context + 1))
+        batch.start()
+        assert blocks.held_by == held
+        batch.advance((float(turn),))
+        batch.stepping = False
+        for s in chosen:
+            stamps[s.id].append(float(turn))
+        ended = [s for s in chosen if len(stamps[s.id]) == s.request.max_tokens]
+        assert batch.finished == ended
+        for s in ended:
+            batch.leave(s)
+        queue = [s for s in queue if s not in chosen]
+        queue += [s for s in chosen if s not in ended]
+        ready, spare = other.absorb(batch)
+        assert ready.members == queue
+        assert ready.context == sum(s.context for s in queue)
+    for s in list(queue):
+        ready.leave(s)
+    for s, (context, _, _) in zip(states, members, strict=True):
+        assert s.timeline.token_s == stamps[s.id]
+        assert s.context == context + len(stamps[s.id]) - 1
+
+
+def test_only_members_can_step():
+    ready, (state, _), blocks = make_batch([(3, 9, 0), (3, 9, 0)])
+    ready.leave(state)
+    with pytest.raises(RuntimeError, match="1 to decode are not ready"):
+        ready.split([state], DecodeBatch(blocks))

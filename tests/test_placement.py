@@ -120,7 +120,10 @@ def test_pruning_keeps_the_winner(given):
     assert all(outcome.goodput is not None for outcome in full)
     # The first two are searched in full by both: in ten or so, that is much.
     assert runs(fast) < 0.7 * runs(full)
+    one_by_one = best_first(units, map, silent, first=1, at_once=1)
+    assert runs(one_by_one) < 0.7 * runs(full)
     values = {outcome.candidate.name: outcome.per_device_rps for outcome in full}
+    assert values[one_by_one[0].candidate.name] >= full[0].per_device_rps / 1.05
     # Goodputs are known to the plan's 5 %.
     assert values[fast[0].candidate.name] >= full[0].per_device_rps / 1.05
     for outcome in full:  # what pruning relies on

@@ -8,6 +8,7 @@ Source: LLMServe/DistServe @ 82831f16, `facts/distserve.md` 2.2.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from disagg_jax.scheduling.decoding import FOREVER
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -46,16 +47,14 @@ class RoundRobinDecode:
             return Plan(decodes=instance.running, repeats=repeats)
         return Plan(decodes=self._head(instance))
 
-    def _head(self, instance: InstanceView) -> list[RequestView]:
+    def _head(self, instance: InstanceView) -> Sequence[RequestView]:
         """The requests from the head of the queue that fit under the cap."""
-        batch: list[RequestView] = []
-        tokens = 0
-        for request in instance.running:
-            tokens += request.context + 1
-            if tokens > self.token_cap:
-                break
-            batch.append(request)
-        return batch
+        running = instance.running
+        rows, tokens = len(running), instance.running_context + len(running)
+        while tokens > self.token_cap:  # from the tail: fewer stay than go
+            rows -= 1
+            tokens -= running[rows].context + 1
+        return running[:rows]
 
     def pulls(self, instance: InstanceView, request: RequestView) -> bool:
         return True

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from disagg_jax.backend import Executor
+from disagg_jax.backend import Executor, Outcome
 from disagg_jax.sim.shared_link import SharedLink
 from disagg_jax.work import (
     Cut,
@@ -22,7 +22,8 @@ from disagg_jax.work import (
     Work,
 )
 
-_AHEAD = 16  # iterations of a span that are timed at once: most spans are cut early
+_AHEAD = 8  # iterations of a span that are timed at once: most spans are cut early
+_INFINITE = math.inf
 
 # (instance,), (instance, stage) for its later stages, or a link: its name, by default
 # (-3, src, dst). Names of links begin below 0, so that they are no stages.
@@ -37,10 +38,9 @@ class _Running:
     instances: tuple[int, ...]
     resource: Resource
     start_s: float
+    outcome: Outcome
     durations_s: Iterator[float]  # of the iterations that are not timed yet
     iterations: int
-    tokens: tuple[int, ...]
-    bytes: int
     factor: float = 1.0  # on its durations
     ends_s: list[float] = dataclasses.field(default_factory=list[float])
     reported: int = 0  # iterations
@@ -95,13 +95,12 @@ class VirtualBackend:
             work.instances,
             resource,
             max(self._now_s, self._busy_until_s.get(resource, 0.0)),
+            outcome,
             iter(outcome.durations_s),
             work.iterations if isinstance(work, Step) else 1,
-            outcome.tokens,
-            outcome.bytes,
         )
-        if isinstance(work, Step) and work.instance in self._factors:
-            running.factor = self._factors[work.instance]
+        if self._factors and isinstance(work, Step):
+            running.factor = self._factors.get(work.instance, 1.0)
         if outcome.shared:
             self._share(running)
             return
@@ -134,7 +133,7 @@ class VirtualBackend:
                 done.append(self._done(running, end_s))
         if not done and until_s < math.inf:
             self._now_s = max(self._now_s, until_s)
-        return self._progress() + done
+        return self._progress() + done if self._spans else done
 
     def slow(self, instance: int, factor: float) -> None:
         if not 0 < factor < math.inf:
@@ -188,15 +187,16 @@ class VirtualBackend:
 
     def _time(self, running: _Running) -> None:
         """Times the next iterations and puts the last of them into the heap."""
-        end_s = running.ends_s[-1] if running.ends_s else running.start_s
+        ends_s, factor = running.ends_s, running.factor
+        end_s = ends_s[-1] if ends_s else running.start_s
         for duration_s in itertools.islice(running.durations_s, _AHEAD):
-            if not 0 <= duration_s < math.inf:
+            if not 0 <= duration_s < _INFINITE:
                 raise ValueError(
                     f"work {running.work}: expected a finite duration >= 0, "
                     f"got {duration_s}"
                 )
-            end_s += duration_s * running.factor
-            running.ends_s.append(end_s)
+            end_s += duration_s * factor
+            ends_s.append(end_s)
         self._push(running, end_s)
 
     def _push(self, running: _Running, due_s: float) -> None:
@@ -209,9 +209,8 @@ class VirtualBackend:
         if self._spans.pop(running.work, None) is not None:
             self._busy_until_s[running.resource] = end_s
             ends_s = tuple(running.ends_s[running.reported :])
-        return Done(
-            running.work, running.start_s, end_s, running.tokens, running.bytes, ends_s
-        )
+        tokens, size = running.outcome.tokens, running.outcome.bytes
+        return Done(running.work, running.start_s, end_s, tokens, size, ends_s)
 
     def _progress(self) -> list[Report]:
         """The iterations of spans that are over and were not told yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -99,6 +100,6 @@ class CostExecutor:
 
     def _span_s(self, step: Step) -> Iterator[float]:
         _, decodes, context = step.load
+        contexts = range(context, context + step.iterations * decodes, decodes)
         decode_s = self.cost.decoder(step.instance)
-        for i in range(step.iterations):
-            yield decode_s(decodes, context + i * decodes)
+        return map(decode_s, itertools.repeat(decodes), contexts)

@@ -111,9 +111,10 @@ class FittedInstance:
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Seconds on each stage; all but the first take the same."""
         stage_ms = self._shared_ms(load)
-        cached = load.context - load.decodes  # without the tokens computed now
-        in_prompts = sum(start + count for start, count in load.chunks)
-        first_ms = self._first_ms + self._first_token_ms * (in_prompts + cached)
+        context = load.context - load.decodes  # without the tokens decoded now
+        for start, count in load.chunks:
+            context += start + count
+        first_ms = self._first_ms + self._first_token_ms * context
         return ((stage_ms + first_ms) / 1000,) + (stage_ms / 1000,) * (self._pp - 1)
 
     def decode_s(self, decodes: int, context: int) -> float:

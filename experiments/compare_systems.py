@@ -1,0 +1,228 @@
+"""Says when not to disaggregate: who wins, over lengths and over targets.
+
+    python -m experiments.compare_systems --out=runs/compare
+
+Simulates every system on equal devices with equal arrivals in each cell of two maps,
+prompt length x output length at fixed targets, and TTFT target x TPOT target for a
+fixed workload, and prints the winner, its goodput per device, its margin with a 95 %
+interval, the parameters that each system was given and why, and the cells in which
+colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
+
+Durations are a roofline's of --model on --hardware, or those of the simulation that
+--config names (experiments/simulations.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from absl import app, flags
+
+from disagg_jax.search import SearchPlan
+from disagg_jax.sim.hardware_presets import get_hardware
+from disagg_jax.sim.workers import worker_pool
+from disagg_jax.tuning import tile_multiples
+from experiments import comparison_report
+from experiments.comparison import (
+    POLICIES,
+    Map,
+    Question,
+    compare,
+    lengths_map,
+    roofline_simulation,
+    slos_map,
+)
+from experiments.paper_workloads import get_workload
+from experiments.placements import parse_slo
+from experiments.run_dir import environment
+from experiments.simulations import SIMULATIONS, Simulation, get_simulation
+
+_COMMAND = "python -m experiments.compare_systems"
+_TILE = 128  # rows of a matmul's tile, where the hardware is not asked
+
+# Other experiments have flags of these names too, and a test may import several.
+_MODEL = flags.DEFINE_string(
+    "model", "llama-3-8b", "A name of sim/model_shape.py.", allow_override=True
+)
+_HARDWARE = flags.DEFINE_string(
+    "hardware", "a100-80g", "A name of sim/hardware_presets.py.", allow_override=True
+)
+_CONFIG = flags.DEFINE_enum(
+    "config",
+    None,
+    sorted(SIMULATIONS),
+    "A simulation, instead of a model and hardware.",
+    allow_override=True,
+)
+_DEVICES = flags.DEFINE_integer("devices", 4, "For each system.", allow_override=True)
+_SYSTEMS = flags.DEFINE_list(
+    "systems", list(POLICIES), "To compare.", allow_override=True
+)
+_BUDGETS = flags.DEFINE_list(
+    "budgets",
+    [],
+    "Step sizes in tokens to try for every system (chunk, token budget, L_m, cap of a "
+    "prefill batch); the best is taken. By default each paper's rule chooses one.",
+)
+_MAP = flags.DEFINE_enum("map", "both", ["lengths", "targets", "both"], "Which map.")
+_PROMPTS = flags.DEFINE_list("prompts", ["512", "1024", "2048", "4096"], "Mean tokens.")
+_OUTPUTS = flags.DEFINE_list("outputs", ["16", "64", "256"], "Mean tokens.")
+_SIGMA = flags.DEFINE_float(
+    "sigma", 0.5, "Of the logarithm of lengths; 0: all are equal."
+)
+_MAX_TOKENS = flags.DEFINE_integer(
+    "max_tokens", 8192, "Prompt and output of a request."
+)
+_SLO = flags.DEFINE_string(
+    "slo", "0.5,0.04", "TTFT_S,TPOT_S of the map of lengths.", allow_override=True
+)
+_TTFTS = flags.DEFINE_list("ttfts", ["0.25", "0.5", "1"], "Seconds.")
+_TPOTS = flags.DEFINE_list("tpots", ["0.02", "0.04", "0.08"], "Seconds.")
+_WORKLOAD = flags.DEFINE_string(
+    "workload",
+    "longbench",
+    "Of the map of targets: sharegpt, humaneval, longbench or fixed:PROMPTxOUTPUT.",
+    allow_override=True,
+)
+_TARGET = flags.DEFINE_float(
+    "target", 0.9, "Joint attainment to reach.", allow_override=True
+)
+_TOLERANCE = flags.DEFINE_float(
+    "tolerance", 0.08, "Of goodputs, relative.", allow_override=True
+)
+_REQUESTS = flags.DEFINE_integer(
+    "num_requests",
+    200,
+    "Of a run, at least; more where the targets are long for so few.",
+    allow_override=True,
+)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs at each rate.", allow_override=True)
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "Processes; one a core by default.", allow_override=True
+)
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder for maps.{txt,png,json}.", allow_override=True
+)
+
+T = TypeVar("T")
+
+
+def numbers(name: str, texts: Sequence[str], kind: Callable[[str], T]) -> tuple[T, ...]:
+    """The values of a list flag.
+
+    Raises:
+      ValueError: naming the flag, if they are no such numbers.
+    """
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError:
+        raise ValueError(
+            f"{name}: expected numbers joined by commas, got '{','.join(texts)}'"
+        ) from None
+
+
+def _simulation() -> tuple[Simulation, int]:
+    """What is simulated, and the rows of a tile."""
+    if _CONFIG.value is None:
+        model, hardware = _MODEL.value, _HARDWARE.value
+        simulation = roofline_simulation(model, hardware, _MAX_TOKENS.value)
+        return simulation, max(_TILE, get_hardware(hardware).tile_rows)
+    if flags.FLAGS["model"].present or flags.FLAGS["hardware"].present:
+        raise ValueError("config: expected neither --model nor --hardware beside it")
+    return get_simulation(_CONFIG.value), _TILE
+
+
+def _question() -> Question:
+    simulation, tile = _simulation()
+    return Question(
+        simulation=simulation,
+        devices=_DEVICES.value,
+        systems=tuple(_SYSTEMS.value),
+        sizes=tile_multiples(tile),
+        budgets=numbers("budgets", _BUDGETS.value, int),
+        plan=SearchPlan(
+            target=_TARGET.value,
+            growth=1.2,
+            tolerance=_TOLERANCE.value,
+            max_rates=30,
+        ),
+        num_requests=_REQUESTS.value,
+        seeds=tuple(range(_SEEDS.value)),
+    )
+
+
+def _maps(simulation: Simulation) -> list[Map]:
+    lengths = lengths_map(
+        numbers("prompts", _PROMPTS.value, int),
+        numbers("outputs", _OUTPUTS.value, int),
+        _SIGMA.value,
+        parse_slo(_SLO.value),
+        min(_MAX_TOKENS.value, simulation.max_context),
+    )
+    targets = slos_map(
+        numbers("ttfts", _TTFTS.value, float),
+        numbers("tpots", _TPOTS.value, float),
+        get_workload(_WORKLOAD.value),
+        _WORKLOAD.value,
+    )
+    return [each for each in (lengths, targets) if _MAP.value in (each.name, "both")]
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    start = time.perf_counter()
+
+    def progress(text: str) -> None:
+        elapsed = time.perf_counter() - start
+        print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    workers = os.cpu_count() or 1 if _WORKERS.value is None else _WORKERS.value
+    try:
+        question = _question()
+        maps = _maps(question.simulation)
+        out = pathlib.Path(_OUT.value) if _OUT.value else None
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+        ran_in = environment()  # now, as files may change while this runs
+        with worker_pool(workers) as mapper:
+            grids = compare(question, maps, mapper, progress)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    seconds = time.perf_counter() - start
+    text = "\n\n".join(
+        [
+            f"# {' '.join([_COMMAND, *sys.argv[1:]])}   commit {ran_in['commit']}\n"
+            f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, load "
+            f"average {ran_in['load_average'][0]:.1f} at the start",
+            comparison_report.text(question, maps, grids),
+        ]
+    )
+    print(text)
+    if out is not None:
+        ran = {"flags": _asked(), "wall_s": seconds, "workers": workers}
+        content = {
+            **comparison_report.record(question, maps, grids),
+            **ran,
+            "environment": ran_in,
+        }
+        (out / "maps.json").write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n"
+        )
+        (out / "maps.txt").write_text(text + "\n")
+        comparison_report.plot(question, maps, grids, out / "maps.png")
+
+
+def _asked() -> dict[str, Any]:
+    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
+    return {flag.name: flag.value for flag in own}
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,361 @@
+"""What a comparison of systems shows: tables, a picture, a sentence for each map."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+from matplotlib.patches import Patch, Rectangle
+
+from disagg_jax.metrics import Interval, interval_across
+from experiments.comparison import (
+    DISAGGREGATED,
+    INFEASIBLE,
+    POLICIES,
+    UNCLEAR,
+    Found,
+    Judged,
+    Map,
+    Margin,
+    Question,
+    judge,
+    sentence,
+)
+from experiments.figures.draw import COLOURS
+from experiments.figures.figure import shown, shown_interval
+from experiments.placements import lines
+
+Grid = Mapping[tuple[int, int], Sequence[Found]]
+_COLOUR_OF = dict(zip(POLICIES, COLOURS, strict=False))
+_WHITE_ON = ("#0072B2", "#009E73", "#000000")  # colours too dark for black letters
+
+# ---- text ----------------------------------------------------------------------------
+
+
+def text(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
+    """All tables, then the sentences."""
+    parts = [_header(question)]
+    for each, grid in zip(maps, grids, strict=True):
+        parts += [_table(each, grid), _goodputs(each, grid)]
+    for each, grid in zip(maps, grids, strict=True):
+        parts.append(_details(question, each, grid))
+    parts += sentences(maps, grids)
+    return "\n\n".join(parts)
+
+
+def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
+    """When not to disaggregate, for each map."""
+    return [
+        sentence(each, {at: judge(found).verdict for at, found in grid.items()})
+        for each, grid in zip(maps, grids, strict=True)
+    ]
+
+
+def _header(question: Question) -> str:
+    simulation = question.simulation
+    limits = ", ".join(
+        f"{name} {policy.limits.decode_rows}"
+        for name in question.systems
+        for policy in POLICIES[name].values()
+        if policy.limits.decode_rows
+    )
+    return "\n".join(
+        [
+            f"{simulation.model} on {question.devices} devices, {simulation.cost}, "
+            f"KV over {simulation.inside or 'a free link'}; simulated",
+            f"goodput: requests/s per device at which {question.plan.target:.0%} of "
+            "the requests meet both targets",
+            f"seeds {', '.join(map(str, question.seeds))}; N requests a run; 95 % "
+            "intervals over seeds; ratios are paired by seed",
+            f"requests that decode at once, at most: {limits}; fewer if a step is "
+            "smaller",
+            "the best of several candidates is a little too good, as they are compared "
+            "on the runs by which they were chosen",
+        ]
+    )
+
+
+def _table(each: Map, grid: Grid) -> str:
+    """A row for each cell."""
+    head = (
+        f"{each.x.name}, {each.x.unit}",
+        f"{each.y.name}, {each.y.unit}",
+        "N",
+        "winner",
+        "goodput",
+        "over the runner-up",
+        "disaggregated / best colocated",
+        "verdict",
+    )
+    rows = [
+        (f"{each.x.values[i]:g}", f"{each.y.values[j]:g}", *_row(judge(found)))
+        for (i, j), found in grid.items()
+    ]
+    return "\n".join([f"map of {each.name}: {each.fixed}", *_columns([head, *rows])])
+
+
+def _row(judged: Judged) -> tuple[str, ...]:
+    winner = judged.winner
+    if judged.verdict == INFEASIBLE:
+        why = f"{INFEASIBLE}: {judged.why_infeasible}"
+        return (f"{winner.num_requests}", "-", "-", "-", "-", why)
+    return (
+        f"{winner.num_requests}",
+        winner.system,
+        shown(winner.per_seed_rps, ".3g"),
+        f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
+        f"{_shown(judged.over_colocated)} {judged.best_colocated.system}",
+        judged.verdict,
+    )
+
+
+def _shown(margin: Margin) -> str:
+    if margin.ratio is None:
+        return "only one serves:" if margin.clear else "some seeds have none:"
+    unclear = "" if margin.clear else " (unclear)"
+    return f"{shown_interval(margin.ratio)}{unclear}"
+
+
+def _goodputs(each: Map, grid: Grid) -> str:
+    """Mean goodput of every system in every cell."""
+    systems = [found.system for found in next(iter(grid.values()))]
+    head = (each.x.name, each.y.name, *systems)
+    rows = [
+        (
+            f"{each.x.values[i]:g}",
+            f"{each.y.values[j]:g}",
+            *(f"{one.rps:.3g}" for one in found),
+        )
+        for (i, j), found in grid.items()
+    ]
+    title = "goodput, requests/s per device"
+    return "\n".join([title, *_columns([head, *rows])])
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _details(question: Question, each: Map, grid: Grid) -> str:
+    """Which deployment and which parameters each system had, and why."""
+    out = [f"parameters, map of {each.name}"]
+    for (i, j), found in grid.items():
+        x, y = each.x, each.y
+        out.append(f"{x.name} {x.values[i]:g}, {y.name} {y.values[j]:g} {y.unit}")
+        for one in found:
+            reasons = "; ".join(one.parameters)
+            got = f"{one.deployment}: {_figure(one)}; {reasons}"
+            out.append(f"  {one.system:<14} {got}")
+            if question.budgets:
+                out += [f"    {line}" for line in lines(one.candidates)]
+    return "\n".join(out)
+
+
+def _figure(found: Found) -> str:
+    """The goodput, and what makes it doubtful."""
+    if found.rps == 0:
+        return f"no goodput, alone it needs {found.needs:.3g} x the targets"
+    best = found.candidates[0]
+    doubts = [f"not {m}" for m in ("steady", "bracketed", "resolved") if not best[m]]
+    return ", ".join([f"{found.rps:.3g}/s", *doubts])
+
+
+# ---- JSON ----------------------------------------------------------------------------
+
+
+def record(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> Any:
+    """All that was asked and found, ready for JSON."""
+    return {
+        "question": {
+            "simulation": _plain(question.simulation),
+            "devices": question.devices,
+            "systems": question.systems,
+            "sizes": question.sizes,
+            "budgets": question.budgets,
+            "plan": _plain(question.plan),
+            "seeds": question.seeds,
+            "policies": {name: _plain(POLICIES[name]) for name in question.systems},
+        },
+        "maps": [
+            {
+                "name": each.name,
+                "fixed": each.fixed,
+                "x": _plain(each.x),
+                "y": _plain(each.y),
+                "sentence": said,
+                "cells": [_cell(each, at, judge(found)) for at, found in grid.items()],
+            }
+            for each, grid, said in zip(
+                maps, grids, sentences(maps, grids), strict=True
+            )
+        ],
+    }
+
+
+def _cell(each: Map, at: tuple[int, int], judged: Judged) -> dict[str, Any]:
+    return {
+        each.x.name: each.x.values[at[0]],
+        each.y.name: each.y.values[at[1]],
+        "cell": _plain(each.cells[at]),
+        "verdict": judged.verdict,
+        "winner": judged.winner.system if judged.winner.rps else None,
+        "why_infeasible": judged.why_infeasible
+        if judged.verdict == INFEASIBLE
+        else None,
+        "over_runner_up": _plain(judged.over_runner_up),
+        "best_colocated": judged.best_colocated.system,
+        "over_colocated": _plain(judged.over_colocated),
+        "systems": [
+            {**_plain(one), "goodput": _plain(interval_across(one.per_seed_rps))}
+            for one in judged.ranked
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as their name and fields, infinities as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **_plain(fields)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- picture -------------------------------------------------------------------------
+
+
+def plot(
+    question: Question,
+    maps: Sequence[Map],
+    grids: Sequence[Grid],
+    path: pathlib.Path,
+) -> None:
+    """A map of winners for each pair of axes."""
+    with matplotlib.rc_context({"font.size": 9, "hatch.linewidth": 0.6}):
+        wide = sum(1.75 * len(each.x.values) + 1.2 for each in maps)
+        high = 1.1 * max(len(each.y.values) for each in maps) + 2.2
+        figure = matplotlib.figure.Figure(
+            figsize=(max(wide, 7.0), high), layout="constrained"
+        )
+        axes = figure.subplots(1, len(maps), squeeze=False)[0]
+        for one, each, grid in zip(axes, maps, grids, strict=True):
+            _draw(one, each, grid)
+        figure.legend(
+            handles=_legend(question), loc="outside lower center", ncols=4, fontsize=8
+        )
+        simulation = question.simulation
+        figure.suptitle(
+            f"Who serves the most: {simulation.model}, {question.devices} devices, "
+            f"{simulation.cost}, {len(question.seeds)} seeds",
+            fontsize=10,
+        )
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _draw(axes: Any, each: Map, grid: Grid) -> None:
+    for at, found in grid.items():
+        _draw_cell(axes, at, judge(found))
+    for axis, set_ticks, set_label in (
+        (each.x, axes.set_xticks, axes.set_xlabel),
+        (each.y, axes.set_yticks, axes.set_ylabel),
+    ):
+        set_ticks(range(len(axis.values)), [f"{value:g}" for value in axis.values])
+        set_label(f"{axis.name} ({axis.unit})")
+    axes.set(
+        xlim=(-0.5, len(each.x.values) - 0.5), ylim=(-0.5, len(each.y.values) - 0.5)
+    )
+    axes.tick_params(length=0)
+    axes.set_title(each.fixed, fontsize=8.5)
+
+
+def _draw_cell(axes: Any, at: tuple[int, int], judged: Judged) -> None:
+    x, y = at
+    infeasible = judged.verdict == INFEASIBLE
+    colour = "white" if infeasible else _COLOUR_OF[judged.winner.system]
+    letters = "white" if colour in _WHITE_ON else "black"
+    hatch = "///" if judged.verdict == UNCLEAR else None
+    axes.add_patch(
+        Rectangle(
+            (x - 0.5, y - 0.5),
+            1,
+            1,
+            facecolor=colour,
+            edgecolor="white" if hatch else "#444444",
+            hatch=hatch,
+            lw=0.8,
+        )
+    )
+    box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+    axes.text(
+        x,
+        y,
+        _label(judged),
+        ha="center",
+        va="center",
+        color=letters,
+        fontsize=7.5,
+        bbox=box,
+    )
+
+
+def _label(judged: Judged) -> str:
+    """The winner, its goodput, and disaggregated over the best colocated system."""
+    if judged.verdict == INFEASIBLE:
+        nearest = min(found.needs for found in judged.ranked)
+        why = f"alone: {nearest:.2g} x\nthe targets" if nearest > 1 else "under load"
+        return f"{INFEASIBLE}\n{why}"
+    about = "" if judged.over_runner_up.clear else "~ "
+    name, goodput = judged.winner.system, judged.winner.rps
+    head = f"{about}{name}\n{goodput:.3g}/s\n"
+    ratio = judged.over_colocated.ratio
+    return head + (_ratio(ratio) if ratio else "only kind that serves")
+
+
+def _ratio(ratio: Interval) -> str:
+    if ratio.low is None or ratio.high is None:
+        return f"d/c {ratio.mean:.2f}"
+    return f"d/c {ratio.mean:.2f}\n[{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _legend(question: Question) -> list[Patch]:
+    systems = [
+        Patch(facecolor=_COLOUR_OF[name], label=name) for name in question.systems
+    ]
+    return [
+        *systems,
+        Patch(
+            facecolor="#DDDDDD",
+            edgecolor="#444444",
+            hatch="///",
+            label=f"{UNCLEAR}: {DISAGGREGATED} or colocated",
+        ),
+        Patch(
+            facecolor="none",
+            edgecolor="none",
+            label="~ not clearly over the runner-up",
+        ),
+        Patch(
+            facecolor="none",
+            edgecolor="none",
+            label="/s: goodput per device",
+        ),
+        Patch(
+            facecolor="none",
+            edgecolor="none",
+            label="d/c: disaggregated / best colocated",
+        ),
+    ]

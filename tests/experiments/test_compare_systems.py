@@ -1,0 +1,453 @@
+"""Comparisons of systems whose winner is known by arithmetic, and the command."""
+
+import dataclasses
+import itertools
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from disagg_jax.lengths import FixedLengths
+from disagg_jax.metrics import SLO
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.points import SimWorkload
+from experiments.compare_systems import numbers
+from experiments.comparison import (
+    COLOCATED,
+    DISAGGREGATED,
+    INFEASIBLE,
+    UNCLEAR,
+    Axis,
+    Cell,
+    Found,
+    Map,
+    Question,
+    compare,
+    contests,
+    deployments,
+    find,
+    judge,
+    lengths_map,
+    margin,
+    rectangles,
+    roofline_simulation,
+    run_s,
+    sentence,
+    slos_map,
+)
+from experiments.comparison_report import record, text
+from experiments.paper_workloads import get_workload
+from experiments.simulations import Simulation, get_simulation
+
+
+def silent(message):
+    pass
+
+
+# ---- durations by hand ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearInstance:
+    cost: LinearCost
+
+    def stages_s(self, load):
+        # Of prompts alone there is no fixed part, so that they add up.
+        base = self.cost.step_base_s if load.decodes else 0.0
+        return (base + self.cost.prefill_token_s * load.prompt_tokens,)
+
+    def decode_s(self, decodes, context):
+        return self.cost.step_base_s
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearModel:
+    """Durations of one device; there is no tensor parallelism."""
+
+    cost: LinearCost
+
+    def instance(self, tp, pp=1):
+        if tp > 1:
+            raise ValueError(f"tp: expected 1, got {tp}")
+        return LinearInstance(self.cost)
+
+
+class LinearSimulation(Simulation):
+    """1 ms a prompt token, 10 ms a decode step; free transfers, endless memory."""
+
+    def cost_of(self, spec):
+        return LinearModel(LinearCost(step_base_s=0.01, prefill_token_s=1e-3))
+
+    def kv_tokens(self, spec):
+        return 10**6
+
+
+LINEAR = LinearSimulation(
+    model="opt-13b", cost="roofline/a100-80g", kv_memory=False, max_context=10**6
+)
+
+
+def linear_question(**changes):
+    fields = {
+        "simulation": LINEAR,
+        "devices": 2,
+        "systems": ("vllm", DISAGGREGATED),
+        "sizes": (100, 200),
+        "num_requests": 150,
+    }
+    return Question(**(fields | changes))
+
+
+def judged(output, slo):
+    found = contests(linear_question(), Cell(workload=hundred(output), slo=slo))
+    return judge([find(contest) for contest in found])
+
+
+def hundred(output):
+    return SimWorkload(
+        prompt=FixedLengths(tokens=100), output=FixedLengths(tokens=output)
+    )
+
+
+def test_without_decodes_half_of_the_devices_of_a_pair_is_idle():
+    # A prompt takes 0.1 s, so colocated devices serve up to 10 a second each, and the
+    # pair as many with one device of two. Queues are shorter where two take from one.
+    cell = judged(output=1, slo=SLO(ttft_s=0.5, tpot_s=1.0))
+    assert cell.verdict == COLOCATED
+    assert cell.winner.system == "vllm" and 6 < cell.winner.rps < 10
+    assert 0.35 < cell.over_colocated.ratio.mean < 0.5
+    assert cell.over_colocated.ratio.high < 1
+    # The winner's margin is over the only other system: the inverse.
+    assert cell.over_runner_up.ratio.mean == pytest.approx(
+        1 / cell.over_colocated.ratio.mean
+    )
+
+
+def test_where_each_prefill_stalls_a_decode_too_long_a_pair_wins():
+    # 10 gaps of 10 ms, and a target of 15: a stall of 0.1 s makes the mean 20 ms. A
+    # colocated request is good only if no other is prefilled beside it in the 0.2 s of
+    # its life, so each device serves about one request at a time: less than 5 a second,
+    # and 90 % of random arrivals do not come so well spread. A pair keeps TPOT at any
+    # rate: 10 a second, 5 for each device, less the queue's share.
+    cell = judged(output=11, slo=SLO(ttft_s=0.5, tpot_s=0.015))
+    assert cell.verdict == DISAGGREGATED
+    assert cell.winner.system == DISAGGREGATED and 3 < cell.winner.rps < 5
+    assert cell.best_colocated.rps < 2.5
+    assert cell.over_colocated.ratio.low > 1.5 and cell.over_colocated.clear
+
+
+def test_targets_below_the_unloaded_latency_make_a_cell_infeasible():
+    # A prompt takes 0.1 s, twice the target.
+    cell = judged(output=11, slo=SLO(ttft_s=0.05, tpot_s=0.1))
+    assert cell.verdict == INFEASIBLE
+    assert cell.why_infeasible == "even alone vllm needs 2 x the targets"
+    assert [found.rps for found in cell.ranked] == [0, 0]
+    assert cell.over_colocated.ratio is None and not cell.over_colocated.clear
+
+
+# ---- what is searched ----------------------------------------------------------------
+
+
+def test_all_devices_are_used_in_all_ways():
+    assert [str(d) for d in deployments("vllm", 4, (1, 2, 3, 4))] == [
+        "4xcolocated:tp1",
+        "2xcolocated:tp2",
+        "colocated:tp4",
+    ]
+    pairs = [str(d) for d in deployments(DISAGGREGATED, 4, (1, 2, 3, 4))]
+    assert sorted(pairs) == sorted(
+        [
+            "prefill:tp1,3xdecode:tp1",
+            "2xprefill:tp1,2xdecode:tp1",
+            "3xprefill:tp1,decode:tp1",
+            "2xprefill:tp1,decode:tp2",
+            "prefill:tp2,2xdecode:tp1",
+            "prefill:tp2,decode:tp2",
+            "prefill:tp1,decode:tp3",
+            "prefill:tp3,decode:tp1",
+        ]
+    )
+
+
+def small_question(**changes):
+    simulation = roofline_simulation("opt-13b", "a100-80g", 4096)
+    fields = {"simulation": simulation, "devices": 2, "sizes": (128, 256, 512, 1024)}
+    return Question(**(fields | changes))
+
+
+def test_all_candidates_of_a_cell_get_equal_requests():
+    workload, slo = get_workload("fixed:512x64"), SLO(ttft_s=1.0, tpot_s=0.1)
+    made = contests(small_question(), Cell(workload=workload, slo=slo))
+    searches = [o.candidate.search for c in made for o in c.options]
+    (n,) = {search.num_requests for search in searches}
+    assert {search.seeds for search in searches} == {(0, 1, 2)}
+    # Three lives of 1 + 6.4 s, at a rate that no system reaches.
+    assert run_s(slo, 64) == pytest.approx(22.2)
+    assert run_s(SLO(ttft_s=4.0, tpot_s=0.1), 64) == 40.0
+    capacities = [search.capacity_rps() for search in searches]
+    # They are estimated by as many requests as there are, here all the same.
+    assert n == math.ceil(22.2 * max(capacities))
+
+
+def test_the_step_size_follows_the_tpot_target():
+    # 100 prompt tokens and 10 gaps: of 20 tokens one decodes, of 40 three. A mixed step
+    # takes 10 ms and 19, or 37.
+    question = linear_question(systems=("sarathi_serve", DISAGGREGATED), sizes=(20, 40))
+    for tpot_s, size, step_ms in ((0.03, 20, 29), (0.05, 40, 47)):
+        slo = SLO(ttft_s=0.5, tpot_s=tpot_s)
+        (chunked, _) = contests(question, Cell(workload=hundred(11), slo=slo))
+        (option,) = chunked.options
+        assert option.parameters == (
+            f"token_budget = {size}: the largest step within TPOT: {step_ms} of "
+            f"{tpot_s * 1e3:.3g} ms",
+        )
+
+
+def test_given_budgets_are_all_tried():
+    question = small_question(systems=("vllm", DISAGGREGATED), budgets=(256, 512))
+    cell = Cell(workload=get_workload("fixed:512x64"), slo=SLO(ttft_s=1.0, tpot_s=0.1))
+    vllm, pair = contests(question, cell)
+    assert [o.candidate.name for o in vllm.options] == [
+        "2xcolocated:tp1 256 tokens",
+        "2xcolocated:tp1 512 tokens",
+        "colocated:tp2 256 tokens",
+        "colocated:tp2 512 tokens",
+    ]
+    assert [o.parameters for o in pair.options] == [
+        ("token_budget = 256: given",),
+        ("token_budget = 512: given",),
+    ]
+
+
+# ---- intervals -----------------------------------------------------------------------
+
+
+def test_a_margin_is_a_geometric_mean_with_an_interval():
+    # Logs of the ratios are 0.1, 0.2, 0.3: mean 0.2, sd 0.1; t of 2 degrees is 4.303.
+    ratios = [math.exp(x) for x in (0.1, 0.2, 0.3)]
+    found = margin([2 * r for r in ratios], [2.0, 2.0, 2.0])
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert found.ratio.mean == pytest.approx(math.exp(0.2))
+    assert found.ratio.low == pytest.approx(math.exp(0.2 - half), rel=1e-4)
+    assert found.ratio.high == pytest.approx(math.exp(0.2 + half), rel=1e-4)
+    assert not found.clear  # 0.2 - 0.248 < 0
+    inverse = margin([2.0, 2.0, 2.0], [2 * r for r in ratios])
+    assert inverse.ratio.low == pytest.approx(1 / found.ratio.high)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"),
+    [
+        ((2.0, 2.1), (1.0, 1.05), True),
+        ((1.0, 1.05), (2.0, 2.1), True),
+        ((1.0, 1.0), (1.0, 1.0), False),
+        ((2.0, 1.0), (1.0, 2.0), False),
+        ((2.0,), (1.0,), False),  # one seed says nothing
+    ],
+)
+def test_a_margin_is_clear_where_its_interval_excludes_1(ours, theirs, clear):
+    assert margin(ours, theirs).clear is clear
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"),
+    [
+        ((1.0, 2.0), (0.0, 0.0), True),
+        ((0.0, 0.0), (1.0, 2.0), True),
+        ((1.0, 2.0), (0.0, 1.0), False),
+        ((0.0, 2.0), (0.0, 0.0), False),
+        ((0.0, 0.0), (0.0, 0.0), False),
+    ],
+)
+def test_without_goodput_there_is_no_ratio(ours, theirs, clear):
+    found = margin(ours, theirs)
+    assert found.ratio is None and found.clear is clear
+
+
+def made_up(system, *per_seed_rps):
+    return Found(
+        system=system,
+        deployment="-",
+        parameters=(),
+        per_seed_rps=per_seed_rps,
+        needs=0.5,
+        num_requests=1,
+        candidates=(),
+    )
+
+
+def test_the_kinds_are_compared_and_not_only_the_first_two():
+    # Two colocated systems are first; the question is disaggregation's place.
+    found = [
+        made_up("vllm", 2.0, 2.2, 2.4),
+        made_up("orca", 2.0, 2.2, 2.4),
+        made_up(DISAGGREGATED, 1.0, 1.1, 1.2),
+    ]
+    cell = judge(found)
+    assert cell.verdict == COLOCATED and not cell.over_runner_up.clear
+    assert cell.over_colocated.ratio.mean == pytest.approx(0.5)
+    even = judge([made_up("vllm", 2.0, 1.0), made_up(DISAGGREGATED, 1.0, 2.1)])
+    assert even.verdict == UNCLEAR and even.winner.system == DISAGGREGATED
+
+
+# ---- when ----------------------------------------------------------------------------
+
+LETTERS = {"d": DISAGGREGATED, "c": COLOCATED, "?": UNCLEAR, "-": INFEASIBLE}
+
+
+def verdicts(*rows):
+    """From rows of letters, the highest y first."""
+    return {
+        (i, j): LETTERS[letter]
+        for j, row in enumerate(reversed(rows))
+        for i, letter in enumerate(row)
+    }
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (("dd", "cc"), "mean prompt <= 20 tokens"),
+        (("cd", "cd"), "mean output <= 2 tokens"),
+        (("cc", "cc"), "any mean output and mean prompt that was tried"),
+        (("cd", "-c"), "mean output <= 2 tokens; nor with mean prompt <= 20 tokens"),
+        (("?c", "?d"), "mean output >= 4 tokens and mean prompt >= 30 tokens"),
+    ],
+)
+def test_the_sentence_says_which_cells(rows, expected):
+    each = Map(
+        name="lengths",
+        fixed="SLO",
+        x=Axis(name="mean output", unit="tokens", values=(2.0, 4.0)),
+        y=Axis(name="mean prompt", unit="tokens", values=(20.0, 30.0)),
+        cells={},
+    )
+    said = sentence(each, verdicts(*rows))
+    assert said.startswith(f"Do not disaggregate with {expected} (of 4 cells, SLO: ")
+
+
+def test_the_sentence_counts_all_cells():
+    each = slos_map([0.1, 0.2], [0.01], get_workload("fixed:8x8"), "fixed:8x8")
+    assert sentence(each, verdicts("d-")) == (
+        "No cell says not to disaggregate (of 2 cells, workload fixed:8x8: "
+        "disaggregated 1, colocated 0, no clear winner 0, infeasible 1)."
+    )
+
+
+def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
+    table = verdicts("ccd?", "ccc-", "d?cc")
+    covered = set()
+    for rectangle in rectangles(table, COLOCATED):
+        cells = set(itertools.product(*rectangle))
+        assert {table[at] for at in cells} <= {COLOCATED, INFEASIBLE}
+        covered |= cells
+    assert {at for at, verdict in table.items() if verdict == COLOCATED} <= covered
+    assert rectangles(verdicts("d?"), COLOCATED) == []
+
+
+# ---- questions that make no sense ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"systems": ("vllm", "vllmm")}, r"systems: expected of .* got \['vllmm'\]"),
+        ({"systems": ("vllm", "orca")}, "expected disaggregated and a colocated one"),
+        ({"systems": (DISAGGREGATED,)}, "expected disaggregated and a colocated one"),
+        ({"devices": 1}, "devices: expected >= 2"),
+        ({"seeds": ()}, "seeds: expected >= 1"),
+        ({"budgets": (0,)}, "budgets: expected >= 1"),
+        (
+            {"simulation": get_simulation("opt175b_a100"), "devices": 5},
+            "devices: expected enough for two instances of opt-175b .*weights alone",
+        ),
+        (
+            {"simulation": get_simulation("simdistserve_opt13b")},
+            "config: expected one cost model",
+        ),
+    ],
+)
+def test_bad_questions(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_question(**changes)
+
+
+def test_bad_maps():
+    slo = SLO(ttft_s=1.0, tpot_s=0.1)
+    with pytest.raises(ValueError, match="mean prompt: expected one or more values"):
+        lengths_map([], [8], 0.5, slo, 100)
+    with pytest.raises(ValueError, match="mean output: expected one or more values"):
+        lengths_map([8], [8, 8], 0.5, slo, 100)
+    with pytest.raises(ValueError, match="TTFT target: .* rise from above 0"):
+        slos_map([0.0], [0.1], get_workload("fixed:8x8"), "fixed:8x8")
+    with pytest.raises(ValueError, match="expected 100 tokens together at most"):
+        lengths_map([96], [8], 0.5, slo, 100)
+    with pytest.raises(ValueError, match="expected a device with a link"):
+        roofline_simulation("opt-13b", "cpu", 100)
+    with pytest.raises(ValueError, match="model: expected one of"):
+        roofline_simulation("opt-14b", "h100", 100)
+
+
+# ---- all of it -----------------------------------------------------------------------
+
+
+def test_a_map_from_end_to_end():
+    # One device of two prefills in a pair: see above. A prompt takes 0.1 s.
+    question = linear_question(num_requests=60)
+    each = slos_map([0.05, 0.5], [1.0], hundred(1), "100 tokens")
+    (grid,) = compare(question, [each], map, silent)
+    assert {at: judge(found).verdict for at, found in grid.items()} == {
+        (0, 0): INFEASIBLE,
+        (1, 0): COLOCATED,
+    }
+    shown = text(question, [each], [grid])
+    said = "Do not disaggregate with any TTFT target and TPOT target that was tried (of"
+    assert said in shown
+    assert "token_budget = 100: a prompt of it saturates the device" in shown
+    content = json.loads(json.dumps(record(question, [each], [grid]), allow_nan=False))
+    (made,) = content["maps"]
+    assert [cell["verdict"] for cell in made["cells"]] == [INFEASIBLE, COLOCATED]
+    assert [cell["winner"] for cell in made["cells"]] == [None, "vllm"]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.compare_systems", *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
+    done = command(
+        *("--model=opt-13b", "--devices=2", "--systems=vllm,disaggregated"),
+        *("--map=targets", "--ttfts=0.01,0.5", "--tpots=0.05", "--seeds=2"),
+        *("--workload=fixed:512x8", "--num_requests=20", "--workers=1"),
+        f"--out={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "maps.txt").read_text()
+    assert shown in done.stdout + "\n" and "with 1 workers" in done.stdout
+    assert "infeasible: even alone vllm needs" in shown
+    assert "seeds 0, 1;" in shown and "max_batched_tokens = 2048: the default" in shown
+    assert "2/2: TTFT target 0.5" in done.stderr
+    content = json.loads((tmp_path / "maps.json").read_text())
+    assert content["flags"]["ttfts"] == ["0.01", "0.5"]
+    assert content["environment"]["commit"] and content["wall_s"] > 0
+    assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bad_flag_is_one_line():
+    done = command("--config=opt13b_a100", "--model=opt-13b", "--workers=1")
+    assert done.returncode == 1
+    assert "error: config: expected neither --model nor" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_lists_of_numbers():
+    assert numbers("prompts", ["8", "16"], int) == (8, 16)
+    expected = "prompts: expected numbers joined by commas, got '8,long'"
+    with pytest.raises(ValueError, match=expected):
+        numbers("prompts", ["8", "long"], int)
