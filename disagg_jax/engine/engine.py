@@ -25,9 +25,9 @@ from disagg_jax.engine.batch import StepShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.programs import ModelOnMesh
 from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
+from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
-from models import transformer
 from models.config import ModelConfig
 from sharding.mesh import Device, cut_meshes
 from sharding.rules import RULES
@@ -88,7 +88,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        params: transformer.Params,
+        params: Weights,
         deployment: Deployment,
         devices: Sequence[Device],
         memory: Sequence[KVMemory],

@@ -21,7 +21,7 @@ from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import kv_cache, sampling
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.transfer import PiecePlan
-from disagg_jax.engine.weights import place_params
+from disagg_jax.engine.weights import Weights, place_params
 from models import transformer
 from models.config import ModelConfig
 from sharding.heads import head_layout
@@ -47,7 +47,7 @@ class ModelOnMesh:
     def __init__(
         self,
         config: ModelConfig,
-        params: transformer.Params,
+        params: Weights,
         mesh: Mesh,
         rules: Rules,
         memory: KVMemory,
@@ -306,7 +306,7 @@ def _group_params(
     groups: list[transformer.Params] = [
         {"layers": layers[start:end]} for start, end in itertools.pairwise(bounds)
     ]
-    groups[0]["embed"] = params["embed"]
+    groups[0] |= {k: params[k] for k in ("embed", "positions") if k in params}
     groups[-1]["final_norm"] = params["final_norm"]
     unembed = "unembed" if "unembed" in params else "embed"
     groups[-1][unembed] = params[unembed]
@@ -329,10 +329,11 @@ def _run_group(
       The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
     """
     inputs = shape.fields.split(packed)
-    x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"])
+    position = inputs["position"]
+    x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
     attend = _attend(shape, inputs, cache[0][0].shape[0], block_tokens)
     x, cache = transformer.run_layers(
-        config, params["layers"], x, inputs["position"], attend, cache
+        config, params["layers"], x, position, attend, cache
     )
     if not is_last:
         return cache, x

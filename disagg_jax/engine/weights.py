@@ -2,45 +2,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import transformer
+from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from sharding.heads import HeadLayout
 from sharding.rules import Rules, check_divisible, named_sharding
 
+# In memory, or still on disk: then each mesh restores its own shards.
+Weights: TypeAlias = transformer.Params | Checkpoint
+Slots: TypeAlias = Sequence[int | None]  # the model's head in each; None is a zero head
+
 
 def place_params(
     config: ModelConfig,
-    params: transformer.Params,
+    weights: Weights,
     layout: HeadLayout,
     mesh: Mesh,
     rules: Rules,
 ) -> transformer.Params:
-    """`params` on `mesh`, sharded by `rules`, their heads laid out by `layout`.
+    """`weights` on `mesh`, sharded by `rules`, their heads laid out by `layout`.
 
     Raises:
       ValueError: if a dimension does not divide over its mesh axis.
     """
     slots = {"heads": layout.q, "kv_heads": layout.kv}
+    shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
+
+    def check(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> None:
+        sizes = zip(leaf.shape, axes, strict=True)
+        shape = [len(slots.get(axis, range(size))) for size, axis in sizes]
+        check_divisible(shape, axes, mesh, rules)
 
     def place(weight: Array, axes: tuple[str, ...]) -> Array:
         for name in slots.keys() & set(axes):
             weight = take_heads(weight, slots[name], axes.index(name))
-        check_divisible(weight.shape, axes, mesh, rules)
         return jax.device_put(weight, named_sharding(mesh, axes, rules))
 
-    return jax.tree.map(place, params, transformer.param_axes(config))
+    jax.tree.map(check, shapes, axes)
+    if isinstance(weights, Checkpoint):
+        weights = weights.restore(restore_shardings(config, slots, mesh, rules))
+    return jax.tree.map(place, weights, axes)
 
 
-def take_heads(weight: Array, slots: Sequence[int | None], axis: int) -> Array:
+def restore_shardings(
+    config: ModelConfig, slots: Mapping[str, Slots], mesh: Mesh, rules: Rules
+) -> transformer.Params:
+    """Where each weight is restored to: its place, where its heads are laid out so.
+
+    Heads that must first be repeated or padded do not divide over the mesh. Such a
+    weight is split along another dimension until then: no device holds all of it.
+    """
+
+    def sharding(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
+        for i, axis in enumerate(axes):
+            if axis in slots and not _are_all(slots[axis], leaf.shape[i]):
+                return _split_elsewhere(leaf.shape, i, mesh, rules[axis])
+        return named_sharding(mesh, axes, rules)
+
+    return jax.tree.map(
+        sharding, transformer.param_shapes(config), transformer.param_axes(config)
+    )
+
+
+def _split_elsewhere(
+    shape: Sequence[int], heads: int, mesh: Mesh, mesh_axis: str | None
+) -> NamedSharding:
+    """Split along the first dimension but `heads` that divides; whole if none does."""
+    spec: list[str | None] = [None] * len(shape)
+    for i, size in enumerate(shape):
+        if mesh_axis and i != heads and size % mesh.shape[mesh_axis] == 0:
+            spec[i] = mesh_axis
+            break
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _are_all(slots: Slots, heads: int) -> bool:
+    """Whether the slots are the heads as they are."""
+    return list(slots) == list(range(heads))
+
+
+def take_heads(weight: Array, slots: Slots, axis: int) -> Array:
     """`weight` with each slot's head along `axis`, zeros where there is none."""
-    if list(slots) == list(range(weight.shape[axis])):
+    if _are_all(slots, weight.shape[axis]):
         return weight
     heads = jnp.array([0 if head is None else head for head in slots])
     real = jnp.array([head is not None for head in slots])

@@ -17,6 +17,7 @@ from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor
+from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
@@ -55,6 +56,23 @@ MODELS = {
         make_config("padded", q_heads=6, kv_heads=3, layers=3),  # at 2 and 4
     )
 }
+# The other families, with heads that tensor parallelism must pad, and repeat at 4.
+FAMILIES = {
+    config.name: config
+    for config in (
+        make_config(
+            "opt",
+            q_heads=6,
+            kv_heads=6,
+            norm="layer",
+            positions="learned",
+            mlp_kind="relu",
+            biases=True,
+            tie_embeddings=True,
+        ),
+        make_config("qwen3", head_dim=16, qk_norm=True),
+    )
+}
 
 # The pool holds one request of the longest context and nothing beside it.
 POOL = KVMemory(num_blocks=16, block_tokens=4, max_context=64)
@@ -78,11 +96,12 @@ def one_second(work, measured_s) -> float:
 class World:
     """Weights, programs and reference outputs, each made once."""
 
-    def __init__(self):
-        self._params, self._references, self._engines = {}, {}, {}
+    def __init__(self, weights: dict[ModelConfig, Weights] | None = None):
+        self._params = dict(weights or {})
+        self._references, self._engines = {}, {}
         self.models = {}
 
-    def params(self, config: ModelConfig) -> transformer.Params:
+    def params(self, config: ModelConfig) -> Weights:
         if config not in self._params:
             self._params[config] = random_params(config)
         return self._params[config]
@@ -157,9 +176,11 @@ def random_params(config: ModelConfig) -> transformer.Params:
         name = path[-1].key
         if name == "scale":
             return np.ones(leaf.shape, leaf.dtype)
+        if name.startswith("b"):
+            return (rng.normal(size=leaf.shape) * 0.05).astype(leaf.dtype)
         fan_in = leaf.shape[0]
-        if name in ("wo", "embed"):
-            fan_in = math.prod(leaf.shape) // leaf.shape[0 if name == "embed" else -1]
+        if name in ("wo", "embed", "positions"):
+            fan_in = math.prod(leaf.shape) // leaf.shape[-1 if name == "wo" else 0]
         gain = 4.0 if name == "wq" else 1.0
         noise = rng.normal(size=leaf.shape) * gain * fan_in**-0.5
         return noise.astype(leaf.dtype)

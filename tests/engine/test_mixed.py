@@ -5,6 +5,7 @@ are those of the one-device, no-cache reference.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -15,7 +16,14 @@ from disagg_jax.engine.engine import Engine, StepTotals
 from disagg_jax.engine.executor import measure_step_times, run_alone
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import Slice, Step
-from tests.engine.harness import BUCKETS, MODELS, POOL, make_request, serve_virtual
+from tests.engine.harness import (
+    BUCKETS,
+    FAMILIES,
+    MODELS,
+    POOL,
+    make_request,
+    serve_virtual,
+)
 
 CONFIG = MODELS["divided"]
 SHAPE = MixedShape(tokens=32, rows=8, context=16, decodes=4, blocks=16)
@@ -117,11 +125,12 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model, tp", [*itertools.product(MODELS, [1, 2, 4]), ("opt", 4), ("qwen3", 1)]
+)
 def test_tokens_are_those_of_the_reference(world, model, tp):
     """Chunks of a token, a block, no whole blocks, whole prompts; in a spoilt pool."""
-    config = MODELS[model]
+    config = (MODELS | FAMILIES)[model]
     engine = world.engine(f"colocated:tp{tp}", config, MIXED)
     for chunk in (1, 4, 5, 7, 16):
         hands = start(engine, REQUESTS, seed=chunk)

@@ -12,7 +12,7 @@ SHARED = sorted(PRESETS.keys() & MODEL_SHAPES.keys())
 
 
 def test_some_are_shared():
-    assert SHARED == ["llama-3-8b", "smollm2-135m"]
+    assert SHARED == ["llama-3-8b", "opt-13b", "opt-66b", "smollm2-135m"]
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -29,3 +29,4 @@ def test_shapes_agree(name):
         ("tie_embeddings", "tie_embeddings"),
     ):
         assert getattr(config, ours) == getattr(shape, theirs), ours
+    assert (config.mlp_kind == "swiglu") == shape.gated_mlp

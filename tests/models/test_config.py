@@ -22,6 +22,9 @@ TINY = get_config("tiny")
         ({"kv_heads": 3}, "q_heads: expected a multiple of kv_heads=3, got 8"),
         ({"head_dim": 15}, "head_dim: expected an even number, got 15"),
         ({"dtype": "float16"}, "expected one of ['bfloat16', 'float32'], got 'float16"),
+        ({"norm": "batch"}, "norm: expected one of ['layer', 'rms'], got 'batch'"),
+        ({"positions": "alibi"}, "expected one of ['learned', 'rotary'], got 'alibi'"),
+        ({"mlp_kind": "moe"}, "mlp_kind: expected one of ['relu', 'swiglu'], got"),
     ],
 )
 def test_bad_shapes_are_refused(change: dict[str, Any], message: str) -> None:
@@ -44,6 +47,13 @@ def test_presets_are_called_what_they_are_named() -> None:
         # The totals in the safetensors metadata on Hugging Face.
         ("smollm2-135m", 134_515_008),
         ("llama-3-8b", 8_030_261_248),
+        ("qwen3-8b", 8_190_735_360),
+        # Counted by transformers 5.23; the hub stores the tied embedding twice.
+        ("qwen3-0.6b", 596_049_920),
+        # Also so, less the two rows of positions that are for padding only.
+        ("opt-125m", 125_239_296 - 2 * 768),
+        ("opt-13b", 12_853_473_280 - 2 * 5120),
+        ("opt-66b", 65_719_701_504 - 2 * 9216),
     ],
 )
 def test_num_params_is_the_published_number(name: str, num_params: int) -> None:

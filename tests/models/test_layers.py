@@ -28,6 +28,17 @@ def test_rms_norm_of_bfloat16_rounds_only_once() -> None:
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
+def test_layer_norm_is_the_formula() -> None:
+    x, scale, bias = (
+        np.asarray(normal(i, *s)) for i, s in enumerate([(5, 16), (16,), (16,)])
+    )
+    x = x * 3 + 7
+    variance = x.var(axis=1, keepdims=True)
+    want = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(variance + 0.1) * scale + bias
+    got = layers.layer_norm(*map(jnp.asarray, (x, scale, bias)), 0.1)
+    np.testing.assert_allclose(got, want, atol=1e-5)  # float32 rounding
+
+
 def rotated(x_H: Array, position: int, theta: float = 100.0) -> Array:
     table = layers.rope_table(jnp.array([position]), x_H.shape[0], theta)
     return layers.rotate(x_H[None, None, :], table)[0, 0]

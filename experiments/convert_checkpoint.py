@@ -1,0 +1,55 @@
+"""Makes a checkpoint that every instance restores straight into its own sharding.
+
+    python -m experiments.convert_checkpoint --from=FILE.gguf --out=checkpoints/smollm2
+    python -m experiments.convert_checkpoint --from=HF_FOLDER --out=checkpoints/qwen3
+
+Serve it with `--set weights=checkpoints/qwen3 --set model=auto`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from experiments.weights import read_tokenizer, read_weights
+from models import checkpoint
+from models.tokenizer import BPETokenizer, save_tokenizer
+
+_FROM = flags.DEFINE_string("from", None, "GGUF file or Hugging Face folder.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Folder of the new checkpoint.", allow_override=True
+)
+
+
+def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
+    """Writes the weights, config and tokenizer of `source` to `out`.
+
+    Raises:
+      ValueError, FileNotFoundError: if `source` cannot be read, or `out` is taken.
+    """
+    config, weights = read_weights(source)
+    if checkpoint.is_checkpoint(out) or isinstance(weights, checkpoint.Checkpoint):
+        raise ValueError(
+            f"expected a model of another kind and a new folder, got {source}, {out}"
+        )
+    tokenizer = read_tokenizer(source)
+    if isinstance(tokenizer, BPETokenizer):
+        save_tokenizer(tokenizer, out)
+    return checkpoint.save(out, config, weights)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1 or not _FROM.value or not _OUT.value:
+        raise app.UsageError("expected --from=PATH and --out=FOLDER")
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    try:
+        made = convert(pathlib.Path(_FROM.value), pathlib.Path(_OUT.value))
+    except (ValueError, FileNotFoundError) as error:
+        raise app.UsageError(str(error)) from error
+    print(f"{made.config}\ncheckpoint: {made.folder}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,89 @@
+"""Checkpoints: a model's weights by Orbax, and its config beside them.
+
+FOLDER/model.json   the fields of `ModelConfig`
+FOLDER/params/      Orbax; each device can read its own shards
+FOLDER/tokenizer.json, tokenizer_config.json   absent where tokens are bytes
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from models import transformer
+from models.config import ModelConfig
+
+_CONFIG, _PARAMS = "model.json", "params"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Weights that are still on disk, to be restored once for each mesh."""
+
+    folder: pathlib.Path
+    config: ModelConfig  # its dtype is restored to; that of the file may be another
+
+    @classmethod
+    def open(cls, folder: str | pathlib.Path) -> Checkpoint:
+        """The checkpoint in `folder`. Reads its config only.
+
+        Raises:
+          FileNotFoundError: with the command that makes one, if there is none.
+        """
+        folder = pathlib.Path(folder).resolve()
+        if not is_checkpoint(folder) or not (folder / _PARAMS).is_dir():
+            raise FileNotFoundError(
+                f"expected {_CONFIG} and {_PARAMS}/ in {folder}; to make them: python "
+                f"-m experiments.convert_checkpoint --from=PATH --out={folder}"
+            )
+        settings = json.loads((folder / _CONFIG).read_text())
+        return cls(folder, ModelConfig(**settings))
+
+    def restore(self, shardings: Any) -> transformer.Params:
+        """Weights with `shardings`: one, or a tree of them in the shape of `Params`.
+
+        Each device reads no more than its shards.
+        """
+        import orbax.checkpoint as ocp  # a second, which only checkpoints take
+
+        def target(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        shapes = transformer.param_shapes(self.config)
+        targets = jax.tree.map(target, shapes, jax.tree.broadcast(shardings, shapes))
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(self.folder / _PARAMS, targets)
+
+    def load(self, device: Any) -> transformer.Params:
+        """All weights on one device."""
+        return self.restore(SingleDeviceSharding(device))
+
+
+def is_checkpoint(folder: str | pathlib.Path) -> bool:
+    return (pathlib.Path(folder) / _CONFIG).is_file()
+
+
+def save(
+    folder: str | pathlib.Path, config: ModelConfig, params: transformer.Params
+) -> Checkpoint:
+    """Writes a checkpoint of `params`, arrays of JAX or NumPy.
+
+    Raises:
+      ValueError: by Orbax, if there is one already.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = pathlib.Path(folder).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / _PARAMS, params)
+    # Last: a checkpoint that was cut short has no config.
+    (folder / _CONFIG).write_text(
+        json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+    )
+    return Checkpoint(folder, config)

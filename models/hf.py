@@ -1,0 +1,266 @@
+"""Reads Hugging Face folders (config.json and safetensors) of Llama, OPT and Qwen3."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import ModelConfig
+
+Settings = Mapping[str, Any]  # of config.json
+Take = Callable[..., np.ndarray]  # take(name, *shape): a tensor, which must be so
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and the weights of a model that `save_pretrained` wrote.
+
+    Returns:
+      The config (float16 becomes bfloat16, our half precision), and NumPy weights of
+      its dtype in the structure that `models.transformer` describes, in host memory.
+
+    Raises:
+      FileNotFoundError: with the command that gets it, if the folder or a file of it is
+        missing.
+      ValueError: if the model is of another family or has what ours has not; if a
+        tensor is missing, misshapen or not expected.
+      ImportError: naming the extra to install, if `safetensors` is missing.
+    """
+    folder = pathlib.Path(folder)
+    settings = json.loads(_existing(folder, "config.json").read_text())
+    family = _FAMILIES.get(settings.get("model_type"))
+    if family is None:
+        raise ValueError(
+            f"{folder}: model_type: expected one of {sorted(_FAMILIES)}, got "
+            f"{settings.get('model_type')!r}"
+        )
+    for key, value in {"quantization_config": None, **family.required}.items():
+        if settings.get(key, value) != value:
+            raise ValueError(
+                f"{folder}: {key}: expected {value!r}, got {settings[key]!r}"
+            )
+    config = family.config(folder.name, settings)
+    tensors = _open(folder)
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        if name not in tensors:
+            raise ValueError(f"{folder}: expected a tensor '{name}', got none")
+        tensor = tensors.pop(name).get_tensor(name)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{folder}: {name}: expected shape {shape}, got {tensor.shape}"
+            )
+        return tensor.astype(jnp.dtype(config.dtype), copy=False)
+
+    params = family.params(config, take)
+    if not config.tie_embeddings:
+        params["unembed"] = take("lm_head.weight", config.vocab_size, config.embed).T
+    if unexpected := sorted(name for name in tensors if not _is_redundant(name)):
+        raise ValueError(
+            f"{folder}: expected the tensors of {config} only, got also "
+            f"{unexpected[:5]}"
+        )
+    return config, params
+
+
+def _is_redundant(name: str) -> bool:
+    """Some files repeat a tied embedding, or keep the rotary frequencies."""
+    return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
+
+
+def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
+    path = folder / name
+    if path.is_file():
+        return path
+    raise FileNotFoundError(
+        f"expected a Hugging Face model with safetensors, got no file {path}: "
+        f"pip install huggingface_hub && hf download OWNER/NAME --local-dir {folder}"
+    )
+
+
+def _open(folder: pathlib.Path) -> dict[str, Any]:
+    """By each tensor's name its open file; nothing is read yet."""
+    try:
+        from safetensors import safe_open
+    except ImportError as error:
+        raise ImportError(
+            "reading Hugging Face folders needs the package safetensors: pip install "
+            "'disagg-jax[weights]'"
+        ) from error
+    names = [_WHOLE]
+    if (folder / _INDEX).is_file():
+        index = json.loads((folder / _INDEX).read_text())
+        names = sorted(set(index["weight_map"].values()))
+    files = [safe_open(_existing(folder, name), framework="numpy") for name in names]
+    return {name: file for file in files for name in file.keys()}
+
+
+# -- families -------------------------------------------------------------------------
+
+
+def _sizes(settings: Settings) -> dict[str, Any]:
+    """What config.json calls the same in all families."""
+    dtype = settings.get("dtype") or settings.get("torch_dtype")
+    return {
+        "vocab_size": settings["vocab_size"],
+        "layers": settings["num_hidden_layers"],
+        "embed": settings["hidden_size"],
+        "q_heads": settings["num_attention_heads"],
+        "max_length": settings["max_position_embeddings"],
+        "dtype": "float32" if dtype in (None, "float32") else "bfloat16",
+    }
+
+
+def _llama_config(name: str, settings: Settings) -> ModelConfig:
+    """Llama's and Qwen3's, which differ in the norm of queries and keys."""
+    sizes = _sizes(settings)
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{name}: rope_type: expected 'default', got {kind!r}")
+    # transformers 5 moved the base of the frequencies into `rope_parameters`.
+    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    return ModelConfig(
+        name=name,
+        **sizes,
+        kv_heads=settings.get("num_key_value_heads") or sizes["q_heads"],
+        head_dim=settings.get("head_dim") or sizes["embed"] // sizes["q_heads"],
+        mlp=settings["intermediate_size"],
+        rope_theta=float(theta),
+        norm_eps=settings["rms_norm_eps"],
+        tie_embeddings=settings.get("tie_word_embeddings", False),
+        qk_norm=settings["model_type"] == "qwen3",
+    )
+
+
+def _opt_config(name: str, settings: Settings) -> ModelConfig:
+    sizes = _sizes(settings)
+    if settings.get("word_embed_proj_dim", sizes["embed"]) != sizes["embed"]:
+        raise ValueError(
+            f"{name}: word_embed_proj_dim: expected hidden_size={sizes['embed']}, got "
+            f"{settings['word_embed_proj_dim']}"
+        )
+    return ModelConfig(
+        name=name,
+        **sizes,
+        kv_heads=sizes["q_heads"],
+        head_dim=sizes["embed"] // sizes["q_heads"],
+        mlp=settings["ffn_dim"],
+        norm_eps=1e-5,  # torch.nn.LayerNorm's default; config.json has none
+        tie_embeddings=settings.get("tie_word_embeddings", True),
+        norm="layer",
+        positions="learned",
+        mlp_kind="relu",
+        biases=True,
+    )
+
+
+def _llama_params(config: ModelConfig, take: Take) -> dict[str, Any]:
+    E, F = config.embed, config.mlp
+
+    def layer(i: int) -> dict[str, Any]:
+        at = f"model.layers.{i}"
+        return {
+            "attention_norm": {"scale": take(f"{at}.input_layernorm.weight", E)},
+            "attention": _attention(config, take, f"{at}.self_attn", out="o_proj"),
+            "mlp_norm": {"scale": take(f"{at}.post_attention_layernorm.weight", E)},
+            "mlp": {
+                "w_gate": take(f"{at}.mlp.gate_proj.weight", F, E).T,
+                "w_up": take(f"{at}.mlp.up_proj.weight", F, E).T,
+                "w_down": take(f"{at}.mlp.down_proj.weight", E, F).T,
+            },
+        }
+
+    return {
+        "embed": take("model.embed_tokens.weight", config.vocab_size, E),
+        "layers": [layer(i) for i in range(config.layers)],
+        "final_norm": {"scale": take("model.norm.weight", E)},
+    }
+
+
+def _opt_params(config: ModelConfig, take: Take) -> dict[str, Any]:
+    E, F = config.embed, config.mlp
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        return {"scale": take(f"{name}.weight", E), "bias": take(f"{name}.bias", E)}
+
+    def layer(i: int) -> dict[str, Any]:
+        at = f"model.decoder.layers.{i}"
+        return {
+            "attention_norm": norm(f"{at}.self_attn_layer_norm"),
+            "attention": _attention(config, take, f"{at}.self_attn", out="out_proj"),
+            "mlp_norm": norm(f"{at}.final_layer_norm"),
+            "mlp": {
+                "w_up": take(f"{at}.fc1.weight", F, E).T,
+                "b_up": take(f"{at}.fc1.bias", F),
+                "w_down": take(f"{at}.fc2.weight", E, F).T,
+                "b_down": take(f"{at}.fc2.bias", E),
+            },
+        }
+
+    at = "model.decoder"
+    # Position p is row p + 2: the first two rows are for padding, which we never embed.
+    positions = take(f"{at}.embed_positions.weight", config.max_length + 2, E)[2:]
+    return {
+        "embed": take(f"{at}.embed_tokens.weight", config.vocab_size, E),
+        "positions": positions,
+        "layers": [layer(i) for i in range(config.layers)],
+        "final_norm": norm(f"{at}.final_layer_norm"),
+    }
+
+
+def _attention(
+    config: ModelConfig, take: Take, at: str, *, out: str
+) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
+    """Files keep every matrix as [out, in] and heads flat; ours are [in, out]."""
+    E, N, K, H = config.embed, config.q_heads, config.kv_heads, config.head_dim
+    heads = {"q": N, "k": K, "v": K}
+    weights: dict[str, Any] = {
+        f"w{x}": take(f"{at}.{x}_proj.weight", n * H, E).T.reshape(E, n, H)
+        for x, n in heads.items()
+    }
+    weights["wo"] = take(f"{at}.{out}.weight", E, N * H).T.reshape(N, H, E)
+    if config.biases:
+        for x, n in heads.items():
+            weights[f"b{x}"] = take(f"{at}.{x}_proj.bias", n * H).reshape(n, H)
+        weights["bo"] = take(f"{at}.{out}.bias", E)
+    if config.qk_norm:
+        for x in "qk":
+            weights[f"{x}_norm"] = {"scale": take(f"{at}.{x}_norm.weight", H)}
+    return weights
+
+
+@dataclasses.dataclass(frozen=True)
+class _Family:
+    """How a `model_type` is read."""
+
+    config: Callable[[str, Settings], ModelConfig]
+    params: Callable[[ModelConfig, Take], dict[str, Any]]
+    required: Settings  # what config.json must say, unless it is silent
+
+
+_GATED = {"hidden_act": "silu", "attention_bias": False}
+_FAMILIES = {
+    "llama": _Family(_llama_config, _llama_params, {**_GATED, "mlp_bias": False}),
+    "qwen3": _Family(
+        _llama_config, _llama_params, {**_GATED, "use_sliding_window": False}
+    ),
+    "opt": _Family(
+        _opt_config,
+        _opt_params,
+        {
+            "activation_function": "relu",
+            "do_layer_norm_before": True,
+            "enable_bias": True,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+        },
+    ),
+}

@@ -1,0 +1,111 @@
+"""Weights of every kind are found, checked against the preset and converted."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.configs import tiny
+from experiments.convert_checkpoint import convert
+from experiments.serving import load_model
+from models import checkpoint
+from models.checkpoint import Checkpoint
+from models.config import get_config
+from models.hf import load_hf
+from models.tokenizer import ByteTokenizer
+from tests.engine.harness import random_params
+
+pytest.importorskip("safetensors")
+pytest.importorskip("tokenizers")
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "models" / "golden"
+
+
+def load(weights, model="auto"):
+    config = dataclasses.replace(tiny(), weights=str(weights), model=model)
+    return load_model(config)
+
+
+def same(a, b):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3"])
+def test_a_folder_and_its_checkpoint_are_the_same_model(family, tmp_path):
+    folder = load(GOLDEN / family)
+    converted = convert(GOLDEN / family, tmp_path / "checkpoint")
+    model = load(tmp_path / "checkpoint")
+    assert isinstance(model.params, Checkpoint)
+    assert model.config == folder.config == converted.config
+    jax.tree.map(same, folder.params, model.params.load(jax.devices()[3]))
+    for tokenizer in (folder.tokenizer, model.tokenizer):
+        assert tokenizer.encode("a b") == [64, 220, 65]
+        assert tokenizer.eos_token == 256
+
+
+def test_a_folder_is_cast_to_the_preset_and_checked(monkeypatch):
+    stored, _ = load_hf(GOLDEN / "qwen3")
+    preset = dataclasses.replace(stored, name="preset", dtype="float32")
+    monkeypatch.setattr("experiments.serving.get_config", lambda name: preset)
+    model = load(GOLDEN / "qwen3", "preset")
+    assert stored.dtype == "bfloat16" and model.config == preset
+    dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
+    assert dtypes == {"float32"}
+    with pytest.raises(ValueError, match="expected those of preset.*'llama'.*auto"):
+        load(GOLDEN / "llama", "preset")
+
+
+def test_a_checkpoint_is_restored_to_the_dtype_of_the_preset(tmp_path):
+    preset = get_config("tiny")
+    half = dataclasses.replace(preset, dtype="bfloat16")
+    params = random_params(half)
+    checkpoint.save(tmp_path / "half", half, params)
+    model = load(tmp_path / "half", "tiny")
+    assert isinstance(model.tokenizer, ByteTokenizer)
+    assert isinstance(model.params, Checkpoint)
+    restored = model.params.load(jax.devices()[0])
+    jax.tree.map(same, restored, jax.tree.map(lambda x: x.astype("float32"), params))
+
+
+def test_what_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected random, trained.*/nowhere'"):
+        load("/nowhere")
+    with pytest.raises(FileNotFoundError, match="config.json: .*hf download"):
+        load(tmp_path)
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="experiments.convert_checkpoint"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="expected a preset for weights=random"):
+        load("random")
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path):
+    convert(GOLDEN / "llama", tmp_path / "a")
+    before = (tmp_path / "a" / "model.json").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="a new folder, got"):
+        convert(GOLDEN / "opt", tmp_path / "a")
+    with pytest.raises(ValueError, match="already exists"):
+        checkpoint.save(tmp_path / "a", *load_hf(GOLDEN / "opt"))
+    assert (tmp_path / "a" / "model.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="another kind"):
+        convert(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_folder_without_a_tokenizer_is_refused_before_any_work(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama", tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected a tokenizer at"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_config_is_readable(tmp_path):
+    made = convert(GOLDEN / "opt", tmp_path / "a")
+    fields = json.loads((tmp_path / "a" / "model.json").read_text())
+    assert fields == dataclasses.asdict(made.config)
+    assert fields["positions"] == "learned"

@@ -1,0 +1,177 @@
+"""Hugging Face folders, against an independent implementation (transformers, torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import transformer
+from models.config import get_config
+from models.hf import load_hf
+from models.tokenizer import load_tokenizer
+
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"  # made by make_hf_golden.py there
+FAMILIES = ("llama", "opt", "qwen3")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens_are_the_original(family: str) -> None:
+    config, params = load_hf(GOLDEN / family)
+    golden = np.load(GOLDEN / family / "golden.npz")
+    # One is stored in bfloat16; the original computed with its numbers in float32.
+    config = dataclasses.replace(config, dtype="float32")
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    prompt = golden["prompt"]
+    logits = transformer.forward(config, params, jnp.asarray(prompt))
+    # float32 sums in another order: measured 7e-6 at logits of spread 1. Another 1 % of
+    # any one weight that has an effect makes 1e-3 or more.
+    np.testing.assert_allclose(logits, golden["logits"], atol=5e-5)
+    # The best two logits are never closer than this, so no flip is excused.
+    assert golden["min_top2_margin"] > 1e-2
+    greedy = golden["greedy"].tolist()
+    tokens = transformer.greedy(config, params, prompt.tolist(), len(greedy))
+    assert tokens == greedy
+    assert len(set(greedy)) > 10
+
+
+def test_config_is_what_the_folder_says() -> None:
+    """By example: what config.json calls otherwise, or in two ways, or not at all."""
+    configs = {family: load_hf(GOLDEN / family)[0] for family in FAMILIES}
+    presets = {
+        family: dataclasses.replace(
+            get_config(preset),
+            name=family,
+            vocab_size=257,
+            layers=2,
+            embed=32,
+            q_heads=4,
+            kv_heads=4 if family == "opt" else 2,
+            head_dim=16 if family == "qwen3" else 8,
+            mlp=64 if family == "opt" else 48,
+            max_length=64,
+        )
+        for family, preset in {
+            "llama": "tiny",
+            "opt": "tiny-opt",
+            "qwen3": "qwen3-0.6b",
+        }.items()
+    }
+    presets["llama"] = dataclasses.replace(presets["llama"], rope_theta=500.0)
+    assert configs == presets
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A copy of the smallest model, to be spoilt."""
+    return shutil.copytree(GOLDEN / "qwen3", tmp_path / "model")
+
+
+def change_config(folder: pathlib.Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def change_tensors(folder: pathlib.Path, **tensors: np.ndarray | None) -> None:
+    """Underscores stand for dots."""
+    path = folder / "model.safetensors"
+    old = safetensors_numpy.load_file(path)
+    new = old | {name.replace("__", "."): array for name, array in tensors.items()}
+    kept = {name: array for name, array in new.items() if array is not None}
+    safetensors_numpy.save_file(kept, path)
+
+
+def test_the_base_of_the_frequencies_is_also_read_from_its_older_place(
+    folder: pathlib.Path,
+) -> None:
+    change_config(folder, rope_parameters=None, rope_theta=777)
+    assert load_hf(folder)[0].rope_theta == 777.0
+
+
+def test_a_tied_embedding_may_be_stored_twice(folder: pathlib.Path) -> None:
+    change_tensors(folder, lm_head__weight=np.zeros((257, 32), np.float32))
+    config, params = load_hf(folder)
+    assert config.tie_embeddings and "unembed" not in params
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"model_type": "mamba"},
+            r"expected one of \['llama', 'opt', 'qwen3'\], got 'mamba'",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+        ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_type: expected 'default', got 'yarn'",
+        ),
+    ],
+)
+def test_what_ours_has_not_is_refused(
+    folder: pathlib.Path, settings: dict[str, Any], message: str
+) -> None:
+    change_config(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "name, array, message",
+    [
+        ("model__norm__weight", None, "expected a tensor 'model.norm.weight', got non"),
+        ("model__norm__weight", np.zeros(31), r"expected shape \(32,\), got \(31,\)"),
+        ("model__norm__bias", np.zeros(32), r"got also \['model.norm.bias'\]"),
+    ],
+)
+def test_other_tensors_are_refused(
+    folder: pathlib.Path, name: str, array: np.ndarray | None, message: str
+) -> None:
+    change_tensors(folder, **{name: array})
+    with pytest.raises(ValueError, match=message):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_missing_file_comes_with_its_command(
+    folder: pathlib.Path, missing: str
+) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{missing}: .*hf download .*model$"):
+        load_hf(folder)
+
+
+def test_a_missing_part_of_several_is_named(tmp_path: pathlib.Path) -> None:
+    folder = shutil.copytree(GOLDEN / "opt", tmp_path / "model")
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
+        load_hf(folder)
+
+
+def test_a_missing_package_comes_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install 'disagg-jax\[weights\]'"):
+        load_hf(GOLDEN / "llama")
+
+
+def test_the_tokenizer_of_a_folder() -> None:
+    pytest.importorskip("tokenizers")
+    tokenizer = load_tokenizer(GOLDEN / "llama" / "tokenizer.json")
+    prompt = np.load(GOLDEN / "llama" / "golden.npz")["prompt"].tolist()
+    assert tokenizer.decode(prompt) == "def add(a, b):\n    return a"
+    assert tokenizer.encode(tokenizer.decode(prompt)) == prompt
+    assert tokenizer.eos_token == 256
