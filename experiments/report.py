@@ -228,7 +228,7 @@ def _yes(value: bool | None) -> str:
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Scores over rate per device with intervals, and where the time went."""
     with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = matplotlib.figure.Figure(figsize=(11, 4.4), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_scores(left, summary)
         _plot_stages(right, summary)
@@ -257,7 +257,8 @@ def _plot_scores(axes: Any, summary: Mapping[str, Any]) -> None:
         f"95 % intervals; {summary['clock']} clock, durations {summary['durations']}",
         fontsize=8.5,
     )
-    axes.legend(fontsize=7.5, loc="lower left")
+    # Below the axes, where it hides no point.
+    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
 
 
 def _plot_title(summary: Mapping[str, Any]) -> str:
@@ -317,5 +318,6 @@ def _plot_stages(axes: Any, summary: Mapping[str, Any]) -> None:
     )
     rate = "best" if summary["target"] is None else "highest passing"
     axes.set_title(f"at each one's {rate} rate", fontsize=8.5)
+    axes.tick_params(axis="x", rotation=25)
     axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
     axes.grid(axis="x", visible=False)
