@@ -1,4 +1,4 @@
-"""Reproduces the figures and tables of DistServe's paper in the simulator.
+"""Reproduces figures and tables of DistServe and its peers in the simulator.
 
     python -m experiments.reproduce --list
     python -m experiments.reproduce --figure=fig8a
@@ -48,15 +48,16 @@ _SEARCH_TIMES = flags.DEFINE_string(
 REPORTS = pathlib.Path(__file__).parent / "reports"
 _COLUMNS = ("claim", "paper", "ours, 95 % over seeds", "why they differ", "run")
 _PREAMBLE = """\
-# DistServe's figures, reproduced
+# Published figures, reproduced
 
 Made by `python -m experiments.reproduce {flags}`; do not edit. Everything is simulated.
 Intervals are Student t, 95 %, across seeds; all systems see the same requests at the
-same seed, and ratios are paired by seed. The paper's points were read from the vector
-drawings of arXiv 2401.09670 v3 (experiments/profiles/distserve_figures.json): hollow
-markers. "As shipped" is DistServe's own simulator: its rules, free links, no KV memory,
-and a slower engine for vLLM than for itself. "One engine" gives both sides the same
-step times, KV memory and links. rps is requests/s; per GPU unless said.
+same seed, and ratios are paired by seed. DistServe's points were read from the vector
+drawings of arXiv 2401.09670 v3 (experiments/profiles/distserve_figures.json), those of
+the other papers are numbers in their text: hollow markers. "As shipped" is DistServe's
+own simulator: its rules, free links, no KV memory, and a slower engine for vLLM than
+for itself. "One engine" gives both sides the same step times, KV memory and links. rps
+is requests/s; per GPU unless said.
 """
 
 

@@ -1,4 +1,4 @@
-"""DistServe's figures, by the name that `experiments.reproduce` takes."""
+"""Figures of DistServe and others, by the name that `experiments.reproduce` takes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from experiments.figures import (
     motivation,
     placements,
     queueing,
+    sarathi,
     simulated,
     toy,
 )
@@ -23,4 +24,5 @@ FIGURES: Mapping[str, Figure] = {
     **breakdown.FIGURES,
     **simulated.FIGURES,
     **beyond.FIGURES,
+    **sarathi.FIGURES,
 }
