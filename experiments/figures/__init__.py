@@ -11,6 +11,7 @@ from experiments.figures import (
     placements,
     queueing,
     sarathi,
+    sarathi_serve,
     simulated,
     toy,
 )
@@ -25,4 +26,5 @@ FIGURES: Mapping[str, Figure] = {
     **simulated.FIGURES,
     **beyond.FIGURES,
     **sarathi.FIGURES,
+    **sarathi_serve.FIGURES,
 }

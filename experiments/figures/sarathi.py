@@ -357,12 +357,12 @@ def chunk_overhead(model: str, hardware: str, prompt: int, chunk: int) -> float:
     return parts_s / step_s(model, hardware, chunks=((0, prompt),))
 
 
-def _panel_of(curves: dict[int, list[XY]], **axes: str) -> Panel:
+def _panel_of(curves: dict[int, list[XY]], *, title: str, x: str, y: str) -> Panel:
     series = [
         Series(label=f"{length} tokens", points=points, colour=i)
         for i, (length, points) in enumerate(curves.items())
     ]
-    return Panel(series=series, **axes)
+    return Panel(title=title, x=x, y=y, series=series)
 
 
 def _tile_ms(tokens: int) -> float:
