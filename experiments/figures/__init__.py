@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from experiments.figures import (
     beyond,
     breakdown,
+    fastgen,
     motivation,
     placements,
     queueing,
@@ -27,4 +28,5 @@ FIGURES: Mapping[str, Figure] = {
     **beyond.FIGURES,
     **sarathi.FIGURES,
     **sarathi_serve.FIGURES,
+    **fastgen.FIGURES,
 }

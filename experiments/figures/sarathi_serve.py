@@ -363,7 +363,7 @@ CASES: tuple[Case, ...] = (
 _DRAWN = ("Mistral-7B", "Yi-34B")  # with both SLOs
 # (testbed, strict, system divided by) -> published gain of Sarathi-Serve.
 _GAINS = {
-    ("Mistral-7B", True, "vLLM"): "2.6x (abstract), 3.5x at 100 ms (Fig. 7)",
+    ("Mistral-7B", True, "vLLM"): "2.6x; 3.5x at 100 ms",
     ("Yi-34B", True, "vLLM"): "3.7x",
     ("Yi-34B", True, "Orca"): "4.0x",
     ("Yi-34B", False, "vLLM"): "1.65x at 1 s",
@@ -444,7 +444,7 @@ def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
         claim=f"Capacity over {below}: {name}, {workload}, {slo}",
         paper=_GAINS.get((name, strict, below), "(not in the facts)"),
         ours=_ratio(ours, theirs),
-        why=_TESTBED,
+        why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
         runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, P99 TBT and median "
         f"delay <= {MAX_DELAY_S:g} s, N={lab.requests(bed.num_requests)} x "
         f"{lab.seeds} seeds; lengths log-normal through the published quantiles",
