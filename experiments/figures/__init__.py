@@ -9,6 +9,7 @@ from experiments.figures import (
     breakdown,
     fastgen,
     motivation,
+    pipeline,
     placements,
     queueing,
     sarathi,
@@ -27,6 +28,7 @@ FIGURES: Mapping[str, Figure] = {
     **simulated.FIGURES,
     **beyond.FIGURES,
     **sarathi.FIGURES,
+    **pipeline.FIGURES,
     **sarathi_serve.FIGURES,
     **fastgen.FIGURES,
 }
