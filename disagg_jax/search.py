@@ -1,4 +1,4 @@
-"""Finding a goodput: which rates to try, and what they say.
+"""Finding a goodput, or the highest throughput: which rates to try, what they say.
 
 Every rate is tried with every seed, and all systems see the same arrivals and lengths
 at the same seed (common random numbers), so that ratios can be paired by seed.
@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax import metrics
 
-# rate in requests/s -> joint attainment of each seed's run
+# rate in requests/s -> score of each seed's run: a joint attainment, or whatever share
+# or throughput a criterion counts (`criteria`)
 Evaluate = Callable[[float], Sequence[float]]
 
 
@@ -112,3 +113,65 @@ def estimate(
         bracketed=all(found.bracketed and found.rate_rps > 0 for found in per_seed),
         resolved=resolved,
     )
+
+
+# ---- throughputs ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestRate:
+    """The rate at which a throughput is highest."""
+
+    per_seed: tuple[float, ...]  # the throughput there
+    interval: metrics.Interval  # across seeds
+    rate_rps: float
+    bracketed: bool  # a lower rate tried is worse, and a higher one gains nothing
+
+
+def best_rate(scores: Mapping[float, Sequence[float]], tolerance: float) -> BestRate:
+    """Where the mean over seeds is highest; of equal ones, the lowest rate.
+
+    Args:
+      scores: rate -> throughput of each seed, the same seeds at each rate.
+      tolerance: relative; what a higher rate gains less than this is no gain.
+    """
+    means = {rate: statistics.mean(values) for rate, values in scores.items()}
+    best = max(sorted(means), key=lambda rate: means[rate])
+    return BestRate(
+        per_seed=tuple(scores[best]),
+        interval=metrics.interval_across(scores[best]),
+        rate_rps=best,
+        bracketed=min(means) < _knee(means, tolerance) < max(means),
+    )
+
+
+def _knee(means: Mapping[float, float], tolerance: float) -> float:
+    """The lowest rate from which no higher one gains more than the tolerance.
+
+    Throughput may level off with the rate, and there is no end of a plateau to find.
+    """
+    enough = max(means.values()) / (1 + tolerance)
+    return min(rate for rate, mean in means.items() if mean >= enough)
+
+
+def climb(evaluate: Evaluate, start_rps: float, plan: SearchPlan) -> None:
+    """Evaluates rates around the highest throughput, until those beside it are near."""
+    means: dict[float, float] = {}
+    rate: float | None = start_rps
+    while rate is not None and len(means) < plan.max_rates:
+        means[rate] = statistics.mean(evaluate(rate))
+        rate = _next_rate(means, plan)
+
+
+def _next_rate(means: Mapping[float, float], plan: SearchPlan) -> float | None:
+    """The next rate to try beside the best; None if both its neighbours are near."""
+    rates = sorted(means)
+    at = rates.index(_knee(means, plan.tolerance))
+    if at == len(rates) - 1:
+        return rates[at] * plan.growth
+    if at == 0:
+        return rates[at] / plan.growth
+    for low, high in ((rates[at], rates[at + 1]), (rates[at - 1], rates[at])):
+        if high > low * (1 + plan.tolerance):
+            return math.sqrt(low * high)
+    return None

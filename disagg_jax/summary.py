@@ -53,7 +53,7 @@ def summarise(
     if devices < 1:
         raise ValueError(f"devices: expected >= 1, got {devices}")
     if duration_s is None:
-        duration_s = _span_s(timelines)
+        duration_s = span_s(timelines)
     elif not duration_s > 0:
         raise ValueError(f"duration_s: expected > 0, got {duration_s}")
     shares = attainment(timelines, slo)
@@ -75,7 +75,7 @@ def summarise(
     }
 
 
-def _span_s(timelines: Sequence[Timeline]) -> float | None:
+def span_s(timelines: Sequence[Timeline]) -> float | None:
     """First arrival to last end; None if nothing ended or no time passed."""
     ends = [t.end_s for t in timelines if t.end_s is not None]
     if not ends:

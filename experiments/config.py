@@ -9,6 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from disagg_jax.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.lengths import (
     FixedLengths,
@@ -21,6 +22,7 @@ from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import LinearCost
+from disagg_jax.tuning import has_rule, resized
 from disagg_jax.workload import Arrivals
 
 
@@ -50,19 +52,22 @@ class Targets:
     tpot_s: float = 0.0  # 0: `tpot_scale` times a decode step with all rows and blocks
     ttft_scale: float = 5.0
     tpot_scale: float = 1.5
+    preset: str = ""  # in place of the scales: a name of `criteria.MLPERF_SLOS`
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+        for name in ("ttft_s", "tpot_s", "ttft_scale", "tpot_scale"):
+            value = getattr(self, name)
             if not value >= 0:
-                raise ValueError(f"slo.{field.name}: expected >= 0, got {value}")
+                raise ValueError(f"slo.{name}: expected >= 0, got {value}")
 
     def resolve(self, prefill_s: float, decode_s: float) -> SLO:
         """The SLO in seconds, given the durations that the scales refer to."""
-        return SLO(
-            ttft_s=self.ttft_s or self.ttft_scale * prefill_s,
-            tpot_s=self.tpot_s or self.tpot_scale * decode_s,
-        )
+        if self.preset:
+            preset = MLPERF_SLOS[self.preset]
+            ttft_s, tpot_s = preset.ttft_s, preset.tpot_s
+        else:
+            ttft_s, tpot_s = self.ttft_scale * prefill_s, self.tpot_scale * decode_s
+        return SLO(ttft_s=self.ttft_s or ttft_s, tpot_s=self.tpot_s or tpot_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,14 @@ class System:
         }
         return cls(deployment=deployment, policies=policies)
 
+    def resized(self, step_tokens: int) -> System:
+        """The same with steps of that size, where a policy's paper tunes it."""
+        policies = {
+            role: resized(policy, step_tokens) if has_rule(policy) else policy
+            for role, policy in self.policies.items()
+        }
+        return dataclasses.replace(self, policies=policies)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
@@ -105,16 +118,25 @@ class Config:
     workload: Workload = Workload()
     slo: Targets = Targets()
     memory: Memory = Memory()
-    search: SearchPlan = SearchPlan()
+    criterion: str = "distserve"  # what is good: a name of `criteria.for_slo`
+    search: SearchPlan = SearchPlan()  # its target: of distserve and mooncake
     rates: tuple[
         float, ...
     ] = ()  # requests/s per device; empty: search for the goodput
+    # Step sizes, in tokens: every system that has one runs with each of these. Empty:
+    # it runs once, with the size that its paper would choose for the SLO, if `tune`.
+    step_tokens: tuple[int, ...] = ()
+    tune: bool = True  # False: step sizes stay as the policies have them
     num_seeds: int = 5  # runs of each point; intervals are across them
     seed: int = 0  # the runs use seed, seed + 1, ...; weights use seed
     clock: str = "virtual"  # virtual | wall
     # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).
     durations: str = "table"
     timing_repeats: int = 5  # runs of each program behind a median
+    # all, or passing: programs run at each system's highest passing rate only. Other
+    # points get the timeline of the same durations without running, which is equal, and
+    # compared where programs did run.
+    executed: str = "all"
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     layer_groups: int = 1  # programs that a forward pass is cut into
 
@@ -125,9 +147,15 @@ class Config:
         """
         _expect_one_of("clock", self.clock, ("virtual", "wall"))
         _expect_one_of("durations", self.durations, ("table", "live", "modelled"))
+        _expect_one_of("executed", self.executed, ("all", "passing"))
+        if self.executed == "passing":
+            self._check_timelines_need_no_tokens()
         _expect_one_of(
             "workload.source", self.workload.source, ("random", "human_eval", "trace")
         )
+        _expect_one_of("criterion", self.criterion, NAMES)
+        if self.slo.preset:
+            _expect_one_of("slo.preset", self.slo.preset, MLPERF_SLOS)
         if self.workload.source == "trace" and not self.workload.trace:
             raise ValueError("workload.trace: expected the path of a trace, got none")
         if not self.systems:
@@ -149,6 +177,34 @@ class Config:
                         f"{spec.role} instances, but the system has policies for "
                         f"{', '.join(system.policies)} only"
                     )
+
+    def _check_timelines_need_no_tokens(self) -> None:
+        """Raises ValueError if only running the programs can tell the timeline."""
+        for name, value, wanted in (
+            ("clock", self.clock, ("virtual",)),
+            ("durations", self.durations, ("table", "modelled")),
+            ("workload.ignore_eos", self.workload.ignore_eos, (True,)),
+        ):
+            if value not in wanted:
+                raise ValueError(
+                    f"executed: expected all where {name}={value}, got passing, which "
+                    f"needs {name}={' or '.join(map(str, wanted))}"
+                )
+
+    def by_step_tokens(self) -> Config:
+        """A system for each of `step_tokens`, named like sarathi@128.
+
+        Raises:
+          ValueError: if a policy cannot have such a size.
+        """
+        systems: dict[str, System] = {}
+        for name, system in self.systems.items():
+            sized = any(has_rule(policy) for policy in system.policies.values())
+            for size in self.step_tokens if sized else ():
+                systems[f"{name}@{size}"] = system.resized(size)
+            if not sized or not self.step_tokens:
+                systems[name] = system
+        return dataclasses.replace(self, systems=systems)
 
 
 def _expect_one_of(name: str, value: str, known: Iterable[str]) -> None:

@@ -7,36 +7,45 @@ import dataclasses
 from disagg_jax.sim.cost import LinearCost
 from experiments.config import Config, Memory, System, Workload
 
-# The systems of the default comparison: the same two devices for each.
+# Every system on the same two devices. Step sizes are the largest to choose from.
 _MAX_SEQS = 16
+_COLOCATED = "2xcolocated:tp1"
+_SEQS = {"max_seqs": _MAX_SEQS}
+
+
+def _colocated(system: str, **parameters: int) -> System:
+    return System.of(system, _COLOCATED, colocated={**_SEQS, **parameters})
+
+
 _TWO_DEVICES = {
-    "vllm": System.of(
-        "vllm",
-        "2xcolocated:tp1",
-        colocated={"max_batched_tokens": 512, "max_seqs": _MAX_SEQS},
-    ),
+    "vllm": _colocated("vllm", max_batched_tokens=512),
+    "orca": _colocated("orca", max_batched_tokens=512),
+    "sarathi": _colocated("sarathi", chunk_tokens=256),
+    "sarathi_serve": _colocated("sarathi_serve", token_budget=256),
+    "splitfuse": _colocated("splitfuse", token_budget=256),
     "disaggregated": System.of(
         "disaggregated",
         "prefill:tp1,decode:tp1",
-        prefill={"token_budget": 256, "max_seqs": _MAX_SEQS},
-        decode={"max_seqs": _MAX_SEQS},
+        prefill={**_SEQS, "token_budget": 256},
+        decode=_SEQS,
     ),
 }
+_TWO_SYSTEMS = {name: _TWO_DEVICES[name] for name in ("vllm", "disaggregated")}
 
 
 def tiny() -> Config:
     """The main job: `python -m experiments.goodput_sweep`.
 
-    The random `tiny` model, colocated continuous batching against one prefill and one
-    decode device. About 3 minutes on 2 cores; no network, no accelerator.
+    The random `tiny` model; five colocated systems on two devices against one prefill
+    and one decode device. About 3 minutes on 2 cores; no network, no accelerator.
     """
-    return Config(systems=_TWO_DEVICES)
+    return Config(systems=_TWO_DEVICES, executed="passing")
 
 
 def smoke() -> Config:
     """A minute's check that everything runs; its numbers mean nothing."""
     return Config(
-        systems=_TWO_DEVICES,
+        systems=_TWO_SYSTEMS,
         workload=Workload(num_requests=12, prompt_tokens="uniform:8:60"),
         memory=Memory(blocks_per_device=64, max_context=128),
         rates=(20.0, 200.0),
@@ -81,7 +90,7 @@ def azure_trace() -> Config:
     2 cores.
     """
     return Config(
-        systems=_TWO_DEVICES,
+        systems=_TWO_SYSTEMS,
         workload=Workload(
             source="trace",
             trace="../shared/traces/azure2023/AzureLLMInferenceTrace_conv.csv",

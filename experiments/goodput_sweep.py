@@ -3,6 +3,7 @@
     python -m experiments.goodput_sweep
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
     python -m experiments.goodput_sweep --set workload.num_requests=300 --seed=7
+    python -m experiments.goodput_sweep --set criterion=sarathi_serve
 
 Writes a run directory and prints a table. Started again with the same --out and config,
 it goes on where it was.
@@ -34,6 +35,7 @@ from experiments.serving import (
     devices_needed,
     instance_memory,
     load_model,
+    resolve_criteria,
     resolve_slo,
 )
 from experiments.sweep import Sweep
@@ -44,6 +46,9 @@ _CONFIG = flags.DEFINE_string(
 _SET = flags.DEFINE_multi_string("set", [], "Overrides, key=value; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Run directory; default runs/CONFIG.")
 _SEED = flags.DEFINE_integer("seed", None, "Short for --set seed=N.")
+_STEP_TOKENS = flags.DEFINE_list(
+    "step_tokens", None, "Short for --set step_tokens=N,...: step sizes to compare."
+)
 _STEP_TIMES = flags.DEFINE_string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
@@ -72,9 +77,26 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     for server in servers.values():
         server.prepare(progress)
     step_times = _step_times(config, run_dir, servers, given, progress)
-    slo = resolve_slo(config, next(iter(servers.values())), source, step_times)
-    sweep = Sweep(config, model, source, servers, step_times, slo, run_dir, progress)
-    summary = sweep.run()
+    first = next(iter(servers.values()))
+    slo = resolve_slo(config, first, source, step_times)
+    tune = config.tune and not config.step_tokens
+    choices = {
+        name: server.tune(slo, source, step_times)
+        for name, server in servers.items()
+        if tune
+    }
+    summary = Sweep(
+        config=config,
+        model=model,
+        source=source,
+        servers=servers,
+        step_times=step_times,
+        slo=slo,
+        choices={name: said for name, said in choices.items() if said},
+        criteria=resolve_criteria(config, slo, first, source, step_times),
+        run_dir=run_dir,
+        progress=progress,
+    ).run()
     run_dir.write_json("summary.json", summary)
     report.plot(summary, out / "attainment.png")
     text = report.table(summary)
@@ -135,7 +157,9 @@ def main(argv: Sequence[str]) -> None:
         changes = list(_SET.value)
         if _SEED.value is not None:
             changes.append(f"seed={_SEED.value}")
-        config = override(get_config(_CONFIG.value), changes)
+        if _STEP_TOKENS.value:
+            changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
+        config = override(get_config(_CONFIG.value), changes).by_step_tokens()
         out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
         print(run(config, out, _STEP_TIMES.value))
     except (ValueError, FileNotFoundError) as error:

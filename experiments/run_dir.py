@@ -95,6 +95,11 @@ class RunDir:
         """The metrics of a point that is done."""
         return json.loads((self._points / f"{point.name}.json").read_text())
 
+    def requests(self, point: Point) -> list[dict[str, Any]]:
+        """The requests of a point that is done."""
+        path = self._points / f"{point.name}.requests.jsonl.gz"
+        return [json.loads(line) for line in _read_gz(path)]
+
     def events(self, point: Point) -> Iterator[str]:
         """The event log of a point that is done."""
         return _read_gz(self._points / f"{point.name}.events.jsonl.gz")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from disagg_jax.backend import Backend, serve
 from disagg_jax.controller import Controller
+from disagg_jax.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.engine import Engine, StepTotals
 from disagg_jax.engine.executor import (
     EngineExecutor,
+    TimingExecutor,
     full_slices,
+    load_slices,
     measure_step_times,
     table_duration,
 )
@@ -27,7 +31,8 @@ from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
-from disagg_jax.work import Step, Task
+from disagg_jax.tuning import Profile, has_rule, tune
+from disagg_jax.work import Step, StepLoad, Task
 from disagg_jax.workload import (
     make_requests,
     requests_from_prompts,
@@ -243,6 +248,8 @@ class Run:
 
     timelines: list[Timeline]
     log: EventLog
+    # Of an executed run: by kind of step, what was computed and what was padding.
+    totals: Mapping[str, StepTotals] | None = None
 
 
 class Server:
@@ -259,7 +266,7 @@ class Server:
         model: Model,
         shared: dict[Any, ModelOnMesh],
     ):
-        self.config, self.system = config, system
+        self.config, self.system, self.policies = config, system, system.policies
         self.deployment = Deployment.parse(system.deployment)
         self.memory = instance_memory(config, self.deployment)
         buckets = [
@@ -290,15 +297,25 @@ class Server:
     def run(self, requests: Sequence[Request], step_times: Mapping[str, float]) -> Run:
         """Serves `requests` from an idle state to the end."""
         self.engine.check(requests)
-        controller = self.new_controller()
         log = EventLog()
         with self.engine.serving():
             backend = self._backend(step_times)
-            timelines = serve(controller, backend, requests, observer=log)
-        return Run(timelines, log)
+            timelines = serve(self.new_controller(), backend, requests, observer=log)
+        return Run(timelines, log, dict(self.engine.totals))
+
+    def simulate(
+        self, requests: Sequence[Request], step_times: Mapping[str, float]
+    ) -> Run:
+        """The same timelines without running a program; see `Config.executed`."""
+        lengths = [dataclasses.replace(r, prompt=None) for r in requests]
+        duration_s = self._duration(step_times)
+        executor = TimingExecutor(self.engine, lambda work: duration_s(work, 0.0))
+        log = EventLog()
+        backend = VirtualBackend(executor)
+        return Run(serve(self.new_controller(), backend, lengths, observer=log), log)
 
     def new_controller(self) -> Controller:
-        return Controller(self.deployment, self.system.policies, self.memory)
+        return Controller(self.deployment, self.policies, self.memory)
 
     def _backend(self, step_times: Mapping[str, float]) -> Backend:
         if self.config.clock == "wall":
@@ -322,15 +339,25 @@ class Server:
             return sum(cost.stages_s(work.instance, work.load))
         return cost.hop(work).duration_s
 
-    # -- what one step takes, for SLOs and for where to start a search -----------------
+    # -- what one step takes, for SLOs, tuning and where to start a search -----------
+
+    def step_s(
+        self, instance: int, load: StepLoad, step_times: Mapping[str, float]
+    ) -> float:
+        """Seconds of a step that finds its blocks at the front of the pool."""
+        slices = load_slices(load, self.memory[instance])
+        return self._known_s(Step.of(0, instance, slices), step_times)
 
     def prefill_s(self, tokens: int, step_times: Mapping[str, float]) -> float:
-        """Seconds to prefill a prompt of `tokens` tokens alone."""
+        """Seconds to prefill a prompt alone, in as few steps as it takes."""
         i = self.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
-        instance = self.engine.instances[i]
-        shape = instance.buckets.prefill_shape(tokens, 1)
-        slices = full_slices(shape, instance.model.memory)
-        return self._known_s(Step.of(0, i, slices), step_times)
+        most = self.engine.instances[i].buckets.most_prompt_tokens
+        return sum(
+            self.step_s(
+                i, StepLoad(((start, min(most, tokens - start)),), 0, 0), step_times
+            )
+            for start in range(0, tokens, most)
+        )
 
     def decode_s(self, step_times: Mapping[str, float]) -> tuple[float, int]:
         """Seconds of the largest decode step, and its rows."""
@@ -341,10 +368,56 @@ class Server:
         slices = full_slices(shape, instance.model.memory)
         return self._known_s(Step.of(0, i, slices), step_times), shape.rows
 
+    def idle(self, step_times: Mapping[str, float]) -> IdleMachine:
+        """This system with one request at a time, less any transfer.
+
+        The decode steps of a request are those at its mean context.
+        """
+        decode = self.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+
+        def alone(request: Request) -> Alone:
+            context = request.prompt_tokens + max(1, request.max_tokens // 2)
+            return Alone(
+                ttft_s=self.prefill_s(request.prompt_tokens, step_times),
+                tpot_s=self.step_s(decode, StepLoad((), 1, context), step_times),
+            )
+
+        return alone
+
+    def tune(
+        self, slo: SLO, source: RequestSource, step_times: Mapping[str, float]
+    ) -> list[str]:
+        """Gives each policy the step size its paper would choose; says which and why.
+
+        The sizes to choose from are those that programs were compiled for.
+        """
+        requests = source(1.0, 0)
+        policies, said = dict(self.policies), list[str]()
+        for role, policy in self.policies.items():
+            if not (found := self.deployment.of(role)) or not has_rule(policy):
+                continue
+            i = found[0]
+            profile = Profile(
+                step_s=lambda load, i=i: self.step_s(i, load, step_times),
+                sizes=self.engine.instances[i].buckets.prompt_sizes,
+                prompt_tokens=_mean(r.prompt_tokens for r in requests),
+                output_tokens=_mean(r.max_tokens for r in requests),
+                kv_tokens=self.memory[i].num_blocks * self.memory[i].block_tokens,
+            )
+            tuned = tune(policy, profile, slo.tpot_s)
+            policies[role] = tuned.policy
+            said.append(f"{role.value} {tuned.choice}")
+        self.policies = policies
+        return said
+
     def _known_s(self, step: Step, step_times: Mapping[str, float]) -> float:
         if self.config.durations == "modelled":
             return self._modelled_s(step)
         return table_duration(self.engine, step_times)(step, 0.0)
+
+
+def _mean(tokens: Iterable[int]) -> int:
+    return round(statistics.fmean(tokens))
 
 
 def check_modelled(config: Config) -> None:
@@ -375,4 +448,24 @@ def resolve_slo(
     return config.slo.resolve(
         server.prefill_s(source.longest_prompt(), step_times),
         server.decode_s(step_times)[0],
+    )
+
+
+def resolve_criteria(
+    config: Config,
+    slo: SLO,
+    server: Server,
+    source: RequestSource,
+    step_times: Mapping[str, float],
+) -> dict[str, Criterion]:
+    """Every criterion by name, with the SLO's seconds.
+
+    Args:
+      server: the one that slowdowns refer to, whatever system is judged.
+    """
+    return for_slo(
+        slo,
+        target=config.search.target,
+        prompt_tokens=source.longest_prompt(),
+        idle=server.idle(step_times),
     )

@@ -8,13 +8,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
+from disagg_jax.criteria import Criterion
+from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.request import Status, Timeline
-from disagg_jax.search import GoodputEstimate, estimate, search
+from disagg_jax.search import (
+    BestRate,
+    GoodputEstimate,
+    best_rate,
+    climb,
+    estimate,
+    search,
+)
 from disagg_jax.summary import summarise
 from experiments.config import Config
+from experiments.ranks import rank
 from experiments.run_dir import Point, RunDir
 from experiments.serving import Model, Progress, RequestSource, Server
+
+Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed
 
 RATIO_BASE = "vllm"  # ratios are over this system, where it takes part
 
@@ -29,27 +41,22 @@ class Sweep:
     servers: Mapping[str, Server]
     step_times: Mapping[str, float]
     slo: SLO
+    choices: Mapping[str, Sequence[str]]  # of step sizes, by system: which and why
+    criteria: Mapping[str, Criterion]  # by name; `config.criterion` is searched for
     run_dir: RunDir
     progress: Progress
 
+    @property
+    def good(self) -> Criterion:
+        """The criterion that rates are searched for, and systems compared by."""
+        return self.criteria[self.config.criterion]
+
     def run(self) -> dict[str, Any]:
         """Searches each system's goodput and returns the summary."""
-        rates: dict[str, list[float]] = {}
-        for name, server in self.servers.items():
-            tried: list[float] = []
-            devices = server.deployment.devices
-            if self.config.rates:
-                for rate in self.config.rates:
-                    self._attainments(name, rate * devices, tried)
-            else:
-                search(
-                    lambda rate, name=name, tried=tried: self._attainments(
-                        name, rate, tried
-                    ),
-                    self._start_rps(),
-                    self.config.search,
-                )
-            rates[name] = sorted(tried)
+        rates = {name: self._try_rates(name) for name in self.servers}
+        if self.config.executed == "passing":
+            for name, tried in rates.items():
+                self._execute(name, tried)
         self.run_dir.write_requests(
             Point(name, rate, replica)
             for name, tried in rates.items()
@@ -57,6 +64,52 @@ class Sweep:
             for replica in range(self.config.num_seeds)
         )
         return self._summary(rates)
+
+    def _try_rates(self, name: str) -> list[float]:
+        """Runs a system at the rates asked for, or those of a search; returns them."""
+        tried: list[float] = []
+
+        def scores(rate: float) -> list[float]:
+            return self._scores(name, rate, tried)
+
+        devices = self.servers[name].deployment.devices
+        for rate in self.config.rates:
+            scores(rate * devices)
+        if not self.config.rates:
+            plan, target = self.config.search, self.good.target
+            if target is None:
+                climb(scores, self._start_rps(), plan)
+            else:
+                plan = dataclasses.replace(plan, target=target)
+                search(scores, self._start_rps(), plan)
+        return sorted(tried)
+
+    def _execute(self, name: str, rates: Sequence[float]) -> None:
+        """Runs the programs at the rate that a system is judged by."""
+        runs = self._runs(name, rates)
+        rate = self._judged_at(_scores_of(self.config.criterion, runs))
+        if rate is None:
+            return
+        devices = self.servers[name].deployment.devices
+        shown = f"{rate / devices:8.2f} requests/s per device"
+        self.progress(f"{name:>14}  {shown}: running its programs")
+        for replica in range(self.config.num_seeds):
+            point = Point(name, rate, replica)
+            expected = [_timeline(row) for row in self.run_dir.requests(point)]
+            self._run(point, execute=True)
+            found = [_timeline(row) for row in self.run_dir.requests(point)]
+            if found != expected:
+                raise RuntimeError(
+                    f"{point.name}: the programs' timelines are not those of their "
+                    "durations"
+                )
+
+    def _judged_at(self, scores: Mapping[float, Sequence[float]]) -> float | None:
+        """The highest passing rate, or the best for a throughput."""
+        target = self.good.target
+        if target is None:
+            return best_rate(scores, self.config.search.tolerance).rate_rps
+        return estimate(scores, target).pass_rps
 
     def _start_rps(self) -> float:
         """Where all searches begin: half of what the devices could do if always busy.
@@ -73,34 +126,44 @@ class Sweep:
         )
         return float(f"{0.5 * server.deployment.devices / busy_s:.3g}")
 
-    def _attainments(self, name: str, rate: float, tried: list[float]) -> list[float]:
+    def _scores(self, name: str, rate: float, tried: list[float]) -> list[float]:
         rate = float(f"{rate:.4g}")
         if rate not in tried:
             tried.append(rate)
         points = [Point(name, rate, i) for i in range(self.config.num_seeds)]
-        values = [self._point(point)["attainment"] for point in points]
+        criterion = self.config.criterion
+        values = [self._point(point)["criteria"][criterion] for point in points]
         per_device = rate / self.servers[name].deployment.devices
+        what = "attainment" if criterion == "distserve" else criterion
+        form = ".4g" if self.good.target is None else ".1%"
         self.progress(
             f"{name:>14}  {per_device:8.2f} requests/s per device: "
-            f"attainment {statistics.mean(values):6.1%}  "
-            f"({', '.join(f'{value:.0%}' for value in values)})"
+            f"{what} {statistics.mean(values):6{form}}  "
+            f"({', '.join(f'{value:{form}}' for value in values)})"
         )
         return values
 
     def _point(self, point: Point) -> dict[str, Any]:
         if not self.run_dir.has(point):
-            server = self.servers[point.system]
-            run = server.run(
-                self.source(point.rate_rps, point.replica), self.step_times
-            )
-            devices = server.deployment.devices
-            found: dict[str, Any] = {
-                **summarise(run.timelines, self.slo, devices),
-                "steady": metrics.is_steady(run.timelines),
-            }
-            rows = [self._request_row(timeline) for timeline in run.timelines]
-            self.run_dir.save(point, found, rows, run.log.lines)
+            self._run(point, execute=self.config.executed == "all")
         return self.run_dir.load(point)
+
+    def _run(self, point: Point, *, execute: bool) -> None:
+        server = self.servers[point.system]
+        serve = server.run if execute else server.simulate
+        run = serve(self.source(point.rate_rps, point.replica), self.step_times)
+        found: dict[str, Any] = {
+            **summarise(run.timelines, self.slo, server.deployment.devices),
+            "steady": metrics.is_steady(run.timelines),
+            "executed": run.totals is not None,
+            **_padding(run.totals or {}),
+            "criteria": {
+                name: criterion.score(run.timelines)
+                for name, criterion in self.criteria.items()
+            },
+        }
+        rows = [self._request_row(timeline) for timeline in run.timelines]
+        self.run_dir.save(point, found, rows, run.log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         request = timeline.request
@@ -132,7 +195,8 @@ class Sweep:
     # -- summary ------------------------------------------------------------------
 
     def _summary(self, rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        systems = {name: self._system(name, tried) for name, tried in rates.items()}
+        runs = {name: self._runs(name, tried) for name, tried in rates.items()}
+        systems = {name: self._system(name, found) for name, found in runs.items()}
         return {
             "model": self.config.model,
             "clock": self.config.clock,
@@ -140,40 +204,87 @@ class Sweep:
             if self.config.clock == "wall"
             else self.config.durations,
             "slo": dataclasses.asdict(self.slo),
-            "target": self.config.search.target,
+            "criterion": self.config.criterion,
+            "target": self.good.target,
             "num_requests": self.config.workload.num_requests,
             "num_seeds": self.config.num_seeds,
+            "executed": self.config.executed,
+            "choices": {name: list(said) for name, said in self.choices.items()},
             "systems": systems,
             "ratios": _ratios(systems),
+            "criteria": {
+                name: self._ranked(name, criterion, runs)
+                for name, criterion in self.criteria.items()
+            },
         }
 
-    def _system(self, name: str, rates: Sequence[float]) -> dict[str, Any]:
-        devices = self.servers[name].deployment.devices
-        runs = {
+    def _runs(self, name: str, rates: Sequence[float]) -> Runs:
+        return {
             rate: [
                 self.run_dir.load(Point(name, rate, replica))
                 for replica in range(self.config.num_seeds)
             ]
             for rate in rates
         }
-        found = estimate(
-            {
-                rate: [run["attainment"] for run in points]
-                for rate, points in runs.items()
-            },
-            self.config.search.target,
-        )
+
+    def _system(self, name: str, runs: Runs) -> dict[str, Any]:
+        devices = self.servers[name].deployment.devices
+        scores = _scores_of(self.config.criterion, runs)
+        if self.good.target is None:
+            best = best_rate(scores, self.config.search.tolerance)
+            found = {"throughput": _throughput(best, runs, devices)}
+        else:
+            goodput = estimate(scores, self.good.target)
+            found = {"goodput": _goodput(goodput, runs, devices)}
         return {
             "deployment": self.servers[name].system.deployment,
             "devices": devices,
-            "goodput": _goodput(found, runs, devices),
+            **found,
             "points": [_point_row(rate, points) for rate, points in runs.items()],
         }
 
+    def _ranked(
+        self, name: str, criterion: Criterion, runs: Mapping[str, Runs]
+    ) -> dict[str, Any]:
+        """A criterion's definition, and the order of the systems by it."""
+        scores: dict[str, dict[float, list[float]]] = {}
+        for system, found in runs.items():
+            devices = self.servers[system].deployment.devices
+            each = devices if criterion.target is None else 1
+            scores[system] = {
+                rate / devices: [score / each for score in values]
+                for rate, values in _scores_of(name, found).items()
+            }
+        return {
+            "definition": str(criterion),
+            "target": criterion.target,
+            "unit": f"{criterion.unit} per device",
+            "rank": rank(criterion, scores, self.config.search.tolerance),
+        }
 
-def _goodput(
-    found: GoodputEstimate, runs: Mapping[float, Sequence[dict[str, Any]]], devices: int
-) -> dict[str, Any]:
+
+def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
+    """By kind of step the share of the tokens in it that were padding."""
+    shares: dict[str, float | None] = {}
+    for kind in ("prefill", "mixed", "decode"):
+        done = totals.get(kind)
+        shares[f"padding_{kind}"] = 1 - done.tokens / done.width if done else None
+    return shares
+
+
+def _timeline(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a request's row does not depend on its tokens."""
+    return {key: row[key] for key in row if key not in ("tokens", "text")}
+
+
+def _scores_of(criterion: str, runs: Runs) -> dict[float, list[float]]:
+    return {
+        rate: [run["criteria"][criterion] for run in points]
+        for rate, points in runs.items()
+    }
+
+
+def _goodput(found: GoodputEstimate, runs: Runs, devices: int) -> dict[str, Any]:
     def per_device(value: float | None) -> float | None:
         return None if value is None else value / devices
 
@@ -193,17 +304,35 @@ def _goodput(
     }
 
 
+def _throughput(found: BestRate, runs: Runs, devices: int) -> dict[str, Any]:
+    return {
+        "max_throughput_per_device": {
+            key: None if value is None else value / devices
+            for key, value in dataclasses.asdict(found.interval).items()
+        },
+        "per_seed_per_device": [value / devices for value in found.per_seed],
+        "best_rps_per_device": found.rate_rps / devices,
+        "bracketed": found.bracketed,
+        "steady": all(run["steady"] for run in runs[found.rate_rps]),
+        "at_best_rate": _mean_metrics(runs[found.rate_rps]),
+    }
+
+
 def _point_row(rate: float, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def across(key: str) -> dict[str, float | None]:
-        interval: Interval = metrics.interval_across([run[key] for run in runs])
+    def across(values: Sequence[float]) -> dict[str, float | None]:
+        interval: Interval = metrics.interval_across(values)
         return dataclasses.asdict(interval)
 
     return {
         "request_rate": rate,
         "request_rate_per_device": rate / runs[0]["devices"],
         **{
-            key: across(key)
+            key: across([run[key] for run in runs])
             for key in ("attainment", "attainment_ttft", "attainment_tpot")
+        },
+        "criteria": {
+            name: across([run["criteria"][name] for run in runs])
+            for name in runs[0]["criteria"]
         },
         "steady": all(run["steady"] for run in runs),
         "metrics": _mean_metrics(runs),
@@ -214,7 +343,7 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Each metric's mean over the seeds; None where a run lacks it."""
     means: dict[str, float | None] = {}
     for key, value in runs[0].items():
-        if isinstance(value, bool):
+        if isinstance(value, bool | dict):
             continue
         values = [run[key] for run in runs]
         means[key] = None if None in values else statistics.mean(values)
@@ -222,16 +351,23 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _ratios(systems: Mapping[str, Any]) -> dict[str, Any]:
-    """Goodput of each system over the base's, paired by seed."""
+    """Each system's goodput, or throughput, over the base's, paired by seed."""
     if RATIO_BASE not in systems:
         return {}
-    base = systems[RATIO_BASE]["goodput"]["per_seed_rps_per_device"]
+    base = _per_seed(systems[RATIO_BASE])
     ratios: dict[str, Any] = {}
     for name, system in systems.items():
-        rates = system["goodput"]["per_seed_rps_per_device"]
         if name == RATIO_BASE or not all(base):
             continue
-        paired = [rate / other for rate, other in zip(rates, base, strict=True)]
+        paired = [
+            rate / other for rate, other in zip(_per_seed(system), base, strict=True)
+        ]
         interval = dataclasses.asdict(metrics.interval_across(paired))
         ratios[f"{name}/{RATIO_BASE}"] = {**interval, "per_seed": paired}
     return ratios
+
+
+def _per_seed(system: Mapping[str, Any]) -> list[float]:
+    if "throughput" in system:
+        return system["throughput"]["per_seed_per_device"]
+    return system["goodput"]["per_seed_rps_per_device"]

@@ -224,6 +224,8 @@ def test_steps_stay_within_the_limits_a_system_states():
         assert limits.mixed or not plan.decodes
         whole = all(c.tokens == c.request.known for c in plan.chunks)
         assert whole or limits.splits
+        total = sum(c.tokens for c in plan.chunks) + len(plan.decodes)
+        assert total <= limits.prefill_tokens or not limits.splits
 
 
 def test_every_colocated_system_is_compared_here():

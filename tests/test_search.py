@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_jax.search import SearchPlan, estimate, search
+from disagg_jax.search import SearchPlan, best_rate, climb, estimate, search
 
 PLAN = SearchPlan(target=0.9, growth=2.0, tolerance=0.05, max_rates=30)
 
@@ -90,3 +90,45 @@ def test_resolved_needs_both_intervals_on_their_sides():
 def test_bad_plans_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         SearchPlan(**change)
+
+
+# ---- throughputs ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [1.0, 40.0, 3000.0])
+def test_a_peak_is_found_from_below_and_from_above(start):
+    tried = {}
+
+    def evaluate(rate):  # two seeds; rises to 60 at 60, then falls to 0 at 120
+        value = max(0.0, 60 - abs(rate - 60))
+        tried[rate] = [value, value + 2]
+        return tried[rate]
+
+    climb(evaluate, start, PLAN)
+    found = best_rate(tried, PLAN.tolerance)
+    # Within the tolerance of the peak, and not many rates were tried for it.
+    assert 60 / 1.05 <= found.rate_rps <= 60 * 1.05
+    assert found.per_seed == tuple(tried[found.rate_rps])
+    assert found.interval.mean == sum(found.per_seed) / 2
+    assert found.bracketed
+    assert len(tried) < 20
+
+
+def test_a_plateau_is_not_followed():
+    tried = {}
+
+    def evaluate(rate):  # levels off, but never quite
+        tried[rate] = [50 * rate / (rate + 1)]
+        return tried[rate]
+
+    climb(evaluate, 1.0, PLAN)
+    found = best_rate(tried, PLAN.tolerance)
+    # 64 / 65 gains less than 5 % over 16 / 17 and 32 / 33.
+    assert max(tried) <= 64
+    assert found.per_seed[0] >= 50 / 1.05**2
+    assert found.bracketed
+
+
+def test_the_best_of_rates_at_the_edge_is_only_a_bound():
+    assert not best_rate({1.0: [1.0], 2.0: [2.0]}, 0.1).bracketed
+    assert not best_rate({1.0: [2.0], 2.0: [1.0]}, 0.1).bracketed

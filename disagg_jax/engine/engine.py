@@ -21,11 +21,12 @@ from jax.sharding import Mesh
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import kv_cache, sampling
+from disagg_jax.engine.batch import StepShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.programs import ModelOnMesh
 from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
 from disagg_jax.request import Request
-from disagg_jax.work import Step, Task, Transfer
+from disagg_jax.work import Slice, Step, Task, Transfer
 from models import transformer
 from models.config import ModelConfig
 from sharding.mesh import Device, cut_meshes
@@ -48,6 +49,19 @@ class Instance:
     buckets: Buckets
     cache: list[kv_cache.Cache]  # one for each layer group
 
+    def step_shape(self, slices: Sequence[Slice]) -> StepShape:
+        """The smallest listed shape that holds `slices`."""
+        return self.buckets.step_shape(slices, self.model.memory.block_tokens)
+
+
+@dataclasses.dataclass
+class StepTotals:
+    """What steps of one kind have done: how much of it was padding."""
+
+    steps: int = 0
+    tokens: int = 0  # computed
+    width: int = 0  # that went through the layers, padding included
+
 
 class Engine:
     """Runs the work of one deployment. Each instance is on devices of its own.
@@ -60,6 +74,10 @@ class Engine:
         added, so that engines of several deployments share them.
       share_devices: give equal instances the same devices, each with a KV pool of its
         own: for the virtual clock, where only one program runs at a time.
+
+    Attributes:
+      totals: by kind of step ("prefill", "decode", "mixed"), over all instances, since
+        the latest `serving` began.
 
     Raises:
       ValueError: if an instance has pipeline stages, the devices are too few, `memory`
@@ -86,6 +104,7 @@ class Engine:
         meshes = _meshes(deployment, devices, share_devices)
         self.deployment = deployment
         self.instances: list[Instance] = []
+        self.totals: dict[str, StepTotals] = {}
         for i, (spec, mesh) in enumerate(
             zip(deployment.instances, meshes, strict=True)
         ):
@@ -149,9 +168,10 @@ class Engine:
     def serving(self) -> Iterator[None]:
         """Guards a run: a compile or an implicit transfer in it raises.
 
-        The objects made so far are kept out of garbage collection meanwhile, so that no
-        pause for them falls on a token.
+        It begins with empty `totals`. The objects made so far are kept out of garbage
+        collection meanwhile, so that no pause for them falls on a token.
         """
+        self.totals.clear()
         gc.collect()
         gc.freeze()
         try:
@@ -170,21 +190,28 @@ class Engine:
         """Which programs `work` runs: work with equal keys takes equally long."""
         if isinstance(work, Step):
             instance = self.instances[work.instance]
-            return f"tp{instance.model.tp}/{instance.buckets.step_shape(work.slices)}"
+            return f"tp{instance.model.tp}/{instance.step_shape(work.slices)}"
         src, dst = self.instances[work.src], self.instances[work.dst]
         size = src.buckets.transfer_size(len(work.src_blocks))
         return f"tp{src.model.tp}->tp{dst.model.tp}/transfer_{size}"
 
+    def transfer_bytes(self, transfer: Transfer) -> int:
+        """What `transfer` moves, padding included."""
+        src, dst = self.instances[transfer.src], self.instances[transfer.dst]
+        size = src.buckets.transfer_size(len(transfer.src_blocks))
+        return dst.model.payload_bytes(size, self._plans[transfer.src, transfer.dst])
+
     def _step(self, step: Step) -> Running:
         instance, slices = self.instances[step.instance], tuple(step.slices)
         model = instance.model
-        shape = instance.buckets.step_shape(slices)
+        shape = instance.step_shape(slices)
+        self._count(shape, slices)
         packed = shape.pack(slices, model.memory.block_tokens, model.scratch_block)
         # The program copies its input to the devices itself: an explicit device_put
         # before costs 60 us more.
         with jax.transfer_guard_host_to_device("allow"):
             tokens, logits = model.step(shape, instance.cache, packed)
-        if any(part.request.sampling.temperature for part in slices):
+        if any(part.samples and part.request.sampling.temperature for part in slices):
             params = model.put(sampling.pack(slices, shape.rows))
             tokens = model.draw(logits, params)
         if not model.on_host:
@@ -193,7 +220,14 @@ class Engine:
             with jax.transfer_guard_device_to_host("allow"):
                 tokens.copy_to_host_async()
         yield (tokens,)
-        return tuple(np.asarray(tokens)[: len(slices)].tolist()), 0
+        each = zip(np.asarray(tokens)[: len(slices)].tolist(), slices, strict=True)
+        return tuple(token for token, part in each if part.samples), 0
+
+    def _count(self, shape: StepShape, slices: Sequence[Slice]) -> None:
+        totals = self.totals.setdefault(shape.kind, StepTotals())
+        totals.steps += 1
+        totals.tokens += sum(part.count for part in slices)
+        totals.width += shape.width
 
     def _transfer(self, transfer: Transfer) -> Running:
         """Gather on the source, copy device to device, insert at the destination.

@@ -12,10 +12,10 @@ import numpy as np
 
 from disagg_jax.backend import Outcome
 from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.engine.batch import DecodeShape, StepShape
+from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
-from disagg_jax.work import Slice, Step, Task, Transfer
+from disagg_jax.work import Slice, Step, StepLoad, Task, Transfer
 
 
 def run_alone(engine: Engine, work: Task) -> tuple[float, Result]:
@@ -44,6 +44,18 @@ class EngineExecutor:
     def run(self, work: Task) -> Outcome:
         measured_s, (tokens, size) = run_alone(self.engine, work)
         return Outcome((self.duration_s(work, measured_s),), tokens, size)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimingExecutor:
+    """An `Executor` that runs nothing: equal timelines, if no token ends a request."""
+
+    engine: Engine
+    duration_s: Callable[[Task], float]
+
+    def run(self, work: Task) -> Outcome:
+        size = self.engine.transfer_bytes(work) if isinstance(work, Transfer) else 0
+        return Outcome((self.duration_s(work),), bytes=size)
 
 
 def table_duration(
@@ -98,23 +110,51 @@ def _every_work(engine: Engine) -> Iterable[Task]:
 def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
     """Slices that fill `shape` and need it. Rows may share blocks: it is for timing."""
     if isinstance(shape, DecodeShape):
-        tables = np.array_split(np.arange(shape.blocks), shape.rows)
-        tables = [table if len(table) else np.array([0]) for table in tables]
-        starts = [len(table) * memory.block_tokens - 1 for table in tables]
-        counts = [1] * shape.rows
-    else:
-        rows = min(shape.rows, shape.tokens)
-        parts = np.array_split(np.arange(shape.tokens), rows)
-        counts, starts = [len(part) for part in parts], [0] * rows
-        tables = [np.arange(memory.blocks_for(count)) for count in counts]
+        return _full_decodes(shape.rows, shape.blocks, memory)
+    if isinstance(shape, PrefillShape):
+        parts = np.array_split(np.arange(shape.tokens), min(shape.rows, shape.tokens))
+        counts = [len(part) for part in parts]
+        return tuple(_slice(0, n, range(memory.blocks_for(n))) for n in counts)
+    context = shape.context * memory.block_tokens
+    count = max(shape.tokens - shape.decodes, min(shape.tokens // 2, context))
+    chunk = _slice(context - count, count, range(shape.context))
+    return (chunk, *_full_decodes(shape.tokens - count, shape.blocks, memory))
+
+
+def load_slices(load: StepLoad, memory: KVMemory) -> tuple[Slice, ...]:
+    """Slices of a step with this load, their blocks one after the other in the pool.
+
+    Where the pool is too short they share its last blocks: it is for timing.
+    """
+    parts = list(load.chunks)
+    if load.decodes:
+        parts += [(max(1, load.context // load.decodes - 1), 1)] * load.decodes
+    slices: list[Slice] = []
+    first = 0
+    for start, count in parts:
+        blocks = memory.blocks_for(start + count)
+        first = max(0, min(first, memory.num_blocks - blocks))
+        slices.append(_slice(start, count, range(first, first + blocks)))
+        first += blocks
+    return tuple(slices)
+
+
+def _full_decodes(rows: int, blocks: int, memory: KVMemory) -> tuple[Slice, ...]:
+    """Decodes that have the front of the pool to themselves, all blocks full."""
+    tables = np.array_split(np.arange(blocks), rows) if rows else []
+    tables = [table if len(table) else np.array([0]) for table in tables]
     return tuple(
-        Slice(
-            request=Request(id=0, arrival_s=0, prompt_tokens=start + 1, max_tokens=1),
-            start=start,
-            count=count,
-            samples=True,
-            blocks=tuple(table.tolist()),
-            tokens=(0,) * count,
-        )
-        for start, count, table in zip(starts, counts, tables, strict=True)
+        _slice(len(table) * memory.block_tokens - 1, 1, table.tolist())
+        for table in tables
+    )
+
+
+def _slice(start: int, count: int, blocks: Iterable[int]) -> Slice:
+    return Slice(
+        request=Request(id=0, arrival_s=0, prompt_tokens=start + 1, max_tokens=1),
+        start=start,
+        count=count,
+        samples=True,
+        blocks=tuple(blocks),
+        tokens=(0,) * count,
     )

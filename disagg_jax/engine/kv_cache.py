@@ -10,13 +10,17 @@ owner's query. The keys and values are then read once, where they lie, and a sho
 request is not padded to the longest one. The allocator hands out the lowest free blocks
 to keep that front short.
 
+Chunks of prompts attend to a gathered copy of their requests' blocks: a copy is small
+beside what so many queries do with it.
+
 Shape letters as in `models/transformer.py`; also P pool blocks, B decode rows, G query
-heads of a kv head, O offsets in a block.
+heads of a kv head, O offsets in a block, C blocks that chunks attend to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -33,6 +37,10 @@ PAYLOAD_AXES = ("blocks", "kv_heads")  # of an array of a payload, see `gather`
 # is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
 _IN_BOUNDS = "promise_in_bounds"
 _QUERY_CHUNK = 512  # prefill queries that attend at a time: bounds the score matrix
+# The same for chunks, whose keys can be many more: queries * keys at a time, but for
+# at most so many pieces, each of which takes time to compile.
+_SCORES = 2**22
+_MAX_PIECES = 16
 # To send one more array costs about 0.1 ms for each device; to share one costs a copy
 # when it is taken apart. m32, TP4 to TP4: 1 MiB took 4.4 ms with k and v of each layer
 # apart and 2.4 together; 16 MiB 15.0 and 14.0; 128 MiB 75 and 89 (2 busy cores).
@@ -80,6 +88,103 @@ def decode_attend(
       owner_P: the row that each block of the pool's front belongs to; -1 is nobody.
       start_P: the position of the block's first token in its request.
     """
+    in_pool_order = _pool_attention(position_B, owner_P, start_P, block_tokens)
+
+    def attend(
+        layer: int, q_BNH: Array, k_BKH: Array, v_BKH: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        cache = _write(cache, layer, slot_B, block_tokens, k_BKH, v_BKH)
+        return in_pool_order(q_BNH, cache[layer]), cache
+
+    return attend
+
+
+def mixed_attend(
+    position_T: Array,
+    slot_T: Array,
+    chunks: ChunkContext,
+    owner_P: Array,
+    start_P: Array,
+    block_tokens: int,
+    decodes: int,
+) -> Attend[Cache]:
+    """Chunks of prompts, and decodes: each token sees its request's KV up to itself.
+
+    Args:
+      position_T: each token's position in its request.
+      slot_T: where its KV goes: block * block_tokens + offset.
+      chunks: which tokens are chunks, and the blocks that those attend to.
+      owner_P: the decode that each block of the pool's front belongs to; -1 is nobody.
+      start_P: the position of the block's first token in its request.
+      decodes: how many of the first tokens may be decodes.
+    """
+    B = decodes
+    gathered = _gathered_attention(position_T, chunks, block_tokens)
+    in_pool_order = _pool_attention(position_T[:B], owner_P, start_P, block_tokens)
+    is_chunk = (chunks.row_T[:B] >= 0)[:, None, None]
+
+    def attend(
+        layer: int, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Cache
+    ) -> tuple[Array, Cache]:
+        cache = _write(cache, layer, slot_T, block_tokens, k_TKH, v_TKH)
+        out_TNH = gathered(q_TNH, cache[layer])
+        if B:
+            first = in_pool_order(q_TNH[:B], cache[layer])
+            first = jnp.where(is_chunk, out_TNH[:B], first)
+            out_TNH = jnp.concatenate([first, out_TNH[B:]])
+        return out_TNH, cache
+
+    return attend
+
+
+class ChunkContext(NamedTuple):
+    """The chunks of a mixed step and the KV blocks that they attend to."""
+
+    row_T: Array  # the chunk that a token belongs to; -1 is none
+    block_C: Array  # which block of the pool
+    owner_C: Array  # the chunk that it belongs to; -1 is padding
+    start_C: Array  # the position of its first token in the request
+
+
+Attention = Callable[[Array, LayerCache], Array]  # (queries, layer's cache) -> outputs
+
+
+def _gathered_attention(
+    position_T: Array, chunks: ChunkContext, block_tokens: int
+) -> Attention:
+    """Attention of chunks to copies of their blocks, with a mask."""
+    offset_O = jnp.arange(block_tokens)
+    position_S = (chunks.start_C[:, None] + offset_O[None, :]).reshape(-1)
+    owner_S = jnp.repeat(chunks.owner_C, block_tokens)
+    seen_TS = (
+        (chunks.row_T[:, None] == owner_S[None, :])
+        & (owner_S >= 0)[None, :]
+        & (position_S[None, :] <= position_T[:, None])
+    )
+    used_S = seen_TS.any(0)
+    T, S = seen_TS.shape
+    piece = max(min(_QUERY_CHUNK, _SCORES // S), -(-T // _MAX_PIECES))
+
+    def attend(q_TNH: Array, layer: LayerCache) -> Array:
+        k, v = (part.at[chunks.block_C].get(mode=_IN_BOUNDS) for part in layer)
+        k_SKH, v_SKH = (
+            part.swapaxes(1, 2).reshape(S, -1, k.shape[-1]) for part in (k, v)
+        )
+        # Weights of what nobody sees are 0, and 0 * NaN would be NaN.
+        v_SKH = jnp.where(used_S[:, None, None], v_SKH, 0)
+        outs = [
+            attention(q_TNH[i : i + piece], k_SKH, v_SKH, seen_TS[i : i + piece])
+            for i in range(0, T, piece)
+        ]
+        return jnp.concatenate(outs)
+
+    return attend
+
+
+def _pool_attention(
+    position_B: Array, owner_P: Array, start_P: Array, block_tokens: int
+) -> Attention:
+    """Attention of one query a row, in pool order."""
     B, P = position_B.shape[0], owner_P.shape[0]
     owned_BP = owner_P[None, :] == jnp.arange(B)[:, None]
     owner_P = jnp.maximum(owner_P, 0)
@@ -89,13 +194,10 @@ def decode_attend(
     seen = seen_PO[:, None, None, :]
     lowest = jnp.finfo(jnp.float32).min
 
-    def attend(
-        layer: int, q_BNH: Array, k_BKH: Array, v_BKH: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        cache = _write(cache, layer, slot_B, block_tokens, k_BKH, v_BKH)
-        k_PKOH, v_PKOH = (part[:P] for part in cache[layer])
+    def attend(q_BNH: Array, layer: LayerCache) -> Array:
+        k_PKOH, v_PKOH = (part[:P] for part in layer)
         N, H = q_BNH.shape[1:]
-        K = k_BKH.shape[1]
+        K = k_PKOH.shape[1]
         q_PKGH = q_BNH.reshape(B, K, N // K, H)[owner_P]
         scores = einsum("PKGH,PKOH->PKGO", q_PKGH, k_PKOH, jnp.float32) * H**-0.5
         scores = jnp.where(seen, scores, lowest)
@@ -113,7 +215,7 @@ def decode_attend(
         out = einsum("BP,PKGH->BKGH", owned, part)
         # A padding row owns nothing: 0 / 1.
         out = out / jnp.maximum(total_BKG, 1e-30)[..., None]
-        return out.astype(q_BNH.dtype).reshape(B, N, H), cache
+        return out.astype(q_BNH.dtype).reshape(B, N, H)
 
     return attend
 

@@ -1,4 +1,4 @@
-"""The compiled programs of one mesh: prefill, decode, and the two ends of a transfer.
+"""The compiled programs of one mesh: steps, and the two ends of a transfer.
 
 Everything is lowered and compiled ahead of time for a listed shape; serving only looks
 programs up, so it cannot compile.
@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import kv_cache, sampling
-from disagg_jax.engine.batch import PrefillShape, StepShape
+from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.transfer import PiecePlan
 from disagg_jax.engine.weights import place_params
 from models import transformer
@@ -202,6 +202,15 @@ class ModelOnMesh:
         key = ("insert", group, ids.shape[0], plan.piece_heads)
         return self._lookup(key)(cache, ids, pieces)
 
+    def payload_bytes(self, blocks: int, plan: PiecePlan) -> int:
+        """Bytes of all the pieces that `insert` takes."""
+        specs = [
+            spec
+            for group in range(self.layer_groups)
+            for spec in self._piece_spec(group, blocks, plan)
+        ]
+        return len(plan.sources[0]) * sum(s.size * s.dtype.itemsize for s in specs)
+
     def _gather_program(self, group: int, blocks: int, plan: PiecePlan) -> Compiled:
         gather = functools.partial(
             kv_cache.gather,
@@ -321,23 +330,42 @@ def _run_group(
     """
     inputs = shape.fields.split(packed)
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"])
-    if isinstance(shape, PrefillShape):
-        attend = kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
-    else:
-        owner, start = inputs["owner"], inputs["start"]
-        if shape.blocks == cache[0][0].shape[0] - 1:
-            # The whole pool is read with its scratch block, which nobody owns: XLA
-            # copies a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 whole.
-            owner, start = jnp.append(owner, -1), jnp.append(start, 0)
-        attend = kv_cache.decode_attend(
-            inputs["position"], inputs["slot"], owner, start, block_tokens
-        )
+    attend = _attend(shape, inputs, cache[0][0].shape[0], block_tokens)
     x, cache = transformer.run_layers(
         config, params["layers"], x, inputs["position"], attend, cache
     )
     if not is_last:
         return cache, x
-    if isinstance(shape, PrefillShape):
+    if "last" in inputs:
         x = x[inputs["last"]]
     logits_RV = transformer.unembed(config, params, x)
     return cache, (jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), logits_RV)
+
+
+def _attend(
+    shape: StepShape, inputs: dict[str, Array], pool_blocks: int, block_tokens: int
+) -> transformer.Attend[kv_cache.Cache]:
+    """The attention of a step of `shape`.
+
+    Args:
+      pool_blocks: blocks of the pool, the scratch block included.
+    """
+    if isinstance(shape, PrefillShape):
+        return kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
+    owner, start = inputs["owner"], inputs["start"]
+    if shape.blocks == pool_blocks - 1:
+        # The whole pool is read with its scratch block, which nobody owns: XLA copies
+        # a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 whole.
+        owner, start = jnp.append(owner, -1), jnp.append(start, 0)
+    position, slot = inputs["position"], inputs["slot"]
+    if isinstance(shape, DecodeShape):
+        return kv_cache.decode_attend(position, slot, owner, start, block_tokens)
+    chunks = kv_cache.ChunkContext(
+        inputs["row"],
+        inputs["chunk_block"],
+        inputs["chunk_owner"],
+        inputs["chunk_start"],
+    )
+    return kv_cache.mixed_attend(
+        position, slot, chunks, owner, start, block_tokens, shape.decodes
+    )

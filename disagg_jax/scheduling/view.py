@@ -141,7 +141,9 @@ class StepLimits:
     prefill_rows: int  # prompts in one step; 0 where it never prefills
     decode_rows: int  # requests that decode in one step; 0 where it never decodes
     mixed: bool = False  # whether prompts come beside decodes
-    splits: bool = False  # whether prompts come in parts; then none is an exception
+    # Whether prompts come in parts. Then `prefill_tokens` bounds a step with its
+    # decodes, and no prompt is an exception.
+    splits: bool = False
 
 
 def check_parameters(policy: object, **at_least_one: int) -> None:

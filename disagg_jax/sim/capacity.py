@@ -9,10 +9,12 @@ best; a short run can do better, since it ends before a backlog hurts.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
 
+from disagg_jax.criteria import Alone
 from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
@@ -23,18 +25,32 @@ from disagg_jax.work import StepLoad, Transfer
 _SAMPLE = 100  # requests whose prompts are timed
 
 
-def unloaded(simulated: SimulatedDeployment, requests: Sequence[Request]) -> SimResult:
-    """Latencies of requests that find the deployment empty; no stages.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Idle:
+    """An `IdleMachine`: a deployment whose requests find it empty.
 
-    No load makes them shorter. The decode steps of a request are timed at its mean
-    context, which is exact where durations are linear in the context.
+    No load makes the latencies shorter. The decode steps of a request are timed at its
+    mean context, which is exact where durations are linear in the context.
     """
-    entry = simulated.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
-    decode = simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+
+    simulated: SimulatedDeployment
+
+    def __call__(self, request: Request) -> Alone:
+        entry = self.simulated.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
+        decode = self.simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+        return Alone(
+            ttft_s=_prompt_s(self.simulated, entry, request),
+            tpot_s=_token_s(self.simulated, entry, decode, request),
+        )
+
+
+def unloaded(simulated: SimulatedDeployment, requests: Sequence[Request]) -> SimResult:
+    """What `Idle` says of requests; no stages."""
+    alone = [*map(Idle(simulated=simulated), requests)]
     return SimResult(
         arrived=len(requests),
-        ttft_s=tuple(_prompt_s(simulated, entry, r) for r in requests),
-        tpot_s=tuple(_token_s(simulated, entry, decode, r) for r in requests),
+        ttft_s=tuple(a.ttft_s for a in alone),
+        tpot_s=tuple(a.tpot_s for a in alone),
         stages=(),
         steady=True,
         end_s=0.0,

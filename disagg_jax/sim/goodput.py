@@ -1,6 +1,7 @@
 """Goodput by simulation: the highest rate, or the smallest SLO scale, that attains.
 
-What is exact, though runs are cut short once they are decided (`sim/trial.py`):
+A goodput may be by any criterion (`disagg_jax.criteria`). By DistServe's, runs are cut
+short once they are decided (`sim/trial.py`), but what is exact nevertheless:
 
 * for every rate tried, whether the mean attainment over the seeds reaches the target,
   and whether each seed's own does: so `pass_rps` and `fail_rps`, and between which of
@@ -24,9 +25,18 @@ import sys
 from collections.abc import Sequence
 
 from disagg_jax import metrics
+from disagg_jax.criteria import Criterion, DistServe
 from disagg_jax.expect import expect
 from disagg_jax.metrics import SLO
-from disagg_jax.search import GoodputEstimate, SearchPlan, estimate, search
+from disagg_jax.search import (
+    BestRate,
+    GoodputEstimate,
+    SearchPlan,
+    best_rate,
+    climb,
+    estimate,
+    search,
+)
 from disagg_jax.sim.capacity import capacity_rps, unloaded
 from disagg_jax.sim.points import SimPoint, SimResult, SimWorkload, run_point
 from disagg_jax.sim.simulate import SimulatedDeployment
@@ -46,7 +56,8 @@ class GoodputSearch:
 
     simulated: SimulatedDeployment
     workload: SimWorkload
-    slo: SLO
+    slo: SLO  # also says about where to begin, by whatever criterion
+    criterion: Criterion | None = None  # None: DistServe's, by `slo` and `plan.target`
     num_requests: int = 1000  # of each run; goodputs of short runs are higher
     seeds: tuple[int, ...] = (0,)
     plan: SearchPlan = SearchPlan(growth=1.25, tolerance=0.05, max_rates=30)
@@ -57,6 +68,11 @@ class GoodputSearch:
     def __post_init__(self) -> None:
         expect(self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests)
         expect(len(self.seeds) >= 1, "seeds: expected at least one", self.seeds)
+
+    @property
+    def good(self) -> Criterion:
+        """The criterion that runs are scored by."""
+        return self.criterion or DistServe(slo=self.slo, target=self.plan.target)
 
     def points(self, rate_rps: float) -> list[SimPoint]:
         """A run for each seed."""
@@ -112,41 +128,41 @@ class SimGoodput:
 class _Runs:
     """The runs of a search, by rate."""
 
-    def __init__(self, asked: GoodputSearch, mapper: Mapper):
-        self._asked, self._mapper = asked, mapper
+    def __init__(self, asked: GoodputSearch, mapper: Mapper, cut_at: int):
+        self._asked, self._mapper, self._cut_at = asked, mapper, cut_at
         self.verdicts: dict[float, list[Verdict]] = {}
         self.count = 0
 
-    def attainments(self, rate_rps: float) -> list[float]:
+    def scores(self, rate_rps: float) -> list[float]:
         """Of each seed, as far as it is needed."""
         if rate_rps not in self.verdicts:
-            asked = self._asked
-            cut_at = decisive_misses(
-                asked.num_requests, len(asked.seeds), asked.plan.target
-            )
-            self.verdicts[rate_rps] = self._run(asked.points(rate_rps), cut_at)
-        return [verdict.attainment for verdict in self.verdicts[rate_rps]]
+            points = self._asked.points(rate_rps)
+            self.verdicts[rate_rps] = self._run(points, self._cut_at)
+        return [verdict.score for verdict in self.verdicts[rate_rps]]
+
+    def all_scores(self) -> dict[float, list[float]]:
+        """Of every rate so far."""
+        return {rate: self.scores(rate) for rate in self.verdicts}
 
     def complete(self, rate_rps: float) -> None:
         """Runs in full what was cut."""
         verdicts = self.verdicts[rate_rps]
         cut = [i for i, verdict in enumerate(verdicts) if verdict.cut]
         points = self._asked.points(rate_rps)
-        never = self._asked.num_requests + 1
-        full = self._run([points[i] for i in cut], never)
+        full = self._run([points[i] for i in cut], _never(self._asked))
         for i, verdict in zip(cut, full, strict=True):
             verdicts[i] = verdict
 
-    def estimate(self) -> GoodputEstimate:
-        """What the runs so far say."""
-        tried = {rate: self.attainments(rate) for rate in self.verdicts}
-        return estimate(tried, self._asked.plan.target)
-
     def _run(self, points: Sequence[SimPoint], cut_at: int) -> list[Verdict]:
         self.count += len(points)
-        slo = self._asked.slo
-        trials = [Trial(point=p, slo=slo, cut_at_misses=cut_at) for p in points]
+        good = self._asked.good
+        trials = [Trial(point=p, criterion=good, cut_at_misses=cut_at) for p in points]
         return list(self._mapper(run_trial, trials))
+
+
+def _never(asked: GoodputSearch) -> int:
+    """More misses than there can be."""
+    return asked.num_requests + 1
 
 
 def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
@@ -154,20 +170,25 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
 
     Args:
       mapper: runs the seeds of a rate, see `sim/workers.py`.
+
+    Raises:
+      ValueError: if the criterion is a throughput; see `find_throughput`.
     """
+    target = asked.good.target
+    if target is None:
+        raise ValueError(
+            f"criterion: expected one with a target for find_goodput, got {asked.good}"
+        )
     scale = unloaded_scale(asked)
     if scale > 1:
         return _no_goodput(asked, scale)
-    runs = _Runs(asked, mapper)
+    cut_at = decisive_misses(asked.num_requests, len(asked.seeds), target)
+    runs = _Runs(asked, mapper, cut_at)
     first = asked.first_rps()
-    target = asked.plan.target
-    if asked.must_beat_rps is None or (
-        statistics.mean(runs.attainments(first)) >= target
-    ):
-        search(runs.attainments, first, asked.plan)
-        if runs.estimate().pass_rps is not None:
-            _complete_bracket(runs)
-    found = runs.estimate()
+    if asked.must_beat_rps is None or statistics.mean(runs.scores(first)) >= target:
+        search(runs.scores, first, dataclasses.replace(asked.plan, target=target))
+        _complete_bracket(runs, target)
+    found = estimate(runs.all_scores(), target)
     passing = runs.verdicts.get(found.pass_rps or 0.0, [])
     return SimGoodput(
         found=found,
@@ -179,14 +200,29 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
     )
 
 
+def find_throughput(asked: GoodputSearch, mapper: Mapper = map) -> BestRate:
+    """Searches the rate at which the score is highest: for criteria without a target.
+
+    Every run is simulated in full.
+    """
+    runs = _Runs(asked, mapper, cut_at=_never(asked))
+    climb(runs.scores, asked.first_rps(), asked.plan)
+    return best_rate(runs.all_scores(), asked.plan.tolerance)
+
+
 def unloaded_scale(asked: GoodputSearch) -> float:
-    """The SLO scale needed if every request found the deployment empty."""
-    n = asked.num_requests
+    """The SLO scale needed if every request found the deployment empty.
+
+    0 for other criteria than DistServe's: what they bound has no such scale.
+    """
+    good, n = asked.good, asked.num_requests
+    if not isinstance(good, DistServe):
+        return 0.0
     alone = [
         unloaded(asked.simulated, asked.workload.requests(n, 1.0, seed))
         for seed in asked.seeds
     ]
-    return slo_scale(alone, asked.slo, asked.plan.target)
+    return slo_scale(alone, good.slo, good.target)
 
 
 def _no_goodput(asked: GoodputSearch, scale: float) -> SimGoodput:
@@ -209,11 +245,12 @@ def _no_goodput(asked: GoodputSearch, scale: float) -> SimGoodput:
     )
 
 
-def _complete_bracket(runs: _Runs) -> None:
-    found = runs.estimate()
-    for rate in (found.pass_rps, found.fail_rps):
-        if rate is not None:
-            runs.complete(rate)
+def _complete_bracket(runs: _Runs, target: float) -> None:
+    found = estimate(runs.all_scores(), target)
+    if found.pass_rps is not None:
+        for rate in (found.pass_rps, found.fail_rps):
+            if rate is not None:
+                runs.complete(rate)
 
 
 # ---- SLO scale -----------------------------------------------------------------------

@@ -7,17 +7,20 @@ a stage with L layers, for n tokens in the pass, on tp devices of F FLOP/s and W
     t0
     + max(2 P n~ / (tp F eta_f), P s / (tp W eta_w))        linear layers, P weights
     + the same for the unembedding, on the last stage, for the rows that need logits
-    + sum over chunks of 4 L h c (k + c/2) / (tp F eta_a)   c tokens after k cached ones
+    + sum over chunks of L max(4 h c (k + c/2) / (tp F eta_a),   c tokens after k cached
+                               kv_bytes k / (min(tp, kv_heads) W eta_kv))
     + L t_kv + L kv_bytes context / (min(tp, kv_heads) W eta_kv)      if any decode
     + 2 L (alpha + 2 (tp - 1)/tp n h s / bus)               if tp > 1
     + the activations' hop to the next stage                if there is one
 
 Decodes and prompt parts share the linear layers of a mixed step, its t0 and its
-communication latency; attention adds. All of a decode-only step but one product depends
-on the number of decodes alone, so `decode_s` is base[decodes] + slope * context.
+communication latency; attention adds. A chunk reads the KV before it once more
+(SARATHI, section 4.2), which takes longer than its FLOPs only if it is short. All of a
+decode-only step but one product depends on the number of decodes alone, so `decode_s`
+is base[decodes] + slope * context.
 
 What it leaves out: sampling, the embedding lookup, norms and activations (bandwidth),
-memory traffic of prefill attention, any overlap of communication with compute.
+other memory traffic of prefill attention, any overlap of communication with compute.
 """
 
 from __future__ import annotations
@@ -71,12 +74,13 @@ class RooflineCost:
 class RooflineInstance:
     """An `InstanceCost`; `decode_s` keeps what depends on the number of decodes."""
 
-    __slots__ = ("_bases", "_context_s", "_hardware", "_partition", "_slope")
+    __slots__ = ("_bases", "_context_s", "_hardware", "_partition", "_read_s", "_slope")
 
     def __init__(self, partition: Partition, hardware: Hardware):
         self._partition, self._hardware = partition, hardware
         kv_bytes_s = partition.kv_shards * hardware.hbm_bytes_s * hardware.kv_mbu
         layer_bytes = partition.model.layer_kv_bytes_per_token
+        self._read_s = layer_bytes / kv_bytes_s  # a token's KV of one layer
         # Seconds per token of context, on each stage.
         self._context_s = tuple(
             layers * layer_bytes / kv_bytes_s for layers in partition.stage_layers
@@ -131,9 +135,10 @@ class RooflineInstance:
         return max(2 * params * rows / flops_s, weight_bytes / bytes_s)
 
     def _attention_s(self, start: int, count: int) -> float:
-        """Seconds of one layer's causal attention over a prompt part."""
+        """Seconds of one layer's causal attention of a prompt part."""
         model, hardware = self._partition.model, self._hardware
         width = model.q_heads * model.head_dim
         flops = 4 * width * count * (start + count / 2)
         mfu = hardware.attention_mfu.at(start + count)
-        return flops / (self._partition.tp * hardware.peak_flops * mfu)
+        compute_s = flops / (self._partition.tp * hardware.peak_flops * mfu)
+        return max(compute_s, start * self._read_s)

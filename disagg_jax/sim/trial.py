@@ -1,6 +1,7 @@
-"""One simulated run that only has to say whether a target is met: it may stop early.
+"""One simulated run that only has to be scored: by DistServe's it may stop early.
 
-A request is missed for certain as soon as one of these is known, whatever follows:
+By any other criterion a run goes on to its end. By DistServe's, a request is missed for
+certain as soon as one of these is known, whatever follows:
 
 * it was refused, or it finished without meeting the targets;
 * it has no first token, and its TTFT would already be too long if it came now;
@@ -22,6 +23,7 @@ import statistics
 from collections.abc import Sequence
 
 from disagg_jax import metrics
+from disagg_jax.criteria import Criterion, DistServe
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.points import SimPoint
@@ -32,7 +34,7 @@ class Trial:
     """A run to be judged."""
 
     point: SimPoint
-    slo: SLO
+    criterion: Criterion
     cut_at_misses: int  # the verdict is decided by so many; > num_requests: never cut
 
 
@@ -40,7 +42,7 @@ class Trial:
 class Verdict:
     """What a trial showed."""
 
-    attainment: float  # joint; of a run that was cut, an upper bound that fails too
+    score: float  # by the criterion; of a cut run, an upper bound that fails too
     cut: bool  # whether the run ended early
     steady: bool  # no growing backlog, see `metrics.is_steady`; False if it was cut
 
@@ -61,20 +63,27 @@ def decisive_misses(num_requests: int, num_seeds: int, target: float) -> int:
 class _Decided(Exception):
     """Enough requests are missed."""
 
+    def __init__(self, misses: int):
+        super().__init__(misses)
+        self.misses = misses
+
 
 def run_trial(trial: Trial) -> Verdict:
     """Simulates a trial, as far as is needed to judge it."""
     point = trial.point
     requests = point.workload.requests(point.num_requests, point.rate_rps, point.seed)
     controller = point.simulated.controller()
-    watch = _Watch(controller.timelines, trial.slo, trial.cut_at_misses)
+    watch = None
+    if isinstance(trial.criterion, DistServe):
+        slo = trial.criterion.slo
+        watch = _Watch(controller.timelines, slo, trial.cut_at_misses)
     try:
         point.simulated.run(requests, observer=watch, controller=controller)
-    except _Decided:
-        share = (point.num_requests - watch.missed) / point.num_requests
-        return Verdict(attainment=share, cut=True, steady=False)
+    except _Decided as decided:
+        share = (point.num_requests - decided.misses) / point.num_requests
+        return Verdict(score=share, cut=True, steady=False)
     return Verdict(
-        attainment=metrics.attainment(controller.timelines, trial.slo).joint,
+        score=trial.criterion.score(controller.timelines),
         cut=False,
         steady=metrics.is_steady(controller.timelines),
     )
@@ -99,7 +108,7 @@ class _Watch:
         self._judge_ttft(now_s)
         self._judge_tpot(now_s)
         if self.missed > missed and self.missed >= self._cut_at_misses:
-            raise _Decided
+            raise _Decided(self.missed)
 
     def _judge_ttft(self, now_s: float) -> None:
         while self._next < len(self._timelines):

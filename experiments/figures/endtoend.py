@@ -37,13 +37,10 @@ class EndToEnd:
     slo: SLO  # the one that the figure was drawn with
     scale_rate: float  # requests/s per GPU of the SLO scale panel
     systems: Sequence[System]
-    compared: Sequence[tuple[str, str]]  # labels: a DistServe, and a vLLM to divide by
+    compared: Sequence[tuple[str, str]]  # labels: a DistServe, and what to divide by
     why: str  # where the systems' goodputs differ from the paper's
     why_one: str = _ONE_ENGINE  # the same with one engine for both
     other_slo: tuple[str, SLO] | None = None  # where the paper's versions disagree
-
-
-_MII = "DeepSpeed-MII was not simulated: no chunked-prefill policy in this comparison"
 
 
 def _sweeps(spec: EndToEnd, lab: Lab, figure: str) -> dict[str, Sweep]:
@@ -65,8 +62,9 @@ def make(figure: str, spec: EndToEnd, lab: Lab) -> Drawn:
     )
 
 
-def _colour(label: str) -> int:
-    return _COLOURS["DistServe" if label.startswith("DistServe") else "vLLM"]
+def _name(label: str) -> str:
+    """The paper's name of the system that `label` begins with."""
+    return next(name for name in _COLOURS if label.startswith(name))
 
 
 def _paper_series(figure: str, panel: str) -> list[Series]:
@@ -79,7 +77,8 @@ def _paper_series(figure: str, panel: str) -> list[Series]:
 def _curve(sweep: Sweep, values: Mapping[float, Sequence[float]]) -> Series:
     label = sweep.system.label
     percent = {x: [100 * share for share in shares] for x, shares in values.items()}
-    return curve_of(label, percent, _colour(label), dashed="as shipped" in label)
+    colour = _COLOURS[_name(label)]
+    return curve_of(label, percent, colour, dashed="as shipped" in label)
 
 
 def _panel(figure: str, name: str, title: str, ours: Sequence[Series]) -> Panel:
@@ -124,7 +123,7 @@ def _goodput_claims(
     crossings = paper_crossings(figure, "rate")
     claims: list[Claim] = []
     for label, sweep in sweeps.items():
-        name = "DistServe" if label.startswith("DistServe") else "vLLM"
+        name = _name(label)
         idle = percent(sweep.attainments(spec.slo)[IDLE])
         limit = sweep.limit(spec.slo)
         claims.append(
@@ -146,21 +145,21 @@ def _ratio_claims(
     rate, scale = paper_crossings(figure, "rate"), paper_crossings(figure, "scale")
     claims: list[Claim] = []
     for ours, theirs in spec.compared:
-        above, below = sweeps[ours], sweeps[theirs]
+        above, below, other = sweeps[ours], sweeps[theirs], _name(theirs)
         runs = f"{above.system.said(lab)}; {below.system.said(lab)}"
         marked = " (UNEQUAL ENGINES)" if above.system.simulation.mark else ""
         claims += [
             Claim(
-                claim=f"DistServe's goodput over vLLM's{marked}",
-                paper=f"{rate['DistServe'] / rate['vLLM']:.2f}x",
+                claim=f"DistServe's goodput over {other}'s{marked}",
+                paper=f"{rate['DistServe'] / rate[other]:.2f}x",
                 ours=above.goodputs(spec.slo).over(below.goodputs(spec.slo)),
                 why="Follows from the two goodputs",
                 runs=runs,
             ),
             Claim(
-                claim=f"DistServe meets tighter SLOs than vLLM{marked}",
-                paper=f"{scale['vLLM'] / scale['DistServe']:.2f}x "
-                f"({scale['DistServe']:g} against {scale['vLLM']:g})",
+                claim=f"DistServe meets tighter SLOs than {other}{marked}",
+                paper=f"{scale[other] / scale['DistServe']:.2f}x "
+                f"({scale['DistServe']:g} against {scale[other]:g})",
                 ours=_scales(spec, above, below),
                 why=f"At {spec.scale_rate:g} rps per GPU. Ours is exact, the paper's "
                 "interpolated; a system over capacity at this rate has a scale that "
@@ -168,20 +167,7 @@ def _ratio_claims(
                 runs=runs,
             ),
         ]
-    if "DeepSpeed-MII" in rate:
-        claims.append(_mii(rate, scale))
     return claims
-
-
-def _mii(rate: Mapping[str, float], scale: Mapping[str, float]) -> Claim:
-    return Claim(
-        claim="DistServe over DeepSpeed-MII: goodput, SLO scale",
-        paper=f"{rate['DistServe'] / rate['DeepSpeed-MII']:.2f}x, "
-        f"{scale['DeepSpeed-MII'] / scale['DistServe']:.2f}x",
-        ours="not run",
-        why=_MII,
-        runs="-",
-    )
 
 
 def _scales(spec: EndToEnd, above: Sweep, below: Sweep) -> str:
@@ -205,8 +191,8 @@ def _other_slo_claims(
     return [
         Claim(
             claim=f"The same runs judged by {name}: goodputs per GPU and their ratio",
-            paper=f"{crossings['DistServe']:g} and {crossings['vLLM']:g} rps, "
-            f"{crossings['DistServe'] / crossings['vLLM']:.2f}x",
+            paper=f"{crossings['DistServe']:g} and {crossings[_name(theirs)]:g} rps, "
+            f"{crossings['DistServe'] / crossings[_name(theirs)]:.2f}x",
             ours=f"{(a := sweeps[ours].goodputs(slo))} and "
             f"{(b := sweeps[theirs].goodputs(slo))} rps, {a.over(b)}",
             why="The paper's versions give this chatbot different SLOs; the crossings "

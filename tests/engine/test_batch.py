@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax.engine import sampling
-from disagg_jax.engine.batch import DecodeShape, Fields, PrefillShape
+from disagg_jax.engine.batch import DecodeShape, Fields, MixedShape, PrefillShape
 from disagg_jax.request import Sampling
 from disagg_jax.work import Slice
 from tests.engine.harness import make_request
@@ -17,14 +17,22 @@ BLOCK, POOL, SCRATCH = 4, 40, 40
 
 
 @st.composite
-def batches(draw, decode: bool):
-    """Slices of up to 5 requests whose blocks are scattered over the pool."""
+def batches(draw, kind: str):
+    """Slices of up to 5 requests whose blocks are scattered over the pool.
+
+    Some hold up to two blocks more than they use. In a mixed one decodes come last.
+    """
     free = draw(st.permutations(range(POOL)))
     slices = []
-    for id in range(draw(st.integers(1, 5))):
-        size = draw(st.integers(1, 30))
-        start, count = (size, 1) if decode else (0, size)
-        n = -(-(start + count) // BLOCK)
+    requests = draw(st.integers(1, 5))
+    chunks = {"prefill": requests, "decode": 0}.get(kind)
+    chunks = draw(st.integers(0, requests)) if chunks is None else chunks
+    for id in range(requests):
+        size = draw(st.integers(1, 11))
+        start, count = (0, size) if id < chunks else (2 * size, 1)
+        if kind == "mixed" and id < chunks:
+            start = draw(st.integers(0, 12))
+        n = -(-(start + count) // BLOCK) + draw(st.integers(0, 2))
         blocks, free = tuple(free[:n]), free[n:]
         tokens = tuple(
             draw(st.lists(st.integers(0, 63), min_size=count, max_size=count))
@@ -48,7 +56,21 @@ def slot(part: Slice, position: int) -> int:
     return part.blocks[position // BLOCK] * BLOCK + position % BLOCK
 
 
-@given(batches(decode=False), st.integers(0, 9), st.integers(0, 3))
+def used(part: Slice) -> tuple[int, ...]:
+    """Blocks with a token in them."""
+    return part.blocks[: (part.start + part.count - 1) // BLOCK + 1]
+
+
+def owners(slices, front: int) -> tuple[list[int], list[int]]:
+    """For each block of the pool's front: its row, and where in the request it is."""
+    owner, start = [-1] * front, [0] * front
+    for row, part in enumerate(slices):
+        for i, block in enumerate(used(part)):
+            owner[block], start[block] = row, i * BLOCK
+    return owner, start
+
+
+@given(batches("prefill"), st.integers(0, 9), st.integers(0, 3))
 def test_prefill(slices, more_tokens, more_rows):
     total = sum(part.count for part in slices)
     shape = PrefillShape(total + more_tokens, len(slices) + more_rows)
@@ -71,9 +93,9 @@ def test_prefill(slices, more_tokens, more_rows):
     assert fields["last"] == [end - 1 for end in ends] + [0] * more_rows
 
 
-@given(batches(decode=True), st.integers(0, 3))
+@given(batches("decode"), st.integers(0, 3))
 def test_decode(slices, more_rows):
-    front = 1 + max(max(part.blocks) for part in slices)
+    front = 1 + max(max(used(part)) for part in slices)
     shape = DecodeShape(len(slices) + more_rows, front)
     packed = shape.pack(slices, BLOCK, SCRATCH)
     assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
@@ -84,15 +106,49 @@ def test_decode(slices, more_rows):
     rows += [(0, 0, SCRATCH * BLOCK)] * more_rows
     got = zip(fields["token"], fields["position"], fields["slot"], strict=True)
     assert list(got) == rows
-    owner, start = [-1] * front, [0] * front
-    for row, part in enumerate(slices):
-        for i, block in enumerate(part.blocks):
-            owner[block], start[block] = row, i * BLOCK
-    assert fields["owner"] == owner
-    assert fields["start"] == start
+    assert (fields["owner"], fields["start"]) == owners(slices, front)
 
 
-@given(batches(decode=True), st.integers(0, 3))
+@given(batches("mixed"), st.integers(1, 6), st.lists(st.integers(0, 3), min_size=4))
+def test_mixed(slices, decodes, more):
+    chunks, last = list(slices), []
+    while chunks and chunks[-1].is_decode and len(last) < decodes:
+        last.insert(0, chunks.pop())
+    front = 1 + max((max(used(part)) for part in last), default=-1) + more[0]
+    context = sum(len(used(part)) for part in chunks) + more[1]
+    tokens = [(p.tokens[0], p.start, -1, slot(p, p.start)) for p in last]
+    ends = list(range(len(last)))
+    for row, part in enumerate(chunks):
+        for i, token in enumerate(part.tokens):
+            position = part.start + i
+            tokens.append((token, position, row, slot(part, position)))
+        ends.insert(row, len(tokens) - 1)
+    shape = MixedShape(
+        len(tokens) + more[2], len(slices) + more[3], context, decodes, front
+    )
+    packed = shape.pack(slices, BLOCK, SCRATCH)
+    assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
+    fields = {
+        name: array.tolist() for name, array in shape.fields.split(packed).items()
+    }
+    got = zip(
+        *(fields[name] for name in ("token", "position", "row", "slot")), strict=True
+    )
+    assert list(got) == tokens + [(0, 0, -1, SCRATCH * BLOCK)] * more[2]
+    assert fields["last"] == ends + [0] * more[3]
+    got = zip(
+        *(fields[f"chunk_{name}"] for name in ("block", "owner", "start")), strict=True
+    )
+    blocks = [
+        (block, row, i * BLOCK)
+        for row, part in enumerate(chunks)
+        for i, block in enumerate(used(part))
+    ]
+    assert list(got) == blocks + [(SCRATCH, -1, 0)] * more[1]
+    assert (fields["owner"], fields["start"]) == owners(last, front)
+
+
+@given(batches("decode"), st.integers(0, 3))
 def test_sampling_parameters(slices, more_rows):
     packed = sampling.pack(slices, len(slices) + more_rows)
     floats = packed.view(np.float32)

@@ -7,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.batch import DecodeShape, PrefillShape
+from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import full_slices
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -28,6 +28,15 @@ LIMITS = st.builds(
     prefill_tokens=st.integers(1, 5000),
     prefill_rows=st.integers(1, 300),
     decode_rows=st.integers(1, 300),
+)
+
+MIXED_LIMITS = st.builds(
+    StepLimits,
+    prefill_tokens=st.integers(1, 5000),
+    prefill_rows=st.integers(1, 300),
+    decode_rows=st.integers(0, 300),
+    mixed=st.just(True),
+    splits=st.booleans(),
 )
 
 
@@ -103,6 +112,27 @@ def test_shapes_are_a_few_dozen(max_seqs, max_context, share):
         assert len(buckets.transfer_blocks) <= 24
 
 
+@pytest.mark.parametrize("budget", [256, 512, 768, 2048])
+@pytest.mark.parametrize("max_seqs", [16, 64, 128])
+@pytest.mark.parametrize("max_context", [512, 2048, 32_768])
+@pytest.mark.parametrize("splits", [False, True])
+def test_mixed_shapes_are_two_dozen(splits, max_seqs, max_context, budget):
+    memory = KVMemory(num_blocks=max_seqs * max_context // 64, max_context=max_context)
+    limits = StepLimits(
+        prefill_tokens=budget,
+        prefill_rows=max_seqs,
+        decode_rows=max_seqs,
+        mixed=True,
+        splits=splits,
+    )
+    shapes = Buckets.for_limits(limits, memory).mixed
+    assert len(shapes) == len(set(shapes)) <= 4 * 5 + 1
+    for shape in shapes:
+        assert shape.decodes <= max_seqs
+        assert shape.rows <= min(2 * max_seqs, shape.tokens)
+        assert not splits or shape.tokens <= budget
+
+
 def test_roles_list_only_what_they_do():
     memory = KVMemory(num_blocks=64, max_context=256)
     prefill = Buckets.for_limits(PrefillOnly().limits, memory)
@@ -111,13 +141,44 @@ def test_roles_list_only_what_they_do():
     assert decode.decode_rows and decode.pool_blocks and not decode.prefill
 
 
-@given(LIMITS, MEMORIES)
+@given(MIXED_LIMITS, MEMORIES, st.data())
+def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
+    """Chunks, or whole prompts, of up to its limits, beside decodes."""
+    buckets = Buckets.for_limits(limits, memory)
+    assert not buckets.prefill
+    size, longest = memory.block_tokens, longest_of(memory)
+    free, slices = list(range(memory.num_blocks)), []
+    budget = limits.prefill_tokens
+    for _ in range(data.draw(st.integers(0, min(limits.prefill_rows, 8)))):
+        room = min(len(free) * size, longest)
+        if not budget or not room:
+            break
+        count = data.draw(st.integers(1, min(budget, room)))
+        start = data.draw(st.integers(0, room - count)) if limits.splits else 0
+        n = memory.blocks_for(start + count)
+        slices.append(make_slice(start, count, tuple(free[:n]), samples=False))
+        budget, free = budget - count, free[n:]
+    for block in reversed(free[-data.draw(st.integers(1, 8)) :]):
+        fits = sum(part.is_decode for part in slices) < limits.decode_rows
+        if size > 1 and fits and (budget or not limits.splits):
+            slices.append(make_slice(size - 1, 1, (block,)))
+            budget -= limits.splits
+    assume(slices)
+    shape = buckets.step_shape(slices, size)
+    assert shape in buckets.step_shapes
+    shape.pack(slices, size, memory.num_blocks)
+
+
+@given(LIMITS | MIXED_LIMITS, MEMORIES)
 def test_slices_for_timing_need_exactly_their_shape(limits, memory):
     """Otherwise a table of step times would lack it, or hold another's time."""
     assume(memory.block_tokens > 1)  # a decode of 1 token on a block of 1 is a prompt
+    # A mixed step of 3 tokens has no place for a chunk that is not like a decode.
+    assume(not limits.mixed or min(limits.prefill_tokens, longest_of(memory)) > 3)
     buckets = Buckets.for_limits(limits, memory)
-    for shape in (*buckets.step_shapes[:4], *buckets.step_shapes[-4:]):
-        assert buckets.step_shape(full_slices(shape, memory)) == shape
+    for shape in (*buckets.step_shapes[:4], *buckets.step_shapes[-4:], *buckets.mixed):
+        slices = full_slices(shape, memory)
+        assert buckets.step_shape(slices, memory.block_tokens) == shape
 
 
 def make_slice(start, count, blocks, samples=True) -> Slice:
@@ -134,13 +195,57 @@ def test_shape_of_a_step_by_example():
     )
     one = make_slice(7, 1, (3, 15))
     far = make_slice(7, 1, (3, 16))
-    assert buckets.step_shape([one]) == DecodeShape(1, 16)
-    assert buckets.step_shape([one, one]) == DecodeShape(4, 16)
-    assert buckets.step_shape([one, far]) == DecodeShape(4, 64)
+    assert buckets.step_shape([one], 4) == DecodeShape(1, 16)
+    assert buckets.step_shape([one, one], 4) == DecodeShape(4, 16)
+    assert buckets.step_shape([one, far], 4) == DecodeShape(4, 64)
     # A prompt of one token is no decode; five prompts need more rows.
-    assert buckets.step_shape([make_slice(0, 1, (40,))]) == PrefillShape(32, 4)
-    assert buckets.step_shape([make_slice(0, 33, (0, 1))]) == PrefillShape(64, 8)
-    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (40,))], 4) == PrefillShape(32, 4)
+    assert buckets.step_shape([make_slice(0, 33, (0, 1))], 4) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5, 4) == PrefillShape(64, 8)
     for chunk in (make_slice(4, 2, (0,)), make_slice(0, 2, (0,), samples=False)):
         with pytest.raises(ValueError, match="whole prompts or decodes only"):
-            buckets.step_shape([chunk])
+            buckets.step_shape([chunk], 4)
+
+
+def test_shape_of_a_mixed_step_by_example():
+    shapes = [
+        MixedShape(T, 8, C, 4, P) for T in (32, 64) for C in (8, 40) for P in (16, 64)
+    ]
+    buckets = Buckets(
+        prefill=(),
+        decode_rows=(4,),
+        pool_blocks=(16, 64),
+        transfer_blocks=(1,),
+        mixed=(*shapes, MixedShape(80, 8, 64, 4, 64)),
+    )
+
+    def size(*slices):
+        shape = buckets.step_shape(slices, 4)
+        return (shape.tokens, shape.context, shape.blocks)
+
+    one, far = make_slice(7, 1, (3, 15)), make_slice(7, 1, (3, 16))
+    fresh, late = make_slice(0, 30, range(8)), make_slice(30, 3, range(9))
+    assert size(fresh) == (32, 8, 16)
+    assert size(fresh, one) == (32, 8, 16)
+    assert size(fresh, one, far) == (32, 8, 64)
+    assert size(fresh, one, one, one) == (64, 8, 16)
+    assert size(late) == (32, 40, 16)
+    assert size(late, fresh, far) == (64, 40, 64)
+    assert size(make_slice(120, 8, range(32)), late) == (80, 64, 64)
+    # Reserved blocks are not in use.
+    assert size(make_slice(0, 30, range(60)), make_slice(7, 1, (3, 15, 63))) == (
+        (32, 8, 16)
+    )
+    # Decodes only; a fifth is a chunk; a token of a prompt in its middle is like one.
+    assert buckets.step_shape([one] * 4, 4) == DecodeShape(4, 16)
+    assert size(*[one] * 5) == (32, 8, 16)
+    middle = dataclasses.replace(one, samples=False)
+    assert buckets.step_shape([middle], 4) == DecodeShape(4, 16)
+    for slices in (
+        [make_slice(0, 81, range(21))],
+        [make_slice(259, 1, range(65)), *[one] * 4],
+        [fresh, make_slice(7, 1, (3, 64))],
+        [make_slice(0, 1, (0,))] * 9,
+    ):
+        with pytest.raises(ValueError, match="mixed: expected at most mixed_T80_C64"):
+            buckets.step_shape(slices, 4)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from disagg_jax.engine import programs
-from disagg_jax.engine.batch import DecodeShape, PrefillShape
+from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.request import Status
 from disagg_jax.work import Step, Transfer
@@ -120,7 +120,11 @@ def test_output_is_right_up_to_the_last_token_of_the_context(world, deployment, 
     assert len(timelines[0].tokens) == 64 - prompt
 
 
-@pytest.mark.parametrize("shape", [PrefillShape(64, 4), DecodeShape(4, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [PrefillShape(64, 4), DecodeShape(4, 16), MixedShape(32, 8, 16, 4, 16)],
+    ids=str,
+)
 def test_float32_stays_float32(world, shape):
     """Every float of a step is 32 bits wide, and no matmul may round its inputs."""
     instance = world.engine("colocated:tp1").instances[0]

@@ -1,11 +1,11 @@
-"""Decode attention in pool order against plain attention, one row at a time."""
+"""Attention over the pool against plain attention, one request at a time."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from disagg_jax.engine import kv_cache
-from models.layers import attention
 
 # Rows 0 and 1 own blocks in any order, row 2 is padding, blocks 1 and 4 are free.
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 3, 8
@@ -17,6 +17,23 @@ SLOT = [2 * BLOCK + 2, 2, 5 * BLOCK]  # block 5 is scratch
 
 def random(rng, *shape, dtype):
     return jnp.asarray(rng.normal(size=shape), dtype)
+
+
+def double(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def in_order(part, blocks: list[int], context: int) -> np.ndarray:
+    """k or v of a request's first tokens, `[context, KV_HEADS, HEAD_DIM]`."""
+    tokens = double(part)[blocks].swapaxes(1, 2)
+    return tokens.reshape(-1, KV_HEADS, HEAD_DIM)[:context]
+
+
+def plain_attention(q_NH, k_SKH, v_SKH) -> np.ndarray:
+    """One query that sees all keys, in numpy."""
+    k_SNH, v_SNH = (np.repeat(x, HEADS // KV_HEADS, axis=1) for x in (k_SKH, v_SKH))
+    weights = np.exp(np.einsum("nh,snh->ns", q_NH, k_SNH) * HEAD_DIM**-0.5)
+    return np.einsum("ns,snh->nh", weights / weights.sum(1, keepdims=True), v_SNH)
 
 
 @pytest.mark.parametrize("free", [1.0, np.inf, np.nan])
@@ -31,15 +48,61 @@ def test_decode_attends_to_its_own_context_only(dtype, error, free):
     new_k, new_v = (random(rng, 3, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in "kv")
     position, slot, owner, start = map(jnp.array, (POSITION, SLOT, OWNER, START))
     attend = kv_cache.decode_attend(position, slot, owner, start, BLOCK)
+    attend = jax.jit(attend, static_argnums=0)
     got, [(k, v)] = attend(0, q_BNH, new_k, new_v, [(k, v)])
     for row, blocks in enumerate(([3, 2], [0])):
         context = POSITION[row] + 1
-        keys, values = (
-            part[jnp.array(blocks)].swapaxes(1, 2).reshape(-1, KV_HEADS, HEAD_DIM)
-            for part in (k, v)
-        )
-        np.testing.assert_array_equal(keys[context - 1], new_k[row])
-        mask = jnp.ones((1, context), bool)
-        want = attention(q_BNH[row, None], keys[:context], values[:context], mask)[0]
-        np.testing.assert_allclose(got[row], want, atol=error, rtol=error)
+        keys, values = (in_order(part, blocks, context) for part in (k, v))
+        np.testing.assert_array_equal(keys[-1], double(new_k[row]))
+        want = plain_attention(double(q_BNH[row]), keys, values)
+        np.testing.assert_allclose(double(got[row]), want, atol=error, rtol=error)
     np.testing.assert_array_equal(got[2], 0)
+
+
+# A mixed step: a decode, two chunks that share no block with it, and padding. Blocks 1
+# and 6 are free, 8 is scratch.
+MIXED_ROW = [-1, 0, 0, 0, 1, 1, -1, -1]
+MIXED_POSITION = [6, 3, 4, 5, 0, 1, 0, 0]
+MIXED_BLOCKS = {"decode": [2, 3], "chunk": [5, 0], "fresh": [4]}
+MIXED_TOKENS = {"decode": [0], "chunk": [1, 2, 3], "fresh": [4, 5]}
+
+
+@pytest.mark.parametrize("queries", [512, 3])
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, queries):
+    """With all queries at a time, and 3; although free blocks hold NaN."""
+    monkeypatch.setattr(kv_cache, "_QUERY_CHUNK", queries)
+    rng = np.random.default_rng(0)
+    k, v = (random(rng, 9, KV_HEADS, BLOCK, HEAD_DIM, dtype=dtype) for _ in "kv")
+    k, v = (part.at[jnp.array([1, 6])].set(np.nan) for part in (k, v))
+    # What is beyond the end of a chunk in its last block.
+    k, v = (part.at[0, :, 2:].set(np.nan).at[4, :, 2:].set(np.nan) for part in (k, v))
+    q = random(rng, 8, HEADS, HEAD_DIM, dtype=dtype)
+    new_k, new_v = (random(rng, 8, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in "kv")
+    slot = [8 * BLOCK] * 8
+    for name, tokens in MIXED_TOKENS.items():
+        for token in tokens:
+            block, offset = divmod(MIXED_POSITION[token], BLOCK)
+            slot[token] = MIXED_BLOCKS[name][block] * BLOCK + offset
+    chunks = kv_cache.ChunkContext(
+        row_T=jnp.array(MIXED_ROW),
+        block_C=jnp.array([5, 0, 4, 8]),
+        owner_C=jnp.array([0, 0, 1, -1]),
+        start_C=jnp.array([0, BLOCK, 0, 0]),
+    )
+    owner, start = jnp.array([-1, -1, 0, 0]), jnp.array([0, 0, 0, BLOCK])
+    attend = kv_cache.mixed_attend(
+        jnp.array(MIXED_POSITION), jnp.array(slot), chunks, owner, start, BLOCK, 2
+    )
+    attend = jax.jit(attend, static_argnums=0)
+    got, [(k, v)] = attend(0, q, new_k, new_v, [(k, v)])
+    assert got.dtype == dtype and np.isfinite(double(got)).all()
+    for name, tokens in MIXED_TOKENS.items():
+        for token in tokens:
+            context = MIXED_POSITION[token] + 1
+            keys, values = (
+                in_order(part, MIXED_BLOCKS[name], context) for part in (k, v)
+            )
+            np.testing.assert_array_equal(keys[-1], double(new_k[token]))
+            want = plain_attention(double(q[token]), keys, values)
+            np.testing.assert_allclose(double(got[token]), want, atol=error, rtol=error)

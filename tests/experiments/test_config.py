@@ -1,11 +1,13 @@
 """Configs and their overrides from the command line."""
 
+import dataclasses
 import json
 
 import pytest
 
 from disagg_jax.deployment import Role
 from disagg_jax.lengths import FixedLengths, LognormalLengths, UniformLengths
+from disagg_jax.metrics import SLO
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from experiments.config import override, parse_lengths, to_json
 from experiments.configs import CONFIGS, get_config
@@ -66,6 +68,8 @@ def test_an_override_reaches_through_mappings_into_a_policy():
         ("systems.vllm.deployment=colocated:tp1pp2", "expected pp1, got 'colocated"),
         ("workload.source=trace", "workload.trace: expected the path of a trace"),
         ("slo.ttft_s=-1", "slo.ttft_s: expected >= 0, got -1.0"),
+        ("criterion=best", "expected one of distserve, sarathi_serve, vidur_search"),
+        ("slo.preset=gpt-2", "slo.preset: expected one of llama2-70b, "),
         ("search.target=1.5", "target: expected in (0, 1], got 1.5"),
     ],
 )
@@ -96,3 +100,15 @@ def test_lengths_are_read(text, lengths):
 def test_bad_lengths_are_an_error_that_quotes_them(text):
     with pytest.raises(ValueError, match=f"'{text}'"):
         parse_lengths(text)
+
+
+def test_a_preset_is_the_slo_where_no_seconds_are_given():
+    targets = override(get_config("tiny"), ["slo.preset=llama3.1-8b"]).slo
+    assert targets.resolve(9.0, 9.0) == SLO(ttft_s=2.0, tpot_s=0.1)
+    targets = dataclasses.replace(targets, tpot_s=0.05)
+    assert targets.resolve(9.0, 9.0) == SLO(ttft_s=2.0, tpot_s=0.05)
+
+
+def test_scales_multiply_the_steps_of_this_machine():
+    targets = get_config("tiny").slo
+    assert targets.resolve(0.5, 0.25) == SLO(ttft_s=2.5, tpot_s=0.375)

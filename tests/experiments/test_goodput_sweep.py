@@ -1,5 +1,7 @@
 """The main job from end to end, on a workload of seconds."""
 
+import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -8,9 +10,10 @@ import sys
 import jax
 import pytest
 
-from disagg_jax import metrics
+from disagg_jax import criteria, metrics
 from disagg_jax.event_log import replay
 from disagg_jax.request import Request, Timeline
+from disagg_jax.sim.cost import LinearCost
 from experiments import goodput_sweep, serving
 from experiments.config import override
 from experiments.configs import get_config
@@ -149,6 +152,97 @@ def test_every_event_log_replays_to_the_same_decisions(first):
             lines = list(run_dir.events(Point(name, rate, 0)))
             assert lines
             assert list(replay(lines, server.new_controller())) == []
+
+
+def test_a_run_ranks_its_systems_by_every_criterion(first):
+    summary = json.loads((first / "summary.json").read_text())
+    assert tuple(summary["criteria"]) == criteria.NAMES
+    table = (first / "table.txt").read_text()
+    for name, found in summary["criteria"].items():
+        assert {row["system"] for row in found["rank"]} == {"vllm", "disaggregated"}
+        assert f"\n{name}" in table
+    for system in summary["systems"].values():
+        for point in system["points"]:
+            assert point["criteria"]["distserve"] == point["attainment"]
+    # What ranks by the criterion that was searched for is that goodput.
+    for row in summary["criteria"]["distserve"]["rank"]:
+        goodput = summary["systems"][row["system"]]["goodput"]
+        found = goodput["max_goodput_rate_per_device"]["mean"]
+        assert row["mean"] == pytest.approx(found)
+
+
+def test_scores_follow_from_the_token_times(first):
+    run_dir = RunDir(first, json.loads((first / "config.json").read_text()))
+    slo = json.loads((first / "summary.json").read_text())["slo"]
+    runs = {}
+    for line in (first / "requests.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        point = Point(row["system"], row["rate_rps"], row["replica"])
+        runs.setdefault(point, []).append(row)
+    for point, rows in runs.items():
+        score = run_dir.load(point)["criteria"]
+        # Of up to 5 gaps, Mooncake's slowest tenth is the slowest.
+        good = [
+            row["ttft_s"] <= slo["ttft_s"] and slowest_s(row) <= slo["tpot_s"]
+            for row in rows
+        ]
+        assert score["mooncake"] == sum(good) / len(good)
+        tokens = sum(row["prompt_tokens"] + row["output_tokens"] for row in rows)
+        end_s = max(row["token_s"][-1] for row in rows)
+        seconds = end_s - min(row["arrival_s"] for row in rows)
+        assert score["sarathi"] == pytest.approx(tokens / seconds / 1e3)
+
+
+def test_slowdowns_are_over_the_first_systems_steps_alone():
+    cfg = config("durations=modelled", "workload.output_tokens=fixed:1")
+    server = serving.Server(cfg, cfg.systems["vllm"], serving.load_model(cfg), {})
+    cost = LinearCost(
+        step_base_s=1.0, prefill_token_s=0.1, decode_token_s=0.01, context_token_s=1e-3
+    )
+    server.config = dataclasses.replace(cfg, cost=cost)
+
+    def alone(prompt, output):
+        request = Request(id=0, arrival_s=0.0, prompt_tokens=prompt, max_tokens=output)
+        found = server.idle({})(request)
+        return found.ttft_s, found.tpot_s
+
+    # 20 prompt tokens; later tokens at a context of 20 + 6 / 2.
+    assert alone(20, 6) == pytest.approx((1 + 20 * 0.1, 1 + 0.01 + 23e-3))
+    # The shortest there is: one prompt token, and no later one.
+    assert alone(1, 1)[0] == pytest.approx(1.1)
+
+
+def slowest_s(row):
+    """The longest gap between two tokens; 0 of a single token."""
+    gaps_s = [later - sooner for sooner, later in itertools.pairwise(row["token_s"])]
+    return max(gaps_s, default=0.0)
+
+
+@pytest.mark.parametrize("name", ["sarathi_serve", "fastgen"])
+def test_the_sweep_searches_by_the_criterion_it_is_told(first, name, tmp_path):
+    search = ["search.max_rates=4", "num_seeds=2", "rates=", f"criterion={name}"]
+    times = str(first / "step_times.json")
+    text = goodput_sweep.run(config(*search), tmp_path / "a", times)
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert (summary["criterion"], f"by {name}" in text) == (name, True)
+    assert f"{name}: {summary['criteria'][name]['definition']}" in text
+    assert f"\n{name} *," in text
+    for system in summary["systems"].values():
+        points = {
+            p["request_rate"]: p["criteria"][name]["mean"] for p in system["points"]
+        }
+        assert 2 <= len(points) <= 4
+        if name == "fastgen":
+            found = system["throughput"]["max_throughput_per_device"]["mean"]
+            assert found == pytest.approx(max(points.values()) / system["devices"])
+        else:
+            assert summary["target"] == 0.99
+            passed = system["goodput"]["pass_rps_per_device"]
+            failed = system["goodput"]["fail_rps_per_device"]
+            for bound, passes in ((passed, True), (failed, False)):
+                if bound is not None:
+                    rate = bound * system["devices"]
+                    assert (points[rate] >= 0.99) == passes
 
 
 def test_the_wall_clock_serves_too(tmp_path):

@@ -140,10 +140,10 @@ def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape()
     plan = controller.step
     controller.step = lambda *args: steps.extend(works := plan(*args)) or works
     rig.serve(requests, controller)
-    buckets = rig.engine.instances[0].buckets
+    (instance,) = rig.engine.instances
     assert all(isinstance(step, Step) for step in steps)
-    shapes = [buckets.step_shape(step.slices) for step in steps]
-    assert shapes == [buckets.prefill[0]] + [shape] * (SMALL.output - 1)
+    shapes = [instance.step_shape(step.slices) for step in steps]
+    assert shapes == [instance.buckets.prefill[0]] + [shape] * (SMALL.output - 1)
 
 
 @pytest.mark.parametrize("src_tp, dst_tp", [(4, 4), (4, 2), (1, 4)])

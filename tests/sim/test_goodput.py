@@ -9,18 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_jax import metrics
+from disagg_jax.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.search import SearchPlan
-from disagg_jax.sim.capacity import capacity_rps, unloaded
+from disagg_jax.sim.capacity import Idle, capacity_rps, unloaded
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.goodput import (
     GoodputSearch,
     find_goodput,
     find_slo_scale,
+    find_throughput,
     slo_scale,
 )
 from disagg_jax.sim.phases import decode_alone, prefill_alone
@@ -210,6 +212,63 @@ def test_worker_processes_find_the_same():
         assert find_goodput(search, mapper) == find_goodput(search)
 
 
+# ---- other criteria ------------------------------------------------------------------
+
+
+def full_score(search, rate):
+    """The mean over seeds of runs that are not cut."""
+    runs = [
+        search.simulated.run(search.workload.requests(search.num_requests, rate, seed))
+        for seed in search.seeds
+    ]
+    return np.mean([search.good.score(run.timelines) for run in runs])
+
+
+@pytest.mark.parametrize("text", ["colocated:tp1", "prefill:tp1,decode:tp1"])
+def test_the_goodput_by_any_criterion_is_bracketed_by_full_runs(text):
+    search = asked(text)
+    by = {
+        "sarathi_serve": sarathi_serve(tbt_s=0.06, delay_s=0.3),
+        "splitwise": splitwise(Idle(simulated=search.simulated)),
+    }
+    for criterion in by.values():
+        judged = dataclasses.replace(search, criterion=criterion)
+        found = find_goodput(judged).found
+        assert found.bracketed
+        passing, failing = (
+            full_score(judged, rate) for rate in (found.pass_rps, found.fail_rps)
+        )
+        assert passing >= criterion.target > failing
+
+
+def test_a_criterion_brings_its_own_target():
+    strict = find_goodput(asked("colocated:tp1", plan=SearchPlan(target=0.99)))
+    slo = asked("colocated:tp1").slo
+    by_name = asked("colocated:tp1", criterion=DistServe(slo=slo, target=0.99))
+    by_name = dataclasses.replace(by_name, plan=SearchPlan(target=0.5))
+    assert find_goodput(by_name) == strict
+
+
+def test_the_best_rate_by_a_throughput():
+    criterion = FastGen(prompt_token_s=1e-3, token_s=0.03)
+    search = asked("prefill:tp1,decode:tp1", criterion=criterion)
+    with pytest.raises(ValueError, match="expected one with a target"):
+        find_goodput(search)
+    found = find_throughput(search)
+    assert found.bracketed
+    assert found.interval.mean == full_score(search, found.rate_rps)
+    for factor in (0.7, 1.4):
+        assert full_score(search, factor * found.rate_rps) < found.interval.mean
+
+
+def test_another_criterion_runs_to_the_end_however_many_miss():
+    search = asked("colocated:tp1", criterion=sarathi_serve(tbt_s=1e-4, delay_s=1e-4))
+    (point, *_) = search.points(200.0)
+    trial = Trial(point=point, criterion=search.good, cut_at_misses=1)
+    verdict = run_trial(trial)
+    assert not verdict.cut and verdict.score < 0.5
+
+
 # ---- runs that are cut ---------------------------------------------------------------
 
 
@@ -251,10 +310,12 @@ def test_a_cut_run_gives_the_verdict_of_the_full_run(
         if not 0 < target <= 1:
             continue
         cut_at = decisive_misses(80, 1, target)
-        verdict = run_trial(Trial(point=point, slo=slo, cut_at_misses=cut_at))
-        assert (verdict.attainment >= target) == passes
+        verdict = run_trial(
+            Trial(point=point, criterion=DistServe(slo=slo), cut_at_misses=cut_at)
+        )
+        assert (verdict.score >= target) == passes
         assert not (passes and verdict.cut)
-        assert verdict.cut or verdict.attainment == true
+        assert verdict.cut or verdict.score == true
 
 
 def test_a_hopeless_run_is_cut_early():
@@ -263,7 +324,7 @@ def test_a_hopeless_run_is_cut_early():
     turns = []
     simulated = dataclasses.replace(point.simulated, cost=Counting(COST, turns))
     point = dataclasses.replace(point, simulated=simulated)
-    assert run_trial(Trial(point=point, slo=search.slo, cut_at_misses=200)).cut
+    assert run_trial(Trial(point=point, criterion=search.good, cut_at_misses=200)).cut
     cut = len(turns)
     turns.clear()
     run_point(point)

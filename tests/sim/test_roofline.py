@@ -98,6 +98,22 @@ def int8(name):
     return dataclasses.replace(model, weight_dtype_bytes=1, kv_dtype_bytes=1)
 
 
+def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():
+    # 4 bytes a token and layer. One token after 4 cached ones: 16*4.5 = 72 FLOPs, at
+    # MFU .3125: 2.304 s. At 2 byte/s of KV: 4*4/2 = 8 s. Two layers.
+    slow = dataclasses.replace(DEVICE, kv_mbu=0.04)
+    load = StepLoad(((4, 1),), 0, 0)
+    linear_s = 1 + 9.6 + 2  # streaming the weights, as for one decode
+    for device, attention_s in ((DEVICE, 2.304), (slow, 8.0)):
+        cost = RooflineCost(model=MODEL, hardware=device).instance(1)
+        assert cost.stages_s(load) == pytest.approx([linear_s + 2 * attention_s])
+    # A whole prompt has no KV before it.
+    whole = StepLoad(((0, 5),), 0, 0)
+    assert RooflineCost(model=MODEL, hardware=slow).instance(1).stages_s(
+        whole
+    ) == TOY.instance(1).stages_s(whole)
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "book_s", "rel"),
     [

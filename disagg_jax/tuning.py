@@ -1,0 +1,248 @@
+"""Parameters of policies from step times, chosen as their papers say.
+
+Each system is only as good as its step size. The papers choose it by profiling, so this
+asks a function for the seconds of a step: a cost model's, or what an engine measured.
+
+* Sarathi-Serve (OSDI'24, section 4.3): the largest step within the time per token.
+* SARATHI (2308.16369, section 4.2): the chunk with which chunk and decodes have the
+  highest throughput.
+* Dynamic SplitFuse (the FastGen blog): where the throughput of a forward pass levels
+  off.
+* DistServe (OSDI'24, section 4.3): L_m, the length of a prompt that fills the device.
+* Orca and vLLM: no rule; their defaults.
+
+SARATHI and SplitFuse know no targets. Here they choose among the steps that keep the
+TPOT target, as anybody would who is judged by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+from disagg_jax.expect import expect
+from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.work import StepLoad
+
+StepSeconds = Callable[[StepLoad], float]
+# Of the best throughput: more of it costs latency, and the curves of devices are flat.
+_LEVEL = 0.9
+_TILES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def tile_multiples(tile: int = 128) -> tuple[int, ...]:
+    """Step sizes to choose from; matmuls compute whole tiles of rows."""
+    return tuple(tile * n for n in _TILES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Step times of an instance, and the requests that it is to serve.
+
+    Raises:
+      ValueError: on no sizes, or lengths and memory below 1.
+    """
+
+    step_s: StepSeconds  # of one step on the instance, all its stages
+    sizes: tuple[int, ...]  # tokens of a step to choose from, such as an engine's
+    prompt_tokens: int  # of a typical request
+    output_tokens: int
+    kv_tokens: int  # that the instance has memory for
+
+    def __post_init__(self) -> None:
+        expect(len(self.sizes) >= 1, "sizes: expected at least one", self.sizes)
+        least = min(*self.sizes, self.prompt_tokens, self.output_tokens, self.kv_tokens)
+        expect(least >= 1, "profile: expected tokens >= 1", least)
+
+    def decodes(self, size: int, max_seqs: int) -> int:
+        """Requests that decode in a step of `size` tokens, when requests never end.
+
+        Then steps have prompt and decode tokens as the requests do, unless the limit or
+        the memory allows fewer decodes. It is less than `size`.
+        """
+        steps = self.output_tokens - 1
+        share = steps / (self.prompt_tokens + steps)
+        return min(int(size * share), max_seqs, self.kv_tokens // self.context)
+
+    @property
+    def context(self) -> int:
+        """Cached tokens of a request, halfway through its output."""
+        return self.prompt_tokens + self.output_tokens // 2
+
+    def mixed(self, size: int, max_seqs: int) -> StepLoad:
+        """A step of `size` tokens: whole prompts and the last part of one, decodes."""
+        decodes = self.decodes(size, max_seqs)
+        whole, part = divmod(size - decodes, self.prompt_tokens)
+        chunks = ((0, self.prompt_tokens),) * whole
+        if part:
+            chunks += ((self.prompt_tokens - part, part),)
+        return StepLoad(chunks, decodes, decodes * self.context)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The value of a policy's parameter, and why it is this one."""
+
+    parameter: str
+    value: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.parameter} = {self.value}: {self.reason}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """A policy with parameters for an instance, requests and targets."""
+
+    policy: Policy
+    choice: Choice | None  # None: it has no step size
+
+
+def tune(
+    policy: Policy, profile: Profile, tpot_s: float, size: int | None = None
+) -> Tuned:
+    """`policy` with the step size that its paper would choose.
+
+    Where decodes share the step, and it is smaller than `max_seqs`, that is lowered to
+    it. A policy that only decodes has no step size and stays as it was.
+
+    Args:
+      tpot_s: the target; a step should not take longer while requests decode.
+      size: take this one instead.
+    """
+    if not isinstance(policy, _Sized):
+        return Tuned(policy=policy, choice=None)
+    parameter, rule = _RULES[type(policy)]
+    value, reason = (size, "given") if size else rule(policy, profile, tpot_s)
+    return Tuned(
+        policy=resized(policy, value),
+        choice=Choice(parameter=parameter, value=value, reason=reason),
+    )
+
+
+def has_rule(policy: Policy) -> bool:
+    """Whether the policy's paper says how to choose its step size."""
+    return isinstance(policy, _Sized) and _RULES[type(policy)][1] is not _default
+
+
+def resized(policy: Policy, size: int) -> Policy:
+    """`policy` with steps of `size` tokens; one without a step size as it is."""
+    if not isinstance(policy, _Sized):
+        return policy
+    changes = {_RULES[type(policy)][0]: size}
+    if policy.limits.splits:
+        changes["max_seqs"] = min(policy.max_seqs, size)
+    return dataclasses.replace(policy, **changes)
+
+
+# ---- the rules -----------------------------------------------------------------------
+
+_Sized = PrefillFirst | Orca | Sarathi | SarathiServe | SplitFuse | PrefillOnly
+_Chosen = tuple[int, str]  # the value, and the reason
+
+
+def _default(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+    return policy.limits.prefill_tokens, "the default"
+
+
+def _largest_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+    """Sarathi-Serve's budget."""
+    times_s = _mixed_s(policy, profile)
+    in_time = _in_time(times_s, tpot_s)
+    size = max(in_time)
+    return size, f"the largest step within TPOT{_shown(times_s, size, tpot_s)}"
+
+
+def _best_chunk(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+    """SARATHI's chunk: all of a prompt, one chunk with decodes at a time."""
+
+    def tokens_s(size: int) -> float:
+        decodes = profile.decodes(size, policy.max_seqs)
+        count, prompt = size - decodes, profile.prompt_tokens
+        loads = [
+            StepLoad(
+                ((start, min(count, prompt - start)),),
+                decodes,
+                decodes * profile.context,
+            )
+            for start in range(0, prompt, count)
+        ]
+        tokens = prompt + len(loads) * decodes
+        return _rate(tokens, sum(map(profile.step_s, loads)))
+
+    times_s = _mixed_s(policy, profile)
+    size = _level({n: tokens_s(n) for n in _in_time(times_s, tpot_s)})
+    reason = "throughput of chunk and decodes levels off"
+    return size, reason + _shown(times_s, size, tpot_s)
+
+
+def _level_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+    """SplitFuse's budget."""
+    times_s = _mixed_s(policy, profile)
+    rates = _prompt_tokens_s(profile)
+    size = _level({n: rates[n] for n in _in_time(times_s, tpot_s)})
+    reason = "throughput of a forward pass levels off"
+    return size, reason + _shown(times_s, size, tpot_s)
+
+
+def _saturating_prompt(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+    """DistServe's L_m: no decode waits for it, so the target has no say."""
+    rates = _prompt_tokens_s(profile)
+    size = _level(rates)
+    return size, f"a prompt of it saturates the device: {rates[size]:.4g} tokens/s"
+
+
+_Rule = Callable[[_Sized, Profile, float], _Chosen]
+_RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
+    PrefillFirst: ("max_batched_tokens", _default),
+    Orca: ("max_batched_tokens", _default),
+    Sarathi: ("chunk_tokens", _best_chunk),
+    SarathiServe: ("token_budget", _largest_in_time),
+    SplitFuse: ("token_budget", _level_in_time),
+    PrefillOnly: ("token_budget", _saturating_prompt),
+}
+
+
+def _mixed_s(policy: _Sized, profile: Profile) -> dict[int, float]:
+    """Seconds of a saturated step, by its size."""
+    return {
+        size: profile.step_s(profile.mixed(size, policy.max_seqs))
+        for size in profile.sizes
+    }
+
+
+def _in_time(times_s: Mapping[int, float], tpot_s: float) -> list[int]:
+    """The sizes within the target; if none is, the smallest, which misses it least."""
+    return [n for n, time_s in times_s.items() if time_s <= tpot_s] or [min(times_s)]
+
+
+def _prompt_tokens_s(profile: Profile) -> dict[int, float]:
+    """Prompt tokens/s of a forward pass of one prompt, by its length."""
+    return {
+        size: _rate(size, profile.step_s(StepLoad(((0, size),), 0, 0)))
+        for size in profile.sizes
+    }
+
+
+def _level(tokens_s: Mapping[int, float]) -> int:
+    """The smallest size from which a larger one gains little."""
+    best = max(tokens_s.values())
+    return min(size for size, rate in tokens_s.items() if rate >= _LEVEL * best)
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if seconds > 0 else math.inf
+
+
+def _shown(times_s: Mapping[int, float], size: int, tpot_s: float) -> str:
+    time_s = times_s[size]
+    shown = f": {time_s * 1e3:.3g} of {tpot_s * 1e3:.3g} ms"
+    return shown if time_s <= tpot_s else f"{shown}, and all others are slower"

@@ -1,0 +1,164 @@
+"""Step sizes of policies from step times that are known by arithmetic."""
+
+import math
+
+import pytest
+
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.tuning import Profile, tile_multiples, tune
+from disagg_jax.work import StepLoad
+
+# Seconds: 10 ms a step, 0.1 ms a prompt token, 0.2 ms a decode.
+COST = LinearCost(step_base_s=0.01, prefill_token_s=1e-4, decode_token_s=2e-4)
+
+
+def linear(load, cost=COST):
+    return cost.stages_s(0, load)[0]
+
+
+def profile(step_s=linear, sizes=(128, 256, 512, 1024), **changes):
+    fields = {"prompt_tokens": 300, "output_tokens": 101, "kv_tokens": 10**6}
+    return Profile(step_s=step_s, sizes=sizes, **(fields | changes))
+
+
+# ---- the steps that are timed --------------------------------------------------------
+
+
+def test_a_mixed_step_has_tokens_as_the_requests_do():
+    # 300 prompt tokens and 100 decode steps: a quarter of 512 tokens are decodes, each
+    # with 300 + 101 // 2 tokens; 384 prompt tokens are a prompt and the end of another.
+    load = profile().mixed(512, max_seqs=200)
+    assert load == StepLoad(((0, 300), (216, 84)), 128, 128 * 350)
+
+
+@pytest.mark.parametrize(
+    ("max_seqs", "kv_tokens", "decodes"),
+    [(16, 10**6, 16), (200, 7 * 350 + 349, 7), (200, 349, 0)],
+)
+def test_limit_and_memory_leave_more_of_a_step_to_prompts(max_seqs, kv_tokens, decodes):
+    load = profile(kv_tokens=kv_tokens).mixed(512, max_seqs)
+    assert load.decodes == decodes
+    assert load.prompt_tokens == 512 - decodes
+
+
+def test_requests_of_one_token_never_decode():
+    assert profile(output_tokens=1).mixed(512, 200).decodes == 0
+
+
+# ---- each system's rule --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tpot_s", "size"),
+    # A quarter of n tokens decode: 10 ms + n (0.75 x 0.1 + 0.25 x 0.2 ms) is 26 ms for
+    # 128, 42 for 256, 74 for 512, 138 for 1024.
+    [(0.0739, 256), (0.0741, 512), (1.0, 1024)],
+)
+def test_sarathi_serve_takes_the_largest_step_within_the_target(tpot_s, size):
+    tuned = tune(SarathiServe(max_seqs=256), profile(), tpot_s)
+    assert tuned.policy == SarathiServe(token_budget=size, max_seqs=256)
+    assert tuned.choice.parameter == "token_budget"
+    assert f" of {tpot_s * 1e3:.3g} ms" in tuned.choice.reason
+
+
+@pytest.mark.parametrize("policy", [Sarathi(), SarathiServe(), SplitFuse()])
+def test_where_no_step_is_fast_enough_the_smallest_is_taken(policy):
+    tuned = tune(policy, profile(), tpot_s=0.02)
+    assert tuned.choice.value == 128
+    assert "of 20 ms, and all others are slower" in tuned.choice.reason
+
+
+def test_splitfuse_takes_the_step_where_throughput_levels_off():
+    # n / (10 ms + 0.1 n ms): 5.6, 7.2, 8.4 and 9.1 tokens/ms; 90 % of 9.1 is 8.2.
+    assert tune(SplitFuse(), profile(), 1.0).choice.value == 512
+    # Of the steps within 50 ms, 128 and 256, the latter by 7.2 to 5.6.
+    tuned = tune(SplitFuse(), profile(), 0.05)
+    assert tuned.policy == SplitFuse(token_budget=256, max_seqs=256)
+
+
+def test_the_prefill_side_takes_the_prompt_that_saturates_whatever_the_target():
+    for tpot_s in (0.001, 1.0):
+        tuned = tune(PrefillOnly(), profile(), tpot_s)
+        assert tuned.policy == PrefillOnly(token_budget=512)
+        assert "8366 tokens/s" in tuned.choice.reason
+
+
+def test_sarathi_takes_the_chunk_with_the_highest_throughput():
+    # One prompt of 300 tokens and at most 16 decodes, each step 10 ms and 3.2 ms for
+    # the decodes: chunks of 112, 112 and 76 in 3 steps make 348 tokens in 30 + 9.6 + 30
+    # ms, 5.0 a ms; 240 and 60 make 332 in 56.4 ms, 5.9; one of 300 makes 316 in 43.2
+    # ms, 7.3, and larger ones the same.
+    assert tune(Sarathi(max_seqs=16), profile(), 1.0).choice.value == 512
+    # 256 tokens take 10 + 24 + 3.2 ms, and 512 take 62.8.
+    assert tune(Sarathi(max_seqs=16), profile(), 0.06).choice.value == 256
+
+
+def test_sarathi_goes_through_all_of_a_prompt():
+    loads = []
+
+    def step_s(load):
+        loads.append(load)
+        return 1.0
+
+    tune(Sarathi(max_seqs=16), profile(step_s, sizes=(128,)), 2.0)
+    chunks = [load.chunks for load in loads[1:]]  # the first is timed for the target
+    assert chunks == [((0, 112),), ((112, 112),), ((224, 76),)]
+
+
+def test_a_step_that_is_always_free_is_the_smallest():
+    for policies in SYSTEMS.values():
+        for policy in policies.values():
+            choice = tune(policy, profile(lambda load: 0.0), math.inf).choice
+            if choice is not None and choice.reason != "the default":
+                expected = 1024 if isinstance(policy, SarathiServe) else 128
+                assert choice.value == expected
+
+
+def test_orca_and_vllm_have_defaults():
+    for policy in (Orca(), PrefillFirst()):
+        tuned = tune(policy, profile(), 0.05)
+        assert tuned.policy == policy
+        assert tuned.choice.reason == "the default"
+
+
+def test_what_only_decodes_stays_as_it_is():
+    tuned = tune(DecodeOnly(), profile(), 0.05, size=7)
+    assert (tuned.policy, tuned.choice) == (DecodeOnly(), None)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (SarathiServe(), SarathiServe(token_budget=64, max_seqs=64)),
+        (SplitFuse(), SplitFuse(token_budget=64, max_seqs=64)),
+        (Sarathi(max_seqs=16), Sarathi(chunk_tokens=64, max_seqs=16)),
+        (PrefillFirst(), PrefillFirst(max_batched_tokens=64)),
+        (Orca(), Orca(max_batched_tokens=64)),
+        (PrefillOnly(), PrefillOnly(token_budget=64)),
+    ],
+)
+def test_a_given_size_is_taken_and_the_step_has_room_for_all_decodes(policy, expected):
+    tuned = tune(policy, profile(), 0.05, size=64)
+    assert tuned.policy == expected
+    assert str(tuned.choice).endswith("= 64: given")
+
+
+def test_profiles_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="sizes: expected at least one"):
+        profile(sizes=())
+    for name in ("prompt_tokens", "output_tokens", "kv_tokens"):
+        with pytest.raises(ValueError, match="expected tokens >= 1, got 0"):
+            profile(**{name: 0})
+
+
+def test_sizes_are_tile_multiples():
+    assert tile_multiples(64)[:3] == (64, 128, 192)
+    assert all(size % 128 == 0 for size in tile_multiples())
