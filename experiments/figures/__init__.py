@@ -8,6 +8,7 @@ from experiments.figures import (
     beyond,
     breakdown,
     fastgen,
+    mlperf,
     motivation,
     pipeline,
     placements,
@@ -31,4 +32,5 @@ FIGURES: Mapping[str, Figure] = {
     **pipeline.FIGURES,
     **sarathi_serve.FIGURES,
     **fastgen.FIGURES,
+    **mlperf.FIGURES,
 }

@@ -1,8 +1,8 @@
 """DeepSpeed-FastGen's blog: Dynamic SplitFuse against vLLM with closed-loop clients.
 
 Llama-2-70B on four A100-80; prompts and outputs are normal with a deviation of 30 %.
-The published numbers are those of facts/schedulers.md 1.5, the judgement of a request
-is that of the released benchmark (DeepSpeedExamples, benchmarks/inference/mii).
+The published numbers are those of facts/schedulers.md 1.5; requests are judged by
+`criteria.FastGen`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 
 from disagg_jax import metrics
 from disagg_jax.closed_loop import ClosedLoop
+from disagg_jax.criteria import FastGen
 from disagg_jax.deployment import Deployment
 from disagg_jax.lengths import NormalLengths
-from disagg_jax.request import Timeline
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.sim.points import SimWorkload
@@ -36,9 +36,8 @@ from experiments.figures.figure import (
 )
 from experiments.figures.paper import XY
 
-PROMPT_TOKENS_PER_S = 512  # SLA: a prompt's latency is at most its length over this
-TOKENS_PER_S = 4  # SLA: of generation, by a moving average
-EMA_SPAN = 16  # tokens, as in pandas' ewm: alpha = 2 / (span + 1)
+TOKENS_PER_S = 4  # of generation, by a moving average
+SLA = FastGen(token_s=1 / TOKENS_PER_S)
 _CONTEXT = 4096  # Llama-2's, and so vLLM's cap on the prompt tokens of a step
 _SYSTEMS = {
     "SplitFuse": SplitFuse(),
@@ -90,37 +89,16 @@ class ClosedRun:
     itl_p95_s: float
 
 
-def averages_s(gaps_s: Sequence[float], span: int = EMA_SPAN) -> list[float]:
-    """The exponential moving average after each gap, weights normalised as pandas'."""
-    keep = 1 - 2 / (span + 1)
-    found: list[float] = []
-    total = weight = 0.0
-    for gap_s in gaps_s:
-        total, weight = keep * total + gap_s, keep * weight + 1
-        found.append(total / weight)
-    return found
-
-
-def within_sla(timeline: Timeline) -> bool:
-    """Whether the prompt was fast enough, and generation never too slow."""
-    due_s = timeline.request.prompt_tokens / PROMPT_TOKENS_PER_S
-    if metrics.ttft_s(timeline) > due_s:
-        return False
-    averages = averages_s(metrics.itl_s(timeline))
-    return all(average_s < 1 / TOKENS_PER_S for average_s in averages)
-
-
 def run_closed(point: ClosedPoint) -> ClosedRun:
     """Simulates a point."""
     # The rate is of no use: requests are sent when others end.
     asked = point.workload.requests(point.num_requests, 1.0, point.seed)
     loop = ClosedLoop(asked, point.clients)
     run = point.simulated.run(loop.first(), followers=loop)
-    good = sum(within_sla(timeline) for timeline in run.timelines)
     gaps_s = metrics.pooled_itl_s(run.timelines)
     return ClosedRun(
         throughput_rps=len(asked) / run.end_s,
-        effective_rps=good / run.end_s,
+        effective_rps=SLA.score(run.timelines),
         latency_s=statistics.mean(metrics.e2e_s(t) for t in run.timelines),
         itl_p50_s=float(np.quantile(gaps_s, 0.5)),
         itl_p95_s=float(np.quantile(gaps_s, 0.95)),

@@ -8,22 +8,26 @@ but for the chat ones: ours are log-normals through the published quantiles
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from disagg_jax import metrics
+from disagg_jax.criteria import sarathi_serve
 from disagg_jax.deployment import Deployment
+from disagg_jax.metrics import SLO
 from disagg_jax.request import Timeline
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.view import Policy
-from disagg_jax.search import GoodputEstimate, SearchPlan, estimate, search
+from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import Decoder, DeploymentCost
+from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.network import Hop
-from disagg_jax.sim.points import SimPoint, SimWorkload
+from disagg_jax.sim.points import SimPoint
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from experiments.figures.colocated import colocated
@@ -112,24 +116,17 @@ def _yi(policy: Policy, workload: str) -> SimulatedDeployment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latencies:
-    """What Sarathi-Serve judges a run by, in seconds."""
+    """What the ablation shows of a run, in seconds."""
 
     ttft_p50_s: float
     tbt_p99_s: float  # of all gaps between tokens, pooled
-    delay_p50_s: float  # from arrival until its first token is on a device
 
 
 def latencies(timelines: Sequence[Timeline]) -> Latencies:
-    """Of requests that all were served.
-
-    Raises:
-      ValueError: if one was not.
-    """
-    delays_s = [metrics.stages_s(t).prefill_queue_s for t in timelines]
+    """Of requests that all were served."""
     return Latencies(
         ttft_p50_s=statistics.median(metrics.ttft_s(t) for t in timelines),
         tbt_p99_s=float(np.quantile(metrics.pooled_itl_s(timelines), 0.99)),
-        delay_p50_s=statistics.median(delays_s),
     )
 
 
@@ -245,48 +242,7 @@ def _order_claim(
 
 # ---- capacity ------------------------------------------------------------------------
 
-MAX_DELAY_S = 2.0  # median scheduling delay
 _PLAN = SearchPlan(growth=1.5, tolerance=0.1, max_rates=12)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CapacitySearch:
-    """The highest Poisson rate with P99 TBT and median scheduling delay in bounds."""
-
-    simulated: SimulatedDeployment
-    workload: SimWorkload
-    tbt_s: float
-    num_requests: int
-    seeds: int
-    start_rps: float
-
-
-def has_capacity(found: Latencies, tbt_s: float) -> bool:
-    """Sarathi-Serve's definition, which has no target for the first token."""
-    return found.tbt_p99_s <= tbt_s and found.delay_p50_s <= MAX_DELAY_S
-
-
-def find_capacity(asked: CapacitySearch) -> GoodputEstimate:
-    """Requests/s; each seed's own is one between rates it passes and fails at."""
-    tried: dict[float, list[float]] = {}
-
-    def evaluate(rate_rps: float) -> list[float]:
-        points = (
-            SimPoint(
-                simulated=asked.simulated,
-                workload=asked.workload,
-                rate_rps=rate_rps,
-                num_requests=asked.num_requests,
-                seed=seed,
-            )
-            for seed in range(asked.seeds)
-        )
-        passed = [has_capacity(run_latencies(point), asked.tbt_s) for point in points]
-        tried[rate_rps] = [float(one) for one in passed]
-        return tried[rate_rps]
-
-    search(evaluate, asked.start_rps, _PLAN)
-    return estimate(tried, _PLAN.target)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -380,7 +336,7 @@ def capacity(lab: Lab) -> Drawn:
     }
     # The longest first: pipelines are simulated step by step.
     order = sorted(asked, key=lambda key: ("Falcon" not in key[0], key))
-    results = lab.map(find_capacity, [asked[key] for key in order])
+    results = lab.map(find_goodput, [asked[key] for key in order])
     found = dict(zip(order, results, strict=True))
     return Drawn(
         panels=[_capacity_panel(name, found) for name in _DRAWN],
@@ -393,25 +349,27 @@ def capacity(lab: Lab) -> Drawn:
     )
 
 
-def _searches(lab: Lab, case: Case) -> dict[str, CapacitySearch]:
+def _searches(lab: Lab, case: Case) -> dict[str, GoodputSearch]:
     name, workload, strict = case
     bed, longest = TESTBEDS[name], _LONGEST[workload]
     return {
-        system: CapacitySearch(
+        system: GoodputSearch(
             simulated=colocated(
                 bed.model, bed.hardware, policy, max_context=longest
             ).build(Deployment.parse(bed.deployment)),
             workload=get_workload(workload),
-            tbt_s=bed.slo_s(strict),
+            slo=SLO(ttft_s=math.inf, tpot_s=bed.slo_s(strict)),
+            criterion=sarathi_serve(tbt_s=bed.slo_s(strict)),
             num_requests=lab.requests(bed.num_requests),
-            seeds=lab.seeds,
+            seeds=tuple(range(lab.seeds)),
+            plan=_PLAN,
             start_rps=bed.start_rps,
         )
         for system, policy in bed.policies(strict, longest).items()
     }
 
 
-Found = Mapping[tuple[str, str, bool, str], GoodputEstimate]
+Found = Mapping[tuple[str, str, bool, str], SimGoodput]
 
 
 def _capacity_panel(name: str, found: Found) -> Panel:
@@ -420,7 +378,7 @@ def _capacity_panel(name: str, found: Found) -> Panel:
         banded(
             system,
             {
-                bed.slo_s(strict): found[name, _CHAT, strict, system].per_seed_rps
+                bed.slo_s(strict): found[name, _CHAT, strict, system].found.per_seed_rps
                 for strict in (True, False)
             },
             colour,
@@ -445,19 +403,20 @@ def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
         paper=_GAINS.get((name, strict, below), "(not in the facts)"),
         ours=_ratio(ours, theirs),
         why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
-        runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, P99 TBT and median "
-        f"delay <= {MAX_DELAY_S:g} s, N={lab.requests(bed.num_requests)} x "
-        f"{lab.seeds} seeds; lengths log-normal through the published quantiles",
+        runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, "
+        f"{sarathi_serve(tbt_s=bed.slo_s(strict))}, "
+        f"N={lab.requests(bed.num_requests)} x {lab.seeds} seeds; lengths log-normal through the published quantiles",
     )
 
 
-def _ratio(ours: GoodputEstimate, theirs: GoodputEstimate) -> str:
+def _ratio(ours: SimGoodput, theirs: SimGoodput) -> str:
     """The gain, paired by seed, and both capacities."""
-    both = f"{shown(ours.per_seed_rps)} over {shown(theirs.per_seed_rps)} rps"
-    pairs = list(zip(ours.per_seed_rps, theirs.per_seed_rps, strict=True))
-    if any(below == 0 for _, below in pairs):
+    above, below = ours.found.per_seed_rps, theirs.found.per_seed_rps
+    both = f"{shown(above)} over {shown(below)} rps"
+    if min(below) == 0:
         return f"no ratio: a seed fails at every rate tried ({both})"
-    return f"{shown([above / below for above, below in pairs], '.2f', 'x')} ({both})"
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    return f"{shown(ratios, '.2f', 'x')} ({both})"
 
 
 FIGURES = {
