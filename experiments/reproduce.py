@@ -6,7 +6,7 @@
 
 Each figure is our curve over the paper's digitised points, and rows that state the
 paper's claim, our number with its 95 % interval across seeds, and why they differ. With
---all it writes experiments/reports/reproduction.md and its pictures (about five minutes
+--all it writes experiments/reports/reproduction.md and its pictures (under ten minutes
 on two cores); one figure alone goes to runs/reproduction. Progress is on stderr.
 """
 

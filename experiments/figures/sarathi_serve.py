@@ -405,7 +405,8 @@ def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
         why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
         runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, "
         f"{sarathi_serve(tbt_s=bed.slo_s(strict))}, "
-        f"N={lab.requests(bed.num_requests)} x {lab.seeds} seeds; lengths log-normal through the published quantiles",
+        f"N={lab.requests(bed.num_requests)} x {lab.seeds} seeds; lengths "
+        "log-normal through the published quantiles",
     )
 
 
