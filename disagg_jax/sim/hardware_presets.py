@@ -62,7 +62,14 @@ _A6000 = dataclasses.replace(
     peak_flops=154.8e12,  # datasheet: 309.7 TFLOPS of fp16 with sparsity, half dense
     hbm_bytes_s=768e9,  # datasheet: 48 GB GDDR6, 384 bits
     memory_bytes=48 * 2**30,  # datasheet, read as for the A100
-    all_reduce={},  # one device only: its NVLink bridge was not measured here
+    all_reduce={},  # none is known
+    hop=LinkSpec(
+        name="pcie4",
+        latency_s=5e-6,  # assumed: as pcie5
+        bandwidth_bytes_s=32e9,  # PCIe 4.0 x16: 16 GT/s x 16 lanes, before encoding
+        efficiency=0.8,  # assumed: as pcie5
+        measured=False,
+    ),
 )
 _H100 = Hardware(
     name="h100",
