@@ -77,6 +77,8 @@ class Backend(Protocol):
 
 Intervention = tuple[float, Cancelled | Down | Slow | Up]
 Observer = Callable[[float, Sequence[Event], Sequence[Work]], None]
+# (time in seconds, all timelines so far) -> requests that arrive now.
+Followers = Callable[[float, Sequence[Timeline]], Sequence[Request]]
 
 
 def serve(
@@ -85,6 +87,7 @@ def serve(
     requests: Iterable[Request],
     interventions: Iterable[Intervention] = (),
     observer: Observer | None = None,
+    followers: Followers | None = None,
 ) -> list[Timeline]:
     """Serves `requests` to the end and returns their timelines in arrival order.
 
@@ -93,6 +96,8 @@ def serve(
         stragglers.
       observer: called once per turn with the time, the events and the work decided on;
         the event log is such an observer.
+      followers: called once per turn, after it; what it returns arrives at once, but
+        behind the work that was decided on. A closed loop of clients is one.
     """
     timed: list[tuple[float, Event]] = [(r.arrival_s, Arrived(r)) for r in requests]
     timed += interventions
@@ -118,4 +123,7 @@ def serve(
             observer(now_s, events, works)
         for work in works:
             backend.submit(work)
+        if followers is not None:
+            following = followers(now_s, controller.timelines)
+            external.extendleft((now_s, Arrived(r)) for r in reversed(following))
     return controller.timelines

@@ -51,6 +51,29 @@ class UniformLengths:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class NormalLengths:
+    """Normal, rounded, and clipped to [low, high] (which moves the mean)."""
+
+    mean: float  # > 0, tokens, before clipping
+    deviation: float  # >= 0, standard deviation in tokens
+    low: int = 1  # >= 1
+    high: int  # >= low, included
+
+    def __post_init__(self) -> None:
+        name = "normal lengths"
+        positive = 0 < self.mean < math.inf
+        expect(positive, f"{name}: expected a finite mean > 0", self.mean)
+        valid = 0 <= self.deviation < math.inf
+        expect(valid, f"{name}: expected a finite deviation >= 0", self.deviation)
+        _check_bounds(name, self.low, self.high)
+
+    def sample(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """`[n]` lengths in tokens."""
+        lengths = self.mean + self.deviation * rng.standard_normal(n)
+        return np.clip(np.rint(lengths), self.low, self.high).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LognormalLengths:
     """Log-normal, rounded, and clipped to [low, high] (which moves the mean)."""
 

@@ -1,4 +1,4 @@
-"""Reproduces the figures and tables of DistServe's paper in the simulator.
+"""Reproduces figures and tables of DistServe and its peers in the simulator.
 
     python -m experiments.reproduce --list
     python -m experiments.reproduce --figure=fig8a
@@ -6,7 +6,7 @@
 
 Each figure is our curve over the paper's digitised points, and rows that state the
 paper's claim, our number with its 95 % interval across seeds, and why they differ. With
---all it writes experiments/reports/reproduction.md and its pictures (about five minutes
+--all it writes experiments/reports/reproduction.md and its pictures (under ten minutes
 on two cores); one figure alone goes to runs/reproduction. Progress is on stderr.
 """
 
@@ -48,15 +48,16 @@ _SEARCH_TIMES = flags.DEFINE_string(
 REPORTS = pathlib.Path(__file__).parent / "reports"
 _COLUMNS = ("claim", "paper", "ours, 95 % over seeds", "why they differ", "run")
 _PREAMBLE = """\
-# DistServe's figures, reproduced
+# Published figures, reproduced
 
 Made by `python -m experiments.reproduce {flags}`; do not edit. Everything is simulated.
 Intervals are Student t, 95 %, across seeds; all systems see the same requests at the
-same seed, and ratios are paired by seed. The paper's points were read from the vector
-drawings of arXiv 2401.09670 v3 (experiments/profiles/distserve_figures.json): hollow
-markers. "As shipped" is DistServe's own simulator: its rules, free links, no KV memory,
-and a slower engine for vLLM than for itself. "One engine" gives both sides the same
-step times, KV memory and links. rps is requests/s; per GPU unless said.
+same seed, and ratios are paired by seed. DistServe's points were read from the vector
+drawings of arXiv 2401.09670 v3 (experiments/profiles/distserve_figures.json), those of
+the other papers are numbers in their text: hollow markers. "As shipped" is DistServe's
+own simulator: its rules, free links, no KV memory, and a slower engine for vLLM than
+for itself. "One engine" gives both sides the same step times, KV memory and links. rps
+is requests/s; per GPU unless said.
 """
 
 

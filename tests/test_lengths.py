@@ -9,6 +9,7 @@ from disagg_jax.lengths import (
     FixedLengths,
     HistogramLengths,
     LognormalLengths,
+    NormalLengths,
     UniformLengths,
 )
 
@@ -29,6 +30,29 @@ def test_uniform_includes_both_ends():
     assert values.tolist() == [3, 4, 5, 6]
     # A share of 1/4 has a standard error of sqrt(3 / 16 N) = 0.22 %.
     assert counts / N == pytest.approx(0.25, abs=0.01)
+
+
+def test_normal_is_clipped():
+    lengths = NormalLengths(mean=2600, deviation=780, high=10**6).sample(N, rng())
+    # Errors: mean 780 / sqrt(N) = 4 tokens, deviation 0.35 %.
+    assert lengths.mean() == pytest.approx(2600, abs=15)
+    assert lengths.std() == pytest.approx(780, rel=0.015)
+    narrow = NormalLengths(mean=10, deviation=20, low=5, high=20).sample(N, rng())
+    assert (narrow.min(), narrow.max()) == (5, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": 0}, "normal lengths: expected a finite mean > 0, got 0"),
+        ({"deviation": -1}, "normal lengths: expected a finite deviation >= 0, got -1"),
+        ({"low": 0}, r"normal lengths: expected 1 <= low <= high, got \(0, 20\)"),
+    ],
+)
+def test_normal_refuses(change, message):
+    good = {"mean": 10, "deviation": 1, "high": 20}
+    with pytest.raises(ValueError, match=message):
+        NormalLengths(**{**good, **change})
 
 
 def test_lognormal():

@@ -8,6 +8,7 @@ reason, and results from them are bounds with a guess rather than predictions.
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Mapping
 
@@ -49,6 +50,26 @@ _A100 = Hardware(
     hop=get_link("nvlink-a100"),
     step_s=_STEP_S,  # assumed
     tile_rows=128,  # Sarathi (facts/schedulers.md): tiles of 128 rows
+)
+# The same device where the next pipeline stage is on another node.
+_A100_100GB = dataclasses.replace(_A100, name="a100-80g-100gb", hop=get_link("100gb"))
+_A100_200GB = dataclasses.replace(_A100, name="a100-80g-200gb", hop=get_link("200gb"))
+# An A6000 has no published efficiencies here: the A100's are assumed, being of the same
+# generation. Sarathi's step times on it are kept for comparison, so not used.
+_A6000 = dataclasses.replace(
+    _A100,
+    name="a6000",
+    peak_flops=154.8e12,  # datasheet: 309.7 TFLOPS of fp16 with sparsity, half dense
+    hbm_bytes_s=768e9,  # datasheet: 48 GB GDDR6, 384 bits
+    memory_bytes=48 * 2**30,  # datasheet, read as for the A100
+    all_reduce={},  # none is known
+    hop=LinkSpec(
+        name="pcie4",
+        latency_s=5e-6,  # assumed: as pcie5
+        bandwidth_bytes_s=32e9,  # PCIe 4.0 x16: 16 GT/s x 16 lanes, before encoding
+        efficiency=0.8,  # assumed: as pcie5
+        measured=False,
+    ),
 )
 _H100 = Hardware(
     name="h100",
@@ -162,7 +183,20 @@ _CPU = Hardware(
     tile_rows=1,
 )
 HARDWARE: Mapping[str, Hardware] = types.MappingProxyType(
-    {x.name: x for x in (_A100, _H100, _V5E, _V5P, _V6E, _CPU)}
+    {
+        x.name: x
+        for x in (
+            _A100,
+            _A100_100GB,
+            _A100_200GB,
+            _A6000,
+            _H100,
+            _V5E,
+            _V5P,
+            _V6E,
+            _CPU,
+        )
+    }
 )
 
 

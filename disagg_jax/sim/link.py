@@ -83,6 +83,13 @@ _ALL = (
         measured=True,
     ),
     LinkSpec(
+        name="200gb",  # one of the eight adapters of a DGX A100
+        latency_s=17e-6,  # assumed: as 400gb
+        bandwidth_bytes_s=25e9,  # DGX A100 datasheet: HDR InfiniBand, 200 Gb/s
+        efficiency=0.72,  # assumed: as 400gb
+        measured=False,
+    ),
+    LinkSpec(
         name="100gb",
         latency_s=24e-6,  # Vidur's A100 inter-node send-recv
         bandwidth_bytes_s=12.5e9,  # 100 Gb/s

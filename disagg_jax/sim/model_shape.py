@@ -120,12 +120,34 @@ _ALL = (
     _opt("opt-13b", 40, 5120, 40),
     _opt("opt-66b", 64, 9216, 72),
     _opt("opt-175b", 96, 12_288, 96),
+    # Brown et al. (arXiv 2005.14165), Table 2.1; GPT-2's vocabulary.
+    dataclasses.replace(_opt("gpt3-175b", 96, 12_288, 96), vocab=50_257),
+    # Touvron et al. (arXiv 2302.13971), Table 2; Hugging Face huggyllama/llama-13b and
+    # -30b, config.json (the paper's 33B), for the MLP.
+    _llama("llama-13b", 40, 5120, (40, 40), 13_824, 32_000),
+    _llama("llama-33b", 60, 6656, (52, 52), 17_920, 32_000),
     # Hugging Face meta-llama/Llama-2-13b-hf and -70b-hf, config.json.
     _llama("llama-2-13b", 40, 5120, (40, 40), 13_824, 32_000),
     _llama("llama-2-70b", 80, 8192, (64, 8), 28_672, 32_000),
     # Hugging Face meta-llama/Meta-Llama-3-8B and -70B, config.json.
     _llama("llama-3-8b", 32, 4096, (32, 8), 14_336, 128_256),
     _llama("llama-3-70b", 80, 8192, (64, 8), 28_672, 128_256),
+    # Hugging Face mistralai/Mistral-7B-Instruct-v0.2 and 01-ai/Yi-34B, config.json.
+    _llama("mistral-7b", 32, 4096, (32, 8), 14_336, 32_000),
+    _llama("yi-34b", 60, 7168, (56, 8), 20_480, 64_000),
+    # Hugging Face tiiuae/falcon-180B, config.json.
+    ModelShape(
+        name="falcon-180b",
+        layers=80,
+        embed=14_848,
+        q_heads=232,
+        kv_heads=8,
+        head_dim=64,
+        mlp=4 * 14_848,
+        gated_mlp=False,
+        vocab=65_024,
+        tie_embeddings=True,
+    ),
     # Hugging Face HuggingFaceTB/SmolLM2-135M-Instruct, config.json.
     ModelShape(
         name="smollm2-135m",

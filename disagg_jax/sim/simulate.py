@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from disagg_jax.backend import Intervention, Observer, serve
+from disagg_jax.backend import Followers, Intervention, Observer, serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Timeline
@@ -51,15 +51,19 @@ class SimulatedDeployment:
         interventions: Iterable[Intervention] = (),
         observer: Observer | None = None,
         controller: Controller | None = None,
+        followers: Followers | None = None,
     ) -> SimulatedRun:
         """Serves `requests` to the end.
 
         Args:
           controller: a new one of `self.controller()`, for an observer that reads it.
+          followers: requests that arrive because of what happened, see `serve`.
         """
         controller = controller or self.controller()
         backend = VirtualBackend(CostExecutor(self.cost))
-        timelines = serve(controller, backend, requests, interventions, observer)
+        timelines = serve(
+            controller, backend, requests, interventions, observer, followers
+        )
         return SimulatedRun(
             timelines=timelines, end_s=backend.now_s(), busy_s=dict(backend.busy_s)
         )

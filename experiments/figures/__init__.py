@@ -1,4 +1,4 @@
-"""DistServe's figures, by the name that `experiments.reproduce` takes."""
+"""Figures of DistServe and others, by the name that `experiments.reproduce` takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Mapping
 from experiments.figures import (
     beyond,
     breakdown,
+    fastgen,
+    mlperf,
     motivation,
+    pipeline,
     placements,
     queueing,
+    sarathi,
+    sarathi_serve,
     simulated,
     toy,
 )
@@ -23,4 +28,9 @@ FIGURES: Mapping[str, Figure] = {
     **breakdown.FIGURES,
     **simulated.FIGURES,
     **beyond.FIGURES,
+    **sarathi.FIGURES,
+    **pipeline.FIGURES,
+    **sarathi_serve.FIGURES,
+    **fastgen.FIGURES,
+    **mlperf.FIGURES,
 }

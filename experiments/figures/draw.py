@@ -78,7 +78,8 @@ def _series(axes: Any, series: Series) -> None:
         axes.plot(x, y, color=colour, label=series.label, **style)
         return
     line = "--" if series.dashed else "-"
-    axes.plot(x, y, line, color=colour, lw=1.4, label=series.label)
+    marker = "." if len(x) == 1 else None  # a line through one point shows nothing
+    axes.plot(x, y, line, color=colour, lw=1.4, marker=marker, label=series.label)
     if series.band:
         low, high = zip(*series.band, strict=True)
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from disagg_jax.metrics import Interval, interval_across
-from disagg_jax.sim.points import SimPoint, SimResult, run_points
+from disagg_jax.sim.points import SimPoint, SimResult, run_point
+from disagg_jax.sim.workers import worker_pool
 from experiments.figures.paper import XY
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _STEPS = 10  # lines of progress for a figure, about
 
 
@@ -84,15 +89,23 @@ class Lab:
     def run(self, points: Sequence[SimPoint]) -> list[SimResult]:
         """Simulates points, the longest first, and shows how far it is."""
         order = sorted(range(len(points)), key=lambda i: -points[i].num_requests)
-        ordered = [points[i] for i in order]
-        found: dict[int, SimResult] = {}
-        every = max(1, math.ceil(len(points) / _STEPS))
-        runs = run_points(ordered, self.workers)
-        for done, (i, result) in enumerate(zip(order, runs, strict=True), start=1):
-            found[i] = result
-            if done % every == 0 or done == len(points):
-                self.progress(f"{done} of {len(points)} runs")
+        results = self.map(run_point, [points[i] for i in order])
+        found = dict(zip(order, results, strict=True))
         return [found[i] for i in range(len(points))]
+
+    def map(
+        self, task: Callable[[Item], Result], items: Sequence[Item]
+    ) -> list[Result]:
+        """Does a task for each item in worker processes, and shows how far it is."""
+        every = max(1, math.ceil(len(items) / _STEPS))
+        workers = min(self.workers or os.cpu_count() or 1, max(1, len(items)))
+        found: list[Result] = []
+        with worker_pool(workers) as mapper:
+            for result in mapper(task, items):
+                found.append(result)
+                if len(found) % every == 0 or len(found) == len(items):
+                    self.progress(f"{len(found)} of {len(items)} runs")
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,9 @@ from experiments.simulations import get_simulation
 # The list; `toy`, `goodput_n` and `devices` are what the paper does not show.
 NAMES = (
     "fig1 fig2 fig3 fig4 fig5 fig8a fig8b fig8c fig9a fig9b fig10 fig11 fig12 table2 "
-    "toy goodput_n devices"
+    "toy goodput_n devices sarathi_table4 sarathi_fig8 "
+    "sarathi_serve_ablation sarathi_serve_capacity fastgen "
+    "sarathi_gpt3 mlperf"
 ).split()
 TINY = Lab(num_requests=8, seeds=2, workers=1)
 SCRIPT = (sys.executable, "-m", "experiments.reproduce")

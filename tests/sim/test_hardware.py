@@ -81,7 +81,7 @@ def test_the_ideal_device_has_the_peaks_and_no_overhead(name):
     assert ideal.weight_mbu == ideal.kv_mbu == 1
     assert ideal.step_s == ideal.kv_startup_s == 0
     assert ideal.rows(129) == 129
-    assert {r.time_s(2, 1e9) for r in ideal.all_reduce.values()} == {0}
+    assert all(r.time_s(2, 1e9) == 0 for r in ideal.all_reduce.values())
     assert ideal.hop.transfer_s(1e9) == 0
 
 

@@ -1,0 +1,47 @@
+"""Colocated systems on a roofline: what the figures of other papers share."""
+
+from __future__ import annotations
+
+from disagg_jax.deployment import Role
+from disagg_jax.scheduling.view import Policy
+from disagg_jax.work import StepLoad
+from experiments.simulations import Simulation, cost_model
+
+ROOFLINE = "Ours is a roofline of data-sheet peaks, not fitted to the paper's engine"
+
+
+def colocated(
+    model: str,
+    hardware: str,
+    policy: Policy,
+    *,
+    max_context: int,
+    kv_memory: bool = True,
+) -> Simulation:
+    """`policy` serving `model` on `hardware`."""
+    return Simulation(
+        model=model,
+        cost=f"roofline/{hardware}",
+        policies={Role.COLOCATED: policy},
+        max_context=max_context,
+        kv_memory=kv_memory,
+    )
+
+
+def step_s(
+    model: str,
+    hardware: str,
+    *,
+    chunks: tuple[tuple[int, int], ...] = (),
+    decodes: int = 0,
+    context: int = 0,
+) -> float:
+    """Seconds of a step on one device.
+
+    Args:
+      chunks: (tokens cached before, tokens) of each prompt part.
+      context: tokens that each decode attends to.
+    """
+    instance = cost_model(f"roofline/{hardware}", model).instance(1)
+    (seconds,) = instance.stages_s(StepLoad(chunks, decodes, decodes * context))
+    return seconds

@@ -1,0 +1,290 @@
+"""DeepSpeed-FastGen's blog: Dynamic SplitFuse against vLLM with closed-loop clients.
+
+Llama-2-70B on four A100-80; prompts and outputs are normal with a deviation of 30 %.
+The published numbers are those of facts/schedulers.md 1.5; requests are judged by
+`criteria.FastGen`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from disagg_jax import metrics
+from disagg_jax.closed_loop import ClosedLoop
+from disagg_jax.criteria import FastGen
+from disagg_jax.deployment import Deployment
+from disagg_jax.lengths import NormalLengths
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.simulate import SimulatedDeployment
+from experiments.figures.colocated import colocated
+from experiments.figures.figure import (
+    Claim,
+    Drawn,
+    Figure,
+    Lab,
+    Panel,
+    Series,
+    banded,
+    shown,
+)
+from experiments.figures.paper import XY
+
+TOKENS_PER_S = 4  # of generation, by a moving average
+SLA = FastGen(token_s=1 / TOKENS_PER_S)
+_CONTEXT = 4096  # Llama-2's, and so vLLM's cap on the prompt tokens of a step
+_SYSTEMS = {
+    "SplitFuse": SplitFuse(),
+    "vLLM": PrefillFirst(max_batched_tokens=_CONTEXT),
+}
+_CLIENTS = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32)
+_REQUESTS = 512
+_PROMPT, _OUTPUT, _LONG_OUTPUT = 2600, 60, 128
+_LATENCY_S, _RATE_RPS = 9.0, 1.2  # where the blog compares
+_LONG_CLIENTS = 16
+# Published.
+_EFFECTIVE = {"SplitFuse": 1.42, "vLLM": 0.63}
+_AT_LATENCY = {"SplitFuse": 1.36, "vLLM": 0.67}  # requests/s at _LATENCY_S
+_AT_RATE = {"SplitFuse": 7.0, "vLLM": 14.0}  # seconds at _RATE_RPS
+_ENGINE = (
+    "The blog compares two engines; here one roofline runs both policies, without the "
+    "tens of ms of host work that a step of vLLM 0.2 took on this model"
+)
+
+
+def lengths(prompt: int, output: int) -> SimWorkload:
+    """Normal lengths, with 30 % of the mean as deviation."""
+    return SimWorkload(
+        prompt=NormalLengths(mean=prompt, deviation=0.3 * prompt, high=_CONTEXT),
+        output=NormalLengths(mean=output, deviation=0.3 * output, high=_CONTEXT),
+        max_total_tokens=_CONTEXT,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClosedPoint:
+    """A number of clients of a system, for one seed."""
+
+    simulated: SimulatedDeployment
+    workload: SimWorkload
+    clients: int
+    num_requests: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClosedRun:
+    """What is kept of a run."""
+
+    throughput_rps: float
+    effective_rps: float  # of requests within the SLA
+    latency_s: float  # mean, from arrival to the last token
+    itl_p50_s: float
+    itl_p95_s: float
+
+
+def run_closed(point: ClosedPoint) -> ClosedRun:
+    """Simulates a point."""
+    # The rate is of no use: requests are sent when others end.
+    asked = point.workload.requests(point.num_requests, 1.0, point.seed)
+    loop = ClosedLoop(asked, point.clients)
+    run = point.simulated.run(loop.first(), followers=loop)
+    gaps_s = metrics.pooled_itl_s(run.timelines)
+    return ClosedRun(
+        throughput_rps=len(asked) / run.end_s,
+        effective_rps=SLA.score(run.timelines),
+        latency_s=statistics.mean(metrics.e2e_s(t) for t in run.timelines),
+        itl_p50_s=float(np.quantile(gaps_s, 0.5)),
+        itl_p95_s=float(np.quantile(gaps_s, 0.95)),
+    )
+
+
+Runs = Mapping[str, Mapping[int, Sequence[ClosedRun]]]  # system -> clients -> by seed
+
+
+def _run(lab: Lab, output: int, clients: Sequence[int]) -> Runs:
+    built = {
+        name: colocated("llama-2-70b", "a100-80g", policy, max_context=_CONTEXT).build(
+            Deployment.parse("colocated:tp4")
+        )
+        for name, policy in _SYSTEMS.items()
+    }
+    points = [
+        ClosedPoint(
+            simulated=simulated,
+            workload=lengths(_PROMPT, output),
+            clients=n,
+            num_requests=lab.requests(_REQUESTS),
+            seed=seed,
+        )
+        for simulated in built.values()
+        for n in clients
+        for seed in range(lab.seeds)
+    ]
+    results = iter(lab.map(run_closed, points))
+    return {
+        name: {n: [next(results) for _ in range(lab.seeds)] for n in clients}
+        for name in built
+    }
+
+
+def make(lab: Lab) -> Drawn:
+    """Effective throughput, throughput against latency, and token latency."""
+    runs = _run(lab, _OUTPUT, _CLIENTS)
+    tails = _run(lab, _LONG_OUTPUT, [_LONG_CLIENTS])
+    said = (
+        "llama-2-70b, colocated:tp4, roofline/a100-80g, closed loop, "
+        f"N={lab.requests(_REQUESTS)} x {lab.seeds} seeds"
+    )
+    return Drawn(
+        panels=[_effective_panel(runs), _latency_panel(runs)],
+        claims=[
+            _effective_claim(runs, said),
+            *(_latency_claim(runs, name, said) for name in _SYSTEMS),
+            _tail_claim(tails, said),
+        ],
+    )
+
+
+def _effective_panel(runs: Runs) -> Panel:
+    return Panel(
+        title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, SLA {TOKENS_PER_S} tokens/s",
+        x="clients",
+        y="effective throughput (requests/s)",
+        series=[
+            banded(
+                name,
+                {n: [r.effective_rps for r in by_seed] for n, by_seed in found.items()},
+                colour,
+            )
+            for colour, (name, found) in enumerate(runs.items())
+        ],
+    )
+
+
+def _curve(found: Mapping[int, Sequence[ClosedRun]]) -> list[XY]:
+    """(throughput, latency) by the number of clients, means over seeds."""
+    return [
+        (
+            statistics.mean(r.throughput_rps for r in by_seed),
+            statistics.mean(r.latency_s for r in by_seed),
+        )
+        for by_seed in found.values()
+    ]
+
+
+def _latency_panel(runs: Runs) -> Panel:
+    series = [
+        Series(label=name, points=_curve(found), colour=colour)
+        for colour, (name, found) in enumerate(runs.items())
+    ]
+    paper = [
+        Series(
+            label=f"{name}, blog",
+            points=[(_RATE_RPS, _AT_RATE[name]), (_AT_LATENCY[name], _LATENCY_S)],
+            colour=colour,
+            paper=True,
+        )
+        for colour, name in enumerate(runs)
+    ]
+    return Panel(
+        title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, 1 to {_CLIENTS[-1]} clients",
+        x="throughput (requests/s)",
+        y="mean latency (s)",
+        series=[*series, *paper],
+    )
+
+
+def _effective_claim(runs: Runs, said: str) -> Claim:
+    best = {
+        name: [
+            max(found[n][seed].effective_rps for n in _CLIENTS)
+            for seed in range(len(found[_CLIENTS[0]]))
+        ]
+        for name, found in runs.items()
+    }
+    ours, theirs = best.values()
+    at = {
+        name: max(
+            _CLIENTS,
+            key=lambda n: statistics.mean(r.effective_rps for r in found[n]),  # noqa: B023
+        )
+        for name, found in runs.items()
+    }
+    return Claim(
+        claim=f"Effective throughput, {_PROMPT}/{_OUTPUT} tokens, {TOKENS_PER_S} "
+        "tokens/s: the most of any number of clients",
+        paper="1.42 over 0.63 requests/s = 2.3x",
+        ours=f"{shown(ours)} over {shown(theirs)} requests/s = {_over(ours, theirs)} "
+        f"(at {at['SplitFuse']} and {at['vLLM']} clients)",
+        why=_ENGINE,
+        runs=said,
+    )
+
+
+def _over(above: Sequence[float], below: Sequence[float]) -> str:
+    """The ratio, paired by seed."""
+    if min(below) == 0:
+        return "no ratio: a divisor is 0"
+    return shown([a / b for a, b in zip(above, below, strict=True)], ".2f", "x")
+
+
+def at_latency(curve: Sequence[XY], latency_s: float) -> float | None:
+    """The throughput at which a curve of (throughput, latency) crosses a latency."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
+        if y0 <= latency_s <= y1:
+            return x0 + (x1 - x0) * (latency_s - y0) / (y1 - y0)
+    return None
+
+
+def _latency_claim(runs: Runs, name: str, said: str) -> Claim:
+    found = runs[name]
+    seeds = range(len(found[_CLIENTS[0]]))
+    curves = [_curve({n: [found[n][seed]] for n in _CLIENTS}) for seed in seeds]
+    rates = [at_latency(curve, _LATENCY_S) for curve in curves]
+    known = [rate for rate in rates if rate is not None]
+    ours = f"{shown(known)} rps" if len(known) == len(rates) else "not reached"
+    at = [(y, x) for x, y in _curve(found)]
+    latency = at_latency(at, _RATE_RPS)
+    seconds = "not reached" if latency is None else f"{latency:.1f} s on average"
+    return Claim(
+        claim=f"{name}: throughput at {_LATENCY_S:g} s, latency at {_RATE_RPS:g} rps",
+        paper=f"{_AT_LATENCY[name]:.2f} rps, {_AT_RATE[name]:g} s",
+        ours=f"{ours}, {seconds}",
+        why=_ENGINE,
+        runs=said,
+    )
+
+
+def _tail_claim(runs: Runs, said: str) -> Claim:
+    ours, theirs = (runs[name][_LONG_CLIENTS] for name in ("SplitFuse", "vLLM"))
+    p95, p50 = (
+        _over([getattr(r, f) for r in theirs], [getattr(r, f) for r in ours])
+        for f in ("itl_p95_s", "itl_p50_s")
+    )
+    p95_ms = [
+        shown([1000 * r.itl_p95_s for r in by_seed], ".0f", " ms")
+        for by_seed in (theirs, ours)
+    ]
+    return Claim(
+        claim=f"Token latency of vLLM over SplitFuse's, {_PROMPT}/{_LONG_OUTPUT} "
+        f"tokens, {_LONG_CLIENTS} clients: P95, P50",
+        paper="3.7x, 1x",
+        ours=f"{p95} ({p95_ms[0]} over {p95_ms[1]}), {p50}",
+        why=_ENGINE,
+        runs=said,
+    )
+
+
+FIGURES = {
+    "fastgen": Figure(
+        title="DeepSpeed-FastGen: SplitFuse against vLLM, closed-loop clients",
+        make=make,
+    )
+}
