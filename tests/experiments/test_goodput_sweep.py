@@ -387,7 +387,7 @@ def test_running_every_program_gives_the_same_timelines(six, tmp_path):
     fewer, every = rows_of(six), rows_of(tmp_path / "all")
     assert all(row["tokens"] for row in every)
     for row in (*fewer, *every):
-        del row["tokens"]
+        del row["tokens"], row["text"]
     assert fewer == every
 
 
