@@ -99,11 +99,11 @@ def test_requests_that_each_fill_the_pool_take_turns(world, policy):
 @pytest.mark.parametrize("policy", [ALL[0], *chunked(7)], ids=name)
 def test_a_log_replays_to_the_same_decisions(world, policy):
     engine = world.engine("colocated:tp1", CONFIG, BUCKETS)
-    log = EventLog()
+    log, requests = EventLog(), mixed_requests(world, CONFIG)
     with engine.serving():
         backend = VirtualBackend(EngineExecutor(engine, one_second))
         controller = make_controller(engine, policies(policy))
-        serve(controller, backend, mixed_requests(world, CONFIG), observer=log)
+        serve(controller, backend, requests, observer=log)
     assert len(log.lines) > 30
     fresh = make_controller(engine, policies(policy))
     assert list(replay(log.lines, fresh)) == []
