@@ -25,7 +25,9 @@ from disagg_jax.work import (
 class Outcome(NamedTuple):
     """What came of one piece of work that was run alone."""
 
-    durations_s: Iterable[float]  # of each iteration; may be made when it is needed
+    # Of each iteration, or of each part of a transfer that goes along with a step; may
+    # be made when it is needed.
+    durations_s: Iterable[float]
     tokens: tuple[int, ...] = ()  # step: one per sampling slice; () in simulation
     bytes: int = 0  # transfer: KV bytes moved
     later_stages_s: Sequence[float] = ()  # step: on the pipeline stages after the first

@@ -123,7 +123,7 @@ class Cluster:
 
     def _take_out(self, state: RequestState) -> None:
         """Takes a request that does not decode out of its container."""
-        if state.place is Place.MOVING:
+        if state.target is not None and state.place is not Place.PARKED:
             self.drop_target(state)
         holder, place = state.holder, state.place
         if place is Place.UNROUTED:
@@ -213,15 +213,16 @@ class Cluster:
             state.target.pulls.append(state)
 
     def drop_target(self, state: RequestState) -> None:
-        """Back to parked without a target, from parked or from a broken transfer."""
+        """No target any more; where a transfer broke off, back to parked."""
         target = _some(state.target)
-        if state.place is Place.MOVING:
+        if state.id in target.arriving:
             del target.arriving[state.id]
             target.blocks.release(state.id)
-            state.settled_place = Place.PARKED
-            _some(state.holder).parked[state.id] = state
         else:
             target.pulls.remove(state)
+        if state.place is Place.MOVING:
+            state.settled_place = Place.PARKED
+            _some(state.holder).parked[state.id] = state
         state.target = None
 
     def start_transfer(self, work_id: int, state: RequestState) -> Transfer:
@@ -229,10 +230,36 @@ class Cluster:
         src, dst = _some(state.holder), _some(state.target)
         del src.parked[state.id]
         dst.pulls.remove(state)
-        dst.blocks.extend(state.id, state.known)
         state.settled_place = Place.MOVING
+        return self._transfer(work_id, state, state.context)
+
+    def stream_target(self, state: RequestState) -> InstanceState | None:
+        """Where the KV of a prompt can go while it is computed; None if nowhere now.
+
+        Not past those who wait for their KV to be pulled.
+        """
+        up = [decode for decode in self.decoders if decode.up]
+        target = self._pick(self._decode_router, up) if up else None
+        if target is None or target.pulls:
+            return None
+        missing = target.blocks.missing(state.id, state.known + 1)
+        return target if missing <= target.blocks.free else None
+
+    def start_stream(
+        self, work_id: int, state: RequestState, target: InstanceState, step: int
+    ) -> Transfer:
+        """Reserves blocks at `target` for a prompt whose last part is in `step`."""
+        state.target = target
+        return self._transfer(work_id, state, state.known, step)
+
+    def _transfer(
+        self, work_id: int, state: RequestState, context: int, step: int = 0
+    ) -> Transfer:
+        """A transfer of `context` tokens to blocks that have room for one more."""
+        src, dst = _some(state.holder), _some(state.target)
+        dst.blocks.extend(state.id, context + 1)
         dst.arriving[state.id] = state
-        blocks = src.memory.blocks_for(state.context)
+        blocks = src.memory.blocks_for(context)
         return Transfer(
             id=work_id,
             request=state.request,
@@ -240,8 +267,13 @@ class Cluster:
             dst=dst.id,
             src_blocks=OnRead(_first_blocks, src, state, blocks),
             dst_blocks=OnRead(_first_blocks, dst, state, blocks),
-            context=state.context,
+            context=context,
+            step=step,
         )
+
+    def stream_on(self, state: RequestState) -> None:
+        """A prompt is computed; what is left of its KV is on the way."""
+        state.settled_place = Place.MOVING
 
     def finish_transfer(self, state: RequestState) -> None:
         """The KV has landed: the target holds the request, the source is free of it."""

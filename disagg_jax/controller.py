@@ -55,6 +55,8 @@ class Controller:
       memory: KV memory of each instance, in the deployment's order.
       prefill_router: picks where an arrival goes: a prefill or colocated instance.
       decode_router: picks the decode instance that pulls a prefilled request.
+      streams: have the KV of a prompt leave layer group by layer group while it is
+        computed, where the decode side has room then. Only in simulations so far.
       spans: plan as many decode iterations at once as nothing can change the plan for.
         The results are the same and come faster, but need a backend that simulates.
 
@@ -71,6 +73,7 @@ class Controller:
         *,
         prefill_router: Router = shortest_queue,
         decode_router: Router = least_loaded,
+        streams: bool = False,
         spans: bool = False,
     ):
         self._cluster = Cluster(deployment, memory, prefill_router, decode_router)
@@ -84,11 +87,12 @@ class Controller:
         if self._cluster.decoders:
             self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
         self._plans = [policies[i.spec.role].plan for i in self.instances]
-        self._spans = spans
+        self._spans, self._streams = spans, streams
         self._requests: dict[int, RequestState] = {}
         self._in_flight: dict[int, InFlight] = {}
         # Spans that must end early, and those with an iteration that ends right now.
         self._to_cut: list[StepInFlight] = []
+        self._to_stream: list[StepInFlight] = []  # new steps with prompts
         self._at_boundary: list[StepInFlight] = []
         self._work_ids = itertools.count(1)
         self._active = 0  # requests that arrived and have not ended
@@ -181,7 +185,9 @@ class Controller:
         for state in flight.prompts:
             complete = state.complete
             token = next(tokens, None) if complete else None
-            if not state.active:  # cancelled meanwhile
+            if state.target is not None:
+                self._stream_on(state, token, end_s)
+            elif not state.active:  # cancelled meanwhile
                 self._cluster.remove(state)
             elif not complete:
                 self._cluster.set_aside(state)
@@ -196,6 +202,17 @@ class Controller:
             if state.active:
                 self._end(state, Status.FINISHED, end_s)
         self._step_over(flight)
+
+    def _stream_on(self, state: RequestState, token: int | None, end_s: float) -> None:
+        """A prompt is computed whose KV is on the way; from now on that is waited for.
+
+        If nobody wants it any more, it is dropped when it has landed.
+        """
+        self._cluster.stream_on(state)
+        if state.active:
+            if state.timeline.decode_start_s is None:
+                state.timeline.transfer_start_s = end_s
+            self._first_token(state, token, end_s)
 
     def _first_token(
         self, state: RequestState, token: int | None, end_s: float
@@ -255,6 +272,8 @@ class Controller:
             self._at_boundary.append(flight)
 
     def _transfer_done(self, state: RequestState, event: Done) -> None:
+        if state.place is not Place.MOVING:
+            raise RuntimeError(f"request {state.id}: KV landed before it was computed")
         timeline = state.timeline
         timeline.transfer_bytes += event.bytes
         if not state.active:  # cancelled meanwhile
@@ -287,14 +306,18 @@ class Controller:
                 if isinstance(flight, TransferInFlight):
                     _stamp_broken_transfer(flight.state.timeline)
         earliest_first = in_order(touched)
-        # Where only the receiving side is lost, the KV can go elsewhere.
+        # Where only the receiving side is lost, the KV can go elsewhere; a prompt that
+        # is still being computed is parked when it is done.
         for state in earliest_first:
-            if state.active and state.holder is not lost:
+            stepping = state.place is Place.STEPPING
+            if state.holder is not lost and (state.active or stepping):
                 self._cluster.drop_target(state)
-                self._cluster.assign_target(state)
+                if not stepping:
+                    self._cluster.assign_target(state)
         # Latest first: each goes to the front of a queue, where the earliest ends up.
         for state in reversed(earliest_first):
-            if not state.active or state.holder is lost:
+            wanted = state.active or state.place is Place.STEPPING
+            if state.holder is lost or not wanted:
                 self._lose(state)
         if lost.blocks.held_by:
             raise RuntimeError(f"lost instance {lost.id} still has KV of requests")
@@ -387,6 +410,8 @@ class Controller:
             ready = instance.waiting or instance.partly or instance.ready.members
             if ready and instance.takes_a_step:
                 made_room |= self._start_step(now_s, instance, works)
+        if self._to_stream:  # after all steps: a span would take its blocks before too
+            self._start_streams(works)
         return made_room
 
     def _start_step(
@@ -411,7 +436,30 @@ class Controller:
         works.append(flight.work)
         for state in (*flight.prompts, *flight.batch.take_fresh()):
             _stamp_start(state, now_s)
+        if self._streams and instance.spec.role is Role.PREFILL:
+            self._to_stream.append(flight)
         return bool(plan.preempt)
+
+    def _start_streams(self, works: list[Work]) -> None:
+        """Has the KV of prompts that new steps complete leave as it is computed."""
+        for flight in self._to_stream:
+            chunks = flight.work.load.chunks
+            for state, (start, count) in zip(flight.prompts, chunks, strict=True):
+                # What has but one token to come stays, and what is not complete then.
+                if start + count == state.known < state.limit:
+                    self._start_stream(state, flight.work.id, works)
+        self._to_stream.clear()
+        if self._to_cut:
+            self._cut_spans(works)
+
+    def _start_stream(self, state: RequestState, step: int, works: list[Work]) -> None:
+        target = self._cluster.stream_target(state)
+        if target is None or not self._pulls(target, state):
+            return  # it is parked when it is computed
+        transfer = self._cluster.start_stream(next(self._work_ids), state, target, step)
+        self._in_flight[transfer.id] = TransferInFlight(transfer, state)
+        works.append(transfer)
+        self._check_span(target)
 
     def _preempt(
         self, instance: InstanceState, victim: RequestState, to_back: bool

@@ -97,7 +97,8 @@ def _work_to_json(work: Work) -> list[Any]:
         return ["Cut", work.work]
     blocks = _checksum([work.src_blocks, work.dst_blocks])
     ends = [work.src, work.dst]
-    return ["Transfer", work.id, work.request.id, *ends, work.context, blocks]
+    size = [work.context, work.step, blocks]
+    return ["Transfer", work.id, work.request.id, *ends, *size]
 
 
 def _checksum(parts: Iterable[Sequence[int]]) -> int:

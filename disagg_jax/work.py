@@ -139,6 +139,9 @@ class Transfer(NamedTuple):
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]  # as many as src_blocks, in the same order
     context: int  # tokens whose KV is in those blocks
+    # The step that computes the last of them: each layer group's KV leaves when it is
+    # there. 0: all of it is there already.
+    step: int = 0
 
     @property
     def instances(self) -> tuple[int, ...]:

@@ -41,6 +41,13 @@ _CONFIG = flags.DEFINE_enum(
 _DEPLOYMENT = flags.DEFINE_string("deployment", None, "Which instances serve.")
 _OUT = flags.DEFINE_string("out", None, "Folder for requests.csv.", allow_override=True)
 
+_STREAMED = flags.DEFINE_integer(
+    "streamed_groups",
+    None,
+    "Layer groups in which KV leaves while its prompt is computed; 0: all of it after.",
+    lower_bound=0,
+)
+
 STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 COLUMNS = (
     "request_id",
@@ -88,6 +95,10 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     try:
         simulation = get_simulation(_CONFIG.value or "")
+        if _STREAMED.value is not None:
+            simulation = dataclasses.replace(
+                simulation, streamed_groups=_STREAMED.value
+            )
         deployment = Deployment.parse(_DEPLOYMENT.value or "")
         out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)

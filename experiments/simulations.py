@@ -63,6 +63,8 @@ class Simulation:
     inside: str | None = None  # link inside a node; None takes no time
     between: str | None = None  # link between nodes; None: all is one node
     node_devices: int = 8
+    # Layer groups in which KV leaves while its prompt is computed; 0: all of it after.
+    streamed_groups: int = 0
     max_context: int = 2048  # of one request, in tokens
     block_tokens: int = 16
     extra_tokens: int = 0  # generated beyond the output length that is asked for
@@ -126,6 +128,7 @@ class Simulation:
             deployment=deployment,
             policies=self._policies(deployment),
             memory=tuple(self.memory_of(spec) for spec in deployment.instances),
+            streams=self.streamed_groups > 0,
             cost=ModelledCost(
                 instances=tuple(
                     self.cost_of(spec).instance(spec.tp, spec.pp)
@@ -137,6 +140,7 @@ class Simulation:
                     inside=get_link(self.inside) if self.inside else None,
                     between=get_link(self.between) if self.between else None,
                     node_devices=self.node_devices,
+                    layer_groups=max(1, self.streamed_groups),
                 ),
             ),
         )

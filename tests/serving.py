@@ -117,7 +117,8 @@ class CheckingEngine:
             source = self._slot(work.src, work.src_blocks, position)
             target = self._slot(work.dst, work.dst_blocks, position)
             self._cache[target] = self._cache[source]
-        return Outcome((self._cost.hop(work).duration_s,), bytes=work.context)
+        hop = self._cost.hop(work)
+        return Outcome((hop.duration_s,) * hop.parts, bytes=work.context)
 
     def _check(self, instance, blocks, request: Request, context: int) -> None:
         truth = self._truth(request, 0, context)

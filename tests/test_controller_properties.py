@@ -42,9 +42,16 @@ class Case:
     cost: LinearCost
     requests: list[Request]
     interventions: list
+    streams: bool
 
-    def controller(self) -> Controller:
-        return Controller(self.deployment, self.policies, self.memory)
+    def controller(self, spans: bool = False) -> Controller:
+        return Controller(
+            self.deployment,
+            self.policies,
+            self.memory,
+            streams=self.streams,
+            spans=spans,
+        )
 
 
 # (prefill, decode, colocated) instances
@@ -134,9 +141,11 @@ def cases(draw, mixes=MIXES) -> Case:
             decode_token_s=draw(costs),
             transfer_base_s=draw(costs),
             transfer_token_s=draw(costs),
+            transfer_parts=draw(st.integers(1, 3)),
         ),
         asked,
         interventions,
+        draw(st.booleans()),
     )
 
 
@@ -163,7 +172,12 @@ def check_blocks(controller: Controller) -> None:
         assert instance.up or not holders
 
 
-def check_places(controller: Controller) -> None:
+def _landing(instance) -> list:
+    """Those whose KV is on its way in, and complete at the source."""
+    return [s for s in instance.arriving.values() if s.place is not Place.STEPPING]
+
+
+def check_places(controller: Controller, case: Case) -> None:
     """Every request is in one container: the one of its place, at its holder."""
     found = [(s.id, Place.UNROUTED) for s in controller._cluster.unrouted]
     assert all(s.holder is s.target is None for s in controller._cluster.unrouted)
@@ -174,13 +188,18 @@ def check_places(controller: Controller) -> None:
             (instance.partial, Place.PARTIAL),
             (instance.running, Place.RUNNING),
             (instance.parked.values(), Place.PARKED),
-            (instance.arriving.values(), Place.MOVING),
+            (_landing(instance), Place.MOVING),
         ):
             found += [(s.id, place) for s in states]
             for s in states:
                 at = s.target if place is Place.MOVING else s.holder
                 assert at is instance
-                assert s.target is None or place in (Place.PARKED, Place.MOVING)
+                streamed = place is Place.STEPPING and case.streams
+                assert (
+                    s.target is None
+                    or place in (Place.PARKED, Place.MOVING)
+                    or streamed
+                )
         to_pull = {s.id for s in controller._requests.values() if s.target is instance}
         pulls = [s.id for s in instance.pulls]
         assert sorted([*pulls, *instance.arriving]) == sorted(to_pull)
@@ -229,7 +248,7 @@ class Watch:
         self.log(now_s, events, works)
         self.engine.done(events)
         check_blocks(self.controller)
-        check_places(self.controller)
+        check_places(self.controller, self.case)
         check_no_idle(self.controller, self.case.policies)
 
 

@@ -6,7 +6,6 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from disagg_jax.backend import serve
-from disagg_jax.controller import Controller
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor
 from disagg_jax.work import Cut, Progress, Step
@@ -37,7 +36,7 @@ class Watch:
 
 def run(case: Case, spans: bool):
     requests = [dataclasses.replace(r, prompt=None) for r in case.requests]
-    controller = Controller(case.deployment, case.policies, case.memory, spans=spans)
+    controller = case.controller(spans)
     backend, watch = VirtualBackend(CostExecutor(case.cost)), Watch()
     timelines = serve(controller, backend, requests, case.interventions, watch)
     assert_all_free(controller)

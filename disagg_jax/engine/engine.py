@@ -183,7 +183,13 @@ class Engine:
     # -- work -----------------------------------------------------------------------
 
     def start(self, work: Task) -> Running:
-        """Work to be advanced with `next` whenever the arrays it yielded are ready."""
+        """Work to be advanced with `next` whenever the arrays it yielded are ready.
+
+        Raises:
+          ValueError: on a transfer that goes along with a step.
+        """
+        if isinstance(work, Transfer) and work.step:
+            raise ValueError("the engine moves KV after its prompt only; got a stream")
         return self._step(work) if isinstance(work, Step) else self._transfer(work)
 
     def program_key(self, work: Task) -> str:

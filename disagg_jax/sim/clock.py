@@ -7,6 +7,7 @@ import dataclasses
 import heapq
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 
 from disagg_jax.backend import Executor, Outcome
@@ -48,6 +49,17 @@ class _Running:
     last_stage_s: float | None = (
         None  # when the last stage will be done, if it is later
     )
+    # Of a transfer that goes along with a step: when each part that has not been sent
+    # will be computed, and how long its link waited for parts.
+    parts_s: collections.deque[float] = dataclasses.field(
+        default_factory=collections.deque[float]
+    )
+    waited_s: float = 0.0
+
+    @property
+    def finish_s(self) -> float:
+        """When a step that was just submitted leaves its last stage."""
+        return self.due_s if self.last_stage_s is None else self.last_stage_s
 
 
 class VirtualBackend:
@@ -78,6 +90,7 @@ class VirtualBackend:
         self._factors: dict[int, float] = {}  # of slow instances
         self._shared: dict[Resource, SharedLink] = {}
         self._sharing: dict[int, _Running] = {}  # the transfers on them
+        self._prompts: dict[int, _Running] = {}  # steps in flight with prompts
 
     def now_s(self) -> float:
         return self._now_s
@@ -104,6 +117,12 @@ class VirtualBackend:
         if outcome.shared:
             self._share(running)
             return
+        if isinstance(work, Step):
+            if work.load.chunks:
+                self._prompts[work.id] = running
+        elif work.step:
+            self._stream(running, self._prompts[work.step])
+            return
         self._time(running)
         if running.iterations > 1:
             self._spans[work.id] = running
@@ -119,6 +138,9 @@ class VirtualBackend:
             end_s, _, _, running = heapq.heappop(self._heap)
             if running.due_s != end_s:
                 continue  # cut or dropped
+            if running.parts_s:
+                self._send_part(running)
+                continue
             if len(running.ends_s) < running.iterations:
                 self._time(running)
                 continue
@@ -146,6 +168,7 @@ class VirtualBackend:
         for work, running in lost.items():
             running.due_s = math.inf
             self._spans.pop(work, None)
+            self._prompts.pop(work, None)
             if work in self._sharing:
                 self._unshare(running)
         for resource in self._busy_until_s:
@@ -173,6 +196,39 @@ class VirtualBackend:
             self._sharing[work].due_s = math.inf
         if (first := link.next_end()) is not None:
             self._push(self._sharing[first[0]], first[1])
+
+    def _stream(self, running: _Running, computed: _Running) -> None:
+        """A transfer in parts, each of which can go when its layers are computed.
+
+        The layers take equally long, and the link serves parts as they come.
+        """
+        durations_s = list(running.outcome.durations_s)
+        start_s, end_s = computed.start_s, computed.finish_s
+        for i in range(1, len(durations_s)):
+            share = i / len(durations_s)
+            running.parts_s.append(start_s + share * (end_s - start_s))
+        running.parts_s.append(end_s)
+        running.durations_s = iter(durations_s)
+        self._push_stream(running, running.parts_s[0])
+
+    def _send_part(self, running: _Running) -> None:
+        """The next part is computed: the link takes it when it is free."""
+        computed_s = running.parts_s.popleft()
+        free_s = max(computed_s, self._busy_until_s.get(running.resource, 0.0))
+        end_s = free_s + next(running.durations_s)
+        if running.ends_s:
+            running.waited_s += free_s - running.ends_s[-1]
+        else:
+            running.start_s = free_s
+        running.ends_s = [end_s]
+        self._busy_until_s[running.resource] = end_s
+        self._push_stream(running, running.parts_s[0] if running.parts_s else end_s)
+
+    def _push_stream(self, running: _Running, due_s: float) -> None:
+        """Behind all else of an instant: the KV lands after it was computed."""
+        running.due_s = due_s
+        last = (sys.maxsize, *running.resource)
+        heapq.heappush(self._heap, (due_s, last, running.work, running))
 
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
         """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""
@@ -204,11 +260,13 @@ class VirtualBackend:
         heapq.heappush(self._heap, (due_s, running.resource, running.work, running))
 
     def _done(self, running: _Running, end_s: float) -> Done:
-        self.busy_s[running.resource] += running.ends_s[-1] - running.start_s
+        worked_s = running.ends_s[-1] - running.start_s - running.waited_s
+        self.busy_s[running.resource] += worked_s
         ends_s: tuple[float, ...] = ()
         if self._spans.pop(running.work, None) is not None:
             self._busy_until_s[running.resource] = end_s
             ends_s = tuple(running.ends_s[running.reported :])
+        self._prompts.pop(running.work, None)
         tokens, size = running.outcome.tokens, running.outcome.bytes
         return Done(running.work, running.start_s, end_s, tokens, size, ends_s)
 

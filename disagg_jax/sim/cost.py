@@ -45,6 +45,7 @@ class LinearCost:
     context_token_s: float = 0.0  # per cached token that a decode attends to
     transfer_base_s: float = 0.0  # latency of the link
     transfer_token_s: float = 0.0  # per token of KV moved
+    transfer_parts: int = 1  # in which KV goes that leaves while it is computed
 
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
         decode_s = self._decode_s(load.decodes, load.context)
@@ -61,7 +62,9 @@ class LinearCost:
         )
 
     def hop(self, transfer: Transfer) -> Hop:
-        return Hop(self.transfer_base_s + self.transfer_token_s * transfer.context)
+        parts = self.transfer_parts if transfer.step else 1
+        tokens = transfer.context / parts
+        return Hop(self.transfer_base_s + self.transfer_token_s * tokens, parts=parts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,10 @@ class CostExecutor:
         if isinstance(work, Transfer):
             hop = self.cost.hop(work)
             return Outcome(
-                (hop.duration_s,), bytes=hop.bytes, link=hop.link, shared=hop.shared
+                (hop.duration_s,) * hop.parts,
+                bytes=hop.bytes,
+                link=hop.link,
+                shared=hop.shared,
             )
         if work.iterations > 1:
             return Outcome(self._span_s(work))

@@ -31,6 +31,7 @@ class Hop(NamedTuple):
     bytes: int = 0
     link: tuple[int, ...] = ()  # the wire; () is one for each (src, dst)
     shared: bool = False  # with the others on the wire, instead of after them
+    parts: int = 1  # it goes in so many parts, each of which takes `duration_s`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,13 @@ class Network:
     node_devices: int = 8
     # Transfers on one wire: one after the other, or all at once with an equal share.
     sharing: Literal["fifo", "fair"] = "fifo"
+    layer_groups: int = 1  # in which the KV of a prompt goes while it is computed
 
     def __post_init__(self) -> None:
+        groups = self.layer_groups
+        expect(groups >= 1, "layer_groups: expected >= 1", groups)
+        fits = groups == 1 or self.sharing == "fifo"
+        expect(fits, "layer_groups: expected 1 where links are shared", groups)
         expect(self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices)
         known = self.sharing in ("fifo", "fair")
         expect(known, "sharing: expected fifo or fair", self.sharing)
@@ -58,8 +64,9 @@ class Network:
         """How a transfer goes."""
         size = self.kv_bytes_per_token * transfer.context
         link, lanes, wire = self._routes[transfer.src, transfer.dst]
-        seconds = link.transfer_s(size, lanes) if link else 0.0
-        return Hop(seconds, size, wire, shared=self.sharing == "fair")
+        parts = self.layer_groups if transfer.step else 1
+        seconds = link.transfer_s(size / parts, lanes) if link else 0.0
+        return Hop(seconds, size, wire, self.sharing == "fair", parts)
 
     @functools.cached_property
     def _routes(self) -> Mapping[tuple[int, int], Route]:

@@ -31,6 +31,7 @@ class SimulatedDeployment:
 
     Attributes:
       memory: of each instance, in the deployment's order.
+      streams: whether KV leaves while the rest of its prompt is computed.
       spans: whether several decode iterations are taken at once. It changes nothing
         but the speed.
     """
@@ -39,11 +40,18 @@ class SimulatedDeployment:
     policies: Mapping[Role, Policy]
     memory: tuple[KVMemory, ...]
     cost: DeploymentCost
+    streams: bool = False
     spans: bool = True
 
     def controller(self) -> Controller:
         """A new controller of this deployment."""
-        return Controller(self.deployment, self.policies, self.memory, spans=self.spans)
+        return Controller(
+            self.deployment,
+            self.policies,
+            self.memory,
+            streams=self.streams,
+            spans=self.spans,
+        )
 
     def run(
         self,

@@ -61,8 +61,12 @@ def test_shapes_that_the_engine_also_runs_are_the_same(name):
         assert getattr(shape, field) == getattr(config, field), field
     assert shape.vocab == config.vocab_size
     assert shape.tie_embeddings == config.tie_embeddings
-    norms = (2 * config.layers + 1) * config.embed
-    assert shape.params + norms == config.num_params
+    # What the shape leaves out: vectors, and a table of positions.
+    E, layers, kv = config.embed, config.layers, config.kv_heads * config.head_dim
+    norms = (2 * layers + 1) * E * (1 if config.norm == "rms" else 2)
+    biases = layers * (E + 2 * kv + E + config.mlp + E) if config.biases else 0
+    positions = config.max_length * E if config.positions == "learned" else 0
+    assert shape.params + norms + biases + positions == config.num_params
 
 
 def test_dtypes_scale_what_they_are_the_dtype_of():

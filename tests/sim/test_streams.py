@@ -1,0 +1,121 @@
+"""KV that leaves layer group by layer group while its prompt is computed."""
+
+import dataclasses
+
+import pytest
+
+from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.metrics import stages_s
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.network import Network
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.work import Transfer
+from tests.serving import make_request
+
+PAIR = Deployment.parse("prefill:tp1,decode:tp1")
+
+
+def simulated(deployment=PAIR, *, streams=True, blocks=100, **cost):
+    memory = KVMemory(num_blocks=blocks, block_tokens=4, max_context=100)
+    return SimulatedDeployment(
+        deployment=deployment,
+        policies=SYSTEMS["disaggregated"],
+        memory=(memory,) * len(deployment.instances),
+        cost=LinearCost(**{"step_base_s": 0.0, **cost}),
+        streams=streams,
+    )
+
+
+# A prompt of 8 tokens takes 8 s from 0 on, each decode step 1 s.
+STEPS = {"prefill_token_s": 1.0, "decode_token_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("token_s", "parts", "visible_s"),
+    [
+        # 4 s on the link. In one part all of it is seen, in four the last one only:
+        # three of 1 s each, there at 2, 4 and 6, are sent before 8.
+        (0.5, 1, 4.0),
+        (0.5, 2, 2.0),
+        (0.5, 4, 1.0),
+        # 16 s on the link, which is the slower one: it begins at 8 / 4 and ends at 18.
+        (2.0, 4, 10.0),
+        (2.0, 1, 16.0),
+    ],
+)
+def test_what_is_seen_of_a_transfer(token_s, parts, visible_s):
+    run = simulated(transfer_token_s=token_s, transfer_parts=parts, **STEPS).run(
+        [make_request(prompt=8, out=3)]
+    )
+    (timeline,) = run.timelines
+    landed_s = 8.0 + visible_s
+    assert timeline.token_s == [8.0, landed_s + 1, landed_s + 2]
+    assert (timeline.transfer_start_s, timeline.transfer_end_s) == (8.0, landed_s)
+    assert stages_s(timeline).transfer_s == visible_s
+    assert run.busy_s[-3, 0, 1] == 8 * token_s  # the link's waits are not work
+
+
+def test_one_part_is_a_transfer_after_the_prompt():
+    cost = {"transfer_token_s": 0.5, "transfer_base_s": 0.25, **STEPS}
+    requests = [make_request(i, float(i), prompt=3 + i, out=4) for i in range(6)]
+    runs = [
+        simulated(streams=streams, **cost).run(requests) for streams in (False, True)
+    ]
+    assert [t.token_s for t in runs[0].timelines] == [
+        t.token_s for t in runs[1].timelines
+    ]
+
+
+def test_parts_take_turns_on_a_link():
+    # Two prefill instances send to one decode instance over one wire each (src, dst);
+    # over the receiver's wire, parts of both are served as they come.
+    deployment = Deployment.parse("2xprefill:tp1,decode:tp1")
+    link = LinkSpec(
+        name="toy", latency_s=0.0, bandwidth_bytes_s=1.0, efficiency=1.0, measured=False
+    )
+    network = Network(
+        deployment=deployment, kv_bytes_per_token=1, inside=link, layer_groups=2
+    )
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Cost(LinearCost):
+        def hop(self, transfer: Transfer):
+            return network.hop(transfer)
+
+    built = simulated(deployment)
+    built = dataclasses.replace(built, cost=Cost(step_base_s=0.0, **STEPS))
+    # Both prompts of 8 from 0 on: parts of 4 s each are there at 4, 4, 8 and 8; the
+    # wire is busy from 4 to 20, in turns: the first request's end at 8 and 16, then 20.
+    run = built.run([make_request(i, prompt=8, out=2) for i in range(2)])
+    assert [t.transfer_end_s for t in run.timelines] == [16.0, 20.0]
+    assert run.busy_s[-2, 2] == 16.0
+
+
+def test_without_room_at_the_decode_side_the_kv_waits():
+    # 3 blocks of 4: the first request needs 2 and later 3, the second, prefilled at 8,
+    # needs 2.
+    run = simulated(blocks=3, transfer_token_s=0.5, transfer_parts=4, **STEPS).run(
+        [make_request(0, prompt=4, out=9), make_request(1, 1.0, prompt=4, out=2)]
+    )
+    first, second = run.timelines
+    assert first.transfer_end_s == 4.0 + 0.5
+    assert second.token_s[0] == 8.0
+    assert second.transfer_start_s == first.end_s == 12.5
+
+
+def test_a_request_of_one_token_sends_nothing():
+    run = simulated(transfer_token_s=0.5, transfer_parts=2, **STEPS).run(
+        [make_request(prompt=8, out=1)]
+    )
+    (timeline,) = run.timelines
+    assert timeline.end_s == 8.0 and timeline.transfer_bytes == 0
+    assert not any(resource[0] < 0 for resource in run.busy_s)
+
+
+def test_shared_links_have_no_parts():
+    with pytest.raises(ValueError, match="expected 1 where links are shared, got 2"):
+        Network(deployment=PAIR, kv_bytes_per_token=1, sharing="fair", layer_groups=2)
+    with pytest.raises(ValueError, match="layer_groups: expected >= 1, got 0"):
+        Network(deployment=PAIR, kv_bytes_per_token=1, layer_groups=0)
