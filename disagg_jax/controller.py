@@ -17,6 +17,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.view import Policy, PullPolicy
+from disagg_jax.spans import Spans
 from disagg_jax.state import (
     InFlight,
     InstanceState,
@@ -29,7 +30,6 @@ from disagg_jax.state import (
 from disagg_jax.work import (
     Arrived,
     Cancelled,
-    Cut,
     Done,
     Down,
     Event,
@@ -87,11 +87,10 @@ class Controller:
         if self._cluster.decoders:
             self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
         self._plans = [policies[i.spec.role].plan for i in self.instances]
-        self._spans, self._streams = spans, streams
+        self._plans_spans, self._streams = spans, streams
         self._requests: dict[int, RequestState] = {}
         self._in_flight: dict[int, InFlight] = {}
-        # Spans that must end early, and those with an iteration that ends right now.
-        self._to_cut: list[StepInFlight] = []
+        self._spans = Spans(self._in_flight, self._end_span)
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
         self._at_boundary: list[StepInFlight] = []
         self._work_ids = itertools.count(1)
@@ -113,8 +112,8 @@ class Controller:
         for event in events:
             self._apply(now_s, event)
         works: list[Work] = []
-        if self._to_cut:
-            self._cut_spans(works)
+        if self._spans.disturbed:
+            self._spans.cut(works)
         # Plans only take room, but for preemption: it frees blocks that a pull waits
         # for, and fills a queue. So go round in a fixed order until nobody makes room.
         made_room = True
@@ -142,7 +141,7 @@ class Controller:
             case Down(instance):
                 self._down(self.instances[instance])
             case Slow(instance):
-                self._disturb(self.instances[instance])
+                self._spans.disturb(self.instances[instance])
             case Up(instance):
                 self.instances[instance].up = True
                 self._cluster.route_stranded()
@@ -247,6 +246,11 @@ class Controller:
             del instance.downstream[flight.work.id]
         instance.take_back(flight.batch)
 
+    def _end_span(self, flight: StepInFlight) -> None:
+        """A span ends before the time it was planned for; no Done of it follows."""
+        del self._in_flight[flight.work.id]
+        self._step_over(flight)
+
     def _receive(self, state: RequestState, token: int, end_s: float) -> None:
         state.timeline.tokens.append(token)
         if state.request.stops_at(token):
@@ -265,11 +269,7 @@ class Controller:
         flight = self._in_flight.get(work)
         if not isinstance(flight, StepInFlight):
             raise RuntimeError(f"work {work} makes progress but is no span in flight")
-        flight.batch.advance(ends_s)
-        if ends_s[-1] < now_s:
-            flight.batch.charge()
-        else:
-            self._at_boundary.append(flight)
+        self._spans.progress(flight, now_s, ends_s)
 
     def _transfer_done(self, state: RequestState, event: Done) -> None:
         if state.place is not Place.MOVING:
@@ -283,14 +283,14 @@ class Controller:
         if timeline.decode_start_s is None:
             timeline.transfer_end_s = event.end_s
         self._cluster.finish_transfer(state)
-        self._disturb(state.holder)
+        self._spans.disturb(state.holder)
 
     def _cancel(self, now_s: float, request_id: int) -> None:
         state = self._requests.get(request_id)
         if state is None:
             raise RuntimeError(f"cancelled request {request_id} never arrived")
         if state.active:
-            self._disturb(state.holder)
+            self._spans.disturb(state.holder)
             self._end(state, Status.CANCELLED, now_s)
 
     def _down(self, lost: InstanceState) -> None:
@@ -341,51 +341,6 @@ class Controller:
         state.timeline.status, state.timeline.end_s = status, now_s
         self._active -= 1
 
-    # -- spans ----------------------------------------------------------------------
-
-    def _disturb(self, instance: InstanceState | None) -> None:
-        """Something happened at `instance` that may change its next plan."""
-        flight = instance.step if instance else None
-        if flight is not None and flight.work.iterations > 1 and not flight.cut:
-            flight.cut = True
-            self._to_cut.append(flight)
-
-    def _cut_spans(self, works: list[Work]) -> None:
-        """Ends what was disturbed, if it did not end by itself."""
-        for flight in self._to_cut:
-            if flight.work.id in self._in_flight:
-                self._cut(flight, works)
-        self._to_cut.clear()
-
-    def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
-        """Ends a span with the iteration that is going on, or now if none is."""
-        work, begun = flight.work, flight.batch.begun
-        if begun < flight.until:
-            works.append(Cut(work.id, work.iterations - (flight.until - begun)))
-            flight.until = begun
-        if flight in self._at_boundary:
-            self._at_boundary.remove(flight)
-            del self._in_flight[work.id]
-            self._step_over(flight)
-
-    def _go_on(self, works: list[Work]) -> None:
-        """Spans between two iterations reserve blocks for the next one, or end."""
-        for flight in list(self._at_boundary):
-            instance = self.instances[flight.work.instance]
-            if flight.batch.fits(1, instance.blocks.free):
-                flight.batch.charge()
-            else:
-                self._cut(flight, works)
-        self._at_boundary.clear()
-
-    def _check_span(self, instance: InstanceState) -> None:
-        """Cuts a span that has lost the blocks for its last iteration."""
-        flight = instance.step
-        if flight is not None and flight.work.iterations > 1:
-            left = flight.until - flight.batch.begun
-            if not flight.batch.fits(left, instance.blocks.free):
-                self._disturb(instance)
-
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> None:
@@ -397,14 +352,14 @@ class Controller:
                 works.append(transfer)
                 if state.timeline.decode_start_s is None:
                     state.timeline.transfer_start_s = now_s
-                self._check_span(dst)
-        if self._to_cut:
-            self._cut_spans(works)
+                self._spans.check(dst)
+        if self._spans.disturbed:
+            self._spans.cut(works)
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
         """Starts what can start; whether anybody made room for it."""
-        if self._at_boundary:
-            self._go_on(works)
+        if self._spans.at_boundary:
+            self._spans.go_on(self.instances, works)
         made_room = False
         for instance in self.instances:
             ready = instance.waiting or instance.partly or instance.ready.members
@@ -430,7 +385,7 @@ class Controller:
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
             list(decodes) if len(decodes) < len(instance.ready.members) else None,
-            plan.repeats if self._spans and instance.spec.pp == 1 else 1,
+            plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,
         )
         self._in_flight[flight.work.id] = flight
         works.append(flight.work)
@@ -449,8 +404,8 @@ class Controller:
                 if start + count == state.known < state.limit:
                     self._start_stream(state, flight.work.id, works)
         self._to_stream.clear()
-        if self._to_cut:
-            self._cut_spans(works)
+        if self._spans.disturbed:
+            self._spans.cut(works)
 
     def _start_stream(self, state: RequestState, step: int, works: list[Work]) -> None:
         target = self._cluster.stream_target(state)
@@ -459,7 +414,7 @@ class Controller:
         transfer = self._cluster.start_stream(next(self._work_ids), state, target, step)
         self._in_flight[transfer.id] = TransferInFlight(transfer, state)
         works.append(transfer)
-        self._check_span(target)
+        self._spans.check(target)
 
     def _preempt(
         self, instance: InstanceState, victim: RequestState, to_back: bool
@@ -483,7 +438,7 @@ class Controller:
         self._cluster.enqueue(state, instance, front=front)
         holder = state.holder
         if holder is not None and holder.waiting[0] is state:
-            self._disturb(holder)
+            self._spans.disturb(holder)
 
     def _check_alive(self) -> None:
         if all(instance.up for instance in self.instances):

@@ -1,0 +1,79 @@
+"""Spans: several decode iterations that were planned at once.
+
+Whatever may change an instance's next plan ends its span with the iteration that is
+going on, so that a run with spans is the run without them, only faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from disagg_jax.state import InFlight, InstanceState, StepInFlight
+from disagg_jax.work import Cut, Work
+
+
+class Spans:
+    """The spans in flight that must end early, or are between two iterations.
+
+    Args:
+      in_flight: all work in flight, by id.
+      end: takes a span out of flight that ends between two iterations.
+    """
+
+    def __init__(
+        self, in_flight: Mapping[int, InFlight], end: Callable[[StepInFlight], None]
+    ):
+        self._in_flight, self._end = in_flight, end
+        self.disturbed: list[StepInFlight] = []
+        self.at_boundary: list[StepInFlight] = []  # an iteration ends right now
+
+    def progress(
+        self, flight: StepInFlight, now_s: float, ends_s: Sequence[float]
+    ) -> None:
+        """Iterations of a span are over."""
+        flight.batch.advance(ends_s)
+        if ends_s[-1] < now_s:
+            flight.batch.charge()
+        else:
+            self.at_boundary.append(flight)
+
+    def disturb(self, instance: InstanceState | None) -> None:
+        """Something happened at `instance` that may change its next plan."""
+        flight = instance.step if instance else None
+        if flight is not None and flight.work.iterations > 1 and not flight.cut:
+            flight.cut = True
+            self.disturbed.append(flight)
+
+    def check(self, instance: InstanceState) -> None:
+        """Disturbs a span that has lost the blocks for its last iteration."""
+        flight = instance.step
+        if flight is not None and flight.work.iterations > 1:
+            left = flight.until - flight.batch.begun
+            if not flight.batch.fits(left, instance.blocks.free):
+                self.disturb(instance)
+
+    def cut(self, works: list[Work]) -> None:
+        """Ends what was disturbed, if it did not end by itself."""
+        for flight in self.disturbed:
+            if flight.work.id in self._in_flight:
+                self._cut(flight, works)
+        self.disturbed.clear()
+
+    def go_on(self, instances: Sequence[InstanceState], works: list[Work]) -> None:
+        """Spans between two iterations reserve blocks for the next one, or end."""
+        for flight in list(self.at_boundary):
+            if flight.batch.fits(1, instances[flight.work.instance].blocks.free):
+                flight.batch.charge()
+            else:
+                self._cut(flight, works)
+        self.at_boundary.clear()
+
+    def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
+        """Ends a span with the iteration that is going on, or now if none is."""
+        work, begun = flight.work, flight.batch.begun
+        if begun < flight.until:
+            works.append(Cut(work.id, work.iterations - (flight.until - begun)))
+            flight.until = begun
+        if flight in self.at_boundary:
+            self.at_boundary.remove(flight)
+            self._end(flight)
