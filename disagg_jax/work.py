@@ -59,7 +59,7 @@ class Slice:
     start: int  # tokens of the request that are in the cache already
     count: int  # tokens to compute
     samples: bool  # whether a new token comes out: the last known token is computed
-    blocks: tuple[int, ...]  # KV blocks covering [0, start + count)
+    blocks: tuple[int, ...]  # KV blocks covering [0, start + count), and no others
     tokens: tuple[int, ...]  # `count` token ids; () where only lengths matter
 
     @property

@@ -161,7 +161,7 @@ class MixedShape:
             views["owner"][:] = -1
         lasts = _pack_chunks(views, chunks, block_tokens, first=len(decodes))
         views["last"][: len(slices)] = [*lasts, *range(len(decodes))]
-        tables = used_blocks(chunks, block_tokens)
+        tables = [part.blocks for part in chunks]
         block = list(itertools.chain.from_iterable(tables))
         counts = [len(table) for table in tables]
         views["chunk_block"][: len(block)] = block
@@ -174,14 +174,6 @@ class MixedShape:
 
 StepShape = PrefillShape | DecodeShape | MixedShape
 """The listed shapes that programs are compiled for; nothing else is ever run."""
-
-
-def used_blocks(slices: Sequence[Slice], block_tokens: int) -> list[tuple[int, ...]]:
-    """The blocks that hold each request's KV after the step, without reserved ones."""
-    return [
-        part.blocks[: (part.start + part.count - 1) // block_tokens + 1]
-        for part in slices
-    ]
 
 
 def split_decodes(
@@ -228,7 +220,7 @@ def _pack_decodes(
 ) -> None:
     """Writes decodes as the first tokens, and who owns which block of the front."""
     n = len(slices)
-    tables = used_blocks(slices, block_tokens)
+    tables = [part.blocks for part in slices]
     counts = np.array([len(table) for table in tables])
     ends = counts.cumsum()
     firsts = ends - counts  # where each one's table begins in `block`
@@ -241,5 +233,5 @@ def _pack_decodes(
     position = np.array([part.start for part in slices])
     views["token"][:n] = [part.tokens[0] for part in slices]
     views["position"][:n] = position
-    # The last block that is used holds the token's own KV.
+    # The last block holds the token's own KV.
     views["slot"][:n] = block[ends - 1] * block_tokens + position % block_tokens

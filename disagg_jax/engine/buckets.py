@@ -15,7 +15,6 @@ from disagg_jax.engine.batch import (
     PrefillShape,
     StepShape,
     split_decodes,
-    used_blocks,
 )
 from disagg_jax.scheduling.view import StepLimits
 from disagg_jax.work import Slice
@@ -82,7 +81,7 @@ class Buckets:
         sizes = itertools.product(self.decode_rows, self.pool_blocks)
         return {size: DecodeShape(*size) for size in sizes}
 
-    def step_shape(self, slices: Sequence[Slice], block_tokens: int) -> StepShape:
+    def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`.
 
         Raises:
@@ -92,14 +91,14 @@ class Buckets:
         most = self.decode_rows[-1] if self.decode_rows else 0
         all_decode = all(part.is_decode for part in slices)
         if all_decode and (len(slices) <= most or not self.mixed):
-            return self.decode_shape(len(slices), _front(slices, block_tokens))
+            return self.decode_shape(len(slices), _front(slices))
         if self.mixed:
             chunks, decodes = split_decodes(slices, most)
             return self.mixed_shape(
                 tokens=sum(part.count for part in slices),
                 rows=len(slices),
-                context=sum(map(len, used_blocks(chunks, block_tokens))),
-                blocks=_front(decodes, block_tokens),
+                context=sum(len(part.blocks) for part in chunks),
+                blocks=_front(decodes),
             )
         if any(part.start or not part.samples for part in slices):
             raise ValueError(
@@ -234,9 +233,9 @@ def _longest(memory: KVMemory) -> int:
     return min(memory.max_context, memory.num_blocks * memory.block_tokens)
 
 
-def _front(slices: Sequence[Slice], block_tokens: int) -> int:
+def _front(slices: Sequence[Slice]) -> int:
     """How long a front of the pool holds what `slices` use."""
-    blocks = itertools.chain.from_iterable(used_blocks(slices, block_tokens))
+    blocks = itertools.chain.from_iterable(part.blocks for part in slices)
     return 1 + max(blocks, default=-1)
 
 

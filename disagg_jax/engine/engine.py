@@ -51,7 +51,7 @@ class Instance:
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`."""
-        return self.buckets.step_shape(slices, self.model.memory.block_tokens)
+        return self.buckets.step_shape(slices)
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ BLOCK, POOL, SCRATCH = 4, 40, 40
 def batches(draw, kind: str):
     """Slices of up to 5 requests whose blocks are scattered over the pool.
 
-    Some hold up to two blocks more than they use. In a mixed one decodes come last.
+    In a mixed one decodes come last.
     """
     free = draw(st.permutations(range(POOL)))
     slices = []
@@ -32,7 +32,7 @@ def batches(draw, kind: str):
         start, count = (0, size) if id < chunks else (2 * size, 1)
         if kind == "mixed" and id < chunks:
             start = draw(st.integers(0, 12))
-        n = -(-(start + count) // BLOCK) + draw(st.integers(0, 2))
+        n = -(-(start + count) // BLOCK)
         blocks, free = tuple(free[:n]), free[n:]
         tokens = tuple(
             draw(st.lists(st.integers(0, 63), min_size=count, max_size=count))
@@ -56,16 +56,11 @@ def slot(part: Slice, position: int) -> int:
     return part.blocks[position // BLOCK] * BLOCK + position % BLOCK
 
 
-def used(part: Slice) -> tuple[int, ...]:
-    """Blocks with a token in them."""
-    return part.blocks[: (part.start + part.count - 1) // BLOCK + 1]
-
-
 def owners(slices, front: int) -> tuple[list[int], list[int]]:
     """For each block of the pool's front: its row, and where in the request it is."""
     owner, start = [-1] * front, [0] * front
     for row, part in enumerate(slices):
-        for i, block in enumerate(used(part)):
+        for i, block in enumerate(part.blocks):
             owner[block], start[block] = row, i * BLOCK
     return owner, start
 
@@ -95,7 +90,7 @@ def test_prefill(slices, more_tokens, more_rows):
 
 @given(batches("decode"), st.integers(0, 3))
 def test_decode(slices, more_rows):
-    front = 1 + max(max(used(part)) for part in slices)
+    front = 1 + max(max(part.blocks) for part in slices)
     shape = DecodeShape(len(slices) + more_rows, front)
     packed = shape.pack(slices, BLOCK, SCRATCH)
     assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
@@ -114,8 +109,8 @@ def test_mixed(slices, decodes, more):
     chunks, last = list(slices), []
     while chunks and chunks[-1].is_decode and len(last) < decodes:
         last.insert(0, chunks.pop())
-    front = 1 + max((max(used(part)) for part in last), default=-1) + more[0]
-    context = sum(len(used(part)) for part in chunks) + more[1]
+    front = 1 + max((max(part.blocks) for part in last), default=-1) + more[0]
+    context = sum(len(part.blocks) for part in chunks) + more[1]
     tokens = [(p.tokens[0], p.start, -1, slot(p, p.start)) for p in last]
     ends = list(range(len(last)))
     for row, part in enumerate(chunks):
@@ -142,7 +137,7 @@ def test_mixed(slices, decodes, more):
     blocks = [
         (block, row, i * BLOCK)
         for row, part in enumerate(chunks)
-        for i, block in enumerate(used(part))
+        for i, block in enumerate(part.blocks)
     ]
     assert list(got) == blocks + [(SCRATCH, -1, 0)] * more[1]
     assert (fields["owner"], fields["start"]) == owners(last, front)

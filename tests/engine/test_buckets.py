@@ -164,7 +164,7 @@ def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
             slices.append(make_slice(size - 1, 1, (block,)))
             budget -= limits.splits
     assume(slices)
-    shape = buckets.step_shape(slices, size)
+    shape = buckets.step_shape(slices)
     assert shape in buckets.step_shapes
     shape.pack(slices, size, memory.num_blocks)
 
@@ -178,7 +178,7 @@ def test_slices_for_timing_need_exactly_their_shape(limits, memory):
     buckets = Buckets.for_limits(limits, memory)
     for shape in (*buckets.step_shapes[:4], *buckets.step_shapes[-4:], *buckets.mixed):
         slices = full_slices(shape, memory)
-        assert buckets.step_shape(slices, memory.block_tokens) == shape
+        assert buckets.step_shape(slices) == shape
 
 
 def make_slice(start, count, blocks, samples=True) -> Slice:
@@ -195,16 +195,16 @@ def test_shape_of_a_step_by_example():
     )
     one = make_slice(7, 1, (3, 15))
     far = make_slice(7, 1, (3, 16))
-    assert buckets.step_shape([one], 4) == DecodeShape(1, 16)
-    assert buckets.step_shape([one, one], 4) == DecodeShape(4, 16)
-    assert buckets.step_shape([one, far], 4) == DecodeShape(4, 64)
+    assert buckets.step_shape([one]) == DecodeShape(1, 16)
+    assert buckets.step_shape([one, one]) == DecodeShape(4, 16)
+    assert buckets.step_shape([one, far]) == DecodeShape(4, 64)
     # A prompt of one token is no decode; five prompts need more rows.
-    assert buckets.step_shape([make_slice(0, 1, (40,))], 4) == PrefillShape(32, 4)
-    assert buckets.step_shape([make_slice(0, 33, (0, 1))], 4) == PrefillShape(64, 8)
-    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5, 4) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (40,))]) == PrefillShape(32, 4)
+    assert buckets.step_shape([make_slice(0, 33, (0, 1))]) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5) == PrefillShape(64, 8)
     for chunk in (make_slice(4, 2, (0,)), make_slice(0, 2, (0,), samples=False)):
         with pytest.raises(ValueError, match="whole prompts or decodes only"):
-            buckets.step_shape([chunk], 4)
+            buckets.step_shape([chunk])
 
 
 def test_shape_of_a_mixed_step_by_example():
@@ -220,7 +220,7 @@ def test_shape_of_a_mixed_step_by_example():
     )
 
     def size(*slices):
-        shape = buckets.step_shape(slices, 4)
+        shape = buckets.step_shape(slices)
         return (shape.tokens, shape.context, shape.blocks)
 
     one, far = make_slice(7, 1, (3, 15)), make_slice(7, 1, (3, 16))
@@ -232,15 +232,11 @@ def test_shape_of_a_mixed_step_by_example():
     assert size(late) == (32, 40, 16)
     assert size(late, fresh, far) == (64, 40, 64)
     assert size(make_slice(120, 8, range(32)), late) == (80, 64, 64)
-    # Reserved blocks are not in use.
-    assert size(make_slice(0, 30, range(60)), make_slice(7, 1, (3, 15, 63))) == (
-        (32, 8, 16)
-    )
     # Decodes only; a fifth is a chunk; a token of a prompt in its middle is like one.
-    assert buckets.step_shape([one] * 4, 4) == DecodeShape(4, 16)
+    assert buckets.step_shape([one] * 4) == DecodeShape(4, 16)
     assert size(*[one] * 5) == (32, 8, 16)
     middle = dataclasses.replace(one, samples=False)
-    assert buckets.step_shape([middle], 4) == DecodeShape(4, 16)
+    assert buckets.step_shape([middle]) == DecodeShape(4, 16)
     for slices in (
         [make_slice(0, 81, range(21))],
         [make_slice(259, 1, range(65)), *[one] * 4],
@@ -248,4 +244,4 @@ def test_shape_of_a_mixed_step_by_example():
         [make_slice(0, 1, (0,))] * 9,
     ):
         with pytest.raises(ValueError, match="mixed: expected at most mixed_T80_C64"):
-            buckets.step_shape(slices, 4)
+            buckets.step_shape(slices)

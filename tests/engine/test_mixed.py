@@ -53,7 +53,8 @@ class Hand:
     def slice(self, count: int) -> Slice:
         start, end = self.context, self.context + count
         samples, tokens = end == len(self.known), self.known[start:end]
-        return Slice(self.request, start, count, samples, self.blocks, tokens)
+        blocks = self.blocks[: POOL.blocks_for(end)]
+        return Slice(self.request, start, count, samples, blocks, tokens)
 
 
 def deal(requests, seed=0) -> list[Hand]:
