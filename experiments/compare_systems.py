@@ -35,13 +35,17 @@ from experiments.comparison import (
     Question,
     compare,
     lengths_map,
-    roofline_simulation,
     slos_map,
 )
 from experiments.paper_workloads import get_workload
 from experiments.placements import parse_slo
 from experiments.run_dir import environment
-from experiments.simulations import SIMULATIONS, Simulation, get_simulation
+from experiments.simulations import (
+    SIMULATIONS,
+    Simulation,
+    get_simulation,
+    roofline_simulation,
+)
 
 _COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked

@@ -35,8 +35,6 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.goodput import GoodputSearch
-from disagg_jax.sim.hardware_presets import get_hardware
-from disagg_jax.sim.link import LINKS
 from disagg_jax.sim.points import SimWorkload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.tuning import Profile, tune
@@ -221,23 +219,6 @@ def slos_map(
 def shown_slo(slo: SLO) -> str:
     """Targets as text."""
     return f"TTFT <= {slo.ttft_s:g} s, TPOT <= {slo.tpot_s:g} s"
-
-
-def roofline_simulation(model: str, hardware: str, max_context: int) -> Simulation:
-    """A model on a device by a roofline; KV moves over the device's own link.
-
-    Raises:
-      ValueError: on an unknown name, or a device without such a link.
-    """
-    link = get_hardware(hardware).hop.name
-    expected = "hardware: expected a device with a link to others"
-    expect(link in LINKS, expected, hardware)
-    return Simulation(
-        model=model,
-        cost=f"roofline/{hardware}",
-        inside=link,
-        max_context=max_context,
-    )
 
 
 # ---- candidates ----------------------------------------------------------------------

@@ -13,6 +13,7 @@ import matplotlib.figure
 from matplotlib.patches import Patch, Rectangle
 
 from disagg_jax.metrics import Interval, interval_across
+from experiments.columns import align
 from experiments.comparison import (
     DISAGGREGATED,
     INFEASIBLE,
@@ -96,7 +97,7 @@ def _table(each: Map, grid: Grid) -> str:
         (f"{each.x.values[i]:g}", f"{each.y.values[j]:g}", *_row(judge(found)))
         for (i, j), found in grid.items()
     ]
-    return "\n".join([f"map of {each.name}: {each.fixed}", *_columns([head, *rows])])
+    return "\n".join([f"map of {each.name}: {each.fixed}", *align([head, *rows])])
 
 
 def _row(judged: Judged) -> tuple[str, ...]:
@@ -134,17 +135,7 @@ def _goodputs(each: Map, grid: Grid) -> str:
         for (i, j), found in grid.items()
     ]
     title = "goodput, requests/s per device"
-    return "\n".join([title, *_columns([head, *rows])])
-
-
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(wide) for cell, wide in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
+    return "\n".join([title, *align([head, *rows])])
 
 
 def _details(question: Question, each: Map, grid: Grid) -> str:

@@ -36,9 +36,10 @@ from disagg_jax.sim.protocols import InstanceCost
 from disagg_jax.sim.simulate import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from experiments.checkout import commit
+from experiments.columns import align
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
-from experiments.simulations import Simulation
+from experiments.simulations import Simulation, roofline_simulation
 
 _MODEL = flags.DEFINE_string(
     "model", "opt-13b", "A name of sim/model_shape.py.", allow_override=True
@@ -195,10 +196,10 @@ def stretch(cost: InstanceCost, chunk: int) -> float:
 
 def table(found: Mapping[str, Traits]) -> str:
     """A column for each system."""
-    rows: list[tuple[str, list[str]]] = []
+    rows: list[Sequence[str]] = [("", *found)]
 
     def row(label: str, cells: Sequence[str]) -> None:
-        rows.append((label, list(cells)))
+        rows.append((label, *cells))
 
     all_traits = list(found.values())
     row("mean TTFT, ms", [f"{t.ttft_s * 1e3:.0f}" for t in all_traits])
@@ -221,19 +222,7 @@ def table(found: Mapping[str, Traits]) -> str:
         cells = [t.idle.get(role.value) for t in all_traits]
         shown = ["-" if cell is None else f"{cell:.0%}" for cell in cells]
         row(f"{role.value} devices idle", shown)
-    wide = max(len(label) for label, _ in rows)
-    widths = [
-        max(len(name), *(len(cells[i]) for _, cells in rows))
-        for i, name in enumerate(found)
-    ]
-    lines = [("", list(found)), *rows]
-    return "\n".join(
-        "  ".join(
-            [label.ljust(wide)]
-            + [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
-        )
-        for label, cells in lines
-    )
+    return "\n".join(align(rows, right=range(1, len(rows[0]))))
 
 
 def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
@@ -288,11 +277,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     try:
-        simulation = Simulation(
-            model=_MODEL.value,
-            cost=f"roofline/{_HARDWARE.value}",
-            inside="nvlink-a100",
-        )
+        simulation = roofline_simulation(_MODEL.value, _HARDWARE.value)
         rate = 2 * _RATE.value  # of both devices
         requests = WORKLOAD.requests(_REQUESTS.value, rate, _SEED.value)
         found = simulate(simulation, requests, _BUDGET.value)

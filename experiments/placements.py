@@ -15,11 +15,10 @@ from disagg_jax.placement import Layout, Outcome, Problem
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.sim.workers import Mapper
-from experiments.simulations import Simulation, distserve_profile
+from experiments.simulations import Simulation, distserve_profile, link_inside
 
 ALGORITHMS = ("high", "low", "joint")
 _HARDWARE = {"a100": "a100-80g"}  # short names
-_INSIDE = {"a100-80g": "nvlink-a100", "h100": "nvlink-h100"}
 _SHOWN = 12  # rows of each table that are printed
 
 # ---- the question --------------------------------------------------------------------
@@ -37,7 +36,7 @@ def simulation_of(model: str, hardware: str) -> Simulation:
     return Simulation(
         model=model,
         cost="fitted/distserve" if fitted else f"roofline/{device}",
-        inside=_INSIDE.get(device),
+        inside=link_inside(device),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import matplotlib
 import matplotlib.figure
 
+from experiments.columns import align
+
 # Okabe and Ito's colours, which stay apart for the colour-blind.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
@@ -197,16 +199,8 @@ def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 def _grid(
     title: str, systems: Mapping[str, Any], rows: Sequence[tuple[str, list[str]]]
 ) -> list[str]:
-    header = (title, list(systems))
-    wide = max(len(label) for label, _ in [header, *rows])
-    widths = [max(len(r[1][i]) for r in [header, *rows]) for i in range(len(systems))]
-    lines = [
-        "  ".join(
-            [label.ljust(wide)]
-            + [cell.rjust(w) for cell, w in zip(cells, widths, strict=True)]
-        )
-        for label, cells in [header, *rows]
-    ]
+    table = [(title, *systems), *((label, *cells) for label, cells in rows)]
+    lines = align(table, right=range(1, len(table[0])))
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 

@@ -27,7 +27,7 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.cost import ModelledCost
 from disagg_jax.sim.fitted_profile import FittedProfile, profile_from_json
 from disagg_jax.sim.hardware_presets import get_hardware
-from disagg_jax.sim.link import get_link
+from disagg_jax.sim.link import LINKS, get_link
 from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.protocols import CostModel
@@ -224,6 +224,28 @@ def get_simulation(name: str) -> Simulation:
     """The simulation called `name`."""
     expect(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
     return SIMULATIONS[name]
+
+
+def link_inside(hardware: str) -> str | None:
+    """The link between two devices in a node; None if `hardware` has none."""
+    link = get_hardware(hardware).hop.name
+    return link if link in LINKS else None
+
+
+def roofline_simulation(
+    model: str, hardware: str, max_context: int = 2048
+) -> Simulation:
+    """A model on a device by a roofline; KV moves over the device's own link.
+
+    Raises:
+      ValueError: on an unknown name, or a device without such a link.
+    """
+    link = link_inside(hardware)
+    expected = "hardware: expected a device with a link to others"
+    expect(link is not None, expected, hardware)
+    return Simulation(
+        model=model, cost=f"roofline/{hardware}", inside=link, max_context=max_context
+    )
 
 
 def trace_requests(path: str, simulation: Simulation) -> list[Request]:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from experiments.columns import align
+
 # -- figures ---------------------------------------------------------------------------
 
 
@@ -57,15 +59,7 @@ def table(figures: Sequence[Figure]) -> str:
         "bound is",
     )
     rows = [head, *(_row(figure) for figure in figures)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    numbers = (2, 3, 5)  # columns to the right
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return "\n".join(align(rows, right=(2, 3, 5)))
 
 
 def _row(figure: Figure) -> tuple[str, ...]:

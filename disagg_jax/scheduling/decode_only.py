@@ -11,6 +11,7 @@ from disagg_jax.scheduling.view import (
     RequestView,
     StepLimits,
     check_parameters,
+    check_share,
 )
 
 
@@ -28,8 +29,7 @@ class DecodeOnly:
 
     def __post_init__(self) -> None:
         check_parameters(self, max_seqs=self.max_seqs)
-        if not 0 <= self.watermark <= 1:
-            raise ValueError(f"watermark: expected in [0, 1], got {self.watermark}")
+        check_share(self, "watermark", self.watermark)
 
     @property
     def limits(self) -> StepLimits:

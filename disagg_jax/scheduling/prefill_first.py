@@ -11,6 +11,7 @@ from disagg_jax.scheduling.view import (
     Plan,
     StepLimits,
     check_parameters,
+    check_share,
 )
 
 
@@ -33,8 +34,7 @@ class PrefillFirst:
             max_batched_tokens=self.max_batched_tokens,
             max_seqs=self.max_seqs,
         )
-        if not 0 <= self.watermark <= 1:
-            raise ValueError(f"watermark: expected in [0, 1], got {self.watermark}")
+        check_share(self, "watermark", self.watermark)
 
     @property
     def limits(self) -> StepLimits:

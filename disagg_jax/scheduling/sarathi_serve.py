@@ -12,6 +12,7 @@ from disagg_jax.scheduling.view import (
     StepLimits,
     check_budget,
     check_parameters,
+    check_share,
 )
 
 
@@ -35,8 +36,7 @@ class SarathiServe:
     def __post_init__(self) -> None:
         check_parameters(self, token_budget=self.token_budget, max_seqs=self.max_seqs)
         check_budget(self, "token_budget", self.token_budget, self.max_seqs)
-        if not 0 <= self.watermark <= 1:
-            raise ValueError(f"watermark: expected in [0, 1], got {self.watermark}")
+        check_share(self, "watermark", self.watermark)
 
     @property
     def limits(self) -> StepLimits:

@@ -154,6 +154,13 @@ def check_parameters(policy: object, **at_least_one: int) -> None:
             raise ValueError(f"{kind}.{name}: expected >= 1, got {value}")
 
 
+def check_share(policy: object, name: str, share: float) -> None:
+    """Raises ValueError unless `share` can be one."""
+    if not 0 <= share <= 1:
+        kind = type(policy).__name__
+        raise ValueError(f"{kind}.{name}: expected in [0, 1], got {share}")
+
+
 def check_budget(policy: object, name: str, tokens: int, max_seqs: int) -> None:
     """Raises ValueError unless a step has room for a token of every running request."""
     if tokens < max_seqs:

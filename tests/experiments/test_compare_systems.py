@@ -32,14 +32,13 @@ from experiments.comparison import (
     lengths_map,
     margin,
     rectangles,
-    roofline_simulation,
     run_s,
     sentence,
     slos_map,
 )
 from experiments.comparison_report import record, text
 from experiments.paper_workloads import get_workload
-from experiments.simulations import Simulation, get_simulation
+from experiments.simulations import Simulation, get_simulation, roofline_simulation
 
 
 def silent(message):

@@ -54,13 +54,22 @@ def test_parameters_are_the_checkpoints(name, billions):
     assert get_model_shape(name).params / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(MODEL_SHAPES.keys() & PRESETS.keys()))
+# Neither may import the other (the core imports no models), so they stand twice.
+SHARED = sorted(MODEL_SHAPES.keys() & PRESETS.keys())
+
+
+def test_some_shapes_are_shared_with_the_engine():
+    assert SHARED == ["llama-3-8b", "opt-13b", "opt-66b", "smollm2-135m"]
+
+
+@pytest.mark.parametrize("name", SHARED)
 def test_shapes_that_the_engine_also_runs_are_the_same(name):
     config, shape = PRESETS[name], get_model_shape(name)
     for field in ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp"):
         assert getattr(shape, field) == getattr(config, field), field
     assert shape.vocab == config.vocab_size
     assert shape.tie_embeddings == config.tie_embeddings
+    assert shape.gated_mlp == (config.mlp_kind == "swiglu")
     # What the shape leaves out: vectors, and a table of positions.
     E, layers, kv = config.embed, config.layers, config.kv_heads * config.head_dim
     norms = (2 * layers + 1) * E * (1 if config.norm == "rms" else 2)
