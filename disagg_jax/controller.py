@@ -56,7 +56,7 @@ class Controller:
       prefill_router: picks where an arrival goes: a prefill or colocated instance.
       decode_router: picks the decode instance that pulls a prefilled request.
       streams: have the KV of a prompt leave layer group by layer group while it is
-        computed, where the decode side has room then. Only in simulations so far.
+        computed, where the decode side has room then.
       spans: plan as many decode iterations at once as nothing can change the plan for.
         The results are the same and come faster, but need a backend that simulates.
 

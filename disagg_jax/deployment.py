@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import re
 
 _SYNTAX = (
@@ -113,15 +114,6 @@ class Deployment:
         """Indices of the instances with one of `roles`."""
         return tuple(i for i, spec in enumerate(self.instances) if spec.role in roles)
 
-    def check_one_stage(self) -> None:
-        """Raises ValueError on pipeline stages, which the engine does not run."""
-        for spec in self.instances:
-            if spec.pp > 1:
-                raise ValueError(
-                    "deployment: the engine runs one pipeline stage, expected pp1, got "
-                    f"'{spec}'; the simulator takes more"
-                )
-
     @property
     def devices(self) -> int:
         """Devices of all instances together."""
@@ -139,3 +131,16 @@ class Deployment:
             items.append(f"{prefix}{spec}")
             i += count
         return ",".join(items)
+
+
+def cut_layers(layers: range, parts: int) -> list[range]:
+    """Consecutive layers in `parts`, as even as can be; the first have one more.
+
+    Raises:
+      ValueError: if a part would have no layer.
+    """
+    if not 1 <= parts <= len(layers):
+        raise ValueError(f"expected 1 to {len(layers)} parts of {layers}, got {parts}")
+    whole, more = divmod(len(layers), parts)
+    starts = [layers.start + i * whole + min(i, more) for i in range(parts + 1)]
+    return [range(*bounds) for bounds in itertools.pairwise(starts)]

@@ -141,7 +141,10 @@ class Config:
     # both were done).
     execute_all: bool = False
     cost: LinearCost = LinearCost(step_base_s=1e-3)
-    layer_groups: int = 1  # programs that a forward pass is cut into
+    layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
+    # Whether KV leaves, in so many parts as there are programs, while the rest of its
+    # prompt is computed.
+    streams: bool = False
 
     def check(self) -> None:
         """Raises ValueError on values that no run could have.
@@ -169,7 +172,6 @@ class Config:
                 raise ValueError(f"rates: expected > 0 requests/s, got {rate}")
         for name, system in self.systems.items():
             deployment = Deployment.parse(system.deployment)
-            deployment.check_one_stage()
             for spec in deployment.instances:
                 if spec.role not in system.policies:
                     raise ValueError(

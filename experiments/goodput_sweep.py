@@ -22,7 +22,7 @@ from absl import app, flags, logging
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times, measure_step_times
-from disagg_jax.engine.programs import ModelOnMesh
+from disagg_jax.engine.placed_model import PlacedModel
 from experiments import host_devices, report
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
@@ -67,8 +67,12 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     model = load_model(config)
     source = RequestSource.load(config, model)
     for system in config.systems.values():
-        source.check(instance_memory(config, Deployment.parse(system.deployment)))
-    shared: dict[Any, ModelOnMesh] = {}
+        source.check(
+            instance_memory(
+                config, Deployment.parse(system.deployment), model.config.layers
+            )
+        )
+    shared: dict[Any, PlacedModel] = {}
     servers = {
         name: Server(config, system, model, shared)
         for name, system in config.systems.items()
@@ -118,10 +122,12 @@ def _step_times(
     seconds = given
     if given is not None:
         for server in servers.values():
-            check_step_times(server.engine, given)
+            check_step_times(server.engine, given, streams=config.streams)
     if seconds is None:
         engines = [server.engine for server in servers.values()]
-        seconds = measure_step_times(engines, config.timing_repeats, progress)
+        seconds = measure_step_times(
+            engines, config.timing_repeats, progress, streams=config.streams
+        )
     content = {"seconds": seconds, "measured": environment() if not given else None}
     run_dir.write_json("step_times.json", content)
     return seconds

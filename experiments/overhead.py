@@ -52,7 +52,7 @@ from disagg_jax.summary import summarise
 from disagg_jax.work import Event, Step, Transfer, Work
 from experiments import host_devices
 from experiments.rigs import (
-    HollowModel,
+    HollowGroup,
     NamedShape,
     Rig,
     bare_step_s,
@@ -100,7 +100,7 @@ def host(options: Options) -> list[Figure]:
     figures: list[Figure] = []
     for batch in options.batches:
         rig, shape, requests = _full_batch(options, batch)
-        hollow = HollowModel.replace(rig)
+        hollow = HollowGroup.replace(rig)
         micros = _host_step_us(rig, hollow, shape, 100 * options.repeats)
         micros |= _host_loop_us(rig, requests, options.repeats)
         figures += [
@@ -120,10 +120,10 @@ def host(options: Options) -> list[Figure]:
 
 
 def _host_step_us(
-    rig: Rig, model: HollowModel, shape: DecodeShape, steps: int
+    rig: Rig, group: HollowGroup, shape: DecodeShape, steps: int
 ) -> dict[str, float]:
     """Medians of the whole step and of its parts."""
-    step = Step.of(0, 0, full_slices(shape, model.memory))
+    step = Step.of(0, 0, full_slices(shape, group.stage.memory))
     samples: dict[str, list[float]] = {}
     warm_up = 20
     with rig.engine.serving():
@@ -134,9 +134,9 @@ def _host_step_us(
             end_s = time.perf_counter()
             spans_s = {
                 "step": end_s - start_s,
-                "- pack": model.step_start_s - start_s,
-                "- put, dispatch": model.step_end_s - model.step_start_s,
-                "- readback": end_s - model.step_end_s,
+                "- pack": group.step_start_s - start_s,
+                "- put, dispatch": group.step_end_s - group.step_start_s,
+                "- readback": end_s - group.step_end_s,
             }
             for name, span_s in spans_s.items():
                 if i >= warm_up:
@@ -274,7 +274,7 @@ def _handoff(
     seconds = interleaved(
         repeats,
         {
-            "ours": lambda: run_alone(rig.engine, transfer)[0],
+            "ours": lambda: sum(run_alone(rig.engine, transfer)[0]),
             "copy": lambda: timed_s(source.copy),
             "plain": lambda: timed_s(plain),
         },

@@ -19,9 +19,10 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import kv_cache
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.compiled import Compiled
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import full_slices
-from disagg_jax.engine.programs import Compiled, ModelOnMesh
+from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.lengths import FixedLengths
 from disagg_jax.request import Request, Timeline
@@ -33,7 +34,6 @@ from disagg_jax.workload import make_requests
 from experiments.timing import timed_s
 from models import transformer
 from models.config import ModelConfig
-from sharding.rules import RULES
 
 NO_STEPS = Buckets(prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=())
 
@@ -93,9 +93,10 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     Each step is waited for. Its inputs are on the device before, and the tokens stay.
     """
     model, cache = engine.instances[instance].model, engine.instances[instance].cache
+    (stage,) = model.stages
     slices = full_slices(shape, model.memory)
     size, scratch = model.memory.block_tokens, model.scratch_block
-    packed = model.put(shape.pack(slices, size, scratch))
+    packed = stage.put(shape.pack(slices, size, scratch))
 
     def loop() -> None:
         for _ in range(steps):
@@ -137,36 +138,37 @@ def colocated(
     return rig, DecodeShape(prefill.rows, blocks)
 
 
-class HollowModel(ModelOnMesh):
-    """Programs of the same inputs and outputs that compute nothing, and a stopwatch.
+class HollowGroup(LayerGroup):
+    """Programs of the same inputs and outputs that compute nothing, and a stopwatch."""
 
-    On one device, with one layer group.
-    """
-
-    real: ModelOnMesh
+    real: LayerGroup
     step_start_s = step_end_s = 0.0
 
     @classmethod
-    def replace(cls, rig: Rig) -> HollowModel:
-        """Takes the place of the model of a rig's only instance."""
+    def replace(cls, rig: Rig) -> HollowGroup:
+        """Takes the place of the only layer group of a rig's only instance."""
         (instance,) = rig.engine.instances
-        real, rules = instance.model, RULES[instance.role]
-        params = transformer.init_params(real.config, 0)
-        hollow = cls(real.config, params, real.mesh, rules, real.memory)
-        instance.model, hollow.real = hollow, real
+        groups = instance.model.groups
+        (real,) = groups
+        hollow = cls(real.stage, real.layers, real.params)
+        hollow.real, groups[0] = real, hollow
         rig.engine.compile()
         return hollow
 
     def step(
-        self, shape: StepShape, cache: list[kv_cache.Cache], packed: np.ndarray | Array
-    ) -> tuple[Array, Array]:
+        self,
+        shape: StepShape,
+        cache: kv_cache.Cache,
+        packed: np.ndarray | Array,
+        *x_TE: Array,
+    ) -> tuple[kv_cache.Cache, Any]:
         self.step_start_s = time.perf_counter()
-        out = super().step(shape, cache, packed)
+        out = super().step(shape, cache, packed, *x_TE)
         self.step_end_s = time.perf_counter()
         return out
 
-    def _group_program(self, shape: StepShape, group: int) -> Compiled:
-        real = self.real._lookup((shape, group))
+    def _step_program(self, shape: StepShape) -> Compiled:
+        real = self.real.program(shape)
         args, _ = real.args_info
         _, out = real.out_info
 
@@ -180,8 +182,6 @@ class HollowModel(ModelOnMesh):
 
 
 # -- hand-off --------------------------------------------------------------------------
-
-Caches = list[kv_cache.Cache]
 
 
 def handoff_rig(
@@ -213,7 +213,7 @@ def plain_device_put(rig: Rig, ids: Sequence[int]) -> Callable[[], None]:
     """
     src, dst = rig.engine.instances
     vector = np.array(ids, np.int32)
-    source, target = src.model.kv_sharding, dst.model.kv_sharding
+    (source,), (target,) = src.model.stages, dst.model.stages
 
     def gather(cache: kv_cache.Cache, ids: Array) -> kv_cache.Cache:
         return [(k[ids], v[ids]) for k, v in cache]
@@ -222,15 +222,15 @@ def plain_device_put(rig: Rig, ids: Sequence[int]) -> Callable[[], None]:
         pairs = zip(cache, new, strict=True)
         return [(k.at[ids].set(x), v.at[ids].set(y)) for (k, v), (x, y) in pairs]
 
-    gathering = jax.jit(gather, out_shardings=source)
-    inserting = jax.jit(insert, out_shardings=target, donate_argnums=0)
+    gathering = jax.jit(gather, out_shardings=source.kv_sharding)
+    inserting = jax.jit(insert, out_shardings=target.kv_sharding, donate_argnums=0)
 
     def run() -> None:
-        src_ids, dst_ids = src.model.put(vector), dst.model.put(vector)
-        payload = jax.block_until_ready(gathering(src.cache[0], src_ids))
-        moved = jax.block_until_ready(jax.device_put(payload, target))
-        dst.cache[0] = inserting(dst.cache[0], dst_ids, moved)
-        jax.block_until_ready(dst.cache[0])
+        src_ids, dst_ids = source.put(vector), target.put(vector)
+        payload = jax.block_until_ready(gathering(src.cache, src_ids))
+        moved = jax.block_until_ready(jax.device_put(payload, target.kv_sharding))
+        dst.cache[:] = inserting(dst.cache, dst_ids, moved)
+        jax.block_until_ready(dst.cache)
 
     return run
 

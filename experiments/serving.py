@@ -12,26 +12,35 @@ import jax
 from disagg_jax.backend import Backend, serve
 from disagg_jax.controller import Controller
 from disagg_jax.criteria import Alone, Criterion, IdleMachine, for_slo
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import (
+    Deployment,
+    InstanceSpec,
+    KVMemory,
+    Role,
+    cut_layers,
+)
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine, StepTotals
 from disagg_jax.engine.executor import (
     EngineExecutor,
+    Timing,
     TimingExecutor,
     full_slices,
     load_slices,
-    table_duration,
+    outcome,
+    table_timing,
 )
-from disagg_jax.engine.programs import ModelOnMesh
+from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.engine.weights import Weights
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
 from disagg_jax.tuning import Profile, has_rule, tune
-from disagg_jax.work import Step, StepLoad, Task
+from disagg_jax.work import Step, StepLoad
 from disagg_jax.workload import (
     make_requests,
     requests_from_prompts,
@@ -80,11 +89,25 @@ def load_model(config: Config) -> Model:
     return Model(preset, as_preset(params, preset), read_tokenizer(path))
 
 
-def instance_memory(config: Config, deployment: Deployment) -> list[KVMemory]:
-    """The KV pool of each instance: a device holds equally much in every system."""
+def instance_memory(
+    config: Config, deployment: Deployment, layers: int
+) -> list[KVMemory]:
+    """The KV pool of each instance: a device holds equally much in every system.
+
+    With pipeline stages that is a block's KV of fewer layers, and so of more blocks;
+    the stage with the most layers decides how many.
+
+    Args:
+      layers: of the model.
+    """
+
+    def blocks(spec: InstanceSpec) -> int:
+        most = len(cut_layers(range(layers), spec.pp)[0])
+        return config.memory.blocks_per_device * spec.tp * layers // most
+
     return [
         KVMemory(
-            num_blocks=config.memory.blocks_per_device * spec.tp,
+            num_blocks=blocks(spec),
             block_tokens=config.memory.block_tokens,
             max_context=config.memory.max_context,
         )
@@ -103,7 +126,7 @@ def devices_needed(config: Config) -> int:
 def _devices(config: Config, deployment: Deployment) -> int:
     if config.clock == "wall":
         return deployment.devices
-    return sum(spec.tp for spec in set(deployment.instances))
+    return sum(spec.devices for spec in set(deployment.instances))
 
 
 # -- requests -------------------------------------------------------------------------
@@ -260,11 +283,11 @@ class Server:
         config: Config,
         system: System,
         model: Model,
-        shared: dict[Any, ModelOnMesh],
+        shared: dict[Any, PlacedModel],
     ):
         self.config, self.system, self.policies = config, system, system.policies
         self.deployment = Deployment.parse(system.deployment)
-        self.memory = instance_memory(config, self.deployment)
+        self.memory = instance_memory(config, self.deployment, model.config.layers)
         buckets = [
             Buckets.for_limits(system.policies[spec.role].limits, memory)
             for spec, memory in zip(self.deployment.instances, self.memory, strict=True)
@@ -300,36 +323,35 @@ class Server:
     ) -> Run:
         """The same timelines without running a program; see `Config.executed`."""
         lengths = [dataclasses.replace(r, prompt=None) for r in requests]
-        duration_s = self._duration(step_times)
-        executor = TimingExecutor(self.engine, lambda work: duration_s(work, 0.0))
+        executor = TimingExecutor(self.engine, self._timing(step_times))
         log = EventLog()
         backend = VirtualBackend(executor)
         return Run(serve(self.new_controller(), backend, lengths, observer=log), log)
 
     def new_controller(self) -> Controller:
-        return Controller(self.deployment, self.policies, self.memory)
+        return Controller(
+            self.deployment, self.policies, self.memory, streams=self.config.streams
+        )
+
+    @property
+    def _cost(self) -> LinearCost:
+        stages = tuple(spec.pp for spec in self.deployment.instances)
+        return dataclasses.replace(self.config.cost, pp=stages)
 
     def _backend(self, step_times: Mapping[str, float]) -> Backend:
         if self.config.clock == "wall":
             return WallBackend(self.engine)
-        return VirtualBackend(EngineExecutor(self.engine, self._duration(step_times)))
+        return VirtualBackend(EngineExecutor(self.engine, self._timing(step_times)))
 
-    def _duration(
-        self, step_times: Mapping[str, float]
-    ) -> Callable[[Task, float], float]:
+    def _timing(self, step_times: Mapping[str, float]) -> Timing:
         match self.config.durations:
             case "table":
-                return table_duration(self.engine, step_times)
+                return table_timing(self.engine, step_times)
             case "live":
-                return lambda work, measured_s: measured_s
+                return outcome
             case _:
-                return lambda work, measured_s: self._modelled_s(work)
-
-    def _modelled_s(self, work: Task) -> float:
-        cost = self.config.cost
-        if isinstance(work, Step):
-            return sum(cost.stages_s(work.instance, work.load))
-        return cost.hop(work).duration_s
+                model = CostExecutor(self._cost)
+                return lambda work, _: model.run(work)
 
     # -- what one step takes, for SLOs, tuning and where to start a search -----------
 
@@ -404,8 +426,8 @@ class Server:
 
     def _known_s(self, step: Step, step_times: Mapping[str, float]) -> float:
         if self.config.durations == "modelled":
-            return self._modelled_s(step)
-        return table_duration(self.engine, step_times)(step, 0.0)
+            return sum(self._cost.stages_s(step.instance, step.load))
+        return sum(step_times[key] for key in self.engine.part_keys(step))
 
 
 def _mean(tokens: Iterable[int]) -> int:

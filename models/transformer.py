@@ -112,6 +112,19 @@ def param_axes(config: ModelConfig) -> Params:
     return {**axes(Ends), "layers": [axes(layers.Block)] * config.layers}
 
 
+def part(params: Params, layers: range) -> Params:
+    """What consecutive layers need, of a tree in the shape of `Params`.
+
+    Those with the first layer also have what embeds, and those with the last what
+    unembeds.
+    """
+    names = ["embed", "positions"] if layers.start == 0 else []
+    if layers.stop == len(params["layers"]):
+        names += ["final_norm", "unembed" if "unembed" in params else "embed"]
+    ends = {name: params[name] for name in names if name in params}
+    return {**ends, "layers": params["layers"][layers.start : layers.stop]}
+
+
 def embed(params: Params, tokens_T: Array, positions_T: Array) -> Array:
     """Token ids, and their positions where those are learned, to `[T, E]`.
 

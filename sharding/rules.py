@@ -60,7 +60,8 @@ def check_divisible(
     spec = partition_spec(axes, rules)
     for size, axis, mesh_axis in zip(shape, axes, spec, strict=True):
         if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            fitting = [str(n) for n in range(1, size + 1) if size % n == 0]
             raise ValueError(
                 f"logical axis '{axis}' of size {size} cannot be sharded over "
-                f"{mesh.shape[mesh_axis]} devices: expected a multiple"
+                f"{mesh.shape[mesh_axis]} devices; {', '.join(fitting)} would fit"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 from collections.abc import (
     Generator,
     Hashable,
@@ -12,7 +13,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,8 +24,10 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import kv_cache, sampling
 from disagg_jax.engine.batch import StepShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.programs import ModelOnMesh
-from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
+from disagg_jax.engine.fit import check_fits, memory_bytes
+from disagg_jax.engine.hand_off import Segment, find_segments
+from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.stage import Stage
 from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
@@ -32,22 +35,31 @@ from models.config import ModelConfig
 from sharding.mesh import Device, cut_meshes
 from sharding.rules import RULES
 
-# What running work yields: arrays to wait for before it can go on; and what it returns:
-# the tokens of a step, the bytes of a transfer.
+
+class Pause(NamedTuple):
+    """Where running work waits for arrays before it can go on."""
+
+    arrays: Sequence[Array]
+    # Whether a part of the work is over when they are there: a step is done on one
+    # stage, the KV of some layers has landed.
+    ends_part: bool = False
+
+
+# What running work returns: the tokens of a step, the bytes of a transfer.
 Result = tuple[tuple[int, ...], int]
-Running = Generator[Sequence[Array], None, Result]
+Running = Generator[Pause, None, Result]
 # What programs depend on: model, layer groups, rule table, device ids, KV pool.
 ModelKey = tuple[Hashable, ...]
 
 
 @dataclasses.dataclass
 class Instance:
-    """A model on a mesh with a KV pool of its own."""
+    """A model on its meshes with a KV pool of its own."""
 
     role: Role
-    model: ModelOnMesh
+    model: PlacedModel
     buckets: Buckets
-    cache: list[kv_cache.Cache]  # one for each layer group
+    cache: kv_cache.Cache  # of all layers
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`."""
@@ -67,9 +79,12 @@ class Engine:
     """Runs the work of one deployment. Each instance is on devices of its own.
 
     Args:
-      deployment: the instances; their meshes are cut from `devices` in order.
+      deployment: the instances; the meshes of their stages are cut from `devices` in
+        order.
       memory: the KV pool of each instance.
       buckets: the listed shapes of each instance; only these can run.
+      layer_groups: programs that the layers of each stage are cut into; KV that leaves
+        while its prompt is computed goes in so many parts.
       models: weights and programs made before from the same `params`; missing ones are
         added, so that engines of several deployments share them.
       share_devices: give equal instances the same devices, each with a KV pool of its
@@ -80,9 +95,10 @@ class Engine:
         the latest `serving` began.
 
     Raises:
-      ValueError: if an instance has pipeline stages, the devices are too few, `memory`
-        or `buckets` is not one for each instance, a context is longer than the model's,
-        or a dimension of the model does not divide over an instance's mesh.
+      ValueError: if the devices or the layers are too few, `memory` or `buckets` is not
+        one for each instance, a context is longer than the model's, a dimension of the
+        model does not divide over an instance's mesh, or weights and pool are larger
+        than a device's memory.
     """
 
     def __init__(
@@ -95,7 +111,7 @@ class Engine:
         buckets: Sequence[Buckets],
         *,
         layer_groups: int = 1,
-        models: dict[ModelKey, ModelOnMesh] | None = None,
+        models: dict[ModelKey, PlacedModel] | None = None,
         share_devices: bool = False,
     ):
         _check_pools(config, deployment, memory, buckets)
@@ -105,29 +121,29 @@ class Engine:
         self.deployment = deployment
         self.instances: list[Instance] = []
         self.totals: dict[str, StepTotals] = {}
-        for i, (spec, mesh) in enumerate(
-            zip(deployment.instances, meshes, strict=True)
-        ):
+        for i, spec in enumerate(deployment.instances):
             rules = RULES[spec.role]
-            ids = tuple(device.id for device in mesh.devices.flat)
+            limit_bytes = memory_bytes(meshes[i][0].devices.flat[0])
+            check_fits(config, spec, memory[i], rules, limit_bytes)
+            ids = tuple(d.id for mesh in meshes[i] for d in mesh.devices.flat)
             table = tuple(sorted(rules.items()))
-            key = (config, layer_groups, table, ids, memory[i])
+            key = (config, layer_groups, table, spec.pp, ids, memory[i])
             if key not in models:
-                models[key] = ModelOnMesh(
-                    config, params, mesh, rules, memory[i], layer_groups
+                models[key] = PlacedModel(
+                    config, params, meshes[i], rules, memory[i], layer_groups
                 )
             model = models[key]
             cache = model.new_cache()
             self.instances.append(Instance(spec.role, model, buckets[i], cache))
-        self._plans: dict[tuple[int, int], PiecePlan] = {
-            (src, dst): self._piece_plan(src, dst)
+        self._segments: dict[tuple[int, int], list[Segment]] = {
+            (src, dst): find_segments(
+                self.instances[src].model, self.instances[dst].model
+            )
             for src in deployment.of(Role.PREFILL)
             for dst in deployment.of(Role.DECODE)
         }
-
-    def _piece_plan(self, src: int, dst: int) -> PiecePlan:
-        a, b = self.instances[src].model, self.instances[dst].model
-        return piece_plan(a.layout.kv, a.tp, b.layout.kv, b.tp)
+        # Of each step that goes on: what came out of the groups dispatched so far.
+        self._outputs: dict[int, list[Pause]] = {}
 
     # -- before serving -------------------------------------------------------------
 
@@ -142,10 +158,10 @@ class Engine:
                 instance.model.compile_step(shape)
                 if sampled:
                     instance.model.compile_draw(shape.rows)
-        for (src, dst), plan in self._plans.items():
+        for (src, _), parts in self._segments.items():
             for blocks in self.instances[src].buckets.transfer_blocks:
-                self.instances[src].model.compile_gather(blocks, plan)
-                self.instances[dst].model.compile_insert(blocks, plan)
+                for segment in parts:
+                    segment.compile(blocks)
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raises ValueError on a request that would break a step, or its own output."""
@@ -172,6 +188,7 @@ class Engine:
         collection meanwhile, so that no pause for them falls on a token.
         """
         self.totals.clear()
+        self._outputs.clear()
         gc.collect()
         gc.freeze()
         try:
@@ -183,49 +200,71 @@ class Engine:
     # -- work -----------------------------------------------------------------------
 
     def start(self, work: Task) -> Running:
-        """Work to be advanced with `next` whenever the arrays it yielded are ready.
+        """Work to be advanced with `next` whenever the arrays it waits for are ready.
 
-        Raises:
-          ValueError: on a transfer that goes along with a step.
+        Work that goes to one instance is to be started in the order it was submitted.
         """
-        if isinstance(work, Transfer) and work.step:
-            raise ValueError("the engine moves KV after its prompt only; got a stream")
         return self._step(work) if isinstance(work, Step) else self._transfer(work)
 
-    def program_key(self, work: Task) -> str:
-        """Which programs `work` runs: work with equal keys takes equally long."""
+    def part_keys(self, work: Task) -> list[str]:
+        """What each part of `work` runs: parts with equal keys take equally long.
+
+        The parts of a step are its pipeline stages; those of a transfer the layers that
+        go at once.
+        """
         if isinstance(work, Step):
             instance = self.instances[work.instance]
-            return f"tp{instance.model.tp}/{instance.step_shape(work.slices)}"
-        src, dst = self.instances[work.src], self.instances[work.dst]
-        size = src.buckets.transfer_size(len(work.src_blocks))
-        return f"tp{src.model.tp}->tp{dst.model.tp}/transfer_{size}"
+            what = instance.step_shape(work.slices)
+            key, parts = f"{instance.model}/{what}", instance.model.pp
+        else:
+            src, dst = self.instances[work.src], self.instances[work.dst]
+            size = src.buckets.transfer_size(len(work.src_blocks))
+            key = f"{src.model}->{dst.model}/transfer_{size}"
+            parts = len(self._parts(work))
+        if parts == 1:
+            return [key]
+        return [f"{key}/{i + 1}of{parts}" for i in range(parts)]
 
     def transfer_bytes(self, transfer: Transfer) -> int:
         """What `transfer` moves, padding included."""
-        src, dst = self.instances[transfer.src], self.instances[transfer.dst]
+        src = self.instances[transfer.src]
         size = src.buckets.transfer_size(len(transfer.src_blocks))
-        return dst.model.payload_bytes(size, self._plans[transfer.src, transfer.dst])
+        return sum(
+            segment.payload_bytes(size)
+            for segment in self._segments[transfer.src, transfer.dst]
+        )
 
     def _step(self, step: Step) -> Running:
+        """A group is dispatched when the one but one before is done.
+
+        So its devices always have the next one to go on with, and what has to go out
+        between two groups, such as KV that leaves early, need not wait for all.
+        """
         instance, slices = self.instances[step.instance], tuple(step.slices)
         model = instance.model
         shape = instance.step_shape(slices)
         self._count(shape, slices)
         packed = shape.pack(slices, model.memory.block_tokens, model.scratch_block)
-        # The program copies its input to the devices itself: an explicit device_put
-        # before costs 60 us more.
-        with jax.transfer_guard_host_to_device("allow"):
-            tokens, logits = model.step(shape, instance.cache, packed)
+        forward = model.forward(shape, instance.cache, packed)
+        outputs = self._outputs[step.id] = list[Pause]()
+        for _ in model.groups:
+            # The program copies its input to the devices itself: an explicit device_put
+            # before costs 60 us more.
+            with jax.transfer_guard_host_to_device("allow"):
+                group, out = next(forward)
+            outputs.append(Pause(jax.tree.leaves(out), group.ends_stage))
+            if len(outputs) > 1:
+                yield outputs[-2]
+        tokens, logits = outputs[-1].arrays
         if any(part.samples and part.request.sampling.temperature for part in slices):
-            params = model.put(sampling.pack(slices, shape.rows))
-            tokens = model.draw(logits, params)
+            tokens = model.draw(logits, sampling.pack(slices, shape.rows))
         if not model.on_host:
             # The one copy to the host there is. jax counts it as implicit, and the
             # guard of `serving` would refuse it.
             with jax.transfer_guard_device_to_host("allow"):
                 tokens.copy_to_host_async()
-        yield (tokens,)
+        yield Pause((tokens,), ends_part=True)
+        del self._outputs[step.id]
         each = zip(np.asarray(tokens)[: len(slices)].tolist(), slices, strict=True)
         return tuple(token for token, part in each if part.samples), 0
 
@@ -242,23 +281,41 @@ class Engine:
         queue of steps ever waits for the link.
         """
         src, dst = self.instances[transfer.src], self.instances[transfer.dst]
-        plan = self._plans[transfer.src, transfer.dst]
         size = src.buckets.transfer_size(len(transfer.src_blocks))
-        src_ids = src.model.put(_pad(transfer.src_blocks, size, src.model))
-        dst_ids = dst.model.put(_pad(transfer.dst_blocks, size, dst.model))
-        groups = range(len(src.cache))
-        gathered = [src.model.gather(g, src.cache[g], src_ids, plan) for g in groups]
-        yield jax.tree.leaves(gathered)
-        moved = [move(pieces, plan, dst.model.payload_sharding) for pieces in gathered]
-        yield jax.tree.leaves(moved)
-        landed: list[Array] = []
-        for g, pieces in enumerate(moved):
-            dst.cache[g], flag = dst.model.insert(
-                g, dst.cache[g], dst_ids, pieces, plan
-            )
-            landed.append(flag)
-        yield landed
-        return (), sum(array.nbytes for array in jax.tree.leaves(moved))
+        src_ids = _ids(transfer.src_blocks, size, src.model)
+        dst_ids = _ids(transfer.dst_blocks, size, dst.model)
+        size_bytes = 0
+        for segments in self._parts(transfer):
+            yield from self._until_computed(transfer, segments[-1])
+            gathered = [segment.gather(src.cache, src_ids) for segment in segments]
+            yield Pause(jax.tree.leaves(gathered))
+            both = zip(segments, gathered, strict=True)
+            moved = [segment.move(pieces) for segment, pieces in both]
+            yield Pause(jax.tree.leaves(moved))
+            both = zip(segments, moved, strict=True)
+            landed = [
+                segment.insert(dst.cache, dst_ids, pieces) for segment, pieces in both
+            ]
+            yield Pause(landed, ends_part=True)
+            size_bytes += sum(array.nbytes for array in jax.tree.leaves(moved))
+        return (), size_bytes
+
+    def _parts(self, transfer: Transfer) -> list[list[Segment]]:
+        """What goes at once: each segment by itself while they are computed."""
+        segments = self._segments[transfer.src, transfer.dst]
+        return [[segment] for segment in segments] if transfer.step else [segments]
+
+    def _until_computed(self, transfer: Transfer, segment: Segment) -> Iterator[Pause]:
+        """Waits until the step that computes `segment` has got there.
+
+        The last one waits for the end of the step: its KV must not land before.
+        """
+        model = self.instances[transfer.src].model
+        done = model.groups.index(segment.src) + 1
+        while outputs := self._outputs.get(transfer.step):
+            if len(outputs) >= done < len(model.groups):
+                break
+            yield Pause(outputs[-1].arrays)
 
 
 def _check_pools(
@@ -267,7 +324,6 @@ def _check_pools(
     memory: Sequence[KVMemory],
     buckets: Sequence[Buckets],
 ) -> None:
-    deployment.check_one_stage()
     n = len(deployment.instances)
     for name, values in (("memory", memory), ("buckets", buckets)):
         if len(values) != n:
@@ -284,18 +340,19 @@ def _check_pools(
 
 def _meshes(
     deployment: Deployment, devices: Sequence[Any], share_devices: bool
-) -> list[Mesh]:
+) -> list[list[Mesh]]:
+    """For each instance the meshes of its stages."""
     specs = deployment.instances
+    kinds = list(dict.fromkeys(specs)) if share_devices else specs
+    cut = iter(cut_meshes(devices, [s.tp for s in kinds for _ in range(s.pp)]))
+    meshes = [list(itertools.islice(cut, spec.pp)) for spec in kinds]
     if not share_devices:
-        return cut_meshes(devices, [spec.tp for spec in specs])
-    kinds = list(dict.fromkeys(specs))
-    meshes = dict(
-        zip(kinds, cut_meshes(devices, [spec.tp for spec in kinds]), strict=True)
-    )
-    return [meshes[spec] for spec in specs]
+        return meshes
+    return [meshes[kinds.index(spec)] for spec in specs]
 
 
-def _pad(blocks: Sequence[int], size: int, model: ModelOnMesh) -> np.ndarray:
+def _ids(blocks: Sequence[int], size: int, model: PlacedModel) -> dict[Stage, Array]:
+    """`blocks`, padded to `size`, on the mesh of each stage."""
     ids = np.full(size, model.scratch_block, np.int32)
     ids[: len(blocks)] = blocks
-    return ids
+    return {stage: stage.put(ids) for stage in model.stages}

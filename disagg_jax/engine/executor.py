@@ -17,33 +17,50 @@ from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, StepLoad, Task, Transfer
 
+# The time on the timeline of work whose parts took so many seconds; see `Engine`.
+Timing = Callable[[Task, Sequence[float]], Outcome]
 
-def run_alone(engine: Engine, work: Task) -> tuple[float, Result]:
-    """Runs `work` to its end with nothing beside it: (seconds, result)."""
+
+def run_alone(engine: Engine, work: Task) -> tuple[list[float], Result]:
+    """Runs `work` to its end with nothing beside it: (seconds of each part, result)."""
+    parts_s: list[float] = []
     start_s = time.perf_counter()
     running = engine.start(work)
     while True:
         try:
-            arrays = next(running)
+            pause = next(running)
         except StopIteration as stop:
-            return time.perf_counter() - start_s, stop.value
-        jax.block_until_ready(arrays)
+            # What came after the last part's arrays was there belongs to it.
+            parts_s[-1] += time.perf_counter() - start_s
+            return parts_s, stop.value
+        jax.block_until_ready(pause.arrays)
+        if pause.ends_part:
+            end_s = time.perf_counter()
+            parts_s.append(end_s - start_s)
+            start_s = end_s
+
+
+def outcome(work: Task, parts_s: Sequence[float]) -> Outcome:
+    """The `Timing` by which each part takes as long as it took."""
+    if isinstance(work, Transfer):
+        return Outcome(tuple(parts_s))
+    return Outcome((parts_s[0],), later_stages_s=tuple(parts_s[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineExecutor:
     """An `Executor` for the virtual clock: the programs run, one at a time.
 
-    `duration_s(work, measured_s)` says what stands on the timeline: the time just
-    measured, a median taken before, or a model's.
+    `timing` says what stands on the timeline: the time just measured, a median taken
+    before, or a model's.
     """
 
     engine: Engine
-    duration_s: Callable[[Task, float], float]
+    timing: Timing
 
     def run(self, work: Task) -> Outcome:
-        measured_s, (tokens, size) = run_alone(self.engine, work)
-        return Outcome((self.duration_s(work, measured_s),), tokens, size)
+        parts_s, (tokens, size) = run_alone(self.engine, work)
+        return self.timing(work, parts_s)._replace(tokens=tokens, bytes=size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,23 +68,26 @@ class TimingExecutor:
     """An `Executor` that runs nothing: equal timelines, if no token ends a request."""
 
     engine: Engine
-    duration_s: Callable[[Task], float]
+    timing: Timing  # whatever it is given for the times of the parts
 
     def run(self, work: Task) -> Outcome:
         size = self.engine.transfer_bytes(work) if isinstance(work, Transfer) else 0
-        return Outcome((self.duration_s(work),), bytes=size)
+        return self.timing(work, ())._replace(bytes=size)
 
 
-def table_duration(
-    engine: Engine, step_times: Mapping[str, float]
-) -> Callable[[Task, float], float]:
-    """A `duration_s` that looks each program up; see `check_step_times`."""
-    return lambda work, measured_s: step_times[engine.program_key(work)]
+def table_timing(engine: Engine, step_times: Mapping[str, float]) -> Timing:
+    """A `Timing` that looks each part up; see `check_step_times`."""
+    return lambda work, _: outcome(
+        work, [step_times[key] for key in engine.part_keys(work)]
+    )
 
 
-def check_step_times(engine: Engine, step_times: Mapping[str, float]) -> None:
+def check_step_times(
+    engine: Engine, step_times: Mapping[str, float], *, streams: bool = False
+) -> None:
     """Raises ValueError if the table lacks a program that the deployment can need."""
-    needed = {engine.program_key(work) for work in _every_work(engine)}
+    works = _every_work(engine, streams)
+    needed = {key for work in works for key in engine.part_keys(work)}
     if missing := sorted(needed - step_times.keys()):
         raise ValueError(
             f"step times: expected entries for all {len(needed)} programs of "
@@ -80,29 +100,35 @@ def measure_step_times(
     engines: Sequence[Engine],
     repeats: int = 5,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    streams: bool = False,
 ) -> dict[str, float]:
     """Median seconds of every program that the deployments can need, each run alone.
 
     The rounds go over all programs in turn, so that a slow moment of the machine falls
     on different programs in different rounds, and on no system more than on another.
     The pools hold garbage afterwards.
+
+    Args:
+      streams: whether KV leaves in parts while its prompt is computed.
     """
     works = {
-        engine.program_key(work): (engine, work)
+        tuple(engine.part_keys(work)): (engine, work)
         for engine in engines
-        for work in _every_work(engine)
+        for work in _every_work(engine, streams)
     }
     for engine, work in works.values():
         run_alone(engine, work)
-    times: dict[str, list[float]] = {key: [] for key in works}
+    times: dict[str, list[float]] = {key: [] for keys in works for key in keys}
     for i in range(repeats):
         progress(f"timing {len(works)} programs, round {i + 1} of {repeats}")
-        for key, (engine, work) in works.items():
-            times[key].append(run_alone(engine, work)[0])
+        for keys, (engine, work) in works.items():
+            for key, part_s in zip(keys, run_alone(engine, work)[0], strict=True):
+                times[key].append(part_s)
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def _every_work(engine: Engine) -> Iterable[Task]:
+def _every_work(engine: Engine, streams: bool) -> Iterable[Task]:
     for i, instance in enumerate(engine.instances):
         for shape in instance.buckets.step_shapes:
             yield Step.of(0, i, full_slices(shape, instance.model.memory))
@@ -111,7 +137,10 @@ def _every_work(engine: Engine) -> Iterable[Task]:
             for size in engine.instances[src].buckets.transfer_blocks:
                 blocks = tuple(range(size))
                 request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
-                yield Transfer(0, request, src, dst, blocks, blocks, 1)
+                whole = Transfer(0, request, src, dst, blocks, blocks, 1)
+                yield whole
+                if streams:  # of a step that is not going on: its KV is all there
+                    yield whole._replace(step=1)
 
 
 def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:

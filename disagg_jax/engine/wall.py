@@ -10,8 +10,8 @@ import time
 
 import jax
 
-from disagg_jax.engine.engine import Engine, Running
-from disagg_jax.work import Cut, Done, Report, Task, Work
+from disagg_jax.engine.engine import Engine, Pause, Running
+from disagg_jax.work import Cut, Done, Report, StageFree, Step, Task, Work
 
 
 @dataclasses.dataclass(eq=False)
@@ -19,6 +19,8 @@ class _Pending:
     work: Task
     start_s: float
     running: Running
+    pause: Pause | None = None  # that it is in
+    parts: int = 0  # that are over
     dropped: bool = False
 
 
@@ -80,21 +82,25 @@ class WallBackend:
             pending.dropped = True
         self._pending -= lost
 
-    def _advance(self, pending: _Pending) -> list[Done]:
-        """Goes on with work whose arrays are ready; its Done if that was the end."""
+    def _advance(self, pending: _Pending) -> list[Report]:
+        """Goes on with work whose arrays are ready; what there is to tell of it."""
+        was_in, work = pending.pause, pending.work
         try:
-            arrays = next(pending.running)
+            pending.pause = next(pending.running)
         except StopIteration as stop:
             self._pending.remove(pending)
             tokens, size = stop.value
-            work = pending.work.id
-            return [Done(work, pending.start_s, self.now_s(), tokens, size)]
-        self._waiters.submit(self._await, pending, arrays)
-        return []
+            return [Done(work.id, pending.start_s, self.now_s(), tokens, size)]
+        self._waiters.submit(self._await, pending, pending.pause)
+        if was_in is None or not was_in.ends_part:
+            return []
+        pending.parts += 1
+        left_first = isinstance(work, Step) and pending.parts == 1
+        return [StageFree(work.id)] if left_first else []
 
-    def _await(self, pending: _Pending, arrays: object) -> None:
+    def _await(self, pending: _Pending, pause: Pause) -> None:
         try:
-            jax.block_until_ready(arrays)
+            jax.block_until_ready(pause.arrays)
         except BaseException as error:  # whatever it is, the caller's thread gets it
             self._ready.put((pending, error))
         else:

@@ -1,9 +1,10 @@
-"""Placing one set of weights on an instance's mesh."""
+"""Placing one set of weights on the meshes of an instance."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,55 +22,93 @@ Weights: TypeAlias = transformer.Params | Checkpoint
 Slots: TypeAlias = Sequence[int | None]  # the model's head in each; None is a zero head
 
 
-def place_params(
+class Place(NamedTuple):
+    """Where consecutive layers go."""
+
+    layers: range
+    mesh: Mesh
+
+
+def place_groups(
     config: ModelConfig,
     weights: Weights,
     layout: HeadLayout,
-    mesh: Mesh,
+    places: Sequence[Place],
     rules: Rules,
-) -> transformer.Params:
-    """`weights` on `mesh`, sharded by `rules`, their heads laid out by `layout`.
+) -> list[transformer.Params]:
+    """The weights of each group of layers on its mesh, their heads as in `layout`.
+
+    The first group has what embeds and the last what unembeds, which are one array
+    where they are tied.
+
+    Args:
+      places: all layers in order.
 
     Raises:
       ValueError: if a dimension does not divide over its mesh axis.
     """
     slots = {"heads": layout.q, "kv_heads": layout.kv}
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
+    meshes = _meshes(shapes, places)
 
-    def check(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> None:
+    def check(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...], mesh: Mesh) -> None:
         sizes = zip(leaf.shape, axes, strict=True)
         shape = [len(slots.get(axis, range(size))) for size, axis in sizes]
         check_divisible(shape, axes, mesh, rules)
 
-    def place(weight: Array, axes: tuple[str, ...]) -> Array:
+    jax.tree.map(check, shapes, axes, meshes)
+    if isinstance(weights, Checkpoint):
+        weights = weights.restore(restore_shardings(config, slots, meshes, rules))
+
+    def place(mesh: Mesh, weight: Array, axes: tuple[str, ...]) -> Array:
         for name in slots.keys() & set(axes):
             weight = take_heads(weight, slots[name], axes.index(name))
         return jax.device_put(weight, named_sharding(mesh, axes, rules))
 
-    jax.tree.map(check, shapes, axes)
-    if isinstance(weights, Checkpoint):
-        weights = weights.restore(restore_shardings(config, slots, mesh, rules))
-    return jax.tree.map(place, weights, axes)
+    return [
+        jax.tree.map(
+            functools.partial(place, mesh),
+            transformer.part(weights, layers),
+            transformer.part(axes, layers),
+        )
+        for layers, mesh in places
+    ]
+
+
+def _meshes(shapes: transformer.Params, places: Sequence[Place]) -> transformer.Params:
+    """The mesh of every weight, in the shape of `Params`; of a tied one the first."""
+    first, last = places[0].mesh, places[-1].mesh
+    by_name = {"embed": first, "positions": first, "final_norm": last, "unembed": last}
+    layers = [mesh for part, mesh in places for _ in part]
+    prefix = {name: by_name.get(name, layers) for name in shapes}
+    return jax.tree.broadcast(prefix, shapes)
 
 
 def restore_shardings(
-    config: ModelConfig, slots: Mapping[str, Slots], mesh: Mesh, rules: Rules
+    config: ModelConfig,
+    slots: Mapping[str, Slots],
+    meshes: transformer.Params,
+    rules: Rules,
 ) -> transformer.Params:
     """Where each weight is restored to: its place, where its heads are laid out so.
 
     Heads that must first be repeated or padded do not divide over the mesh. Such a
     weight is split along another dimension until then: no device holds all of it.
+
+    Args:
+      meshes: of every weight, in the shape of `Params`.
     """
 
-    def sharding(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]) -> NamedSharding:
+    def sharding(
+        leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...], mesh: Mesh
+    ) -> NamedSharding:
         for i, axis in enumerate(axes):
             if axis in slots and not _are_all(slots[axis], leaf.shape[i]):
                 return _split_elsewhere(leaf.shape, i, mesh, rules[axis])
         return named_sharding(mesh, axes, rules)
 
-    return jax.tree.map(
-        sharding, transformer.param_shapes(config), transformer.param_axes(config)
-    )
+    shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
+    return jax.tree.map(sharding, shapes, axes, meshes)
 
 
 def _split_elsewhere(

@@ -46,10 +46,15 @@ class LinearCost:
     transfer_base_s: float = 0.0  # latency of the link
     transfer_token_s: float = 0.0  # per token of KV moved
     transfer_parts: int = 1  # in which KV goes that leaves while it is computed
+    # Pipeline stages of each instance, on each of which a step takes equally long; ()
+    # is one each.
+    pp: tuple[int, ...] = ()
 
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
         decode_s = self._decode_s(load.decodes, load.context)
-        return (decode_s + self.prefill_token_s * load.prompt_tokens,)
+        step_s = decode_s + self.prefill_token_s * load.prompt_tokens
+        stages = self.pp[instance] if self.pp else 1
+        return (step_s / stages,) * stages
 
     def decoder(self, instance: int) -> Decoder:
         return self._decode_s

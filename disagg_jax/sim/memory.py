@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from disagg_jax.deployment import cut_layers
 from disagg_jax.expect import expect
 from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.sim.protocols import expect_parallelism
@@ -37,8 +38,8 @@ class Partition:
     @property
     def stage_layers(self) -> tuple[int, ...]:
         """Layers of each stage."""
-        whole, more = divmod(self.model.layers, self.pp)
-        return tuple(whole + (stage < more) for stage in range(self.pp))
+        stages = cut_layers(range(self.model.layers), self.pp)
+        return tuple(len(layers) for layers in stages)
 
     @property
     def kv_shards(self) -> int:

@@ -10,13 +10,13 @@ import math
 import jax
 import numpy as np
 
-from disagg_jax.backend import serve
+from disagg_jax.backend import Outcome, serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import EngineExecutor
+from disagg_jax.engine.executor import EngineExecutor, outcome
 from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -89,8 +89,9 @@ POLICIES = {
 }
 
 
-def one_second(work, measured_s) -> float:
-    return 1.0
+def one_second(work, parts_s) -> Outcome:
+    """A `Timing` by which each stage, and all KV together, takes a second."""
+    return outcome(work, [1.0] * len(parts_s))
 
 
 class World:
@@ -164,7 +165,7 @@ def _devices(deployment: Deployment) -> list[jax.Device]:
     taken = []
     for spec in deployment.instances:
         start = 4 if spec.role is Role.DECODE else 0
-        taken += jax.devices()[start : start + spec.tp]
+        taken += jax.devices()[start : start + spec.devices]
     return taken
 
 
@@ -197,16 +198,16 @@ def until_stop(request: Request, tokens: list[int]) -> list[int]:
     return tokens
 
 
-def make_controller(engine: Engine, policies=POLICIES) -> Controller:
+def make_controller(engine: Engine, policies=POLICIES, **options) -> Controller:
     memory = [instance.model.memory for instance in engine.instances]
-    return Controller(engine.deployment, policies, memory)
+    return Controller(engine.deployment, policies, memory, **options)
 
 
-def serve_virtual(engine: Engine, requests, duration_s=one_second, policies=POLICIES):
+def serve_virtual(engine: Engine, requests, timing=one_second, policies=POLICIES):
     """Serves `requests`; checks the accounts; returns the timelines by request id."""
     controller = make_controller(engine, policies)
     with engine.serving():
-        backend = VirtualBackend(EngineExecutor(engine, duration_s))
+        backend = VirtualBackend(EngineExecutor(engine, timing))
         timelines = serve(controller, backend, requests)
     assert_drained(controller)
     return {timeline.request.id: timeline for timeline in timelines}

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
+from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape, StepShape
 from disagg_jax.engine.executor import (
     EngineExecutor,
     check_step_times,
     full_slices,
     measure_step_times,
+    outcome,
     run_alone,
-    table_duration,
+    table_timing,
 )
-from disagg_jax.engine.programs import ModelOnMesh
+from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.transfer import piece_plan
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Step
@@ -85,8 +86,8 @@ def test_a_shape_that_was_not_compiled_is_an_error(world):
     engine = dataclasses.replace(engine.instances[0], buckets=listed)
     step = Step.of(1, 0, full_slices(DecodeShape(3, 16), POOL))
     shape = engine.step_shape(step.slices)
-    with pytest.raises(ValueError, match="DecodeShape.*was compiled before serving"):
-        engine.model.step(shape, engine.cache, engine.model.put(np.zeros(1)))
+    with pytest.raises(ValueError, match="decode_B3_P16: no such program was"):
+        engine.model.step(shape, engine.cache, np.zeros(1))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_step_times_cover_all_that_serving_looks_up(world):
         *(f"tp1->tp1/transfer_{size}" for size in SEVERAL.transfer_blocks),
     }
     runs = [
-        serve_virtual(engine, mixed_requests(world, CONFIG), table_duration(engine, t))
+        serve_virtual(engine, mixed_requests(world, CONFIG), table_timing(engine, t))
         for t in (table, table, {key: 2 * time_s for key, time_s in table.items()})
     ]
     stamps = [[t.token_s for t in run.values()] for run in runs]
@@ -154,9 +155,9 @@ def test_live_durations_are_what_a_step_took(world):
     engine = world.engine("colocated:tp1")
     seen = []
 
-    def live(work, measured_s):
-        seen.append(measured_s)
-        return measured_s
+    def live(work, parts_s):
+        seen.extend(parts_s)
+        return outcome(work, parts_s)
 
     backend = VirtualBackend(EngineExecutor(engine, live))
     (timeline,) = drive(engine, backend, [make_request(0, 4, 5)]).values()
@@ -176,13 +177,14 @@ def test_programs_work_in_place(tp):
     """
     config = make_config("deep pool", layers=1, q_heads=4 * tp, kv_heads=2 * tp)
     pool = KVMemory(num_blocks=16_383, block_tokens=16, max_context=64)
-    model = ModelOnMesh(
+    model = PlacedModel(
         config,
         random_params(config),
-        make_mesh(jax.devices()[:tp]),
+        [make_mesh(jax.devices()[:tp])],
         RULES["decode"],
         pool,
     )
+    (stage,), (group,) = model.stages, model.groups
     heads = model.layout.kv
     front = MixedShape(tokens=16, rows=8, context=4, decodes=4, blocks=64)
     whole = [
@@ -192,16 +194,17 @@ def test_programs_work_in_place(tp):
     for shape in (PrefillShape(64, 4), DecodeShape(4, 64), front, *whole):
         model.compile_step(shape)
     for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
-        model.compile_gather(16, piece_plan(heads, tp, heads, other))
-        model.compile_insert(16, piece_plan(heads, other, heads, tp))
-    assert len(model._programs) == 5 + 4
+        stage.compile_gather(1, 16, piece_plan(heads, tp, heads, other))
+        stage.compile_insert(1, 16, piece_plan(heads, other, heads, tp))
+    programs = group._programs._compiled | stage._programs._compiled
+    assert len(programs) == 5 + 4
     part_bytes = 16_384 * 16 * 2 * config.head_dim * 4  # k, or v; on each device
-    for key, program in model._programs.items():
+    for key, program in programs.items():
         memory = program.memory_analysis()
-        if key[0] != "gather":
+        if isinstance(key, StepShape) or key[0] != "gather":
             assert memory.alias_size_in_bytes >= 2 * part_bytes, key
         # For each 8 floats of k: a score and a weight of 2 query heads, and more.
-        limit = part_bytes if key[0] in whole else part_bytes // 50
+        limit = part_bytes if key in whole else part_bytes // 50
         assert memory.temp_size_in_bytes < limit, (key, memory.temp_size_in_bytes)
 
 

@@ -41,11 +41,6 @@ def test_more_devices_than_there_are(world, deployment, needs):
         make_engine(world, deployment)
 
 
-def test_pipeline_stages_are_refused_and_not_ignored(world):
-    with pytest.raises(ValueError, match="expected pp1, got 'decode:tp1pp2'"):
-        make_engine(world, "prefill:tp1,decode:tp1pp2")
-
-
 @pytest.mark.parametrize(
     "field, size, axis", [("mlp", 66, "mlp"), ("vocab_size", 62, "vocab")]
 )
@@ -58,7 +53,7 @@ def test_a_dimension_that_does_not_divide(world, field, size, axis):
 
 @pytest.mark.parametrize("groups", [0, -1, 3])
 def test_layer_groups_out_of_range(world, groups):
-    message = f"layer_groups: expected 1 to 2 for divided, got {groups}"
+    message = f"layer_groups: expected 1 to 2, .* stages of divided, got {groups}"
     with pytest.raises(ValueError, match=message):
         make_engine(world, "colocated:tp1", layer_groups=groups)
 
@@ -109,6 +104,6 @@ def test_models_are_shared_between_equal_engines_only(world):
     ]
     first, same, grouped, other = (engine.instances[0].model for engine in engines)
     assert first is same
-    assert (first.layer_groups, grouped.layer_groups) == (1, 2)
+    assert (len(first.groups), len(grouped.groups)) == (1, 2)
     assert other.config is MODELS["repeated"]
     assert len(models) == 3

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disagg_jax.engine import programs
+from disagg_jax.engine import layer_group
 from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
+from disagg_jax.engine.executor import outcome
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.request import Status
 from disagg_jax.work import Step, Transfer
@@ -23,6 +24,7 @@ from tests.engine.harness import (
     assert_reference,
     drive,
     make_request,
+    one_second,
     serve_virtual,
     with_middle_token,
 )
@@ -129,10 +131,10 @@ def test_float32_stays_float32(world, shape):
     """Every float of a step is 32 bits wide, and no matmul may round its inputs."""
     instance = world.engine("colocated:tp1").instances[0]
     step = functools.partial(
-        programs._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
+        layer_group._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
     )
     packed = np.zeros(shape.fields.size, np.int32)
-    params, cache = instance.model._params[0], instance.cache[0]
+    params, cache = instance.model.groups[0].params, instance.cache
     jaxpr = jax.make_jaxpr(step)(params, cache, packed)
     floats, matmuls = set(), 0
     for equation in _equations(jaxpr.jaxpr):
@@ -163,11 +165,11 @@ def test_prefill_is_not_paced_by_decode(world):
     requests = [make_request(i, 3, 5) for i in range(8)]
 
     def ttft_s(decode_s):
-        def duration_s(work, measured_s):
+        def timing(work, parts_s):
             decodes = isinstance(work, Step) and work.instance == 1
-            return decode_s if decodes else 1.0
+            return outcome(work, [decode_s if decodes else 1.0])
 
-        timelines = serve_virtual(engine, requests, duration_s)
+        timelines = serve_virtual(engine, requests, timing)
         assert_reference(world, CONFIG, timelines)
         return [timelines[i].token_s[0] for i in range(8)]
 
@@ -195,9 +197,9 @@ def test_the_first_token_comes_from_prefill(world):
     engine = world.engine("prefill:tp1,decode:tp1")
     works = []
 
-    def record(work, measured_s):
+    def record(work, parts_s):
         works.append(work)
-        return 1.0
+        return one_second(work, parts_s)
 
     timelines = serve_virtual(engine, [make_request(0, 5, 3)], record)
     prefill, transfer, first, second = works

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from disagg_jax.engine.weights import place_params, restore_shardings
+from disagg_jax.engine.weights import Place, place_groups, restore_shardings
 from models import checkpoint, transformer
 from models.checkpoint import Checkpoint
 from sharding.heads import head_layout
@@ -40,8 +40,9 @@ def test_every_device_gets_its_shards(world, checkpoints, name):
     config = CONFIGS[name]
     mesh = make_mesh(jax.devices()[4:8])
     layout = head_layout(config.q_heads, config.kv_heads, 4)
+    layers = range(config.layers)
     placed, restored = (
-        place_params(config, weights, layout, mesh, RULE_TABLE)
+        place_groups(config, weights, layout, [Place(layers, mesh)], RULE_TABLE)
         for weights in (world.params(config), checkpoints[name])
     )
 
@@ -60,14 +61,15 @@ def test_no_device_holds_the_whole_while_restoring(name):
     layout = head_layout(config.q_heads, config.kv_heads, 4)
     slots = {"heads": layout.q, "kv_heads": layout.kv}
     mesh = make_mesh(jax.devices()[:4])
-    shardings = restore_shardings(config, slots, mesh, RULE_TABLE)
+    shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
+    meshes = jax.tree.map(lambda _: mesh, shapes)
+    shardings = restore_shardings(config, slots, meshes, RULE_TABLE)
 
     def check(leaf, axes, sharding):
         part = math.prod(sharding.shard_shape(leaf.shape))
         split = {"heads", "kv_heads", "mlp", "vocab"} & set(axes)
         assert part * (4 if split else 1) == leaf.size, axes
 
-    shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
     jax.tree.map(check, shapes, axes, shardings)
 
 

@@ -65,7 +65,6 @@ def test_an_override_reaches_through_mappings_into_a_policy():
         ("workload.arrivals.kind=odd", "expected one of poisson, gamma, fixed"),
         ("systems.vllm.policies.colocated.max_seqs=0", "max_seqs: expected >= 1"),
         ("systems.vllm.deployment=prefill:tp1,decode:tp1", "has prefill instances"),
-        ("systems.vllm.deployment=colocated:tp1pp2", "expected pp1, got 'colocated"),
         ("workload.source=trace", "workload.trace: expected the path of a trace"),
         ("slo.ttft_s=-1", "slo.ttft_s: expected >= 0, got -1.0"),
         ("criterion=best", "expected one of distserve, sarathi_serve, vidur_search"),

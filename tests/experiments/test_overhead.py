@@ -120,10 +120,10 @@ def arguments(program) -> list:
     return [(leaf.shape, leaf.dtype, leaf.donated) for leaf in leaves]
 
 
-def test_a_hollow_model_takes_and_returns_the_same_but_does_no_work():
+def test_a_hollow_group_takes_and_returns_the_same_but_does_no_work():
     rig, shape, requests = overhead._full_batch(SMALL, 2)
-    hollow = rigs.HollowModel.replace(rig)
-    real, stub = (m._lookup((shape, 0)) for m in (hollow.real, hollow))
+    hollow = rigs.HollowGroup.replace(rig)
+    real, stub = (group.program(shape) for group in (hollow.real, hollow))
     assert arguments(stub) == arguments(real)
     assert stub.out_tree == real.out_tree
     assert stub.cost_analysis().get("flops", 0) == 0 < real.cost_analysis()["flops"]
@@ -158,14 +158,12 @@ def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
         lambda: run_alone(rig.engine, transfer),
         rigs.plain_device_put(rig, ids),
     ):
-        shape, sharding = src.cache[0][0][0].shape, src.model.kv_sharding
+        shape, sharding = src.cache[0][0].shape, src.model.stages[0].kv_sharding
         sent = rng.normal(size=(2, *shape)).astype(np.float32)  # k, v of the one layer
-        src.cache[0] = [
-            (jax.device_put(sent[0], sharding), jax.device_put(sent[1], sharding))
-        ]
+        src.cache[0] = tuple(jax.device_put(part, sharding) for part in sent)
         run()
-        for part, want in zip(dst.cache[0][0], sent, strict=True):
-            assert part.sharding == dst.model.kv_sharding
+        for part, want in zip(dst.cache[0], sent, strict=True):
+            assert part.sharding == dst.model.stages[0].kv_sharding
             np.testing.assert_array_equal(np.asarray(part)[:4], want[:4])
 
 

@@ -1,0 +1,188 @@
+"""Layer groups: consecutive layers of a model, each group a program of its own.
+
+Everything is lowered and compiled ahead of time for a listed shape; serving only looks
+programs up, so it cannot compile.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from disagg_jax.engine import kv_cache, sampling
+from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
+from disagg_jax.engine.compiled import Compiled, Programs
+from disagg_jax.engine.stage import Stage
+from models import transformer
+from models.config import ModelConfig
+
+
+class LayerGroup:
+    """Consecutive layers on the mesh of a stage: their weights and programs.
+
+    Args:
+      stage: where it is.
+      layers: which of the model's; the group with layer 0 embeds, and the one with the
+        last layer unembeds.
+      params: their weights on the stage's mesh, as `weights.place_groups` makes them.
+
+    Attributes:
+      ends_stage: whether the next group, if any, is on another mesh.
+    """
+
+    def __init__(self, stage: Stage, layers: range, params: transformer.Params):
+        self.stage, self.layers = stage, layers
+        self.is_first = layers.start == 0
+        self.is_last = layers.stop == stage.config.layers
+        self.ends_stage = layers.stop == stage.layers.stop
+        # What programs take: flattening nested dicts took 8 us of every step.
+        self._weights, self._tree = jax.tree.flatten(params)
+        self._programs = Programs()
+
+    @property
+    def params(self) -> transformer.Params:
+        """Its weights on the stage's mesh."""
+        return jax.tree.unflatten(self._tree, self._weights)
+
+    def program(self, shape: StepShape) -> Compiled:
+        """Its part of the step of `shape`; see `step`.
+
+        Raises:
+          ValueError: if it was not compiled.
+        """
+        return self._programs[shape]
+
+    def compile_step(self, shape: StepShape) -> None:
+        """Compiles its part of the step of `shape`, unless that was done before."""
+        self._programs.compile(shape, self._step_program, shape)
+
+    def step(
+        self,
+        shape: StepShape,
+        cache: kv_cache.Cache,
+        packed: np.ndarray | Array,
+        *x_TE: Array,
+    ) -> tuple[kv_cache.Cache, Any]:
+        """Runs its part of one step.
+
+        Args:
+          cache: of its layers; donated.
+          x_TE: the residual stream before its layers, for all but the first group.
+
+        Returns:
+          The cache, and `[T, E]` the residual stream after its layers; of the last
+          group `[rows] int32` likeliest next tokens and `[rows, V]` logits.
+
+        Raises:
+          ValueError: if the step of `shape` was not compiled.
+        """
+        return self.program(shape)(self._weights, cache, packed, *x_TE)
+
+    def compile_draw(self, rows: int) -> None:
+        """Compiles the draw for steps of `rows` rows, unless that was done before."""
+        self._programs.compile(("draw", rows), self._draw_program, rows)
+
+    def draw(self, logits: Array, packed: np.ndarray) -> Array:
+        """Next tokens by each row's sampling parameters; see `sampling.draw`.
+
+        A program of its own, so that greedy steps pay nothing for it.
+        """
+        program = self._programs["draw", logits.shape[0]]
+        return program(logits, self.stage.put(packed))
+
+    def _draw_program(self, rows: int) -> Compiled:
+        vocab = self.stage.config.vocab_size
+        logits = self.stage.spec((rows, vocab), jnp.float32)
+        packed = self.stage.spec((sampling.PARAMETERS, rows), jnp.int32)
+        return jax.jit(sampling.draw).lower(logits, packed).compile()
+
+    def _step_program(self, shape: StepShape) -> Compiled:
+        stage, config, tree = self.stage, self.stage.config, self._tree
+        packed = stage.spec((shape.fields.size,), jnp.int32)
+        x_spec = stage.spec((shape.width, config.embed), config.dtype)
+        x = [] if self.is_first else [x_spec]
+        run_group = functools.partial(
+            _run_group,
+            config,
+            stage.memory.block_tokens,
+            shape,
+            is_last=self.is_last,
+        )
+
+        def run(weights: list[Array], *inputs: Any) -> tuple[kv_cache.Cache, Any]:
+            return run_group(jax.tree.unflatten(tree, weights), *inputs)
+
+        shardings = [weight.sharding for weight in self._weights]
+        step_inputs = (stage.replicated,) * (1 + len(x))
+        program = jax.jit(
+            run,
+            donate_argnums=1,
+            in_shardings=(shardings, stage.kv_sharding, *step_inputs),
+            out_shardings=(stage.kv_sharding, stage.replicated),
+        )
+        cache = stage.cache_spec(len(self.layers))
+        return program.lower(self._weights, cache, packed, *x).compile()
+
+
+def _run_group(
+    config: ModelConfig,
+    block_tokens: int,
+    shape: StepShape,
+    params: transformer.Params,
+    cache: kv_cache.Cache,
+    packed: Array,
+    *x_TE: Array,
+    is_last: bool,
+) -> tuple[kv_cache.Cache, Any]:
+    """One layer group of a step. Without an `x_TE` it embeds the tokens.
+
+    Returns:
+      The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
+    """
+    inputs = shape.fields.split(packed)
+    position = inputs["position"]
+    x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
+    attend = _attend(shape, inputs, cache[0][0].shape[0], block_tokens)
+    x, cache = transformer.run_layers(
+        config, params["layers"], x, position, attend, cache
+    )
+    if not is_last:
+        return cache, x
+    if "last" in inputs:
+        x = x[inputs["last"]]
+    logits_RV = transformer.unembed(config, params, x)
+    return cache, (jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), logits_RV)
+
+
+def _attend(
+    shape: StepShape, inputs: dict[str, Array], pool_blocks: int, block_tokens: int
+) -> transformer.Attend[kv_cache.Cache]:
+    """The attention of a step of `shape`.
+
+    Args:
+      pool_blocks: blocks of the pool, the scratch block included.
+    """
+    if isinstance(shape, PrefillShape):
+        return kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
+    owner, start = inputs["owner"], inputs["start"]
+    if shape.blocks == pool_blocks - 1:
+        # The whole pool is read with its scratch block, which nobody owns: XLA copies
+        # a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 whole.
+        owner, start = jnp.append(owner, -1), jnp.append(start, 0)
+    position, slot = inputs["position"], inputs["slot"]
+    if isinstance(shape, DecodeShape):
+        return kv_cache.decode_attend(position, slot, owner, start, block_tokens)
+    chunks = kv_cache.ChunkContext(
+        inputs["row"],
+        inputs["chunk_block"],
+        inputs["chunk_owner"],
+        inputs["chunk_start"],
+    )
+    return kv_cache.mixed_attend(
+        position, slot, chunks, owner, start, block_tokens, shape.decodes
+    )

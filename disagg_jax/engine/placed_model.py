@@ -1,0 +1,153 @@
+"""One copy of the weights on the devices of an instance: stages and layer groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from disagg_jax.deployment import KVMemory, cut_layers
+from disagg_jax.engine import kv_cache
+from disagg_jax.engine.batch import StepShape
+from disagg_jax.engine.layer_group import LayerGroup
+from disagg_jax.engine.stage import Stage
+from disagg_jax.engine.weights import Place, Weights, place_groups
+from models.config import ModelConfig
+from sharding.rules import Rules
+
+
+class PlacedModel:
+    """A model cut into layer groups, each on the mesh of one of the pipeline stages.
+
+    A forward pass is a sequence of layer groups, each a program of its own with its own
+    part of the cache. One group is the ordinary case. Groups on different meshes are
+    pipeline stages, and several groups on one mesh let KV leave while later layers
+    compute. Programs hold no requests and no cache: several pools may use them.
+
+    Args:
+      meshes: of the stages, in order; equally many devices each.
+      layer_groups: of each stage.
+
+    Attributes:
+      tp: devices of a stage.
+      groups: the layer groups in order.
+      on_host: whether its arrays are in the host's memory already.
+
+    Raises:
+      ValueError: if there are too few layers, or a dimension does not divide.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Weights,
+        meshes: Sequence[Mesh],
+        rules: Rules,
+        memory: KVMemory,
+        layer_groups: int = 1,
+    ):
+        self.config, self.memory = config, memory
+        self.tp: int = meshes[0].devices.size
+        self.on_host: bool = meshes[0].devices.flat[0].platform == "cpu"
+        cut = _cut_layers(config, len(meshes), layer_groups)
+        self.stages = [
+            Stage(config, range(groups[0].start, groups[-1].stop), mesh, rules, memory)
+            for groups, mesh in zip(cut, meshes, strict=True)
+        ]
+        # Equal on all stages.
+        self.layout = self.stages[0].layout
+        self.scratch_block = self.stages[0].scratch_block
+        places = [
+            Place(layers, stage.mesh)
+            for groups, stage in zip(cut, self.stages, strict=True)
+            for layers in groups
+        ]
+        weights = place_groups(config, params, self.layout, places, rules)
+        of_mesh = {stage.mesh: stage for stage in self.stages}
+        self.groups = [
+            LayerGroup(of_mesh[place.mesh], place.layers, part)
+            for place, part in zip(places, weights, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        """How it is spread, as in a deployment's text."""
+        return f"tp{self.tp}pp{self.pp}" if self.pp > 1 else f"tp{self.tp}"
+
+    @property
+    def pp(self) -> int:
+        """Pipeline stages."""
+        return len(self.stages)
+
+    def new_cache(self) -> kv_cache.Cache:
+        """An empty pool: the cache of every layer, on its stage."""
+        return [layer for stage in self.stages for layer in stage.new_cache()]
+
+    def compile_step(self, shape: StepShape) -> None:
+        """Compiles the step of `shape`, unless that was done before."""
+        for group in self.groups:
+            group.compile_step(shape)
+
+    def compile_draw(self, rows: int) -> None:
+        """Compiles the draw for steps of `rows` rows, unless that was done before."""
+        self.groups[-1].compile_draw(rows)
+
+    def draw(self, logits: Array, packed: np.ndarray) -> Array:
+        """Next tokens by each row's sampling parameters; see `sampling.draw`."""
+        return self.groups[-1].draw(logits, packed)
+
+    def forward(
+        self, shape: StepShape, cache: kv_cache.Cache, packed: np.ndarray | Array
+    ) -> Iterator[tuple[LayerGroup, Any]]:
+        """Dispatches one step, a layer group each time it is advanced.
+
+        The cache of the group's layers is donated, and replaced in the list by the
+        updated one.
+
+        Yields:
+          A group and what came out of it, see `LayerGroup.step`.
+
+        Raises:
+          ValueError: if the step of `shape` was not compiled.
+        """
+        x: tuple[Array, ...] = ()
+        for group in self.groups:
+            if x and group.layers.start == group.stage.layers.start:
+                x = (group.stage.put(*x),)
+            part = slice(group.layers.start, group.layers.stop)
+            cache[part], out = group.step(shape, cache[part], packed, *x)
+            x = (out,)
+            yield group, out
+
+    def step(
+        self, shape: StepShape, cache: kv_cache.Cache, packed: np.ndarray | Array
+    ) -> tuple[Array, Array]:
+        """All of `forward`; (`[rows] int32` likeliest next token, `[rows, V]` logits).
+
+        Raises:
+          ValueError: if the step of `shape` was not compiled.
+        """
+        *_, (_, out) = self.forward(shape, cache, packed)
+        return out
+
+
+def _cut_layers(config: ModelConfig, pp: int, layer_groups: int) -> list[list[range]]:
+    """For each stage its layer groups; both as even as can be.
+
+    Raises:
+      ValueError: if a stage, or a group, would have no layer.
+    """
+    layers = config.layers
+    if pp > layers:
+        raise ValueError(
+            f"pp: expected at most {layers}, the layers of {config.name}, got {pp}"
+        )
+    most = layers // pp  # of the smallest stage
+    if not 1 <= layer_groups <= most:
+        raise ValueError(
+            f"layer_groups: expected 1 to {most}, the layers of the smallest of {pp} "
+            f"stages of {config.name}, got {layer_groups}"
+        )
+    return [cut_layers(stage, layer_groups) for stage in cut_layers(range(layers), pp)]
