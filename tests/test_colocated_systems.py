@@ -106,6 +106,14 @@ SITUATIONS = {
             "splitfuse": ({}, [1]),
         },
     ),
+    "who makes room frees the block that a prompt would need too": (
+        {"running": {0: 5, 1: 8}, "waiting": {2: 3}, "free": 0, "out": 9},
+        {
+            "vllm": ({0: 1}, [1]),
+            "sarathi_serve": ({0: 1}, [1]),
+            "splitfuse": {1: 1},
+        },
+    ),
     "a prompt that was begun came last": (
         {"running": {0: 5}, "partial": {1: (9, 8)}, "free": 0, "out": 9},
         {"sarathi_serve": ({0: 1}, [1]), "splitfuse": ({}, [0])},
