@@ -11,7 +11,9 @@ from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.work import Arrived
 from tests.instances import ROWS, case, make_instance, planned
+from tests.serving import Run, make_controller, with_prompt
 
 # Steps of 8 tokens, blocks of 4, at most 4 requests.
 POLICIES = {
@@ -104,6 +106,14 @@ SITUATIONS = {
             "splitfuse": ({}, [1]),
         },
     ),
+    "who makes room frees the block that a prompt would need too": (
+        {"running": {0: 5, 1: 8}, "waiting": {2: 3}, "free": 0, "out": 9},
+        {
+            "vllm": ({0: 1}, [1]),
+            "sarathi_serve": ({0: 1}, [1]),
+            "splitfuse": {1: 1},
+        },
+    ),
     "a prompt that was begun came last": (
         {"running": {0: 5}, "partial": {1: (9, 8)}, "free": 0, "out": 9},
         {"sarathi_serve": ({0: 1}, [1]), "splitfuse": ({}, [0])},
@@ -181,6 +191,23 @@ def test_only_splitfuse_sends_its_victim_to_the_back():
     plans = {name: p.plan(make_instance(**full)) for name, p in POLICIES.items()}
     backs = {name for name, plan in plans.items() if plan.preempt and plan.to_back}
     assert backs == {"splitfuse"}
+
+
+@pytest.mark.parametrize(
+    ("system", "queue"),
+    [("vllm", [1, 2]), ("sarathi_serve", [1, 2]), ("splitfuse", [2, 1])],
+)
+def test_where_a_victim_queues(system, queue):
+    # Prompts 0 and 1 fill the 2 blocks and the step, 2 waits. To go on, 0 needs the
+    # block of 1.
+    policies = {Role.COLOCATED: POLICIES[system]}
+    controller = make_controller(blocks=2, policies=policies)
+    run = Run(controller)
+    run.turn(*(Arrived(with_prompt(i, prompt=4, out=4)) for i in range(3)))
+    run.turn()
+    (instance,) = controller.instances
+    assert [s.id for s in instance.stepping] == [0]
+    assert [s.id for s in instance.waiting] == queue
 
 
 @pytest.mark.parametrize(

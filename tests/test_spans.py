@@ -2,15 +2,19 @@
 
 import dataclasses
 
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from disagg_jax.backend import serve
+from disagg_jax.deployment import KVMemory, Role
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.sim.cost import CostExecutor
+from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.work import Cut, Progress, Step
-from tests.serving import assert_all_free
-from tests.test_controller_properties import Case, cases
+from tests.serving import assert_all_free, make_request
+from tests.test_controller_properties import Case, cases, deploy
 
 
 class Watch:
@@ -68,3 +72,29 @@ def test_a_run_with_spans_is_the_run_without(case: Case):
     assert with_spans == without
     event(f"spans: {watch.spans > 0}")
     event(f"cuts: {watch.cuts > 0}")
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_span_ends_before_it_needs_blocks_that_kv_on_its_way_in_has_taken(streams):
+    # Decode has 5 blocks of 4 tokens. From 11 on request 0 decodes alone in 2 of them,
+    # all 12 iterations at once. Before 13 the KV of request 1 reserves the other 3 and
+    # is there at 22.5; after 15 request 0 needs a third and is preempted.
+    case = Case(
+        deployment=deploy(prefill=1, decode=1, colocated=0),
+        policies={Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
+        memory=[
+            KVMemory(num_blocks=n, block_tokens=4, max_context=100) for n in (9, 5)
+        ],
+        cost=LinearCost(step_base_s=1.0, transfer_base_s=10.0),
+        requests=[
+            make_request(0, prompt=4, out=13),
+            make_request(1, 11.5, prompt=11, out=2),
+        ],
+        interventions=[],
+        streams=streams,
+    )
+    with_spans, watch = run(case, spans=True)
+    without, _ = run(case, spans=False)
+    assert with_spans == without
+    assert [timeline["preemptions"] for timeline in with_spans] == [1, 0]
+    assert watch.cuts == 1

@@ -57,12 +57,14 @@ class SarathiServe:
                 tokens = min(request.known - request.context, left)
                 chunks.append(Chunk(request, tokens, request.known))
                 left -= tokens
-        if not plan.preempt:  # who made room is before all that wait
-            chunks += self._admit(instance, left)
-        return plan._replace(chunks=chunks)
+        return plan._replace(chunks=chunks + self._admit(instance, left))
 
     def _admit(self, instance: InstanceView, left: int) -> list[Chunk]:
-        """Chunks of waiting prompts, `left` tokens in all."""
+        """Chunks of waiting prompts, `left` tokens in all.
+
+        None where the decodes take more blocks than are free: who makes room for them
+        is before all that wait, even if that frees more than they take.
+        """
         chunks: list[Chunk] = []
         taken = instance.growth  # blocks that are promised already
         for request in instance.waiting:

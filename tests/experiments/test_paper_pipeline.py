@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 
 import pytest
 
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.sim.cost import LinearCost
 from disagg_jax.work import Slice, Step, StepLoad
 from experiments.figures import pipeline
+from experiments.figures.figure import Lab
 from experiments.figures.pipeline import Bubbles
+from experiments.figures.varied_cost import VariedCost
 from tests.serving import make_request
 
 
@@ -79,16 +83,84 @@ def test_lengths_are_zipf_and_the_ratio_is_kept():
     assert all(9 < r.prompt_tokens / r.max_tokens < 11 for r in requests)
 
 
-def test_chunks_leave_fewer_bubbles_and_end_sooner():
-    runs = {
-        name: pipeline.run_pipeline(
+def sarathi_and_orca(**fields):
+    return [
+        pipeline.run_pipeline(
             pipeline.PipelinePoint(
-                simulated=pipeline.build(*system), num_requests=120, seed=0
+                simulated=pipeline.build(*pipeline._systems()[name]),
+                num_requests=120,
+                seed=0,
+                **fields,
             )
         )
-        for name, system in pipeline._systems().items()
-        if name != pipeline._TP_ONLY
-    }
-    sarathi, orca = runs.values()
+        for name in (pipeline._SARATHI, pipeline._ORCA)
+    ]
+
+
+def test_chunks_leave_fewer_bubbles_and_end_sooner():
+    sarathi, orca = sarathi_and_orca()
     assert sarathi.ends_s[-1] < orca.ends_s[-1]
     assert 2 * sarathi.bubbles_s[60] < orca.bubbles_s[60]
+
+
+def test_chunks_leave_fewer_bubbles_only_where_their_steps_take_equally_long():
+    even, varied = (
+        [run.bubbles_s[60] for run in sarathi_and_orca(deviation=deviation)]
+        for deviation in (0.0, 0.2)
+    )
+    assert varied[0] > 2 * even[0]
+    assert varied[1] / varied[0] < even[1] / even[0]
+
+
+def test_every_deviation_has_a_row_with_runs_of_its_own():
+    claims = pipeline.make(Lab(num_requests=30, seeds=1, workers=1)).claims
+    rows = {c.claim.split(":")[0]: c.ours for c in claims if "vary" in c.claim}
+    assert list(rows) == [f"Step times vary by {n} %" for n in (10, 15, 20)]
+    assert len(set(rows.values())) == 3
+
+
+LOADS = [StepLoad(((0, 256),), n, 100 * n) for n in range(1000)]
+
+
+def varied_s(deviation, seed=0):
+    cost = VariedCost(
+        cost=Given([(1.0, 2.0)] * len(LOADS)), deviation=deviation, seed=seed
+    )
+    return [cost.stages_s(0, load) for load in LOADS]
+
+
+def test_no_deviation_changes_nothing():
+    assert varied_s(0.0) == [(1.0, 2.0)] * len(LOADS)
+
+
+def test_step_times_vary_by_the_deviation_on_all_stages_alike():
+    stages_s = varied_s(0.1)
+    assert all(second == 2 * first for first, second in stages_s)
+    factors = [first for first, _ in stages_s]
+    # Standard errors of 1000: 0.1 / sqrt(1000) = .003 of the mean, .002 of the other.
+    assert statistics.mean(factors) == pytest.approx(1.0, abs=0.01)
+    assert statistics.stdev(factors) == pytest.approx(0.1, abs=0.007)
+
+
+def test_a_load_takes_equally_long_at_equal_seeds_whatever_came_before():
+    assert varied_s(0.1) == varied_s(0.1)
+    assert varied_s(0.1, seed=1) != varied_s(0.1)
+    first, second = (
+        VariedCost(cost=LinearCost(step_base_s=1.0), deviation=0.1, seed=0)
+        for _ in range(2)
+    )
+    forward = [first.stages_s(0, load) for load in LOADS]
+    backward = [second.stages_s(1, load) for load in reversed(LOADS)]
+    assert forward == backward[::-1]
+
+
+def test_decodes_alone_vary_in_the_same_way():
+    cost = VariedCost(cost=LinearCost(step_base_s=1.0), deviation=0.1, seed=0)
+    (step_s,) = cost.stages_s(0, StepLoad((), 3, 70))
+    assert cost.decoder(0)(3, 70) == step_s != 1.0
+
+
+def test_no_step_takes_less_than_no_time():
+    assert min(first for first, _ in varied_s(2.0)) == 0.0
+    with pytest.raises(ValueError, match="deviation: expected >= 0, got -0.1"):
+        varied_s(-0.1)

@@ -11,6 +11,8 @@ import pytest
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Status
+from disagg_jax.sim.link import get_link
+from disagg_jax.sim.model_shape import get_model_shape
 from experiments import simulate
 from experiments.simulations import SIMULATIONS, get_simulation, trace_requests
 
@@ -85,6 +87,17 @@ def test_a_row_for_each_request_with_floats_in_full(tmp_path):
     stages = [float(rows[0][name]) for name in simulate.STAGES]
     e2e_s = float(rows[0]["ttft_s"]) + 64 * float(rows[0]["tpot_s"])
     assert math.isclose(sum(stages), e2e_s, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [0, 1, 4])
+def test_of_streamed_groups_only_the_last_is_seen(groups, tmp_path):
+    done = command(tmp_path, config="opt13b_a100", streamed_groups=groups)
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out" / "requests.csv").open() as file:
+        first, _ = csv.DictReader(file)  # 512 prompt tokens
+    size = 512 * get_model_shape("opt-13b").kv_bytes_per_token
+    seen_s = get_link("nvlink-a100").transfer_s(size / max(1, groups))
+    assert math.isclose(float(first["transfer_s"]), seen_s, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
@@ -15,13 +16,14 @@ from disagg_jax.work import Transfer
 from tests.serving import make_request
 
 PAIR = Deployment.parse("prefill:tp1,decode:tp1")
+POLICIES = SYSTEMS["disaggregated"]
 
 
-def simulated(deployment=PAIR, *, streams=True, blocks=100, **cost):
+def simulated(deployment=PAIR, *, streams=True, blocks=100, policies=POLICIES, **cost):
     memory = KVMemory(num_blocks=blocks, block_tokens=4, max_context=100)
     return SimulatedDeployment(
         deployment=deployment,
-        policies=SYSTEMS["disaggregated"],
+        policies=policies,
         memory=(memory,) * len(deployment.instances),
         cost=LinearCost(**{"step_base_s": 0.0, **cost}),
         streams=streams,
@@ -103,6 +105,39 @@ def test_without_room_at_the_decode_side_the_kv_waits():
     assert first.transfer_end_s == 4.0 + 0.5
     assert second.token_s[0] == 8.0
     assert second.transfer_start_s == first.end_s == 12.5
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [DecodeOnly(max_seqs=1), DecodeOnly(watermark=1.0)],
+    ids=["max_seqs", "watermark"],
+)
+def test_a_stream_waits_for_the_decode_policy_as_a_pull_does(decode):
+    # Blocks are free, but the policy takes no second request beside the first.
+    policies = {**POLICIES, Role.DECODE: decode}
+    cost = {"transfer_token_s": 0.5, "transfer_parts": 4, **STEPS}
+    run = simulated(policies=policies, **cost).run(
+        [make_request(0, prompt=4, out=9), make_request(1, 1.0, prompt=4, out=2)]
+    )
+    first, second = run.timelines
+    assert first.transfer_end_s == 4.0 + 0.5
+    assert second.token_s[0] == 8.0
+    assert second.transfer_start_s == first.end_s == 12.5
+
+
+def test_a_stream_does_not_overtake_kv_that_waits_to_be_pulled():
+    # 6 blocks of 4: the first request needs 2 and later 3, the second, prefilled at 5,
+    # needs 5. The third, computed from 5 to 5.75, needs one, but it is not its turn.
+    run = simulated(blocks=6, prefill_token_s=0.25, decode_token_s=1.0).run(
+        [
+            make_request(0, prompt=4, out=9),
+            make_request(1, 0.5, prompt=16, out=2),
+            make_request(2, 2.0, prompt=3, out=2),
+        ]
+    )
+    first, second, third = run.timelines
+    assert (second.token_s[0], third.token_s[0]) == (5.0, 5.75)
+    assert second.transfer_start_s == third.transfer_start_s == first.end_s == 9.0
 
 
 def test_a_request_of_one_token_sends_nothing():
