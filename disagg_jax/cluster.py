@@ -120,6 +120,16 @@ class Cluster:
             holder.blocks.release(state.id)
         state.settled_context, state.settled_place = 0, Place.ENDED
         state.holder = state.target = None
+        state.sent = state.landing = 0
+
+    def let_go(self, state: RequestState) -> None:
+        """Removes a request that is in no step, once KV that leaves has landed."""
+        if not state.landing:
+            self.remove(state)
+            return
+        if state.place is Place.PARTIAL:
+            del _some(state.holder).partly[state.id]
+        state.settled_place = Place.MOVING
 
     def _take_out(self, state: RequestState) -> None:
         """Takes a request that does not decode out of its container."""
@@ -224,6 +234,7 @@ class Cluster:
             state.settled_place = Place.PARKED
             _some(state.holder).parked[state.id] = state
         state.target = None
+        state.sent = state.landing = 0
 
     def start_transfer(self, work_id: int, state: RequestState) -> Transfer:
         """Reserves blocks at the target; the source keeps its own until it is over."""
@@ -231,7 +242,9 @@ class Cluster:
         del src.parked[state.id]
         dst.pulls.remove(state)
         state.settled_place = Place.MOVING
-        return self._transfer(work_id, state, state.context)
+        self._reserve(dst, state, state.context)
+        blocks = src.memory.blocks_for(state.context)
+        return self._transfer(work_id, state, state.context, blocks)
 
     def stream_target(self, state: RequestState) -> InstanceState | None:
         """Where the KV of a prompt can go while it is computed; None if nowhere now.
@@ -245,29 +258,50 @@ class Cluster:
         missing = target.blocks.missing(state.id, state.known + 1)
         return target if missing <= target.blocks.free else None
 
-    def start_stream(
-        self, work_id: int, state: RequestState, target: InstanceState, step: int
-    ) -> Transfer:
-        """Reserves blocks at `target` for a prompt whose last part is in `step`."""
+    def begin_stream(self, state: RequestState, target: InstanceState) -> None:
+        """Reserves blocks at `target` for a prompt that is being computed."""
         state.target = target
-        return self._transfer(work_id, state, state.known, step)
+        self._reserve(target, state, state.known)
 
-    def _transfer(
-        self, work_id: int, state: RequestState, context: int, step: int = 0
+    def to_send(self, state: RequestState, end: int) -> int:
+        """Blocks that can leave when tokens up to `end` have KV, and have not left.
+
+        One that is not full yet is full later, but for the last.
+        """
+        memory = _some(state.holder).memory
+        last = end == state.known
+        full = memory.blocks_for(end) if last else end // memory.block_tokens
+        return full - state.sent
+
+    def start_stream(
+        self, work_id: int, state: RequestState, end: int, step: int
     ) -> Transfer:
-        """A transfer of `context` tokens to blocks that have room for one more."""
-        src, dst = _some(state.holder), _some(state.target)
+        """Sends the blocks that are there when `step` has computed tokens to `end`."""
+        return self._transfer(work_id, state, end, self.to_send(state, end), step)
+
+    def _reserve(self, dst: InstanceState, state: RequestState, context: int) -> None:
+        """Gives a request that is to arrive room for a token more than its context."""
         dst.blocks.extend(state.id, context + 1)
         dst.arriving[state.id] = state
-        blocks = src.memory.blocks_for(context)
+
+    def _transfer(
+        self, work_id: int, state: RequestState, end: int, blocks: int, step: int = 0
+    ) -> Transfer:
+        """A transfer of the next `blocks` blocks; tokens up to `end` have KV."""
+        src, dst = _some(state.holder), _some(state.target)
+        first = state.sent
+        state.sent += blocks
+        state.landing += 1
+        start = first * src.memory.block_tokens
         return Transfer(
             id=work_id,
             request=state.request,
             src=src.id,
             dst=dst.id,
-            src_blocks=OnRead(_first_blocks, src, state, blocks),
-            dst_blocks=OnRead(_first_blocks, dst, state, blocks),
-            context=context,
+            src_blocks=OnRead(_blocks, src, state, first, state.sent),
+            dst_blocks=OnRead(_blocks, dst, state, first, state.sent),
+            context=min(end - start, blocks * src.memory.block_tokens),
+            start=start,
             step=step,
         )
 
@@ -280,7 +314,7 @@ class Cluster:
         src, dst = _some(state.holder), _some(state.target)
         src.blocks.release(state.id)
         del dst.arriving[state.id]
-        state.holder, state.target = dst, None
+        state.holder, state.target, state.sent = dst, None, 0
         dst.ready.join(state)
 
     def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
@@ -320,10 +354,10 @@ def _slices(
     ]
 
 
-def _first_blocks(
-    instance: InstanceState, state: RequestState, count: int
+def _blocks(
+    instance: InstanceState, state: RequestState, first: int, end: int
 ) -> tuple[int, ...]:
-    return instance.blocks.table(state.id)[:count]
+    return instance.blocks.table(state.id)[first:end]
 
 
 def _check_chunk(state: RequestState, chunk: Chunk) -> None:

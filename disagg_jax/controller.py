@@ -55,8 +55,8 @@ class Controller:
       memory: KV memory of each instance, in the deployment's order.
       prefill_router: picks where an arrival goes: a prefill or colocated instance.
       decode_router: picks the decode instance that pulls a prefilled request.
-      streams: have the KV of a prompt leave layer group by layer group while it is
-        computed, where the decode side has room then.
+      streams: have KV leave while the rest of its prompt is computed, chunk by chunk
+        and layer group by layer group, where the decode side has room then.
       spans: plan as many decode iterations at once as nothing can change the plan for.
         The results are the same and come faster, but need a backend that simulates.
 
@@ -166,7 +166,7 @@ class Controller:
         if flight is None:
             raise RuntimeError(f"work {event.work} is done but was not in flight")
         if isinstance(flight, TransferInFlight):
-            self._transfer_done(flight.state, event)
+            self._transfer_done(flight, event)
         else:
             self._step_done(flight, event)
 
@@ -184,10 +184,10 @@ class Controller:
         for state in flight.prompts:
             complete = state.complete
             token = next(tokens, None) if complete else None
-            if state.target is not None:
+            if complete and state.target is not None:
                 self._stream_on(state, token, end_s)
             elif not state.active:  # cancelled meanwhile
-                self._cluster.remove(state)
+                self._cluster.let_go(state)
             elif not complete:
                 self._cluster.set_aside(state)
             elif self._first_token(state, token, end_s):
@@ -271,11 +271,14 @@ class Controller:
             raise RuntimeError(f"work {work} makes progress but is no span in flight")
         self._spans.progress(flight, now_s, ends_s)
 
-    def _transfer_done(self, state: RequestState, event: Done) -> None:
-        if state.place is not Place.MOVING:
+    def _transfer_done(self, flight: TransferInFlight, event: Done) -> None:
+        state, timeline = flight.state, flight.state.timeline
+        if flight.work.step in self._in_flight:
             raise RuntimeError(f"request {state.id}: KV landed before it was computed")
-        timeline = state.timeline
         timeline.transfer_bytes += event.bytes
+        state.landing -= 1
+        if state.landing or state.place is not Place.MOVING:
+            return  # more of it is on the way, or to be computed
         if not state.active:  # cancelled meanwhile
             _stamp_broken_transfer(timeline)
             self._cluster.remove(state)
@@ -298,7 +301,7 @@ class Controller:
         lost.up, lost.step = False, None
         lost.downstream.clear()
         touched = {*lost.waiting, *lost.running, *lost.partial}
-        touched |= {*lost.parked.values(), *lost.pulls}
+        touched |= {*lost.parked.values(), *lost.pulls, *lost.arriving.values()}
         for work_id, flight in list(self._in_flight.items()):
             if lost.id in flight.work.instances:
                 del self._in_flight[work_id]
@@ -312,7 +315,7 @@ class Controller:
             stepping = state.place is Place.STEPPING
             if state.holder is not lost and (state.active or stepping):
                 self._cluster.drop_target(state)
-                if not stepping:
+                if state.place is Place.PARKED:
                     self._cluster.assign_target(state)
         # Latest first: each goes to the front of a queue, where the earliest ends up.
         for state in reversed(earliest_first):
@@ -333,7 +336,7 @@ class Controller:
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
         """The request is over. What is in flight for it keeps its blocks until done."""
         if state.place not in (Place.STEPPING, Place.MOVING):
-            self._cluster.remove(state)
+            self._cluster.let_go(state)
         elif state.batch is not None and state.holder is not None:
             state.batch.settle(state)
             flights = state.holder.steps
@@ -396,25 +399,31 @@ class Controller:
         return bool(plan.preempt)
 
     def _start_streams(self, works: list[Work]) -> None:
-        """Has the KV of prompts that new steps complete leave as it is computed."""
+        """Has the KV of prompts that new steps compute leave as it is computed."""
         for flight in self._to_stream:
             chunks = flight.work.load.chunks
             for state, (start, count) in zip(flight.prompts, chunks, strict=True):
-                # What has but one token to come stays, and what is not complete then.
-                if start + count == state.known < state.limit:
-                    self._start_stream(state, flight.work.id, works)
+                if state.known < state.limit:  # what has but one token to come stays
+                    self._start_stream(state, start + count, flight.work.id, works)
         self._to_stream.clear()
         if self._spans.disturbed:
             self._spans.cut(works)
 
-    def _start_stream(self, state: RequestState, step: int, works: list[Work]) -> None:
-        target = self._cluster.stream_target(state)
-        if target is None or not self._pulls(target, state):
-            return  # it is parked when it is computed
-        transfer = self._cluster.start_stream(next(self._work_ids), state, target, step)
+    def _start_stream(
+        self, state: RequestState, end: int, step: int, works: list[Work]
+    ) -> None:
+        """Sends what `step`, which computes a prompt's tokens up to `end`, adds."""
+        if not self._cluster.to_send(state, end):
+            return
+        if state.target is None:
+            target = self._cluster.stream_target(state)
+            if target is None or not self._pulls(target, state):
+                return  # another chunk may try; else it is parked when it is computed
+            self._cluster.begin_stream(state, target)
+            self._spans.check(target)
+        transfer = self._cluster.start_stream(next(self._work_ids), state, end, step)
         self._in_flight[transfer.id] = TransferInFlight(transfer, state)
         works.append(transfer)
-        self._spans.check(target)
 
     def _preempt(
         self, instance: InstanceState, victim: RequestState, to_back: bool
@@ -423,6 +432,11 @@ class Controller:
 
         A decode instance cannot prefill, so its victims go back to a prefill instance.
         """
+        if victim.landing:
+            raise RuntimeError(
+                f"request {victim.id}: its KV is leaving and cannot be dropped; a "
+                "prefill policy must reserve all of a prompt before its first chunk"
+            )
         self._cluster.remove(victim)
         victim.timeline.preemptions += 1
         stays = instance.spec.role is not Role.DECODE

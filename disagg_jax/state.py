@@ -42,7 +42,10 @@ class RequestState:
     settled_context: int = 0  # tokens whose KV is cached
     settled_place: Place = Place.ENDED  # where it is, if it is in no batch
     holder: InstanceState | None = None  # whose queue it is in, or who has its KV
-    target: InstanceState | None = None  # PARKED, MOVING: who pulls it
+    # PARKED, MOVING: who pulls it. Before: who gets what is computed so far.
+    target: InstanceState | None = None
+    sent: int = 0  # blocks of KV that left, or are leaving, for the target
+    landing: int = 0  # transfers to the target that are not over
     batch: DecodeBatch | None = None  # that it decodes in
     base: int = 0  # its context, less the iterations of the batch
     joined: int = 0  # iteration of the batch up to which its tokens are stamped

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 
 from disagg_jax.expect import expect
 from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
@@ -152,7 +153,15 @@ def resized(policy: Policy, size: int) -> Policy:
 
 # ---- the rules -----------------------------------------------------------------------
 
-_Sized = PrefillFirst | Orca | Sarathi | SarathiServe | SplitFuse | PrefillOnly
+_Sized = (
+    PrefillFirst
+    | Orca
+    | Sarathi
+    | SarathiServe
+    | SplitFuse
+    | PrefillOnly
+    | PrefillChunked
+)
 _Chosen = tuple[int, str]  # the value, and the reason
 
 
@@ -215,6 +224,7 @@ _RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
     SarathiServe: ("token_budget", _largest_in_time),
     SplitFuse: ("token_budget", _level_in_time),
     PrefillOnly: ("token_budget", _saturating_prompt),
+    PrefillChunked: ("token_budget", _saturating_prompt),
 }
 
 

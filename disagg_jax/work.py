@@ -130,7 +130,7 @@ class Step(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """One request's KV moves from one instance's blocks to another's."""
+    """One request's KV, or a part of it, moves from one instance to another."""
 
     id: int
     request: Request
@@ -142,6 +142,7 @@ class Transfer(NamedTuple):
     # The step that computes the last of them: each layer group's KV leaves when it is
     # there. 0: all of it is there already.
     step: int = 0
+    start: int = 0  # tokens of the request before those in the blocks
 
     @property
     def instances(self) -> tuple[int, ...]:

@@ -103,8 +103,8 @@ class CheckingEngine:
                 continue
             work = self._work.pop(event.work)
             if isinstance(work, Transfer):
-                self._check(work.src, work.src_blocks, work.request, work.context)
-                self._check(work.dst, work.dst_blocks, work.request, work.context)
+                self._check_moved(work, work.src, work.src_blocks)
+                self._check_moved(work, work.dst, work.dst_blocks)
             else:
                 for part in work.slices:
                     end = part.start + part.count
@@ -112,7 +112,7 @@ class CheckingEngine:
 
     def _move(self, work: Transfer) -> Outcome:
         assert len(work.src_blocks) == len(work.dst_blocks)
-        self._check(work.src, work.src_blocks, work.request, work.context)
+        self._check_moved(work, work.src, work.src_blocks)
         for position in range(work.context):
             source = self._slot(work.src, work.src_blocks, position)
             target = self._slot(work.dst, work.dst_blocks, position)
@@ -121,10 +121,16 @@ class CheckingEngine:
         return Outcome((hop.duration_s,) * hop.parts, bytes=work.context)
 
     def _check(self, instance, blocks, request: Request, context: int) -> None:
-        truth = self._truth(request, 0, context)
-        for position in range(context):
-            slot = self._slot(instance, blocks, position)
-            assert self._cache.get(slot) == (request.id, position, truth[position])
+        self._check_part(instance, blocks, request, 0, context)
+
+    def _check_moved(self, work: Transfer, instance, blocks) -> None:
+        self._check_part(instance, blocks, work.request, work.start, work.context)
+
+    def _check_part(self, instance, blocks, request, start: int, count: int) -> None:
+        """The KV of `count` tokens from `start` on is in `blocks`, from their front."""
+        for i, value in enumerate(self._truth(request, start, count)):
+            slot = self._slot(instance, blocks, i)
+            assert self._cache.get(slot) == (request.id, start + i, value)
 
     def _slot(self, instance, blocks, position):
         return instance, blocks[position // self._size], position % self._size

@@ -18,6 +18,7 @@ from disagg_jax.metrics import stages_s
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
@@ -88,9 +89,10 @@ def colocated(draw, watermark: float) -> Policy:
 def policies(draw) -> dict:
     watermark = draw(st.sampled_from([0.0, 0.3, 1.0]))
     seqs = st.integers(1, 4)
+    prefill = draw(st.sampled_from([PrefillOnly, PrefillChunked]))
     return {
         Role.COLOCATED: draw(colocated(watermark)),
-        Role.PREFILL: PrefillOnly(
+        Role.PREFILL: prefill(
             token_budget=draw(st.integers(1, 12)), max_seqs=draw(seqs)
         ),
         Role.DECODE: DecodeOnly(max_seqs=draw(seqs), watermark=watermark),
@@ -141,12 +143,26 @@ def cases(draw, mixes=MIXES) -> Case:
             decode_token_s=draw(costs),
             transfer_base_s=draw(costs),
             transfer_token_s=draw(costs),
-            transfer_parts=draw(st.integers(1, 3)),
+            transfer_parts=draw(st.sampled_from([1, 2, 4])),  # exact in binary
         ),
         asked,
         interventions,
         draw(st.booleans()),
     )
+
+
+APART = [(1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0)]
+
+
+@st.composite
+def streamed_cases(draw) -> Case:
+    """Small chunks, prompts that take many of them, and room on the other side."""
+    case = draw(cases(APART))
+    budget, seqs = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    prefill = PrefillChunked(token_budget=budget, max_seqs=seqs)
+    memory = [dataclasses.replace(pool, num_blocks=9) for pool in case.memory]
+    policies = {**case.policies, Role.PREFILL: prefill}
+    return dataclasses.replace(case, policies=policies, memory=memory, streams=True)
 
 
 # ---- after every turn ----------------------------------------------------------------
@@ -173,8 +189,8 @@ def check_blocks(controller: Controller) -> None:
 
 
 def _landing(instance) -> list:
-    """Those whose KV is on its way in, and complete at the source."""
-    return [s for s in instance.arriving.values() if s.place is not Place.STEPPING]
+    """Those whose KV is on its way in, and who wait for nothing else."""
+    return [s for s in instance.arriving.values() if s.place is Place.MOVING]
 
 
 def check_places(controller: Controller, case: Case) -> None:
@@ -194,11 +210,13 @@ def check_places(controller: Controller, case: Case) -> None:
             for s in states:
                 at = s.target if place is Place.MOVING else s.holder
                 assert at is instance
-                streamed = place is Place.STEPPING and case.streams
-                assert (
-                    s.target is None
-                    or place in (Place.PARKED, Place.MOVING)
-                    or streamed
+                leaving = (Place.PARKED, Place.MOVING)
+                if case.streams:
+                    leaving += (Place.STEPPING, Place.PARTIAL)
+                assert s.target is None or place in leaving
+                assert s.landing == sum(
+                    isinstance(flight.work, Transfer) and flight.state is s
+                    for flight in controller._in_flight.values()
                 )
         to_pull = {s.id for s in controller._requests.values() if s.target is instance}
         pulls = [s.id for s in instance.pulls]
@@ -232,6 +250,7 @@ class Watch:
     def __init__(self, case: Case, controller: Controller, engine: CheckingEngine):
         self.case, self.controller, self.engine = case, controller, engine
         self.open = {}  # work id -> work
+        self.several_transfers = False  # of one request at a time
         self.log = EventLog()
 
     def __call__(self, now_s, events, works):
@@ -243,6 +262,8 @@ class Watch:
                     id: work for id, work in self.open.items() if not on(work, told)
                 }
         self.open |= {work.id: work for work in works}
+        moving = [w.request.id for w in self.open.values() if isinstance(w, Transfer)]
+        self.several_transfers |= len(set(moving)) < len(moving)
         assert len(self.open) == self.controller.in_flight
         # First, as a replay does: reading a table settles which blocks are in it.
         self.log(now_s, events, works)
@@ -312,6 +333,18 @@ def test_every_request_gets_its_tokens_and_nothing_is_lost(case: Case):
     for status in {t.status for t in timelines}:
         event(f"some {status}")
     event(f"preempted: {any(t.preemptions for t in timelines)}")
+
+
+@settings(max_examples=200)
+@given(streamed_cases())
+def test_the_same_where_kv_leaves_chunk_by_chunk(case: Case):
+    watch = serve_watched(case)
+    assert not watch.open
+    assert_all_free(watch.controller)
+    cancelled = {e.request for _, e in case.interventions if isinstance(e, Cancelled)}
+    for timeline in watch.controller.timelines:
+        check_timeline(timeline, cancelled)
+    event(f"sent in several transfers: {watch.several_transfers}")
 
 
 @settings(max_examples=100)

@@ -4,6 +4,7 @@ import pytest
 
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.routing import least_loaded, shortest_queue
@@ -201,6 +202,59 @@ PREFILL_ONLY = [
 def test_prefill_only(places, limits, expected, preempt):
     instance = make_instance(**places)
     assert planned(PrefillOnly(**limits), instance) == (expected, preempt)
+
+
+PREFILL_CHUNKED = [
+    case("nothing to do", {}),
+    case("a prompt in full", {0: 8}, waiting={0: 8}),
+    case(
+        "as much as the budget",
+        {0: 10},
+        limits={"token_budget": 10},
+        waiting={0: 50, 1: 3},
+    ),
+    case(
+        "what was begun goes on first, and the next fills the step",
+        {0: 2, 1: 8},
+        limits={"token_budget": 10},
+        partial={0: (12, 10)},
+        waiting={1: 20},
+    ),
+    case(
+        "several that were begun, in order of arrival",
+        {0: 6, 1: 4},
+        limits={"token_budget": 10},
+        partial={1: (20, 4), 0: (12, 6)},
+    ),
+    case(
+        "blocks for all of a prompt, or it is not begun",
+        {},
+        limits={"token_budget": 4},
+        waiting={0: 12},
+        free=2,
+    ),
+    case(
+        "nobody overtakes",
+        {0: 4},
+        waiting={0: 4, 1: 12, 2: 4},
+        free=3,
+    ),
+    case(
+        "so many prompts",
+        {0: 2, 1: 3},
+        limits={"max_seqs": 2},
+        partial={0: (4, 2)},
+        waiting={1: 3, 2: 3},
+    ),
+]
+
+
+@pytest.mark.parametrize(ROWS, PREFILL_CHUNKED)
+def test_prefill_chunked(places, limits, expected, preempt):
+    instance = make_instance(**places)
+    assert planned(PrefillChunked(**limits), instance) == (expected, preempt)
+    for chunk in PrefillChunked(**limits).plan(instance).chunks:
+        assert chunk.reserve == chunk.request.known
 
 
 # A request of 5 known tokens is pulled into 2 blocks: its KV, and room for one token.

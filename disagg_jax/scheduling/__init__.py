@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
@@ -22,6 +23,10 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},
     "disaggregated": {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
+    "disaggregated_chunked": {
+        Role.PREFILL: PrefillChunked(),
+        Role.DECODE: DecodeOnly(),
+    },
 }
 
 

@@ -49,17 +49,16 @@ class _Running:
     last_stage_s: float | None = (
         None  # when the last stage will be done, if it is later
     )
+    # Of a step on several stages: when it is on each.
+    stages_s: list[tuple[float, float]] = dataclasses.field(
+        default_factory=list[tuple[float, float]]
+    )
     # Of a transfer that goes along with a step: when each part that has not been sent
     # will be computed, and how long its link waited for parts.
     parts_s: collections.deque[float] = dataclasses.field(
         default_factory=collections.deque[float]
     )
     waited_s: float = 0.0
-
-    @property
-    def finish_s(self) -> float:
-        """When a step that was just submitted leaves its last stage."""
-        return self.due_s if self.last_stage_s is None else self.last_stage_s
 
 
 class VirtualBackend:
@@ -200,14 +199,17 @@ class VirtualBackend:
     def _stream(self, running: _Running, computed: _Running) -> None:
         """A transfer in parts, each of which can go when its layers are computed.
 
-        The layers take equally long, and the link serves parts as they come.
+        Each stage has equally many layers, which take equally long there. The link
+        serves parts as they come.
         """
         durations_s = list(running.outcome.durations_s)
-        start_s, end_s = computed.start_s, computed.finish_s
+        stages_s = computed.stages_s or [(computed.start_s, computed.due_s)]
         for i in range(1, len(durations_s)):
-            share = i / len(durations_s)
-            running.parts_s.append(start_s + share * (end_s - start_s))
-        running.parts_s.append(end_s)
+            done = i * len(stages_s) / len(durations_s)
+            stage = math.ceil(done) - 1  # a part that ends with one is in that one
+            start_s, end_s = stages_s[stage]
+            running.parts_s.append(start_s + (done - stage) * (end_s - start_s))
+        running.parts_s.append(stages_s[-1][1])
         running.durations_s = iter(durations_s)
         self._push_stream(running, running.parts_s[0])
 
@@ -233,12 +235,14 @@ class VirtualBackend:
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
         """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""
         end_s = running.due_s
+        running.stages_s.append((running.start_s, end_s))
         for stage, duration_s in enumerate(durations_s, 1):
             resource = (*running.resource, stage)
             start_s = max(end_s, self._busy_until_s.get(resource, 0.0))
             end_s = start_s + duration_s * running.factor
             self._busy_until_s[resource] = end_s
             self.busy_s[resource] += end_s - start_s
+            running.stages_s.append((start_s, end_s))
         running.last_stage_s = end_s
 
     def _time(self, running: _Running) -> None:

@@ -157,7 +157,9 @@ def _only(role: Role, buckets: Buckets) -> Buckets:
     """The shapes that an instance of `role` needs."""
     if role is Role.PREFILL:
         return dataclasses.replace(buckets, decode_rows=(), pool_blocks=())
-    return dataclasses.replace(buckets, prefill=()) if role is Role.DECODE else buckets
+    if role is Role.DECODE:
+        return dataclasses.replace(buckets, prefill=(), mixed=())
+    return buckets
 
 
 def _devices(deployment: Deployment) -> list[jax.Device]:

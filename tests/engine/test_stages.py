@@ -1,18 +1,26 @@
 """Pipeline stages: layers on meshes of their own, each phase cut as it likes."""
 
+import collections
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from disagg_jax.backend import serve
+from disagg_jax.deployment import Role
+from disagg_jax.engine.batch import MixedShape
 from disagg_jax.engine.executor import EngineExecutor, outcome, run_alone
 from disagg_jax.engine.hand_off import find_segments
 from disagg_jax.engine.wall import WallBackend
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Done, Slice, StageFree, Step, Transfer
 from tests.engine.harness import (
+    BUCKETS,
     FAMILIES,
     MODELS,
+    POLICIES,
     assert_reference,
     drive,
     make_config,
@@ -214,16 +222,48 @@ def test_streamed_tokens(world, config, deployment, layer_groups, clock):
         streamed.extend(w for w in works if getattr(w, "step", 0))
 
     with engine.serving():
-        backend = (
-            WallBackend(engine)
-            if clock == "wall"
-            else VirtualBackend(EngineExecutor(engine, outcome))
+        timelines = serve(
+            controller, make_backend(engine, clock), requests, observer=look
         )
-        timelines = serve(controller, backend, requests, observer=look)
     assert_reference(world, config, {t.request.id: t for t in timelines})
     assert streamed
     for transfer in streamed:
         assert len(engine.part_keys(transfer)) > 1
+
+
+CHUNKS = dataclasses.replace(
+    BUCKETS,
+    prefill=(),
+    mixed=(MixedShape(tokens=16, rows=4, context=16, decodes=0, blocks=0),),
+)
+
+
+@pytest.mark.parametrize("clock", ["virtual", "wall"])
+@pytest.mark.parametrize("budget", [4, 7, 16])
+def test_tokens_where_kv_leaves_chunk_by_chunk(world, budget, clock):
+    """Several chunks' KV of a request are on the way at once, to two stages."""
+    engine = world.engine("prefill:tp1,decode:tp1pp2", DEEP, CHUNKS)
+    prefill = PrefillChunked(token_budget=budget, max_seqs=4)
+    controller = make_controller(
+        engine, {**POLICIES, Role.PREFILL: prefill}, streams=True
+    )
+    requests, sent = mixed_requests(world, DEEP), collections.Counter()
+
+    def look(now_s, events, works):
+        sent.update(w.request.id for w in works if isinstance(w, Transfer))
+
+    with engine.serving():
+        timelines = serve(
+            controller, make_backend(engine, clock), requests, observer=look
+        )
+    assert_reference(world, DEEP, {t.request.id: t for t in timelines})
+    assert sent.most_common(1)[0][1] >= 3
+
+
+def make_backend(engine, clock):
+    if clock == "wall":
+        return WallBackend(engine)
+    return VirtualBackend(EngineExecutor(engine, outcome))
 
 
 def test_a_part_that_is_computed_leaves_before_the_rest_is(world):

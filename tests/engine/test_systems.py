@@ -77,11 +77,12 @@ def test_tokens_are_the_references(world, policy):
 
 @pytest.mark.parametrize("policy", [ALL[0], *chunked(7)], ids=name)
 @pytest.mark.parametrize(
-    ("model", "tp"), [("divided", 2), ("repeated", 4), ("padded", 4)]
+    ("model", "devices"),
+    [("divided", "tp2"), ("repeated", "tp4"), ("padded", "tp4"), ("divided", "tp1pp2")],
 )
-def test_tokens_on_several_devices(world, model, tp, policy):
+def test_tokens_on_several_devices(world, model, devices, policy):
     config = MODELS[model]
-    engine = world.engine(f"colocated:tp{tp}", config, BUCKETS)
+    engine = world.engine(f"colocated:{devices}", config, BUCKETS)
     timelines = serve_virtual(
         engine, mixed_requests(world, config), policies=policies(policy)
     )

@@ -8,6 +8,8 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
+from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
@@ -57,6 +59,71 @@ def test_what_is_seen_of_a_transfer(token_s, parts, visible_s):
     assert (timeline.transfer_start_s, timeline.transfer_end_s) == (8.0, landed_s)
     assert stages_s(timeline).transfer_s == visible_s
     assert run.busy_s[-3, 0, 1] == 8 * token_s  # the link's waits are not work
+
+
+CHUNKED = {**SYSTEMS["disaggregated"], Role.PREFILL: PrefillChunked(token_budget=4)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts", "visible_s"),
+    [
+        # Steps of 4 tokens and 4 s each; a block of 4 tokens takes 2 s on the link. All
+        # but the last chunk's have left before the first token.
+        (8, 1, 2.0),
+        (16, 1, 2.0),
+        (16, 2, 1.0),  # half of the last one left too
+        (9, 1, 1.5),  # the last chunk is one token, and waits for the one before
+        (3, 1, 1.5),  # one chunk
+    ],
+)
+def test_what_is_seen_of_a_transfer_by_chunks(prompt, parts, visible_s):
+    built = simulated(transfer_token_s=0.5, transfer_parts=parts, **STEPS)
+    built = dataclasses.replace(built, policies=CHUNKED)
+    (timeline,) = built.run([make_request(prompt=prompt, out=3)]).timelines
+    assert timeline.token_s[0] == prompt
+    assert timeline.transfer_end_s - timeline.transfer_start_s == visible_s
+    whole = dataclasses.replace(built, streams=False)
+    (timeline,) = whole.run([make_request(prompt=prompt, out=3)]).timelines
+    assert stages_s(timeline).transfer_s == prompt * 0.5
+
+
+def test_what_is_not_full_yet_leaves_with_the_next_chunk():
+    """Chunks of 6, 6 and 2 tokens are blocks 0; 1 and 2; and 3, which stays half."""
+    built = simulated(transfer_token_s=1.0, **STEPS)
+    prefill = PrefillChunked(token_budget=6)
+    built = dataclasses.replace(built, policies={**CHUNKED, Role.PREFILL: prefill})
+    sent = []
+
+    def look(now_s, events, works):
+        sent.extend(
+            (work.start, work.context, tuple(work.src_blocks))
+            for work in works
+            if isinstance(work, Transfer)
+        )
+
+    (timeline,) = built.run([make_request(prompt=14, out=2)], observer=look).timelines
+    assert sent == [(0, 4, (0,)), (4, 8, (1, 2)), (12, 2, (3,))]
+    assert timeline.transfer_end_s == 12.0 + 8 + 2  # the link is busy from 12 on
+
+
+def test_a_part_leaves_when_its_stage_is_done_and_not_by_its_share_of_the_time():
+    """Stages of 1 s and 4 s; parts of 4 s go out as they come.
+
+    The first prompt is on them from 0 to 1 and 1 to 5, the second from 1 to 2 and 5 to
+    9. So parts come at 1, 2, 5 and 9, and the link ends them at 5, 9, 13 and 17.
+    """
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Cost(LinearCost):
+        def stages_s(self, instance, load):
+            return (1.0, 4.0) if instance == 0 else (0.0,)
+
+    built = simulated(Deployment.parse("prefill:tp1pp2,decode:tp1"))
+    policies = {**built.policies, Role.PREFILL: PrefillOnly(max_seqs=1)}
+    cost = Cost(step_base_s=0.0, transfer_base_s=4.0, transfer_parts=2)
+    built = dataclasses.replace(built, policies=policies, cost=cost)
+    run = built.run([make_request(i, prompt=8, out=2) for i in range(2)])
+    assert [t.transfer_end_s for t in run.timelines] == [13.0, 17.0]
 
 
 def test_one_part_is_a_transfer_after_the_prompt():
