@@ -53,11 +53,20 @@ class Rig:
         policies: Mapping[Role, Policy],
         memory: Sequence[KVMemory],
         buckets: Sequence[Buckets],
+        layer_groups: int = 1,
     ) -> Rig:
         """Compiles every program, for random weights."""
         parsed = Deployment.parse(deployment)
         params = transformer.init_params(config, 0)
-        engine = Engine(config, params, parsed, jax.devices(), memory, buckets)
+        engine = Engine(
+            config,
+            params,
+            parsed,
+            jax.devices(),
+            memory,
+            buckets,
+            layer_groups=layer_groups,
+        )
         engine.compile()
         return cls(engine, policies)
 
@@ -190,6 +199,7 @@ def handoff_rig(
     dst_tp: int,
     sizes: Sequence[int],
     block_tokens: int,
+    layer_groups: int = 1,
 ) -> Rig:
     """A prefill and a decode mesh, for transfers of `sizes` blocks and nothing else."""
     memory = KVMemory(
@@ -202,6 +212,7 @@ def handoff_rig(
         {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
         [memory] * 2,
         [transfers] * 2,
+        layer_groups,
     )
 
 

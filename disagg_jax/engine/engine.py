@@ -225,14 +225,18 @@ class Engine:
             return [key]
         return [f"{key}/{i + 1}of{parts}" for i in range(parts)]
 
-    def transfer_bytes(self, transfer: Transfer) -> int:
-        """What `transfer` moves, padding included."""
+    def part_bytes(self, transfer: Transfer) -> list[int]:
+        """What each part of `transfer` moves, padding included."""
         src = self.instances[transfer.src]
         size = src.buckets.transfer_size(len(transfer.src_blocks))
-        return sum(
-            segment.payload_bytes(size)
-            for segment in self._segments[transfer.src, transfer.dst]
-        )
+        return [
+            sum(segment.payload_bytes(size) for segment in segments)
+            for segments in self._parts(transfer)
+        ]
+
+    def transfer_bytes(self, transfer: Transfer) -> int:
+        """What `transfer` moves, padding included."""
+        return sum(self.part_bytes(transfer))
 
     def _step(self, step: Step) -> Running:
         """A group is dispatched when the one but one before is done.

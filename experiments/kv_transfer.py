@@ -1,0 +1,260 @@
+"""What of a KV transfer is seen: whole, by layer groups, by chunks.
+
+    python -m experiments.kv_transfer
+    python -m experiments.kv_transfer --link=25gb
+    python -m experiments.kv_transfer --model=llama-3-8b --pairs=1:1 --prompts=512,4096
+
+First the bandwidth of each way to move KV between two meshes, over a copy's. Then
+requests that are served alone, on a prefill and a decode side: KV leaves when all of a
+prompt is computed (whole), when a group of layers is (groups), when a chunk of the
+prompt is (chunks), or both (chunks, groups). What is seen is the time from the first
+token until the KV is there; DistServe (OSDI'24, section 6.3) says it is less than a
+decode step, which is the line in the picture.
+
+Every program runs alone and is timed; the controller puts the times on the timeline of
+each side's own devices. Gathers stand on the link, as if they took nothing from the
+steps beside them. --link puts a wire's time in the place of the copy between
+devices. Writes kv_transfer.txt and .png.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+from absl import app, flags
+
+from disagg_jax.sim.link import LINKS, LinkSpec, get_link
+from experiments import host_devices
+from experiments.checkout import commit
+from experiments.columns import align
+from experiments.figures.draw import draw
+from experiments.figures.figure import Panel, Series
+from experiments.timing import keep_freed_memory
+from experiments.transfers import (
+    OUTPUT_TOKENS,
+    SHAPE,
+    Mode,
+    Rate,
+    Seen,
+    modes,
+    parse_sides,
+    rates,
+    serve_alone,
+)
+from models import transformer
+from models.config import ModelConfig, get_config
+
+_MODEL = flags.DEFINE_string(
+    "model", "kv", "kv (see SHAPE), or a preset of models.config.", allow_override=True
+)
+_PAIRS = flags.DEFINE_list(
+    "pairs", ["4:4", "4:2", "2:4", "1:4"], "Tensor parallelism of the two meshes."
+)
+_MIB = flags.DEFINE_list("mib", ["1", "16", "64"], "Sizes of a transfer.")
+_PROMPTS = flags.DEFINE_list(
+    "prompts", ["128", "512", "2048"], "Tokens of a prompt.", allow_override=True
+)
+_DEPLOYMENTS = flags.DEFINE_list(
+    "deployments", ["tp1:tp1", "tp1pp2:tp1"], "PREFILL:DECODE sides that serve."
+)
+_GROUPS = flags.DEFINE_integer(
+    "layer_groups", 4, "Programs of a stage's layers where KV leaves by groups."
+)
+_CHUNKS = flags.DEFINE_integer(
+    "chunks", 4, "Chunks of a prompt where KV leaves by them."
+)
+_LINK = flags.DEFINE_enum(
+    "link", None, sorted(LINKS), "A wire instead of the copy between devices."
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Rounds behind a median.", allow_override=True
+)
+_OUT = flags.DEFINE_string("out", "runs/kv_transfer", "Folder.", allow_override=True)
+
+# -- what is shown ---------------------------------------------------------------------
+
+
+def rate_table(found: Sequence[Rate]) -> list[str]:
+    head = ("meshes", "way", "MiB", "ms", "GB/s", "of a copy")
+    rows = [
+        (
+            rate.pair,
+            rate.way,
+            f"{rate.size_bytes / 2**20:.3g}",
+            f"{rate.seconds * 1e3:.2f}",
+            f"{rate.size_bytes / rate.seconds / 1e9:.2f}",
+            f"{rate.copy_s / rate.seconds:.2f}",
+        )
+        for rate in found
+    ]
+    return align([head, *rows], right=(2, 3, 4, 5))
+
+
+def seen_table(found: Sequence[Seen]) -> list[str]:
+    head = (
+        *("sides", "mode", "prompt", "MiB", "gather", "move", "insert", "TTFT"),
+        *("visible", "decode step", "visible/step", "2nd token"),
+    )
+    rows = [
+        (
+            seen.deployment,
+            seen.mode,
+            str(seen.prompt),
+            f"{seen.size_bytes / 2**20:.3g}",
+            *(f"{phase_s * 1e3:.2f}" for phase_s in seen.phases),
+            f"{seen.ttft_s * 1e3:.1f}",
+            f"{seen.visible_s * 1e3:.2f}",
+            f"{seen.decode_s * 1e3:.2f}",
+            f"{seen.visible_s / seen.decode_s:.2f}",
+            f"{seen.second_s * 1e3:.2f}",
+        )
+        for seen in found
+    ]
+    return align([head, *rows], right=range(2, 12))
+
+
+def panels(found: Sequence[Seen]) -> list[Panel]:
+    """What is seen, over a decode step, against the prompt's length."""
+    deployments = dict.fromkeys(seen.deployment for seen in found)
+    names = dict.fromkeys(seen.mode for seen in found)
+    return [
+        Panel(
+            title=f"prefill:decode = {deployment}",
+            x="prompt (tokens)",
+            y="KV transfer that is seen (decode steps)",
+            series=[
+                Series(
+                    label=name,
+                    colour=i,
+                    points=[
+                        (float(seen.prompt), seen.visible_s / seen.decode_s)
+                        for seen in found
+                        if (seen.deployment, seen.mode) == (deployment, name)
+                    ],
+                )
+                for i, name in enumerate(names)
+            ],
+            line=1.0,
+            log_x=True,
+            log_y=True,
+        )
+        for deployment in deployments
+    ]
+
+
+# -- command line ----------------------------------------------------------------------
+
+
+def parse_pair(text: str) -> tuple[int, int]:
+    """Reads '4:2'.
+
+    Raises:
+      ValueError: on anything else.
+    """
+    try:
+        src, dst = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"pairs: expected SRC_TP:DST_TP, got '{text}'") from None
+    return src, dst
+
+
+def run(
+    config: ModelConfig,
+    *,
+    pairs: Sequence[tuple[int, int]],
+    mib: Sequence[int],
+    deployments: Sequence[str],
+    prompts: Sequence[int],
+    by_name: Mapping[str, Mode],
+    layer_groups: int,
+    link: LinkSpec | None,
+    repeats: int,
+    progress: Callable[[str], None],
+) -> tuple[list[Rate], list[Seen]]:
+    """All that is measured.
+
+    Raises:
+      ValueError: on what does not fit, before any work.
+    """
+    longest = max(prompts, default=0) + OUTPUT_TOKENS
+    if longest > config.max_length:
+        raise ValueError(
+            f"prompts: expected at most {config.max_length - OUTPUT_TOKENS} tokens for "
+            f"{config.name}, got {longest - OUTPUT_TOKENS}"
+        )
+    for text in deployments:
+        parse_sides(text)
+    found_rates: list[Rate] = []
+    if pairs:
+        progress("bandwidths")
+        sizes = [n * 2**20 for n in mib]
+        found_rates = rates(config, pairs, sizes, layer_groups, repeats)
+    params = transformer.init_params(config, 0)
+    seen: list[Seen] = []
+    for deployment in deployments:
+        for prompt in prompts:
+            for name, mode in by_name.items():
+                progress(f"{deployment}, {prompt} tokens, {name}")
+                seen.append(
+                    serve_alone(
+                        config, params, deployment, name, mode, prompt, link, repeats
+                    )
+                )
+    return found_rates, seen
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    host_devices.one_thread_each()
+    keep_freed_memory()
+    host_devices.provide(8)
+
+    def progress(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    try:
+        config = SHAPE if _MODEL.value == SHAPE.name else get_config(_MODEL.value)
+        link = get_link(_LINK.value) if _LINK.value else None
+        out = pathlib.Path(_OUT.value)
+        out.mkdir(parents=True, exist_ok=True)
+        found_rates, seen = run(
+            config,
+            pairs=[parse_pair(text) for text in _PAIRS.value],
+            mib=[int(text) for text in _MIB.value],
+            deployments=_DEPLOYMENTS.value,
+            prompts=[int(text) for text in _PROMPTS.value],
+            by_name=modes(_CHUNKS.value, _GROUPS.value),
+            layer_groups=_GROUPS.value,
+            link=link,
+            repeats=_REPEATS.value,
+            progress=progress,
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    wire = f"the wire {link.name}" if link else "the copy between devices"
+    text = "\n".join(
+        [
+            f"# python -m experiments.kv_transfer   commit {commit()}",
+            f"# {config.name} {config.dtype} on {jax.devices()[0].device_kind}, "
+            f"medians of {_REPEATS.value} rounds",
+            "# Bandwidth, insert included, over a host copy of as many bytes. Host "
+            "devices share the cores: with tp > 1 this is contention, not speed.",
+            *rate_table(found_rates),
+            "",
+            f"# Requests served alone; move is {wire}; times in ms",
+            *seen_table(seen),
+            "",
+        ]
+    )
+    (out / "kv_transfer.txt").write_text(text)
+    title = f"{config.name} {config.dtype}, {wire}; the line is one decode step"
+    draw(panels(seen), title, out / "kv_transfer.png")
+    print(f"{text}\n{out}/kv_transfer.png")
+
+
+if __name__ == "__main__":
+    app.run(main)
