@@ -22,6 +22,7 @@ from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.link import get_link
 from disagg_jax.tuning import has_rule, resized
 from disagg_jax.workload import Arrivals
 
@@ -142,6 +143,8 @@ class Config:
     execute_all: bool = False
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
+    # Virtual clock: a preset of sim.link, whose time transfers take instead of theirs.
+    link: str = ""
     # Whether KV leaves, in so many parts as there are programs, while the rest of its
     # prompt is computed.
     streams: bool = False
@@ -157,6 +160,13 @@ class Config:
             "workload.source", self.workload.source, ("random", "human_eval", "trace")
         )
         _expect_one_of("criterion", self.criterion, NAMES)
+        if self.link:
+            get_link(self.link)
+            if self.clock != "virtual":
+                raise ValueError(
+                    f"link: expected clock=virtual, got clock={self.clock}, where KV "
+                    "takes the link that is there"
+                )
         if self.slo.preset:
             _expect_one_of("slo.preset", self.slo.preset, MLPERF_SLOS)
         if self.workload.source == "trace" and not self.workload.trace:
@@ -186,6 +196,43 @@ class Config:
         known = self.clock == "virtual" and self.durations != "live"
         passing = known and self.workload.ignore_eos and not self.execute_all
         return "passing" if passing else "all"
+
+    def with_placements(self, found: Mapping[str, Any]) -> Config:
+        """The systems, and beside them each answer of a placement search.
+
+        An answer is called by its algorithm, placed_high. It has the parameters of the
+        system of the same name here, where there is one.
+
+        Args:
+          found: what `experiments.placement_search` wrote.
+
+        Raises:
+          ValueError: if that is something else, or of another model.
+        """
+        try:
+            model = found["flags"]["model"]
+            answers = {
+                f"placed_{name}": (answer["system"], answer["deployment"])
+                for name, answer in found.items()
+                if isinstance(answer, Mapping) and "deployment" in answer
+            }
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                "--placement: expected what experiments.placement_search wrote, got "
+                f"something without {error}"
+            ) from error
+        if model != self.model:
+            raise ValueError(
+                f"--placement: expected one of {self.model}, got one of {model}"
+            )
+        placed = {
+            name: dataclasses.replace(
+                self.systems.get(system) or System.of(system, deployment),
+                deployment=deployment,
+            )
+            for name, (system, deployment) in answers.items()
+        }
+        return dataclasses.replace(self, systems={**self.systems, **placed})
 
     def by_step_tokens(self) -> Config:
         """A system for each of `step_tokens`, named like sarathi@128.

@@ -4,6 +4,7 @@
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
     python -m experiments.goodput_sweep --set workload.num_requests=300 --seed=7
     python -m experiments.goodput_sweep --set criterion=sarathi_serve
+    python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,
 it goes on where it was.
@@ -48,6 +49,9 @@ _OUT = flags.DEFINE_string("out", None, "Run directory; default runs/CONFIG.")
 _SEED = flags.DEFINE_integer("seed", None, "Short for --set seed=N.")
 _STEP_TOKENS = flags.DEFINE_list(
     "step_tokens", None, "Short for --set step_tokens=N,...: step sizes to compare."
+)
+_PLACEMENT = flags.DEFINE_string(
+    "placement", None, "placement.json of a placement search: its answers run too."
 )
 _STEP_TIMES = flags.DEFINE_string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
@@ -144,6 +148,16 @@ def _read_step_times(path: str) -> dict[str, float]:
         ) from error
 
 
+def _read_placement(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--placement: expected the placement.json of a search, got '{path}': "
+            f"{error}"
+        ) from error
+
+
 def _progress() -> Progress:
     start_s = time.monotonic()
 
@@ -165,7 +179,10 @@ def main(argv: Sequence[str]) -> None:
             changes.append(f"seed={_SEED.value}")
         if _STEP_TOKENS.value:
             changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
-        config = override(get_config(_CONFIG.value), changes).by_step_tokens()
+        config = override(get_config(_CONFIG.value), changes)
+        if _PLACEMENT.value:
+            config = config.with_placements(_read_placement(_PLACEMENT.value))
+        config = config.by_step_tokens()
         out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
         print(run(config, out, _STEP_TIMES.value))
     except (ValueError, FileNotFoundError) as error:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import placement
-from disagg_jax.deployment import Role
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.expect import expect
 from disagg_jax.metrics import SLO
 from disagg_jax.placement import Layout, Outcome, Problem
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.sim.workers import Mapper
+from experiments.shapes import get_shape
 from experiments.simulations import Simulation, distserve_profile, link_inside
 
 ALGORITHMS = ("high", "low", "joint")
 _HARDWARE = {"a100": "a100-80g"}  # short names
+_APART = "disaggregated"  # the system of prefill and decode instances
 _SHOWN = 12  # rows of each table that are printed
 
 # ---- the question --------------------------------------------------------------------
@@ -42,7 +43,7 @@ def simulation_of(model: str, hardware: str) -> Simulation:
 
 def layouts_of(model: str, devices: int, node_devices: int) -> tuple[Layout, ...]:
     """tp inside a node; pp divides the layers, as in DistServe's own search."""
-    layers = get_model_shape(model).layers
+    layers = get_shape(model).layers
     return tuple(
         Layout(tp, pp)
         for tp in range(1, min(devices, node_devices) + 1)
@@ -157,6 +158,8 @@ class Search:
         served = min(n * rps_of(p), m * rps_of(d))
         return {
             "winner": f"{n}x{p.candidate.name},{m}x{d.candidate.name}",
+            "system": _APART,
+            "deployment": f"{n}x{p.candidate.name},{m}x{d.candidate.name}",
             "devices": devices,
             "goodput_rps": served,
             "goodput_per_device_rps": served / devices,
@@ -202,18 +205,25 @@ class Search:
         outcomes = self._best(name, units, self.prune)
         expect_reachable(outcomes, name)
         best = outcomes[0]
-        size = best.candidate.search.simulated.deployment.devices
+        unit = best.candidate.search.simulated.deployment
         copies = best.candidate.copies
         if self.problem.rate_rps is not None:
             copies = math.ceil(self.problem.rate_rps / rps_of(best))
         return {
             "winner": best.candidate.name,
+            "system": _system_of(best.candidate, unit),
+            "deployment": str(Deployment(copies * unit.instances)),
             "copies": copies,
-            "devices": copies * size,
+            "devices": copies * unit.devices,
             "goodput_rps": copies * rps_of(best),
             "goodput_per_device_rps": best.per_device_rps,
             "candidates": [row(outcome) for outcome in outcomes],
         }
+
+
+def _system_of(candidate: placement.Candidate, unit: Deployment) -> str:
+    """The name in `SYSTEMS` of what runs on a unit; a colocated one's name has it."""
+    return candidate.name.split()[0] if unit.of(Role.COLOCATED) else _APART
 
 
 def rps_of(outcome: Outcome) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from disagg_jax.backend import Backend, serve
+from disagg_jax.backend import Backend, Outcome, serve
 from disagg_jax.controller import Controller
 from disagg_jax.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.deployment import (
@@ -38,9 +38,10 @@ from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
+from disagg_jax.sim.link import get_link
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
 from disagg_jax.tuning import Profile, has_rule, tune
-from disagg_jax.work import Step, StepLoad
+from disagg_jax.work import Step, StepLoad, Task
 from disagg_jax.workload import (
     make_requests,
     requests_from_prompts,
@@ -344,6 +345,22 @@ class Server:
         return VirtualBackend(EngineExecutor(self.engine, self._timing(step_times)))
 
     def _timing(self, step_times: Mapping[str, float]) -> Timing:
+        timing = self._own_timing(step_times)
+        if not self.config.link:
+            return timing
+        link = get_link(self.config.link)
+
+        def over_link(work: Task, parts_s: Sequence[float]) -> Outcome:
+            if isinstance(work, Step):
+                return timing(work, parts_s)
+            ends = (self.deployment.instances[i] for i in work.instances)
+            lanes = min(spec.devices for spec in ends)
+            sizes = self.engine.part_bytes(work)
+            return outcome(work, [link.transfer_s(size, lanes) for size in sizes])
+
+        return over_link
+
+    def _own_timing(self, step_times: Mapping[str, float]) -> Timing:
         match self.config.durations:
             case "table":
                 return table_timing(self.engine, step_times)

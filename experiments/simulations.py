@@ -28,12 +28,12 @@ from disagg_jax.sim.cost import ModelledCost
 from disagg_jax.sim.fitted_profile import FittedProfile, profile_from_json
 from disagg_jax.sim.hardware_presets import get_hardware
 from disagg_jax.sim.link import LINKS, get_link
-from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.protocols import CostModel
 from disagg_jax.sim.roofline import RooflineCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.traces import read_trace, requests_from_trace
+from experiments.shapes import get_shape
 
 PROFILES = pathlib.Path(__file__).parent / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
@@ -70,7 +70,7 @@ class Simulation:
     extra_tokens: int = 0  # generated beyond the output length that is asked for
 
     def __post_init__(self) -> None:
-        get_model_shape(self.model)
+        get_shape(self.model)
         for link in (self.inside, self.between):
             if link is not None:
                 get_link(link)
@@ -114,7 +114,7 @@ class Simulation:
         kind, _, name = self.cost.partition("/")
         if kind == "fitted":
             return distserve_profile().kv_tokens(self.model, spec.tp, spec.pp)
-        shape, hardware = get_model_shape(self.model), get_hardware(name)
+        shape, hardware = get_shape(self.model), get_hardware(name)
         return RooflineCost(model=shape, hardware=hardware).kv_tokens(spec.tp, spec.pp)
 
     def build(self, deployment: Deployment) -> SimulatedDeployment:
@@ -123,7 +123,7 @@ class Simulation:
         Raises:
           ValueError: if the model does not fit, or the cost model has no data for a tp.
         """
-        shape = get_model_shape(self.model)
+        shape = get_shape(self.model)
         return SimulatedDeployment(
             deployment=deployment,
             policies=self._policies(deployment),
@@ -174,7 +174,7 @@ def cost_model(name: str, model: str) -> CostModel:
     )
     if kind == "fitted":
         return distserve_profile().cost_model(rest, model)
-    return RooflineCost(model=get_model_shape(model), hardware=get_hardware(rest))
+    return RooflineCost(model=get_shape(model), hardware=get_hardware(rest))
 
 
 def _simdistserve(model: str) -> Simulation:

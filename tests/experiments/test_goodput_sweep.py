@@ -15,6 +15,7 @@ from disagg_jax.deployment import Role
 from disagg_jax.event_log import replay
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.link import get_link
 from experiments import goodput_sweep, serving
 from experiments.config import override
 from experiments.configs import get_config
@@ -339,6 +340,88 @@ ALL_SYSTEMS = [
     "systems.disaggregated.policies.prefill.token_budget=24",
     "systems.disaggregated.policies.decode.max_seqs=2",
 ]
+
+
+# -- parallelism, links and streams ----------------------------------------------------
+
+FOUND = {
+    "flags": {"model": "tiny"},
+    "high": {"system": "disaggregated", "deployment": "prefill:tp1pp2,decode:tp1"},
+    "joint": {"system": "vllm", "deployment": "2xcolocated:tp1"},
+    "wall_s": 1.0,
+}
+
+
+def test_the_answer_of_a_placement_search_runs_beside_the_systems(tmp_path):
+    """On pipeline stages too: the same tokens, with the parameters of its system."""
+    placed = config("rates=20").with_placements(FOUND)
+    assert list(placed.systems) == [
+        *("vllm", "disaggregated", "placed_high", "placed_joint")
+    ]
+    own = placed.systems["disaggregated"]
+    assert placed.systems["placed_high"].policies == own.policies
+    systems = {name: placed.systems[name] for name in ("disaggregated", "placed_high")}
+    goodput_sweep.run(dataclasses.replace(placed, systems=systems), tmp_path, None)
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "requests.jsonl").read_text().splitlines()
+    ]
+    tokens = {name: [] for name in systems}
+    for row in rows:
+        which = (row["replica"], row["request_id"])
+        tokens[row["system"]].append((which, row["tokens"]))
+    assert sorted(tokens["placed_high"]) == sorted(tokens["disaggregated"])
+    keys = json.loads((tmp_path / "step_times.json").read_text())["seconds"]
+    assert any(key.startswith("tp1pp2/") and key.endswith("/2of2") for key in keys)
+    assert any(key.startswith("tp1pp2->tp1/transfer") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({**FOUND, "flags": {"model": "opt-13b"}}, "one of tiny, got one of opt-13b"),
+        ({"high": FOUND["high"]}, "something without 'flags'"),
+        ([], "expected what experiments.placement_search wrote"),
+    ],
+)
+def test_another_placement_is_refused(found, message):
+    with pytest.raises(ValueError, match=message):
+        config().with_placements(found)
+
+
+def test_a_file_that_is_no_placement_is_named(tmp_path):
+    path = tmp_path / "placement.json"
+    path.write_text("{")
+    with pytest.raises(ValueError, match="expected the placement.json of a search"):
+        goodput_sweep._read_placement(str(path))
+
+
+@pytest.mark.parametrize("streams", ["false", "true"])
+def test_transfers_take_the_link_that_is_named(tmp_path, streams):
+    """In two groups; streamed or not, the bytes over 25 Gb/s, latency for each part."""
+    asked = config(
+        *("rates=5", "num_seeds=1", "link=25gb", "layer_groups=2"), f"streams={streams}"
+    )
+    only = {"disaggregated": asked.systems["disaggregated"]}
+    goodput_sweep.run(dataclasses.replace(asked, systems=only), tmp_path, None)
+    link = get_link("25gb")
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "requests.jsonl").read_text().splitlines()
+    ]
+    moved = [row for row in rows if row["transfer_bytes"]]
+    assert moved
+    for row in moved:
+        # Of a stream the second half is seen: the first is gone by then.
+        seen_bytes = row["transfer_bytes"] / (2 if streams == "true" else 1)
+        assert row["transfer_s"] == pytest.approx(link.transfer_s(seen_bytes))
+
+
+def test_a_link_needs_the_virtual_clock():
+    with pytest.raises(ValueError, match="expected clock=virtual, got clock=wall"):
+        config("link=25gb", "clock=wall")
+    with pytest.raises(ValueError, match="25gb"):
+        config("link=2gb")
 
 
 @pytest.fixture(scope="module")

@@ -58,6 +58,10 @@ def test_the_command_writes_tables_and_winners(tmp_path):
     found = json.loads((tmp_path / "placement.json").read_text())
     assert found["workers"] == 1 and found["wall_s"] > 0
     assert found["flags"]["slo"] == "0.25,0.1"
+    for algorithm in ("high", "low"):
+        answer = found[algorithm]
+        assert answer["system"] == "disaggregated"
+        assert Deployment.parse(answer["deployment"]).devices == answer["devices"]
     assert found["high"]["devices"] <= 3
     (best, *_) = found["low"]["candidates"]
     assert best["candidate"] == found["low"]["winner"]
