@@ -147,7 +147,7 @@ class Cluster:
         instance: InstanceState,
         prompts: Sequence[RequestState],
         chunks: Sequence[Chunk],
-        decodes: Sequence[RequestState] | None,
+        decodes: Sequence[RequestState],
         repeats: int,
     ) -> StepInFlight:
         """Reserves blocks for a step and puts requests into it.
@@ -155,7 +155,7 @@ class Cluster:
         Args:
           prompts: waiting and partly computed requests.
           chunks: what to compute of each of `prompts`.
-          decodes: the ready requests that decode; None for all.
+          decodes: the ready requests that decode.
           repeats: how many decode iterations may be one span.
         """
         parts: list[tuple[int, int]] = []
@@ -168,12 +168,12 @@ class Cluster:
             else:
                 instance.waiting.remove(state)
             state.settled_place = Place.STEPPING
-        batch = _take_ready(instance, decodes)
-        iterations = 1
-        if repeats > 1 and not prompts:
-            iterations = min(repeats, batch.lasting(instance.blocks.free))
-        batch.start()
-        decoding = len(batch.members)
+        batch, decoding, iterations = instance.nobody, len(decodes), 1
+        if decoding:
+            batch = _take_ready(instance, decodes)
+            if repeats > 1 and not prompts:
+                iterations = min(repeats, batch.lasting(instance.blocks.free))
+            batch.start()
         load = StepLoad(tuple(parts), decoding, batch.context + decoding)
         slices = OnRead(_slices, prompts, load, batch, instance.blocks)
         work = Step(work_id, instance.id, slices, load, iterations)
@@ -289,11 +289,11 @@ class Cluster:
 
 
 def _take_ready(
-    instance: InstanceState, decodes: Sequence[RequestState] | None
+    instance: InstanceState, decodes: Sequence[RequestState]
 ) -> DecodeBatch:
     """Takes those that decode out of the ready ones."""
     ready, other = instance.ready, instance.spare_batch()
-    if decodes is None:
+    if len(decodes) == len(ready.members):  # all
         instance.ready = other
         return ready
     batch = ready.split(decodes, other)

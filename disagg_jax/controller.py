@@ -178,8 +178,22 @@ class Controller:
         if event.tokens:
             _check_tokens(flight, event)
         tokens = iter(event.tokens)
-        batch.advance(event.ends_s or (end_s,))
-        batch.stepping = False  # so that whoever ends now leaves it at once
+        if flight.prompts:
+            self._place_prompts(flight, tokens, end_s)
+        if batch.members:
+            batch.advance(event.ends_s or (end_s,))
+            batch.stepping = False  # so that whoever ends now leaves it at once
+            if event.tokens:
+                self._receive_decoded(batch, tokens, end_s)
+            for state in batch.finished:
+                if state.active:
+                    self._end(state, Status.FINISHED, end_s)
+        self._step_over(flight)
+
+    def _place_prompts(
+        self, flight: StepInFlight, tokens: Iterator[int], end_s: float
+    ) -> None:
+        """Chunks of prompts are computed: each prompt goes where it belongs now."""
         instance = self.instances[flight.work.instance]
         for state in flight.prompts:
             complete = state.complete
@@ -195,12 +209,6 @@ class Controller:
                     self._cluster.park(state)
                 else:
                     self._cluster.keep(state)
-        if event.tokens:
-            self._receive_decoded(batch, tokens, end_s)
-        for state in batch.finished:
-            if state.active:
-                self._end(state, Status.FINISHED, end_s)
-        self._step_over(flight)
 
     def _stream_on(self, state: RequestState, token: int | None, end_s: float) -> None:
         """A prompt is computed whose KV is on the way; from now on that is waited for.
@@ -384,7 +392,7 @@ class Controller:
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
-            list(decodes) if len(decodes) < len(instance.ready.members) else None,
+            decodes,
             plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,
         )
         self._in_flight[flight.work.id] = flight

@@ -90,12 +90,15 @@ class DecodeBatch:
             if len(head) < count:
                 raise RuntimeError(f"{count - len(head)} to decode are not ready")
         if len(head) < len(rest):
-            self._hand_over(head, spare)
+            self._hand_over(head, self._context_of(head), spare)
             self.members, spare.members = rest, head
             return spare
-        self._hand_over(rest, spare)
+        self._hand_over(rest, self._context_of(rest), spare)
         self.members, spare.members = head, rest
         return self
+
+    def _context_of(self, states: Collection[RequestState]) -> int:
+        return sum([state.base for state in states]) + self.iteration * len(states)
 
     def absorb(self, other: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
         """Brings the members of `other` behind its own: (batch of all, the empty one).
@@ -103,27 +106,32 @@ class DecodeBatch:
         Only those of the smaller batch are looked at.
         """
         if len(self.members) >= len(other.members):
-            other._hand_over(other.members, self)
+            other._hand_over(other.members, other.context, self)
             self.members += other.members
             other.members = []
             return self, other
-        self._hand_over(self.members, other)
+        self._hand_over(self.members, self.context, other)
         other.members[:0] = self.members
         self.members = []
         return other, self
 
-    def _hand_over(self, states: Collection[RequestState], to: DecodeBatch) -> None:
-        """Makes members of this batch those of another, but for the queue order."""
+    def _hand_over(
+        self, states: Collection[RequestState], context: int, to: DecodeBatch
+    ) -> None:
+        """Makes members of this batch those of another, but for the queue order.
+
+        `context` is theirs together.
+        """
         if not states:
             return
-        now, ends_s, then = self.iteration, self._ends_s, to.iteration
-        context = sum([state.base for state in states]) + now * len(states)
         self.context -= context
         to.context += context
+        now, ends_s, then = self.iteration, self._ends_s, to.iteration
+        shift = now - then
         for state in states:
             if state.joined < now:
                 state.timeline.token_s += ends_s[state.joined : now]
-            state.base += now - then
+            state.base += shift
             state.joined = then
             state.batch = to
         self._milestones = None

@@ -182,11 +182,12 @@ class InstanceState:
     )
     blocks: KVBlocks = dataclasses.field(init=False)
     ready: DecodeBatch = dataclasses.field(init=False)  # can decode; not in a step
+    nobody: DecodeBatch = dataclasses.field(init=False)  # of a step of prompts only
     _spares: list[DecodeBatch] = dataclasses.field(default_factory=list[DecodeBatch])
 
     def __post_init__(self) -> None:
         self.blocks = KVBlocks(self.memory)
-        self.ready = DecodeBatch(self.blocks)
+        self.ready, self.nobody = DecodeBatch(self.blocks), DecodeBatch(self.blocks)
 
     def spare_batch(self) -> DecodeBatch:
         """An empty batch, one used before if there is any."""
@@ -195,8 +196,9 @@ class InstanceState:
     def take_back(self, batch: DecodeBatch) -> None:
         """Those in `batch` are ready again, behind those that became so meanwhile."""
         batch.stepping = False
-        self.ready, spare = self.ready.absorb(batch)
-        self._spares.append(spare)
+        if batch is not self.nobody:
+            self.ready, spare = self.ready.absorb(batch)
+            self._spares.append(spare)
 
     @property
     def running(self) -> Sequence[RequestState]:
