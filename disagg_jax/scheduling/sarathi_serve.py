@@ -59,7 +59,7 @@ class SarathiServe:
                 left -= tokens
         if not plan.preempt:  # who made room is before all that wait
             chunks += self._admit(instance, left)
-        return plan._replace(chunks=chunks)
+        return dataclasses.replace(plan, chunks=chunks)
 
     def _admit(self, instance: InstanceView, left: int) -> list[Chunk]:
         """Chunks of waiting prompts, `left` tokens in all."""

@@ -196,7 +196,8 @@ def test_a_larger_payload_is_several_arrays(world, monkeypatch, room, arrays):
 
 def test_a_transfer_that_goes_along_with_a_step_is_refused(world):
     engine = world.engine("prefill:tp1,decode:tp1")
-    stream = make_transfer((0,), (0,), context=4)._replace(step=7)
+    stream = dataclasses.replace(make_transfer((0,), (0,), context=4), step=7)
     with pytest.raises(ValueError, match="after its prompt only; got a stream"):
         engine.start(stream)
-    assert engine.program_key(stream._replace(step=0)) == "tp1->tp1/transfer_16"
+    whole = dataclasses.replace(stream, step=0)
+    assert engine.program_key(whole) == "tp1->tp1/transfer_16"
