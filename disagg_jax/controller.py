@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from disagg_jax.cluster import Cluster
 from disagg_jax.decode_batch import DecodeBatch
@@ -96,6 +97,17 @@ class Controller:
         self._work_ids = itertools.count(1)
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
+        # A table instead of a match: with several events a turn it is felt.
+        self._on: dict[type[Event], Callable[[float, Any], None]] = {
+            Arrived: self._arrived,
+            Done: self._done,
+            Progress: self._progress,
+            StageFree: self._stage_free,
+            Cancelled: self._cancelled,
+            Down: self._down,
+            Slow: self._slow,
+            Up: self._up,
+        }
 
     @property
     def in_flight(self) -> int:
@@ -110,7 +122,7 @@ class Controller:
             freed twice, requests that wait for ever.
         """
         for event in events:
-            self._apply(now_s, event)
+            self._on[type(event)](now_s, event)
         works: list[Work] = []
         if self._spans.disturbed:
             self._spans.cut(works)
@@ -126,27 +138,8 @@ class Controller:
 
     # -- events ---------------------------------------------------------------------
 
-    def _apply(self, now_s: float, event: Event) -> None:
-        match event:
-            case Arrived(request):
-                self._arrive(now_s, request)
-            case Done():
-                self._done(event)
-            case Progress(work, ends_s):
-                self._progress(now_s, work, ends_s)
-            case StageFree(work):
-                self._stage_free(work)
-            case Cancelled(request_id):
-                self._cancel(now_s, request_id)
-            case Down(instance):
-                self._down(self.instances[instance])
-            case Slow(instance):
-                self._spans.disturb(self.instances[instance])
-            case Up(instance):
-                self.instances[instance].up = True
-                self._cluster.route_stranded()
-
-    def _arrive(self, now_s: float, request: Request) -> None:
+    def _arrived(self, now_s: float, event: Arrived) -> None:
+        request = event.request
         if request.id in self._requests:
             raise RuntimeError(f"request {request.id} arrived twice")
         timeline = Timeline(request=request)
@@ -161,7 +154,7 @@ class Controller:
         self._active += 1
         self._enqueue(state)
 
-    def _done(self, event: Done) -> None:
+    def _done(self, now_s: float, event: Done) -> None:
         flight = self._in_flight.pop(event.work, None)
         if flight is None:
             raise RuntimeError(f"work {event.work} is done but was not in flight")
@@ -264,7 +257,8 @@ class Controller:
         if state.request.stops_at(token):
             self._end(state, Status.FINISHED, end_s)
 
-    def _stage_free(self, work: int) -> None:
+    def _stage_free(self, now_s: float, event: StageFree) -> None:
+        work = event.work
         flight = self._in_flight.get(work)
         if not isinstance(flight, StepInFlight):
             raise RuntimeError(f"work {work} leaves a stage but is no step in flight")
@@ -273,11 +267,13 @@ class Controller:
             raise RuntimeError(f"step {work} leaves the first stage twice")
         instance.step, instance.downstream[work] = None, flight
 
-    def _progress(self, now_s: float, work: int, ends_s: Sequence[float]) -> None:
-        flight = self._in_flight.get(work)
+    def _progress(self, now_s: float, event: Progress) -> None:
+        flight = self._in_flight.get(event.work)
         if not isinstance(flight, StepInFlight):
-            raise RuntimeError(f"work {work} makes progress but is no span in flight")
-        self._spans.progress(flight, now_s, ends_s)
+            raise RuntimeError(
+                f"work {event.work} makes progress but is no span in flight"
+            )
+        self._spans.progress(flight, now_s, event.ends_s)
 
     def _transfer_done(self, state: RequestState, event: Done) -> None:
         if state.place is not Place.MOVING:
@@ -293,16 +289,24 @@ class Controller:
         self._cluster.finish_transfer(state)
         self._spans.disturb(state.holder)
 
-    def _cancel(self, now_s: float, request_id: int) -> None:
-        state = self._requests.get(request_id)
+    def _cancelled(self, now_s: float, event: Cancelled) -> None:
+        state = self._requests.get(event.request)
         if state is None:
-            raise RuntimeError(f"cancelled request {request_id} never arrived")
+            raise RuntimeError(f"cancelled request {event.request} never arrived")
         if state.active:
             self._spans.disturb(state.holder)
             self._end(state, Status.CANCELLED, now_s)
 
-    def _down(self, lost: InstanceState) -> None:
+    def _slow(self, now_s: float, event: Slow) -> None:
+        self._spans.disturb(self.instances[event.instance])
+
+    def _up(self, now_s: float, event: Up) -> None:
+        self.instances[event.instance].up = True
+        self._cluster.route_stranded()
+
+    def _down(self, now_s: float, event: Down) -> None:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
+        lost = self.instances[event.instance]
         lost.up, lost.step = False, None
         lost.downstream.clear()
         touched = {*lost.waiting, *lost.running, *lost.partial}

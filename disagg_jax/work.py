@@ -84,7 +84,7 @@ class StepLoad:
     @property
     def prompt_tokens(self) -> int:
         """Prompt tokens computed."""
-        return sum(count for _, count in self.chunks)
+        return sum([count for _, count in self.chunks])
 
     @property
     def prompt_squares(self) -> int:
@@ -93,7 +93,7 @@ class StepLoad:
         Whole prompts have their length squared. Prompt attention grows with it, and the
         chunks of a prompt add up to the prompt's.
         """
-        return sum((start + n) ** 2 - start**2 for start, n in self.chunks)
+        return sum([(start + n) ** 2 - start**2 for start, n in self.chunks])
 
     @classmethod
     def of(cls, slices: Sequence[Slice]) -> StepLoad:
