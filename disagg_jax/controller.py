@@ -15,7 +15,7 @@ from typing import Any
 from disagg_jax.cluster import Cluster
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.request import Request, Status, Timeline
+from disagg_jax.request import Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.view import Policy, PullPolicy
 from disagg_jax.spans import Spans
@@ -374,8 +374,7 @@ class Controller:
             self._spans.go_on(self.instances, works)
         made_room = False
         for instance in self.instances:
-            ready = instance.waiting or instance.partly or instance.ready.members
-            if ready and instance.takes_a_step:
+            if instance.takes_a_step and instance.has_ready:
                 made_room |= self._start_step(now_s, instance, works)
         if self._to_stream:  # after all steps: a span would take its blocks before too
             self._start_streams(works)

@@ -218,6 +218,11 @@ class InstanceState:
         return self.step is None and len(self.downstream) < self.spec.pp
 
     @property
+    def has_ready(self) -> bool:
+        """Whether there is anybody to plan a step for."""
+        return bool(self.waiting or self.partly or self.ready.members)
+
+    @property
     def steps(self) -> list[StepInFlight]:
         """All that is in flight."""
         first = [] if self.step is None else [self.step]

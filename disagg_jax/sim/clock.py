@@ -19,7 +19,6 @@ from disagg_jax.work import (
     Report,
     StageFree,
     Step,
-    Transfer,
     Work,
 )
 
