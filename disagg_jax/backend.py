@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from disagg_jax.controller import Controller
 from disagg_jax.request import Request, Timeline
@@ -22,7 +23,8 @@ from disagg_jax.work import (
 )
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Outcome:
     """What came of one piece of work that was run alone."""
 
     # Of each iteration, or of each part of a transfer that goes along with a step; may

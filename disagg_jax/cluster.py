@@ -64,15 +64,18 @@ class Cluster:
         entries = deployment.of(Role.PREFILL, Role.COLOCATED)
         self._entries = [self.instances[i] for i in entries]
         self.decoders = [self.instances[i] for i in deployment.of(Role.DECODE)]
+        self._first_with: dict[KVMemory, int] = {}  # instance, by its memory
+        for instance in self.instances:
+            self._first_with.setdefault(instance.memory, instance.id)
         self.unrouted: list[RequestState] = []
         self._prefill_router, self._decode_router = prefill_router, decode_router
 
     def why_never(self, request: Request) -> str:
         """Why `request` could not be served even alone; '' if it could."""
-        for instance in self.instances:
-            limit = instance.memory.why_never(request.prompt_tokens, request.max_tokens)
+        for memory, instance in self._first_with.items():
+            limit = memory.why_never(request.prompt_tokens, request.max_tokens)
             if limit:
-                return f"instance {instance.id}: {limit}"
+                return f"instance {instance}: {limit}"
         return ""
 
     # -- queues ---------------------------------------------------------------------
@@ -157,7 +160,7 @@ class Cluster:
         instance: InstanceState,
         prompts: Sequence[RequestState],
         chunks: Sequence[Chunk],
-        decodes: Sequence[RequestState] | None,
+        decodes: Sequence[RequestState],
         repeats: int,
     ) -> StepInFlight:
         """Reserves blocks for a step and puts requests into it.
@@ -165,25 +168,26 @@ class Cluster:
         Args:
           prompts: waiting and partly computed requests.
           chunks: what to compute of each of `prompts`.
-          decodes: the ready requests that decode; None for all.
+          decodes: the ready requests that decode.
           repeats: how many decode iterations may be one span.
         """
         parts: list[tuple[int, int]] = []
         for state, chunk in zip(prompts, chunks, strict=True):
-            _check_chunk(state, chunk)
-            parts.append((state.context, chunk.tokens))
+            start = state.settled_context
+            _check_chunk(state, start, chunk)
+            parts.append((start, chunk.tokens))
             instance.blocks.extend(state.id, chunk.reserve)
-            if state.place is Place.PARTIAL:
+            if state.settled_place is Place.PARTIAL:
                 del instance.partly[state.id]
             else:
                 instance.waiting.remove(state)
             state.settled_place = Place.STEPPING
-        batch = _take_ready(instance, decodes)
-        iterations = 1
-        if repeats > 1 and not prompts:
-            iterations = min(repeats, batch.lasting(instance.blocks.free))
-        batch.start()
-        decoding = len(batch.members)
+        batch, decoding, iterations = instance.nobody, len(decodes), 1
+        if decoding:
+            batch = _take_ready(instance, decodes)
+            if repeats > 1 and not prompts:
+                iterations = min(repeats, batch.lasting(instance.blocks.free))
+            batch.start()
         load = StepLoad(tuple(parts), decoding, batch.context + decoding)
         slices = OnRead(_slices, prompts, load, batch, instance.blocks)
         work = Step(work_id, instance.id, slices, load, iterations)
@@ -323,11 +327,11 @@ class Cluster:
 
 
 def _take_ready(
-    instance: InstanceState, decodes: Sequence[RequestState] | None
+    instance: InstanceState, decodes: Sequence[RequestState]
 ) -> DecodeBatch:
     """Takes those that decode out of the ready ones."""
     ready, other = instance.ready, instance.spare_batch()
-    if decodes is None:
+    if len(decodes) == len(ready.members):  # all
         instance.ready = other
         return ready
     batch = ready.split(decodes, other)
@@ -360,17 +364,17 @@ def _blocks(
     return instance.blocks.table(state.id)[first:end]
 
 
-def _check_chunk(state: RequestState, chunk: Chunk) -> None:
+def _check_chunk(state: RequestState, start: int, chunk: Chunk) -> None:
     """Raises RuntimeError on what no policy may ask for."""
-    end = state.context + chunk.tokens
-    if not state.context < end <= state.known:
+    end, known = start + chunk.tokens, state.settled_known
+    if not start < end <= known:
         raise RuntimeError(
-            f"request {state.id}: expected a chunk of 1 to "
-            f"{state.known - state.context} tokens, got {chunk.tokens}"
+            f"request {state.id}: expected a chunk of 1 to {known - start} tokens, "
+            f"got {chunk.tokens}"
         )
-    if not (end <= chunk.reserve <= state.known or chunk.reserve == state.limit):
+    if not (end <= chunk.reserve <= known or chunk.reserve == state.limit):
         raise RuntimeError(
-            f"request {state.id}: expected to reserve {end} to {state.known} tokens, "
+            f"request {state.id}: expected to reserve {end} to {known} tokens, "
             f"or its limit of {state.limit}, got {chunk.reserve}"
         )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from disagg_jax.cluster import Cluster
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.request import Request, Status, Timeline
+from disagg_jax.request import Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.view import Policy, PullPolicy
 from disagg_jax.spans import Spans
@@ -96,6 +97,17 @@ class Controller:
         self._work_ids = itertools.count(1)
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
+        # A table instead of a match: with several events a turn it is felt.
+        self._on: dict[type[Event], Callable[[float, Any], None]] = {
+            Arrived: self._arrived,
+            Done: self._done,
+            Progress: self._progress,
+            StageFree: self._stage_free,
+            Cancelled: self._cancelled,
+            Down: self._down,
+            Slow: self._slow,
+            Up: self._up,
+        }
 
     @property
     def in_flight(self) -> int:
@@ -110,7 +122,7 @@ class Controller:
             freed twice, requests that wait for ever.
         """
         for event in events:
-            self._apply(now_s, event)
+            self._on[type(event)](now_s, event)
         works: list[Work] = []
         if self._spans.disturbed:
             self._spans.cut(works)
@@ -126,27 +138,8 @@ class Controller:
 
     # -- events ---------------------------------------------------------------------
 
-    def _apply(self, now_s: float, event: Event) -> None:
-        match event:
-            case Arrived(request):
-                self._arrive(now_s, request)
-            case Done():
-                self._done(event)
-            case Progress(work, ends_s):
-                self._progress(now_s, work, ends_s)
-            case StageFree(work):
-                self._stage_free(work)
-            case Cancelled(request_id):
-                self._cancel(now_s, request_id)
-            case Down(instance):
-                self._down(self.instances[instance])
-            case Slow(instance):
-                self._spans.disturb(self.instances[instance])
-            case Up(instance):
-                self.instances[instance].up = True
-                self._cluster.route_stranded()
-
-    def _arrive(self, now_s: float, request: Request) -> None:
+    def _arrived(self, now_s: float, event: Arrived) -> None:
+        request = event.request
         if request.id in self._requests:
             raise RuntimeError(f"request {request.id} arrived twice")
         timeline = Timeline(request=request)
@@ -161,7 +154,7 @@ class Controller:
         self._active += 1
         self._enqueue(state)
 
-    def _done(self, event: Done) -> None:
+    def _done(self, now_s: float, event: Done) -> None:
         flight = self._in_flight.pop(event.work, None)
         if flight is None:
             raise RuntimeError(f"work {event.work} is done but was not in flight")
@@ -178,8 +171,22 @@ class Controller:
         if event.tokens:
             _check_tokens(flight, event)
         tokens = iter(event.tokens)
-        batch.advance(event.ends_s or (end_s,))
-        batch.stepping = False  # so that whoever ends now leaves it at once
+        if flight.prompts:
+            self._place_prompts(flight, tokens, end_s)
+        if batch.members:
+            batch.advance(event.ends_s or (end_s,))
+            batch.stepping = False  # so that whoever ends now leaves it at once
+            if event.tokens:
+                self._receive_decoded(batch, tokens, end_s)
+            for state in batch.finished:
+                if state.active:
+                    self._end(state, Status.FINISHED, end_s)
+        self._step_over(flight)
+
+    def _place_prompts(
+        self, flight: StepInFlight, tokens: Iterator[int], end_s: float
+    ) -> None:
+        """Chunks of prompts are computed: each prompt goes where it belongs now."""
         instance = self.instances[flight.work.instance]
         for state in flight.prompts:
             complete = state.complete
@@ -195,12 +202,6 @@ class Controller:
                     self._cluster.park(state)
                 else:
                     self._cluster.keep(state)
-        if event.tokens:
-            self._receive_decoded(batch, tokens, end_s)
-        for state in batch.finished:
-            if state.active:
-                self._end(state, Status.FINISHED, end_s)
-        self._step_over(flight)
 
     def _stream_on(self, state: RequestState, token: int | None, end_s: float) -> None:
         """A prompt is computed whose KV is on the way; from now on that is waited for.
@@ -256,7 +257,8 @@ class Controller:
         if state.request.stops_at(token):
             self._end(state, Status.FINISHED, end_s)
 
-    def _stage_free(self, work: int) -> None:
+    def _stage_free(self, now_s: float, event: StageFree) -> None:
+        work = event.work
         flight = self._in_flight.get(work)
         if not isinstance(flight, StepInFlight):
             raise RuntimeError(f"work {work} leaves a stage but is no step in flight")
@@ -265,11 +267,13 @@ class Controller:
             raise RuntimeError(f"step {work} leaves the first stage twice")
         instance.step, instance.downstream[work] = None, flight
 
-    def _progress(self, now_s: float, work: int, ends_s: Sequence[float]) -> None:
-        flight = self._in_flight.get(work)
+    def _progress(self, now_s: float, event: Progress) -> None:
+        flight = self._in_flight.get(event.work)
         if not isinstance(flight, StepInFlight):
-            raise RuntimeError(f"work {work} makes progress but is no span in flight")
-        self._spans.progress(flight, now_s, ends_s)
+            raise RuntimeError(
+                f"work {event.work} makes progress but is no span in flight"
+            )
+        self._spans.progress(flight, now_s, event.ends_s)
 
     def _transfer_done(self, flight: TransferInFlight, event: Done) -> None:
         state, timeline = flight.state, flight.state.timeline
@@ -288,16 +292,24 @@ class Controller:
         self._cluster.finish_transfer(state)
         self._spans.disturb(state.holder)
 
-    def _cancel(self, now_s: float, request_id: int) -> None:
-        state = self._requests.get(request_id)
+    def _cancelled(self, now_s: float, event: Cancelled) -> None:
+        state = self._requests.get(event.request)
         if state is None:
-            raise RuntimeError(f"cancelled request {request_id} never arrived")
+            raise RuntimeError(f"cancelled request {event.request} never arrived")
         if state.active:
             self._spans.disturb(state.holder)
             self._end(state, Status.CANCELLED, now_s)
 
-    def _down(self, lost: InstanceState) -> None:
+    def _slow(self, now_s: float, event: Slow) -> None:
+        self._spans.disturb(self.instances[event.instance])
+
+    def _up(self, now_s: float, event: Up) -> None:
+        self.instances[event.instance].up = True
+        self._cluster.route_stranded()
+
+    def _down(self, now_s: float, event: Down) -> None:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
+        lost = self.instances[event.instance]
         lost.up, lost.step = False, None
         lost.downstream.clear()
         touched = {*lost.waiting, *lost.running, *lost.partial}
@@ -365,8 +377,7 @@ class Controller:
             self._spans.go_on(self.instances, works)
         made_room = False
         for instance in self.instances:
-            ready = instance.waiting or instance.partly or instance.ready.members
-            if ready and instance.takes_a_step:
+            if instance.takes_a_step and instance.has_ready:
                 made_room |= self._start_step(now_s, instance, works)
         if self._to_stream:  # after all steps: a span would take its blocks before too
             self._start_streams(works)
@@ -387,7 +398,7 @@ class Controller:
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
-            list(decodes) if len(decodes) < len(instance.ready.members) else None,
+            decodes,
             plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,
         )
         self._in_flight[flight.work.id] = flight

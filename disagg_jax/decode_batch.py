@@ -90,12 +90,15 @@ class DecodeBatch:
             if len(head) < count:
                 raise RuntimeError(f"{count - len(head)} to decode are not ready")
         if len(head) < len(rest):
-            self._hand_over(head, spare)
+            self._hand_over(head, self._context_of(head), spare)
             self.members, spare.members = rest, head
             return spare
-        self._hand_over(rest, spare)
+        self._hand_over(rest, self._context_of(rest), spare)
         self.members, spare.members = head, rest
         return self
+
+    def _context_of(self, states: Collection[RequestState]) -> int:
+        return sum([state.base for state in states]) + self.iteration * len(states)
 
     def absorb(self, other: DecodeBatch) -> tuple[DecodeBatch, DecodeBatch]:
         """Brings the members of `other` behind its own: (batch of all, the empty one).
@@ -103,27 +106,32 @@ class DecodeBatch:
         Only those of the smaller batch are looked at.
         """
         if len(self.members) >= len(other.members):
-            other._hand_over(other.members, self)
+            other._hand_over(other.members, other.context, self)
             self.members += other.members
             other.members = []
             return self, other
-        self._hand_over(self.members, other)
+        self._hand_over(self.members, self.context, other)
         other.members[:0] = self.members
         self.members = []
         return other, self
 
-    def _hand_over(self, states: Collection[RequestState], to: DecodeBatch) -> None:
-        """Makes members of this batch those of another, but for the queue order."""
+    def _hand_over(
+        self, states: Collection[RequestState], context: int, to: DecodeBatch
+    ) -> None:
+        """Makes members of this batch those of another, but for the queue order.
+
+        `context` is theirs together.
+        """
         if not states:
             return
-        now, ends_s, then = self.iteration, self._ends_s, to.iteration
-        context = sum([state.base for state in states]) + now * len(states)
         self.context -= context
         to.context += context
+        now, ends_s, then = self.iteration, self._ends_s, to.iteration
+        shift = now - then
         for state in states:
             if state.joined < now:
                 state.timeline.token_s += ends_s[state.joined : now]
-            state.base += now - then
+            state.base += shift
             state.joined = then
             state.batch = to
         self._milestones = None
@@ -163,12 +171,12 @@ class DecodeBatch:
 
     def _charge(self, end: int) -> None:
         """Reserves the blocks of all iterations before `end`."""
-        if not self.members:
+        begun = self.iteration + self._charged
+        if self._milestones:
+            self._milestones.charge(begun, end)
             return
-        crossing = self._milestones.crossing if self._milestones else self._crossing
-        for iteration in range(self.begun, end):
-            owners = crossing(iteration)
-            if owners:
+        for iteration in range(begun, end):
+            if owners := self._crossing(iteration):
                 self._blocks.add_to_each(owners)
 
     def _crossing(self, iteration: int) -> Collection[int]:
@@ -181,13 +189,13 @@ class DecodeBatch:
             and held(state.id) * size <= state.base + iteration
         ]
 
-    def advance(self, ends_s: Sequence[float]) -> None:
-        """Iterations are over, at `ends_s`."""
+    def advance(self, ends_s: Sequence[float], goes_on: bool = False) -> None:
+        """Iterations are over, at `ends_s`; if it `goes_on`, another has begun."""
         count = len(ends_s)
-        if count > self._charged:
-            self._charge(self.iteration + count)
+        if count + goes_on > self._charged:
+            self._charge(self.iteration + count + goes_on)
         self.iteration += count
-        self._charged = False
+        self._charged = goes_on
         self._ends_s += ends_s
         self.context += count * len(self.members)
 
@@ -276,13 +284,16 @@ class Milestones:
             self._prepaid.discard(state.id)
         del self.ending[state.limit - state.base][state.id]
 
-    def crossing(self, iteration: int) -> Collection[int]:
-        """Those that need a block for `iteration`, the next one to begin."""
-        owners = self._phases.get(-iteration % self._block_tokens, ())
-        if self._prepaid:
-            owners = [owner for owner in owners if owner not in self._prepaid]
-            self._prepaid.clear()
-        return owners
+    def charge(self, begun: int, end: int) -> None:
+        """Gives members the blocks they need for the iterations from `begun` on."""
+        size, phases = self._block_tokens, self._phases
+        for iteration in range(begun, end):
+            owners = phases.get(-iteration % size)
+            if self._prepaid:  # for the first of them
+                owners = [o for o in owners or () if o not in self._prepaid]
+                self._prepaid.clear()
+            if owners:
+                self._blocks.add_to_each(owners)
 
     def missing(self, begun: int, iterations: int) -> int:
         """Blocks needed for so many iterations from `begun` on."""

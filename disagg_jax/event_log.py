@@ -65,7 +65,8 @@ def _event_to_json(event: Event) -> list[Any]:
         fields = dataclasses.asdict(event.request)
         fields["stop_tokens"] = sorted(event.request.stop_tokens)
         return ["Arrived", fields]
-    return [type(event).__name__, *event]
+    names = [field.name for field in dataclasses.fields(event)]
+    return [type(event).__name__, *(getattr(event, name) for name in names)]
 
 
 def _event_from_json(record: list[Any]) -> Event:

@@ -31,10 +31,9 @@ class Spans:
         self, flight: StepInFlight, now_s: float, ends_s: Sequence[float]
     ) -> None:
         """Iterations of a span are over."""
-        flight.batch.advance(ends_s)
-        if ends_s[-1] < now_s:
-            flight.batch.charge()
-        else:
+        goes_on = ends_s[-1] < now_s
+        flight.batch.advance(ends_s, goes_on)
+        if not goes_on:
             self.at_boundary.append(flight)
 
     def disturb(self, instance: InstanceState | None) -> None:

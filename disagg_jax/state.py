@@ -185,11 +185,12 @@ class InstanceState:
     )
     blocks: KVBlocks = dataclasses.field(init=False)
     ready: DecodeBatch = dataclasses.field(init=False)  # can decode; not in a step
+    nobody: DecodeBatch = dataclasses.field(init=False)  # of a step of prompts only
     _spares: list[DecodeBatch] = dataclasses.field(default_factory=list[DecodeBatch])
 
     def __post_init__(self) -> None:
         self.blocks = KVBlocks(self.memory)
-        self.ready = DecodeBatch(self.blocks)
+        self.ready, self.nobody = DecodeBatch(self.blocks), DecodeBatch(self.blocks)
 
     def spare_batch(self) -> DecodeBatch:
         """An empty batch, one used before if there is any."""
@@ -198,8 +199,9 @@ class InstanceState:
     def take_back(self, batch: DecodeBatch) -> None:
         """Those in `batch` are ready again, behind those that became so meanwhile."""
         batch.stepping = False
-        self.ready, spare = self.ready.absorb(batch)
-        self._spares.append(spare)
+        if batch is not self.nobody:
+            self.ready, spare = self.ready.absorb(batch)
+            self._spares.append(spare)
 
     @property
     def running(self) -> Sequence[RequestState]:
@@ -217,6 +219,11 @@ class InstanceState:
         to wait before the slowest. vLLM has it too: a batch in flight for each stage.
         """
         return self.step is None and len(self.downstream) < self.spec.pp
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether there is anybody to plan a step for."""
+        return bool(self.waiting or self.partly or self.ready.members)
 
     @property
     def steps(self) -> list[StepInFlight]:

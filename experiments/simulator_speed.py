@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gc
 import json
 import pathlib
 import sys
@@ -124,6 +125,7 @@ def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
 
 
 def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
+    gc.collect()  # what others left behind is not this run's work
     start_s = time.process_time()
     timelines = workload.simulated.run(workload.requests).timelines
     latencies_s = [(ttft_s(t), tpot_s(t), stages_s(t)) for t in timelines]

@@ -97,7 +97,7 @@ def _rates(pair: str, whole: Rig, groups: Rig, n: int, repeats: int) -> list[Rat
     ids = tuple(np.random.default_rng(0).permutation(pool)[:n].tolist())
     request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
     transfer = Transfer(0, request, 0, 1, ids, ids, context=1)
-    stream = transfer._replace(step=1)  # of a step that is not going on
+    stream = dataclasses.replace(transfer, step=1)  # of a step that is not going on
     size = whole.engine.transfer_bytes(transfer)
     copied = np.ones(size, np.uint8)
     plain = plain_device_put(whole, ids)

@@ -595,7 +595,7 @@ class Idle(PrefillFirst):
     """A policy that never plans anything."""
 
     def plan(self, instance):
-        return super().plan(instance)._replace(chunks=())
+        return dataclasses.replace(super().plan(instance), chunks=())
 
 
 def test_requests_that_wait_for_ever_raise():

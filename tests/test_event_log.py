@@ -112,7 +112,7 @@ def test_replay_shows_other_blocks_and_other_tokens():
     for change in ({"blocks": (1,)}, {"tokens": (7, 7, 7)}):
         other = dataclasses.replace(part, **change)
         assert other != part
-        lines = logged(step._replace(slices=(other,)))
+        lines = logged(dataclasses.replace(step, slices=(other,)))
         assert list(replay(lines, make_controller())) == [0]
 
 

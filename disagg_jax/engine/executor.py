@@ -60,7 +60,8 @@ class EngineExecutor:
 
     def run(self, work: Task) -> Outcome:
         parts_s, (tokens, size) = run_alone(self.engine, work)
-        return self.timing(work, parts_s)._replace(tokens=tokens, bytes=size)
+        timed = self.timing(work, parts_s)
+        return dataclasses.replace(timed, tokens=tokens, bytes=size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class TimingExecutor:
 
     def run(self, work: Task) -> Outcome:
         size = self.engine.transfer_bytes(work) if isinstance(work, Transfer) else 0
-        return self.timing(work, ())._replace(bytes=size)
+        return dataclasses.replace(self.timing(work, ()), bytes=size)
 
 
 def table_timing(engine: Engine, step_times: Mapping[str, float]) -> Timing:
@@ -140,7 +141,7 @@ def _every_work(engine: Engine, streams: bool) -> Iterable[Task]:
                 whole = Transfer(0, request, src, dst, blocks, blocks, 1)
                 yield whole
                 if streams:  # of a step that is not going on: its KV is all there
-                    yield whole._replace(step=1)
+                    yield dataclasses.replace(whole, step=1)
 
 
 def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:

@@ -54,5 +54,6 @@ class Orca:
             full = len(decodes) + len(chunks) >= self.max_seqs
             if free < 0 or too_long or full:
                 break
-            chunks.append(Chunk.whole(request)._replace(reserve=request.limit))
+            left = request.known - request.context
+            chunks.append(Chunk(request, left, reserve=request.limit))
         return Plan(chunks, decodes, repeats=FOREVER)

@@ -57,7 +57,8 @@ class SarathiServe:
                 tokens = min(request.known - request.context, left)
                 chunks.append(Chunk(request, tokens, request.known))
                 left -= tokens
-        return plan._replace(chunks=chunks + self._admit(instance, left))
+        chunks += self._admit(instance, left)
+        return dataclasses.replace(plan, chunks=chunks)
 
     def _admit(self, instance: InstanceView, left: int) -> list[Chunk]:
         """Chunks of waiting prompts, `left` tokens in all.

@@ -51,9 +51,11 @@ class RoundRobinDecode:
         """The requests from the head of the queue that fit under the cap."""
         running = instance.running
         rows, tokens = len(running), instance.running_context + len(running)
-        while tokens > self.token_cap:  # from the tail: fewer stay than go
+        for request in reversed(running):  # from the tail: fewer stay than go
+            if tokens <= self.token_cap:
+                break
             rows -= 1
-            tokens -= running[rows].context + 1
+            tokens -= request.context + 1
         return running[:rows]
 
     def pulls(self, instance: InstanceView, request: RequestView) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from disagg_jax.deployment import KVMemory
 
@@ -104,7 +104,8 @@ class InstanceView(Protocol):
         ...
 
 
-class Chunk(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Chunk:
     """The next tokens of a request that does not decode yet."""
 
     request: RequestView  # waiting or partial
@@ -119,7 +120,8 @@ class Chunk(NamedTuple):
         return cls(request, request.known - request.context, request.known)
 
 
-class Plan(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Plan:
     """The next step of an instance, and who must make room for it."""
 
     chunks: Sequence[Chunk] = ()

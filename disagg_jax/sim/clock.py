@@ -19,7 +19,6 @@ from disagg_jax.work import (
     Report,
     StageFree,
     Step,
-    Transfer,
     Work,
 )
 
@@ -42,7 +41,7 @@ class _Running:
     outcome: Outcome
     durations_s: Iterator[float]  # of the iterations that are not timed yet
     iterations: int
-    factor: float = 1.0  # on its durations
+    factor: float  # on its durations
     ends_s: list[float] = dataclasses.field(default_factory=list[float])
     reported: int = 0  # iterations
     due_s: float = math.inf  # of its entry in the heap that counts
@@ -98,27 +97,30 @@ class VirtualBackend:
         if isinstance(work, Cut):
             self._cut(self._spans[work.work], work.iterations)
             return
-        outcome = self._executor.run(work)
-        resource = work.instances
-        if isinstance(work, Transfer):
-            resource = outcome.link or (-3, *resource)
+        outcome, instances = self._executor.run(work), work.instances
+        if isinstance(work, Step):
+            resource, iterations = instances, work.iterations
+            factor = self._factors.get(work.instance, 1.0)
+        else:
+            resource = outcome.link or (-3, *instances)
+            iterations, factor = 1, 1.0
+        start_s = self._busy_until_s.get(resource, 0.0)
         running = _Running(
             work.id,
-            work.instances,
+            instances,
             resource,
-            max(self._now_s, self._busy_until_s.get(resource, 0.0)),
+            start_s if start_s > self._now_s else self._now_s,
             outcome,
             iter(outcome.durations_s),
-            work.iterations if isinstance(work, Step) else 1,
+            iterations,
+            factor,
         )
-        if self._factors and isinstance(work, Step):
-            running.factor = self._factors.get(work.instance, 1.0)
-        if outcome.shared:
-            self._share(running)
-            return
         if isinstance(work, Step):
             if work.load.chunks:
                 self._prompts[work.id] = running
+        elif outcome.shared:
+            self._share(running)
+            return
         elif work.step:
             self._stream(running, self._prompts[work.step])
             return

@@ -110,7 +110,7 @@ class CostExecutor:
         return Outcome((first,), later_stages_s=later)
 
     def _span_s(self, step: Step) -> Iterator[float]:
-        _, decodes, context = step.load
+        decodes, context = step.load.decodes, step.load.context
         contexts = range(context, context + step.iterations * decodes, decodes)
         decode_s = self.cost.decoder(step.instance)
         return map(decode_s, itertools.repeat(decodes), contexts)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.expect import expect
@@ -24,7 +24,8 @@ from disagg_jax.work import Transfer
 Route = tuple[LinkSpec | None, int, tuple[int, ...]]
 
 
-class Hop(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Hop:
     """One transfer on its wire."""
 
     duration_s: float

@@ -84,7 +84,7 @@ class TwoPasses:
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
         if not (load.chunks and load.decodes):
             return self.cost.stages_s(instance, load)
-        passes = (StepLoad((), *load[1:]), StepLoad(load.chunks, 0, 0))
+        passes = (StepLoad((), load.decodes, load.context), StepLoad(load.chunks, 0, 0))
         stages = (self.cost.stages_s(instance, part) for part in passes)
         return tuple(a + b for a, b in zip(*stages, strict=True))
 

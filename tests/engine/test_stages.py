@@ -271,7 +271,7 @@ def test_a_part_that_is_computed_leaves_before_the_rest_is(world):
     engine = world.engine("prefill:tp1,decode:tp1", DEEP, layer_groups=4)
     request = make_request(0, 8, 4)
     step = engine.start(prompt_step(1, request, (0, 1)))
-    stream = engine.start(transfer_of(request, (0, 1), (2, 3))._replace(step=1))
+    stream = engine.start(transfer_of(request, (0, 1), (2, 3), step=1))
     with engine.serving():
         jax.block_until_ready(next(step).arrays)  # two of four groups are dispatched
         parts = 0
@@ -293,7 +293,7 @@ def test_kv_does_not_land_before_its_step_is_over(world):
     engine = world.engine("prefill:tp1,decode:tp1", DEEP, layer_groups=4)
     request = make_request(0, 8, 4)
     step = engine.start(prompt_step(1, request, (0, 1)))
-    stream = engine.start(transfer_of(request, (0, 1), (2, 3))._replace(step=1))
+    stream = engine.start(transfer_of(request, (0, 1), (2, 3), step=1))
     with engine.serving():
         next(step)
         for _ in range(20):
@@ -307,8 +307,9 @@ def prompt_step(id, request, blocks) -> Step:
     return Step.of(id, 0, (Slice(request, 0, count, True, blocks, request.prompt),))
 
 
-def transfer_of(request, src_blocks, dst_blocks):
-    return Transfer(9, request, 0, 1, src_blocks, dst_blocks, request.prompt_tokens)
+def transfer_of(request, src_blocks, dst_blocks, step=0):
+    context = request.prompt_tokens
+    return Transfer(9, request, 0, 1, src_blocks, dst_blocks, context, step)
 
 
 # -- what does not fit -----------------------------------------------------------------

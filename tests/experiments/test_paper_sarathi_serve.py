@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import pytest
@@ -28,7 +29,7 @@ def test_two_passes_share_nothing():
     mixed = StepLoad(((0, 50),), 2, 300)
     assert cost.stages_s(0, mixed) == pytest.approx((1 + 0.5 + 0.2 + 0.3,))
     assert apart.stages_s(0, mixed) == pytest.approx((2 + 0.5 + 0.2 + 0.3,))
-    for alone in (mixed._replace(chunks=()), StepLoad(((0, 50),), 0, 0)):
+    for alone in (dataclasses.replace(mixed, chunks=()), StepLoad(((0, 50),), 0, 0)):
         assert apart.stages_s(0, alone) == cost.stages_s(0, alone)
 
 
