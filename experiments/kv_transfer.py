@@ -138,6 +138,7 @@ def panels(found: Sequence[Seen]) -> list[Panel]:
                 for i, name in enumerate(names)
             ],
             line=1.0,
+            x_ticks=sorted({float(seen.prompt) for seen in found}),
             log_x=True,
             log_y=True,
         )

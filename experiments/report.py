@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 import textwrap
@@ -14,7 +15,7 @@ import matplotlib.figure
 from experiments.columns import align
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
 _STAGE_COLOURS = ("#999999", "#E69F00", "#000000", "#56B4E9", "#009E73")
 
@@ -192,6 +193,14 @@ def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             *(f"padding_{kind}" for kind in ("prefill", "mixed", "decode")),
             form=".0%",
         ),
+        *(
+            row(
+                f"{role} stages busy, mean / idlest",
+                *(f"busy_{role}", f"busy_{role}_least"),
+                form=".0%",
+            )
+            for role in ("prefill", "decode", "colocated")
+        ),
         row("KV moved between instances, MB", "transfer_bytes", unit=1e6),
     ]
 
@@ -231,7 +240,7 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def _plot_scores(axes: Any, summary: Mapping[str, Any]) -> None:
     systems = summary["systems"].items()
-    for colour, (name, system) in zip(_COLOURS, systems, strict=False):
+    for colour, (name, system) in zip(itertools.cycle(_COLOURS), systems):
         _plot_system(axes, summary, name, system, colour)
     what = f"{summary['criterion']}: score (%)"
     if summary["criterion"] == "distserve":

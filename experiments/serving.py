@@ -36,7 +36,7 @@ from disagg_jax.engine.weights import Weights
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
-from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.sim.link import get_link
 from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
@@ -52,6 +52,7 @@ from experiments.weights import as_preset, find_weights, read_tokenizer, read_we
 from models import transformer
 from models.config import ModelConfig, get_config
 from models.tokenizer import ByteTokenizer, Tokenizer
+from sharding.mesh import Device
 
 Progress = Callable[[str], None]
 
@@ -122,6 +123,21 @@ def devices_needed(config: Config) -> int:
         _devices(config, Deployment.parse(system.deployment))
         for system in config.systems.values()
     )
+
+
+def _devices_for(config: Config, deployment: Deployment) -> list[Device]:
+    """The devices there are; on the virtual clock one may stand for several.
+
+    Programs run one at a time there, so what an instance takes on a device of its own
+    can be measured on one that others have too. KV that moves from a device to itself
+    is not copied: name a link for what it would take.
+    """
+    devices = jax.devices()
+    needed = _devices(config, deployment)
+    alone = all(spec.tp == 1 for spec in deployment.instances)
+    if config.clock == "virtual" and alone and len(devices) < needed:
+        return (devices * needed)[:needed]
+    return devices
 
 
 def _devices(config: Config, deployment: Deployment) -> int:
@@ -270,6 +286,8 @@ class Run:
     log: EventLog
     # Of an executed run: by kind of step, what was computed and what was padding.
     totals: Mapping[str, StepTotals] | None = None
+    # On the virtual clock: see `busy_shares`.
+    busy: Sequence[tuple[float, ...]] | None = None
 
 
 class Server:
@@ -297,7 +315,7 @@ class Server:
             model.config,
             model.params,
             self.deployment,
-            jax.devices(),
+            _devices_for(config, self.deployment),
             self.memory,
             buckets,
             layer_groups=config.layer_groups,
@@ -317,7 +335,7 @@ class Server:
         with self.engine.serving():
             backend = self._backend(step_times)
             timelines = serve(self.new_controller(), backend, requests, observer=log)
-        return Run(timelines, log, dict(self.engine.totals))
+        return Run(timelines, log, dict(self.engine.totals), self._busy(backend))
 
     def simulate(
         self, requests: Sequence[Request], step_times: Mapping[str, float]
@@ -327,7 +345,13 @@ class Server:
         executor = TimingExecutor(self.engine, self._timing(step_times))
         log = EventLog()
         backend = VirtualBackend(executor)
-        return Run(serve(self.new_controller(), backend, lengths, observer=log), log)
+        timelines = serve(self.new_controller(), backend, lengths, observer=log)
+        return Run(timelines, log, busy=self._busy(backend))
+
+    def _busy(self, backend: Backend) -> list[tuple[float, ...]] | None:
+        if not isinstance(backend, VirtualBackend):
+            return None
+        return busy_shares(self.deployment, backend.busy_s, backend.now_s())
 
     def new_controller(self) -> Controller:
         return Controller(

@@ -25,6 +25,7 @@ from absl import app, flags
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
+from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
 from experiments.simulations import (
     SIMULATIONS,
@@ -102,12 +103,17 @@ def main(argv: Sequence[str]) -> None:
         deployment = Deployment.parse(_DEPLOYMENT.value or "")
         out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)
-        timelines = run(_TRACE.value or "", simulation, deployment).timelines
+        done = run(_TRACE.value or "", simulation, deployment)
+        timelines = done.timelines
         write(out / "requests.csv", timelines, simulation.extra_tokens)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     refused = sum(t.status is not Status.FINISHED for t in timelines)
     print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
+    busy = busy_shares(deployment, done.busy_s, done.end_s)
+    for i, (spec, stages) in enumerate(zip(deployment.instances, busy, strict=True)):
+        shares = ", ".join(f"{share:.1%}" for share in stages)
+        print(f"instance {i}, {spec}: busy {shares}")
     if simulation.mark:
         print(simulation.mark)
 

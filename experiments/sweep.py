@@ -9,6 +9,7 @@ from typing import Any
 
 from disagg_jax import metrics
 from disagg_jax.criteria import Criterion
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.request import Status, Timeline
@@ -157,6 +158,7 @@ class Sweep:
             "steady": metrics.is_steady(run.timelines),
             "executed": run.totals is not None,
             **_padding(run.totals or {}),
+            **_busy(server.deployment, run.busy),
             "criteria": {
                 name: criterion.score(run.timelines)
                 for name, criterion in self.criteria.items()
@@ -270,6 +272,18 @@ def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
         done = totals.get(kind)
         shares[f"padding_{kind}"] = 1 - done.tokens / done.width if done else None
     return shares
+
+
+def _busy(
+    deployment: Deployment, shares: Sequence[Sequence[float]] | None
+) -> dict[str, float | None]:
+    """By role the share of the time that its devices worked, and the idlest stage's."""
+    found: dict[str, float | None] = {}
+    for role in Role:
+        stages = [s for i in deployment.of(role) for s in shares[i]] if shares else []
+        found[f"busy_{role}"] = statistics.mean(stages) if stages else None
+        found[f"busy_{role}_least"] = min(stages, default=None)
+    return found
 
 
 def _timeline(row: Mapping[str, Any]) -> dict[str, Any]:

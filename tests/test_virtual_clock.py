@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from disagg_jax.backend import Outcome, serve
-from disagg_jax.deployment import Role
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import interval_across
 from disagg_jax.scheduling.prefill_first import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
+from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.work import Slice, Step, Transfer
 from tests.serving import SECOND, assert_all_free, make_controller, make_request
@@ -184,3 +184,10 @@ def test_two_runs_are_the_same_bytes(deployment):
     log, timelines = one_run()
     assert one_run() == (log, timelines)
     assert sum(t["preemptions"] for t in timelines) > 0
+
+
+def test_busy_shares_are_by_instance_and_stage():
+    deployment = Deployment.parse("prefill:tp1pp2,decode:tp2")
+    busy_s = {(0,): 1.0, (0, 1): 2.0, (1,): 4.0, (-3, 0, 1): 3.0}
+    assert busy_shares(deployment, busy_s, 4.0) == [(0.25, 0.5), (1.0,)]
+    assert busy_shares(deployment, {}, 0.0) == [(0.0, 0.0), (0.0,)]

@@ -60,16 +60,16 @@ class PlacedModel:
         # Equal on all stages.
         self.layout = self.stages[0].layout
         self.scratch_block = self.stages[0].scratch_block
-        places = [
-            Place(layers, stage.mesh)
+        placed = [
+            (stage, layers)
             for groups, stage in zip(cut, self.stages, strict=True)
             for layers in groups
         ]
+        places = [Place(layers, stage.mesh) for stage, layers in placed]
         weights = place_groups(config, params, self.layout, places, rules)
-        of_mesh = {stage.mesh: stage for stage in self.stages}
         self.groups = [
-            LayerGroup(of_mesh[place.mesh], place.layers, part)
-            for place, part in zip(places, weights, strict=True)
+            LayerGroup(stage, layers, part)
+            for (stage, layers), part in zip(placed, weights, strict=True)
         ]
 
     def __str__(self) -> str:

@@ -8,9 +8,10 @@ import heapq
 import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from disagg_jax.backend import Executor, Outcome
+from disagg_jax.deployment import Deployment
 from disagg_jax.sim.shared_link import SharedLink
 from disagg_jax.work import (
     Cut,
@@ -58,6 +59,24 @@ class _Running:
         default_factory=collections.deque[float]
     )
     waited_s: float = 0.0
+
+
+def busy_shares(
+    deployment: Deployment, busy_s: Mapping[Resource, float], end_s: float
+) -> list[tuple[float, ...]]:
+    """For each instance, the share of the time until `end_s` its stages worked.
+
+    What is left is waiting: for requests, and in pipeline bubbles.
+    """
+
+    def share(instance: int, stage: int) -> float:
+        resource = (instance, stage) if stage else (instance,)
+        return busy_s.get(resource, 0.0) / end_s if end_s else 0.0
+
+    return [
+        tuple(share(i, stage) for stage in range(spec.pp))
+        for i, spec in enumerate(deployment.instances)
+    ]
 
 
 class VirtualBackend:

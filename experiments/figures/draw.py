@@ -55,6 +55,9 @@ def _panel(axes: Any, panel: Panel) -> None:
         axes.axhline(panel.line, color="black", lw=0.8)
     if panel.log_x:
         axes.set_xscale("log")
+    if panel.x_ticks:
+        axes.set_xticks(panel.x_ticks, [f"{x:g}" for x in panel.x_ticks], minor=False)
+        axes.set_xticks([], minor=True)
     if panel.log_y:
         axes.set_yscale("log")
     if panel.ylim is not None:

@@ -41,6 +41,7 @@ class Panel:
     line: float | None = None  # a horizontal one, in the units of y
     log_x: bool = False
     log_y: bool = False
+    x_ticks: Sequence[float] = ()  # instead of matplotlib's own
     ylim: tuple[float, float] | None = None
 
 

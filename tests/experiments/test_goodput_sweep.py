@@ -371,9 +371,39 @@ def test_the_answer_of_a_placement_search_runs_beside_the_systems(tmp_path):
         which = (row["replica"], row["request_id"])
         tokens[row["system"]].append((which, row["tokens"]))
     assert sorted(tokens["placed_high"]) == sorted(tokens["disaggregated"])
+    table = (tmp_path / "table.txt").read_text()
+    assert "prefill stages busy, mean / idlest" in table
+    points = [
+        json.loads(path.read_text())
+        for path in tmp_path.glob("points/placed*")
+        if path.suffix == ".json"
+    ]
+    assert points
+    for point in points:  # the stage with the embedding is not the one that unembeds
+        assert 0 < point["busy_prefill_least"] < point["busy_prefill"] < 1
+        assert point["busy_decode_least"] == point["busy_decode"] > 0
+        assert point["busy_colocated"] is None
     keys = json.loads((tmp_path / "step_times.json").read_text())["seconds"]
     assert any(key.startswith("tp1pp2/") and key.endswith("/2of2") for key in keys)
     assert any(key.startswith("tp1pp2->tp1/transfer") for key in keys)
+
+
+def test_one_device_can_stand_for_several_on_the_virtual_clock(monkeypatch, tmp_path):
+    """As on a machine with one GPU: the same tokens, each instance with its own KV."""
+    only = jax.devices()[:1]
+    asked = config("rates=20", "num_seeds=1")
+    systems = asked.with_placements(FOUND).systems
+    del systems["placed_joint"]
+    asked = dataclasses.replace(asked, systems=systems)
+    tokens = []
+    for name in ("several", "one"):
+        goodput_sweep.run(asked, tmp_path / name, None)
+        rows = (tmp_path / name / "requests.jsonl").read_text().splitlines()
+        tokens.append([json.loads(row)["tokens"] for row in rows])
+        monkeypatch.setattr(jax, "devices", lambda: only)
+    assert tokens[0] == tokens[1]
+    with pytest.raises(ValueError, match="needs 1.1 = 2 devices, got 1"):
+        goodput_sweep.run(config("rates=20", "clock=wall"), tmp_path / "wall", None)
 
 
 @pytest.mark.parametrize(
