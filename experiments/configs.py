@@ -83,6 +83,30 @@ def tiny_tp2() -> Config:
     )
 
 
+def tiny_streams() -> Config:
+    """KV that leaves by layer groups, and by chunks, over a link of 25 Gb/s.
+
+    With `--set streams=false` it leaves after the prompt: the difference is what the
+    streams hide. About a minute on 2 cores.
+    """
+    chunked = System.of(
+        "disaggregated_chunked",
+        "prefill:tp1,decode:tp1",
+        prefill={**_SEQS, "token_budget": 128},
+        decode=_SEQS,
+    )
+    return Config(
+        weights="trained",
+        systems={
+            "disaggregated": _TWO_DEVICES["disaggregated"],
+            "disaggregated_chunked": chunked,
+        },
+        layer_groups=2,
+        streams=True,
+        link="25gb",
+    )
+
+
 def azure_trace() -> Config:
     """Arrivals and lengths of a real trace (Azure 2023, conversations), shrunk to fit.
 
@@ -139,7 +163,14 @@ def smollm2_humaneval() -> Config:
 
 CONFIGS = {
     build.__name__: build
-    for build in (tiny, smoke, tiny_tp2, azure_trace, smollm2_humaneval)
+    for build in (
+        tiny,
+        smoke,
+        tiny_tp2,
+        tiny_streams,
+        azure_trace,
+        smollm2_humaneval,
+    )
 }
 
 
