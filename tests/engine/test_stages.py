@@ -117,6 +117,25 @@ def test_kv_of_every_layer_arrives_in_its_blocks(world):
     assert size == 16 * block_bytes
 
 
+def test_kv_never_passes_through_the_host(world):
+    """Between gather and the end nothing may be copied from host to device."""
+    engine = world.engine("prefill:tp1pp3,decode:tp1pp2", DEEP)
+    running = engine.start(transfer_of(make_request(0, 8, 4), (0, 1), (1, 0)))
+    next(running)  # the block ids went to the devices, KV was gathered
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        for pause in running:
+            jax.block_until_ready(pause.arrays)
+
+
+@pytest.mark.parametrize("deployment", ["colocated:tp1pp3", "colocated:tp2pp2"])
+def test_activations_never_pass_through_the_host(world, deployment):
+    first, second, *_ = world.engine(deployment, DEEP).instances[0].model.stages
+    x = jax.block_until_ready(first.put(np.ones((4, DEEP.embed), np.float32)))
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        moved = jax.block_until_ready(second.put(x))
+    assert moved.sharding == second.replicated
+
+
 # -- time -----------------------------------------------------------------------------
 
 

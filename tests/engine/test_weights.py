@@ -73,10 +73,13 @@ def test_no_device_holds_the_whole_while_restoring(name):
     jax.tree.map(check, shapes, axes, shardings)
 
 
-def test_restored_instances_generate_the_same_tokens(world, checkpoints):
-    """Nothing is in memory: each of the two meshes restores from disk."""
+@pytest.mark.parametrize(
+    "deployment", ["prefill:tp2,decode:tp4", "prefill:tp2pp2,decode:tp1pp2"]
+)
+def test_restored_instances_generate_the_same_tokens(world, checkpoints, deployment):
+    """Nothing is in memory: each mesh restores its layers' shards from disk."""
     config = FAMILIES["opt"]
     fresh = World({config: checkpoints["opt"]})
-    engine = fresh.engine("prefill:tp2,decode:tp4", config)
+    engine = fresh.engine(deployment, config)
     timelines = serve_virtual(engine, mixed_requests(world, config))
     assert_reference(world, config, timelines)
