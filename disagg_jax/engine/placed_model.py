@@ -73,8 +73,10 @@ class PlacedModel:
         ]
 
     def __str__(self) -> str:
-        """How it is spread, as in a deployment's text."""
-        return f"tp{self.tp}pp{self.pp}" if self.pp > 1 else f"tp{self.tp}"
+        """How it is spread: tp2pp2, and g4 behind it for 4 layer groups a stage."""
+        stages = f"pp{self.pp}" if self.pp > 1 else ""
+        groups = len(self.groups) // self.pp
+        return f"tp{self.tp}{stages}" + (f"g{groups}" if groups > 1 else "")
 
     @property
     def pp(self) -> int:

@@ -75,7 +75,7 @@ def start(engine: Engine, requests, seed=0) -> list[Hand]:
     used = {block for hand in hands for block in hand.blocks[:-SPARE]}
     unused = sorted(set(range(POOL.num_blocks)) - used)
     (instance,) = engine.instances
-    spoilt = np.full(instance.cache[0][0][0].shape, 1e30, "f4")
+    spoilt = np.full(instance.cache[0][0].shape, 1e30, "f4")
     spoilt[unused] = np.nan
     instance.cache[:] = jax.tree.map(
         lambda part: jax.device_put(spoilt, part.sharding), instance.cache

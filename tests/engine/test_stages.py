@@ -81,6 +81,21 @@ def test_each_stage_has_its_layers_on_its_own_devices(world):
                 assert k.sharding.mesh == v.sharding.mesh == stage.mesh
 
 
+def test_times_of_other_cuts_have_other_keys(world):
+    one, four = (
+        world.engine("prefill:tp1,decode:tp1", DEEP, layer_groups=n) for n in (1, 4)
+    )
+    request = make_request(0, 8, 4)
+    transfer = transfer_of(request, (0, 1), (1, 0))
+    step = prompt_step(1, request, (0, 1))
+    assert one.part_keys(step) == ["tp1/prefill_T64_R4"]
+    assert four.part_keys(step) == ["tp1g4/prefill_T64_R4"]
+    assert one.part_keys(transfer) == ["tp1->tp1/transfer_16"]
+    assert four.part_keys(transfer) == ["tp1g4->tp1g4/transfer_16"]
+    stream = transfer_of(request, (0, 1), (1, 0), step=1)
+    assert four.part_keys(stream)[-1] == "tp1g4->tp1g4/transfer_16/4of4"
+
+
 def test_segments_are_the_common_parts_of_both_cuts(world):
     engine = world.engine("prefill:tp1pp3,decode:tp1pp2", DEEP)
     prefill, decode = (instance.model for instance in engine.instances)
