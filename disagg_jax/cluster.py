@@ -318,7 +318,7 @@ class Cluster:
         src, dst = _some(state.holder), _some(state.target)
         src.blocks.release(state.id)
         del dst.arriving[state.id]
-        state.holder, state.target, state.sent = dst, None, 0
+        state.holder, state.target = dst, None
         dst.ready.join(state)
 
     def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:

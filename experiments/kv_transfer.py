@@ -8,7 +8,7 @@ First the bandwidth of each way to move KV between two meshes, over a copy's. Th
 requests that are served alone, on a prefill and a decode side: KV leaves when all of a
 prompt is computed (whole), when a group of layers is (groups), when a chunk of the
 prompt is (chunks), or both (chunks, groups). What is seen is the time from the first
-token until the KV is there; DistServe (OSDI'24, section 6.3) says it is less than a
+token until the KV is there; DistServe's authors say that it can be less than a
 decode step, which is the line in the picture.
 
 Every program runs alone and is timed; the controller puts the times on the timeline of

@@ -15,8 +15,10 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.view import Plan
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.state import Place
@@ -645,3 +647,73 @@ def test_routers_choose():
     prefills = {p.request.id: s.instance for s in run.steps[:2] for p in s.slices}
     assert prefills == {0: 0, 2: 0, 1: 1, 3: 1}
     assert {t.dst for t in run.transfers} == {3}
+
+
+# ---- KV that leaves chunk by chunk ---------------------------------------------------
+
+CHUNKED = {Role.PREFILL: PrefillChunked(token_budget=2)}
+
+
+def streaming(deployment, policies=CHUNKED, cost=SECOND) -> Run:
+    """With a prompt of 12 tokens under way: six chunks, of which two fill a block."""
+    run = Run(make_controller(deployment, policies=policies, streams=True), cost)
+    run.turn(Arrived(with_prompt(0, prompt=12, out=3)))
+    return run
+
+
+@pytest.mark.parametrize("landed", [False, True])
+@pytest.mark.parametrize("decoders", [1, 2])
+def test_a_target_is_lost_while_its_prompt_is_computed(decoders, landed):
+    """What was sent is sent again, to whoever is up when there is more to send."""
+    cost = LinearCost(step_base_s=1.0, transfer_base_s=0.0 if landed else 10.0)
+    run = streaming(f"prefill:tp1,{decoders}xdecode:tp1", cost=cost)
+    state = run.controller._requests[0]
+    while state.target is None or bool(state.landing) is landed:
+        run.turn()
+    assert state.place is Place.STEPPING
+    (target, *_) = {transfer.dst for transfer in run.transfers}
+    run.turn(Down(target), *([] if decoders > 1 else [Up(target)]))
+    run.finish()
+    assert_served(run.timeline(0))
+    assert run.timeline(0).preemptions == 0
+    assert run.transfers[-1].dst == (target if decoders == 1 else 3 - target)
+    sent_again = [t for t in run.transfers if t.start == 0]
+    assert len(sent_again) == 2
+    assert_all_free(run.controller)
+
+
+def test_a_cancelled_prompt_keeps_its_blocks_until_its_kv_has_landed():
+    run = streaming(PAIR)
+    while run.place(0) is not Place.STEPPING or not run.controller._requests[0].landing:
+        run.turn()
+    run.turn(Cancelled(0))
+    held = [i.blocks.held(0) for i in run.controller.instances]
+    assert held == [3, 4]
+    run.finish()
+    assert run.timeline(0).status is Status.CANCELLED
+    assert_all_free(run.controller)
+
+
+def test_kv_cannot_land_before_its_step_is_over():
+    controller = make_controller(PAIR, streams=True)
+    step, transfer = controller.step(0.0, [Arrived(make_request(prompt=4, out=2))])
+    with pytest.raises(RuntimeError, match="KV landed before it was computed"):
+        controller.step(1.0, [Done(transfer.id, 0.0, 1.0)])
+    assert transfer.step == step.id
+
+
+def test_kv_that_is_leaving_cannot_be_preempted():
+    """A prefill policy that lets go of a prompt in the middle is told so."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Fickle(PrefillChunked):
+        def plan(self, instance):
+            return (
+                Plan(preempt=instance.partial)
+                if instance.partial
+                else super().plan(instance)
+            )
+
+    run = streaming(PAIR, {Role.PREFILL: Fickle(token_budget=4)})
+    with pytest.raises(RuntimeError, match="its KV is leaving and cannot be dropped"):
+        run.finish()
