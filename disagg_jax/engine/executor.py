@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -87,7 +87,7 @@ def check_step_times(
     engine: Engine, step_times: Mapping[str, float], *, streams: bool = False
 ) -> None:
     """Raises ValueError if the table lacks a program that the deployment can need."""
-    works = _every_work(engine, streams)
+    works = every_work(engine, streams=streams)
     needed = {key for work in works for key in engine.part_keys(work)}
     if missing := sorted(needed - step_times.keys()):
         raise ValueError(
@@ -116,7 +116,7 @@ def measure_step_times(
     works = {
         tuple(engine.part_keys(work)): (engine, work)
         for engine in engines
-        for work in _every_work(engine, streams)
+        for work in every_work(engine, streams=streams)
     }
     for engine, work in works.values():
         run_alone(engine, work)
@@ -129,7 +129,12 @@ def measure_step_times(
     return {key: statistics.median(values) for key, values in times.items()}
 
 
-def _every_work(engine: Engine, streams: bool) -> Iterable[Task]:
+def every_work(engine: Engine, *, streams: bool = False) -> Iterator[Task]:
+    """Work that needs each program, and each size of a transfer, of a deployment.
+
+    Args:
+      streams: whether KV leaves in parts while its prompt is computed.
+    """
     for i, instance in enumerate(engine.instances):
         for shape in instance.buckets.step_shapes:
             yield Step.of(0, i, full_slices(shape, instance.model.memory))

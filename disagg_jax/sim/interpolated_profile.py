@@ -24,7 +24,6 @@ stages excluded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
 
 from disagg_jax.expect import expect
 from disagg_jax.sim.interpolated import (
@@ -34,6 +33,7 @@ from disagg_jax.sim.interpolated import (
     StageTables,
 )
 from disagg_jax.sim.record import (
+    as_mapping,
     as_number,
     get_list,
     get_mapping,
@@ -59,7 +59,7 @@ def cost_from_json(record: object) -> InterpolatedCost:
     stages: dict[tuple[int, int], tuple[StageTables, ...]] = {}
     for i, item in enumerate(get_list(top, "instances", "profile")):
         where = f"instances[{i}]"
-        instance = _as_mapping(item, where)
+        instance = as_mapping(item, where)
         tp = positive_int(get_value(instance, "tp", where), f"{where}.tp")
         tables = _stages(instance, where)
         key = (tp, len(tables))
@@ -72,7 +72,7 @@ def cost_from_json(record: object) -> InterpolatedCost:
 def _stages(record: Mapping[str, object], where: str) -> tuple[StageTables, ...]:
     stages = get_list(record, "stages", where)
     return tuple(
-        _stage(_as_mapping(stage, f"{where}.stages[{i}]"), f"{where}.stages[{i}]")
+        _stage(as_mapping(stage, f"{where}.stages[{i}]"), f"{where}.stages[{i}]")
         for i, stage in enumerate(stages)
     )
 
@@ -96,8 +96,3 @@ def _stage(record: Mapping[str, object], where: str) -> StageTables:
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def _as_mapping(value: object, where: str) -> Mapping[str, object]:
-    expect(isinstance(value, Mapping), f"{where}: expected an object", value)
-    return cast(Mapping[str, object], value)

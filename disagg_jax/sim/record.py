@@ -15,13 +15,17 @@ def get_value(record: Mapping[str, object], key: str, where: str) -> object:
     return record[key]
 
 
+def as_mapping(value: object, where: str) -> Mapping[str, object]:
+    """An object."""
+    expect(isinstance(value, Mapping), f"{where}: expected an object", value)
+    return cast(Mapping[str, object], value)
+
+
 def get_mapping(
     record: Mapping[str, object], key: str, where: str
 ) -> Mapping[str, object]:
     """`record[key]`, an object."""
-    value = get_value(record, key, where)
-    expect(isinstance(value, Mapping), f"{where}.{key}: expected an object", value)
-    return cast(Mapping[str, object], value)
+    return as_mapping(get_value(record, key, where), f"{where}.{key}")
 
 
 def get_texts(record: Mapping[str, object], key: str, where: str) -> Mapping[str, str]:

@@ -1,0 +1,161 @@
+"""Reading and writing what `experiments.calibrate` measured, as JSON.
+
+    {"name": "tiny-cpu",              what outputs are marked with
+     "kind": "calibrated",
+     "provenance": {...},             texts: "model", "dtype", "device", "commit", ...
+     "block_tokens": 16,
+     "block_bytes": 65536,            KV of a block, all layers
+     "held_out": {"prefill": 0.02},   mean relative error on work that was not used
+     "layouts": [                     one for each (tp, pp) that was measured
+       {"tp": 1, "pp": 1,
+        "measured": [["prefill", T, R, C, B, P, [seconds on each stage]], ...],
+        "fits": {"prefill": [[coefficient of each term], ... of each stage]}}],
+     "transfers": [
+       {"src": [1, 1], "dst": [1, 1],          (tp, pp)
+        "blocks": [1, 16], "seconds": [1e-4, 2e-4],
+        "base_s": 1e-4, "block_s": 6e-6}]}
+
+Programs and terms: `sim/programs.py`, `sim/terms.py`. All times are seconds of one step
+on that stage, or of one transfer, host work included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from disagg_jax.expect import expect
+from disagg_jax.sim.calibrated import (
+    CalibratedProfile,
+    Layout,
+    LayoutTimes,
+    TransferTimes,
+)
+from disagg_jax.sim.programs import KINDS, Program
+from disagg_jax.sim.record import (
+    as_mapping,
+    as_number,
+    get_list,
+    get_mapping,
+    get_numbers,
+    get_text,
+    get_texts,
+    get_value,
+    open_profile,
+    positive_int,
+)
+
+PROVENANCE = ("model", "dtype", "device")  # must be there: they decide what it is for
+
+
+def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
+    """The record of the form above."""
+    return {
+        "name": profile.name,
+        "kind": "calibrated",
+        "provenance": dict(profile.provenance),
+        "block_tokens": profile.block_tokens,
+        "block_bytes": profile.block_bytes,
+        "held_out": dict(profile.held_out),
+        "layouts": [
+            {
+                "tp": tp,
+                "pp": pp,
+                "measured": [[*p, list(s)] for p, s in sorted(times.measured.items())],
+                "fits": {
+                    kind: list(map(list, fits)) for kind, fits in times.fits.items()
+                },
+            }
+            for (tp, pp), times in sorted(profile.layouts.items())
+        ],
+        "transfers": [
+            {
+                "src": list(src),
+                "dst": list(dst),
+                "blocks": sorted(times.measured),
+                "seconds": [times.measured[n] for n in sorted(times.measured)],
+                "base_s": times.base_s,
+                "block_s": times.block_s,
+            }
+            for (src, dst), times in sorted(profile.transfers.items())
+        ],
+    }
+
+
+def profile_from_json(record: object) -> CalibratedProfile:
+    """The profile in a parsed JSON record of the form above.
+
+    Raises:
+      ValueError: saying where, what was expected and what came.
+    """
+    top = open_profile(record, "calibrated")
+    provenance = get_texts(top, "provenance", "profile")
+    for key in PROVENANCE:
+        get_text(provenance, key, "provenance")
+    held_out = get_mapping(top, "held_out", "profile")
+    layouts = [_layout(item, i) for i, item in enumerate(get_list(top, "layouts", ""))]
+    transfers = cast(list[object], top.get("transfers", []))
+    return CalibratedProfile(
+        name=get_text(top, "name", "profile"),
+        block_tokens=positive_int(top.get("block_tokens"), "block_tokens"),
+        block_bytes=positive_int(top.get("block_bytes"), "block_bytes"),
+        layouts=dict(layouts),
+        transfers=dict(_transfer(item, i) for i, item in enumerate(transfers)),
+        provenance=provenance,
+        held_out={k: as_number(v, f"held_out.{k}") for k, v in held_out.items()},
+    )
+
+
+def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
+    where = f"layouts[{i}]"
+    record = as_mapping(item, where)
+    tp, pp = (positive_int(record.get(k), f"{where}.{k}") for k in ("tp", "pp"))
+    fits = get_mapping(record, "fits", where)
+    expect(set(fits) <= set(KINDS), f"{where}.fits: expected some of {KINDS}", fits)
+    measured = get_list(record, "measured", where)
+    return (tp, pp), LayoutTimes(
+        pp,
+        dict(
+            _measured(row, f"{where}.measured[{n}]") for n, row in enumerate(measured)
+        ),
+        {
+            kind: tuple(
+                get_numbers({kind: fit}, kind, where)
+                for fit in get_list(fits, kind, where)
+            )
+            for kind in fits
+        },
+    )
+
+
+def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
+    expect(isinstance(row, list), f"{where}: expected a list", row)
+    items = cast(list[object], row)
+    expect(len(items) == 7, f"{where}: expected kind, T, R, C, B, P, seconds", items)
+    kind, *sizes, seconds = items
+    expect(kind in KINDS, f"{where}: expected one of {KINDS}", kind)
+    numbers = [int(as_number(size, where)) for size in sizes]
+    program = Program(cast(str, kind), *numbers)
+    return program, get_numbers({"seconds": seconds}, "seconds", where)
+
+
+def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTimes]:
+    where = f"transfers[{i}]"
+    record = as_mapping(item, where)
+    src, dst = (_as_layout(record, key, where) for key in ("src", "dst"))
+    blocks = get_numbers(record, "blocks", where)
+    seconds = get_numbers(record, "seconds", where)
+    same = len(blocks) == len(seconds)
+    expect(same, f"{where}: expected {len(blocks)} seconds", seconds)
+    base_s, block_s = (
+        as_number(get_value(record, key, where), f"{where}.{key}")
+        for key in ("base_s", "block_s")
+    )
+    measured = {int(n): s for n, s in zip(blocks, seconds, strict=True)}
+    return (src, dst), TransferTimes(measured, base_s, block_s)
+
+
+def _as_layout(record: Mapping[str, object], key: str, where: str) -> Layout:
+    values = get_numbers(record, key, where)
+    expect(len(values) == 2, f"{where}.{key}: expected [tp, pp]", values)
+    return int(values[0]), int(values[1])

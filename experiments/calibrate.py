@@ -1,0 +1,254 @@
+"""Measures the engine's steps and KV transfers, and fits a cost model to them.
+
+    python -m experiments.calibrate
+    python -m experiments.calibrate --model=smollm2-135m --out=runs/smollm2.json
+    python -m experiments.calibrate --model=llama-3-8b --deployment=colocated:tp1 \\
+        --deployment=prefill:tp1,decode:tp1 --set memory.blocks_per_device=2048
+
+The grid is every program that the systems of a config compile: prefills, chunks beside
+decodes, and decodes, by tokens, rows and context; and every size of a transfer between
+two meshes. The simulator takes the measured median of a program, and the fit where a
+program was not measured (`experiments.accuracy`, `sim/calibrated.py`).
+
+Two errors are printed, and are in the profile. Held out: random loads, on no grid, that
+were timed after it, against what the simulator predicts for them; with the aim. Left
+out: every fifth program in turn, against a fit of the others.
+
+Programs run alone. With tp > 1 on host devices that would be contention, not speed.
+Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from disagg_jax.deployment import Deployment
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import run_alone
+from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.sim.calibrated import CalibratedProfile
+from disagg_jax.sim.calibrated_profile import profile_to_json
+from experiments import host_devices
+from experiments.calibration import (
+    Progress,
+    TimeParts,
+    drift,
+    fit_profile,
+    grid,
+    left_out_errors,
+    measure,
+    prediction_errors,
+    unseen,
+)
+from experiments.columns import align
+from experiments.config import Config, override
+from experiments.configs import CONFIGS, get_config
+from experiments.profiled import device_name
+from experiments.run_dir import environment
+from experiments.serving import Server, check_modelled, devices_needed, load_model
+from models.config import ModelConfig
+
+# Mean relative errors for work that was not used (issue 6; facts/latency.md).
+AIMS = {"prefill": 0.05, "decode": 0.03, "mixed": 0.07, "chunk": 0.07}
+
+_CONFIG = flags.DEFINE_string(
+    "config", "tiny", f"Its systems: {', '.join(sorted(CONFIGS))}.", allow_override=True
+)
+_MODEL = flags.DEFINE_string(
+    "model", None, "Instead of the config's, with random weights.", allow_override=True
+)
+_DEPLOYMENT = flags.DEFINE_multi_string(
+    "deployment",
+    [],
+    "Instead of the config's, for the systems with its roles.",
+    allow_override=True,
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "Overrides of the config, key=value.", allow_override=True
+)
+_ROUNDS = flags.DEFINE_integer(
+    "rounds", 9, "Rounds behind a median.", lower_bound=3, allow_override=True
+)
+_UNSEEN = flags.DEFINE_integer(
+    "unseen", 12, "Random loads of each kind and instance.", lower_bound=1
+)
+_MAX_DRIFT = flags.DEFINE_float(
+    "max_drift", 0.3, "How much slower the device may become while it is measured."
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "The profile; default experiments/profiles/NAME.json.",
+    allow_override=True,
+)
+
+
+def on_deployments(config: Config, deployments: Sequence[str]) -> Config:
+    """`config` with its systems on other deployments, where these have their roles.
+
+    Raises:
+      ValueError: if no system has the roles of one of them.
+    """
+    systems = {}
+    for text in deployments:
+        roles = {spec.role for spec in Deployment.parse(text).instances}
+        fitting = {
+            f"{name}@{text}": dataclasses.replace(system, deployment=text)
+            for name, system in config.systems.items()
+            if roles == set(system.policies)
+        }
+        if not fitting:
+            raise ValueError(
+                f"--deployment: expected the roles of one of "
+                f"{', '.join(config.systems)}, got '{text}'"
+            )
+        systems |= fitting
+    return dataclasses.replace(config, systems=systems) if systems else config
+
+
+def calibrate(
+    engines: Sequence[Engine],
+    time_parts: TimeParts,
+    *,
+    name: str,
+    provenance: dict[str, str],
+    rounds: int,
+    count: int,
+    max_drift: float,
+    progress: Progress,
+) -> CalibratedProfile:
+    """Measures and fits.
+
+    Args:
+      time_parts: runs work alone; see `run_alone`.
+      count: random loads of each kind and instance that are held out.
+
+    Raises:
+      ValueError: if the device changed while it was measured.
+    """
+    model, memory = engines[0].config, engines[0].instances[0].model.memory
+    samples = measure(grid(engines), rounds, time_parts, progress)
+    probes = unseen(engines, count, seed=0)
+    later = measure(dict(enumerate(probes)), rounds, time_parts, progress)
+    changed = drift([*samples.values(), *later.values()])
+    if abs(changed - 1) > max_drift:
+        raise ValueError(
+            "the device changed while it was measured: expected at most "
+            f"{max_drift:.0%} between the first and the last rounds, got "
+            f"{changed - 1:+.0%}; run it again, or raise --max_drift"
+        )
+    profile = fit_profile(
+        samples,
+        name=name,
+        block_tokens=memory.block_tokens,
+        block_bytes=model.kv_bytes_per_token * memory.block_tokens,
+        provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
+    )
+    errors = prediction_errors(profile, probes, later)
+    held_out = {kind: statistics.fmean(map(abs, e)) for kind, e in errors.items()}
+    return dataclasses.replace(profile, held_out=held_out)
+
+
+def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, str]:
+    """What a profile is of, and how it was made."""
+    now = environment()
+    return {
+        "model": model.name,
+        "dtype": model.dtype,
+        "device": device_name(),
+        "devices": f"{len(now['devices'])} x {now['backend']}, {now['cpus']} cores",
+        "date": now["date"],
+        "commit": now["commit"],
+        "jax": now["packages"]["jax"],
+        "python": now["python"],
+        "load_average": " ".join(f"{load:.2f}" for load in now["load_average"]),
+        "systems": "; ".join(
+            f"{name} on {system.deployment}" for name, system in config.systems.items()
+        ),
+        "memory": f"{config.memory}",
+        "method": f"medians of {rounds} rounds of 3 runs, each program alone",
+    }
+
+
+def table(profile: CalibratedProfile) -> str:
+    """The errors by kind, beside the aim."""
+    left_out = left_out_errors(profile)
+    rows = [("kind", "held out", "aim", "", "left out of the fit")]
+    for kind, error in sorted(profile.held_out.items()):
+        aim, left = AIMS.get(kind), left_out.get(kind)
+        rows.append(
+            (
+                kind,
+                f"{error:.1%}",
+                f"<= {aim:.0%}" if aim else "",
+                "" if aim is None else "ok" if error <= aim else "MISSED",
+                f"{left:.1%}" if left is not None else "",
+            )
+        )
+    return "\n".join(align(rows, right=(1, 4)))
+
+
+def run(config: Config, rounds: int, count: int, max_drift: float) -> CalibratedProfile:
+    """Builds the engines of all systems and measures them.
+
+    Raises:
+      ValueError, FileNotFoundError: on bad input or what does not fit, before any work.
+    """
+    host_devices.provide(devices_needed(config))
+    check_modelled(config)
+    if config.streams:
+        raise ValueError("streams: expected false: transfers are measured whole")
+    model = load_model(config)
+    shared: dict[Any, PlacedModel] = {}
+    servers = [
+        Server(config, system, model, shared) for system in config.systems.values()
+    ]
+    for server in servers:
+        server.prepare(_progress)
+    return calibrate(
+        [server.engine for server in servers],
+        lambda engine, work: run_alone(engine, work)[0],
+        name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
+        provenance=provenance_of(model.config, config, rounds),
+        rounds=rounds,
+        count=count,
+        max_drift=max_drift,
+        progress=_progress,
+    )
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    host_devices.one_thread_each()
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    try:
+        config = get_config(_CONFIG.value)
+        if _MODEL.value:
+            config = dataclasses.replace(config, model=_MODEL.value, weights="random")
+        config = override(on_deployments(config, _DEPLOYMENT.value), _SET.value)
+        profile = run(config, _ROUNDS.value, _UNSEEN.value, _MAX_DRIFT.value)
+        folder = pathlib.Path(__file__).parent / "profiles"
+        out = pathlib.Path(_OUT.value or folder / f"{profile.name}.json")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(profile_to_json(profile), indent=1) + "\n")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(table(profile))
+    print(f"\ndrift {profile.provenance['drift']}; {out}")
+
+
+if __name__ == "__main__":
+    app.run(main)

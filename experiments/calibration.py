@@ -1,0 +1,272 @@
+"""What `calibrate` does: the grid, the rounds, the fits and what they are off by."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import every_work, load_slices
+from disagg_jax.sim.calibrated import (
+    CalibratedProfile,
+    Layout,
+    LayoutTimes,
+    TransferTimes,
+)
+from disagg_jax.sim.programs import KINDS, Program, ProgramList
+from disagg_jax.work import Step, StepLoad, Task, Transfer
+from experiments.fit import fit_line, fit_programs, left_out_error
+from experiments.profiled import (
+    StepKey,
+    TransferKey,
+    cost_of,
+    key_of,
+    program_list,
+)
+
+Key = TypeVar("Key")
+# Runs work alone: seconds of each part, that is stage or transfer.
+TimeParts = Callable[[Engine, Task], Sequence[float]]
+Progress = Callable[[str], None]
+
+
+class Probe(NamedTuple):
+    """Work to be timed."""
+
+    engine: Engine
+    work: Task
+
+
+# -- what is measured ------------------------------------------------------------------
+
+
+def grid(engines: Iterable[Engine]) -> dict[StepKey | TransferKey, Probe]:
+    """Work that needs each program, and each size of a transfer, once."""
+    return {
+        key_of(engine, work): Probe(engine, work)
+        for engine in engines
+        for work in every_work(engine)
+    }
+
+
+def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[Probe]:
+    """`count` random pieces of work of each kind for each instance, on no grid."""
+    rng = np.random.default_rng(seed)
+    probes: list[Probe] = []
+    for engine in engines:
+        for i, instance in enumerate(engine.instances):
+            memory = instance.model.memory
+            most = memory.num_blocks * memory.block_tokens
+            limits = _Limits(min(memory.max_context, most), most, rng)
+            for load in limits.loads(program_list(engine, i), count):
+                step = Step.of(0, i, load_slices(load, memory))
+                probes.append(Probe(engine, step))
+        transfers = [w for w in every_work(engine) if isinstance(w, Transfer)]
+        for i in rng.choice(len(transfers), count) if transfers else ():
+            probes.append(Probe(engine, _shortened(engine, transfers[i], rng)))
+    return probes
+
+
+def _shortened(
+    engine: Engine, transfer: Transfer, rng: np.random.Generator
+) -> Transfer:
+    """A transfer of some of the blocks."""
+    n = int(rng.integers(1, len(transfer.src_blocks), endpoint=True))
+    blocks = transfer.src_blocks[:n]
+    tokens = n * engine.instances[transfer.src].model.memory.block_tokens
+    return dataclasses.replace(
+        transfer, src_blocks=blocks, dst_blocks=blocks, context=tokens
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    """Random loads of an instance."""
+
+    longest: int  # tokens of a request
+    pool: int  # tokens of all
+    rng: np.random.Generator
+
+    def loads(self, listed: ProgramList, count: int) -> Iterator[StepLoad]:
+        """`count` of each kind that there are programs for."""
+        kinds = listed.of_kind
+        for _ in range(count):
+            if kinds["decode"]:
+                yield self._decodes(listed.most_decodes)
+            if kinds["prefill"]:
+                largest = kinds["prefill"][-1]
+                yield self._prompts(self._upto(largest.tokens), largest.rows)
+            if kinds["mixed"]:
+                tokens = max(p.tokens for p in kinds["mixed"][:-1] or kinds["mixed"])
+                chunk = self._chunk(tokens // 2)
+                yield StepLoad((chunk,), 0, 0)
+                beside = self._decodes(min(listed.most_decodes, tokens // 2))
+                yield dataclasses.replace(beside, chunks=(self._chunk(tokens // 2),))
+
+    def _upto(self, most: int, least: int = 1) -> int:
+        return int(self.rng.integers(least, most, endpoint=True))
+
+    def _decodes(self, most: int) -> StepLoad:
+        n = self._upto(most)
+        # Room for a chunk beside them.
+        mean = self._upto(min(self.longest, (self.pool - self.longest) // n), 2)
+        return StepLoad((), n, n * mean)
+
+    def _prompts(self, tokens: int, most: int) -> StepLoad:
+        """Prompts of `tokens` tokens together."""
+        rows = self._upto(min(most, tokens))
+        cuts = np.sort(self.rng.choice(tokens - 1, rows - 1, replace=False)) + 1
+        lengths = np.diff([0, *cuts.tolist(), tokens]).tolist()
+        return StepLoad(tuple((0, n) for n in lengths if n <= self.longest), 0, 0)
+
+    def _chunk(self, most: int) -> tuple[int, int]:
+        """(start, count) of a part of a prompt."""
+        count = self._upto(min(most, self.longest), 2)
+        return self._upto(self.longest - count, 0), count
+
+
+def measure(
+    probes: Mapping[Key, Probe],
+    rounds: int,
+    time_parts: TimeParts,
+    progress: Progress,
+    burst: int = 3,
+) -> dict[Key, list[Sequence[float]]]:
+    """Seconds of the parts of each probe, `rounds` times.
+
+    The rounds go over all probes in turn, so that a slow moment of the machine falls on
+    different ones in different rounds. In each round a probe runs `burst` times and the
+    median counts: the first finds the caches cold, as a step that follows its like does
+    not. One round before is the warm-up.
+    """
+    found: dict[Key, list[Sequence[float]]] = {key: [] for key in probes}
+    for i in range(rounds + 1):
+        progress(f"timing {len(probes)} pieces of work, round {i} of {rounds}")
+        for key, probe in probes.items():
+            runs = [time_parts(*probe) for _ in range(burst)]
+            if i:
+                found[key].append(_medians(runs))
+    return found
+
+
+def _medians(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Of each part."""
+    return tuple(statistics.median(part) for part in zip(*runs, strict=True))
+
+
+def drift(samples: Iterable[Sequence[Sequence[float]]]) -> float:
+    """How much longer work took in the last third of the rounds than in the first.
+
+    The median over all pieces of work; 1 is not at all.
+    """
+    ratios: list[float] = []
+    for rounds in samples:
+        n = max(1, len(rounds) // 3)
+        first, last = (sum(_medians(part)) for part in (rounds[:n], rounds[-n:]))
+        ratios.append(last / first)
+    return statistics.median(ratios)
+
+
+# -- what is made of it ----------------------------------------------------------------
+
+
+def fit_profile(
+    samples: Mapping[StepKey | TransferKey, Sequence[Sequence[float]]],
+    *,
+    name: str,
+    block_tokens: int,
+    block_bytes: int,
+    provenance: Mapping[str, str],
+) -> CalibratedProfile:
+    """Medians of all that was measured, and fits for what was not."""
+    steps: dict[Layout, dict[Program, tuple[float, ...]]] = {}
+    moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
+    for key, rounds in samples.items():
+        if isinstance(key, StepKey):
+            steps.setdefault(key.layout, {})[key.program] = _medians(rounds)
+        else:
+            pair = moves.setdefault((key.src, key.dst), {})
+            pair[key.blocks] = sum(_medians(rounds))
+    return CalibratedProfile(
+        name=name,
+        block_tokens=block_tokens,
+        block_bytes=block_bytes,
+        layouts={
+            layout: LayoutTimes(layout[1], measured, _fits(layout[1], measured))
+            for layout, measured in steps.items()
+        },
+        transfers={
+            pair: TransferTimes(sizes, *fit_line(sizes))
+            for pair, sizes in moves.items()
+        },
+        provenance=provenance,
+        held_out={},
+    )
+
+
+def _fits(
+    pp: int, measured: Mapping[Program, tuple[float, ...]]
+) -> dict[str, tuple[tuple[float, ...], ...]]:
+    return {
+        kind: tuple(fit_programs(_stage(measured, kind, i)) for i in range(pp))
+        for kind in KINDS
+        if _stage(measured, kind, 0)
+    }
+
+
+def _stage(
+    measured: Mapping[Program, tuple[float, ...]], kind: str, stage: int
+) -> dict[Program, float]:
+    return {p: parts[stage] for p, parts in measured.items() if p.kind == kind}
+
+
+# -- what it is off by -----------------------------------------------------------------
+
+
+def prediction_errors(
+    profile: CalibratedProfile,
+    probes: Sequence[Probe],
+    samples: Mapping[int, Sequence[Sequence[float]]],
+) -> dict[str, list[float]]:
+    """By kind, predicted over measured seconds less 1, of each probe.
+
+    A kind is prefill, decode, mixed, chunk (of a prompt alone) or transfer.
+    """
+    errors: dict[str, list[float]] = {}
+    costs = {id(probe.engine): cost_of(profile, probe.engine) for probe in probes}
+    for i, (engine, work) in enumerate(probes):
+        cost = costs[id(engine)]
+        measured_s = sum(_medians(samples[i]))
+        if isinstance(work, Transfer):
+            kind, predicted_s = "transfer", cost.hop(work).duration_s
+        else:
+            kind = _kind(engine, work)
+            predicted_s = sum(cost.stages_s(work.instance, work.load))
+        errors.setdefault(kind, []).append(predicted_s / measured_s - 1)
+    return errors
+
+
+def _kind(engine: Engine, step: Step) -> str:
+    kind = program_list(engine, step.instance).find(step.load).kind
+    return "chunk" if kind == "mixed" and not step.load.decodes else kind
+
+
+def left_out_errors(profile: CalibratedProfile) -> dict[str, float | None]:
+    """By kind, how far the fit is off for programs that it was not given.
+
+    The mean over layouts and stages.
+    """
+    found: dict[str, list[float | None]] = {}
+    for (_, pp), times in profile.layouts.items():
+        for kind in times.fits:
+            found.setdefault(kind, []).extend(
+                left_out_error(_stage(times.measured, kind, i)) for i in range(pp)
+            )
+    return {
+        kind: None if None in errors else statistics.fmean(e for e in errors if e)
+        for kind, errors in found.items()
+    }
