@@ -333,16 +333,17 @@ class Controller:
         for state in reversed(earliest_first):
             wanted = state.active or state.place is Place.STEPPING
             if state.holder is lost or not wanted:
-                self._lose(state)
+                self._lose(now_s, state)
         if lost.blocks.held_by:
             raise RuntimeError(f"lost instance {lost.id} still has KV of requests")
 
-    def _lose(self, state: RequestState) -> None:
+    def _lose(self, now_s: float, state: RequestState) -> None:
         """Its KV is gone, or nobody wants it any more."""
         had_kv = state.place is not Place.WAITING
         self._cluster.remove(state)
         if state.active:
-            state.timeline.preemptions += had_kv
+            if had_kv:
+                state.timeline.dropped_s.append(now_s)
             self._enqueue(state, front=True)
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
@@ -388,7 +389,7 @@ class Controller:
     ) -> bool:
         plan = self._plans[instance.id](instance)
         for victim in plan.preempt:
-            self._preempt(instance, self._requests[victim.id], plan.to_back)
+            self._preempt(now_s, instance, self._requests[victim.id], plan.to_back)
         if not plan.chunks and not plan.decodes:
             return bool(plan.preempt)
         # What a policy saw of the running requests is their states themselves.
@@ -437,7 +438,11 @@ class Controller:
         works.append(transfer)
 
     def _preempt(
-        self, instance: InstanceState, victim: RequestState, to_back: bool
+        self,
+        now_s: float,
+        instance: InstanceState,
+        victim: RequestState,
+        to_back: bool,
     ) -> None:
         """Drops its KV; prompt and generated tokens are to be computed again.
 
@@ -449,7 +454,7 @@ class Controller:
                 "prefill policy must reserve all of a prompt before its first chunk"
             )
         self._cluster.remove(victim)
-        victim.timeline.preemptions += 1
+        victim.timeline.dropped_s.append(now_s)
         stays = instance.spec.role is not Role.DECODE
         self._enqueue(victim, instance if stays else None, front=not to_back)
 

@@ -79,8 +79,8 @@ def _event_from_json(record: list[Any]) -> Event:
             fields["prompt"] = tuple(fields["prompt"])
         return Arrived(Request(**fields))
     if kind == "Done":
-        work, start_s, end_s, tokens, size, ends_s = values
-        return Done(work, start_s, end_s, tuple(tokens), size, tuple(ends_s))
+        work, start_s, end_s, tokens, size, *ends_s = values
+        return Done(work, start_s, end_s, tuple(tokens), size, *map(tuple, ends_s))
     if kind == "Progress":
         work, ends_s = values
         return Progress(work, tuple(ends_s))
@@ -95,7 +95,7 @@ def _work_to_json(work: Work) -> list[Any]:
         span = [work.iterations, _checksum(details)]
         return ["Step", work.id, work.instance, slices, *span]
     if isinstance(work, Cut):
-        return ["Cut", work.work]
+        return ["Cut", work.work, work.iterations]
     blocks = _checksum([work.src_blocks, work.dst_blocks])
     ends = [work.src, work.dst]
     size = [work.context, work.step, blocks]

@@ -130,6 +130,42 @@ def stages_s(timeline: Timeline) -> Stages:
     )
 
 
+def stage_spans_s(timeline: Timeline) -> list[tuple[str, float, float]]:
+    """The stages of a request that has ended: (a field of `Stages`, start, end).
+
+    They come in order, without gaps or empty ones, and end with the request: those of a
+    finished one are its `stages_s`, where the decode queue may come twice, before the
+    transfer and after it.
+
+    Raises:
+      ValueError: if the request has not ended.
+    """
+    end = timeline.end_s
+    if end is None:
+        raise ValueError(
+            f"request {timeline.request.id}: expected one that has ended, got status "
+            f"{timeline.status}"
+        )
+    begins: list[tuple[str, float | None]] = [
+        ("prefill_queue_s", timeline.request.arrival_s),
+        ("prefill_s", timeline.prefill_start_s),
+    ]
+    if timeline.token_s:
+        first, decode = timeline.token_s[0], timeline.decode_start_s
+        until = end if decode is None else decode
+        transfer_start, transfer_end = _exposed_transfer(timeline, first, until)
+        begins += [
+            ("decode_queue_s", first),
+            ("transfer_s", transfer_start),
+            ("decode_queue_s", transfer_end),
+            ("decode_s", decode),
+        ]
+    reached = [(name, start) for name, start in begins if start is not None]
+    ends = [*(start for _, start in reached[1:]), end]
+    spans = [(*stage, end) for stage, end in zip(reached, ends, strict=True)]
+    return [(name, start, end) for name, start, end in spans if end > start]
+
+
 def _stage_bounds(timeline: Timeline) -> tuple[float, float, float, float, float]:
     """Arrival, prefill start, first token, decode start, last token; checked."""
     _check_finished(timeline)

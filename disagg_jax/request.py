@@ -109,6 +109,12 @@ class Timeline:
     end_s: float | None = None  # finished, cancelled or refused
     token_s: list[float] = dataclasses.field(default_factory=list[float])  # per token
     tokens: list[int] = dataclasses.field(default_factory=list[int])  # [] in simulation
-    preemptions: int = 0  # times its KV was dropped to make room, or lost
+    # When its KV was dropped to make room, or lost.
+    dropped_s: list[float] = dataclasses.field(default_factory=list[float])
     transfer_bytes: int = 0  # KV bytes moved between instances for it, in all
     error: str = ""  # why it was refused
+
+    @property
+    def preemptions(self) -> int:
+        """Times its KV was dropped to make room, or lost."""
+        return len(self.dropped_s)

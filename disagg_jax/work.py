@@ -182,6 +182,9 @@ class Done:
     tokens: tuple[int, ...] = ()  # step: one per sampling slice, where there are tokens
     bytes: int = 0  # transfer: KV bytes moved
     ends_s: tuple[float, ...] = ()  # span: ends of iterations not reported before
+    # Step: when it left each pipeline stage but the last. A stage takes steps in their
+    # order, each as soon as it has left the stage before.
+    stage_ends_s: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(slots=True)

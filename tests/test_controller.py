@@ -265,9 +265,9 @@ def test_preemption_computes_all_known_tokens_again():
         [(1, 5, 1)],
         [(1, 6, 1)],
     ]
-    for i, preemptions in enumerate([0, 1]):
+    for i, dropped_s in enumerate([[], [1.0]]):
         assert_served(run.timeline(i))
-        assert run.timeline(i).preemptions == preemptions
+        assert run.timeline(i).dropped_s == dropped_s
     assert_all_free(controller)
 
 
@@ -292,9 +292,9 @@ def test_victims_of_decode_are_prefilled_and_moved_again():
     recomputed = [p for s in run.steps for p in s.slices if p.start == 0]
     assert [(p.request.id, p.count) for p in recomputed] == [(0, 3), (1, 3), (1, 5)]
     assert [t.request.id for t in run.transfers] == [0, 1, 1]
-    for i, preemptions in enumerate([0, 1]):
+    for i, dropped_s in enumerate([[], [4.0]]):
         assert_served(run.timeline(i))
-        assert run.timeline(i).preemptions == preemptions
+        assert run.timeline(i).dropped_s == dropped_s
     assert_all_free(controller)
 
 
@@ -444,10 +444,10 @@ def test_source_lost_in_a_transfer_is_recomputed_and_destination_lost_is_not():
     assert destination.place(0) is Place.PARKED
     assert destination.controller.instances[0].blocks.held(0)
     destination.turn(Up(1))
-    for run, preemptions in ((source, 1), (destination, 0)):
+    for run, dropped_s in ((source, [1.0]), (destination, [])):
         run.finish()
         assert_served(run.timeline(0))
-        assert run.timeline(0).preemptions == preemptions
+        assert run.timeline(0).dropped_s == dropped_s
     # The recompute brought the second token, so no first transfer is left to time.
     assert source.timeline(0).transfer_start_s is None
     assert destination.timeline(0).transfer_end_s == 2.0  # the second pull: 1-2

@@ -17,7 +17,7 @@ from disagg_jax.event_log import (
 from disagg_jax.request import Request, Sampling
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.work import Arrived, Cancelled, Done, Down, Up
+from disagg_jax.work import Arrived, Cancelled, Cut, Done, Down, Up
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
 
 EVENTS = [
@@ -38,6 +38,8 @@ EVENTS = [
     Done(0, 0.1, math.nextafter(0.1, 1)),
     Done(1, 0.0, 1e-9, (0, 1), 0),
     Done(2, 0.0, 1e300, (), 2**40),
+    Done(3, 0.0, 0.4, (), 0, (0.1, 0.4)),
+    Done(4, 0.0, 0.4, (5,), 0, (), (0.1, 0.2)),
     Cancelled(0),
     Down(0),
     Up(3),
@@ -114,6 +116,12 @@ def test_replay_shows_other_blocks_and_other_tokens():
         assert other != part
         lines = logged(dataclasses.replace(step, slices=(other,)))
         assert list(replay(lines, make_controller())) == [0]
+
+
+def test_an_early_end_of_a_span_is_logged_with_what_is_left_of_it():
+    log = EventLog()
+    log(0.0, [], [Cut(3, 2)])
+    assert json.loads(log.lines[0])["works"] == [["Cut", 3, 2]]
 
 
 def test_a_line_holds_one_turn():

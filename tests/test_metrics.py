@@ -133,9 +133,58 @@ def test_stages_whenever_the_transfer_was(drawn, start_s, long_s):
     """A streamed or repeated transfer may overlap anything; the sum still holds."""
     timeline, _ = drawn
     timeline.transfer_start_s, timeline.transfer_end_s = start_s, start_s + long_s
-    parts = dataclasses.astuple(metrics.stages_s(timeline))
+    stages = metrics.stages_s(timeline)
+    parts = dataclasses.astuple(stages)
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(metrics.e2e_s(timeline), rel=1e-9, abs=1e-9)
+    spans = metrics.stage_spans_s(timeline)
+    for name, value in dataclasses.asdict(stages).items():
+        spent = sum(end - start for stage, start, end in spans if stage == name)
+        assert spent == pytest.approx(value, rel=1e-9, abs=1e-9)
+    bounds = [timeline.request.arrival_s, *(end for _, _, end in spans)]
+    assert [start for _, start, _ in spans] == bounds[:-1]  # no gaps
+    assert bounds[-1] == timeline.end_s
+
+
+@pytest.mark.parametrize(
+    ("token_s", "stamps", "spans"),
+    [
+        # Of DISAGGREGATED's life, cancelled ever later.
+        ([], {"prefill_start_s": None}, [("prefill_queue_s", 1, 9)]),
+        ([], {}, [("prefill_queue_s", 1, 2), ("prefill_s", 2, 9)]),
+        (
+            [4.0],
+            {},
+            [
+                ("prefill_queue_s", 1, 2),
+                ("prefill_s", 2, 4),
+                ("decode_queue_s", 4, 9),  # a transfer that broke off has no stamps
+            ],
+        ),
+        (
+            [4.0, 8.0],
+            {"transfer_start_s": 5.0, "transfer_end_s": 7.0, "decode_start_s": 7.5},
+            [
+                ("prefill_queue_s", 1, 2),
+                ("prefill_s", 2, 4),
+                ("decode_queue_s", 4, 5),
+                ("transfer_s", 5, 7),
+                ("decode_queue_s", 7, 7.5),
+                ("decode_s", 7.5, 9),
+            ],
+        ),
+    ],
+)
+def test_the_last_stage_of_a_cancelled_request_ends_with_it(token_s, stamps, spans):
+    stamps = {"prefill_start_s": 2.0, "decode_start_s": None, **stamps}
+    timeline = served(token_s, 1.0, Status.CANCELLED, **stamps, end_s=9.0)
+    assert metrics.stage_spans_s(timeline) == spans
+
+
+def test_stages_of_a_request_that_goes_on_are_not_known():
+    timeline = served([2.0], status=Status.ACTIVE, end_s=None)
+    with pytest.raises(ValueError, match="one that has ended, got status active"):
+        metrics.stage_spans_s(timeline)
 
 
 class TestAttainment:

@@ -96,5 +96,5 @@ def test_a_span_ends_before_it_needs_blocks_that_kv_on_its_way_in_has_taken(stre
     with_spans, watch = run(case, spans=True)
     without, _ = run(case, spans=False)
     assert with_spans == without
-    assert [timeline["preemptions"] for timeline in with_spans] == [1, 0]
+    assert [len(timeline["dropped_s"]) for timeline in with_spans] == [1, 0]
     assert watch.cuts == 1

@@ -19,7 +19,7 @@ def test_percentiles():
 
 def test_by_hand():
     run = [
-        served([0.5, 1.0, 2.0], preemptions=2),  # TTFT .5, TPOT .75, misses TPOT
+        served([0.5, 1.0, 2.0], dropped_s=[0.6, 1.0]),  # TTFT .5, TPOT .75, misses TPOT
         served([3.0], arrival_s=2.0, transfer_bytes=64),  # TTFT 1, one token: good
         served([], arrival_s=3.0, end_s=4.0, status=Status.CANCELLED),
     ]

@@ -10,7 +10,7 @@ def served(
     token_s: list[float],
     arrival_s: float = 0.0,
     status: Status = Status.FINISHED,
-    **stamps: float,
+    **stamps: float | list[float],
 ) -> Timeline:
     """A request with these token stamps; colocated and never queued unless said."""
     request = Request(

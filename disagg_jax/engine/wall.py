@@ -20,7 +20,7 @@ class _Pending:
     start_s: float
     running: Running
     pause: Pause | None = None  # that it is in
-    parts: int = 0  # that are over
+    parts_s: list[float] = dataclasses.field(default_factory=list)  # ends, as learnt
     dropped: bool = False
 
 
@@ -90,12 +90,15 @@ class WallBackend:
         except StopIteration as stop:
             self._pending.remove(pending)
             tokens, size = stop.value
-            return [Done(work.id, pending.start_s, self.now_s(), tokens, size)]
+            done = Done(work.id, pending.start_s, self.now_s(), tokens, size)
+            if isinstance(work, Step):
+                done.stage_ends_s = tuple(pending.parts_s)
+            return [done]
         self._waiters.submit(self._await, pending, pending.pause)
         if was_in is None or not was_in.ends_part:
             return []
-        pending.parts += 1
-        left_first = isinstance(work, Step) and pending.parts == 1
+        pending.parts_s.append(self.now_s())
+        left_first = isinstance(work, Step) and len(pending.parts_s) == 1
         return [StageFree(work.id)] if left_first else []
 
     def _await(self, pending: _Pending, pause: Pause) -> None:

@@ -293,7 +293,10 @@ class VirtualBackend:
             ends_s = tuple(running.ends_s[running.reported :])
         self._prompts.pop(running.work, None)
         tokens, size = running.outcome.tokens, running.outcome.bytes
-        return Done(running.work, running.start_s, end_s, tokens, size, ends_s)
+        done = Done(running.work, running.start_s, end_s, tokens, size, ends_s)
+        if running.stages_s:
+            done.stage_ends_s = tuple([left_s for _, left_s in running.stages_s[:-1]])
+        return done
 
     def _progress(self) -> list[Report]:
         """The iterations of spans that are over and were not told yet."""

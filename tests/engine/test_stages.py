@@ -229,7 +229,11 @@ def test_the_next_step_starts_while_the_last_is_on_a_later_stage(world):
             seen += backend.wait(float("inf"))
     assert [type(report) for report in seen if report.work == 1] == [Done]
     assert [type(report) for report in seen if report.work == 2] == [StageFree, Done]
-    tokens = {r.work: r.tokens[0] for r in seen if isinstance(r, Done)}
+    done = [report for report in seen if isinstance(report, Done)]
+    for report in done:
+        (left_s,) = report.stage_ends_s
+        assert report.start_s < left_s < report.end_s
+    tokens = {report.work: report.tokens[0] for report in done}
     assert tokens[1] == world.reference(DEEP, request)[0]
     assert tokens[2] == world.reference(DEEP, other)[0]
 

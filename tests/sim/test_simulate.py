@@ -76,6 +76,7 @@ class Log:
 
     def __init__(self):
         self.steps, self.starts, self.free, self.ends = [], {}, {}, {}
+        self.left = {}
 
     def __call__(self, now_s, events, works):
         for event in events:
@@ -84,6 +85,7 @@ class Log:
             elif isinstance(event, Done):
                 self.starts[event.work] = event.start_s
                 self.ends[event.work] = event.end_s
+                self.left[event.work] = event.stage_ends_s
         self.steps += [work for work in works if isinstance(work, Step)]
 
 
@@ -108,6 +110,7 @@ def test_stages_overlap_as_the_recurrence_says():
     ids = [step.id for step in log.steps]
     assert [log.starts[i] for i in ids] == [0, 1, 2, 6, 9]
     assert [log.free[i] for i in ids] == [1, 2, 3, 7, 10]
+    assert [log.left[i] for i in ids] == [(1, 4), (2, 7), (3, 10), (7, 13), (10, 16)]
     assert [log.ends[i] for i in ids] == [6, 9, 12, 15, 18]
     assert [t.token_s for t in result.timelines] == [[6], [9], [12], [15], [18]]
     assert result.busy_s == {(0,): 5.0, (0, 1): 15.0, (0, 2): 10.0}
