@@ -1,0 +1,196 @@
+"""How far the simulator is from the engine: DistServe's Table 2, for us.
+
+    python -m experiments.calibrate --out=runs/profile.json
+    python -m experiments.accuracy --profile=runs/profile.json
+
+Every system serves the same requests on the engine, with live durations, and in the
+simulator, with those of a profile that was taken before, in another process. At each
+rate: attainment on both sides, and the errors of the percentiles. Attainment may differ
+by 2 points, or by what it changes over 2 % of the rate. Of a difference, "durations" is
+what remains if the engine's own decisions are given the simulator's durations; the rest
+is that the controller decided otherwise because of them.
+
+Below, every step that ran on the engine against its prediction; programs alone, before
+and after all runs, against the profile, which is how far the machine has moved; and
+the engine against itself on the same requests, which is how far live durations repeat.
+
+Writes accuracy.txt, accuracy.json and accuracy.png. A killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+
+from disagg_jax.engine.executor import run_alone
+from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.sim.calibrated import CalibratedProfile
+from disagg_jax.sim.calibrated_profile import profile_to_json
+from experiments import accuracy_report, host_devices
+from experiments.accuracy_report import Result
+from experiments.calibration import grid, measure
+from experiments.config import Config, override, to_json
+from experiments.configs import CONFIGS, get_config
+from experiments.profiled import read_profile, step_times_of
+from experiments.run_dir import RunDir
+from experiments.serving import (
+    Model,
+    RequestSource,
+    Server,
+    check_modelled,
+    devices_needed,
+    load_model,
+    resolve_slo,
+)
+from experiments.twins import Twin
+
+_PROFILE = flags.DEFINE_string("profile", None, "What experiments.calibrate wrote.")
+_CONFIG = flags.DEFINE_string(
+    "config",
+    "tiny",
+    f"Systems and workload: {', '.join(sorted(CONFIGS))}.",
+    allow_override=True,
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "Overrides of the config, key=value.", allow_override=True
+)
+_REQUESTS = flags.DEFINE_integer("requests", 1000, "Of each run.", lower_bound=10)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of a point.", allow_override=True)
+_FACTORS = flags.DEFINE_list(
+    "factors",
+    ["0.6", "0.8", "0.9", "0.97", "1.03", "1.1", "1.25"],
+    "Rates, over the simulated goodput of each system.",
+)
+_OUT = flags.DEFINE_string("out", "runs/accuracy", "Folder.", allow_override=True)
+
+
+def run(
+    config: Config, profile_path: str, factors: Sequence[float], out: pathlib.Path
+) -> Result:
+    """Serves and simulates all points.
+
+    Raises:
+      ValueError, FileNotFoundError: on bad input, before any work.
+    """
+    if not config.workload.ignore_eos:
+        raise ValueError(
+            "workload.ignore_eos: expected true, for the simulator to know lengths"
+        )
+    if len(factors) < 2 or min(factors) <= 0:
+        raise ValueError(f"factors: expected two or more > 0, got {list(factors)}")
+    host_devices.provide(devices_needed(config))
+    check_modelled(config)
+    model = load_model(config)
+    profile = read_profile(profile_path, model.config)
+    record = {**to_json(config), "profile": profile_to_json(profile)}
+    run_dir = RunDir(out, {**record, "factors": list(factors)})
+    twins = _twins(config, model, profile, run_dir)
+    before = _moved(twins, profile)
+    target = config.search.target
+    rates = {
+        twin.name: [_round(twin.knee_rps(target) * f) for f in sorted(factors)]
+        for twin in twins
+    }
+    _serve_all(twins, rates)
+    after = _moved(twins, profile)
+    return accuracy_report.compare(
+        twins, rates, target=target, profile=profile, moved=(before, after)
+    )
+
+
+def _twins(
+    config: Config, model: Model, profile: CalibratedProfile, run_dir: RunDir
+) -> list[Twin]:
+    source = RequestSource.load(config, model)
+    shared: dict[Any, PlacedModel] = {}
+    servers = {
+        name: Server(config, system, model, shared)
+        for name, system in config.systems.items()
+    }
+    first = next(iter(servers.values()))
+    for server in servers.values():
+        source.check(server.memory)
+        server.prepare(_progress)
+    times = [step_times_of(profile, server.engine) for server in servers.values()]
+    known = {key: time_s for found in times for key, time_s in found.items()}
+    slo = resolve_slo(config, first, source, known)
+    for server in servers.values():
+        server.tune(slo, source, known)
+    return [
+        Twin.of(name, server, source, slo, profile, run_dir)
+        for name, server in servers.items()
+    ]
+
+
+def _serve_all(twins: Sequence[Twin], rates: Mapping[str, Sequence[float]]) -> None:
+    """Every point, and one of each system once more."""
+    points = [
+        (twin, point)
+        for twin in twins
+        for point in [
+            *(point for rate in rates[twin.name] for point in twin.points(rate)),
+            twin.again(rates[twin.name]),
+        ]
+    ]
+    for i, (twin, point) in enumerate(points, 1):
+        _progress(f"{point.name} ({i} of {len(points)})")
+        twin.serve(point)
+
+
+def _moved(twins: Sequence[Twin], profile: CalibratedProfile) -> float:
+    """How long programs take alone now, over the profile; the median of all."""
+    engines = [twin.server.engine for twin in twins]
+    probes = grid(engines)
+    parts = measure(probes, 3, lambda e, w: run_alone(e, w)[0], lambda _: None)
+    ratios: list[float] = []
+    for key, (engine, work) in probes.items():
+        known = step_times_of(profile, engine)
+        predicted_s = sum(known[part] for part in engine.part_keys(work))
+        measured_s = statistics.median(map(sum, parts[key]))
+        ratios.append(measured_s / predicted_s)
+    return statistics.median(ratios)
+
+
+def _round(rate_rps: float) -> float:
+    return float(f"{rate_rps:.4g}")
+
+
+def _progress(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    host_devices.one_thread_each()
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+    try:
+        given = [
+            "durations=live",
+            f"workload.num_requests={_REQUESTS.value}",
+            f"num_seeds={_SEEDS.value}",
+        ]
+        config = override(get_config(_CONFIG.value), [*given, *_SET.value])
+        factors, out = (
+            [float(text) for text in _FACTORS.value],
+            pathlib.Path(_OUT.value),
+        )
+        result = run(config, _PROFILE.value or "", factors, out)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    text = accuracy_report.text(result)
+    (out / "accuracy.txt").write_text(text + "\n")
+    record = json.dumps(accuracy_report.to_json(result), indent=1)
+    (out / "accuracy.json").write_text(record + "\n")
+    accuracy_report.plot(result, out / "accuracy.png")
+    print(f"{text}\n\n{out}/accuracy.png")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,371 @@
+"""What the accuracy command shows: tables, verdicts and a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from disagg_jax.metrics import SLO
+from disagg_jax.search import GoodputEstimate, estimate
+from disagg_jax.sim.calibrated import CalibratedProfile
+from experiments.checkout import commit
+from experiments.columns import align
+from experiments.figures.draw import draw
+from experiments.figures.figure import Panel, Series
+from experiments.twins import Compared, StepTime, Twin
+
+GOODPUT_AIM = 0.05  # relative error (issue 6)
+STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
+_SHOWN = 2000  # steps of a kind in the picture
+
+
+class StepErrors(NamedTuple):
+    """How far predictions of one kind of step are off."""
+
+    steps: int
+    measured_s: float  # together
+    ratio: float  # predicted over measured, of the sums
+    mean_error: float  # of |predicted / measured - 1|
+    p90_error: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SystemResult:
+    """One system, at all its rates."""
+
+    deployment: str
+    devices: int
+    rates: Sequence[Compared]
+    engine: GoodputEstimate  # requests/s of the deployment
+    simulated: GoodputEstimate
+    steps: Mapping[str, StepErrors]
+    shown: Sequence[StepTime]  # some of them
+    again: float  # attainment of the engine's second run less the first's, same seed
+
+    @property
+    def error(self) -> float:
+        """Of the goodput, relative; infinite where the engine passed at no rate."""
+        if not self.engine.interval.mean:
+            return math.inf
+        return self.simulated.interval.mean / self.engine.interval.mean - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+    """All systems."""
+
+    systems: Mapping[str, SystemResult]
+    slo: SLO
+    target: float
+    num_requests: int
+    seeds: int
+    clock: str
+    profile: Mapping[str, str]  # its provenance
+    # Programs alone over the profile, before and after all runs.
+    moved: tuple[float, float]
+
+    def order(self, side: str) -> list[str]:
+        """The systems by goodput per device, the best first."""
+
+        def goodput(name: str) -> float:
+            found = self.systems[name]
+            return getattr(found, side).interval.mean / found.devices
+
+        return sorted(self.systems, key=goodput, reverse=True)
+
+
+def compare(
+    twins: Sequence[Twin],
+    rates: Mapping[str, Sequence[float]],
+    *,
+    target: float,
+    profile: CalibratedProfile,
+    moved: tuple[float, float],
+) -> Result:
+    """What the runs, which must be done, show."""
+    config = twins[0].server.config
+    return Result(
+        systems={twin.name: _system(twin, rates[twin.name], target) for twin in twins},
+        slo=twins[0].slo,
+        target=target,
+        num_requests=config.workload.num_requests,
+        seeds=config.num_seeds,
+        clock=config.clock,
+        profile=profile.provenance,
+        moved=moved,
+    )
+
+
+def _system(twin: Twin, rates: Sequence[float], target: float) -> SystemResult:
+    compared = [twin.compare(rate) for rate in rates]
+
+    def goodput(side: str) -> GoodputEstimate:
+        found = {
+            c.rate_rps: [r["attainment"] for r in getattr(c, side)] for c in compared
+        }
+        return estimate(found, target)
+
+    points = [point for rate in rates for point in twin.points(rate)]
+    by_kind: dict[str, list[StepTime]] = {}
+    for step in twin.step_times(points):
+        by_kind.setdefault(step.kind, []).append(step)
+    return SystemResult(
+        deployment=str(twin.server.deployment),
+        devices=twin.server.deployment.devices,
+        rates=compared,
+        engine=goodput("engine"),
+        simulated=goodput("simulated"),
+        steps={kind: _errors(steps) for kind, steps in by_kind.items()},
+        shown=[
+            s for steps in by_kind.values() for s in steps[:: len(steps) // _SHOWN + 1]
+        ],
+        again=twin.repeated(rates),
+    )
+
+
+def _errors(steps: Sequence[StepTime]) -> StepErrors:
+    measured_s = np.array([step.measured_s for step in steps])
+    predicted_s = np.array([step.predicted_s for step in steps])
+    errors = np.abs(predicted_s / measured_s - 1)
+    return StepErrors(
+        len(steps),
+        float(measured_s.sum()),
+        float(predicted_s.sum() / measured_s.sum()),
+        float(errors.mean()),
+        float(np.percentile(errors, 90)),
+    )
+
+
+# -- text ------------------------------------------------------------------------------
+
+
+def text(result: Result) -> str:
+    """The tables and what they say."""
+    profile = result.profile
+    before, after = (f"{moved - 1:+.1%}" for moved in result.moved)
+    head = [
+        f"# python -m experiments.accuracy   commit {commit()}",
+        f"# {profile['model']} {profile['dtype']} on {profile['device']}; "
+        f"{result.num_requests} requests x {result.seeds} seeds a point; clock "
+        f"{result.clock}, live durations",
+        f"# SLO: TTFT <= {result.slo.ttft_s * 1e3:.2f} ms and TPOT <= "
+        f"{result.slo.tpot_s * 1e3:.2f} ms for {result.target:.0%} of requests",
+        f"# profile of {profile['date']}, commit {profile['commit']}; programs alone "
+        f"take {before} before the runs, {after} after",
+    ]
+    parts = [
+        ("attainment and latency, simulated against engine", _rate_rows(result)),
+        ("goodput, requests/s per device", _goodput_rows(result)),
+        ("steps in the runs, predicted against measured", _step_rows(result)),
+        ("mean stages at the middle rate, engine -> simulated, ms", _stages(result)),
+    ]
+    for title, rows in parts:
+        head += ["", f"# {title}", *align(rows, right=range(2, len(rows[0])))]
+    return "\n".join([*head, "", *verdicts(result)])
+
+
+def _rate_rows(result: Result) -> list[tuple[str, ...]]:
+    rows = [
+        (
+            *("system", "rate/device", "engine", "simulated", "difference", "allowed"),
+            *("", "durations", "scheduling", "alike"),
+            *("TTFT P50", "P90", "P99", "TPOT P50", "P90", "P99"),
+        )
+    ]
+    for name, found in result.systems.items():
+        rows += [(name, *_rate_row(c, found.devices)) for c in found.rates]
+    return rows
+
+
+def _rate_row(compared: Compared, devices: int) -> tuple[str, ...]:
+    decided = sum(a.decided for a in compared.agreements)
+    shared = sum(a.shared for a in compared.agreements)
+    keys = [f"p{p}_{what}_ms" for what in ("ttft", "tpot") for p in (50, 90, 99)]
+    return (
+        f"{compared.rate_rps / devices:.4g}",
+        f"{compared.mean('engine', 'attainment'):.1%}",
+        f"{compared.mean('simulated', 'attainment'):.1%}",
+        f"{compared.difference:+.1%}",
+        f"{compared.allowed:.1%}",
+        "ok" if compared.ok else "MISSED",
+        f"{compared.by_durations:+.1%}",
+        f"{compared.difference - compared.by_durations:+.1%}",
+        f"{shared / decided:.0%}",
+        *(f"{compared.relative(key):+.1%}" for key in keys),
+    )
+
+
+def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
+    head = ("system", "deployment", "engine", "simulated", "error", "", "again")
+    rows: list[tuple[str, ...]] = [head]
+    for name, found in result.systems.items():
+        each = (found.engine.interval.mean, found.simulated.interval.mean)
+        rows.append(
+            (
+                name,
+                found.deployment,
+                *(f"{rps / found.devices:.4g}" for rps in each),
+                f"{found.error:+.1%}",
+                "ok" if abs(found.error) <= GOODPUT_AIM else "MISSED",
+                f"{found.again:+.1%}",
+            )
+        )
+    return rows
+
+
+def _step_rows(result: Result) -> list[tuple[str, ...]]:
+    rows = [
+        ("system", "kind", "steps", "seconds", "predicted", "mean error", "P90 error")
+    ]
+    for name, found in result.systems.items():
+        for kind, errors in found.steps.items():
+            rows.append(
+                (
+                    name,
+                    kind,
+                    str(errors.steps),
+                    f"{errors.measured_s:.1f}",
+                    f"{errors.ratio - 1:+.1%}",
+                    f"{errors.mean_error:.1%}",
+                    f"{errors.p90_error:.1%}",
+                )
+            )
+    return rows
+
+
+def _stages(result: Result) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("system", "rate/device", *STAGES)]
+    for name, found in result.systems.items():
+        middle = found.rates[len(found.rates) // 2]
+        both = (
+            [middle.mean(side, f"mean_{stage}_ms") for side in ("engine", "simulated")]
+            for stage in STAGES
+        )
+        cells = (f"{engine:.2f} -> {simulated:.2f}" for engine, simulated in both)
+        rows.append((name, f"{middle.rate_rps / found.devices:.4g}", *cells))
+    return rows
+
+
+def verdicts(result: Result) -> list[str]:
+    """A line for each aim."""
+    compared = [c for found in result.systems.values() for c in found.rates]
+    missed = [c for c in compared if not c.ok]
+    off = [abs(found.error) for found in result.systems.values()]
+    orders = result.order("engine"), result.order("simulated")
+    measured_s, predicted_s = (
+        sum(
+            e.measured_s * (e.ratio if predicted else 1.0)
+            for found in result.systems.values()
+            for e in found.steps.values()
+        )
+        for predicted in (False, True)
+    )
+    return [
+        f"attainment: {len(compared) - len(missed)} of {len(compared)} points within "
+        f"what is allowed; largest difference "
+        f"{max(abs(c.difference) for c in compared):.1%}"
+        + (f"   MISSED: {_causes(missed)}" if missed else "   ok"),
+        f"goodput: off by {statistics.fmean(off):.1%} on average, {max(off):.1%} at "
+        f"most; aim {GOODPUT_AIM:.0%}" + _mark(max(off) <= GOODPUT_AIM),
+        f"order of the systems: engine {' > '.join(orders[0])}; simulated "
+        f"{' > '.join(orders[1])}" + _mark(orders[0] == orders[1]),
+        f"cost model: steps are predicted to take {predicted_s / measured_s - 1:+.1%} "
+        "of what they took, together",
+    ]
+
+
+def _mark(ok: bool) -> str:
+    return "   ok" if ok else "   MISSED"
+
+
+def _causes(missed: Sequence[Compared]) -> str:
+    """How many points each cause is the larger one of, and the stage that differs."""
+    durations = sum(abs(c.by_durations) >= abs(c.difference) / 2 for c in missed)
+    stages = [_worst_stage(c) for c in missed]
+    worst = statistics.mode(stages)
+    return (
+        f"{durations} by durations, {len(missed) - durations} by scheduling; the stage "
+        f"that differs most is mostly {worst}"
+    )
+
+
+def _worst_stage(compared: Compared) -> str:
+    def off(stage: str) -> float:
+        key = f"mean_{stage}_ms"
+        return abs(compared.mean("simulated", key) - compared.mean("engine", key))
+
+    return max(STAGES, key=off)
+
+
+# -- record and picture ----------------------------------------------------------------
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """All numbers of the tables."""
+    record = dataclasses.asdict(result)
+    for found in record["systems"].values():
+        del found["shown"]
+        found["steps"] = {
+            k: StepErrors(*e)._asdict() for k, e in found["steps"].items()
+        }
+    return {**record, "verdicts": verdicts(result)}
+
+
+def plot(result: Result, path: pathlib.Path) -> None:
+    """Attainment on both sides, and every kind of step predicted against measured."""
+    draw([*_attainment_panels(result), _scatter(result)], "engine and simulator", path)
+
+
+def _attainment_panels(result: Result) -> Iterator[Panel]:
+    series: list[Series] = []
+    for i, (name, found) in enumerate(result.systems.items()):
+        for side, dashed in (("engine", False), ("simulated", True)):
+            series.append(
+                Series(
+                    label=f"{name}, {side}",
+                    colour=i,
+                    dashed=dashed,
+                    points=[
+                        (c.rate_rps / found.devices, c.mean(side, "attainment"))
+                        for c in found.rates
+                    ],
+                )
+            )
+    yield Panel(
+        title="attainment",
+        x="requests/s per device",
+        y="share of requests within the SLO",
+        series=series,
+        line=result.target,
+    )
+
+
+def _scatter(result: Result) -> Panel:
+    steps = [s for found in result.systems.values() for s in found.shown]
+    kinds = sorted({step.kind for step in steps})
+    return Panel(
+        title="steps in the runs",
+        x="measured (ms)",
+        y="predicted (ms)",
+        series=[
+            Series(
+                label=kind,
+                colour=i,
+                paper=True,
+                points=[
+                    (s.measured_s * 1e3, s.predicted_s * 1e3)
+                    for s in steps
+                    if s.kind == kind
+                ],
+            )
+            for i, kind in enumerate(kinds)
+        ],
+        log_x=True,
+        log_y=True,
+    )

@@ -1,0 +1,215 @@
+"""One system twice, on the engine and in the simulator, on the same requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from disagg_jax import metrics
+from disagg_jax.event_log import EventLog
+from disagg_jax.metrics import SLO
+from disagg_jax.occupancy import read_occupancy
+from disagg_jax.request import Request, Timeline
+from disagg_jax.search import SearchPlan, estimate, search
+from disagg_jax.sim.agreement import Agreement, agreement, retime, step_load
+from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile
+from disagg_jax.sim.capacity import capacity_rps
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.summary import summarise
+from disagg_jax.work import StepLoad
+from experiments.profiled import cost_of
+from experiments.run_dir import Point, RunDir
+from experiments.serving import RequestSource, Server
+
+# How much attainment may differ, unless it changes more over this much of the rate
+# (DistServe's Table 2: within 2 points).
+POINTS, RATE_CHANGE = 0.02, 0.02
+
+
+class StepTime(NamedTuple):
+    """A step on one pipeline stage."""
+
+    kind: str  # prefill, decode or mixed
+    measured_s: float  # on the engine, in the run
+    predicted_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A system at one rate; lists are of the seeds."""
+
+    rate_rps: float
+    engine: Sequence[Mapping[str, Any]]  # `summarise`
+    simulated: Sequence[Mapping[str, Any]]
+    # Attainment of the engine's decisions with the simulator's durations.
+    retimed: Sequence[float]
+    allowed: float  # difference of attainment
+    agreements: Sequence[Agreement]
+
+    def mean(self, side: str, key: str) -> float:
+        """A metric's mean over the seeds, on one side."""
+        return statistics.fmean(run[key] for run in getattr(self, side))
+
+    @property
+    def difference(self) -> float:
+        """Attainment, simulated less engine."""
+        return self.mean("simulated", "attainment") - self.mean("engine", "attainment")
+
+    @property
+    def by_durations(self) -> float:
+        """What of `difference` is the cost model's; the rest is scheduling."""
+        return statistics.fmean(self.retimed) - self.mean("engine", "attainment")
+
+    @property
+    def ok(self) -> bool:
+        return abs(self.difference) <= self.allowed
+
+    def relative(self, key: str) -> float:
+        """How far the simulated metric is off."""
+        return self.mean("simulated", key) / self.mean("engine", key) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Twin:
+    """A system on an engine, and simulated by a profile of it."""
+
+    name: str
+    server: Server
+    source: RequestSource
+    slo: SLO
+    seeds: int
+    cost: CalibratedCost
+    run_dir: RunDir
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        server: Server,
+        source: RequestSource,
+        slo: SLO,
+        profile: CalibratedProfile,
+        run_dir: RunDir,
+    ) -> Twin:
+        cost, seeds = cost_of(profile, server.engine), server.config.num_seeds
+        return cls(name, server, source, slo, seeds, cost, run_dir)
+
+    # -- engine ---------------------------------------------------------------------
+
+    def serve(self, point: Point) -> None:
+        """Runs the engine, unless that was done before."""
+        if self.run_dir.has(point):
+            return
+        requests = self.source(point.rate_rps, point.replica)
+        run = self.server.run(requests, {})
+        rows = [
+            {"request_id": t.request.id, "token_s": t.token_s} for t in run.timelines
+        ]
+        self.run_dir.save(point, self._summary(run.timelines), rows, run.log.lines)
+
+    def points(self, rate_rps: float) -> list[Point]:
+        """A run for each seed."""
+        return [Point(self.name, rate_rps, replica) for replica in range(self.seeds)]
+
+    def again(self, rates: Sequence[float]) -> Point:
+        """The first seed's run at the middle rate, once more."""
+        return Point(f"{self.name}-again", rates[len(rates) // 2], 0)
+
+    def repeated(self, rates: Sequence[float]) -> float:
+        """How much attainment differs between two runs of the same requests."""
+        again = self.again(rates)
+        runs = (again, dataclasses.replace(again, system=self.name))
+        second, first = (self.run_dir.load(run)["attainment"] for run in runs)
+        return second - first
+
+    def step_times(self, points: Iterable[Point]) -> Iterator[StepTime]:
+        """What every step took in runs of the engine, and what was predicted."""
+        for point in points:
+            lines = self.run_dir.events(point)
+            for use in read_occupancy(self.server.deployment, lines).stages:
+                load = step_load(use.step)
+                predicted_s = self.cost.stages_s(use.step.instance, load)[use.stage]
+                measured_s = use.end_s - use.start_s
+                yield StepTime(_kind(load), measured_s, predicted_s)
+
+    # -- simulation -----------------------------------------------------------------
+
+    @property
+    def simulated(self) -> SimulatedDeployment:
+        """The same policies and memory with the profile's durations."""
+        return SimulatedDeployment(
+            deployment=self.server.deployment,
+            policies=self.server.policies,
+            memory=tuple(self.server.memory),
+            cost=self.cost,
+        )
+
+    def requests(self, rate_rps: float, replica: int) -> list[Request]:
+        """Those of the engine, without their tokens."""
+        found = self.source(rate_rps, replica)
+        return [dataclasses.replace(request, prompt=None) for request in found]
+
+    def attainments(self, rate_rps: float) -> list[float]:
+        """Simulated, of each seed."""
+        runs = (self.simulated.run(self.requests(rate_rps, i)) for i in self._replicas)
+        return [metrics.attainment(run.timelines, self.slo).joint for run in runs]
+
+    def knee_rps(self, target: float) -> float:
+        """The simulated goodput."""
+        tried: dict[float, Sequence[float]] = {}
+
+        def evaluate(rate_rps: float) -> Sequence[float]:
+            tried[rate_rps] = self.attainments(rate_rps)
+            return tried[rate_rps]
+
+        start = 0.8 * capacity_rps(self.simulated, self.requests(1.0, 0), self.slo)
+        search(evaluate, start, SearchPlan(target=target, tolerance=0.03))
+        return estimate(tried, target).interval.mean
+
+    # -- both -----------------------------------------------------------------------
+
+    def compare(self, rate_rps: float) -> Compared:
+        """The runs of the engine at a rate, which must be done, and their twins."""
+        simulated: list[Mapping[str, Any]] = []
+        retimed: list[float] = []
+        agreements: list[Agreement] = []
+        points = self.points(rate_rps)
+        for point in points:
+            log, requests = EventLog(), self.requests(rate_rps, point.replica)
+            # Spans would be other decisions.
+            stepwise = dataclasses.replace(self.simulated, spans=False)
+            simulated.append(
+                self._summary(stepwise.run(requests, observer=log).timelines)
+            )
+            timelines = retime(self.run_dir.events(point), requests, self.cost)
+            retimed.append(metrics.attainment(timelines, self.slo).joint)
+            agreements.append(agreement(self.run_dir.events(point), log.lines))
+        return Compared(
+            rate_rps=rate_rps,
+            engine=[self.run_dir.load(point) for point in points],
+            simulated=simulated,
+            retimed=retimed,
+            allowed=max(POINTS, self._change(rate_rps)),
+            agreements=agreements,
+        )
+
+    def _change(self, rate_rps: float) -> float:
+        """Of the attainment, simulated, where the rate changes as far as it may."""
+        around = (1 - RATE_CHANGE, 1 + RATE_CHANGE)
+        low, high = (statistics.fmean(self.attainments(rate_rps * f)) for f in around)
+        return abs(high - low)
+
+    def _summary(self, timelines: Sequence[Timeline]) -> dict[str, float | None]:
+        return summarise(timelines, self.slo, self.server.deployment.devices)
+
+    @property
+    def _replicas(self) -> range:
+        return range(self.seeds)
+
+
+def _kind(load: StepLoad) -> str:
+    if not load.chunks:
+        return "decode"
+    return "mixed" if load.decodes else "prefill"
