@@ -50,6 +50,54 @@ class EventLog:
         self.lines.append(json.dumps(turn, separators=(",", ":")))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggedStep:
+    """What the log keeps of a `Step`."""
+
+    id: int
+    instance: int
+    slices: Sequence[tuple[int, int, int]]  # request, start, count; of one iteration
+    iterations: int
+
+    @property
+    def instances(self) -> tuple[int, ...]:
+        """The instances it occupies or touches."""
+        return (self.instance,)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggedTransfer:
+    """What the log keeps of a `Transfer`."""
+
+    id: int
+    request: int
+    src: int
+    dst: int
+    context: int
+    step: int
+
+    @property
+    def instances(self) -> tuple[int, ...]:
+        """The instances it occupies or touches."""
+        return (self.src, self.dst)
+
+
+LoggedWork = LoggedStep | LoggedTransfer | Cut
+
+
+def read_turns(
+    lines: Iterable[str],
+) -> Iterator[tuple[float, list[Event], list[LoggedWork]]]:
+    """The turns of a log, as (now_s, what was told, what was decided)."""
+    for line in lines:
+        turn = json.loads(line)
+        yield (
+            turn["now_s"],
+            [_event_from_json(event) for event in turn["events"]],
+            [_work_from_json(work) for work in turn["works"]],
+        )
+
+
 def replay(lines: Iterable[str], controller: Controller) -> Iterator[int]:
     """Feeds the logged events to `controller`; yields each turn whose work differs."""
     for number, line in enumerate(lines):
@@ -100,6 +148,24 @@ def _work_to_json(work: Work) -> list[Any]:
     ends = [work.src, work.dst]
     size = [work.context, work.step, blocks]
     return ["Transfer", work.id, work.request.id, *ends, *size]
+
+
+def _work_from_json(record: list[Any]) -> LoggedWork:
+    kind, *values = record
+    if kind == "Step":
+        id, instance, slices, iterations, _ = values
+        return LoggedStep(
+            id=id,
+            instance=instance,
+            slices=[(request, start, count) for request, start, count in slices],
+            iterations=iterations,
+        )
+    if kind == "Cut":
+        return Cut(*values)
+    id, request, src, dst, context, step, _ = values
+    return LoggedTransfer(
+        id=id, request=request, src=src, dst=dst, context=context, step=step
+    )
 
 
 def _checksum(parts: Iterable[Sequence[int]]) -> int:
