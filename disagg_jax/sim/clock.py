@@ -187,7 +187,8 @@ class VirtualBackend:
         lost |= {w: r for w, r in self._sharing.items() if instance in r.instances}
         for work, running in lost.items():
             running.due_s = math.inf
-            self._spans.pop(work, None)
+            if self._spans.pop(work, None) is not None:
+                self._count_told(running)
             self._prompts.pop(work, None)
             if work in self._sharing:
                 self._unshare(running)
@@ -318,5 +319,12 @@ class VirtualBackend:
         if running.reported == iterations:
             del self._spans[running.work]
             running.due_s = math.inf
+            self._count_told(running)
         elif running.due_s != running.ends_s[-1]:
             self._push(running, running.ends_s[-1])
+
+    def _count_told(self, running: _Running) -> None:
+        """Counts the work of a span of which no Done follows."""
+        if running.reported:
+            worked_s = running.ends_s[running.reported - 1] - running.start_s
+            self.busy_s[running.resource] += worked_s
