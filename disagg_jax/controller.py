@@ -93,7 +93,6 @@ class Controller:
         self._in_flight: dict[int, InFlight] = {}
         self._spans = Spans(self._in_flight, self._end_span)
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
-        self._at_boundary: list[StepInFlight] = []
         self._work_ids = itertools.count(1)
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []

@@ -119,6 +119,10 @@ class Deployment:
         """Devices of all instances together."""
         return sum(spec.devices for spec in self.instances)
 
+    def lanes(self, src: int, dst: int) -> int:
+        """As many wires at once as the smaller side of a transfer has devices."""
+        return min(self.instances[i].devices for i in (src, dst))
+
     def __str__(self) -> str:
         """The text that `parse` reads, equal neighbours counted."""
         items: list[str] = []

@@ -377,8 +377,7 @@ class Server:
         def over_link(work: Task, parts_s: Sequence[float]) -> Outcome:
             if isinstance(work, Step):
                 return timing(work, parts_s)
-            ends = (self.deployment.instances[i] for i in work.instances)
-            lanes = min(spec.devices for spec in ends)
+            lanes = self.deployment.lanes(work.src, work.dst)
             sizes = self.engine.part_bytes(work)
             return outcome(work, [link.transfer_s(size, lanes) for size in sizes])
 

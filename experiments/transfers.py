@@ -275,9 +275,7 @@ class _Phases:
         ]
         if self._link is None:
             return found
-        # As many wires at once as the smaller side has devices.
-        ends = (self._engine.deployment.instances[i] for i in transfer.instances)
-        lanes = min(spec.devices for spec in ends)
+        lanes = self._engine.deployment.lanes(transfer.src, transfer.dst)
         sizes = self._engine.part_bytes(transfer)
         return [
             part._replace(move_s=self._link.transfer_s(size, lanes))

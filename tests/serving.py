@@ -21,6 +21,7 @@ POLICIES = {
     Role.DECODE: DecodeOnly(),
 }
 SECOND = LinearCost(step_base_s=1.0, transfer_base_s=1.0)  # every piece of work
+_MAX_TURNS = 1000  # of a `Run`, so that one which never ends fails
 
 
 def make_request(id=0, arrival_s=0.0, prompt=4, out=1, **fields) -> Request:
@@ -164,7 +165,7 @@ class Run:
 
     def until(self, id: int, place: Place) -> None:
         """Goes on until request `id` is in `place`."""
-        for _ in range(1000):
+        for _ in range(_MAX_TURNS):
             if self.place(id) is place:
                 return
             self.turn()
@@ -172,8 +173,12 @@ class Run:
 
     def finish(self) -> None:
         """Goes on until nothing is in flight."""
-        while self.controller.in_flight:
+        for _ in range(_MAX_TURNS):
+            if not self.controller.in_flight:
+                return
             self.turn()
+        left = self.controller.in_flight
+        raise AssertionError(f"{left} pieces of work after {_MAX_TURNS} turns")
 
     def place(self, id: int) -> Place:
         return self.controller._requests[id].place

@@ -61,6 +61,14 @@ def test_parse_accepts(text: str, written: str, devices: int):
 
 
 @pytest.mark.parametrize(
+    ("src", "dst", "lanes"), [(0, 2, 1), (1, 2, 3), (2, 1, 3), (1, 3, 4), (1, 1, 4)]
+)
+def test_lanes_are_the_devices_of_the_smaller_end(src: int, dst: int, lanes: int):
+    text = "prefill:tp1,prefill:tp2pp2,decode:tp1pp3,decode:tp8"
+    assert Deployment.parse(text).lanes(src, dst) == lanes
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "deployment: expected '[N x]ROLE:tpK[ppL]' items"),

@@ -81,9 +81,7 @@ class Network:
             return self.between, 1, (-1, node)
         if self.inside is None:
             return None, 1, ()
-        ends = (self.deployment.instances[i] for i in (src, dst))
-        # The devices of the smaller end, each on a link of its own.
-        return self.inside, min(spec.devices for spec in ends), (-2, dst)
+        return self.inside, self.deployment.lanes(src, dst), (-2, dst)
 
     def _node(self, instance: int) -> int:
         """The node of an instance's first device; instances lie in device order."""
