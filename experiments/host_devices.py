@@ -24,3 +24,17 @@ def provide(needed: int) -> None:
     name = "jax_num_cpu_devices"
     if jax.config.values[name] < needed:
         jax.config.update(name, needed)
+
+
+def pin(cores: int) -> None:
+    """Keeps this process, and the threads that JAX will start, on so many cores.
+
+    Call it before JAX looks for devices: it starts as many threads as it has cores.
+
+    Raises:
+      ValueError: if there are fewer.
+    """
+    have = sorted(os.sched_getaffinity(0))
+    if not 1 <= cores <= len(have):
+        raise ValueError(f"cores: expected 1 to {len(have)}, got {cores}")
+    os.sched_setaffinity(0, have[-cores:])

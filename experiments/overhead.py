@@ -45,23 +45,22 @@ from absl import app, flags
 
 from disagg_jax.controller import Controller
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
-from disagg_jax.engine.executor import full_slices, run_alone
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.summary import summarise
-from disagg_jax.work import Event, Step, Transfer, Work
+from disagg_jax.work import Event, Step, Work
 from experiments import host_devices
-from experiments.rigs import (
-    HollowGroup,
-    NamedShape,
-    Rig,
-    bare_step_s,
-    burst,
-    colocated,
-    handoff_rig,
-    plain_device_put,
+from experiments.flag_values import integers, writable
+from experiments.handoff import handoff_figures, handoff_rig
+from experiments.hollow import HollowGroup, host_step_us
+from experiments.rigs import NamedShape, Rig, bare_step_s, burst, colocated
+from experiments.timing import (
+    Figure,
+    interleaved,
+    keep_freed_memory,
+    load_average,
+    table,
 )
-from experiments.timing import Figure, interleaved, keep_freed_memory, table, timed_s
 from models.config import ModelConfig, get_config
 
 BLOCK_TOKENS = 16  # in all parts but m32
@@ -100,8 +99,9 @@ def host(options: Options) -> list[Figure]:
     figures: list[Figure] = []
     for batch in options.batches:
         rig, shape, requests = _full_batch(options, batch)
-        hollow = HollowGroup.replace(rig)
-        micros = _host_step_us(rig, hollow, shape, 100 * options.repeats)
+        (instance,) = rig.engine.instances
+        hollow = HollowGroup.replace(rig.engine, instance.buckets.step_shapes)
+        micros = host_step_us(rig.engine, hollow, shape, 100 * options.repeats)
         micros |= _host_loop_us(rig, requests, options.repeats)
         figures += [
             Figure(
@@ -117,31 +117,6 @@ def host(options: Options) -> list[Figure]:
             for name, value in micros.items()
         ]
     return figures
-
-
-def _host_step_us(
-    rig: Rig, group: HollowGroup, shape: DecodeShape, steps: int
-) -> dict[str, float]:
-    """Medians of the whole step and of its parts."""
-    step = Step.of(0, 0, full_slices(shape, group.stage.memory))
-    samples: dict[str, list[float]] = {}
-    warm_up = 20
-    with rig.engine.serving():
-        for i in range(warm_up + steps):
-            start_s = time.perf_counter()
-            for _ in rig.engine.start(step):
-                pass  # no need to wait: reading the tokens back does
-            end_s = time.perf_counter()
-            spans_s = {
-                "step": end_s - start_s,
-                "- pack": group.step_start_s - start_s,
-                "- put, dispatch": group.step_end_s - group.step_start_s,
-                "- readback": end_s - group.step_end_s,
-            }
-            for name, span_s in spans_s.items():
-                if i >= warm_up:
-                    samples.setdefault(name, []).append(span_s * 1e6)
-    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 class _TimedController(Controller):
@@ -256,46 +231,8 @@ def handoff(options: Options) -> list[Figure]:
         for mib in sizes:
             name = f"TP{src_tp}->TP{dst_tp} {mib} MiB"
             equal = src_tp == dst_tp
-            figures += _handoff(name, rig, sizes[mib], options.repeats, equal)
+            figures += handoff_figures(name, rig, sizes[mib], options.repeats, equal)
     return figures
-
-
-def _handoff(
-    name: str, rig: Rig, blocks: int, repeats: int, equal: bool
-) -> list[Figure]:
-    # Blocks that lie scattered, as they do after a while of serving.
-    pool = rig.engine.instances[0].model.memory.num_blocks
-    ids = tuple(np.random.default_rng(0).permutation(pool)[:blocks].tolist())
-    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
-    transfer = Transfer(0, request, 0, 1, ids, ids, context=1)
-    _, (_, size) = run_alone(rig.engine, transfer)
-    source = np.ones(size, np.uint8)
-    plain = plain_device_put(rig, ids)
-    seconds = interleaved(
-        repeats,
-        {
-            "ours": lambda: sum(run_alone(rig.engine, transfer)[0]),
-            "copy": lambda: timed_s(source.copy),
-            "plain": lambda: timed_s(plain),
-        },
-    )
-    rate = {side: size / value / 1e9 for side, value in seconds.items()}
-
-    def figure(side: str, bound_name: str, aim: float | None) -> Figure:
-        return Figure(
-            part="handoff",
-            name=name,
-            measured=rate["ours"],
-            bound=rate[side],
-            unit="GB/s",
-            bound_name=bound_name,
-            aim=aim,
-        )
-
-    return [
-        figure("copy", "numpy copy into a new array", 0.6 if equal else None),
-        figure("plain", "index, device_put, .at[].set", None if equal else 2.0),
-    ]
 
 
 # -- the named shape -------------------------------------------------------------------
@@ -373,11 +310,11 @@ def run(parts: Sequence[str], options: Options) -> list[Figure]:
                 f"part {part} needs {DEVICES[part]} devices, got {have} "
                 f"{jax.default_backend()} devices"
             )
-    print(f"{os.cpu_count()} cores, load average {_load()} before\n")
+    print(f"{os.cpu_count()} cores, load average {load_average()} before\n")
     figures: list[Figure] = []
     for part in parts:
         found = PARTS[part](options)
-        print(f"{table(found)}\n\nload average {_load()}\n", flush=True)
+        print(f"{table(found)}\n\nload average {load_average()}\n", flush=True)
         figures += found
     return figures
 
@@ -416,36 +353,16 @@ def to_json(figures: Sequence[Any]) -> str:
     return json.dumps(result, indent=2) + "\n"
 
 
-def _load() -> str:
-    return " ".join(f"{value:.2f}" for value in os.getloadavg())
-
-
-def _integers(name: str, texts: Sequence[str]) -> list[int]:
-    try:
-        return [int(text) for text in texts]
-    except ValueError as error:
-        raise ValueError(f"{name}: expected integers, got {list(texts)}") from error
-
-
-def _writable(path: str | None) -> pathlib.Path | None:
-    if path is None:
-        return None
-    out = pathlib.Path(path)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"out: expected a file in a writable folder, got '{path}'")
-    return out
-
-
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     host_devices.one_thread_each()
     try:
-        parts, out = _PARTS.value, _writable(_OUT.value)
+        parts, out = _PARTS.value, writable(_OUT.value)
         options = Options(
             config=get_config(_MODEL.value),
-            batches=_integers("batches", _BATCHES.value),
-            handoff_mib=_integers("handoff_mib", _MIB.value),
+            batches=integers("batches", _BATCHES.value),
+            handoff_mib=integers("handoff_mib", _MIB.value),
             repeats=_REPEATS.value,
         )
         check(parts, options)

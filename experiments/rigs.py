@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
 
 from disagg_jax.backend import serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine import kv_cache
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.compiled import Compiled
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import full_slices
-from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.lengths import FixedLengths
 from disagg_jax.request import Request, Timeline
@@ -114,6 +106,36 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     return timed_s(loop) / steps
 
 
+def bare_engine(
+    config: ModelConfig, shapes: Sequence[StepShape], block_tokens: int
+) -> Engine:
+    """One instance that has the programs of `shapes` and random weights.
+
+    Its pool just holds the largest of them.
+    """
+    prefill = [shape for shape in shapes if isinstance(shape, PrefillShape)]
+    decode = [shape for shape in shapes if isinstance(shape, DecodeShape)]
+    buckets = dataclasses.replace(
+        NO_STEPS,
+        prefill=tuple(prefill),
+        decode_rows=tuple(sorted({shape.rows for shape in decode})),
+        pool_blocks=tuple(sorted({shape.blocks for shape in decode})),
+    )
+    needed = [math.ceil(shape.tokens / block_tokens) for shape in prefill]
+    memory = KVMemory(
+        num_blocks=max([*needed, *(shape.blocks for shape in decode)]),
+        block_tokens=block_tokens,
+        max_context=config.max_length,
+    )
+    params = transformer.init_params(config, 0)
+    deployment = Deployment.parse("colocated:tp1")
+    engine = Engine(config, params, deployment, jax.devices(), [memory], [buckets])
+    # Not all pairs of rows and blocks, as `Engine.compile` would.
+    for shape in shapes:
+        engine.instances[0].model.compile_step(shape)
+    return engine
+
+
 # -- one colocated instance ------------------------------------------------------------
 
 
@@ -145,105 +167,6 @@ def colocated(
     policies = {Role.COLOCATED: policy}
     rig = Rig.build(config, "colocated:tp1", policies, [memory], [buckets])
     return rig, DecodeShape(prefill.rows, blocks)
-
-
-class HollowGroup(LayerGroup):
-    """Programs of the same inputs and outputs that compute nothing, and a stopwatch."""
-
-    real: LayerGroup
-    step_start_s = step_end_s = 0.0
-
-    @classmethod
-    def replace(cls, rig: Rig) -> HollowGroup:
-        """Takes the place of the only layer group of a rig's only instance."""
-        (instance,) = rig.engine.instances
-        groups = instance.model.groups
-        (real,) = groups
-        hollow = cls(real.stage, real.layers, real.params)
-        hollow.real, groups[0] = real, hollow
-        rig.engine.compile()
-        return hollow
-
-    def step(
-        self,
-        shape: StepShape,
-        cache: kv_cache.Cache,
-        packed: np.ndarray | Array,
-        *x_TE: Array,
-    ) -> tuple[kv_cache.Cache, Any]:
-        self.step_start_s = time.perf_counter()
-        out = super().step(shape, cache, packed, *x_TE)
-        self.step_end_s = time.perf_counter()
-        return out
-
-    def _step_program(self, shape: StepShape) -> Compiled:
-        real = self.real.program(shape)
-        args, _ = real.args_info
-        _, out = real.out_info
-
-        def hollow(params: Any, cache: kv_cache.Cache, packed: Array) -> Any:
-            del params, packed
-            return cache, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
-
-        # keep_unused: jax would drop the weights, and the cost of passing them.
-        program = jax.jit(hollow, donate_argnums=1, keep_unused=True)
-        return program.lower(*args).compile()
-
-
-# -- hand-off --------------------------------------------------------------------------
-
-
-def handoff_rig(
-    config: ModelConfig,
-    src_tp: int,
-    dst_tp: int,
-    sizes: Sequence[int],
-    block_tokens: int,
-    layer_groups: int = 1,
-) -> Rig:
-    """A prefill and a decode mesh, for transfers of `sizes` blocks and nothing else."""
-    memory = KVMemory(
-        num_blocks=max(sizes), block_tokens=block_tokens, max_context=config.max_length
-    )
-    transfers = dataclasses.replace(NO_STEPS, transfer_blocks=tuple(sorted(sizes)))
-    return Rig.build(
-        config,
-        f"prefill:tp{src_tp},decode:tp{dst_tp}",
-        {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
-        [memory] * 2,
-        [transfers] * 2,
-        layer_groups,
-    )
-
-
-def plain_device_put(rig: Rig, ids: Sequence[int]) -> Callable[[], None]:
-    """The hand-off of blocks `ids` as JAX has it: index, `jax.device_put`, `.at[].set`.
-
-    The payload is a new array every time, because jax keeps the host's copy of one that
-    passed through it.
-    """
-    src, dst = rig.engine.instances
-    vector = np.array(ids, np.int32)
-    (source,), (target,) = src.model.stages, dst.model.stages
-
-    def gather(cache: kv_cache.Cache, ids: Array) -> kv_cache.Cache:
-        return [(k[ids], v[ids]) for k, v in cache]
-
-    def insert(cache: kv_cache.Cache, ids: Array, new: kv_cache.Cache) -> Any:
-        pairs = zip(cache, new, strict=True)
-        return [(k.at[ids].set(x), v.at[ids].set(y)) for (k, v), (x, y) in pairs]
-
-    gathering = jax.jit(gather, out_shardings=source.kv_sharding)
-    inserting = jax.jit(insert, out_shardings=target.kv_sharding, donate_argnums=0)
-
-    def run() -> None:
-        src_ids, dst_ids = source.put(vector), target.put(vector)
-        payload = jax.block_until_ready(gathering(src.cache, src_ids))
-        moved = jax.block_until_ready(jax.device_put(payload, target.kv_sharding))
-        dst.cache[:] = inserting(dst.cache, dst_ids, moved)
-        jax.block_until_ready(dst.cache)
-
-    return run
 
 
 # -- the named shape -------------------------------------------------------------------

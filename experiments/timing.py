@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
+import os
 import statistics
 import sys
 import time
@@ -107,6 +108,11 @@ def interleaved(
             if i:
                 values[name].append(value)
     return {name: statistics.median(found) for name, found in values.items()}
+
+
+def load_average() -> str:
+    """Of the last 1, 5 and 15 minutes."""
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
 def keep_freed_memory() -> None:

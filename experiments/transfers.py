@@ -32,7 +32,8 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
-from experiments.rigs import NO_STEPS, Rig, handoff_rig, plain_device_put
+from experiments.handoff import handoff_rig, plain_device_put
+from experiments.rigs import NO_STEPS, Rig
 from experiments.timing import interleaved, timed_s
 from models import transformer
 from models.config import ModelConfig

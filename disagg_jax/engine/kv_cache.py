@@ -229,6 +229,11 @@ def _write(
     v_TKH: Array,
 ) -> Cache:
     """Puts each token's key and value into its slot, in place under donation."""
+    if slot_T.shape[0] == 1:
+        # A scatter of one row XLA turns into a slice's update, computes that once more
+        # inside what reads the cache, and so copies the whole pool before. Two rows
+        # that are equal stay a scatter.
+        slot_T, k_TKH, v_TKH = (jnp.repeat(x, 2, 0) for x in (slot_T, k_TKH, v_TKH))
     block_T, offset_T = slot_T // block_tokens, slot_T % block_tokens
     k, v = cache[layer]
     k = k.at[block_T, :, offset_T].set(k_TKH, mode=_IN_BOUNDS)

@@ -191,13 +191,14 @@ def test_programs_work_in_place(tp):
         DecodeShape(4, pool.num_blocks),
         dataclasses.replace(front, blocks=pool.num_blocks),
     ]
-    for shape in (PrefillShape(64, 4), DecodeShape(4, 64), front, *whole):
+    parts = [DecodeShape(1, 64), DecodeShape(4, 64), front]
+    for shape in (PrefillShape(64, 4), *parts, *whole):
         model.compile_step(shape)
     for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
         stage.compile_gather(1, 16, piece_plan(heads, tp, heads, other))
         stage.compile_insert(1, 16, piece_plan(heads, other, heads, tp))
     programs = group._programs._compiled | stage._programs._compiled
-    assert len(programs) == 5 + 4
+    assert len(programs) == 6 + 4
     part_bytes = 16_384 * 16 * 2 * config.head_dim * 4  # k, or v; on each device
     for key, program in programs.items():
         memory = program.memory_analysis()

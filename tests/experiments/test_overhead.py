@@ -14,7 +14,10 @@ import pytest
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.request import Request
 from disagg_jax.work import Step, Transfer
-from experiments import overhead, rigs
+from experiments import overhead
+from experiments.flag_values import integers, writable
+from experiments.handoff import handoff_rig, plain_device_put
+from experiments.hollow import HollowGroup, host_step_us
 from experiments.overhead import Options
 from experiments.rigs import NamedShape
 from experiments.timing import Figure, interleaved, table
@@ -122,14 +125,15 @@ def arguments(program) -> list:
 
 def test_a_hollow_group_takes_and_returns_the_same_but_does_no_work():
     rig, shape, requests = overhead._full_batch(SMALL, 2)
-    hollow = rigs.HollowGroup.replace(rig)
+    shapes = rig.engine.instances[0].buckets.step_shapes
+    hollow = HollowGroup.replace(rig.engine, shapes)
     real, stub = (group.program(shape) for group in (hollow.real, hollow))
     assert arguments(stub) == arguments(real)
     assert stub.out_tree == real.out_tree
     assert stub.cost_analysis().get("flops", 0) == 0 < real.cost_analysis()["flops"]
     timelines = rig.serve(requests)
     assert [t.tokens for t in timelines] == [[0] * SMALL.output] * 2
-    step_us = overhead._host_step_us(rig, hollow, shape, steps=1)
+    step_us = host_step_us(rig.engine, hollow, shape, steps=1)
     assert step_us.pop("step") == pytest.approx(sum(step_us.values()))
 
 
@@ -148,7 +152,7 @@ def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape()
 
 @pytest.mark.parametrize("src_tp, dst_tp", [(4, 4), (4, 2), (1, 4)])
 def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
-    rig = rigs.handoff_rig(TINY, src_tp, dst_tp, [4], block_tokens=4)
+    rig = handoff_rig(TINY, src_tp, dst_tp, [4], block_tokens=4)
     src, dst = rig.engine.instances
     ids = (3, 0, 2, 1)
     request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
@@ -156,7 +160,7 @@ def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
     rng = np.random.default_rng(0)
     for run in (
         lambda: run_alone(rig.engine, transfer),
-        rigs.plain_device_put(rig, ids),
+        plain_device_put(rig, ids),
     ):
         shape, sharding = src.cache[0][0].shape, src.model.stages[0].kv_sharding
         sent = rng.normal(size=(2, *shape)).astype(np.float32)  # k, v of the one layer
@@ -221,10 +225,10 @@ def test_the_json_holds_every_figure_and_its_ratio():
 @pytest.mark.parametrize("path", ["/", "/no/such/folder/file.json"])
 def test_an_unwritable_file_is_refused(path):
     with pytest.raises(ValueError, match=f"out: expected .*, got '{path}'"):
-        overhead._writable(path)
+        writable(path)
 
 
 def test_numbers_are_parsed_or_named():
-    assert overhead._integers("batches", ["16", "64"]) == [16, 64]
+    assert integers("batches", ["16", "64"]) == [16, 64]
     with pytest.raises(ValueError, match="batches: expected integers, got"):
-        overhead._integers("batches", ["16", "many"])
+        integers("batches", ["16", "many"])

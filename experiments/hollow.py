@@ -1,0 +1,94 @@
+"""Host time of a step: the engine's own, with programs that compute nothing."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from disagg_jax.engine import kv_cache
+from disagg_jax.engine.batch import DecodeShape, StepShape
+from disagg_jax.engine.compiled import Compiled
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import full_slices
+from disagg_jax.engine.layer_group import LayerGroup
+from disagg_jax.work import Step
+
+
+class HollowGroup(LayerGroup):
+    """Programs of the same inputs and outputs that compute nothing, and a stopwatch."""
+
+    real: LayerGroup
+    step_start_s = step_end_s = 0.0
+
+    @classmethod
+    def replace(cls, engine: Engine, shapes: Iterable[StepShape]) -> HollowGroup:
+        """Takes the place of the only layer group of the only instance.
+
+        Args:
+          shapes: compiled before; those of them that steps will have.
+        """
+        (instance,) = engine.instances
+        groups = instance.model.groups
+        (real,) = groups
+        hollow = cls(real.stage, real.layers, real.params)
+        hollow.real, groups[0] = real, hollow
+        for shape in shapes:
+            hollow.compile_step(shape)
+        return hollow
+
+    def step(
+        self,
+        shape: StepShape,
+        cache: kv_cache.Cache,
+        packed: np.ndarray | Array,
+        *x_TE: Array,
+    ) -> tuple[kv_cache.Cache, Any]:
+        self.step_start_s = time.perf_counter()
+        out = super().step(shape, cache, packed, *x_TE)
+        self.step_end_s = time.perf_counter()
+        return out
+
+    def _step_program(self, shape: StepShape) -> Compiled:
+        real = self.real.program(shape)
+        args, _ = real.args_info
+        _, out = real.out_info
+
+        def hollow(params: Any, cache: kv_cache.Cache, packed: Array) -> Any:
+            del params, packed
+            return cache, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+
+        # keep_unused: jax would drop the weights, and the cost of passing them.
+        program = jax.jit(hollow, donate_argnums=1, keep_unused=True)
+        return program.lower(*args).compile()
+
+
+def host_step_us(
+    engine: Engine, group: HollowGroup, shape: DecodeShape, steps: int
+) -> dict[str, float]:
+    """Medians of the whole step and of its parts."""
+    step = Step.of(0, 0, full_slices(shape, group.stage.memory))
+    samples: dict[str, list[float]] = {}
+    warm_up = 20
+    with engine.serving():
+        for i in range(warm_up + steps):
+            start_s = time.perf_counter()
+            for _ in engine.start(step):
+                pass  # no need to wait: reading the tokens back does
+            end_s = time.perf_counter()
+            spans_s = {
+                "step": end_s - start_s,
+                "- pack": group.step_start_s - start_s,
+                "- put, dispatch": group.step_end_s - group.step_start_s,
+                "- readback": end_s - group.step_end_s,
+            }
+            for name, span_s in spans_s.items():
+                if i >= warm_up:
+                    samples.setdefault(name, []).append(span_s * 1e6)
+    return {name: statistics.median(values) for name, values in samples.items()}

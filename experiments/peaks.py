@@ -1,0 +1,99 @@
+"""What a device can do at best, measured, and the bound that this sets on a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from disagg_jax.sim.hardware import Hardware
+from disagg_jax.sim.hardware_presets import HARDWARE
+from disagg_jax.sim.memory import Partition
+from disagg_jax.sim.model_shape import ModelShape
+from disagg_jax.sim.roofline import RooflineInstance
+from disagg_jax.work import StepLoad
+from experiments.timing import timed_s
+
+# What JAX calls a device -> its spec sheet.
+_SPEC_SHEETS = {
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "TPU v5 lite": "tpu-v5e",
+    "TPU v5": "tpu-v5p",
+    "TPU v6 lite": "tpu-v6e",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Peaks:
+    """Of one device."""
+
+    bytes_s: float  # reading memory
+    flops: float  # dense matmul in the model's dtype, FLOP/s
+
+    def hardware(self) -> Hardware:
+        """A device that reaches them in full and has no overhead."""
+        return dataclasses.replace(
+            HARDWARE["cpu"].ideal(),
+            name="measured",
+            peak_flops=self.flops,
+            hbm_bytes_s=self.bytes_s,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepBound:
+    """What a step must do on one device: nothing that an engine adds is in it.
+
+    Weights are read once, and of the KV the context that is there; prompt attention is
+    causal. Decode attention's FLOPs are left out, as the roofline does.
+    """
+
+    size_bytes: float
+    flops: float
+    seconds: float  # the longer of moving and computing, for each kind of layer
+
+    @classmethod
+    def of(cls, model: ModelShape, load: StepLoad, peaks: Peaks) -> StepBound:
+        """By the roofline; its bytes are the seconds at 1 byte/s, its FLOPs alike."""
+
+        def seconds(bytes_s: float, flops: float) -> float:
+            hardware = Peaks(bytes_s=bytes_s, flops=flops).hardware()
+            return sum(
+                RooflineInstance(Partition(model, 1, 1), hardware).stages_s(load)
+            )
+
+        return cls(
+            size_bytes=seconds(1.0, math.inf),
+            flops=seconds(math.inf, 1.0),
+            seconds=seconds(peaks.bytes_s, peaks.flops),
+        )
+
+
+def spec_sheet() -> Hardware | None:
+    """Of the device that JAX finds first, if it is a known accelerator."""
+    name = _SPEC_SHEETS.get(jax.devices()[0].device_kind)
+    return None if name is None else HARDWARE[name]
+
+
+def peak_probes(dtype: str) -> tuple[Mapping[str, Callable[[], float]], Peaks]:
+    """Programs whose seconds give the peaks: (timers, bytes and FLOPs of a run each).
+
+    Both are large enough that no cache holds them, and that an accelerator's launch is
+    lost in them.
+    """
+    on_host = jax.default_backend() == "cpu"
+    stream_bytes = 2**28 if on_host else 2**32
+    side = 2048 if on_host else 8192
+    stream = jax.jit(lambda: jnp.ones(stream_bytes // 4, jnp.float32))()
+    matrix = jax.jit(lambda: jnp.ones((side, side), jnp.dtype(dtype)))()
+    read = jax.jit(jnp.sum).lower(stream).compile()
+    multiply = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    timers = {
+        "read": lambda: timed_s(lambda: read(stream).block_until_ready()),
+        "matmul": lambda: timed_s(lambda: multiply(matrix, matrix).block_until_ready()),
+    }
+    return timers, Peaks(bytes_s=stream_bytes, flops=2.0 * side**3)

@@ -1,0 +1,307 @@
+"""Steps of the engine beside what the device could do at best.
+
+    python -m experiments.performance --cores=1
+    python -m experiments.performance --model=llama-3-8b --batches=1,8,32,64,128 \
+        --prompts=128,512,2048 --context=1024     # on an accelerator, in bfloat16
+
+peaks    Reading a large array, and a large matmul in the model's dtype, each in a jit;
+         of a known accelerator also the spec sheet.
+steps    Decode at each batch and prefill at each prompt length: the compiled program
+         alone, its cache donated. The bound is the roofline with these peaks: weights
+         and the KV of the context that is there read once, causal prompt attention
+         (`experiments/peaks.py`). `memory` and `compute` are the shares of the two
+         peaks, `bound` the share of what the longer of the two allows.
+dense    The same decode with a plain [batch, kv heads, context, head_dim] cache.
+handoff  KV from one device to another, over a numpy copy of as many bytes.
+host     Host time of a step, with a program that computes nothing.
+
+Weights are random: no time depends on them. Medians of rounds that go over all peaks
+and steps in turn. On a busy machine shares hold better than times. About 2 minutes on
+2 cores; no device is shared with another process, so nothing else should run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags
+
+from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
+from disagg_jax.engine.engine import Engine
+from disagg_jax.work import StepLoad
+from experiments import checkout, host_devices
+from experiments.columns import align
+from experiments.dense import dense_step_s
+from experiments.flag_values import integers, writable
+from experiments.handoff import handoff_figures, handoff_rig
+from experiments.hollow import HollowGroup, host_step_us
+from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
+from experiments.rigs import bare_engine, bare_step_s
+from experiments.shapes import shape_of
+from experiments.timing import (
+    Figure,
+    interleaved,
+    keep_freed_memory,
+    load_average,
+    table,
+)
+from models.config import ModelConfig, get_config
+
+# What a peer JAX engine with a plain dense cache reached on one pinned core, in tokens
+# per second (issue 6): its decode at a context of 256 tokens.
+PEER = {
+    ("smollm2-135m", "float32"): {
+        "decode": {1: 32.0, 8: 133.0, 16: 126.0},
+        "prefill": {128: 635.0, 512: 537.0},
+    }
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and how often."""
+
+    config: ModelConfig
+    batches: Sequence[int] = (1, 8, 16)  # requests in a decode step
+    context: int = 256  # tokens that each of them attends to, the new one included
+    prompts: Sequence[int] = (128, 512)  # tokens of the one prompt of a prefill step
+    block_tokens: int = 16
+    handoff_mib: int = 16  # 0 is no hand-off
+    repeats: int = 5  # rounds that a median is taken over
+    dense: bool = True  # whether decode with a plain cache is timed as well
+
+    def __post_init__(self) -> None:
+        numbers = {
+            "batches": self.batches,
+            "prompts": self.prompts,
+            "context": [self.context],
+            "block_tokens": [self.block_tokens],
+            "repeats": [self.repeats],
+        }
+        for name, values in numbers.items():
+            if not values or min(values) < 1:
+                raise ValueError(f"{name}: expected numbers >= 1, got {list(values)}")
+        if self.handoff_mib < 0:
+            raise ValueError(f"handoff_mib: expected >= 0, got {self.handoff_mib}")
+        if self.context % self.block_tokens:
+            raise ValueError(
+                f"context: expected a multiple of block_tokens={self.block_tokens}, "
+                f"got {self.context}"
+            )
+        longest, limit = max(self.context, *self.prompts), self.config.max_length
+        if longest > limit:
+            raise ValueError(
+                f"{self.config.name}: expected at most {limit} tokens, got {longest}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """One step, what it took, and what it had to do."""
+
+    kind: str  # "decode" or "prefill"
+    size: int  # requests of a decode, tokens of a prefill
+    seconds: float
+    dense_s: float | None  # with a plain cache
+    bound: StepBound
+
+    def row(self, peaks: Peaks, peer_tok_s: float | None) -> tuple[str, ...]:
+        bound, rate = self.bound, self.size / self.seconds
+        return (
+            f"{self.kind} {self.size}",
+            f"{bound.size_bytes / 1e6:.4g}",
+            f"{bound.flops / 1e9:.4g}",
+            f"{self.seconds * 1e3:.2f}",
+            f"{bound.seconds * 1e3:.2f}",
+            f"{rate:.1f}",
+            f"{bound.size_bytes / self.seconds / peaks.bytes_s:.2f}",
+            f"{bound.flops / self.seconds / peaks.flops:.2f}",
+            f"{bound.seconds / self.seconds:.2f}",
+            "" if self.dense_s is None else f"{self.dense_s * 1e3:.2f}",
+            "" if self.dense_s is None else f"{self.dense_s / self.seconds:.2f}",
+            "" if peer_tok_s is None else f"{peer_tok_s:g}",
+            "" if peer_tok_s is None else f"{rate / peer_tok_s:.2f}",
+        )
+
+
+_HEAD = (
+    *("step", "MB", "GFLOP", "ms", "bound ms", "tok/s", "memory", "compute", "bound"),
+    *("dense ms", "over dense", "peer tok/s", "over peer"),
+)
+
+
+def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
+    """The peaks and the steps, in the same rounds."""
+    config, model = options.config, shape_of(options.config)
+    loads = step_loads(options)
+    probes, once = peak_probes(config.dtype)
+    timers = dict(probes)
+    for shape in loads:
+        timers[str(shape)] = lambda s=shape: bare_step_s(engine, 0, s, 4)
+        if options.dense and isinstance(shape, DecodeShape):
+            timers[f"dense {shape}"] = dense_step_s(
+                engine, shape.rows, options.context, steps=4
+            )
+    seconds = interleaved(options.repeats, timers)
+    peaks = Peaks(
+        bytes_s=once.bytes_s / seconds["read"], flops=once.flops / seconds["matmul"]
+    )
+    return peaks, [
+        StepTime(
+            kind=shape.kind,
+            size=shape.width,
+            seconds=seconds[str(shape)],
+            dense_s=seconds.get(f"dense {shape}"),
+            bound=StepBound.of(model, load, peaks),
+        )
+        for shape, load in loads.items()
+    ]
+
+
+def step_loads(options: Options) -> dict[StepShape, StepLoad]:
+    """The steps, and what each computes."""
+    blocks = options.context // options.block_tokens
+    decode = {
+        DecodeShape(n, n * blocks): StepLoad((), n, n * options.context)
+        for n in options.batches
+    }
+    prefill = {PrefillShape(n, 1): StepLoad(((0, n),), 0, 0) for n in options.prompts}
+    return {**decode, **prefill}
+
+
+def peak_figures(peaks: Peaks) -> list[str]:
+    """The peaks, beside the spec sheet's where there is one."""
+    spec = spec_sheet()
+    known = (None, None) if spec is None else (spec.hbm_bytes_s, spec.peak_flops)
+    rows = (
+        ("memory bandwidth", peaks.bytes_s / 1e9, known[0], "GB/s"),
+        ("matmul", peaks.flops / 1e9, known[1], "GFLOP/s"),
+    )
+    return [
+        f"{name}: {value:.1f} {unit}"
+        + (f", {value * 1e9 / most:.2f} of the spec sheet's" if most else "")
+        for name, value, most, unit in rows
+    ]
+
+
+def handoff(options: Options) -> list[Figure]:
+    """KV of `handoff_mib` from device to device; the model's other sizes are 1."""
+    kv_only = dataclasses.replace(options.config, vocab_size=1, mlp=1)
+    block_bytes = kv_only.kv_bytes_per_token * options.block_tokens
+    blocks = math.ceil(options.handoff_mib * 2**20 / block_bytes)
+    rig = handoff_rig(kv_only, 1, 1, [blocks], options.block_tokens)
+    name = f"TP1->TP1 {options.handoff_mib} MiB"
+    return handoff_figures(name, rig, blocks, options.repeats, equal=True)
+
+
+def host(options: Options, engine: Engine) -> list[Figure]:
+    """Host time of the decode steps. The engine computes nothing afterwards."""
+    shapes = [s for s in step_loads(options) if isinstance(s, DecodeShape)]
+    hollow = HollowGroup.replace(engine, shapes)
+    return [
+        Figure(
+            part="host",
+            name=f"B{shape.rows} step",
+            measured=host_step_us(engine, hollow, shape, 100 * options.repeats)["step"],
+            bound=100.0 + shape.rows,
+            unit="us",
+            bound_name="100 us + 1 us per token",
+            better="less",
+            aim=1.0,
+        )
+        for shape in shapes
+    ]
+
+
+def run(options: Options) -> str:
+    """The report. Every part is printed as soon as it is there."""
+    lines: list[str] = []
+
+    def say(*some: str) -> None:
+        print(*some, sep="\n", flush=True)
+        lines.extend(some)
+
+    config = options.config
+    say(
+        f"# {config.name} {config.dtype}, context {options.context}, blocks of "
+        f"{options.block_tokens} tokens, {options.repeats} rounds, on "
+        f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores",
+        f"# commit {checkout.commit()}, {datetime.date.today()}, Python "
+        f"{platform.python_version()}, jax {jax.__version__}, load average "
+        f"{load_average()} before",
+        "",
+    )
+    engine = bare_engine(config, list(step_loads(options)), options.block_tokens)
+    peaks, steps = measure(options, engine)
+    peer = PEER.get((config.name, config.dtype), {})
+    rows = [step.row(peaks, peer.get(step.kind, {}).get(step.size)) for step in steps]
+    say(*peak_figures(peaks), "")
+    say(*align([_HEAD, *rows], right=range(1, len(_HEAD))), "")
+    figures = host(options, engine)
+    if options.handoff_mib and len(jax.devices()) > 1:
+        figures += handoff(options)
+    say(table(figures), "", f"load average {load_average()} after")
+    return "\n".join(lines) + "\n"
+
+
+# -- command line ----------------------------------------------------------------------
+
+_MODEL = flags.DEFINE_string(
+    "model", "smollm2-135m", "A preset of models/config.py.", allow_override=True
+)
+_DTYPE = flags.DEFINE_string("dtype", None, "Instead of the preset's.")
+_BATCHES = flags.DEFINE_list(
+    "batches", ["1", "8", "16"], "Requests in a decode step.", allow_override=True
+)
+_CONTEXT = flags.DEFINE_integer("context", 256, "Tokens each of them attends to.")
+_PROMPTS = flags.DEFINE_list(
+    "prompts", ["128", "512"], "Tokens of a prefill step.", allow_override=True
+)
+_BLOCK = flags.DEFINE_integer("block_tokens", 16, "Tokens in a block of KV.")
+_MIB = flags.DEFINE_integer("handoff", 16, "MiB of a hand-off; 0 is none.")
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Rounds that a median is taken over.", allow_override=True
+)
+_DENSE = flags.DEFINE_boolean("dense", True, "Time a plain dense cache as well.")
+_CORES = flags.DEFINE_integer("cores", None, "Cores to run on; default is all.")
+_OUT = flags.DEFINE_string("out", None, "File to write.", allow_override=True)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    try:
+        out, config = writable(_OUT.value), get_config(_MODEL.value)
+        if _DTYPE.value is not None:
+            config = dataclasses.replace(config, dtype=_DTYPE.value)
+        options = Options(
+            config=config,
+            batches=integers("batches", _BATCHES.value),
+            context=_CONTEXT.value,
+            prompts=integers("prompts", _PROMPTS.value),
+            block_tokens=_BLOCK.value,
+            handoff_mib=_MIB.value,
+            repeats=_REPEATS.value,
+            dense=_DENSE.value,
+        )
+        if _CORES.value is not None:
+            host_devices.pin(_CORES.value)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    keep_freed_memory()
+    if options.handoff_mib:
+        host_devices.provide(2)
+    report = run(options)
+    if out is not None:
+        out.write_text(report)
+
+
+if __name__ == "__main__":
+    app.run(main)
