@@ -104,24 +104,27 @@ class _Limits:
                 tokens = max(p.tokens for p in kinds["mixed"][:-1] or kinds["mixed"])
                 chunk = self._chunk(tokens // 2)
                 yield StepLoad((chunk,), 0, 0)
-                beside = self._decodes(min(listed.most_decodes, tokens // 2))
-                yield dataclasses.replace(beside, chunks=(self._chunk(tokens // 2),))
+                most = min(listed.most_decodes, tokens // 2)
+                if most:
+                    chunks = (self._chunk(tokens // 2),)
+                    yield dataclasses.replace(self._decodes(most), chunks=chunks)
 
     def _upto(self, most: int, least: int = 1) -> int:
         return int(self.rng.integers(least, most, endpoint=True))
 
     def _decodes(self, most: int) -> StepLoad:
         n = self._upto(most)
-        # Room for a chunk beside them.
-        mean = self._upto(min(self.longest, (self.pool - self.longest) // n), 2)
+        # Room for a chunk beside them, where there is any.
+        room = (self.pool - self.longest) // n
+        mean = self._upto(max(2, min(self.longest, room)), 2)
         return StepLoad((), n, n * mean)
 
     def _prompts(self, tokens: int, most: int) -> StepLoad:
-        """Prompts of `tokens` tokens together."""
+        """Prompts of `tokens` tokens together, but none longer than the longest."""
         rows = self._upto(min(most, tokens))
         cuts = np.sort(self.rng.choice(tokens - 1, rows - 1, replace=False)) + 1
         lengths = np.diff([0, *cuts.tolist(), tokens]).tolist()
-        return StepLoad(tuple((0, n) for n in lengths if n <= self.longest), 0, 0)
+        return StepLoad(tuple((0, min(n, self.longest)) for n in lengths), 0, 0)
 
     def _chunk(self, most: int) -> tuple[int, int]:
         """(start, count) of a part of a prompt."""
@@ -266,7 +269,8 @@ def left_out_errors(profile: CalibratedProfile) -> dict[str, float | None]:
             found.setdefault(kind, []).extend(
                 left_out_error(_stage(times.measured, kind, i)) for i in range(pp)
             )
-    return {
-        kind: None if None in errors else statistics.fmean(e for e in errors if e)
-        for kind, errors in found.items()
-    }
+    means: dict[str, float | None] = {}
+    for kind, errors in found.items():
+        known = [error for error in errors if error is not None]
+        means[kind] = statistics.fmean(known) if len(known) == len(errors) else None
+    return means

@@ -13,6 +13,8 @@ import optax
 from disagg_jax.sim import terms
 from disagg_jax.sim.programs import Program
 
+# Compiled once for each shape: as it is, it is compiled anew in each call.
+_nnls = jax.jit(optax.nnls, static_argnums=2)
 _STEPS = 20_000  # of the projected gradient: 8 digits of what an active set finds
 
 
@@ -27,7 +29,7 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
     scale = np.linalg.norm(design, axis=0)
     scale[scale == 0] = 1.0  # a term that is 0 in all
     with jax.enable_x64(True):
-        found = optax.nnls(jnp.asarray(design / scale), jnp.ones(len(design)), _STEPS)
+        found = _nnls(jnp.asarray(design / scale), jnp.ones(len(design)), _STEPS)
         return (np.asarray(found) / scale).tolist()
 
 

@@ -35,7 +35,6 @@ from experiments.figures.figure import Panel, Series
 from experiments.timing import keep_freed_memory
 from experiments.transfers import (
     OUTPUT_TOKENS,
-    SHAPE,
     Mode,
     Rate,
     Seen,
@@ -48,7 +47,7 @@ from models import transformer
 from models.config import ModelConfig, get_config
 
 _MODEL = flags.DEFINE_string(
-    "model", "kv", "kv (see SHAPE), or a preset of models.config.", allow_override=True
+    "model", "kv", "A preset of models.config.", allow_override=True
 )
 _PAIRS = flags.DEFINE_list(
     "pairs", ["4:4", "4:2", "2:4", "1:4"], "Tensor parallelism of the two meshes."
@@ -218,7 +217,7 @@ def main(argv: Sequence[str]) -> None:
         print(text, file=sys.stderr, flush=True)
 
     try:
-        config = SHAPE if _MODEL.value == SHAPE.name else get_config(_MODEL.value)
+        config = get_config(_MODEL.value)
         link = get_link(_LINK.value) if _LINK.value else None
         out = pathlib.Path(_OUT.value)
         out.mkdir(parents=True, exist_ok=True)

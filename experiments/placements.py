@@ -156,10 +156,11 @@ class Search:
         )
         devices = int(n * p.candidate.devices + m * d.candidate.devices)
         served = min(n * rps_of(p), m * rps_of(d))
+        deployment = f"{n}x{p.candidate.name},{m}x{d.candidate.name}"
         return {
-            "winner": f"{n}x{p.candidate.name},{m}x{d.candidate.name}",
+            "winner": deployment,
             "system": _APART,
-            "deployment": f"{n}x{p.candidate.name},{m}x{d.candidate.name}",
+            "deployment": deployment,
             "devices": devices,
             "goodput_rps": served,
             "goodput_per_device_rps": served / devices,

@@ -80,13 +80,12 @@ def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
       ValueError: if it is of another, or no profile.
     """
     try:
-        record = json.loads(pathlib.Path(path).read_text())
+        profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--profile: expected what experiments.calibrate wrote, got '{path}': "
             f"{error}"
         ) from error
-    profile = profile_from_json(record)
     here = {"model": model.name, "dtype": model.dtype, "device": device_name()}
     for key, value in here.items():
         if profile.provenance[key] != value:
@@ -116,6 +115,7 @@ def step_times_of(profile: CalibratedProfile, engine: Engine) -> dict[str, float
     Raises:
       ValueError: on what was not measured.
     """
+    cost_of(profile, engine)  # raises
     seconds: dict[str, float] = {}
     for work in every_work(engine):
         key = key_of(engine, work)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from disagg_jax.backend import Outcome, serve
 from disagg_jax.controller import Controller
@@ -32,28 +31,11 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
-from experiments.handoff import handoff_rig, plain_device_put
+from experiments.handoff import handoff_rig, handoff_s, scattered_transfer
 from experiments.rigs import NO_STEPS, Rig
-from experiments.timing import interleaved, timed_s
 from models import transformer
 from models.config import ModelConfig
 
-# Much KV for its weights: 32 KiB a token, as 8 layers of Llama-3-8B in bfloat16.
-SHAPE = ModelConfig(
-    name="kv",
-    vocab_size=512,
-    layers=8,
-    embed=256,
-    q_heads=8,
-    kv_heads=8,
-    head_dim=64,
-    mlp=512,
-    rope_theta=10_000.0,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    max_length=4096,
-    dtype="float32",
-)
 BLOCK = 16  # tokens in a block
 OUTPUT_TOKENS = 4  # tokens: the second is the one that waits for KV
 
@@ -93,25 +75,14 @@ def rates(
 
 
 def _rates(pair: str, whole: Rig, groups: Rig, n: int, repeats: int) -> list[Rate]:
-    # Blocks that lie scattered, as they do after a while of serving.
-    pool = whole.engine.instances[0].model.memory.num_blocks
-    ids = tuple(np.random.default_rng(0).permutation(pool)[:n].tolist())
-    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
-    transfer = Transfer(0, request, 0, 1, ids, ids, context=1)
+    transfer = scattered_transfer(whole, n)
     stream = dataclasses.replace(transfer, step=1)  # of a step that is not going on
-    size = whole.engine.transfer_bytes(transfer)
-    copied = np.ones(size, np.uint8)
-    plain = plain_device_put(whole, ids)
-    seconds = interleaved(
-        repeats,
-        {
-            "copy": lambda: timed_s(copied.copy),
-            "plain device_put": lambda: timed_s(plain),
-            "whole": lambda: sum(run_alone(whole.engine, transfer)[0]),
-            "groups": lambda: sum(run_alone(groups.engine, stream)[0]),
-        },
-    )
-    copy_s = seconds.pop("copy")
+    ways = {
+        "whole": lambda: sum(run_alone(whole.engine, transfer)[0]),
+        "groups": lambda: sum(run_alone(groups.engine, stream)[0]),
+    }
+    seconds = handoff_s(whole, transfer, ways, repeats)
+    size, copy_s = whole.engine.transfer_bytes(transfer), seconds.pop("copy")
     return [Rate(pair, way, size, time_s, copy_s) for way, time_s in seconds.items()]
 
 

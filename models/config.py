@@ -189,6 +189,22 @@ _ALL = (
         max_length=512,
         dtype="float32",
     ),
+    # Much KV for its weights: 32 KiB a token, as 8 layers of Llama-3-8B in bfloat16.
+    ModelConfig(
+        name="kv",
+        vocab_size=512,
+        layers=8,
+        embed=256,
+        q_heads=8,
+        kv_heads=8,
+        head_dim=64,
+        mlp=512,
+        rope_theta=10_000.0,
+        norm_eps=1e-5,
+        tie_embeddings=True,
+        max_length=4096,
+        dtype="float32",
+    ),
     # Hugging Face HuggingFaceTB/SmolLM2-135M-Instruct, config.json. float32, because
     # bfloat16 is about 6 times slower on a CPU.
     ModelConfig(

@@ -36,7 +36,11 @@ PAYLOAD_AXES = ("blocks", "kv_heads")  # of an array of a payload, see `gather`
 # Every index comes from a block table and padding goes to the scratch block, so nothing
 # is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
 _IN_BOUNDS = "promise_in_bounds"
-_QUERY_CHUNK = 512  # prefill queries that attend at a time: bounds the score matrix
+# Prefill queries that attend at a time: it bounds the score matrix, and keys that come
+# after a piece are left out of it. SmolLM2 on a core, 512 tokens, CPU time of attention
+# in all layers: 311 ms with 512 at a time, 218 with 256, 201 with 128 (and twice as
+# many programs' parts to compile).
+_QUERY_CHUNK = 256
 # The same for chunks, whose keys can be many more: queries * keys at a time, but for
 # at most so many pieces, each of which takes time to compile.
 _SCORES = 2**22

@@ -67,11 +67,22 @@ class LayoutTimes:
 
 @dataclasses.dataclass(frozen=True)
 class TransferTimes:
-    """Seconds of a transfer by the blocks that it is padded to."""
+    """Seconds of a transfer by the blocks that it is padded to.
+
+    Raises:
+      ValueError: where a time is not positive, or the fit has a negative coefficient.
+    """
 
     measured: Mapping[int, float]
     base_s: float  # the fit: base + blocks * block
     block_s: float
+
+    def __post_init__(self) -> None:
+        for blocks, seconds in self.measured.items():
+            expect(seconds > 0, f"{blocks} blocks: expected a time > 0", seconds)
+        for name in ("base_s", "block_s"):
+            value = getattr(self, name)
+            expect(value >= 0, f"{name}: expected >= 0", value)
 
     def time_s(self, blocks: int) -> float:
         """Seconds of so many blocks, after padding."""

@@ -21,8 +21,9 @@ on that stage, or of one transfer, host work included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import cast
+import contextlib
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from typing import TypeVar, cast
 
 from disagg_jax.expect import expect
 from disagg_jax.sim.calibrated import (
@@ -44,6 +45,9 @@ from disagg_jax.sim.record import (
     open_profile,
     positive_int,
 )
+
+Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 
 PROVENANCE = ("model", "dtype", "device")  # must be there: they decide what it is for
 
@@ -93,17 +97,27 @@ def profile_from_json(record: object) -> CalibratedProfile:
     for key in PROVENANCE:
         get_text(provenance, key, "provenance")
     held_out = get_mapping(top, "held_out", "profile")
-    layouts = [_layout(item, i) for i, item in enumerate(get_list(top, "layouts", ""))]
-    transfers = cast(list[object], top.get("transfers", []))
+    items = get_list(top, "layouts", "profile")
+    layouts = [_layout(item, i) for i, item in enumerate(items)]
+    moves = top.get("transfers", [])
+    expect(isinstance(moves, list), "profile.transfers: expected a list", moves)
+    items = cast(list[object], moves)
+    transfers = [_transfer(item, i) for i, item in enumerate(items)]
     return CalibratedProfile(
         name=get_text(top, "name", "profile"),
         block_tokens=positive_int(top.get("block_tokens"), "block_tokens"),
         block_bytes=positive_int(top.get("block_bytes"), "block_bytes"),
-        layouts=dict(layouts),
-        transfers=dict(_transfer(item, i) for i, item in enumerate(transfers)),
+        layouts=_each_once(layouts, "layouts"),
+        transfers=_each_once(transfers, "transfers"),
         provenance=provenance,
         held_out={k: as_number(v, f"held_out.{k}") for k, v in held_out.items()},
     )
+
+
+def _each_once(items: Sequence[tuple[Key, Item]], where: str) -> dict[Key, Item]:
+    keys = [key for key, _ in items]
+    expect(len(set(keys)) == len(keys), f"{where}: expected each once", keys)
+    return dict(items)
 
 
 def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
@@ -112,20 +126,26 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
     tp, pp = (positive_int(record.get(k), f"{where}.{k}") for k in ("tp", "pp"))
     fits = get_mapping(record, "fits", where)
     expect(set(fits) <= set(KINDS), f"{where}.fits: expected some of {KINDS}", fits)
-    measured = get_list(record, "measured", where)
-    return (tp, pp), LayoutTimes(
-        pp,
-        dict(
-            _measured(row, f"{where}.measured[{n}]") for n, row in enumerate(measured)
-        ),
-        {
-            kind: tuple(
-                get_numbers({kind: fit}, kind, where)
-                for fit in get_list(fits, kind, where)
-            )
-            for kind in fits
-        },
-    )
+    rows = enumerate(get_list(record, "measured", where))
+    measured = [_measured(row, f"{where}.measured[{n}]") for n, row in rows]
+    coefficients = {
+        kind: tuple(
+            get_numbers({kind: fit}, kind, where) for fit in get_list(fits, kind, where)
+        )
+        for kind in fits
+    }
+    programs = _each_once(measured, f"{where}.measured")
+    with _inside(where):
+        return (tp, pp), LayoutTimes(pp, programs, coefficients)
+
+
+@contextlib.contextmanager
+def _inside(where: str) -> Generator[None]:
+    """Says where, in errors on values that fit together badly."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
@@ -134,16 +154,24 @@ def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
     expect(len(items) == 7, f"{where}: expected kind, T, R, C, B, P, seconds", items)
     kind, *sizes, seconds = items
     expect(kind in KINDS, f"{where}: expected one of {KINDS}", kind)
-    numbers = [int(as_number(size, where)) for size in sizes]
+    numbers = [_count(size, where) for size in sizes]
     program = Program(cast(str, kind), *numbers)
     return program, get_numbers({"seconds": seconds}, "seconds", where)
+
+
+def _count(value: object, where: str) -> int:
+    number = as_number(value, where)
+    whole = number >= 0 and number.is_integer()
+    expect(whole, f"{where}: expected an integer >= 0", value)
+    return int(number)
 
 
 def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTimes]:
     where = f"transfers[{i}]"
     record = as_mapping(item, where)
     src, dst = (_as_layout(record, key, where) for key in ("src", "dst"))
-    blocks = get_numbers(record, "blocks", where)
+    sizes = get_list(record, "blocks", where)
+    blocks = [positive_int(size, f"{where}.blocks") for size in sizes]
     seconds = get_numbers(record, "seconds", where)
     same = len(blocks) == len(seconds)
     expect(same, f"{where}: expected {len(blocks)} seconds", seconds)
@@ -151,11 +179,14 @@ def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTime
         as_number(get_value(record, key, where), f"{where}.{key}")
         for key in ("base_s", "block_s")
     )
-    measured = {int(n): s for n, s in zip(blocks, seconds, strict=True)}
-    return (src, dst), TransferTimes(measured, base_s, block_s)
+    pairs = list(zip(blocks, seconds, strict=True))
+    measured = _each_once(pairs, f"{where}.blocks")
+    with _inside(where):
+        return (src, dst), TransferTimes(measured, base_s, block_s)
 
 
 def _as_layout(record: Mapping[str, object], key: str, where: str) -> Layout:
-    values = get_numbers(record, key, where)
+    values = get_list(record, key, where)
     expect(len(values) == 2, f"{where}.{key}: expected [tp, pp]", values)
-    return int(values[0]), int(values[1])
+    tp, pp = (positive_int(value, f"{where}.{key}") for value in values)
+    return tp, pp

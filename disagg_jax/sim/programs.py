@@ -74,6 +74,11 @@ class ProgramList:
         """Of a decode step."""
         return max((p.decodes for p in self.of_kind["decode"]), default=0)
 
+    @functools.cached_property
+    def pool(self) -> int:
+        """Blocks of the longest front there are programs for: the whole pool."""
+        return max((p.blocks for p in self.programs), default=0)
+
     def find(self, load: StepLoad) -> Program:
         """The program that a step runs.
 
@@ -81,6 +86,8 @@ class ProgramList:
           ValueError: if it is larger than all of them.
         """
         most, mixes = self.most_decodes, self.of_kind["mixed"]
+        if mixes:
+            load = _with_last_tokens(load, most)
         if not load.chunks and (load.decodes <= most or not mixes):
             return self.decode(load.decodes, load.context)
         tokens = load.prompt_tokens + load.decodes
@@ -101,8 +108,12 @@ class ProgramList:
         return self._first(Program("decode", decodes, decodes, 0, decodes, front))
 
     def front(self, decodes: int, context: int) -> int:
-        """Blocks of the pool's front that hold `context` tokens of so many requests."""
-        return math.ceil((context + decodes * self._spare) / self.block_tokens)
+        """Blocks of the pool's front that hold `context` tokens of so many requests.
+
+        A guess, but never more than the pool has.
+        """
+        blocks = math.ceil((context + decodes * self._spare) / self.block_tokens)
+        return min(blocks, self.pool)
 
     def context(self, decodes: int, blocks: int) -> int:
         """The most context of so many requests that a front of `blocks` holds."""
@@ -118,9 +129,17 @@ class ProgramList:
         for program in listed:
             if program.holds(needed):
                 return program
-        # The front is a guess, and never longer than the pool.
-        for program in reversed(listed):
-            if program.holds(needed._replace(blocks=0)):
-                return program
         largest = max(listed, default="none")
         raise ValueError(f"{needed.kind}: expected at most {largest}, got {needed}")
+
+
+def _with_last_tokens(load: StepLoad, most: int) -> StepLoad:
+    """`load` with the last token of a chunked prompt counted as a decode.
+
+    The engine does so (`split_decodes`): it is the same computation.
+    """
+    chunks, decodes, context = load.chunks, load.decodes, load.context
+    while chunks and chunks[-1][0] and chunks[-1][1] == 1 and decodes < most:
+        chunks, context = chunks[:-1], context + chunks[-1][0] + 1
+        decodes += 1
+    return StepLoad(chunks, decodes, context)

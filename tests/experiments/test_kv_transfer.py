@@ -8,11 +8,18 @@ import pytest
 
 from disagg_jax.sim.link import LinkSpec
 from experiments import kv_transfer, transfers
-from experiments.transfers import BLOCK, SHAPE, Mode, modes, serve_alone
+from experiments.transfers import BLOCK, Mode, modes, serve_alone
 from models import transformer
+from models.config import get_config
 
 SMALL = dataclasses.replace(
-    SHAPE, name="small kv", layers=4, embed=32, q_heads=4, kv_heads=4, head_dim=8
+    get_config("kv"),
+    name="small kv",
+    layers=4,
+    embed=32,
+    q_heads=4,
+    kv_heads=4,
+    head_dim=8,
 )
 # So slow that nothing else counts: a block of the model's KV takes a second.
 SLOW = LinkSpec(

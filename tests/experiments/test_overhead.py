@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 
 from disagg_jax.engine.executor import run_alone
-from disagg_jax.request import Request
-from disagg_jax.work import Step, Transfer
+from disagg_jax.work import Step
 from experiments import overhead
 from experiments.flag_values import integers, writable
-from experiments.handoff import handoff_rig, plain_device_put
+from experiments.handoff import handoff_rig, plain_device_put, scattered_transfer
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.overhead import Options
 from experiments.rigs import NamedShape
@@ -154,13 +153,11 @@ def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape()
 def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
     rig = handoff_rig(TINY, src_tp, dst_tp, [4], block_tokens=4)
     src, dst = rig.engine.instances
-    ids = (3, 0, 2, 1)
-    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
-    transfer = Transfer(0, request, 0, 1, ids, ids, context=1)
+    transfer = scattered_transfer(rig, 4)
     rng = np.random.default_rng(0)
     for run in (
         lambda: run_alone(rig.engine, transfer),
-        plain_device_put(rig, ids),
+        plain_device_put(rig, transfer.src_blocks),
     ):
         shape, sharding = src.cache[0][0].shape, src.model.stages[0].kv_sharding
         sent = rng.normal(size=(2, *shape)).astype(np.float32)  # k, v of the one layer
