@@ -1,0 +1,234 @@
+"""Calibration recovers costs that are known, and accuracy says if they are wrong."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from disagg_jax.engine.engine import Engine
+from disagg_jax.sim import terms
+from disagg_jax.sim.calibrated import CalibratedProfile
+from disagg_jax.sim.calibrated_profile import profile_to_json
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.programs import Program
+from disagg_jax.work import Step
+from experiments import accuracy, accuracy_report, calibrate
+from experiments.calibration import drift
+from experiments.config import Config, Memory, Workload
+from experiments.configs import get_config
+from experiments.fit import fit, fit_programs, left_out_error
+from experiments.profiled import key_of, read_profile
+from experiments.serving import Server, load_model
+from models.config import get_config as get_model
+
+SMOKE = get_config("smoke")
+TRUE = {
+    "prefill": (2e-3, 1e-5, 2e-8, 3e-6, 0, 4e-6, 0, 0),
+    "decode": (1e-3, 2e-5, 3e-6, 1e-7),
+    "mixed": (3e-3, 1e-5, 2e-8, 1e-6, 0, 2e-6, 1e-7, 0, 3e-6, 0, 0),
+}
+BASE_S, BLOCK_S = 1e-4, 2e-5  # of a transfer
+
+
+@pytest.fixture(scope="module")
+def engines() -> list[Engine]:
+    """Of all systems of the main job; nothing is compiled."""
+    config = get_config("tiny")
+    model = load_model(dataclasses.replace(config, weights="random"))
+    return [
+        Server(config, system, model, {}).engine for system in config.systems.values()
+    ]
+
+
+def calibrated(engines, time_parts) -> CalibratedProfile:
+    return calibrate.calibrate(
+        engines,
+        time_parts,
+        name="known",
+        provenance={"model": "tiny", "dtype": "float32", "device": "cpu"},
+        rounds=3,
+        count=4,
+        max_drift=0.3,
+        progress=lambda _: None,
+    )
+
+
+def true_s(engine, work) -> float:
+    key = key_of(engine, work)
+    if isinstance(work, Step):
+        return terms.time_s(key.program, TRUE[key.program.kind])
+    return BASE_S + BLOCK_S * key.blocks
+
+
+def test_known_costs_are_recovered(engines):
+    """With 2 % of noise a median of 3 is off by about 1.3 %, a fit by less."""
+    rng = np.random.default_rng(0)
+
+    def time_parts(engine, work):
+        return [true_s(engine, work) * rng.lognormal(sigma=0.02)]
+
+    profile = calibrated(engines, time_parts)
+    times = profile.layouts[1, 1]
+    unmeasured = {
+        "prefill": Program("prefill", 300, 16),
+        "decode": Program("decode", 12, 12, 0, 12, 100),
+        "mixed": Program("mixed", 200, 32, 40, 16, 100),
+    }
+    for kind, program in unmeasured.items():
+        assert program not in times.measured
+        expected = terms.time_s(program, TRUE[kind])
+        assert times.stages_s(program)[0] == pytest.approx(expected, rel=0.03)
+    (moves,) = profile.transfers.values()
+    assert moves.time_s(1000) == pytest.approx(BASE_S + BLOCK_S * 1000, rel=0.03)
+    for kind, error in profile.held_out.items():
+        assert error <= calibrate.AIMS.get(kind, 0.03), kind
+    assert "MISSED" not in calibrate.table(profile)
+
+
+def test_a_device_that_slows_down_under_the_run_is_refused(engines):
+    runs = iter(range(10**9))
+
+    def time_parts(engine, work):
+        return [true_s(engine, work) * (1 + next(runs) / 500)]
+
+    with pytest.raises(ValueError, match="device changed while it was measured"):
+        calibrated(engines, time_parts)
+
+
+def test_drift_is_of_the_last_rounds_over_the_first():
+    steady, slower = [[1.0]] * 6, [[1.0], [1.0], [1.0], [1.0], [1.5], [1.5]]
+    assert drift([steady]) == 1.0
+    assert drift([slower, slower, steady]) == 1.5
+
+
+def test_the_fit_is_the_best_without_negative_coefficients():
+    rng = np.random.default_rng(0)
+    rows = rng.uniform(0, 10, (30, 5)) * [1, 10, 1e-3, 1, 1]
+    seconds = rows @ [1, 0.1, 0, 2, -0.5] + 20 + rng.normal(size=30)
+    found = fit(rows.tolist(), seconds.tolist())
+    best, _ = scipy.optimize.nnls(rows / seconds[:, None], np.ones(30))
+    np.testing.assert_allclose(found, best, rtol=1e-5, atol=1e-9)
+    assert min(found) >= 0
+    twice = fit(rows.tolist(), (2 * seconds).tolist())
+    np.testing.assert_allclose(twice, 2 * best, rtol=1e-5, atol=1e-9)
+
+
+def test_a_wrong_form_shows_in_what_is_left_out():
+    programs = [
+        Program("decode", b, b, 0, b, p) for b in (1, 2, 4, 8) for p in (8, 32, 128)
+    ]
+    right = {p: terms.time_s(p, TRUE["decode"]) for p in programs}
+    wrong = {p: 1.0 + 5.0 * (p.tokens % 3) for p in programs}
+    assert left_out_error(right) == pytest.approx(0, abs=1e-6)
+    error = left_out_error(wrong)
+    assert error is not None and error > 0.3
+    assert left_out_error(dict(list(right.items())[:9])) is None
+    assert fit_programs(right) == pytest.approx(TRUE["decode"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "key, value", [("model", "m32"), ("dtype", "x"), ("device", "x")]
+)
+def test_a_profile_of_something_else_is_refused(tmp_path, engines, key, value):
+    profile = calibrated(engines, lambda *args: [true_s(*args)])
+    record = profile_to_json(profile)
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps(record))
+    assert read_profile(str(path), get_model("tiny")) == profile
+    record["provenance"][key] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"{key}.* {value}"):
+        read_profile(str(path), get_model("tiny"))
+
+
+def test_what_cannot_be_calibrated_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="what experiments.calibrate wrote"):
+        read_profile(str(tmp_path / "none.json"), get_model("tiny"))
+    with pytest.raises(ValueError, match="--deployment: expected the roles"):
+        calibrate.on_deployments(
+            dataclasses.replace(SMOKE, systems={"vllm": SMOKE.systems["vllm"]}),
+            ["prefill:tp1,decode:tp1"],
+        )
+    streams = dataclasses.replace(SMOKE, streams=True)
+    with pytest.raises(ValueError, match="streams: expected false"):
+        calibrate.run(streams, 3, 1, 0.3)
+    with pytest.raises(ValueError, match="durations"):
+        calibrate.run(get_config("tiny_tp2"), 3, 1, 0.3)
+
+
+# -- accuracy --------------------------------------------------------------------------
+
+CONSTANT = LinearCost(step_base_s=2e-3, transfer_base_s=1e-3)
+COMPARED = Config(
+    systems=SMOKE.systems,
+    workload=Workload(num_requests=40, prompt_tokens="uniform:8:60"),
+    memory=Memory(blocks_per_device=32, max_context=128),
+    num_seeds=2,
+    durations="modelled",  # so that the engine's durations are known
+    cost=CONSTANT,
+    tune=False,
+)
+
+
+def write_profile(path: pathlib.Path, factor: float) -> str:
+    model = load_model(COMPARED)
+    engines = [
+        Server(COMPARED, system, model, {}).engine
+        for system in COMPARED.systems.values()
+    ]
+
+    def time_parts(engine, work):
+        constant = CONSTANT.step_base_s if isinstance(work, Step) else 1e-3
+        return [factor * constant]
+
+    profile = calibrated(engines, time_parts)
+    path.write_text(json.dumps(profile_to_json(profile)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """With the engine's true durations, and with half as long ones."""
+    found = {}
+    for name, factor in (("right", 1.0), ("wrong", 0.5)):
+        folder = tmp_path_factory.mktemp(name)
+        profile = write_profile(folder / "profile.json", factor)
+        factors = (0.5, 0.8, 0.95, 1.05, 1.3)
+        found[name] = accuracy.run(COMPARED, profile, factors, folder / "out")
+    return found
+
+
+def test_a_simulation_with_the_engines_durations_is_the_engine(results):
+    result = results["right"]
+    for system in result.systems.values():
+        assert system.error == 0 and system.again == 0
+        for compared in system.rates:
+            assert compared.difference == compared.by_durations == 0
+            assert all(a.decided == a.shared for a in compared.agreements)
+        for errors in system.steps.values():
+            assert errors.ratio == pytest.approx(1)
+    assert not [line for line in accuracy_report.verdicts(result) if "MISSED" in line]
+
+
+def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):
+    result = results["wrong"]
+    attainment, goodput, _, cost = accuracy_report.verdicts(result)
+    assert "MISSED" in attainment and "by durations" in attainment
+    assert "MISSED" in goodput
+    assert "-50.0% of what they took" in cost
+    text = accuracy_report.text(result)
+    assert "disaggregated" in text and "allowed" in text
+    json.dumps(accuracy_report.to_json(result))
+    accuracy_report.plot(result, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_lengths_must_be_known(tmp_path):
+    open_ended = dataclasses.replace(COMPARED, workload=Workload(ignore_eos=False))
+    with pytest.raises(ValueError, match="ignore_eos: expected true"):
+        accuracy.run(open_ended, "", [1.0, 2.0], tmp_path)
+    with pytest.raises(ValueError, match="factors: expected two"):
+        accuracy.run(COMPARED, "", [1.0], tmp_path)

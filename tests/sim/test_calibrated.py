@@ -1,0 +1,156 @@
+"""The simulator's cost model of a calibrated engine."""
+
+import copy
+import json
+
+import pytest
+
+from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.executor import load_slices
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.sim import terms
+from disagg_jax.sim.calibrated import (
+    CalibratedInstance,
+    CalibratedProfile,
+    LayoutTimes,
+    TransferTimes,
+)
+from disagg_jax.sim.calibrated_profile import profile_from_json, profile_to_json
+from disagg_jax.sim.programs import Program, ProgramList
+from disagg_jax.work import StepLoad
+from experiments.profiled import program_of
+
+SIZE = 16
+MEMORY = KVMemory(num_blocks=128, block_tokens=SIZE, max_context=256)
+DECODES = tuple(
+    Program("decode", rows, rows, 0, rows, blocks)
+    for rows in (1, 4)
+    for blocks in (4, 16)
+)
+LISTED = ProgramList((Program("prefill", 64, 8), *DECODES), SIZE)
+FITS = {
+    "prefill": ((1e-3, 1e-5, 1e-8, 0.0, *(0.0,) * len(terms.KNOTS)),),
+    "decode": ((1e-3, 1e-4, 1e-5, 1e-6),),
+}
+TIMES = LayoutTimes(1, {DECODES[0]: (0.5,)}, FITS)
+
+
+@pytest.mark.parametrize("system", sorted(SYSTEMS))
+def test_a_load_takes_the_program_that_the_engine_would_run(system):
+    """But for the front of the pool, which a load does not say.
+
+    With contexts that fill their blocks the guess is at most half a block a request,
+    and one, too long; so programs differ in `blocks` only where that passes a size.
+    """
+    for policy in SYSTEMS[system].values():
+        buckets = Buckets.for_limits(policy.limits, MEMORY)
+        listed = ProgramList(tuple(map(program_of, buckets.step_shapes)), SIZE)
+        loads = []
+        if buckets.decode_rows:
+            loads += [StepLoad((), n, n * 64) for n in (1, 2, 7)]
+        if buckets.prefill:
+            loads += [StepLoad(((0, 10), (0, 33)), 0, 0), StepLoad(((0, 200),), 0, 0)]
+        if buckets.mixed:
+            loads += [StepLoad(((0, 20),), 0, 0), StepLoad(((0, 30),), 3, 3 * 64)]
+        for load in loads:
+            slices = load_slices(load, MEMORY)
+            shape = program_of(buckets.step_shape(slices))
+            found = listed.find(load)
+            assert found._replace(blocks=0) == shape._replace(blocks=0)
+            needed = -(-64 // SIZE) * load.decodes
+            for blocks in (found.blocks, shape.blocks):
+                assert blocks >= min(needed, MEMORY.num_blocks)
+
+
+def test_the_smallest_program_that_holds_a_step_is_taken():
+    # 2 requests x 20 tokens: 40 + 2 * 7.5 spare = 55 tokens in 4 blocks of 16.
+    assert LISTED.find(StepLoad((), 2, 40)) == Program("decode", 4, 4, 0, 4, 4)
+    assert LISTED.find(StepLoad((), 2, 50)) == Program("decode", 4, 4, 0, 4, 16)
+    assert LISTED.find(StepLoad(((0, 64),), 0, 0)) == Program("prefill", 64, 8)
+    with pytest.raises(ValueError, match="prefill: expected at most"):
+        LISTED.find(StepLoad(((0, 65),), 0, 0))
+    with pytest.raises(ValueError, match="decode: expected at most"):
+        LISTED.find(StepLoad((), 5, 40))
+
+
+def test_what_was_measured_counts_and_the_fit_where_nothing_was():
+    instance = CalibratedInstance(TIMES, LISTED)
+    assert instance.stages_s(StepLoad((), 1, 10)) == (0.5,)
+    # B = 4, P = 4: 1 ms + 4 * 0.1 + 4 * 0.01 + 16 * 0.001
+    assert instance.stages_s(StepLoad((), 2, 40))[0] == pytest.approx(1.456e-3)
+    # T = 64: 1 ms + 64 * 10 us + 64 * 64 * 10 ns
+    assert instance.stages_s(StepLoad(((0, 50),), 0, 0))[0] == pytest.approx(1.68096e-3)
+
+
+def test_a_decode_is_looked_up_as_a_step_is():
+    instance = CalibratedInstance(TIMES, LISTED)
+    for decodes in (1, 2, 3, 4):
+        for context in range(decodes, 240):
+            (expected,) = instance.stages_s(StepLoad((), decodes, context))
+            assert instance.decode_s(decodes, context) == expected
+    two = LayoutTimes(2, {}, {kind: fit * 2 for kind, fit in FITS.items()})
+    with pytest.raises(ValueError, match="pp = 1"):
+        CalibratedInstance(two, LISTED).decode_s(1, 10)
+
+
+def make_profile():
+    return CalibratedProfile(
+        name="hand",
+        block_tokens=SIZE,
+        block_bytes=1024,
+        layouts={(1, 1): TIMES},
+        transfers={((1, 1), (1, 1)): TransferTimes({1: 0.1, 4: 0.2}, 0.05, 0.04)},
+        provenance={"model": "m", "dtype": "float32", "device": "cpu"},
+        held_out={"decode": 0.01},
+    )
+
+
+def test_a_profile_comes_back_from_its_text():
+    text = json.dumps(profile_to_json(make_profile()))
+    assert profile_from_json(json.loads(text)) == make_profile()
+
+
+BROKEN = {
+    "expected the key 'provenance'": lambda r: r.pop("provenance"),
+    "kind: expected 'calibrated'": lambda r: r.update(kind="fitted"),
+    "expected the key 'dtype'": lambda r: r["provenance"].pop("dtype"),
+    "layouts: expected a list, not empty": lambda r: r.update(layouts=[]),
+    r"measured\[0\]: expected one of": lambda r: r["layouts"][0]["measured"][
+        0
+    ].__setitem__(0, "step"),
+    "expected 1 times > 0": lambda r: r["layouts"][0]["measured"][0].__setitem__(
+        6, [0.1, 0.2]
+    ),
+    "expected 4 coefficients >= 0": lambda r: r["layouts"][0]["fits"].update(
+        decode=[[1, 2, 3]]
+    ),
+    "decode: expected 4 coeff": lambda r: r["layouts"][0]["fits"].update(
+        decode=[[1, 2, 3, -4]]
+    ),
+    r"transfers\[0\]: expected 2 seconds": lambda r: r["transfers"][0].update(
+        seconds=[0.1]
+    ),
+    "base_s: expected >= 0": lambda r: r["transfers"][0].update(base_s=-1),
+}
+
+
+@pytest.mark.parametrize("message", sorted(BROKEN))
+def test_a_broken_profile_says_where(message):
+    record = copy.deepcopy(json.loads(json.dumps(profile_to_json(make_profile()))))
+    BROKEN[message](record)
+    with pytest.raises(ValueError, match=message):
+        profile_from_json(record)
+
+
+@pytest.mark.parametrize(
+    "deployment, size, message",
+    [
+        ("colocated:tp2", SIZE, r"expected \(tp, pp\)"),
+        ("colocated:tp1", 8, "expected blocks of 16 tokens"),
+    ],
+)
+def test_what_was_not_measured_is_refused(deployment, size, message):
+    listed = ProgramList(LISTED.programs, size)
+    with pytest.raises(ValueError, match=message):
+        make_profile().cost(Deployment.parse(deployment), [listed], ())
