@@ -27,19 +27,19 @@ from disagg_jax.engine.placed_model import PlacedModel
 from experiments import host_devices, report
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
+from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir, environment
 from experiments.serving import (
     Progress,
-    RequestSource,
     Server,
     check_modelled,
     devices_needed,
     instance_memory,
-    load_model,
     resolve_criteria,
     resolve_slo,
 )
 from experiments.sweep import Sweep
+from experiments.weights import load_model
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."

@@ -24,8 +24,10 @@ from disagg_jax.search import (
 from disagg_jax.summary import summarise
 from experiments.config import Config
 from experiments.ranks import rank
+from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
-from experiments.serving import Model, Progress, RequestSource, Server
+from experiments.serving import Progress, Server
+from experiments.weights import Model
 
 Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed
 

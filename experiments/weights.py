@@ -1,4 +1,4 @@
-"""Where weights come from: GGUF files, Hugging Face folders, checkpoints."""
+"""Models and their weights: random, GGUF files, Hugging Face folders, checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,50 @@ import jax
 import jax.numpy as jnp
 
 from disagg_jax.engine.weights import Weights
+from experiments.config import Config
+from models import transformer
 from models.checkpoint import Checkpoint, is_checkpoint
-from models.config import ModelConfig
+from models.config import ModelConfig, get_config
 from models.gguf import load_gguf, smollm2_path
 from models.hf import load_hf
 from models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 # One for each preset that `experiments.train_tiny` was run for.
 _TRAINED = pathlib.Path(__file__).parent / "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, its weights and the tokenizer that goes with it."""
+
+    config: ModelConfig
+    params: Weights
+    tokenizer: Tokenizer
+
+
+def load_model(config: Config) -> Model:
+    """The model that `config` names.
+
+    Raises:
+      ValueError: if the name is unknown or the weights are another model's.
+      FileNotFoundError: if the weights are missing; says how to get them.
+    """
+    preset = None if config.model == "auto" else get_config(config.model)
+    if config.weights == "random":
+        if preset is None:
+            raise ValueError("model: expected a preset for weights=random, got auto")
+        params = transformer.init_params(preset, config.seed)
+        return Model(preset, params, ByteTokenizer())
+    path = find_weights(config.weights, config.model)
+    loaded, params = read_weights(path)
+    preset = preset or loaded
+    sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
+    if sizes != preset:
+        raise ValueError(
+            f"weights: expected those of {config.model}, {preset}; {path} has {loaded};"
+            " model=auto takes what it has"
+        )
+    return Model(preset, as_preset(params, preset), read_tokenizer(path))
 
 
 def find_weights(weights: str, model: str) -> pathlib.Path:

@@ -20,6 +20,7 @@ from experiments import goodput_sweep, serving
 from experiments.config import override
 from experiments.configs import get_config
 from experiments.run_dir import Point, RunDir
+from experiments.weights import load_model
 
 # As few programs as possible: compiling is most of the time.
 SMALL = [
@@ -147,7 +148,7 @@ def test_metrics_of_a_request_follow_from_its_token_times(first):
 def test_every_event_log_replays_to_the_same_decisions(first):
     cfg = config()
     run_dir = RunDir(first, json.loads((first / "config.json").read_text()))
-    model = serving.load_model(cfg)
+    model = load_model(cfg)
     for name, system in cfg.systems.items():
         server = serving.Server(cfg, system, model, {})
         for rate in (100.0, 10000.0):
@@ -197,7 +198,7 @@ def test_scores_follow_from_the_token_times(first):
 
 def test_slowdowns_are_over_the_first_systems_steps_alone():
     cfg = config("durations=modelled", "workload.output_tokens=fixed:1")
-    server = serving.Server(cfg, cfg.systems["vllm"], serving.load_model(cfg), {})
+    server = serving.Server(cfg, cfg.systems["vllm"], load_model(cfg), {})
     cost = LinearCost(
         step_base_s=1.0, prefill_token_s=0.1, decode_token_s=0.01, context_token_s=1e-3
     )

@@ -8,8 +8,7 @@ import pytest
 
 from experiments import train_tiny
 from experiments.configs import tiny
-from experiments.serving import load_model
-from experiments.weights import find_weights
+from experiments.weights import find_weights, load_model
 from models import transformer
 from models.checkpoint import Checkpoint
 from models.config import get_config

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.configs import tiny
 from experiments.convert_checkpoint import convert
-from experiments.serving import load_model
+from experiments.weights import load_model
 from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.config import get_config
@@ -51,7 +51,7 @@ def test_a_folder_and_its_checkpoint_are_the_same_model(family, tmp_path):
 def test_a_folder_is_cast_to_the_preset_and_checked(monkeypatch):
     stored, _ = load_hf(GOLDEN / "qwen3")
     preset = dataclasses.replace(stored, name="preset", dtype="float32")
-    monkeypatch.setattr("experiments.serving.get_config", lambda name: preset)
+    monkeypatch.setattr("experiments.weights.get_config", lambda name: preset)
     model = load(GOLDEN / "qwen3", "preset")
     assert stored.dtype == "bfloat16" and model.config == preset
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}

