@@ -38,17 +38,16 @@ from experiments.calibration import grid, measure
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
 from experiments.profiled import read_profile, step_times_of
+from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir
 from experiments.serving import (
-    Model,
-    RequestSource,
     Server,
     check_modelled,
     devices_needed,
-    load_model,
     resolve_slo,
 )
 from experiments.twins import Twin
+from experiments.weights import Model, load_model
 
 _PROFILE = flags.DEFINE_string("profile", None, "What experiments.calibrate wrote.")
 _CONFIG = flags.DEFINE_string(

@@ -53,7 +53,8 @@ from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
 from experiments.profiled import device_name
 from experiments.run_dir import environment
-from experiments.serving import Server, check_modelled, devices_needed, load_model
+from experiments.serving import Server, check_modelled, devices_needed
+from experiments.weights import load_model
 from models.config import ModelConfig
 
 # Mean relative errors for work that was not used (issue 6; facts/latency.md).
@@ -166,7 +167,7 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
         "device": device_name(),
         "devices": f"{len(now['devices'])} x {now['backend']}, {now['cpus']} cores",
         "date": now["date"],
-        "commit": now["commit"],
+        "commit": now["commit"] or "none",
         "jax": now["packages"]["jax"],
         "python": now["python"],
         "load_average": " ".join(f"{load:.2f}" for load in now["load_average"]),

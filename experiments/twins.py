@@ -20,8 +20,9 @@ from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.summary import summarise
 from disagg_jax.work import StepLoad
 from experiments.profiled import cost_of
+from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
-from experiments.serving import RequestSource, Server
+from experiments.serving import Server
 
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).

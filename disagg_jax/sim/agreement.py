@@ -123,6 +123,7 @@ class _Retimed:
         return self._ends_s[event.work][1]
 
     def _step(self, step: LoggedStep, now_s: float) -> None:
+        expect(step.iterations == 1, "log: expected no spans", step)
         ids = [id for id, _, _ in step.slices]
         end_s = max([now_s, *(self._over_s.get(id, 0.0) for id in ids)])
         ends_s: list[float] = []

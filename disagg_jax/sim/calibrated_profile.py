@@ -49,7 +49,8 @@ from disagg_jax.sim.record import (
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
-PROVENANCE = ("model", "dtype", "device")  # must be there: they decide what it is for
+# What must be there: what it is for, and where it is from.
+PROVENANCE = ("model", "dtype", "device", "date", "commit")
 
 
 def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:

@@ -16,7 +16,11 @@ from disagg_jax.sim.calibrated import (
     LayoutTimes,
     TransferTimes,
 )
-from disagg_jax.sim.calibrated_profile import profile_from_json, profile_to_json
+from disagg_jax.sim.calibrated_profile import (
+    PROVENANCE,
+    profile_from_json,
+    profile_to_json,
+)
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad
 from experiments.profiled import program_of
@@ -101,7 +105,7 @@ def make_profile():
         block_bytes=1024,
         layouts={(1, 1): TIMES},
         transfers={((1, 1), (1, 1)): TransferTimes({1: 0.1, 4: 0.2}, 0.05, 0.04)},
-        provenance={"model": "m", "dtype": "float32", "device": "cpu"},
+        provenance=dict.fromkeys(PROVENANCE, "x"),
         held_out={"decode": 0.01},
     )
 
