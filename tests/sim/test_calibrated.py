@@ -56,7 +56,9 @@ def test_a_load_takes_the_program_that_the_engine_would_run(system):
         if buckets.prefill:
             loads += [StepLoad(((0, 10), (0, 33)), 0, 0), StepLoad(((0, 200),), 0, 0)]
         if buckets.mixed:
-            loads += [StepLoad(((0, 20),), 0, 0), StepLoad(((0, 30),), 3, 3 * 64)]
+            loads += [StepLoad(((0, 20),), 0, 0), StepLoad(((32, 20),), 0, 0)]
+        if buckets.mixed and buckets.decode_rows:
+            loads += [StepLoad(((0, 30),), 3, 3 * 64)]
         for load in loads:
             slices = load_slices(load, MEMORY)
             shape = program_of(buckets.step_shape(slices))
