@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -313,31 +314,41 @@ def test_a_part_that_is_computed_leaves_before_the_rest_is(world):
     with engine.serving():
         jax.block_until_ready(next(step).arrays)  # two of four groups are dispatched
         parts = 0
-        for pause in stream:
+        for pause in itertools.islice(stream, 6):
             jax.block_until_ready(pause.arrays)
             parts += pause.ends_part
-            if parts == 2:
-                break
-        waiting = next(stream)
-        assert not waiting.ends_part and waiting is not next(step)
+        assert parts == 2
+        waiting = next(stream)  # for the group that was dispatched last
+        assert not waiting.ends_part and waiting.arrays is next(step).arrays
         for _ in step:
             pass
         parts += sum(pause.ends_part for pause in stream)
     assert parts == 4
 
 
-def test_kv_does_not_land_before_its_step_is_over(world):
+@pytest.mark.parametrize(
+    "pauses, left",
+    [
+        (1, 2),  # two of four groups are dispatched: their parts leave
+        (2, 1),
+        (3, 1),  # all are, but nobody has seen the step's end
+        (4, 1),
+    ],
+)
+def test_kv_does_not_land_before_its_step_is_over(world, pauses, left):
     """However often it is asked, the last part waits for whoever drives the step."""
     engine = world.engine("prefill:tp1,decode:tp1", DEEP, layer_groups=4)
     request = make_request(0, 8, 4)
     step = engine.start(prompt_step(1, request, (0, 1)))
     stream = engine.start(transfer_of(request, (0, 1), (2, 3), step=1))
     with engine.serving():
-        next(step)
+        for _ in range(pauses):
+            next(step)
         for _ in range(20):
             next(stream)
-        assert list(step)
-        assert [pause.ends_part for pause in stream] == [False, False, True] * 2
+        for _ in step:
+            pass
+        assert [pause.ends_part for pause in stream] == [False, False, True] * left
 
 
 def prompt_step(id, request, blocks) -> Step:

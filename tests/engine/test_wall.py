@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from disagg_jax.backend import serve
+from disagg_jax.engine.engine import Pause
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.request import Status
-from disagg_jax.work import Cancelled, Down, Slice, Step, Transfer, Up
+from disagg_jax.work import Cancelled, Done, Down, Slice, StageFree, Step, Transfer, Up
 from tests.engine.harness import (
     MODELS,
     assert_drained,
@@ -143,6 +144,32 @@ def test_dropping_one_instance_leaves_the_work_of_others(world):
         backend.drop(1)
         (done,) = backend.wait(math.inf)
     assert done.work == 7
+
+
+class Scripted:
+    """An engine whose work goes through the pauses it is told; `at` is the latest."""
+
+    def __init__(self, *ends_part):
+        self.at, self._ends_part = 0, ends_part
+
+    def start(self, work):
+        for at, ends_part in enumerate(self._ends_part):
+            self.at = at
+            yield Pause((), ends_part)
+        return (), 0
+
+
+@pytest.mark.parametrize("kind, free_at", [("step", [2]), ("transfer", [])])
+def test_a_step_leaves_the_first_stage_once_with_its_last_group(kind, free_at):
+    """Pauses 0 and 1 are of its groups on that stage; transfers have no stages."""
+    engine = Scripted(False, True, True, True)
+    backend = WallBackend(engine)
+    backend.submit(make_work(kind))
+    found = []
+    while not isinstance(report := backend.wait(math.inf)[0], Done):
+        assert report == StageFree(7)
+        found.append(engine.at)
+    assert found == free_at
 
 
 def test_wait_ends_at_its_deadline(world):
