@@ -10,19 +10,25 @@ or a Mooncake .jsonl file. A deployment reads like prefill:tp2,decode:tp1 or
 
 OUT/requests.csv has, for each request, ttft_s, tpot_s and the five stages, floats in
 full; where a request was refused they are empty, and `error` says why.
+--chrome_trace=FILE.json writes the run as a timeline that Perfetto opens: a lane for
+each device, link and request.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags
 
+from disagg_jax.backend import Observer
+from disagg_jax.chrome_trace import chrome_trace
 from disagg_jax.deployment import Deployment
+from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.clock import busy_shares
@@ -49,6 +55,10 @@ _STREAMED = flags.DEFINE_integer(
     lower_bound=0,
 )
 
+_CHROME_TRACE = flags.DEFINE_string(
+    "chrome_trace", None, "File for the run as a timeline, see ui.perfetto.dev."
+)
+
 STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 COLUMNS = (
     "request_id",
@@ -62,14 +72,19 @@ COLUMNS = (
 )
 
 
-def run(trace: str, simulation: Simulation, deployment: Deployment) -> SimulatedRun:
+def run(
+    trace: str,
+    simulation: Simulation,
+    deployment: Deployment,
+    observer: Observer | None = None,
+) -> SimulatedRun:
     """Simulates a trace.
 
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
     simulated = simulation.build(deployment)
-    return simulated.run(trace_requests(trace, simulation))
+    return simulated.run(trace_requests(trace, simulation), observer=observer)
 
 
 def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
@@ -103,9 +118,16 @@ def main(argv: Sequence[str]) -> None:
         deployment = Deployment.parse(_DEPLOYMENT.value or "")
         out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)
-        done = run(_TRACE.value or "", simulation, deployment)
+        picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
+        log = EventLog() if picture else None
+        if picture:
+            picture.touch()  # fails now rather than after the run
+        done = run(_TRACE.value or "", simulation, deployment, log)
         timelines = done.timelines
         write(out / "requests.csv", timelines, simulation.extra_tokens)
+        if picture and log:
+            drawn = chrome_trace(deployment, log.lines, timelines)
+            picture.write_text(json.dumps(drawn))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     refused = sum(t.status is not Status.FINISHED for t in timelines)

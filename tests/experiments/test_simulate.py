@@ -1,6 +1,7 @@
 """`experiments.simulate`: DistServe's simulator request by request, and its inputs."""
 
 import csv
+import json
 import math
 import re
 import subprocess
@@ -87,6 +88,29 @@ def test_a_row_for_each_request_with_floats_in_full(tmp_path):
     stages = [float(rows[0][name]) for name in simulate.STAGES]
     e2e_s = float(rows[0]["ttft_s"]) + 64 * float(rows[0]["tpot_s"])
     assert math.isclose(sum(stages), e2e_s, rel_tol=1e-12)
+
+
+def test_the_run_as_a_timeline(tmp_path):
+    path = tmp_path / "trace.json"
+    done = command(tmp_path, chrome_trace=path)
+    assert done.returncode == 0, done.stderr
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {"devices", "links", "requests"}
+    lanes = {e["tid"] for e in events if e["name"] == "thread_name"}
+    assert {e["tid"] for e in events if e["ph"] == "X"} <= lanes
+    # All that is drawn is there by the end of the last request, in microseconds.
+    text = (tmp_path / "out" / "requests.csv").read_text()
+    rows = list(csv.DictReader(text.splitlines()))
+    served = [row for row in rows if row["ttft_s"]]
+    ends_s = [
+        float(row["arrival_s"])
+        + float(row["ttft_s"])
+        + float(row["tpot_s"]) * int(row["output_tokens"])
+        for row in served
+    ]
+    last_us = max(e["ts"] + e["dur"] for e in events if e["ph"] == "X")
+    assert last_us == pytest.approx(max(ends_s) * 1e6, abs=1)
 
 
 @pytest.mark.parametrize("groups", [0, 1, 4])
