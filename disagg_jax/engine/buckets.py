@@ -170,9 +170,10 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[MixedShape, ...
         limits.prefill_tokens if limits.splits else max(limits.prefill_tokens, longest)
     )
     budget = min(prompt, every * memory.block_tokens)
-    decodes = 0 if limits.splits else limits.decode_rows
-    most = min(budget + decodes, memory.num_blocks * memory.block_tokens)
-    if not limits.splits:  # chunks attend to their own blocks only
+    most = min(budget + limits.decode_rows, memory.num_blocks * memory.block_tokens)
+    if limits.splits:  # the policy's budget includes decodes
+        most = min(most, limits.prefill_tokens)
+    else:  # chunks attend to their own blocks only
         every = min(every, memory.blocks_for(budget) + limits.prefill_rows)
     whole = memory.num_blocks if limits.decode_rows else 0
     sizes = [

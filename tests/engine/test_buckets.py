@@ -13,6 +13,7 @@ from disagg_jax.engine.executor import full_slices
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.view import StepLimits
 from disagg_jax.work import Slice
 from tests.engine.harness import make_request
@@ -167,6 +168,19 @@ def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
     shape = buckets.step_shape(slices)
     assert shape in buckets.step_shapes
     shape.pack(slices, size, memory.num_blocks)
+
+
+def test_decodes_have_room_beside_the_longest_prompt():
+    """A chunk is no longer than that prompt, but the step's budget may be."""
+    memory = KVMemory(num_blocks=64, max_context=128)
+    limits = Sarathi(chunk_tokens=256, max_seqs=16).limits
+    buckets = Buckets.for_limits(limits, memory)
+    prompt = make_slice(0, 128, tuple(range(8)))
+    decodes = [make_slice(7, 1, (8 + i,)) for i in range(16)]
+    assert buckets.step_shape([prompt, *decodes]).tokens == 128 + 16
+    # Where the budget is smaller, decodes are part of it.
+    limits = Sarathi(chunk_tokens=64, max_seqs=16).limits
+    assert Buckets.for_limits(limits, memory).most_prompt_tokens == 64
 
 
 @given(LIMITS | MIXED_LIMITS, MEMORIES)
