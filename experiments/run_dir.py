@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,45 @@ class Point:
         return f"{self.system}-{self.rate_rps!r}rps-{self.replica}"
 
 
-class RunDir:
+_POINT = re.compile(r"(.+)-([0-9.e+-]+)rps-([0-9]+)")  # `Point.name`
+
+
+class SavedRun:
+    """What is in a run directory, for reading."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._points = path / "points"
+
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file, None where there is none."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def has(self, point: Point) -> bool:
+        return (self._points / f"{point.name}.json").exists()
+
+    def points(self) -> list[Point]:
+        """The points that are done."""
+        names = [path.stem for path in self._points.glob("*.json")]
+        found = [match.groups() for name in names if (match := _POINT.fullmatch(name))]
+        return sorted(Point(name, float(rate), int(i)) for name, rate, i in found)
+
+    def load(self, point: Point) -> dict[str, Any]:
+        """The metrics of a point that is done."""
+        return json.loads((self._points / f"{point.name}.json").read_text())
+
+    def requests(self, point: Point) -> list[dict[str, Any]]:
+        """The requests of a point that is done."""
+        path = self._points / f"{point.name}.requests.jsonl.gz"
+        return [json.loads(line) for line in _read_gz(path)]
+
+    def events(self, point: Point) -> Iterator[str]:
+        """The event log of a point that is done."""
+        return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
+
+
+class RunDir(SavedRun):
     """Files of an experiment; a killed one goes on where it was.
 
     `config.json`, `env.json` and `step_times.json` are written first; each point's
@@ -45,8 +84,7 @@ class RunDir:
     """
 
     def __init__(self, path: pathlib.Path, config: dict[str, Any]):
-        self.path = path
-        self._points = path / "points"
+        super().__init__(path)
         try:
             self._points.mkdir(parents=True, exist_ok=True)
             _write(path / ".writable", "")
@@ -65,16 +103,8 @@ class RunDir:
         # An entry for each start, so that a resumed run shows all it ran on.
         self.write_json("env.json", [*starts, environment()])
 
-    def read_json(self, name: str) -> Any:
-        """The content of a JSON file, None where there is none."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
-
     def write_json(self, name: str, content: Any) -> None:
         _write(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
-
-    def has(self, point: Point) -> bool:
-        return (self._points / f"{point.name}.json").exists()
 
     def save(
         self,
@@ -90,19 +120,6 @@ class RunDir:
         _write_gz(stem.with_name(f"{point.name}.events.jsonl.gz"), events)
         content = json.dumps(metrics, indent=1, allow_nan=False)
         _write(stem.with_name(f"{point.name}.json"), content)
-
-    def load(self, point: Point) -> dict[str, Any]:
-        """The metrics of a point that is done."""
-        return json.loads((self._points / f"{point.name}.json").read_text())
-
-    def requests(self, point: Point) -> list[dict[str, Any]]:
-        """The requests of a point that is done."""
-        path = self._points / f"{point.name}.requests.jsonl.gz"
-        return [json.loads(line) for line in _read_gz(path)]
-
-    def events(self, point: Point) -> Iterator[str]:
-        """The event log of a point that is done."""
-        return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
 
     def write_requests(self, points: Iterable[Point]) -> None:
         """`requests.jsonl`: the requests of all `points`, a line each."""

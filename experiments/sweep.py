@@ -12,7 +12,7 @@ from disagg_jax.criteria import Criterion
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO, Interval
-from disagg_jax.request import Status, Timeline
+from disagg_jax.request import Timeline
 from disagg_jax.search import (
     BestRate,
     GoodputEstimate,
@@ -24,6 +24,7 @@ from disagg_jax.search import (
 from disagg_jax.summary import summarise
 from experiments.config import Config
 from experiments.ranks import rank
+from experiments.request_rows import to_row
 from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
 from experiments.serving import Progress, Server
@@ -170,28 +171,7 @@ class Sweep:
         self.run_dir.save(point, found, rows, run.log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
-        request = timeline.request
-        row: dict[str, Any] = {
-            "request_id": request.id,
-            "status": str(timeline.status),
-            "arrival_s": request.arrival_s,
-            "prompt_tokens": request.prompt_tokens,
-            "output_tokens": len(timeline.token_s),
-            "preemptions": timeline.preemptions,
-            "transfer_bytes": timeline.transfer_bytes,
-            "token_s": timeline.token_s,
-            "tokens": timeline.tokens,
-        }
-        if timeline.status is Status.FINISHED:
-            row |= {
-                "ttft_s": metrics.ttft_s(timeline),
-                "tpot_s": metrics.tpot_s(timeline),
-                "e2e_s": metrics.e2e_s(timeline),
-                **dataclasses.asdict(metrics.stages_s(timeline)),
-                "meets_slo": metrics.meets(timeline, self.slo),
-            }
-        else:
-            row["error"] = timeline.error
+        row = to_row(timeline, self.slo)
         if self.config.weights != "random":
             row["text"] = self.model.tokenizer.decode(timeline.tokens)
         return row

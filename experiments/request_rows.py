@@ -1,0 +1,68 @@
+"""A request as a line of `requests.jsonl`, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from disagg_jax import metrics
+from disagg_jax.expect import expect
+from disagg_jax.request import Request, Status, Timeline
+
+# What a row has of a timeline as it is.
+_STAMPS = (
+    "prefill_start_s",
+    "transfer_start_s",
+    "transfer_end_s",
+    "decode_start_s",
+    "end_s",
+    "dropped_s",
+    "token_s",
+    "tokens",
+    "transfer_bytes",
+    "error",
+)
+
+
+def to_row(timeline: Timeline, slo: metrics.SLO) -> dict[str, Any]:
+    """What happened to a request, and its latencies if it finished."""
+    request = timeline.request
+    row: dict[str, Any] = {
+        "request_id": request.id,
+        "status": str(timeline.status),
+        "arrival_s": request.arrival_s,
+        "prompt_tokens": request.prompt_tokens,
+        "output_tokens": len(timeline.token_s),
+        "preemptions": timeline.preemptions,
+        **{name: getattr(timeline, name) for name in _STAMPS},
+    }
+    if timeline.status is Status.FINISHED:
+        row |= {
+            "ttft_s": metrics.ttft_s(timeline),
+            "tpot_s": metrics.tpot_s(timeline),
+            "e2e_s": metrics.e2e_s(timeline),
+            **dataclasses.asdict(metrics.stages_s(timeline)),
+            "meets_slo": metrics.meets(timeline, slo),
+        }
+    return row
+
+
+def to_timeline(row: Mapping[str, Any]) -> Timeline:
+    """The timeline of a row. Its request has only what the row says of it.
+
+    Raises:
+      ValueError: if the row lacks something, as those of older runs do.
+    """
+    missing = [name for name in _STAMPS if name not in row]
+    expect(
+        not missing, "requests: expected rows of this version, missing none", missing
+    )
+    request = Request(
+        id=row["request_id"],
+        arrival_s=row["arrival_s"],
+        prompt_tokens=row["prompt_tokens"],
+        max_tokens=max(1, row["output_tokens"]),
+    )
+    stamps = {name: row[name] for name in _STAMPS}
+    return Timeline(request=request, status=Status(row["status"]), **stamps)
