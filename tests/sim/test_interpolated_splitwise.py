@@ -1,12 +1,5 @@
-"""The tables' form on real measurements: Splitwise's, of Llama2-70B and BLOOM.
+"""The tables' form on real measurements: Splitwise's; see `splitwise.py`."""
 
-Mutinifni/splitwise-sim @ 8f99e7d, data/perf_model.csv (MIT), one row for each run. Left
-out: Llama2-70B TP2 with 64 prompts of 512, which implies 6-9 times the peak FLOPs; and
-the power-capped rows, which are 1.3 times others and no measurements.
-"""
-
-import csv
-import random
 import statistics
 from collections import defaultdict
 
@@ -14,35 +7,12 @@ import pytest
 
 from disagg_jax.sim.interpolated_profile import cost_from_json
 from disagg_jax.work import StepLoad
-
-SYSTEMS = [
-    ("llama2-70b", "a100-80gb", 2),
-    ("llama2-70b", "a100-80gb", 4),
-    ("llama2-70b", "a100-80gb", 8),
-    ("llama2-70b", "h100-80gb", 2),
-    ("llama2-70b", "h100-80gb", 4),
-    ("llama2-70b", "h100-80gb", 8),
-    ("bloom-176b", "a100-80gb", 8),
-    ("bloom-176b", "h100-80gb", 8),
-]
+from tests.sim.splitwise import SYSTEMS, read_runs, splits
 
 
 @pytest.fixture(scope="module")
 def runs(shared_dir):
-    """Rows (prompt, batch, output, prompt s, token s) by system."""
-    file = shared_dir / "data" / "splitwise" / "perf_model.csv"
-    if not file.exists():
-        pytest.skip(f"no measurements: {file} is missing")
-    found = defaultdict(list)
-    with file.open() as lines:
-        for row in csv.DictReader(lines):
-            key = row["model"], row["hardware"], int(row["tensor_parallel"])
-            sizes = [int(row[x]) for x in ("prompt_size", "batch_size", "token_size")]
-            times = [float(row[x]) / 1000 for x in ("prompt_time", "token_time")]
-            impossible = key[::2] == ("llama2-70b", 2) and sizes[:2] == [512, 64]
-            if not impossible:
-                found[key].append((*sizes, *times))
-    return found
+    return read_runs(shared_dir)
 
 
 def means(pairs):
@@ -107,10 +77,8 @@ def test_runs_held_out_are_predicted(runs, system):
     # facts/latency.md has 2.0-5.9 % for a piecewise linear prefill and 1.0-4.1 % for a
     # fitted decode. Runs of one size differ by up to 11 %.
     prefill, decode = [], []
-    for seed in range(5):
-        rows = random.Random(seed).sample(runs[system], len(runs[system]))
-        cut = len(rows) * 4 // 5
-        a, b = errors(fit(rows[:cut], rows[:cut]), rows[cut:])
+    for kept, out in splits(runs[system]):
+        a, b = errors(fit(kept, kept), out)
         prefill += a
         decode += b
     assert statistics.fmean(prefill) <= 0.06

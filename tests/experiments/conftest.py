@@ -1,0 +1,34 @@
+import pytest
+
+from disagg_jax.engine.engine import Engine
+from disagg_jax.sim.calibrated import CalibratedProfile
+from experiments.weights import Model
+from tests.experiments.calibrating import (
+    calibrated,
+    device,
+    make_engines,
+    make_model,
+)
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Model:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def known(random_model: Model) -> dict[str, Engine]:
+    """Engines by system; nothing is compiled."""
+    return make_engines(random_model)
+
+
+@pytest.fixture(scope="session")
+def exact(known: dict[str, Engine]) -> CalibratedProfile:
+    """What is found on a device that always takes the same time."""
+    return calibrated(known.values(), device())
+
+
+@pytest.fixture(scope="session")
+def noisy(known: dict[str, Engine]) -> CalibratedProfile:
+    """What is found where each run is 2 % off."""
+    return calibrated(known.values(), device(noise=0.02), rounds=5)
