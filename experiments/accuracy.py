@@ -7,8 +7,9 @@ Every system serves the same requests on the engine, with live durations, and in
 simulator, with those of a profile that was taken before, in another process. At each
 rate: attainment on both sides, and the errors of the percentiles. Attainment may differ
 by 2 points, or by what it changes over 2 % of the rate. Of a difference, "durations" is
-what remains if the engine's own decisions are given the simulator's durations; the rest
-is that the controller decided otherwise because of them.
+what goes if the simulator is given the durations that the engine had in that run, in
+place of the profile's; what stays is "scheduling". "alike" are the decisions of the two
+runs that are equal.
 
 Below, every step that ran on the engine against its prediction; programs alone, before
 and after all runs, against the profile, which is how far the machine has moved; and
@@ -23,7 +24,7 @@ import json
 import pathlib
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -90,14 +91,14 @@ def run(
     record = {**to_json(config), "profile": profile_to_json(profile)}
     run_dir = RunDir(out, {**record, "factors": list(factors)})
     twins = _twins(config, model, profile, run_dir)
-    before = _moved(twins, profile)
+    before = _once(out / "moved_before.json", lambda: _moved(twins, profile))
     target = config.search.target
     rates = {
         twin.name: [_round(twin.knee_rps(target) * f) for f in sorted(factors)]
         for twin in twins
     }
     _serve_all(twins, rates)
-    after = _moved(twins, profile)
+    after = _once(out / "moved_after.json", lambda: _moved(twins, profile))
     return accuracy_report.compare(
         twins, rates, target=target, profile=profile, moved=(before, after)
     )
@@ -140,6 +141,13 @@ def _serve_all(twins: Sequence[Twin], rates: Mapping[str, Sequence[float]]) -> N
     for i, (twin, point) in enumerate(points, 1):
         _progress(f"{point.name} ({i} of {len(points)})")
         twin.serve(point)
+
+
+def _once(path: pathlib.Path, measure_ratio: Callable[[], float]) -> float:
+    """What was measured when the runs were made, also if they go on later."""
+    if not path.exists():
+        path.write_text(json.dumps(measure_ratio()) + "\n")
+    return float(json.loads(path.read_text()))
 
 
 def _moved(twins: Sequence[Twin], profile: CalibratedProfile) -> float:

@@ -2,6 +2,7 @@
 
     python -m experiments.calibrate
     python -m experiments.calibrate --model=smollm2-135m --out=runs/smollm2.json
+    python -m experiments.calibrate --show=experiments/profiles/m32_cpu.json
     python -m experiments.calibrate --model=llama-3-8b --deployment=colocated:tp1 \\
         --deployment=prefill:tp1,decode:tp1 --set memory.blocks_per_device=2048
 
@@ -12,7 +13,8 @@ program was not measured (`experiments.accuracy`, `sim/calibrated.py`).
 
 Two errors are printed, and are in the profile. Held out: random loads, on no grid, that
 were timed after it, against what the simulator predicts for them; with the aim. Left
-out: every fifth program in turn, against a fit of the others.
+out: every fifth program in turn, against a fit of the others; by the form that the
+simulator uses (terms), and by DistServe's and a roofline's (`experiments/fit.py`).
 
 Programs run alone. With tp > 1 on host devices that would be contention, not speed.
 Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
@@ -35,7 +37,7 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.calibrated import CalibratedProfile
-from disagg_jax.sim.calibrated_profile import profile_to_json
+from disagg_jax.sim.calibrated_profile import profile_from_json, profile_to_json
 from experiments import host_devices
 from experiments.calibration import (
     Progress,
@@ -51,6 +53,7 @@ from experiments.calibration import (
 from experiments.columns import align
 from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
+from experiments.fit import FORMS
 from experiments.profiled import device_name
 from experiments.run_dir import environment
 from experiments.serving import Server, check_modelled, devices_needed
@@ -84,6 +87,7 @@ _UNSEEN = flags.DEFINE_integer(
 _MAX_DRIFT = flags.DEFINE_float(
     "max_drift", 0.3, "How much slower the device may become while it is measured."
 )
+_SHOW = flags.DEFINE_string("show", None, "Only print the errors of this profile.")
 _OUT = flags.DEFINE_string(
     "out",
     None,
@@ -181,20 +185,22 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
 
 def table(profile: CalibratedProfile) -> str:
     """The errors by kind, beside the aim."""
-    left_out = left_out_errors(profile)
-    rows = [("kind", "held out", "aim", "", "left out of the fit")]
+    left_out = {form: left_out_errors(profile, form) for form in FORMS}
+    heads = (f"left out: {form}" for form in FORMS)
+    rows = [("kind", "held out", "aim", "", *heads)]
     for kind, error in sorted(profile.held_out.items()):
-        aim, left = AIMS.get(kind), left_out.get(kind)
+        aim = AIMS.get(kind)
+        left = [left_out[form].get(kind) for form in FORMS]
         rows.append(
             (
                 kind,
                 f"{error:.1%}",
                 f"<= {aim:.0%}" if aim else "",
                 "" if aim is None else "ok" if error <= aim else "MISSED",
-                f"{left:.1%}" if left is not None else "",
+                *(f"{each:.1%}" if each is not None else "" for each in left),
             )
         )
-    return "\n".join(align(rows, right=(1, 4)))
+    return "\n".join(align(rows, right=(1, *range(4, 4 + len(FORMS)))))
 
 
 def run(config: Config, rounds: int, count: int, max_drift: float) -> CalibratedProfile:
@@ -227,6 +233,20 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
     )
 
 
+def show(path: str) -> str:
+    """The table of a profile that is there.
+
+    Raises:
+      ValueError: if it is no profile.
+    """
+    try:
+        return table(profile_from_json(json.loads(pathlib.Path(path).read_text())))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--show: expected a profile of this command, got '{path}': {error!r}"
+        ) from error
+
+
 def _progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -237,6 +257,9 @@ def main(argv: Sequence[str]) -> None:
     host_devices.one_thread_each()
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     try:
+        if _SHOW.value:
+            print(show(_SHOW.value))
+            return
         config = get_config(_CONFIG.value)
         if _MODEL.value:
             config = dataclasses.replace(config, model=_MODEL.value, weights="random")

@@ -10,15 +10,20 @@ from typing import Any, NamedTuple
 from disagg_jax import metrics
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
-from disagg_jax.occupancy import read_occupancy
+from disagg_jax.occupancy import Occupancy, read_occupancy
 from disagg_jax.request import Request, Timeline
 from disagg_jax.search import SearchPlan, estimate, search
-from disagg_jax.sim.agreement import Agreement, agreement, retime, step_load
+from disagg_jax.sim.agreement import (
+    Agreement,
+    MeasuredCost,
+    agreement,
+    step_kind,
+    step_load,
+)
 from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.summary import summarise
-from disagg_jax.work import StepLoad
 from experiments.profiled import cost_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
@@ -44,8 +49,8 @@ class Compared:
     rate_rps: float
     engine: Sequence[Mapping[str, Any]]  # `summarise`
     simulated: Sequence[Mapping[str, Any]]
-    # Attainment of the engine's decisions with the simulator's durations.
-    retimed: Sequence[float]
+    # Attainment, simulated with the durations that the engine had.
+    measured: Sequence[float]
     allowed: float  # difference of attainment
     agreements: Sequence[Agreement]
 
@@ -60,8 +65,9 @@ class Compared:
 
     @property
     def by_durations(self) -> float:
-        """What of `difference` is the cost model's; the rest is scheduling."""
-        return statistics.fmean(self.retimed) - self.mean("engine", "attainment")
+        """What of `difference` goes with the profile's durations; the rest stays."""
+        with_engines = statistics.fmean(self.measured)
+        return self.mean("simulated", "attainment") - with_engines
 
     @property
     def ok(self) -> bool:
@@ -128,12 +134,14 @@ class Twin:
     def step_times(self, points: Iterable[Point]) -> Iterator[StepTime]:
         """What every step took in runs of the engine, and what was predicted."""
         for point in points:
-            lines = self.run_dir.events(point)
-            for use in read_occupancy(self.server.deployment, lines).stages:
+            for use in self._occupancy(point).stages:
                 load = step_load(use.step)
                 predicted_s = self.cost.stages_s(use.step.instance, load)[use.stage]
                 measured_s = use.end_s - use.start_s
-                yield StepTime(_kind(load), measured_s, predicted_s)
+                yield StepTime(step_kind(load), measured_s, predicted_s)
+
+    def _occupancy(self, point: Point) -> Occupancy:
+        return read_occupancy(self.server.deployment, self.run_dir.events(point))
 
     # -- simulation -----------------------------------------------------------------
 
@@ -174,7 +182,7 @@ class Twin:
     def compare(self, rate_rps: float) -> Compared:
         """The runs of the engine at a rate, which must be done, and their twins."""
         simulated: list[Mapping[str, Any]] = []
-        retimed: list[float] = []
+        measured: list[float] = []
         agreements: list[Agreement] = []
         points = self.points(rate_rps)
         for point in points:
@@ -184,14 +192,18 @@ class Twin:
             simulated.append(
                 self._summary(stepwise.run(requests, observer=log).timelines)
             )
-            timelines = retime(self.run_dir.events(point), requests, self.cost)
-            retimed.append(metrics.attainment(timelines, self.slo).joint)
+            occupancy = self._occupancy(point)
+            informed = dataclasses.replace(
+                stepwise, cost=MeasuredCost(self.cost, occupancy)
+            )
+            timelines = informed.run(requests).timelines
+            measured.append(metrics.attainment(timelines, self.slo).joint)
             agreements.append(agreement(self.run_dir.events(point), log.lines))
         return Compared(
             rate_rps=rate_rps,
             engine=[self.run_dir.load(point) for point in points],
             simulated=simulated,
-            retimed=retimed,
+            measured=measured,
             allowed=max(POINTS, self._change(rate_rps)),
             agreements=agreements,
         )
@@ -208,9 +220,3 @@ class Twin:
     @property
     def _replicas(self) -> range:
         return range(self.seeds)
-
-
-def _kind(load: StepLoad) -> str:
-    if not load.chunks:
-        return "decode"
-    return "mixed" if load.decodes else "prefill"

@@ -1,9 +1,8 @@
 """Two runs of the same requests: where they differ, and whether that is the durations.
 
-A simulation may differ from the engine because its durations do, or because different
-durations made the controller decide differently. `retime` tells these apart: it gives
-the engine's own decisions the simulator's durations. What changes by that is the cost
-model's error; the rest is timing-dependent scheduling.
+A simulation may differ from the engine because its durations do, or because of what the
+controller decided and when. `MeasuredCost` tells these apart: a simulation with the
+durations that the engine had, in place of those that a profile predicts.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable
 
-from disagg_jax.event_log import LoggedStep, LoggedTransfer, LoggedWork, read_turns
-from disagg_jax.expect import expect
-from disagg_jax.request import Request, Status, Timeline
-from disagg_jax.sim.cost import DeploymentCost
-from disagg_jax.work import Arrived, Cut, Done, Event, StageFree, StepLoad, Transfer
+from disagg_jax.event_log import LoggedStep, LoggedTransfer, read_turns
+from disagg_jax.occupancy import Occupancy
+from disagg_jax.request import Request
+from disagg_jax.sim.cost import Decoder, DeploymentCost
+from disagg_jax.sim.network import Hop
+from disagg_jax.work import StepLoad, Transfer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,90 +67,63 @@ def step_load(step: LoggedStep) -> StepLoad:
     return StepLoad(tuple(chunks), len(decodes), sum(decodes) + len(decodes))
 
 
-def retime(
-    lines: Iterable[str], requests: Sequence[Request], cost: DeploymentCost
-) -> list[Timeline]:
-    """The decisions of a run with other durations.
+def step_kind(load: StepLoad) -> str:
+    """prefill (of whole prompts or parts of them), decode, or mixed."""
+    if not load.chunks:
+        return "decode"
+    return "mixed" if load.decodes else "prefill"
 
-    Whatever was decided in one turn starts when the events of that turn have happened,
-    its stage or link is free, and what its requests were in before is over.
 
-    Args:
-      lines: the run's event log, without spans.
-      requests: all of them; every one was served to the end.
+class MeasuredCost:
+    """The durations of a run, for a simulation of it that decides for itself.
 
-    Returns:
-      For each request its tokens' stamps; nothing else is filled in.
+    A step takes what `cost` predicts for it, times what the run's next step of its kind
+    took on that stage over its own prediction; so do transfers, by their ends. The
+    run's bias, its spread and its slow moments are in this, in their order, whatever is
+    decided. At the end of the run they begin again; a kind that it lacks is predicted.
+
+    It is a `DeploymentCost` for one simulation, without spans.
     """
-    run = _Retimed({request.id: request for request in requests}, cost)
-    for _, events, works in read_turns(lines):
-        run.turn(events, works)
-    return [
-        Timeline(request=r, status=Status.FINISHED, token_s=run.token_s[r.id])
-        for r in requests
-    ]
 
+    def __init__(self, cost: DeploymentCost, occupancy: Occupancy):
+        """Takes the durations from `occupancy`, of a run without losses."""
+        self._cost = cost
+        ratios: dict[Hashable, list[float]] = collections.defaultdict(list)
+        for use in occupancy.stages:
+            load = step_load(use.step)
+            predicted_s = cost.stages_s(use.step.instance, load)[use.stage]
+            key = (use.step.instance, use.stage, step_kind(load))
+            ratios[key].append((use.end_s - use.start_s) / predicted_s)
+        for link in occupancy.links:
+            hop = cost.hop(_transfer(link.transfer))
+            predicted_s = hop.duration_s * hop.parts
+            key = (link.transfer.src, link.transfer.dst)
+            ratios[key].append((link.end_s - link.start_s) / predicted_s)
+        self._next = {key: itertools.cycle(found) for key, found in ratios.items()}
 
-class _Retimed:
-    """Where everything is on the new timeline so far."""
-
-    def __init__(self, requests: Mapping[int, Request], cost: DeploymentCost):
-        self._requests, self._cost = requests, cost
-        self.token_s: dict[int, list[float]] = {id: [] for id in requests}
-        self._over_s: dict[int, float] = {}  # of each request: its last work
-        self._free_s: dict[tuple[int, ...], float] = {}  # of each stage and link
-        # Of each piece of work: when it left its first stage, and when it was done.
-        self._ends_s: dict[int, tuple[float, float]] = {}
-
-    def turn(self, events: Sequence[Event], works: Sequence[LoggedWork]) -> None:
-        """Places what was decided because of `events`."""
-        now_s = max((self._happened_s(event) for event in events), default=0.0)
-        for work in works:
-            if isinstance(work, LoggedStep):
-                self._step(work, now_s)
-            else:
-                expect(not isinstance(work, Cut), "log: expected no spans", work)
-                assert isinstance(work, LoggedTransfer)
-                self._transfer(work, now_s)
-
-    def _happened_s(self, event: Event) -> float:
-        if isinstance(event, Arrived):
-            return event.request.arrival_s
-        if isinstance(event, StageFree):
-            return self._ends_s[event.work][0]
-        expect(isinstance(event, Done), "log: expected a run without losses", event)
-        assert isinstance(event, Done)
-        return self._ends_s[event.work][1]
-
-    def _step(self, step: LoggedStep, now_s: float) -> None:
-        expect(step.iterations == 1, "log: expected no spans", step)
-        ids = [id for id, _, _ in step.slices]
-        end_s = max([now_s, *(self._over_s.get(id, 0.0) for id in ids)])
-        ends_s: list[float] = []
-        stages_s = self._cost.stages_s(step.instance, step_load(step))
-        for stage, time_s in enumerate(stages_s):
-            end_s = self._use((step.instance, stage), end_s, time_s)
-            ends_s.append(end_s)
-        self._ends_s[step.id] = ends_s[0], end_s
-        for id, start, count in step.slices:
-            self._over_s[id] = end_s
-            known = self._requests[id].prompt_tokens + len(self.token_s[id])
-            if start + count == known:  # the last known token: a new one comes out
-                self.token_s[id].append(end_s)
-
-    def _transfer(self, work: LoggedTransfer, now_s: float) -> None:
-        start_s = max(now_s, self._over_s.get(work.request, 0.0))
-        request, ends = self._requests[work.request], (work.src, work.dst)
-        hop = self._cost.hop(
-            Transfer(work.id, request, *ends, (), (), work.context, work.step)
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
+        kind, predicted = step_kind(load), self._cost.stages_s(instance, load)
+        return tuple(
+            time_s * self._ratio((instance, stage, kind))
+            for stage, time_s in enumerate(predicted)
         )
-        # Two numbers are a stage: a link has another name.
-        end_s = self._use((-1, *ends), start_s, hop.duration_s * hop.parts)
-        self._over_s[work.request] = end_s
-        self._ends_s[work.id] = end_s, end_s
 
-    def _use(self, resource: tuple[int, ...], start_s: float, time_s: float) -> float:
-        """Takes `resource` as soon as it is free; when it is done."""
-        end_s = max(start_s, self._free_s.get(resource, 0.0)) + time_s
-        self._free_s[resource] = end_s
-        return end_s
+    def decoder(self, instance: int) -> Decoder:
+        raise ValueError("MeasuredCost: expected a simulation without spans")
+
+    def hop(self, transfer: Transfer) -> Hop:
+        hop = self._cost.hop(transfer)
+        ratio = self._ratio((transfer.src, transfer.dst))
+        return dataclasses.replace(hop, duration_s=hop.duration_s * ratio)
+
+    def _ratio(self, key: Hashable) -> float:
+        return next(self._next[key]) if key in self._next else 1.0
+
+
+def _transfer(logged: LoggedTransfer) -> Transfer:
+    """What was logged, for its cost: whose KV it was does not matter to that."""
+    request = Request(
+        id=logged.request, arrival_s=0.0, prompt_tokens=logged.context, max_tokens=1
+    )
+    ends = logged.src, logged.dst
+    return Transfer(logged.id, request, *ends, (), (), logged.context, logged.step)

@@ -236,3 +236,16 @@ def test_lengths_must_be_known(tmp_path):
         accuracy.run(open_ended, "", [1.0, 2.0], tmp_path)
     with pytest.raises(ValueError, match="factors: expected two"):
         accuracy.run(COMPARED, "", [1.0], tmp_path)
+
+
+def test_show_prints_the_errors_of_a_profile_and_says_what_is_none(tmp_path):
+    published = calibrate.show("experiments/profiles/m32_cpu.json")
+    assert [line.split()[0] for line in published.splitlines()] == [
+        *("kind", "chunk", "decode", "mixed", "prefill", "transfer")
+    ]
+    for text in ("", "{}", "[1]"):
+        (tmp_path / "none.json").write_text(text)
+        with pytest.raises(ValueError, match="--show: expected a profile"):
+            calibrate.show(str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="--show: expected a profile"):
+        calibrate.show(str(tmp_path / "missing.json"))

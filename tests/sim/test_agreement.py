@@ -1,14 +1,16 @@
-"""Comparing runs, and giving one run's decisions another's durations."""
+"""Comparing runs, and simulating one with the durations that it had."""
 
 import dataclasses
 
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.event_log import EventLog
-from disagg_jax.sim.agreement import agreement, retime
+from disagg_jax.event_log import EventLog, LoggedStep
+from disagg_jax.occupancy import Occupancy, StageUse, read_occupancy
+from disagg_jax.sim.agreement import MeasuredCost, agreement, step_load
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.work import StepLoad
 from tests.serving import POLICIES, make_request
 
 COST = LinearCost(
@@ -29,7 +31,9 @@ def run(deployment, cost, requests):
         deployment=parsed,
         policies=POLICIES,
         memory=(memory,) * len(parsed.instances),
-        cost=dataclasses.replace(cost, pp=stages),
+        cost=dataclasses.replace(cost, pp=stages)
+        if isinstance(cost, LinearCost)
+        else cost,
         spans=False,
     )
     log = EventLog()
@@ -46,30 +50,59 @@ def burst(n=12):
 DEPLOYMENTS = ("2xcolocated:tp1", "prefill:tp1,decode:tp1", "prefill:tp1pp2,decode:tp1")
 
 
-@pytest.mark.parametrize("deployment", DEPLOYMENTS)
-def test_a_run_with_its_own_durations_is_itself(deployment):
-    lines, token_s, cost = run(deployment, COST, burst())
-    found = retime(lines, burst(), cost)
-    assert [t.token_s for t in found] == [pytest.approx(each) for each in token_s]
-
-
-def test_other_durations_move_the_same_decisions():
-    """One request: prompt of 4 (1 + 1 = 2 s), then two decodes over 5 and 6 tokens.
-
-    1.125 + 5/16 = 1.4375 and 1.125 + 6/16 = 1.5; all of it twice as long, from 3 s on.
-    """
-    request = make_request(0, 3.0, prompt=4, out=3)
-    lines, token_s, cost = run("colocated:tp1", COST, [request])
-    assert token_s == [[5.0, 6.4375, 7.9375]]
-    slower = LinearCost(
+def scaled(cost, factor):
+    return dataclasses.replace(
+        cost,
         **{
-            field.name: 2 * getattr(cost, field.name)
+            field.name: factor * getattr(cost, field.name)
             for field in dataclasses.fields(cost)
             if field.name.endswith("_s")
-        }
+        },
     )
-    (found,) = retime(lines, [request], slower)
-    assert found.token_s == pytest.approx([7.0, 9.875, 12.875])
+
+
+def informed(deployment, cost, lines):
+    """`cost` with the durations of a run on `deployment`."""
+    parsed = Deployment.parse(deployment)
+    stages = tuple(spec.pp for spec in parsed.instances)
+    cost = dataclasses.replace(cost, pp=stages)
+    return MeasuredCost(cost, read_occupancy(parsed, lines))
+
+
+@pytest.mark.parametrize("deployment", DEPLOYMENTS)
+def test_a_profile_that_is_off_by_a_factor_is_put_right(deployment):
+    lines, token_s, _ = run(deployment, COST, burst())
+    cost = informed(deployment, scaled(COST, 2.5), lines)
+    _, found, _ = run(deployment, cost, burst())
+    assert found == [pytest.approx(each) for each in token_s]
+    _, wrong, _ = run(deployment, scaled(COST, 2.5), burst())
+    assert wrong != [pytest.approx(each) for each in token_s]
+
+
+def test_each_kind_and_place_has_its_own_ratios_in_the_order_of_the_run():
+    """Prompts twice and three times as long as predicted, decodes half as long."""
+    steps = [
+        LoggedStep(id=i, instance=0, slices=slices, iterations=1)
+        for i, slices in enumerate([((0, 0, 4),), ((0, 4, 1),), ((1, 0, 8),)])
+    ]
+    predicted = [COST.stages_s(0, step_load(step))[0] for step in steps]
+    ends_s = [
+        ratio * time_s for ratio, time_s in zip((2, 0.5, 3), predicted, strict=True)
+    ]
+    uses = [
+        StageUse(step, 0, 10.0, 10.0 + end_s)
+        for step, end_s in zip(steps, ends_s, strict=True)
+    ]
+    cost = MeasuredCost(COST, Occupancy(stages=uses))
+    prompt, decode = StepLoad(((0, 16),), 0, 0), StepLoad((), 3, 30)
+    (alone_s,), (decode_s,) = COST.stages_s(0, prompt), COST.stages_s(0, decode)
+    found = [cost.stages_s(0, prompt)[0] / alone_s for _ in range(3)]
+    assert found == pytest.approx([2, 3, 2])
+    assert cost.stages_s(0, decode) == pytest.approx([decode_s / 2])
+    # Neither other instances nor mixed steps were in the run.
+    assert cost.stages_s(1, prompt) == (alone_s,)
+    mixed = StepLoad(((0, 16),), 3, 30)
+    assert cost.stages_s(0, mixed) == COST.stages_s(0, mixed)
 
 
 def test_runs_agree_with_themselves_and_not_with_slower_ones():
@@ -83,13 +116,7 @@ def test_runs_agree_with_themselves_and_not_with_slower_ones():
     assert 0 < found.before <= found.shared < found.decided
 
 
-def test_a_log_with_spans_is_refused():
-    parsed = Deployment.parse("colocated:tp1")
-    memory = KVMemory(num_blocks=40, block_tokens=4, max_context=1000)
-    simulated = SimulatedDeployment(
-        deployment=parsed, policies=POLICIES, memory=(memory,), cost=COST
-    )
-    log, requests = EventLog(), burst(4)
-    simulated.run(requests, observer=log)
-    with pytest.raises(ValueError, match="log: expected"):
-        retime(log.lines, requests, COST)
+def test_spans_are_refused():
+    cost = MeasuredCost(COST, Occupancy())
+    with pytest.raises(ValueError, match="expected a simulation without spans"):
+        cost.decoder(0)
