@@ -15,6 +15,9 @@ dense    The same decode with a plain [batch, kv heads, context, head_dim] cache
 handoff  KV from one device to another, over a numpy copy of as many bytes.
 host     Host time of a step, with a program that computes nothing.
 
+--trace=DIR profiles each step once, after it was timed: DIR gets what TensorBoard's
+profiler reads, and a perfetto_trace.json.gz for ui.perfetto.dev.
+
 Weights are random: no time depends on them. Medians of rounds that go over all peaks
 and steps in turn. On a busy machine shares hold better than times. About 2 minutes on
 2 cores; no device is shared with another process, so nothing else should run.
@@ -26,6 +29,7 @@ import dataclasses
 import datetime
 import math
 import os
+import pathlib
 import platform
 import sys
 from collections.abc import Sequence
@@ -76,6 +80,7 @@ class Options:
     handoff_mib: int = 16  # 0 is no hand-off
     repeats: int = 5  # rounds that a median is taken over
     dense: bool = True  # whether decode with a plain cache is timed as well
+    trace: pathlib.Path | None = None  # folder for a jax.profiler trace of the steps
 
     def __post_init__(self) -> None:
         numbers = {
@@ -176,6 +181,14 @@ def step_loads(options: Options) -> dict[StepShape, StepLoad]:
     return {**decode, **prefill}
 
 
+def trace_steps(options: Options, engine: Engine, folder: pathlib.Path) -> None:
+    """Profiles each step once; it must have run before, so that this is no warm-up."""
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        for shape in step_loads(options):
+            with jax.profiler.TraceAnnotation(f"{shape.kind} {shape.width}"):
+                bare_step_s(engine, 0, shape, 1)
+
+
 def peak_figures(peaks: Peaks) -> list[str]:
     """The peaks, beside the spec sheet's where there is one."""
     spec = spec_sheet()
@@ -244,7 +257,9 @@ def run(options: Options) -> str:
     rows = [step.row(peaks, peer.get(step.kind, {}).get(step.size)) for step in steps]
     say(*peak_figures(peaks), "")
     say(*align([_HEAD, *rows], right=range(1, len(_HEAD))), "")
-    figures = host(options, engine)
+    if options.trace is not None:
+        trace_steps(options, engine, options.trace)
+    figures = host(options, engine)  # the engine computes nothing afterwards
     if options.handoff_mib and len(jax.devices()) > 1:
         figures += handoff(options)
     say(table(figures), "", f"load average {load_average()} after")
@@ -270,6 +285,9 @@ _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Rounds that a median is taken over.", allow_override=True
 )
 _DENSE = flags.DEFINE_boolean("dense", True, "Time a plain dense cache as well.")
+_TRACE = flags.DEFINE_string(
+    "trace", None, "Folder for a jax.profiler trace of steps.", allow_override=True
+)
 _CORES = flags.DEFINE_integer("cores", None, "Cores to run on; default is all.")
 _OUT = flags.DEFINE_string("out", None, "File to write.", allow_override=True)
 
@@ -290,6 +308,7 @@ def main(argv: Sequence[str]) -> None:
             handoff_mib=_MIB.value,
             repeats=_REPEATS.value,
             dense=_DENSE.value,
+            trace=pathlib.Path(_TRACE.value) if _TRACE.value else None,
         )
         if _CORES.value is not None:
             host_devices.pin(_CORES.value)

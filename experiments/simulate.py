@@ -40,8 +40,10 @@ from experiments.simulations import (
     trace_requests,
 )
 
-_TRACE = flags.DEFINE_string("trace", None, "Arrivals and lengths.")
 # Other experiments have flags of these names too, and a test may import several.
+_TRACE = flags.DEFINE_string(
+    "trace", None, "Arrivals and lengths.", allow_override=True
+)
 _CONFIG = flags.DEFINE_enum(
     "config", None, sorted(SIMULATIONS), "What is simulated.", allow_override=True
 )

@@ -328,3 +328,16 @@ def test_top_level_holds_only_the_fixed_names():
     tops = {Path(name).parts[0] for name in git_files()}
     present = {name for name in tops if (ROOT / name).exists()}
     assert present <= TOP_LEVEL, f"not of the layout: {sorted(present - TOP_LEVEL)}"
+
+
+def test_all_experiments_can_be_imported_by_one_process():
+    """Their flags share one namespace: a name taken twice would stop a test session."""
+    code = (
+        "import importlib, pkgutil, experiments\n"
+        "for found in pkgutil.walk_packages(experiments.__path__, 'experiments.'):\n"
+        "    importlib.import_module(found.name)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

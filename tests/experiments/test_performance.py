@@ -1,6 +1,8 @@
 """The bounds are those worked out by hand, and the command prints every part."""
 
 import dataclasses
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from experiments import host_devices, performance
 from experiments.dense import dense_step
 from experiments.peaks import Peaks, StepBound
 from experiments.performance import Options, StepTime
+from experiments.rigs import bare_engine
 from models import transformer
 from models.config import get_config
 from models.transformer import forward
@@ -155,3 +158,16 @@ def test_a_bad_flag_ends_the_command_with_one_line():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: batches: expected integers, got ['x']"
+
+
+def test_a_trace_has_a_span_for_each_step_and_programs_inside_it(tmp_path):
+    options = dataclasses.replace(SMALL, trace=tmp_path)
+    engine = bare_engine(TINY, list(performance.step_loads(options)), 16)
+    performance.trace_steps(options, engine, tmp_path)
+
+    (path,) = tmp_path.rglob("perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    spans = {event["name"]: event for event in events if event.get("ph") == "X"}
+    for step in ("decode 1", "decode 2", "prefill 16"):
+        assert spans[step]["dur"] > 0
+    assert any("Execute" in name for name in spans)
