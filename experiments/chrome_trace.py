@@ -12,16 +12,14 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 from disagg_jax.chrome_trace import chrome_trace
-from disagg_jax.deployment import Deployment
-from disagg_jax.expect import expect
 from experiments.request_rows import to_timeline
-from experiments.run_dir import Point, SavedRun
+from experiments.run_dir import SavedRun
 
 _RUN = flags.DEFINE_string("run", None, "A run directory of goodput_sweep.")
 _SYSTEM = flags.DEFINE_string("system", None, "Which of its systems.")
@@ -48,55 +46,20 @@ def draw(
       ValueError: if there is no such run; says what there is.
     """
     run = SavedRun(path)
+    picked = run.pick(system, rate_rps, seed)
     config = run.read_json("config.json")
-    expect(config is not None, "--run: expected a run directory", str(path))
-    names = sorted(config["systems"])
-    expect(system in names, f"--system: expected one of {names}", system)
-    deployment = Deployment.parse(config["systems"][system]["deployment"])
-    rates = _rates(run, system, deployment.devices)
-    rate = _passing(run, system, rates) if rate_rps is None else _shown(rate_rps)
-    expect(rate in rates, f"--rate: expected one of {list(rates)}", rate)
-    seeds = {config["seed"] + point.replica: point for point in rates[rate]}
-    seed = config["seed"] if seed is None else seed
-    expect(seed in seeds, f"--seed: expected one of {list(seeds)}", seed)
     about = {
         "run": str(path),
         "system": system,
-        "rate_rps_per_device": float(rate),
-        "seed": seed,
+        "rate_rps_per_device": float(picked.rate_rps),
+        "seed": picked.seed,
         "clock": config["clock"],
         "durations": "live" if config["clock"] == "wall" else config["durations"],
-        "executed": run.load(seeds[seed])["executed"],
+        "executed": run.load(picked.point)["executed"],
     }
-    timelines = [to_timeline(row) for row in run.requests(seeds[seed])]
-    return chrome_trace(deployment, run.events(seeds[seed]), timelines, about)
-
-
-def _rates(run: SavedRun, system: str, devices: int) -> dict[str, list[Point]]:
-    """The system's points by their rate per device."""
-    found: dict[str, list[Point]] = {}
-    for point in run.points():
-        if point.system == system:
-            found.setdefault(_shown(point.rate_rps / devices), []).append(point)
-    return found
-
-
-def _passing(run: SavedRun, system: str, rates: Mapping[str, object]) -> str:
-    """The rate per device that a system is judged by."""
-    expected = f"--rate: expected one of {list(rates)}, or a run with one that passes"
-    summary = run.read_json("summary.json")
-    expect(summary is not None, expected, "no summary.json")
-    found = summary["systems"][system]
-    if "throughput" in found:
-        return _shown(found["throughput"]["best_rps_per_device"])
-    rate = found["goodput"]["pass_rps_per_device"]
-    expect(rate is not None, expected, rate)
-    return _shown(rate)
-
-
-def _shown(rate_rps: float) -> str:
-    """Rates are tried with four digits, before they are divided by the devices."""
-    return f"{rate_rps:.6g}"
+    timelines = [to_timeline(row) for row in run.requests(picked.point)]
+    deployment, events = picked.deployment, run.events(picked.point)
+    return chrome_trace(deployment, events, timelines, about)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -56,6 +56,22 @@ def smoke() -> Config:
     )
 
 
+def five_minutes() -> Config:
+    """The first notebook's sweep: two systems, little memory, so few programs.
+
+    About half a minute on 2 cores. Enough requests to see who is ahead, not by how
+    much: the intervals are wide.
+    """
+    return Config(
+        weights="trained",
+        systems=_TWO_SYSTEMS,
+        workload=Workload(num_requests=100, prompt_tokens="uniform:32:200"),
+        memory=Memory(blocks_per_device=128, max_context=256),
+        num_seeds=3,
+        timing_repeats=5,
+    )
+
+
 def tiny_tp2() -> Config:
     """Tensor parallelism 2 on both sides, on 4 devices; times come from a formula.
 
@@ -166,6 +182,7 @@ CONFIGS = {
     for build in (
         tiny,
         smoke,
+        five_minutes,
         tiny_tp2,
         tiny_streams,
         azure_trace,

@@ -16,8 +16,8 @@ from experiments.columns import align
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
-_STAGE_COLOURS = ("#999999", "#E69F00", "#000000", "#56B4E9", "#009E73")
+STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
+STAGE_COLOURS = ("#999999", "#E69F00", "#000000", "#56B4E9", "#009E73")
 
 
 def table(summary: Mapping[str, Any]) -> str:
@@ -185,7 +185,7 @@ def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
             )
             for n in names
         ),
-        *(row(f"mean {s.replace('_', ' ')}, ms", f"mean_{s}_ms") for s in _STAGES),
+        *(row(f"mean {s.replace('_', ' ')}, ms", f"mean_{s}_ms") for s in STAGES),
         row("output tokens/s per device", "output_throughput_per_device", form=".0f"),
         row("preemptions", "preemptions", form=".1f"),
         row(
@@ -311,7 +311,7 @@ def _plot_stages(axes: Any, summary: Mapping[str, Any]) -> None:
     systems = summary["systems"]
     names = [name for name, system in systems.items() if _metrics_at(system)]
     bottom = [0.0] * len(names)
-    for stage, colour in zip(_STAGES, _STAGE_COLOURS, strict=True):
+    for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
         values = [_metrics_at(systems[n])[f"mean_{stage}_ms"] or 0.0 for n in names]
         label = stage.replace("_", " ")
         axes.bar(names, values, bottom=bottom, color=colour, label=label, width=0.6)

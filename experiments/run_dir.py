@@ -17,6 +17,8 @@ from typing import Any
 
 import jax
 
+from disagg_jax.deployment import Deployment
+from disagg_jax.expect import expect
 from experiments.checkout import commit
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
@@ -33,6 +35,16 @@ class Point:
     @property
     def name(self) -> str:
         return f"{self.system}-{self.rate_rps!r}rps-{self.replica}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Picked:
+    """A point, as a user names it."""
+
+    point: Point
+    deployment: Deployment
+    rate_rps: str  # per device, as in table.txt
+    seed: int
 
 
 _POINT = re.compile(r"(.+)-([0-9.e+-]+)rps-([0-9]+)")  # `Point.name`
@@ -71,6 +83,47 @@ class SavedRun:
     def events(self, point: Point) -> Iterator[str]:
         """The event log of a point that is done."""
         return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
+
+    def pick(self, system: str, rate_rps: float | None, seed: int | None) -> Picked:
+        """The point of `system` at a rate and a seed.
+
+        Args:
+          rate_rps: per device; None is the highest that passes.
+          seed: None is the first.
+
+        Raises:
+          ValueError: if there is no such run; says what there is.
+        """
+        config = self.read_json("config.json")
+        expect(config is not None, "--run: expected a run directory", str(self.path))
+        names = sorted(config["systems"])
+        expect(system in names, f"--system: expected one of {names}", system)
+        deployment = Deployment.parse(config["systems"][system]["deployment"])
+        rates: dict[str, list[Point]] = {}  # by the rate per device
+        for point in self.points():
+            if point.system == system:
+                shown = _shown(point.rate_rps / deployment.devices)
+                rates.setdefault(shown, []).append(point)
+        asked = self._passing(system, rates) if rate_rps is None else _shown(rate_rps)
+        expect(asked in rates, f"--rate: expected one of {list(rates)}", asked)
+        seeds = {config["seed"] + point.replica: point for point in rates[asked]}
+        asked_seed: int = config["seed"] if seed is None else seed
+        expect(
+            asked_seed in seeds, f"--seed: expected one of {list(seeds)}", asked_seed
+        )
+        return Picked(seeds[asked_seed], deployment, asked, asked_seed)
+
+    def _passing(self, system: str, rates: Iterable[str]) -> str:
+        """The rate per device that a system is judged by."""
+        known = f"--rate: expected one of {list(rates)}, or a run with one that passes"
+        summary = self.read_json("summary.json")
+        expect(summary is not None, known, "no summary.json")
+        found = summary["systems"][system]
+        if "throughput" in found:
+            return _shown(found["throughput"]["best_rps_per_device"])
+        rate = found["goodput"]["pass_rps_per_device"]
+        expect(rate is not None, known, rate)
+        return _shown(rate)
 
 
 class RunDir(SavedRun):
@@ -145,6 +198,11 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
     }
+
+
+def _shown(rate_rps: float) -> str:
+    """Rates are tried with four digits, before they are divided by the devices."""
+    return f"{rate_rps:.6g}"
 
 
 def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:

@@ -1,0 +1,82 @@
+"""What a prompt does to decodes, with durations that are known."""
+
+import pytest
+
+from disagg_jax.engine.executor import outcome
+from disagg_jax.work import Step
+from experiments import stalls
+from experiments.stalls import Scene
+from models import transformer
+from models.config import get_config
+
+SCENE = Scene(decodes=3, prompts=(32, 80), chunk=19, repeats=1)
+
+
+def timing(work, parts_s):
+    """1 s a step and 1 s for each token of a prompt; transfers take 10 s."""
+    seconds = 10.0
+    if isinstance(work, Step):
+        seconds = 1.0 + sum(count for _, count in work.load.chunks)
+    return outcome(work, [seconds / len(parts_s)] * len(parts_s))
+
+
+@pytest.fixture(scope="module")
+def found():
+    config = get_config("tiny")
+    params = transformer.init_params(config, 0)
+    stalled = stalls.measure(config, params, SCENE, timing=timing)
+    return {(stall.system, stall.prompt): stall for stall in stalled}
+
+
+@pytest.mark.parametrize("prompt", SCENE.prompts)
+def test_each_system_stalls_decodes_as_it_must(found, prompt):
+    # An ordinary gap is a decode step, 1 s. The prompt comes at the end of one.
+    assert {stall.gap_s for stall in found.values()} == {1.0}
+    # All of the prompt's step, and the decode step after it.
+    assert found["vllm", prompt].longest_s == pytest.approx(2.0 + prompt)
+    # A step with the 16 prompt tokens that fit beside 3 decodes.
+    assert found["sarathi_serve", prompt].longest_s == pytest.approx(1.0 + 16)
+    assert found["disaggregated", prompt].longest_s == pytest.approx(1.0)
+
+
+def test_the_price_of_chunks_is_paid_by_the_prompt(found):
+    # 80 tokens in 5 steps of 16, where vLLM takes one; neither waits for a decode step.
+    assert found["sarathi_serve", 80].ttft_s == pytest.approx(5 * 17.0)
+    assert found["vllm", 80].ttft_s == pytest.approx(81.0)
+    assert found["disaggregated", 80].ttft_s == pytest.approx(81.0)
+
+
+def test_the_table_and_the_picture_have_every_system(found, tmp_path):
+    lines = stalls.table(list(found.values())).splitlines()
+    assert len(lines) == 1 + len(found)
+    assert lines[2].split() == [
+        *("vllm", "80", "tokens", "1000.00", "ms", "82000.00", "ms", "82.0"),
+        *("81000.00", "ms"),
+    ]
+    left, right = stalls.panels(list(found.values()))
+    assert [series.label for series in left.series] == [
+        *("vllm", "sarathi_serve", "disaggregated"),
+    ]
+    # Around the prompt only: it takes vLLM 81 s, and shown is a quarter of the slowest.
+    assert all(-22 < x / 1e3 < 107 for s in left.series for x, _ in s.points)
+    assert right.series[0].points == [(32.0, 34.0), (80.0, 82.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decodes": 0}, "decodes: expected >= 1, got 0"),
+        ({"prompts": ()}, r"prompts: expected tokens >= 1, got \[\]"),
+        ({"chunk": 8}, "chunk: expected more tokens than 8 decodes, got 8"),
+        ({"repeats": 0}, "repeats: expected >= 1, got 0"),
+    ],
+)
+def test_bad_scenes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Scene(**changes)
+
+
+def test_a_prompt_longer_than_the_model_can_hold_is_refused_before_any_work():
+    config = get_config("m32")
+    with pytest.raises(ValueError, match="expected at most 511 tokens for m32"):
+        stalls.measure(config, {}, Scene(prompts=(600,)))
