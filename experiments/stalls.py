@@ -19,6 +19,7 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,6 +33,7 @@ from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, Timing, outcome
+from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.weights import Weights
 from disagg_jax.expect import expect
 from disagg_jax.request import Request, Timeline
@@ -68,7 +70,7 @@ _OUT = flags.DEFINE_string("out", "runs/stalls", "Folder.", allow_override=True)
 
 _BLOCK = 16  # tokens in a block
 _SHORT = 32  # tokens of the prompts of the requests that decode
-_BEFORE, _TOKENS = 16, 96  # tokens they have when the prompt arrives, and in all
+_BEFORE, _TOKENS = 16, 64  # tokens they have when the prompt arrives, and in all
 _WARM = 3  # runs before; the first is slow
 _AROUND = 0.25  # of the prompt's time, shown before and after it
 
@@ -216,6 +218,7 @@ def measure(
     room = f"prompts: expected at most {config.max_length - 1} tokens for {config.name}"
     expect(longest <= config.max_length, room, longest - 1)
     found: list[Stall] = []
+    shared: dict[Any, PlacedModel] = {}
     for name, serving in systems(scene).items():
         progress(f"{name}: {serving.deployment}")
         deployment = Deployment.parse(serving.deployment)
@@ -228,6 +231,7 @@ def measure(
             devices if len(devices) >= count else devices * count,
             [scene.memory] * len(deployment.instances),
             serving.buckets,
+            models=shared,
             share_devices=True,
         )
         engine.compile(sampled=False)
