@@ -31,7 +31,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.phases import Build, decode_alone, prefill_alone
-from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.points import Workload
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
 
@@ -126,7 +126,7 @@ class Problem:
     devices: int
     rate_rps: float | None = None
     node_devices: int = 8
-    workload: SimWorkload
+    workload: Workload
     slo: SLO
     plan: SearchPlan = SearchPlan(growth=1.25, tolerance=0.05, max_rates=30)
     num_requests: int = 1000

@@ -9,7 +9,11 @@ interval, the parameters that each system was given and why, and the cells in wh
 colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
 
 Durations are a roofline's of --model on --hardware, or those of the simulation that
---config names (experiments/simulations.py).
+--config names (experiments/simulations.py). A model or a device of your own is a .json
+file (experiments/shapes.py). One pair of targets gives one answer, and bars as picture:
+
+    python -m experiments.compare_systems --map=targets --ttfts=0.5 --tpots=0.04 \\
+        --model=config.json --hardware=h100 --trace=FILE.csv --out=runs/answer
 """
 
 from __future__ import annotations
@@ -19,14 +23,15 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from absl import app, flags
 
 from disagg_jax.search import SearchPlan
-from disagg_jax.sim.hardware_presets import get_hardware
+from disagg_jax.sim.points import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
+from disagg_jax.traces import read_trace
 from disagg_jax.tuning import tile_multiples
 from experiments import comparison_report
 from experiments.comparison import (
@@ -37,9 +42,11 @@ from experiments.comparison import (
     lengths_map,
     slos_map,
 )
+from experiments.comparison_report import Grid
 from experiments.paper_workloads import get_workload
 from experiments.placements import parse_slo
 from experiments.run_dir import environment
+from experiments.shapes import get_device
 from experiments.simulations import (
     SIMULATIONS,
     Simulation,
@@ -94,6 +101,13 @@ _WORKLOAD = flags.DEFINE_string(
     "Of the map of targets: sharegpt, humaneval, longbench or fixed:PROMPTxOUTPUT.",
     allow_override=True,
 )
+_TRACE = flags.DEFINE_string(
+    "trace",
+    None,
+    "Instead: an Azure CSV, a Mooncake JSONL or a CSV with named columns. Requests "
+    "longer than max_tokens or the simulation's context are left out.",
+    allow_override=True,
+)
 _TARGET = flags.DEFINE_float(
     "target", 0.9, "Joint attainment to reach.", allow_override=True
 )
@@ -136,7 +150,7 @@ def _simulation() -> tuple[Simulation, int]:
     if _CONFIG.value is None:
         model, hardware = _MODEL.value, _HARDWARE.value
         simulation = roofline_simulation(model, hardware, _MAX_TOKENS.value)
-        return simulation, max(_TILE, get_hardware(hardware).tile_rows)
+        return simulation, max(_TILE, get_device(hardware).tile_rows)
     if flags.FLAGS["model"].present or flags.FLAGS["hardware"].present:
         raise ValueError("config: expected neither --model nor --hardware beside it")
     return get_simulation(_CONFIG.value), _TILE
@@ -169,13 +183,89 @@ def _maps(simulation: Simulation) -> list[Map]:
         parse_slo(_SLO.value),
         min(_MAX_TOKENS.value, simulation.max_context),
     )
+    workload, name = _workload(simulation)
     targets = slos_map(
         numbers("ttfts", _TTFTS.value, float),
         numbers("tpots", _TPOTS.value, float),
-        get_workload(_WORKLOAD.value),
-        _WORKLOAD.value,
+        workload,
+        name,
     )
     return [each for each in (lengths, targets) if _MAP.value in (each.name, "both")]
+
+
+def _workload(simulation: Simulation) -> tuple[Workload, str]:
+    if _TRACE.value is None:
+        return get_workload(_WORKLOAD.value), _WORKLOAD.value
+    longest = min(_MAX_TOKENS.value, simulation.max_context)
+    return trace_workload(_TRACE.value, longest), pathlib.Path(_TRACE.value).name
+
+
+def trace_workload(path: str, max_total_tokens: int) -> TraceWorkload:
+    """The rows of a trace whose requests have at most so many tokens.
+
+    Raises:
+      ValueError, OSError: on a trace that cannot be read, or too few such rows.
+    """
+    rows = read_trace(path)
+    workload = TraceWorkload.fitting(rows, max_total_tokens)
+    if left_out := len(rows) - len(workload.rows):
+        print(
+            f"{left_out} of {len(rows)} rows of {path} are left out: no tokens, or "
+            f"more than {max_total_tokens}",
+            file=sys.stderr,
+        )
+    return workload
+
+
+def run(
+    question: Question,
+    maps: Sequence[Map],
+    command: str = _COMMAND,
+    workers: int | None = None,
+    out: pathlib.Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[str, list[Grid]]:
+    """Compares all systems in all cells; returns the report and what was found.
+
+    Args:
+      command: by which it can be repeated.
+      out: folder for maps.{txt,png,json}.
+      about: more for maps.json.
+
+    Raises:
+      ValueError, OSError: on bad input, before any work.
+    """
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    workers = os.cpu_count() or 1 if workers is None else workers
+    start = time.perf_counter()
+    ran_in = environment()  # now, as files may change while this runs
+    with worker_pool(workers) as mapper:
+        grids = compare(question, maps, mapper, progress)
+    seconds = time.perf_counter() - start
+    text = "\n\n".join(
+        [
+            f"# {command}   commit {ran_in['commit']}\n"
+            f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, load "
+            f"average {ran_in['load_average'][0]:.1f} at the start",
+            comparison_report.text(question, maps, grids),
+        ]
+    )
+    if out is not None:
+        content = {
+            **comparison_report.record(question, maps, grids),
+            "wall_s": seconds,
+            "workers": workers,
+            "environment": ran_in,
+            **(about or {}),
+        }
+        (out / "maps.json").write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n"
+        )
+        (out / "maps.txt").write_text(text + "\n")
+        comparison_report.plot(question, maps, grids, out / "maps.png")
+    return text, list(grids)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -187,40 +277,20 @@ def main(argv: Sequence[str]) -> None:
         elapsed = time.perf_counter() - start
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    workers = os.cpu_count() or 1 if _WORKERS.value is None else _WORKERS.value
     try:
         question = _question()
-        maps = _maps(question.simulation)
-        out = pathlib.Path(_OUT.value) if _OUT.value else None
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-        ran_in = environment()  # now, as files may change while this runs
-        with worker_pool(workers) as mapper:
-            grids = compare(question, maps, mapper, progress)
+        text, _ = run(
+            question,
+            _maps(question.simulation),
+            " ".join([_COMMAND, *sys.argv[1:]]),
+            _WORKERS.value,
+            pathlib.Path(_OUT.value) if _OUT.value else None,
+            progress,
+            {"flags": _asked()},
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    seconds = time.perf_counter() - start
-    text = "\n\n".join(
-        [
-            f"# {' '.join([_COMMAND, *sys.argv[1:]])}   commit {ran_in['commit']}\n"
-            f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, load "
-            f"average {ran_in['load_average'][0]:.1f} at the start",
-            comparison_report.text(question, maps, grids),
-        ]
-    )
     print(text)
-    if out is not None:
-        ran = {"flags": _asked(), "wall_s": seconds, "workers": workers}
-        content = {
-            **comparison_report.record(question, maps, grids),
-            **ran,
-            "environment": ran_in,
-        }
-        (out / "maps.json").write_text(
-            json.dumps(content, indent=1, allow_nan=False) + "\n"
-        )
-        (out / "maps.txt").write_text(text + "\n")
-        comparison_report.plot(question, maps, grids, out / "maps.png")
 
 
 def _asked() -> dict[str, Any]:

@@ -35,7 +35,7 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.goodput import GoodputSearch
-from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.points import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.tuning import Profile, tune
 from experiments.placements import row
@@ -121,7 +121,7 @@ class Question:
 class Cell:
     """A workload and targets."""
 
-    workload: SimWorkload
+    workload: Workload
     slo: SLO
 
 
@@ -201,7 +201,7 @@ def _lengths(mean: float, sigma: float, high: int) -> Lengths:
 
 
 def slos_map(
-    ttfts_s: Sequence[float], tpots_s: Sequence[float], workload: SimWorkload, name: str
+    ttfts_s: Sequence[float], tpots_s: Sequence[float], workload: Workload, name: str
 ) -> Map:
     """TTFT target x TPOT target.
 

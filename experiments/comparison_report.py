@@ -15,6 +15,7 @@ from matplotlib.patches import Patch, Rectangle
 from disagg_jax.metrics import Interval, interval_across
 from experiments.columns import align
 from experiments.comparison import (
+    COLOCATED,
     DISAGGREGATED,
     INFEASIBLE,
     POLICIES,
@@ -26,6 +27,7 @@ from experiments.comparison import (
     Question,
     judge,
     sentence,
+    shown_slo,
 )
 from experiments.figures.draw import COLOURS
 from experiments.figures.figure import shown, shown_interval
@@ -50,15 +52,18 @@ def text(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
 
 
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
-    """When not to disaggregate, for each map."""
+    """When not to disaggregate, for each map; of a single cell, its answer."""
     return [
         sentence(each, {at: judge(found).verdict for at, found in grid.items()})
+        if len(grid) > 1
+        else answer(*grid.values())
         for each, grid in zip(maps, grids, strict=True)
     ]
 
 
 def _header(question: Question) -> str:
     simulation = question.simulation
+    link = simulation.inside or "a free link"
     limits = ", ".join(
         f"{name} {policy.limits.decode_rows}"
         for name in question.systems
@@ -67,8 +72,8 @@ def _header(question: Question) -> str:
     )
     return "\n".join(
         [
-            f"{simulation.model} on {question.devices} devices, {simulation.cost}, "
-            f"KV over {simulation.inside or 'a free link'}; simulated",
+            f"{simulation.model_name} on {question.devices} devices, "
+            f"{simulation.cost}, KV over {link}; simulated",
             f"goodput: requests/s per device at which {question.plan.target:.0%} of "
             "the requests meet both targets",
             f"seeds {', '.join(map(str, question.seeds))}; N requests a run; 95 % "
@@ -162,6 +167,27 @@ def _figure(found: Found) -> str:
     return ", ".join([f"{found.rps:.3g}/s", *doubts])
 
 
+def answer(found: Sequence[Found]) -> str:
+    """Who wins one cell, by how much, and how sure that is."""
+    judged = judge(found)
+    if judged.verdict == INFEASIBLE:
+        return f"Nobody: {judged.why_infeasible}."
+    winner, best = judged.winner, judged.best_colocated
+    head = (
+        f"{winner.system} ({winner.deployment}) serves the most: "
+        f"{shown(winner.per_seed_rps, '.3g')} requests/s per device."
+    )
+    over = f"Disaggregated over {best.system}, the best colocated system"
+    said = {
+        DISAGGREGATED: "disaggregate",
+        COLOCATED: "do not disaggregate",
+        UNCLEAR: "no clear winner",
+    }[judged.verdict]
+    ratio = judged.over_colocated.ratio
+    how_much = shown_interval(ratio) if ratio else "not both meet the targets"
+    return f"{head}\n{over}: {how_much}: {said}."
+
+
 # ---- JSON ----------------------------------------------------------------------------
 
 
@@ -235,12 +261,16 @@ def plot(
     grids: Sequence[Grid],
     path: pathlib.Path,
 ) -> None:
-    """A map of winners for each pair of axes."""
+    """A map of winners for each pair of axes; of a single cell, all goodputs."""
+    if len(maps) == 1 and len(maps[0].cells) == 1:
+        ((found,),) = (grid.values() for grid in grids)
+        _plot_cell(question, maps[0], found, path)
+        return
     with matplotlib.rc_context({"font.size": 9, "hatch.linewidth": 0.6}):
         wide = sum(1.75 * len(each.x.values) + 1.2 for each in maps)
         high = 1.1 * max(len(each.y.values) for each in maps) + 2.2
         figure = matplotlib.figure.Figure(
-            figsize=(max(wide, 7.0), high), layout="constrained"
+            figsize=(max(wide, 9.0), high), layout="constrained"
         )
         axes = figure.subplots(1, len(maps), squeeze=False)[0]
         for one, each, grid in zip(axes, maps, grids, strict=True):
@@ -250,9 +280,38 @@ def plot(
         )
         simulation = question.simulation
         figure.suptitle(
-            f"Who serves the most: {simulation.model}, {question.devices} devices, "
-            f"{simulation.cost}, {len(question.seeds)} seeds",
+            f"Who serves the most: {simulation.model_name} on {question.devices} "
+            f"devices, {simulation.cost}, {len(question.seeds)} seeds",
             fontsize=10,
+        )
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _plot_cell(
+    question: Question, each: Map, found: Sequence[Found], path: pathlib.Path
+) -> None:
+    """A bar for each system with its interval."""
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = matplotlib.figure.Figure(
+            figsize=(8, 1.6 + 0.4 * len(found)), layout="constrained"
+        )
+        axes = figure.subplots()
+        for i, one in enumerate(found):
+            goodput = interval_across(one.per_seed_rps)
+            axes.barh(i, goodput.mean, color=_COLOUR_OF[one.system], height=0.7)
+            if goodput.low is not None and goodput.high is not None:
+                ends = [max(0.0, goodput.low), goodput.high]
+                axes.plot(ends, [i, i], "|-", color="black", lw=1, ms=8)
+        axes.set_yticks(
+            range(len(found)), [f"{one.system}\n{one.deployment}" for one in found]
+        )
+        axes.invert_yaxis()
+        axes.set(xlabel="goodput (requests/s per device), 95 % intervals over seeds")
+        simulation, (cell,) = question.simulation, each.cells.values()
+        axes.set_title(
+            f"{simulation.model_name} on {question.devices} devices, "
+            f"{simulation.cost}; {each.fixed}\n{shown_slo(cell.slo)}",
+            fontsize=9,
         )
         figure.savefig(path, dpi=110, metadata={"Software": None})
 

@@ -42,9 +42,14 @@ class Here:
             f"{name}={getattr(self, name)}" for name in ("model", "weights", "clock")
         ]
 
+    @property
+    def found(self) -> str:
+        """The devices alone."""
+        return f"{self.devices} devices ({self.backend}: {self.kind})"
+
     def __str__(self) -> str:
         return (
-            f"{self.devices} devices ({self.backend}: {self.kind})\n"
+            f"{self.found}\n"
             f"model {self.model} with {self.weights} weights, {self.clock} clock: "
             f"{self.why}"
         )

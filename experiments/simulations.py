@@ -26,14 +26,13 @@ from disagg_jax.scheduling.simdistserve import (
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.cost import ModelledCost
 from disagg_jax.sim.fitted_profile import FittedProfile, profile_from_json
-from disagg_jax.sim.hardware_presets import get_hardware
 from disagg_jax.sim.link import LINKS, get_link
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.protocols import CostModel
 from disagg_jax.sim.roofline import RooflineCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.traces import read_trace, requests_from_trace
-from experiments.shapes import get_shape
+from experiments.shapes import get_device, get_shape
 
 PROFILES = pathlib.Path(__file__).parent / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
@@ -49,7 +48,7 @@ class Simulation:
       ValueError: on an unknown model, cost model, hardware or link.
     """
 
-    model: str  # a name of `sim/model_shape.py`
+    model: str  # a name of `sim/model_shape.py`, or what else `shapes.get_shape` reads
     # "fitted/ENGINE" (DistServe's A100 coefficients) or "roofline/HARDWARE".
     cost: str
     # Another for colocated instances. A comparison across it compares engines too, so
@@ -76,6 +75,11 @@ class Simulation:
                 get_link(link)
         for cost in self.costs:
             cost_model(cost, self.model)
+
+    @property
+    def model_name(self) -> str:
+        """To show: a model of a file has the file's name."""
+        return get_shape(self.model).name
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -114,7 +118,7 @@ class Simulation:
         kind, _, name = self.cost.partition("/")
         if kind == "fitted":
             return distserve_profile().kv_tokens(self.model, spec.tp, spec.pp)
-        shape, hardware = get_shape(self.model), get_hardware(name)
+        shape, hardware = get_shape(self.model), get_device(name)
         return RooflineCost(model=shape, hardware=hardware).kv_tokens(spec.tp, spec.pp)
 
     def build(self, deployment: Deployment) -> SimulatedDeployment:
@@ -174,7 +178,7 @@ def cost_model(name: str, model: str) -> CostModel:
     )
     if kind == "fitted":
         return distserve_profile().cost_model(rest, model)
-    return RooflineCost(model=get_shape(model), hardware=get_hardware(rest))
+    return RooflineCost(model=get_shape(model), hardware=get_device(rest))
 
 
 def _simdistserve(model: str) -> Simulation:
@@ -228,7 +232,7 @@ def get_simulation(name: str) -> Simulation:
 
 def link_inside(hardware: str) -> str | None:
     """The link between two devices in a node; None if `hardware` has none."""
-    link = get_hardware(hardware).hop.name
+    link = get_device(hardware).hop.name
     return link if link in LINKS else None
 
 

@@ -38,7 +38,7 @@ from disagg_jax.search import (
     search,
 )
 from disagg_jax.sim.capacity import capacity_rps, unloaded
-from disagg_jax.sim.points import SimPoint, SimResult, SimWorkload, run_point
+from disagg_jax.sim.points import SimPoint, SimResult, Workload, run_point
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.trial import Trial, Verdict, decisive_misses, run_trial
 from disagg_jax.sim.workers import Mapper
@@ -55,7 +55,7 @@ class GoodputSearch:
     """
 
     simulated: SimulatedDeployment
-    workload: SimWorkload
+    workload: Workload
     slo: SLO  # also says about where to begin, by whatever criterion
     criterion: Criterion | None = None  # None: DistServe's, by `slo` and `plan.target`
     num_requests: int = 1000  # of each run; goodputs of short runs are higher

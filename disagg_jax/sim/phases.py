@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
-from disagg_jax.lengths import FixedLengths
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.cost import Decoder, DeploymentCost
 from disagg_jax.sim.goodput import GoodputSearch
@@ -56,9 +55,7 @@ def prefill_alone(
     return dataclasses.replace(
         whole,
         simulated=build(_equals(tp, pp, count)),
-        workload=dataclasses.replace(
-            whole.workload, output=FixedLengths(tokens=1), extra_tokens=0
-        ),
+        workload=whole.workload.prompts_only(),
         slo=SLO(ttft_s=whole.slo.ttft_s, tpot_s=math.inf),
     )
 

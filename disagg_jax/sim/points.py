@@ -5,23 +5,36 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.lengths import Lengths
+from disagg_jax.expect import expect
+from disagg_jax.lengths import FixedLengths, Lengths
 from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
+from disagg_jax.traces import TraceRow, requests_from_trace
 from disagg_jax.workload import POISSON, Arrivals, make_requests
+
+
+class Workload(Protocol):
+    """Requests to be had. Common random numbers: equal seeds give equal requests."""
+
+    def requests(self, n: int, rate_rps: float, seed: int) -> list[Request]:
+        """`n` requests at `rate_rps`. At another rate the same gaps are stretched."""
+        ...
+
+    def prompts_only(self) -> Workload:
+        """The same with one output token for each request."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimWorkload:
-    """Requests to draw. Common random numbers: equal seeds give equal requests.
-
-    At another rate the same gaps are stretched, and a longer run begins with the
-    shorter one.
-    """
+    """A `Workload` to draw; a longer run begins with the shorter one."""
 
     prompt: Lengths
     output: Lengths
@@ -41,6 +54,10 @@ class SimWorkload:
         )
         return [self._fitted(request) for request in drawn]
 
+    def prompts_only(self) -> SimWorkload:
+        """The same with one output token for each request."""
+        return dataclasses.replace(self, output=FixedLengths(tokens=1), extra_tokens=0)
+
     def _fitted(self, request: Request) -> Request:
         prompt, output = request.prompt_tokens, request.max_tokens
         if self.max_total_tokens is not None:
@@ -52,11 +69,68 @@ class SimWorkload:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TraceWorkload:
+    """A `Workload` of a trace's lengths and gaps.
+
+    Each seed begins somewhere else in the trace, which begins again when it ends.
+
+    Raises:
+      ValueError: unless there are two rows or more, all of them with tokens, in a time.
+    """
+
+    rows: tuple[TraceRow, ...]
+
+    def __post_init__(self) -> None:
+        expect(len(self.rows) >= 2, "trace: expected two rows or more", len(self.rows))
+        expect(self._span_s > 0, "trace: expected a span > 0 s", self._span_s)
+        fewest = min(min(row.prompt_tokens, row.output_tokens) for row in self.rows)
+        expect(fewest >= 1, "trace: expected rows with tokens only", fewest)
+
+    @classmethod
+    def fitting(cls, rows: Sequence[TraceRow], max_total_tokens: int) -> TraceWorkload:
+        """Of the rows that have tokens, and together at most so many."""
+        return cls(
+            rows=tuple(
+                row
+                for row in rows
+                if min(row.prompt_tokens, row.output_tokens) >= 1
+                and row.prompt_tokens + row.output_tokens <= max_total_tokens
+            )
+        )
+
+    def prompts_only(self) -> TraceWorkload:
+        """The same with one output token for each request."""
+        return TraceWorkload(
+            rows=tuple(row._replace(output_tokens=1) for row in self.rows)
+        )
+
+    @property
+    def _span_s(self) -> float:
+        return self.rows[-1].arrival_s - self.rows[0].arrival_s
+
+    def requests(self, n: int, rate_rps: float, seed: int) -> list[Request]:
+        """`n` requests whose mean rate is `rate_rps`."""
+        count = len(self.rows)
+        lap_s = self._span_s * count / (count - 1)  # with a mean gap at its end
+        start = int(np.random.default_rng(seed).integers(count))
+        rows = [
+            row._replace(arrival_s=row.arrival_s + lap * lap_s)
+            for lap, row in (
+                (i // count, self.rows[i % count]) for i in range(start, start + n)
+            )
+        ]
+        # One request has no rate; two at the same time have none either.
+        spread = rows[-1].arrival_s > rows[0].arrival_s
+        rate = rate_rps if spread else None
+        return requests_from_trace(rows, seed=seed, rate_rps=rate).requests
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SimPoint:
     """A deployment at a rate, for one seed."""
 
     simulated: SimulatedDeployment
-    workload: SimWorkload
+    workload: Workload
     rate_rps: float  # of the whole deployment
     num_requests: int
     seed: int = 0

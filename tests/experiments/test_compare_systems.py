@@ -36,7 +36,7 @@ from experiments.comparison import (
     sentence,
     slos_map,
 )
-from experiments.comparison_report import record, text
+from experiments.comparison_report import answer, record, text
 from experiments.paper_workloads import get_workload
 from experiments.simulations import Simulation, get_simulation, roofline_simulation
 
@@ -450,3 +450,72 @@ def test_lists_of_numbers():
     expected = "prompts: expected numbers joined by commas, got '8,long'"
     with pytest.raises(ValueError, match=expected):
         numbers("prompts", ["8", "long"], int)
+
+
+# ---- a single cell -------------------------------------------------------------------
+
+
+def found_of(system, *per_seed_rps, needs=0.5):
+    return Found(
+        system=system,
+        deployment="2xcolocated:tp1",
+        parameters=(),
+        per_seed_rps=per_seed_rps,
+        needs=needs,
+        num_requests=100,
+        candidates=({"steady": True, "bracketed": True, "resolved": True},),
+    )
+
+
+@pytest.mark.parametrize(
+    ("disaggregated", "colocated", "said"),
+    [
+        ((2.0, 2.02, 1.98), (1.0, 1.0, 1.0), "2.00 [1.95, 2.05]: disaggregate."),
+        ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0), "0.50 [0.50, 0.50]: do not disaggregate."),
+        ((1.0, 2.0, 1.5), (1.5, 1.6, 1.4), ": no clear winner."),
+        ((2.0, 2.0, 2.0), (0.0, 0.0, 0.0), "not both meet the targets: disaggregate."),
+    ],
+)
+def test_the_answer_of_a_cell(disaggregated, colocated, said):
+    cell = [found_of("vllm", *colocated), found_of(DISAGGREGATED, *disaggregated)]
+    text = answer(cell)
+    assert text.endswith(said)
+    better = DISAGGREGATED if sum(disaggregated) > sum(colocated) else "vllm"
+    assert text.startswith(f"{better} (2xcolocated:tp1) serves the most: ")
+
+
+def test_the_answer_of_a_cell_that_nobody_can_serve():
+    cell = [found_of(n, 0.0, needs=3.0) for n in ("vllm", DISAGGREGATED)]
+    assert answer(cell) == "Nobody: even alone vllm needs 3 x the targets."
+
+
+def test_a_single_cell_from_a_trace_and_files(tmp_path):
+    (tmp_path / "mine.json").write_text(
+        json.dumps(
+            {
+                **{"layers": 4, "embed": 512, "q_heads": 8, "kv_heads": 8, "mlp": 2048},
+                **{"head_dim": 64, "gated_mlp": True, "vocab": 1000},
+                "tie_embeddings": True,
+            }
+        )
+    )
+    rows = [f"{i},{100 + i},{4 + i % 3}" for i in range(60)]
+    rows.append("60,9000,5")  # too long
+    head = "arrival_s,prompt_tokens,output_tokens"
+    (tmp_path / "trace.csv").write_text("\n".join([head, *rows]) + "\n")
+    command = [
+        *(sys.executable, "-m", "experiments.compare_systems", "--map=targets"),
+        *("--ttfts=0.05", "--tpots=0.02", "--devices=2", "--seeds=2"),
+        *("--num_requests=40", "--systems=vllm,disaggregated", "--workers=1"),
+        *(f"--model={tmp_path}/mine.json", f"--trace={tmp_path}/trace.csv"),
+        f"--out={tmp_path}/out",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 61 rows" in done.stderr
+    assert "mine on 2 devices" in done.stdout
+    assert "Disaggregated over vllm, the best colocated system: " in done.stdout
+    content = json.loads((tmp_path / "out" / "maps.json").read_text())
+    assert content["maps"][0]["sentence"] in done.stdout
+    assert content["flags"]["trace"] == f"{tmp_path}/trace.csv"
+    assert (tmp_path / "out" / "maps.png").stat().st_size > 1000
