@@ -18,7 +18,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -28,6 +28,7 @@ from disagg_jax.sim.workers import worker_pool
 from experiments.paper_workloads import get_workload
 from experiments.placements import (
     ALGORITHMS,
+    Problem,
     Search,
     parse_slo,
     problem_of,
@@ -71,11 +72,47 @@ _OUT = flags.DEFINE_string(
 )
 
 
+def run(
+    problem: Problem,
+    algorithms: Sequence[str],
+    workers: int | None = None,
+    out: pathlib.Path | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+    *,
+    prune: bool = True,
+    whole: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> tuple[str, dict[str, Any]]:
+    """Searches; returns the report and what is in placement.json.
+
+    Args:
+      workers: processes; None is one a core.
+      out: folder for placement.json.
+      prune, whole: see `Search`.
+      about: more for placement.json.
+
+    Raises:
+      ValueError: on bad input, before any work.
+    """
+    start = time.perf_counter()
+    workers = workers or os.cpu_count() or 1
+    with worker_pool(workers) as mapper:
+        search = Search(
+            problem=problem, mapper=mapper, progress=progress, prune=prune, whole=whole
+        )
+        found = search.run(algorithms)
+    seconds = time.perf_counter() - start
+    found |= {"wall_s": seconds, "workers": workers, **(about or {})}
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "placement.json").write_text(json.dumps(found, indent=1) + "\n")
+    return f"{report(found)}\n{seconds:.1f} s with {workers} workers", found
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     start = time.perf_counter()
-    workers = _WORKERS.value or os.cpu_count() or 1
 
     def progress(text: str) -> None:
         elapsed = time.perf_counter() - start
@@ -99,25 +136,19 @@ def main(argv: Sequence[str]) -> None:
             margin=_MARGIN.value,
         )
         chosen = ("high", "low") if _ALGORITHM.value == "all" else (_ALGORITHM.value,)
-        with worker_pool(workers) as mapper:
-            search = Search(
-                problem=problem,
-                mapper=mapper,
-                progress=progress,
-                prune=not _EXHAUSTIVE.value,
-                whole=_WHOLE.value,
-            )
-            found = search.run(chosen)
+        text, _ = run(
+            problem,
+            chosen,
+            _WORKERS.value,
+            pathlib.Path(_OUT.value) if _OUT.value else None,
+            progress,
+            prune=not _EXHAUSTIVE.value,
+            whole=_WHOLE.value,
+            about={"flags": _asked()},
+        )
     except ValueError as error:
         sys.exit(f"error: {error}")
-    seconds = time.perf_counter() - start
-    found |= {"wall_s": seconds, "workers": workers, "flags": _asked()}
-    print(report(found))
-    print(f"{seconds:.1f} s with {workers} workers")
-    if _OUT.value:
-        out = pathlib.Path(_OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "placement.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(text)
 
 
 def _asked() -> dict[str, Any]:
