@@ -51,6 +51,10 @@ setup(
             "pyright[nodejs]==1.1.414",
             # tests/test_wheel.py builds without isolation; bdist_wheel came in 70.1.
             "setuptools>=77",
+            # Notebooks are kept as py:percent and run in CI.
+            "jupytext>=1.17,<2",
+            "nbmake>=1.5,<2",
+            "ipykernel>=6.29",
             GGUF,
             SAFETENSORS,
             TOKENIZERS,

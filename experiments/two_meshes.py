@@ -1,0 +1,355 @@
+"""Prefill and decode on meshes of their own, cut from the devices that are there.
+
+    python -m experiments.two_meshes
+    python -m experiments.two_meshes --model=llama-3-8b --prefill=4 --decode=2
+
+Shows what lies where on the two meshes, with tensor parallelism that may differ; serves
+requests on them and holds the tokens against one device; and measures the hand-off of
+KV from one mesh to the other, beside what bounds it: the link between the devices where
+it is known, and a copy in the host's memory for host devices. Writes two_meshes.txt and
+.png.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import jax
+from absl import app, flags
+from jax.sharding import NamedSharding
+
+from disagg_jax.deployment import KVMemory, Role
+from disagg_jax.engine.batch import PrefillShape
+from disagg_jax.engine.engine import Engine
+from disagg_jax.expect import expect
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.sim.link import LinkSpec, get_link
+from experiments import here
+from experiments.checkout import commit
+from experiments.columns import align
+from experiments.figures.draw import draw
+from experiments.figures.figure import Panel, Series
+from experiments.flag_values import integers
+from experiments.rigs import NO_STEPS, Rig, burst
+from experiments.transfers import Rate, rates
+from models.config import ModelConfig, get_config
+from sharding.mesh import Device
+
+_MODEL = flags.DEFINE_string(
+    "model",
+    None,
+    "A preset of models.config; default: what suits the devices.",
+    allow_override=True,
+)
+_PREFILL = flags.DEFINE_integer(
+    "prefill", None, "Devices that prefill; default: two thirds.", lower_bound=1
+)
+_DECODE = flags.DEFINE_integer(
+    "decode", None, "Devices that decode; default: the rest.", lower_bound=1
+)
+_MIB = flags.DEFINE_list(
+    "mib", ["1", "4", "16"], "Sizes of a hand-off.", allow_override=True
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Rounds behind a median.", lower_bound=1, allow_override=True
+)
+_OUT = flags.DEFINE_string("out", "runs/two_meshes", "Folder.", allow_override=True)
+
+_BLOCK = 16  # tokens in a block
+_REQUESTS, _PROMPT, _OUTPUT = 4, 48, 16  # that are served; tokens
+# The link between two devices of one host, by what JAX calls the device.
+_LINKS = {"A100": "nvlink-a100", "H100": "nvlink-h100", "H200": "nvlink-h100"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cut:
+    """So many devices for each phase.
+
+    Raises:
+      ValueError: unless there are that many.
+    """
+
+    prefill: int
+    decode: int
+
+    @classmethod
+    def of(cls, devices: int, prefill: int | None, decode: int | None) -> Cut:
+        """What is asked for, or powers of two: decode at most half of prefill.
+
+        Prompts are bound by arithmetic, of which more devices have more; decodes by
+        memory, and by the all-reduces that more devices need.
+        """
+        expect(devices >= 2, "devices: expected two or more", devices)
+        p = _power_of_two(devices - (decode or 1)) if prefill is None else prefill
+        d = _power_of_two(min(devices - p, p // 2)) if decode is None else decode
+        enough = f"prefill, decode: expected at most {devices} devices together"
+        expect(p + d <= devices, enough, (p, d))
+        return cls(prefill=p, decode=d)
+
+    def __str__(self) -> str:
+        return f"prefill:tp{self.prefill},decode:tp{self.decode}"
+
+
+def _power_of_two(most: int) -> int:
+    """The largest that is not above `most`; 1 at least."""
+    return 1 << (max(1, most).bit_length() - 1)
+
+
+def build(config: ModelConfig, cut: Cut) -> Rig:
+    """An engine on the two meshes, with the programs of a few short requests."""
+    return _rig(config, str(cut))
+
+
+def _rig(config: ModelConfig, deployment: str) -> Rig:
+    """For `_REQUESTS` requests of `_PROMPT` tokens at once."""
+    blocks = math.ceil((_PROMPT + _OUTPUT) / _BLOCK)
+    memory = KVMemory(
+        num_blocks=_REQUESTS * blocks, block_tokens=_BLOCK, max_context=blocks * _BLOCK
+    )
+    tokens = _REQUESTS * _PROMPT
+    sizes = (math.ceil(_PROMPT / _BLOCK), blocks)
+    prefill = dataclasses.replace(
+        NO_STEPS, prefill=(PrefillShape(tokens, _REQUESTS),), transfer_blocks=sizes
+    )
+    decode = dataclasses.replace(
+        NO_STEPS,
+        decode_rows=(_REQUESTS,),
+        pool_blocks=(memory.num_blocks,),
+        transfer_blocks=sizes,
+    )
+    if deployment.startswith("colocated"):
+        policy = PrefillFirst(max_batched_tokens=tokens, max_seqs=_REQUESTS)
+        both = dataclasses.replace(decode, prefill=prefill.prefill, transfer_blocks=())
+        policies = {Role.COLOCATED: policy}
+        return Rig.build(config, deployment, policies, [memory], [both])
+    policies = {
+        Role.PREFILL: PrefillOnly(token_budget=tokens, max_seqs=_REQUESTS),
+        Role.DECODE: DecodeOnly(max_seqs=_REQUESTS),
+    }
+    return Rig.build(config, deployment, policies, [memory] * 2, [prefill, decode])
+
+
+# -- what lies where -------------------------------------------------------------------
+
+
+def layout(engine: Engine) -> str:
+    """The meshes, and how weights and KV lie on them."""
+    head = ("", *(str(spec.role) for spec in engine.deployment.instances))
+    models = [instance.model for instance in engine.instances]
+    meshes = [model.stages[0].mesh for model in models]
+    rows = [
+        ("devices", *(", ".join(map(_id, mesh.devices.flat)) for mesh in meshes)),
+        ("mesh", *(str(dict(mesh.shape)) for mesh in meshes)),
+    ]
+    trees = [dict(_leaves(model.groups[0].params)) for model in models]
+    for path in trees[0]:
+        rows.append((path, *(_placed(tree[path]) for tree in trees)))
+    rows.append(("KV pool", *(_placed(i.cache[0][0]) for i in engine.instances)))
+    return "\n".join(align([head, *rows]))
+
+
+def _id(device: Device) -> str:
+    return str(device.id)
+
+
+def _leaves(params: Mapping[str, object]) -> list[tuple[str, jax.Array]]:
+    """The arrays of the first layer, and those that no layer has."""
+    found = [
+        (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    layers, first = "layers.", "layers.0."
+    return [
+        (name, leaf)
+        for name, leaf in found
+        if name.startswith(first) or not name.startswith(layers)
+    ]
+
+
+def _placed(array: jax.Array) -> str:
+    """Shape and mesh axes, as in float32[264, 128] (tensor, -)."""
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding)
+    axes = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
+    shown = ", ".join("-" if axis is None else str(axis) for axis in axes)
+    return f"{array.dtype}{list(array.shape)} ({shown})"
+
+
+# -- tokens ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """How many of the tokens are those of one device."""
+
+    equal: int
+    total: int
+    moved_bytes: int  # of KV, from mesh to mesh
+    exact: bool  # whether they have to be equal: float32
+
+    def __str__(self) -> str:
+        return (
+            f"{self.equal} of {self.total} tokens as on one device; "
+            f"{self.moved_bytes / 1e6:.2f} MB of KV moved"
+        )
+
+
+def check_tokens(config: ModelConfig, rig: Rig) -> Tokens:
+    """Serves requests on the two meshes and on one device.
+
+    In half precision sums in another order can turn a close choice.
+    """
+    requests = burst(config, _REQUESTS, _PROMPT, _OUTPUT)
+    split = rig.serve(requests)
+    alone = _rig(config, "colocated:tp1").serve(requests)
+    pairs = [
+        pair
+        for ours, theirs in zip(split, alone, strict=True)
+        for pair in zip(ours.tokens, theirs.tokens, strict=True)
+    ]
+    return Tokens(
+        equal=sum(ours == theirs for ours, theirs in pairs),
+        total=len(pairs),
+        moved_bytes=sum(timeline.transfer_bytes for timeline in split),
+        exact=config.dtype == "float32",
+    )
+
+
+# -- the hand-off ----------------------------------------------------------------------
+
+
+def link_between(kind: str) -> LinkSpec | None:
+    """The link between two devices of a host; None where it is not known."""
+    for name, link in _LINKS.items():
+        if name in kind:
+            return get_link(link)
+    return None
+
+
+def bound_s(rate: Rate, cut: Cut, link: LinkSpec | None) -> float:
+    """The least that a hand-off can take: its bytes over the links there are.
+
+    Of host devices, a copy of as many bytes in the host's memory.
+    """
+    if link is None:
+        return rate.copy_s
+    return link.ideal().transfer_s(rate.size_bytes, min(cut.prefill, cut.decode))
+
+
+def handoff_table(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> str:
+    """Each way and size beside the bound."""
+    rows = [
+        (
+            rate.way,
+            f"{rate.size_bytes / 2**20:.3g}",
+            f"{rate.seconds * 1e3:.2f}",
+            f"{rate.size_bytes / rate.seconds / 1e9:.2f}",
+            f"{rate.size_bytes / bound_s(rate, cut, link) / 1e9:.2f}",
+            f"{bound_s(rate, cut, link) / rate.seconds:.0%}",
+        )
+        for rate in found
+    ]
+    head = ("way", "MiB", "ms", "GB/s", "bound, GB/s", "of the bound")
+    return "\n".join(align([head, *rows], right=range(1, 6)))
+
+
+def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
+    """Bandwidth over size, and the bound."""
+    ways = list(dict.fromkeys(rate.way for rate in found))
+
+    def points(way: str) -> list[tuple[float, float]]:
+        return [
+            (rate.size_bytes / 2**20, rate.size_bytes / rate.seconds / 1e9)
+            for rate in found
+            if rate.way == way
+        ]
+
+    bound = Series(
+        label=link.name if link else "a copy in the host's memory",
+        points=[
+            (rate.size_bytes / 2**20, rate.size_bytes / bound_s(rate, cut, link) / 1e9)
+            for rate in found
+            if rate.way == ways[0]
+        ],
+        colour=6,
+        dashed=True,
+    )
+    return Panel(
+        title=f"{cut}: KV from mesh to mesh, insert included",
+        x="KV of a hand-off (MiB)",
+        y="bandwidth (GB/s)",
+        series=[
+            *(Series(label=w, points=points(w), colour=i) for i, w in enumerate(ways)),
+            bound,
+        ],
+        log_x=True,
+        log_y=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What was found, as text."""
+
+    layout: str
+    tokens: Tokens
+    handoff: str
+
+    def __str__(self) -> str:
+        return f"{self.layout}\n\n{self.tokens}\n\n{self.handoff}"
+
+
+def run(
+    config: ModelConfig,
+    cut: Cut,
+    out: pathlib.Path,
+    mib: Sequence[int] = (1, 4, 16),
+    repeats: int = 5,
+) -> Shown:
+    """Does all of it, and writes two_meshes.txt and .png.
+
+    Raises:
+      ValueError, OSError: on bad input, before any work; ValueError too if tokens that
+        have to be equal are not.
+    """
+    expect(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
+    out.mkdir(parents=True, exist_ok=True)
+    rig = build(config, cut)
+    tokens = check_tokens(config, rig)
+    equal = tokens.equal == tokens.total or not tokens.exact
+    expect(equal, "tokens: expected those of one device", str(tokens))
+    kind = jax.devices()[0].device_kind
+    link = link_between(kind)
+    sizes = [n * 2**20 for n in mib]
+    found = rates(config, [(cut.prefill, cut.decode)], sizes, 1, repeats)
+    found = [rate for rate in found if rate.way != "groups"]  # all of it is one group
+    shown = Shown(layout(rig.engine), tokens, handoff_table(found, cut, link))
+    title = f"{config.name} {config.dtype} on {kind}, {cut}"
+    head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
+    (out / "two_meshes.txt").write_text(f"{head}{shown}\n")
+    draw([panel(found, cut, link)], title, out / "two_meshes.png")
+    return shown
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    found = here.look()
+    out = pathlib.Path(_OUT.value)
+    try:
+        cut = Cut.of(found.devices, _PREFILL.value, _DECODE.value)
+        config = get_config(_MODEL.value or found.model)
+        shown = run(config, cut, out, integers("mib", _MIB.value), _REPEATS.value)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{found.found}\n\n{shown}\n\n{out}/two_meshes.png")
+
+
+if __name__ == "__main__":
+    app.run(main)
