@@ -1,0 +1,164 @@
+"""Checks what documents say can be done: commands, flags, files and links.
+
+    python -m experiments.check_documents
+
+Reads README.md, the reports and the notebooks. A command `python -m experiments.NAME`
+has to be a module that runs, its flags have to be that module's; a path below one of
+the project's folders has to exist, and so does what a link or picture points to. Prints
+each thing that does not hold as file:line, and fails.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import pathlib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from absl import app
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+DOCUMENTS = (
+    "README.md",
+    "experiments/reports/*.md",
+    "experiments/reports/*.txt",
+    "experiments/notebooks/*.py",
+)
+_FOLDERS = "disagg_jax|models|sharding|experiments|tests"
+
+_COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)((?: +[^\s`|]+)*)")
+_FLAG = re.compile(r"--(?:no)?([a-zA-Z]\w*)")
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
+_COLAB = "https://colab.research.google.com/github/disagg-jax/disagg-jax/blob/main/"
+_ABSL = ("help", "helpfull", "helpshort", "flagfile")  # flags that every command has
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that a document says and that is not so."""
+
+    path: pathlib.Path
+    line: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.what}"
+
+
+def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Problem]:
+    """What does not hold in one document.
+
+    Args:
+      root: of the checkout, where commands run.
+      path: of the document.
+    """
+    text = _joined(path.read_text())
+    for match in _COMMAND.finditer(text):
+        for what in _wrong_command(root, *match.groups()):
+            yield Problem(path.relative_to(root), _line(text, match.start()), what)
+    for match in _PATH.finditer(text):
+        if not (root / match[1]).exists():
+            what = f"expected a file or folder of the project, got '{match[1]}'"
+            yield Problem(path.relative_to(root), _line(text, match.start()), what)
+    for match in _LINK.finditer(text):
+        target = _target(root, path, match[1])
+        if target is not None and not target.exists():
+            what = f"expected a link to something that exists, got '{match[1]}'"
+            yield Problem(path.relative_to(root), _line(text, match.start()), what)
+
+
+def _joined(text: str) -> str:
+    """Commands on one line each; a line that was joined is left empty."""
+    lines = text.split("\n")
+    for i in range(len(lines) - 1, 0, -1):
+        if lines[i - 1].endswith("\\"):
+            more = lines[i].lstrip("# ")
+            lines[i - 1], lines[i] = f"{lines[i - 1][:-1].rstrip()} {more}", ""
+    return "\n".join(lines)
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1
+
+
+def _wrong_command(root: pathlib.Path, module: str, arguments: str) -> Iterator[str]:
+    source = root / f"{module.replace('.', '/')}.py"
+    if not source.exists():
+        yield f"expected a module of experiments, got '{module}'"
+        return
+    flags, runs = _read(source)
+    if not runs:
+        yield f"expected a module that can be run, got '{module}'"
+    for word in arguments.split():
+        flag = _FLAG.match(word)
+        if word.startswith("-") and flag is None:
+            yield f"{module}: expected flags like --name=value, got '{word}'"
+        elif flag and not {flag[1], f"no{flag[1]}"} & {*flags, *_ABSL}:
+            yield f"{module}: expected a flag of {sorted(flags)}, got '{word}'"
+
+
+@functools.cache
+def _read(source: pathlib.Path) -> tuple[frozenset[str], bool]:
+    """The flags that a module defines, and whether it runs."""
+    tree = ast.parse(source.read_text())
+    flags = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith("DEFINE_")
+        and isinstance(node.args[0], ast.Constant)
+        and isinstance(node.args[0].value, str)
+    }
+    runs = any(
+        isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
+        for node in tree.body
+    )
+    return frozenset(flags), runs
+
+
+def _target(root: pathlib.Path, path: pathlib.Path, link: str) -> pathlib.Path | None:
+    """The file of the project that a link is to; None if it is to something else."""
+    if link.startswith(_COLAB):
+        return root / link.removeprefix(_COLAB)
+    if "://" in link or link.startswith("#"):
+        return None
+    return path.parent / link.partition("#")[0]
+
+
+def documents(root: pathlib.Path) -> list[pathlib.Path]:
+    """All that is checked.
+
+    Raises:
+      ValueError: if a kind of document is missing altogether.
+    """
+    found: list[pathlib.Path] = []
+    for pattern in DOCUMENTS:
+        matches = sorted(root.glob(pattern))
+        if not matches:
+            raise ValueError(f"expected documents like {pattern}, got none")
+        found += matches
+    return found
+
+
+def problems(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> list[Problem]:
+    """What does not hold in any of the documents."""
+    return [problem for path in paths for problem in check(root, path)]
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+    paths = documents(ROOT)
+    found = problems(ROOT, paths)
+    print(*found, sep="\n", end="\n" if found else "")
+    print(f"{len(paths)} documents, {len(found)} problems")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    app.run(main)
