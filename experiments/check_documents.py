@@ -33,6 +33,7 @@ _COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)((?: +[^\s`|]+)*)")
 _FLAG = re.compile(r"--(?:no)?([a-zA-Z]\w*)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
+_TABLE = "| `python -m experiments.` |"
 _COLAB = "https://colab.research.google.com/github/disagg-jax/disagg-jax/blob/main/"
 _ABSL = ("help", "helpfull", "helpshort", "flagfile")  # flags that every command has
 
@@ -56,7 +57,7 @@ def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Problem]:
       root: of the checkout, where commands run.
       path: of the document.
     """
-    text = _joined(path.read_text())
+    text = _tables_spelt_out(_joined(path.read_text()))
     for match in _COMMAND.finditer(text):
         for what in _wrong_command(root, *match.groups()):
             yield Problem(path.relative_to(root), _line(text, match.start()), what)
@@ -78,6 +79,16 @@ def _joined(text: str) -> str:
         if lines[i - 1].endswith("\\"):
             more = lines[i].lstrip("# ")
             lines[i - 1], lines[i] = f"{lines[i - 1][:-1].rstrip()} {more}", ""
+    return "\n".join(lines)
+
+
+def _tables_spelt_out(text: str) -> str:
+    """The rows of tables headed `python -m experiments.` as whole commands."""
+    lines, inside = text.split("\n"), False
+    for i, line in enumerate(lines):
+        inside = line.startswith("|") and (inside or line.startswith(_TABLE))
+        if inside and not line.startswith(_TABLE):
+            lines[i] = line.replace("| `", "| `python -m experiments.", 1)
     return "\n".join(lines)
 
 

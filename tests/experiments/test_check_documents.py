@@ -37,6 +37,7 @@ def found(root, text, name="README.md"):
         "# ```\n# python -m experiments.sweep \\\n#     --out=a\n# ```",
         "| `python -m experiments.sweep` | a row | --of a table |",
         "# python -m experiments.sweep   commit abc",
+        "| `python -m experiments.` | |\n|---|---|\n| `sweep --out=a` | `b` |\n\n| `c` |",
         "`experiments/sweep.py`, `experiments/reports/`, `runs/none.txt`, `a/b`",
         "[a](experiments/sweep.py) [b](experiments/library.py#part) [c](#here)",
         "[d](https://example.org/none) ![e](experiments/library.py)",
@@ -66,6 +67,10 @@ def test_what_holds(root, text):
             "python -m experiments.sweep -n 2",
             "README.md:1: experiments.sweep: expected flags like --name=value, got "
             "'-n'",
+        ),
+        (
+            "| `python -m experiments.` | |\n|---|---|\n| `sweep` | |\n| `swep` | |",
+            "README.md:4: expected a module of experiments, got 'experiments.swep'",
         ),
         (
             "see `experiments/none.py`",
