@@ -230,7 +230,7 @@ def run(
 
     Args:
       command: by which it can be repeated.
-      out: folder for maps.{txt,png,json}.
+      out: folder for maps.{txt,png,json}; for a trace, lengths.png too.
       about: more for maps.json.
 
     Raises:
@@ -265,7 +265,16 @@ def run(
         )
         (out / "maps.txt").write_text(text + "\n")
         comparison_report.plot(question, maps, grids, out / "maps.png")
+        _plot_traces(maps, out)
     return text, list(grids)
+
+
+def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
+    """Of a map whose cells share a trace, its lengths."""
+    for each in maps:
+        workload = next(iter(each.cells.values())).workload
+        if isinstance(workload, TraceWorkload):
+            comparison_report.plot_lengths(workload, out / "lengths.png")
 
 
 def main(argv: Sequence[str]) -> None:

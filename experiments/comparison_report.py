@@ -10,9 +10,11 @@ from typing import Any
 
 import matplotlib
 import matplotlib.figure
+import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
 from disagg_jax.metrics import Interval, interval_across
+from disagg_jax.sim.points import TraceWorkload
 from experiments.columns import align
 from experiments.comparison import (
     COLOCATED,
@@ -29,8 +31,8 @@ from experiments.comparison import (
     sentence,
     shown_slo,
 )
-from experiments.figures.draw import COLOURS
-from experiments.figures.figure import shown, shown_interval
+from experiments.figures.draw import COLOURS, draw
+from experiments.figures.figure import Panel, Series, shown, shown_interval
 from experiments.placements import lines
 
 Grid = Mapping[tuple[int, int], Sequence[Found]]
@@ -314,6 +316,28 @@ def _plot_cell(
             fontsize=9,
         )
         figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
+    """The distributions of a trace's prompts and outputs."""
+    shares = np.linspace(0, 100, 101)
+
+    def curve(label: str, colour: int, tokens: Sequence[int]) -> Series:
+        values = np.percentile(tokens, shares).tolist()
+        points = list(zip(values, shares.tolist(), strict=True))
+        return Series(label=label, points=points, colour=colour)
+
+    panel = Panel(
+        title=f"{len(workload.rows)} requests",
+        x="length (tokens)",
+        y="requests that are no longer (%)",
+        series=[
+            curve("prompts", 0, [row.prompt_tokens for row in workload.rows]),
+            curve("outputs", 1, [row.output_tokens for row in workload.rows]),
+        ],
+        log_x=True,
+    )
+    draw([panel], "Lengths of the trace", path)
 
 
 def _draw(axes: Any, each: Map, grid: Grid) -> None:

@@ -288,6 +288,7 @@ def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
             *(Series(label=w, points=points(w), colour=i) for i, w in enumerate(ways)),
             bound,
         ],
+        x_ticks=sorted({x for x, _ in bound.points}),
         log_x=True,
         log_y=True,
     )

@@ -133,28 +133,11 @@ trace = "runs/notebooks/will_it_help/my-trace.csv"  # @param {type: "string"}
 # %%
 from IPython.display import Image
 
-from experiments.compare_systems import trace_workload
-from experiments.figures.draw import draw
-from experiments.figures.figure import Panel, Series
+from experiments import compare_systems
+from experiments.comparison_report import plot_lengths
 
-workload = trace_workload(trace, max_total_tokens=8192)
-shares = np.linspace(0, 100, 101)
-
-
-def curve(name: str, colour: int) -> Series:
-    values = np.percentile([getattr(row, name) for row in workload.rows], shares)
-    points = list(zip(values.tolist(), shares.tolist(), strict=True))
-    return Series(label=name.replace("_", " "), points=points, colour=colour)
-
-
-panel = Panel(
-    title=f"{len(workload.rows)} requests",
-    x="length (tokens)",
-    y="requests that are no longer (%)",
-    series=[curve("prompt_tokens", 0), curve("output_tokens", 1)],
-    log_x=True,
-)
-draw([panel], "The lengths of the trace", out / "lengths.png")
+workload = compare_systems.trace_workload(trace, max_total_tokens=8192)
+plot_lengths(workload, out / "lengths.png")
 Image(filename=out / "lengths.png")
 
 # %% [markdown]
@@ -172,7 +155,6 @@ Image(filename=out / "lengths.png")
 
 # %%
 from disagg_jax.tuning import tile_multiples
-from experiments import compare_systems
 from experiments.comparison import Question, slos_map
 from experiments.comparison_report import answer
 from experiments.simulations import roofline_simulation

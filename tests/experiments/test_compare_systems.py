@@ -518,4 +518,5 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     content = json.loads((tmp_path / "out" / "maps.json").read_text())
     assert content["maps"][0]["sentence"] in done.stdout
     assert content["flags"]["trace"] == f"{tmp_path}/trace.csv"
-    assert (tmp_path / "out" / "maps.png").stat().st_size > 1000
+    for name in ("maps", "lengths"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
