@@ -5,7 +5,7 @@ import pytest
 from disagg_jax.engine.executor import outcome
 from disagg_jax.work import Step
 from experiments import stalls
-from experiments.stalls import Scene
+from experiments.stall_scene import Scene, measure
 from models import transformer
 from models.config import get_config
 
@@ -24,7 +24,7 @@ def timing(work, parts_s):
 def found():
     config = get_config("tiny")
     params = transformer.init_params(config, 0)
-    stalled = stalls.measure(config, params, SCENE, timing=timing)
+    stalled = measure(config, params, SCENE, timing=timing)
     return {(stall.system, stall.prompt): stall for stall in stalled}
 
 
@@ -79,4 +79,4 @@ def test_bad_scenes(changes, message):
 def test_a_prompt_longer_than_the_model_can_hold_is_refused_before_any_work():
     config = get_config("m32")
     with pytest.raises(ValueError, match="expected at most 511 tokens for m32"):
-        stalls.measure(config, {}, Scene(prompts=(600,)))
+        measure(config, {}, Scene(prompts=(600,)))
