@@ -1,5 +1,7 @@
 """What a prompt does to decodes, with durations that are known."""
 
+import itertools
+
 import pytest
 
 from disagg_jax.engine.executor import outcome
@@ -80,3 +82,23 @@ def test_a_prompt_longer_than_the_model_can_hold_is_refused_before_any_work():
     config = get_config("m32")
     with pytest.raises(ValueError, match="expected at most 511 tokens for m32"):
         measure(config, {}, Scene(prompts=(600,)))
+
+
+def test_of_several_runs_the_one_in_the_middle_counts():
+    factors = itertools.cycle([3, 1, 2])
+
+    def uneven(work, parts_s):
+        """A prompt of 80 tokens takes 3, 1 and 2 times as long, in turn."""
+        known = timing(work, parts_s)
+        if isinstance(work, Step) and work.load.chunks == ((0, 80),):
+            return outcome(work, [1.0 + 80 * next(factors)])
+        return known
+
+    config = get_config("tiny")
+    scene = Scene(decodes=1, prompts=(80,), chunk=19, repeats=3)
+    params = transformer.init_params(config, 0)
+    # Each of the warm-up runs has such a prompt as well, so that the cycle starts anew.
+    vllm, *_ = measure(config, params, scene, timing=uneven)
+    assert vllm.longest_s == pytest.approx(1.0 + 1.0 + 80 * 2)
+    assert vllm.ttft_s == pytest.approx(1.0 + 80 * 2)
+    assert max(gap_s for _, gap_s in vllm.gaps) == vllm.longest_s
