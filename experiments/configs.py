@@ -76,7 +76,7 @@ def tiny_tp2() -> Config:
     """Tensor parallelism 2 on both sides, on 4 devices; times come from a formula.
 
     Host devices share the cores, so measured times would be contention, not speed. The
-    tokens are real; the formula's coefficients are made up.
+    tokens are real; the formula's coefficients are made up. 48 s on 2 cores.
     """
     vllm, disaggregated = (_TWO_DEVICES[name] for name in ("vllm", "disaggregated"))
     return Config(
@@ -128,8 +128,8 @@ def azure_trace() -> Config:
 
     Needs the CSV (AzurePublicDataset, CC-BY 4.0): `--set workload.trace=FILE`. Its
     lengths are scaled by 1/8 and clipped to half the context, its times stretched to
-    the rate in question. Not timed to its end yet; by the step times about 4 minutes on
-    2 cores.
+    the rate in question. 47 s on 2 cores; vLLM was ahead, as prompts are short beside
+    what the decodes take.
     """
     return Config(
         systems=_TWO_SYSTEMS,
