@@ -37,6 +37,7 @@ from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
 from experiments.flag_values import integers
 from experiments.rigs import NO_STEPS, Rig, burst
+from experiments.timing import keep_freed_memory
 from experiments.transfers import Rate, rates
 from models.config import ModelConfig, get_config
 from sharding.mesh import Device
@@ -321,6 +322,7 @@ def run(
     """
     expect(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
     out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()  # else each hand-off and copy waits for new pages
     rig = build(config, cut)
     tokens = check_tokens(config, rig)
     equal = tokens.equal == tokens.total or not tokens.exact
