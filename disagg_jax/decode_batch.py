@@ -142,6 +142,18 @@ class DecodeBatch:
             to._fresh += [state for state in self._fresh if state.batch is to]
             self._fresh = [state for state in self._fresh if state.batch is self]
 
+    def within(self, tokens: int) -> Sequence[RequestState]:
+        """The longest head of the queue that attends to at most `tokens` tokens.
+
+        Those that the next iteration adds are included.
+        """
+        next_iteration = self.iteration + 1
+        rows, over = len(self.members), self.context + len(self.members) - tokens
+        while over > 0:  # from the tail: in a step that is capped fewer stay than go
+            rows -= 1
+            over -= self.members[rows].base + next_iteration
+        return self.members[:rows]
+
     def take_fresh(self) -> Iterable[RequestState]:
         """The members that are new since this was last asked."""
         fresh, self._fresh = self._fresh, []
@@ -152,7 +164,7 @@ class DecodeBatch:
         """Members that have all their tokens, in order of arrival."""
         now = self.iteration
         if self._milestones:
-            states = self._milestones.ending.get(now, {}).values()
+            states = list(self._milestones.ending.get(now, {}).values())
         else:
             states = [s for s in self.members if s.base + now == s.limit]
         return sorted(states, key=lambda state: state.order) if states else []
@@ -288,9 +300,9 @@ class Milestones:
         """Gives members the blocks they need for the iterations from `begun` on."""
         size, phases = self._block_tokens, self._phases
         for iteration in range(begun, end):
-            owners = phases.get(-iteration % size)
+            owners: Collection[int] = phases.get(-iteration % size, ())
             if self._prepaid:  # for the first of them
-                owners = [o for o in owners or () if o not in self._prepaid]
+                owners = [o for o in owners if o not in self._prepaid]
                 self._prepaid.clear()
             if owners:
                 self._blocks.add_to_each(owners)

@@ -240,6 +240,9 @@ class InstanceState:
     def running_context(self) -> int:
         return self.ready.context
 
+    def running_within(self, tokens: int) -> Sequence[RequestState]:
+        return self.ready.within(tokens)
+
     @property
     def growth(self) -> int:
         return self.ready.missing()

@@ -35,7 +35,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,8 +42,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from disagg_jax.controller import Controller
+from disagg_jax.backend import serve
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
+from disagg_jax.engine.wall import WallBackend
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.summary import summarise
@@ -119,39 +119,32 @@ def host(options: Options) -> list[Figure]:
     return figures
 
 
-class _TimedController(Controller):
-    """Notes how long it took to turn a finished decode step into the next one."""
-
-    spans_s: tuple[float, ...] = ()
-
-    def step(self, now_s: float, events: Sequence[Event]) -> list[Work]:
-        start_s = time.perf_counter()
-        works = super().step(now_s, events)
-        steps = [work for work in works if isinstance(work, Step)]
-        decodes = [step for step in steps if step.slices[0].is_decode]  # makes them
-        span_s = time.perf_counter() - start_s
-        if decodes:
-            self.spans_s += (span_s,)
-        return works
-
-
 def _host_loop_us(
     rig: Rig, requests: Sequence[Request], repeats: int
 ) -> dict[str, float]:
     """Medians over decode steps."""
-    controller_s: list[float] = []
-    loop_s: list[float] = []
-    for i in range(repeats + 1):
-        controller = rig.controller(_TimedController)
-        assert isinstance(controller, _TimedController)
-        timelines = rig.serve(requests, controller)
-        if i:
-            controller_s += controller.spans_s
-            loop_s += np.diff(timelines[0].token_s).tolist()
+    runs = [_host_loop_s(rig, requests) for _ in range(repeats + 1)][1:]
+    controller_s, loop_s = (sum(part, []) for part in zip(*runs, strict=True))
     return {
         "controller": statistics.median(controller_s) * 1e6,
         "whole loop": statistics.median(loop_s) * 1e6,
     }
+
+
+def _host_loop_s(
+    rig: Rig, requests: Sequence[Request]
+) -> tuple[list[float], list[float]]:
+    """From each finished decode step to the plan of the next; between the tokens."""
+    backend, plans_s = WallBackend(rig.engine), []
+
+    def watch(now_s: float, events: Sequence[Event], works: Sequence[Work]) -> None:
+        steps = [work for work in works if isinstance(work, Step)]
+        if any([step.slices[0].is_decode for step in steps]):  # makes them
+            plans_s.append(backend.now_s() - now_s)
+
+    with rig.engine.serving():
+        timelines = serve(rig.controller(), backend, requests, observer=watch)
+    return plans_s, np.diff(timelines[0].token_s).tolist()
 
 
 def decode(options: Options) -> list[Figure]:

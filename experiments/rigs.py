@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from disagg_jax.backend import serve
+from disagg_jax.backend import Observer, serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
@@ -62,18 +62,18 @@ class Rig:
         engine.compile()
         return cls(engine, policies)
 
-    def controller(self, kind: type[Controller] = Controller) -> Controller:
+    def controller(self) -> Controller:
         """A new one, for one run."""
         memory = [instance.model.memory for instance in self.engine.instances]
-        return kind(self.engine.deployment, self.policies, memory)
+        return Controller(self.engine.deployment, self.policies, memory)
 
     def serve(
-        self, requests: Sequence[Request], controller: Controller | None = None
+        self, requests: Sequence[Request], observer: Observer | None = None
     ) -> list[Timeline]:
         """Serves `requests` on the clock of this machine, guarded as any run is."""
-        controller = controller or self.controller()
+        backend = WallBackend(self.engine)
         with self.engine.serving():
-            return serve(controller, WallBackend(self.engine), requests)
+            return serve(self.controller(), backend, requests, observer=observer)
 
 
 def burst(config: ModelConfig, n: int, prompt: int, output: int) -> list[Request]:

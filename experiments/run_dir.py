@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment
 from disagg_jax.expect import expect
 from experiments.checkout import commit
@@ -191,6 +192,7 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "commit": commit(),
         "python": platform.python_version(),
+        "compiled": sorted(compiled_modules()),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
+from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment
 from disagg_jax.lengths import FixedLengths
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
@@ -118,6 +119,7 @@ def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
         "requests": len(timelines),
         "tokens": sum(len(t.token_s) for t in timelines),
         "cpu_s": cpu_s,
+        "compiled": bool(compiled_modules()),
     }
     if workload.worst_difference_ms is not None:
         line["worst_difference_ms"] = workload.worst_difference_ms(timelines)

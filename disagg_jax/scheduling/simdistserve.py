@@ -8,7 +8,6 @@ Source: LLMServe/DistServe @ 82831f16, `facts/distserve.md` 2.2.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from disagg_jax.scheduling.decoding import FOREVER
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -45,18 +44,7 @@ class RoundRobinDecode:
             spare = self.token_cap - tokens - rows
             repeats = spare // rows + 1 if rows else FOREVER
             return Plan(decodes=instance.running, repeats=repeats)
-        return Plan(decodes=self._head(instance))
-
-    def _head(self, instance: InstanceView) -> Sequence[RequestView]:
-        """The requests from the head of the queue that fit under the cap."""
-        running = instance.running
-        rows, tokens = len(running), instance.running_context + len(running)
-        for request in reversed(running):  # from the tail: fewer stay than go
-            if tokens <= self.token_cap:
-                break
-            rows -= 1
-            tokens -= request.context + 1
-        return running[:rows]
+        return Plan(decodes=instance.running_within(self.token_cap))
 
     def pulls(self, instance: InstanceView, request: RequestView) -> bool:
         return True

@@ -80,6 +80,13 @@ class InstanceView(Protocol):
         """Cached tokens of all of `running` together."""
         ...
 
+    def running_within(self, tokens: int) -> Sequence[RequestView]:
+        """The longest head of `running` that attends to at most `tokens` tokens.
+
+        Each request attends to its cached tokens and the one it computes.
+        """
+        ...
+
     @property
     def growth(self) -> int:
         """Blocks that are missing for each of `running` to decode one token."""

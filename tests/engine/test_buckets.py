@@ -197,7 +197,7 @@ def test_slices_for_timing_need_exactly_their_shape(limits, memory):
 
 def make_slice(start, count, blocks, samples=True) -> Slice:
     request = make_request(0, start + count, 4)
-    return Slice(request, start, count, samples, blocks, (0,) * count)
+    return Slice(request, start, count, samples, tuple(blocks), (0,) * count)
 
 
 def test_shape_of_a_step_by_example():

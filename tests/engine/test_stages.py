@@ -155,20 +155,23 @@ def test_activations_never_pass_through_the_host(world, deployment):
 # -- time -----------------------------------------------------------------------------
 
 
-class Recorder(VirtualBackend):
+class Recorder:
     """Keeps what was submitted, and when what left a stage or was over."""
 
     def __init__(self, executor):
-        super().__init__(executor)
+        self._backend = VirtualBackend(executor)
         self.steps, self.freed_s, self.done = [], {}, {}
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
 
     def submit(self, work):
         if isinstance(work, Step):
             self.steps.append((self.now_s(), work))
-        super().submit(work)
+        self._backend.submit(work)
 
     def wait(self, until_s):
-        reports = super().wait(until_s)
+        reports = self._backend.wait(until_s)
         for report in reports:
             if isinstance(report, StageFree):
                 self.freed_s[report.work] = self.now_s()
