@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from disagg_jax.engine import sampling
 from disagg_jax.engine.engine import Engine
 from experiments.timing import timed_s
 from models import transformer
@@ -50,7 +51,7 @@ def dense_step(
         config, params["layers"], x, position_B, attend, cache
     )
     logits = transformer.unembed(config, params, x)
-    return cache, jnp.argmax(logits, axis=-1)
+    return cache, sampling.greedy(logits)
 
 
 def dense_step_s(

@@ -202,7 +202,13 @@ def _pool_attention(
         k_PKOH, v_PKOH = (part[:P] for part in layer)
         N, H = q_BNH.shape[1:]
         K = k_PKOH.shape[1]
-        q_PKGH = q_BNH.reshape(B, K, N // K, H)[owner_P]
+        # A product, not a gather: of a float at a time that took 14 % of a step of 16
+        # rows of SmolLM2 on a core.
+        q_PKGH = einsum(
+            "BP,BKGH->PKGH",
+            owned_BP.astype(q_BNH.dtype),
+            q_BNH.reshape(B, K, N // K, H),
+        )
         scores = einsum("PKGH,PKOH->PKGO", q_PKGH, k_PKOH, jnp.float32) * H**-0.5
         scores = jnp.where(seen, scores, lowest)
         # Softmax over all blocks of a row: its maximum, then weights relative to that.

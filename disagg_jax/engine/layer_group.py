@@ -156,7 +156,7 @@ def _run_group(
     if "last" in inputs:
         x = x[inputs["last"]]
     logits_RV = transformer.unembed(config, params, x)
-    return cache, (jnp.argmax(logits_RV, axis=-1).astype(jnp.int32), logits_RV)
+    return cache, (sampling.greedy(logits_RV), logits_RV)
 
 
 def _attend(

