@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
 from jax import Array
 
 from disagg_jax.engine import kv_cache
@@ -14,7 +14,6 @@ from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.stage import Stage
 from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
 
-Ids = Mapping[Stage, Array]  # block ids on the mesh of each stage
 Pieces = list[list[Array]]
 
 
@@ -35,20 +34,22 @@ class Segment(NamedTuple):
         """What arrives of `blocks` blocks."""
         return self.dst.payload_bytes(len(self.layers), blocks, self.plan)
 
-    def gather(self, cache: kv_cache.Cache, ids: Ids) -> Pieces:
-        """Copies blocks out of the source's cache."""
-        stage = self.src.stage
-        return stage.gather(cache[self._part], ids[stage], self.plan)
+    def gather(self, cache: kv_cache.Cache, ids: np.ndarray) -> Pieces:
+        """Copies the blocks `ids` out of the source's cache."""
+        return self.src.stage.gather(cache[self._part], ids, self.plan)
 
     def move(self, pieces: Pieces) -> Pieces:
         """Copies what was gathered to the destination's devices."""
         return move(pieces, self.plan, self.dst.payload_sharding)
 
-    def insert(self, cache: kv_cache.Cache, ids: Ids, pieces: Pieces) -> Array:
-        """Writes what was moved into the destination's cache; ready when it is."""
-        ids_of_stage = ids[self.dst]
+    def insert(self, cache: kv_cache.Cache, ids: np.ndarray, pieces: Pieces) -> Array:
+        """Writes what was moved to the blocks `ids` of the destination's cache.
+
+        Returns:
+          What is ready when it is there.
+        """
         cache[self._part], landed = self.dst.insert(
-            cache[self._part], ids_of_stage, pieces, self.plan
+            cache[self._part], ids, pieces, self.plan
         )
         return landed
 

@@ -85,7 +85,7 @@ class Stage:
         self._programs.compile(key, self._gather_program, layers, blocks, plan)
 
     def gather(
-        self, cache: kv_cache.Cache, ids: Array, plan: PiecePlan
+        self, cache: kv_cache.Cache, ids: np.ndarray, plan: PiecePlan
     ) -> list[list[Array]]:
         """Copies the blocks `ids` out of layers, cut into pieces of kv heads.
 
@@ -104,7 +104,7 @@ class Stage:
     def insert(
         self,
         cache: kv_cache.Cache,
-        ids: Array,
+        ids: np.ndarray,
         pieces: list[list[Array]],
         plan: PiecePlan,
     ) -> tuple[kv_cache.Cache, Array]:
