@@ -215,7 +215,7 @@ def _stalls(
 
     def run(prompt: int, arrival_s: float) -> list[Timeline]:
         controller = Controller(engine.deployment, policies, memory)
-        backend = VirtualBackend(EngineExecutor(engine, timing))
+        backend = VirtualBackend(EngineExecutor(engine, timing, warm_up=True))
         requests = scene.requests(prompt, arrival_s, vocab)
         with engine.serving():
             return serve(controller, backend, requests)

@@ -205,6 +205,18 @@ class Engine:
         """
         return self._step(work) if isinstance(work, Step) else self._transfer(work)
 
+    def warm_up(self, step: Step) -> None:
+        """Runs a step whose result nobody gets; it computes the same again when asked.
+
+        Its programs write the KV that they will write.
+        """
+        instance, slices = self.instances[step.instance], tuple(step.slices)
+        model = instance.model
+        shape = instance.step_shape(slices)
+        packed = shape.pack(slices, model.memory.block_tokens, model.scratch_block)
+        with jax.transfer_guard_host_to_device("allow"):
+            jax.block_until_ready(model.step(shape, instance.cache, packed))
+
     def part_keys(self, work: Task) -> list[str]:
         """What each part of `work` runs: parts with equal keys take equally long.
 
