@@ -4,12 +4,17 @@
     python -m experiments.accuracy --profile=runs/profile.json
 
 Every system serves the same requests on the engine, with live durations, and in the
-simulator, with those of a profile that was taken before, in another process. At each
-rate: attainment on both sides, and the errors of the percentiles. Attainment may differ
-by 2 points, or by what it changes over 2 % of the rate. Of a difference, "durations" is
-what goes if the simulator is given the durations that the engine had in that run, in
-place of the profile's; what stays is "scheduling". "alike" are the decisions of the two
-runs that are equal.
+simulator, with those of a profile that was taken before, in another process. A
+shared machine does not keep its speed; so probes run between the engine's steps, and
+the simulator's machine is slower by as much as those were in that run than when the
+profile was taken ("slower", of decodes and of steps with prompts). "as profiled" is the
+difference without that. Probes say nothing of what the profile is wrong about.
+
+At each rate: attainment on both sides, and the errors of the percentiles. Attainment
+may differ by 2 points, or by what it changes over 2 % of the rate. Of a difference,
+"durations" is what goes if the simulator is given the durations that the engine had in
+that run, in place of the profile's; what stays is "scheduling". "alike" are the
+decisions of the two runs that are equal.
 
 Below, every step that ran on the engine against its prediction; programs alone, before
 and after all runs, against the profile, which is how far the machine has moved; and
@@ -29,13 +34,14 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.calibrated import CalibratedProfile
 from disagg_jax.sim.calibrated_profile import profile_to_json
 from experiments import accuracy_report, host_devices
 from experiments.accuracy_report import Result
-from experiments.calibration import grid, measure
+from experiments.calibration import grid, measure, typical_s
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
 from experiments.profiled import read_profile, step_times_of
@@ -47,6 +53,7 @@ from experiments.serving import (
     devices_needed,
     resolve_slo,
 )
+from experiments.speed import choose_probes
 from experiments.twins import Twin
 from experiments.weights import Model, load_model
 
@@ -122,10 +129,27 @@ def _twins(
     slo = resolve_slo(config, first, source, known)
     for server in servers.values():
         server.tune(slo, source, known)
+    live = config.durations == "live" and config.clock == "virtual"
     return [
-        Twin.of(name, server, source, slo, profile, run_dir)
+        Twin.of(
+            name,
+            server,
+            source,
+            slo,
+            profile,
+            run_dir,
+            # Pools of their own, or the probes would write into the requests' blocks.
+            choose_probes([_engine(config, name, model, shared)]) if live else {},
+        )
         for name, server in servers.items()
     ]
+
+
+def _engine(
+    config: Config, name: str, model: Model, shared: dict[Any, PlacedModel]
+) -> Engine:
+    """Another one of a system, with the same programs."""
+    return Server(config, config.systems[name], model, shared).engine
 
 
 def _serve_all(twins: Sequence[Twin], rates: Mapping[str, Sequence[float]]) -> None:
@@ -159,7 +183,7 @@ def _moved(twins: Sequence[Twin], profile: CalibratedProfile) -> float:
     for key, (engine, work) in probes.items():
         known = step_times_of(profile, engine)
         predicted_s = sum(known[part] for part in engine.part_keys(work))
-        measured_s = statistics.median(map(sum, parts[key]))
+        measured_s = sum(typical_s(parts[key]))
         ratios.append(measured_s / predicted_s)
     return statistics.median(ratios)
 

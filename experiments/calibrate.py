@@ -16,6 +16,9 @@ were timed after it, against what the simulator predicts for them; with the aim.
 out: every fifth program in turn, against a fit of the others; by the form that the
 simulator uses (terms), and by DistServe's and a roofline's (`experiments/fit.py`).
 
+A few programs also run now and then between the others: probes, by which a later run
+can tell how much slower the machine has become (`experiments/speed.py`).
+
 Programs run alone. With tp > 1 on host devices that would be contention, not speed.
 Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
 """
@@ -38,10 +41,10 @@ from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.calibrated import CalibratedProfile
 from disagg_jax.sim.calibrated_profile import profile_from_json, profile_to_json
+from disagg_jax.work import Task
 from experiments import host_devices
 from experiments.calibration import (
     Progress,
-    TimeParts,
     drift,
     fit_profile,
     grid,
@@ -54,9 +57,10 @@ from experiments.columns import align
 from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
 from experiments.fit import FORMS
-from experiments.profiled import device_name
+from experiments.profiled import TimeParts, device_name
 from experiments.run_dir import environment
 from experiments.serving import Server, check_modelled, devices_needed
+from experiments.speed import Speedometer, choose_probes
 from experiments.weights import load_model
 from models.config import ModelConfig
 
@@ -140,9 +144,15 @@ def calibrate(
       ValueError: if the device changed while it was measured.
     """
     model, memory = engines[0].config, engines[0].instances[0].model.memory
-    samples = measure(grid(engines), rounds, time_parts, progress)
+    speedometer = Speedometer(choose_probes(engines), time_parts)
+
+    def watched(engine: Engine, work: Task) -> Sequence[float]:
+        speedometer.tick()
+        return time_parts(engine, work)
+
+    samples = measure(grid(engines), rounds, watched, progress)
     probes = unseen(engines, count, seed=0)
-    later = measure(dict(enumerate(probes)), rounds, time_parts, progress)
+    later = measure(dict(enumerate(probes)), rounds, watched, progress)
     changed = drift([*samples.values(), *later.values()])
     if abs(changed - 1) > max_drift:
         raise ValueError(
@@ -156,6 +166,7 @@ def calibrate(
         block_tokens=memory.block_tokens,
         block_bytes=model.kv_bytes_per_token * memory.block_tokens,
         provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
+        probes=speedometer.medians_s(),
     )
     errors = prediction_errors(profile, probes, later)
     held_out = {kind: statistics.fmean(map(abs, e)) for kind, e in errors.items()}
@@ -179,7 +190,8 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
             f"{name} on {system.deployment}" for name, system in config.systems.items()
         ),
         "memory": f"{config.memory}",
-        "method": f"medians of {rounds} rounds of 3 runs, each program alone",
+        "method": f"medians of {rounds} rounds, each program alone: a step 3 times in "
+        "a round, a transfer once",
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from disagg_jax.sim.calibrated import (
     TransferTimes,
 )
 from disagg_jax.sim.programs import KINDS, Program, ProgramList
-from disagg_jax.work import Step, StepLoad, Task, Transfer
+from disagg_jax.work import Step, StepLoad, Transfer
 from experiments.fit import fit_line, fit_programs, left_out_error
 from experiments.profiled import (
+    Probe,
     StepKey,
+    TimeParts,
     TransferKey,
     cost_of,
     key_of,
@@ -29,16 +31,8 @@ from experiments.profiled import (
 )
 
 Key = TypeVar("Key")
-# Runs work alone: seconds of each part, that is stage or transfer.
-TimeParts = Callable[[Engine, Task], Sequence[float]]
 Progress = Callable[[str], None]
-
-
-class Probe(NamedTuple):
-    """Work to be timed."""
-
-    engine: Engine
-    work: Task
+Round = Sequence[Sequence[float]]  # runs of one piece of work; seconds of its parts
 
 
 # -- what is measured ------------------------------------------------------------------
@@ -138,30 +132,41 @@ def measure(
     time_parts: TimeParts,
     progress: Progress,
     burst: int = 3,
-) -> dict[Key, list[Sequence[float]]]:
-    """Seconds of the parts of each probe, `rounds` times.
+) -> dict[Key, list[Round]]:
+    """Times each probe in so many rounds; see `typical_s`.
 
-    The rounds go over all probes in turn, so that a slow moment of the machine falls on
-    different ones in different rounds. In each round a probe runs `burst` times and the
-    median counts: the first finds the caches cold, as a step that follows its like does
-    not. One round before is the warm-up.
+    The rounds go over all probes, so that a slow moment of the machine falls on
+    different ones in different rounds; each in an order of its own, so that what ran
+    before does not stay the same. In each round a step runs `burst` times: the first
+    finds the caches cold, as one in a few steps does that follows a step of another
+    kind. A transfer always follows other work, so it runs once: those of m32 take twice
+    as long then, and more. One round before is the warm-up.
     """
-    found: dict[Key, list[Sequence[float]]] = {key: [] for key in probes}
+    found: dict[Key, list[Round]] = {key: [] for key in probes}
+    keys = list(probes)
     for i in range(rounds + 1):
         progress(f"timing {len(probes)} pieces of work, round {i} of {rounds}")
-        for key, probe in probes.items():
-            runs = [time_parts(*probe) for _ in range(burst)]
+        for n in np.random.default_rng(i).permutation(len(keys)).tolist():
+            key, probe = keys[n], probes[keys[n]]
+            times = burst if isinstance(probe.work, Step) else 1
+            runs = [time_parts(*probe) for _ in range(times)]
             if i:
-                found[key].append(_medians(runs))
+                found[key].append(runs)
     return found
 
 
-def _medians(runs: Sequence[Sequence[float]]) -> tuple[float, ...]:
-    """Of each part."""
-    return tuple(statistics.median(part) for part in zip(*runs, strict=True))
+def typical_s(rounds: Sequence[Round]) -> tuple[float, ...]:
+    """Seconds of each part: the median over the rounds, the mean over a round's runs.
+
+    In this order: then a slow moment of the machine counts in no run.
+    """
+    return tuple(
+        statistics.fmean(statistics.median(run) for run in zip(*part, strict=True))
+        for part in zip(*(zip(*runs, strict=True) for runs in rounds), strict=True)
+    )
 
 
-def drift(samples: Iterable[Sequence[Sequence[float]]]) -> float:
+def drift(samples: Iterable[Sequence[Round]]) -> float:
     """How much longer work took in the last third of the rounds than in the first.
 
     The median over all pieces of work; 1 is not at all.
@@ -169,7 +174,7 @@ def drift(samples: Iterable[Sequence[Sequence[float]]]) -> float:
     ratios: list[float] = []
     for rounds in samples:
         n = max(1, len(rounds) // 3)
-        first, last = (sum(_medians(part)) for part in (rounds[:n], rounds[-n:]))
+        first, last = (sum(typical_s(part)) for part in (rounds[:n], rounds[-n:]))
         ratios.append(last / first)
     return statistics.median(ratios)
 
@@ -178,28 +183,38 @@ def drift(samples: Iterable[Sequence[Sequence[float]]]) -> float:
 
 
 def fit_profile(
-    samples: Mapping[StepKey | TransferKey, Sequence[Sequence[float]]],
+    samples: Mapping[StepKey | TransferKey, Sequence[Round]],
     *,
     name: str,
     block_tokens: int,
     block_bytes: int,
     provenance: Mapping[str, str],
+    probes: Mapping[Layout, Mapping[Program, float]],
 ) -> CalibratedProfile:
-    """Medians of all that was measured, and fits for what was not."""
+    """What was measured took typically, and fits for what was not.
+
+    Args:
+      probes: what `Speedometer.medians_s` found meanwhile.
+    """
     steps: dict[Layout, dict[Program, tuple[float, ...]]] = {}
     moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
     for key, rounds in samples.items():
         if isinstance(key, StepKey):
-            steps.setdefault(key.layout, {})[key.program] = _medians(rounds)
+            steps.setdefault(key.layout, {})[key.program] = typical_s(rounds)
         else:
             pair = moves.setdefault((key.src, key.dst), {})
-            pair[key.blocks] = sum(_medians(rounds))
+            pair[key.blocks] = sum(typical_s(rounds))
     return CalibratedProfile(
         name=name,
         block_tokens=block_tokens,
         block_bytes=block_bytes,
         layouts={
-            layout: LayoutTimes(layout[1], measured, _fits(layout[1], measured))
+            layout: LayoutTimes(
+                layout[1],
+                measured,
+                _fits(layout[1], measured),
+                probes.get(layout, {}),
+            )
             for layout, measured in steps.items()
         },
         transfers={
@@ -233,7 +248,7 @@ def _stage(
 def prediction_errors(
     profile: CalibratedProfile,
     probes: Sequence[Probe],
-    samples: Mapping[int, Sequence[Sequence[float]]],
+    samples: Mapping[int, Sequence[Round]],
 ) -> dict[str, list[float]]:
     """By kind, predicted over measured seconds less 1, of each probe.
 
@@ -243,7 +258,7 @@ def prediction_errors(
     costs = {id(probe.engine): cost_of(profile, probe.engine) for probe in probes}
     for i, (engine, work) in enumerate(probes):
         cost = costs[id(engine)]
-        measured_s = sum(_medians(samples[i]))
+        measured_s = sum(typical_s(samples[i]))
         if isinstance(work, Transfer):
             kind, predicted_s = "transfer", cost.hop(work).duration_s
         else:

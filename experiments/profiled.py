@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -55,6 +56,17 @@ class TransferKey(NamedTuple):
     src: Layout
     dst: Layout
     blocks: int  # that it is padded to
+
+
+class Probe(NamedTuple):
+    """Work to be timed."""
+
+    engine: Engine
+    work: Task
+
+
+# Runs work alone: seconds of each part, that is stage or transfer.
+TimeParts = Callable[[Engine, Task], Sequence[float]]
 
 
 def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:

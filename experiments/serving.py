@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from disagg_jax.backend import Backend, Outcome, serve
+from disagg_jax.backend import Backend, Executor, Outcome, serve
 from disagg_jax.controller import Controller
 from disagg_jax.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.deployment import (
@@ -156,12 +156,21 @@ class Server:
         progress(f"compiling for {self.deployment}")
         self.engine.compile(sampled=False)
 
-    def run(self, requests: Sequence[Request], step_times: Mapping[str, float]) -> Run:
-        """Serves `requests` from an idle state to the end."""
+    def run(
+        self,
+        requests: Sequence[Request],
+        step_times: Mapping[str, float],
+        around: Callable[[Executor], Executor] = lambda executor: executor,
+    ) -> Run:
+        """Serves `requests` from an idle state to the end.
+
+        Args:
+          around: what the virtual clock is to run instead of the engine's executor.
+        """
         self.engine.check(requests)
         log = EventLog()
         with self.engine.serving():
-            backend = self._backend(step_times)
+            backend = self._backend(step_times, around)
             timelines = serve(self.new_controller(), backend, requests, observer=log)
         return Run(timelines, log, dict(self.engine.totals), self._busy(backend))
 
@@ -191,10 +200,19 @@ class Server:
         stages = tuple(spec.pp for spec in self.deployment.instances)
         return dataclasses.replace(self.config.cost, pp=stages)
 
-    def _backend(self, step_times: Mapping[str, float]) -> Backend:
+    def _backend(
+        self,
+        step_times: Mapping[str, float],
+        around: Callable[[Executor], Executor],
+    ) -> Backend:
         if self.config.clock == "wall":
             return WallBackend(self.engine)
-        return VirtualBackend(EngineExecutor(self.engine, self._timing(step_times)))
+        executor = EngineExecutor(
+            self.engine,
+            self._timing(step_times),
+            warm_up=self.config.durations == "live",
+        )
+        return VirtualBackend(around(executor))
 
     def _timing(self, step_times: Mapping[str, float]) -> Timing:
         timing = self._own_timing(step_times)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from disagg_jax import metrics
+from disagg_jax.engine.executor import run_alone
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.occupancy import Occupancy, read_occupancy
@@ -16,6 +17,7 @@ from disagg_jax.search import SearchPlan, estimate, search
 from disagg_jax.sim.agreement import (
     Agreement,
     MeasuredCost,
+    Slowdown,
     agreement,
     step_kind,
     step_load,
@@ -24,10 +26,11 @@ from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.summary import summarise
-from experiments.profiled import cost_of
+from experiments.profiled import Probe, StepKey, cost_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
 from experiments.serving import Server
+from experiments.speed import Speedometer
 
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).
@@ -47,8 +50,10 @@ class Compared:
     """A system at one rate; lists are of the seeds."""
 
     rate_rps: float
-    engine: Sequence[Mapping[str, Any]]  # `summarise`
-    simulated: Sequence[Mapping[str, Any]]
+    engine: Sequence[Mapping[str, Any]]  # `summarise`, and the machine's `Slowdown`
+    simulated: Sequence[Mapping[str, Any]]  # on a machine that is slowed down so
+    # Attainment, simulated with the profile's durations as they are.
+    profiled: Sequence[float]
     # Attainment, simulated with the durations that the engine had.
     measured: Sequence[float]
     allowed: float  # difference of attainment
@@ -64,6 +69,11 @@ class Compared:
         return self.mean("simulated", "attainment") - self.mean("engine", "attainment")
 
     @property
+    def difference_as_profiled(self) -> float:
+        """The same without what the machine's speed explains."""
+        return statistics.fmean(self.profiled) - self.mean("engine", "attainment")
+
+    @property
     def by_durations(self) -> float:
         """What of `difference` goes with the profile's durations; the rest stays."""
         with_engines = statistics.fmean(self.measured)
@@ -72,6 +82,12 @@ class Compared:
     @property
     def ok(self) -> bool:
         return abs(self.difference) <= self.allowed
+
+    def slowdown(self, kind: str) -> float:
+        """Of the machine since the profile was taken; kind is decode or prompt."""
+        return statistics.fmean(
+            statistics.fmean(run["slowdown"][kind]) for run in self.engine
+        )
 
     def relative(self, key: str) -> float:
         """How far the simulated metric is off."""
@@ -87,8 +103,11 @@ class Twin:
     source: RequestSource
     slo: SLO
     seeds: int
+    profile: CalibratedProfile
     cost: CalibratedCost
     run_dir: RunDir
+    # That run between the engine's steps and tell the machine's speed.
+    probes: Mapping[StepKey, Probe]
 
     @classmethod
     def of(
@@ -99,9 +118,10 @@ class Twin:
         slo: SLO,
         profile: CalibratedProfile,
         run_dir: RunDir,
+        probes: Mapping[StepKey, Probe],
     ) -> Twin:
         cost, seeds = cost_of(profile, server.engine), server.config.num_seeds
-        return cls(name, server, source, slo, seeds, cost, run_dir)
+        return cls(name, server, source, slo, seeds, profile, cost, run_dir, probes)
 
     # -- engine ---------------------------------------------------------------------
 
@@ -110,11 +130,18 @@ class Twin:
         if self.run_dir.has(point):
             return
         requests = self.source(point.rate_rps, point.replica)
-        run = self.server.run(requests, {})
+        speedometer = Speedometer(self.probes, lambda e, work: run_alone(e, work)[0])
+        run = self.server.run(requests, {}, speedometer.around)
         rows = [
             {"request_id": t.request.id, "token_s": t.token_s} for t in run.timelines
         ]
-        self.run_dir.save(point, self._summary(run.timelines), rows, run.log.lines)
+        slowdown = dataclasses.asdict(speedometer.slowdown(self.profile))
+        found = {**self._summary(run.timelines), "slowdown": slowdown}
+        self.run_dir.save(point, found, rows, run.log.lines)
+
+    def slowdown(self, point: Point) -> Slowdown:
+        """Of the machine in a run, since the profile was taken."""
+        return Slowdown(**self.run_dir.load(point)["slowdown"])
 
     def points(self, rate_rps: float) -> list[Point]:
         """A run for each seed."""
@@ -134,9 +161,11 @@ class Twin:
     def step_times(self, points: Iterable[Point]) -> Iterator[StepTime]:
         """What every step took in runs of the engine, and what was predicted."""
         for point in points:
+            slowdown = self.slowdown(point)
             for use in self._occupancy(point).stages:
                 load = step_load(use.step)
-                predicted_s = self.cost.stages_s(use.step.instance, load)[use.stage]
+                profiled_s = self.cost.stages_s(use.step.instance, load)[use.stage]
+                predicted_s = profiled_s * slowdown.factor(load, use.step.id - 1)
                 measured_s = use.end_s - use.start_s
                 yield StepTime(step_kind(load), measured_s, predicted_s)
 
@@ -188,7 +217,9 @@ class Twin:
         for point in points:
             log, requests = EventLog(), self.requests(rate_rps, point.replica)
             # Spans would be other decisions.
-            stepwise = dataclasses.replace(self.simulated, spans=False)
+            stepwise = dataclasses.replace(
+                self.simulated, cost=self.slowdown(point).of(self.cost), spans=False
+            )
             simulated.append(
                 self._summary(stepwise.run(requests, observer=log).timelines)
             )
@@ -203,6 +234,7 @@ class Twin:
             rate_rps=rate_rps,
             engine=[self.run_dir.load(point) for point in points],
             simulated=simulated,
+            profiled=self.attainments(rate_rps),
             measured=measured,
             allowed=max(POINTS, self._change(rate_rps)),
             agreements=agreements,

@@ -2,7 +2,8 @@
 
 A simulation may differ from the engine because its durations do, or because of what the
 controller decided and when. `MeasuredCost` tells these apart: a simulation with the
-durations that the engine had, in place of those that a profile predicts.
+durations that the engine had, in place of those that a profile predicts. And the
+machine may not have been as fast in the run as when the profile was taken: `Slowdown`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 from disagg_jax.event_log import LoggedStep, LoggedTransfer, read_turns
 from disagg_jax.occupancy import Occupancy
@@ -72,6 +73,46 @@ def step_kind(load: StepLoad) -> str:
     if not load.chunks:
         return "decode"
     return "mixed" if load.decodes else "prefill"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slowdown:
+    """How much longer steps took in a run than when they were measured.
+
+    The machine's speed changes; so a run is in sections of equally many pieces of work,
+    steps and transfers.
+    """
+
+    decode: Sequence[float] = (1.0,)  # in each section, of steps that only decode
+    prompt: Sequence[float] = (1.0,)  # of steps with a prompt, or a part of one
+    works: int = 1  # in a section; the last one goes on for ever
+
+    def factor(self, load: StepLoad, work: int) -> float:
+        """Of a step that is the `work`th piece of work of a run, from 0 on."""
+        sections = self.prompt if load.chunks else self.decode
+        return sections[min(work // self.works, len(sections) - 1)]
+
+    def of(self, cost: DeploymentCost) -> DeploymentCost:
+        """The durations on that machine, for one simulation without spans."""
+        return _SlowedCost(cost, self)
+
+
+class _SlowedCost:
+    """A `DeploymentCost`: that of `cost`, longer; transfers are as they were."""
+
+    def __init__(self, cost: DeploymentCost, slowdown: Slowdown):
+        self._cost, self._slowdown, self._works = cost, slowdown, itertools.count()
+
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
+        factor = self._slowdown.factor(load, next(self._works))
+        return tuple(time_s * factor for time_s in self._cost.stages_s(instance, load))
+
+    def decoder(self, instance: int) -> Decoder:
+        raise ValueError("Slowdown: expected a simulation without spans")
+
+    def hop(self, transfer: Transfer) -> Hop:
+        next(self._works)
+        return self._cost.hop(transfer)
 
 
 class MeasuredCost:

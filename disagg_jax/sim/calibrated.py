@@ -35,12 +35,19 @@ class LayoutTimes:
     measured: Mapping[Program, tuple[float, ...]]
     # By kind, for each stage the coefficients of `terms.TERMS[kind]`, in seconds.
     fits: Mapping[str, tuple[tuple[float, ...], ...]]
+    # What tells a machine's speed, see `agreement.Slowdown`: seconds of some programs
+    # on all stages together, run now and then while the others were measured.
+    probes: Mapping[Program, float] = dataclasses.field(
+        default_factory=dict[Program, float]
+    )
 
     def __post_init__(self) -> None:
         for program, stages_s in self.measured.items():
             expected = f"{program}: expected {self.pp} times > 0"
             ok = len(stages_s) == self.pp and min(stages_s) > 0
             expect(ok, expected, stages_s)
+        for program, seconds in self.probes.items():
+            expect(seconds > 0, f"{program}: expected a time > 0", seconds)
         for kind, stages in self.fits.items():
             expect(len(stages) == self.pp, f"{kind}: expected {self.pp} fits", stages)
             for fit in stages:

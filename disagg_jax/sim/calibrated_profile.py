@@ -9,7 +9,8 @@
      "layouts": [                     one for each (tp, pp) that was measured
        {"tp": 1, "pp": 1,
         "measured": [["prefill", T, R, C, B, P, [seconds on each stage]], ...],
-        "fits": {"prefill": [[coefficient of each term], ... of each stage]}}],
+        "fits": {"prefill": [[coefficient of each term], ... of each stage]},
+        "probes": [["decode", T, R, C, B, P, [seconds]], ...]}],
      "transfers": [
        {"src": [1, 1], "dst": [1, 1],          (tp, pp)
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
@@ -70,6 +71,7 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
                 "fits": {
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
                 },
+                "probes": [[*p, [s]] for p, s in sorted(times.probes.items())],
             }
             for (tp, pp), times in sorted(profile.layouts.items())
         ],
@@ -136,8 +138,13 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
         for kind in fits
     }
     programs = _each_once(measured, f"{where}.measured")
+    found = record.get("probes", [])  # older profiles have none
+    expect(isinstance(found, list), f"{where}.probes: expected a list", found)
+    rows = enumerate(cast(list[object], found))
+    probes = [_measured(row, f"{where}.probes[{n}]") for n, row in rows]
     with _inside(where):
-        return (tp, pp), LayoutTimes(pp, programs, coefficients)
+        seconds = {p: sum(s) for p, s in _each_once(probes, "probes").items()}
+        return (tp, pp), LayoutTimes(pp, programs, coefficients, seconds)
 
 
 @contextlib.contextmanager

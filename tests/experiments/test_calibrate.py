@@ -103,7 +103,7 @@ def test_a_device_that_slows_down_under_the_run_is_refused(engines):
 
 
 def test_drift_is_of_the_last_rounds_over_the_first():
-    steady, slower = [[1.0]] * 6, [[1.0], [1.0], [1.0], [1.0], [1.5], [1.5]]
+    steady, slower = [[[1.0]]] * 6, [[[1.0]]] * 4 + [[[1.5]]] * 2
     assert drift([steady]) == 1.0
     assert drift([slower, slower, steady]) == 1.5
 
@@ -228,6 +228,32 @@ def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):
     json.dumps(accuracy_report.to_json(result))
     accuracy_report.plot(result, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def test_what_the_machine_explains_is_not_held_against_the_profile(
+    results, tmp_path_factory
+):
+    """A machine that takes twice as long as the profile, and is known to."""
+    assert results["wrong"].systems["vllm"].error != 0
+    folder = tmp_path_factory.getbasetemp() / "wrong0"
+    for path in (folder / "out/points").glob("*.json"):
+        found = json.loads(path.read_text())
+        assert found["slowdown"] == {"decode": [1.0], "prompt": [1.0], "works": 60}
+        found["slowdown"] |= {"decode": [2.0], "prompt": [2.0]}
+        path.write_text(json.dumps(found))
+    factors = (0.5, 0.8, 0.95, 1.05, 1.3)
+    profile = str(folder / "profile.json")
+    again = accuracy.run(COMPARED, profile, factors, folder / "out")
+    vllm = again.systems["vllm"]  # no transfers, which probes say nothing of
+    assert vllm.error == pytest.approx(0)
+    assert vllm.error_as_profiled == results["wrong"].systems["vllm"].error
+    for compared in vllm.rates:
+        assert compared.difference == pytest.approx(0)
+        assert compared.slowdown("decode") == 2.0
+    for errors in again.systems["disaggregated"].steps.values():
+        assert errors.ratio == pytest.approx(1)
+    text = accuracy_report.text(again)
+    assert "+100% +100%" in text and "as profiled" in text
 
 
 def test_lengths_must_be_known(tmp_path):

@@ -11,13 +11,21 @@ import pytest
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import load_slices
+from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.programs import KINDS, ProgramList
-from disagg_jax.work import StepLoad, Transfer
+from disagg_jax.work import Step, StepLoad, Transfer
 from experiments import calibration
 from experiments.calibrate import AIMS, table
-from experiments.calibration import drift, grid, left_out_errors, measure, unseen
-from experiments.profiled import StepKey, TransferKey, key_of, program_of
+from experiments.calibration import (
+    drift,
+    grid,
+    left_out_errors,
+    measure,
+    typical_s,
+    unseen,
+)
+from experiments.profiled import Probe, StepKey, TransferKey, key_of, program_of
 from tests.experiments.calibrating import CONFIG, TRUE, calibrated, device, true_s
 
 # ---- a device whose times are known --------------------------------------------------
@@ -188,11 +196,41 @@ def test_random_loads_are_such_as_the_engine_can_run(name, memory):
         assert listed.find(load) in listed.programs
 
 
-def test_every_round_is_a_median_and_the_first_is_not_counted():
-    times = iter([9, 9, 9, 1, 5, 2, 3, 3, 8])
-    probes = {"a": (None, None)}
-    found = measure(probes, 2, lambda *_: [next(times), 7.0], lambda message: None)
-    assert found == {"a": [(2, 7.0), (3, 7.0)]}
+def test_steps_run_thrice_a_round_transfers_once_and_the_first_round_is_left_out():
+    times = {Step: iter([9, 9, 9, 1, 5, 3, 3, 3, 9]), Transfer: iter([9, 4, 6])}
+    step = Step.of(0, 0, ())
+    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
+    moved = Transfer(0, request, 0, 1, (), (), 1)
+    probes = {"step": Probe(None, step), "transfer": Probe(None, moved)}
+    found = measure(probes, 2, lambda _, w: [next(times[type(w)])], lambda _: None)
+    assert found["step"] == [[[1], [5], [3]], [[3], [3], [9]]]
+    assert found["transfer"] == [[[4]], [[6]]]
+
+
+def test_the_typical_time_is_a_mean_of_medians():
+    """Cold first, then warm; a slow moment in a third of the rounds counts nowhere."""
+    rounds = [
+        [(5, 1), (2, 1), (2, 1)],
+        [(5, 1), (9, 1), (2, 1)],
+        [(9, 1), (2, 7), (2, 1)],
+    ]
+    assert typical_s(rounds) == (3, 1)
+    assert typical_s([[(4.0,)]]) == (4.0,)
+
+
+def test_rounds_are_in_orders_of_their_own():
+    asked = []
+
+    def time_parts(name, work):
+        asked.append(name)
+        return [1.0]
+
+    step = Step.of(0, 0, ())
+    probes = {name: Probe(name, step) for name in range(6)}
+    measure(probes, 3, time_parts, lambda _: None, burst=1)
+    rounds = [asked[i : i + 6] for i in range(0, 24, 6)]
+    assert all(sorted(each) == list(probes) for each in rounds)
+    assert len({tuple(each) for each in rounds}) == 4
 
 
 @pytest.mark.parametrize(
@@ -208,7 +246,8 @@ def test_every_round_is_a_median_and_the_first_is_not_counted():
     ],
 )
 def test_drift_is_how_much_longer_work_took_at_the_end(samples, expected):
-    assert drift(samples) == pytest.approx(expected)
+    once_a_round = [[[parts] for parts in rounds] for rounds in samples]
+    assert drift(once_a_round) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("rate", "sign"), [(0.01, r"\+"), (-0.002, "-")])

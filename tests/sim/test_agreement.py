@@ -7,10 +7,10 @@ import pytest
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.event_log import EventLog, LoggedStep
 from disagg_jax.occupancy import Occupancy, StageUse, read_occupancy
-from disagg_jax.sim.agreement import MeasuredCost, agreement, step_load
+from disagg_jax.sim.agreement import MeasuredCost, Slowdown, agreement, step_load
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.work import StepLoad
+from disagg_jax.work import StepLoad, Transfer
 from tests.serving import POLICIES, make_request
 
 COST = LinearCost(
@@ -120,3 +120,36 @@ def test_spans_are_refused():
     cost = MeasuredCost(COST, Occupancy())
     with pytest.raises(ValueError, match="expected a simulation without spans"):
         cost.decoder(0)
+
+
+def test_a_slower_machine_takes_longer_for_steps_by_their_kind():
+    slowed = Slowdown(decode=(2.0,), prompt=(3.0,)).of(COST)
+    decodes = StepLoad((), 2, 10)
+    (decode_s,) = COST.stages_s(0, decodes)
+    assert slowed.stages_s(0, decodes) == (2 * decode_s,)
+    for load in (StepLoad(((0, 4),), 0, 0), StepLoad(((4, 2),), 2, 10)):
+        (step_s,) = COST.stages_s(0, load)
+        assert slowed.stages_s(0, load) == (3 * step_s,)
+    transfer = Transfer(1, make_request(0, 0.0, prompt=5), 0, 1, (), (), 5)
+    assert slowed.hop(transfer) == COST.hop(transfer)
+    with pytest.raises(ValueError, match="without spans"):
+        slowed.decoder(0)
+
+
+def test_a_machine_changes_its_speed_by_sections_of_works():
+    """Of two pieces of work each, transfers counted; the last goes on."""
+    slowed = Slowdown(decode=(2.0, 4.0, 8.0), works=2).of(COST)
+    decodes = StepLoad((), 1, 4)
+    (decode_s,) = COST.stages_s(0, decodes)
+    transfer = Transfer(1, make_request(0, 0.0, prompt=5), 0, 1, (), (), 5)
+    found = []
+    for _ in range(4):
+        found.append(slowed.stages_s(0, decodes)[0] / decode_s)
+        slowed.hop(transfer)
+    assert found == [2.0, 4.0, 8.0, 8.0]
+
+
+def test_a_machine_of_the_same_speed_changes_nothing():
+    for deployment in DEPLOYMENTS[:2]:
+        same = Slowdown().of(COST)
+        assert run(deployment, same, burst())[1] == run(deployment, COST, burst())[1]

@@ -42,12 +42,14 @@ RECORD = {
                 "prefill": [[1.0, 0.5] + [0.0] * 6],
                 "decode": [[2.0, 0.0, 0.25, 0.0]],
             },
+            "probes": [[*ROWS[1], [0.7]], [*SMALL, [9.5]]],
         },
         {
             "tp": 2,
             "pp": 2,
             "measured": [[*SMALL, [4.0, 5.0]]],
             "fits": {"prefill": [[2.0] + [0.0] * 7, [0.0, 0.125] + [0.0] * 6]},
+            "probes": [],
         },
     ],
     "transfers": [
@@ -180,6 +182,15 @@ def test_a_profile_survives_its_json_exactly():
     assert again.layouts[1, 1].measured[ROWS[0]] == (1 / 3,)
 
 
+def test_probes_are_no_measurements_and_older_profiles_have_none():
+    layout = PROFILE.layouts[1, 1]
+    assert layout.probes == {ROWS[1]: 0.7, SMALL: 9.5}
+    assert layout.stages_s(ROWS[1]) == layout.fitted_s(ROWS[1]) == (2.0 + 0.25 * 16,)
+    record = copy.deepcopy(RECORD)
+    del record["layouts"][0]["probes"]
+    assert profile_from_json(record).layouts[1, 1].probes == {}
+
+
 def test_a_profile_of_colocated_systems_needs_no_transfers():
     record = {key: value for key, value in RECORD.items() if key != "transfers"}
     assert profile_from_json(record).transfers == {}
@@ -222,6 +233,13 @@ MOVE = ("transfers", 0)
             ("layouts", 0, "measured", 0),
             [*SMALL, [8.0]],
             r"layouts\[0\].measured: expected each once, got .*tokens=32",
+        ),
+        (("layouts", 0, "probes"), {}, r"layouts\[0\].probes: expected a list"),
+        (("layouts", 0, "probes", 1), 7, r"layouts\[0\].probes\[1\]: expected a list"),
+        (
+            ("layouts", 0, "probes", 1, 6),
+            [0.0],
+            r"layouts\[0\]: prefill_T32_R4: .* > 0",
         ),
         (("layouts", 0, "fits"), [], r"layouts\[0\].fits: expected an object"),
         (("layouts", 0, "fits", "train"), [[1.0]], r"layouts\[0\].fits: .* some of"),
