@@ -91,7 +91,7 @@ def handoff_s(
 ) -> dict[str, float]:
     """Median seconds of `ways` to do `transfer`, and of what they are held against.
 
-    "copy" is a numpy copy of as many bytes into a new array, "plain device_put" the
+    "copy" is a numpy copy of as many bytes into a new array; "plain device_put" the
     hand-off as JAX has it; see `plain_device_put`.
     """
     source = np.ones(rig.engine.transfer_bytes(transfer), np.uint8)
@@ -120,20 +120,23 @@ def handoff_figures(
     size = rig.engine.transfer_bytes(transfer)
     rate = {side: size / value / 1e9 for side, value in seconds.items()}
 
-    def figure(side: str, bound_name: str, aim: float | None) -> Figure:
+    def figure(bound: float, bound_name: str, aim: float | None = None) -> Figure:
         return Figure(
             part="handoff",
             name=name,
             measured=rate["ours"],
-            bound=rate[side],
+            bound=bound,
             unit="GB/s",
             bound_name=bound_name,
             aim=aim,
         )
 
     return [
-        figure("copy", "numpy copy into a new array", 0.6 if equal else None),
+        figure(rate["copy"], "numpy copy into a new array", 0.6 if equal else None),
+        figure(rate["copy"] / 3, "three such copies: gather, device_put, insert"),
         figure(
-            "plain device_put", "index, device_put, .at[].set", None if equal else 2.0
+            rate["plain device_put"],
+            "index, device_put, .at[].set",
+            None if equal else 2.0,
         ),
     ]

@@ -12,8 +12,9 @@ decode   Tokens per second of the whole loop (controller, wall backend, engine) 
          the batch full and only decodes going on, over those of the bare program.
 prefill  The same for full prefill steps back to back.
 handoff  KV from mesh to mesh: gather, move, insert. Over a numpy copy of as many bytes
-         into a new array, and over the shortest way to write it in JAX: indexing,
-         `jax.device_put` to the other sharding, `.at[].set`.
+         into a new array; over three of them, as it copies all three times; and over
+         the shortest way to write it in JAX: indexing, `jax.device_put` to the other
+         sharding, `.at[].set`.
 m32      32 requests at once, beside what a peer JAX engine reached on two such cores.
 
 Large blocks of host memory stay with the process when they are freed, as they do on an

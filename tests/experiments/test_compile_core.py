@@ -3,6 +3,7 @@
 The core is compiled in a copy of the checkout, where tests of it run again.
 """
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compile_core import MODULES
+from experiments.compile_core import MODULES, PACKAGE, with_constructors
 
 ROOT = Path(__file__).resolve().parents[2]
 # By which the core is known: policies, events, spans, faults, and other simulators.
@@ -92,6 +93,54 @@ def test_changed_source_is_never_run_from_what_was_compiled_before(compiled):
     assert removed.stdout.startswith(f"{len(MODULES) + 1} files removed")
     assert where(compiled, "spans") == str(source)
     assert not [*source.parent.rglob("*.so")]
+
+
+RECORDS = '''
+import dataclasses
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Record:
+    """A record."""
+
+    a: int  # what it means
+    b: float = 2.0
+    c: list[int] = dataclasses.field(
+        default_factory=list[int]
+    )
+    d: int = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.d = self.a + 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Parameters:
+    x: int = 1
+'''
+
+
+def test_constructors_are_those_that_dataclasses_makes():
+    plain, written = {}, {}
+    exec(RECORDS, plain)
+    exec(with_constructors(RECORDS), written)
+    for values in ((1,), (1, 3.0), (1, 3.0, [4])):
+        records = [classes["Record"](*values) for classes in (plain, written)]
+        assert dataclasses.asdict(records[0]) == dataclasses.asdict(records[1])
+        assert repr(records[0]) == repr(records[1])
+    assert written["Record"](1).c is not written["Record"](1).c
+    assert written["Record"](a=1, c=[5]).c == [5]
+    with pytest.raises(TypeError):
+        written["Record"]()
+
+
+def test_every_record_of_the_core_gets_one_and_parameters_do_not():
+    assert with_constructors(RECORDS).count("def __init__") == 1
+    for module in MODULES:
+        source = (PACKAGE / f"{module}.py").read_text()
+        records = source.count("@dataclasses.dataclass(slots=True")
+        added = with_constructors(source).count("def __init__")
+        assert added - source.count("def __init__") == records
 
 
 def test_without_mypyc_it_says_how_to_get_it(tmp_path):

@@ -98,7 +98,7 @@ def test_medians_leave_the_warm_up_round_out():
             [
                 f"{pair} 1 MiB"
                 for pair in ("TP4->TP4", "TP4->TP2", "TP2->TP4", "TP1->TP4")
-                for _ in ("copy", "device_put")
+                for _ in ("copy", "three copies", "device_put")
             ],
         ),
         (
