@@ -177,20 +177,12 @@ def test_a_small_payload_is_one_array_with_heads_over_the_mesh(world):
     assert array.addressable_shards[0].data.shape == (2 * 2 * 16, 2 * 4 * head_dim)
 
 
-@pytest.mark.parametrize(
-    "room, apart, arrays",
-    [
-        (4, False, [4, 2]),
-        (6, False, [6]),
-        (6, True, [1] * 6),  # large parts share no array, whatever its room
-    ],
-)
-def test_a_larger_payload_is_several_arrays(world, monkeypatch, room, apart, arrays):
+@pytest.mark.parametrize("room, arrays", [(1, [1] * 6), (4, [4, 2]), (6, [6])])
+def test_a_larger_payload_is_several_arrays(world, monkeypatch, room, arrays):
     """k and v of 3 layers are 6 parts, of which an array has room for so many."""
-    config = make_config(f"room for {room}, {apart}", kv_heads=2, layers=3)
+    config = make_config(f"room for {room}", kv_heads=2, layers=3)
     part_bytes = 16 * POOL.block_tokens * config.head_dim * 4  # of one head
     monkeypatch.setattr(kv_cache, "_ARRAY_BYTES", room * part_bytes + part_bytes // 2)
-    monkeypatch.setattr(kv_cache, "_APART_BYTES", part_bytes + (not apart))
     engine = world.engine("prefill:tp1,decode:tp2", config)
     src, dst = engine.instances
     sent, _ = fill(src, 1), fill(dst, 2)
