@@ -94,15 +94,20 @@ class Speedometer:
         What probes took is held against their medians then, as the profile has medians;
         their means count, since what steps take adds up, and slow moments with it.
         """
-        found: dict[str, list[float]] = {"decode": [], "prompt": []}
+        found: dict[str, list[list[float]]] = {"decode": [], "prompt": []}
         for kind, times in self.times_s.items():
             ratios = [
                 time_s / then_s
                 for (layout, program), time_s in times
                 if (then_s := _then_s(profile, layout, program))
             ]
-            found["decode" if kind == "decode" else "prompt"] = _means(ratios)
-        sections = {kind: means for kind, means in found.items() if means}
+            if ratios:
+                found["decode" if kind == "decode" else "prompt"].append(ratios)
+        sections = {
+            name: _means([statistics.fmean(each) for each in zip(*kinds, strict=False)])
+            for name, kinds in found.items()
+            if kinds
+        }
         return Slowdown(works=_EVERY, **sections)
 
 

@@ -64,6 +64,12 @@ class Instance:
         """The smallest listed shape that holds `slices`."""
         return self.buckets.step_shape(slices)
 
+    def pack(self, slices: Sequence[Slice]) -> tuple[StepShape, np.ndarray]:
+        """That shape, and `slices` as its program takes them."""
+        shape, model = self.step_shape(slices), self.model
+        size, scratch = model.memory.block_tokens, model.scratch_block
+        return shape, shape.pack(slices, size, scratch)
+
 
 @dataclasses.dataclass
 class StepTotals:
@@ -210,12 +216,10 @@ class Engine:
 
         Its programs write the KV that they will write.
         """
-        instance, slices = self.instances[step.instance], tuple(step.slices)
-        model = instance.model
-        shape = instance.step_shape(slices)
-        packed = shape.pack(slices, model.memory.block_tokens, model.scratch_block)
+        instance = self.instances[step.instance]
+        shape, packed = instance.pack(tuple(step.slices))
         with jax.transfer_guard_host_to_device("allow"):
-            jax.block_until_ready(model.step(shape, instance.cache, packed))
+            jax.block_until_ready(instance.model.step(shape, instance.cache, packed))
 
     def part_keys(self, work: Task) -> list[str]:
         """What each part of `work` runs: parts with equal keys take equally long.
@@ -257,9 +261,8 @@ class Engine:
         """
         instance, slices = self.instances[step.instance], tuple(step.slices)
         model = instance.model
-        shape = instance.step_shape(slices)
+        shape, packed = instance.pack(slices)
         self._count(shape, slices)
-        packed = shape.pack(slices, model.memory.block_tokens, model.scratch_block)
         forward = model.forward(shape, instance.cache, packed)
         outputs = self._outputs[step.id] = list[Pause]()
         for _ in model.groups:
