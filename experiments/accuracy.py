@@ -67,7 +67,9 @@ _CONFIG = flags.DEFINE_string(
 _SET = flags.DEFINE_multi_string(
     "set", [], "Overrides of the config, key=value.", allow_override=True
 )
-_REQUESTS = flags.DEFINE_integer("requests", 1000, "Of each run.", lower_bound=10)
+_REQUESTS = flags.DEFINE_integer(
+    "requests", 1000, "Of each run.", lower_bound=10, allow_override=True
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of a point.", allow_override=True)
 _FACTORS = flags.DEFINE_list(
     "factors",

@@ -13,12 +13,13 @@ import numpy as np
 
 from disagg_jax.metrics import SLO
 from disagg_jax.search import GoodputEstimate, estimate
+from disagg_jax.sim.agreement import StepTime
 from disagg_jax.sim.calibrated import CalibratedProfile
 from experiments.checkout import commit
 from experiments.columns import align
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
-from experiments.twins import Compared, StepTime, Twin
+from experiments.twins import Compared, Twin
 
 GOODPUT_AIM = 0.05  # relative error (issue 6)
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")

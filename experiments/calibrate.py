@@ -12,14 +12,19 @@ two meshes. The simulator takes the measured median of a program, and the fit wh
 program was not measured (`experiments.accuracy`, `sim/calibrated.py`).
 
 Two errors are printed, and are in the profile. Held out: random loads, on no grid, that
-were timed after it, against what the simulator predicts for them; with the aim. Left
-out: every fifth program in turn, against a fit of the others; by the form that the
-simulator uses (terms), and by DistServe's and a roofline's (`experiments/fit.py`).
+were timed in the same rounds, against what the simulator predicts for them; with the
+aim. Left out: every fifth program in turn, against a fit of the others; by the form
+that the simulator uses (terms), and by DistServe's and a roofline's
+(`experiments/fit.py`).
 
 A few programs also run now and then between the others: probes, by which a later run
 can tell how much slower the machine has become (`experiments/speed.py`).
 
-Programs run alone. With tp > 1 on host devices that would be contention, not speed.
+Programs run alone. At the end each system serves `--requests` of the config's lengths:
+what the steps of a kind take there, over what they take alone, is printed as in
+service, and the simulator counts with it (`experiments/in_service.py`).
+
+With tp > 1 on host devices that would be contention, not speed.
 Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
 """
 
@@ -57,7 +62,9 @@ from experiments.columns import align
 from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
 from experiments.fit import FORMS
+from experiments.in_service import serve_each, with_service
 from experiments.profiled import TimeParts, device_name
+from experiments.request_source import RequestSource
 from experiments.run_dir import environment
 from experiments.serving import Server, check_modelled, devices_needed
 from experiments.speed import Speedometer, choose_probes
@@ -87,6 +94,13 @@ _ROUNDS = flags.DEFINE_integer(
 )
 _UNSEEN = flags.DEFINE_integer(
     "unseen", 12, "Random loads of each kind and instance.", lower_bound=1
+)
+_REQUESTS = flags.DEFINE_integer(
+    "requests",
+    150,
+    "That each system serves at the end.",
+    lower_bound=10,
+    allow_override=True,
 )
 _MAX_DRIFT = flags.DEFINE_float(
     "max_drift", 0.3, "How much slower the device may become while it is measured."
@@ -150,10 +164,12 @@ def calibrate(
         speedometer.tick()
         return time_parts(engine, work)
 
-    samples = measure(grid(engines), rounds, watched, progress)
-    probes = unseen(engines, count, seed=0)
-    later = measure(dict(enumerate(probes)), rounds, watched, progress)
-    changed = drift([*samples.values(), *later.values()])
+    known, others = grid(engines), unseen(engines, count, seed=0)
+    # In the same rounds, or what the device does meanwhile would be held against the
+    # predictions.
+    everything = {**known, **dict(enumerate(others))}
+    found = measure(everything, rounds, watched, progress)
+    changed = drift(found.values())
     if abs(changed - 1) > max_drift:
         raise ValueError(
             "the device changed while it was measured: expected at most "
@@ -161,14 +177,14 @@ def calibrate(
             f"{changed - 1:+.0%}; run it again, or raise --max_drift"
         )
     profile = fit_profile(
-        samples,
+        {key: found[key] for key in known},
         name=name,
         block_tokens=memory.block_tokens,
         block_bytes=model.kv_bytes_per_token * memory.block_tokens,
         provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
         probes=speedometer.medians_s(),
     )
-    errors = prediction_errors(profile, probes, later)
+    errors = prediction_errors(profile, others, [found[i] for i in range(len(others))])
     held_out = {kind: statistics.fmean(map(abs, e)) for kind, e in errors.items()}
     return dataclasses.replace(profile, held_out=held_out)
 
@@ -190,8 +206,9 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
             f"{name} on {system.deployment}" for name, system in config.systems.items()
         ),
         "memory": f"{config.memory}",
-        "method": f"medians of {rounds} rounds, each program alone: a step 3 times in "
-        "a round, a transfer once",
+        "method": f"medians of {rounds} rounds, each program alone; in service: "
+        f"{config.workload.num_requests} requests of each system, prompts "
+        f"{config.workload.prompt_tokens}, outputs {config.workload.output_tokens}",
     }
 
 
@@ -215,6 +232,15 @@ def table(profile: CalibratedProfile) -> str:
     return "\n".join(align(rows, right=(1, *range(4, 4 + len(FORMS)))))
 
 
+def service_table(profile: CalibratedProfile) -> str:
+    """What steps take in serving over what they take alone, by layout and kind."""
+    rows = [("layout", "kind", "in service")]
+    for (tp, pp), times in sorted(profile.layouts.items()):
+        for kind, factor in sorted(times.in_service.items()):
+            rows.append((f"tp{tp}pp{pp}", kind, f"{factor - 1:+.1%}"))
+    return "\n".join(align(rows, right=(2,)))
+
+
 def run(config: Config, rounds: int, count: int, max_drift: float) -> CalibratedProfile:
     """Builds the engines of all systems and measures them.
 
@@ -223,17 +249,21 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
     """
     host_devices.provide(devices_needed(config))
     # Its own runs may have modelled durations; here programs are timed anyway.
-    check_modelled(dataclasses.replace(config, clock="virtual", durations="table"))
+    config = dataclasses.replace(config, clock="virtual", durations="live")
+    check_modelled(config)
     if config.streams:
         raise ValueError("streams: expected false: transfers are measured whole")
     model = load_model(config)
+    source = RequestSource.load(config, model)
     shared: dict[Any, PlacedModel] = {}
     servers = [
         Server(config, system, model, shared) for system in config.systems.values()
     ]
     for server in servers:
+        source.check(server.memory)
+    for server in servers:
         server.prepare(_progress)
-    return calibrate(
+    profile = calibrate(
         [server.engine for server in servers],
         lambda engine, work: run_alone(engine, work)[0],
         name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
@@ -243,20 +273,23 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
         max_drift=max_drift,
         progress=_progress,
     )
+    _progress(f"serving {config.workload.num_requests} requests on each system")
+    return with_service(profile, serve_each(servers, source, profile))
 
 
 def show(path: str) -> str:
-    """The table of a profile that is there.
+    """The tables of a profile that is there.
 
     Raises:
       ValueError: if it is no profile.
     """
     try:
-        return table(profile_from_json(json.loads(pathlib.Path(path).read_text())))
+        profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--show: expected a profile of this command, got '{path}': {error!r}"
         ) from error
+    return f"{table(profile)}\n\n{service_table(profile)}"
 
 
 def _progress(message: str) -> None:
@@ -275,7 +308,14 @@ def main(argv: Sequence[str]) -> None:
         config = get_config(_CONFIG.value)
         if _MODEL.value:
             config = dataclasses.replace(config, model=_MODEL.value, weights="random")
-        config = override(on_deployments(config, _DEPLOYMENT.value), _SET.value)
+        given = [
+            f"workload.num_requests={_REQUESTS.value}",
+            "workload.ignore_eos=true",
+            "num_seeds=1",
+        ]
+        config = override(
+            on_deployments(config, _DEPLOYMENT.value), [*given, *_SET.value]
+        )
         profile = run(config, _ROUNDS.value, _UNSEEN.value, _MAX_DRIFT.value)
         folder = pathlib.Path(__file__).parent / "profiles"
         out = pathlib.Path(_OUT.value or folder / f"{profile.name}.json")
@@ -283,7 +323,7 @@ def main(argv: Sequence[str]) -> None:
         out.write_text(json.dumps(profile_to_json(profile), indent=1) + "\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(table(profile))
+    print(f"{table(profile)}\n\n{service_table(profile)}")
     print(f"\ndrift {profile.provenance['drift']}; {out}")
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work, load_slices
+from disagg_jax.engine.executor import every_work, slices_of
 from disagg_jax.sim.calibrated import (
     CalibratedProfile,
     Layout,
@@ -18,7 +18,7 @@ from disagg_jax.sim.calibrated import (
     TransferTimes,
 )
 from disagg_jax.sim.programs import KINDS, Program, ProgramList
-from disagg_jax.work import Step, StepLoad, Transfer
+from disagg_jax.work import Step, Task, Transfer
 from experiments.fit import fit_line, fit_programs, left_out_error
 from experiments.profiled import (
     Probe,
@@ -33,6 +33,7 @@ from experiments.profiled import (
 Key = TypeVar("Key")
 Progress = Callable[[str], None]
 Round = Sequence[Sequence[float]]  # runs of one piece of work; seconds of its parts
+Parts = Sequence[tuple[int, int]]  # (start, count) of the slices of a step
 
 
 # -- what is measured ------------------------------------------------------------------
@@ -56,8 +57,8 @@ def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[Probe]:
             memory = instance.model.memory
             most = memory.num_blocks * memory.block_tokens
             limits = _Limits(min(memory.max_context, most), most, rng)
-            for load in limits.loads(program_list(engine, i), count):
-                step = Step.of(0, i, load_slices(load, memory))
+            for parts in limits.steps(program_list(engine, i), count):
+                step = Step.of(0, i, slices_of(parts, memory))
                 probes.append(Probe(engine, step))
         transfers = [w for w in every_work(engine) if isinstance(w, Transfer)]
         for i in rng.choice(len(transfers), count) if transfers else ():
@@ -79,13 +80,13 @@ def _shortened(
 
 @dataclasses.dataclass(frozen=True)
 class _Limits:
-    """Random loads of an instance."""
+    """Random steps of an instance, each as (start, count) of its slices."""
 
     longest: int  # tokens of a request
     pool: int  # tokens of all
     rng: np.random.Generator
 
-    def loads(self, listed: ProgramList, count: int) -> Iterator[StepLoad]:
+    def steps(self, listed: ProgramList, count: int) -> Iterator[Parts]:
         """`count` of each kind that there are programs for."""
         kinds = listed.of_kind
         for _ in range(count):
@@ -97,28 +98,27 @@ class _Limits:
             if kinds["mixed"]:
                 tokens = max(p.tokens for p in kinds["mixed"][:-1] or kinds["mixed"])
                 chunk = self._chunk(tokens // 2)
-                yield StepLoad((chunk,), 0, 0)
+                yield [chunk]
                 most = min(listed.most_decodes, tokens // 2)
                 if most:
-                    chunks = (self._chunk(tokens // 2),)
-                    yield dataclasses.replace(self._decodes(most), chunks=chunks)
+                    yield [self._chunk(tokens // 2), *self._decodes(most)]
 
     def _upto(self, most: int, least: int = 1) -> int:
         return int(self.rng.integers(least, most, endpoint=True))
 
-    def _decodes(self, most: int) -> StepLoad:
+    def _decodes(self, most: int) -> Parts:
         n = self._upto(most)
         # Room for a chunk beside them, where there is any.
         room = (self.pool - self.longest) // n
-        mean = self._upto(max(2, min(self.longest, room)), 2)
-        return StepLoad((), n, n * mean)
+        longest = self._upto(max(2, min(self.longest, room)), 2)
+        return [(self._upto(longest - 1), 1) for _ in range(n)]
 
-    def _prompts(self, tokens: int, most: int) -> StepLoad:
+    def _prompts(self, tokens: int, most: int) -> Parts:
         """Prompts of `tokens` tokens together, but none longer than the longest."""
         rows = self._upto(min(most, tokens))
         cuts = np.sort(self.rng.choice(tokens - 1, rows - 1, replace=False)) + 1
         lengths = np.diff([0, *cuts.tolist(), tokens]).tolist()
-        return StepLoad(tuple((0, min(n, self.longest)) for n in lengths), 0, 0)
+        return [(0, min(n, self.longest)) for n in lengths]
 
     def _chunk(self, most: int) -> tuple[int, int]:
         """(start, count) of a part of a prompt."""
@@ -131,16 +131,13 @@ def measure(
     rounds: int,
     time_parts: TimeParts,
     progress: Progress,
-    burst: int = 3,
 ) -> dict[Key, list[Round]]:
     """Times each probe in so many rounds; see `typical_s`.
 
     The rounds go over all probes, so that a slow moment of the machine falls on
     different ones in different rounds; each in an order of its own, so that what ran
-    before does not stay the same. In each round a step runs `burst` times: the first
-    finds the caches cold, as one in a few steps does that follows a step of another
-    kind. A transfer always follows other work, so it runs once: those of m32 take twice
-    as long then, and more. One round before is the warm-up.
+    before does not stay the same. In each round work runs a few times (`_runs`). One
+    round before is the warm-up.
     """
     found: dict[Key, list[Round]] = {key: [] for key in probes}
     keys = list(probes)
@@ -148,11 +145,23 @@ def measure(
         progress(f"timing {len(probes)} pieces of work, round {i} of {rounds}")
         for n in np.random.default_rng(i).permutation(len(keys)).tolist():
             key, probe = keys[n], probes[keys[n]]
-            times = burst if isinstance(probe.work, Step) else 1
-            runs = [time_parts(*probe) for _ in range(times)]
+            runs = [time_parts(*probe) for _ in range(_runs(probe.work))]
             if i:
                 found[key].append(runs)
     return found
+
+
+def _runs(work: Task) -> int:
+    """How often work runs in a round.
+
+    The first run finds the caches cold, as a step does that follows one of another
+    kind. For most decodes of m32 a round's first took 7 % longer than its second, and
+    those after the third 5 % less; prompts hardly differ. A transfer always follows
+    other work: those of m32 take twice as long then, and more.
+    """
+    if isinstance(work, Transfer):
+        return 1
+    return 3 if work.load.chunks else 8
 
 
 def typical_s(rounds: Sequence[Round]) -> tuple[float, ...]:
@@ -248,7 +257,7 @@ def _stage(
 def prediction_errors(
     profile: CalibratedProfile,
     probes: Sequence[Probe],
-    samples: Mapping[int, Sequence[Round]],
+    samples: Sequence[Sequence[Round]],
 ) -> dict[str, list[float]]:
     """By kind, predicted over measured seconds less 1, of each probe.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from disagg_jax import metrics
 from disagg_jax.engine.executor import run_alone
@@ -18,9 +18,9 @@ from disagg_jax.sim.agreement import (
     Agreement,
     MeasuredCost,
     Slowdown,
+    StepTime,
     agreement,
-    step_kind,
-    step_load,
+    step_times,
 )
 from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.capacity import capacity_rps
@@ -35,14 +35,6 @@ from experiments.speed import Speedometer
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).
 POINTS, RATE_CHANGE = 0.02, 0.02
-
-
-class StepTime(NamedTuple):
-    """A step on one pipeline stage."""
-
-    kind: str  # prefill, decode or mixed
-    measured_s: float  # on the engine, in the run
-    predicted_s: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,13 +153,8 @@ class Twin:
     def step_times(self, points: Iterable[Point]) -> Iterator[StepTime]:
         """What every step took in runs of the engine, and what was predicted."""
         for point in points:
-            slowdown = self.slowdown(point)
-            for use in self._occupancy(point).stages:
-                load = step_load(use.step)
-                profiled_s = self.cost.stages_s(use.step.instance, load)[use.stage]
-                predicted_s = profiled_s * slowdown.factor(load, use.step.id - 1)
-                measured_s = use.end_s - use.start_s
-                yield StepTime(step_kind(load), measured_s, predicted_s)
+            occupancy, slowdown = self._occupancy(point), self.slowdown(point)
+            yield from step_times(occupancy, self.cost, slowdown)
 
     def _occupancy(self, point: Point) -> Occupancy:
         return read_occupancy(self.server.deployment, self.run_dir.events(point))

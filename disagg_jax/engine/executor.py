@@ -13,6 +13,7 @@ import numpy as np
 from disagg_jax.backend import Outcome
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
+from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine, Result
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, StepLoad, Task, Transfer
@@ -154,7 +155,8 @@ def every_work(engine: Engine, *, streams: bool = False) -> Iterator[Task]:
     """
     for i, instance in enumerate(engine.instances):
         for shape in instance.buckets.step_shapes:
-            yield Step.of(0, i, full_slices(shape, instance.model.memory))
+            slices = typical_slices(shape, instance.buckets, instance.model.memory)
+            yield Step.of(0, i, slices)
     for src in engine.deployment.of(Role.PREFILL):
         for dst in engine.deployment.of(Role.DECODE):
             for size in engine.instances[src].buckets.transfer_blocks:
@@ -164,6 +166,23 @@ def every_work(engine: Engine, *, streams: bool = False) -> Iterator[Task]:
                 yield whole
                 if streams:  # of a step that is not going on: its KV is all there
                     yield dataclasses.replace(whole, step=1)
+
+
+def typical_slices(
+    shape: StepShape, buckets: Buckets, memory: KVMemory
+) -> tuple[Slice, ...]:
+    """Slices that need `shape`, but decodes with half of the pool's front in use.
+
+    What is in a decode program changes what it takes: of 16 rows over 256 blocks 6 %
+    less (m32; tiny 17 %) on a CPU with 100 blocks in use than with all, perhaps since
+    masked scores skip their exponentials. Sizes are steps of 4, so half is the middle.
+    """
+    if not isinstance(shape, DecodeShape):
+        return full_slices(shape, memory)
+    smaller = [size for size in buckets.pool_blocks if size < shape.blocks]
+    least = max(smaller, default=0) + 1
+    blocks = max(least, min(shape.rows, shape.blocks), shape.blocks // 2)
+    return _full_decodes(shape.rows, blocks, memory)
 
 
 def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
@@ -181,13 +200,18 @@ def full_slices(shape: StepShape, memory: KVMemory) -> tuple[Slice, ...]:
 
 
 def load_slices(load: StepLoad, memory: KVMemory) -> tuple[Slice, ...]:
-    """Slices of a step with this load, their blocks one after the other in the pool.
-
-    Where the pool is too short they share its last blocks: it is for timing.
-    """
+    """Slices of a step with this load, its decodes all alike; see `slices_of`."""
     parts = list(load.chunks)
     if load.decodes:
         parts += [(max(1, load.context // load.decodes - 1), 1)] * load.decodes
+    return slices_of(parts, memory)
+
+
+def slices_of(parts: Iterable[tuple[int, int]], memory: KVMemory) -> tuple[Slice, ...]:
+    """Slices of these (start, count), their blocks one after the other in the pool.
+
+    Where the pool is too short they share its last blocks: it is for timing.
+    """
     slices: list[Slice] = []
     first = 0
     for start, count in parts:

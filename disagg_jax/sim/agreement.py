@@ -11,7 +11,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from disagg_jax.event_log import LoggedStep, LoggedTransfer, read_turns
 from disagg_jax.occupancy import Occupancy
@@ -95,6 +96,30 @@ class Slowdown:
     def of(self, cost: DeploymentCost) -> DeploymentCost:
         """The durations on that machine, for one simulation without spans."""
         return _SlowedCost(cost, self)
+
+
+class StepTime(NamedTuple):
+    """A step of a run on one pipeline stage."""
+
+    instance: int
+    load: StepLoad
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def kind(self) -> str:
+        return step_kind(self.load)
+
+
+def step_times(
+    occupancy: Occupancy, cost: DeploymentCost, slowdown: Slowdown
+) -> Iterator[StepTime]:
+    """What every step of a run took, and what `cost` says it takes on that machine."""
+    for use in occupancy.stages:
+        load, instance = step_load(use.step), use.step.instance
+        predicted_s = cost.stages_s(instance, load)[use.stage]
+        predicted_s *= slowdown.factor(load, use.step.id - 1)
+        yield StepTime(instance, load, use.end_s - use.start_s, predicted_s)
 
 
 class _SlowedCost:

@@ -2,7 +2,9 @@
 
 A step takes what the program that it runs takes (`sim/programs.py`): the measured
 median where that program was measured, else the fitted form (`sim/terms.py`). So does a
-transfer, by the number of blocks it is padded to.
+transfer, by the number of blocks it is padded to. These are of programs that run alone,
+time after time; between others, as in serving, a step of its kind takes so much longer
+or shorter (`LayoutTimes.in_service`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,10 @@ class LayoutTimes:
     probes: Mapping[Program, float] = dataclasses.field(
         default_factory=dict[Program, float]
     )
+    # By kind, what steps took in serving over what they take alone; 1 if not there.
+    in_service: Mapping[str, float] = dataclasses.field(
+        default_factory=dict[str, float]
+    )
 
     def __post_init__(self) -> None:
         for program, stages_s in self.measured.items():
@@ -48,6 +54,8 @@ class LayoutTimes:
             expect(ok, expected, stages_s)
         for program, seconds in self.probes.items():
             expect(seconds > 0, f"{program}: expected a time > 0", seconds)
+        for kind, factor in self.in_service.items():
+            expect(factor > 0, f"{kind}: expected a factor > 0", factor)
         for kind, stages in self.fits.items():
             expect(len(stages) == self.pp, f"{kind}: expected {self.pp} fits", stages)
             for fit in stages:
@@ -55,8 +63,13 @@ class LayoutTimes:
                 ok = len(fit) == n and min(fit) >= 0
                 expect(ok, f"{kind}: expected {n} coefficients >= 0", fit)
 
+    def serving_s(self, program: Program) -> tuple[float, ...]:
+        """Seconds on each stage between other steps; see `stages_s`."""
+        factor = self.in_service.get(program.kind, 1.0)
+        return tuple(factor * time_s for time_s in self.stages_s(program))
+
     def stages_s(self, program: Program) -> tuple[float, ...]:
-        """Seconds on each stage.
+        """Seconds on each stage, alone.
 
         Raises:
           ValueError: if nothing of that kind was measured.
@@ -108,7 +121,11 @@ class CalibratedInstance:
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Seconds on each stage."""
-        return self._times.stages_s(self._list.find(load))
+        return self._times.serving_s(self.program(load))
+
+    def program(self, load: StepLoad) -> Program:
+        """What it runs; see `ProgramList.find`."""
+        return self._list.find(load)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Seconds of a decode-only step on the one stage."""
@@ -125,7 +142,7 @@ class CalibratedInstance:
             context = self._list.context(decodes, blocks)
             program = self._list.decode(decodes, context)
             most.append(context)
-            seconds.append(self._times.stages_s(program)[0])
+            seconds.append(self._times.serving_s(program)[0])
         return most, seconds
 
 

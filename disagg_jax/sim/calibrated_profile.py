@@ -10,7 +10,8 @@
        {"tp": 1, "pp": 1,
         "measured": [["prefill", T, R, C, B, P, [seconds on each stage]], ...],
         "fits": {"prefill": [[coefficient of each term], ... of each stage]},
-        "probes": [["decode", T, R, C, B, P, [seconds]], ...]}],
+        "probes": [["decode", T, R, C, B, P, [seconds]], ...],
+        "in_service": {"decode": 1.05}}],      in serving over alone, by kind
      "transfers": [
        {"src": [1, 1], "dst": [1, 1],          (tp, pp)
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
@@ -72,6 +73,7 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
                 },
                 "probes": [[*p, [s]] for p, s in sorted(times.probes.items())],
+                "in_service": dict(times.in_service),
             }
             for (tp, pp), times in sorted(profile.layouts.items())
         ],
@@ -142,9 +144,11 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
     expect(isinstance(found, list), f"{where}.probes: expected a list", found)
     rows = enumerate(cast(list[object], found))
     probes = [_measured(row, f"{where}.probes[{n}]") for n, row in rows]
+    factors = as_mapping(record.get("in_service", {}), f"{where}.in_service")
     with _inside(where):
         seconds = {p: sum(s) for p, s in _each_once(probes, "probes").items()}
-        return (tp, pp), LayoutTimes(pp, programs, coefficients, seconds)
+        in_service = {k: as_number(v, f"in_service.{k}") for k, v in factors.items()}
+        return (tp, pp), LayoutTimes(pp, programs, coefficients, seconds, in_service)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import full_slices
+from disagg_jax.engine.executor import full_slices, typical_slices
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -191,8 +191,31 @@ def test_slices_for_timing_need_exactly_their_shape(limits, memory):
     assume(not limits.mixed or min(limits.prefill_tokens, longest_of(memory)) > 3)
     buckets = Buckets.for_limits(limits, memory)
     for shape in (*buckets.step_shapes[:4], *buckets.step_shapes[-4:], *buckets.mixed):
-        slices = full_slices(shape, memory)
-        assert buckets.step_shape(slices) == shape
+        for slices in (
+            full_slices(shape, memory),
+            typical_slices(shape, buckets, memory),
+        ):
+            assert buckets.step_shape(slices) == shape
+
+
+def test_decodes_are_timed_with_half_of_the_front_in_use():
+    buckets = Buckets(
+        prefill=(),
+        decode_rows=(1, 16),
+        pool_blocks=(16, 64, 100),
+        transfer_blocks=(),
+    )
+    memory = KVMemory(num_blocks=100, max_context=1600)
+
+    def in_use(rows, blocks):
+        shape = DecodeShape(rows, blocks)
+        slices = typical_slices(shape, buckets, memory)
+        assert len(slices) == rows
+        return sum(len(part.blocks) for part in slices)
+
+    assert [in_use(1, blocks) for blocks in (16, 64, 100)] == [8, 32, 65]
+    # Each row has a block of its own.
+    assert [in_use(16, blocks) for blocks in (16, 64, 100)] == [16, 32, 65]
 
 
 def make_slice(start, count, blocks, samples=True) -> Slice:

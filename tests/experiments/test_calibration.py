@@ -10,7 +10,7 @@ import pytest
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import load_slices
+from disagg_jax.engine.executor import slices_of
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.programs import KINDS, ProgramList
@@ -186,25 +186,36 @@ def test_random_loads_are_such_as_the_engine_can_run(name, memory):
     listed = ProgramList(programs, memory.block_tokens)
     pool = memory.num_blocks * memory.block_tokens
     limits = calibration._Limits(memory.max_context, pool, np.random.default_rng(0))
-    loads = list(limits.loads(listed, 200))
-    assert len(loads) >= 200
-    for load in loads:
-        slices = load_slices(load, memory)
-        assert slices and StepLoad.of(slices) == load
+    steps = list(limits.steps(listed, 200))
+    assert len(steps) >= 200
+    for parts in steps:
+        slices = slices_of(parts, memory)
+        assert [(p.start, p.count) for p in slices] == list(parts) != []
         assert all(p.start + p.count <= memory.max_context for p in slices)
         assert buckets.step_shape(slices) in buckets.step_shapes
-        assert listed.find(load) in listed.programs
+        assert listed.find(StepLoad.of(slices)) in listed.programs
+    if listed.most_decodes and pool > memory.max_context:  # else no room to differ
+        decodes = [{start for start, n in parts if start and n == 1} for parts in steps]
+        assert max(map(len, decodes)) > 1
 
 
-def test_steps_run_thrice_a_round_transfers_once_and_the_first_round_is_left_out():
-    times = {Step: iter([9, 9, 9, 1, 5, 3, 3, 3, 9]), Transfer: iter([9, 4, 6])}
-    step = Step.of(0, 0, ())
-    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
-    moved = Transfer(0, request, 0, 1, (), (), 1)
-    probes = {"step": Probe(None, step), "transfer": Probe(None, moved)}
-    found = measure(probes, 2, lambda _, w: [next(times[type(w)])], lambda _: None)
-    assert found["step"] == [[[1], [5], [3]], [[3], [3], [9]]]
-    assert found["transfer"] == [[[4]], [[6]]]
+def test_work_runs_a_few_times_a_round_and_the_first_round_is_left_out():
+    request = Request(id=0, arrival_s=0, prompt_tokens=9, max_tokens=1)
+    prompt, decode = (
+        Step.of(0, 0, slices_of([part], KVMemory(num_blocks=8, max_context=64)))
+        for part in ((0, 9), (9, 1))
+    )
+    works = {
+        "prompt": prompt,
+        "decode": decode,
+        "transfer": Transfer(0, request, 0, 1, (), (), 1),
+    }
+    calls = {name: itertools.count() for name in works}
+    probes = {name: Probe(name, work) for name, work in works.items()}
+    found = measure(probes, 2, lambda name, _: [next(calls[name])], lambda _: None)
+    assert found["prompt"] == [[[3], [4], [5]], [[6], [7], [8]]]
+    assert found["decode"] == [[[i] for i in range(n, n + 8)] for n in (8, 16)]
+    assert found["transfer"] == [[[1]], [[2]]]
 
 
 def test_the_typical_time_is_a_mean_of_medians():
@@ -225,9 +236,10 @@ def test_rounds_are_in_orders_of_their_own():
         asked.append(name)
         return [1.0]
 
-    step = Step.of(0, 0, ())
-    probes = {name: Probe(name, step) for name in range(6)}
-    measure(probes, 3, time_parts, lambda _: None, burst=1)
+    request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
+    moved = Transfer(0, request, 0, 1, (), (), 1)  # once a round
+    probes = {name: Probe(name, moved) for name in range(6)}
+    measure(probes, 3, time_parts, lambda _: None)
     rounds = [asked[i : i + 6] for i in range(0, 24, 6)]
     assert all(sorted(each) == list(probes) for each in rounds)
     assert len({tuple(each) for each in rounds}) == 4

@@ -1,0 +1,100 @@
+"""What steps take in serving over alone: measured, kept, and counted with."""
+
+import dataclasses
+import itertools
+
+import pytest
+
+from disagg_jax.sim.agreement import StepTime
+from disagg_jax.work import StepLoad
+from experiments import in_service
+from experiments.config import Workload
+from experiments.in_service import Served, serve_each, with_service
+from experiments.profiled import cost_of, key_of
+from experiments.request_source import RequestSource
+from experiments.serving import Server
+from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
+
+PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)
+
+
+def served(layout, kind, load, measured_s, predicted_s):
+    return Served(layout, kind, StepTime(0, load, measured_s, predicted_s))
+
+
+def test_what_steps_took_together_counts_by_layout_and_kind(exact):
+    steps = [
+        served((1, 1), "decode", DECODE, 1.0, 2.0),
+        served((1, 1), "decode", DECODE, 8.0, 4.0),  # longer ones weigh more
+        served((1, 1), "prefill", PROMPT, 1.1, 1.0),
+        served((1, 2), "decode", DECODE, 0.5, 1.0),
+    ]
+    found = with_service(exact, steps)
+    assert found.layouts[1, 1].in_service == pytest.approx(
+        {"decode": 1.5, "prefill": 1.1}
+    )
+    assert found.layouts[1, 2].in_service == {"decode": 0.5}
+    alone = dataclasses.replace(found.layouts[1, 1], in_service={})
+    assert alone == exact.layouts[1, 1]
+
+
+def test_the_simulator_counts_with_it_and_what_runs_alone_does_not(exact, known):
+    steps = [served((1, 1), "decode", DECODE, 1.5, 1.0)]
+    found = with_service(exact, steps)
+    before, after = (cost_of(profile, known["vllm"]) for profile in (exact, found))
+    (alone_s,), (serving_s,) = (cost.stages_s(0, DECODE) for cost in (before, after))
+    assert serving_s == pytest.approx(1.5 * alone_s)
+    assert after.decoder(0)(2, 20) == serving_s
+    assert after.stages_s(0, PROMPT) == before.stages_s(0, PROMPT)
+    program = after.instances[0].program(DECODE)
+    assert found.layouts[1, 1].stages_s(program) == (alone_s,)
+
+
+@pytest.fixture(scope="module")
+def machine():
+    """Servers whose engines run nothing, and a profile of their programs."""
+    config = dataclasses.replace(
+        CONFIG,
+        systems={name: CONFIG.systems[name] for name in ("vllm", "sarathi_serve")},
+        workload=Workload(num_requests=60, prompt_tokens="uniform:8:60"),
+        durations="live",
+        num_seeds=1,
+    )
+    model = make_model()
+    servers = [Server(config, system, model, {}) for system in config.systems.values()]
+    profile = calibrated([server.engine for server in servers], device())
+    return servers, RequestSource.load(config, model), profile
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.5])
+def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
+    """Probes are as slow as the machine; only what comes in serving is held against
+    the programs alone, whatever the machine's speed was then."""
+    servers, source, profile = machine
+    steady, times = device(), {"decode": 1.25, "prefill": 0.9, "mixed": 1.1}
+    sums, alone = {kind: [0.0, 0.0] for kind in times}, itertools.count()
+
+    def in_serving(engine, work):
+        (part_s,) = steady(engine, work)
+        if not work.id:  # of probes
+            next(alone)
+            return [slower * part_s], ((), 0)
+        kind = key_of(engine, work).program.kind
+        part_s *= times[kind]
+        (predicted_s,) = cost_of(profile, engine).stages_s(work.instance, work.load)
+        sums[kind][0] += part_s
+        sums[kind][1] += predicted_s
+        # Whatever tokens: none of them ends a request.
+        tokens = (0,) * sum(part.samples for part in work.slices)
+        return [slower * part_s], (tokens, 0)
+
+    monkeypatch.setattr(in_service, "run_alone", in_serving)
+    monkeypatch.setattr("disagg_jax.engine.executor.run_alone", in_serving)
+    monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
+    found = with_service(profile, serve_each(servers, source, profile))
+    assert next(alone) > 10
+    expected = {kind: measured / alone_s for kind, (measured, alone_s) in sums.items()}
+    assert found.layouts[1, 1].in_service == pytest.approx(expected)
+    assert expected["prefill"] == pytest.approx(times["prefill"])
+    # Where blocks lie is a guess, so that a few steps take another program.
+    assert expected["decode"] > times["decode"] * 0.99
