@@ -145,6 +145,8 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
     rows = enumerate(cast(list[object], found))
     probes = [_measured(row, f"{where}.probes[{n}]") for n, row in rows]
     factors = as_mapping(record.get("in_service", {}), f"{where}.in_service")
+    expected = f"{where}.in_service: expected some of {KINDS}"
+    expect(set(factors) <= set(KINDS), expected, factors)
     with _inside(where):
         seconds = {p: sum(s) for p, s in _each_once(probes, "probes").items()}
         in_service = {k: as_number(v, f"in_service.{k}") for k, v in factors.items()}

@@ -11,7 +11,7 @@ from disagg_jax.sim.calibrated_profile import profile_to_json
 from disagg_jax.work import Transfer
 from experiments import calibrate
 from experiments.calibrate import on_deployments
-from experiments.config import Config, Memory, System
+from experiments.config import Config, Memory, System, Workload
 from experiments.configs import get_config
 from experiments.profiled import cost_of, read_profile, step_times_of
 from experiments.serving import Server
@@ -122,13 +122,16 @@ def test_an_engine_is_measured_and_its_profile_used(
     policies = {"prefill": seqs(1, token_budget=32), "decode": seqs(1)}
     pair = System.of("disaggregated", "prefill:tp1,decode:tp1", **policies)
     memory = Memory(blocks_per_device=4, max_context=32)
-    config = Config(systems={"pair": pair}, memory=memory)
+    lengths = {"prompt_tokens": "uniform:4:16", "output_tokens": "uniform:2:8"}
+    workload = Workload(num_requests=10, **lengths)
+    config = Config(systems={"pair": pair}, memory=memory, workload=workload)
     profile = calibrate.run(config, 3, 2, math.inf)
     assert profile.name == "tiny-cpu"
     assert {"commit", "date", "jax", "drift"} <= profile.provenance.keys()
     assert set(profile.held_out) == {"prefill", "decode", "transfer"}
     (times,) = profile.layouts.values()
     assert all(0 < seconds < 10 for (seconds,) in times.measured.values())
+    assert set(times.in_service) == {"prefill", "decode"}
     assert profile.block_bytes == 16 * TINY.kv_bytes_per_token
     again = read_profile(write(tmp_path / "p.json", profile), TINY)
     engine = Server(config, pair, random_model, {}).engine

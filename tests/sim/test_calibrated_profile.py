@@ -43,6 +43,7 @@ RECORD = {
                 "decode": [[2.0, 0.0, 0.25, 0.0]],
             },
             "probes": [[*ROWS[1], [0.7]], [*SMALL, [9.5]]],
+            "in_service": {"decode": 1.25},
         },
         {
             "tp": 2,
@@ -50,6 +51,7 @@ RECORD = {
             "measured": [[*SMALL, [4.0, 5.0]]],
             "fits": {"prefill": [[2.0] + [0.0] * 7, [0.0, 0.125] + [0.0] * 6]},
             "probes": [],
+            "in_service": {},
         },
     ],
     "transfers": [
@@ -74,8 +76,8 @@ PROFILE = profile_from_json(RECORD)
     [
         ((1, 1), (((0, 20),), 0, 0), (9.0,)),  # measured
         ((1, 1), (((0, 40),), 0, 0), (1 + 0.5 * 64,)),  # the fit, of the whole program
-        ((1, 1), ((), 1, 9), (1 / 3,)),
-        ((1, 1), ((), 1, 90), (2 + 0.25 * 16,)),
+        ((1, 1), ((), 1, 9), (1.25 / 3,)),  # in service
+        ((1, 1), ((), 1, 90), (1.25 * (2 + 0.25 * 16),)),
         ((2, 2), (((0, 20),), 0, 0), (4.0, 5.0)),
         ((2, 2), (((0, 40),), 0, 0), (2.0, 8.0)),
     ],
@@ -187,8 +189,10 @@ def test_probes_are_no_measurements_and_older_profiles_have_none():
     assert layout.probes == {ROWS[1]: 0.7, SMALL: 9.5}
     assert layout.stages_s(ROWS[1]) == layout.fitted_s(ROWS[1]) == (2.0 + 0.25 * 16,)
     record = copy.deepcopy(RECORD)
-    del record["layouts"][0]["probes"]
-    assert profile_from_json(record).layouts[1, 1].probes == {}
+    del record["layouts"][0]["probes"], record["layouts"][0]["in_service"]
+    older = profile_from_json(record).layouts[1, 1]
+    assert older.probes == older.in_service == {}
+    assert older.serving_s(SMALL) == older.stages_s(SMALL)
 
 
 def test_a_profile_of_colocated_systems_needs_no_transfers():
@@ -240,6 +244,13 @@ MOVE = ("transfers", 0)
             ("layouts", 0, "probes", 1, 6),
             [0.0],
             r"layouts\[0\]: prefill_T32_R4: .* > 0",
+        ),
+        (("layouts", 0, "in_service"), [], r"in_service: expected an object"),
+        (("layouts", 0, "in_service", "train"), 1.0, r"in_service: .* some of"),
+        (
+            ("layouts", 0, "in_service", "decode"),
+            0.0,
+            r"layouts\[0\]: decode: expected a factor > 0, got 0.0",
         ),
         (("layouts", 0, "fits"), [], r"layouts\[0\].fits: expected an object"),
         (("layouts", 0, "fits", "train"), [[1.0]], r"layouts\[0\].fits: .* some of"),
