@@ -6,8 +6,10 @@ Python imports them instead of it, so an outdated one would run what no file say
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import pathlib
+from typing import Any
 
 _HERE = pathlib.Path(__file__).parent
 
@@ -35,3 +37,18 @@ def check_compiled(package: pathlib.Path = _HERE) -> None:
                 "it again with `python -m experiments.compile_core`, or have it read "
                 "again with `python -m experiments.compile_core --remove`"
             )
+
+
+def reduced(record: Any) -> tuple[object, tuple[type[Any], dict[str, Any]]]:
+    """What pickle is to keep of a dataclass: its fields."""
+    fields = {
+        field.name: getattr(record, field.name)
+        for field in dataclasses.fields(record)
+        if field.init
+    }
+    return rebuild, (record.__class__, fields)
+
+
+def rebuild(kind: type[Any], fields: dict[str, Any]) -> object:
+    """The dataclass that was `reduced`."""
+    return kind(**fields)

@@ -4,13 +4,12 @@
     python -m experiments.compile_core
     python -m experiments.compile_core --remove
 
-mypyc makes extension modules of the controller, its records and the virtual clock; it
-needs a C compiler. They lie beside the source and are imported instead of it until they
-are removed; when the source changes, `disagg_jax` refuses them. Results are the same.
-Policies, cost models and all that holds parameters stay as they are: a new one needs no
-compiling. What is compiled is a copy of the source in which records have the `__init__`
-that `dataclasses` makes written out: made at run time it would stay interpreted, and
-records take a quarter of a compiled simulation's time then.
+mypyc makes extension modules of the controller, its records, the virtual clock, and the
+policies and cost models that come with it; it needs a C compiler. They lie beside the
+source and are imported instead of it until they are removed; when the source changes,
+`disagg_jax` refuses them. Results are the same. A policy or a cost model of your own
+needs no compiling, and may be a subclass of a compiled one. `as_compiled` says what is
+different in the copy of the source that is compiled.
 
 Half a minute. `python -m experiments.simulator_speed` says how fast it is then.
 """
@@ -34,15 +33,33 @@ _REMOVE = flags.DEFINE_bool("remove", False, "Remove what was compiled.")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "disagg_jax"
 
-# What runs for every event. Whatever goes to worker processes is left out: compiled
-# frozen dataclasses cannot be unpickled.
+# What runs for every event, or for every request.
 MODULES = (
     "backend",
     "cluster",
     "controller",
     "decode_batch",
+    "deployment",
     "kv_blocks",
+    "metrics",
+    "request",
+    "scheduling/decode_only",
+    "scheduling/decoding",
+    "scheduling/orca",
+    "scheduling/prefill_chunked",
+    "scheduling/prefill_first",
+    "scheduling/prefill_only",
+    "scheduling/routing",
+    "scheduling/sarathi",
+    "scheduling/sarathi_serve",
+    "scheduling/simdistserve",
+    "scheduling/splitfuse",
+    "scheduling/view",
     "sim/clock",
+    "sim/cost",
+    "sim/fitted",
+    "sim/link",
+    "sim/network",
     "spans",
     "state",
     "work",
@@ -67,7 +84,7 @@ def compile_core() -> None:
         shutil.copytree(PACKAGE, copy, ignore=ignored)
         for module in MODULES:
             path = copy / f"{module}.py"
-            path.write_text(with_constructors(path.read_text()))
+            path.write_text(as_compiled(path.read_text()))
         with contextlib.chdir(scratch):
             # Any: setuptools puts its own class in the place of this one at run time.
             extensions: list[Any] = mypycify(
@@ -77,7 +94,7 @@ def compile_core() -> None:
                     f"--cache-dir={scratch}/mypy",
                     *[f"{PACKAGE.name}/{module}.py" for module in MODULES],
                 ],
-                opt_level="3",
+                opt_level="1",  # 3 takes twice as long and makes it no faster
                 target_dir=scratch,
                 group_name=f"{PACKAGE.name}.core",
             )
@@ -91,36 +108,61 @@ def compile_core() -> None:
             shutil.copy2(path, PACKAGE / path.relative_to(copy))
 
 
-def with_constructors(source: str) -> str:
-    """`source` with the `__init__` of its dataclasses written out.
+def as_compiled(source: str) -> str:
+    """`source` with its dataclasses changed, in three ways.
 
-    Only of those that are `slots=True` and nothing else: events, work, and records.
+    Records, which are those that are not frozen, have their `__init__` written out:
+    made by `dataclasses` at run time it would stay interpreted, and records take a
+    quarter of a simulation's time then. What is frozen, as policies are, may have
+    interpreted subclasses. And all are pickled by their fields, as worker processes
+    need: the attributes of a compiled class are not where pickle looks for them.
     """
     lines = source.splitlines()
     # From the end, so that the lines before keep their numbers.
     for node in reversed(ast.parse(source).body):
-        if isinstance(node, ast.ClassDef) and (decorator := _of_record(node)):
+        if isinstance(node, ast.ClassDef) and (decorator := _decorator(node)):
             fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
-            end = fields[-1].end_lineno
-            lines[end:end] = ["", *_constructor(node, fields)]
-            at = decorator.lineno - 1
-            lines[at] = lines[at].replace("slots=True", "slots=True, init=False")
+            options = {keyword.arg for keyword in decorator.keywords}
+            end, at = fields[-1].end_lineno or 0, decorator.lineno - 1
+            added = ["", *_REDUCE]
+            if "frozen" in options:
+                lines[end:end] = added
+                lines[at:at] = _SUBCLASSES
+            else:
+                added += ["", *_constructor(node, fields, "kw_only" in options)]
+                lines[end:end] = added
+                lines[at] = lines[at].replace("slots=True", "slots=True, init=False")
     return "\n".join(lines) + "\n"
 
 
-def _of_record(node: ast.ClassDef) -> ast.expr | None:
-    """The decorator of a class that makes it such a dataclass."""
-    known = (
-        "dataclasses.dataclass(slots=True)",
-        "dataclasses.dataclass(slots=True, eq=False)",
-    )
-    found = [each for each in node.decorator_list if ast.unparse(each) in known]
-    return found[0] if found else None
+_REDUCE = (
+    "    def __reduce__(self) -> tuple[object, ...]:",
+    "        from disagg_jax.compiled import reduced",
+    "",
+    "        return reduced(self)",
+)
+_SUBCLASSES = (
+    "from mypy_extensions import mypyc_attr",
+    "@mypyc_attr(allow_interpreted_subclasses=True)",
+)
 
 
-def _constructor(node: ast.ClassDef, fields: Sequence[ast.AnnAssign]) -> list[str]:
+def _decorator(node: ast.ClassDef) -> ast.Call | None:
+    """What makes a class a dataclass."""
+    for each in node.decorator_list:
+        if isinstance(each, ast.Call) and ast.unparse(each.func) == _DATACLASS:
+            return each
+    return None
+
+
+_DATACLASS = "dataclasses.dataclass"
+
+
+def _constructor(
+    node: ast.ClassDef, fields: Sequence[ast.AnnAssign], kw_only: bool
+) -> list[str]:
     """The lines of the `__init__` that `dataclasses` would make."""
-    parameters, body = ["self"], list[str]()
+    parameters, body = ["self", *["*"] * kw_only], list[str]()
     for field in fields:
         name, kind = ast.unparse(field.target), ast.unparse(field.annotation)
         options: dict[str, str] = {}

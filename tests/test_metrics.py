@@ -389,7 +389,7 @@ class TestGoodput:
             ([(0, 0.5)], 0.9, "rate > 0"),
             ([(1, 95)], 0.9, r"attainment in \[0, 1\]"),
             ([(1, math.nan)], 0.9, r"attainment in \[0, 1\]"),
-            ([(1, 0.5), (1, 0.6)], 0.9, "each rate once, got 1 twice"),
+            ([(1.0, 0.5), (1.0, 0.6)], 0.9, "each rate once, got 1.0 twice"),
         ],
     )
     def test_errors(self, points, target, message):

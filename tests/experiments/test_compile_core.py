@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compile_core import MODULES, PACKAGE, with_constructors
+from experiments.compile_core import MODULES, PACKAGE, as_compiled
 
 ROOT = Path(__file__).resolve().parents[2]
 # By which the core is known: policies, events, spans, faults, and other simulators.
@@ -24,8 +24,13 @@ TESTS = (
     "tests/test_decode_batch.py",
     "tests/test_event_log.py",
     "tests/test_kv_blocks.py",
+    "tests/test_metrics.py",
+    "tests/test_scheduling.py",
     "tests/test_spans.py",
     "tests/test_virtual_clock.py",
+    "tests/sim/test_fitted.py",
+    "tests/sim/test_goodput.py",
+    "tests/sim/test_link.py",
     "tests/sim/test_simulate.py",
     "tests/sim/test_simdistserve_stages.py",
     "tests/sim/test_streams.py",
@@ -82,6 +87,50 @@ def test_a_compiled_core_passes_the_tests_of_the_core(compiled):
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
+# A policy of one's own, and what goes to worker processes and back.
+OWN_POLICY = """
+import dataclasses, pickle
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.request import Request
+from disagg_jax.scheduling import orca
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.simulate import SimulatedDeployment
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InTurn(orca.Orca):
+    prompts: int = 2  # in a step
+
+    def plan(self, instance):
+        plan = super().plan(instance)
+        return dataclasses.replace(plan, chunks=plan.chunks[: self.prompts])
+
+policy = InTurn(max_seqs=4, prompts=1)
+again = pickle.loads(pickle.dumps(policy))
+assert again == policy and again.prompts == 1, again
+cost = LinearCost(step_base_s=1.0)
+simulated = SimulatedDeployment(
+    deployment=Deployment.parse("colocated:tp1"),
+    policies={Role.COLOCATED: again},
+    memory=(KVMemory(num_blocks=64, max_context=64),),
+    cost=pickle.loads(pickle.dumps(cost)),
+)
+sizes = dict(arrival_s=0.0, prompt_tokens=8, max_tokens=2)
+requests = pickle.loads(pickle.dumps([Request(id=i, **sizes) for i in (0, 1)]))
+first, second = simulated.run(requests).timelines
+assert (first.prefill_start_s, second.prefill_start_s) == (0.0, 1.0)
+found = pickle.loads(pickle.dumps(first))
+assert (found.token_s, found.request) == (first.token_s, requests[0])
+print(orca.__file__)
+"""
+
+
+@pytest.mark.slow
+def test_policies_of_ones_own_may_be_subclasses_and_records_are_pickled(compiled):
+    done = run(compiled, "-c", OWN_POLICY)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith((".so", ".pyd"))
+
+
 @pytest.mark.slow
 def test_changed_source_is_never_run_from_what_was_compiled_before(compiled):
     source = compiled / "disagg_jax" / "spans.py"
@@ -114,6 +163,12 @@ class Record:
         self.d = self.a + 1
 
 
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Named:
+    a: int
+    b: int = 2
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Parameters:
     x: int = 1
@@ -123,7 +178,7 @@ class Parameters:
 def test_constructors_are_those_that_dataclasses_makes():
     plain, written = {}, {}
     exec(RECORDS, plain)
-    exec(with_constructors(RECORDS), written)
+    exec(as_compiled(RECORDS), written)
     for values in ((1,), (1, 3.0), (1, 3.0, [4])):
         records = [classes["Record"](*values) for classes in (plain, written)]
         assert dataclasses.asdict(records[0]) == dataclasses.asdict(records[1])
@@ -132,15 +187,33 @@ def test_constructors_are_those_that_dataclasses_makes():
     assert written["Record"](a=1, c=[5]).c == [5]
     with pytest.raises(TypeError):
         written["Record"]()
+    assert written["Named"](a=1) == written["Named"](a=1, b=2)
+    with pytest.raises(TypeError):
+        written["Named"](1)
 
 
 def test_every_record_of_the_core_gets_one_and_parameters_do_not():
-    assert with_constructors(RECORDS).count("def __init__") == 1
+    assert as_compiled(RECORDS).count("def __init__") == 2
     for module in MODULES:
         source = (PACKAGE / f"{module}.py").read_text()
-        records = source.count("@dataclasses.dataclass(slots=True")
-        added = with_constructors(source).count("def __init__")
-        assert added - source.count("def __init__") == records
+        dataclasses = source.count("@dataclasses.dataclass(")
+        frozen = source.count("@dataclasses.dataclass(frozen=True")
+        as_is = as_compiled(source)
+        added = as_is.count("def __init__") - source.count("def __init__")
+        assert added == dataclasses - frozen
+        assert as_is.count("slots=True, init=False") == added
+        assert as_is.count("@mypyc_attr(allow_interpreted_subclasses=True)") == frozen
+        assert as_is.count("def __reduce__") == dataclasses
+
+
+def test_what_is_pickled_are_fields():
+    written = {"__name__": __name__}
+    exec(as_compiled(RECORDS), written)
+    record = written["Record"](5, c=[6])
+    rebuild, (kind, fields) = record.__reduce__()
+    assert fields == {"a": 5, "b": 2.0, "c": [6]}
+    again = rebuild(kind, fields)
+    assert (again.a, again.b, again.c, again.d) == (5, 2.0, [6], 6)
 
 
 def test_without_mypyc_it_says_how_to_get_it(tmp_path):
