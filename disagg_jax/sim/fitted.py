@@ -50,6 +50,11 @@ class DecodeFit:
     context_ms: float  # b', per token attended to, the new one included
     request_ms: float  # c', per request
 
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """a', b' and c'."""
+        return self.base_ms, self.context_ms, self.request_ms
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepFit:
@@ -85,28 +90,26 @@ class FittedCost:
         return FittedInstance(self, self.fits[tp], pp)
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class FittedInstance:
     """An `InstanceCost`: `fit` on `pp` stages."""
 
-    __slots__ = (
-        "_cost",
-        "_fit",
-        "_first_ms",
-        "_first_token_ms",
-        "_large_decodes",
-        "_pp",
-        "_small",
-        "_large",
-    )
+    cost: FittedCost
+    fit: StepFit
+    pp: int
+    # decode_s reads these in the hot loop; a chain of attributes takes longer.
+    _first_ms: float = dataclasses.field(init=False)
+    _first_token_ms: float = dataclasses.field(init=False)
+    _large_decodes: int = dataclasses.field(init=False)
+    _small: tuple[float, float, float] = dataclasses.field(init=False)
+    _large: tuple[float, float, float] = dataclasses.field(init=False)
 
-    def __init__(self, cost: FittedCost, fit: StepFit, pp: int):
-        self._cost, self._fit, self._pp = cost, fit, pp
-        # decode_s reads these in the hot loop; a chain of attributes takes longer.
-        self._first_ms = cost.first_stage_ms
-        self._first_token_ms = cost.first_stage_token_ms
-        self._large_decodes = fit.large_decodes
-        self._small = dataclasses.astuple(fit.decode_small)
-        self._large = dataclasses.astuple(fit.decode_large)
+    def __post_init__(self) -> None:
+        self._first_ms = self.cost.first_stage_ms
+        self._first_token_ms = self.cost.first_stage_token_ms
+        self._large_decodes = self.fit.large_decodes
+        self._small = self.fit.decode_small.coefficients
+        self._large = self.fit.decode_large.coefficients
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Seconds on each stage; all but the first take the same."""
@@ -115,12 +118,12 @@ class FittedInstance:
         for start, count in load.chunks:
             context += start + count
         first_ms = self._first_ms + self._first_token_ms * context
-        return ((stage_ms + first_ms) / 1000,) + (stage_ms / 1000,) * (self._pp - 1)
+        return ((stage_ms + first_ms) / 1000,) + (stage_ms / 1000,) * (self.pp - 1)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Seconds of a decode-only step on the one stage."""
-        if self._pp != 1:
-            expect_one_stage(self._pp)
+        if self.pp != 1:
+            expect_one_stage(self.pp)
         large = decodes >= self._large_decodes
         base_ms, context_ms, request_ms = self._large if large else self._small
         stage_ms = base_ms + context_ms * context + request_ms * decodes
@@ -134,25 +137,25 @@ class FittedInstance:
         prefill_ms = self._prefill_ms(load)
         if not load.decodes:
             return prefill_ms
-        base_ms = min(self._fit.prefill.base_ms, self._decode_fit(load).base_ms)
-        return prefill_ms + self._decode_ms(load) - base_ms / self._pp
+        base_ms = min(self.fit.prefill.base_ms, self._decode_fit(load).base_ms)
+        return prefill_ms + self._decode_ms(load) - base_ms / self.pp
 
     def _prefill_ms(self, load: StepLoad) -> float:
-        fit = self._fit.prefill
+        fit = self.fit.prefill
         whole_ms = (
             fit.base_ms
             + fit.token_ms * load.prompt_tokens
             + fit.square_ms * load.prompt_squares
         )
-        return whole_ms / self._pp + self._cost.stage_ms * self._pp
+        return whole_ms / self.pp + self.cost.stage_ms * self.pp
 
     def _decode_ms(self, load: StepLoad) -> float:
         fit = self._decode_fit(load)
         whole_ms = (
             fit.base_ms + fit.context_ms * load.context + fit.request_ms * load.decodes
         )
-        return whole_ms / self._pp
+        return whole_ms / self.pp
 
     def _decode_fit(self, load: StepLoad) -> DecodeFit:
-        large = load.decodes >= self._fit.large_decodes
-        return self._fit.decode_large if large else self._fit.decode_small
+        large = load.decodes >= self.fit.large_decodes
+        return self.fit.decode_large if large else self.fit.decode_small

@@ -95,6 +95,7 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling import orca
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
+from experiments.simulations import get_simulation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InTurn(orca.Orca):
@@ -120,6 +121,10 @@ first, second = simulated.run(requests).timelines
 assert (first.prefill_start_s, second.prefill_start_s) == (0.0, 1.0)
 found = pickle.loads(pickle.dumps(first))
 assert (found.token_s, found.request) == (first.token_s, requests[0])
+
+built = get_simulation("opt13b_a100").build(Deployment.parse("2xcolocated:tp2"))
+runs = [it.run(requests) for it in (built, pickle.loads(pickle.dumps(built)))]
+assert runs[0].timelines[1].token_s == runs[1].timelines[1].token_s
 print(orca.__file__)
 """
 
