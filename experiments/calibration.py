@@ -32,8 +32,10 @@ from experiments.profiled import (
 
 Key = TypeVar("Key")
 Progress = Callable[[str], None]
-Round = Sequence[Sequence[float]]  # runs of one piece of work; seconds of its parts
+Turn = Sequence[Sequence[float]]  # runs of one piece of work; seconds of its parts
 Parts = Sequence[tuple[int, int]]  # (start, count) of the slices of a step
+
+_TURNS = 3  # of decode steps and transfers in a round
 
 
 # -- what is measured ------------------------------------------------------------------
@@ -131,59 +133,56 @@ def measure(
     rounds: int,
     time_parts: TimeParts,
     progress: Progress,
-) -> dict[Key, list[Round]]:
+) -> dict[Key, list[Turn]]:
     """Times each probe in so many rounds; see `typical_s`.
 
     The rounds go over all probes, so that a slow moment of the machine falls on
     different ones in different rounds; each in an order of its own, so that what ran
-    before does not stay the same. In each round work runs a few times (`_runs`). One
-    round before is the warm-up.
+    before does not stay the same. What is short, and so varies most, has `_TURNS` turns
+    in a round. One round before is the warm-up.
+
+    In its turn a step runs three times: the first finds the caches cold, as a step does
+    that follows one of another kind. A transfer always follows other work, so it runs
+    once: those of m32 take twice as long then, and more.
     """
-    found: dict[Key, list[Round]] = {key: [] for key in probes}
-    keys = list(probes)
+    found: dict[Key, list[Turn]] = {key: [] for key in probes}
+    turns = [key for key, probe in probes.items() for _ in range(_turns(probe.work))]
     for i in range(rounds + 1):
         progress(f"timing {len(probes)} pieces of work, round {i} of {rounds}")
-        for n in np.random.default_rng(i).permutation(len(keys)).tolist():
-            key, probe = keys[n], probes[keys[n]]
-            runs = [time_parts(*probe) for _ in range(_runs(probe.work))]
+        for n in np.random.default_rng(i).permutation(len(turns)).tolist():
+            probe = probes[turns[n]]
+            times = 3 if isinstance(probe.work, Step) else 1
+            runs = [time_parts(*probe) for _ in range(times)]
             if i:
-                found[key].append(runs)
+                found[turns[n]].append(runs)
     return found
 
 
-def _runs(work: Task) -> int:
-    """How often work runs in a round.
-
-    The first run finds the caches cold, as a step does that follows one of another
-    kind. For most decodes of m32 a round's first took 7 % longer than its second, and
-    those after the third 5 % less; prompts hardly differ. A transfer always follows
-    other work: those of m32 take twice as long then, and more.
-    """
-    if isinstance(work, Transfer):
-        return 1
-    return 3 if work.load.chunks else 8
+def _turns(work: Task) -> int:
+    """In a round."""
+    return 1 if isinstance(work, Step) and work.load.chunks else _TURNS
 
 
-def typical_s(rounds: Sequence[Round]) -> tuple[float, ...]:
-    """Seconds of each part: the median over the rounds, the mean over a round's runs.
+def typical_s(turns: Sequence[Turn]) -> tuple[float, ...]:
+    """Seconds of each part: the median over the turns, the mean over a turn's runs.
 
     In this order: then a slow moment of the machine counts in no run.
     """
     return tuple(
         statistics.fmean(statistics.median(run) for run in zip(*part, strict=True))
-        for part in zip(*(zip(*runs, strict=True) for runs in rounds), strict=True)
+        for part in zip(*(zip(*runs, strict=True) for runs in turns), strict=True)
     )
 
 
-def drift(samples: Iterable[Sequence[Round]]) -> float:
-    """How much longer work took in the last third of the rounds than in the first.
+def drift(samples: Iterable[Sequence[Turn]]) -> float:
+    """How much longer work took in the last third of its turns than in the first.
 
     The median over all pieces of work; 1 is not at all.
     """
     ratios: list[float] = []
-    for rounds in samples:
-        n = max(1, len(rounds) // 3)
-        first, last = (sum(typical_s(part)) for part in (rounds[:n], rounds[-n:]))
+    for turns in samples:
+        n = max(1, len(turns) // 3)
+        first, last = (sum(typical_s(part)) for part in (turns[:n], turns[-n:]))
         ratios.append(last / first)
     return statistics.median(ratios)
 
@@ -192,7 +191,7 @@ def drift(samples: Iterable[Sequence[Round]]) -> float:
 
 
 def fit_profile(
-    samples: Mapping[StepKey | TransferKey, Sequence[Round]],
+    samples: Mapping[StepKey | TransferKey, Sequence[Turn]],
     *,
     name: str,
     block_tokens: int,
@@ -207,12 +206,12 @@ def fit_profile(
     """
     steps: dict[Layout, dict[Program, tuple[float, ...]]] = {}
     moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
-    for key, rounds in samples.items():
+    for key, turns in samples.items():
         if isinstance(key, StepKey):
-            steps.setdefault(key.layout, {})[key.program] = typical_s(rounds)
+            steps.setdefault(key.layout, {})[key.program] = typical_s(turns)
         else:
             pair = moves.setdefault((key.src, key.dst), {})
-            pair[key.blocks] = sum(typical_s(rounds))
+            pair[key.blocks] = sum(typical_s(turns))
     return CalibratedProfile(
         name=name,
         block_tokens=block_tokens,
@@ -257,7 +256,7 @@ def _stage(
 def prediction_errors(
     profile: CalibratedProfile,
     probes: Sequence[Probe],
-    samples: Sequence[Sequence[Round]],
+    samples: Sequence[Sequence[Turn]],
 ) -> dict[str, list[float]]:
     """By kind, predicted over measured seconds less 1, of each probe.
 

@@ -266,8 +266,13 @@ def test_lengths_must_be_known(tmp_path):
 
 def test_show_prints_the_errors_of_a_profile_and_says_what_is_none(tmp_path):
     published = calibrate.show("experiments/profiles/m32_cpu.json")
-    assert [line.split()[0] for line in published.splitlines()] == [
+    errors, service = published.split("\n\n")
+    assert [line.split()[0] for line in errors.splitlines()] == [
         *("kind", "chunk", "decode", "mixed", "prefill", "transfer")
+    ]
+    assert [line.split()[:2] for line in service.splitlines()] == [
+        ["layout", "kind"],
+        *(["tp1pp1", kind] for kind in ("decode", "mixed", "prefill")),
     ]
     for text in ("", "{}", "[1]"):
         (tmp_path / "none.json").write_text(text)

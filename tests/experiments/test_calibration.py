@@ -214,12 +214,13 @@ def test_work_runs_a_few_times_a_round_and_the_first_round_is_left_out():
     probes = {name: Probe(name, work) for name, work in works.items()}
     found = measure(probes, 2, lambda name, _: [next(calls[name])], lambda _: None)
     assert found["prompt"] == [[[3], [4], [5]], [[6], [7], [8]]]
-    assert found["decode"] == [[[i] for i in range(n, n + 8)] for n in (8, 16)]
-    assert found["transfer"] == [[[1]], [[2]]]
+    turns = [[[i], [i + 1], [i + 2]] for i in range(9, 27, 3)]
+    assert found["decode"] == turns
+    assert found["transfer"] == [[[i]] for i in range(3, 9)]
 
 
 def test_the_typical_time_is_a_mean_of_medians():
-    """Cold first, then warm; a slow moment in a third of the rounds counts nowhere."""
+    """Cold first, then warm; a slow moment in a third of the turns counts nowhere."""
     rounds = [
         [(5, 1), (2, 1), (2, 1)],
         [(5, 1), (9, 1), (2, 1)],
@@ -237,12 +238,14 @@ def test_rounds_are_in_orders_of_their_own():
         return [1.0]
 
     request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
-    moved = Transfer(0, request, 0, 1, (), (), 1)  # once a round
+    moved = Transfer(0, request, 0, 1, (), (), 1)
     probes = {name: Probe(name, moved) for name in range(6)}
     measure(probes, 3, time_parts, lambda _: None)
-    rounds = [asked[i : i + 6] for i in range(0, 24, 6)]
-    assert all(sorted(each) == list(probes) for each in rounds)
+    rounds = [asked[i : i + 18] for i in range(0, 72, 18)]
+    assert all(sorted(each) == sorted([*probes] * 3) for each in rounds)
     assert len({tuple(each) for each in rounds}) == 4
+    # Three turns, not three runs in one.
+    assert all(any(len({*r[i : i + 3]}) > 1 for i in range(16)) for r in rounds)
 
 
 @pytest.mark.parametrize(
