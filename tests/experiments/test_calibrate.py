@@ -17,7 +17,7 @@ from disagg_jax.sim.programs import Program
 from disagg_jax.work import Step
 from experiments import accuracy, accuracy_report, calibrate
 from experiments.calibration import drift
-from experiments.config import Config, Memory, Workload
+from experiments.config import Config, Memory, System, Workload
 from experiments.configs import get_config
 from experiments.fit import fit, fit_programs, left_out_error
 from experiments.profiled import key_of, read_profile
@@ -166,8 +166,16 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
 # -- accuracy --------------------------------------------------------------------------
 
 CONSTANT = LinearCost(step_base_s=2e-3, transfer_base_s=1e-3)
+# Few programs, and small ones.
+VLLM = {"max_seqs": 4, "max_batched_tokens": 128}
+PREFILL, DECODE = {"max_seqs": 4, "token_budget": 128}, {"max_seqs": 4}
 COMPARED = Config(
-    systems=SMOKE.systems,
+    systems={
+        "vllm": System.of("vllm", "2xcolocated:tp1", colocated=VLLM),
+        "disaggregated": System.of(
+            "disaggregated", "prefill:tp1,decode:tp1", prefill=PREFILL, decode=DECODE
+        ),
+    },
     workload=Workload(num_requests=40, prompt_tokens="uniform:8:60"),
     memory=Memory(blocks_per_device=32, max_context=128),
     num_seeds=2,
