@@ -12,15 +12,16 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from disagg_jax.backend import Executor, Outcome
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.metrics import SLO
-from disagg_jax.occupancy import read_occupancy
 from disagg_jax.request import Request
-from disagg_jax.sim.agreement import StepTime, step_times
-from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile, Layout
+from disagg_jax.sim.calibrated import CalibratedProfile, Layout
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.simulate import SimulatedDeployment
-from experiments.profiled import cost_of, layouts
+from disagg_jax.work import Step, Task
+from experiments.profiled import StepKey, cost_of, key_of
 from experiments.request_source import RequestSource
 from experiments.serving import Server
 from experiments.speed import Speedometer, choose_probes
@@ -30,11 +31,12 @@ _LOAD = 0.6
 
 
 class Served(NamedTuple):
-    """A step of a run, and whose program it was."""
+    """A step of a run."""
 
     layout: Layout
     kind: str  # of its program
-    time: StepTime  # predicted from what programs take alone
+    measured_s: float  # on all stages together
+    alone_s: float  # what its program takes, on a machine as slow as it was then
 
 
 def with_service(
@@ -42,15 +44,12 @@ def with_service(
 ) -> CalibratedProfile:
     """`profile` with how much longer the steps of each kind took than alone."""
     sums: dict[tuple[Layout, str], tuple[float, float]] = {}
-    for layout, kind, time in steps:
-        measured_s, predicted_s = sums.get((layout, kind), (0.0, 0.0))
-        sums[layout, kind] = (
-            measured_s + time.measured_s,
-            predicted_s + time.predicted_s,
-        )
+    for layout, kind, measured_s, alone_s in steps:
+        before = sums.get((layout, kind), (0.0, 0.0))
+        sums[layout, kind] = before[0] + measured_s, before[1] + alone_s
     factors: dict[Layout, dict[str, float]] = {}
-    for (layout, kind), (measured_s, predicted_s) in sorted(sums.items()):
-        factors.setdefault(layout, {})[kind] = measured_s / predicted_s
+    for (layout, kind), (measured_s, alone_s) in sorted(sums.items()):
+        factors.setdefault(layout, {})[kind] = measured_s / alone_s
     changed = {
         layout: dataclasses.replace(times, in_service=factors.get(layout, {}))
         for layout, times in profile.layouts.items()
@@ -61,9 +60,12 @@ def with_service(
 def serve_each(
     servers: Sequence[Server], source: RequestSource, profile: CalibratedProfile
 ) -> Iterator[Served]:
-    """The steps of a run of each system, on a machine as slow as it was meanwhile.
+    """The steps of a run of each system.
 
-    The pools hold garbage afterwards: probes write there, between the requests' steps.
+    Which program a step runs is known here, and is not guessed as in a simulation
+    (`ProgramList.front`): what a guess has wrong depends on the lengths, and is no
+    matter of the machine. The pools hold garbage afterwards: probes write there,
+    between the requests' steps.
 
     Args:
       servers: with live durations on the virtual clock.
@@ -71,25 +73,59 @@ def serve_each(
     """
     probes = choose_probes(server.engine for server in servers)
     for server in servers:
-        cost, requests = cost_of(profile, server.engine), source(1.0, 0)
-        rate_rps = _LOAD * _capacity_rps(server, cost, requests)
         speedometer = Speedometer(probes, lambda e, work: run_alone(e, work)[0])
-        run = server.run(source(rate_rps, 0), {}, speedometer.around)
-        occupancy = read_occupancy(server.deployment, run.log.lines)
-        at = layouts(server.deployment)
-        for time in step_times(occupancy, cost, speedometer.slowdown(profile)):
-            program = cost.instances[time.instance].program(time.load)
-            yield Served(at[time.instance], program.kind, time)
+        recorder = _Recorder(server.engine)
+        rate_rps = _LOAD * _capacity_rps(server, profile, source(1.0, 0))
+        server.run(
+            source(rate_rps, 0),
+            {},
+            lambda it, rec=recorder, meter=speedometer: meter.around(rec.around(it)),
+        )
+        slowdown = speedometer.slowdown(profile)
+        for step, (layout, program), measured_s in recorder.steps:
+            alone_s = sum(profile.layouts[layout].stages_s(program))
+            factor = slowdown.factor(step.load, step.id - 1)
+            yield Served(layout, program.kind, measured_s, factor * alone_s)
+
+
+class _Recorder:
+    """Takes down what steps take."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.steps: list[tuple[Step, StepKey, float]] = []
+
+    def around(self, executor: Executor) -> Executor:
+        """The same executor, observed."""
+        return _Observed(executor, self)
+
+    def note(self, work: Task, outcome: Outcome) -> None:
+        """`work` was done."""
+        key = key_of(self._engine, work)
+        if isinstance(work, Step) and isinstance(key, StepKey):
+            measured_s = sum(outcome.durations_s) + sum(outcome.later_stages_s)
+            self.steps.append((work, key, measured_s))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Observed:
+    executor: Executor
+    recorder: _Recorder
+
+    def run(self, work: Task) -> Outcome:
+        outcome = self.executor.run(work)
+        self.recorder.note(work, outcome)
+        return outcome
 
 
 def _capacity_rps(
-    server: Server, cost: CalibratedCost, requests: Sequence[Request]
+    server: Server, profile: CalibratedProfile, requests: Sequence[Request]
 ) -> float:
     simulated = SimulatedDeployment(
         deployment=server.deployment,
         policies=server.policies,
         memory=tuple(server.memory),
-        cost=cost,
+        cost=cost_of(profile, server.engine),
     )
     slo = SLO(ttft_s=math.inf, tpot_s=math.inf)
     return capacity_rps(simulated, requests, slo)
