@@ -80,6 +80,8 @@ class StepLoad:
     chunks: tuple[tuple[int, int], ...]  # (start, count) of each prompt part
     decodes: int  # requests that decode one token each
     context: int  # tokens that those attend to together, the new ones included
+    # Blocks of the pool up to the last one that decodes have; 0 where nobody looked.
+    front: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -124,6 +126,11 @@ class Step:
     def of(cls, id: int, instance: int, slices: Sequence[Slice]) -> Step:
         """A step of given slices."""
         return cls(id, instance, slices, StepLoad.of(slices))
+
+    @property
+    def front(self) -> int:
+        """Blocks of the pool up to the last one that its decodes have."""
+        return 1 + max([max(p.blocks) for p in self.slices if p.is_decode], default=-1)
 
     @property
     def instances(self) -> tuple[int, ...]:

@@ -163,12 +163,18 @@ class Twin:
 
     @property
     def simulated(self) -> SimulatedDeployment:
-        """The same policies and memory with the profile's durations."""
+        """The same policies and memory with the profile's durations.
+
+        Decisions are compared, and spans would be others. Blocks are where the engine
+        has them, which decides its programs.
+        """
         return SimulatedDeployment(
             deployment=self.server.deployment,
             policies=self.server.policies,
             memory=tuple(self.server.memory),
             cost=self.cost,
+            spans=False,
+            places=True,
         )
 
     def requests(self, rate_rps: float, replica: int) -> list[Request]:
@@ -203,9 +209,8 @@ class Twin:
         points = self.points(rate_rps)
         for point in points:
             log, requests = EventLog(), self.requests(rate_rps, point.replica)
-            # Spans would be other decisions.
             stepwise = dataclasses.replace(
-                self.simulated, cost=self.slowdown(point).of(self.cost), spans=False
+                self.simulated, cost=self.slowdown(point).of(self.cost)
             )
             simulated.append(
                 self._summary(stepwise.run(requests, observer=log).timelines)

@@ -66,7 +66,8 @@ def step_load(step: LoggedStep) -> StepLoad:
     chunks = [
         (start, count) for _, start, count in step.slices if not start or count > 1
     ]
-    return StepLoad(tuple(chunks), len(decodes), sum(decodes) + len(decodes))
+    context = sum(decodes) + len(decodes)
+    return StepLoad(tuple(chunks), len(decodes), context, step.front)
 
 
 def step_kind(load: StepLoad) -> str:

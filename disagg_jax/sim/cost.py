@@ -94,8 +94,11 @@ class CostExecutor:
     """An `Executor` that only says how long the work would take."""
 
     cost: DeploymentCost
+    places: bool = False  # see `SimulatedDeployment`
 
     def run(self, work: Task) -> Outcome:
+        if self.places:
+            work = _placed(work)
         if isinstance(work, Transfer):
             hop = self.cost.hop(work)
             return Outcome(
@@ -114,3 +117,13 @@ class CostExecutor:
         contexts = range(context, context + step.iterations * decodes, decodes)
         decode_s = self.cost.decoder(step.instance)
         return map(decode_s, itertools.repeat(decodes), contexts)
+
+
+def _placed(work: Task) -> Task:
+    """`work` with its blocks settled, as an engine does when it starts it."""
+    if isinstance(work, Transfer):
+        assert len(work.src_blocks) == len(work.dst_blocks)
+        return work
+    return dataclasses.replace(
+        work, load=dataclasses.replace(work.load, front=work.front)
+    )

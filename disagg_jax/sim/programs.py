@@ -47,9 +47,10 @@ class Program(NamedTuple):
 class ProgramList:
     """What one instance has programs for.
 
-    A load says how much context decodes have, but not where in the pool it is. The
-    lowest free blocks are used first, so the front that holds it is taken to be as long
-    as the blocks are many, their last ones half full.
+    A load says how much context decodes have, but mostly not where in the pool it is.
+    The lowest free blocks are used first, so the front that holds it is then taken to
+    be as long as the blocks are many, their last ones half full. That is too short
+    where others have blocks too, or had some before: what is decoded may lie above.
 
     Raises:
       ValueError: on a kind that is unknown, or a block without tokens.
@@ -89,6 +90,8 @@ class ProgramList:
         if mixes:
             load = _with_last_tokens(load, most)
         if not load.chunks and (load.decodes <= most or not mixes):
+            if load.front:
+                return self._decode(load.decodes, load.front)
             return self.decode(load.decodes, load.context)
         tokens = load.prompt_tokens + load.decodes
         rows = len(load.chunks) + load.decodes
@@ -99,12 +102,14 @@ class ProgramList:
         ends = [start + count for start, count in load.chunks]
         ends += [math.ceil(each)] * (load.decodes - decodes)
         context = sum(-(-end // self.block_tokens) for end in ends)
-        front = self.front(decodes, round(each * decodes))
+        front = load.front or self.front(decodes, round(each * decodes))
         return self._first(Program("mixed", tokens, rows, context, decodes, front))
 
     def decode(self, decodes: int, context: int) -> Program:
         """The program of a step of decodes only; see `find`."""
-        front = self.front(decodes, context)
+        return self._decode(decodes, self.front(decodes, context))
+
+    def _decode(self, decodes: int, front: int) -> Program:
         return self._first(Program("decode", decodes, decodes, 0, decodes, front))
 
     def front(self, decodes: int, context: int) -> int:
@@ -142,4 +147,4 @@ def _with_last_tokens(load: StepLoad, most: int) -> StepLoad:
     while chunks and chunks[-1][0] and chunks[-1][1] == 1 and decodes < most:
         chunks, context = chunks[:-1], context + chunks[-1][0] + 1
         decodes += 1
-    return StepLoad(chunks, decodes, context)
+    return StepLoad(chunks, decodes, context, load.front)

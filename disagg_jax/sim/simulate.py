@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from disagg_jax.backend import Followers, Intervention, Observer, serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.expect import expect
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.clock import VirtualBackend
@@ -34,6 +35,11 @@ class SimulatedDeployment:
       streams: whether KV leaves while the rest of its prompt is computed.
       spans: whether several decode iterations are taken at once. It changes nothing
         but the speed.
+      places: whether it is settled where in the pool everybody's blocks are, as on an
+        engine, and the cost model is told in `StepLoad.front`. Slow, and not for spans.
+
+    Raises:
+      ValueError: on `places` with `spans`.
     """
 
     deployment: Deployment
@@ -42,6 +48,11 @@ class SimulatedDeployment:
     cost: DeploymentCost
     streams: bool = False
     spans: bool = True
+    places: bool = False
+
+    def __post_init__(self) -> None:
+        ok = not (self.places and self.spans)
+        expect(ok, "places: expected spans=False", self.spans)
 
     def controller(self) -> Controller:
         """A new controller of this deployment."""
@@ -68,7 +79,7 @@ class SimulatedDeployment:
           followers: requests that arrive because of what happened, see `serve`.
         """
         controller = controller or self.controller()
-        backend = VirtualBackend(CostExecutor(self.cost))
+        backend = VirtualBackend(CostExecutor(self.cost, self.places))
         timelines = serve(
             controller, backend, requests, interventions, observer, followers
         )

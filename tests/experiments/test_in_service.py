@@ -5,7 +5,6 @@ import itertools
 
 import pytest
 
-from disagg_jax.sim.agreement import StepTime
 from disagg_jax.work import StepLoad
 from experiments import in_service
 from experiments.config import Workload
@@ -18,16 +17,12 @@ from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
 PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)
 
 
-def served(layout, kind, load, measured_s, predicted_s):
-    return Served(layout, kind, StepTime(0, load, measured_s, predicted_s))
-
-
 def test_what_steps_took_together_counts_by_layout_and_kind(exact):
     steps = [
-        served((1, 1), "decode", DECODE, 1.0, 2.0),
-        served((1, 1), "decode", DECODE, 8.0, 4.0),  # longer ones weigh more
-        served((1, 1), "prefill", PROMPT, 1.1, 1.0),
-        served((1, 2), "decode", DECODE, 0.5, 1.0),
+        Served((1, 1), "decode", 1.0, 2.0),
+        Served((1, 1), "decode", 8.0, 4.0),  # longer ones weigh more
+        Served((1, 1), "prefill", 1.1, 1.0),
+        Served((1, 2), "decode", 0.5, 1.0),
     ]
     found = with_service(exact, steps)
     assert found.layouts[1, 1].in_service == pytest.approx(
@@ -39,8 +34,7 @@ def test_what_steps_took_together_counts_by_layout_and_kind(exact):
 
 
 def test_the_simulator_counts_with_it_and_what_runs_alone_does_not(exact, known):
-    steps = [served((1, 1), "decode", DECODE, 1.5, 1.0)]
-    found = with_service(exact, steps)
+    found = with_service(exact, [Served((1, 1), "decode", 1.5, 1.0)])
     before, after = (cost_of(profile, known["vllm"]) for profile in (exact, found))
     (alone_s,), (serving_s,) = (cost.stages_s(0, DECODE) for cost in (before, after))
     assert serving_s == pytest.approx(1.5 * alone_s)
@@ -71,19 +65,15 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
     """Probes are as slow as the machine; only what comes in serving is held against
     the programs alone, whatever the machine's speed was then."""
     servers, source, profile = machine
-    steady, times = device(), {"decode": 1.25, "prefill": 0.9, "mixed": 1.1}
-    sums, alone = {kind: [0.0, 0.0] for kind in times}, itertools.count()
+    steady, alone = device(), itertools.count()
+    times = {"decode": 1.25, "prefill": 0.9, "mixed": 1.1}
 
     def in_serving(engine, work):
         (part_s,) = steady(engine, work)
         if not work.id:  # of probes
             next(alone)
             return [slower * part_s], ((), 0)
-        kind = key_of(engine, work).program.kind
-        part_s *= times[kind]
-        (predicted_s,) = cost_of(profile, engine).stages_s(work.instance, work.load)
-        sums[kind][0] += part_s
-        sums[kind][1] += predicted_s
+        part_s *= times[key_of(engine, work).program.kind]
         # Whatever tokens: none of them ends a request.
         tokens = (0,) * sum(part.samples for part in work.slices)
         return [slower * part_s], (tokens, 0)
@@ -93,8 +83,4 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
     monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
     found = with_service(profile, serve_each(servers, source, profile))
     assert next(alone) > 10
-    expected = {kind: measured / alone_s for kind, (measured, alone_s) in sums.items()}
-    assert found.layouts[1, 1].in_service == pytest.approx(expected)
-    assert expected["prefill"] == pytest.approx(times["prefill"])
-    # Where blocks lie is a guess, so that a few steps take another program.
-    assert expected["decode"] > times["decode"] * 0.99
+    assert found.layouts[1, 1].in_service == pytest.approx(times)
