@@ -3,17 +3,28 @@
 import dataclasses
 import json
 import math
+from typing import ClassVar
 
 import pytest
 
 from disagg_jax.engine.executor import check_step_times, every_work
+from disagg_jax.lengths import UniformLengths
 from disagg_jax.sim.calibrated_profile import profile_to_json
-from disagg_jax.work import Transfer
+from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.work import Step, StepLoad, Transfer
+from disagg_jax.workload import make_requests
 from experiments import calibrate
 from experiments.calibrate import on_deployments
 from experiments.config import Config, Memory, System, Workload
 from experiments.configs import get_config
-from experiments.profiled import cost_of, read_profile, step_times_of
+from experiments.profiled import (
+    cost_of,
+    key_of,
+    program_list,
+    read_profile,
+    step_times_of,
+)
 from experiments.serving import Server
 from tests.experiments.calibrating import CONFIG, TINY, device, seqs
 
@@ -144,3 +155,50 @@ def test_an_engine_is_measured_and_its_profile_used(
         if isinstance(work, Transfer):
             full = dataclasses.replace(work, context=16 * len(work.src_blocks))
             assert cost.hop(full).bytes == engine.transfer_bytes(work)
+
+
+class Asked(LinearCost):
+    """Remembers what it was asked for."""
+
+    loads: ClassVar[list[StepLoad]] = []
+
+    def stages_s(self, instance, load):
+        self.loads.append(load)
+        return super().stages_s(instance, load)
+
+
+@pytest.mark.parametrize("system", ["vllm", "orca", "sarathi_serve", "disaggregated"])
+def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
+    """Without, it is a guess; requests come and go, so that it is often wrong."""
+    engine, policies = known[system], CONFIG.systems[system].policies
+    memory = tuple(instance.model.memory for instance in engine.instances)
+    stages = tuple(spec.pp for spec in engine.deployment.instances)
+    simulated = SimulatedDeployment(
+        deployment=engine.deployment,
+        policies=policies,
+        memory=memory,
+        cost=Asked(step_base_s=2e-3, pp=stages),
+        spans=False,
+        places=True,
+    )
+    requests = make_requests(
+        n=150,
+        rate_rps=60.0,
+        prompt_lengths=UniformLengths(low=8, high=200),
+        output_lengths=UniformLengths(low=2, high=60),
+        seed=0,
+    )
+    steps: list[Step] = []
+
+    def observe(_, __, works):
+        steps.extend(work for work in works if isinstance(work, Step))
+
+    Asked.loads.clear()
+    simulated.run(requests, observer=observe)
+    guesses = 0
+    for step, load in zip(steps, Asked.loads, strict=True):
+        listed = program_list(engine, step.instance)
+        program = key_of(engine, step).program
+        assert listed.find(load) == program
+        guesses += listed.find(step.load) == program
+    assert 0.2 * len(steps) < guesses < len(steps)
