@@ -132,7 +132,8 @@ def test_a_line_holds_one_turn():
     record = json.loads(log.lines[0])
     assert record["now_s"] == 0.5
     assert record["events"][0][1]["prompt_tokens"] == 3
-    ((kind, step, instance, slices, iterations, checksum),) = record["works"]
+    ((kind, step, instance, slices, iterations, checksum, front),) = record["works"]
     assert (kind, step, instance) == ("Step", 1, 0)
     assert slices == [[0, 0, 3]]  # request 0, from its first token, 3 of them
     assert isinstance(checksum, int)
+    assert front == 0  # it decodes nothing
