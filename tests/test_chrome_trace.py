@@ -235,7 +235,7 @@ def check_steps(trace, turns) -> None:
     done = {work: times for work, *times, _, _, _, _ in told(turns, "Done")}
     found = collections.defaultdict(list)
     for lane, name, *times, args in slices(trace, "devices"):
-        instance, parts, _, _ = logged[args["step"]]
+        instance, parts, *_ = logged[args["step"]]
         assert lane.startswith(f"{instance} ")
         assert args["requests"] == [request for request, _, _ in parts]
         assert args["tokens"] == sum(count for _, _, count in parts)
