@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import pathlib
 import statistics
@@ -17,6 +18,7 @@ from disagg_jax.sim.agreement import StepTime
 from disagg_jax.sim.calibrated import CalibratedProfile
 from experiments.checkout import commit
 from experiments.columns import align
+from experiments.comparison import margin
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
 from experiments.twins import Compared, Twin
@@ -88,6 +90,21 @@ class Result:
             return getattr(found, side).interval.mean / found.devices
 
         return sorted(self.systems, key=goodput, reverse=True)
+
+    def told_apart(self) -> list[tuple[str, str]]:
+        """Pairs whose order the engine's own seeds leave no doubt of, the better first.
+
+        The interval of their goodputs' ratio, paired by seed, excludes 1.
+        """
+        per_seed = {
+            name: [rps / found.devices for rps in found.engine.per_seed_rps]
+            for name, found in self.systems.items()
+        }
+        return [
+            (better, worse)
+            for better, worse in itertools.combinations(self.order("engine"), 2)
+            if margin(per_seed[better], per_seed[worse]).clear
+        ]
 
 
 def compare(
@@ -218,12 +235,11 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
     head = (*head, "as profiled", "again")
     rows: list[tuple[str, ...]] = [head]
     for name, found in result.systems.items():
-        each = (found.engine.interval.mean, found.simulated.interval.mean)
         rows.append(
             (
                 name,
                 found.deployment,
-                *(f"{rps / found.devices:.4g}" for rps in each),
+                *(_per_device(side, found) for side in (found.engine, found.simulated)),
                 f"{found.error:+.1%}",
                 "ok" if abs(found.error) <= GOODPUT_AIM else "MISSED",
                 f"{found.error_as_profiled:+.1%}",
@@ -231,6 +247,14 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
             )
         )
     return rows
+
+
+def _per_device(goodput: GoodputEstimate, of: SystemResult) -> str:
+    mean, low, high = dataclasses.astuple(goodput.interval)
+    if low is None or high is None:
+        return f"{mean / of.devices:.4g}"
+    mean, low, high = (f"{rps / of.devices:.4g}" for rps in (mean, low, high))
+    return f"{mean} [{low}, {high}]"
 
 
 def _step_rows(result: Result) -> list[tuple[str, ...]]:
@@ -275,6 +299,9 @@ def verdicts(result: Result) -> list[str]:
         for key in ("error", "error_as_profiled")
     )
     orders = result.order("engine"), result.order("simulated")
+    ranks = {name: rank for rank, name in enumerate(orders[1])}
+    apart = result.told_apart()
+    alike = [pair for pair in apart if ranks[pair[0]] < ranks[pair[1]]]
     measured_s, predicted_s = (
         sum(
             e.measured_s * (e.ratio if predicted else 1.0)
@@ -294,6 +321,9 @@ def verdicts(result: Result) -> list[str]:
         + f"; as profiled {statistics.fmean(off_as_profiled):.1%} on average",
         f"order of the systems: engine {' > '.join(orders[0])}; simulated "
         f"{' > '.join(orders[1])}" + _mark(orders[0] == orders[1]),
+        f"pairs: the engine tells {len(apart)} of {math.comb(len(ranks), 2)} apart "
+        f"(95 %, paired by seed); the simulator has {len(alike)} of these in the same "
+        "order" + _mark(alike == apart),
         f"cost model: steps are predicted to take {predicted_s / measured_s - 1:+.1%} "
         "of what they took, together",
     ]

@@ -9,6 +9,7 @@ import pytest
 import scipy.optimize
 
 from disagg_jax.engine.engine import Engine
+from disagg_jax.metrics import interval_across
 from disagg_jax.sim import terms
 from disagg_jax.sim.calibrated import CalibratedProfile
 from disagg_jax.sim.calibrated_profile import profile_to_json
@@ -227,7 +228,7 @@ def test_a_simulation_with_the_engines_durations_is_the_engine(results):
 
 def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):
     result = results["wrong"]
-    attainment, goodput, _, cost = accuracy_report.verdicts(result)
+    attainment, goodput, _, _, cost = accuracy_report.verdicts(result)
     assert "MISSED" in attainment and "by durations" in attainment
     assert "MISSED" in goodput
     assert "-50.0% of what they took" in cost
@@ -236,6 +237,45 @@ def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):
     json.dumps(accuracy_report.to_json(result))
     accuracy_report.plot(result, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+def with_goodputs(result, **per_seed_rps):
+    """`result` with systems of these goodputs: engine's, and simulated."""
+    system = result.systems["vllm"]
+
+    def estimate_of(rates):
+        return dataclasses.replace(
+            system.engine, per_seed_rps=tuple(rates), interval=interval_across(rates)
+        )
+
+    systems = {
+        name: dataclasses.replace(
+            system, engine=estimate_of(engine), simulated=estimate_of(simulated)
+        )
+        for name, (engine, simulated) in per_seed_rps.items()
+    }
+    return dataclasses.replace(result, systems=systems)
+
+
+def test_only_what_the_engine_tells_apart_must_be_in_order(results):
+    """b is above a on average, in one seed by far; c is always a little below a."""
+    a, b, c = (10.0, 20.0, 30.0), (9.0, 19.0, 40.0), (9.0, 18.1, 27.0)
+    swapped = with_goodputs(results["right"], a=(a, b), b=(b, a), c=(c, c))
+    assert swapped.order("engine") == ["b", "a", "c"]
+    assert swapped.order("simulated") == ["a", "b", "c"]
+    assert swapped.told_apart() == [("a", "c")]
+    _, _, order, pairs, _ = accuracy_report.verdicts(swapped)
+    assert order.endswith("simulated a > b > c   MISSED")
+    assert "1 of 3 apart" in pairs and "has 1 of these" in pairs
+    assert pairs.endswith("   ok")
+    wrong = with_goodputs(results["right"], a=(a, c), b=(b, b), c=(c, a))
+    assert accuracy_report.verdicts(wrong)[3].endswith(
+        "0 of these in the same order   MISSED"
+    )
+    goodputs = accuracy_report.text(wrong).split("# goodput")[1]
+    each = dataclasses.astuple(interval_across(c))
+    mean, low, high = (rps / wrong.systems["c"].devices for rps in each)
+    assert f"{mean:.4g} [{low:.4g}, {high:.4g}]" in goodputs
 
 
 def test_what_the_machine_explains_is_not_held_against_the_profile(
