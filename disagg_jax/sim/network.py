@@ -9,9 +9,6 @@ that sends is the wire. No peer simulator queues transfers (`facts/latency.md`).
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-from collections.abc import Mapping
 from typing import Literal
 
 from disagg_jax.deployment import Deployment
@@ -51,6 +48,14 @@ class Network:
     # Transfers on one wire: one after the other, or all at once with an equal share.
     sharing: Literal["fifo", "fair"] = "fifo"
     layer_groups: int = 1  # in which the KV of a prompt goes while it is computed
+    # By (src, dst), those that were asked for. No cached property: compiled, it would
+    # be made anew each time.
+    _routes: dict[tuple[int, int], Route] = dataclasses.field(
+        default_factory=dict[tuple[int, int], Route],
+        init=False,
+        repr=False,
+        compare=False,
+    )
 
     def __post_init__(self) -> None:
         groups = self.layer_groups
@@ -64,16 +69,13 @@ class Network:
     def hop(self, transfer: Transfer) -> Hop:
         """How a transfer goes."""
         size = self.kv_bytes_per_token * transfer.context
-        link, lanes, wire = self._routes[transfer.src, transfer.dst]
+        ends = transfer.src, transfer.dst
+        if ends not in self._routes:
+            self._routes[ends] = self._route(*ends)
+        link, lanes, wire = self._routes[ends]
         parts = self.layer_groups if transfer.step else 1
         seconds = link.transfer_s(size / parts, lanes) if link else 0.0
         return Hop(seconds, size, wire, self.sharing == "fair", parts)
-
-    @functools.cached_property
-    def _routes(self) -> Mapping[tuple[int, int], Route]:
-        """For each (src, dst) the link, how many of it at once, and the wire's name."""
-        pairs = itertools.product(range(len(self.deployment.instances)), repeat=2)
-        return {(src, dst): self._route(src, dst) for src, dst in pairs}
 
     def _route(self, src: int, dst: int) -> Route:
         node = self._node(src)
