@@ -3,7 +3,6 @@
 Alone a program follows itself, in serving others, and the controller: other caches are
 warm. So after its programs were timed alone an engine serves some requests, and what
 the steps of a kind took together, over what they should have, goes into the profile.
-What others there are depends on what an instance is there for, so this is by role.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from disagg_jax.backend import Executor, Outcome
-from disagg_jax.deployment import Role
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.metrics import SLO
@@ -36,7 +34,6 @@ class Served(NamedTuple):
     """A step of a run."""
 
     layout: Layout
-    role: Role  # of the instance
     kind: str  # of its program
     measured_s: float  # on all stages together
     alone_s: float  # what its program takes, on a machine as slow as it was then
@@ -46,14 +43,13 @@ def with_service(
     profile: CalibratedProfile, steps: Iterable[Served]
 ) -> CalibratedProfile:
     """`profile` with how much longer the steps of each kind took than alone."""
-    sums: dict[tuple[Layout, Role, str], tuple[float, float]] = {}
-    for layout, role, kind, measured_s, alone_s in steps:
-        before = sums.get((layout, role, kind), (0.0, 0.0))
-        sums[layout, role, kind] = before[0] + measured_s, before[1] + alone_s
-    factors: dict[Layout, dict[Role, dict[str, float]]] = {}
-    for (layout, role, kind), (measured_s, alone_s) in sorted(sums.items()):
-        roles = factors.setdefault(layout, {})
-        roles.setdefault(role, {})[kind] = measured_s / alone_s
+    sums: dict[tuple[Layout, str], tuple[float, float]] = {}
+    for layout, kind, measured_s, alone_s in steps:
+        before = sums.get((layout, kind), (0.0, 0.0))
+        sums[layout, kind] = before[0] + measured_s, before[1] + alone_s
+    factors: dict[Layout, dict[str, float]] = {}
+    for (layout, kind), (measured_s, alone_s) in sorted(sums.items()):
+        factors.setdefault(layout, {})[kind] = measured_s / alone_s
     changed = {
         layout: dataclasses.replace(times, in_service=factors.get(layout, {}))
         for layout, times in profile.layouts.items()
@@ -88,9 +84,8 @@ def serve_each(
         slowdown = speedometer.slowdown(profile)
         for step, (layout, program), measured_s in recorder.steps:
             alone_s = sum(profile.layouts[layout].stages_s(program))
-            alone_s *= slowdown.factor(step.load, step.id - 1)
-            role = server.deployment.instances[step.instance].role
-            yield Served(layout, role, program.kind, measured_s, alone_s)
+            factor = slowdown.factor(step.load, step.id - 1)
+            yield Served(layout, program.kind, measured_s, factor * alone_s)
 
 
 class _Recorder:

@@ -4,8 +4,7 @@ A step takes what the program that it runs takes (`sim/programs.py`): the measur
 median where that program was measured, else the fitted form (`sim/terms.py`). So does a
 transfer, by the number of blocks it is padded to. These are of programs that run alone,
 time after time; between others, as in serving, a step of its kind takes so much longer
-or shorter (`LayoutTimes.in_service`). What these others are depends on what the
-instance is there for: on a decode instance no prompt ever comes between.
+or shorter (`LayoutTimes.in_service`).
 """
 
 from __future__ import annotations
@@ -43,10 +42,9 @@ class LayoutTimes:
     probes: Mapping[Program, float] = dataclasses.field(
         default_factory=dict[Program, float]
     )
-    # By role of the instance and kind, what steps took in serving over what they take
-    # alone; 1 if not there.
-    in_service: Mapping[Role, Mapping[str, float]] = dataclasses.field(
-        default_factory=dict[Role, Mapping[str, float]]
+    # By kind, what steps took in serving over what they take alone; 1 if not there.
+    in_service: Mapping[str, float] = dataclasses.field(
+        default_factory=dict[str, float]
     )
 
     def __post_init__(self) -> None:
@@ -56,9 +54,8 @@ class LayoutTimes:
             expect(ok, expected, stages_s)
         for program, seconds in self.probes.items():
             expect(seconds > 0, f"{program}: expected a time > 0", seconds)
-        for role, factors in self.in_service.items():
-            for kind, factor in factors.items():
-                expect(factor > 0, f"{role} {kind}: expected a factor > 0", factor)
+        for kind, factor in self.in_service.items():
+            expect(factor > 0, f"{kind}: expected a factor > 0", factor)
         for kind, stages in self.fits.items():
             expect(len(stages) == self.pp, f"{kind}: expected {self.pp} fits", stages)
             for fit in stages:
@@ -66,9 +63,9 @@ class LayoutTimes:
                 ok = len(fit) == n and min(fit) >= 0
                 expect(ok, f"{kind}: expected {n} coefficients >= 0", fit)
 
-    def serving_s(self, program: Program, role: Role) -> tuple[float, ...]:
-        """Seconds on each stage between an instance's other steps; see `stages_s`."""
-        factor = self.in_service.get(role, {}).get(program.kind, 1.0)
+    def serving_s(self, program: Program) -> tuple[float, ...]:
+        """Seconds on each stage between other steps; see `stages_s`."""
+        factor = self.in_service.get(program.kind, 1.0)
         return tuple(factor * time_s for time_s in self.stages_s(program))
 
     def stages_s(self, program: Program) -> tuple[float, ...]:
@@ -115,16 +112,16 @@ class TransferTimes:
 class CalibratedInstance:
     """An `InstanceCost`: the times of a layout, by the programs of an instance."""
 
-    __slots__ = ("_decodes", "_list", "_role", "_times")
+    __slots__ = ("_decodes", "_list", "_times")
 
-    def __init__(self, times: LayoutTimes, programs: ProgramList, role: Role):
-        self._times, self._list, self._role = times, programs, role
+    def __init__(self, times: LayoutTimes, programs: ProgramList):
+        self._times, self._list = times, programs
         # decodes -> contexts up to which a program serves, and its seconds
         self._decodes: dict[int, tuple[list[int], list[float]]] = {}
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Seconds on each stage."""
-        return self._times.serving_s(self.program(load), self._role)
+        return self._times.serving_s(self.program(load))
 
     def program(self, load: StepLoad) -> Program:
         """What it runs; see `ProgramList.find`."""
@@ -145,7 +142,7 @@ class CalibratedInstance:
             context = self._list.context(decodes, blocks)
             program = self._list.decode(decodes, context)
             most.append(context)
-            seconds.append(self._times.serving_s(program, self._role)[0])
+            seconds.append(self._times.serving_s(program)[0])
         return most, seconds
 
 
@@ -229,8 +226,8 @@ class CalibratedProfile:
                 transfers[src, dst] = self.transfers[pair]
         return CalibratedCost(
             instances=[
-                CalibratedInstance(self.layouts[spec.tp, spec.pp], listed, spec.role)
-                for spec, listed in zip(deployment.instances, programs, strict=True)
+                CalibratedInstance(self.layouts[layout], listed)
+                for layout, listed in zip(layouts, programs, strict=True)
             ],
             transfers=transfers,
             sizes=sizes,

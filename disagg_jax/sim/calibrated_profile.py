@@ -11,8 +11,7 @@
         "measured": [["prefill", T, R, C, B, P, [seconds on each stage]], ...],
         "fits": {"prefill": [[coefficient of each term], ... of each stage]},
         "probes": [["decode", T, R, C, B, P, [seconds]], ...],
-        "in_service": {"decode": {"decode": 1.05}}}],   in serving over alone, by the
-                                                        instance's role and kind
+        "in_service": {"decode": 1.05}}],      in serving over alone, by kind
      "transfers": [
        {"src": [1, 1], "dst": [1, 1],          (tp, pp)
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
@@ -28,7 +27,6 @@ import contextlib
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from disagg_jax.deployment import Role
 from disagg_jax.expect import expect
 from disagg_jax.sim.calibrated import (
     CalibratedProfile,
@@ -75,7 +73,7 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
                 },
                 "probes": [[*p, [s]] for p, s in sorted(times.probes.items())],
-                "in_service": {r: dict(f) for r, f in times.in_service.items()},
+                "in_service": dict(times.in_service),
             }
             for (tp, pp), times in sorted(profile.layouts.items())
         ],
@@ -146,23 +144,13 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
     expect(isinstance(found, list), f"{where}.probes: expected a list", found)
     rows = enumerate(cast(list[object], found))
     probes = [_measured(row, f"{where}.probes[{n}]") for n, row in rows]
-    in_service = _in_service(record.get("in_service", {}), f"{where}.in_service")
+    factors = as_mapping(record.get("in_service", {}), f"{where}.in_service")
+    expected = f"{where}.in_service: expected some of {KINDS}"
+    expect(set(factors) <= set(KINDS), expected, factors)
     with _inside(where):
         seconds = {p: sum(s) for p, s in _each_once(probes, "probes").items()}
+        in_service = {k: as_number(v, f"in_service.{k}") for k, v in factors.items()}
         return (tp, pp), LayoutTimes(pp, programs, coefficients, seconds, in_service)
-
-
-def _in_service(found: object, where: str) -> dict[Role, dict[str, float]]:
-    roles = as_mapping(found, where)
-    known = [str(role) for role in Role]
-    expect(set(roles) <= set(known), f"{where}: expected some of {known}", roles)
-    return {Role(role): _factors(kinds, where) for role, kinds in roles.items()}
-
-
-def _factors(found: object, where: str) -> dict[str, float]:
-    kinds = as_mapping(found, where)
-    expect(set(kinds) <= set(KINDS), f"{where}: expected some of {KINDS}", kinds)
-    return {kind: as_number(value, where) for kind, value in kinds.items()}
 
 
 @contextlib.contextmanager

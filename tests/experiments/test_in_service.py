@@ -5,44 +5,36 @@ import itertools
 
 import pytest
 
-from disagg_jax.deployment import Role
-from disagg_jax.work import StepLoad, Transfer
+from disagg_jax.work import StepLoad
 from experiments import in_service
-from experiments.config import System, Workload
+from experiments.config import Workload
 from experiments.in_service import Served, serve_each, with_service
 from experiments.profiled import cost_of, key_of
 from experiments.request_source import RequestSource
 from experiments.serving import Server
-from tests.experiments.calibrating import CONFIG, calibrated, device, make_model, seqs
+from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
 
-COLOCATED, DECODES = Role.COLOCATED, Role.DECODE
 PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)
 
 
-def test_what_steps_took_together_counts_by_layout_role_and_kind(exact):
+def test_what_steps_took_together_counts_by_layout_and_kind(exact):
     steps = [
-        Served((1, 1), COLOCATED, "decode", 1.0, 2.0),
-        Served((1, 1), DECODES, "decode", 0.25, 1.0),
-        Served((1, 1), COLOCATED, "decode", 8.0, 4.0),  # longer ones weigh more
-        Served((1, 1), COLOCATED, "prefill", 1.5, 1.0),
-        Served((1, 2), COLOCATED, "decode", 0.5, 1.0),
+        Served((1, 1), "decode", 1.0, 2.0),
+        Served((1, 1), "decode", 8.0, 4.0),  # longer ones weigh more
+        Served((1, 1), "prefill", 1.1, 1.0),
+        Served((1, 2), "decode", 0.5, 1.0),
     ]
     found = with_service(exact, steps)
-    assert found.layouts[1, 1].in_service == {
-        COLOCATED: {"decode": 1.5, "prefill": 1.5},
-        DECODES: {"decode": 0.25},
-    }
-    assert found.layouts[1, 2].in_service == {COLOCATED: {"decode": 0.5}}
+    assert found.layouts[1, 1].in_service == pytest.approx(
+        {"decode": 1.5, "prefill": 1.1}
+    )
+    assert found.layouts[1, 2].in_service == {"decode": 0.5}
     alone = dataclasses.replace(found.layouts[1, 1], in_service={})
     assert alone == exact.layouts[1, 1]
 
 
 def test_the_simulator_counts_with_it_and_what_runs_alone_does_not(exact, known):
-    steps = [
-        Served((1, 1), COLOCATED, "decode", 1.5, 1.0),
-        Served((1, 1), DECODES, "decode", 9.0, 1.0),  # vllm has no such instance
-    ]
-    found = with_service(exact, steps)
+    found = with_service(exact, [Served((1, 1), "decode", 1.5, 1.0)])
     before, after = (cost_of(profile, known["vllm"]) for profile in (exact, found))
     (alone_s,), (serving_s,) = (cost.stages_s(0, DECODE) for cost in (before, after))
     assert serving_s == pytest.approx(1.5 * alone_s)
@@ -57,16 +49,7 @@ def machine():
     """Servers whose engines run nothing, and a profile of their programs."""
     config = dataclasses.replace(
         CONFIG,
-        systems={
-            "vllm": CONFIG.systems["vllm"],
-            "sarathi_serve": CONFIG.systems["sarathi_serve"],
-            "disaggregated": System.of(
-                "disaggregated",
-                "prefill:tp1,decode:tp1",
-                prefill=seqs(8),
-                decode=seqs(8),
-            ),
-        },
+        systems={name: CONFIG.systems[name] for name in ("vllm", "sarathi_serve")},
         workload=Workload(num_requests=60, prompt_tokens="uniform:8:60"),
         durations="live",
         num_seeds=1,
@@ -83,21 +66,14 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
     the programs alone, whatever the machine's speed was then."""
     servers, source, profile = machine
     steady, alone = device(), itertools.count()
-    times = {
-        COLOCATED: {"decode": 1.25, "prefill": 0.9, "mixed": 1.1},
-        Role.PREFILL: {"prefill": 1.2},
-        DECODES: {"decode": 0.8},
-    }
+    times = {"decode": 1.25, "prefill": 0.9, "mixed": 1.1}
 
     def in_serving(engine, work):
         (part_s,) = steady(engine, work)
         if not work.id:  # of probes
             next(alone)
             return [slower * part_s], ((), 0)
-        if isinstance(work, Transfer):
-            return [slower * part_s], ((), 1)
-        role = engine.deployment.instances[work.instance].role
-        part_s *= times[role][key_of(engine, work).program.kind]
+        part_s *= times[key_of(engine, work).program.kind]
         # Whatever tokens: none of them ends a request.
         tokens = (0,) * sum(part.samples for part in work.slices)
         return [slower * part_s], (tokens, 0)
@@ -107,5 +83,4 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
     monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
     found = with_service(profile, serve_each(servers, source, profile))
     assert next(alone) > 10
-    factors = found.layouts[1, 1].in_service
-    assert factors == {role: pytest.approx(kinds) for role, kinds in times.items()}
+    assert found.layouts[1, 1].in_service == pytest.approx(times)

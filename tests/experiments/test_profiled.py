@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import pytest
 
-from disagg_jax.deployment import Role
 from disagg_jax.engine.executor import check_step_times, every_work
 from disagg_jax.lengths import UniformLengths
 from disagg_jax.sim.calibrated_profile import profile_to_json
@@ -143,8 +142,7 @@ def test_an_engine_is_measured_and_its_profile_used(
     assert set(profile.held_out) == {"prefill", "decode", "transfer"}
     (times,) = profile.layouts.values()
     assert all(0 < seconds < 10 for (seconds,) in times.measured.values())
-    kinds = {role: set(factors) for role, factors in times.in_service.items()}
-    assert kinds == {Role.PREFILL: {"prefill"}, Role.DECODE: {"decode"}}
+    assert set(times.in_service) == {"prefill", "decode"}
     assert profile.block_bytes == 16 * TINY.kv_bytes_per_token
     again = read_profile(write(tmp_path / "p.json", profile), TINY)
     engine = Server(config, pair, random_model, {}).engine

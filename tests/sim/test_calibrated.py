@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import load_slices
 from disagg_jax.scheduling import SYSTEMS
@@ -81,7 +81,7 @@ def test_the_smallest_program_that_holds_a_step_is_taken():
 
 
 def test_what_was_measured_counts_and_the_fit_where_nothing_was():
-    instance = CalibratedInstance(TIMES, LISTED, Role.COLOCATED)
+    instance = CalibratedInstance(TIMES, LISTED)
     assert instance.stages_s(StepLoad((), 1, 10)) == (0.5,)
     # B = 4, P = 4: 1 ms + 4 * 0.1 + 4 * 0.01 + 16 * 0.001
     assert instance.stages_s(StepLoad((), 2, 40))[0] == pytest.approx(1.456e-3)
@@ -90,14 +90,14 @@ def test_what_was_measured_counts_and_the_fit_where_nothing_was():
 
 
 def test_a_decode_is_looked_up_as_a_step_is():
-    instance = CalibratedInstance(TIMES, LISTED, Role.COLOCATED)
+    instance = CalibratedInstance(TIMES, LISTED)
     for decodes in (1, 2, 3, 4):
         for context in range(decodes, 240):
             (expected,) = instance.stages_s(StepLoad((), decodes, context))
             assert instance.decode_s(decodes, context) == expected
     two = LayoutTimes(2, {}, {kind: fit * 2 for kind, fit in FITS.items()})
     with pytest.raises(ValueError, match="pp = 1"):
-        CalibratedInstance(two, LISTED, Role.COLOCATED).decode_s(1, 10)
+        CalibratedInstance(two, LISTED).decode_s(1, 10)
 
 
 def make_profile():

@@ -25,7 +25,6 @@ ROWS = [
     for blocks in (4, 16)
 ]
 PROGRAMS = ProgramList((SMALL, LARGE, *ROWS), 16)
-COLOCATED = Role.COLOCATED
 ABOUT = {"model": "toy", "dtype": "float32", "device": "cpu"}
 RECORD = {
     "name": "toy",
@@ -44,7 +43,7 @@ RECORD = {
                 "decode": [[2.0, 0.0, 0.25, 0.0]],
             },
             "probes": [[*ROWS[1], [0.7]], [*SMALL, [9.5]]],
-            "in_service": {"colocated": {"decode": 1.25}, "decode": {"decode": 1.5}},
+            "in_service": {"decode": 1.25},
         },
         {
             "tp": 2,
@@ -73,25 +72,23 @@ PROFILE = profile_from_json(RECORD)
 
 
 @pytest.mark.parametrize(
-    ("layout", "role", "load", "expected_s"),
+    ("layout", "load", "expected_s"),
     [
-        ((1, 1), COLOCATED, (((0, 20),), 0, 0), (9.0,)),  # measured
-        ((1, 1), COLOCATED, (((0, 40),), 0, 0), (1 + 0.5 * 64,)),  # fit of the program
-        ((1, 1), COLOCATED, ((), 1, 9), (1.25 * (1 / 3),)),  # in service
-        ((1, 1), COLOCATED, ((), 1, 90), (1.25 * (2 + 0.25 * 16),)),
-        ((1, 1), Role.DECODE, ((), 1, 90), (1.5 * (2 + 0.25 * 16),)),
-        ((1, 1), Role.PREFILL, (((0, 20),), 0, 0), (9.0,)),
-        ((2, 2), COLOCATED, (((0, 20),), 0, 0), (4.0, 5.0)),
-        ((2, 2), COLOCATED, (((0, 40),), 0, 0), (2.0, 8.0)),
+        ((1, 1), (((0, 20),), 0, 0), (9.0,)),  # measured
+        ((1, 1), (((0, 40),), 0, 0), (1 + 0.5 * 64,)),  # the fit, of the whole program
+        ((1, 1), ((), 1, 9), (1.25 * (1 / 3),)),  # in service
+        ((1, 1), ((), 1, 90), (1.25 * (2 + 0.25 * 16),)),
+        ((2, 2), (((0, 20),), 0, 0), (4.0, 5.0)),
+        ((2, 2), (((0, 40),), 0, 0), (2.0, 8.0)),
     ],
 )
-def test_a_step_takes_what_was_measured_else_the_fit(layout, role, load, expected_s):
-    instance = CalibratedInstance(PROFILE.layouts[layout], PROGRAMS, role)
+def test_a_step_takes_what_was_measured_else_the_fit(layout, load, expected_s):
+    instance = CalibratedInstance(PROFILE.layouts[layout], PROGRAMS)
     assert instance.stages_s(StepLoad(*load)) == expected_s
 
 
 def test_a_kind_that_was_not_measured_is_refused():
-    instance = CalibratedInstance(PROFILE.layouts[2, 2], PROGRAMS, COLOCATED)
+    instance = CalibratedInstance(PROFILE.layouts[2, 2], PROGRAMS)
     with pytest.raises(ValueError, match=r"decode_T1.*: .*\['prefill'\], got 'decode'"):
         instance.stages_s(StepLoad((), 1, 9))
 
@@ -154,13 +151,13 @@ def test_the_cheap_path_is_exactly_the_general_one(system, memory):
     """For every context up to the pool's and beyond: a rounding that is one token off
     changes it. Each program takes another time, the odd ones as measured."""
     policies = get_system(system)
-    policy = policies.get(COLOCATED) or policies[Role.DECODE]
+    policy = policies.get(Role.COLOCATED) or policies[Role.DECODE]
     buckets = Buckets.for_limits(policy.limits, memory)
     programs = [program_of(shape) for shape in buckets.step_shapes]
     measured = {p: (10.0 + i,) for i, p in enumerate(programs) if i % 2}
     times = LayoutTimes(1, measured, {"decode": ((0.25, 0.5, 1e-3, 1e-5),)})
     listed = ProgramList(tuple(programs), memory.block_tokens)
-    instance = CalibratedInstance(times, listed, COLOCATED)
+    instance = CalibratedInstance(times, listed)
     found = set()
     for decodes in (1, 2, 3, 5, 8, 13, listed.most_decodes):
         for context in range(decodes, memory.num_blocks * memory.block_tokens + 20):
@@ -171,7 +168,7 @@ def test_the_cheap_path_is_exactly_the_general_one(system, memory):
 
 
 def test_with_stages_the_cheap_path_has_no_meaning():
-    instance = CalibratedInstance(PROFILE.layouts[2, 2], PROGRAMS, COLOCATED)
+    instance = CalibratedInstance(PROFILE.layouts[2, 2], PROGRAMS)
     with pytest.raises(ValueError, match="decode_s: expected pp = 1 .*, got 2"):
         instance.decode_s(1, 1)
 
@@ -195,7 +192,7 @@ def test_probes_are_no_measurements_and_older_profiles_have_none():
     del record["layouts"][0]["probes"], record["layouts"][0]["in_service"]
     older = profile_from_json(record).layouts[1, 1]
     assert older.probes == older.in_service == {}
-    assert older.serving_s(SMALL, COLOCATED) == older.stages_s(SMALL)
+    assert older.serving_s(SMALL) == older.stages_s(SMALL)
 
 
 def test_a_profile_of_colocated_systems_needs_no_transfers():
@@ -249,25 +246,11 @@ MOVE = ("transfers", 0)
             r"layouts\[0\]: prefill_T32_R4: .* > 0",
         ),
         (("layouts", 0, "in_service"), [], r"in_service: expected an object"),
-        (
-            ("layouts", 0, "in_service", "train"),
-            {},
-            r"in_service: .*some of.*colocated",
-        ),
+        (("layouts", 0, "in_service", "train"), 1.0, r"in_service: .* some of"),
         (
             ("layouts", 0, "in_service", "decode"),
-            1.0,
-            r"in_service: .* object, got 1.0",
-        ),
-        (
-            ("layouts", 0, "in_service", "decode", "train"),
-            1.0,
-            r"in_service: .*'mixed'",
-        ),
-        (
-            ("layouts", 0, "in_service", "decode", "decode"),
             0.0,
-            r"layouts\[0\]: decode decode: expected a factor > 0, got 0.0",
+            r"layouts\[0\]: decode: expected a factor > 0, got 0.0",
         ),
         (("layouts", 0, "fits"), [], r"layouts\[0\].fits: expected an object"),
         (("layouts", 0, "fits", "train"), [[1.0]], r"layouts\[0\].fits: .* some of"),
