@@ -171,24 +171,14 @@ class Cluster:
           decodes: the ready requests that decode.
           repeats: how many decode iterations may be one span.
         """
-        parts: list[tuple[int, int]] = []
-        for state, chunk in zip(prompts, chunks, strict=True):
-            start = state.settled_context
-            _check_chunk(state, start, chunk)
-            parts.append((start, chunk.tokens))
-            instance.blocks.extend(state.id, chunk.reserve)
-            if state.settled_place is Place.PARTIAL:
-                del instance.partly[state.id]
-            else:
-                instance.waiting.remove(state)
-            state.settled_place = Place.STEPPING
+        parts = _take_chunks(instance, prompts, chunks) if prompts else ()
         batch, decoding, iterations = instance.nobody, len(decodes), 1
         if decoding:
             batch = _take_ready(instance, decodes)
             if repeats > 1 and not prompts:
                 iterations = min(repeats, batch.lasting(instance.blocks.free))
             batch.start()
-        load = StepLoad(tuple(parts), decoding, batch.context + decoding)
+        load = StepLoad(parts, decoding, batch.context + decoding)
         slices = OnRead(_slices, prompts, load, batch, instance.blocks)
         work = Step(work_id, instance.id, slices, load, iterations)
         until = batch.iteration + iterations
@@ -324,6 +314,24 @@ class Cluster:
     def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
         """One of `up`; a router is asked only where there is a choice."""
         return up[0] if len(up) == 1 else self.instances[router(up).id]
+
+
+def _take_chunks(
+    instance: InstanceState, prompts: Sequence[RequestState], chunks: Sequence[Chunk]
+) -> tuple[tuple[int, int], ...]:
+    """Takes prompts out of where they wait: (start, count) of each one's chunk."""
+    parts: list[tuple[int, int]] = []
+    for state, chunk in zip(prompts, chunks, strict=True):
+        start = state.settled_context
+        _check_chunk(state, start, chunk)
+        parts.append((start, chunk.tokens))
+        instance.blocks.extend(state.id, chunk.reserve)
+        if state.settled_place is Place.PARTIAL:
+            del instance.partly[state.id]
+        else:
+            instance.waiting.remove(state)
+        state.settled_place = Place.STEPPING
+    return tuple(parts)
 
 
 def _take_ready(

@@ -7,7 +7,6 @@ the same decisions, whatever executes them.
 
 from __future__ import annotations
 
-import itertools
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -93,7 +92,7 @@ class Controller:
         self._in_flight: dict[int, InFlight] = {}
         self._spans = Spans(self._in_flight, self._end_span)
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
-        self._work_ids = itertools.count(1)
+        self._works = 0  # submitted so far; the id of the last one
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
         # A table instead of a match: with several events a turn it is felt.
@@ -134,6 +133,10 @@ class Controller:
         if self._active and not self._in_flight:
             self._check_alive()
         return works
+
+    def _next_work(self) -> int:
+        self._works += 1
+        return self._works
 
     # -- events ---------------------------------------------------------------------
 
@@ -352,7 +355,8 @@ class Controller:
         elif state.batch is not None and state.holder is not None:
             state.batch.settle(state)
             flights = state.holder.steps
-            next(f for f in flights if f.batch is state.batch).cancelled.append(state)
+            flight = next(f for f in flights if f.batch is state.batch)
+            flight.cancelled += (state,)
         state.timeline.status, state.timeline.end_s = status, now_s
         self._active -= 1
 
@@ -362,7 +366,7 @@ class Controller:
         for dst in self._cluster.decoders:
             while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
-                transfer = self._cluster.start_transfer(next(self._work_ids), state)
+                transfer = self._cluster.start_transfer(self._next_work(), state)
                 self._in_flight[transfer.id] = TransferInFlight(transfer, state)
                 works.append(transfer)
                 if state.timeline.decode_start_s is None:
@@ -394,7 +398,7 @@ class Controller:
         # What a policy saw of the running requests is their states themselves.
         decodes = typing.cast(Sequence[RequestState], plan.decodes)
         flight = self._cluster.start_step(
-            next(self._work_ids),
+            self._next_work(),
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
@@ -403,7 +407,9 @@ class Controller:
         )
         self._in_flight[flight.work.id] = flight
         works.append(flight.work)
-        for state in (*flight.prompts, *flight.batch.take_fresh()):
+        for state in flight.prompts:
+            _stamp_start(state, now_s)
+        for state in flight.batch.take_fresh():
             _stamp_start(state, now_s)
         if self._streams and instance.spec.role is Role.PREFILL:
             self._to_stream.append(flight)
@@ -432,7 +438,7 @@ class Controller:
                 return  # another chunk may try; else it is parked when it is computed
             self._cluster.begin_stream(state, target)
             self._spans.check(target)
-        transfer = self._cluster.start_stream(next(self._work_ids), state, end, step)
+        transfer = self._cluster.start_stream(self._next_work(), state, end, step)
         self._in_flight[transfer.id] = TransferInFlight(transfer, state)
         works.append(transfer)
 

@@ -127,9 +127,7 @@ class StepInFlight:
     work: Step
     prompts: Sequence[RequestState]  # those that compute a chunk of their known tokens
     batch: DecodeBatch  # those that decode
-    cancelled: list[RequestState] = dataclasses.field(
-        default_factory=list[RequestState]
-    )
+    cancelled: tuple[RequestState, ...] = ()
     until: int = 0  # iteration of the batch with which it ends
     cut: bool = False  # whether it was told to end earlier
 

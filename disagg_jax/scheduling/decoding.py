@@ -5,9 +5,11 @@ Source: vLLM v0's recompute preemption, as described for the sarathi-serve fork.
 
 from __future__ import annotations
 
+from typing import Final
+
 from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
 
-FOREVER = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
+FOREVER: Final = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
 
 
 def decode_all(instance: InstanceView) -> Plan:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import heapq
-import itertools
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Final
 
 from disagg_jax.backend import Executor, Outcome
 from disagg_jax.deployment import Deployment
@@ -23,8 +23,9 @@ from disagg_jax.work import (
     Work,
 )
 
-_AHEAD = 8  # iterations of a span that are timed at once: most spans are cut early
-_INFINITE = math.inf
+# Iterations of a span that are timed at once: most spans are cut early.
+_AHEAD: Final = 8
+_INFINITE: Final = math.inf
 
 # (instance,), (instance, stage) for its later stages, or a link: its name, by default
 # (-3, src, dst). Names of links begin below 0, so that they are no stages.
@@ -50,14 +51,10 @@ class _Running:
         None  # when the last stage will be done, if it is later
     )
     # Of a step on several stages: when it is on each.
-    stages_s: list[tuple[float, float]] = dataclasses.field(
-        default_factory=list[tuple[float, float]]
-    )
+    stages_s: tuple[tuple[float, float], ...] = ()
     # Of a transfer that goes along with a step: when each part that has not been sent
     # will be computed, and how long its link waited for parts.
-    parts_s: collections.deque[float] = dataclasses.field(
-        default_factory=collections.deque[float]
-    )
+    parts_s: tuple[float, ...] = ()
     waited_s: float = 0.0
 
 
@@ -225,19 +222,21 @@ class VirtualBackend:
         serves parts as they come.
         """
         durations_s = list(running.outcome.durations_s)
-        stages_s = computed.stages_s or [(computed.start_s, computed.due_s)]
+        stages_s = computed.stages_s or ((computed.start_s, computed.due_s),)
+        parts_s: list[float] = []
         for i in range(1, len(durations_s)):
             done = i * len(stages_s) / len(durations_s)
             stage = math.ceil(done) - 1  # a part that ends with one is in that one
             start_s, end_s = stages_s[stage]
-            running.parts_s.append(start_s + (done - stage) * (end_s - start_s))
-        running.parts_s.append(stages_s[-1][1])
+            parts_s.append(start_s + (done - stage) * (end_s - start_s))
+        parts_s.append(stages_s[-1][1])
+        running.parts_s = tuple(parts_s)
         running.durations_s = iter(durations_s)
-        self._push_stream(running, running.parts_s[0])
+        self._push_stream(running, parts_s[0])
 
     def _send_part(self, running: _Running) -> None:
         """The next part is computed: the link takes it when it is free."""
-        computed_s = running.parts_s.popleft()
+        computed_s, running.parts_s = running.parts_s[0], running.parts_s[1:]
         free_s = max(computed_s, self._busy_until_s.get(running.resource, 0.0))
         end_s = free_s + next(running.durations_s)
         if running.ends_s:
@@ -257,21 +256,22 @@ class VirtualBackend:
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
         """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""
         end_s = running.due_s
-        running.stages_s.append((running.start_s, end_s))
+        stages_s = [(running.start_s, end_s)]
         for stage, duration_s in enumerate(durations_s, 1):
             resource = (*running.resource, stage)
             start_s = max(end_s, self._busy_until_s.get(resource, 0.0))
             end_s = start_s + duration_s * running.factor
             self._busy_until_s[resource] = end_s
             self.busy_s[resource] += end_s - start_s
-            running.stages_s.append((start_s, end_s))
-        running.last_stage_s = end_s
+            stages_s.append((start_s, end_s))
+        running.stages_s, running.last_stage_s = tuple(stages_s), end_s
 
     def _time(self, running: _Running) -> None:
         """Times the next iterations and puts the last of them into the heap."""
         ends_s, factor = running.ends_s, running.factor
         end_s = ends_s[-1] if ends_s else running.start_s
-        for duration_s in itertools.islice(running.durations_s, _AHEAD):
+        most = len(ends_s) + _AHEAD
+        for duration_s in running.durations_s:
             if not 0 <= duration_s < _INFINITE:
                 raise ValueError(
                     f"work {running.work}: expected a finite duration >= 0, "
@@ -279,6 +279,8 @@ class VirtualBackend:
                 )
             end_s += duration_s * factor
             ends_s.append(end_s)
+            if len(ends_s) == most:
+                break
         self._push(running, end_s)
 
     def _push(self, running: _Running, due_s: float) -> None:

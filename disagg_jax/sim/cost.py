@@ -109,8 +109,8 @@ class CostExecutor:
             )
         if work.iterations > 1:
             return Outcome(self._span_s(work))
-        first, *later = self.cost.stages_s(work.instance, work.load)
-        return Outcome((first,), later_stages_s=later)
+        stages_s = self.cost.stages_s(work.instance, work.load)
+        return Outcome(stages_s[:1], later_stages_s=stages_s[1:])
 
     def _span_s(self, step: Step) -> Iterator[float]:
         decodes, context = step.load.decodes, step.load.context
