@@ -92,7 +92,7 @@ class Controller:
         self._in_flight: dict[int, InFlight] = {}
         self._spans = Spans(self._in_flight, self._end_span)
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
-        self._works = 0  # submitted so far; the id of the last one
+        self._last_work_id = 0
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
         # A table instead of a match: with several events a turn it is felt.
@@ -134,9 +134,9 @@ class Controller:
             self._check_alive()
         return works
 
-    def _next_work(self) -> int:
-        self._works += 1
-        return self._works
+    def _next_work_id(self) -> int:
+        self._last_work_id += 1
+        return self._last_work_id
 
     # -- events ---------------------------------------------------------------------
 
@@ -366,7 +366,7 @@ class Controller:
         for dst in self._cluster.decoders:
             while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
-                transfer = self._cluster.start_transfer(self._next_work(), state)
+                transfer = self._cluster.start_transfer(self._next_work_id(), state)
                 self._in_flight[transfer.id] = TransferInFlight(transfer, state)
                 works.append(transfer)
                 if state.timeline.decode_start_s is None:
@@ -398,7 +398,7 @@ class Controller:
         # What a policy saw of the running requests is their states themselves.
         decodes = typing.cast(Sequence[RequestState], plan.decodes)
         flight = self._cluster.start_step(
-            self._next_work(),
+            self._next_work_id(),
             instance,
             [self._requests[chunk.request.id] for chunk in plan.chunks],
             plan.chunks,
@@ -438,7 +438,7 @@ class Controller:
                 return  # another chunk may try; else it is parked when it is computed
             self._cluster.begin_stream(state, target)
             self._spans.check(target)
-        transfer = self._cluster.start_stream(self._next_work(), state, end, step)
+        transfer = self._cluster.start_stream(self._next_work_id(), state, end, step)
         self._in_flight[transfer.id] = TransferInFlight(transfer, state)
         works.append(transfer)
 

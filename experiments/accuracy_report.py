@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, interval_across
 from disagg_jax.search import GoodputEstimate, estimate
 from disagg_jax.sim.agreement import StepTime
 from disagg_jax.sim.calibrated import CalibratedProfile
@@ -21,6 +21,7 @@ from experiments.columns import align
 from experiments.comparison import margin
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.report import interval_text
 from experiments.twins import Compared, Twin
 
 GOODPUT_AIM = 0.05  # relative error (issue 6)
@@ -250,11 +251,8 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def _per_device(goodput: GoodputEstimate, of: SystemResult) -> str:
-    mean, low, high = dataclasses.astuple(goodput.interval)
-    if low is None or high is None:
-        return f"{mean / of.devices:.4g}"
-    mean, low, high = (f"{rps / of.devices:.4g}" for rps in (mean, low, high))
-    return f"{mean} [{low}, {high}]"
+    interval = interval_across([rps / of.devices for rps in goodput.per_seed_rps])
+    return interval_text(dataclasses.asdict(interval), ".4g")
 
 
 def _step_rows(result: Result) -> list[tuple[str, ...]]:
@@ -299,9 +297,8 @@ def verdicts(result: Result) -> list[str]:
         for key in ("error", "error_as_profiled")
     )
     orders = result.order("engine"), result.order("simulated")
-    ranks = {name: rank for rank, name in enumerate(orders[1])}
-    apart = result.told_apart()
-    alike = [pair for pair in apart if ranks[pair[0]] < ranks[pair[1]]]
+    rank, apart = orders[1].index, result.told_apart()
+    alike = [(a, b) for a, b in apart if rank(a) < rank(b)]
     measured_s, predicted_s = (
         sum(
             e.measured_s * (e.ratio if predicted else 1.0)
@@ -321,7 +318,7 @@ def verdicts(result: Result) -> list[str]:
         + f"; as profiled {statistics.fmean(off_as_profiled):.1%} on average",
         f"order of the systems: engine {' > '.join(orders[0])}; simulated "
         f"{' > '.join(orders[1])}" + _mark(orders[0] == orders[1]),
-        f"pairs: the engine tells {len(apart)} of {math.comb(len(ranks), 2)} apart "
+        f"pairs: the engine tells {len(apart)} of {math.comb(len(orders[0]), 2)} apart "
         f"(95 %, paired by seed); the simulator has {len(alike)} of these in the same "
         "order" + _mark(alike == apart),
         f"cost model: steps are predicted to take {predicted_s / measured_s - 1:+.1%} "

@@ -4,9 +4,9 @@ Alone a program follows itself, in serving others, and the controller: other cac
 warm. So after its programs were timed alone an engine serves some requests, and what
 the steps of a kind took together, over what they should have, goes into the profile.
 
-The role of the instance is left out: in five calibrations of m32 (commits ea545df and
-edf021d) decodes of decode instances took 6 % less to 3 % more than those of colocated
-ones, prefills of prefill instances 3 % less to 3 % more.
+The role of the instance is left out: in five calibrations of m32 decodes of decode
+instances took 6 % less to 3 % more than those of colocated ones, prefills of prefill
+instances 3 % less to 3 % more (`reports/calibrations.txt`).
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     kind = "throughput" if summary["target"] is None else "goodput"
     for name, ratio in summary["ratios"].items():
-        lines += ["", f"{kind} {name}, paired by seed: {_interval(ratio, '.2f')}"]
+        lines += ["", f"{kind} {name}, paired by seed: {interval_text(ratio, '.2f')}"]
     return "\n".join([*lines, "", *_ranks(summary)])
 
 
@@ -117,7 +117,7 @@ def _goodput_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
         ("deployment", [system["deployment"] for system in systems.values()]),
         (
             "requests/s per device",
-            [_interval(g["max_goodput_rate_per_device"], ".1f") for g in found],
+            [interval_text(g["max_goodput_rate_per_device"], ".1f") for g in found],
         ),
         (
             "passes at / fails at",
@@ -140,7 +140,7 @@ def _throughput_rows(
     found = [system["throughput"] for system in systems.values()]
     return [
         ("deployment", [system["deployment"] for system in systems.values()]),
-        (unit, [_interval(t["max_throughput_per_device"], ".4g") for t in found]),
+        (unit, [interval_text(t["max_throughput_per_device"], ".4g") for t in found]),
         (
             "at requests/s per device",
             [_number(t["best_rps_per_device"], ".1f") for t in found],
@@ -213,7 +213,8 @@ def _grid(
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _interval(interval: Mapping[str, float | None], form: str) -> str:
+def interval_text(interval: Mapping[str, float | None], form: str) -> str:
+    """mean [low, high]; the mean alone where one run gives no interval."""
     mean, low, high = (interval[key] for key in ("mean", "low", "high"))
     if low is None or high is None:
         return f"{mean:{form}}"

@@ -39,6 +39,12 @@ TESTS = (
 )
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_a_core_has_no_cached_properties(module):
+    """Compiled, they would not be cached."""
+    assert "cached_property" not in (PACKAGE / f"{module}.py").read_text()
+
+
 def run(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python in a checkout; of an editable install the original would come first."""
     return subprocess.run(
