@@ -15,6 +15,7 @@ from disagg_jax.work import (
     Cancelled,
     Down,
     Event,
+    Progress,
     Report,
     Slow,
     Task,
@@ -57,8 +58,14 @@ class Backend(Protocol):
     def wait(self, until_s: float) -> list[Report]:
         """Returns the next completions; none if there are none until `until_s`.
 
-        The progress that spans have made by then comes with them. With nothing
-        submitted and `until_s` infinite it returns [] at once.
+        With nothing submitted and `until_s` infinite it returns [] at once.
+        """
+        ...
+
+    def progress(self, work: int) -> Sequence[float]:
+        """Return when iterations of span `work` ended, of those not told before.
+
+        Those that end later than now are not told yet.
         """
         ...
 
@@ -106,6 +113,14 @@ def serve(
     timed: list[tuple[float, Event]] = [(r.arrival_s, Arrived(r)) for r in requests]
     timed += interventions
     external = collections.deque(sorted(timed, key=lambda item: item[0]))
+    asked: list[Event] = []
+
+    def logged_progress(work: int) -> Sequence[float]:
+        if ends_s := backend.progress(work):
+            asked.append(Progress(work, tuple(ends_s)))
+        return ends_s
+
+    progress = backend.progress if observer is None else logged_progress
     while external or controller.in_flight:
         done = backend.wait(external[0][0] if external else math.inf)
         if not done and not external:
@@ -116,15 +131,16 @@ def serve(
         now_s = backend.now_s()
         events: list[Event] = [*done]
         while external and external[0][0] <= now_s:
-            event = external.popleft()[1]
-            events.append(event)
+            events.append(external.popleft()[1])
+        works = controller.step(now_s, events, progress)
+        for event in events[len(done) :]:
             if isinstance(event, Down):
                 backend.drop(event.instance)
             elif isinstance(event, Slow):
                 backend.slow(event.instance, event.factor)
-        works = controller.step(now_s, events)
         if observer is not None:
-            observer(now_s, events, works)
+            observer(now_s, [*asked, *events], works)
+            asked.clear()
         for work in works:
             backend.submit(work)
         if followers is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.instance_index import InstanceIndex
 from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Request
 from disagg_jax.scheduling.routing import Router
@@ -28,11 +30,15 @@ class Cluster:
     blocks, so that they cannot disagree; an impossible move raises. When and why a
     request moves, and the stamps on its timeline, are the controller's.
 
+    Every move also touches the instances that it changes, so that only these are asked
+    for their next step, and nothing costs a visit to all instances.
+
     Args:
       deployment: the instances.
       memory: KV memory of each instance, in the deployment's order.
       prefill_router: picks where a request without KV goes.
       decode_router: picks the decode instance that pulls a prefilled request.
+      look: called with an instance before a router reads it.
 
     Raises:
       ValueError: if `memory` does not match the deployment, or prefill and decode have
@@ -45,6 +51,7 @@ class Cluster:
         memory: Sequence[KVMemory],
         prefill_router: Router,
         decode_router: Router,
+        look: Callable[[InstanceState], None],
     ):
         if len(memory) != len(deployment.instances):
             raise ValueError(
@@ -62,8 +69,10 @@ class Cluster:
             for i, spec in enumerate(deployment.instances)
         ]
         entries = deployment.of(Role.PREFILL, Role.COLOCATED)
-        self._entries = [self.instances[i] for i in entries]
-        self.decoders = [self.instances[i] for i in deployment.of(Role.DECODE)]
+        decoders = deployment.of(Role.DECODE)
+        self._entries = InstanceIndex([self.instances[i] for i in entries], look)
+        self._decoders = InstanceIndex([self.instances[i] for i in decoders], look)
+        self.touched: set[int] = set()  # instances that may have something to start
         self._first_with: dict[KVMemory, int] = {}  # instance, by its memory
         for instance in self.instances:
             self._first_with.setdefault(instance.memory, instance.id)
@@ -78,6 +87,21 @@ class Cluster:
                 return f"instance {instance}: {limit}"
         return ""
 
+    # -- instances ------------------------------------------------------------------
+
+    def touch(self, instance: InstanceState) -> None:
+        """Take note that an instance may have another step to start or another rank."""
+        self.touched.add(instance.id)
+        decodes = instance.spec.role is Role.DECODE
+        (self._decoders if decodes else self._entries).touch(instance)
+
+    def set_up(self, instance: InstanceState, up: bool) -> None:
+        """Take note that an instance is lost, or back."""
+        instance.up = up
+        self._entries.find_up()
+        self._decoders.find_up()
+        self.touch(instance)
+
     # -- queues ---------------------------------------------------------------------
 
     def enqueue(
@@ -89,17 +113,17 @@ class Cluster:
     ) -> None:
         """Puts a request that has no KV into a queue: `instance`'s, or as routed."""
         if instance is None:
-            up = [entry for entry in self._entries if entry.up]
-            if not up:
+            if not len(self._entries):
                 state.settled_place = Place.UNROUTED
                 self.unrouted.append(state)
                 return
-            instance = self._pick(self._prefill_router, up)
+            instance = _pick(self._prefill_router, state, self._entries)
         state.settled_place, state.holder = Place.WAITING, instance
         if front:
             instance.waiting.appendleft(state)
         else:
             instance.waiting.append(state)
+        self.touch(instance)
 
     def route_stranded(self) -> None:
         """Routes again, in order of arrival, what found no instance up."""
@@ -119,8 +143,10 @@ class Cluster:
         else:
             self._take_out(state)
         holder = state.holder
-        if holder is not None and holder.blocks.held(state.id):
-            holder.blocks.release(state.id)
+        if holder is not None:
+            if holder.blocks.held(state.id):
+                holder.blocks.release(state.id)
+            self.touch(holder)
         state.settled_context, state.settled_place = 0, Place.ENDED
         state.holder = state.target = None
         state.sent = state.landing = 0
@@ -131,7 +157,9 @@ class Cluster:
             self.remove(state)
             return
         if state.place is Place.PARTIAL:
-            del _some(state.holder).partly[state.id]
+            holder = _some(state.holder)
+            del holder.partly[state.id]
+            self.touch(holder)
         state.settled_place = Place.MOVING
 
     def _take_out(self, state: RequestState) -> None:
@@ -149,6 +177,7 @@ class Cluster:
             del _some(holder).parked[state.id]
             if state.target is not None:
                 state.target.pulls.remove(state)
+                self.touch(state.target)
         elif place not in (Place.STEPPING, Place.RUNNING):  # a prompt in a step
             raise RuntimeError(f"request {state.id} cannot leave {place}")
 
@@ -211,10 +240,10 @@ class Cluster:
 
     def assign_target(self, state: RequestState) -> None:
         """Picks the decode instance that is to pull a parked request's KV."""
-        up = [decode for decode in self.decoders if decode.up]
-        if up:
-            state.target = self._pick(self._decode_router, up)
+        if len(self._decoders):
+            state.target = _pick(self._decode_router, state, self._decoders)
             state.target.pulls.append(state)
+            self.touch(state.target)
 
     def drop_target(self, state: RequestState) -> None:
         """No target any more; where a transfer broke off, back to parked."""
@@ -227,6 +256,7 @@ class Cluster:
         if state.place is Place.MOVING:
             state.settled_place = Place.PARKED
             _some(state.holder).parked[state.id] = state
+        self.touch(target)
         state.target = None
         state.sent = state.landing = 0
 
@@ -245,9 +275,10 @@ class Cluster:
 
         Not past those who wait for their KV to be pulled.
         """
-        up = [decode for decode in self.decoders if decode.up]
-        target = self._pick(self._decode_router, up) if up else None
-        if target is None or target.pulls:
+        if not len(self._decoders):
+            return None
+        target = _pick(self._decode_router, state, self._decoders)
+        if target.pulls:
             return None
         missing = target.blocks.missing(state.id, state.known + 1)
         return target if missing <= target.blocks.free else None
@@ -277,6 +308,7 @@ class Cluster:
         """Gives a request that is to arrive room for a token more than its context."""
         dst.blocks.extend(state.id, context + 1)
         dst.arriving[state.id] = state
+        self.touch(dst)
 
     def _transfer(
         self, work_id: int, state: RequestState, end: int, blocks: int, step: int = 0
@@ -310,10 +342,23 @@ class Cluster:
         del dst.arriving[state.id]
         state.holder, state.target = dst, None
         dst.ready.join(state)
+        self.touch(src)
+        self.touch(dst)
 
-    def _pick(self, router: Router, up: list[InstanceState]) -> InstanceState:
-        """One of `up`; a router is asked only where there is a choice."""
-        return up[0] if len(up) == 1 else self.instances[router(up).id]
+
+def _pick(
+    router: Router, state: RequestState, instances: InstanceIndex
+) -> InstanceState:
+    """The instance that `router` picks; it is asked only where there is a choice."""
+    if len(instances) == 1:
+        return instances[0]
+    picked = typing.cast(InstanceState, router(state, instances))
+    if picked not in instances:
+        raise RuntimeError(
+            f"router {router}: expected one of the instances that are up for request "
+            f"{state.id}, got {picked}"
+        )
+    return picked
 
 
 def _take_chunks(

@@ -17,7 +17,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.view import Policy, PullPolicy
-from disagg_jax.spans import Spans
+from disagg_jax.spans import SpanProgress, Spans, no_progress
 from disagg_jax.state import (
     InFlight,
     InstanceState,
@@ -76,7 +76,11 @@ class Controller:
         streams: bool = False,
         spans: bool = False,
     ):
-        self._cluster = Cluster(deployment, memory, prefill_router, decode_router)
+        self._in_flight: dict[int, InFlight] = {}
+        self._spans = Spans(self._in_flight, self._end_span)
+        self._cluster = Cluster(
+            deployment, memory, prefill_router, decode_router, self._spans.catch_up
+        )
         self.instances: Sequence[InstanceState] = self._cluster.instances
         for spec in deployment.instances:
             if spec.role not in policies:
@@ -84,13 +88,11 @@ class Controller:
                     f"deployment '{deployment}' has {spec.role} instances, but the "
                     f"system has policies for {', '.join(sorted(policies))} only"
                 )
-        if self._cluster.decoders:
+        if deployment.of(Role.DECODE):
             self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
         self._plans = [policies[i.spec.role].plan for i in self.instances]
         self._plans_spans, self._streams = spans, streams
         self._requests: dict[int, RequestState] = {}
-        self._in_flight: dict[int, InFlight] = {}
-        self._spans = Spans(self._in_flight, self._end_span)
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
         self._last_work_id = 0
         self._active = 0  # requests that arrived and have not ended
@@ -112,13 +114,23 @@ class Controller:
         """Pieces of work that were submitted and are not done."""
         return len(self._in_flight)
 
-    def step(self, now_s: float, events: Sequence[Event]) -> list[Work]:
+    def step(
+        self,
+        now_s: float,
+        events: Sequence[Event],
+        progress: SpanProgress = no_progress,
+    ) -> list[Work]:
         """Applies all `events` in their order, then plans all work that can start.
+
+        Args:
+          progress: tells how far a span is, when the controller comes to look at its
+            instance. Without it that must be among `events`, before all else.
 
         Raises:
           RuntimeError: on an impossible state: an unknown or repeated Done, a block
             freed twice, requests that wait for ever.
         """
+        self._spans.begin_turn(now_s, progress)
         for event in events:
             self._on[type(event)](now_s, event)
         works: list[Work] = []
@@ -248,6 +260,7 @@ class Controller:
         else:
             del instance.downstream[flight.work.id]
         instance.take_back(flight.batch)
+        self._cluster.touch(instance)
 
     def _end_span(self, flight: StepInFlight) -> None:
         """A span ends before the time it was planned for; no Done of it follows."""
@@ -268,6 +281,7 @@ class Controller:
         if instance.step is not flight:
             raise RuntimeError(f"step {work} leaves the first stage twice")
         instance.step, instance.downstream[work] = None, flight
+        self._cluster.touch(instance)
 
     def _progress(self, now_s: float, event: Progress) -> None:
         flight = self._in_flight.get(event.work)
@@ -306,14 +320,16 @@ class Controller:
         self._spans.disturb(self.instances[event.instance])
 
     def _up(self, now_s: float, event: Up) -> None:
-        self.instances[event.instance].up = True
+        self._cluster.set_up(self.instances[event.instance], True)
         self._cluster.route_stranded()
 
     def _down(self, now_s: float, event: Down) -> None:
         """Its KV and its work are gone; every request it touched goes on elsewhere."""
         lost = self.instances[event.instance]
-        lost.up, lost.step = False, None
+        self._spans.catch_up(lost)
+        lost.step = None
         lost.downstream.clear()
+        self._cluster.set_up(lost, False)
         touched = {*lost.waiting, *lost.running, *lost.partial}
         touched |= {*lost.parked.values(), *lost.pulls, *lost.arriving.values()}
         for work_id, flight in list(self._in_flight.items()):
@@ -363,7 +379,10 @@ class Controller:
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> None:
-        for dst in self._cluster.decoders:
+        for id in sorted(self._cluster.touched):
+            dst = self.instances[id]
+            if dst.pulls:
+                self._spans.catch_up(dst)
             while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
                 transfer = self._cluster.start_transfer(self._next_work_id(), state)
@@ -379,10 +398,20 @@ class Controller:
         """Starts what can start; whether anybody made room for it."""
         if self._spans.at_boundary:
             self._spans.go_on(self.instances, works)
-        made_room = False
-        for instance in self.instances:
-            if instance.takes_a_step and instance.has_ready:
-                made_room |= self._start_step(now_s, instance, works)
+        made_room, touched = False, self._cluster.touched
+        ids = sorted(touched, reverse=True)
+        touched.clear()
+        while ids:
+            id = ids.pop()
+            instance = self.instances[id]
+            if not (instance.takes_a_step and instance.has_ready):
+                continue
+            if self._start_step(now_s, instance, works):
+                made_room = True
+                # Those behind it that this touched come in this round, in their order.
+                later = {other for other in touched if other > id}
+                touched -= later
+                ids = sorted(later.union(ids), reverse=True)
         if self._to_stream:  # after all steps: a span would take its blocks before too
             self._start_streams(works)
         return made_room
@@ -434,7 +463,10 @@ class Controller:
             return
         if state.target is None:
             target = self._cluster.stream_target(state)
-            if target is None or not self._pulls(target, state):
+            if target is None:
+                return
+            self._spans.catch_up(target)
+            if not self._pulls(target, state):
                 return  # another chunk may try; else it is parked when it is computed
             self._cluster.begin_stream(state, target)
             self._spans.check(target)

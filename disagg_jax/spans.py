@@ -1,7 +1,9 @@
 """Spans: several decode iterations that were planned at once.
 
 Whatever may change an instance's next plan ends its span with the iteration that is
-going on, so that a run with spans is the run without them, only faster.
+going on, so that a run with spans is the run without them, only faster. How far a span
+is, is asked when somebody looks at its instance: told of all of them, every event would
+cost a visit to all instances.
 """
 
 from __future__ import annotations
@@ -10,6 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax.state import InFlight, InstanceState, StepInFlight
 from disagg_jax.work import Cut, Work
+
+# (Step.id) -> ends of the iterations of a span that are over and were not told before.
+SpanProgress = Callable[[int], Sequence[float]]
+
+
+def no_progress(work: int) -> Sequence[float]:
+    """Tell of no progress: of spans that are not asked about."""
+    return ()
 
 
 class Spans:
@@ -26,6 +36,19 @@ class Spans:
         self._in_flight, self._end = in_flight, end
         self.disturbed: list[StepInFlight] = []
         self.at_boundary: list[StepInFlight] = []  # an iteration ends right now
+        self._now_s = 0.0
+        self._progress: SpanProgress = no_progress
+
+    def begin_turn(self, now_s: float, progress: SpanProgress) -> None:
+        """Take note of the time, and of who tells how far a span is by then."""
+        self._now_s, self._progress = now_s, progress
+
+    def catch_up(self, instance: InstanceState) -> None:
+        """Bring what is known of an instance up to now, if a span goes on there."""
+        flight = instance.step
+        if flight is not None and flight.work.iterations > 1:
+            if ends_s := self._progress(flight.work.id):
+                self.progress(flight, self._now_s, ends_s)
 
     def progress(
         self, flight: StepInFlight, now_s: float, ends_s: Sequence[float]
@@ -39,12 +62,16 @@ class Spans:
     def disturb(self, instance: InstanceState | None) -> None:
         """Something happened at `instance` that may change its next plan."""
         flight = instance.step if instance else None
-        if flight is not None and flight.work.iterations > 1 and not flight.cut:
+        if instance is None or flight is None or flight.work.iterations == 1:
+            return
+        self.catch_up(instance)
+        if not flight.cut:
             flight.cut = True
             self.disturbed.append(flight)
 
     def check(self, instance: InstanceState) -> None:
         """Disturbs a span that has lost the blocks for its last iteration."""
+        self.catch_up(instance)
         flight = instance.step
         if flight is not None and flight.work.iterations > 1:
             left = flight.until - flight.batch.begun

@@ -238,5 +238,5 @@ class Slow:
     factor: float  # on the durations of its steps from now on; 1 is its usual speed
 
 
-Report = Done | Progress | StageFree  # what a backend tells
-Event = Arrived | Report | Cancelled | Down | Up | Slow
+Report = Done | StageFree  # what a backend tells; it tells of Progress when asked
+Event = Arrived | Report | Progress | Cancelled | Down | Up | Slow

@@ -40,6 +40,7 @@ MODULES = (
     "controller",
     "decode_batch",
     "deployment",
+    "instance_index",
     "kv_blocks",
     "metrics",
     "request",

@@ -17,7 +17,7 @@ def state(id: int, known: int, out: int = 1) -> RequestState:
 
 
 def make_instance(
-    *, waiting=None, partial=None, running=None, arriving=None, free=100, out=1
+    *, id=0, waiting=None, partial=None, running=None, arriving=None, free=100, out=1
 ):
     """An instance with {id: known tokens} in its places; a smaller id arrived earlier.
 
@@ -26,11 +26,11 @@ def make_instance(
     Each may generate `out` more tokens.
     """
     waiting, running, arriving = waiting or {}, running or {}, arriving or {}
-    cached = {id: known - 1 for id, known in {**running, **arriving}.items()}
-    cached |= {id: context for id, (_, context) in (partial or {}).items()}
+    cached = {owner: known - 1 for owner, known in {**running, **arriving}.items()}
+    cached |= {owner: context for owner, (_, context) in (partial or {}).items()}
     held = sum(-(-tokens // BLOCK) for tokens in cached.values())
     memory = KVMemory(num_blocks=held + free, block_tokens=BLOCK, max_context=1000)
-    instance = InstanceState(0, InstanceSpec(role=Role.COLOCATED), memory)
+    instance = InstanceState(id, InstanceSpec(role=Role.COLOCATED), memory)
     instance.waiting.extend(state(*item, out) for item in waiting.items())
     instance.arriving = {id: state(id, n, out) for id, n in arriving.items()}
     parts = {id: state(id, known, out) for id, (known, _) in (partial or {}).items()}

@@ -638,8 +638,8 @@ def test_routers_choose():
     turns = itertools.cycle([0, 1])
     controller = make_controller(
         "2xprefill:tp1,2xdecode:tp1",
-        prefill_router=lambda views: views[next(turns)],
-        decode_router=lambda views: views[-1],
+        prefill_router=lambda request, instances: instances[next(turns)],
+        decode_router=lambda request, instances: instances[-1],
     )
     run = Run(controller)
     run.turn(*(Arrived(with_prompt(i, out=2)) for i in range(4)))

@@ -21,6 +21,7 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
@@ -50,9 +51,26 @@ class Case:
             self.deployment,
             self.policies,
             self.memory,
+            prefill_router=checked(shortest_queue),
+            decode_router=checked(least_loaded),
             streams=self.streams,
             spans=spans,
         )
+
+
+def checked(router: Router) -> Router:
+    """The same, and whenever it is asked it must pick what a look at all would."""
+
+    def pick(request, instances):
+        def counts(instance):
+            queued = instance.queued if router is shortest_queue else 0
+            return queued, instance.load, instance.id
+
+        picked = router(request, instances)
+        assert picked is min(instances, key=counts)
+        return picked
+
+    return pick
 
 
 # (prefill, decode, colocated) instances

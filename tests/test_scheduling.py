@@ -2,6 +2,7 @@
 
 import pytest
 
+from disagg_jax.instance_index import InstanceIndex
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
@@ -315,8 +316,9 @@ def test_decode_only_pulls(places, limits, pulls):
     ],
 )
 def test_router_picks_the_least_and_of_equals_the_first(router, instances, picked):
-    views = [make_instance(**places) for places in instances]
-    assert router(views) is views[picked]
+    views = [make_instance(id=i, **places) for i, places in enumerate(instances)]
+    index = InstanceIndex(views, look=lambda instance: None)
+    assert router(state(9, 5), index) is views[picked]
 
 
 def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
@@ -324,7 +326,8 @@ def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
     first, second = run.controller.instances
     run.turn(Arrived(with_prompt(0, out=3)))
     assert (first.queued, second.queued) == (1, 0)
-    assert shortest_queue([first, second]) is second
+    index = InstanceIndex([first, second], look=lambda instance: None)
+    assert shortest_queue(state(9, 5), index) is second
     run.turn()
     assert run.place(0) is Place.STEPPING
     assert (first.queued, second.queued) == (0, 0)

@@ -2,24 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from disagg_jax.scheduling.view import InstanceView
+from disagg_jax.scheduling.view import InstanceView, RequestView
 
-Router = Callable[[Sequence[InstanceView]], InstanceView]
+# What a router looks for the least of; equal instances are taken in their order.
+Rank = Callable[[InstanceView], tuple[int, ...]]
 
 
-def shortest_queue(instances: Sequence[InstanceView]) -> InstanceView:
-    """The instance with the fewest requests before their first token, then least load.
+class Instances(Protocol):
+    """The instances that a request can go to: all of one side that are up.
 
+    Reading them one by one costs a visit to each. `least` costs the same for any number
+    of instances.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[InstanceView]: ...
+
+    def __getitem__(self, index: int) -> InstanceView: ...
+
+    def least(self, rank: Rank) -> InstanceView:
+        """Return the instance of the lowest rank, the first one of equals.
+
+        Args:
+          rank: a function of an instance's counts of requests (`queued`, `load`,
+            `resident`); blocks and contexts change without the index being told. It
+            must be the same object in every call: an index is kept for each.
+        """
+        ...
+
+
+Router = Callable[[RequestView, Instances], InstanceView]
+
+
+def shortest_queue(request: RequestView, instances: Instances) -> InstanceView:
+    """Pick the instance with the fewest requests before their first token.
+
+    Among equals it is the one with the least load.
     Source: DistServe (OSDI'24) section 4.3, for prefill.
     """
-    return min(instances, key=lambda instance: (instance.queued, instance.load))
+    return instances.least(_queue)
 
 
-def least_loaded(instances: Sequence[InstanceView]) -> InstanceView:
-    """The instance with the fewest requests assigned to it.
+def least_loaded(request: RequestView, instances: Instances) -> InstanceView:
+    """Pick the instance with the fewest requests assigned to it.
 
     Source: DistServe (OSDI'24) section 4.3, for decode.
     """
-    return min(instances, key=lambda instance: instance.load)
+    return instances.least(_load)
+
+
+def _queue(instance: InstanceView) -> tuple[int, ...]:
+    return instance.queued, instance.load
+
+
+def _load(instance: InstanceView) -> tuple[int, ...]:
+    return (instance.load,)

@@ -16,14 +16,14 @@ from disagg_jax.sim.shared_link import SharedLink
 from disagg_jax.work import (
     Cut,
     Done,
-    Progress,
     Report,
     StageFree,
     Step,
     Work,
 )
 
-# Iterations of a span that are timed at once: most spans are cut early.
+# Iterations of a span that are timed at first, and then as many as there are already:
+# most spans are cut early.
 _AHEAD: Final = 8
 _INFINITE: Final = math.inf
 
@@ -172,7 +172,17 @@ class VirtualBackend:
                 done.append(self._done(running, end_s))
         if not done and until_s < math.inf:
             self._now_s = max(self._now_s, until_s)
-        return self._progress() + done if self._spans else done
+        return done
+
+    def progress(self, work: int) -> Sequence[float]:
+        running = self._spans.get(work)
+        if running is None:  # submitted in this turn, or no span any more
+            return ()
+        first = last = running.reported
+        while running.ends_s[last] <= self._now_s:
+            last += 1
+        running.reported = last
+        return running.ends_s[first:last]
 
     def slow(self, instance: int, factor: float) -> None:
         if not 0 < factor < math.inf:
@@ -270,7 +280,7 @@ class VirtualBackend:
         """Times the next iterations and puts the last of them into the heap."""
         ends_s, factor = running.ends_s, running.factor
         end_s = ends_s[-1] if ends_s else running.start_s
-        most = len(ends_s) + _AHEAD
+        most = len(ends_s) + max(_AHEAD, len(ends_s))
         for duration_s in running.durations_s:
             if not 0 <= duration_s < _INFINITE:
                 raise ValueError(
@@ -300,19 +310,6 @@ class VirtualBackend:
         if running.stages_s:
             done.stage_ends_s = tuple([left_s for _, left_s in running.stages_s[:-1]])
         return done
-
-    def _progress(self) -> list[Report]:
-        """The iterations of spans that are over and were not told yet."""
-        found: list[Report] = []
-        for running in self._spans.values():
-            first = last = running.reported
-            while running.ends_s[last] <= self._now_s:
-                last += 1
-            if last > first:
-                running.reported = last
-                ends_s = tuple(running.ends_s[first:last])
-                found.append(Progress(running.work, ends_s))
-        return found
 
     def _cut(self, running: _Running, iterations: int) -> None:
         """Leaves `iterations` of a span: those that were told, or one more."""

@@ -1,0 +1,101 @@
+"""The instances of one side that are up, and the least of them at no visit to all."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from disagg_jax.scheduling.routing import Rank
+from disagg_jax.state import InstanceState
+
+
+class InstanceIndex:
+    """The `Instances` that a router sees.
+
+    Args:
+      instances: all of one side, in the deployment's order.
+      look: called with each instance that is read one by one, before it is read.
+    """
+
+    def __init__(
+        self, instances: Sequence[InstanceState], look: Callable[[InstanceState], None]
+    ):
+        self._all = {instance.id: instance for instance in instances}
+        self._look = look
+        self._up: list[InstanceState] = []
+        self._by: dict[Rank, _Ranking] = {}
+        self._touched: set[int] = set()  # since they were ranked
+        self.find_up()
+
+    def __len__(self) -> int:
+        return len(self._up)
+
+    def __iter__(self) -> Iterator[InstanceState]:
+        for instance in self._up:
+            self._look(instance)
+            yield instance
+
+    def __getitem__(self, index: int) -> InstanceState:
+        instance = self._up[index]
+        self._look(instance)
+        return instance
+
+    def __contains__(self, instance: object) -> bool:
+        return isinstance(instance, InstanceState) and (
+            instance.up and self._all.get(instance.id) is instance
+        )
+
+    def find_up(self) -> None:
+        """Take note that an instance was lost or is back."""
+        self._up = [instance for instance in self._all.values() if instance.up]
+        self._by.clear()
+
+    def touch(self, instance: InstanceState) -> None:
+        """Take note that counts of an instance may have changed."""
+        self._touched.add(instance.id)
+
+    def least(self, rank: Rank) -> InstanceState:
+        """See `Instances.least`."""
+        for id in self._touched:
+            if self._all[id].up:
+                for ranking in self._by.values():
+                    ranking.update(self._all[id])
+        self._touched.clear()
+        if rank not in self._by:
+            self._by[rank] = _Ranking(rank, self._up)
+        return self._by[rank].first(self._all)
+
+
+class _Ranking:
+    """Instances by a rank: a heap with an entry at or below each one's present rank.
+
+    One that rises is found out when it comes to the top, which most never do.
+    """
+
+    def __init__(self, rank: Rank, instances: Sequence[InstanceState]):
+        self._rank = rank
+        # By instance: its entry in the heap that counts, its rank and then its id.
+        self._entered = {i.id: (*rank(i), i.id) for i in instances}
+        self._heap = list(self._entered.values())
+        heapq.heapify(self._heap)
+
+    def update(self, instance: InstanceState) -> None:
+        """Enter an instance again if its rank has fallen."""
+        entry = (*self._rank(instance), instance.id)
+        if entry < self._entered[instance.id]:
+            self._entered[instance.id] = entry
+            heapq.heappush(self._heap, entry)
+
+    def first(self, instances: Mapping[int, InstanceState]) -> InstanceState:
+        """The first instance of the lowest rank."""
+        heap, entered = self._heap, self._entered
+        while True:
+            id = heap[0][-1]
+            if entered[id] is not heap[0]:  # it was entered again
+                heapq.heappop(heap)
+                continue
+            entry = (*self._rank(instances[id]), id)
+            if entry == heap[0]:
+                return instances[id]
+            entered[id] = entry
+            heapq.heapreplace(heap, entry)
