@@ -367,9 +367,7 @@ def _take_chunks(
     """Takes prompts out of where they wait: (start, count) of each one's chunk."""
     parts: list[tuple[int, int]] = []
     for state, chunk in zip(prompts, chunks, strict=True):
-        start = state.settled_context
-        _check_chunk(state, start, chunk)
-        parts.append((start, chunk.tokens))
+        parts.append((state.settled_context, chunk.tokens))
         instance.blocks.extend(state.id, chunk.reserve)
         if state.settled_place is Place.PARTIAL:
             del instance.partly[state.id]
@@ -415,21 +413,6 @@ def _blocks(
     instance: InstanceState, state: RequestState, first: int, end: int
 ) -> tuple[int, ...]:
     return instance.blocks.table(state.id)[first:end]
-
-
-def _check_chunk(state: RequestState, start: int, chunk: Chunk) -> None:
-    """Raises RuntimeError on what no policy may ask for."""
-    end, known = start + chunk.tokens, state.settled_known
-    if not start < end <= known:
-        raise RuntimeError(
-            f"request {state.id}: expected a chunk of 1 to {known - start} tokens, "
-            f"got {chunk.tokens}"
-        )
-    if not (end <= chunk.reserve <= known or chunk.reserve == state.limit):
-        raise RuntimeError(
-            f"request {state.id}: expected to reserve {end} to {known} tokens, "
-            f"or its limit of {state.limit}, got {chunk.reserve}"
-        )
 
 
 def _some(value: InstanceState | None) -> InstanceState:

@@ -14,9 +14,10 @@ from typing import Any
 from disagg_jax.cluster import Cluster
 from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.plan_check import check_plan
 from disagg_jax.request import Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
-from disagg_jax.scheduling.view import Policy, PullPolicy
+from disagg_jax.scheduling.view import Plan, Policy, PullPolicy
 from disagg_jax.spans import SpanProgress, Spans, no_progress
 from disagg_jax.state import (
     InFlight,
@@ -90,7 +91,8 @@ class Controller:
                 )
         if deployment.of(Role.DECODE):
             self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
-        self._plans = [policies[i.spec.role].plan for i in self.instances]
+        self._policies = [policies[i.spec.role] for i in self.instances]
+        self._limits = [policy.limits for policy in self._policies]
         self._plans_spans, self._streams = spans, streams
         self._requests: dict[int, RequestState] = {}
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
@@ -419,7 +421,20 @@ class Controller:
     def _start_step(
         self, now_s: float, instance: InstanceState, works: list[Work]
     ) -> bool:
-        plan = self._plans[instance.id](instance)
+        policy = self._policies[instance.id]
+        plan = policy.plan(instance)
+        try:
+            return self._carry_out(plan, now_s, instance, works)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the plan of {type(policy).__name__} for {instance}: {error}"
+            ) from error
+
+    def _carry_out(
+        self, plan: Plan, now_s: float, instance: InstanceState, works: list[Work]
+    ) -> bool:
+        limits = self._limits[instance.id]
+        prompts = check_plan(plan, instance, limits, self._requests)
         for victim in plan.preempt:
             self._preempt(now_s, instance, self._requests[victim.id], plan.to_back)
         if not plan.chunks and not plan.decodes:
@@ -429,7 +444,7 @@ class Controller:
         flight = self._cluster.start_step(
             self._next_work_id(),
             instance,
-            [self._requests[chunk.request.id] for chunk in plan.chunks],
+            prompts,
             plan.chunks,
             decodes,
             plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,

@@ -27,7 +27,7 @@ class Place(enum.Enum):
     ENDED = enum.auto()  # in no container: over, refused, or not taken in yet
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class RequestState:
     """One request on its way.
 
@@ -57,6 +57,9 @@ class RequestState:
         request = self.request
         self.id = request.id
         self.limit = request.prompt_tokens + request.max_tokens - 1
+
+    def __repr__(self) -> str:
+        return f"request {self.id}"
 
     @property
     def known(self) -> int:
@@ -152,7 +155,7 @@ class TransferInFlight:
 InFlight = StepInFlight | TransferInFlight
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class InstanceState:
     """One instance: its queue, its requests, its KV blocks."""
 
@@ -189,6 +192,9 @@ class InstanceState:
     def __post_init__(self) -> None:
         self.blocks = KVBlocks(self.memory)
         self.ready, self.nobody = DecodeBatch(self.blocks), DecodeBatch(self.blocks)
+
+    def __repr__(self) -> str:
+        return f"instance {self.id} ({self.spec})"
 
     def spare_batch(self) -> DecodeBatch:
         """An empty batch, one used before if there is any."""

@@ -43,6 +43,7 @@ MODULES = (
     "instance_index",
     "kv_blocks",
     "metrics",
+    "plan_check",
     "request",
     "scheduling/decode_only",
     "scheduling/decoding",
