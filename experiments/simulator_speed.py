@@ -2,6 +2,7 @@
 
     python -m experiments.simulator_speed
     python -m experiments.simulator_speed --golden=../shared/golden/simdistserve
+    python -m experiments.simulator_speed --instances=2,16,128,1024,2048
 
 Each line has `requests_per_cpu_s`: requests over the CPU seconds of drawing nothing,
 simulating everything (block accounting and preemption included) and taking the metrics
@@ -11,7 +12,12 @@ counts, since other work on the machine only slows one down.
 The golden workloads are simdistserve's (the same files and rules), and every TTFT and
 TPOT is compared with its results in the same run: `worst_difference_ms`. simdistserve
 does about 670 requests/CPU-s, Vidur 535-649, splitwise-sim 304-1841 and 60 when
-overloaded (facts, design.md). `saturated` offers twice what its deployment can serve.
+overloaded (each with its own command). `saturated` offers twice what its deployment can
+serve.
+
+With `--instances` it measures how the speed depends on the size of a fleet instead: for
+each number of instances a line with half of them for prefill and half for decode, and a
+line with all colocated, at 8 requests/s an instance. N = max(2000, 20 x instances).
 """
 
 from __future__ import annotations
@@ -30,10 +36,13 @@ import numpy as np
 from absl import app, flags
 
 from disagg_jax.compiled import compiled_modules
-from disagg_jax.deployment import Deployment
-from disagg_jax.lengths import FixedLengths
+from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.expect import expect
+from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.workload import make_requests
 from experiments.simulations import get_simulation, trace_requests
@@ -44,6 +53,9 @@ _GOLDEN = flags.DEFINE_string(
 # `overhead` has such a flag too, and a test may import both.
 _REPEATS = flags.DEFINE_integer(
     "repeats", 3, "Runs; the fastest counts.", allow_override=True
+)
+_INSTANCES = flags.DEFINE_list(
+    "instances", [], "Numbers of instances, for the speed of fleets of these sizes."
 )
 
 # simdistserve's file -> the deployment it was made with.
@@ -62,6 +74,7 @@ class SpeedWorkload:
     name: str
     simulated: SimulatedDeployment
     requests: Sequence[Request]
+    instances: int = 0  # of a fleet
     worst_difference_ms: Callable[[Sequence[Timeline]], float] | None = None
 
 
@@ -93,6 +106,52 @@ def workloads(golden: pathlib.Path) -> Iterator[SpeedWorkload]:
         )
 
 
+def fleets(sizes: Sequence[int]) -> Iterator[SpeedWorkload]:
+    """Yield fleets of so many instances, each with 8 requests/s an instance.
+
+    Raises:
+      ValueError: on a fleet of fewer than two instances.
+    """
+    for size in sizes:
+        expect(size >= 2, "instances: expected at least 2", size)
+    for size in sizes:
+        half = size // 2
+        for system, text in (
+            ("disaggregated", f"{half}xprefill:tp1,{size - half}xdecode:tp1"),
+            ("vllm", f"{size}xcolocated:tp1"),
+        ):
+            deployment = Deployment.parse(text)
+            yield SpeedWorkload(
+                name=f"fleet {deployment}",
+                instances=size,
+                simulated=SimulatedDeployment(
+                    deployment=deployment,
+                    policies=SYSTEMS[system],
+                    memory=(_FLEET_MEMORY,) * size,
+                    cost=_FLEET_COST,
+                ),
+                requests=make_requests(
+                    n=max(2000, 20 * size),
+                    rate_rps=8.0 * size,
+                    prompt_lengths=UniformLengths(low=256, high=768),
+                    output_lengths=UniformLengths(low=32, high=96),
+                    seed=0,
+                ),
+            )
+
+
+# Far from saturated, so that speed does not depend on queues.
+_FLEET_MEMORY = KVMemory(num_blocks=4000, block_tokens=16, max_context=2048)
+_FLEET_COST = LinearCost(
+    step_base_s=5e-3,
+    prefill_token_s=2e-5,
+    decode_token_s=2e-5,
+    context_token_s=1e-8,
+    transfer_base_s=1e-4,
+    transfer_token_s=1e-6,
+)
+
+
 def _compare(path: pathlib.Path) -> Callable[[Sequence[Timeline]], float]:
     """The largest difference of any request's TTFT or TPOT from those in a file."""
     with path.open() as file:
@@ -115,12 +174,15 @@ def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
     timelines = runs[0][1]
     line: dict[str, Any] = {
         "workload": workload.name,
+        "deployment": str(workload.simulated.deployment),
         "requests_per_cpu_s": len(timelines) / cpu_s,
         "requests": len(timelines),
         "tokens": sum(len(t.token_s) for t in timelines),
         "cpu_s": cpu_s,
         "compiled": bool(compiled_modules()),
     }
+    if workload.instances:
+        line["instances"] = workload.instances
     if workload.worst_difference_ms is not None:
         line["worst_difference_ms"] = workload.worst_difference_ms(timelines)
     return line
@@ -139,7 +201,12 @@ def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    report(workloads(pathlib.Path(_GOLDEN.value)), _REPEATS.value)
+    try:
+        sizes = [int(size) for size in _INSTANCES.value]
+        golden = pathlib.Path(_GOLDEN.value)
+        report(fleets(sizes) if sizes else workloads(golden), _REPEATS.value)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
 
 
 def report(found: Iterable[SpeedWorkload], repeats: int) -> None:

@@ -1,11 +1,13 @@
 """`experiments.simulator_speed`: what a line says, and that it is checked."""
 
 import dataclasses
+import itertools
+import json
 
 import pytest
 
 from disagg_jax.compiled import compiled_modules
-from experiments.simulator_speed import GOLDEN_RUNS, measure, report, workloads
+from experiments.simulator_speed import GOLDEN_RUNS, fleets, measure, report, workloads
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,26 @@ def test_missing_files_are_named_and_left_out(tmp_path, capsys):
     names = [workload.name for workload in workloads(tmp_path)]
     assert names and all(name.startswith("saturated") for name in names)
     assert str(tmp_path / f"{next(iter(GOLDEN_RUNS))}.csv") in capsys.readouterr().err
+
+
+def test_fleets_of_two_systems_of_each_size(capsys):
+    report(itertools.islice(fleets([2, 5]), 4), repeats=1)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["instances"], line["deployment"]) for line in lines] == [
+        (2, "prefill:tp1,decode:tp1"),
+        (2, "2xcolocated:tp1"),
+        (5, "2xprefill:tp1,3xdecode:tp1"),
+        (5, "5xcolocated:tp1"),
+    ]
+    for line in lines:
+        assert line["requests"] == 2000
+        assert line["requests_per_cpu_s"] == pytest.approx(2000 / line["cpu_s"])
+
+
+def test_large_fleets_have_20_requests_an_instance():
+    assert [len(fleet.requests) for fleet in fleets([150])] == [3000, 3000]
+
+
+def test_a_fleet_has_two_instances_at_least():
+    with pytest.raises(ValueError, match="instances: expected at least 2, got 1"):
+        next(fleets([4, 1]))
