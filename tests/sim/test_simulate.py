@@ -330,6 +330,22 @@ def test_a_slow_instance_takes_longer_from_the_next_step_on(spans):
     assert result.timelines[0].token_s == [1, 2, 3, 6, 9, 10, 11]
 
 
+def test_all_stages_of_a_slow_instance_are_slow():
+    # Stages of 1 and 2 s, three times as long: 0-3, 3-9; 9-12, 12-18. From then on as
+    # usual; what is on its way keeps its pace.
+    run = simulated("colocated:tp1pp2", (1.0, 2.0))
+    slow = [(0.0, Slow(0, 3.0)), (10.0, Slow(0, 1.0))]
+    result = run.run([make_request(0, prompt=4, out=3)], slow)
+    assert result.timelines[0].token_s == [9, 18, 21]
+    assert result.busy_s == {(0,): 3 + 3 + 1, (0, 1): 6 + 6 + 2}
+
+
+def test_only_the_slow_instance_is_slow():
+    run = simulated("prefill:tp1pp2,decode:tp1", (1.0, 2.0), (1.0,))
+    result = run.run([make_request(0, prompt=4, out=3)], [(0.0, Slow(1, 2.0))])
+    assert result.timelines[0].token_s == [3, 5, 7]
+
+
 def test_a_factor_is_positive_and_finite():
     run = simulated("colocated:tp1", (1.0,))
     for factor in (0.0, -1.0, math.inf, math.nan):
