@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from disagg_jax.controller import Controller
+from disagg_jax.expect import expect
 from disagg_jax.request import Request, Timeline
 from disagg_jax.work import (
     Arrived,
@@ -109,9 +110,14 @@ def serve(
         the event log is such an observer.
       followers: called once per turn, after it; what it returns arrives at once, but
         behind the work that was decided on. A closed loop of clients is one.
+
+    Raises:
+      ValueError: on an intervention that cannot be, before anything is served.
     """
     timed: list[tuple[float, Event]] = [(r.arrival_s, Arrived(r)) for r in requests]
-    timed += interventions
+    for at_s, change in interventions:
+        _check_intervention(at_s, change, len(controller.instances))
+        timed.append((at_s, change))
     external = collections.deque(sorted(timed, key=lambda item: item[0]))
     asked: list[Event] = []
 
@@ -147,3 +153,15 @@ def serve(
             following = followers(now_s, controller.timelines)
             external.extendleft([(now_s, Arrived(r)) for r in reversed(following)])
     return controller.timelines
+
+
+def _check_intervention(
+    at_s: float, change: Cancelled | Down | Slow | Up, instances: int
+) -> None:
+    expect(math.isfinite(at_s), f"{change}: expected a finite time", at_s)
+    if not isinstance(change, Cancelled):
+        exists = 0 <= change.instance < instances
+        expect(exists, f"expected one of the {instances} instances", change)
+    if isinstance(change, Slow):
+        valid = 0 < change.factor < math.inf
+        expect(valid, "slow: expected a finite factor > 0", change.factor)

@@ -45,7 +45,8 @@ class Simulation:
     """What `build` makes a simulated deployment of.
 
     Raises:
-      ValueError: on an unknown model, cost model, hardware or link.
+      ValueError: on an unknown model, cost model, hardware or link, or more streamed
+        groups than layers.
     """
 
     model: str  # a name of `sim/model_shape.py`, or what else `shapes.get_shape` reads
@@ -69,7 +70,9 @@ class Simulation:
     extra_tokens: int = 0  # generated beyond the output length that is asked for
 
     def __post_init__(self) -> None:
-        get_shape(self.model)
+        layers, groups = get_shape(self.model).layers, self.streamed_groups
+        expected = f"streamed_groups: expected 0 to {layers}, the model's layers"
+        expect(0 <= groups <= layers, expected, groups)
         for link in (self.inside, self.between):
             if link is not None:
                 get_link(link)
@@ -125,8 +128,14 @@ class Simulation:
         """The simulated deployment.
 
         Raises:
-          ValueError: if the model does not fit, or the cost model has no data for a tp.
+          ValueError: if the model does not fit, or the cost model has no data for a tp,
+            or KV is to be streamed and no instance sends any.
         """
+        sends = self.streamed_groups == 0 or deployment.of(Role.PREFILL)
+        expected = (
+            f"streamed_groups: expected 0, as no instance of {deployment} sends KV"
+        )
+        expect(bool(sends), expected, self.streamed_groups)
         shape = get_shape(self.model)
         return SimulatedDeployment(
             deployment=deployment,

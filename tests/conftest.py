@@ -17,7 +17,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The machine's speed is no property of the code, so no example has a deadline. CI draws
 # the same examples every time; elsewhere each run draws new ones.
+# With --hypothesis-profile=thorough tests that set no number of their own draw 10,000.
 hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=10_000)
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
 

@@ -98,6 +98,35 @@ def test_double_release_raises():
     assert blocks.free == 4
 
 
+def test_a_returned_block_is_used_again_before_a_new_one():
+    blocks = pool()
+    blocks.extend(0, 12)
+    assert blocks.table(0) == (0, 1, 2)
+    blocks.release(0)
+    blocks.extend(1, 4)
+    assert blocks.table(1) == (0,)
+    blocks.extend(2, 8)
+    assert blocks.table(2) == (1, 2)
+    # In whatever order they come back, the lowest is the next.
+    blocks.release(1)
+    blocks.extend(3, 4)
+    assert blocks.table(3) == (0,)
+    blocks.release(2)
+    blocks.release(3)
+    blocks.extend(4, 13)
+    assert blocks.table(4) == (0, 1, 2, 3)
+
+
+def test_a_table_that_grows_keeps_its_blocks_and_takes_the_lowest():
+    blocks = pool()
+    for owner in range(3):
+        blocks.extend(owner, 4)
+        assert blocks.table(owner) == (owner,)
+    blocks.release(0)
+    blocks.extend(2, 5)
+    assert blocks.table(2) == (2, 0)
+
+
 def test_the_lowest_free_blocks_are_used_first():
     blocks = pool()
     blocks.extend(0, 8)

@@ -62,6 +62,21 @@ def test_lognormal():
     assert np.log(lengths).std() == pytest.approx(0.5, rel=0.015)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "length"), [(2.4, 2), (2.6, 3), (3.4, 3), (3.6, 4), (0.2, 1), (9.7, 9)]
+)
+def test_lengths_are_rounded_to_the_nearest(tokens, length):
+    for lengths in (
+        LognormalLengths(median=tokens, sigma=0, high=9),
+        LognormalLengths.from_mean(mean=tokens, sigma=0, high=9),
+        NormalLengths(mean=tokens, deviation=0, high=9),
+    ):
+        assert lengths.sample(2, rng()).tolist() == [length, length]
+    # A histogram's are rounded down, so that a bin from 2 to 4 has 2s and 3s.
+    narrow = HistogramLengths(edges=(tokens, tokens + 1e-6), weights=(1,))
+    assert narrow.sample(1, rng()).tolist() == [max(1, int(tokens))]
+
+
 def test_lognormal_from_mean():
     by_mean = LognormalLengths.from_mean(mean=300, sigma=1.0, high=10**6)
     # The coefficient of variation is sqrt(e - 1) = 1.3: 0.65 % over N.

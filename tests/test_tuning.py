@@ -106,6 +106,30 @@ def test_sarathi_takes_the_chunk_with_the_highest_throughput():
     assert tune(Sarathi(max_seqs=16), profile(), 0.06).choice.value == 256
 
 
+@pytest.mark.parametrize(
+    ("max_seqs", "prompt", "output", "expected"),
+    [
+        # 2/7 of the tokens decode, at most 100: chunks of 92, 183, 412 and 924 tokens,
+        # 11, 6, 3 and 2 for a prompt of 1000. With 36, 73, 100 and 100 decodes in each
+        # that is 1396, 1438, 1300 and 1200 tokens in 510, 460, 430 and 420 ms: 2.74,
+        # 3.13, 3.02 and 2.86 a ms, of which 90 % are 2.81.
+        (100, 1000, 401, 256),
+        # One decode: chunks of 127, 255, 511 and 1023 in 8, 4, 2 and 1: 2.10, 2.28,
+        # 2.39 and 2.44 tokens a ms, of which 90 % are 2.20.
+        (1, 1000, 401, 256),
+        # Prompts of 900: chunks 89, 178, 412 and 924 in 11, 6, 3 and 1, with 39, 78,
+        # 100 and 100 decodes: 2.83, 3.26, 3.08 and 2.70, of which 90 % are 2.93.
+        (100, 900, 401, 256),
+    ],
+)
+def test_every_chunk_of_sarathi_has_its_decodes(max_seqs, prompt, output, expected):
+    cost = LinearCost(step_base_s=0.01, prefill_token_s=4e-4)
+    asked = profile(
+        lambda load: linear(load, cost), prompt_tokens=prompt, output_tokens=output
+    )
+    assert tune(Sarathi(max_seqs=max_seqs), asked, 10.0).choice.value == expected
+
+
 def test_sarathi_goes_through_all_of_a_prompt():
     loads = []
 

@@ -13,7 +13,7 @@ from disagg_jax.metrics import interval_across
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost import CostExecutor, LinearCost
-from disagg_jax.work import Slice, Step, Transfer
+from disagg_jax.work import Done, Slice, Step, Transfer
 from tests.serving import SECOND, assert_all_free, make_controller, make_request
 
 
@@ -31,17 +31,29 @@ def transfer(id, src=0, dst=1, context=1) -> Transfer:
 
 
 class Durations:
-    """An executor with a duration for each work id."""
+    """An executor with a duration for each work id, or one on each of its stages."""
 
-    def __init__(self, *durations_s):
-        self._durations_s = durations_s
+    def __init__(self, *durations_s, **fields):
+        self._durations_s, self._fields = durations_s, fields
 
     def run(self, work) -> Outcome:
-        return Outcome((self._durations_s[work.id],))
+        duration_s = self._durations_s[work.id]
+        if isinstance(duration_s, tuple):
+            return Outcome(duration_s[:1], later_stages_s=duration_s[1:])
+        fields = self._fields if isinstance(work, Transfer) else {}
+        return Outcome((duration_s,), **fields)
 
 
 def spans(done):
     return [(d.work, d.start_s, d.end_s) for d in done]
+
+
+def rest(backend):
+    """Every Done that is still to come."""
+    found = []
+    while done := backend.wait(math.inf):
+        found += [d for d in done if isinstance(d, Done)]
+    return found
 
 
 def test_a_link_is_first_in_first_out():
@@ -104,13 +116,108 @@ def test_drop_forgets_what_touches_an_instance_and_frees_its_links():
     assert spans(done) == [(5, 2.0, 3.0), (3, 0.0, 3.0), (4, 2.0, 3.0)]
 
 
+def test_a_loss_frees_the_stages_of_its_own_instance_only():
+    # Stages of 1 s and 4 s. (0, 1) is a stage of instance 0 though it ends with a 1.
+    backend = VirtualBackend(Durations(*[(1.0, 4.0)] * 6))
+    for work in (step(0, 0), step(1, 0), step(2, 1), step(3, 1)):
+        backend.submit(work)
+    backend.wait(1.5)
+    backend.wait(1.5)
+    backend.drop(1)
+    backend.submit(step(4, 0))  # first stage 2-3; on the second, behind two: 9-13
+    backend.submit(step(5, 1))  # both stages are free
+    assert spans(rest(backend)) == [(0, 0, 5), (5, 1.5, 6.5), (1, 1, 9), (4, 2, 13)]
+    # What was lost is not counted, on no stage.
+    assert backend.busy_s == {(0,): 3, (0, 1): 12, (1,): 1, (1, 1): 4}
+
+
+@pytest.mark.parametrize("wire", [(-1, 0), (-1, 1), (-2, 1), (-2, 2)])
+def test_a_loss_leaves_a_wire_to_the_transfers_of_others(wire):
+    # Whatever the numbers in its name: 0 and 1 are nodes, or those that receive.
+    backend = VirtualBackend(Durations(9.0, 1.0, link=wire))
+    backend.submit(transfer(0, 0, 2))
+    backend.wait(2.0)
+    backend.drop(1)
+    backend.submit(transfer(1, 0, 2))
+    assert spans(rest(backend)) == [(0, 0, 9), (1, 9, 10)]
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        # Four transfers of 4 s on one wire, to 1, 2, 3 and 2, and a loss at 5 s.
+        (1, [(0, 0, 4), (1, 4, 8), (2, 8, 12), (3, 12, 16)]),  # its was done
+        (2, [(0, 0, 4), (2, 5, 9)]),  # the one on the wire, and the last
+        (3, [(0, 0, 4), (1, 4, 8), (3, 8, 12)]),  # the next
+        (0, [(0, 0, 4)]),  # the sender: all
+    ],
+)
+def test_transfers_behind_one_that_is_lost_move_up(lost, expected):
+    backend = VirtualBackend(Durations(4.0, 4.0, 4.0, 4.0, 2.0, link=(-1, 0)))
+    for id, dst in enumerate([1, 2, 3, 2]):
+        backend.submit(transfer(id, 0, dst))
+    done = backend.wait(5.0)
+    assert backend.wait(5.0) == []
+    backend.drop(lost)
+    end_s = max(5, expected[-1][-1])
+    backend.submit(transfer(4, 7, 8))  # another's, behind them
+    expected = [*expected, (4, end_s, end_s + 2)]
+    assert spans(done + rest(backend)) == expected
+    assert backend.busy_s[-1, 0] == 2 + 4 * (len(expected) - 1)  # no lost ones
+
+
+def test_a_loss_while_transfers_end_at_its_very_instant():
+    backend = VirtualBackend(Durations(2.0, 2.0, 2.0, link=(-1, 0)))
+    for id, dst in enumerate([1, 2, 3]):
+        backend.submit(transfer(id, 0, dst))
+    assert spans(backend.wait(2.0)) == [(0, 0, 2)]  # it landed before
+    backend.drop(1)
+    backend.drop(2)  # has just begun
+    assert spans(rest(backend)) == [(2, 2, 4)]
+
+
+def test_fair_transfers_that_end_together_are_told_together():
+    # Thirds are no binary fractions; each of three gets a third of the wire.
+    backend = VirtualBackend(Durations(*[1 / 3] * 4, link=(-1, 0), shared=True))
+    for id in range(3):
+        backend.submit(transfer(id, id, 9))
+    done = backend.wait(math.inf)
+    assert [d.work for d in done] == [0, 1, 2]
+    assert [d.end_s for d in done] == [pytest.approx(1.0)] * 3
+    assert backend.wait(math.inf) == []
+    backend.submit(transfer(3, 0, 9))
+    assert spans(rest(backend)) == [(3, 1.0, pytest.approx(4 / 3))]
+
+
+def test_a_fair_transfer_comes_within_a_rounding_error_of_anothers_end():
+    # The first ends at 0.2 + 0.4 > 0.6, when the others come, one of them of no bytes.
+    backend = VirtualBackend(Durations(0.4, 0.3, 0.0, link=(-2, 1), shared=True))
+    backend.wait(0.2)
+    backend.submit(transfer(0))
+    assert backend.wait(0.6) == []
+    backend.submit(transfer(1))
+    backend.submit(transfer(2))
+    done = rest(backend)
+    ends_s = [d.end_s for d in done]
+    assert ends_s == sorted(ends_s) == pytest.approx([0.6, 0.6, 0.9])
+    assert done[-1].work == 1
+
+
+def test_a_link_is_no_stage_of_an_instance():
+    backend = VirtualBackend(Durations(1.0, link=(0, 1)))
+    with pytest.raises(ValueError, match=r"name that begins below 0, got \(0, 1\)"):
+        backend.submit(transfer(0))
+
+
 @pytest.mark.parametrize("duration_s", [-1.0, math.inf, math.nan])
-def test_a_duration_is_finite_and_not_negative(duration_s):
+@pytest.mark.parametrize("work", [step(0), transfer(0)])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_duration_is_finite_and_not_negative(duration_s, work, stages):
+    if stages == 2 and isinstance(work, Step):
+        duration_s = (1.0, duration_s)
     backend = VirtualBackend(Durations(duration_s))
-    with pytest.raises(
-        ValueError, match=f"work 0: expected a .*duration.*{duration_s}"
-    ):
-        backend.submit(step(0))
+    with pytest.raises(ValueError, match="work 0: expected a finite duration >= 0"):
+        backend.submit(work)
 
 
 def test_linear_cost_counts_prompt_decode_and_context_tokens():

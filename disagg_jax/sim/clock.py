@@ -12,13 +12,15 @@ from typing import Final
 
 from disagg_jax.backend import Executor, Outcome
 from disagg_jax.deployment import Deployment
+from disagg_jax.expect import expect
+from disagg_jax.sim.fifo_link import FifoLink
 from disagg_jax.sim.shared_link import SharedLink
 from disagg_jax.work import (
     Cut,
     Done,
     Report,
     StageFree,
-    Step,
+    Transfer,
     Work,
 )
 
@@ -26,19 +28,20 @@ from disagg_jax.work import (
 # most spans are cut early.
 _AHEAD: Final = 8
 _INFINITE: Final = math.inf
+_LAST: Final = (sys.maxsize,)  # behind all resources, of what is due at one instant
 
 # (instance,), (instance, stage) for its later stages, or a link: its name, by default
-# (-3, src, dst). Names of links begin below 0, so that they are no stages.
+# (-3, src, dst). What begins with an instance is a part of it, whatever follows; names
+# of links begin below 0, so that they belong to no instance.
 Resource = tuple[int, ...]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Running:
-    """Work on its way, timed as far as it was needed."""
+    """A step on its way, timed as far as it was needed."""
 
     work: int
-    instances: tuple[int, ...]
-    resource: Resource
+    resource: Resource  # the first stage of its instance
     start_s: float
     outcome: Outcome
     durations_s: Iterator[float]  # of the iterations that are not timed yet
@@ -50,12 +53,35 @@ class _Running:
     last_stage_s: float | None = (
         None  # when the last stage will be done, if it is later
     )
-    # Of a step on several stages: when it is on each.
-    stages_s: tuple[tuple[float, float], ...] = ()
-    # Of a transfer that goes along with a step: when each part that has not been sent
-    # will be computed, and how long its link waited for parts.
-    parts_s: tuple[float, ...] = ()
-    waited_s: float = 0.0
+    # Of a step on several stages: each one's name, and when it begins and leaves there.
+    stages_s: Sequence[tuple[Resource, float, float]] = ()
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Wire:
+    """A link, and its one entry in the heap that counts: the next end on it."""
+
+    resource: Resource
+    link: FifoLink | SharedLink
+    due_s: float = math.inf
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Moving:
+    """A transfer on its way, in as many parts as it has durations."""
+
+    work: int
+    instances: tuple[int, ...]
+    wire: _Wire
+    order: Resource  # among all that is due at one instant
+    bytes: int
+    durations_s: tuple[float, ...]
+    # Where it goes along with a step: (when it is computed, seconds on the link) of
+    # each part that is still to come to the link.
+    to_come: tuple[tuple[float, float], ...] = ()
+    due_s: float = math.inf  # the first of these
+    landed: int = 0  # parts
+    start_s: float = 0.0
 
 
 def busy_shares(
@@ -99,11 +125,11 @@ class VirtualBackend:
         self.busy_s: collections.defaultdict[Resource, float] = collections.defaultdict(
             float
         )
-        self._heap: list[tuple[float, Resource, int, _Running]] = []
+        self._heap: list[tuple[float, Resource, int, _Running | _Moving | _Wire]] = []
         self._spans: dict[int, _Running] = {}
         self._factors: dict[int, float] = {}  # of slow instances
-        self._shared: dict[Resource, SharedLink] = {}
-        self._sharing: dict[int, _Running] = {}  # the transfers on them
+        self._wires: dict[Resource, _Wire] = {}
+        self._moving: dict[int, _Moving] = {}  # transfers that have not landed
         self._prompts: dict[int, _Running] = {}  # steps in flight with prompts
 
     def now_s(self) -> float:
@@ -113,33 +139,23 @@ class VirtualBackend:
         if isinstance(work, Cut):
             self._cut(self._spans[work.work], work.iterations)
             return
-        outcome, instances = self._executor.run(work), work.instances
-        if isinstance(work, Step):
-            resource, iterations = instances, work.iterations
-            factor = self._factors.get(work.instance, 1.0)
-        else:
-            resource = outcome.link or (-3, *instances)
-            iterations, factor = 1, 1.0
+        outcome = self._executor.run(work)
+        if isinstance(work, Transfer):
+            self._send(work, outcome)
+            return
+        resource = work.instances
         start_s = self._busy_until_s.get(resource, 0.0)
         running = _Running(
             work.id,
-            instances,
             resource,
             start_s if start_s > self._now_s else self._now_s,
             outcome,
             iter(outcome.durations_s),
-            iterations,
-            factor,
+            work.iterations,
+            self._factors.get(work.instance, 1.0),
         )
-        if isinstance(work, Step):
-            if work.load.chunks:
-                self._prompts[work.id] = running
-        elif outcome.shared:
-            self._share(running)
-            return
-        elif work.step:
-            self._stream(running, self._prompts[work.step])
-            return
+        if work.load.chunks:
+            self._prompts[work.id] = running
         self._time(running)
         if running.iterations > 1:
             self._spans[work.id] = running
@@ -152,24 +168,24 @@ class VirtualBackend:
         """Advances to the next instant with completions, or to `until_s`."""
         done: list[Report] = []
         while self._heap and self._heap[0][0] <= until_s:
-            end_s, _, _, running = heapq.heappop(self._heap)
-            if running.due_s != end_s:
-                continue  # cut or dropped
-            if running.parts_s:
-                self._send_part(running)
+            end_s, _, _, item = heapq.heappop(self._heap)
+            if item.due_s != end_s:
+                continue  # cut, dropped, or another transfer ends first now
+            if isinstance(item, _Running):
+                if len(item.ends_s) < item.iterations:
+                    self._time(item)
+                    continue
+                report = self._step_over(item, end_s)
+            elif isinstance(item, _Moving):
+                self._part_computed(item)
                 continue
-            if len(running.ends_s) < running.iterations:
-                self._time(running)
-                continue
-            self._now_s = until_s = end_s
-            if running.resource in self._shared:
-                self._unshare(running)
-            if running.last_stage_s is not None:
-                self._push(running, running.last_stage_s)
-                running.last_stage_s = None
-                done.append(StageFree(running.work))
             else:
-                done.append(self._done(running, end_s))
+                landed = self._part_landed(item)
+                if landed is None:
+                    continue
+                report = landed
+            self._now_s = until_s = end_s
+            done.append(report)
         if not done and until_s < math.inf:
             self._now_s = max(self._now_s, until_s)
         return done
@@ -190,91 +206,108 @@ class VirtualBackend:
         self._factors[instance] = factor
 
     def drop(self, instance: int) -> None:
-        lost = {r.work: r for _, _, _, r in self._heap if instance in r.instances}
-        lost |= {w: r for w, r in self._sharing.items() if instance in r.instances}
-        for work, running in lost.items():
-            running.due_s = math.inf
-            if self._spans.pop(work, None) is not None:
-                self._count_told(running)
-            self._prompts.pop(work, None)
-            if work in self._sharing:
-                self._unshare(running)
+        for _, _, _, item in self._heap:
+            if isinstance(item, _Running) and item.resource[0] == instance:
+                item.due_s = math.inf
+                if self._spans.pop(item.work, None) is not None:
+                    self._count_told(item)
+                self._prompts.pop(item.work, None)
         for resource in self._busy_until_s:
-            if instance in resource:
+            if resource[0] == instance:
                 self._busy_until_s[resource] = self._now_s
+        for moving in list(self._moving.values()):
+            if instance in moving.instances:
+                del self._moving[moving.work]
+                moving.due_s = math.inf
+                moving.wire.link.drop(self._now_s, moving.work)
+                self._await_end(moving.wire)
 
-    def _share(self, running: _Running) -> None:
-        """Puts a transfer on a link beside those that are on it."""
-        (alone_s,) = running.durations_s
-        running.start_s, running.ends_s = self._now_s, [self._now_s + alone_s]
-        self._sharing[running.work] = running
-        link = self._shared.setdefault(running.resource, SharedLink())
-        link.add(self._now_s, running.work, alone_s)
-        self._await_first(link)
+    # -- transfers --------------------------------------------------------------------
 
-    def _unshare(self, running: _Running) -> None:
-        del self._sharing[running.work]
-        link = self._shared[running.resource]
-        link.remove(self._now_s, running.work)
-        self._await_first(link)
+    def _send(self, work: Transfer, outcome: Outcome) -> None:
+        """Puts a transfer on its link: all of it now, or each part as it is computed.
 
-    def _await_first(self, link: SharedLink) -> None:
-        """Leaves one entry of a link in the heap that counts: the next to end."""
-        for work in link.left_s:
-            self._sharing[work].due_s = math.inf
-        if (first := link.next_end()) is not None:
-            self._push(self._sharing[first[0]], first[1])
-
-    def _stream(self, running: _Running, computed: _Running) -> None:
-        """A transfer in parts, each of which can go when its layers are computed.
-
-        Each stage has equally many layers, which take equally long there. The link
-        serves parts as they come.
+        Parts that are there at one instant come to the link behind all else of it, so
+        that the KV lands after it was computed.
         """
-        durations_s = list(running.outcome.durations_s)
-        stages_s = computed.stages_s or ((computed.start_s, computed.due_s),)
-        parts_s: list[float] = []
-        for i in range(1, len(durations_s)):
-            done = i * len(stages_s) / len(durations_s)
-            stage = math.ceil(done) - 1  # a part that ends with one is in that one
-            start_s, end_s = stages_s[stage]
-            parts_s.append(start_s + (done - stage) * (end_s - start_s))
-        parts_s.append(stages_s[-1][1])
-        running.parts_s = tuple(parts_s)
-        running.durations_s = iter(durations_s)
-        self._push_stream(running, parts_s[0])
-
-    def _send_part(self, running: _Running) -> None:
-        """The next part is computed: the link takes it when it is free."""
-        computed_s, running.parts_s = running.parts_s[0], running.parts_s[1:]
-        free_s = max(computed_s, self._busy_until_s.get(running.resource, 0.0))
-        end_s = free_s + next(running.durations_s)
-        if running.ends_s:
-            running.waited_s += free_s - running.ends_s[-1]
+        wire = self._wire(outcome.link or (-3, work.src, work.dst), outcome.shared)
+        durations_s = tuple(outcome.durations_s)
+        for duration_s in durations_s:
+            _check_duration(work.id, duration_s)
+        order = (*_LAST, *wire.resource) if work.step else wire.resource
+        moving = _Moving(
+            work.id, work.instances, wire, order, outcome.bytes, durations_s
+        )
+        self._moving[work.id] = moving
+        if work.step:
+            computed_s = _parts_computed_s(self._prompts[work.step], len(durations_s))
+            moving.to_come = tuple(zip(computed_s, durations_s, strict=True))
+            self._await_part(moving)
         else:
-            running.start_s = free_s
-        running.ends_s = [end_s]
-        self._busy_until_s[running.resource] = end_s
-        self._push_stream(running, running.parts_s[0] if running.parts_s else end_s)
+            for duration_s in durations_s:
+                wire.link.add(self._now_s, work.id, duration_s)
+            self._await_end(wire)
 
-    def _push_stream(self, running: _Running, due_s: float) -> None:
-        """Behind all else of an instant: the KV lands after it was computed."""
-        running.due_s = due_s
-        last = (sys.maxsize, *running.resource)
-        heapq.heappush(self._heap, (due_s, last, running.work, running))
+    def _wire(self, resource: Resource, shared: bool) -> _Wire:
+        wire = self._wires.get(resource)
+        if wire is None:
+            named = resource[0] < 0
+            expect(named, "link: expected a name that begins below 0", resource)
+            link = SharedLink() if shared else FifoLink()
+            wire = self._wires[resource] = _Wire(resource, link)
+        return wire
+
+    def _await_part(self, moving: _Moving) -> None:
+        """Has the next part of a transfer come to its link when it is computed."""
+        moving.due_s = moving.to_come[0][0]
+        heapq.heappush(self._heap, (moving.due_s, _LAST, moving.work, moving))
+
+    def _part_computed(self, moving: _Moving) -> None:
+        (computed_s, duration_s), moving.to_come = moving.to_come[0], moving.to_come[1:]
+        moving.wire.link.add(computed_s, moving.work, duration_s)
+        self._await_end(moving.wire)
+        if moving.to_come:
+            self._await_part(moving)
+
+    def _await_end(self, wire: _Wire) -> None:
+        """Leaves one entry of a wire in the heap that counts, if anything is on it."""
+        first = wire.link.next_end()
+        due_s = math.inf if first is None else first[1]
+        if first is not None and due_s != wire.due_s:
+            moving = self._moving[first[0]]
+            heapq.heappush(self._heap, (due_s, moving.order, moving.work, wire))
+        wire.due_s = due_s
+
+    def _part_landed(self, wire: _Wire) -> Done | None:
+        """Ends what is due on a wire. Returns a Done if its transfer is complete."""
+        end_s, wire.due_s = wire.due_s, math.inf
+        work, began_s = wire.link.finish(end_s)
+        self._await_end(wire)
+        moving = self._moving[work]
+        if not moving.landed:
+            moving.start_s = began_s
+        moving.landed += 1
+        if moving.landed < len(moving.durations_s):
+            return None
+        del self._moving[moving.work]
+        self.busy_s[wire.resource] += sum(moving.durations_s)
+        return Done(moving.work, moving.start_s, end_s, bytes=moving.bytes)
+
+    # -- steps ------------------------------------------------------------------------
 
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
         """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""
         end_s = running.due_s
-        stages_s = [(running.start_s, end_s)]
+        stages_s = [(running.resource, running.start_s, end_s)]
         for stage, duration_s in enumerate(durations_s, 1):
             resource = (*running.resource, stage)
+            if not 0 <= duration_s < _INFINITE:
+                _check_duration(running.work, duration_s)
             start_s = max(end_s, self._busy_until_s.get(resource, 0.0))
             end_s = start_s + duration_s * running.factor
             self._busy_until_s[resource] = end_s
-            self.busy_s[resource] += end_s - start_s
-            stages_s.append((start_s, end_s))
-        running.stages_s, running.last_stage_s = tuple(stages_s), end_s
+            stages_s.append((resource, start_s, end_s))
+        running.stages_s, running.last_stage_s = stages_s, end_s
 
     def _time(self, running: _Running) -> None:
         """Times the next iterations and puts the last of them into the heap."""
@@ -282,11 +315,8 @@ class VirtualBackend:
         end_s = ends_s[-1] if ends_s else running.start_s
         most = len(ends_s) + max(_AHEAD, len(ends_s))
         for duration_s in running.durations_s:
-            if not 0 <= duration_s < _INFINITE:
-                raise ValueError(
-                    f"work {running.work}: expected a finite duration >= 0, "
-                    f"got {duration_s}"
-                )
+            if not 0 <= duration_s < _INFINITE:  # a call would be felt here
+                _check_duration(running.work, duration_s)
             end_s += duration_s * factor
             ends_s.append(end_s)
             if len(ends_s) == most:
@@ -297,18 +327,29 @@ class VirtualBackend:
         running.due_s = due_s
         heapq.heappush(self._heap, (due_s, running.resource, running.work, running))
 
+    def _step_over(self, running: _Running, end_s: float) -> Done | StageFree:
+        """A step is done, or on its way to the later stages."""
+        if running.last_stage_s is None:
+            return self._done(running, end_s)
+        self._push(running, running.last_stage_s)
+        running.last_stage_s = None
+        return StageFree(running.work)
+
     def _done(self, running: _Running, end_s: float) -> Done:
-        worked_s = running.ends_s[-1] - running.start_s - running.waited_s
-        self.busy_s[running.resource] += worked_s
         ends_s: tuple[float, ...] = ()
         if self._spans.pop(running.work, None) is not None:
             self._busy_until_s[running.resource] = end_s
             ends_s = tuple(running.ends_s[running.reported :])
         self._prompts.pop(running.work, None)
-        tokens, size = running.outcome.tokens, running.outcome.bytes
-        done = Done(running.work, running.start_s, end_s, tokens, size, ends_s)
+        done = Done(
+            running.work, running.start_s, end_s, running.outcome.tokens, 0, ends_s
+        )
         if running.stages_s:
-            done.stage_ends_s = tuple([left_s for _, left_s in running.stages_s[:-1]])
+            for resource, start_s, left_s in running.stages_s:
+                self.busy_s[resource] += left_s - start_s
+            done.stage_ends_s = tuple([stage[2] for stage in running.stages_s[:-1]])
+        else:
+            self.busy_s[running.resource] += running.ends_s[-1] - running.start_s
         return done
 
     def _cut(self, running: _Running, iterations: int) -> None:
@@ -327,3 +368,23 @@ class VirtualBackend:
         if running.reported:
             worked_s = running.ends_s[running.reported - 1] - running.start_s
             self.busy_s[running.resource] += worked_s
+
+
+def _parts_computed_s(step: _Running, parts: int) -> list[float]:
+    """When each of equal parts of the layers of a step is computed.
+
+    Each stage has equally many layers, which take equally long there.
+    """
+    stages_s = step.stages_s or [(step.resource, step.start_s, step.due_s)]
+    computed_s: list[float] = []
+    for i in range(1, parts):
+        done = i * len(stages_s) / parts
+        stage = math.ceil(done) - 1  # a part that ends with one is in that one
+        _, start_s, end_s = stages_s[stage]
+        computed_s.append(start_s + (done - stage) * (end_s - start_s))
+    return [*computed_s, stages_s[-1][2]]
+
+
+def _check_duration(work: int, duration_s: float) -> None:
+    valid = 0 <= duration_s < _INFINITE
+    expect(valid, f"work {work}: expected a finite duration >= 0", duration_s)

@@ -37,7 +37,8 @@ class Network:
     """Where the instances are, and the links inside nodes and between them.
 
     Raises:
-      ValueError: if a node has no devices, or `sharing` is unknown.
+      ValueError: if a node has no devices, a token less than no bytes, KV no layer
+        group, or `sharing` is unknown.
     """
 
     deployment: Deployment
@@ -58,11 +59,10 @@ class Network:
     )
 
     def __post_init__(self) -> None:
-        groups = self.layer_groups
-        expect(groups >= 1, "layer_groups: expected >= 1", groups)
-        fits = groups == 1 or self.sharing == "fifo"
-        expect(fits, "layer_groups: expected 1 where links are shared", groups)
+        expect(self.layer_groups >= 1, "layer_groups: expected >= 1", self.layer_groups)
         expect(self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices)
+        size = self.kv_bytes_per_token
+        expect(size >= 0, "kv_bytes_per_token: expected >= 0", size)
         known = self.sharing in ("fifo", "fair")
         expect(known, "sharing: expected fifo or fair", self.sharing)
 

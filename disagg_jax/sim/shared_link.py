@@ -9,34 +9,61 @@ import dataclasses
 class SharedLink:
     """Processor sharing: n transfers on it each advance at 1/n of the link's speed.
 
+    It counts the seconds of the link that each transfer on it was served. A transfer
+    ends at a count that is known when it is added, whatever is added later, so that
+    transfers which are to end together do so exactly.
+
     With Poisson arrivals and fixed sizes D at utilisation rho the mean time on the link
     is D / (1 - rho), whatever the sizes' distribution (M/G/1 processor sharing).
     """
 
     now_s: float = 0.0
-    # Transfer -> seconds it would still take alone; in order of submission.
-    left_s: dict[int, float] = dataclasses.field(default_factory=dict[int, float])
+    served_s: float = 0.0  # to a transfer that was there since the link was idle
+    # Transfer -> (when it was added, the `served_s` at which it ends), for each of its
+    # parts that are on the link: they follow one another in the transfer's one share.
+    # In order of submission.
+    parts: dict[int, list[tuple[float, float]]] = dataclasses.field(
+        default_factory=dict[int, list[tuple[float, float]]]
+    )
 
     def add(self, now_s: float, transfer: int, alone_s: float) -> None:
-        """A transfer that takes `alone_s` on an empty link starts."""
+        """Adds a transfer, or a part of one, that takes `alone_s` on an idle link."""
         self._advance(now_s)
-        self.left_s[transfer] = alone_s
-
-    def remove(self, now_s: float, transfer: int) -> None:
-        """A transfer is done, or dropped."""
-        self._advance(now_s)
-        del self.left_s[transfer]
+        parts = self.parts.setdefault(transfer, [])
+        before_s = parts[-1][1] if parts else self.served_s
+        parts.append((now_s, before_s + alone_s))
 
     def next_end(self) -> tuple[int, float] | None:
-        """The transfer that ends first, and when, if none is added before."""
-        if not self.left_s:
+        """Returns the transfer that (or whose part) ends first, and when.
+
+        That changes when a transfer is added or dropped.
+        """
+        if not self.parts:
             return None
-        transfer = min(self.left_s, key=lambda each: self.left_s[each])
-        return transfer, self.now_s + self.left_s[transfer] * len(self.left_s)
+        transfer = self._first()
+        left_s = max(0.0, self.parts[transfer][0][1] - self.served_s)
+        return transfer, self.now_s + left_s * len(self.parts)
+
+    def finish(self, now_s: float) -> tuple[int, float]:
+        """Takes off what `next_end` says ends now. Returns it and when it was added."""
+        transfer = self._first()
+        began_s, self.served_s = self.parts[transfer].pop(0)
+        self.now_s = now_s
+        if not self.parts[transfer]:
+            del self.parts[transfer]
+        return transfer, began_s
+
+    def drop(self, now_s: float, transfer: int) -> None:
+        """Takes off all parts of a transfer; the others have its share."""
+        self._advance(now_s)
+        self.parts.pop(transfer, None)
+
+    def _first(self) -> int:
+        return min(self.parts, key=lambda transfer: self.parts[transfer][0][1])
 
     def _advance(self, now_s: float) -> None:
-        if self.left_s:
-            share_s = (now_s - self.now_s) / len(self.left_s)
-            for transfer in self.left_s:
-                self.left_s[transfer] -= share_s
+        if self.parts:
+            self.served_s += (now_s - self.now_s) / len(self.parts)
+        else:
+            self.served_s = 0.0  # small numbers keep small differences
         self.now_s = now_s

@@ -113,6 +113,27 @@ def test_the_run_as_a_timeline(tmp_path):
     assert last_us == pytest.approx(max(ends_s) * 1e6, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("groups", "deployment", "message"),
+    [
+        (41, "prefill:tp1,decode:tp1", "expected 0 to 40, the model's layers, got 41"),
+        (
+            2,
+            "2xcolocated:tp1",
+            "expected 0, as no instance of 2xcolocated:tp1 sends KV, got 2",
+        ),
+    ],
+)
+def test_groups_that_cannot_be_streamed_are_refused(
+    groups, deployment, message, tmp_path
+):
+    done = command(
+        tmp_path, config="opt13b_a100", streamed_groups=groups, deployment=deployment
+    )
+    assert done.returncode == 1
+    assert f"error: streamed_groups: {message}" in " ".join(done.stderr.split())
+
+
 @pytest.mark.parametrize("groups", [0, 1, 4])
 def test_of_streamed_groups_only_the_last_is_seen(groups, tmp_path):
     done = command(tmp_path, config="opt13b_a100", streamed_groups=groups)

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from disagg_jax import metrics
 from disagg_jax.criteria import DistServe, FastGen, sarathi_serve, splitwise
-from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import Idle, capacity_rps, unloaded
@@ -204,6 +205,71 @@ def test_capacity_of_decode_is_that_of_the_largest_batch_in_time():
     simulated = build(simulated.deployment, memory=memory)
     rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=0.01501))
     assert rate == pytest.approx(25 / (10 * 0.0125))
+
+
+@dataclasses.dataclass(frozen=True)
+class Unequal:
+    """A `DeploymentCost` of stages that take `seconds` each, whatever the load."""
+
+    seconds: tuple[float, ...]
+
+    def stages_s(self, instance, load):
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("stages_s", "max_seqs", "tpot_s", "blocks", "expected"),
+    [
+        # 10 steps a request; a batch is on one of the stages, so each has half of the
+        # rows: 4 in 10 ms.
+        ((0.01, 0.01), 8, 1.0, 4000, 4 / (10 * 0.01)),
+        ((0.01, 0.01), 9, 1.0, 4000, 4 / (10 * 0.01)),
+        ((0.01,) * 3, 8, 1.0, 4000, 2 / (10 * 0.01)),
+        # The slowest stage sets the pace, and all together are the time per token.
+        ((0.01, 0.03), 8, 0.0401, 4000, 4 / (10 * 0.03)),
+        ((0.01, 0.03), 8, 0.0399, 4000, 1 / (10 * 0.03)),
+        # 16 blocks of 16 tokens have room for 10 with 25.5 tokens, so 5 a stage.
+        ((0.01, 0.03), 256, 1.0, 16, 5 / (10 * 0.03)),
+    ],
+)
+def test_capacity_of_stages(stages_s, max_seqs, tpot_s, blocks, expected):
+    deployment = Deployment.parse(f"99xprefill:tp1,decode:tp1pp{len(stages_s)}")
+    policies = {**POLICIES, Role.DECODE: DecodeOnly(max_seqs=max_seqs)}
+    memory = KVMemory(num_blocks=blocks, max_context=256)
+    simulated = build(deployment, Unequal(stages_s), memory, policies)
+    workload = SimWorkload(
+        prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
+    )
+    requests = workload.requests(10, 1.0, 0)
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=tpot_s))
+    assert rate == pytest.approx(expected)
+
+
+def test_capacity_of_prompts_is_that_of_the_slowest_stage():
+    # Prompts of 200, 200, 200, ... in batches of 512: two at a time, and of 600 alone.
+    deployment = Deployment.parse("prefill:tp1pp2,99xdecode:tp1")
+    simulated = build(deployment, Unequal((0.01, 0.03)))
+    for tokens, batch in ((200, 2), (256, 2), (257, 1), (600, 1)):
+        workload = SimWorkload(
+            prompt=FixedLengths(tokens=tokens), output=FixedLengths(tokens=2)
+        )
+        requests = workload.requests(10, 1.0, 0)
+        rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+        assert rate == pytest.approx(batch / 0.03)
+
+
+def test_capacity_of_colocated_instances_shares_their_time():
+    # A prompt at a time for 10 ms, then 10 steps of 10 ms, one request in each.
+    policies = {Role.COLOCATED: PrefillFirst(max_batched_tokens=512, max_seqs=1)}
+    simulated = build(
+        Deployment.parse("2xcolocated:tp1"), Unequal((0.01,)), policies=policies
+    )
+    workload = SimWorkload(
+        prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=11)
+    )
+    requests = workload.requests(10, 1.0, 0)
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+    assert rate == pytest.approx(2 / (0.01 + 10 * 0.01))
 
 
 def test_worker_processes_find_the_same():

@@ -90,6 +90,36 @@ def test_step_times_worked_out_by_hand(load, tp, pp, expected_s):
     assert list(stages_s) == pytest.approx(expected_s, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("layers", "pp", "stage_layers"),
+    [(3, 2, (2, 1)), (5, 3, (2, 2, 1)), (2, 2, (1, 1))],
+)
+def test_unequal_stages_by_hand(layers, pp, stage_layers):
+    model = dataclasses.replace(MODEL, layers=layers)
+    instance = RooflineCost(model=model, hardware=DEVICE).instance(1, pp)
+    # KV at 20 byte/s, 4 bytes a token and layer: ten tokens more take 2 s a layer.
+    short, long = (instance.stages_s(StepLoad((), 1, n)) for n in (6, 16))
+    more_s = [b - a for a, b in zip(short, long, strict=True)]
+    assert more_s == pytest.approx([2.0 * n for n in stage_layers])
+    # One decode: 96 weights a layer stream in 4.8 s, .125 s of start-up; then a hop of
+    # 1 s, or logits of 2 s.
+    ends_s = [1.0] * (pp - 1) + [2.0]
+    expected_s = [
+        1 + n * (4.8 + 0.125 + 1.2) + end_s
+        for n, end_s in zip(stage_layers, ends_s, strict=True)
+    ]
+    assert list(short) == pytest.approx(expected_s)
+    # A prompt of 5: 8 rows, 2*96*8/50 = 30.72 s a layer, and 6.4 s of attention; the
+    # hop of 5*8 bytes takes 3 s, logits of its last row 2 s.
+    ends_s = [3.0] * (pp - 1) + [2.0]
+    expected_s = [
+        1 + n * (30.72 + 6.4) + end_s
+        for n, end_s in zip(stage_layers, ends_s, strict=True)
+    ]
+    prefill_s = instance.stages_s(StepLoad(((0, 5),), 0, 0))
+    assert list(prefill_s) == pytest.approx(expected_s)
+
+
 # ---- against published bounds and measurements ---------------------------------------
 
 

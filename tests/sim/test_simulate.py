@@ -225,6 +225,66 @@ def test_a_transfer_that_is_lost_leaves_its_share_to_the_others():
     assert transfers(result)[1] == (1.0, 6.0)
 
 
+@pytest.mark.parametrize(
+    ("arrivals_s", "prompts", "landed_s"),
+    [
+        # Steps of 1 s, a byte a token, 1 byte/s: 30 and 40 bytes from 1.5 and 1.25 on.
+        # 0.25 gone, then 30 by halves to 61.5, and the 9.75 that are left to 71.25.
+        ((0.5, 0.25), (30, 40), (61.5, 71.25)),
+        ((0.0, 0.0), (7, 7), (15.0, 15.0)),  # both end at one instant
+        ((0.0, 0.0), (3, 7), (7.0, 11.0)),
+        ((0.0, 2.0), (4, 2), (7.0, 7.0)),  # comes when as much is left of the other
+        ((0.0, 4.0), (4, 4), (5.0, 9.0)),  # comes when the other ends
+    ],
+)
+def test_two_fair_transfers(arrivals_s, prompts, landed_s):
+    run = simulated(
+        "2xprefill:tp1,decode:tp1", bytes_per_token=1, inside=link(), sharing="fair"
+    )
+    requests = [
+        make_request(i, at_s, prompt=n, out=2)
+        for i, (at_s, n) in enumerate(zip(arrivals_s, prompts, strict=True))
+    ]
+    result = run.run(requests)
+    by_id = {t.request.id: t.transfer_end_s for t in result.timelines}
+    assert (by_id[0], by_id[1]) == landed_s
+    assert result.busy_s[-2, 2] == sum(prompts)
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("sharing", ["fifo", "fair"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_kv_that_takes_no_time(size, sharing, streams):
+    # No bytes, or no link inside the node.
+    network = {"inside": link()} if size == 0 else {}
+    run = simulated(
+        "2xprefill:tp1,decode:tp1", bytes_per_token=size, sharing=sharing, **network
+    )
+    run = dataclasses.replace(run, streams=streams)
+    result = run.run([make_request(i, prompt=4, out=3) for i in range(4)])
+    assert [t.token_s for t in result.timelines] == [[1, 2, 3]] * 4
+    assert transfers(result) == [(1.0, 1.0)] * 4
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (Down(2), r"one of the 2 instances, got Down\(instance=2\)"),
+        (Up(-1), r"one of the 2 instances, got Up\(instance=-1\)"),
+        (Slow(7, 2.0), "one of the 2 instances, got Slow"),
+        (Slow(0, 0.0), "finite factor > 0, got 0.0"),
+    ],
+)
+def test_interventions_that_cannot_be_are_refused_before_the_run(event, message):
+    log = Log()
+    with pytest.raises(ValueError, match=message):
+        simulated(PAIR).run([make_request(0)], [(90.0, event)], observer=log)
+    assert not log.steps
+    for at_s in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"expected a finite time, got {at_s}"):
+            simulated(PAIR).run([make_request(0)], [(at_s, Up(0))])
+
+
 def test_mean_time_on_a_fair_link_is_that_of_processor_sharing():
     """M/D/1-PS: D / (1 - rho). Steps take no time: arrivals at the link are Poisson."""
     size, rate = 5, 0.1  # D = 5 s at 1 byte/s, rho = 0.5
@@ -268,6 +328,22 @@ def test_a_slow_instance_takes_longer_from_the_next_step_on(spans):
     result = run.run([make_request(0, prompt=4, out=7)], slow)
     # 0-1 prefill, 1-2, 2-3 as usual; 3-6, 6-9 three times as long; then as usual.
     assert result.timelines[0].token_s == [1, 2, 3, 6, 9, 10, 11]
+
+
+def test_all_stages_of_a_slow_instance_are_slow():
+    # Stages of 1 and 2 s, three times as long: 0-3, 3-9; 9-12, 12-18. From then on as
+    # usual; what is on its way keeps its pace.
+    run = simulated("colocated:tp1pp2", (1.0, 2.0))
+    slow = [(0.0, Slow(0, 3.0)), (10.0, Slow(0, 1.0))]
+    result = run.run([make_request(0, prompt=4, out=3)], slow)
+    assert result.timelines[0].token_s == [9, 18, 21]
+    assert result.busy_s == {(0,): 3 + 3 + 1, (0, 1): 6 + 6 + 2}
+
+
+def test_only_the_slow_instance_is_slow():
+    run = simulated("prefill:tp1pp2,decode:tp1", (1.0, 2.0), (1.0,))
+    result = run.run([make_request(0, prompt=4, out=3)], [(0.0, Slow(1, 2.0))])
+    assert result.timelines[0].token_s == [3, 5, 7]
 
 
 def test_a_factor_is_positive_and_finite():

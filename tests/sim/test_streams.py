@@ -14,7 +14,7 @@ from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.work import Transfer
+from disagg_jax.work import Down, Transfer, Up
 from tests.serving import make_request
 
 PAIR = Deployment.parse("prefill:tp1,decode:tp1")
@@ -216,8 +216,133 @@ def test_a_request_of_one_token_sends_nothing():
     assert not any(resource[0] < 0 for resource in run.busy_s)
 
 
-def test_shared_links_have_no_parts():
-    with pytest.raises(ValueError, match="expected 1 where links are shared, got 2"):
-        Network(deployment=PAIR, kv_bytes_per_token=1, sharing="fair", layer_groups=2)
-    with pytest.raises(ValueError, match="layer_groups: expected >= 1, got 0"):
-        Network(deployment=PAIR, kv_bytes_per_token=1, layer_groups=0)
+# ---- over the wires of a network -----------------------------------------------------
+
+
+def over_wires(deployment, *, bytes_s=1.0, policies=POLICIES, **network):
+    """As `simulated`, a byte of KV a token; each link has `bytes_s`."""
+    parsed = Deployment.parse(deployment)
+    link = LinkSpec(
+        name="toy",
+        latency_s=0.0,
+        bandwidth_bytes_s=bytes_s,
+        efficiency=1.0,
+        measured=False,
+    )
+    wires = Network(deployment=parsed, kv_bytes_per_token=1, inside=link, **network)
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Cost(LinearCost):
+        def hop(self, transfer: Transfer):
+            return wires.hop(transfer)
+
+    built = simulated(parsed, policies=policies)
+    return dataclasses.replace(built, cost=Cost(step_base_s=0.0, **STEPS))
+
+
+@pytest.mark.parametrize("sharing", ["fifo", "fair"])
+@pytest.mark.parametrize(
+    ("prompt", "groups", "policies", "bytes_s", "visible_s"),
+    [
+        (8, 1, POLICIES, 2.0, 4.0),
+        (8, 4, POLICIES, 2.0, 1.0),
+        (8, 4, POLICIES, 0.5, 10.0),  # the wire is slower: from 2 to 18
+        (16, 1, CHUNKED, 2.0, 2.0),
+        (16, 2, CHUNKED, 2.0, 1.0),
+        (16, 2, CHUNKED, 0.5, 18.0),  # from 2 to 34
+        (1000, 1, CHUNKED, 1e6, 4e-6),  # each chunk lands long before the next
+        (8, 2, POLICIES, 1e9, 4e-9),
+    ],
+)
+def test_a_request_alone_sees_as_much_whatever_the_sharing(
+    sharing, prompt, groups, policies, bytes_s, visible_s
+):
+    built = over_wires(
+        "prefill:tp1,decode:tp1",
+        bytes_s=bytes_s,
+        policies=policies,
+        sharing=sharing,
+        layer_groups=groups,
+    )
+    memory = KVMemory(num_blocks=1000, block_tokens=4, max_context=2000)
+    built = dataclasses.replace(built, memory=(memory,) * 2)
+    run = built.run([make_request(prompt=prompt, out=2)])
+    (timeline,) = run.timelines
+    assert timeline.transfer_start_s == prompt
+    assert timeline.transfer_end_s == pytest.approx(prompt + visible_s, abs=1e-12)
+    assert run.busy_s[-2, 1] == pytest.approx(prompt / bytes_s)
+
+
+def test_parts_of_two_requests_share_a_fair_wire():
+    # Prompts of 8 and 4, halves of 4 and 2 bytes, there at 4, 8 and at 2, 4. The second
+    # one's: from 2 to 4 alone; from 4 on beside the other, at half speed, 2 bytes to 8.
+    # Then what is left of the other, 2 and 4 bytes, alone from 8 to 14.
+    built = over_wires("2xprefill:tp1,decode:tp1", sharing="fair", layer_groups=2)
+    run = built.run(
+        [make_request(0, prompt=8, out=2), make_request(1, prompt=4, out=2)]
+    )
+    assert [t.transfer_end_s for t in run.timelines] == [14.0, 8.0]
+    assert run.busy_s[-2, 2] == 12.0
+
+
+@pytest.mark.parametrize(
+    ("sharing", "at_s", "landed_s"),
+    # Prompts of 8 on 0 and 1, in parts of 4 bytes that are there at 4 and 8, for 2. The
+    # wire is busy from 4 to 20, in turns or by halves, but 0 is lost.
+    [
+        # Before any part: 4-8, 8-12.
+        ("fifo", 3.0, 12.0),
+        ("fair", 3.0, 12.0),
+        # In turns at 6: half a part of 0 has gone; 6-10, 10-14.
+        ("fifo", 6.0, 14.0),
+        # By halves 1 byte of 1 has gone, too: 6-9, 9-12. Then 0, which is computed once
+        # more from 8 to 16, has a part, too: 1 byte is left, by halves to 14.
+        ("fair", 6.0, 14.0),
+        # At 8 a part of 0 has gone, or 2 bytes of each.
+        ("fifo", 8.0, 16.0),
+        ("fair", 8.0, 14.0),
+    ],
+)
+def test_a_stream_whose_sender_is_lost_leaves_the_wire(sharing, at_s, landed_s):
+    built = over_wires("2xprefill:tp1,decode:tp1", sharing=sharing, layer_groups=2)
+    requests = [make_request(i, prompt=8, out=2) for i in range(2)]
+    _, other = built.run(requests, [(at_s, Down(0))]).timelines
+    assert other.transfer_end_s == landed_s
+
+
+@pytest.mark.parametrize("sharing", ["fifo", "fair"])
+def test_a_stream_whose_receiver_is_lost_goes_to_another_when_it_is_computed(sharing):
+    # Parts of 4 bytes, there at 4 and 8. Instance 1 is lost at 5; the step goes on, and
+    # then all 8 bytes go to instance 2.
+    built = over_wires("prefill:tp1,2xdecode:tp1", sharing=sharing, layer_groups=2)
+    run = built.run([make_request(prompt=8, out=2)], [(5.0, Down(1))])
+    (timeline,) = run.timelines
+    assert timeline.token_s[0] == 8.0
+    assert (timeline.transfer_start_s, timeline.transfer_end_s) == (8.0, 16.0)
+    assert run.busy_s == {(0,): 8.0, (-2, 2): 8.0, (2,): 1.0}
+
+
+def test_a_loss_in_the_middle_of_a_pipeline_takes_its_steps_and_no_others():
+    # Two prefill instances of two stages, prompts of 8 as steps of 4 and 4 s, in parts
+    # of 4 bytes: there at 4 and 8. At 6 instance 0 is on its second stage.
+    built = over_wires("2xprefill:tp1pp2,decode:tp1", bytes_s=4.0, layer_groups=2)
+    cost = dataclasses.replace(built.cost, pp=(2, 2, 1))
+    built = dataclasses.replace(built, cost=cost)
+    requests = [make_request(i, prompt=8, out=2) for i in range(2)]
+    run = built.run(requests, [(6.0, Down(0)), (6.5, Up(0))])
+    first, second = run.timelines
+    assert (second.token_s[0], second.transfer_end_s) == (8.0, 9.0)
+    # Once more, on 1: its first stage is free, the second till 8; 6-10, 10-14.
+    assert (first.token_s[0], first.transfer_end_s) == (14.0, 15.0)
+    assert run.busy_s == {(1,): 8.0, (1, 1): 8.0, (-2, 2): 4.0, (2,): 2.0}
+
+
+def test_networks_that_cannot_be():
+    for change, message in (
+        ({"layer_groups": 0}, "layer_groups: expected >= 1, got 0"),
+        ({"node_devices": 0}, "node_devices: expected >= 1, got 0"),
+        ({"sharing": "equal"}, "sharing: expected fifo or fair, got 'equal'"),
+        ({"kv_bytes_per_token": -1}, "kv_bytes_per_token: expected >= 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Network(**{"deployment": PAIR, "kv_bytes_per_token": 1, **change})
