@@ -398,8 +398,7 @@ class Controller:
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
         """Starts what can start; whether anybody made room for it."""
-        if self._spans.at_boundary:
-            self._spans.go_on(self.instances, works)
+        self._spans.go_on(self.instances, works)
         made_room, touched = False, self._cluster.touched
         ids = sorted(touched, reverse=True)
         touched.clear()

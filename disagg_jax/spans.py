@@ -38,10 +38,11 @@ class Spans:
         self.at_boundary: list[StepInFlight] = []  # an iteration ends right now
         self._now_s = 0.0
         self._progress: SpanProgress = no_progress
+        self._gone_on = False  # in this turn those between two iterations went on
 
     def begin_turn(self, now_s: float, progress: SpanProgress) -> None:
         """Take note of the time, and of who tells how far a span is by then."""
-        self._now_s, self._progress = now_s, progress
+        self._now_s, self._progress, self._gone_on = now_s, progress, False
 
     def catch_up(self, instance: InstanceState) -> None:
         """Bring what is known of an instance up to now, if a span goes on there."""
@@ -55,8 +56,8 @@ class Spans:
     ) -> None:
         """Iterations of a span are over."""
         goes_on = ends_s[-1] < now_s
-        flight.batch.advance(ends_s, goes_on)
-        if not goes_on:
+        flight.batch.advance(ends_s, goes_on or self._gone_on)
+        if not (goes_on or self._gone_on):
             self.at_boundary.append(flight)
 
     def disturb(self, instance: InstanceState | None) -> None:
@@ -93,6 +94,7 @@ class Spans:
             else:
                 self._cut(flight, works)
         self.at_boundary.clear()
+        self._gone_on = True
 
     def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
         """Ends a span with the iteration that is going on, or now if none is."""

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from disagg_jax.backend import serve
 from disagg_jax.deployment import KVMemory, Role
+from disagg_jax.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.work import Cut, Progress, Step
 from tests.serving import assert_all_free, make_request
-from tests.test_controller_properties import Case, cases, deploy
+from tests.test_controller_properties import Case, cases, deploy, streamed_cases
 
 
 class Watch:
@@ -38,8 +39,12 @@ class Watch:
             self.cuts += isinstance(work, Cut)
 
 
+def lengths_only(case: Case) -> list:
+    return [dataclasses.replace(r, prompt=None) for r in case.requests]
+
+
 def run(case: Case, spans: bool):
-    requests = [dataclasses.replace(r, prompt=None) for r in case.requests]
+    requests = lengths_only(case)
     controller = case.controller(spans)
     backend, watch = VirtualBackend(CostExecutor(case.cost)), Watch()
     timelines = serve(controller, backend, requests, case.interventions, watch)
@@ -49,9 +54,9 @@ def run(case: Case, spans: bool):
 
 
 @st.composite
-def lasting_cases(draw) -> Case:
+def lasting_cases(draw, of=cases) -> Case:
     """Every step takes time, so that no two iterations end at one instant."""
-    case = draw(cases())
+    case = draw(of())
     costs = st.sampled_from([0.5, 1.0, 1.25, 3.0])
     cost = dataclasses.replace(
         case.cost,
@@ -73,6 +78,43 @@ def test_a_run_with_spans_is_the_run_without(case: Case):
     assert with_spans == without
     event(f"spans: {watch.spans > 0}")
     event(f"cuts: {watch.cuts > 0}")
+
+
+@settings(max_examples=200)
+@given(lasting_cases(streamed_cases))
+def test_the_same_where_kv_leaves_chunk_by_chunk(case: Case):
+    assert run(case, spans=True)[0] == run(case, spans=False)[0]
+
+
+@settings(max_examples=200)
+@given(lasting_cases() | lasting_cases(streamed_cases))
+def test_a_log_of_spans_replays(case: Case):
+    """The log has all progress that was asked for, before all else of its turn."""
+    log = EventLog()
+    backend = VirtualBackend(CostExecutor(case.cost))
+    requests = lengths_only(case)
+    serve(case.controller(True), backend, requests, case.interventions, log)
+    assert list(replay(log.lines, case.controller(True))) == []
+
+
+def test_kv_may_arrive_where_an_iteration_has_just_begun():
+    # At 1 an iteration of request 0 on instance 1 ends; its next one begins before the
+    # prompt of request 2 sends its KV there, so that this waits for the end at 1.5.
+    cost = LinearCost(step_base_s=0.5)
+    case = Case(
+        deployment=deploy(prefill=1, decode=2, colocated=0),
+        policies={
+            Role.PREFILL: PrefillOnly(token_budget=1, max_seqs=1),
+            Role.DECODE: DecodeOnly(max_seqs=2, watermark=0.0),
+        },
+        memory=[KVMemory(num_blocks=4, block_tokens=2, max_context=14)] * 3,
+        cost=cost,
+        requests=[make_request(i, prompt=1, out=n) for i, n in enumerate((7, 2, 2))],
+        interventions=[],
+        streams=True,
+    )
+    (timelines, _), _ = run(case, spans=True)
+    assert timelines[0]["token_s"] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
 
 
 @pytest.mark.parametrize("streams", [False, True])
