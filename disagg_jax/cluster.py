@@ -92,6 +92,9 @@ class Cluster:
     def touch(self, instance: InstanceState) -> None:
         """Take note that an instance may have another step to start or another rank."""
         self.touched.add(instance.id)
+        self._rank_again(instance)
+
+    def _rank_again(self, instance: InstanceState) -> None:
         decodes = instance.spec.role is Role.DECODE
         (self._decoders if decodes else self._entries).touch(instance)
 
@@ -201,6 +204,8 @@ class Cluster:
           repeats: how many decode iterations may be one span.
         """
         parts = _take_chunks(instance, prompts, chunks) if prompts else ()
+        if prompts:  # one that is computed again no longer queues
+            self._rank_again(instance)
         batch, decoding, iterations = instance.nobody, len(decodes), 1
         if decoding:
             batch = _take_ready(instance, decodes)
