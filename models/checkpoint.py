@@ -42,6 +42,7 @@ class Checkpoint:
                 f"-m experiments.convert_checkpoint --from=PATH --out={folder}"
             )
         settings = json.loads((folder / _CONFIG).read_text())
+        settings["rope_divisors"] = tuple(settings.get("rope_divisors", ()))
         return cls(folder, ModelConfig(**settings))
 
     def restore(self, shardings: Any) -> transformer.Params:
