@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+import pathlib
+import shutil
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import layers
+from models import layers, transformer
+from models.config import ModelConfig
 from models.rope import read_scaling
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # As in meta-llama/Llama-3.1-8B's config.json; 3.2's has a factor of 32.
 LLAMA3 = {
@@ -184,3 +190,91 @@ def test_other_kinds_and_fields_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         read_scaling(fields, 64, 1e4)
+
+
+# -- Hugging Face folders -------------------------------------------------------------
+
+
+pytest.importorskip("safetensors")
+
+
+def load(folder: pathlib.Path, **settings: Any) -> tuple[ModelConfig, Any]:
+    from models.hf import load_hf
+
+    shutil.copytree(GOLDEN / "llama", folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return load_hf(folder)
+
+
+SHORT = {**LLAMA3, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_parameters": {**SHORT, "rope_theta": 500.0}},
+        {"rope_parameters": None, "rope_scaling": SHORT, "rope_theta": 500.0},
+        {"rope_parameters": {**SHORT, "rope_theta": 500.0}, "rope_scaling": SHORT},
+    ],
+)
+def test_a_folder_says_it_in_either_place(
+    tmp_path: pathlib.Path, settings: dict[str, Any]
+) -> None:
+    config, params = load(tmp_path / "scaled", **settings)
+    assert config.rope_theta == 500
+    want = llama3(8, 500.0, SHORT)
+    exact = plain(8, 500.0) / np.array(config.rope_divisors)
+    np.testing.assert_allclose(exact, want, rtol=1e-14)
+    assert config.max_length == 64
+    tokens = jnp.arange(40)
+    before, _ = load(tmp_path / "plain")
+    logits = [transformer.forward(c, params, tokens) for c in (before, config)]
+    assert np.abs(logits[1] - logits[0]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"rope_scaling": {**SHORT, "factor": 2.0}, "rope_parameters": SHORT},
+            "factor: expected the same wherever it is, got 8.0 and 2.0",
+        ),
+        ({"rope_theta": 1e6}, "rope_theta: expected the same .* got 500.0 and 1000000"),
+        ({"rope_parameters": [8]}, r"rope_parameters: expected an object, got \[8\]"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: a rotation of a"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(
+    tmp_path: pathlib.Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "bad", **settings)
+
+
+@pytest.mark.parametrize(
+    "max_position_embeddings, scaling, length",
+    [
+        # Qwen3's config.json keeps 40,960 when its card has YaRN added by hand.
+        (40_960, YARN, 131_072),
+        # transformers: to be raised to what the scaled model is made for.
+        (131_072, YARN, 131_072),
+        (131_072, LLAMA3, 131_072),
+        (16_384, LINEAR, 16_384),
+        (40_960, None, 40_960),
+    ],
+)
+def test_the_context_is_the_scaled_one(
+    tmp_path: pathlib.Path,
+    max_position_embeddings: int,
+    scaling: dict[str, Any] | None,
+    length: int,
+) -> None:
+    config, _ = load(
+        tmp_path / "model",
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters=None,
+        rope_scaling=scaling,
+    )
+    assert config.max_length == length
