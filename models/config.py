@@ -44,7 +44,7 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm, or LayerNorm with a bias
     positions: Literal["rotary", "learned"] = "rotary"  # of q and k, or added at first
     rope_theta: float = 10_000.0  # base of the rotary frequencies; else without effect
-    rope_divisors: tuple[float, ...] = ()  # of each frequency (see rope.py); none: 1
+    rope_divisors: tuple[float, ...] | None = None  # of each frequency (see rope.py)
     rope_attention_factor: float = 1.0  # of every rotary sine and cosine
     mlp_kind: Literal["swiglu", "relu"] = "swiglu"  # three matrices, or two and a ReLU
     biases: bool = False  # whether every linear layer but the unembedding has one
@@ -53,7 +53,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool | str | tuple) and not value > 0:
+            if not isinstance(value, bool | str | tuple | None) and not value > 0:
                 raise ValueError(f"{field.name}: expected > 0, got {value}")
             if field.name in _KINDS and value not in _KINDS[field.name]:
                 raise ValueError(
@@ -68,7 +68,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, got {self.head_dim}")
         divisors, pairs = self.rope_divisors, self.head_dim // 2
-        if divisors and (len(divisors) != pairs or not min(divisors) > 0):
+        if divisors is not None and (len(divisors) != pairs or not min(divisors) > 0):
             raise ValueError(f"rope_divisors: expected {pairs} > 0, got {divisors}")
 
     @property

@@ -183,8 +183,8 @@ def _rope_scaling(reader: gguf.GGUFReader, head_dim: int, theta: float) -> RopeS
 
 
 def _divisors(
-    reader: gguf.GGUFReader, head_dim: int, of_metadata: tuple[float, ...]
-) -> tuple[float, ...]:
+    reader: gguf.GGUFReader, head_dim: int, of_metadata: tuple[float, ...] | None
+) -> tuple[float, ...] | None:
     tensor = next((t for t in reader.tensors if t.name == _ROPE_DIVISORS), None)
     if tensor is None:
         return of_metadata

@@ -79,13 +79,13 @@ def rope_table(
     positions_T: Array,
     head_dim: int,
     theta: float,
-    divisors: Sequence[float] = (),
+    divisors: Sequence[float] | None = None,
     attention_factor: float = 1.0,
 ) -> tuple[Array, Array]:
     """Sine and cosine of every position's rotation angles.
 
     Args:
-      divisors: `[head_dim / 2]`, of the frequencies; none where they are not scaled.
+      divisors: `[head_dim / 2]`, of the frequencies, where they are scaled.
       attention_factor: of sines and cosines, and so squared of the scores.
 
     Returns:
@@ -95,7 +95,7 @@ def rope_table(
     """
     # Constants, in float64 up to here: far positions multiply what is rounded away.
     frequencies_D = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    if divisors:
+    if divisors is not None:
         frequencies_D = frequencies_D / np.array(divisors)
     frequencies_1D = jnp.array(frequencies_D[None, :], jnp.float32)
     angles_TD = positions_T[:, None].astype(jnp.float32) * frequencies_1D

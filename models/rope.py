@@ -42,7 +42,7 @@ _OPTIONAL = {
 class RopeScaling(NamedTuple):
     """What scaling makes of a model's rotary embedding."""
 
-    divisors: tuple[float, ...] = ()  # of each frequency; none: they stay
+    divisors: tuple[float, ...] | None = None  # of each frequency, if it is scaled
     attention_factor: float = 1.0  # of every sine and cosine
     context: int = 0  # tokens it stretches the context to; 0: the model's length holds
 
@@ -140,7 +140,7 @@ def _yarn(
     first, last = max(first, 0), min(last, head_dim - 1)
     width = max(last - first, 0.001)  # as in llama.cpp, for a sharp step
     shares = [1 - _clip((i - first) / width) for i in range(head_dim // 2)]
-    divisors = _divisors(factor, shares) if factor > 1 else ()
+    divisors = _divisors(factor, shares) if factor > 1 else None
     return RopeScaling(
         divisors, _yarn_attention_factor(given, factor), int(original * factor)
     )

@@ -20,6 +20,7 @@ TINY = get_config("tiny")
         ({"rope_theta": -1.0}, "rope_theta: expected > 0, got -1.0"),
         ({"norm_eps": float("nan")}, "norm_eps: expected > 0, got nan"),
         ({"kv_heads": 3}, "q_heads: expected a multiple of kv_heads=3, got 8"),
+        ({"rope_divisors": ()}, "rope_divisors: expected 8 > 0, got ()"),
         ({"rope_divisors": (1.0,) * 7}, "rope_divisors: expected 8 > 0, got (1.0"),
         ({"rope_divisors": (1.0,) * 7 + (0.0,)}, "rope_divisors: expected 8 > 0, got"),
         ({"head_dim": 15}, "head_dim: expected an even number, got 15"),

@@ -145,7 +145,7 @@ def test_sines_and_cosines_have_the_attention_factor(
 @pytest.mark.parametrize("fields", [LLAMA3, YARN, LINEAR])
 def test_a_factor_of_one_changes_nothing(fields: dict[str, Any]) -> None:
     scaling = read_scaling({**fields, "factor": 1.0}, 64, 1e4)
-    assert (scaling.divisors, scaling.attention_factor) == ((), 1.0)
+    assert (scaling.divisors, scaling.attention_factor) == (None, 1.0)
 
 
 @pytest.mark.parametrize(
