@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import multiprocessing
 import pathlib
-import warnings
 from typing import Any
 
 from disagg_jax.sim.hardware import Hardware
@@ -104,9 +102,7 @@ def _hugging_face(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any
         settings.setdefault("quantization_config", _read(beside))
     unknown = hf_config.expect_known(settings, _FAMILIES)
     unknown += quantization.unknown_keys(settings)
-    # A worker's parent has said it.
-    if unknown and multiprocessing.parent_process() is None:
-        warnings.warn(f"{path}: ignores the unknown keys {unknown}", stacklevel=4)
+    hf_config.warn_of_unknown(str(path), tuple(unknown))
     sizes = hf_config.read_sizes(settings)
     wide, width = (
         quantization.activation_bytes(settings),

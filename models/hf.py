@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -68,8 +67,8 @@ def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
 
 
 def _config(folder: pathlib.Path, settings: Settings) -> ModelConfig:
-    if unknown := hf_config.expect_known(settings, _FAMILIES):
-        warnings.warn(f"{folder}: ignores the unknown keys {unknown}", stacklevel=3)
+    unknown = hf_config.expect_known(settings, _FAMILIES)
+    hf_config.warn_of_unknown(str(folder), tuple(unknown))
     family = _FAMILIES[settings["model_type"]]
     for key, value in {**_UNQUANTIZED, **family.required}.items():
         if settings.get(key, value) not in (None, value):

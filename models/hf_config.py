@@ -8,7 +8,10 @@ has an effect (`_REFUSED`), or unknown, of which a warning tells. No JAX.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import reprlib
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -161,6 +164,13 @@ def expect_known(settings: Settings, families: Collection[str]) -> list[str]:
     if wrong:
         raise ValueError("; ".join(wrong))
     return sorted(set(settings) - _KNOWN)
+
+
+@functools.cache  # some filters of Python's repeat a warning, and files are read again
+def warn_of_unknown(where: str, keys: tuple[str, ...]) -> None:
+    """Warns, once in a process and in none that another started, of unknown keys."""
+    if keys and multiprocessing.parent_process() is None:
+        warnings.warn(f"{where}: ignores the unknown keys {[*keys]}", stacklevel=2)
 
 
 def _refused(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -219,6 +219,7 @@ def test_unknown_keys_make_one_warning(tmp_path):
     path = write(tmp_path / "m.json", settings)
     with pytest.warns(UserWarning) as warned:
         shape = get_shape(path)
+        assert get_shape(path) == shape
     (message,) = (str(warning.message) for warning in warned)
     named = "['surprise', 'quantization_config.novel']"
     assert message == f"{path}: ignores the unknown keys {named}"
