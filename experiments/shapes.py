@@ -5,23 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from disagg_jax.sim.hardware import Hardware
 from disagg_jax.sim.hardware_presets import get_hardware
 from disagg_jax.sim.model_shape import MODEL_SHAPES, ModelShape
+from models import hf_config, quantization
 from models.config import PRESETS, ModelConfig
+from models.quantization import QUANTIZATION
 
-# Families of Hugging Face models whose layers are ModelShape's; of each, whether its
-# MLP is gated.
-_FAMILIES = {
-    "llama": True,
-    "mistral": True,
-    "qwen2": True,
-    "qwen3": True,
-    "opt": False,
-}
+# Families of Hugging Face models whose layers are ModelShape's.
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 # What may differ from the device that a device is like.
 _NUMBERS = ("peak_flops", "hbm_bytes_s", "memory_bytes", "step_s")
 
@@ -50,11 +44,12 @@ def get_shape(name: str) -> ModelShape:
 
     Args:
       name: or the path of a .json file: the fields of `ModelShape`, or a Hugging Face
-        config.json (16-bit weights and KV are assumed).
+        config.json. Weights and KV are as wide as it says (16 bits if it does not),
+        also quantised; compute is billed at the device's one peak, that of 16 bits.
 
     Raises:
       ValueError: naming the presets, if there is none of that name; or what is wrong
-        with the file.
+        with the file, or in it and not modelled.
       FileNotFoundError: if there is no such file.
     """
     if name.endswith(".json"):
@@ -69,8 +64,11 @@ def get_shape(name: str) -> ModelShape:
 
 def _shape_from(path: pathlib.Path) -> ModelShape:
     fields = _read(path)
-    if "model_type" in fields:
-        fields = _hugging_face(path, fields)
+    if "model_type" in fields or "architectures" in fields:
+        try:
+            fields = _hugging_face(path, fields)
+        except ValueError as error:
+            raise ValueError(f"model: {path}: {error}") from error
     known = {field.name for field in dataclasses.fields(ModelShape)} - {"name"}
     optional = {name for name in known if name.endswith("_dtype_bytes")}
     missing, unknown = known - optional - set(fields), set(fields) - known - {"name"}
@@ -79,29 +77,44 @@ def _shape_from(path: pathlib.Path) -> ModelShape:
             f"model: {path}: expected {sorted(known)}, or a Hugging Face config.json, "
             f"got no {sorted(missing)} and unknown {sorted(unknown)}"
         )
+    for key, value in fields.items():
+        kinds = _kinds(key)
+        if type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"model: {path}: {key}: expected {names}, got {value!r}")
     return ModelShape(**{"name": path.stem, **fields})
 
 
-def _hugging_face(path: pathlib.Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    family = settings["model_type"]
-    if family not in _FAMILIES:
-        raise ValueError(
-            f"model: {path}: model_type: expected one of {sorted(_FAMILIES)}, got "
-            f"{family!r}; write ModelShape's fields instead"
-        )
-    heads, embed = settings["num_attention_heads"], settings["hidden_size"]
-    gated = _FAMILIES[family]
-    tied_by_default = family == "opt"
+def _kinds(key: str) -> tuple[type, ...]:
+    """What a field of `ModelShape` may be in a file."""
+    if key in ("gated_mlp", "tie_embeddings"):
+        return (bool,)
+    if key == "table_dtype_bytes":
+        return (int, float, type(None))
+    if key == "weight_dtype_bytes":
+        return (int, float)
+    return (str,) if key == "name" else (int,)
+
+
+def _hugging_face(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
+    beside = path.parent / QUANTIZATION
+    if path.name == "config.json" and beside.is_file():
+        settings.setdefault("quantization_config", _read(beside))
+    unknown = hf_config.expect_known(settings, _FAMILIES)
+    unknown += quantization.unknown_keys(settings)
+    hf_config.warn_of_unknown(str(path), tuple(unknown))
+    sizes = hf_config.read_sizes(settings)
+    wide, width = (
+        quantization.activation_bytes(settings),
+        quantization.weight_bytes(settings, sizes),
+    )
     return {
-        "layers": settings["num_hidden_layers"],
-        "embed": embed,
-        "q_heads": heads,
-        "kv_heads": settings.get("num_key_value_heads") or heads,
-        "head_dim": settings.get("head_dim") or embed // heads,
-        "mlp": settings["intermediate_size" if gated else "ffn_dim"],
-        "gated_mlp": gated,
-        "vocab": settings["vocab_size"],
-        "tie_embeddings": settings.get("tie_word_embeddings", tied_by_default),
+        **sizes._asdict(),
+        "gated_mlp": settings["model_type"] != "opt",
+        "weight_dtype_bytes": width,
+        "table_dtype_bytes": None if width == wide else wide,
+        "kv_dtype_bytes": quantization.kv_bytes(settings),
+        "activation_dtype_bytes": wide,
     }
 
 

@@ -42,6 +42,8 @@ class Checkpoint:
                 f"-m experiments.convert_checkpoint --from=PATH --out={folder}"
             )
         settings = json.loads((folder / _CONFIG).read_text())
+        if divisors := settings.get("rope_divisors"):
+            settings["rope_divisors"] = tuple(divisors)
         return cls(folder, ModelConfig(**settings))
 
     def restore(self, shardings: Any) -> transformer.Params:

@@ -25,7 +25,8 @@ class ModelConfig:
 
     Raises:
       ValueError: if a size is not positive, `head_dim` is odd (rotary embedding pairs
-        its halves), query heads do not divide into the kv heads, or a kind is unknown.
+        its halves), query heads do not divide into the kv heads, a kind is unknown, or
+        there is not one positive divisor for each rotary frequency.
     """
 
     name: str  # what a report calls it
@@ -43,6 +44,8 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm, or LayerNorm with a bias
     positions: Literal["rotary", "learned"] = "rotary"  # of q and k, or added at first
     rope_theta: float = 10_000.0  # base of the rotary frequencies; else without effect
+    rope_divisors: tuple[float, ...] | None = None  # of each frequency (see rope.py)
+    rope_attention_factor: float = 1.0  # of every rotary sine and cosine
     mlp_kind: Literal["swiglu", "relu"] = "swiglu"  # three matrices, or two and a ReLU
     biases: bool = False  # whether every linear layer but the unembedding has one
     qk_norm: bool = False  # RMSNorm of each query and key head, before the rotation
@@ -50,7 +53,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, bool | str) and not value > 0:
+            if not isinstance(value, bool | str | tuple | None) and not value > 0:
                 raise ValueError(f"{field.name}: expected > 0, got {value}")
             if field.name in _KINDS and value not in _KINDS[field.name]:
                 raise ValueError(
@@ -64,6 +67,9 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim: expected an even number, got {self.head_dim}")
+        divisors, pairs = self.rope_divisors, self.head_dim // 2
+        if divisors is not None and (len(divisors) != pairs or not min(divisors) > 0):
+            raise ValueError(f"rope_divisors: expected {pairs} > 0, got {divisors}")
 
     @property
     def dtype_bytes(self) -> int:

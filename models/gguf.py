@@ -15,11 +15,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.config import ModelConfig
+from models.rope import RopeScaling, read_scaling
 
 if TYPE_CHECKING:
     import gguf
 
 _REQUIRED = object()
+_ROPE_DIVISORS = "rope_freqs.weight"
+# Of `rope.scaling.*`, values that change nothing; others are not modelled.
+_ROPE_NEUTRAL = {
+    "alpha": (0.0,),
+    "attn_factor": (1.0,),
+    "yarn_attn_factor": (1.0,),
+    "yarn_ext_factor": (-1.0, 1.0),
+    "yarn_log_multiplier": (0.0,),
+}
 
 
 def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
@@ -60,12 +70,14 @@ def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
       `models.transformer` describes, in host memory.
 
     Raises:
-      ValueError: if the file is not a plain Llama model: another architecture, scaled
-        rotary frequencies, biases, experts, missing or misshapen tensors.
+      ValueError: if the file is not a plain Llama model: another architecture, another
+        scaling of rotary frequencies than rope.py's, biases, experts, missing or
+        misshapen tensors.
     """
     reader = open_gguf(path)
     config = _config(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    tensors.pop(_ROPE_DIVISORS, None)  # in the config
 
     def take(name: str, *shape: int) -> np.ndarray:
         return _dequantize(tensors.pop(name, None), name, shape)
@@ -115,14 +127,13 @@ def _config(reader: gguf.GGUFReader) -> ModelConfig:
     if architecture != "llama":
         raise ValueError(f"architecture: expected 'llama', got {architecture!r}")
     llama = functools.partial(_llama_metadata, reader)
-    scaling = llama("rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"rope.scaling.type: expected 'none', got {scaling!r}")
     embed, q_heads = llama("embedding_length"), llama("attention.head_count")
     head_dim = llama("attention.key_length", embed // q_heads)
     rotated = llama("rope.dimension_count", head_dim)
     if rotated != head_dim:
         raise ValueError(f"rope.dimension_count: expected {head_dim}, got {rotated}")
+    theta = llama("rope.freq_base", 10_000.0)
+    scaling = _rope_scaling(reader, head_dim, theta)
     vocab_size = llama("vocab_size", None)  # absent from older files
     return ModelConfig(
         name=metadata(reader, "general.name", "gguf"),
@@ -133,12 +144,52 @@ def _config(reader: gguf.GGUFReader) -> ModelConfig:
         kv_heads=llama("attention.head_count_kv", q_heads),
         head_dim=head_dim,
         mlp=llama("feed_forward_length"),
-        rope_theta=llama("rope.freq_base", 10_000.0),
+        rope_theta=theta,
+        rope_divisors=scaling.divisors,
+        rope_attention_factor=scaling.attention_factor,
         norm_eps=llama("attention.layer_norm_rms_epsilon"),
         tie_embeddings=all(t.name != "output.weight" for t in reader.tensors),
-        max_length=llama("context_length"),
+        max_length=max(llama("context_length"), scaling.context),
         dtype="float32",
     )
+
+
+def _rope_scaling(reader: gguf.GGUFReader, head_dim: int, theta: float) -> RopeScaling:
+    """What `rope.scaling.*` and the tensor of divisors say together.
+
+    As llama.cpp reads them: a factor without a type is linear, and Llama 3.1's rule is
+    in the tensor alone.
+    """
+    llama = functools.partial(_llama_metadata, reader)
+    for key, neutral in _ROPE_NEUTRAL.items():
+        value = llama(f"rope.scaling.{key}", None)
+        if value is not None and value not in neutral:
+            raise ValueError(f"rope.scaling.{key}: expected none, got {value}")
+    factor = llama("rope.scaling.factor", 0.0) or llama("rope.scale_linear", 0.0)
+    kind = llama("rope.scaling.type", "linear" if factor else "none")
+    fields: dict[str, Any] = {"rope_type": kind, "factor": factor or None}
+    if kind == "none":
+        fields = {"factor": None if factor == 1 else fields["factor"]}
+    if kind == "yarn":
+        fields |= {
+            "original_max_position_embeddings": llama(
+                "rope.scaling.original_context_length"
+            ),
+            "beta_fast": llama("rope.scaling.yarn_beta_fast", None),
+            "beta_slow": llama("rope.scaling.yarn_beta_slow", None),
+        }
+    scaling = read_scaling(fields, head_dim, theta)
+    return scaling._replace(divisors=_divisors(reader, head_dim, scaling.divisors))
+
+
+def _divisors(
+    reader: gguf.GGUFReader, head_dim: int, of_metadata: tuple[float, ...] | None
+) -> tuple[float, ...] | None:
+    tensor = next((t for t in reader.tensors if t.name == _ROPE_DIVISORS), None)
+    if tensor is None:
+        return of_metadata
+    divisors = _dequantize(tensor, _ROPE_DIVISORS, (head_dim // 2,)).astype(np.float64)
+    return tuple((divisors * np.array(of_metadata or (1.0,))).tolist())
 
 
 def _llama_metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any:

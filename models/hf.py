@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from models import hf_config
 from models.config import ModelConfig
+from models.hf_config import Settings
+from models.quantization import QUANTIZATION
+from models.rope import read_scaling
 
-Settings = Mapping[str, Any]  # of config.json
 Take = Callable[..., np.ndarray]  # take(name, *shape): a tensor, which must be so
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -35,18 +38,11 @@ def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """
     folder = pathlib.Path(folder)
     settings = json.loads(_existing(folder, "config.json").read_text())
-    family = _FAMILIES.get(settings.get("model_type"))
-    if family is None:
-        raise ValueError(
-            f"{folder}: model_type: expected one of {sorted(_FAMILIES)}, got "
-            f"{settings.get('model_type')!r}"
-        )
-    for key, value in {"quantization_config": None, **family.required}.items():
-        if settings.get(key, value) != value:
-            raise ValueError(
-                f"{folder}: {key}: expected {value!r}, got {settings[key]!r}"
-            )
-    config = family.config(folder.name, settings)
+    try:
+        config = _config(folder, settings)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    family = _FAMILIES[settings["model_type"]]
     tensors = _open(folder)
 
     def take(name: str, *shape: int) -> np.ndarray:
@@ -68,6 +64,18 @@ def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
             f"{unexpected[:5]}"
         )
     return config, params
+
+
+def _config(folder: pathlib.Path, settings: Settings) -> ModelConfig:
+    unknown = hf_config.expect_known(settings, _FAMILIES)
+    hf_config.warn_of_unknown(str(folder), tuple(unknown))
+    family = _FAMILIES[settings["model_type"]]
+    for key, value in {**_UNQUANTIZED, **family.required}.items():
+        if settings.get(key, value) not in (None, value):
+            raise ValueError(f"{key}: expected {value!r}, got {settings[key]!r}")
+    if (folder / QUANTIZATION).is_file():
+        raise ValueError(f"{QUANTIZATION}: expected unquantised weights, got that file")
+    return family.config(folder.name, settings)
 
 
 def _is_redundant(name: str) -> bool:
@@ -105,56 +113,39 @@ def _open(folder: pathlib.Path) -> dict[str, Any]:
 # -- families -------------------------------------------------------------------------
 
 
-def _sizes(settings: Settings) -> dict[str, Any]:
+def _shared(name: str, settings: Settings) -> dict[str, Any]:
     """What config.json calls the same in all families."""
-    dtype = settings.get("dtype") or settings.get("torch_dtype")
+    sizes = hf_config.read_sizes(settings)._asdict()
+    dtype = hf_config.read_dtype(settings)
     return {
-        "vocab_size": settings["vocab_size"],
-        "layers": settings["num_hidden_layers"],
-        "embed": settings["hidden_size"],
-        "q_heads": settings["num_attention_heads"],
-        "max_length": settings["max_position_embeddings"],
+        "name": name,
+        "vocab_size": sizes.pop("vocab"),
+        **sizes,
+        "max_length": hf_config.read_size(settings, "max_position_embeddings"),
         "dtype": "float32" if dtype in (None, "float32") else "bfloat16",
     }
 
 
 def _llama_config(name: str, settings: Settings) -> ModelConfig:
     """Llama's and Qwen3's, which differ in the norm of queries and keys."""
-    sizes = _sizes(settings)
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{name}: rope_type: expected 'default', got {kind!r}")
-    # transformers 5 moved the base of the frequencies into `rope_parameters`.
-    theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
+    shared, rope = _shared(name, settings), hf_config.read_rope(settings)
+    theta = float(rope["rope_theta"])
+    scaling = read_scaling(rope, shared["head_dim"], theta)
+    shared["max_length"] = max(shared["max_length"], scaling.context)
     return ModelConfig(
-        name=name,
-        **sizes,
-        kv_heads=settings.get("num_key_value_heads") or sizes["q_heads"],
-        head_dim=settings.get("head_dim") or sizes["embed"] // sizes["q_heads"],
-        mlp=settings["intermediate_size"],
-        rope_theta=float(theta),
-        norm_eps=settings["rms_norm_eps"],
-        tie_embeddings=settings.get("tie_word_embeddings", False),
+        **shared,
+        rope_theta=theta,
+        rope_divisors=scaling.divisors,
+        rope_attention_factor=scaling.attention_factor,
+        norm_eps=settings.get("rms_norm_eps", 1e-6),
         qk_norm=settings["model_type"] == "qwen3",
     )
 
 
 def _opt_config(name: str, settings: Settings) -> ModelConfig:
-    sizes = _sizes(settings)
-    if settings.get("word_embed_proj_dim", sizes["embed"]) != sizes["embed"]:
-        raise ValueError(
-            f"{name}: word_embed_proj_dim: expected hidden_size={sizes['embed']}, got "
-            f"{settings['word_embed_proj_dim']}"
-        )
     return ModelConfig(
-        name=name,
-        **sizes,
-        kv_heads=sizes["q_heads"],
-        head_dim=sizes["embed"] // sizes["q_heads"],
-        mlp=settings["ffn_dim"],
+        **_shared(name, settings),
         norm_eps=1e-5,  # torch.nn.LayerNorm's default; config.json has none
-        tie_embeddings=settings.get("tie_word_embeddings", True),
         norm="layer",
         positions="learned",
         mlp_kind="relu",
@@ -246,6 +237,11 @@ class _Family:
     required: Settings  # what config.json must say, unless it is silent
 
 
+_UNQUANTIZED = {
+    "quantization_config": None,
+    "compression_config": None,
+    "kv_cache_dtype": "auto",
+}
 _GATED = {"hidden_act": "silu", "attention_bias": False}
 _FAMILIES = {
     "llama": _Family(_llama_config, _llama_params, {**_GATED, "mlp_bias": False}),

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -74,17 +75,31 @@ def _like(vector_D: Array, x: Array) -> Array:
     return jnp.expand_dims(vector_D, range(x.ndim - 1)).astype(jnp.float32)
 
 
-def rope_table(positions_T: Array, head_dim: int, theta: float) -> tuple[Array, Array]:
+def rope_table(
+    positions_T: Array,
+    head_dim: int,
+    theta: float,
+    divisors: Sequence[float] | None = None,
+    attention_factor: float = 1.0,
+) -> tuple[Array, Array]:
     """Sine and cosine of every position's rotation angles.
+
+    Args:
+      divisors: `[head_dim / 2]`, of the frequencies, where they are scaled.
+      attention_factor: of sines and cosines, and so squared of the scores.
 
     Returns:
       Twice `[T, head_dim / 2]` float32. Pair i turns by
-      `position * theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021).
+      `position * theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021), over
+      its divisor.
     """
-    exponents_D = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequencies_D = theta**-exponents_D
-    angles_TD = positions_T[:, None].astype(jnp.float32) * frequencies_D[None, :]
-    return jnp.sin(angles_TD), jnp.cos(angles_TD)
+    # Constants, in float64 up to here: far positions multiply what is rounded away.
+    frequencies_D = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    if divisors is not None:
+        frequencies_D = frequencies_D / np.array(divisors)
+    frequencies_1D = jnp.array(frequencies_D[None, :], jnp.float32)
+    angles_TD = positions_T[:, None].astype(jnp.float32) * frequencies_1D
+    return jnp.sin(angles_TD) * attention_factor, jnp.cos(angles_TD) * attention_factor
 
 
 def rotate(x_TNH: Array, table: tuple[Array, Array]) -> Array:

@@ -158,7 +158,13 @@ def run_layers(
     """
     table = None
     if config.positions == "rotary":
-        table = layers.rope_table(positions_T, config.head_dim, config.rope_theta)
+        table = layers.rope_table(
+            positions_T,
+            config.head_dim,
+            config.rope_theta,
+            config.rope_divisors,
+            config.rope_attention_factor,
+        )
     for index, params in enumerate(layer_params):
         with jax.named_scope(f"layer_{index}"):
             block = _filled(lambda: layers.Block(config, nnx.Rngs(0)), params)

@@ -56,8 +56,7 @@ class Partition:
         model = self.model
         tables = 2 if self.pp == 1 and not model.tie_embeddings else 1
         layers = self.stage_layers[0]
-        params = layers * model.layer_params + tables * model.table_params
-        return params * model.weight_dtype_bytes / self.tp
+        return (layers * model.layer_bytes + tables * model.table_bytes) / self.tp
 
     @property
     def kv_bytes_per_token_per_device(self) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from disagg_jax.expect import expect
 
 _FLAGS = ("gated_mlp", "tie_embeddings")
+_FRACTIONS = ("weight_dtype_bytes", "table_dtype_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +33,19 @@ class ModelShape:
     gated_mlp: bool  # three matrices (SwiGLU) or two
     vocab: int  # tokens with an embedding and a logit
     tie_embeddings: bool  # whether the embedding also serves as the unembedding
-    weight_dtype_bytes: int = 2  # of one weight: 2 is float16 or bfloat16, 1 is int8
+    weight_dtype_bytes: float = 2  # of one weight: 2 is float16 or bfloat16, 1 is int8
     kv_dtype_bytes: int = 2  # of one cached key or value element
     activation_dtype_bytes: int = 2  # of what devices exchange within a step
+    # Of a weight of the embedding and of the unembedding, which methods of quantisation
+    # leave alone; None: weight_dtype_bytes.
+    table_dtype_bytes: float | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "name" and field.name not in _FLAGS:
+            if field.name in _FRACTIONS:
+                expect(value is None or value > 0, f"{field.name}: expected > 0", value)
+            elif field.name != "name" and field.name not in _FLAGS:
                 expect(value >= 1, f"{field.name}: expected >= 1", value)
         expected = f"q_heads: expected a multiple of kv_heads={self.kv_heads}"
         expect(self.q_heads % self.kv_heads == 0, expected, self.q_heads)
@@ -63,9 +69,21 @@ class ModelShape:
         return self.layers * self.layer_params + tables * self.table_params
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes of all weights."""
-        return self.params * self.weight_dtype_bytes
+    def layer_bytes(self) -> float:
+        """Bytes of the weights in one block."""
+        return self.layer_params * self.weight_dtype_bytes
+
+    @property
+    def table_bytes(self) -> float:
+        """Bytes of the embedding; the unembedding has as many."""
+        width = self.table_dtype_bytes
+        return self.table_params * (self.weight_dtype_bytes if width is None else width)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of all weights; a tied embedding counts once."""
+        tables = 1 if self.tie_embeddings else 2
+        return self.layers * self.layer_bytes + tables * self.table_bytes
 
     @property
     def kv_bytes_per_token(self) -> int:

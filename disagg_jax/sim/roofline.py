@@ -115,22 +115,23 @@ class RooflineInstance:
         model, hardware = self._partition.model, self._hardware
         layers, tp = self._partition.stage_layers[stage], self._partition.tp
         activation_bytes = tokens * model.embed * model.activation_dtype_bytes
-        time_s = hardware.step_s + self._linear_s(layers * model.layer_params, tokens)
+        params, size_bytes = layers * model.layer_params, layers * model.layer_bytes
+        time_s = hardware.step_s + self._linear_s(params, size_bytes, tokens)
         if decodes:
             time_s += layers * hardware.kv_startup_s
         if tp > 1:  # after attention and after the MLP
             reduce_s = hardware.all_reduce[tp].time_s(tp, activation_bytes)
             time_s += 2 * layers * reduce_s
         if stage == self._partition.pp - 1:
-            return time_s + self._linear_s(model.table_params, logits)
+            params, size_bytes = model.table_params, model.table_bytes
+            return time_s + self._linear_s(params, size_bytes, logits)
         return time_s + hardware.hop.transfer_s(activation_bytes)
 
-    def _linear_s(self, params: int, tokens: int) -> float:
+    def _linear_s(self, params: int, weight_bytes: float, tokens: int) -> float:
         """Seconds of matmuls with `params` weights: compute or streaming them."""
         hardware, tp = self._hardware, self._partition.tp
         rows = hardware.rows(tokens)
         flops_s = tp * hardware.peak_flops * hardware.gemm_mfu.at(rows)
-        weight_bytes = params * self._partition.model.weight_dtype_bytes
         bytes_s = tp * hardware.hbm_bytes_s * hardware.weight_mbu
         return max(2 * params * rows / flops_s, weight_bytes / bytes_s)
 

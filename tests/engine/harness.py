@@ -71,6 +71,7 @@ FAMILIES = {
             tie_embeddings=True,
         ),
         make_config("qwen3", head_dim=16, qk_norm=True),
+        make_config("scaled", rope_divisors=(1, 1.5, 4, 8), rope_attention_factor=1.2),
     )
 }
 

@@ -70,6 +70,8 @@ def test_colocated(world, model, tp):
         ("opt", "colocated:tp1", 2),
         ("qwen3", "prefill:tp2,decode:tp4", 1),
         ("qwen3", "colocated:tp1", 1),
+        ("scaled", "prefill:tp2,decode:tp4", 1),
+        ("scaled", "colocated:tp1", 2),
     ],
 )
 def test_families(world, model, deployment, layer_groups):

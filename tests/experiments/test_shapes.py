@@ -8,6 +8,7 @@ import pytest
 from disagg_jax.deployment import InstanceSpec, Role
 from disagg_jax.sim.hardware_presets import get_hardware
 from disagg_jax.sim.model_shape import MODEL_SHAPES, get_model_shape
+from disagg_jax.sim.roofline import RooflineCost
 from experiments.shapes import get_device, get_shape, shape_of
 from experiments.simulations import roofline_simulation
 from models.config import PRESETS
@@ -69,6 +70,162 @@ def test_a_config_of_hugging_face(tmp_path, name, config):
     assert get_shape(path) == get_model_shape(name)
 
 
+# By name: what the config.json of published models says of sizes, and the parameters
+# in the metadata of their weights.
+PUBLISHED = {
+    "Meta-Llama-3.1-8B": (LLAMA, 8_030_261_248),
+    "Meta-Llama-3.1-70B": (
+        {
+            **LLAMA,
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "intermediate_size": 28_672,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+        },
+        70_553_706_496,
+    ),
+    "Qwen3-8B": (
+        {
+            **LLAMA,
+            "model_type": "qwen3",
+            "num_hidden_layers": 36,
+            "head_dim": 128,
+            "intermediate_size": 12_288,
+            "vocab_size": 151_936,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "max_window_layers": 36,
+        },
+        8_190_735_360,
+    ),
+    "Qwen3-32B": (
+        {
+            **LLAMA,
+            "model_type": "qwen3",
+            "hidden_size": 5120,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+            "intermediate_size": 25_600,
+            "vocab_size": 151_936,
+        },
+        32_762_123_264,
+    ),
+    "Qwen2.5-7B": (
+        {
+            **LLAMA,
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "intermediate_size": 18_944,
+            "vocab_size": 152_064,
+        },
+        7_615_616_512,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters(tmp_path, name):
+    config, params = PUBLISHED[name]
+    shape = get_shape(write(tmp_path / f"{name}.json", config))
+    assert shape.params == pytest.approx(params, rel=1e-3)  # norms and biases
+    assert shape.weight_bytes == 2 * shape.params
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "weight", "table", "kv", "activation"),
+    [
+        ({}, 2, None, 2, 2),
+        ({"torch_dtype": "bfloat16"}, 2, None, 2, 2),
+        ({"dtype": "float16"}, 2, None, 2, 2),
+        ({"torch_dtype": "float32"}, 4, None, 4, 4),
+        ({"quantization_config": FP8}, 1, 2, 2, 2),
+        ({"quantization_config": FP8, "dtype": "float32"}, 1, 4, 4, 4),
+        ({"quantization_config": FP8, "kv_cache_dtype": "fp8"}, 1, 2, 1, 2),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.53125, 2, 2, 2),
+    ],
+)
+def test_bytes_follow_the_file(tmp_path, settings, weight, table, kv, activation):
+    shape = get_shape(write(tmp_path / "m.json", {**LLAMA, **settings}))
+    assert shape.weight_dtype_bytes == weight
+    assert shape.table_dtype_bytes == table
+    assert shape.kv_dtype_bytes == kv
+    assert shape.activation_dtype_bytes == activation
+    tables = 2 * shape.table_params
+    layers = shape.params - tables
+    assert shape.weight_bytes == layers * weight + tables * (table or weight)
+
+
+def test_memory_follows_the_file(tmp_path):
+    """Llama-3.1-70B in FP8 fits one H100, which it does not in 16 bits."""
+    config = PUBLISHED["Meta-Llama-3.1-70B"][0]
+
+    def kv_tokens(tp, **settings):
+        path = write(tmp_path / "m.json", {**config, **settings})
+        spec = InstanceSpec(role=Role.DECODE, tp=tp)
+        return roofline_simulation(path, "h100").kv_tokens(spec)
+
+    with pytest.raises(ValueError, match="expected weights and KV in 77.31 GB"):
+        kv_tokens(1)
+    # 68.45e9 weights in blocks and 2 x 1.05e9 in tables; 327,680 bytes of KV a token.
+    memory = 0.9 * 2 * 80 * 2**30
+    blocks, tables = 80 * 855_638_016, 2 * 128_256 * 8192
+    want = (memory - blocks - 2 * tables) // 327_680
+    assert kv_tokens(2, quantization_config=FP8) == want
+    assert kv_tokens(1, quantization_config=FP8) > 5_000
+    fp8_kv = {"quantization_config": {**FP8, "kv_cache_scheme": {"num_bits": 8}}}
+    assert kv_tokens(2, **fp8_kv) == (memory - blocks - 2 * tables) // 163_840
+
+
+def test_streaming_follows_the_file(tmp_path):
+    """An ideal device's decode step of one row takes as long as its bytes do."""
+
+    def decode_s(**settings):
+        path = write(tmp_path / "m.json", {**LLAMA, **settings})
+        cost = RooflineCost(
+            model=get_shape(path), hardware=get_hardware("h100").ideal()
+        )
+        return cost.instance(1).decode_s(1, 0)
+
+    blocks, table = 32 * 218_103_808, 128_256 * 4096
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    for width, settings in [
+        (2, {}),
+        (1, {"quantization_config": FP8}),
+        (4.15625 / 8, {"quantization_config": awq}),
+    ]:
+        want = (blocks * width + table * 2) / 3.35e12
+        assert decode_s(**settings) == pytest.approx(want, rel=1e-9)
+
+
+def test_the_file_that_nvidia_lays_beside(tmp_path):
+    path = write(tmp_path / "config.json", LLAMA)
+    beside = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+    write(tmp_path / "hf_quant_config.json", {"quantization": beside, "producer": {}})
+    shape = get_shape(path)
+    assert (shape.weight_dtype_bytes, shape.kv_dtype_bytes) == (1, 1)
+
+
+def test_unknown_keys_make_one_warning(tmp_path):
+    fields = {**FP8, "novel": 1}
+    settings = {**LLAMA, "surprise": 1, "quantization_config": fields}
+    path = write(tmp_path / "m.json", settings)
+    with pytest.warns(UserWarning) as warned:
+        shape = get_shape(path)
+        assert get_shape(path) == shape
+    (message,) = (str(warning.message) for warning in warned)
+    named = "['surprise', 'quantization_config.novel']"
+    assert message == f"{path}: ignores the unknown keys {named}"
+    assert shape.weight_dtype_bytes == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -77,6 +234,16 @@ def test_a_config_of_hugging_face(tmp_path, name, config):
         ({"layers": 2}, r"got no \['embed', .*\] and unknown \[\]"),
         ({**fields("opt-13b"), "depth": 3}, r"got no \[\] and unknown \['depth'\]"),
         ({**LLAMA, "model_type": "mamba"}, "expected one of .*, got 'mamba'"),
+        ({"architectures": ["X"], "hidden_size": 2}, "model_type: .*, got None"),
+        ({**LLAMA, "num_local_experts": 8}, "num_local_experts=8: a mixture of"),
+        ({**LLAMA, "vocab_size": None}, "model: .*vocab_size: expected a whole number"),
+        (
+            {**LLAMA, "quantization_config": {"quant_method": "hqq"}},
+            "model: .*quantization_config: quant_method: expected one of .*'hqq'",
+        ),
+        ({**LLAMA, "torch_dtype": "int8"}, "torch_dtype: expected one of .*'int8'"),
+        ({**fields("opt-13b"), "gated_mlp": "false"}, "gated_mlp: expected bool, got"),
+        ({**fields("opt-13b"), "layers": "40"}, "layers: expected int, got '40'"),
         ({**fields("opt-13b"), "layers": 0}, "layers: expected >= 1, got 0"),
     ],
 )

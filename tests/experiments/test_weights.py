@@ -48,6 +48,18 @@ def test_a_folder_and_its_checkpoint_are_the_same_model(family, tmp_path):
         assert tokenizer.eos_token == 256
 
 
+def test_a_checkpoint_keeps_scaled_frequencies(tmp_path):
+    folder = shutil.copytree(GOLDEN / "llama", tmp_path / "scaled")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["rope_parameters"] |= {"rope_type": "linear", "factor": 2.5}
+    (folder / "config.json").write_text(json.dumps(settings))
+    convert(folder, tmp_path / "checkpoint")
+    loaded = load(tmp_path / "checkpoint").config
+    assert loaded == load(folder).config
+    assert loaded.rope_divisors == (2.5,) * 4
+    hash(loaded)  # as what is compiled for it needs
+
+
 def test_a_folder_is_cast_to_the_preset_and_checked(monkeypatch):
     stored, _ = load_hf(GOLDEN / "qwen3")
     preset = dataclasses.replace(stored, name="preset", dtype="float32")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,7 @@ def write(
     *,
     architecture: str = "llama",
     quantized: frozenset[str] = frozenset(),
-    scaling: bool = False,
+    extra: Callable[[Any], None] = lambda writer: None,
 ) -> pathlib.Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small")
@@ -105,8 +106,7 @@ def write(
     writer.add_rope_freq_base(5000.0)
     writer.add_rope_dimension_count(H)
     writer.add_layer_norm_rms_eps(1e-5)
-    if scaling:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    extra(writer)
     for name, tensor in tensors.items():
         if name in quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
@@ -176,8 +176,6 @@ def test_what_is_not_a_plain_llama_is_refused(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "m.gguf"
     with pytest.raises(ValueError, match="expected 'llama', got 'qwen2'"):
         load_gguf(write(path, tensors, architecture="qwen2"))
-    with pytest.raises(ValueError, match="scaling.type: expected 'none', got 'yarn'"):
-        load_gguf(write(path, tensors, scaling=True))
     bias = {"blk.0.attn_q.bias": np.zeros(N * H, np.float32)}
     with pytest.raises(ValueError, match=r"got also \['blk.0.attn_q.bias'\]"):
         load_gguf(write(path, tensors | bias))
@@ -201,3 +199,107 @@ def test_what_is_missing_comes_with_its_command(
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'disagg-jax\[weights\]'"):
         load_gguf(tmp_path / "any.gguf")
+
+
+def rope(kind: str | None = None, factor: float | None = None, **others: float) -> Any:
+    """A writer of the metadata about rotary scaling."""
+
+    def add(writer: Any) -> None:
+        if kind is not None:
+            writer.add_string("llama.rope.scaling.type", kind)
+        if factor is not None:
+            writer.add_float32("llama.rope.scaling.factor", factor)
+        for key, value in others.items():
+            kind_of = (
+                writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            )
+            kind_of(f"llama.rope.{key.replace('__', '.')}", value)
+
+    return add
+
+
+PLAIN = 5000.0 ** -(np.arange(0, H, 2) / H)
+DIVISORS = np.array([1, 1, 1.5, 2.75, 4, 8, 8, 8], np.float32)
+
+
+@pytest.mark.parametrize(
+    "metadata, divisors, want, attention_factor, length",
+    [
+        (rope("linear", 4.0), None, PLAIN / 4, 1, 256),
+        (rope(None, 4.0), None, PLAIN / 4, 1, 256),  # llama.cpp's default is linear
+        (rope(scale_linear=2.0), None, PLAIN / 2, 1, 256),
+        (rope("none"), None, PLAIN, 1, 256),
+        (rope("none", 1.0), None, PLAIN, 1, 256),
+        (rope(), DIVISORS, PLAIN / DIVISORS, 1, 256),  # Llama 3.1
+        (rope("linear", 2.0), DIVISORS, PLAIN / DIVISORS / 2, 1, 256),
+        (
+            # Pairs 8 log(128 / (2 pi beta)) / log(5000): -0.42 for 32, so from 0 on,
+            # and 2.83 for 1, so up to 3.
+            rope("yarn", 4.0, scaling__original_context_length=128),
+            None,
+            PLAIN * (1 - 0.75 * np.array([0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1])),
+            0.1 * np.log(4) + 1,
+            512,
+        ),
+        (
+            # 1.53 for 4 and 2.83 for 1: from 1 up to 3.
+            rope(
+                "yarn",
+                8.0,
+                scaling__original_context_length=128,
+                scaling__yarn_beta_fast=4.0,
+                scaling__yarn_beta_slow=1.0,
+            ),
+            None,
+            PLAIN * (1 - 0.875 * np.array([0, 0, 0.5, 1, 1, 1, 1, 1])),
+            0.1 * np.log(8) + 1,
+            1024,
+        ),
+    ],
+)
+def test_scaled_frequencies(
+    tmp_path: pathlib.Path,
+    metadata: Any,
+    divisors: np.ndarray | None,
+    want: np.ndarray,
+    attention_factor: float,
+    length: int,
+) -> None:
+    tensors = llama_tensors(random_params(tied=True))
+    if divisors is not None:
+        tensors["rope_freqs.weight"] = divisors
+    config, _ = load_gguf(write(tmp_path / "m.gguf", tensors, extra=metadata))
+    got = PLAIN / np.array(config.rope_divisors or (1.0,))
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+    assert config.rope_attention_factor == pytest.approx(attention_factor, rel=1e-12)
+    assert config.max_length == length
+
+
+@pytest.mark.parametrize(
+    "metadata, message",
+    [
+        (rope("longrope", 4.0), "expected one of .*, got 'longrope'"),
+        (rope("none", 4.0), r"expected no other fields, got \['factor'\]"),
+        (rope("linear"), "factor: expected a number > 0, got None"),
+        (rope("yarn", 4.0), "llama.rope.scaling.original_context_length'"),
+        (rope(scaling__attn_factor=1.2), "attn_factor: expected none, got 1.2"),
+        (rope(scaling__alpha=1000.0), "alpha: expected none, got 1000"),
+        (
+            rope("linear", 2.0, scaling__yarn_log_multiplier=0.1),
+            "yarn_log_multiplier: expected none, got 0.1",
+        ),
+    ],
+)
+def test_other_scalings_are_refused(
+    tmp_path: pathlib.Path, metadata: Any, message: str
+) -> None:
+    tensors = llama_tensors(random_params(tied=True))
+    with pytest.raises(ValueError, match=message):
+        load_gguf(write(tmp_path / "m.gguf", tensors, extra=metadata))
+
+
+def test_divisors_of_another_length_are_refused(tmp_path: pathlib.Path) -> None:
+    tensors = llama_tensors(random_params(tied=True))
+    tensors["rope_freqs.weight"] = DIVISORS[1:]
+    with pytest.raises(ValueError, match=r"rope_freqs.weight: expected shape \(8,\)"):
+        load_gguf(write(tmp_path / "m.gguf", tensors))

@@ -114,10 +114,16 @@ def test_a_tied_embedding_may_be_stored_twice(folder: pathlib.Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window: expected False, got True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config: expected None"),
+        ({"compression_config": {"bits": 4}}, "compression_config: expected None"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype: expected 'auto', got 'fp8'"),
+        ({"torch_dtype": "float32"}, "dtype and torch_dtype: expected the same"),
+        ({"dtype": "int8"}, "dtype: expected one of .*, got 'int8'"),
+        ({"attention_bias": True}, "attention_bias: expected False, got True"),
         (
-            {"rope_parameters": {"rope_type": "yarn"}},
-            "rope_type: expected 'default', got 'yarn'",
+            {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1},
+            "sliding_window=32: a window of attention is not modelled",
         ),
+        ({"num_experts": 8}, "model: num_experts=8: a mixture of experts is not"),
     ],
 )
 def test_what_ours_has_not_is_refused(
@@ -126,6 +132,22 @@ def test_what_ours_has_not_is_refused(
     change_config(folder, **settings)
     with pytest.raises(ValueError, match=message):
         load_hf(folder)
+
+
+def test_quantisation_in_a_file_beside_is_refused(folder: pathlib.Path) -> None:
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="hf_quant_config.json: expected unquantised"):
+        load_hf(folder)
+
+
+def test_unknown_keys_make_one_warning(folder: pathlib.Path) -> None:
+    expected = load_hf(folder)[0]
+    change_config(folder, surprise=1, novelty=None)
+    with pytest.warns(UserWarning) as warned:
+        assert load_hf(folder)[0] == expected
+    assert [str(warning.message) for warning in warned] == [
+        f"{folder}: ignores the unknown keys ['novelty', 'surprise']"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,20 @@ def test_dtypes_scale_what_they_are_the_dtype_of():
     assert 2 * quantised.kv_bytes_per_token == shape.kv_bytes_per_token
 
 
+def test_tables_may_be_wider_than_the_layers():
+    shape = get_model_shape("llama-3-8b")
+    awq = dataclasses.replace(shape, weight_dtype_bytes=0.5, table_dtype_bytes=2)
+    # 8.03e9 weights, of which 1.05e9 are in the two tables.
+    assert awq.weight_bytes / 1e9 == pytest.approx(6.98 / 2 + 1.05 * 2, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"layers": 0}, "layers: expected >= 1, got 0"),
         ({"kv_dtype_bytes": 0}, "kv_dtype_bytes: expected >= 1, got 0"),
+        ({"weight_dtype_bytes": 0}, "weight_dtype_bytes: expected > 0, got 0"),
+        ({"table_dtype_bytes": -1}, "table_dtype_bytes: expected > 0, got -1"),
         ({"kv_heads": 7}, "q_heads: expected a multiple of kv_heads=7, got 64"),
     ],
 )

@@ -1,0 +1,283 @@
+"""Bytes of the weights and of the KV cache of quantised Hugging Face models. No JAX.
+
+A method says how wide a weight is and which matrices are left out. Scales and zero
+points are counted where a group of at most 1,024 weights shares them; those of whole
+rows, matrices and blocks of 128 x 128 are under 0.1 % of the weights, as norms are.
+Embeddings and unembeddings stay as wide as activations.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from models.hf_config import DTYPE_BYTES, Settings, Sizes, read_dtype
+
+QUANTIZATION = "hf_quant_config.json"  # where NVIDIA's Model Optimizer writes it
+
+_KEPT = (
+    "modules_to_not_convert",
+    "ignore",
+    "ignored_layers",
+    "exclude_modules",
+    "llm_int8_skip_modules",
+)
+_READ = """
+    quant_method bits group_size lm_head config_groups format sparsity_config
+    transform_config quant_algo kv_cache_scheme kv_cache_quant_algo kv_cache_dtype
+    load_in_8bit load_in_4bit bnb_4bit_use_double_quant dynamic quantization
+    weight_block_size
+"""
+# How numbers are found, and what is done to activations: no byte of a weight.
+_HARMLESS = """
+    activation_scheme fmt scale_fmt version zero_point sym desc_act true_sequential
+    static_groups damp_percent dataset tokenizer model_seqlen block_name_to_quantize
+    module_name_preceding_first_block batch_size pad_token_id use_exllama
+    exllama_config max_input_length use_cuda_fp16 cache_block_outputs
+    modules_in_block_to_quantize checkpoint_format meta quantizer pack_dtype
+    model_name_or_path model_file_base_name is_marlin_format backend do_fuse
+    modules_to_fuse fuse_max_seq_len activation_scale_ub quantization_status
+    global_compression_ratio producer modelopt_version dequantize
+    bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_quant_storage
+    llm_int8_threshold llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight
+    _load_in_8bit _load_in_4bit has_zero_point pre_quant_scale
+"""
+_KNOWN = {*_READ.split(), *_HARMLESS.split(), *_KEPT}
+
+Bits = Callable[[str], float | None]  # of a matrix's weights, by its name; None: kept
+
+
+def unknown_keys(settings: Settings) -> list[str]:
+    """Those of `quantization_config` that are on no list."""
+    unknown = set(_fields(settings)) - _KNOWN
+    return sorted(f"quantization_config.{key}" for key in unknown)
+
+
+def activation_bytes(settings: Settings) -> int:
+    """Bytes of one activation, and of a weight that is not quantised: 2 by default."""
+    return DTYPE_BYTES[read_dtype(settings) or "bfloat16"]
+
+
+def weight_bytes(settings: Settings, sizes: Sizes) -> float:
+    """Bytes of a weight in the blocks' matrices, on average, with what scales it.
+
+    Raises:
+      ValueError: naming what is unknown or not modelled.
+    """
+    fields, wide = _fields(settings), activation_bytes(settings)
+    if not fields:
+        return wide
+    kept = [pattern for key in _KEPT for pattern in fields.get(key) or ()]
+    bits_of = _bits_of(fields)
+    head = None if _matches("lm_head", kept) else bits_of("lm_head")
+    if head is not None and not sizes.tie_embeddings:
+        raise ValueError("quantization_config: a quantised lm_head is not modelled")
+    total, weights = 0.0, 0
+    for name, size in _matrices(settings, sizes):
+        bits = None if _matches(name, kept) else bits_of(name)
+        total += size * (wide if bits is None else bits / 8)
+        weights += size
+    return total / weights
+
+
+def kv_bytes(settings: Settings) -> int:
+    """Bytes of one cached key or value element.
+
+    Raises:
+      ValueError: if there are two widths, or one that is not modelled.
+    """
+    fields = _fields(settings)
+    given = {
+        key: value
+        for key, value in {
+            "kv_cache_scheme": fields.get("kv_cache_scheme"),
+            "kv_cache_quant_algo": fields.get("kv_cache_quant_algo"),
+            "quantization_config.kv_cache_dtype": fields.get("kv_cache_dtype"),
+            "kv_cache_dtype": settings.get("kv_cache_dtype"),
+        }.items()
+        if value not in (None, "auto")
+    }
+    widths = {_kv_width(key, value) for key, value in given.items()}
+    if len(widths) > 1:
+        raise ValueError(f"KV cache: expected one width, got {given}")
+    return widths.pop() if widths else activation_bytes(settings)
+
+
+def _kv_width(key: str, value: Any) -> int:
+    if isinstance(value, Mapping):
+        value = f"{value.get('type', 'float')}{value.get('num_bits')}"
+    width = _KV_BYTES.get(str(value).lower())
+    if width is None:
+        raise ValueError(f"{key}: expected one of {sorted(_KV_BYTES)}, got {value!r}")
+    return width
+
+
+def _fields(settings: Settings) -> dict[str, Any]:
+    """`quantization_config` by either name; NVIDIA nests its own once more."""
+    found = [settings.get(key) for key in ("quantization_config", "compression_config")]
+    fields = next((value for value in found if value), {})
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"quantization_config: expected an object, got {fields!r}")
+    return {**fields, **(fields.get("quantization") or {})}
+
+
+def _matrices(settings: Settings, sizes: Sizes) -> Iterator[tuple[str, int]]:
+    """The name of every matrix in a block, and how many weights it has."""
+    opt = settings["model_type"] == "opt"
+    query = sizes.embed * sizes.q_heads * sizes.head_dim
+    kv, mlp = query // sizes.q_heads * sizes.kv_heads, sizes.embed * sizes.mlp
+    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out = "self_attn.out_proj" if opt else "self_attn.o_proj"
+    gated = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    names = (*attention, out, *(("fc1", "fc2") if opt else gated))
+    for layer in range(sizes.layers):
+        at = f"model.{'decoder.' if opt else ''}layers.{layer}"
+        for name, size in zip(
+            names, (query, kv, kv, query, mlp, mlp, mlp), strict=False
+        ):
+            yield f"{at}.{name}", size
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module, or one that it is part of, is meant.
+
+    Patterns are regular expressions after `re:`, shell patterns, or parts of a name.
+    """
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], name):
+                return True
+        elif "*" in pattern:
+            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(
+                name, f"{pattern}.*"
+            ):
+                return True
+        elif f".{pattern}." in f".{name}.":
+            return True
+    return False
+
+
+# -- methods --------------------------------------------------------------------------
+
+
+def _bits_of(fields: Mapping[str, Any]) -> Bits:
+    method = fields.get("quant_method") or (
+        "modelopt" if "quant_algo" in fields else ""
+    )
+    if method == "compressed-tensors":
+        return _compressed_tensors(fields)
+    if method not in _METHODS:
+        known = sorted((*_METHODS, "compressed-tensors"))
+        raise _refusal("quant_method", f"one of {known}", method)
+    bits = _METHODS[method](fields)
+    has_head = bool(fields.get("lm_head"))
+    return lambda name: None if name == "lm_head" and not has_head else bits
+
+
+def _refusal(key: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"quantization_config: {key}: expected {expected}, got {got!r}")
+
+
+def _grouped(bits: float, shared_bits: float, group: int | None) -> float:
+    """`bits` of a weight and its part of what a group shares."""
+    return bits + (shared_bits / group if group and 0 < group <= 1024 else 0)
+
+
+def _integer(fields: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = fields.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value == 0:
+        raise _refusal(key, "a whole number", value)
+    return value
+
+
+def _gptq(fields: Mapping[str, Any]) -> float:
+    """AWQ's too: a 16-bit scale and a zero point for each group."""
+    bits = _integer(fields, "bits")
+    if bits not in (2, 3, 4, 8):
+        raise _refusal("bits", "2, 3, 4 or 8", bits)
+    if fields.get("dynamic"):
+        raise _refusal("dynamic", "no widths by module", fields["dynamic"])
+    return _grouped(bits, 16 + bits, _integer(fields, "group_size", 128))
+
+
+def _bitsandbytes(fields: Mapping[str, Any]) -> float:
+    four, eight = (bool(fields.get(key)) for key in ("load_in_4bit", "load_in_8bit"))
+    if four == eight:
+        raise _refusal("load_in_4bit, load_in_8bit", "one of them", (four, eight))
+    # A float32 for each 64 weights, or 8 bits of it and a float32 for 256 such.
+    double = fields.get("bnb_4bit_use_double_quant")
+    return 8 if eight else _grouped(4, 8 + 32 / 256 if double else 32, 64)
+
+
+def _modelopt(fields: Mapping[str, Any]) -> float:
+    algorithm = fields.get("quant_algo")
+    if algorithm not in _ALGORITHMS:
+        raise _refusal("quant_algo", f"one of {sorted(_ALGORITHMS)}", algorithm)
+    bits, shared, group = _ALGORITHMS[algorithm]
+    return _grouped(bits, shared, _integer(fields, "group_size", group))
+
+
+def _compressed_tensors(fields: Mapping[str, Any]) -> Bits:
+    sparse = (fields.get("sparsity_config") or {}).get("format", "dense")
+    if sparse != "dense" or "24" in str(fields.get("format")):
+        raise _refusal("sparsity_config", "dense weights", sparse)
+    if fields.get("transform_config"):
+        raise _refusal("transform_config", "none", fields["transform_config"])
+    groups = fields.get("config_groups") or {}
+    if not groups or not all(isinstance(group, Mapping) for group in groups.values()):
+        raise _refusal("config_groups", "objects with targets and weights", groups)
+    rules = [
+        (group.get("targets") or ("Linear",), _scheme_bits(group.get("weights")))
+        for group in groups.values()
+    ]
+
+    def bits_of(name: str) -> float | None:
+        for targets, bits in rules:
+            if "Linear" in targets or _matches(name, targets):
+                return bits
+        return None
+
+    return bits_of
+
+
+def _scheme_bits(scheme: Mapping[str, Any] | None) -> float | None:
+    """Bits of a weight by compressed-tensors; without a scheme it is not quantised."""
+    if not scheme:
+        return None
+    bits = _integer(scheme, "num_bits")
+    # The scales of NVFP4 and MXFP4 have 8 bits.
+    shared = 8 if scheme.get("type") == "float" and bits == 4 else 16
+    if scheme.get("symmetric") is False:
+        shared += bits
+    return _grouped(bits, shared, scheme.get("group_size"))
+
+
+_METHODS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "fp8": lambda _: 8,
+    "fbgemm_fp8": lambda _: 8,
+    "mxfp4": lambda _: _grouped(4, 8, 32),
+    "nvfp4": lambda _: _grouped(4, 8, 16),
+    "awq": _gptq,
+    "gptq": _gptq,
+    "bitsandbytes": _bitsandbytes,
+    "modelopt": _modelopt,
+    "modelopt_fp4": _modelopt,
+}
+# Of Model Optimizer: bits of a weight, of a group's scale, weights of a group.
+_ALGORITHMS = {
+    "FP8": (8, 0, -1),
+    "FP8_PER_CHANNEL_PER_TOKEN": (8, 0, -1),
+    "FP8_PB_WO": (8, 0, -1),
+    "W8A8_SQ_PER_CHANNEL": (8, 0, -1),
+    "NVFP4": (4, 8, 16),
+    "MXFP4": (4, 8, 32),
+    "W4A16_AWQ": (4, 16, 128),
+    "W4A8_AWQ": (4, 16, 128),
+}
+_KV_BYTES = {
+    **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "float8", "int8"), 1),
+    **DTYPE_BYTES,
+}

@@ -1,0 +1,268 @@
+"""Bytes of quantised weights and KV, worked out by hand for each method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from models.hf_config import read_sizes
+from models.quantization import kv_bytes, unknown_keys, weight_bytes
+
+# A block has 16 + 8 + 8 + 16 = 48 weights of attention and 3 x 4 x 16 = 192 of MLP.
+SETTINGS = {
+    "model_type": "llama",
+    "hidden_size": 4,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 12,
+    "vocab_size": 100,
+    "torch_dtype": "bfloat16",
+}
+
+
+def width(dtype: str = "bfloat16", **fields: Any) -> float:
+    settings = {**SETTINGS, "torch_dtype": dtype, "quantization_config": fields}
+    return weight_bytes(settings, read_sizes(settings))
+
+
+def group(targets: list[str] | None = None, **weights: Any) -> dict[str, Any]:
+    return {"targets": targets or ["Linear"], "weights": weights or None}
+
+
+def compressed(*groups: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {f"group_{i}": one for i, one in enumerate(groups)},
+        "ignore": ["lm_head"],
+        **fields,
+    }
+
+
+INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
+FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+
+
+@pytest.mark.parametrize(
+    "fields, bits",
+    [
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, 8),
+        # A float32 for 16,384 weights is left out.
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "fbgemm_fp8"}, 8),
+        # A 16-bit scale and a 4-bit zero point for each group.
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
+        ({"quant_method": "awq", "bits": 4, "group_size": 64}, 4 + 20 / 64),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, 4 + 20 / 32),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, 8 + 24 / 128),
+        ({"quant_method": "gptq", "bits": 3}, 3 + 19 / 128),
+        ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4),
+        (compressed(group(**FP8)), 8),
+        (compressed(group(**INT4)), 4 + 16 / 128),
+        (compressed(group(**INT4, symmetric=False)), 4 + 20 / 128),
+        (compressed(group(**NVFP4), format="nvfp4-pack-quantized"), 4 + 8 / 16),
+        (compressed(group(num_bits=8, type="int", strategy="channel")), 8),
+        (compressed(group()), 16),  # activations only
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4 + 8 / 16),
+        ({"quantization": {"quant_algo": "NVFP4", "group_size": 16}}, 4 + 8 / 16),
+        ({"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}, 4 + 16 / 128),
+        ({"quant_method": "nvfp4"}, 4 + 8 / 16),
+        ({"quant_method": "mxfp4"}, 4 + 8 / 32),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, 8),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4 + 32 / 64),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_4bit": True,
+                "bnb_4bit_use_double_quant": True,
+            },
+            4 + (8 + 32 / 256) / 64,
+        ),
+        ({}, 16),
+    ],
+)
+def test_bits_of_a_weight(fields: dict[str, Any], bits: float) -> None:
+    assert width(**fields) == pytest.approx(bits / 8, rel=1e-12)
+    assert unknown_keys({"quantization_config": fields}) == []
+
+
+ATTENTION, GATES = 48 / 240, 64 / 240  # shares of a block's weights
+
+
+@pytest.mark.parametrize(
+    "fields, kept",
+    [
+        ({"quant_method": "fp8", "modules_to_not_convert": ["self_attn"]}, ATTENTION),
+        ({"quant_method": "fp8", "ignored_layers": ["model.layers.1"]}, 1 / 12),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.1", "lm"]},
+            1 / 12,  # and not also layers 10 and 11
+        ),
+        (
+            {
+                "quant_method": "fp8",
+                "modules_to_not_convert": ["model.layers.0.mlp.gate_proj", "mlp.gate"],
+            },
+            GATES / 12,
+        ),
+        (
+            {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+            0,
+        ),
+        (
+            {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": ["model.layers.*.self_attn"],
+            },
+            ATTENTION,
+        ),
+        (
+            {
+                "quantization": {
+                    "quant_algo": "FP8",
+                    "exclude_modules": ["lm_head", "model.layers.11*"],
+                }
+            },
+            1 / 12,
+        ),
+        (
+            compressed(group(**FP8), ignore=["lm_head", r"re:.*\.mlp\.gate_proj$"]),
+            GATES,
+        ),
+        (compressed(group(["re:.*mlp.*"], **FP8)), ATTENTION),
+        (
+            {
+                "quant_method": "bitsandbytes",
+                "load_in_8bit": True,
+                "llm_int8_skip_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+            },
+            ATTENTION,
+        ),
+    ],
+)
+def test_matrices_that_are_left_alone(fields: dict[str, Any], kept: float) -> None:
+    bits = 4.25 if fields.get("quant_method") == "mxfp4" else 8
+    want = kept * 2 + (1 - kept) * bits / 8
+    assert width(**fields) == pytest.approx(want, rel=1e-12)
+    wide = kept * 4 + (1 - kept) * bits / 8
+    assert width("float32", **fields) == pytest.approx(wide, rel=1e-12)
+
+
+def test_two_groups_of_widths() -> None:
+    fields = compressed(group(["re:.*self_attn.*"], **FP8), group(**INT4))
+    want = ATTENTION * 1 + (1 - ATTENTION) * (4 + 16 / 128) / 8
+    assert width(**fields) == pytest.approx(want, rel=1e-12)
+
+
+def test_the_matrices_of_opt() -> None:
+    sizes = {"ffn_dim": 16, "tie_word_embeddings": True}
+    fields = {"quant_method": "gptq", "bits": 8, "group_size": -1}
+    fields["modules_to_not_convert"] = ["fc1"]
+    settings = {**SETTINGS, **sizes, "model_type": "opt", "quantization_config": fields}
+    settings["num_key_value_heads"] = 2
+    # 4 x 16 of attention and 2 x 64 of the MLP.
+    got = weight_bytes(settings, read_sizes(settings))
+    assert got == pytest.approx((64 * 2 + 128) / 192, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"quant_method": "aqlm"}, "quant_method: expected one of .*, got 'aqlm'"),
+        ({"bits": 4}, "quant_method: expected one of .*, got ''"),
+        ({"quant_method": "awq"}, "bits: expected a whole number, got None"),
+        ({"quant_method": "gptq", "bits": 5}, "bits: expected 2, 3, 4 or 8, got 5"),
+        (
+            {"quant_method": "gptq", "bits": 4, "dynamic": {"-:lm": {}}},
+            "dynamic: expected no widths by module",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "lm_head": True}, "a quantised lm_head"),
+        (compressed(group(**FP8), ignore=[]), "a quantised lm_head is not modelled"),
+        (compressed(), "config_groups: expected objects with targets and weights"),
+        (
+            compressed(group(**FP8), sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config: expected dense weights, got 'sparse-24-bitmask'",
+        ),
+        (
+            compressed(group(**FP8), transform_config={"config_groups": {"u": {}}}),
+            "transform_config: expected none",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+            "quant_algo: expected one of .*, got 'MIXED_PRECISION'",
+        ),
+        ({"quant_method": "bitsandbytes"}, "load_in_4bit, load_in_8bit: expected one"),
+    ],
+)
+def test_other_methods_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"quantization_config: .*{message}"):
+        width(**fields)
+
+
+def test_quantization_that_is_no_object_is_refused() -> None:
+    settings = {**SETTINGS, "quantization_config": "fp8"}
+    with pytest.raises(ValueError, match="quantization_config: expected an object"):
+        weight_bytes(settings, read_sizes(settings))
+
+
+def test_its_older_name_and_unknown_fields() -> None:
+    fields = {"quant_method": "fp8", "surprise": 1}
+    settings = {**SETTINGS, "compression_config": fields}
+    assert weight_bytes(settings, read_sizes(settings)) == 1
+    assert unknown_keys(settings) == ["quantization_config.surprise"]
+
+
+@pytest.mark.parametrize(
+    "settings, size",
+    [
+        ({}, 2),
+        ({"torch_dtype": "float32"}, 4),
+        ({"torch_dtype": None}, 2),
+        ({"kv_cache_dtype": "auto"}, 2),
+        ({"kv_cache_dtype": "fp8_e4m3"}, 1),
+        ({"quantization_config": {"kv_cache_scheme": None}}, 2),
+        ({"quantization_config": {"kv_cache_scheme": {"num_bits": 8}}}, 1),
+        (
+            {
+                "quantization_config": {
+                    "kv_cache_scheme": {"num_bits": 8, "type": "int"}
+                }
+            },
+            1,
+        ),
+        ({"quantization_config": {"quantization": {"kv_cache_quant_algo": "FP8"}}}, 1),
+        ({"quantization_config": {"kv_cache_quant_algo": None}}, 2),
+        ({"quantization_config": {"kv_cache_dtype": "bfloat16"}}, 2),
+    ],
+)
+def test_bytes_of_the_cache(settings: dict[str, Any], size: int) -> None:
+    assert kv_bytes({**SETTINGS, **settings}) == size
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kv_cache_dtype": "turbo3"}, "kv_cache_dtype: expected one of .*'turbo3'"),
+        (
+            {"quantization_config": {"kv_cache_quant_algo": "NVFP4"}},
+            "kv_cache_quant_algo: expected one of .*, got 'NVFP4'",
+        ),
+        (
+            {"quantization_config": {"kv_cache_scheme": {"num_bits": 4}}},
+            "kv_cache_scheme: expected one of .*, got 'float4'",
+        ),
+        (
+            {
+                "kv_cache_dtype": "bfloat16",
+                "quantization_config": {"kv_cache_quant_algo": "FP8"},
+            },
+            "KV cache: expected one width, got",
+        ),
+    ],
+)
+def test_other_caches_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kv_bytes({**SETTINGS, **settings})
