@@ -128,7 +128,6 @@ def test_of_streamed_groups_only_the_last_is_seen(groups, tmp_path):
     ("change", "message"),
     [
         ({"trace": "nowhere.csv"}, "nowhere.csv"),
-        ({"trace": "trace.txt"}, "expected one of ['.csv', '.jsonl'], got '.txt'"),
         ({"deployment": "prefill:tp1"}, "prefill and decode instances need each other"),
         ({"deployment": "colocated:tp3"}, "(tp, pp): expected [(1, 1), (1, 2)"),
         ({"config": "gpt4"}, "opt13b_a100"),
@@ -145,7 +144,7 @@ def test_bad_input_is_one_clear_error(tmp_path, change, message):
     ("trace", "message"),
     [
         ("a,b\n1,2\n", "line 1: expected a header with one of arrival_s/arrival_ms"),
-        (HEADER + "0,0,5,5\n1,x,5,5\n", "line 3: expected a finite arrival"),
+        (HEADER + "0,0,5,5\n1,x,5,5\n", "line 3: expected a finite time"),
         (HEADER + "0,9,5,5\n1,3,5,5\n", "line 3: expected a time not before"),
         (HEADER, "expected at least one row, got none"),
     ],
