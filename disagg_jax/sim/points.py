@@ -92,7 +92,7 @@ class TraceWorkload:
     rows: tuple[TraceRow, ...]  # kept with their ties spread, unless those are kept
     ties: Ties = "spread"  # rows in one tick of a coarse clock: over it, or at one time
     arrivals: Arrivals = POISSON  # of rows without times
-    # What was done to the rows before, to print beside results.
+    # Where the rows come from and what was done to them, to print beside results.
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:

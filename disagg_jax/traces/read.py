@@ -110,11 +110,14 @@ def load_trace(
     expect(max_rows >= 0, "max_rows: expected >= 0", max_rows)
     with open_records(path) as records:
         if SHAREGPT in records.names:
+            _expect_no_times(unit, ties)
             return _sharegpt(path, records, max_rows, tokens_of)
         if not records.names:
             raise _no_rows(path)
         form = find_format(path, records.where, records.names)
-        return _timed(path, form, records, unit, ties, max_rows)
+        if form.time is None:
+            _expect_no_times(unit, ties)
+        return _rows(path, form, records, unit, ties, max_rows)
 
 
 def _no_rows(path: Path) -> ValueError:
@@ -125,10 +128,16 @@ def _taken(rows: Iterable[Record], max_rows: int) -> Iterator[Record]:
     return itertools.islice(rows, max_rows or None)
 
 
-# ---- with times ----------------------------------------------------------------------
+def _expect_no_times(unit: Unit, ties: Ties) -> None:
+    """Raises a ValueError on options that only times have a use for."""
+    expect(unit == "auto", "unit: expected none, as the trace has no times", unit)
+    expect(ties == "spread", "ties: expected none, as the trace has no times", ties)
 
 
-def _timed(
+# ---- lengths in tokens ---------------------------------------------------------------
+
+
+def _rows(
     path: Path,
     form: Format,
     records: Records,
@@ -138,7 +147,6 @@ def _timed(
 ) -> Trace:
     rows = list[TraceRow]()
     if form.time is None:
-        expect(unit == "auto", "unit: expected none, as the trace has no times", unit)
         rows.extend(
             TraceRow(math.nan, *_counts(path, form, record))
             for record in _taken(records.rows, max_rows)
@@ -242,7 +250,7 @@ def _check_pace(
         )
 
 
-# ---- ShareGPT ------------------------------------------------------------------------
+# ---- lengths of texts: ShareGPT -------------------------------------------------------
 
 
 def _sharegpt(
