@@ -250,7 +250,7 @@ def _check_pace(
         )
 
 
-# ---- lengths of texts: ShareGPT -------------------------------------------------------
+# ---- lengths of texts: ShareGPT ------------------------------------------------------
 
 
 def _sharegpt(
