@@ -210,13 +210,15 @@ def _workload(simulation: Simulation) -> tuple[Workload, str]:
     return trace_workload(trace, longest), pathlib.Path(_TRACE.value).name
 
 
-def trace_workload(trace: str | Trace, max_total_tokens: int) -> TraceWorkload:
+def trace_workload(
+    trace: str | os.PathLike[str] | Trace, max_total_tokens: int
+) -> TraceWorkload:
     """The rows of a trace whose requests have at most so many tokens.
 
     Raises:
       ValueError, OSError: on a trace that cannot be read, or too few such rows.
     """
-    if isinstance(trace, str):
+    if not isinstance(trace, Trace):
         trace = load_trace(trace)
     # What was to be done to ties is done.
     workload = TraceWorkload.fitting(trace.rows, max_total_tokens, ties="keep")

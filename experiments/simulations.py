@@ -260,7 +260,7 @@ def trace_requests(
     Args:
       rate_rps: None keeps the trace's own times, which it must have then.
     """
-    if isinstance(trace, str):
+    if not isinstance(trace, Trace):
         trace = load_trace(trace)
     if not trace.timed and rate_rps is None:
         raise ValueError(f"--rate: expected requests/s, as {trace.file} has no times")

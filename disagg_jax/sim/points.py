@@ -121,8 +121,14 @@ class TraceWorkload:
           ValueError: if fewer than two are left.
         """
         # Ties first: whom a tick's rows share it with does not depend on lengths.
-        fitted = fit_rows(untied(rows, ties), max_total_tokens=max_total_tokens)
+        apart = untied(rows, ties)
+        fitted = fit_rows(apart, max_total_tokens=max_total_tokens)
         notes = fitted.said(f"{max_total_tokens} tokens")
+        if apart != list(rows):
+            tick = (
+                "rows of one tick of the clock are spread evenly over it (ties=spread)"
+            )
+            notes = (tick, *notes)
         return cls(rows=tuple(fitted.rows), ties=ties, notes=notes)
 
     def prompts_only(self) -> TraceWorkload:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -146,6 +146,7 @@ class TimeCells(NamedTuple):
     unit: str  # to show
 
 
+DATES = "dates"  # the unit of times that are no numbers
 _EPOCH = 10**9  # from this number on a first time is one since 1970
 _YEARS_S = (1e9, 4.2e9)  # 2001 to 2103
 
@@ -185,7 +186,7 @@ def _dates(form: Format, unit: Unit, first: object) -> TimeCells:
         raise ValueError(f"a finite time, or a date, in '{form.time}'") from None
     if unit != "auto":
         raise ValueError(f"no unit ({unit}) beside dates")
-    return TimeCells(_microseconds, 10**6, "dates")
+    return TimeCells(_microseconds, 10**6, DATES)
 
 
 def _since_1970(value: float) -> TimeCells:
@@ -208,7 +209,7 @@ def _number(cell: object) -> float:
             cell = float(cell)
     if isinstance(cell, bool) or not isinstance(cell, int | float):
         raise ValueError("no number")
-    if not math.isfinite(cell):
+    if not abs(cell) <= sys.float_info.max:  # an int may be larger
         raise ValueError("not finite")
     return cell
 

@@ -78,6 +78,7 @@ def test_rows_of_one_tick_are_spread_over_it_unless_kept():
     # Rows that are too long take their part of the tick with them.
     some = TraceWorkload.fitting(rows, 8)
     np.testing.assert_allclose([r.arrival_s for r in some.rows], 0.75 * np.arange(7))
+    assert "rows of one tick of the clock are spread" in some.notes[0]
     kept = TraceWorkload(rows=rows, ties="keep")
     assert [row.arrival_s for row in kept.rows] == [0] * 4 + [3] * 4 + [6] * 4
     assert TraceWorkload.fitting(rows, 99, ties="keep").rows == kept.rows

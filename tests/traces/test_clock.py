@@ -75,6 +75,11 @@ def test_ticks_by_hand(times, expected):
     assert spread(times) == pytest.approx(expected)
 
 
+def test_a_third_of_a_second_though_no_gap_is_one():
+    times = np.repeat(np.cumsum([2, 3, 2, 5, 3, 2, 2, 4, 3, 5, 2, 3]) / 3, 2)
+    assert tick_of(times) == pytest.approx(1 / 3)
+
+
 def test_a_burst_in_a_fine_clock_stays_a_burst():
     """20 rows at once every 10 s or so, in ms: the tick is a ms, and too fine."""
     rng = np.random.default_rng(0)

@@ -242,10 +242,21 @@ def test_seconds_taken_for_milliseconds_are_an_error(tmp_path, rows):
         for i in range(rows)
     ]
     text = json_lines({**lines[0], "hash_ids": []}, *lines[1:])
-    with pytest.raises(ValueError, match="median gap of 1 ms .* in ms: name the unit"):
+    with pytest.raises(ValueError, match="median gap of 1 ms .* in ms. Name the unit"):
         load(tmp_path, text)
     assert load(tmp_path, text, unit="s").clock.tick_s == 3
     assert load(tmp_path, text, unit="ms").clock.tick_s == 0.003  # confirmed
+
+
+def test_a_gap_of_a_millisecond_is_no_error(tmp_path):
+    """Seen as 0.0009999... s where it is divided; and dates have no other unit."""
+    times = [1000 + i for i in range(40)]
+    lines = [{"timestamp": t, "input_length": 5, "output_length": 1} for t in times]
+    rows = load(tmp_path, json_lines({**lines[0], "hash_ids": []}, *lines[1:])).rows
+    assert len(rows) == 40
+    dates = (f"{DAY} 01:00:00.{i:06},5,1" for i in range(40))  # a us apart
+    rows = load(tmp_path, csv_text(HEADER.strip(), *dates)).rows
+    assert rows[-1].arrival_s == pytest.approx(39e-6)
 
 
 def test_a_plain_column_names_its_unit(tmp_path):
@@ -302,7 +313,7 @@ def test_most_rows_in_bursts_that_no_tick_explains_must_be_meant(tmp_path):
         "arrival_s,prompt_tokens,output_tokens",
         *(f"{at},5,1" for at in (0.123457, 2.71828, 99.000001) for _ in range(9)),
     )
-    with pytest.raises(ValueError, match="really come at one time, --ties=keep"):
+    with pytest.raises(ValueError, match="really come at one time: --ties=keep"):
         load(tmp_path, text)
     assert load(tmp_path, text, ties="keep").clock.tick_s is None
 
@@ -391,6 +402,7 @@ def json_error(time="2", prompt="6", output="1"):
         (json_error(time="NaN"), "line 3: expected a finite time"),
         (json_error(time="true"), "line 3: expected a finite time"),
         (json_error(prompt="6.5"), "line 3: expected token counts"),
+        (json_error(time="9" * 400), "line 3: expected a finite time"),
         (json_error(prompt="1e999"), "line 3: expected token counts"),
         (json_error(prompt="-6"), "line 3: expected token counts"),
         (json_error(time="0"), "line 3: expected a time not before the row above"),
