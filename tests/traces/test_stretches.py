@@ -41,6 +41,11 @@ def test_a_stretch_has_its_rows_in_order_and_goes_round(count, n, seed):
         assert b > a  # also where the trace begins again
 
 
+def test_one_row_that_is_shared_is_enough():
+    assert why_shared((0, 1, 2), 4, 11, "rows")  # rows 8 to 11, and there are 11
+    assert not why_shared((0, 1, 2), 4, 12, "rows")
+
+
 def test_the_reason():
     assert why_shared((0, 1, 2), 100, 250, "rows of the trace") == (
         "3 runs x 100 requests share the 250 rows of the trace, so they are no "
