@@ -280,7 +280,7 @@ def attainment(timelines: Sequence[Timeline], slo: SLO) -> Attainment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """A mean and its confidence interval; None where one value cannot give one."""
+    """A mean and its confidence interval; None where the values cannot give one."""
 
     mean: float
     low: float | None
@@ -305,6 +305,19 @@ def interval_across(values: Sequence[float], confidence: float = 0.95) -> Interv
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
+def rate_interval(values: Sequence[float], *, independent: bool = True) -> Interval:
+    """`interval_across` for what cannot be negative: it begins at 0 or above.
+
+    Args:
+      independent: False where runs share what they are samples of, as rows of a trace:
+        then there is a mean and no interval.
+    """
+    found = interval_across(values)
+    if found.low is None or not independent:
+        return Interval(mean=found.mean, low=None, high=None)
+    return Interval(mean=found.mean, low=max(0.0, found.low), high=found.high)
+
+
 def batch_means(
     flags: Sequence[float], batches: int = 10, confidence: float = 0.95
 ) -> Interval:
@@ -326,7 +339,7 @@ def batch_means(
     means = [float(part.mean()) for part in np.array_split(values, batches)]
     half = _half_width(means, confidence)
     mean = float(values.mean())  # of the run, not of slightly unequal batches
-    return Interval(mean=mean, low=mean - half, high=mean + half)
+    return Interval(mean=mean, low=max(0.0, mean - half), high=mean + half)
 
 
 def _half_width(values: Sequence[float], confidence: float) -> float:

@@ -84,12 +84,17 @@ def _bracket(
 
 
 def estimate(
-    attainments: Mapping[float, Sequence[float]], target: float
+    attainments: Mapping[float, Sequence[float]],
+    target: float,
+    *,
+    independent: bool = True,
 ) -> GoodputEstimate:
     """What evaluated points say about the goodput.
 
     Args:
       attainments: rate -> joint attainment of each seed, the same seeds at each rate.
+      independent: whether the seeds' runs are independent samples; if not, there is no
+        interval, and nothing is resolved.
     """
     seeds = len(next(iter(attainments.values())))
     per_seed = [
@@ -100,14 +105,14 @@ def estimate(
     resolved = bool(passing) and failing is not None
     if resolved and failing is not None:
         resolved = metrics.is_resolved(
-            metrics.interval_across(attainments[passing]),
-            metrics.interval_across(attainments[failing]),
+            metrics.rate_interval(attainments[passing], independent=independent),
+            metrics.rate_interval(attainments[failing], independent=independent),
             target,
         )
     rates = tuple(found.rate_rps for found in per_seed)
     return GoodputEstimate(
         per_seed_rps=rates,
-        interval=metrics.interval_across(rates),
+        interval=metrics.rate_interval(rates, independent=independent),
         pass_rps=passing or None,
         fail_rps=failing,
         bracketed=all(found.bracketed and found.rate_rps > 0 for found in per_seed),
@@ -128,18 +133,24 @@ class BestRate:
     bracketed: bool  # a lower rate tried is worse, and a higher one gains nothing
 
 
-def best_rate(scores: Mapping[float, Sequence[float]], tolerance: float) -> BestRate:
+def best_rate(
+    scores: Mapping[float, Sequence[float]],
+    tolerance: float,
+    *,
+    independent: bool = True,
+) -> BestRate:
     """Where the mean over seeds is highest; of equal ones, the lowest rate.
 
     Args:
       scores: rate -> throughput of each seed, the same seeds at each rate.
       tolerance: relative; what a higher rate gains less than this is no gain.
+      independent: as in `estimate`.
     """
     means = {rate: statistics.mean(values) for rate, values in scores.items()}
     best = max(sorted(means), key=lambda rate: means[rate])
     return BestRate(
         per_seed=tuple(scores[best]),
-        interval=metrics.interval_across(scores[best]),
+        interval=metrics.rate_interval(scores[best], independent=independent),
         rate_rps=best,
         bracketed=min(means) < _knee(means, tolerance) < max(means),
     )

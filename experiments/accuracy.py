@@ -117,6 +117,8 @@ def _twins(
     config: Config, model: Model, profile: CalibratedProfile, run_dir: RunDir
 ) -> list[Twin]:
     source = RequestSource.load(config, model)
+    if why := source.why_dependent:
+        raise ValueError(f"requests: expected independent runs, got {why}")
     shared: dict[Any, PlacedModel] = {}
     servers = {
         name: Server(config, system, model, shared)

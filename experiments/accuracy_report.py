@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disagg_jax.metrics import SLO, interval_across
+from disagg_jax.metrics import SLO, rate_interval
 from disagg_jax.search import GoodputEstimate, estimate
 from disagg_jax.sim.agreement import StepTime
 from disagg_jax.sim.calibrated import CalibratedProfile
@@ -251,7 +251,7 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
 
 
 def _per_device(goodput: GoodputEstimate, of: SystemResult) -> str:
-    interval = interval_across([rps / of.devices for rps in goodput.per_seed_rps])
+    interval = rate_interval([rps / of.devices for rps in goodput.per_seed_rps])
     return interval_text(dataclasses.asdict(interval), ".4g")
 
 

@@ -18,6 +18,7 @@ file (experiments/shapes.py). One pair of targets gives one answer, and bars as 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -31,9 +32,9 @@ from absl import app, flags
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.points import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.traces import read_trace
+from disagg_jax.traces import Trace, load_trace
 from disagg_jax.tuning import tile_multiples
-from experiments import comparison_report
+from experiments import comparison_report, trace_flags
 from experiments.comparison import (
     POLICIES,
     Map,
@@ -88,7 +89,10 @@ _SIGMA = flags.DEFINE_float(
     "sigma", 0.5, "Of the logarithm of lengths; 0: all are equal."
 )
 _MAX_TOKENS = flags.DEFINE_integer(
-    "max_tokens", 8192, "Prompt and output of a request."
+    "max_tokens",
+    8192,
+    "Prompt and output of a request: the simulation's context limit, in the place of "
+    "that of --config.",
 )
 _SLO = flags.DEFINE_string(
     "slo", "0.5,0.04", "TTFT_S,TPOT_S of the map of lengths.", allow_override=True
@@ -104,10 +108,12 @@ _WORKLOAD = flags.DEFINE_string(
 _TRACE = flags.DEFINE_string(
     "trace",
     None,
-    "Instead: an Azure CSV, a Mooncake JSONL or a CSV with named columns. Requests "
-    "longer than max_tokens or the simulation's context are left out.",
+    "Instead: a trace of Azure, BurstGPT, Mooncake, Bailian, splitwise-sim, Vidur or "
+    "ShareGPT, or a CSV with named columns. Requests longer than max_tokens or the "
+    "simulation's context are left out and counted.",
     allow_override=True,
 )
+flags.adopt_module_key_flags(trace_flags)
 _TARGET = flags.DEFINE_float(
     "target", 0.9, "Joint attainment to reach.", allow_override=True
 )
@@ -153,7 +159,10 @@ def _simulation() -> tuple[Simulation, int]:
         return simulation, max(_TILE, get_device(hardware).tile_rows)
     if flags.FLAGS["model"].present or flags.FLAGS["hardware"].present:
         raise ValueError("config: expected neither --model nor --hardware beside it")
-    return get_simulation(_CONFIG.value), _TILE
+    simulation = get_simulation(_CONFIG.value)
+    if flags.FLAGS["max_tokens"].present:
+        simulation = dataclasses.replace(simulation, max_context=_MAX_TOKENS.value)
+    return simulation, _TILE
 
 
 def _question() -> Question:
@@ -197,24 +206,23 @@ def _workload(simulation: Simulation) -> tuple[Workload, str]:
     if _TRACE.value is None:
         return get_workload(_WORKLOAD.value), _WORKLOAD.value
     longest = min(_MAX_TOKENS.value, simulation.max_context)
-    return trace_workload(_TRACE.value, longest), pathlib.Path(_TRACE.value).name
+    trace = trace_flags.open_trace(_TRACE.value)
+    return trace_workload(trace, longest), pathlib.Path(_TRACE.value).name
 
 
-def trace_workload(path: str, max_total_tokens: int) -> TraceWorkload:
+def trace_workload(
+    trace: str | os.PathLike[str] | Trace, max_total_tokens: int
+) -> TraceWorkload:
     """The rows of a trace whose requests have at most so many tokens.
 
     Raises:
       ValueError, OSError: on a trace that cannot be read, or too few such rows.
     """
-    rows = read_trace(path)
-    workload = TraceWorkload.fitting(rows, max_total_tokens)
-    if left_out := len(rows) - len(workload.rows):
-        print(
-            f"{left_out} of {len(rows)} rows of {path} are left out: no tokens, or "
-            f"more than {max_total_tokens}",
-            file=sys.stderr,
-        )
-    return workload
+    if not isinstance(trace, Trace):
+        trace = load_trace(trace)
+    # What was to be done to ties is done.
+    workload = TraceWorkload.fitting(trace.rows, max_total_tokens, ties="keep")
+    return dataclasses.replace(workload, notes=(str(trace), *workload.notes))
 
 
 def run(

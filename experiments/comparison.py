@@ -20,13 +20,14 @@ import functools
 import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.expect import expect
 from disagg_jax.lengths import FixedLengths, Lengths, LognormalLengths
-from disagg_jax.metrics import SLO, Interval, interval_across
+from disagg_jax.metrics import SLO, Interval, interval_across, rate_interval
 from disagg_jax.placement import Candidate, Layout, Outcome, best_first, pair
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.orca import Orca
@@ -34,7 +35,7 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import capacity_rps
-from disagg_jax.sim.goodput import GoodputSearch
+from disagg_jax.sim.goodput import DependentSeedsWarning, GoodputSearch
 from disagg_jax.sim.points import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.tuning import Profile, tune
@@ -367,6 +368,12 @@ class Found:
     needs: float  # times the targets, for requests that are served alone
     num_requests: int
     candidates: tuple[dict[str, Any], ...]  # all, the best first
+    why_dependent: str = ""  # why the seeds' runs give no interval
+
+    @property
+    def goodput(self) -> Interval:
+        """Across seeds."""
+        return rate_interval(self.per_seed_rps, independent=not self.why_dependent)
 
     @property
     def rps(self) -> float:
@@ -377,7 +384,9 @@ class Found:
 def find(contest: Contest) -> Found:
     """Searches the best option of a contest; a task for a worker."""
     candidates = [option.candidate for option in contest.options]
-    outcomes = best_first(candidates, map, lambda text: None, first=1, at_once=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DependentSeedsWarning)  # the report says so
+        outcomes = best_first(candidates, map, lambda text: None, first=1, at_once=1)
     parameters = {o.candidate.name: o.parameters for o in contest.options}
     best = outcomes[0]
     tried = [o.goodput for o in outcomes if o.goodput is not None]
@@ -388,6 +397,7 @@ def find(contest: Contest) -> Found:
         per_seed_rps=_per_seed(best),
         needs=min(goodput.unloaded_scale for goodput in tried),
         num_requests=best.candidate.search.num_requests,
+        why_dependent=best.candidate.search.why_dependent,
         candidates=tuple(
             {**row(o), "parameters": parameters[o.candidate.name]} for o in outcomes
         ),
@@ -438,17 +448,22 @@ class Margin:
     clear: bool  # the interval excludes 1, or only one of them has a goodput at all
 
 
-def margin(ours: Sequence[float], theirs: Sequence[float]) -> Margin:
+def margin(
+    ours: Sequence[float], theirs: Sequence[float], *, independent: bool = True
+) -> Margin:
     """The ratio by seed, with an interval that is its inverse if the two change places.
 
     A system without goodput gives no ratio; the other is clearly better if each of its
     seeds has one.
+
+    Args:
+      independent: whether seeds are independent samples; if not, there is no interval.
     """
     if min(*ours, *theirs) > 0:
         logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
         of_logs = interval_across(logs)
         mean, low, high = of_logs.mean, of_logs.low, of_logs.high
-        if low is None or high is None:
+        if low is None or high is None or not independent:
             ratio = Interval(mean=math.exp(mean), low=None, high=None)
             return Margin(ratio=ratio, clear=False)
         ratio = Interval(mean=math.exp(mean), low=math.exp(low), high=math.exp(high))
@@ -500,7 +515,7 @@ def judge(found: Sequence[Found]) -> Judged:
     ranked = tuple(sorted(found, key=lambda f: -f.rps))
     (disaggregated,) = (f for f in found if f.system == DISAGGREGATED)
     colocated = next(f for f in ranked if f.system != DISAGGREGATED)
-    over = margin(disaggregated.per_seed_rps, colocated.per_seed_rps)
+    over = _margin(disaggregated, colocated)
     verdict = UNCLEAR
     if ranked[0].rps == 0:
         verdict = INFEASIBLE
@@ -509,12 +524,17 @@ def judge(found: Sequence[Found]) -> Judged:
         verdict = DISAGGREGATED if wins else COLOCATED
     return Judged(
         ranked=ranked,
-        over_runner_up=margin(ranked[0].per_seed_rps, ranked[1].per_seed_rps),
+        over_runner_up=_margin(ranked[0], ranked[1]),
         best_colocated=colocated,
         disaggregated=disaggregated,
         over_colocated=over,
         verdict=verdict,
     )
+
+
+def _margin(ours: Found, theirs: Found) -> Margin:
+    independent = not (ours.why_dependent or theirs.why_dependent)
+    return margin(ours.per_seed_rps, theirs.per_seed_rps, independent=independent)
 
 
 # ---- when ----------------------------------------------------------------------------

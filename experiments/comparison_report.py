@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from disagg_jax.metrics import Interval, interval_across
+from disagg_jax.metrics import Interval
 from disagg_jax.sim.points import TraceWorkload
 from experiments.columns import align
 from experiments.comparison import (
@@ -32,7 +33,7 @@ from experiments.comparison import (
     shown_slo,
 )
 from experiments.figures.draw import COLOURS, draw
-from experiments.figures.figure import Panel, Series, shown, shown_interval
+from experiments.figures.figure import Panel, Series, shown_interval
 from experiments.placements import lines
 
 Grid = Mapping[tuple[int, int], Sequence[Found]]
@@ -104,7 +105,18 @@ def _table(each: Map, grid: Grid) -> str:
         (f"{each.x.values[i]:g}", f"{each.y.values[j]:g}", *_row(judge(found)))
         for (i, j), found in grid.items()
     ]
-    return "\n".join([f"map of {each.name}: {each.fixed}", *align([head, *rows])])
+    title = f"map of {each.name}: {each.fixed}"
+    return "\n".join([title, *notes(each, grid), *align([head, *rows])])
+
+
+def notes(each: Map, grid: Grid) -> list[str]:
+    """Where a map's requests come from, and why it has no intervals, if it has none."""
+    said: dict[str, None] = {}
+    for cell in each.cells.values():
+        if isinstance(cell.workload, TraceWorkload):
+            said |= dict.fromkeys(cell.workload.notes)
+    why = {one.why_dependent: None for found in grid.values() for one in found}
+    return [*said, *(f"no interval: {reason}" for reason in why if reason)]
 
 
 def _row(judged: Judged) -> tuple[str, ...]:
@@ -115,7 +127,7 @@ def _row(judged: Judged) -> tuple[str, ...]:
     return (
         f"{winner.num_requests}",
         winner.system,
-        shown(winner.per_seed_rps, ".3g"),
+        shown_interval(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
         f"{_shown(judged.over_colocated)} {judged.best_colocated.system}",
         judged.verdict,
@@ -177,7 +189,7 @@ def answer(found: Sequence[Found]) -> str:
     winner, best = judged.winner, judged.best_colocated
     head = (
         f"{winner.system} ({winner.deployment}) serves the most: "
-        f"{shown(winner.per_seed_rps, '.3g')} requests/s per device."
+        f"{shown_interval(winner.goodput, '.3g')} requests/s per device."
     )
     over = f"Disaggregated over {best.system}, the best colocated system"
     said = {
@@ -187,7 +199,8 @@ def answer(found: Sequence[Found]) -> str:
     }[judged.verdict]
     ratio = judged.over_colocated.ratio
     how_much = shown_interval(ratio) if ratio else "not both meet the targets"
-    return f"{head}\n{over}: {how_much}: {said}."
+    why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
+    return f"{head}\n{over}: {how_much}: {said}.{why}"
 
 
 # ---- JSON ----------------------------------------------------------------------------
@@ -213,6 +226,7 @@ def record(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> An
                 "x": _plain(each.x),
                 "y": _plain(each.y),
                 "sentence": said,
+                "notes": notes(each, grid),
                 "cells": [_cell(each, at, judge(found)) for at, found in grid.items()],
             }
             for each, grid, said in zip(
@@ -236,8 +250,7 @@ def _cell(each: Map, at: tuple[int, int], judged: Judged) -> dict[str, Any]:
         "best_colocated": judged.best_colocated.system,
         "over_colocated": _plain(judged.over_colocated),
         "systems": [
-            {**_plain(one), "goodput": _plain(interval_across(one.per_seed_rps))}
-            for one in judged.ranked
+            {**_plain(one), "goodput": _plain(one.goodput)} for one in judged.ranked
         ],
     }
 
@@ -286,7 +299,16 @@ def plot(
             f"devices, {simulation.cost}, {len(question.seeds)} seeds",
             fontsize=10,
         )
+        _caption(figure, maps, grids)
         figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _caption(figure: Any, maps: Sequence[Map], grids: Sequence[Grid]) -> None:
+    """What is to be said of a trace, below everything."""
+    said = [notes(each, grid) for each, grid in zip(maps, grids, strict=True)]
+    lines = [textwrap.fill(line, 120) for part in said for line in part]
+    if lines:
+        figure.supxlabel("\n".join(lines), fontsize=7)
 
 
 def _plot_cell(
@@ -299,16 +321,19 @@ def _plot_cell(
         )
         axes = figure.subplots()
         for i, one in enumerate(found):
-            goodput = interval_across(one.per_seed_rps)
+            goodput = one.goodput
             axes.barh(i, goodput.mean, color=_COLOUR_OF[one.system], height=0.7)
             if goodput.low is not None and goodput.high is not None:
-                ends = [max(0.0, goodput.low), goodput.high]
+                ends = [goodput.low, goodput.high]
                 axes.plot(ends, [i, i], "|-", color="black", lw=1, ms=8)
         axes.set_yticks(
             range(len(found)), [f"{one.system}\n{one.deployment}" for one in found]
         )
         axes.invert_yaxis()
-        axes.set(xlabel="goodput (requests/s per device), 95 % intervals over seeds")
+        known = found[0].goodput.low is not None
+        seeds = "95 % intervals over seeds" if known else "no intervals"
+        axes.set(xlabel=f"goodput (requests/s per device), {seeds}")
+        _caption(figure, [each], [{(0, 0): found}])
         simulation, (cell,) = question.simulation, each.cells.values()
         axes.set_title(
             f"{simulation.model_name} on {question.devices} devices, "

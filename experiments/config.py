@@ -23,6 +23,7 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import get_link
+from disagg_jax.traces import Ties, TooLong, Unit
 from disagg_jax.tuning import has_rule, resized
 from disagg_jax.workload import Arrivals
 
@@ -32,10 +33,18 @@ class Workload:
     """What is asked of the systems. Every point runs `num_requests`."""
 
     source: str = "random"  # prompts: random | human_eval | trace
-    trace: str = ""  # source=trace: path of an Azure CSV or a Mooncake JSONL
+    trace: str = ""  # source=trace: its path; see `disagg_jax.traces` for the formats
     trace_scale: float = 1.0  # source=trace: factor on its lengths, to fit the model
+    trace_unit: Unit = "auto"  # source=trace: of its times, if its format does not say
+    trace_rows: int = 0  # source=trace: rows to read, from the first on; 0: all
+    # source=trace: rows in one tick of a coarse clock are spread over it; keep them
+    # where they really came at one time.
+    ties: Ties = "spread"
+    # source=trace: rows over memory.max_context are left out (drop), or prompt and
+    # output are cut to half of it each (clip).
+    too_long: TooLong = "drop"
     num_requests: int = 100  # in each run
-    arrivals: Arrivals = Arrivals()
+    arrivals: Arrivals = Arrivals()  # also of a trace without times
     prompt_tokens: str = "uniform:32:256"  # source=random; see `parse_lengths`
     output_tokens: str = "uniform:16:48"  # source=random | human_eval
     ignore_eos: bool = True  # generate all output_tokens: the same work for all systems

@@ -127,9 +127,9 @@ def azure_trace() -> Config:
     """Arrivals and lengths of a real trace (Azure 2023, conversations), shrunk to fit.
 
     Needs the CSV (AzurePublicDataset, CC-BY 4.0): `--set workload.trace=FILE`. Its
-    lengths are scaled by 1/8 and clipped to half the context, its times stretched to
-    the rate in question. 47 s on 2 cores; vLLM was ahead, as prompts are short beside
-    what the decodes take.
+    lengths are scaled by 1/8, its times stretched to the rate in question; rows that
+    are still over the context are left out and counted. 47 s on 2 cores; vLLM was
+    ahead, as prompts are short beside what the decodes take.
     """
     return Config(
         systems=_TWO_SYSTEMS,

@@ -81,7 +81,10 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         name: Server(config, system, model, shared)
         for name, system in config.systems.items()
     }
-    run_dir = RunDir(out, {**to_json(config), "step_times_file": step_times_file})
+    record = {**to_json(config), "step_times_file": step_times_file}
+    if source.trace is not None:
+        record["trace"] = source.trace  # a resumed run must find the same
+    run_dir = RunDir(out, record)
     for server in servers.values():
         server.prepare(progress)
     step_times = _step_times(config, run_dir, servers, given, progress)

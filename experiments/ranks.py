@@ -13,22 +13,29 @@ Scores = Mapping[float, Sequence[float]]  # rate per device -> score of each see
 
 
 def rank(
-    criterion: Criterion, scores: Mapping[str, Scores], tolerance: float
+    criterion: Criterion,
+    scores: Mapping[str, Scores],
+    tolerance: float,
+    *,
+    independent: bool = True,
 ) -> list[dict[str, Any]]:
     """A row for each system, the best first; see `_figure`.
 
     Args:
       scores: of each system; throughputs are per device too.
       tolerance: of the search, relative.
+      independent: whether the seeds' runs are independent samples, as intervals need.
     """
     rows = [
-        {"system": system, **_figure(criterion, tried, tolerance)}
+        {"system": system, **_figure(criterion, tried, tolerance, independent)}
         for system, tried in scores.items()
     ]
     return sorted(rows, key=lambda row: -row["mean"])
 
 
-def _figure(criterion: Criterion, tried: Scores, tolerance: float) -> dict[str, Any]:
+def _figure(
+    criterion: Criterion, tried: Scores, tolerance: float, independent: bool
+) -> dict[str, Any]:
     """The highest passing rate or the best throughput, and how well it is known.
 
     A sweep tries the rates that one criterion needs. By another, `known` may be
@@ -41,10 +48,10 @@ def _figure(criterion: Criterion, tried: Scores, tolerance: float) -> dict[str, 
     Otherwise it is "yes".
     """
     if criterion.target is None:
-        best = best_rate(tried, tolerance)
+        best = best_rate(tried, tolerance, independent=independent)
         known = "yes" if best.bracketed else "at least"
         return {**dataclasses.asdict(best.interval), "known": known, "bound": None}
-    found = estimate(tried, criterion.target)
+    found = estimate(tried, criterion.target, independent=independent)
     known = _known(found.pass_rps, found.fail_rps, tolerance)
     # Where nothing passed, or nothing failed, the bound is all there is to show.
     bound = {"below": found.fail_rps, "at least": found.pass_rps}.get(known)

@@ -27,6 +27,7 @@ def table(summary: Mapping[str, Any]) -> str:
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point",
         f"clock: {summary['clock']}, durations: {summary['durations']}"
         + _validity(summary),
+        *caption(summary),
         *_executed(summary),
         *(
             f"{name}: {said}"
@@ -40,6 +41,14 @@ def table(summary: Mapping[str, Any]) -> str:
     for name, ratio in summary["ratios"].items():
         lines += ["", f"{kind} {name}, paired by seed: {interval_text(ratio, '.2f')}"]
     return "\n".join([*lines, "", *_ranks(summary)])
+
+
+def caption(summary: Mapping[str, Any]) -> list[str]:
+    """Where requests come from and what became of a trace's other rows; doubts."""
+    said = list(summary.get("trace", {}).get("said", []))
+    if "no_intervals" in summary:
+        said.append(f"no intervals, and nothing resolved: {summary['no_intervals']}")
+    return said
 
 
 def _good(summary: Mapping[str, Any]) -> str:
@@ -236,6 +245,9 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_scores(left, summary)
         _plot_stages(right, summary)
+        said = [textwrap.fill(line, 170) for line in caption(summary)]
+        if said:
+            figure.supxlabel("\n".join(said), fontsize=7)
         figure.savefig(path, dpi=150, metadata={"Software": None})
 
 
@@ -258,11 +270,17 @@ def _plot_scores(axes: Any, summary: Mapping[str, Any]) -> None:
     axes.set_title(
         f"{_plot_title(summary)}\n"
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point, "
-        f"95 % intervals; {summary['clock']} clock, durations {summary['durations']}",
+        f"{_intervals(summary)}; {summary['clock']} clock, "
+        f"durations {summary['durations']}",
         fontsize=8.5,
     )
     # Below the axes, where it hides no point.
     axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+
+
+def _intervals(summary: Mapping[str, Any]) -> str:
+    none = "no_intervals" in summary or summary["num_seeds"] == 1
+    return "no intervals" if none else "95 % intervals"
 
 
 def _plot_title(summary: Mapping[str, Any]) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import KVMemory
+from disagg_jax.expect import expect
 from disagg_jax.request import Request
-from disagg_jax.traces import TraceRow, read_trace, requests_from_trace
+from disagg_jax.traces import Trace, TraceRow, fit_rows, load_trace
+from disagg_jax.traces.requests import stretch_requests
+from disagg_jax.traces.stretches import first_of, why_shared
 from disagg_jax.workload import (
+    Arrivals,
     make_requests,
     requests_from_prompts,
     spawn_streams,
 )
-from experiments.config import Config, parse_lengths
+from experiments.config import Config, Workload, parse_lengths
 from experiments.weights import Model
 from models.config import ModelConfig
 
@@ -29,8 +34,9 @@ class RequestSource:
     config: Config
     model: ModelConfig
     prompts: Sequence[Sequence[int]] = ()  # source=human_eval
-    rows: Sequence[TraceRow] = ()  # source=trace
+    rows: Sequence[TraceRow] = ()  # source=trace: that can be served
     eos_token: int | None = None
+    trace: Mapping[str, Any] | None = None  # how it was read, and what was left out
 
     @classmethod
     def load(cls, config: Config, model: Model) -> RequestSource:
@@ -41,7 +47,8 @@ class RequestSource:
             prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
             return dataclasses.replace(source, prompts=prompts)
         if workload.source == "trace":
-            return dataclasses.replace(source, rows=read_trace(workload.trace))
+            rows, facts = _read_trace(config, model)
+            return dataclasses.replace(source, rows=rows, trace=facts)
         return source
 
     def __call__(self, rate_rps: float, replica: int) -> list[Request]:
@@ -53,10 +60,18 @@ class RequestSource:
             "ignore_eos": workload.ignore_eos,
         }
         if self.rows:
-            return self._from_trace(rate_rps, replica, stop)
+            return stretch_requests(
+                self.rows,
+                n,
+                rate_rps,
+                seed,
+                arrivals=workload.arrivals,
+                vocab_size=self.model.vocab_size,
+                **stop,
+            )
         if self.prompts:
             # Each run takes other prompts, so that seeds differ in them too.
-            start = replica * n % len(self.prompts)
+            start = first_of(seed, n, len(self.prompts))
             prompts = [*self.prompts[start:], *self.prompts[:start]]
             lengths = parse_lengths(workload.output_tokens).sample(
                 len(prompts), spawn_streams(seed).output_lengths
@@ -81,33 +96,16 @@ class RequestSource:
             **stop,
         )
 
-    def _from_trace(
-        self, rate_rps: float, replica: int, stop: Mapping[str, Any]
-    ) -> list[Request]:
-        """Another stretch of the trace for each replica, its lengths scaled."""
-        workload, n = self.config.workload, self.config.workload.num_requests
-        scale = workload.trace_scale
-        rows = [
-            TraceRow(
-                row.arrival_s,
-                max(1, round(row.prompt_tokens * scale)),
-                max(1, round(row.output_tokens * scale)),
-            )
-            for row in self.rows[replica * n :]
-            if row.output_tokens
-        ]
-        half = self.config.memory.max_context // 2
-        return requests_from_trace(
-            rows,
-            seed=self.config.seed + replica,
-            n=n,
-            rate_rps=rate_rps,
-            max_prompt_tokens=half,
-            max_output_tokens=half,
-            too_long="clip",
-            vocab_size=self.model.vocab_size,
-            **stop,
-        ).requests
+    @property
+    def why_dependent(self) -> str:
+        """Why the runs give no interval; '' if they are independent samples."""
+        config = self.config
+        seeds = range(config.seed, config.seed + config.num_seeds)
+        taken = self.rows or self.prompts
+        what = "rows of the trace that fit" if self.rows else "prompts"
+        if not taken:
+            return ""
+        return why_shared(seeds, config.workload.num_requests, len(taken), what)
 
     def check(self, memory: Sequence[KVMemory]) -> None:
         """Raises ValueError if a request could never be served, or a run lacks rows."""
@@ -125,6 +123,68 @@ class RequestSource:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt in the first run."""
         return max(request.prompt_tokens for request in self(1.0, 0))
+
+
+def _read_trace(config: Config, model: Model) -> tuple[list[TraceRow], dict[str, Any]]:
+    """The rows of the trace that can be served, and what to keep in the run's records.
+
+    Raises:
+      ValueError: on a trace that cannot be read, or an option that it has no use for.
+    """
+    workload, context = config.workload, config.memory.max_context
+    scale = workload.trace_scale
+    expect(scale > 0, "workload.trace_scale: expected > 0", scale)
+    trace = _open_trace(workload, model)
+    if trace.timed:
+        expected = "workload.arrivals: expected the default beside a trace with times"
+        expect(workload.arrivals == Arrivals(), expected, workload.arrivals)
+    clip = workload.too_long == "clip"
+    fitted = fit_rows(
+        [_scaled(row, scale) for row in trace.rows],
+        max_prompt_tokens=context // 2 if clip else None,
+        max_output_tokens=context // 2 if clip else None,
+        max_total_tokens=None if clip else context,
+        too_long=workload.too_long,
+    )
+    limit = f"{context} tokens (memory.max_context)"
+    if clip:
+        limit = f"half of {limit}, prompt and output each"
+    said = [str(trace), *fitted.said(limit)]
+    if scale != 1:
+        said.insert(1, f"lengths x {scale:g}")
+    facts = {
+        **trace.facts,
+        "scale": scale,
+        "left_out_empty": fitted.dropped_empty,
+        "left_out_long": fitted.dropped_long,
+        "cut": fitted.clipped,
+        "said": said,
+    }
+    return fitted.rows, facts
+
+
+def _open_trace(workload: Workload, model: Model) -> Trace:
+    try:
+        return load_trace(
+            workload.trace,
+            unit=workload.trace_unit,
+            ties=workload.ties,
+            max_rows=workload.trace_rows,
+            tokens_of=lambda text: len(model.tokenizer.encode(text)),
+        )
+    except OSError as error:
+        raise ValueError(
+            f"workload.trace: expected a trace file, got '{workload.trace}' (from the "
+            f"folder {pathlib.Path.cwd()}): {error.strerror}. Traces are not part of "
+            "the project: download one, such as Azure's "
+            "(github.com/Azure/AzurePublicDataset), and give --set workload.trace=FILE"
+        ) from error
+
+
+def _scaled(row: TraceRow, scale: float) -> TraceRow:
+    """Lengths times `scale`; what has tokens keeps one at least."""
+    prompt, output = (max(1, round(n * scale)) if n else 0 for n in row[1:])
+    return TraceRow(row.arrival_s, prompt, output)
 
 
 def human_eval_prompts() -> list[str]:

@@ -4,10 +4,14 @@
         --deployment=prefill:tp2,decode:tp1 --out=runs/simulated
 
 FILE is a CSV file with columns for arrival (arrival_s or arrival_ms), prompt
-(prompt_tokens or prompt_len) and output (output_tokens or output_len), an Azure trace,
-or a Mooncake .jsonl file. A deployment reads like prefill:tp2,decode:tp1 or
+(prompt_tokens or prompt_len) and output (output_tokens or output_len), or a trace of
+Azure, BurstGPT, Mooncake, Bailian, splitwise-sim, Vidur or ShareGPT, which may be
+gzipped. Rows of one tick of a coarse clock are spread over it, but with --ties=keep.
+A file without times needs --rate. Requests over the simulation's context limit are
+refused: --max_context raises it. A deployment reads like prefill:tp2,decode:tp1 or
 2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs: experiments/simulations.py.
 
+OUT/trace.json says how the trace was read.
 OUT/requests.csv has, for each request, ttft_s, tpot_s and the five stages, floats in
 full; where a request was refused they are empty, and `error` says why.
 --chrome_trace=FILE.json writes the run as a timeline that Perfetto opens: a lane for
@@ -33,6 +37,8 @@ from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
+from disagg_jax.traces import Trace
+from experiments import trace_flags
 from experiments.simulations import (
     SIMULATIONS,
     Simulation,
@@ -49,6 +55,21 @@ _CONFIG = flags.DEFINE_enum(
 )
 _DEPLOYMENT = flags.DEFINE_string("deployment", None, "Which instances serve.")
 _OUT = flags.DEFINE_string("out", None, "Folder for requests.csv.", allow_override=True)
+
+_RATE = flags.DEFINE_float(
+    "rate",
+    None,
+    "Requests/s, to which the trace's time is stretched; without times, Poisson's.",
+    lower_bound=1e-9,
+    allow_override=True,
+)
+_MAX_CONTEXT = flags.DEFINE_integer(
+    "max_context",
+    None,
+    "Prompt and output of a request, in tokens; by default the simulation's limit.",
+    lower_bound=1,
+)
+flags.adopt_module_key_flags(trace_flags)
 
 _STREAMED = flags.DEFINE_integer(
     "streamed_groups",
@@ -75,18 +96,20 @@ COLUMNS = (
 
 
 def run(
-    trace: str,
+    trace: str | Trace,
     simulation: Simulation,
     deployment: Deployment,
     observer: Observer | None = None,
+    rate_rps: float | None = None,
 ) -> SimulatedRun:
-    """Simulates a trace.
+    """Simulates a trace, at its own times or a rate.
 
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
     simulated = simulation.build(deployment)
-    return simulated.run(trace_requests(trace, simulation), observer=observer)
+    requests = trace_requests(trace, simulation, rate_rps)
+    return simulated.run(requests, observer=observer)
 
 
 def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
@@ -117,6 +140,9 @@ def main(argv: Sequence[str]) -> None:
             simulation = dataclasses.replace(
                 simulation, streamed_groups=_STREAMED.value
             )
+        if _MAX_CONTEXT.value is not None:
+            simulation = dataclasses.replace(simulation, max_context=_MAX_CONTEXT.value)
+        trace = trace_flags.open_trace(_TRACE.value or "")
         deployment = Deployment.parse(_DEPLOYMENT.value or "")
         out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)
@@ -124,14 +150,16 @@ def main(argv: Sequence[str]) -> None:
         log = EventLog() if picture else None
         if picture:
             picture.touch()  # fails now rather than after the run
-        done = run(_TRACE.value or "", simulation, deployment, log)
+        done = run(trace, simulation, deployment, log, _RATE.value)
         timelines = done.timelines
+        (out / "trace.json").write_text(json.dumps(trace.facts, indent=1) + "\n")
         write(out / "requests.csv", timelines, simulation.extra_tokens)
         if picture and log:
             drawn = chrome_trace(deployment, log.lines, timelines)
             picture.write_text(json.dumps(drawn))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    print(trace)
     refused = sum(t.status is not Status.FINISHED for t in timelines)
     print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
     busy = busy_shares(deployment, done.busy_s, done.end_s)

@@ -31,7 +31,7 @@ from disagg_jax.sim.network import Network
 from disagg_jax.sim.protocols import CostModel
 from disagg_jax.sim.roofline import RooflineCost
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.traces import read_trace, requests_from_trace
+from disagg_jax.traces import Trace, load_trace, requests_from_trace
 from experiments.shapes import get_device, get_shape
 
 PROFILES = pathlib.Path(__file__).parent / "profiles"
@@ -261,10 +261,20 @@ def roofline_simulation(
     )
 
 
-def trace_requests(path: str, simulation: Simulation) -> list[Request]:
-    """The requests of a trace, with the tokens the simulation adds to each."""
-    rows = read_trace(path)
-    made = requests_from_trace(rows, seed=0)
+def trace_requests(
+    trace: str | Trace, simulation: Simulation, rate_rps: float | None = None
+) -> list[Request]:
+    """The requests of a trace, with the tokens the simulation adds to each.
+
+    Args:
+      rate_rps: None keeps the trace's own times, which it must have then.
+    """
+    if not isinstance(trace, Trace):
+        trace = load_trace(trace)
+    if not trace.timed and rate_rps is None:
+        raise ValueError(f"--rate: expected requests/s, as {trace.file} has no times")
+    # What was to be done to ties is done.
+    made = requests_from_trace(trace.rows, seed=0, rate_rps=rate_rps, ties="keep")
     if made.dropped_empty:
         print(f"{made.dropped_empty} rows without tokens are left out", file=sys.stderr)
     return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
@@ -31,6 +31,9 @@ from experiments.serving import Progress, Server
 from experiments.weights import Model
 
 Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed
+
+# values of each seed -> mean, low and high
+Across = Callable[[Sequence[float]], dict[str, float | None]]
 
 RATIO_BASE = "vllm"  # ratios are over this system, where it takes part
 
@@ -193,14 +196,22 @@ class Sweep:
             "num_requests": self.config.workload.num_requests,
             "num_seeds": self.config.num_seeds,
             "executed": self.config.executed,
+            **({"trace": self.source.trace} if self.source.trace else {}),
+            **({"no_intervals": why} if (why := self.source.why_dependent) else {}),
             "choices": {name: list(said) for name, said in self.choices.items()},
             "systems": systems,
-            "ratios": _ratios(systems),
+            "ratios": _ratios(systems, self._interval),
             "criteria": {
                 name: self._ranked(name, criterion, runs)
                 for name, criterion in self.criteria.items()
             },
         }
+
+    def _interval(self, values: Sequence[float]) -> dict[str, float | None]:
+        """A mean across seeds; its interval, if the seeds' runs can carry one."""
+        independent = not self.source.why_dependent
+        found: Interval = metrics.rate_interval(values, independent=independent)
+        return dataclasses.asdict(found)
 
     def _runs(self, name: str, rates: Sequence[float]) -> Runs:
         return {
@@ -214,17 +225,22 @@ class Sweep:
     def _system(self, name: str, runs: Runs) -> dict[str, Any]:
         devices = self.servers[name].deployment.devices
         scores = _scores_of(self.config.criterion, runs)
+        independent = not self.source.why_dependent
         if self.good.target is None:
-            best = best_rate(scores, self.config.search.tolerance)
+            tolerance = self.config.search.tolerance
+            best = best_rate(scores, tolerance, independent=independent)
             found = {"throughput": _throughput(best, runs, devices)}
         else:
-            goodput = estimate(scores, self.good.target)
+            goodput = estimate(scores, self.good.target, independent=independent)
             found = {"goodput": _goodput(goodput, runs, devices)}
         return {
             "deployment": self.servers[name].system.deployment,
             "devices": devices,
             **found,
-            "points": [_point_row(rate, points) for rate, points in runs.items()],
+            "points": [
+                _point_row(rate, points, self._interval)
+                for rate, points in runs.items()
+            ],
         }
 
     def _ranked(
@@ -243,7 +259,12 @@ class Sweep:
             "definition": str(criterion),
             "target": criterion.target,
             "unit": f"{criterion.unit} per device",
-            "rank": rank(criterion, scores, self.config.search.tolerance),
+            "rank": rank(
+                criterion,
+                scores,
+                self.config.search.tolerance,
+                independent=not self.source.why_dependent,
+            ),
         }
 
 
@@ -314,11 +335,9 @@ def _throughput(found: BestRate, runs: Runs, devices: int) -> dict[str, Any]:
     }
 
 
-def _point_row(rate: float, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    def across(values: Sequence[float]) -> dict[str, float | None]:
-        interval: Interval = metrics.interval_across(values)
-        return dataclasses.asdict(interval)
-
+def _point_row(
+    rate: float, runs: Sequence[dict[str, Any]], across: Across
+) -> dict[str, Any]:
     return {
         "request_rate": rate,
         "request_rate_per_device": rate / runs[0]["devices"],
@@ -346,7 +365,7 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     return means
 
 
-def _ratios(systems: Mapping[str, Any]) -> dict[str, Any]:
+def _ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
     """Each system's goodput, or throughput, over the base's, paired by seed."""
     if RATIO_BASE not in systems:
         return {}
@@ -358,8 +377,7 @@ def _ratios(systems: Mapping[str, Any]) -> dict[str, Any]:
         paired = [
             rate / other for rate, other in zip(_per_seed(system), base, strict=True)
         ]
-        interval = dataclasses.asdict(metrics.interval_across(paired))
-        ratios[f"{name}/{RATIO_BASE}"] = {**interval, "per_seed": paired}
+        ratios[f"{name}/{RATIO_BASE}"] = {**across(paired), "per_seed": paired}
     return ratios
 
 

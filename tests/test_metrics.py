@@ -265,6 +265,20 @@ class TestIntervals:
         # t(0.75, 1 degree) = 1 (Cauchy); the error of {1, 2} is 0.5.
         assert (narrow.low, narrow.high) == (pytest.approx(1.0), pytest.approx(2.0))
 
+    def test_of_a_rate_it_does_not_begin_below_0(self):
+        low = metrics.interval_across([1.0, 2.0, 3.0]).low
+        assert low is not None and low < 0
+        found = metrics.rate_interval([1.0, 2.0, 3.0])
+        assert found.low == 0.0 and found.mean == 2.0
+        assert found.high == metrics.interval_across([1.0, 2.0, 3.0]).high
+        above = [10.0, 11.0, 12.0]
+        assert metrics.rate_interval(above) == metrics.interval_across(above)
+        assert metrics.batch_means([0, 0, 0, 1], batches=4).low == 0.0
+
+    def test_runs_that_share_what_they_sample_have_none(self):
+        found = metrics.rate_interval([1.0, 2.0, 3.0], independent=False)
+        assert found == Interval(mean=2.0, low=None, high=None)
+
     def test_batch_means_by_hand(self):
         # Two batches of means 1 and 0.5: error 0.25, t(0.975, 1) = 12.7062.
         interval = metrics.batch_means([1, 1, 1, 0], batches=2)

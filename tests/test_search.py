@@ -78,6 +78,21 @@ def test_resolved_needs_both_intervals_on_their_sides():
     assert not estimate(noisy, 0.9).resolved
 
 
+def test_runs_that_are_no_independent_samples_resolve_nothing():
+    sharp = {1.0: [1.0, 1.0, 0.99], 2.0: [0.1, 0.12, 0.1]}
+    found = estimate(sharp, 0.9, independent=False)
+    assert not found.resolved and found.bracketed
+    assert found.interval.low is None and found.interval.high is None
+    assert found.interval.mean == estimate(sharp, 0.9).interval.mean
+    assert best_rate(sharp, 0.1, independent=False).interval.low is None
+
+
+def test_a_goodput_does_not_begin_below_0():
+    uneven = {1.0: [1.0, 0.0, 0.0], 2.0: [1.0, 0.0, 0.0], 4.0: [0.0, 0.0, 0.0]}
+    assert estimate(uneven, 0.9).interval.low == 0.0
+    assert best_rate(uneven, 0.1).interval.low == 0.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -22,6 +22,7 @@ import functools
 import math
 import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 
 from disagg_jax import metrics
@@ -46,12 +47,16 @@ from disagg_jax.sim.workers import Mapper
 _SAMPLE = 200  # requests by which the capacity is estimated
 
 
+class DependentSeedsWarning(UserWarning):
+    """Runs share rows of a trace, so that their spread gives no interval."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GoodputSearch:
     """What to look for. All deployments see equal requests at equal seeds.
 
     Raises:
-      ValueError: on no requests or no seeds.
+      ValueError: on no requests, no seeds, or one seed twice.
     """
 
     simulated: SimulatedDeployment
@@ -68,6 +73,13 @@ class GoodputSearch:
     def __post_init__(self) -> None:
         expect(self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests)
         expect(len(self.seeds) >= 1, "seeds: expected at least one", self.seeds)
+        different = len(set(self.seeds)) == len(self.seeds)
+        expect(different, "seeds: expected different ones", self.seeds)
+
+    @property
+    def why_dependent(self) -> str:
+        """Why the seeds' runs give no interval; '' if they are independent samples."""
+        return self.workload.why_dependent(self.num_requests, self.seeds)
 
     @property
     def good(self) -> Criterion:
@@ -179,6 +191,7 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
         raise ValueError(
             f"criterion: expected one with a target for find_goodput, got {asked.good}"
         )
+    independent = _independent(asked)
     scale = unloaded_scale(asked)
     if scale > 1:
         return _no_goodput(asked, scale)
@@ -188,7 +201,7 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
     if asked.must_beat_rps is None or statistics.mean(runs.scores(first)) >= target:
         search(runs.scores, first, dataclasses.replace(asked.plan, target=target))
         _complete_bracket(runs, target)
-    found = estimate(runs.all_scores(), target)
+    found = estimate(runs.all_scores(), target, independent=independent)
     passing = runs.verdicts.get(found.pass_rps or 0.0, [])
     return SimGoodput(
         found=found,
@@ -207,7 +220,16 @@ def find_throughput(asked: GoodputSearch, mapper: Mapper = map) -> BestRate:
     """
     runs = _Runs(asked, mapper, cut_at=_never(asked))
     climb(runs.scores, asked.first_rps(), asked.plan)
-    return best_rate(runs.all_scores(), asked.plan.tolerance)
+    independent = _independent(asked)
+    return best_rate(runs.all_scores(), asked.plan.tolerance, independent=independent)
+
+
+def _independent(asked: GoodputSearch) -> bool:
+    """Whether the seeds' runs give intervals; warns if not."""
+    why = asked.why_dependent
+    if why:
+        warnings.warn(f"no interval: {why}", DependentSeedsWarning, stacklevel=3)
+    return not why
 
 
 def unloaded_scale(asked: GoodputSearch) -> float:
@@ -229,11 +251,11 @@ def _no_goodput(asked: GoodputSearch, scale: float) -> SimGoodput:
     zeros = (0.0,) * len(asked.seeds)
     found = GoodputEstimate(
         per_seed_rps=zeros,
-        interval=metrics.interval_across(zeros),
+        interval=metrics.rate_interval(zeros, independent=not asked.why_dependent),
         pass_rps=None,
         fail_rps=None,
         bracketed=False,
-        resolved=True,
+        resolved=not asked.why_dependent,
     )
     return SimGoodput(
         found=found,
@@ -283,7 +305,9 @@ def find_slo_scale(
     return SloScale(
         factor=slo_scale(results, asked.slo, target),
         per_seed=per_seed,
-        interval=metrics.interval_across(per_seed) if finite else None,
+        interval=metrics.rate_interval(per_seed, independent=_independent(asked))
+        if finite
+        else None,
         steady=all(result.steady for result in results),
         rate_rps=rate_rps,
         num_requests=asked.num_requests,

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
-
-import numpy as np
 
 from disagg_jax import metrics
 from disagg_jax.expect import expect
@@ -16,7 +15,9 @@ from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.traces import TraceRow, requests_from_trace
+from disagg_jax.traces import Ties, TraceRow, fit_rows
+from disagg_jax.traces.requests import stretch_requests, untied
+from disagg_jax.traces.stretches import why_shared
 from disagg_jax.workload import POISSON, Arrivals, make_requests
 
 
@@ -29,6 +30,10 @@ class Workload(Protocol):
 
     def prompts_only(self) -> Workload:
         """The same with one output token for each request."""
+        ...
+
+    def why_dependent(self, n: int, seeds: Sequence[int]) -> str:
+        """Why runs of `n` requests are no independent samples; '' if they are."""
         ...
 
 
@@ -58,6 +63,10 @@ class SimWorkload:
         """The same with one output token for each request."""
         return dataclasses.replace(self, output=FixedLengths(tokens=1), extra_tokens=0)
 
+    def why_dependent(self, n: int, seeds: Sequence[int]) -> str:
+        """'': each seed has draws of its own."""
+        return ""
+
     def _fitted(self, request: Request) -> Request:
         prompt, output = request.prompt_tokens, request.max_tokens
         if self.max_total_tokens is not None:
@@ -72,57 +81,68 @@ class SimWorkload:
 class TraceWorkload:
     """A `Workload` of a trace's lengths and gaps.
 
-    Each seed begins somewhere else in the trace, which begins again when it ends.
+    Each seed has a stretch of its own, as long as the trace has rows for it; then the
+    trace begins again, and seeds share rows.
 
     Raises:
-      ValueError: unless there are two rows or more, all of them with tokens, in a time.
+      ValueError: unless there are two rows or more, in time order, all of them with
+        tokens, and not most of them at one time.
     """
 
-    rows: tuple[TraceRow, ...]
+    rows: tuple[TraceRow, ...]  # kept with their ties spread, unless those are kept
+    ties: Ties = "spread"  # rows in one tick of a coarse clock: over it, or at one time
+    arrivals: Arrivals = POISSON  # of rows without times
+    # Where the rows come from and what was done to them, to print beside results.
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         expect(len(self.rows) >= 2, "trace: expected two rows or more", len(self.rows))
-        expect(self._span_s > 0, "trace: expected a span > 0 s", self._span_s)
+        object.__setattr__(self, "rows", tuple(untied(self.rows, self.ties)))
         fewest = min(min(row.prompt_tokens, row.output_tokens) for row in self.rows)
         expect(fewest >= 1, "trace: expected rows with tokens only", fewest)
+        times = [row.arrival_s for row in self.rows]
+        span_s = times[-1] - times[0]  # nan without times
+        expect(span_s != 0, "trace: expected a span > 0 s", span_s)
+        tied = sum(a == b for a, b in itertools.pairwise(times))
+        expect(
+            self.ties == "keep" or 2 * tied < len(times),
+            "trace: expected most rows at times of their own, or ties='keep' if they "
+            "really come at the same time",
+            f"{tied} of {len(times)} at the time of the row above",
+        )
 
     @classmethod
-    def fitting(cls, rows: Sequence[TraceRow], max_total_tokens: int) -> TraceWorkload:
-        """Of the rows that have tokens, and together at most so many."""
-        return cls(
-            rows=tuple(
-                row
-                for row in rows
-                if min(row.prompt_tokens, row.output_tokens) >= 1
-                and row.prompt_tokens + row.output_tokens <= max_total_tokens
+    def fitting(
+        cls, rows: Sequence[TraceRow], max_total_tokens: int, ties: Ties = "spread"
+    ) -> TraceWorkload:
+        """Of the rows that have tokens, and together at most so many.
+
+        Raises:
+          ValueError: if fewer than two are left.
+        """
+        # Ties first: whom a tick's rows share it with does not depend on lengths.
+        apart = untied(rows, ties)
+        fitted = fit_rows(apart, max_total_tokens=max_total_tokens)
+        notes = fitted.said(f"{max_total_tokens} tokens")
+        if apart != list(rows):
+            tick = (
+                "rows of one tick of the clock are spread evenly over it (ties=spread)"
             )
-        )
+            notes = (tick, *notes)
+        return cls(rows=tuple(fitted.rows), ties=ties, notes=notes)
 
     def prompts_only(self) -> TraceWorkload:
         """The same with one output token for each request."""
-        return TraceWorkload(
-            rows=tuple(row._replace(output_tokens=1) for row in self.rows)
-        )
-
-    @property
-    def _span_s(self) -> float:
-        return self.rows[-1].arrival_s - self.rows[0].arrival_s
+        rows = tuple(row._replace(output_tokens=1) for row in self.rows)
+        return dataclasses.replace(self, rows=rows)
 
     def requests(self, n: int, rate_rps: float, seed: int) -> list[Request]:
         """`n` requests whose mean rate is `rate_rps`."""
-        count = len(self.rows)
-        lap_s = self._span_s * count / (count - 1)  # with a mean gap at its end
-        start = int(np.random.default_rng(seed).integers(count))
-        rows = [
-            row._replace(arrival_s=row.arrival_s + lap * lap_s)
-            for lap, row in (
-                (i // count, self.rows[i % count]) for i in range(start, start + n)
-            )
-        ]
-        # One request has no rate; two at the same time have none either.
-        spread = rows[-1].arrival_s > rows[0].arrival_s
-        rate = rate_rps if spread else None
-        return requests_from_trace(rows, seed=seed, rate_rps=rate).requests
+        return stretch_requests(self.rows, n, rate_rps, seed, arrivals=self.arrivals)
+
+    def why_dependent(self, n: int, seeds: Sequence[int]) -> str:
+        """Says how runs share rows of the trace."""
+        return why_shared(seeds, n, len(self.rows), "rows of the trace")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from disagg_jax.metrics import Interval, interval_across
+from disagg_jax.metrics import Interval, rate_interval
 from disagg_jax.sim.points import SimPoint, SimResult, run_point
 from disagg_jax.sim.workers import worker_pool
 from experiments.figures.paper import XY
@@ -119,7 +119,7 @@ class Figure:
 
 def shown(values: Sequence[float], form: str = ".2f", unit: str = "") -> str:
     """The mean over seeds with its 95 % interval."""
-    return shown_interval(interval_across(values), form, unit)
+    return shown_interval(rate_interval(values), form, unit)
 
 
 def shown_interval(interval: Interval, form: str = ".2f", unit: str = "") -> str:
@@ -138,7 +138,7 @@ def banded(
     Args:
       values: x -> one value for each seed.
     """
-    found = {x: interval_across(of_seeds) for x, of_seeds in values.items()}
+    found = {x: rate_interval(of_seeds) for x, of_seeds in values.items()}
     return Series(
         label=label,
         points=[(x, interval.mean) for x, interval in found.items()],

@@ -489,6 +489,22 @@ def test_the_answer_of_a_cell_that_nobody_can_serve():
     assert answer(cell) == "Nobody: even alone vllm needs 3 x the targets."
 
 
+def test_without_independent_seeds_there_is_no_interval_and_no_winner():
+    clear = [found_of("vllm", 1.0, 1.1, 1.05), found_of(DISAGGREGATED, 2.0, 2.1, 2.2)]
+    assert judge(clear).verdict == DISAGGREGATED
+    shared = [dataclasses.replace(one, why_dependent="rows are few") for one in clear]
+    assert judge(shared).verdict == UNCLEAR
+    assert answer(shared) == (
+        "disaggregated (2xcolocated:tp1) serves the most: 2.1 requests/s per device.\n"
+        "Disaggregated over vllm, the best colocated system: 2.00: no clear winner. "
+        "No interval: rows are few."
+    )
+
+
+def test_a_goodput_does_not_begin_below_0():
+    assert found_of("vllm", 1.0, 0.0, 0.0).goodput.low == 0.0
+
+
 def test_a_single_cell_from_a_trace_and_files(tmp_path):
     (tmp_path / "mine.json").write_text(
         json.dumps(
@@ -512,11 +528,24 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "1 of 61 rows" in done.stderr
+    said = [
+        f"trace {tmp_path}/trace.csv: columns format, 61 rows, times in s",
+        "1 of 61 rows are left out: over 8192 tokens",
+    ]
+    assert all(f"\n{line}\n" in done.stdout for line in said)
+    assert "Warning" not in done.stderr
     assert "mine on 2 devices" in done.stdout
     assert "Disaggregated over vllm, the best colocated system: " in done.stdout
     content = json.loads((tmp_path / "out" / "maps.json").read_text())
-    assert content["maps"][0]["sentence"] in done.stdout
+    (made,) = content["maps"]
+    assert made["sentence"] in done.stdout
+    *notes, why = made["notes"]
+    assert notes == said and why.startswith("no interval: 2 runs x")
+    assert why in done.stdout and " share the 60 rows of the trace, so " in why
+    (cell,) = made["cells"]
+    assert cell["verdict"] == UNCLEAR
+    assert all(one["goodput"]["low"] is None for one in cell["systems"])
+    assert all(not one["candidates"][0]["resolved"] for one in cell["systems"])
     assert content["flags"]["trace"] == f"{tmp_path}/trace.csv"
     for name in ("maps", "lengths"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000

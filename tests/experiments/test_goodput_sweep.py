@@ -16,7 +16,7 @@ from disagg_jax.event_log import replay
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import get_link
-from experiments import goodput_sweep, serving
+from experiments import goodput_sweep, report, serving
 from experiments.config import override
 from experiments.configs import get_config
 from experiments.run_dir import Point, RunDir
@@ -274,6 +274,46 @@ def test_step_times_of_other_programs_are_refused(first, tmp_path):
     times.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="1 are missing, such as 'tp1->tp1/transfer_1"):
         goodput_sweep.run(config(), tmp_path / "run", str(times))
+
+
+def test_what_became_of_a_trace_stands_in_all_that_is_shown(tmp_path):
+    """Ticks, rows left out, and runs that share rows: two of 6, of 10 that fit."""
+    rows = [f"{3 * (i // 4)},{2 + i},3" for i in range(10)]
+    trace = tmp_path / "trace.csv"
+    head = "arrival_s,prompt_tokens,output_tokens"
+    trace.write_text("\n".join([head, *rows, "9,30,9", "9,1,0", ""]))
+    cfg = config("workload.source=trace", f"workload.trace={trace}", "rates=50")
+    out = tmp_path / "out"
+    table = goodput_sweep.run(cfg, out, None)
+    said = [
+        f"trace {trace}: columns format, 12 rows, times in s; its clock ticks every 3 "
+        "s: 8 rows in the tick of the row above are spread evenly over it "
+        "(ties=spread)",
+        "1 of 12 rows are left out: no prompt or output tokens",
+        "1 of 12 rows are left out: over 32 tokens (memory.max_context)",
+    ]
+    why = "2 runs x 6 requests share the 10 rows of the trace that fit, so they are no"
+    assert all(f"\n{line}\n" in table for line in said)
+    assert f"\nno intervals, and nothing resolved: {why}" in table
+    assert " [" not in table  # no interval anywhere
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["trace"]["said"] == said and summary["trace"]["tick_s"] == 3
+    assert summary["no_intervals"].startswith(why)
+    assert json.loads((out / "config.json").read_text())["trace"] == summary["trace"]
+    intervals = [
+        found
+        for system in summary["systems"].values()
+        for found in (
+            system["goodput"]["max_goodput_rate_per_device"],
+            *(point["attainment"] for point in system["points"]),
+            *(score for p in system["points"] for score in p["criteria"].values()),
+        )
+    ]
+    intervals += summary["ratios"].values()
+    intervals += [row for each in summary["criteria"].values() for row in each["rank"]]
+    assert intervals and {found["low"] for found in intervals} == {None}
+    assert not any(s["goodput"]["resolved"] for s in summary["systems"].values())
+    assert all(line in report.caption(summary) for line in said)  # of the picture
 
 
 def test_a_malformed_trace_line_is_named(tmp_path):

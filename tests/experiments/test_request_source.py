@@ -1,5 +1,6 @@
 """The requests that all systems get: what rate and replica change, and what not."""
 
+import json
 import sys
 
 import pytest
@@ -47,17 +48,94 @@ def test_a_rate_only_stretches_arrivals(kind, request):
     assert work(other) != work(slow)
 
 
-def test_a_replica_is_another_stretch_of_the_trace(trace):
-    """Lengths are halved, then clipped to half the context of 512 tokens."""
-    source = load(*trace, "workload.trace_scale=0.5", "memory.max_context=512")
-    lengths = [
-        [(r.prompt_tokens, r.max_tokens) for r in source(1.0, replica)]
-        for replica in (0, 1)
-    ]
-    assert lengths == [[(40, 4), (80, 8)], [(256, 12), (4, 16)]]
+def lengths(source, replica):
+    return [(r.prompt_tokens, r.max_tokens) for r in source(1.0, replica)]
+
+
+def test_long_rows_are_left_out_before_replicas_get_their_stretches(trace):
+    """Lengths are halved; the row of 4000 tokens and the empty one are left out."""
+    source = load(*trace, "workload.trace_scale=0.5", "num_seeds=1")
+    assert lengths(source, 0) == [(40, 4), (80, 8)]
+    assert lengths(source, 1) == [
+        (4, 16),
+        (40, 4),
+    ]  # there are three, and it goes round
     assert source.longest_prompt() == 80
-    with pytest.raises(ValueError, match="trace: expected 2 rows to serve"):
-        source(1.0, 2)
+    assert source.trace["said"][1:] == [
+        "lengths x 0.5",
+        "1 of 5 rows are left out: no prompt or output tokens",
+        "1 of 5 rows are left out: over 512 tokens (memory.max_context)",
+    ]
+    counts = [source.trace[key] for key in ("left_out_empty", "left_out_long", "cut")]
+    assert counts == [1, 1, 0] and source.trace["format"] == "columns"
+
+
+def test_long_rows_are_cut_where_asked(trace):
+    source = load(*trace, "workload.trace_scale=0.5", "workload.too_long=clip")
+    assert [lengths(source, i) for i in (0, 1)] == [
+        [(40, 4), (80, 8)],
+        [(256, 12), (4, 16)],
+    ]
+    assert "1 of 5 rows are cut to half of 512 tokens" in source.trace["said"][-1]
+
+
+def test_runs_that_share_rows_are_no_independent_samples(trace):
+    assert load(*trace, "num_seeds=1").why_dependent == ""
+    assert "2 runs x 2 requests share the 3 rows" in load(*trace).why_dependent
+    assert load(*trace, "workload.too_long=clip").why_dependent == ""
+
+
+def test_runs_that_share_prompts_are_no_independent_samples(human_eval):
+    assert "2 runs x 2 requests share the 3 prompts" in load(*human_eval).why_dependent
+    assert load(*human_eval, "workload.num_requests=1").why_dependent == ""
+
+
+def test_another_seed_takes_another_stretch(trace):
+    source, later = (
+        load(*trace, "workload.too_long=clip", f"seed={n}") for n in (0, 1)
+    )
+    assert lengths(source, 1) == lengths(later, 0)
+
+
+def test_only_the_rows_asked_for(trace):
+    assert len(load(*trace, "workload.trace_rows=2").rows) == 2
+
+
+def test_a_trace_without_times_takes_the_arrivals_of_the_workload(tmp_path):
+    path = tmp_path / "vidur.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n9,5\n8,4\n7,3\n6,2\n")
+    options = ["workload.source=trace", f"workload.trace={path}"]
+    fixed = load(*options, "workload.arrivals.kind=fixed")
+    assert [r.arrival_s for r in fixed(2.0, 0)] == [0.5, 1.0]
+    assert lengths(fixed, 1) == [(7, 3), (6, 2)]
+    drawn = load(*options)
+    assert drawn(1.0, 0)[0].arrival_s != drawn(1.0, 1)[0].arrival_s
+    assert "no times" in fixed.trace["said"][0]
+
+
+def test_sharegpt_is_measured_by_the_tokenizer_of_the_model(tmp_path):
+    path = tmp_path / "sharegpt.json"
+    turns = [{"from": "human", "value": "x" * 9}, {"from": "gpt", "value": "y" * 7}]
+    path.write_text(json.dumps([{"conversations": turns}] * 4))
+    source = load("workload.source=trace", f"workload.trace={path}")
+    assert lengths(source, 0) == [(9, 7)] * 2  # a byte, a token
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["workload.arrivals.kind=fixed"],
+            "arrivals: expected the default beside a tr",
+        ),
+        (["workload.trace_scale=0"], "workload.trace_scale: expected > 0"),
+        (["workload.trace=no/such.csv"], "got 'no/such.csv' .from the folder .*Azure"),
+        (["workload.trace=."], "workload.trace: expected a trace file, got '.'"),
+    ],
+)
+def test_a_trace_that_is_no_use(trace, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(*trace, *changes)
 
 
 def test_a_replica_goes_on_with_the_next_prompts(human_eval):

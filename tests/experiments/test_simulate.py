@@ -50,6 +50,16 @@ HEADER = "req_id,arrival_ms,prompt_len,output_len\n"
 TRACE = HEADER + "0,0.0,512,64\n1,250.5,100,0\n2,300,100,3\n"
 
 
+TICKS = "arrival_s,prompt_tokens,output_tokens\n" + "".join(
+    f"{3 * (i // 3)},100,5\n" for i in range(6)
+)
+
+
+def arrivals_s(tmp_path):
+    with (tmp_path / "out" / "requests.csv").open() as file:
+        return [float(row["arrival_s"]) for row in csv.DictReader(file)]
+
+
 def command(tmp_path, **flags) -> subprocess.CompletedProcess[str]:
     (tmp_path / "trace.csv").write_text(TRACE)
     values = {
@@ -145,11 +155,47 @@ def test_of_streamed_groups_only_the_last_is_seen(groups, tmp_path):
     assert math.isclose(float(first["transfer_s"]), seen_s, rel_tol=1e-12)
 
 
+def test_how_the_trace_was_read_is_shown_and_kept(tmp_path):
+    (tmp_path / "ticks.csv").write_text(TICKS)
+    done = command(tmp_path, trace=tmp_path / "ticks.csv")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "columns format, 6 rows, times in s; its clock ticks every 3 s" in done.stdout
+    )
+    facts = json.loads((tmp_path / "out" / "trace.json").read_text())
+    assert (facts["format"], facts["tick_s"], facts["ties"]) == ("columns", 3, "spread")
+    assert arrivals_s(tmp_path) == [0, 1, 2, 3, 4, 5]
+    command(tmp_path, trace=tmp_path / "ticks.csv", ties="keep")
+    assert arrivals_s(tmp_path) == [0, 0, 0, 3, 3, 3]
+
+
+def test_a_trace_without_times_takes_a_rate(tmp_path):
+    path = tmp_path / "lengths.csv"
+    path.write_text("num_prefill_tokens,num_decode_tokens\n9,5\n8,4\n7,3\n")
+    done = command(tmp_path, trace=path)
+    assert "--rate: expected requests/s, as" in done.stderr
+    assert command(tmp_path, trace=path, rate=2.0).returncode == 0
+    assert len(set(arrivals_s(tmp_path))) == 3
+
+
+def test_a_rate_stretches_the_time_of_a_trace(tmp_path):
+    assert command(tmp_path, rate=0.5).returncode == 0
+    assert arrivals_s(tmp_path) == [0, 2]
+
+
+def test_the_context_limit_can_be_raised(tmp_path):
+    path = tmp_path / "long.csv"
+    path.write_text(HEADER + "0,0,3000,5\n1,500,100,5\n")
+    flags = {"trace": path, "config": "opt13b_a100"}
+    assert "2 requests, 1 refused" in command(tmp_path, **flags).stdout
+    raised = command(tmp_path, **flags, max_context=3005)
+    assert "2 requests, 0 refused" in raised.stdout
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"trace": "nowhere.csv"}, "nowhere.csv"),
-        ({"trace": "trace.txt"}, "expected one of ['.csv', '.jsonl'], got '.txt'"),
         ({"deployment": "prefill:tp1"}, "prefill and decode instances need each other"),
         ({"deployment": "colocated:tp3"}, "(tp, pp): expected [(1, 1), (1, 2)"),
         ({"config": "gpt4"}, "opt13b_a100"),
@@ -166,7 +212,7 @@ def test_bad_input_is_one_clear_error(tmp_path, change, message):
     ("trace", "message"),
     [
         ("a,b\n1,2\n", "line 1: expected a header with one of arrival_s/arrival_ms"),
-        (HEADER + "0,0,5,5\n1,x,5,5\n", "line 3: expected a finite arrival"),
+        (HEADER + "0,0,5,5\n1,x,5,5\n", "line 3: expected a finite time"),
         (HEADER + "0,9,5,5\n1,3,5,5\n", "line 3: expected a time not before"),
         (HEADER, "expected at least one row, got none"),
     ],
