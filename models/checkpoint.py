@@ -2,7 +2,8 @@
 
 FOLDER/model.json   the fields of `ModelConfig`
 FOLDER/params/      Orbax; each device can read its own shards
-FOLDER/tokenizer.json, tokenizer_config.json   absent where tokens are bytes
+FOLDER/tokenizer.json, generation_config.json (the end tokens), or
+FOLDER/sentencepiece.json   absent where tokens are bytes
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from models import transformer
 from models.config import ModelConfig
+from models.files import read_json
 
 _CONFIG, _PARAMS = "model.json", "params"
 
@@ -34,6 +36,7 @@ class Checkpoint:
 
         Raises:
           FileNotFoundError: with the command that makes one, if there is none.
+          ValueError: naming the file, if its config is damaged.
         """
         folder = pathlib.Path(folder).resolve()
         if not is_checkpoint(folder) or not (folder / _PARAMS).is_dir():
@@ -41,8 +44,13 @@ class Checkpoint:
                 f"expected {_CONFIG} and {_PARAMS}/ in {folder}; to make them: python "
                 f"-m experiments.convert_checkpoint --from=PATH --out={folder}"
             )
-        settings = json.loads((folder / _CONFIG).read_text())
-        return cls(folder, ModelConfig(**settings))
+        path = folder / _CONFIG
+        try:
+            return cls(folder, ModelConfig(**read_json(path)))
+        except TypeError as error:  # a field is missing, or not a field
+            raise ValueError(
+                f"{path}: expected the fields of ModelConfig, got others: {error}"
+            ) from error
 
     def restore(self, shardings: Any) -> transformer.Params:
         """Weights with `shardings`: one, or a tree of them in the shape of `Params`.
