@@ -30,13 +30,20 @@ class RequestSource:
     model: ModelConfig
     prompts: Sequence[Sequence[int]] = ()  # source=human_eval
     rows: Sequence[TraceRow] = ()  # source=trace
-    eos_token: int | None = None
+    eos_tokens: tuple[int, ...] = ()
 
     @classmethod
     def load(cls, config: Config, model: Model) -> RequestSource:
         """Reads what the workload needs; errors come before any work."""
         workload = config.workload
-        source = cls(config, model.config, eos_token=model.tokenizer.eos_token)
+        eos_tokens = model.tokenizer.eos_tokens
+        source = cls(config, model.config, eos_tokens=eos_tokens)
+        vocab_size = model.config.vocab_size
+        if not workload.ignore_eos and not any(i < vocab_size for i in eos_tokens):
+            raise ValueError(
+                "workload.ignore_eos=false: expected a model with an end token below "
+                f"{vocab_size}, got {list(eos_tokens)}"
+            )
         if workload.source == "human_eval":
             prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
             return dataclasses.replace(source, prompts=prompts)
@@ -48,9 +55,11 @@ class RequestSource:
         """The requests of run number `replica` at `rate_rps`."""
         workload = self.config.workload
         n, seed = workload.num_requests, self.config.seed + replica
+        others = () if workload.ignore_eos else self.eos_tokens[1:]
         stop: Mapping[str, Any] = {
-            "eos_token": self.eos_token,
+            "eos_token": next(iter(self.eos_tokens), None),
             "ignore_eos": workload.ignore_eos,
+            "stop_tokens": frozenset(others),
         }
         if self.rows:
             return self._from_trace(rate_rps, replica, stop)

@@ -44,12 +44,12 @@ class Checkpoint:
                 f"expected {_CONFIG} and {_PARAMS}/ in {folder}; to make them: python "
                 f"-m experiments.convert_checkpoint --from=PATH --out={folder}"
             )
-        path = folder / _CONFIG
+        fields = read_json(folder / _CONFIG)
         try:
-            return cls(folder, ModelConfig(**read_json(path)))
-        except TypeError as error:  # a field is missing, or not a field
+            return cls(folder, ModelConfig(**fields))
+        except (TypeError, ValueError) as error:  # a TypeError: other fields
             raise ValueError(
-                f"{path}: expected the fields of ModelConfig, got others: {error}"
+                f"{folder / _CONFIG}: expected a ModelConfig: {error}"
             ) from error
 
     def restore(self, shardings: Any) -> transformer.Params:

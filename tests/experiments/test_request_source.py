@@ -1,5 +1,6 @@
 """The requests that all systems get: what rate and replica change, and what not."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from experiments.config import override
 from experiments.configs import get_config
 from experiments.request_source import RequestSource
 from experiments.weights import load_model
+from models.tokenizer import ByteTokenizer
 
 
 def load(*changes) -> RequestSource:
@@ -85,3 +87,50 @@ def test_what_no_pool_can_hold_is_refused():
     message = "request 0 of run 0: a KV pool has 3 KV blocks, got 60 prompt"
     with pytest.raises(ValueError, match=message):
         source.check([fits, small])
+
+
+@pytest.mark.parametrize("kind", ["random", "human_eval", "trace"])
+@pytest.mark.parametrize("eos_tokens", [(5,), (5, 0, 7)])
+def test_each_end_token_stops_a_request_unless_all_are_ignored(
+    kind, eos_tokens, request
+):
+    changes = [] if kind == "random" else request.getfixturevalue(kind)
+    for ignore in (False, True):
+        config = override(
+            get_config("tiny"),
+            [
+                "weights=random",
+                "num_seeds=2",
+                "workload.num_requests=2",
+                f"workload.ignore_eos={ignore}".lower(),
+                *changes,
+            ],
+        )
+        model = load_model(config)
+        several = dataclasses.replace(model, tokenizer=Ends(eos_tokens=eos_tokens))
+        for replica in (0, 1):
+            for made in RequestSource.load(config, several)(1.0, replica):
+                stops = {token for token in range(264) if made.stops_at(token)}
+                assert stops == (set() if ignore else set(eos_tokens))
+                assert made.eos_token == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends(ByteTokenizer):
+    """Bytes, with other end tokens."""
+
+    eos_tokens: tuple[int, ...] = ()
+
+
+@pytest.mark.parametrize("eos_tokens", [(), (264,), (2**32 - 1, 300)])
+def test_tokens_can_only_end_requests_where_one_is_known(eos_tokens):
+    """One that has no logit is never generated."""
+    config = override(
+        get_config("tiny"), ["weights=random", "workload.ignore_eos=false"]
+    )
+    model = load_model(config)
+    endless = dataclasses.replace(model, tokenizer=Ends(eos_tokens=eos_tokens))
+    with pytest.raises(ValueError, match="ignore_eos=false: expected .* below 264, go"):
+        RequestSource.load(config, endless)
+    ignoring = override(config, ["workload.ignore_eos=true"])
+    RequestSource.load(ignoring, endless)
