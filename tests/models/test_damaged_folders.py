@@ -167,6 +167,9 @@ def test_a_transposed_matrix_is_refused_before_any_is_read(
     message = rf"{name}: expected shape \(32, 48\), got \(48, 32\)"
     with pytest.raises(ValueError, match=message):
         load_hf(folder)
+    store(folder, tensors | {name: np.copy(tensors[name][:, 1:])})
+    with pytest.raises(ValueError, match=r"\(32, 48\), got \(32, 47\)"):
+        load_hf(folder)
     del tensors[name]
     store(folder, tensors)
     with pytest.raises(ValueError, match=rf"{WHOLE}: .*tensor '{name}', got none"):

@@ -240,6 +240,15 @@ def test_special_pieces_are_found_and_spelled_out(tmp_path: pathlib.Path) -> Non
     assert tokenizer.decode([1, *ids, 2]) == "<s>x<|a|><|b|><|a|>x<|</s>"
 
 
+def test_only_their_spelling_makes_control_tokens(tmp_path: pathlib.Path) -> None:
+    """Not a merge: the space before a text is none that it spells."""
+    types = [*SPECIALS.values(), *[6] * 256, 3, 1, 1]
+    pieces = ["\u2581a", "\u2581", "a"]
+    tokenizer = sentencepiece(tmp_path, pieces, ranked(pieces), token_type=types)
+    assert tokenizer.encode("a") == [1, FIRST + 1, FIRST + 2]
+    assert tokenizer.encode("\u2581a") == [1, FIRST]
+
+
 def test_unused_pieces_are_taken_apart_again(tmp_path: pathlib.Path) -> None:
     pieces = ["abc", "ab", "a", "b", "c"]
     types = [*SPECIALS.values(), *[6] * 256, 5, 1, 1, 1, 1]

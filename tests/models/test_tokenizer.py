@@ -34,6 +34,7 @@ def test_bytes_specials_have_no_text_and_fit_tiny() -> None:
 
 def test_half_a_character_is_replaced() -> None:
     assert BYTES.decode(BYTES.encode("aé")[:-1]) == "a\ufffd"
+    assert BYTES.decode([97, 255]) == "a\ufffd"
 
 
 @pytest.mark.parametrize("bad", [-1, 264])
