@@ -30,14 +30,14 @@ def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
     Raises:
       ValueError, FileNotFoundError: if `source` cannot be read, or `out` is taken.
     """
-    tokenizer = read_tokenizer(source)
-    if isinstance(tokenizer, NoText):
-        raise tokenizer.why  # a checkpoint without one has bytes for tokens
     config, weights = read_weights(source)
     if checkpoint.is_checkpoint(out) or isinstance(weights, checkpoint.Checkpoint):
         raise ValueError(
             f"expected a model of another kind and a new folder, got {source}, {out}"
         )
+    tokenizer = read_tokenizer(source)
+    if isinstance(tokenizer, NoText):
+        raise tokenizer.why  # a checkpoint without one has bytes for tokens
     if isinstance(tokenizer, BPETokenizer | SentencePieceTokenizer):
         save_tokenizer(tokenizer, out)
     return checkpoint.save(out, config, weights)

@@ -32,11 +32,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | pathlib.Path) -> Checkpoint:
-        """The checkpoint in `folder`. Reads its config only.
+        """The checkpoint in `folder`. Reads its config and the shapes of its weights.
 
         Raises:
           FileNotFoundError: with the command that makes one, if there is none.
-          ValueError: naming the file, if its config is damaged.
+          ValueError: naming the file, if its config is damaged or of other weights.
         """
         folder = pathlib.Path(folder).resolve()
         if not is_checkpoint(folder) or not (folder / _PARAMS).is_dir():
@@ -46,11 +46,17 @@ class Checkpoint:
             )
         fields = read_json(folder / _CONFIG)
         try:
-            return cls(folder, ModelConfig(**fields))
+            config = ModelConfig(**fields)
         except (TypeError, ValueError) as error:  # a TypeError: other fields
             raise ValueError(
                 f"{folder / _CONFIG}: expected a ModelConfig: {error}"
             ) from error
+        if _stored_shapes(folder) != _shapes(transformer.param_shapes(config)):
+            raise ValueError(
+                f"{folder / _PARAMS}: expected the weights of {config}, got damaged "
+                "ones, or another model's; convert the model again"
+            )
+        return cls(folder, config)
 
     def restore(self, shardings: Any) -> transformer.Params:
         """Weights with `shardings`: one, or a tree of them in the shape of `Params`.
@@ -70,6 +76,19 @@ class Checkpoint:
     def load(self, device: Any) -> transformer.Params:
         """All weights on one device."""
         return self.restore(SingleDeviceSharding(device))
+
+
+def _stored_shapes(folder: pathlib.Path) -> Any:
+    """None if Orbax cannot tell."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / _PARAMS).item_metadata
+    return None if stored is None else _shapes(stored.tree)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
 def is_checkpoint(folder: str | pathlib.Path) -> bool:

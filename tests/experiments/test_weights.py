@@ -192,3 +192,15 @@ def test_a_damaged_config_of_a_checkpoint_is_named(tmp_path):
         path.write_text(damaged)
         with pytest.raises(ValueError, match=f"model.json: .*{message}"):
             load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change", [{"mlp": 50}, {"layers": 3}, {"qk_norm": True}, {"tie_embeddings": True}]
+)
+def test_a_checkpoint_of_other_weights_is_refused_before_any_work(change, tmp_path):
+    """Orbax would say so at the first instance, in pages."""
+    convert(GOLDEN / "llama", tmp_path / "a")
+    path = tmp_path / "a" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="a/params: expected the weights of ModelConf"):
+        load(tmp_path / "a")
