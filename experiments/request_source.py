@@ -46,6 +46,11 @@ class RequestSource:
             )
         if workload.source == "human_eval":
             prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
+            if (largest := max(map(max, prompts))) >= vocab_size:
+                raise ValueError(
+                    "workload.source=human_eval: expected the tokenizer of this model, "
+                    f"with ids below {vocab_size}, got {largest}"
+                )
             return dataclasses.replace(source, prompts=prompts)
         if workload.source == "trace":
             return dataclasses.replace(source, rows=read_trace(workload.trace))

@@ -122,6 +122,21 @@ class Ends(ByteTokenizer):
     eos_tokens: tuple[int, ...] = ()
 
 
+def test_the_tokenizer_of_another_model_is_refused(human_eval):
+    """An id without an embedding would be taken for the last one."""
+    config = override(get_config("tiny"), ["weights=random", *human_eval])
+    model = load_model(config)
+    largest = ord("w")
+    for vocab_size, fits in ((largest + 1, True), (largest, False)):
+        small = dataclasses.replace(model.config, vocab_size=vocab_size)
+        other = dataclasses.replace(model, config=small)
+        if fits:
+            assert RequestSource.load(config, other).longest_prompt() == 5
+            continue
+        with pytest.raises(ValueError, match=f"ids below {largest}, got {largest}"):
+            RequestSource.load(config, other)
+
+
 @pytest.mark.parametrize("eos_tokens", [(), (264,), (2**32 - 1, 300)])
 def test_tokens_can_only_end_requests_where_one_is_known(eos_tokens):
     """One that has no logit is never generated."""
