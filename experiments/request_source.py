@@ -39,7 +39,7 @@ class RequestSource:
         eos_tokens = model.tokenizer.eos_tokens
         source = cls(config, model.config, eos_tokens=eos_tokens)
         vocab_size = model.config.vocab_size
-        if not workload.ignore_eos and not any(i < vocab_size for i in eos_tokens):
+        if not workload.ignore_eos and not any(0 <= i < vocab_size for i in eos_tokens):
             raise ValueError(
                 "workload.ignore_eos=false: expected a model with an end token below "
                 f"{vocab_size}, got {list(eos_tokens)}"

@@ -137,7 +137,7 @@ def test_the_tokenizer_of_another_model_is_refused(human_eval):
             RequestSource.load(config, other)
 
 
-@pytest.mark.parametrize("eos_tokens", [(), (264,), (2**32 - 1, 300)])
+@pytest.mark.parametrize("eos_tokens", [(), (264,), (-1,), (2**32 - 1, 300)])
 def test_tokens_can_only_end_requests_where_one_is_known(eos_tokens):
     """One that has no logit is never generated."""
     config = override(
