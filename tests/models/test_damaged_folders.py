@@ -244,3 +244,53 @@ def test_a_missing_size_is_named(copy: Callable[[str], pathlib.Path]) -> None:
     (folder / "config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"config.json: .*JSON object, got list"):
         load_hf(folder)
+
+
+OPTIONAL = {
+    "llama": ["tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"],
+    "opt": ["tie_word_embeddings", "activation_function", "enable_bias"],
+    "qwen3": ["use_sliding_window", "attention_bias"],
+}
+
+
+@pytest.mark.parametrize("family", OPTIONAL)
+def test_what_a_config_leaves_out_is_its_familys_default(
+    family: str, copy: Callable[[str], pathlib.Path]
+) -> None:
+    """Llama's embeddings are not tied then, and OPT's are."""
+    folder = copy(family)
+    want, _ = load_hf(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    for key in OPTIONAL[family]:
+        del settings[key]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert load_hf(folder)[0] == want
+
+
+@pytest.mark.parametrize(
+    "said, dtype",
+    [
+        ({}, "float32"),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "bfloat16"),
+        ({"torch_dtype": "float32"}, "float32"),
+        ({"dtype": "bfloat16", "torch_dtype": "float32"}, "bfloat16"),
+    ],
+)
+def test_the_dtype_has_an_older_name(
+    said: dict[str, str], dtype: str, copy: Callable[[str], pathlib.Path]
+) -> None:
+    folder = copy("llama")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["dtype"]
+    (folder / "config.json").write_text(json.dumps(settings | said))
+    config, params = load_hf(folder)
+    assert config.dtype == params["embed"].dtype.name == dtype
+
+
+def test_one_whole_file_needs_no_index(copy: Callable[[str], pathlib.Path]) -> None:
+    """As for transformers, whatever an index left from its parts says."""
+    folder = copy("llama")
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / INDEX).write_text(json.dumps(index))
+    assert len(load_hf(folder)[1]["layers"]) == 2
