@@ -86,6 +86,7 @@ def make_requests(
     vocab_size: int | None = None,
     ignore_eos: bool = True,
     eos_token: int | None = None,
+    stop_tokens: frozenset[int] = frozenset(),
     sampling: Sampling = GREEDY,
 ) -> list[Request]:
     """`n` requests, ids 0 to n - 1 in order of arrival.
@@ -110,6 +111,7 @@ def make_requests(
         rng=streams.sampling,
         ignore_eos=ignore_eos,
         eos_token=eos_token,
+        stop_tokens=stop_tokens,
         sampling=sampling,
     )
 
@@ -124,6 +126,7 @@ def requests_from_prompts(
     arrivals: Arrivals = POISSON,
     ignore_eos: bool = True,
     eos_token: int | None = None,
+    stop_tokens: frozenset[int] = frozenset(),
     sampling: Sampling = GREEDY,
 ) -> list[Request]:
     """`n` requests that go through given prompts (token ids), again and again.
@@ -150,6 +153,7 @@ def requests_from_prompts(
         rng=streams.sampling,
         ignore_eos=ignore_eos,
         eos_token=eos_token,
+        stop_tokens=stop_tokens,
         sampling=sampling,
     )
 
@@ -200,6 +204,7 @@ def build_requests(
     rng: np.random.Generator,
     ignore_eos: bool,
     eos_token: int | None,
+    stop_tokens: frozenset[int],
     sampling: Sampling,
 ) -> list[Request]:
     """One request of each row of the columns; `rng` draws their sampling seeds."""
@@ -216,6 +221,7 @@ def build_requests(
             prompt=prompt,
             sampling=dataclasses.replace(sampling, seed=seed),
             eos_token=eos_token,
+            stop_tokens=stop_tokens,
             ignore_eos=ignore_eos,
         )
         for i, (arrival_s, tokens, max_tokens, prompt, seed) in enumerate(rows)

@@ -15,7 +15,8 @@ from absl import app, flags, logging
 
 from experiments.weights import read_tokenizer, read_weights
 from models import checkpoint
-from models.tokenizer import BPETokenizer, save_tokenizer
+from models.sentencepiece import SentencePieceTokenizer
+from models.tokenizer import BPETokenizer, NoText, save_tokenizer
 
 _FROM = flags.DEFINE_string("from", None, "GGUF file or Hugging Face folder.")
 _OUT = flags.DEFINE_string(
@@ -35,7 +36,9 @@ def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
             f"expected a model of another kind and a new folder, got {source}, {out}"
         )
     tokenizer = read_tokenizer(source)
-    if isinstance(tokenizer, BPETokenizer):
+    if isinstance(tokenizer, NoText):
+        raise tokenizer.why  # a checkpoint without one has bytes for tokens
+    if isinstance(tokenizer, BPETokenizer | SentencePieceTokenizer):
         save_tokenizer(tokenizer, out)
     return checkpoint.save(out, config, weights)
 

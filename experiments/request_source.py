@@ -35,16 +35,28 @@ class RequestSource:
     model: ModelConfig
     prompts: Sequence[Sequence[int]] = ()  # source=human_eval
     rows: Sequence[TraceRow] = ()  # source=trace: that can be served
-    eos_token: int | None = None
+    eos_tokens: tuple[int, ...] = ()
     trace: Mapping[str, Any] | None = None  # how it was read, and what was left out
 
     @classmethod
     def load(cls, config: Config, model: Model) -> RequestSource:
         """Reads what the workload needs; errors come before any work."""
         workload = config.workload
-        source = cls(config, model.config, eos_token=model.tokenizer.eos_token)
+        eos_tokens = model.tokenizer.eos_tokens
+        source = cls(config, model.config, eos_tokens=eos_tokens)
+        vocab_size = model.config.vocab_size
+        if not workload.ignore_eos and not any(0 <= i < vocab_size for i in eos_tokens):
+            raise ValueError(
+                "workload.ignore_eos=false: expected a model with an end token below "
+                f"{vocab_size}, got {list(eos_tokens)}"
+            )
         if workload.source == "human_eval":
             prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
+            if (largest := max(map(max, prompts))) >= vocab_size:
+                raise ValueError(
+                    "workload.source=human_eval: expected the tokenizer of this model, "
+                    f"with ids below {vocab_size}, got {largest}"
+                )
             return dataclasses.replace(source, prompts=prompts)
         if workload.source == "trace":
             rows, facts = _read_trace(config, model)
@@ -55,9 +67,11 @@ class RequestSource:
         """The requests of run number `replica` at `rate_rps`."""
         workload = self.config.workload
         n, seed = workload.num_requests, self.config.seed + replica
+        others = () if workload.ignore_eos else self.eos_tokens[1:]
         stop: Mapping[str, Any] = {
-            "eos_token": self.eos_token,
+            "eos_token": next(iter(self.eos_tokens), None),
             "ignore_eos": workload.ignore_eos,
+            "stop_tokens": frozenset(others),
         }
         if self.rows:
             return stretch_requests(

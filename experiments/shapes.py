@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -12,6 +11,7 @@ from disagg_jax.sim.hardware_presets import get_hardware
 from disagg_jax.sim.model_shape import MODEL_SHAPES, ModelShape
 from models import hf_config, quantization
 from models.config import PRESETS, ModelConfig
+from models.files import read_json
 from models.quantization import QUANTIZATION
 
 # Families of Hugging Face models whose layers are ModelShape's.
@@ -63,7 +63,7 @@ def get_shape(name: str) -> ModelShape:
 
 
 def _shape_from(path: pathlib.Path) -> ModelShape:
-    fields = _read(path)
+    fields = read_json(path)
     if "model_type" in fields or "architectures" in fields:
         try:
             fields = _hugging_face(path, fields)
@@ -99,7 +99,7 @@ def _kinds(key: str) -> tuple[type, ...]:
 def _hugging_face(path: pathlib.Path, settings: dict[str, Any]) -> dict[str, Any]:
     beside = path.parent / QUANTIZATION
     if path.name == "config.json" and beside.is_file():
-        settings.setdefault("quantization_config", _read(beside))
+        settings.setdefault("quantization_config", read_json(beside))
     unknown = hf_config.expect_known(settings, _FAMILIES)
     unknown += quantization.unknown_keys(settings)
     hf_config.warn_of_unknown(str(path), tuple(unknown))
@@ -134,7 +134,7 @@ def get_device(name: str) -> Hardware:
     if not name.endswith(".json"):
         return get_hardware(name)
     path = pathlib.Path(name)
-    fields = _read(path)
+    fields = read_json(path)
     unknown = sorted(set(fields) - {"like", *_NUMBERS})
     if "like" not in fields or unknown:
         raise ValueError(
@@ -143,13 +143,3 @@ def get_device(name: str) -> Hardware:
         )
     preset = get_hardware(fields.pop("like"))
     return dataclasses.replace(preset, name=path.stem, **fields)
-
-
-def _read(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {content!r}")
-    return content

@@ -29,6 +29,7 @@ from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
 from experiments.serving import Progress, Server
 from experiments.weights import Model
+from models.tokenizer import NoText
 
 Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed
 
@@ -175,7 +176,8 @@ class Sweep:
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
-        if self.config.weights != "random":
+        has_text = not isinstance(self.model.tokenizer, NoText)
+        if self.config.weights != "random" and has_text:
             row["text"] = self.model.tokenizer.decode(timeline.tokens)
         return row
 

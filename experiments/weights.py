@@ -15,7 +15,7 @@ from models.checkpoint import Checkpoint, is_checkpoint
 from models.config import ModelConfig, get_config
 from models.gguf import load_gguf, smollm2_path
 from models.hf import load_hf
-from models.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from models.tokenizer import ByteTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 
 # One for each preset that `experiments.train_tiny` was run for.
 _TRAINED = pathlib.Path(__file__).parent / "checkpoints"
@@ -96,8 +96,6 @@ def as_preset(weights: Weights, preset: ModelConfig) -> Weights:
 
 def read_tokenizer(path: pathlib.Path) -> Tokenizer:
     """The tokenizer of a file or folder; bytes for a checkpoint that has none."""
-    if path.is_file():
-        return load_tokenizer(path)
-    if is_checkpoint(path) and not (path / "tokenizer.json").exists():
+    if is_checkpoint(path) and not has_tokenizer(path):
         return ByteTokenizer()
-    return load_tokenizer(path / "tokenizer.json")
+    return load_tokenizer(path)

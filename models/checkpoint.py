@@ -2,7 +2,8 @@
 
 FOLDER/model.json   the fields of `ModelConfig`
 FOLDER/params/      Orbax; each device can read its own shards
-FOLDER/tokenizer.json, tokenizer_config.json   absent where tokens are bytes
+FOLDER/tokenizer.json, generation_config.json (the end tokens), or
+FOLDER/sentencepiece.json   absent where tokens are bytes
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 
 from models import transformer
 from models.config import ModelConfig
+from models.files import read_json
 
 _CONFIG, _PARAMS = "model.json", "params"
 
@@ -30,10 +32,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | pathlib.Path) -> Checkpoint:
-        """The checkpoint in `folder`. Reads its config only.
+        """The checkpoint in `folder`. Reads its config and the shapes of its weights.
 
         Raises:
           FileNotFoundError: with the command that makes one, if there is none.
+          ValueError: naming the file, if its config is damaged or of other weights.
         """
         folder = pathlib.Path(folder).resolve()
         if not is_checkpoint(folder) or not (folder / _PARAMS).is_dir():
@@ -41,10 +44,21 @@ class Checkpoint:
                 f"expected {_CONFIG} and {_PARAMS}/ in {folder}; to make them: python "
                 f"-m experiments.convert_checkpoint --from=PATH --out={folder}"
             )
-        settings = json.loads((folder / _CONFIG).read_text())
-        if divisors := settings.get("rope_divisors"):
-            settings["rope_divisors"] = tuple(divisors)
-        return cls(folder, ModelConfig(**settings))
+        fields = read_json(folder / _CONFIG)
+        if divisors := fields.get("rope_divisors"):
+            fields["rope_divisors"] = tuple(divisors)
+        try:
+            config = ModelConfig(**fields)
+        except (TypeError, ValueError) as error:  # a TypeError: other fields
+            raise ValueError(
+                f"{folder / _CONFIG}: expected a ModelConfig: {error}"
+            ) from error
+        if _stored_shapes(folder) != _shapes(transformer.param_shapes(config)):
+            raise ValueError(
+                f"{folder / _PARAMS}: expected the weights of {config.name}, got "
+                "damaged ones, or another model's; convert the model again"
+            )
+        return cls(folder, config)
 
     def restore(self, shardings: Any) -> transformer.Params:
         """Weights with `shardings`: one, or a tree of them in the shape of `Params`.
@@ -64,6 +78,19 @@ class Checkpoint:
     def load(self, device: Any) -> transformer.Params:
         """All weights on one device."""
         return self.restore(SingleDeviceSharding(device))
+
+
+def _stored_shapes(folder: pathlib.Path) -> Any:
+    """None if Orbax cannot tell."""
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / _PARAMS).item_metadata
+    return None if stored is None else _shapes(stored.tree)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: tuple(leaf.shape), tree)
 
 
 def is_checkpoint(folder: str | pathlib.Path) -> bool:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import pathlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from models.config import ModelConfig
+from models.files import require_content
 from models.rope import RopeScaling, read_scaling
+from models.tensors import Take, check_tensors
 
 if TYPE_CHECKING:
     import gguf
@@ -30,12 +32,27 @@ _ROPE_NEUTRAL = {
     "yarn_ext_factor": (-1.0, 1.0),
     "yarn_log_multiplier": (0.0,),
 }
+# What a file of this architecture may ask for, and our model has not.
+_REFUSED = (
+    "attention.clamp_kqv",
+    "attention.max_alibi_bias",
+    "attention.scale",
+    "attention.sliding_window",
+    "attn_logit_softcapping",
+    "embedding_scale",
+    "expert_count",
+    "final_logit_softcapping",
+    "logit_scale",
+    "residual_scale",
+    "use_parallel_residual",
+)
 
 
 def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
     """Maps a GGUF file into memory and parses its header (seconds: every token's text).
 
     Raises:
+      ValueError: naming the file, if it is of another kind, incomplete or one of parts.
       ImportError: naming the extra to install, if the `gguf` package is missing.
     """
     try:
@@ -45,7 +62,32 @@ def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
             "reading GGUF files needs the package gguf: pip install "
             "'disagg-jax[weights]'"
         ) from error
-    return gguf.GGUFReader(path)
+    path = pathlib.Path(path)
+    require_content(path)
+    if not is_gguf(path):
+        raise ValueError(
+            f"{path}: expected a GGUF file, got another; of a Hugging Face model name "
+            "the folder"
+        )
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError) as error:
+        raise ValueError(
+            f"{path}: expected a whole GGUF file, got a damaged one ({error}); get it "
+            "again"
+        ) from error
+    if (parts := metadata(reader, "split.count", 1)) > 1:
+        raise ValueError(
+            f"{path}: expected all in one file, got one of {parts} parts; llama.cpp's "
+            "`llama-gguf-split --merge FIRST OUT` joins them"
+        )
+    return reader
+
+
+def is_gguf(path: pathlib.Path) -> bool:
+    """Whether a file begins as GGUF files do, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any:
@@ -75,13 +117,20 @@ def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
         misshapen tensors.
     """
     reader = open_gguf(path)
-    config = _config(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    tensors.pop(_ROPE_DIVISORS, None)  # in the config
+    # GGUF counts dimensions from the innermost.
+    shapes = {name: (*t.shape.tolist()[::-1],) for name, t in tensors.items()}
+    shapes.pop(_ROPE_DIVISORS, None)  # in the config
+    try:
+        config = _config(reader, shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    build = functools.partial(_params, config)
+    check_tensors(path, build, shapes)
+    return config, build(lambda name, *_: _dequantize(tensors[name], path))
 
-    def take(name: str, *shape: int) -> np.ndarray:
-        return _dequantize(tensors.pop(name, None), name, shape)
 
+def _params(config: ModelConfig, take: Take) -> dict[str, Any]:
     def layer(i: int) -> dict[str, dict[str, np.ndarray]]:
         return _layer(config, lambda name, *shape: take(f"blk.{i}.{name}", *shape))
 
@@ -93,12 +142,7 @@ def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not config.tie_embeddings:
         unembed_VE = take("output.weight", config.vocab_size, config.embed)
         params["unembed"] = np.ascontiguousarray(unembed_VE.T)
-    if tensors:
-        raise ValueError(
-            f"{path}: expected the tensors of a plain Llama model only, got also "
-            f"{sorted(tensors)[:5]}"
-        )
-    return config, params
+    return params
 
 
 def smollm2_path() -> pathlib.Path:
@@ -122,7 +166,9 @@ def smollm2_path() -> pathlib.Path:
     )
 
 
-def _config(reader: gguf.GGUFReader) -> ModelConfig:
+def _config(
+    reader: gguf.GGUFReader, shapes: Mapping[str, tuple[int, ...]]
+) -> ModelConfig:
     architecture = metadata(reader, "general.architecture")
     if architecture != "llama":
         raise ValueError(f"architecture: expected 'llama', got {architecture!r}")
@@ -134,10 +180,23 @@ def _config(reader: gguf.GGUFReader) -> ModelConfig:
         raise ValueError(f"rope.dimension_count: expected {head_dim}, got {rotated}")
     theta = llama("rope.freq_base", 10_000.0)
     scaling = _rope_scaling(reader, head_dim, theta)
-    vocab_size = llama("vocab_size", None)  # absent from older files
+    values = llama("attention.value_length", head_dim)
+    if values != head_dim:
+        raise ValueError(f"attention.value_length: expected {head_dim}, got {values}")
+    rows, *_ = shapes.get("token_embd.weight", (0,))
+    vocab_size = llama("vocab_size", rows)  # absent from older files
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    if tokens is not None and len(tokens.data) > vocab_size:
+        raise ValueError(
+            f"tokenizer.ggml.tokens: expected at most {vocab_size}, as many as there "
+            f"are embeddings, got {len(tokens.data)}"
+        )
+    for key in _REFUSED:
+        if llama(key, 0):
+            raise ValueError(f"{key}: expected none, got {llama(key)}")
     return ModelConfig(
         name=metadata(reader, "general.name", "gguf"),
-        vocab_size=vocab_size or len(metadata(reader, "tokenizer.ggml.tokens")),
+        vocab_size=vocab_size,
         layers=llama("block_count"),
         embed=embed,
         q_heads=q_heads,
@@ -148,7 +207,7 @@ def _config(reader: gguf.GGUFReader) -> ModelConfig:
         rope_divisors=scaling.divisors,
         rope_attention_factor=scaling.attention_factor,
         norm_eps=llama("attention.layer_norm_rms_epsilon"),
-        tie_embeddings=all(t.name != "output.weight" for t in reader.tensors),
+        tie_embeddings="output.weight" not in shapes,
         max_length=max(llama("context_length"), scaling.context),
         dtype="float32",
     )
@@ -188,7 +247,10 @@ def _divisors(
     tensor = next((t for t in reader.tensors if t.name == _ROPE_DIVISORS), None)
     if tensor is None:
         return of_metadata
-    divisors = _dequantize(tensor, _ROPE_DIVISORS, (head_dim // 2,)).astype(np.float64)
+    expected, got = (head_dim // 2,), (*tensor.shape.tolist(),)
+    if got != expected:
+        raise ValueError(f"{_ROPE_DIVISORS}: expected shape {expected}, got {got}")
+    divisors = _dequantize(tensor, _ROPE_DIVISORS).astype(np.float64)
     return tuple((divisors * np.array(of_metadata or (1.0,))).tolist())
 
 
@@ -196,25 +258,28 @@ def _llama_metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED)
     value = metadata(reader, f"llama.{key}", default)
     # float32 in the file: 1e-5 reads as 9.999999747378752e-06. Undo with the shortest
     # decimal that means the same float32.
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    if isinstance(value, float):
+        return float(str(np.float32(value)))
+    if not isinstance(value, list):
+        return value
+    if len(set(value)) != 1:
+        raise ValueError(f"{key}: expected the same in all layers, got {value}")
+    return value[0]
 
 
-def _dequantize(
-    tensor: gguf.ReaderTensor | None, name: str, shape: tuple[int, ...]
-) -> np.ndarray:
+def _dequantize(tensor: gguf.ReaderTensor, path: object) -> np.ndarray:
     from gguf.quants import dequantize
 
-    if tensor is None:
-        raise ValueError(f"GGUF file: expected a tensor {name!r}, got none")
-    array = dequantize(tensor.data, tensor.tensor_type)
-    if array.shape != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {array.shape}")
-    return array
+    try:
+        return dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path}: {tensor.name}: expected floats or a quantization that the gguf "
+            f"package knows, got {tensor.tensor_type.name}"
+        ) from error
 
 
-def _layer(
-    config: ModelConfig, take: Callable[..., np.ndarray]
-) -> dict[str, dict[str, np.ndarray]]:
+def _layer(config: ModelConfig, take: Take) -> dict[str, dict[str, np.ndarray]]:
     """One block. Files keep every matrix as [out, in]; ours are [in, out]."""
     E, F, H = config.embed, config.mlp, config.head_dim
     N, K = config.q_heads, config.kv_heads

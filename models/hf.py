@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,15 @@ import numpy as np
 
 from models import hf_config
 from models.config import ModelConfig
+from models.files import read_json, require_content
 from models.hf_config import Settings
 from models.quantization import QUANTIZATION
 from models.rope import read_scaling
-
-Take = Callable[..., np.ndarray]  # take(name, *shape): a tensor, which must be so
+from models.tensors import Take, check_tensors
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+# As safetensors spells them. Others are quantized: they need scales, which we lack.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -37,33 +39,20 @@ def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
       ImportError: naming the extra to install, if `safetensors` is missing.
     """
     folder = pathlib.Path(folder)
-    settings = json.loads(_existing(folder, "config.json").read_text())
+    settings = read_json(_existing(folder, "config.json"))
     try:
         config = _config(folder, settings)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     family = _FAMILIES[settings["model_type"]]
-    tensors = _open(folder)
-
-    def take(name: str, *shape: int) -> np.ndarray:
-        if name not in tensors:
-            raise ValueError(f"{folder}: expected a tensor '{name}', got none")
-        tensor = tensors.pop(name).get_tensor(name)
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{folder}: {name}: expected shape {shape}, got {tensor.shape}"
-            )
-        return tensor.astype(jnp.dtype(config.dtype), copy=False)
-
-    params = family.params(config, take)
-    if not config.tie_embeddings:
-        params["unembed"] = take("lm_head.weight", config.vocab_size, config.embed).T
-    if unexpected := sorted(name for name in tensors if not _is_redundant(name)):
-        raise ValueError(
-            f"{folder}: expected the tensors of {config} only, got also "
-            f"{unexpected[:5]}"
-        )
-    return config, params
+    tensors = _open(folder, config.tie_embeddings)
+    build = functools.partial(_params, family, config)
+    where = folder / (_WHOLE if (folder / _WHOLE).is_file() else _INDEX)
+    check_tensors(where, build, {name: t.shape for name, t in tensors.items()})
+    dtype = jnp.dtype(config.dtype)
+    return config, build(
+        lambda name, *_: tensors[name].read().astype(dtype, copy=False)
+    )
 
 
 def _config(folder: pathlib.Path, settings: Settings) -> ModelConfig:
@@ -78,36 +67,122 @@ def _config(folder: pathlib.Path, settings: Settings) -> ModelConfig:
     return family.config(folder.name, settings)
 
 
-def _is_redundant(name: str) -> bool:
-    """Some files repeat a tied embedding, or keep the rotary frequencies."""
-    return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
+def _params(family: _Family, config: ModelConfig, take: Take) -> dict[str, Any]:
+    params = family.params(config, take)
+    if not config.tie_embeddings:
+        params["unembed"] = take("lm_head.weight", config.vocab_size, config.embed).T
+    return params
+
+
+# -- files ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor that is not read yet."""
+
+    file: Any  # of safetensors, open
+    path: pathlib.Path
+    name: str  # in the file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape.
+
+        Raises:
+          ValueError: if it is quantized.
+        """
+        header = self.file.get_slice(self.name)
+        if header.get_dtype() not in _DTYPES:
+            raise ValueError(
+                f"{self.path}: {self.name}: expected one of {_DTYPES}, got "
+                f"{header.get_dtype()}: quantized weights are not supported"
+            )
+        return tuple(header.get_shape())
+
+    def read(self) -> np.ndarray:
+        return self.file.get_tensor(self.name)
+
+
+def _open(folder: pathlib.Path, tied: bool) -> dict[str, _Stored]:
+    """The tensors of a folder by their names in a whole model; nothing is read yet."""
+    index = _index(folder)
+    files = [_existing(folder, file) for file in sorted({*index.values()}) or [_WHOLE]]
+    found = [tensor for file in files for tensor in _open_part(file)]
+    stored = {tensor.name: tensor for tensor in found}
+    # The index only matters where two files have a tensor: all are open anyway.
+    stored |= {t.name: t for t in found if index.get(t.name) == t.path.name}
+    # A model that was saved without its head lacks the prefix.
+    whole = any(name.startswith("model.") for name in stored)
+    named = {
+        name if whole or name.startswith("lm_head.") else f"model.{name}": tensor
+        for name, tensor in stored.items()
+    }
+    return {
+        name: tensor for name, tensor in named.items() if not _is_redundant(name, tied)
+    }
+
+
+def _is_redundant(name: str, tied: bool) -> bool:
+    """Some files repeat a tied embedding, or keep what is no weight."""
+    if name == "lm_head.weight":
+        return tied
+    return name.endswith((".rotary_emb.inv_freq", ".decoder.version"))
+
+
+def _index(folder: pathlib.Path) -> dict[str, str]:
+    """The file of each tensor, where a folder says it: else all are in one file.
+
+    Raises:
+      ValueError: if the index has no map.
+    """
+    if (folder / _WHOLE).is_file() or not (folder / _INDEX).is_file():
+        return {}
+    index = read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{folder / _INDEX}: expected a weight_map, got {index!r}")
+    return index
+
+
+def _open_part(path: pathlib.Path) -> list[_Stored]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(
+            "reading Hugging Face folders needs the package safetensors: pip install "
+            "'disagg-jax[weights]'"
+        ) from error
+    require_content(path)
+    try:
+        file = safe_open(path, framework="numpy")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, got a damaged one ({error}); "
+            "get it again"
+        ) from error
+    return [_Stored(file, path, name) for name in file.keys()]
 
 
 def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
     path = folder / name
     if path.is_file():
         return path
+    get = f"pip install huggingface_hub && hf download OWNER/NAME --local-dir {folder}"
+    kinds = ("pytorch_model*.bin", "*.pt", "*.pth")
+    pickled = [path for kind in kinds for path in sorted(folder.glob(kind))]
+    if name == _WHOLE and pickled:
+        # Never unpickled: a pickle runs whatever its maker wrote.
+        raise FileNotFoundError(
+            f"expected a Hugging Face model with safetensors, got {pickled[0]}, which "
+            "we do not open, as a pickle can run code; where transformers and torch "
+            'are installed: python -c "from transformers import AutoModelForCausalLM '
+            f"as M; M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        )
+    if files := sorted(folder.glob("*.gguf")):
+        get = f"name the GGUF file itself, as {files[0]}"
     raise FileNotFoundError(
-        f"expected a Hugging Face model with safetensors, got no file {path}: "
-        f"pip install huggingface_hub && hf download OWNER/NAME --local-dir {folder}"
+        f"expected a Hugging Face model with safetensors, got no file {path}: {get}"
     )
-
-
-def _open(folder: pathlib.Path) -> dict[str, Any]:
-    """By each tensor's name its open file; nothing is read yet."""
-    try:
-        from safetensors import safe_open
-    except ImportError as error:
-        raise ImportError(
-            "reading Hugging Face folders needs the package safetensors: pip install "
-            "'disagg-jax[weights]'"
-        ) from error
-    names = [_WHOLE]
-    if (folder / _INDEX).is_file():
-        index = json.loads((folder / _INDEX).read_text())
-        names = sorted(set(index["weight_map"].values()))
-    files = [safe_open(_existing(folder, name), framework="numpy") for name in names]
-    return {name: file for file in files for name in file.keys()}
 
 
 # -- families -------------------------------------------------------------------------

@@ -5,26 +5,41 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from models.gguf import metadata, open_gguf
+from models import byte_level_bpe
+from models.byte_level_bpe import read_byte_level_bpe
+from models.files import read_json, require_content
+from models.gguf import is_gguf, metadata, open_gguf
+from models.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 
 if TYPE_CHECKING:
+    import gguf
     import tokenizers
 
-# `tokenizer.ggml.token_type` of GGUF: tokens that text must spell out exactly.
-_CONTROL, _USER_DEFINED = 3, 4
+_JSON, _PIECES = "tokenizer.json", "sentencepiece.json"
 
 
 class Tokenizer(Protocol):
     """What the engine and the server need of a tokenizer."""
 
     @property
-    def eos_token(self) -> int:
-        """The id that ends a generation."""
+    def eos_tokens(self) -> tuple[int, ...]:
+        """The ids that end a generation, the usual one first; none if none is known."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    @property
+    def eos_token(self) -> int | None:
+        """The first of them."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The whole text, however long, and what its file puts around every text.
+
+        That is often a token for the beginning. Special tokens that the text spells out
+        become their ids.
+        """
+        ...
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens spelled out.
@@ -46,6 +61,10 @@ class ByteTokenizer:
     eos_token: int = 256
     vocab_size: int = 264  # that of `tiny`: divisible by 8, for sharding
 
+    @property
+    def eos_tokens(self) -> tuple[int, ...]:
+        return (self.eos_token,)
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
@@ -65,7 +84,11 @@ class BPETokenizer:
     """Byte-pair encoding by the `tokenizers` package."""
 
     bpe: tokenizers.Tokenizer
-    eos_token: int
+    eos_tokens: tuple[int, ...]
+
+    @property
+    def eos_token(self) -> int | None:
+        return next(iter(self.eos_tokens), None)
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text).ids
@@ -74,16 +97,34 @@ class BPETokenizer:
         return self.bpe.decode(ids, skip_special_tokens=False)
 
 
-def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a `.gguf` file or a `tokenizer.json`.
+@dataclasses.dataclass(frozen=True)
+class NoText:
+    """For models whose tokenizer we lack: random prompts need only the end tokens."""
 
-    A tokenizer.json does not say which token ends a text; the `tokenizer_config.json`
-    that Hugging Face puts beside it does, and is read too.
+    why: OSError | ValueError  # raised when a text is to be encoded or decoded
+    eos_tokens: tuple[int, ...]
+
+    @property
+    def eos_token(self) -> int | None:
+        return next(iter(self.eos_tokens), None)
+
+    def encode(self, text: str) -> list[int]:
+        raise self.why
+
+    def decode(self, ids: list[int]) -> str:
+        raise self.why
+
+
+def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
+    """The tokenizer of a GGUF file, a `tokenizer.json` or a folder with one.
+
+    A tokenizer.json does not say which tokens end a text; the files that Hugging Face
+    puts beside it do, and are read too. `NoText` for a folder without a tokenizer, or a
+    GGUF file with one that we cannot rebuild exactly.
 
     Raises:
-      ValueError: if the file is of another kind, or a GGUF tokenizer is of one that we
-        cannot rebuild exactly.
-      FileNotFoundError: if it, or the config beside it, does not exist.
+      ValueError: if the file is of another kind or damaged.
+      FileNotFoundError: if it does not exist.
       ImportError: naming the extra to install, if a package is missing.
     """
     path = pathlib.Path(path)
@@ -96,73 +137,132 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
         ) from error
     if not path.exists():
         raise FileNotFoundError(f"expected a tokenizer at {path}, got no file")
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
+    if path.is_dir():
+        return _from_folder(path)
     if path.suffix == ".json":
         return _from_json(path)
+    if path.suffix == ".gguf" or is_gguf(path):
+        return _from_gguf(path)
     raise ValueError(f"tokenizer: expected a .gguf or .json file, got {path}")
 
 
-def save_tokenizer(tokenizer: BPETokenizer, folder: str | pathlib.Path) -> None:
-    """Writes `tokenizer.json`, and beside it which token ends a text."""
+def save_tokenizer(
+    tokenizer: BPETokenizer | SentencePieceTokenizer, folder: str | pathlib.Path
+) -> None:
+    """Writes a tokenizer so that `load_tokenizer(folder)` gives it back."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.bpe.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": tokenizer.bpe.id_to_token(tokenizer.eos_token)}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        (folder / _PIECES).write_text(json.dumps(dataclasses.asdict(tokenizer)) + "\n")
+        return
+    tokenizer.bpe.save(str(folder / _JSON))
+    settings = {"eos_token_id": list(tokenizer.eos_tokens)}
+    (folder / _GENERATION).write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def has_tokenizer(folder: pathlib.Path) -> bool:
+    return any((folder / name).is_file() for name in (_JSON, _PIECES))
+
+
+def _from_folder(folder: pathlib.Path) -> Tokenizer:
+    if (folder / _PIECES).is_file():
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in read_json(folder / _PIECES).items()
+        }
+        return SentencePieceTokenizer(**fields)
+    if (folder / _JSON).is_file():
+        return _from_json(folder / _JSON)
+    why = FileNotFoundError(
+        f"expected a tokenizer at {folder / _JSON}, got no file; without one there are "
+        "only random prompts, and no text"
+    )
+    return NoText(why, _eos_ids(folder))
 
 
 def _from_json(path: pathlib.Path) -> BPETokenizer:
     import tokenizers
 
-    bpe = tokenizers.Tokenizer.from_file(str(path))
-    settings = json.loads((path.parent / "tokenizer_config.json").read_text())
-    eos = settings["eos_token"]
-    text = eos["content"] if isinstance(eos, dict) else eos
-    eos_token = bpe.token_to_id(text)
-    if eos_token is None:
-        raise ValueError(f"eos_token: expected one of the vocabulary, got {text!r}")
-    return BPETokenizer(bpe, eos_token)
+    require_content(path)
+    try:
+        bpe = tokenizers.Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
+    except Exception as error:  # of no narrower class
+        raise ValueError(
+            f"{path}: expected a tokenizer, got a damaged file: {error}"
+        ) from error
+    # Left over from its training: a prompt is neither cut, nor filled up, nor random.
+    bpe.no_truncation()
+    bpe.no_padding()
+    if isinstance(bpe.model, tokenizers.models.BPE):
+        bpe.model.dropout = None
+    eos = _eos_named(path.parent, bpe)
+    return BPETokenizer(bpe, tuple(dict.fromkeys([*eos, *_eos_ids(path.parent)])))
 
 
-def _from_gguf(path: pathlib.Path) -> BPETokenizer:
-    """Rebuilds the byte-level BPE that GGUF keeps as vocabulary and merges.
+# -- end tokens -----------------------------------------------------------------------
 
-    The file names its rule for splitting text before merging and does not contain it;
-    `smollm` is: every digit alone, then GPT-2's pattern. Compared with llama.cpp on 26
-    texts, equal on all.
-    """
-    import tokenizers
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+_GENERATION = "generation_config.json"
 
+
+def _eos_named(folder: pathlib.Path, bpe: tokenizers.Tokenizer) -> list[int]:
+    """The end token that a tokenizer's settings name, if they do."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        eos = read_json(path).get("eos_token") if path.is_file() else None
+        if eos is None:
+            continue
+        text = eos.get("content") if isinstance(eos, dict) else eos
+        id = bpe.token_to_id(text) if isinstance(text, str) else None
+        if id is None:
+            raise ValueError(
+                f"{path}: eos_token: expected one of the vocabulary, got {text!r}"
+            )
+        return [id]
+    return []
+
+
+def _eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """The end tokens of a model: as in transformers, generation_config.json's first."""
+    for name in (_GENERATION, "config.json"):
+        path = folder / name
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(id, int) and not isinstance(id, bool) for id in ids):
+            raise ValueError(
+                f"{path}: eos_token_id: expected a token id, a list of them or null, "
+                f"got {eos!r}"
+            )
+        return tuple(ids)
+    return ()
+
+
+# -- GGUF -----------------------------------------------------------------------------
+
+
+def _from_gguf(path: pathlib.Path) -> Tokenizer:
     reader = open_gguf(path)
-    kind = (
-        metadata(reader, "tokenizer.ggml.model"),
-        metadata(reader, "tokenizer.ggml.pre", "default"),
+    eos_tokens = _gguf_eos(reader)
+    kind = metadata(reader, "tokenizer.ggml.model", None)
+    pre = metadata(reader, "tokenizer.ggml.pre", "default")
+    try:
+        if kind == "llama":
+            return read_sentencepiece(reader, eos_tokens)
+        if kind == "gpt2" and pre in byte_level_bpe.KINDS:
+            return BPETokenizer(read_byte_level_bpe(reader), eos_tokens)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    known = ["llama", *(("gpt2", pre) for pre in byte_level_bpe.KINDS)]
+    why = ValueError(
+        f"{path}: GGUF tokenizer: expected one of {known}, got {(kind, pre)}; without "
+        "one that we know there are only random prompts, and no text"
     )
-    if kind != ("gpt2", "smollm"):
-        raise ValueError(f"GGUF tokenizer: expected ('gpt2', 'smollm'), got {kind}")
-    tokens = metadata(reader, "tokenizer.ggml.tokens")
-    types = metadata(reader, "tokenizer.ggml.token_type")
-    merges = metadata(reader, "tokenizer.ggml.merges")
+    return NoText(why, eos_tokens)
 
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    bpe = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens(
-        [
-            AddedToken(token, special=True, normalized=False)
-            for token, kind in zip(tokens, types, strict=True)
-            if kind in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    if metadata(reader, "tokenizer.ggml.add_bos_token", False):
-        bos = tokens[metadata(reader, "tokenizer.ggml.bos_token_id")]
-        bpe.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocab[bos])]
-        )
-    return BPETokenizer(bpe, metadata(reader, "tokenizer.ggml.eos_token_id"))
+
+def _gguf_eos(reader: gguf.GGUFReader) -> tuple[int, ...]:
+    """The ends of a text, of a turn and of a message."""
+    keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
+    ids = [metadata(reader, key, None) for key in keys]
+    return tuple(dict.fromkeys(id for id in ids if id is not None))

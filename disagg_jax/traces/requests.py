@@ -101,6 +101,7 @@ def requests_from_trace(
     vocab_size: int | None = None,
     ignore_eos: bool = True,
     eos_token: int | None = None,
+    stop_tokens: frozenset[int] = frozenset(),
     sampling: Sampling = GREEDY,
 ) -> TraceRequests:
     """The first `n` rows that can be served, as requests; the first arrives at 0.
@@ -140,6 +141,7 @@ def requests_from_trace(
             rng=streams.sampling,
             ignore_eos=ignore_eos,
             eos_token=eos_token,
+            stop_tokens=stop_tokens,
             sampling=sampling,
         ),
         dropped_empty=fitted.dropped_empty,

@@ -1,5 +1,6 @@
 """The requests that all systems get: what rate and replica change, and what not."""
 
+import dataclasses
 import json
 import sys
 
@@ -11,6 +12,7 @@ from experiments.config import override
 from experiments.configs import get_config
 from experiments.request_source import RequestSource
 from experiments.weights import load_model
+from models.tokenizer import ByteTokenizer
 
 
 def load(*changes) -> RequestSource:
@@ -163,3 +165,65 @@ def test_what_no_pool_can_hold_is_refused():
     message = "request 0 of run 0: a KV pool has 3 KV blocks, got 60 prompt"
     with pytest.raises(ValueError, match=message):
         source.check([fits, small])
+
+
+@pytest.mark.parametrize("kind", ["random", "human_eval", "trace"])
+@pytest.mark.parametrize("eos_tokens", [(5,), (5, 0, 7)])
+def test_each_end_token_stops_a_request_unless_all_are_ignored(
+    kind, eos_tokens, request
+):
+    changes = [] if kind == "random" else request.getfixturevalue(kind)
+    for ignore in (False, True):
+        config = override(
+            get_config("tiny"),
+            [
+                "weights=random",
+                "num_seeds=2",
+                "workload.num_requests=2",
+                f"workload.ignore_eos={ignore}".lower(),
+                *changes,
+            ],
+        )
+        model = load_model(config)
+        several = dataclasses.replace(model, tokenizer=Ends(eos_tokens=eos_tokens))
+        for replica in (0, 1):
+            for made in RequestSource.load(config, several)(1.0, replica):
+                stops = {token for token in range(264) if made.stops_at(token)}
+                assert stops == (set() if ignore else set(eos_tokens))
+                assert made.eos_token == 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends(ByteTokenizer):
+    """Bytes, with other end tokens."""
+
+    eos_tokens: tuple[int, ...] = ()
+
+
+def test_the_tokenizer_of_another_model_is_refused(human_eval):
+    """An id without an embedding would be taken for the last one."""
+    config = override(get_config("tiny"), ["weights=random", *human_eval])
+    model = load_model(config)
+    largest = ord("w")
+    for vocab_size, fits in ((largest + 1, True), (largest, False)):
+        small = dataclasses.replace(model.config, vocab_size=vocab_size)
+        other = dataclasses.replace(model, config=small)
+        if fits:
+            assert RequestSource.load(config, other).longest_prompt() == 5
+            continue
+        with pytest.raises(ValueError, match=f"ids below {largest}, got {largest}"):
+            RequestSource.load(config, other)
+
+
+@pytest.mark.parametrize("eos_tokens", [(), (264,), (-1,), (2**32 - 1, 300)])
+def test_tokens_can_only_end_requests_where_one_is_known(eos_tokens):
+    """One that has no logit is never generated."""
+    config = override(
+        get_config("tiny"), ["weights=random", "workload.ignore_eos=false"]
+    )
+    model = load_model(config)
+    endless = dataclasses.replace(model, tokenizer=Ends(eos_tokens=eos_tokens))
+    with pytest.raises(ValueError, match="ignore_eos=false: expected .* below 264, go"):
+        RequestSource.load(config, endless)
+    ignoring = override(config, ["workload.ignore_eos=true"])
+    RequestSource.load(ignoring, endless)

@@ -9,8 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.configs import tiny
+from experiments import goodput_sweep
+from experiments.config import override
+from experiments.configs import smoke, tiny
 from experiments.convert_checkpoint import convert
+from experiments.request_source import RequestSource
 from experiments.weights import load_model
 from models import checkpoint
 from models.checkpoint import Checkpoint
@@ -121,3 +124,95 @@ def test_the_config_is_readable(tmp_path):
     fields = json.loads((tmp_path / "a" / "model.json").read_text())
     assert fields == dataclasses.asdict(made.config)
     assert fields["positions"] == "learned"
+
+
+def without_tokenizer(folder, **config):
+    """A copy of the smallest Llama; some keys of its config.json are changed."""
+    shutil.copytree(GOLDEN / "llama", folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+def test_random_prompts_need_no_tokenizer(tmp_path):
+    """The end token is in config.json; a text cannot be encoded, nor is one written."""
+    folder = without_tokenizer(tmp_path / "model", eos_token_id=[7, 9])
+    assert load(folder).tokenizer.eos_tokens == (7, 9)
+    changes = [
+        "model=auto",
+        f"weights={folder}",
+        "rates=50",
+        "num_seeds=1",
+        "durations=modelled",
+        "workload.num_requests=2",
+        "workload.prompt_tokens=fixed:5",
+        "workload.output_tokens=fixed:3",
+        "memory.max_context=32",
+        "memory.blocks_per_device=16",
+        "systems.vllm.policies.colocated.max_seqs=2",
+        "systems.vllm.policies.colocated.max_batched_tokens=32",
+    ]
+    one = dataclasses.replace(smoke(), systems={"vllm": smoke().systems["vllm"]})
+    config = override(one, changes)
+    goodput_sweep.run(config, tmp_path / "run", None)
+    lines = (tmp_path / "run" / "requests.jsonl").read_text().splitlines()
+    assert len(lines) == 2 and not any("text" in json.loads(line) for line in lines)
+    text = override(config, ["workload.source=human_eval"])
+    with pytest.raises(FileNotFoundError, match="a tokenizer at .*/model/tokenizer.j"):
+        RequestSource.load(text, load_model(text))
+
+
+def test_a_gguf_file_becomes_a_checkpoint_with_its_tokenizer(tmp_path):
+    pytest.importorskip("gguf")
+    from tests.models.gguf_files import SIZES, llama_tensors, write_gguf
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581a"]
+    keys = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * len(tokens),
+        "token_type": [2, 3, 3, *[6] * 256, 1],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "eot_token_id": 5,
+    }
+    file = write_gguf(
+        tmp_path / "m.gguf",
+        SIZES | {f"tokenizer.ggml.{key}": value for key, value in keys.items()},
+        llama_tensors(vocab=len(tokens)),
+    )
+    convert(file, tmp_path / "checkpoint")
+    from_file, restored = load(file), load(tmp_path / "checkpoint")
+    assert restored.config == from_file.config
+    assert restored.tokenizer == from_file.tokenizer
+    assert restored.tokenizer.encode("a") == [1, 259]
+    assert restored.tokenizer.eos_tokens == (2, 5)
+
+
+def test_a_damaged_config_of_a_checkpoint_is_named(tmp_path):
+    convert(GOLDEN / "llama", tmp_path / "a")
+    path = tmp_path / "a" / "model.json"
+    fields = json.loads(path.read_text())
+    for damaged, message in (
+        ("{", "damaged file"),
+        (json.dumps({k: v for k, v in fields.items() if k != "mlp"}), "'mlp'"),
+        (json.dumps(fields | {"experts": 8}), "'experts'"),
+        (json.dumps(fields | {"layers": 0}), "layers: expected > 0, got 0"),
+    ):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=f"model.json: .*{message}"):
+            load(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change", [{"mlp": 50}, {"layers": 3}, {"qk_norm": True}, {"tie_embeddings": True}]
+)
+def test_a_checkpoint_of_other_weights_is_refused_before_any_work(change, tmp_path):
+    """Orbax would say so at the first instance, in pages."""
+    convert(GOLDEN / "llama", tmp_path / "a")
+    path = tmp_path / "a" / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="a/params: expected the weights of llama"):
+        load(tmp_path / "a")

@@ -24,6 +24,7 @@ TINY = get_config("tiny")
         ({"rope_divisors": (1.0,) * 7}, "rope_divisors: expected 8 > 0, got (1.0"),
         ({"rope_divisors": (1.0,) * 7 + (0.0,)}, "rope_divisors: expected 8 > 0, got"),
         ({"head_dim": 15}, "head_dim: expected an even number, got 15"),
+        ({"head_dim": 17}, "head_dim: expected an even number, got 17"),
         ({"dtype": "float16"}, "expected one of ['bfloat16', 'float32'], got 'float16"),
         ({"norm": "batch"}, "norm: expected one of ['layer', 'rms'], got 'batch'"),
         ({"positions": "alibi"}, "expected one of ['learned', 'rotary'], got 'alibi'"),
@@ -33,6 +34,12 @@ TINY = get_config("tiny")
 def test_bad_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(TINY, **change)
+
+
+def test_the_smallest_sizes_are_allowed() -> None:
+    one = dict.fromkeys(["vocab_size", "layers", "embed", "q_heads", "mlp"], 1)
+    dataclasses.replace(TINY, **one, kv_heads=1, head_dim=2, max_length=1)
+    dataclasses.replace(TINY, head_dim=18)
 
 
 def test_unknown_preset_names_the_known_ones() -> None:

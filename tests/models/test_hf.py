@@ -123,7 +123,10 @@ def test_a_tied_embedding_may_be_stored_twice(folder: pathlib.Path) -> None:
             {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1},
             "sliding_window=32: a window of attention is not modelled",
         ),
-        ({"num_experts": 8}, "model: num_experts=8: a mixture of experts is not"),
+        (
+            {"num_experts": 8},
+            "model/config.json: num_experts=8: a mixture of experts is not",
+        ),
     ],
 )
 def test_what_ours_has_not_is_refused(
