@@ -79,6 +79,8 @@ def test_lengths_are_rounded_to_the_nearest(tokens, length):
 
 def test_lognormal_from_mean():
     by_mean = LognormalLengths.from_mean(mean=300, sigma=1.0, high=10**6)
+    half = LognormalLengths.from_mean(mean=300, sigma=0.5, high=10**6)
+    assert half.median == pytest.approx(300 / np.exp(0.125))
     # The coefficient of variation is sqrt(e - 1) = 1.3: 0.65 % over N.
     assert by_mean.sample(N, rng()).mean() == pytest.approx(300, rel=0.02)
 
@@ -95,6 +97,22 @@ def test_histogram():
     # is 10 alone. The share's standard error is 0.22 %.
     assert values.tolist() == [1, 10]
     assert counts / N == pytest.approx([0.25, 0.75], abs=0.01)
+
+
+class Draws:
+    """A generator of given numbers."""
+
+    def __init__(self, *rows):
+        self._rows = rows
+
+    def random(self, shape):
+        return np.array(self._rows).reshape(shape)
+
+
+def test_a_draw_on_the_edge_of_a_bin_is_of_the_next_and_never_of_an_empty_one():
+    histogram = HistogramLengths(edges=(0, 10, 20, 30), weights=(0, 1, 1))
+    draws = Draws((0.0, 0.5), (0.5, 0.5), (0.49, 0.0), (0.99, 0.999))
+    assert histogram.sample(4, draws).tolist() == [15, 25, 10, 29]
 
 
 def test_histogram_is_uniform_within_a_bin():

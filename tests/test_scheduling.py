@@ -74,6 +74,14 @@ PREFILL_FIRST = [
         running={0: 2},
         free=2,
     ),
+    case(
+        "the watermark is rounded down to whole blocks",
+        {1: 4},  # 3 of 4 blocks are free, 2 then; 0.65 x 4 = 2.6 are kept free
+        waiting={1: 4},
+        running={0: 4},
+        free=3,
+        limits={"watermark": 0.65},
+    ),
     case(  # 1 + 9 blocks, 5 of them in reserve: 4 can be given away, no fifth
         "admission leaves the watermark free",
         {1: 16},
@@ -206,6 +214,14 @@ def test_prefill_only(places, limits, expected, preempt):
 
 
 PREFILL_CHUNKED = [
+    case("the last free block", {0: 4}, waiting={0: 4, 1: 1}, free=1),
+    case(
+        "no more prompts than may be, begun ones among them",
+        {0: 2, 1: 2},
+        partial={0: (4, 2), 1: (4, 2), 2: (4, 2)},
+        waiting={3: 4},
+        limits={"max_seqs": 2},
+    ),
     case("nothing to do", {}),
     case("a prompt in full", {0: 8}, waiting={0: 8}),
     case(

@@ -45,6 +45,30 @@ def test_a_system_of_one_prompt_at_a_time_has_a_long_one_in_a_step():
 
 
 @pytest.mark.parametrize(
+    ("size", "max_seqs", "max_chunks", "chunks"),
+    [
+        (512, 200, 2, ((0, 300), (216, 84))),  # as many as may be
+        (512, 200, 1, ((0, 384),)),
+        (1024, 200, 3, ((0, 300), (0, 300), (76, 224))),
+        (1024, 200, 2, ((0, 300), (0, 524))),
+        (800, 200, 2, ((0, 300), (0, 300))),  # no part of a third
+    ],
+)
+def test_prompts_beyond_the_chunks_of_a_step_make_its_last_one_longer(
+    size, max_seqs, max_chunks, chunks
+):
+    load = profile().mixed(size, max_seqs, max_chunks)
+    assert load.chunks == chunks
+    assert load.prompt_tokens + load.decodes == size
+
+
+@pytest.mark.parametrize(("size", "decodes"), [(128, 51), (129, 51), (130, 52)])
+def test_decodes_of_a_step_are_rounded_down(size, decodes):
+    # 300 prompt tokens, 200 decode steps: 40 %, so 51.2, 51.6 and 52 of them.
+    assert profile(output_tokens=201).decodes(size, 200) == decodes
+
+
+@pytest.mark.parametrize(
     ("max_seqs", "kv_tokens", "decodes"),
     [(16, 10**6, 16), (200, 7 * 350 + 349, 7), (200, 349, 0)],
 )
@@ -72,6 +96,18 @@ def test_sarathi_serve_takes_the_largest_step_within_the_target(tpot_s, size):
     assert tuned.policy == SarathiServe(token_budget=size, max_seqs=256)
     assert tuned.choice.parameter == "token_budget"
     assert f" of {tpot_s * 1e3:.3g} ms" in tuned.choice.reason
+
+
+def test_a_step_that_takes_just_the_target_is_within_it():
+    def step_s(load):
+        return (load.prompt_tokens + load.decodes) / 1024  # exact in binary
+
+    asked = profile(step_s)
+    for policy in (SarathiServe(max_seqs=100), SplitFuse(max_seqs=100)):
+        reason = tune(policy, asked, 0.5).choice.reason
+        assert "slower" not in reason
+    assert tune(SarathiServe(max_seqs=100), asked, 0.5).choice.value == 512
+    assert tune(SarathiServe(max_seqs=100), asked, 0.49).choice.value == 256
 
 
 @pytest.mark.parametrize("policy", [Sarathi(), SarathiServe(), SplitFuse()])
@@ -140,6 +176,8 @@ def test_sarathi_goes_through_all_of_a_prompt():
     tune(Sarathi(max_seqs=16), profile(step_s, sizes=(128,)), 2.0)
     chunks = [load.chunks for load in loads[1:]]  # the first is timed for the target
     assert chunks == [((0, 112),), ((112, 112),), ((224, 76),)]
+    # Each beside 16 decodes with 300 + 101 // 2 tokens.
+    assert {(load.decodes, load.context) for load in loads} == {(16, 16 * 350)}
 
 
 def test_a_step_that_is_always_free_is_the_smallest():

@@ -83,6 +83,16 @@ def test_what_ends_at_an_instant_comes_together_links_first_then_instances():
     assert [d.work for d in backend.wait(math.inf)] == [3, 0]
 
 
+def test_of_an_instant_the_end_of_a_stream_comes_last():
+    # Its step ends at 2 and its KV, 1 s on the link, at 3, as does another's step.
+    backend = VirtualBackend(Durations(3.0, 2.0, 1.0, 3.0))
+    stream = dataclasses.replace(transfer(2, 0, 1), step=1)
+    for work in (step(0, 2), step(1, 0), stream, transfer(3, 2, 1)):
+        backend.submit(work)
+    assert [d.work for d in backend.wait(math.inf)] == [1]
+    assert [d.work for d in backend.wait(math.inf)] == [3, 0, 2]
+
+
 def test_wait_goes_to_the_next_completion_and_no_further_than_asked():
     backend = VirtualBackend(Durations(2.0))
     backend.submit(step(0))

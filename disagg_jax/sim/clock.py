@@ -114,7 +114,8 @@ class VirtualBackend:
     one at a time, not for tensor parallelism over host devices that share the cores.
 
     A pipelined instance has several steps in flight, one on each stage. What ends at
-    one instant is told in a fixed order: links first, then instances.
+    one instant is told in a fixed order: links first, then instances, then KV that went
+    along with a step.
     """
 
     def __init__(self, executor: Executor):

@@ -29,6 +29,7 @@ from disagg_jax.sim.goodput import (
     find_throughput,
     slo_scale,
 )
+from disagg_jax.sim.network import Hop
 from disagg_jax.sim.phases import decode_alone, prefill_alone
 from disagg_jax.sim.points import SimPoint, SimWorkload, TraceWorkload, run_point
 from disagg_jax.sim.simulate import SimulatedDeployment
@@ -220,6 +221,9 @@ class Unequal:
     def stages_s(self, instance, load):
         return self.seconds
 
+    def hop(self, transfer):
+        return Hop(0.0)
+
 
 @pytest.mark.parametrize(
     ("stages_s", "max_seqs", "tpot_s", "blocks", "expected"),
@@ -232,6 +236,7 @@ class Unequal:
         # The slowest stage sets the pace, and all together are the time per token.
         ((0.01, 0.03), 8, 0.0401, 4000, 4 / (10 * 0.03)),
         ((0.01, 0.03), 8, 0.0399, 4000, 1 / (10 * 0.03)),
+        ((0.25, 0.5), 8, 0.75, 4000, 4 / (10 * 0.5)),  # just the target is in time
         # 16 blocks of 16 tokens have room for 10 with 25.5 tokens, so 5 a stage.
         ((0.01, 0.03), 256, 1.0, 16, 5 / (10 * 0.03)),
     ],
@@ -249,17 +254,27 @@ def test_capacity_of_stages(stages_s, max_seqs, tpot_s, blocks, expected):
     assert rate == pytest.approx(expected)
 
 
+def test_unloaded_latencies_are_those_of_all_stages_together():
+    deployment = Deployment.parse("prefill:tp1pp3,decode:tp1pp3")
+    simulated = build(deployment, Unequal((0.25, 1.0, 0.5)))
+    alone = unloaded(simulated, WORKLOAD.requests(20, 1.0, 0))
+    assert set(alone.ttft_s) == {1.75}
+    assert set(alone.tpot_s) <= {1.75, 0.0}  # 0: of one token
+
+
 def test_capacity_of_prompts_is_that_of_the_slowest_stage():
     # Prompts of 200, 200, 200, ... in batches of 512: two at a time, and of 600 alone.
+    # It times 100 of them, however many there are.
     deployment = Deployment.parse("prefill:tp1pp2,99xdecode:tp1")
     simulated = build(deployment, Unequal((0.01, 0.03)))
     for tokens, batch in ((200, 2), (256, 2), (257, 1), (600, 1)):
         workload = SimWorkload(
             prompt=FixedLengths(tokens=tokens), output=FixedLengths(tokens=2)
         )
-        requests = workload.requests(10, 1.0, 0)
-        rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
-        assert rate == pytest.approx(batch / 0.03)
+        for n in (10, 100, 150):
+            requests = workload.requests(n, 1.0, 0)
+            rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+            assert rate == pytest.approx(batch / 0.03)
 
 
 def test_capacity_of_colocated_instances_shares_their_time():

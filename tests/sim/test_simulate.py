@@ -340,10 +340,13 @@ def test_all_stages_of_a_slow_instance_are_slow():
     assert result.busy_s == {(0,): 3 + 3 + 1, (0, 1): 6 + 6 + 2}
 
 
-def test_only_the_slow_instance_is_slow():
+def test_only_slow_instances_are_slow():
     run = simulated("prefill:tp1pp2,decode:tp1", (1.0, 2.0), (1.0,))
-    result = run.run([make_request(0, prompt=4, out=3)], [(0.0, Slow(1, 2.0))])
-    assert result.timelines[0].token_s == [3, 5, 7]
+    slow = [(0.0, Slow(1, 2.0)), (4.0, Slow(0, 3.0))]
+    requests = [make_request(i, 5.0 * i, prompt=4, out=3) for i in range(2)]
+    result = run.run(requests, slow)
+    # 1 is slow from the start and stays so; 0 is when the second request comes at 5.
+    assert [t.token_s for t in result.timelines] == [[3, 5, 7], [14, 16, 18]]
 
 
 def test_a_factor_is_positive_and_finite():

@@ -14,7 +14,7 @@ from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.work import Down, Transfer, Up
+from disagg_jax.work import Done, Down, Transfer, Up
 from tests.serving import make_request
 
 PAIR = Deployment.parse("prefill:tp1,decode:tp1")
@@ -271,6 +271,19 @@ def test_a_request_alone_sees_as_much_whatever_the_sharing(
     assert timeline.transfer_start_s == prompt
     assert timeline.transfer_end_s == pytest.approx(prompt + visible_s, abs=1e-12)
     assert run.busy_s[-2, 1] == pytest.approx(prompt / bytes_s)
+
+
+@pytest.mark.parametrize("sharing", ["fifo", "fair"])
+def test_a_stream_is_told_from_its_first_byte_to_its_last(sharing):
+    # Parts of 4 bytes that are there at 4 and 8: 4-8, 8-12.
+    built = over_wires("prefill:tp1,decode:tp1", sharing=sharing, layer_groups=2)
+    told = []
+
+    def look(now_s, events, works):
+        told.extend(e for e in events if isinstance(e, Done) and e.bytes)
+
+    built.run([make_request(prompt=8, out=2)], observer=look)
+    assert [(d.start_s, d.end_s, d.bytes) for d in told] == [(4.0, 12.0, 8)]
 
 
 def test_parts_of_two_requests_share_a_fair_wire():
