@@ -53,6 +53,44 @@ def test_by_hand():
     assert {k: summary[k] for k in expected} == pytest.approx(expected)
 
 
+def test_latencies_are_in_ms_under_their_own_names():
+    """TTFT 1, 2 and 5 s; gaps of 1 and 3, 2, 4 s; queued for 0.5, 1 and 4 s."""
+    run = [
+        served([1.0, 2.0, 5.0], prefill_start_s=0.5),
+        served([2.0, 4.0], prefill_start_s=1.0, transfer_start_s=2.25),
+        served([5.0, 9.0], prefill_start_s=4.0, dropped_s=[6.0]),
+    ]
+    run[1].transfer_end_s, run[1].decode_start_s = 2.75, 3.5
+    summary = summarise(run, SLO_1, devices=4, duration_s=10.0)
+    expected = {
+        "devices": 4,
+        "duration": 10.0,
+        "mean_ttft_ms": 8000 / 3,
+        "median_ttft_ms": 2000.0,
+        "p50_ttft_ms": 2000.0,
+        "p90_ttft_ms": 4400.0,  # 2 + 0.8 x 3
+        "p99_ttft_ms": 4940.0,  # 2 + 0.98 x 3
+        "mean_tpot_ms": 8000 / 3,  # of 2, 2 and 4
+        "p90_tpot_ms": 3600.0,  # 2 + 0.8 x 2
+        "mean_itl_ms": 2500.0,  # of 1, 3, 2 and 4: all gaps count alike
+        "p90_itl_ms": 3700.0,  # 3 + 0.7
+        "mean_e2el_ms": 6000.0,  # of 5, 4 and 9
+        "p99_e2el_ms": 8920.0,  # 5 + 0.98 x 4
+        "std_e2el_ms": (14 / 3) ** 0.5 * 1e3,  # of -1, -2 and 3
+        "mean_prefill_queue_ms": 5500 / 3,
+        "mean_prefill_ms": 2500 / 3,  # 0.5, 1 and 1
+        "mean_transfer_ms": 500 / 3,
+        "mean_decode_queue_ms": 1000 / 3,  # 0.25 for the pull, 0.75 for a step
+        "mean_decode_ms": (4000 + 500 + 4000) / 3,
+        "output_throughput": 0.7,
+        "output_throughput_per_device": 0.175,
+        "request_throughput_per_device": 0.075,
+        "total_token_throughput_per_device": 3.7 / 4,
+        "preemptions": 1,
+    }
+    assert {k: summary[k] for k in expected} == pytest.approx(expected)
+
+
 def test_vllm_keys():
     summary = summarise([DISAGGREGATED], SLO_1, devices=1)
     assert summary["duration"] == 10.0  # from its arrival at 1 to its end at 11
