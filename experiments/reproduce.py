@@ -82,14 +82,16 @@ def run(
         drawn = figure.make(lab)
         if drawn.panels:
             draw(drawn.panels, figure.title, pictures / f"{name}.png")
-        lines += _section(name, figure.title, drawn, version, lab)
+        lines += _section(name, drawn, version, lab)
     (out / "reproduction.md").write_text("\n".join(lines) + "\n")
     return lines
 
 
-def _section(name: str, title: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
-    command = f"--figure={name} --seeds={lab.seeds}"
-    if lab.num_requests is not None:
+def _section(name: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
+    title, reads, command = FIGURES[name].title, FIGURES[name].reads, f"--figure={name}"
+    if "seeds" in reads:
+        command += f" --seeds={lab.seeds}"
+    if "num_requests" in reads and lab.num_requests is not None:
         command += f" --num_requests={lab.num_requests}"
     lines = ["", f"## {title}", ""]
     if drawn.panels:

@@ -250,6 +250,8 @@ def test_tensor_parallel_host_devices_must_be_modelled(tmp_path):
         None,
     )
     assert "times come from a formula" in text
+    # Nothing reads medians then, and no program is timed for them.
+    assert not (tmp_path / "b" / "step_times.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -119,9 +119,9 @@ def test_bytes_are_shown_in_megabytes_of_a_million(moved_bytes, shown):
 
 def test_an_interval_is_shown_where_there_is_one():
     found = dataclasses.asdict(interval_across([1.0, 2.0, 6.0]))
-    assert (
-        report.interval_text({"mean": 2.0, "low": None, "high": None}, ".2f") == "2.00"
-    )
+    for low, high in ((None, None), (None, 3.0), (1.0, None)):
+        unknown = {"mean": 2.0, "low": low, "high": high}
+        assert report.interval_text(unknown, ".2f") == "2.00"
     # t of two degrees of freedom is 4.303: 3 +- 4.303 * sqrt(7 / 3).
     assert report.interval_text(found, ".1f").startswith("3.0 [")
     assert report.interval_text(found, ".1f").endswith(", 9.6]")
