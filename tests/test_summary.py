@@ -21,7 +21,15 @@ def test_by_hand():
     run = [
         served([0.5, 1.0, 2.0], dropped_s=[0.6, 1.0]),  # TTFT .5, TPOT .75, misses TPOT
         served([3.0], arrival_s=2.0, transfer_bytes=64),  # TTFT 1, one token: good
-        served([], arrival_s=3.0, end_s=4.0, status=Status.CANCELLED),
+        # Not finished, but its KV moved and it was preempted.
+        served(
+            [],
+            arrival_s=3.0,
+            end_s=4.0,
+            status=Status.CANCELLED,
+            transfer_bytes=32,
+            dropped_s=[3.5],
+        ),
     ]
     summary = summarise(run, SLO_1, devices=2)
     expected = {
@@ -47,8 +55,8 @@ def test_by_hand():
         "mean_e2el_ms": 1500.0,  # of 2 and 1
         "mean_prefill_ms": 750.0,  # of .5 and 1
         "mean_decode_ms": 750.0,  # of 1.5 and 0
-        "preemptions": 2,
-        "transfer_bytes": 64,
+        "preemptions": 3,
+        "transfer_bytes": 96,
     }
     assert {k: summary[k] for k in expected} == pytest.approx(expected)
 
