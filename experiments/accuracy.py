@@ -25,6 +25,7 @@ Writes accuracy.txt, accuracy.json and accuracy.png. A killed run goes on where 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -44,6 +45,8 @@ from experiments.accuracy_report import Result
 from experiments.calibration import grid, measure, typical_s
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
+from experiments.flag_values import expect_once
+from experiments.options import read_by
 from experiments.profiled import read_profile, step_times_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir
@@ -78,6 +81,17 @@ _FACTORS = flags.DEFINE_list(
 )
 _OUT = flags.DEFINE_string("out", "runs/accuracy", "Folder.", allow_override=True)
 
+# Durations are live, rates are --factors, and step sizes are those of the papers.
+_UNREAD = read_by(
+    "experiments.goodput_sweep",
+    not_by="experiments.accuracy",
+    keys=(
+        *("durations", "cost", "timing_repeats", "execute_all", "criterion"),
+        *("rates", "search.growth", "search.tolerance", "search.max_rates"),
+        *("step_tokens", "tune"),
+    ),
+)
+
 
 def run(
     config: Config, profile_path: str, factors: Sequence[float], out: pathlib.Path
@@ -90,6 +104,11 @@ def run(
     if not config.workload.ignore_eos:
         raise ValueError(
             "workload.ignore_eos: expected true, for the simulator to know lengths"
+        )
+    if config.streams or config.link:
+        raise ValueError(
+            "streams and link: expected none, as the simulator's transfers are those "
+            f"of the profile, got streams={config.streams} and link={config.link}"
         )
     if len(factors) < 2 or min(factors) <= 0:
         raise ValueError(f"factors: expected two or more > 0, got {list(factors)}")
@@ -207,11 +226,14 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     try:
         given = [
-            "durations=live",
             f"workload.num_requests={_REQUESTS.value}",
             f"num_seeds={_SEEDS.value}",
         ]
-        config = override(get_config(_CONFIG.value), [*given, *_SET.value])
+        expect_once(_REQUESTS, "workload.num_requests", _SET.value)
+        expect_once(_SEEDS, "num_seeds", _SET.value)
+        config = override(get_config(_CONFIG.value), given)
+        config = override(config, _SET.value, _UNREAD)
+        config = dataclasses.replace(config, durations="live")
         factors, out = (
             [float(text) for text in _FACTORS.value],
             pathlib.Path(_OUT.value),

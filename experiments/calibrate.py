@@ -62,7 +62,9 @@ from experiments.columns import align
 from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
 from experiments.fit import FORMS
+from experiments.flag_values import expect_once, expect_used
 from experiments.in_service import serve_each, with_service
+from experiments.options import read_by
 from experiments.profiled import TimeParts, device_name
 from experiments.request_source import RequestSource
 from experiments.run_dir import environment
@@ -111,6 +113,16 @@ _OUT = flags.DEFINE_string(
     None,
     "The profile; default experiments/profiles/NAME.json.",
     allow_override=True,
+)
+
+# Programs are timed live, at the step sizes that the policies have.
+_UNREAD = read_by(
+    "experiments.goodput_sweep",
+    not_by="experiments.calibrate",
+    keys=(
+        *("clock", "durations", "cost", "timing_repeats", "execute_all", "criterion"),
+        *("rates", "search", "slo", "num_seeds", "step_tokens", "tune"),
+    ),
 )
 
 
@@ -302,6 +314,11 @@ def main(argv: Sequence[str]) -> None:
     host_devices.one_thread_each()
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     try:
+        asked = (_CONFIG, _MODEL, _DEPLOYMENT, _SET, _ROUNDS, _UNSEEN, _REQUESTS)
+        shown = f"--show={_SHOW.value}"
+        expect_used(
+            not _SHOW.value, *asked, _MAX_DRIFT, _OUT, expected="no --show", got=shown
+        )
         if _SHOW.value:
             print(show(_SHOW.value))
             return
@@ -313,9 +330,10 @@ def main(argv: Sequence[str]) -> None:
             "workload.ignore_eos=true",
             "num_seeds=1",
         ]
-        config = override(
-            on_deployments(config, _DEPLOYMENT.value), [*given, *_SET.value]
-        )
+        expect_once(_MODEL, "model", _SET.value)
+        expect_once(_REQUESTS, "workload.num_requests", _SET.value)
+        config = override(on_deployments(config, _DEPLOYMENT.value), given)
+        config = override(config, _SET.value, _UNREAD)
         profile = run(config, _ROUNDS.value, _UNSEEN.value, _MAX_DRIFT.value)
         folder = pathlib.Path(__file__).parent / "profiles"
         out = pathlib.Path(_OUT.value or folder / f"{profile.name}.json")

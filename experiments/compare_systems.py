@@ -44,6 +44,7 @@ from experiments.comparison import (
     slos_map,
 )
 from experiments.comparison_report import Grid
+from experiments.flag_values import expect_used
 from experiments.paper_workloads import get_workload
 from experiments.placements import parse_slo
 from experiments.run_dir import environment
@@ -149,6 +150,22 @@ def numbers(name: str, texts: Sequence[str], kind: Callable[[str], T]) -> tuple[
         raise ValueError(
             f"{name}: expected numbers joined by commas, got '{','.join(texts)}'"
         ) from None
+
+
+def _check_flags() -> None:
+    """Raise ValueError on a flag that has no effect beside the others."""
+    lengths, targets = (_MAP.value in (name, "both") for name in ("lengths", "targets"))
+    used, got = expect_used, f"--map={_MAP.value}"
+    of_lengths = (_PROMPTS, _OUTPUTS, _SIGMA, _SLO)
+    used(lengths, *of_lengths, expected="--map=lengths or both", got=got)
+    of_targets = (_TTFTS, _TPOTS, _WORKLOAD, _TRACE)
+    used(targets, *of_targets, expected="--map=targets or both", got=got)
+    trace = f"--trace={_TRACE.value}"
+    used(_TRACE.value is None, _WORKLOAD, expected="no --trace", got=trace)
+    caps = lengths or _TRACE.value is not None or _CONFIG.value is None
+    expected = "a map of lengths, a trace, or no --config"
+    got = f"{got} and --config={_CONFIG.value}"
+    used(caps, _MAX_TOKENS, expected=expected, got=got)
 
 
 def _simulation() -> tuple[Simulation, int]:
@@ -295,6 +312,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
+        _check_flags()
         question = _question()
         text, _ = run(
             question,

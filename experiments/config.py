@@ -26,6 +26,7 @@ from disagg_jax.sim.link import get_link
 from disagg_jax.traces import Ties, TooLong, Unit
 from disagg_jax.tuning import has_rule, resized
 from disagg_jax.workload import Arrivals
+from experiments import options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,10 +159,17 @@ class Config:
     # prompt is computed.
     streams: bool = False
 
-    def check(self) -> None:
-        """Raises ValueError on values that no run could have.
+    def check(
+        self,
+        base: Config | None = None,
+        elsewhere: Mapping[str, tuple[options.Need, ...]] = {},
+    ) -> None:
+        """Raises ValueError on values that no run could have, or without effect.
 
         Not at construction: one override at a time may pass through such a state.
+
+        Args:
+          base, elsewhere: see `options.check`; by default a config of defaults.
         """
         _expect_one_of("clock", self.clock, ("virtual", "wall"))
         _expect_one_of("durations", self.durations, ("table", "live", "modelled"))
@@ -198,6 +206,7 @@ class Config:
                         f"{spec.role} instances, but the system has policies for "
                         f"{', '.join(system.policies)} only"
                     )
+        options.check(self, base or Config(systems=self.systems), elsewhere)
 
     @property
     def executed(self) -> str:
@@ -288,21 +297,30 @@ def parse_lengths(text: str) -> Lengths:
 # -- overrides ------------------------------------------------------------------------
 
 
-def override(config: Config, assignments: Iterable[str]) -> Config:
+def override(
+    config: Config,
+    assignments: Iterable[str],
+    elsewhere: Mapping[str, tuple[options.Need, ...]] = {},
+) -> Config:
     """`config` with `key=value` assignments applied, keys dotted, types checked.
 
     A key goes through fields and mappings: `workload.num_requests=50`,
     `systems.vllm.policies.colocated.max_seqs=8`.
 
+    Args:
+      elsewhere: options that do not matter to the command; see `options.read_by`.
+
     Raises:
-      ValueError: naming the keys there are, or the type that was expected.
+      ValueError: naming the keys there are, the type that was expected, or what would
+        give an option an effect. What `config` itself has without effect may stay.
     """
+    base = config
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set: expected key=value, got '{assignment}'")
         config = _assign(config, key, key.split("."), text)
-    config.check()
+    config.check(base, elsewhere)
     return config
 
 

@@ -5,6 +5,43 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments.options import no_effect
+
+
+def expect_used(
+    used: bool, *holders: flags.FlagHolder[Any], expected: str, got: str
+) -> None:
+    """Check that no flag was set that has no effect beside the others.
+
+    Args:
+      used: whether these flags matter.
+      expected: what would make them matter.
+
+    Raises:
+      ValueError: naming the first one that does not and is not its default.
+    """
+    for flag in () if used else holders:
+        if flag.present and flag.value != flag.default:
+            raise no_effect(f"--{flag.name}", flag.value, expected=expected, got=got)
+
+
+def expect_once(
+    flag: flags.FlagHolder[Any], key: str, assignments: Sequence[str]
+) -> None:
+    """Check that a flag and the config's option `key` are not both set.
+
+    Raises:
+      ValueError: if they are, as one of them would have no effect.
+    """
+    for text in assignments:
+        if flag.present and text.partition("=")[0] == key:
+            raise no_effect(
+                f"--{flag.name}", flag.value, expected="no --set of it", got=text
+            )
 
 
 def integers(name: str, texts: Sequence[str]) -> list[int]:

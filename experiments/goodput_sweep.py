@@ -27,6 +27,8 @@ from disagg_jax.engine.placed_model import PlacedModel
 from experiments import host_devices, report
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
+from experiments.flag_values import expect_once
+from experiments.options import Need, no_effect
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir, environment
 from experiments.serving import (
@@ -66,6 +68,9 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     """
     host_devices.provide(devices_needed(config))
     check_modelled(config)
+    if step_times_file and config.durations == "modelled":
+        expected, got = "durations=table or live", "durations=modelled"
+        raise no_effect("--step_times", step_times_file, expected=expected, got=got)
     given = _read_step_times(step_times_file) if step_times_file else None
     progress = _progress()
     model = load_model(config)
@@ -122,7 +127,12 @@ def _step_times(
     given: dict[str, float] | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """The medians to use: given, of the run that is resumed, or taken now."""
+    """The medians to use: given, of the run that is resumed, or taken now.
+
+    None where a formula says all durations.
+    """
+    if config.durations == "modelled":
+        return {}
     saved = run_dir.read_json("step_times.json")
     if saved is not None:
         return saved["seconds"]
@@ -171,6 +181,14 @@ def _progress() -> Progress:
     return show
 
 
+def _unused_options() -> dict[str, tuple[Need, ...]]:
+    """Options of a config that a flag leaves without effect."""
+    if not (path := _STEP_TIMES.value):
+        return {}
+    need = Need("no --step_times", lambda _: False, lambda _: f"--step_times={path}")
+    return {"timing_repeats": (need,)}
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
@@ -178,11 +196,13 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file
     try:
         changes = list(_SET.value)
+        for flag in (_SEED, _STEP_TOKENS):
+            expect_once(flag, flag.name, changes)
         if _SEED.value is not None:
             changes.append(f"seed={_SEED.value}")
         if _STEP_TOKENS.value:
             changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
-        config = override(get_config(_CONFIG.value), changes)
+        config = override(get_config(_CONFIG.value), changes, _unused_options())
         if _PLACEMENT.value:
             config = config.with_placements(_read_placement(_PLACEMENT.value))
         config = config.by_step_tokens()

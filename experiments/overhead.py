@@ -51,7 +51,7 @@ from disagg_jax.request import Request
 from disagg_jax.summary import summarise
 from disagg_jax.work import Event, Step, Work
 from experiments import host_devices
-from experiments.flag_values import integers, writable
+from experiments.flag_values import expect_used, integers, writable
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.rigs import NamedShape, Rig, bare_step_s, burst, colocated
@@ -289,6 +289,12 @@ _MIB = flags.DEFINE_list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off
 _REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds that a median is taken over.")
 # Other experiments have an --out as well, and a test may import several.
 _OUT = flags.DEFINE_string("out", None, "JSON file to write.", allow_override=True)
+# The parts that read a flag; --repeats is for all.
+_READERS = (
+    (_MODEL, ("host", "decode", "prefill", "handoff")),
+    (_BATCHES, ("host", "decode")),
+    (_MIB, ("handoff",)),
+)
 
 
 def run(parts: Sequence[str], options: Options) -> list[Figure]:
@@ -360,6 +366,13 @@ def main(argv: Sequence[str]) -> None:
             repeats=_REPEATS.value,
         )
         check(parts, options)
+        for flag, readers in _READERS:
+            expect_used(
+                not set(parts).isdisjoint(readers),
+                flag,
+                expected=f"--parts with {' or '.join(readers)}",
+                got=f"--parts={','.join(parts)}",
+            )
         groups = _by_devices(parts)
         if len(groups) > 1:
             figures = [figure for group in groups for figure in _run_apart(group)]
@@ -383,11 +396,16 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
 
 
 def _run_apart(parts: Sequence[str]) -> list[Any]:
-    """Runs `parts` with this command's flags in a process that prints; its figures."""
+    """Runs `parts` with those of this command's flags that they read, in a process.
+
+    Returns:
+      Its figures; it prints them too.
+    """
+    given = [f.serialize() for f, by in _READERS if not set(parts).isdisjoint(by)]
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "figures.json"
-        last = [f"--parts={','.join(parts)}", f"--out={out}"]  # the last flag counts
-        command = [sys.executable, "-m", "experiments.overhead", *sys.argv[1:], *last]
+        given += [_REPEATS.serialize(), f"--parts={','.join(parts)}", f"--out={out}"]
+        command = [sys.executable, "-m", "experiments.overhead", *given]
         done = subprocess.run(command)
         if done.returncode:
             sys.exit(done.returncode)

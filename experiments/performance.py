@@ -43,7 +43,7 @@ from disagg_jax.work import StepLoad
 from experiments import checkout, host_devices
 from experiments.columns import align
 from experiments.dense import dense_step_s
-from experiments.flag_values import integers, writable
+from experiments.flag_values import expect_used, integers, writable
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
@@ -312,11 +312,13 @@ def main(argv: Sequence[str]) -> None:
         )
         if _CORES.value is not None:
             host_devices.pin(_CORES.value)
+        keep_freed_memory()
+        if options.handoff_mib:
+            host_devices.provide(2)
+            several = len(jax.devices()) > 1
+            expect_used(several, _MIB, expected="two devices", got="one")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    keep_freed_memory()
-    if options.handoff_mib:
-        host_devices.provide(2)
     report = run(options)
     if out is not None:
         out.write_text(report)

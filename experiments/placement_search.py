@@ -25,6 +25,7 @@ from absl import app, flags
 
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.workers import worker_pool
+from experiments.flag_values import expect_used
 from experiments.paper_workloads import get_workload
 from experiments.placements import (
     ALGORITHMS,
@@ -109,6 +110,17 @@ def run(
     return f"{report(found)}\n{seconds:.1f} s with {workers} workers", found
 
 
+def _check_flags() -> None:
+    """Raise ValueError on a flag that has no effect beside the others."""
+    algorithm, got = _ALGORITHM.value, f"--algorithm={_ALGORITHM.value}"
+    high = algorithm in ("high", "all")
+    expect_used(high, _WHOLE, expected="--algorithm=high or all", got=got)
+    bounds = "--algorithm=low, joint or all"  # of pairs, by their phases
+    expect_used(algorithm != "high", _MARGIN, expected=bounds, got=got)
+    prunes = not _EXHAUSTIVE.value
+    expect_used(prunes, _MARGIN, expected="no --exhaustive", got="--exhaustive")
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
@@ -119,6 +131,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     try:
+        _check_flags()
         problem = problem_of(
             simulation_of(_MODEL.value, _DEVICE.value),
             _DEVICES.value,

@@ -26,6 +26,7 @@ from experiments.checkout import commit
 from experiments.figures import FIGURES
 from experiments.figures.draw import draw
 from experiments.figures.figure import Drawn, Lab
+from experiments.flag_values import expect_used
 
 _FIGURE = flags.DEFINE_string("figure", None, "One of --list.")
 _ALL = flags.DEFINE_bool("all", False, "Every figure.")
@@ -81,14 +82,16 @@ def run(
         drawn = figure.make(lab)
         if drawn.panels:
             draw(drawn.panels, figure.title, pictures / f"{name}.png")
-        lines += _section(name, figure.title, drawn, version, lab)
+        lines += _section(name, drawn, version, lab)
     (out / "reproduction.md").write_text("\n".join(lines) + "\n")
     return lines
 
 
-def _section(name: str, title: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
-    command = f"--figure={name} --seeds={lab.seeds}"
-    if lab.num_requests is not None:
+def _section(name: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
+    title, reads, command = FIGURES[name].title, FIGURES[name].reads, f"--figure={name}"
+    if "seeds" in reads:
+        command += f" --seeds={lab.seeds}"
+    if "num_requests" in reads and lab.num_requests is not None:
         command += f" --num_requests={lab.num_requests}"
     lines = ["", f"## {title}", ""]
     if drawn.panels:
@@ -143,6 +146,18 @@ def _names() -> list[str]:
     return list(FIGURES) if one is None else [one]
 
 
+def _check_flags(names: Sequence[str]) -> None:
+    """Raise ValueError on a flag that none of the figures reads."""
+    if not set(names) <= FIGURES.keys():
+        return  # `run` says so
+    read = {what for name in names for what in FIGURES[name].reads}
+    for flag in (_NUM_REQUESTS, _SEEDS, _WORKERS, _SEARCH_TIMES):
+        readers = [name for name, each in FIGURES.items() if flag.name in each.reads]
+        expected = f"--all or --figure={' or '.join(readers)}"
+        got = f"--figure={','.join(names)}"
+        expect_used(flag.name in read, flag, expected=expected, got=got)
+
+
 def _lab() -> Lab:
     lab = Lab(
         num_requests=_NUM_REQUESTS.value,
@@ -159,11 +174,16 @@ def _lab() -> Lab:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    if _LIST.value:
-        print("\n".join(f"{name:12} {f.title}" for name, f in FIGURES.items()))
-        return
     try:
-        names, lab = _names(), _lab()
+        of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES)
+        listed = {"expected": "no --list", "got": "--list"}
+        expect_used(not _LIST.value, _FIGURE, _ALL, *of_runs, **listed)
+        if _LIST.value:
+            print("\n".join(f"{name:12} {f.title}" for name, f in FIGURES.items()))
+            return
+        names = _names()
+        _check_flags(names)
+        lab = _lab()
         default = REPORTS if _ALL.value else pathlib.Path("runs/reproduction")
         out = pathlib.Path(_OUT.value) if _OUT.value else default
         used = "--all" if _ALL.value else f"--figure={_FIGURE.value}"

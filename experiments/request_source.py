@@ -14,7 +14,6 @@ from disagg_jax.traces import Trace, TraceRow, fit_rows, load_trace
 from disagg_jax.traces.requests import stretch_requests
 from disagg_jax.traces.stretches import first_of, why_shared
 from disagg_jax.workload import (
-    Arrivals,
     make_requests,
     requests_from_prompts,
     spawn_streams,
@@ -149,9 +148,6 @@ def _read_trace(config: Config, model: Model) -> tuple[list[TraceRow], dict[str,
     scale = workload.trace_scale
     expect(scale > 0, "workload.trace_scale: expected > 0", scale)
     trace = _open_trace(workload, model)
-    if trace.timed:
-        expected = "workload.arrivals: expected the default beside a trace with times"
-        expect(workload.arrivals == Arrivals(), expected, workload.arrivals)
     clip = workload.too_long == "clip"
     fitted = fit_rows(
         [_scaled(row, scale) for row in trace.rows],

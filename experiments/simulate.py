@@ -31,7 +31,7 @@ from absl import app, flags
 
 from disagg_jax.backend import Observer
 from disagg_jax.chrome_trace import chrome_trace
-from disagg_jax.deployment import Deployment
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
@@ -39,6 +39,7 @@ from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
 from disagg_jax.traces import Trace
 from experiments import trace_flags
+from experiments.flag_values import expect_used
 from experiments.simulations import (
     SIMULATIONS,
     Simulation,
@@ -136,14 +137,21 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"expected flags only, got {argv[1:]}")
     try:
         simulation = get_simulation(_CONFIG.value or "")
+        deployment = Deployment.parse(_DEPLOYMENT.value or "")
         if _STREAMED.value is not None:
+            same = _STREAMED.value == simulation.streamed_groups
+            expect_used(
+                same or bool(deployment.of(Role.PREFILL)),
+                _STREAMED,
+                expected="prefill and decode instances",
+                got=f"--deployment={deployment}",
+            )
             simulation = dataclasses.replace(
                 simulation, streamed_groups=_STREAMED.value
             )
         if _MAX_CONTEXT.value is not None:
             simulation = dataclasses.replace(simulation, max_context=_MAX_CONTEXT.value)
         trace = trace_flags.open_trace(_TRACE.value or "")
-        deployment = Deployment.parse(_DEPLOYMENT.value or "")
         out = pathlib.Path(_OUT.value or "")
         out.mkdir(parents=True, exist_ok=True)
         picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None

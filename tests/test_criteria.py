@@ -290,3 +290,30 @@ def test_targets_may_be_infinite_and_refused_requests_miss_them(name):
 def test_bad_bounds_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_defaults_are_the_papers_numbers():
+    assert str(sarathi_serve()) == "P99 TBT <= 100 ms, P50 scheduling delay <= 2000 ms"
+    assert str(vidur_search()) == (
+        "P99 scheduling delay <= 5000 ms, P90 TTFT <= 2000 ms, P99 TBT <= 200 ms"
+    )
+    mooncake = Mooncake()
+    assert (mooncake.ttft_s, mooncake.tbt_s, mooncake.target) == (30.0, 0.1, 0.9)
+    assert (FastGen().span, FastGen().token_s) == (16, 0.25)
+    # loadgen/mlperf.conf: TTFT and TPOT in ms.
+    assert {
+        name: (round(slo.ttft_s * 1e3), round(slo.tpot_s * 1e3))
+        for name, slo in MLPERF_SLOS.items()
+    } == {
+        "llama2-70b": (2000, 200),
+        "llama2-70b-interactive": (450, 40),
+        "llama3.1-8b": (2000, 100),
+        "llama3.1-8b-interactive": (500, 30),
+        "llama3.1-405b": (6000, 175),
+        "llama3.1-405b-interactive": (4500, 80),
+        "mixtral-8x7b": (2000, 200),
+        "deepseek-r1": (2000, 80),
+        "deepseek-r1-interactive": (1500, 15),
+        "gpt-oss-120b": (3000, 80),
+        "gpt-oss-120b-interactive": (2000, 20),
+    }

@@ -21,7 +21,15 @@ def test_by_hand():
     run = [
         served([0.5, 1.0, 2.0], dropped_s=[0.6, 1.0]),  # TTFT .5, TPOT .75, misses TPOT
         served([3.0], arrival_s=2.0, transfer_bytes=64),  # TTFT 1, one token: good
-        served([], arrival_s=3.0, end_s=4.0, status=Status.CANCELLED),
+        # Not finished, but its KV moved and it was preempted.
+        served(
+            [],
+            arrival_s=3.0,
+            end_s=4.0,
+            status=Status.CANCELLED,
+            transfer_bytes=32,
+            dropped_s=[3.5],
+        ),
     ]
     summary = summarise(run, SLO_1, devices=2)
     expected = {
@@ -47,8 +55,46 @@ def test_by_hand():
         "mean_e2el_ms": 1500.0,  # of 2 and 1
         "mean_prefill_ms": 750.0,  # of .5 and 1
         "mean_decode_ms": 750.0,  # of 1.5 and 0
-        "preemptions": 2,
-        "transfer_bytes": 64,
+        "preemptions": 3,
+        "transfer_bytes": 96,
+    }
+    assert {k: summary[k] for k in expected} == pytest.approx(expected)
+
+
+def test_latencies_are_in_ms_under_their_own_names():
+    """TTFT 1, 2 and 5 s; gaps of 1 and 3, 2, 4 s; queued for 0.5, 1 and 4 s."""
+    run = [
+        served([1.0, 2.0, 5.0], prefill_start_s=0.5),
+        served([2.0, 4.0], prefill_start_s=1.0, transfer_start_s=2.25),
+        served([5.0, 9.0], prefill_start_s=4.0, dropped_s=[6.0]),
+    ]
+    run[1].transfer_end_s, run[1].decode_start_s = 2.75, 3.5
+    summary = summarise(run, SLO_1, devices=4, duration_s=10.0)
+    expected = {
+        "devices": 4,
+        "duration": 10.0,
+        "mean_ttft_ms": 8000 / 3,
+        "median_ttft_ms": 2000.0,
+        "p50_ttft_ms": 2000.0,
+        "p90_ttft_ms": 4400.0,  # 2 + 0.8 x 3
+        "p99_ttft_ms": 4940.0,  # 2 + 0.98 x 3
+        "mean_tpot_ms": 8000 / 3,  # of 2, 2 and 4
+        "p90_tpot_ms": 3600.0,  # 2 + 0.8 x 2
+        "mean_itl_ms": 2500.0,  # of 1, 3, 2 and 4: all gaps count alike
+        "p90_itl_ms": 3700.0,  # 3 + 0.7
+        "mean_e2el_ms": 6000.0,  # of 5, 4 and 9
+        "p99_e2el_ms": 8920.0,  # 5 + 0.98 x 4
+        "std_e2el_ms": (14 / 3) ** 0.5 * 1e3,  # of -1, -2 and 3
+        "mean_prefill_queue_ms": 5500 / 3,
+        "mean_prefill_ms": 2500 / 3,  # 0.5, 1 and 1
+        "mean_transfer_ms": 500 / 3,
+        "mean_decode_queue_ms": 1000 / 3,  # 0.25 for the pull, 0.75 for a step
+        "mean_decode_ms": (4000 + 500 + 4000) / 3,
+        "output_throughput": 0.7,
+        "output_throughput_per_device": 0.175,
+        "request_throughput_per_device": 0.075,
+        "total_token_throughput_per_device": 3.7 / 4,
+        "preemptions": 1,
     }
     assert {k: summary[k] for k in expected} == pytest.approx(expected)
 

@@ -6,7 +6,7 @@ out and makes requests, `stretches` gives each seed rows of its own.
 """
 
 from disagg_jax.traces.clock import Ties
-from disagg_jax.traces.read import Trace, load_trace, read_trace
+from disagg_jax.traces.read import Trace, has_times, load_trace, read_trace
 from disagg_jax.traces.requests import (
     FittedRows,
     TooLong,
@@ -25,6 +25,7 @@ __all__ = [
     "TraceRow",
     "Unit",
     "fit_rows",
+    "has_times",
     "load_trace",
     "read_trace",
     "requests_from_trace",

@@ -81,6 +81,21 @@ class Trace:
         ]
 
 
+def has_times(path: Path) -> bool:
+    """Whether a trace says when requests came; reads its first record only.
+
+    Raises:
+      ValueError: on a file of no known format, or without rows.
+      OSError: if the file cannot be opened.
+    """
+    with open_records(path) as records:
+        if SHAREGPT in records.names:
+            return False
+        if not records.names:
+            raise _no_rows(path)
+        return find_format(path, records.where, records.names).time is not None
+
+
 def read_trace(path: Path, **options: Any) -> list[TraceRow]:
     """The rows of `load_trace`."""
     return load_trace(path, **options).rows

@@ -115,6 +115,8 @@ class Figure:
 
     title: str
     make: Callable[[Lab], Drawn]
+    # What of a lab decides its numbers, or how fast they are made.
+    reads: Sequence[str] = ("num_requests", "seeds", "workers")
 
 
 def shown(values: Sequence[float], form: str = ".2f", unit: str = "") -> str:

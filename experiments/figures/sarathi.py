@@ -444,9 +444,11 @@ def _overhead_claim(chunk: int, said: str) -> Claim:
 
 FIGURES = {
     "sarathi_table4": Figure(
-        title="SARATHI, Table 4: decodes that ride on chunks, and Orca", make=table4
+        title="SARATHI, Table 4: decodes that ride on chunks, and Orca",
+        make=table4,
+        reads=("num_requests",),
     ),
     "sarathi_fig8": Figure(
-        title="SARATHI, Fig. 8: decode speed-up, tiles, and chunks", make=fig8
+        title="SARATHI, Fig. 8: decode speed-up, tiles, and chunks", make=fig8, reads=()
     ),
 }

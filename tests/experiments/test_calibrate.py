@@ -221,8 +221,12 @@ def test_a_simulation_with_the_engines_durations_is_the_engine(results):
         for compared in system.rates:
             assert compared.difference == compared.by_durations == 0
             assert all(a.decided == a.shared for a in compared.agreements)
-        for errors in system.steps.values():
+        for kind, errors in system.steps.items():
             assert errors.ratio == pytest.approx(1)
+            shown = [step for step in system.shown if step.kind == kind]
+            assert min(errors.steps, 1000) <= len(shown) <= 2000
+    asked = (result.num_requests, result.seeds, result.target, result.clock)
+    assert asked == (40, 2, 0.9, "virtual")
     assert not [line for line in accuracy_report.verdicts(result) if "MISSED" in line]
 
 

@@ -8,8 +8,11 @@ import pytest
 from disagg_jax.deployment import Role
 from disagg_jax.lengths import FixedLengths, LognormalLengths, UniformLengths
 from disagg_jax.metrics import SLO
+from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
-from experiments.config import override, parse_lengths, to_json
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from experiments.config import Config, System, Targets, override, parse_lengths, to_json
 from experiments.configs import CONFIGS, get_config
 
 
@@ -111,3 +114,102 @@ def test_a_preset_is_the_slo_where_no_seconds_are_given():
 def test_scales_multiply_the_steps_of_this_machine():
     targets = get_config("tiny").slo
     assert targets.resolve(0.5, 0.25) == SLO(ttft_s=2.5, tpot_s=0.375)
+
+
+@pytest.mark.parametrize(
+    ("changes", "executed"),
+    [
+        ([], "passing"),
+        (["durations=modelled"], "passing"),
+        # A program's tokens decide when a request ends, or its time when a step does.
+        (["workload.ignore_eos=false"], "all"),
+        (["durations=modelled", "workload.ignore_eos=false"], "all"),
+        (["durations=live"], "all"),
+        (["clock=wall"], "all"),
+        (["execute_all=true"], "all"),
+    ],
+)
+def test_programs_run_everywhere_where_durations_alone_do_not_say_the_end(
+    changes, executed
+):
+    assert override(get_config("tiny"), changes).executed == executed
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    ["num_seeds=1", "workload.num_requests=1", "rates=0.001", "slo.ttft_scale=0"],
+)
+def test_the_least_there_may_be_is_taken(assignment):
+    override(get_config("tiny"), [assignment])
+
+
+@pytest.mark.parametrize("name", ["ttft_s", "tpot_s", "ttft_scale", "tpot_scale"])
+@pytest.mark.parametrize("value", [-1e-9, float("nan")])
+def test_targets_below_zero_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"slo.{name}: expected >= 0, got"):
+        Targets(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "assignment", ["rates=0", "rates=nan", "num_seeds=-1", "workload.num_requests=-3"]
+)
+def test_less_than_the_least_is_refused(assignment):
+    with pytest.raises(ValueError, match="expected >"):
+        override(get_config("tiny"), [assignment])
+
+
+def test_seconds_go_before_a_preset_and_a_preset_before_scales():
+    targets = Targets(ttft_s=1.0, ttft_scale=7.0, tpot_scale=3.0)
+    assert targets.resolve(0.5, 0.25) == SLO(ttft_s=1.0, tpot_s=0.75)
+    both = Targets(tpot_s=2.0, preset="mixtral-8x7b", ttft_scale=7.0)
+    assert both.resolve(0.5, 0.25) == SLO(ttft_s=2.0, tpot_s=2.0)
+
+
+def test_a_system_has_its_policies_defaults_but_for_what_is_changed():
+    deployment = "prefill:tp1,decode:tp1"
+    system = System.of("disaggregated", deployment, prefill={"token_budget": 33})
+    assert system.deployment == deployment
+    assert system.policies == {
+        Role.PREFILL: PrefillOnly(token_budget=33),
+        Role.DECODE: DecodeOnly(),
+    }
+
+
+def test_a_step_size_is_one_of_the_policy_and_caps_what_decodes_in_it():
+    system = System.of("sarathi_serve", "2xcolocated:tp1", colocated={"max_seqs": 16})
+    assert system.resized(8).policies[Role.COLOCATED] == SarathiServe(
+        token_budget=8, max_seqs=8, watermark=0.01
+    )
+    assert system.resized(64).policies[Role.COLOCATED].limits.decode_rows == 16
+    # vLLM's paper has no rule, so its step stays.
+    vllm = System.of("vllm", "2xcolocated:tp1")
+    assert vllm.resized(8) == vllm
+
+
+def test_a_placement_has_the_parameters_of_its_system_or_the_defaults():
+    config = get_config("tiny")
+    only = dataclasses.replace(config, systems={"vllm": config.systems["vllm"]})
+    answer = {"system": "disaggregated", "deployment": "prefill:tp1,2xdecode:tp1"}
+    found = {"flags": {"model": "tiny"}, "low": answer, "wall_s": 3.0}
+    placed = only.with_placements(found).systems
+    assert list(placed) == ["vllm", "placed_low"]
+    assert placed["placed_low"] == System.of("disaggregated", answer["deployment"])
+    named = config.with_placements(found).systems["placed_low"]
+    assert named.policies == config.systems["disaggregated"].policies
+    assert named.deployment == answer["deployment"]
+
+
+def test_the_record_of_a_config_has_every_value_and_type():
+    config = override(get_config("tiny"), ["rates=1,2.5", "seed=7"])
+    content = to_json(config)
+    assert content["rates"] == [1.0, 2.5] and content["seed"] == 7
+    assert content["cost"] == {
+        "type": "LinearCost",
+        **{"step_base_s": 1e-3, "prefill_token_s": 0.0, "decode_token_s": 0.0},
+        **{"context_token_s": 0.0, "transfer_base_s": 0.0, "transfer_token_s": 0.0},
+        **{"transfer_parts": 1, "pp": []},
+    }
+    decode = content["systems"]["disaggregated"]["policies"]["decode"]
+    assert decode == {"type": "DecodeOnly", "max_seqs": 16, "watermark": 0.01}
+    # All of them, so that two configs with equal records are equal.
+    assert content.keys() == {"type", *(f.name for f in dataclasses.fields(Config))}

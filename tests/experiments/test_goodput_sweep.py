@@ -30,7 +30,6 @@ SMALL = [
     "memory.max_context=32",
     "memory.blocks_per_device=16",
     "rates=50,5000",
-    "timing_repeats=1",
     "systems.vllm.policies.colocated.max_seqs=2",
     "systems.vllm.policies.colocated.max_batched_tokens=32",
     "systems.disaggregated.policies.prefill.max_seqs=2",
@@ -251,6 +250,8 @@ def test_tensor_parallel_host_devices_must_be_modelled(tmp_path):
         None,
     )
     assert "times come from a formula" in text
+    # Nothing reads medians then, and no program is timed for them.
+    assert not (tmp_path / "b" / "step_times.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,8 @@ def test_a_malformed_trace_line_is_named(tmp_path):
         "2023-11-16 18:15:46.6805900,374,44\n"
         "2023-11-16 18:15:50.9951690,many,109\n"
     )
-    cfg = config("workload.source=trace", f"workload.trace={trace}")
+    given = ["workload.source=trace", f"workload.trace={trace}"]
+    cfg = override(get_config("smoke"), given)
     with pytest.raises(ValueError, match="line 3"):
         goodput_sweep.run(cfg, tmp_path / "run", None)
 
@@ -348,6 +350,7 @@ ALL_SYSTEMS = [
     *(change for change in SMALL if not change.startswith(("systems", "rates"))),
     "execute_all=false",
     "num_seeds=1",
+    "timing_repeats=1",
     "memory.max_context=24",
     "memory.blocks_per_device=16",
     "workload.prompt_tokens=uniform:2:16",

@@ -126,10 +126,6 @@ def test_sharegpt_is_measured_by_the_tokenizer_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            ["workload.arrivals.kind=fixed"],
-            "arrivals: expected the default beside a tr",
-        ),
         (["workload.trace_scale=0"], "workload.trace_scale: expected > 0"),
         (["workload.trace=no/such.csv"], "got 'no/such.csv' .from the folder .*Azure"),
         (["workload.trace=."], "workload.trace: expected a trace file, got '.'"),
