@@ -8,6 +8,7 @@ FILE is a CSV file with columns for arrival (arrival_s or arrival_ms), prompt
 or a Mooncake .jsonl file. A deployment reads like prefill:tp2,decode:tp1 or
 2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs: experiments/simulations.py.
 
+OUT, which must hold no other run, gets config.json and env.json too.
 OUT/requests.csv has, for each request, ttft_s, tpot_s and the five stages, floats in
 full; where a request was refused they are empty, and `error` says why.
 --chrome_trace=FILE.json writes the run as a timeline that Perfetto opens: a lane for
@@ -18,10 +19,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -33,6 +35,8 @@ from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
+from experiments.command import command
+from experiments.folder import plain, run_folder, whole, write_text
 from experiments.simulations import (
     SIMULATIONS,
     Simulation,
@@ -91,7 +95,7 @@ def run(
 
 def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
     """Writes a row for each request; floats read back as they were."""
-    with path.open("w", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
         for timeline in timelines:
@@ -108,30 +112,38 @@ def _latencies_s(timeline: Timeline) -> tuple[float | str, ...]:
     return (ttft_s(timeline), tpot_s(timeline), *stages)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        simulation = get_simulation(_CONFIG.value or "")
-        if _STREAMED.value is not None:
-            simulation = dataclasses.replace(
-                simulation, streamed_groups=_STREAMED.value
-            )
-        deployment = Deployment.parse(_DEPLOYMENT.value or "")
-        out = pathlib.Path(_OUT.value or "")
-        out.mkdir(parents=True, exist_ok=True)
-        picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
-        log = EventLog() if picture else None
-        if picture:
-            picture.touch()  # fails now rather than after the run
-        done = run(_TRACE.value or "", simulation, deployment, log)
+def _record(simulation: Simulation, deployment: Deployment) -> dict[str, Any]:
+    """What the results follow from."""
+    trace = pathlib.Path(_TRACE.value or "").read_bytes()
+    return {
+        "trace": _TRACE.value,
+        "trace_sha256": hashlib.sha256(trace).hexdigest(),
+        "config": _CONFIG.value,
+        "simulation": plain(simulation),
+        "deployment": str(deployment),
+    }
+
+
+@command
+def main() -> None:
+    simulation = get_simulation(_CONFIG.value or "")
+    if _STREAMED.value is not None:
+        simulation = dataclasses.replace(simulation, streamed_groups=_STREAMED.value)
+    deployment = Deployment.parse(_DEPLOYMENT.value or "")
+    simulated = simulation.build(deployment)
+    requests = trace_requests(_TRACE.value or "", simulation)
+    out = pathlib.Path(_OUT.value or "")
+    picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
+    log = EventLog() if picture else None
+    if picture:
+        picture.touch()  # fails now rather than after the run
+    with run_folder(out, _record(simulation, deployment), "requests.csv"):
+        done = simulated.run(requests, observer=log)
         timelines = done.timelines
         write(out / "requests.csv", timelines, simulation.extra_tokens)
-        if picture and log:
-            drawn = chrome_trace(deployment, log.lines, timelines)
-            picture.write_text(json.dumps(drawn))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if picture and log:
+        drawn = chrome_trace(deployment, log.lines, timelines)
+        write_text(picture, json.dumps(drawn))
     refused = sum(t.status is not Status.FINISHED for t in timelines)
     print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
     busy = busy_shares(deployment, done.busy_s, done.end_s)

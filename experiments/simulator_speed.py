@@ -36,6 +36,7 @@ from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.workload import make_requests
+from experiments.command import command
 from experiments.simulations import get_simulation, trace_requests
 
 _GOLDEN = flags.DEFINE_string(
@@ -136,9 +137,8 @@ def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
     return time.process_time() - start_s, timelines
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     report(workloads(pathlib.Path(_GOLDEN.value)), _REPEATS.value)
 
 
