@@ -104,8 +104,12 @@ def _interrupts() -> Iterator[list[int]]:
 
 def command_line() -> str:
     """By which this can be run again."""
-    name = pathlib.Path(sys.argv[0]).stem
-    return shlex.join(["python", "-m", f"experiments.{name}", *sys.argv[1:]])
+    command = pathlib.Path(sys.argv[0])
+    if (pathlib.Path(__file__).parent / f"{command.stem}.py").exists():
+        return shlex.join(
+            ["python", "-m", f"experiments.{command.stem}", *sys.argv[1:]]
+        )
+    return shlex.join(sys.argv)
 
 
 def _said(error: ValueError | OSError) -> str:

@@ -13,6 +13,7 @@ OPT-66B with high and low takes 22.0 and 82.5 s on 96 cores in the paper (Fig. 1
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import sys
@@ -25,7 +26,7 @@ from absl import app, flags
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.workers import worker_pool
 from experiments.command import command, own_flags
-from experiments.folder import plain, run_folder, write_json
+from experiments.folder import plain, run_folder, write_text
 from experiments.paper_workloads import get_workload
 from experiments.placements import (
     ALGORITHMS,
@@ -112,7 +113,7 @@ def run(
         seconds = time.perf_counter() - start
         found |= {"wall_s": seconds, "workers": workers, **(about or {})}
         if out is not None:
-            write_json(out / "placement.json", found)
+            write_text(out / "placement.json", json.dumps(found, indent=1) + "\n")
     return f"{report(found)}\n{seconds:.1f} s with {workers} workers", found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class RequestSource:
             prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
             return dataclasses.replace(source, prompts=prompts)
         if workload.source == "trace":
+            _check_exists(workload.trace)
             return dataclasses.replace(source, rows=read_trace(workload.trace))
         return source
 
@@ -125,6 +127,14 @@ class RequestSource:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt in the first run."""
         return max(request.prompt_tokens for request in self(1.0, 0))
+
+
+def _check_exists(trace: str) -> None:
+    if not pathlib.Path(trace).exists():
+        raise ValueError(
+            f"workload.trace: expected a file, got '{trace}', which does not exist; "
+            "--set workload.trace=FILE names another"
+        )
 
 
 def human_eval_prompts() -> list[str]:
