@@ -279,16 +279,8 @@ def main() -> None:
     simulation = roofline_simulation(_MODEL.value, _HARDWARE.value)
     rate = 2 * _RATE.value  # of both devices
     requests = WORKLOAD.requests(_REQUESTS.value, rate, _SEED.value)
-    out = pathlib.Path(_OUT.value)
-    with run_folder(out, own_flags(), "interference.txt", replace=True):
-        _run(simulation, requests, out)
-
-
-def _run(
-    simulation: Simulation, requests: Sequence[Request], out: pathlib.Path
-) -> None:
-    """Simulates, and writes what was found."""
     found = simulate(simulation, requests, _BUDGET.value)
+    out = pathlib.Path(_OUT.value)
     deployment = Deployment.parse(COLOCATED)
     cost = simulation.cost_of(deployment.instances[0]).instance(1)
     title = (
@@ -298,8 +290,9 @@ def _run(
     )
     text = f"# python -m experiments.interference   commit {commit()}\n"
     text += f"# {title}; roofline\n{table(found)}\n"
-    write_text(out / "interference.txt", text)
-    draw(panels(found, cost), title, out / "interference.png")
+    with run_folder(out, own_flags(), "interference.txt", replace=True):
+        write_text(out / "interference.txt", text)
+        draw(panels(found, cost), title, out / "interference.png")
     print(text + f"\n{out}/interference.png")
 
 
