@@ -41,7 +41,7 @@ class Picked:
     seed: int
 
 
-_POINT = re.compile(r"(.+)-([0-9.e+-]+)rps-([0-9]+)")  # `Point.name`
+_POINT = re.compile(r"(.+?)-([0-9.]+(?:e[+-][0-9]+)?)rps-([0-9]+)")  # `Point.name`
 
 
 class SavedRun:
