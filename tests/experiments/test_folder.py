@@ -61,7 +61,7 @@ def test_a_second_run_of_the_same_process_is_refused_too(tmp_path):
                     pass
         assert not (out / "config.json").exists()  # nothing of the second
     with sole_use(out):
-        pass
+        assert (out / ".lock").read_text().count("process") == 1  # who holds it now
 
 
 def test_an_error_frees_the_folder(tmp_path):
@@ -161,6 +161,8 @@ def test_what_may_be_replaced_is_with_its_records(tmp_path):
     once(tmp_path, {"a": 2}, replace=True)
     assert read(tmp_path / "config.json") == {"a": 2}
     assert len(read(tmp_path / "env.json")) == 1  # the other's start is not its own
+    once(tmp_path, {"a": 2}, replace=True)
+    assert len(read(tmp_path / "env.json")) == 2
 
 
 def test_no_folder_is_no_folder():

@@ -244,6 +244,8 @@ def test_equal_content_gives_equal_bytes(tmp_path):
         save(RunDir(tmp_path / name, {}))
     a, b = (sorted((tmp_path / name / "points").iterdir()) for name in ("a", "b"))
     assert [path.read_bytes() for path in a] == [path.read_bytes() for path in b]
+    packed = [path.read_bytes() for path in a if path.suffix == ".gz"]
+    assert packed and all(data[4:8] == bytes(4) for data in packed)  # no time stamp
 
 
 def test_nan_never_reaches_a_file(tmp_path):
