@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from tests.processes import session, wait_until_gone
+
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,8 +66,7 @@ def interrupt_at(process, word, signum=signal.SIGINT):
     assert process.returncode == 128 + signum
     assert "Traceback" not in said and "ignored" not in said
     assert said.splitlines()[-1].startswith("interrupted: what was saved is kept. To ")
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # no worker is left
+    wait_until_gone(session(process.pid))
 
 
 def many(rates):

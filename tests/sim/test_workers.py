@@ -10,9 +10,9 @@ import time
 import pytest
 
 from disagg_jax.sim.workers import process_pool, worker_pool
+from tests.processes import alive, session, wait_until_gone
 
 ROOT = pathlib.Path(__file__).parents[2]
-GONE_S = 10  # after a parent's end
 
 
 def pid_after(seconds):
@@ -22,22 +22,6 @@ def pid_after(seconds):
 
 def fail(_):
     raise ValueError("a task")
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    stat = pathlib.Path(f"/proc/{pid}/stat")  # a dead child that nobody waited for
-    return not (stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def wait_until_gone(pids):
-    end = time.monotonic() + GONE_S
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < end, f"{left} are left"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -117,15 +101,6 @@ def driver(task, *args):
         start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-
-
-def session(leader):
-    """Processes of the session that it leads."""
-    done = subprocess.run(
-        ["ps", "-e", "-o", "pid=,pgid="], capture_output=True, text=True, check=True
-    )
-    rows = [line.split() for line in done.stdout.splitlines()]
-    return [int(pid) for pid, of in rows if of == str(leader)]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
