@@ -179,6 +179,10 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the one that a user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

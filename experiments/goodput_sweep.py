@@ -7,7 +7,8 @@
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,
-it goes on where it was.
+it goes on where it was: after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full
+disk. While it runs, no other run may use the directory.
 """
 
 from __future__ import annotations

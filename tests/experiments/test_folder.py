@@ -205,6 +205,13 @@ def test_a_file_that_was_cut_off_leaves_the_one_before(tmp_path):
     assert path.read_text() == "after"
 
 
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    path = tmp_path / "missing" / "file.json"
+    with pytest.raises(FileNotFoundError) as error:
+        write_text(path, "text")
+    assert error.value.filename == str(path)
+
+
 @pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_an_error_and_a_device_stays_a_device():
     with pytest.raises(OSError) as error:
