@@ -27,13 +27,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
@@ -43,9 +44,11 @@ from disagg_jax.sim.calibrated_profile import profile_to_json
 from experiments import accuracy_report, host_devices
 from experiments.accuracy_report import Result
 from experiments.calibration import grid, measure, typical_s
+from experiments.command import command
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
 from experiments.flag_values import expect_once
+from experiments.folder import sole_use, write_json, write_text
 from experiments.options import read_by
 from experiments.profiled import read_profile, step_times_of
 from experiments.request_source import RequestSource
@@ -110,14 +113,26 @@ def run(
             "streams and link: expected none, as the simulator's transfers are those "
             f"of the profile, got streams={config.streams} and link={config.link}"
         )
-    if len(factors) < 2 or min(factors) <= 0:
+    if len(factors) < 2 or not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"factors: expected two or more > 0, got {list(factors)}")
     host_devices.provide(devices_needed(config))
     check_modelled(config)
     model = load_model(config)
     profile = read_profile(profile_path, model.config)
     record = {**to_json(config), "profile": profile_to_json(profile)}
-    run_dir = RunDir(out, {**record, "factors": list(factors)})
+    with sole_use(out):
+        run_dir = RunDir(out, {**record, "factors": list(factors)})
+        return _run(config, model, profile, factors, run_dir)
+
+
+def _run(
+    config: Config,
+    model: Model,
+    profile: CalibratedProfile,
+    factors: Sequence[float],
+    run_dir: RunDir,
+) -> Result:
+    out = run_dir.path
     twins = _twins(config, model, profile, run_dir)
     before = _once(out / "moved_before.json", lambda: _moved(twins, profile))
     target = config.search.target
@@ -193,7 +208,7 @@ def _serve_all(twins: Sequence[Twin], rates: Mapping[str, Sequence[float]]) -> N
 def _once(path: pathlib.Path, measure_ratio: Callable[[], float]) -> float:
     """What was measured when the runs were made, also if they go on later."""
     if not path.exists():
-        path.write_text(json.dumps(measure_ratio()) + "\n")
+        write_json(path, measure_ratio())
     return float(json.loads(path.read_text()))
 
 
@@ -219,32 +234,26 @@ def _progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     host_devices.one_thread_each()
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    try:
-        given = [
-            f"workload.num_requests={_REQUESTS.value}",
-            f"num_seeds={_SEEDS.value}",
-        ]
-        expect_once(_REQUESTS, "workload.num_requests", _SET.value)
-        expect_once(_SEEDS, "num_seeds", _SET.value)
-        config = override(get_config(_CONFIG.value), given)
-        config = override(config, _SET.value, _UNREAD)
-        config = dataclasses.replace(config, durations="live")
-        factors, out = (
-            [float(text) for text in _FACTORS.value],
-            pathlib.Path(_OUT.value),
-        )
-        result = run(config, _PROFILE.value or "", factors, out)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    given = [
+        f"workload.num_requests={_REQUESTS.value}",
+        f"num_seeds={_SEEDS.value}",
+    ]
+    expect_once(_REQUESTS, "workload.num_requests", _SET.value)
+    expect_once(_SEEDS, "num_seeds", _SET.value)
+    config = override(get_config(_CONFIG.value), given)
+    config = override(config, _SET.value, _UNREAD)
+    config = dataclasses.replace(config, durations="live")
+    factors, out = (
+        [float(text) for text in _FACTORS.value],
+        pathlib.Path(_OUT.value),
+    )
+    result = run(config, _PROFILE.value or "", factors, out)
     text = accuracy_report.text(result)
-    (out / "accuracy.txt").write_text(text + "\n")
-    record = json.dumps(accuracy_report.to_json(result), indent=1)
-    (out / "accuracy.json").write_text(record + "\n")
+    write_text(out / "accuracy.txt", text + "\n")
+    write_json(out / "accuracy.json", accuracy_report.to_json(result))
     accuracy_report.plot(result, out / "accuracy.png")
     print(f"{text}\n\n{out}/accuracy.png")
 

@@ -38,7 +38,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
@@ -59,10 +59,12 @@ from experiments.calibration import (
     unseen,
 )
 from experiments.columns import align
+from experiments.command import command, command_line
 from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
 from experiments.fit import FORMS
 from experiments.flag_values import expect_once, expect_used
+from experiments.folder import sole_use, write_json
 from experiments.in_service import serve_each, with_service
 from experiments.options import read_by
 from experiments.profiled import TimeParts, device_name
@@ -213,6 +215,7 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
         "commit": now["commit"] or "none",
         "jax": now["packages"]["jax"],
         "python": now["python"],
+        "command": command_line(),
         "load_average": " ".join(f"{load:.2f}" for load in now["load_average"]),
         "systems": "; ".join(
             f"{name} on {system.deployment}" for name, system in config.systems.items()
@@ -308,39 +311,37 @@ def _progress(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     host_devices.one_thread_each()
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    try:
-        asked = (_CONFIG, _MODEL, _DEPLOYMENT, _SET, _ROUNDS, _UNSEEN, _REQUESTS)
-        shown = f"--show={_SHOW.value}"
-        expect_used(
-            not _SHOW.value, *asked, _MAX_DRIFT, _OUT, expected="no --show", got=shown
-        )
-        if _SHOW.value:
-            print(show(_SHOW.value))
-            return
-        config = get_config(_CONFIG.value)
-        if _MODEL.value:
-            config = dataclasses.replace(config, model=_MODEL.value, weights="random")
-        given = [
-            f"workload.num_requests={_REQUESTS.value}",
-            "workload.ignore_eos=true",
-            "num_seeds=1",
-        ]
-        expect_once(_MODEL, "model", _SET.value)
-        expect_once(_REQUESTS, "workload.num_requests", _SET.value)
-        config = override(on_deployments(config, _DEPLOYMENT.value), given)
-        config = override(config, _SET.value, _UNREAD)
+    asked = (_CONFIG, _MODEL, _DEPLOYMENT, _SET, _ROUNDS, _UNSEEN, _REQUESTS)
+    shown = f"--show={_SHOW.value}"
+    expect_used(
+        not _SHOW.value, *asked, _MAX_DRIFT, _OUT, expected="no --show", got=shown
+    )
+    if _SHOW.value:
+        print(show(_SHOW.value))
+        return
+    config = get_config(_CONFIG.value)
+    if _MODEL.value:
+        config = dataclasses.replace(config, model=_MODEL.value, weights="random")
+    given = [
+        f"workload.num_requests={_REQUESTS.value}",
+        "workload.ignore_eos=true",
+        "num_seeds=1",
+    ]
+    expect_once(_MODEL, "model", _SET.value)
+    expect_once(_REQUESTS, "workload.num_requests", _SET.value)
+    config = override(on_deployments(config, _DEPLOYMENT.value), given)
+    config = override(config, _SET.value, _UNREAD)
+    file = pathlib.Path(_OUT.value) if _OUT.value else None
+    if file is not None and file.is_dir():
+        raise ValueError(f"--out: expected a file, got the folder '{file}'")
+    folder = file.parent if file else pathlib.Path(__file__).parent / "profiles"
+    with sole_use(folder):
         profile = run(config, _ROUNDS.value, _UNSEEN.value, _MAX_DRIFT.value)
-        folder = pathlib.Path(__file__).parent / "profiles"
-        out = pathlib.Path(_OUT.value or folder / f"{profile.name}.json")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(profile_to_json(profile), indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        out = file or folder / f"{profile.name}.json"
+        write_json(out, profile_to_json(profile))
     print(f"{table(profile)}\n\n{service_table(profile)}")
     print(f"\ndrift {profile.provenance['drift']}; {out}")
 

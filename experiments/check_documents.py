@@ -16,9 +16,11 @@ import functools
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from absl import app
+
+from experiments.command import command
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = (
@@ -161,9 +163,8 @@ def problems(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> list[Problem]
     return [problem for path in paths for problem in check(root, path)]
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     paths = documents(ROOT)
     found = problems(ROOT, paths)
     print(*found, sep="\n", end="\n" if found else "")

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags
 
 from disagg_jax.chrome_trace import chrome_trace
+from experiments.command import command
+from experiments.folder import write_text
 from experiments.request_rows import to_timeline
 from experiments.run_dir import SavedRun
 
@@ -62,15 +62,11 @@ def draw(
     return chrome_trace(deployment, events, timelines, about)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        path = pathlib.Path(_RUN.value or "")
-        trace = draw(path, _SYSTEM.value or "", _RATE.value, _SEED.value)
-        pathlib.Path(_OUT.value or "").write_text(json.dumps(trace))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+@command
+def main() -> None:
+    path = pathlib.Path(_RUN.value or "")
+    trace = draw(path, _SYSTEM.value or "", _RATE.value, _SEED.value)
+    write_text(pathlib.Path(_OUT.value or ""), json.dumps(trace))
     print(f"{trace['otherData']}\n{_OUT.value}: open it in https://ui.perfetto.dev")
 
 

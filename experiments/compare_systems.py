@@ -19,7 +19,6 @@ file (experiments/shapes.py). One pair of targets gives one answer, and bars as 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import sys
@@ -35,6 +34,7 @@ from disagg_jax.sim.workers import worker_pool
 from disagg_jax.traces import Trace, load_trace
 from disagg_jax.tuning import tile_multiples
 from experiments import comparison_report, trace_flags
+from experiments.command import command, own_flags
 from experiments.comparison import (
     POLICIES,
     Map,
@@ -45,6 +45,7 @@ from experiments.comparison import (
 )
 from experiments.comparison_report import Grid
 from experiments.flag_values import expect_used
+from experiments.folder import plain, run_folder, write_json, write_text
 from experiments.paper_workloads import get_workload
 from experiments.placements import parse_slo
 from experiments.run_dir import environment
@@ -256,41 +257,40 @@ def run(
     Args:
       command: by which it can be repeated.
       out: folder for maps.{txt,png,json}; for a trace, lengths.png too.
-      about: more for maps.json.
+      about: more for maps.json: what a command was asked. It replaces nothing of
+        another; a notebook's cell, changed and run again, has none and does.
 
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
     workers = os.cpu_count() or 1 if workers is None else workers
     start = time.perf_counter()
     ran_in = environment()  # now, as files may change while this runs
-    with worker_pool(workers) as mapper:
-        grids = compare(question, maps, mapper, progress)
-    seconds = time.perf_counter() - start
-    text = "\n\n".join(
-        [
-            f"# {command}   commit {ran_in['commit']}\n"
-            f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, load "
-            f"average {ran_in['load_average'][0]:.1f} at the start",
-            comparison_report.text(question, maps, grids),
-        ]
-    )
-    if out is not None:
-        content = {
-            **comparison_report.record(question, maps, grids),
-            "wall_s": seconds,
-            "workers": workers,
-            "environment": ran_in,
-            **(about or {}),
-        }
-        (out / "maps.json").write_text(
-            json.dumps(content, indent=1, allow_nan=False) + "\n"
+    asked = about or plain(question)
+    with run_folder(out, asked, "maps.json", replace=about is None):
+        with worker_pool(workers) as mapper:
+            grids = compare(question, maps, mapper, progress)
+        seconds = time.perf_counter() - start
+        text = "\n\n".join(
+            [
+                f"# {command}   commit {ran_in['commit']}\n"
+                f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, "
+                f"load average {ran_in['load_average'][0]:.1f} at the start",
+                comparison_report.text(question, maps, grids),
+            ]
         )
-        (out / "maps.txt").write_text(text + "\n")
-        comparison_report.plot(question, maps, grids, out / "maps.png")
-        _plot_traces(maps, out)
+        if out is not None:
+            content = {
+                **comparison_report.record(question, maps, grids),
+                "wall_s": seconds,
+                "workers": workers,
+                "environment": ran_in,
+                **(about or {}),
+            }
+            write_json(out / "maps.json", content)
+            write_text(out / "maps.txt", text + "\n")
+            comparison_report.plot(question, maps, grids, out / "maps.png")
+            _plot_traces(maps, out)
     return text, list(grids)
 
 
@@ -302,35 +302,26 @@ def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
             comparison_report.plot_lengths(workload, out / "lengths.png")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     start = time.perf_counter()
 
     def progress(text: str) -> None:
         elapsed = time.perf_counter() - start
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    try:
-        _check_flags()
-        question = _question()
-        text, _ = run(
-            question,
-            _maps(question.simulation),
-            " ".join([_COMMAND, *sys.argv[1:]]),
-            _WORKERS.value,
-            pathlib.Path(_OUT.value) if _OUT.value else None,
-            progress,
-            {"flags": _asked()},
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    _check_flags()
+    question = _question()
+    text, _ = run(
+        question,
+        _maps(question.simulation),
+        " ".join([_COMMAND, *sys.argv[1:]]),
+        _WORKERS.value,
+        pathlib.Path(_OUT.value) if _OUT.value else None,
+        progress,
+        {"flags": own_flags()},
+    )
     print(text)
-
-
-def _asked() -> dict[str, Any]:
-    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
-    return {flag.name: flag.value for flag in own}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import pathlib
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -34,6 +32,7 @@ from experiments.comparison import (
 )
 from experiments.figures.draw import COLOURS, draw
 from experiments.figures.figure import Panel, Series, shown_interval
+from experiments.folder import plain
 from experiments.placements import lines
 
 Grid = Mapping[tuple[int, int], Sequence[Found]]
@@ -210,21 +209,21 @@ def record(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> An
     """All that was asked and found, ready for JSON."""
     return {
         "question": {
-            "simulation": _plain(question.simulation),
+            "simulation": plain(question.simulation),
             "devices": question.devices,
             "systems": question.systems,
             "sizes": question.sizes,
             "budgets": question.budgets,
-            "plan": _plain(question.plan),
+            "plan": plain(question.plan),
             "seeds": question.seeds,
-            "policies": {name: _plain(POLICIES[name]) for name in question.systems},
+            "policies": {name: plain(POLICIES[name]) for name in question.systems},
         },
         "maps": [
             {
                 "name": each.name,
                 "fixed": each.fixed,
-                "x": _plain(each.x),
-                "y": _plain(each.y),
+                "x": plain(each.x),
+                "y": plain(each.y),
                 "sentence": said,
                 "notes": notes(each, grid),
                 "cells": [_cell(each, at, judge(found)) for at, found in grid.items()],
@@ -240,31 +239,19 @@ def _cell(each: Map, at: tuple[int, int], judged: Judged) -> dict[str, Any]:
     return {
         each.x.name: each.x.values[at[0]],
         each.y.name: each.y.values[at[1]],
-        "cell": _plain(each.cells[at]),
+        "cell": plain(each.cells[at]),
         "verdict": judged.verdict,
         "winner": judged.winner.system if judged.winner.rps else None,
         "why_infeasible": judged.why_infeasible
         if judged.verdict == INFEASIBLE
         else None,
-        "over_runner_up": _plain(judged.over_runner_up),
+        "over_runner_up": plain(judged.over_runner_up),
         "best_colocated": judged.best_colocated.system,
-        "over_colocated": _plain(judged.over_colocated),
+        "over_colocated": plain(judged.over_colocated),
         "systems": [
-            {**_plain(one), "goodput": _plain(one.goodput)} for one in judged.ranked
+            {**plain(one), "goodput": plain(one.goodput)} for one in judged.ranked
         ],
     }
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses as their name and fields, infinities as None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **_plain(fields)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- picture -------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from typing import Any
 
 from absl import app, flags
 
+from experiments.command import command
+
 _REMOVE = flags.DEFINE_bool("remove", False, "Remove what was compiled.")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -201,9 +203,8 @@ def remove() -> int:
     return len(found)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     if _REMOVE.value:
         print(f"{remove()} files removed from {PACKAGE}")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -195,8 +196,10 @@ class Config:
         if (n := self.workload.num_requests) < 1:
             raise ValueError(f"workload.num_requests: expected >= 1, got {n}")
         for rate in self.rates:
-            if not rate > 0:
-                raise ValueError(f"rates: expected > 0 requests/s, got {rate}")
+            if not 0 < rate < math.inf:
+                raise ValueError(
+                    f"rates: expected > 0 requests/s, and finite, got {rate}"
+                )
         for name, system in self.systems.items():
             deployment = Deployment.parse(system.deployment)
             for spec in deployment.instances:
@@ -286,7 +289,7 @@ def parse_lengths(text: str) -> Lengths:
                 return LognormalLengths(median=median, sigma=sigma, high=int(high))
             case _:
                 pass
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # int(inf) overflows
         raise ValueError(f"lengths '{text}': {error}") from error
     raise ValueError(
         "lengths: expected fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, "
@@ -363,9 +366,13 @@ def _parse(key: str, kind: Any, text: str) -> Any:
             return text.lower() == "true"
     else:
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
             pass
+        else:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"--set {key}: expected a finite number, got '{text}'")
+            return value
     raise ValueError(f"--set {key}: expected {kind.__name__}, got '{text}'")
 
 

@@ -9,10 +9,10 @@ Serve it with `--set weights=checkpoints/qwen3 --set model=auto`.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
+from experiments.command import command
 from experiments.weights import read_tokenizer, read_weights
 from models import checkpoint
 from models.sentencepiece import SentencePieceTokenizer
@@ -43,14 +43,11 @@ def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
     return checkpoint.save(out, config, weights)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1 or not _FROM.value or not _OUT.value:
+@command
+def main() -> None:
+    if not _FROM.value or not _OUT.value:
         raise app.UsageError("expected --from=PATH and --out=FOLDER")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    try:
-        made = convert(pathlib.Path(_FROM.value), pathlib.Path(_OUT.value))
-    except (ValueError, FileNotFoundError) as error:
-        raise app.UsageError(str(error)) from error
+    made = convert(pathlib.Path(_FROM.value), pathlib.Path(_OUT.value))
     print(f"{made.config}\ncheckpoint: {made.folder}")
 
 

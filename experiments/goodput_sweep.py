@@ -7,7 +7,8 @@
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,
-it goes on where it was.
+it goes on where it was: after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full
+disk. While it runs, no other run may use the directory.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.placed_model import PlacedModel
 from experiments import host_devices, report
+from experiments.command import command
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
 from experiments.flag_values import expect_once
+from experiments.folder import sole_use, write_text
 from experiments.options import Need, no_effect
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir, environment
@@ -41,7 +44,7 @@ from experiments.serving import (
     resolve_slo,
 )
 from experiments.sweep import Sweep
-from experiments.weights import load_model
+from experiments.weights import Model, load_model
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."
@@ -72,7 +75,6 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         expected, got = "durations=table or live", "durations=modelled"
         raise no_effect("--step_times", step_times_file, expected=expected, got=got)
     given = _read_step_times(step_times_file) if step_times_file else None
-    progress = _progress()
     model = load_model(config)
     source = RequestSource.load(config, model)
     for system in config.systems.values():
@@ -89,7 +91,20 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     record = {**to_json(config), "step_times_file": step_times_file}
     if source.trace is not None:
         record["trace"] = source.trace  # a resumed run must find the same
-    run_dir = RunDir(out, record)
+    with sole_use(out):
+        run_dir = RunDir(out, record)
+        return _run(config, run_dir, model, source, servers, given)
+
+
+def _run(
+    config: Config,
+    run_dir: RunDir,
+    model: Model,
+    source: RequestSource,
+    servers: Mapping[str, Server],
+    given: dict[str, float] | None,
+) -> str:
+    progress = _progress()
     for server in servers.values():
         server.prepare(progress)
     step_times = _step_times(config, run_dir, servers, given, progress)
@@ -114,9 +129,9 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         progress=progress,
     ).run()
     run_dir.write_json("summary.json", summary)
-    report.plot(summary, out / "attainment.png")
+    report.plot(summary, run_dir.path / "attainment.png")
     text = report.table(summary)
-    (out / "table.txt").write_text(text + "\n")
+    write_text(run_dir.path / "table.txt", text + "\n")
     return text
 
 
@@ -189,27 +204,22 @@ def _unused_options() -> dict[str, tuple[Need, ...]]:
     return {"timing_repeats": (need,)}
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     host_devices.one_thread_each()
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
-    try:
-        changes = list(_SET.value)
-        for flag in (_SEED, _STEP_TOKENS):
-            expect_once(flag, flag.name, changes)
-        if _SEED.value is not None:
-            changes.append(f"seed={_SEED.value}")
-        if _STEP_TOKENS.value:
-            changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
-        config = override(get_config(_CONFIG.value), changes, _unused_options())
-        if _PLACEMENT.value:
-            config = config.with_placements(_read_placement(_PLACEMENT.value))
-        config = config.by_step_tokens()
-        out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
-        print(run(config, out, _STEP_TIMES.value))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    changes = list(_SET.value)
+    for flag in (_SEED, _STEP_TOKENS):
+        expect_once(flag, flag.name, changes)
+    if _SEED.value is not None:
+        changes.append(f"seed={_SEED.value}")
+    if _STEP_TOKENS.value:
+        changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
+    config = override(get_config(_CONFIG.value), changes, _unused_options())
+    if _PLACEMENT.value:
+        config = config.with_placements(_read_placement(_PLACEMENT.value))
+    config = config.by_step_tokens()
+    out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
+    print(run(config, out, _STEP_TIMES.value))
     print(f"\nrun directory: {out}")
 
 

@@ -9,12 +9,12 @@ says what was chosen. --set takes what it prints.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 from absl import app
 
 from experiments import host_devices
+from experiments.command import command
 
 HOST_DEVICES = 8  # that a host without accelerators is split into
 
@@ -95,9 +95,8 @@ def look() -> Here:
     return choose(devices[0].platform, devices[0].device_kind, len(devices))
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     here = look()
     print(here)
     print(" ".join(f"--set {change}" for change in here.overrides))

@@ -15,7 +15,6 @@ import collections
 import dataclasses
 import pathlib
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -37,8 +36,10 @@ from disagg_jax.sim.simulate import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from experiments.checkout import commit
 from experiments.columns import align
+from experiments.command import command, own_flags
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.folder import run_folder, write_text
 from experiments.simulations import Simulation, roofline_simulation
 
 _MODEL = flags.DEFINE_string(
@@ -273,18 +274,13 @@ def _longer(gaps_s: np.ndarray) -> list[tuple[float, float]]:
     ]
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        simulation = roofline_simulation(_MODEL.value, _HARDWARE.value)
-        rate = 2 * _RATE.value  # of both devices
-        requests = WORKLOAD.requests(_REQUESTS.value, rate, _SEED.value)
-        found = simulate(simulation, requests, _BUDGET.value)
-        out = pathlib.Path(_OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+@command
+def main() -> None:
+    simulation = roofline_simulation(_MODEL.value, _HARDWARE.value)
+    rate = 2 * _RATE.value  # of both devices
+    requests = WORKLOAD.requests(_REQUESTS.value, rate, _SEED.value)
+    found = simulate(simulation, requests, _BUDGET.value)
+    out = pathlib.Path(_OUT.value)
     deployment = Deployment.parse(COLOCATED)
     cost = simulation.cost_of(deployment.instances[0]).instance(1)
     title = (
@@ -294,8 +290,9 @@ def main(argv: Sequence[str]) -> None:
     )
     text = f"# python -m experiments.interference   commit {commit()}\n"
     text += f"# {title}; roofline\n{table(found)}\n"
-    (out / "interference.txt").write_text(text)
-    draw(panels(found, cost), title, out / "interference.png")
+    with run_folder(out, own_flags(), "interference.txt", replace=True):
+        write_text(out / "interference.txt", text)
+        draw(panels(found, cost), title, out / "interference.png")
     print(text + f"\n{out}/interference.png")
 
 

@@ -30,8 +30,10 @@ from disagg_jax.sim.link import LINKS, LinkSpec, get_link
 from experiments import host_devices
 from experiments.checkout import commit
 from experiments.columns import align
+from experiments.command import command, own_flags
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.folder import run_folder, write_text
 from experiments.timing import keep_freed_memory
 from experiments.transfers import (
     OUTPUT_TOKENS,
@@ -206,9 +208,8 @@ def run(
     return found_rates, seen
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     host_devices.one_thread_each()
     keep_freed_memory()
     host_devices.provide(8)
@@ -216,11 +217,10 @@ def main(argv: Sequence[str]) -> None:
     def progress(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    try:
-        config = get_config(_MODEL.value)
-        link = get_link(_LINK.value) if _LINK.value else None
-        out = pathlib.Path(_OUT.value)
-        out.mkdir(parents=True, exist_ok=True)
+    config = get_config(_MODEL.value)
+    link = get_link(_LINK.value) if _LINK.value else None
+    out = pathlib.Path(_OUT.value)
+    with run_folder(out, own_flags(), "kv_transfer.txt", replace=True):
         found_rates, seen = run(
             config,
             pairs=[parse_pair(text) for text in _PAIRS.value],
@@ -233,8 +233,16 @@ def main(argv: Sequence[str]) -> None:
             repeats=_REPEATS.value,
             progress=progress,
         )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        _write(config, link, found_rates, seen, out)
+
+
+def _write(
+    config: ModelConfig,
+    link: LinkSpec | None,
+    found_rates: Sequence[Rate],
+    seen: Sequence[Seen],
+    out: pathlib.Path,
+) -> None:
     wire = f"the wire {link.name}" if link else "the copy between devices"
     text = "\n".join(
         [
@@ -250,7 +258,7 @@ def main(argv: Sequence[str]) -> None:
             "",
         ]
     )
-    (out / "kv_transfer.txt").write_text(text)
+    write_text(out / "kv_transfer.txt", text)
     title = f"{config.name} {config.dtype}, {wire}; the line is one decode step"
     draw(panels(seen), title, out / "kv_transfer.png")
     print(f"{text}\n{out}/kv_transfer.png")

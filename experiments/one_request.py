@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import pathlib
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib
 import matplotlib.figure
@@ -25,6 +24,7 @@ from disagg_jax import metrics
 from disagg_jax.expect import expect
 from disagg_jax.request import Status, Timeline
 from experiments.columns import align
+from experiments.command import command
 from experiments.report import STAGE_COLOURS, STAGES
 from experiments.request_rows import to_timeline
 from experiments.run_dir import SavedRun
@@ -119,15 +119,11 @@ def plot(found: Mapping[str, Timeline], path: pathlib.Path) -> None:
         figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     path = pathlib.Path(_RUN.value or "")
-    try:
-        found = find(path, _RATE.value, _REQUEST.value)
-        plot(found, path / "one_request.png")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    found = find(path, _RATE.value, _REQUEST.value)
+    plot(found, path / "one_request.png")
     print(f"{table(found)}\n\n{path}/one_request.png")
 
 

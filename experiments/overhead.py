@@ -28,14 +28,11 @@ machine ratios hold better than absolute figures, so the load is printed as well
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,10 +45,13 @@ from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
+from disagg_jax.sim.workers import process_pool
 from disagg_jax.summary import summarise
 from disagg_jax.work import Event, Step, Work
 from experiments import host_devices
+from experiments.command import command
 from experiments.flag_values import expect_used, integers, writable
+from experiments.folder import write_text
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.rigs import NamedShape, Rig, bare_step_s, burst, colocated
@@ -353,38 +353,31 @@ def to_json(figures: Sequence[Any]) -> str:
     return json.dumps(result, indent=2) + "\n"
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     host_devices.one_thread_each()
-    try:
-        parts, out = _PARTS.value, writable(_OUT.value)
-        options = Options(
-            config=get_config(_MODEL.value),
-            batches=integers("batches", _BATCHES.value),
-            handoff_mib=integers("handoff_mib", _MIB.value),
-            repeats=_REPEATS.value,
+    parts, out = _PARTS.value, writable(_OUT.value)
+    options = Options(
+        config=get_config(_MODEL.value),
+        batches=integers("batches", _BATCHES.value),
+        handoff_mib=integers("handoff_mib", _MIB.value),
+        repeats=_REPEATS.value,
+    )
+    check(parts, options)
+    for flag, readers in _READERS:
+        expect_used(
+            not set(parts).isdisjoint(readers),
+            flag,
+            expected=f"--parts with {' or '.join(readers)}",
+            got=f"--parts={','.join(parts)}",
         )
-        check(parts, options)
-        for flag, readers in _READERS:
-            expect_used(
-                not set(parts).isdisjoint(readers),
-                flag,
-                expected=f"--parts with {' or '.join(readers)}",
-                got=f"--parts={','.join(parts)}",
-            )
-        groups = _by_devices(parts)
-        if len(groups) > 1:
-            figures = [figure for group in groups for figure in _run_apart(group)]
-        else:
-            if "handoff" in parts:
-                keep_freed_memory()
-            jax.config.update("jax_num_cpu_devices", DEVICES[parts[0]])
-            figures = [figure.to_json() for figure in run(parts, options)]
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    groups = _by_devices(parts)
+    if len(groups) > 1:
+        figures = [f for group in groups for f in _run_apart(group, options)]
+    else:
+        figures = _run_here(parts, options)
     if out is not None:
-        out.write_text(to_json(figures))
+        write_text(out, to_json(figures))
 
 
 def _by_devices(parts: Sequence[str]) -> list[list[str]]:
@@ -395,21 +388,19 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _run_apart(parts: Sequence[str]) -> list[Any]:
-    """Runs `parts` with those of this command's flags that they read, in a process.
+def _run_apart(parts: Sequence[str], options: Options) -> list[Any]:
+    """Runs `parts` in a process of their own, which prints; their figures."""
+    with process_pool(1) as mapper:
+        (figures,) = mapper(functools.partial(_run_here, options=options), [parts])
+    return figures
 
-    Returns:
-      Its figures; it prints them too.
-    """
-    given = [f.serialize() for f, by in _READERS if not set(parts).isdisjoint(by)]
-    with tempfile.TemporaryDirectory() as folder:
-        out = pathlib.Path(folder) / "figures.json"
-        given += [_REPEATS.serialize(), f"--parts={','.join(parts)}", f"--out={out}"]
-        command = [sys.executable, "-m", "experiments.overhead", *given]
-        done = subprocess.run(command)
-        if done.returncode:
-            sys.exit(done.returncode)
-        return json.loads(out.read_text())["figures"]
+
+def _run_here(parts: Sequence[str], options: Options) -> list[Any]:
+    """Splits the host into the devices that `parts` need, and runs them."""
+    if "handoff" in parts:
+        keep_freed_memory()
+    jax.config.update("jax_num_cpu_devices", DEVICES[parts[0]])
+    return [figure.to_json() for figure in run(parts, options)]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import math
 import os
 import pathlib
 import platform
-import sys
 from collections.abc import Sequence
 
 import jax
@@ -42,8 +41,10 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.work import StepLoad
 from experiments import checkout, host_devices
 from experiments.columns import align
+from experiments.command import command
 from experiments.dense import dense_step_s
 from experiments.flag_values import expect_used, integers, writable
+from experiments.folder import write_text
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
@@ -292,36 +293,32 @@ _CORES = flags.DEFINE_integer("cores", None, "Cores to run on; default is all.")
 _OUT = flags.DEFINE_string("out", None, "File to write.", allow_override=True)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        out, config = writable(_OUT.value), get_config(_MODEL.value)
-        if _DTYPE.value is not None:
-            config = dataclasses.replace(config, dtype=_DTYPE.value)
-        options = Options(
-            config=config,
-            batches=integers("batches", _BATCHES.value),
-            context=_CONTEXT.value,
-            prompts=integers("prompts", _PROMPTS.value),
-            block_tokens=_BLOCK.value,
-            handoff_mib=_MIB.value,
-            repeats=_REPEATS.value,
-            dense=_DENSE.value,
-            trace=pathlib.Path(_TRACE.value) if _TRACE.value else None,
-        )
-        if _CORES.value is not None:
-            host_devices.pin(_CORES.value)
-        keep_freed_memory()
-        if options.handoff_mib:
-            host_devices.provide(2)
-            several = len(jax.devices()) > 1
-            expect_used(several, _MIB, expected="two devices", got="one")
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+@command
+def main() -> None:
+    out, config = writable(_OUT.value), get_config(_MODEL.value)
+    if _DTYPE.value is not None:
+        config = dataclasses.replace(config, dtype=_DTYPE.value)
+    options = Options(
+        config=config,
+        batches=integers("batches", _BATCHES.value),
+        context=_CONTEXT.value,
+        prompts=integers("prompts", _PROMPTS.value),
+        block_tokens=_BLOCK.value,
+        handoff_mib=_MIB.value,
+        repeats=_REPEATS.value,
+        dense=_DENSE.value,
+        trace=pathlib.Path(_TRACE.value) if _TRACE.value else None,
+    )
+    if _CORES.value is not None:
+        host_devices.pin(_CORES.value)
+    keep_freed_memory()
+    if options.handoff_mib:
+        host_devices.provide(2)
+        several = len(jax.devices()) > 1
+        expect_used(several, _MIB, expected="two devices", got="one")
     report = run(options)
     if out is not None:
-        out.write_text(report)
+        write_text(out, report)
 
 
 if __name__ == "__main__":

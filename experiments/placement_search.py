@@ -25,7 +25,9 @@ from absl import app, flags
 
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.workers import worker_pool
+from experiments.command import command, own_flags
 from experiments.flag_values import expect_used
+from experiments.folder import plain, run_folder, write_text
 from experiments.paper_workloads import get_workload
 from experiments.placements import (
     ALGORITHMS,
@@ -90,23 +92,29 @@ def run(
       workers: processes; None is one a core.
       out: folder for placement.json.
       prune, whole: see `Search`.
-      about: more for placement.json.
+      about: more for placement.json: what a command was asked. It replaces nothing of
+        another; a notebook's cell, changed and run again, has none and does.
 
     Raises:
       ValueError: on bad input, before any work.
     """
     start = time.perf_counter()
     workers = workers or os.cpu_count() or 1
-    with worker_pool(workers) as mapper:
-        search = Search(
-            problem=problem, mapper=mapper, progress=progress, prune=prune, whole=whole
-        )
-        found = search.run(algorithms)
-    seconds = time.perf_counter() - start
-    found |= {"wall_s": seconds, "workers": workers, **(about or {})}
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "placement.json").write_text(json.dumps(found, indent=1) + "\n")
+    asked = about or {"problem": plain(problem), "algorithms": list(algorithms)}
+    with run_folder(out, asked, "placement.json", replace=about is None):
+        with worker_pool(workers) as mapper:
+            search = Search(
+                problem=problem,
+                mapper=mapper,
+                progress=progress,
+                prune=prune,
+                whole=whole,
+            )
+            found = search.run(algorithms)
+        seconds = time.perf_counter() - start
+        found |= {"wall_s": seconds, "workers": workers, **(about or {})}
+        if out is not None:
+            write_text(out / "placement.json", json.dumps(found, indent=1) + "\n")
     return f"{report(found)}\n{seconds:.1f} s with {workers} workers", found
 
 
@@ -121,52 +129,43 @@ def _check_flags() -> None:
     expect_used(prunes, _MARGIN, expected="no --exhaustive", got="--exhaustive")
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     start = time.perf_counter()
 
     def progress(text: str) -> None:
         elapsed = time.perf_counter() - start
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
-    try:
-        _check_flags()
-        problem = problem_of(
-            simulation_of(_MODEL.value, _DEVICE.value),
-            _DEVICES.value,
-            workload=get_workload(_WORKLOAD.value),
-            slo=parse_slo(_SLO.value),
-            plan=SearchPlan(
-                target=_TARGET.value,
-                growth=1.25,
-                tolerance=_TOLERANCE.value,
-                max_rates=30,
-            ),
-            rate_rps=_RATE.value,
-            num_requests=_REQUESTS.value,
-            seeds=tuple(range(_SEEDS.value)),
-            margin=_MARGIN.value,
-        )
-        chosen = ("high", "low") if _ALGORITHM.value == "all" else (_ALGORITHM.value,)
-        text, _ = run(
-            problem,
-            chosen,
-            _WORKERS.value,
-            pathlib.Path(_OUT.value) if _OUT.value else None,
-            progress,
-            prune=not _EXHAUSTIVE.value,
-            whole=_WHOLE.value,
-            about={"flags": _asked()},
-        )
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    _check_flags()
+    problem = problem_of(
+        simulation_of(_MODEL.value, _DEVICE.value),
+        _DEVICES.value,
+        workload=get_workload(_WORKLOAD.value),
+        slo=parse_slo(_SLO.value),
+        plan=SearchPlan(
+            target=_TARGET.value,
+            growth=1.25,
+            tolerance=_TOLERANCE.value,
+            max_rates=30,
+        ),
+        rate_rps=_RATE.value,
+        num_requests=_REQUESTS.value,
+        seeds=tuple(range(_SEEDS.value)),
+        margin=_MARGIN.value,
+    )
+    chosen = ("high", "low") if _ALGORITHM.value == "all" else (_ALGORITHM.value,)
+    text, _ = run(
+        problem,
+        chosen,
+        _WORKERS.value,
+        pathlib.Path(_OUT.value) if _OUT.value else None,
+        progress,
+        prune=not _EXHAUSTIVE.value,
+        whole=_WHOLE.value,
+        about={"flags": own_flags()},
+    )
     print(text)
-
-
-def _asked() -> dict[str, Any]:
-    own = flags.FLAGS.flags_by_module_dict()[sys.argv[0]]
-    return {flag.name: flag.value for flag in own}
 
 
 if __name__ == "__main__":

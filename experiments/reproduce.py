@@ -23,10 +23,12 @@ from absl import app, flags
 
 from disagg_jax.expect import expect
 from experiments.checkout import commit
+from experiments.command import command
 from experiments.figures import FIGURES
 from experiments.figures.draw import draw
 from experiments.figures.figure import Drawn, Lab
 from experiments.flag_values import expect_used
+from experiments.folder import sole_use, write_text
 
 _FIGURE = flags.DEFINE_string("figure", None, "One of --list.")
 _ALL = flags.DEFINE_bool("all", False, "Every figure.")
@@ -73,7 +75,15 @@ def run(
     for name in names:
         expect(name in FIGURES, f"--figure: expected one of {sorted(FIGURES)}", name)
     pictures = out / "figures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    with sole_use(out):
+        pictures.mkdir(exist_ok=True)
+        return _make(names, lab, out, flags_used)
+
+
+def _make(
+    names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
+) -> list[str]:
+    pictures = out / "figures"
     version = commit() or "no checkout"
     lines = _PREAMBLE.format(flags=flags_used).splitlines()
     for name in names:
@@ -83,7 +93,7 @@ def run(
         if drawn.panels:
             draw(drawn.panels, figure.title, pictures / f"{name}.png")
         lines += _section(name, drawn, version, lab)
-    (out / "reproduction.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "reproduction.md", "\n".join(lines) + "\n")
     return lines
 
 
@@ -171,25 +181,21 @@ def _lab() -> Lab:
     return dataclasses.replace(lab, search_times=times)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES)
-        listed = {"expected": "no --list", "got": "--list"}
-        expect_used(not _LIST.value, _FIGURE, _ALL, *of_runs, **listed)
-        if _LIST.value:
-            print("\n".join(f"{name:12} {f.title}" for name, f in FIGURES.items()))
-            return
-        names = _names()
-        _check_flags(names)
-        lab = _lab()
-        default = REPORTS if _ALL.value else pathlib.Path("runs/reproduction")
-        out = pathlib.Path(_OUT.value) if _OUT.value else default
-        used = "--all" if _ALL.value else f"--figure={_FIGURE.value}"
-        lines = run(names, lab, out, used)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+@command
+def main() -> None:
+    of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES)
+    listed = {"expected": "no --list", "got": "--list"}
+    expect_used(not _LIST.value, _FIGURE, _ALL, *of_runs, **listed)
+    if _LIST.value:
+        print("\n".join(f"{name:12} {f.title}" for name, f in FIGURES.items()))
+        return
+    names = _names()
+    _check_flags(names)
+    lab = _lab()
+    default = REPORTS if _ALL.value else pathlib.Path("runs/reproduction")
+    out = pathlib.Path(_OUT.value) if _OUT.value else default
+    used = "--all" if _ALL.value else f"--figure={_FIGURE.value}"
+    lines = run(names, lab, out, used)
     if not _ALL.value:
         print("\n".join(lines))
     print(f"\nreport: {out / 'reproduction.md'}")

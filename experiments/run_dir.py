@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import gzip
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 import re
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment
 from disagg_jax.expect import expect
-from experiments.checkout import commit
-
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
+from experiments import folder
+from experiments.folder import read_json, record_start, whole, write_json, write_text
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -48,7 +41,7 @@ class Picked:
     seed: int
 
 
-_POINT = re.compile(r"(.+)-([0-9.e+-]+)rps-([0-9]+)")  # `Point.name`
+_POINT = re.compile(r"(.+?)-([0-9.]+(?:e[+-][0-9]+)?)rps-([0-9]+)")  # `Point.name`
 
 
 class SavedRun:
@@ -60,8 +53,7 @@ class SavedRun:
 
     def read_json(self, name: str) -> Any:
         """The content of a JSON file, None where there is none."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(self.path / name)
 
     def has(self, point: Point) -> bool:
         return (self._points / f"{point.name}.json").exists()
@@ -141,24 +133,14 @@ class RunDir(SavedRun):
         super().__init__(path)
         try:
             self._points.mkdir(parents=True, exist_ok=True)
-            _write(path / ".writable", "")
+            write_text(path / ".writable", "")
             (path / ".writable").unlink()
         except OSError as error:
             raise ValueError(f"--out: cannot write to '{path}': {error}") from error
-        before = self.read_json("config.json")
-        if before is not None and before != config:
-            raise ValueError(
-                f"--out: '{path}' holds a run of another config "
-                f"({', '.join(_differences(before, config))}); expected an empty "
-                "directory, or the same config to resume"
-            )
-        self.write_json("config.json", config)
-        starts = self.read_json("env.json") or []
-        # An entry for each start, so that a resumed run shows all it ran on.
-        self.write_json("env.json", [*starts, environment()])
+        record_start(path, config, environment())
 
     def write_json(self, name: str, content: Any) -> None:
-        _write(self.path / name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_json(self.path / name, content)
 
     def save(
         self,
@@ -168,35 +150,26 @@ class RunDir(SavedRun):
         events: Iterable[str],
     ) -> None:
         """Keeps a point's requests, event log and metrics; the metrics mark it done."""
-        stem = self._points / point.name
+        marker = self._points / f"{point.name}.json"
+        marker.unlink(missing_ok=True)  # while its files are replaced it is not done
         lines = (json.dumps({**dataclasses.asdict(point), **row}) for row in requests)
-        _write_gz(stem.with_name(f"{point.name}.requests.jsonl.gz"), lines)
-        _write_gz(stem.with_name(f"{point.name}.events.jsonl.gz"), events)
-        content = json.dumps(metrics, indent=1, allow_nan=False)
-        _write(stem.with_name(f"{point.name}.json"), content)
+        _write_gz(marker.with_name(f"{point.name}.requests.jsonl.gz"), lines)
+        _write_gz(marker.with_name(f"{point.name}.events.jsonl.gz"), events)
+        write_text(marker, json.dumps(metrics, indent=1, allow_nan=False))
 
     def write_requests(self, points: Iterable[Point]) -> None:
         """`requests.jsonl`: the requests of all `points`, a line each."""
-        temporary = self.path / "requests.jsonl.tmp"
-        with temporary.open("w") as file:
-            for point in points:
-                path = self._points / f"{point.name}.requests.jsonl.gz"
-                file.writelines(_read_gz(path))
-        temporary.replace(self.path / "requests.jsonl")
+        with whole(self.path / "requests.jsonl") as temporary:
+            with temporary.open("w") as file:
+                for point in points:
+                    path = self._points / f"{point.name}.requests.jsonl.gz"
+                    file.writelines(_read_gz(path))
 
 
 def environment() -> dict[str, Any]:
     """Where and when this runs: everything that may differ between equal configs."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "compiled": sorted(compiled_modules()),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg(),
+        **folder.environment(),
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
     }
@@ -207,31 +180,11 @@ def _shown(rate_rps: float) -> str:
     return f"{rate_rps:.6g}"
 
 
-def _differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """The dotted keys at which two JSON values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted(a.keys() | b.keys())
-        return [
-            found
-            for key in keys
-            for found in _differences(a.get(key), b.get(key), f"{prefix}{key}.")
-        ]
-    return [] if a == b else [prefix.rstrip(".")]
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Writes a whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _write_gz(path: pathlib.Path, lines: Iterable[str]) -> None:
     data = "".join(line + "\n" for line in lines).encode()
-    temporary = path.with_name(path.name + ".tmp")
-    # No time stamp: equal content, equal bytes.
-    temporary.write_bytes(gzip.compress(data, compresslevel=1, mtime=0))
-    temporary.replace(path)
+    with whole(path) as temporary:
+        # No time stamp: equal content, equal bytes.
+        temporary.write_bytes(gzip.compress(data, compresslevel=1, mtime=0))
 
 
 def _read_gz(path: pathlib.Path) -> Iterator[str]:

@@ -11,7 +11,8 @@ A file without times needs --rate. Requests over the simulation's context limit 
 refused: --max_context raises it. A deployment reads like prefill:tp2,decode:tp1 or
 2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs: experiments/simulations.py.
 
-OUT/trace.json says how the trace was read.
+OUT/trace.json says how the trace was read. OUT must hold no other run; it gets
+config.json and env.json too.
 OUT/requests.csv has, for each request, ttft_s, tpot_s and the five stages, floats in
 full; where a request was refused they are empty, and `error` says why.
 --chrome_trace=FILE.json writes the run as a timeline that Perfetto opens: a lane for
@@ -22,10 +23,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -39,7 +41,9 @@ from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
 from disagg_jax.traces import Trace
 from experiments import trace_flags
+from experiments.command import command
 from experiments.flag_values import expect_used
+from experiments.folder import plain, run_folder, whole, write_json, write_text
 from experiments.simulations import (
     SIMULATIONS,
     Simulation,
@@ -115,7 +119,7 @@ def run(
 
 def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
     """Writes a row for each request; floats read back as they were."""
-    with path.open("w", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(COLUMNS)
         for timeline in timelines:
@@ -132,41 +136,55 @@ def _latencies_s(timeline: Timeline) -> tuple[float | str, ...]:
     return (ttft_s(timeline), tpot_s(timeline), *stages)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        simulation = get_simulation(_CONFIG.value or "")
-        deployment = Deployment.parse(_DEPLOYMENT.value or "")
-        if _STREAMED.value is not None:
-            same = _STREAMED.value == simulation.streamed_groups
-            expect_used(
-                same or bool(deployment.of(Role.PREFILL)),
-                _STREAMED,
-                expected="prefill and decode instances",
-                got=f"--deployment={deployment}",
-            )
-            simulation = dataclasses.replace(
-                simulation, streamed_groups=_STREAMED.value
-            )
-        if _MAX_CONTEXT.value is not None:
-            simulation = dataclasses.replace(simulation, max_context=_MAX_CONTEXT.value)
-        trace = trace_flags.open_trace(_TRACE.value or "")
-        out = pathlib.Path(_OUT.value or "")
-        out.mkdir(parents=True, exist_ok=True)
-        picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
-        log = EventLog() if picture else None
-        if picture:
-            picture.touch()  # fails now rather than after the run
-        done = run(trace, simulation, deployment, log, _RATE.value)
+def _record(
+    trace: Trace, simulation: Simulation, deployment: Deployment
+) -> dict[str, Any]:
+    """What the results follow from."""
+    file = pathlib.Path(_TRACE.value or "").read_bytes()
+    return {
+        "trace": trace.facts,
+        "trace_sha256": hashlib.sha256(file).hexdigest(),
+        "rate_rps": _RATE.value,
+        "config": _CONFIG.value,
+        "simulation": plain(simulation),
+        "deployment": str(deployment),
+    }
+
+
+@command
+def main() -> None:
+    simulation = get_simulation(_CONFIG.value or "")
+    deployment = Deployment.parse(_DEPLOYMENT.value or "")
+    if _STREAMED.value is not None:
+        same = _STREAMED.value == simulation.streamed_groups
+        expect_used(
+            same or bool(deployment.of(Role.PREFILL)),
+            _STREAMED,
+            expected="prefill and decode instances",
+            got=f"--deployment={deployment}",
+        )
+        simulation = dataclasses.replace(simulation, streamed_groups=_STREAMED.value)
+    if _MAX_CONTEXT.value is not None:
+        simulation = dataclasses.replace(simulation, max_context=_MAX_CONTEXT.value)
+    simulated = simulation.build(deployment)
+    trace = trace_flags.open_trace(_TRACE.value or "")
+    requests = trace_requests(trace, simulation, _RATE.value)
+    out = pathlib.Path(_OUT.value or "")
+    picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
+    log = EventLog() if picture else None
+    if picture:
+        picture.touch()  # fails now rather than after the run
+    record = _record(trace, simulation, deployment)
+    with run_folder(out, record, "requests.csv"):
+        done = simulated.run(requests, observer=log)
+        timelines = done.timelines
+        write_json(out / "trace.json", trace.facts)
         timelines = done.timelines
         (out / "trace.json").write_text(json.dumps(trace.facts, indent=1) + "\n")
         write(out / "requests.csv", timelines, simulation.extra_tokens)
-        if picture and log:
-            drawn = chrome_trace(deployment, log.lines, timelines)
-            picture.write_text(json.dumps(drawn))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    if picture and log:
+        drawn = chrome_trace(deployment, log.lines, timelines)
+        write_text(picture, json.dumps(drawn))
     print(trace)
     refused = sum(t.status is not Status.FINISHED for t in timelines)
     print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")

@@ -45,6 +45,8 @@ from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.workload import make_requests
+from experiments.command import command
+from experiments.flag_values import expect_used, integers
 from experiments.simulations import get_simulation, trace_requests
 
 _GOLDEN = flags.DEFINE_string(
@@ -198,15 +200,12 @@ def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
     return time.process_time() - start_s, timelines
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    try:
-        sizes = [int(size) for size in _INSTANCES.value]
-        golden = pathlib.Path(_GOLDEN.value)
-        report(fleets(sizes) if sizes else workloads(golden), _REPEATS.value)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+@command
+def main() -> None:
+    sizes = integers("instances", _INSTANCES.value)
+    expect_used(not sizes, _GOLDEN, expected="no --instances", got="--instances")
+    golden = pathlib.Path(_GOLDEN.value)
+    report(fleets(sizes) if sizes else workloads(golden), _REPEATS.value)
 
 
 def report(found: Iterable[SpeedWorkload], repeats: int) -> None:

@@ -23,9 +23,11 @@ from disagg_jax.engine.weights import Weights
 from experiments import host_devices
 from experiments.checkout import commit
 from experiments.columns import align
+from experiments.command import command
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
 from experiments.flag_values import integers
+from experiments.folder import plain, run_folder, write_text
 from experiments.stall_scene import Scene, Stall, measure
 from models import transformer
 from models.config import ModelConfig, get_config
@@ -127,35 +129,33 @@ def run(
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    found = measure(config, params, scene, progress)
-    kind = jax.devices()[0].device_kind
-    title = f"{config.name} on {kind}: {scene.decodes} requests decode, a prompt comes"
-    text = table(found)
-    head = f"# python -m experiments.stalls   commit {commit()}\n# {title}\n"
-    (out / "stalls.txt").write_text(f"{head}{text}\n")
-    draw(panels(found), title, out / "stalls.png")
+    asked = {"model": config.name, "scene": plain(scene)}
+    with run_folder(out, asked, "stalls.txt", replace=True):
+        found = measure(config, params, scene, progress)
+        kind = jax.devices()[0].device_kind
+        title = f"{config.name} on {kind}: {scene.decodes} requests decode, a prompt "
+        title += "comes"
+        text = table(found)
+        head = f"# python -m experiments.stalls   commit {commit()}\n# {title}\n"
+        write_text(out / "stalls.txt", f"{head}{text}\n")
+        draw(panels(found), title, out / "stalls.png")
     return text, found
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     host_devices.one_thread_each()
     host_devices.provide(2)
     out = pathlib.Path(_OUT.value)
-    try:
-        scene = Scene(
-            decodes=_DECODES.value,
-            prompts=tuple(integers("prompts", _PROMPTS.value)),
-            chunk=_CHUNK.value,
-            repeats=_REPEATS.value,
-        )
-        config = get_config(_MODEL.value)
-        params = transformer.init_params(config, 0)
-        text, _ = run(config, params, scene, out, lambda t: print(t, file=sys.stderr))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    scene = Scene(
+        decodes=_DECODES.value,
+        prompts=tuple(integers("prompts", _PROMPTS.value)),
+        chunk=_CHUNK.value,
+        repeats=_REPEATS.value,
+    )
+    config = get_config(_MODEL.value)
+    params = transformer.init_params(config, 0)
+    text, _ = run(config, params, scene, out, lambda t: print(t, file=sys.stderr))
     print(f"{text}\n\n{out}/stalls.png")
 
 

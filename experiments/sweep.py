@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -103,14 +104,8 @@ class Sweep:
         self.progress(f"{name:>14}  {shown}: running its programs")
         for replica in range(self.config.num_seeds):
             point = Point(name, rate, replica)
-            expected = [_timeline(row) for row in self.run_dir.requests(point)]
-            self._run(point, execute=True)
-            found = [_timeline(row) for row in self.run_dir.requests(point)]
-            if found != expected:
-                raise RuntimeError(
-                    f"{point.name}: the programs' timelines are not those of their "
-                    "durations"
-                )
+            if not self.run_dir.load(point)["executed"]:  # by a run that is resumed
+                self._run(point, execute=True, expected=self.run_dir.requests(point))
 
     def _judged_at(self, scores: Mapping[float, Sequence[float]]) -> float | None:
         """The highest passing rate, or the best for a throughput."""
@@ -156,7 +151,14 @@ class Sweep:
             self._run(point, execute=self.config.executed == "all")
         return self.run_dir.load(point)
 
-    def _run(self, point: Point, *, execute: bool) -> None:
+    def _run(
+        self,
+        point: Point,
+        *,
+        execute: bool,
+        expected: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Runs a point, and saves it if its timelines are those of `expected` rows."""
         server = self.servers[point.system]
         serve = server.run if execute else server.simulate
         run = serve(self.source(point.rate_rps, point.replica), self.step_times)
@@ -172,6 +174,11 @@ class Sweep:
             },
         }
         rows = [self._request_row(timeline) for timeline in run.timelines]
+        if expected is not None and _timelines(rows) != _timelines(expected):
+            raise RuntimeError(
+                f"{point.name}: the programs' timelines are not those of their "
+                "durations"
+            )
         self.run_dir.save(point, found, rows, run.log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
@@ -291,9 +298,11 @@ def _busy(
     return found
 
 
-def _timeline(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a request's row does not depend on its tokens."""
-    return {key: row[key] for key in row if key not in ("tokens", "text")}
+def _timelines(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """What of requests' rows does not depend on their tokens, as a file has it."""
+    other = ("tokens", "text", *(field.name for field in dataclasses.fields(Point)))
+    kept = [{key: row[key] for key in row if key not in other} for row in rows]
+    return json.loads(json.dumps(kept))
 
 
 def _scores_of(criterion: str, runs: Runs) -> dict[float, list[float]]:

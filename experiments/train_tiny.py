@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 import pathlib
 import platform
 import time
@@ -32,10 +31,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import app, flags
 from jax import Array
 
 from experiments.checkout import commit
+from experiments.command import command
+from experiments.folder import write_json
 from models import checkpoint, transformer
 from models.config import ModelConfig, get_config
 from models.tokenizer import ByteTokenizer
@@ -139,10 +140,8 @@ def train(
     return params
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file
+@command
+def main() -> None:
     out = pathlib.Path(_OUT.value)
     if checkpoint.is_checkpoint(out):
         raise app.UsageError(f"--out: expected no checkpoint in {out} yet, got one")
@@ -172,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
         "commit": commit(),
         "text_sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / "training.json", record)
     print(f"checkpoint: {out}")
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -33,9 +32,11 @@ from disagg_jax.sim.link import LinkSpec, get_link
 from experiments import here
 from experiments.checkout import commit
 from experiments.columns import align
+from experiments.command import command
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
 from experiments.flag_values import integers
+from experiments.folder import run_folder, write_text
 from experiments.rigs import NO_STEPS, Rig, burst
 from experiments.timing import keep_freed_memory
 from experiments.transfers import Rate, rates
@@ -321,7 +322,18 @@ def run(
         have to be equal are not.
     """
     expect(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
-    out.mkdir(parents=True, exist_ok=True)
+    asked = {"model": config.name, "cut": str(cut), "mib": mib, "repeats": repeats}
+    with run_folder(out, asked, "two_meshes.txt", replace=True):
+        return _run(config, cut, out, mib, repeats)
+
+
+def _run(
+    config: ModelConfig,
+    cut: Cut,
+    out: pathlib.Path,
+    mib: Sequence[int],
+    repeats: int,
+) -> Shown:
     keep_freed_memory()  # else each hand-off and copy waits for new pages
     rig = build(config, cut)
     tokens = check_tokens(config, rig)
@@ -335,22 +347,18 @@ def run(
     shown = Shown(layout(rig.engine), tokens, handoff_table(found, cut, link))
     title = f"{config.name} {config.dtype} on {kind}, {cut}"
     head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
-    (out / "two_meshes.txt").write_text(f"{head}{shown}\n")
+    write_text(out / "two_meshes.txt", f"{head}{shown}\n")
     draw([panel(found, cut, link)], title, out / "two_meshes.png")
     return shown
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"expected flags only, got {argv[1:]}")
+@command
+def main() -> None:
     found = here.look()
     out = pathlib.Path(_OUT.value)
-    try:
-        cut = Cut.of(found.devices, _PREFILL.value, _DECODE.value)
-        config = get_config(_MODEL.value or found.model)
-        shown = run(config, cut, out, integers("mib", _MIB.value), _REPEATS.value)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    cut = Cut.of(found.devices, _PREFILL.value, _DECODE.value)
+    config = get_config(_MODEL.value or found.model)
+    shown = run(config, cut, out, integers("mib", _MIB.value), _REPEATS.value)
     print(f"{found.found}\n\n{shown}\n\n{out}/two_meshes.png")
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -42,10 +45,60 @@ def worker_pool(workers: int | None = None) -> Generator[Mapper, None, None]:
     if workers == 1:
         yield map
         return
+    with process_pool(workers) as mapper:
+        yield mapper
+
+
+@contextlib.contextmanager
+def process_pool(workers: int) -> Generator[Mapper, None, None]:
+    """A mapper over new processes, which end with the context or with this process.
+
+    After an error, an interrupt or a kill they leave their tasks undone: nobody would
+    read what comes of them.
+    """
     # spawn: a fork would copy the threads that JAX may have started.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+    ours, theirs = context.Pipe()
+    executor = concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=_end_with, initargs=(theirs,)
+    )
+
+    def mapper(function: Callable[[T], R], items: Sequence[T], /) -> Iterator[R]:
+        with _blocked(signal.SIGINT):  # it starts the processes
+            return executor.map(function, items)
+
+    with ours, theirs, executor:
         try:
-            yield pool.map
-        finally:  # after an error, do not simulate what nobody will read
-            pool.shutdown(cancel_futures=True)
+            yield mapper
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _end_with(theirs: multiprocessing.connection.Connection) -> None:
+    """Ends this process when the other end of its pipe is closed, or dies with its own.
+
+    Only the parent has that end, so it is closed by a kill too.
+    """
+
+    def watch() -> None:
+        theirs.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _blocked(signum: signal.Signals) -> Generator[None, None, None]:
+    """Delays a signal; processes that start meanwhile never get it.
+
+    A terminal sends an interrupt to every process of a command. It is the parent that
+    acts on it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

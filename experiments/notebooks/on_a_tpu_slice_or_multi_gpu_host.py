@@ -26,15 +26,26 @@ import pathlib
 import subprocess
 import sys
 
+address = "https://github.com/disagg-jax/disagg-jax"
+here = pathlib.Path.cwd()
+places = [*(here, *here.parents), here / "disagg-jax"]
+found = [at for at in places if (at / "experiments" / "here.py").exists()]
 if "google.colab" in sys.modules:
-    address = "https://github.com/disagg-jax/disagg-jax"
-    subprocess.run(["git", "clone", "--depth=1", address], check=True)
-    os.chdir("disagg-jax")  # scripts and configs run from the checkout
-    subprocess.run([sys.executable, "-m", "pip", "install", "-qe", "."], check=True)
-else:
-    here = pathlib.Path.cwd()
-    os.chdir(next(at for at in (here, *here.parents) if (at / "setup.py").exists()))
-sys.path.insert(0, os.getcwd())
+    if not found:
+        subprocess.run(["git", "clone", "--depth=1", address], check=True)
+        found = [here / "disagg-jax"]
+    install = [sys.executable, "-m", "pip", "install", "-qe", str(found[0])]
+    subprocess.run(install, check=True)
+if not found:
+    raise SystemExit(
+        "This notebook runs from a checkout of its project, and found none. "
+        "In a terminal:\n\n"
+        f"    git clone {address}\n    pip install -e ./disagg-jax\n\n"
+        f"in {here}, then run this cell again; or open the notebook in the checkout."
+    )
+os.chdir(found[0])  # scripts and configs run from the checkout
+if os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
 
 # %% [markdown]
 # ## What is here

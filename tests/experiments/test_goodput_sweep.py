@@ -560,3 +560,21 @@ def test_step_sizes_become_systems():
     assert splitfuse.token_budget == 64
     with pytest.raises(ValueError, match="chunk_tokens: expected >= 1, got 0"):
         override(get_config("tiny"), ["step_tokens=0"]).by_step_tokens()
+
+
+def test_step_times_are_taken_once_or_given(tmp_path, monkeypatch):
+    """A resumed run keeps those its points were made with, however fast it is now."""
+    found = iter([{"a": 1.0}])
+    monkeypatch.setattr(
+        goodput_sweep, "measure_step_times", lambda *args, **named: next(found)
+    )
+    for _ in range(2):
+        run_dir = RunDir(tmp_path / "taken", {})
+        assert goodput_sweep._step_times(config(), run_dir, {}, None, print) == {
+            "a": 1.0
+        }
+    assert run_dir.read_json("step_times.json")["measured"]["command"] == sys.argv
+    run_dir = RunDir(tmp_path / "given", {})
+    given = {"a": 2.0}
+    assert goodput_sweep._step_times(config(), run_dir, {}, given, print) == given
+    assert run_dir.read_json("step_times.json") == {"seconds": given, "measured": None}

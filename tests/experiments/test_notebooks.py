@@ -4,8 +4,10 @@ import json
 import pathlib
 import re
 import subprocess
+import sys
 
 import jupytext
+import nbclient
 import nbformat
 import pytest
 
@@ -102,3 +104,81 @@ def test_what_comes_from_colab_is_the_same_in_all():
 def test_every_notebook_names_a_command_that_does_the_same(notebook):
     words = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     assert re.findall(r"python -m experiments\.\w+", words)
+
+
+# -- the first cell -------------------------------------------------------------------
+
+# Runs the cell as often as is asked, on Colab or not, and shows where it ends up.
+DRIVER = """
+import os, pathlib, subprocess, sys
+cell, times, colab = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "colab"
+def run(command, **_):
+    print(*command)
+    if "clone" in command:
+        pathlib.Path("disagg-jax/experiments").mkdir(parents=True)
+        pathlib.Path("disagg-jax/experiments/here.py").touch()
+subprocess.run = run
+if colab:
+    sys.modules["google.colab"] = sys
+for _ in range(times):
+    exec(cell)
+print(os.getcwd(), sys.path.count(os.getcwd()))
+"""
+
+
+def first_cell(cwd, times=1, where="laptop"):
+    cell = jupytext.read(SOURCES[0]).cells[1].source
+    return subprocess.run(
+        [sys.executable, "-c", DRIVER, cell, str(times), where],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+@pytest.mark.parametrize(
+    "cwd", [FOLDER, FOLDER.parents[1], FOLDER.parents[1] / "tests"]
+)
+def test_the_first_cell_finds_the_checkout_however_often_it_runs(cwd, times):
+    done = first_cell(cwd, times)
+    assert done.stdout == f"{FOLDER.parents[1]} 1\n", done.stderr
+
+
+def test_outside_a_checkout_it_says_what_to_do(tmp_path):
+    (tmp_path / "setup.py").touch()  # of another project
+    for _ in range(2):
+        done = first_cell(tmp_path)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        assert f"git clone https://{HOME}\n" in done.stderr
+        assert "pip install -e ./disagg-jax" in done.stderr
+        assert not done.stdout
+    # And when that is done beside the notebook, it goes on.
+    (tmp_path / "disagg-jax" / "experiments").mkdir(parents=True)
+    (tmp_path / "disagg-jax" / "experiments" / "here.py").touch()
+    assert first_cell(tmp_path, 2).stdout == f"{tmp_path / 'disagg-jax'} 1\n"
+
+
+def test_colab_gets_the_code_once_also_after_a_restart(tmp_path):
+    first = first_cell(tmp_path, 2, "colab")
+    lines = first.stdout.splitlines()
+    assert [line.split()[0] for line in lines].count("git") == 1, first.stderr
+    assert lines[-1] == f"{tmp_path / 'disagg-jax'} 1"
+    again = first_cell(tmp_path, 1, "colab")  # a new kernel, where the first began
+    lines = again.stdout.splitlines()
+    assert len(lines) == 2 and lines[0].endswith(f"-qe {tmp_path / 'disagg-jax'}")
+    assert lines[1] == f"{tmp_path / 'disagg-jax'} 1"
+
+
+def test_a_kernel_says_it_without_a_traceback(tmp_path):
+    """In a kernel: the message alone, and the cells after it do not run."""
+    source = jupytext.read(SOURCES[0])
+    cells = [source.cells[1], nbformat.v4.new_code_cell("print('went on')")]
+    notebook = nbformat.v4.new_notebook(cells=cells)
+    client = nbclient.NotebookClient(notebook, kernel_name="python3", timeout=120)
+    with pytest.raises(nbclient.exceptions.CellExecutionError):
+        client.execute(cwd=str(tmp_path))
+    outputs = json.dumps(notebook.cells[0].outputs)
+    assert "git clone" in outputs and "Traceback (most recent call" not in outputs
+    assert not notebook.cells[1].outputs

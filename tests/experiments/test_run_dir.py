@@ -1,10 +1,14 @@
 """Run directories: whole files, resuming, refusing."""
 
+import dataclasses
 import json
 
 import pytest
 
-from experiments.run_dir import Point, RunDir
+from disagg_jax.metrics import SLO
+from disagg_jax.request import Request, Status, Timeline
+from experiments.request_rows import to_row, to_timeline
+from experiments.run_dir import Point, RunDir, SavedRun
 
 POINT = Point("vllm", 12.5, 0)
 ROWS = [{"request_id": 0, "ttft_s": 0.1}, {"request_id": 1, "ttft_s": 0.2}]
@@ -48,6 +52,174 @@ def test_a_point_that_was_cut_off_while_saving_does_not_count(tmp_path):
     assert not run_dir.has(POINT)
 
 
+def fail_after(lines):
+    yield from lines
+    raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_point_is_done_when_its_requests_and_events_are_there(tmp_path, before):
+    """Its events end in an error, for the first time or while it is replaced."""
+    run_dir = RunDir(tmp_path, {})
+    if before:
+        save(run_dir)
+    with pytest.raises(OSError, match="the disk is full"):
+        run_dir.save(POINT, {"attainment": 0.5}, ROWS, fail_after(["turn 1"]))
+    assert not run_dir.has(POINT)
+    assert run_dir.points() == []
+    assert not list(tmp_path.rglob("*.tmp"))
+    save(run_dir)
+    assert run_dir.has(POINT)
+    assert [row["ttft_s"] for row in run_dir.requests(POINT)] == [0.1, 0.2]
+
+
+def test_metrics_that_are_no_json_do_not_mark_a_point_done(tmp_path):
+    run_dir = RunDir(tmp_path, {})
+    with pytest.raises(ValueError, match="JSON"):
+        run_dir.save(POINT, {"attainment": float("nan")}, ROWS, [])
+    assert not run_dir.has(POINT)
+
+
+def test_points_are_found_by_their_names(tmp_path):
+    run_dir = RunDir(tmp_path, {})
+    points = [
+        Point("a-b", 1e-05, 0),
+        Point("a-b", 0.5, 3),
+        Point("sarathi@64", 1e22, 12),
+        Point("vllm", 12.5, 1),
+    ]
+    for point in reversed(points):
+        save(run_dir, point)
+    assert run_dir.points() == points
+    (tmp_path / "points" / "notes.json").write_text("{}")
+    assert run_dir.points() == points
+
+
+# -- what a user names ----------------------------------------------------------------
+
+
+def saved(tmp_path, passing=6.25, rates=(6.25, 12.5), replicas=(0, 1), **found):
+    """A run of two devices; rates are per device."""
+    systems = {
+        "vllm": {"deployment": "2xcolocated:tp1"},
+        "other": {"deployment": "colocated:tp1"},
+    }
+    run_dir = RunDir(tmp_path, {"seed": 3, "systems": systems})
+    for rate in rates:
+        for replica in replicas:
+            save(run_dir, Point("vllm", 2 * rate, replica))
+    save(run_dir, Point("other", 99.0, 5))
+    found = found or {"goodput": {"pass_rps_per_device": passing}}
+    run_dir.write_json("summary.json", {"systems": {"vllm": found}})
+    return run_dir
+
+
+@pytest.mark.parametrize(("seed", "replica"), [(None, 0), (3, 0), (4, 1)])
+def test_a_seed_is_the_configs_and_the_replica(tmp_path, seed, replica):
+    picked = saved(tmp_path).pick("vllm", 12.5, seed)
+    assert picked.point == Point("vllm", 25.0, replica)
+    assert picked.seed == 3 + replica
+    assert (picked.rate_rps, str(picked.deployment)) == ("12.5", "2xcolocated:tp1")
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5, 8])
+def test_a_seed_that_did_not_run_is_refused(tmp_path, seed):
+    with pytest.raises(
+        ValueError, match=rf"--seed: expected one of \[3, 4\], .* {seed}"
+    ):
+        saved(tmp_path).pick("vllm", 12.5, seed)
+
+
+def test_without_a_rate_it_is_the_one_that_the_system_is_judged_by(tmp_path):
+    best = {"throughput": {"best_rps_per_device": 12.5}}
+    for name, run_dir, rate in (
+        ("passing", saved(tmp_path / "passing"), 12.5),
+        ("best", saved(tmp_path / "best", **best), 25.0),
+    ):
+        assert run_dir.pick("vllm", None, None).point.rate_rps == rate, name
+
+
+def test_a_system_or_rate_that_did_not_run_is_refused_by_what_there_is(tmp_path):
+    run_dir = saved(tmp_path, passing=None)
+    with pytest.raises(ValueError, match="--system: expected one of .'other', 'vllm'."):
+        run_dir.pick("orca", None, None)
+    rates = r"--rate: expected one of \['6.25', '12.5'\]"
+    with pytest.raises(ValueError, match=rf"{rates}, got '25'"):
+        run_dir.pick("vllm", 25.0, None)
+    with pytest.raises(ValueError, match=rf"{rates}, or a run with one that passes"):
+        run_dir.pick("vllm", None, None)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(ValueError, match="got 'no summary.json'"):
+        run_dir.pick("vllm", None, None)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--run: expected a run directory, got"):
+        SavedRun(tmp_path).pick("vllm", None, None)
+
+
+# -- requests as rows -----------------------------------------------------------------
+
+
+def finished(**changes):
+    fields = {
+        "request": Request(id=7, arrival_s=1.0, prompt_tokens=4, max_tokens=5),
+        "status": Status.FINISHED,
+        "prefill_start_s": 1.25,
+        "transfer_start_s": 2.0,
+        "transfer_end_s": 2.5,
+        "decode_start_s": 3.0,
+        "end_s": 4.0,
+        "token_s": [2.0, 3.5, 4.0],
+        "tokens": [9, 8, 7],
+        "dropped_s": [2.75],
+        "transfer_bytes": 640,
+    }
+    return Timeline(**(fields | changes))
+
+
+def test_a_row_has_the_latencies_of_a_request_that_finished():
+    row = to_row(finished(), SLO(ttft_s=1.0, tpot_s=1.0))
+    assert (row["request_id"], row["status"], row["preemptions"]) == (7, "finished", 1)
+    assert (row["prompt_tokens"], row["output_tokens"]) == (4, 3)  # made, not asked for
+    assert (row["ttft_s"], row["tpot_s"], row["e2e_s"]) == (1.0, 1.0, 3.0)
+    assert row["prefill_queue_s"] == 0.25 and row["transfer_s"] == 0.5
+    assert row["meets_slo"]
+    assert not to_row(finished(), SLO(ttft_s=0.99, tpot_s=1.0))["meets_slo"]
+    assert not to_row(finished(), SLO(ttft_s=1.0, tpot_s=0.99))["meets_slo"]
+
+
+def test_a_row_of_another_request_has_no_latencies():
+    refused = finished(status=Status.REFUSED, token_s=[], error="too long")
+    row = to_row(refused, SLO(ttft_s=1.0, tpot_s=1.0))
+    assert not {"ttft_s", "tpot_s", "e2e_s", "meets_slo"} & row.keys()
+    assert (row["error"], row["output_tokens"]) == ("too long", 0)
+
+
+@pytest.mark.parametrize("timeline", [finished(), finished(token_s=[], tokens=[])])
+def test_a_timeline_comes_back_from_its_row(timeline):
+    row = {"request_id": 7, **vars_of(timeline)}
+    again = to_timeline(json.loads(json.dumps(row)))
+    for name in ("prefill_start_s", "end_s", "dropped_s", "token_s", "tokens"):
+        assert getattr(again, name) == getattr(timeline, name)
+    assert (again.status, again.transfer_bytes) == (timeline.status, 640)
+    assert again.request.max_tokens == max(1, len(timeline.token_s))
+    assert (again.request.id, again.request.arrival_s) == (7, 1.0)
+    del row["dropped_s"]
+    with pytest.raises(ValueError, match=r"missing none, got \['dropped_s'\]"):
+        to_timeline(row)
+
+
+def vars_of(timeline):
+    """A row as `to_row` makes it, latencies left out."""
+    ended = dataclasses.replace(timeline, status=Status.CANCELLED)
+    row = to_row(ended, SLO(ttft_s=1.0, tpot_s=1.0))
+    return {**row, "status": str(timeline.status)}
+
+
+# -- starts ---------------------------------------------------------------------------
+
+
 def test_a_resumed_run_keeps_the_environment_of_every_start(tmp_path):
     for starts in (1, 2):
         env = RunDir(tmp_path, {}).read_json("env.json")
@@ -72,6 +244,8 @@ def test_equal_content_gives_equal_bytes(tmp_path):
         save(RunDir(tmp_path / name, {}))
     a, b = (sorted((tmp_path / name / "points").iterdir()) for name in ("a", "b"))
     assert [path.read_bytes() for path in a] == [path.read_bytes() for path in b]
+    packed = [path.read_bytes() for path in a if path.suffix == ".gz"]
+    assert packed and all(data[4:8] == bytes(4) for data in packed)  # no time stamp
 
 
 def test_nan_never_reaches_a_file(tmp_path):

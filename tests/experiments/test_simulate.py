@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import pathlib
 import re
 import subprocess
 import sys
@@ -98,6 +99,47 @@ def test_a_row_for_each_request_with_floats_in_full(tmp_path):
     stages = [float(rows[0][name]) for name in simulate.STAGES]
     e2e_s = float(rows[0]["ttft_s"]) + 64 * float(rows[0]["tpot_s"])
     assert math.isclose(sum(stages), e2e_s, rel_tol=1e-12)
+
+
+def test_another_runs_results_stay_and_the_same_run_may_come_again(tmp_path):
+    first = command(tmp_path)
+    assert first.returncode == 0, first.stderr
+    out = tmp_path / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["deployment"] == "prefill:tp1,decode:tp1"
+    assert config["config"] == "simdistserve_opt13b"
+    rows = (out / "requests.csv").read_bytes()
+    (start,) = json.loads((out / "env.json").read_text())
+    assert any("--deployment=prefill:tp1" in word for word in start["command"])
+    for change, differs in (
+        ({"deployment": "colocated:tp1"}, "deployment"),
+        ({"streamed_groups": 2}, "simulation.streamed_groups"),
+    ):
+        other = command(tmp_path, **change)
+        assert other.returncode == 1
+        assert f"holds a run of another config ({differs})" in other.stderr
+        assert (out / "requests.csv").read_bytes() == rows
+    again = command(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (out / "requests.csv").read_bytes() == rows
+    assert len(json.loads((out / "env.json").read_text())) == 2
+
+
+def test_another_trace_under_the_same_name_is_another_run(tmp_path, monkeypatch):
+    assert command(tmp_path).returncode == 0
+    monkeypatch.setitem(globals(), "TRACE", TRACE.replace("512,64", "512,65"))
+    other = command(tmp_path)
+    assert other.returncode == 1
+    assert "another config (trace_sha256)" in other.stderr
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_said_and_the_requests_are_kept(tmp_path):
+    done = command(tmp_path, chrome_trace="/dev/full")
+    assert done.returncode == 1
+    assert "error: no space left on the disk" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "requests.csv").exists()
 
 
 def test_the_run_as_a_timeline(tmp_path):

@@ -1,0 +1,201 @@
+"""The folder of a run: one run at a time, whole files, and how they were made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from disagg_jax.compiled import compiled_modules
+from experiments.checkout import commit
+from experiments.command import command_line
+
+_RECORDS = {".lock", "config.json", "env.json"}
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
+
+
+@contextlib.contextmanager
+def sole_use(path: pathlib.Path) -> Iterator[None]:
+    """Makes the folder `path`, and keeps other runs out of it.
+
+    The lock ends with its process, however that ends, so a killed run can be resumed.
+
+    Raises:
+      ValueError: if another run is there, or `path` cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / ".lock").open("a+")
+    except OSError as error:
+        raise ValueError(f"--out: cannot write to '{path}': {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or "another run"
+            raise ValueError(
+                f"--out: '{path}' is in use by {holder}; expected another folder, or "
+                "that run to end first"
+            ) from None
+        except OSError as error:
+            print(
+                f"'{path}' cannot be locked ({error.strerror}): make sure that no "
+                "other run uses it",
+                file=sys.stderr,
+            )
+        file.truncate(0)
+        file.write(_holder())
+        file.flush()
+        yield
+
+
+def _holder() -> str:
+    return (
+        f"process {os.getpid()} on {platform.node()} since {_now()} ({command_line()})"
+    )
+
+
+@contextlib.contextmanager
+def run_folder(
+    path: pathlib.Path | None, config: Any, result: str, *, replace: bool = False
+) -> Iterator[None]:
+    """The folder of a run that writes `result`: see `sole_use` and `record_start`.
+
+    Args:
+      path: None where nothing is written.
+
+    Raises:
+      ValueError: if another run is there, or `path` cannot be written, or holds the
+        results of another config and is not to be replaced.
+    """
+    if path is None:
+        yield
+        return
+    with sole_use(path):
+        unknown = (path / result).exists() and not (path / "config.json").exists()
+        if unknown and not replace:
+            raise ValueError(
+                f"--out: '{path}' holds {result} of another run; expected a folder "
+                "without"
+            )
+        # Of a run that was killed before it wrote anything nothing is lost.
+        empty = all(entry.name in _RECORDS for entry in path.iterdir())
+        record_start(path, config, environment(), replace=replace or empty)
+        yield
+
+
+def record_start(
+    path: pathlib.Path, config: Any, ran_in: Any, *, replace: bool = False
+) -> None:
+    """Writes `config.json`, and an entry of `env.json` for each start.
+
+    Args:
+      replace: whether what is there of another config is to be replaced.
+
+    Raises:
+      ValueError: if `path` holds a run of another config, naming what differs.
+    """
+    config = json.loads(json.dumps(config, allow_nan=False))
+    before = read_json(path / "config.json")
+    other = before is not None and before != config
+    if other and not replace:
+        raise ValueError(
+            f"--out: '{path}' holds a run of another config "
+            f"({', '.join(differences(before, config))}); expected an empty "
+            "directory, or the same config to resume"
+        )
+    starts = [] if other else read_json(path / "env.json") or []
+    write_json(path / "config.json", config)
+    write_json(path / "env.json", [*starts, ran_in])
+
+
+def environment() -> dict[str, Any]:
+    """Where and when this runs; `run_dir.environment` adds the devices."""
+    return {
+        "date": _now(),
+        "command": sys.argv,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "compiled": sorted(compiled_modules()),
+        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """The dotted keys at which two JSON values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(a.keys() | b.keys())
+        return [
+            found
+            for key in keys
+            for found in differences(a.get(key), b.get(key), f"{prefix}{key}.")
+        ]
+    return [] if a == b else [prefix.rstrip(".")]
+
+
+# -- content ------------------------------------------------------------------------
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as their name and fields, infinities as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **plain(fields)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -- files ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file to write, which becomes `path` at the end: whole, or `path` stays."""
+    if path.exists() and not path.is_file():  # a device or a pipe has no other name
+        yield path
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)  # the one that a user knows
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    with whole(path) as temporary:
+        temporary.write_text(text)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file, None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,257 @@
+"""Commands: errors in one line, one interrupt is enough, no noise."""
+
+import errno
+import gc
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import pytest
+from absl import app
+
+from experiments.command import command
+from experiments.configs import get_config
+from experiments.request_source import RequestSource
+from tests.experiments.calibrating import make_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+PATIENCE_S = 20  # a lost interrupt is lost forever; a slow machine is not
+
+
+@pytest.fixture(autouse=True)
+def a_shell_that_can_interrupt():
+    """Whatever pytest itself was started with, as a background job ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def fails(error):
+    @command
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main(["x"])
+    return end.value.code
+
+
+def test_a_users_error_is_one_line():
+    assert fails(ValueError("rates: expected > 0")) == "error: rates: expected > 0"
+    missing = FileNotFoundError(errno.ENOENT, "No such file or directory", "a.csv")
+    assert fails(missing) == "error: 'a.csv': No such file or directory"
+    assert fails(OSError("no file in it")) == "error: no file in it"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_named_and_what_to_do(number):
+    said = fails(OSError(number, os.strerror(number)))
+    assert said.startswith("error: no space left on the disk. What was saved is kept")
+    said = fails(OSError(number, os.strerror(number), "runs/a"))
+    assert "for 'runs/a'" in said
+
+
+def test_an_error_that_no_user_caused_keeps_its_traceback():
+    @command
+    def main():
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["x"])
+
+
+def test_words_beside_the_flags_are_refused():
+    with pytest.raises(app.UsageError, match="expected flags only, got .'y'"):
+        command(lambda: None)(["x", "y"])
+
+
+# -- interrupts -----------------------------------------------------------------------
+
+
+def in_the_collector(send):
+    def callback(phase, info):
+        gc.callbacks.remove(callback)
+        send()
+
+    gc.callbacks.append(callback)
+    gc.collect()
+
+
+class Object:
+    pass
+
+
+def in_a_weak_reference(send):
+    target = Object()
+    reference = weakref.ref(target, lambda _: send())
+    del target
+    assert reference() is None
+
+
+def in_a_finalizer(send):
+    class Finalized:
+        def __del__(self):
+            send()
+
+    Finalized()
+
+
+def in_a_finalizer_of_the_collector_twice(send):
+    in_a_finalizer(lambda: in_the_collector(send))
+
+
+def in_plain_code(send):
+    send()
+
+
+PLACES = [
+    in_plain_code,
+    in_the_collector,
+    in_a_weak_reference,
+    in_a_finalizer,
+    in_a_finalizer_of_the_collector_twice,
+]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_one_interrupt_ends_a_command_wherever_it_comes(place, signum, capsys):
+    cleaned = []
+
+    @command
+    def main():
+        try:
+            place(lambda: signal.raise_signal(signum))
+            end = time.monotonic() + PATIENCE_S
+            while time.monotonic() < end:
+                pass
+        finally:
+            cleaned.append(time.monotonic() < end if "end" in locals() else True)
+
+    with pytest.raises(SystemExit) as ended:
+        main(["x"])
+    assert ended.value.code == 128 + signum
+    assert cleaned == [True]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("interrupted: what was saved is kept. To go on: ")
+
+
+def test_clean_up_is_not_interrupted_again():
+    done = []
+
+    @command
+    def main():
+        try:
+            in_the_collector(lambda: signal.raise_signal(signal.SIGINT))
+            time.sleep(PATIENCE_S)
+        finally:
+            time.sleep(0.2)  # ten times what a lost one takes to come again
+            done.append(True)
+
+    with pytest.raises(SystemExit):
+        main(["x"])
+    assert done
+
+
+def test_other_errors_that_cannot_be_raised_are_shown_as_ever(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
+
+    @command
+    def main():
+        in_a_finalizer(lambda: 1 / 0)
+
+    main(["x"])
+    assert shown == [ZeroDivisionError]
+
+
+def test_a_command_leaves_handlers_as_they_were():
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    hook = sys.unraisablehook
+    command(lambda: None)(["x"])
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert sys.unraisablehook is hook
+
+
+def test_a_background_job_still_ignores_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    command(lambda: signal.raise_signal(signal.SIGINT))(["x"])
+
+
+# -- as a user sees it ----------------------------------------------------------------
+
+
+def shell(*args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", *args],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **env},
+    )
+
+
+def test_no_noise_of_libraries():
+    done = shell("experiments.here", JAX_PLATFORMS="")
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_a_platform_that_is_not_there_is_one_line(platform):
+    done = shell("experiments.here", JAX_PLATFORMS=platform)
+    if done.returncode == 0:
+        pytest.skip(f"there is a {platform} here")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: JAX_PLATFORMS={platform}: expected a device that")
+    assert "Unset JAX_PLATFORMS" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("goodput_sweep", "--set", "rates=inf"),
+            "--set rates: expected a finite number, got 'inf'",
+        ),
+        (
+            ("goodput_sweep", "--set", "slo.ttft_s=nan"),
+            "--set slo.ttft_s: expected a finite number, got 'nan'",
+        ),
+        (
+            ("goodput_sweep", "--set", "workload.output_tokens=fixed:inf"),
+            "lengths 'fixed:inf': cannot convert float infinity to integer",
+        ),
+        (
+            ("interference", "--rate=inf"),
+            "--rate: expected a finite number, got inf",
+        ),
+        (
+            ("simulate", "--trace=no.csv", "--config=opt13b_a100", "--out=x")
+            + ("--deployment=colocated:tp1",),
+            "'no.csv': No such file or directory",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_bad_values_are_one_line(flags, message):
+    name, *rest = flags
+    done = shell(f"experiments.{name}", *rest)
+    assert done.returncode == 1
+    assert done.stderr == f"error: {message}\n"
+
+
+def test_a_default_trace_that_is_not_there_names_the_flag_for_another(monkeypatch):
+    config = get_config("azure_trace")
+    monkeypatch.chdir(ROOT / "tests")  # the default is relative to a checkout
+    with pytest.raises(ValueError, match=r"^workload.trace: expected a file, got") as e:
+        RequestSource.load(config, make_model())
+    assert config.workload.trace in str(e.value)
+    assert "--set workload.trace=FILE" in str(e.value)

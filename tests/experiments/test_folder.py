@@ -1,0 +1,220 @@
+"""Folders of runs: one run at a time, another's results stay, files are whole."""
+
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments import stalls
+from experiments.folder import (
+    differences,
+    plain,
+    record_start,
+    run_folder,
+    sole_use,
+    whole,
+    write_json,
+    write_text,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOLD = """
+import pathlib, sys, time
+from experiments.folder import sole_use
+with sole_use(pathlib.Path(sys.argv[1])):
+    print("in", flush=True)
+    time.sleep(600)
+"""
+
+
+# -- one run at a time ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_folder_is_free_when_its_process_is_gone_however_that_ended(tmp_path, signum):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert holder.stdout.readline() == b"in\n"
+    who = rf"is in use by process {holder.pid} on .+ since \d{{4}}-.+ \(-c .*\); expect"
+    with pytest.raises(ValueError, match=who):
+        with sole_use(tmp_path):
+            pass
+    holder.send_signal(signum)
+    holder.communicate()
+    with sole_use(tmp_path):
+        pass
+
+
+def test_a_second_run_of_the_same_process_is_refused_too(tmp_path):
+    out = tmp_path / "new" / "folder"
+    with sole_use(out):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"in use by process {os.getpid()} "):
+                with run_folder(out, {}, "result.txt"):
+                    pass
+        assert not (out / "config.json").exists()  # nothing of the second
+    with sole_use(out):
+        assert (out / ".lock").read_text().count("process") == 1  # who holds it now
+
+
+def test_an_error_frees_the_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with sole_use(tmp_path):
+            raise KeyboardInterrupt
+    with sole_use(tmp_path):
+        with sole_use(tmp_path / "inner"):  # another folder
+            pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_said(tmp_path, number, monkeypatch, capsys):
+    def flock(file, how):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with sole_use(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert f"'{tmp_path}' cannot be locked ({os.strerror(number)})" in said
+
+
+@pytest.mark.parametrize("inside", [".", "run"])
+def test_a_place_that_cannot_be_written_is_refused(tmp_path, inside):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--out: cannot write to"):
+        with sole_use(tmp_path / "file" / inside):
+            pass
+
+
+def test_what_writes_several_files_uses_it(tmp_path):
+    """One for all: a library's run, as a notebook calls it."""
+    scene = stalls.Scene(decodes=1, prompts=(8,), chunk=8, repeats=1)
+    with sole_use(tmp_path):
+        with pytest.raises(ValueError, match="in use by process"):
+            stalls.run(stalls.get_config("tiny"), {}, scene, tmp_path)
+
+
+# -- what went in ---------------------------------------------------------------------
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_a_folder_says_what_was_run_and_by_which_command(tmp_path):
+    with run_folder(tmp_path, {"deployment": "colocated:tp1"}, "result.txt"):
+        pass
+    assert read(tmp_path / "config.json") == {"deployment": "colocated:tp1"}
+    (start,) = read(tmp_path / "env.json")
+    assert start["command"] == sys.argv
+    assert {"date", "commit", "packages"} <= start.keys()
+
+
+def once(path, config, **how):
+    with run_folder(path, config, "result.txt", **how):
+        (path / "result.txt").write_text(str(config))
+
+
+def test_results_of_another_config_stay(tmp_path):
+    once(tmp_path, {"a": 1, "sizes": (1, 2)})
+    once(tmp_path, {"a": 1, "sizes": (1, 2)})  # again, the same
+    with pytest.raises(ValueError, match=r"another config \(a\); expected an empty"):
+        once(tmp_path, {"a": 2, "sizes": (1, 2)})
+    assert read(tmp_path / "config.json") == {"a": 1, "sizes": [1, 2]}
+    assert len(read(tmp_path / "env.json")) == 2
+    assert "'a': 1" in (tmp_path / "result.txt").read_text()
+
+
+def test_results_whose_config_is_unknown_stay(tmp_path):
+    (tmp_path / "result.txt").write_text("of an older version")
+    with pytest.raises(ValueError, match="holds result.txt of another run"):
+        once(tmp_path, {})
+    assert (tmp_path / "result.txt").read_text() == "of an older version"
+    (tmp_path / "result.txt").unlink()
+    once(tmp_path, {})  # other files are nobody's
+
+
+def test_files_of_a_sweep_in_the_folder_are_a_run_too(tmp_path):
+    record_start(tmp_path, {"sweep": 1}, {})
+    (tmp_path / "step_times.json").write_text("{}")
+    with pytest.raises(ValueError, match="another config"):
+        once(tmp_path, {"a": 2})
+
+
+def test_a_run_that_ended_before_it_wrote_anything_is_replaced(tmp_path):
+    with pytest.raises(OSError):
+        with run_folder(tmp_path, {"a": 1}, "result.txt"):
+            raise OSError
+    once(tmp_path, {"a": 2})
+    assert read(tmp_path / "config.json") == {"a": 2}
+
+
+def test_what_may_be_replaced_is_with_its_records(tmp_path):
+    once(tmp_path, {"a": 1})
+    once(tmp_path, {"a": 2}, replace=True)
+    assert read(tmp_path / "config.json") == {"a": 2}
+    assert len(read(tmp_path / "env.json")) == 1  # the other's start is not its own
+    once(tmp_path, {"a": 2}, replace=True)
+    assert len(read(tmp_path / "env.json")) == 2
+
+
+def test_no_folder_is_no_folder():
+    with run_folder(None, {}, "result.txt"):
+        pass
+
+
+def test_differences_are_named_by_their_keys():
+    a = {"x": {"y": 1, "z": [1, 2]}, "only_a": 0, "same": 3}
+    b = {"x": {"y": 2, "z": [1, 2]}, "same": 3, "only_b": None}
+    assert differences(a, b) == ["only_a", "x.y"]  # a missing value is None
+    assert differences(a, a) == []
+    assert differences({"x": {"y": 1}}, {"x": 5}) == ["x"]
+
+
+def test_content_of_dataclasses_is_plain():
+    scene = stalls.Scene(decodes=1, prompts=(8, 9), chunk=8, repeats=1)
+    found = plain({"scene": scene, 3: float("inf"), "nan": [float("nan"), 1.5]})
+    assert found["scene"]["type"] == "Scene"
+    assert found["scene"]["prompts"] == [8, 9]
+    assert found["3"] is None and found["nan"] == [None, 1.5]
+
+
+# -- whole files ----------------------------------------------------------------------
+
+
+def test_a_file_that_was_cut_off_leaves_the_one_before(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "before")
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error):
+            with whole(path) as temporary:
+                temporary.write_text("half")
+                raise error
+        assert path.read_text() == "before"
+        assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, float("nan"))
+    write_text(path, "after")
+    assert path.read_text() == "after"
+
+
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    path = tmp_path / "missing" / "file.json"
+    with pytest.raises(FileNotFoundError) as error:
+        write_text(path, "text")
+    assert error.value.filename == str(path)
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_an_error_and_a_device_stays_a_device():
+    with pytest.raises(OSError) as error:
+        write_text(pathlib.Path("/dev/full"), "text")
+    assert error.value.errno == errno.ENOSPC
+    assert not pathlib.Path("/dev/full").is_file()
