@@ -373,6 +373,11 @@ class Found:
         """The mean over seeds."""
         return statistics.fmean(self.per_seed_rps)
 
+    @property
+    def inversion(self) -> str | None:
+        """Where the attainment of the best is not monotone in the rate."""
+        return self.candidates[0].get("inversion")
+
 
 def find(contest: Contest) -> Found:
     """Searches the best option of a contest; a task for a worker."""

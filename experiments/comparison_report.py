@@ -166,6 +166,7 @@ def _figure(found: Found) -> str:
         return f"no goodput, alone it needs {found.needs:.3g} x the targets"
     best = found.candidates[0]
     doubts = [f"not {m}" for m in ("steady", "bracketed", "resolved") if not best[m]]
+    doubts += [found.inversion] if found.inversion else []
     return ", ".join([f"{found.rps:.3g}/s", *doubts])
 
 
