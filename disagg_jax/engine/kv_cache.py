@@ -286,15 +286,19 @@ def insert(
 ) -> tuple[Cache, Array]:
     """Writes pieces side by side into a device's blocks `ids`; (cache, done)."""
     rows = [_rows(part, len(pieces)) for pair in cache for part in pair]
+    first, blocks = ids[0], ids.shape[0]
+    if blocks == 1:  # as in `_write`: the pool was copied
+        ids = jnp.repeat(ids, 2)
     for piece, arrays in enumerate(pieces):
-        new = [x for a in arrays for x in jnp.split(a, a.shape[0] // ids.shape[0])]
+        new = [x for a in arrays for x in jnp.split(a, a.shape[0] // blocks)]
+        new = [jnp.broadcast_to(x, (ids.shape[0], x.shape[1])) for x in new]
         rows = [
             r.at[ids, piece].set(x, mode=_IN_BOUNDS)
             for r, x in zip(rows, new, strict=True)
         ]
     shape = cache[0][0].shape
     parts = [r.reshape(shape) for r in rows]
-    return list(zip(parts[::2], parts[1::2], strict=True)), ids[0]
+    return list(zip(parts[::2], parts[1::2], strict=True)), first
 
 
 def _rows(part: Array, pieces: int) -> Array:
