@@ -61,6 +61,17 @@ def test_no_rate_is_evaluated_twice():
     assert len(calls) == len(set(calls))
 
 
+def test_a_bracket_of_just_the_tolerance_is_narrow_enough():
+    calls = []
+
+    def evaluate(rate):
+        calls.append(rate)
+        return [1.0 if rate < 1.5 else 0.0]
+
+    search(evaluate, 1.0, SearchPlan(growth=1.5, tolerance=0.5))
+    assert calls == [1.0, 1.5]
+
+
 def test_a_system_that_always_fails_has_no_goodput_and_the_search_ends():
     calls = []
 
@@ -99,6 +110,7 @@ SHAPES = {
     "fails": ({1: 0.5, 2: 0.3}, 0.0, None, 1, None),
     "fails, ever less": ({1: 0.2, 2: 0.5, 4: 0.8}, 0.0, None, 1, None),
     "passes": ({1: 0.9, 2: 1.0}, 2.0, 2, None, None),
+    "just passes": ({1: 0.9, 2: 0.5, 4: 1.0, 8: 0.0}, 1.0, 1, 2, (2, 4)),
     "rises": ({20: 0.46, 200: 0.98}, 200.0, 200, None, (20, 200)),
     "rises and falls": ({1: 0.3, 2: 0.8, 4: 1.0, 8: 0.8}, 6.0, 4, 8, (1, 4)),
     "dips": ({1: 1.0, 2: 0.8, 3: 0.95, 4: 0.1}, 1.5, 1, 2, (2, 3)),
@@ -230,6 +242,17 @@ def test_a_plateau_is_not_followed():
     assert max(tried) <= 64
     assert found.per_seed[0] >= 50 / 1.05**2
     assert found.bracketed
+
+
+def test_neighbours_of_just_the_tolerance_are_near():
+    tried = []
+
+    def evaluate(rate):
+        tried.append(rate)
+        return [{1.0: 1.0, 2.0: 10.0}.get(rate, 1.0)]
+
+    climb(evaluate, 1.0, SearchPlan(growth=2.0, tolerance=1.0))
+    assert tried == [1.0, 2.0, 4.0]
 
 
 def test_of_equal_throughputs_the_lowest_rate_counts():
