@@ -136,6 +136,9 @@ class Problem:
     def __post_init__(self) -> None:
         expect(self.devices >= 1, "devices: expected >= 1", self.devices)
         expect(self.margin >= 0, "margin: expected >= 0", self.margin)
+        rate = self.rate_rps
+        finite = rate is None or 0 < rate < math.inf
+        expect(finite, "rate_rps: expected > 0, and finite", rate)
 
     def copies(self, devices: int, nodes: int | None = None) -> int:
         """How often `devices` of them fit, each time inside `nodes` nodes if given."""

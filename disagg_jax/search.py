@@ -48,13 +48,59 @@ class GoodputEstimate:
     fail_rps: float | None  # the rate above it, at which it fails
     bracketed: bool  # both ends were seen for every seed
     resolved: bool  # the intervals at both ends lie on their side of the target
+    # Where attainment is not monotone. The goodput is then that of the lowest rate that
+    # passes, and those that pass in a row above it.
+    inversion: Inversion | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inversion:
+    """A rate at which the mean attainment fails, though it passes at a higher one."""
+
+    fail_rps: float
+    fail_score: float
+    pass_rps: float  # the next one that passes
+    pass_score: float
+
+    def text(self, devices: float = 1.0) -> str:
+        """What to say of it, in rates per device."""
+        return (
+            "attainment is not monotone in the rate: "
+            f"{self.fail_score:.1%} at {self.fail_rps / devices:.4g} requests/s per "
+            f"device, {self.pass_score:.1%} at {self.pass_rps / devices:.4g}"
+        )
+
+
+def find_inversion(
+    attainments: Mapping[float, Sequence[float]], target: float
+) -> Inversion | None:
+    """The rate that fails the most clearly below one that passes; None if none does.
+
+    Low rates can be served worse than high ones where a small batch takes longer than a
+    large one. Or it is luck: attainments near the target, of few requests.
+    """
+    means = {rate: statistics.mean(attainments[rate]) for rate in sorted(attainments)}
+    passing = [rate for rate, mean in means.items() if mean >= target]
+    highest = max(passing, default=0.0)
+    failing = [r for r, mean in means.items() if mean < target and r < highest]
+    if not failing:
+        return None
+    worst = min(failing, key=lambda rate: means[rate])
+    above = next(rate for rate in passing if rate > worst)
+    return Inversion(
+        fail_rps=worst,
+        fail_score=means[worst],
+        pass_rps=above,
+        pass_score=means[above],
+    )
 
 
 def search(evaluate: Evaluate, start_rps: float, plan: SearchPlan) -> None:
     """Evaluates rates around the goodput: up and down from the start, then bisection.
 
     The first sweep goes on until every seed was seen to pass and to fail, so that every
-    seed has a crossing of its own.
+    seed has a crossing of its own. While nothing passes, a third of the rates is kept
+    for higher ones than the first: attainment may rise with the rate.
     """
     tried: dict[float, Sequence[float]] = {}
 
@@ -66,8 +112,14 @@ def search(evaluate: Evaluate, start_rps: float, plan: SearchPlan) -> None:
     low = high = start_rps
     while max(attainments(high)) >= plan.target and len(tried) < plan.max_rates:
         high *= plan.growth
-    while min(attainments(low)) < plan.target and len(tried) < plan.max_rates:
+    while min(attainments(low)) < plan.target and len(tried) < _most_down(tried, plan):
         low /= plan.growth
+    passed = bool(_bracket(tried, plan.target)[0])
+    while not passed and len(tried) < plan.max_rates:
+        high *= plan.growth
+        passed = statistics.mean(attainments(high)) >= plan.target
+    while max(attainments(high)) >= plan.target and len(tried) < plan.max_rates:
+        high *= plan.growth
     while len(tried) < plan.max_rates:
         passing, failing = _bracket(tried, plan.target)
         if not passing or failing is None or failing <= passing * (1 + plan.tolerance):
@@ -75,12 +127,24 @@ def search(evaluate: Evaluate, start_rps: float, plan: SearchPlan) -> None:
         attainments(math.sqrt(passing * failing))
 
 
+def _most_down(tried: Mapping[float, Sequence[float]], plan: SearchPlan) -> int:
+    """How many rates to try before looking above the first."""
+    passed = bool(_bracket(tried, plan.target)[0])
+    return plan.max_rates if passed else plan.max_rates - plan.max_rates // 3
+
+
 def _bracket(
     tried: Mapping[float, Sequence[float]], target: float
 ) -> tuple[float, float | None]:
     points = [(rate, statistics.mean(values)) for rate, values in tried.items()]
-    found = metrics.goodput(points, target)
+    found = _crossing(points, target)
     return found.pass_rps or 0.0, found.fail_rps
+
+
+def _crossing(points: Sequence[tuple[float, float]], target: float) -> metrics.Goodput:
+    """The first crossing of the target above the lowest rate that passes."""
+    lowest = min((rate for rate, share in points if share >= target), default=0.0)
+    return metrics.goodput([point for point in points if point[0] >= lowest], target)
 
 
 def estimate(
@@ -98,7 +162,7 @@ def estimate(
     """
     seeds = len(next(iter(attainments.values())))
     per_seed = [
-        metrics.goodput([(r, values[i]) for r, values in attainments.items()], target)
+        _crossing([(r, values[i]) for r, values in attainments.items()], target)
         for i in range(seeds)
     ]
     passing, failing = _bracket(attainments, target)
@@ -117,6 +181,7 @@ def estimate(
         fail_rps=failing,
         bracketed=all(found.bracketed and found.rate_rps > 0 for found in per_seed),
         resolved=resolved,
+        inversion=find_inversion(attainments, target),
     )
 
 

@@ -128,6 +128,13 @@ _REQUESTS = flags.DEFINE_integer(
     "Of a run, at least; more where the targets are long for so few.",
     allow_override=True,
 )
+_MOST_REQUESTS = flags.DEFINE_integer(
+    "max_requests",
+    2500,
+    "Of a run, at most. Short prompts and long targets ask for more without end; cells "
+    "that would need more are marked, and their goodputs are too high.",
+    allow_override=True,
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs at each rate.", allow_override=True)
 _WORKERS = flags.DEFINE_integer(
     "workers", None, "Processes; one a core by default.", allow_override=True
@@ -198,6 +205,9 @@ def _question() -> Question:
             max_rates=30,
         ),
         num_requests=_REQUESTS.value,
+        max_requests=max(_REQUESTS.value, _MOST_REQUESTS.value)
+        if not flags.FLAGS["max_requests"].present
+        else _MOST_REQUESTS.value,
         seeds=tuple(range(_SEEDS.value)),
     )
 

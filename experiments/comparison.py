@@ -10,7 +10,8 @@ runs in full that could be judged by several targets.
 
 A short run flatters: what arrives within one TTFT target before the queue is long is
 good at any rate. So a cell's runs last for many times its targets, at the highest rate
-that any of its systems could serve.
+that any of its systems could serve; but for `Question.max_requests` at most, as that
+rate times the targets has no end (prompts and outputs of a token, no target at all).
 """
 
 from __future__ import annotations
@@ -77,11 +78,14 @@ class Question:
     budgets: tuple[int, ...] = ()  # with them, all are tried and the best is taken
     plan: SearchPlan = SearchPlan(growth=1.2, tolerance=0.08, max_rates=30)
     num_requests: int = 200  # of a run at least
+    max_requests: int = 2500  # of a run at most; cells that need more say so
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
         expect(self.devices >= 2, "devices: expected >= 2", self.devices)
         expect(self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests)
+        expected = f"max_requests: expected >= num_requests ({self.num_requests})"
+        expect(self.max_requests >= self.num_requests, expected, self.max_requests)
         expect(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
         unknown = [name for name in self.systems if name not in POLICIES]
         expect(not unknown, f"systems: expected of {sorted(POLICIES)}", unknown)
@@ -241,6 +245,7 @@ class Contest:
 
     system: str
     options: tuple[Option, ...]
+    needed_requests: float = 0.0  # for runs that last long enough; inf for no target
 
 
 def deployments(
@@ -274,11 +279,13 @@ def contests(question: Question, cell: Cell) -> list[Contest]:
     }
     output = statistics.fmean(request.max_tokens for request in sample)
     finite = [rate for rate in capacities.values() if rate < math.inf]
-    enough = math.ceil(max(finite, default=0.0) * run_s(cell.slo, output))
-    num_requests = max(question.num_requests, enough)
+    needed = max(finite) * run_s(cell.slo, output) if finite else 0.0
+    least, most = question.num_requests, question.max_requests
+    num_requests = max(least, math.ceil(min(needed, most)))
     return [
         Contest(
             system=system,
+            needed_requests=max(needed, least),
             options=tuple(
                 Option(
                     candidate=_sized(draft, num_requests, capacities[id(draft)]),
@@ -368,6 +375,7 @@ class Found:
     needs: float  # times the targets, for requests that are served alone
     num_requests: int
     candidates: tuple[dict[str, Any], ...]  # all, the best first
+    needed_requests: float = 0.0  # for runs that last long enough; see `Question`
     why_dependent: str = ""  # why the seeds' runs give no interval
 
     @property
@@ -379,6 +387,16 @@ class Found:
     def rps(self) -> float:
         """The mean over seeds."""
         return statistics.fmean(self.per_seed_rps)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its runs have fewer requests than would last long enough."""
+        return self.needed_requests > self.num_requests
+
+    @property
+    def inversion(self) -> str | None:
+        """Where the attainment of the best is not monotone in the rate."""
+        return self.candidates[0].get("inversion") if self.candidates else None
 
 
 def find(contest: Contest) -> Found:
@@ -398,6 +416,7 @@ def find(contest: Contest) -> Found:
         needs=min(goodput.unloaded_scale for goodput in tried),
         num_requests=best.candidate.search.num_requests,
         why_dependent=best.candidate.search.why_dependent,
+        needed_requests=contest.needed_requests,
         candidates=tuple(
             {**row(o), "parameters": parameters[o.candidate.name]} for o in outcomes
         ),
@@ -431,8 +450,26 @@ def compare(
         grid[at] = tuple(itertools.islice(results, len(question.systems)))
         x, y = each.x.values[at[0]], each.y.values[at[1]]
         where = f"{each.x.name} {x:g}, {each.y.name} {y:g} {each.y.unit}"
-        progress(f"{done}/{len(cells)}: {where}: {judge(grid[at]).summary}")
+        said = [judge(grid[at]).summary, *cell_notes(grid[at])]
+        progress(f"{done}/{len(cells)}: {where}: {'; '.join(said)}")
     return grids
+
+
+def cell_notes(found: Sequence[Found]) -> list[str]:
+    """What to know about a cell's goodputs: bounded runs, attainment that rises."""
+    said = [f"{one.system}: {one.inversion}" for one in found if one.inversion]
+    if found[0].bounded:
+        said.insert(0, f"runs bounded to {needed(found[0])} requests")
+    return said
+
+
+def needed(found: Found) -> str:
+    """The requests of its runs, of those that it would take."""
+    if not found.bounded:
+        return f"{found.num_requests}"
+    if found.needed_requests == math.inf:
+        return f"{found.num_requests} of any number"
+    return f"{found.num_requests} of {math.ceil(found.needed_requests)}"
 
 
 # ---- who wins ------------------------------------------------------------------------

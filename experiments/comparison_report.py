@@ -26,7 +26,9 @@ from experiments.comparison import (
     Map,
     Margin,
     Question,
+    cell_notes,
     judge,
+    needed,
     sentence,
     shown_slo,
 )
@@ -37,6 +39,7 @@ from experiments.placements import lines
 
 Grid = Mapping[tuple[int, int], Sequence[Found]]
 _COLOUR_OF = dict(zip(POLICIES, COLOURS, strict=False))
+_BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
 _WHITE_ON = ("#0072B2", "#009E73", "#000000")  # colours too dark for black letters
 
 # ---- text ----------------------------------------------------------------------------
@@ -57,10 +60,26 @@ def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
     """When not to disaggregate, for each map; of a single cell, its answer."""
     return [
         sentence(each, {at: judge(found).verdict for at, found in grid.items()})
+        + bounded(grid)
         if len(grid) > 1
-        else answer(*grid.values())
+        else answer(*grid.values()) + bounded(grid)
         for each, grid in zip(maps, grids, strict=True)
     ]
+
+
+def bounded(grid: Grid) -> str:
+    """In how many cells runs are shorter than they should be; '' for none."""
+    short = [found[0] for found in grid.values() if found[0].bounded]
+    if not short:
+        return ""
+    least = min(one.num_requests / one.needed_requests for one in short)
+    share = f"as little as {least:.1%} as long" if least else "never as long"
+    return (
+        f"\nBounded: in {len(short)} of {len(grid)} cells runs have "
+        f"{short[0].num_requests} requests, the most that --max_requests allows, and "
+        f"are {share} as their targets ask for: goodputs there are too high, as what "
+        "arrives before the queue is long is good at any rate."
+    )
 
 
 def _header(question: Question) -> str:
@@ -122,9 +141,9 @@ def _row(judged: Judged) -> tuple[str, ...]:
     winner = judged.winner
     if judged.verdict == INFEASIBLE:
         why = f"{INFEASIBLE}: {judged.why_infeasible}"
-        return (f"{winner.num_requests}", "-", "-", "-", "-", why)
+        return (needed(winner), "-", "-", "-", "-", why)
     return (
-        f"{winner.num_requests}",
+        needed(winner),
         winner.system,
         shown_interval(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
@@ -177,6 +196,7 @@ def _figure(found: Found) -> str:
         return f"no goodput, alone it needs {found.needs:.3g} x the targets"
     best = found.candidates[0]
     doubts = [f"not {m}" for m in ("steady", "bracketed", "resolved") if not best[m]]
+    doubts += [found.inversion] if found.inversion else []
     return ", ".join([f"{found.rps:.3g}/s", *doubts])
 
 
@@ -199,7 +219,8 @@ def answer(found: Sequence[Found]) -> str:
     ratio = judged.over_colocated.ratio
     how_much = shown_interval(ratio) if ratio else "not both meet the targets"
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
-    return f"{head}\n{over}: {how_much}: {said}.{why}"
+    rises = [f"\n{f.system}: {f.inversion}." for f in found if f.inversion]
+    return f"{head}\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
 
 
 # ---- JSON ----------------------------------------------------------------------------
@@ -215,6 +236,8 @@ def record(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> An
             "sizes": question.sizes,
             "budgets": question.budgets,
             "plan": plain(question.plan),
+            "num_requests": question.num_requests,
+            "max_requests": question.max_requests,
             "seeds": question.seeds,
             "policies": {name: plain(POLICIES[name]) for name in question.systems},
         },
@@ -248,6 +271,9 @@ def _cell(each: Map, at: tuple[int, int], judged: Judged) -> dict[str, Any]:
         "over_runner_up": plain(judged.over_runner_up),
         "best_colocated": judged.best_colocated.system,
         "over_colocated": plain(judged.over_colocated),
+        "num_requests": judged.winner.num_requests,
+        "bounded": judged.winner.bounded,
+        "notes": cell_notes(judged.ranked),
         "systems": [
             {**plain(one), "goodput": plain(one.goodput)} for one in judged.ranked
         ],
@@ -324,7 +350,7 @@ def _plot_cell(
         simulation, (cell,) = question.simulation, each.cells.values()
         axes.set_title(
             f"{simulation.model_name} on {question.devices} devices, "
-            f"{simulation.cost}; {each.fixed}\n{shown_slo(cell.slo)}",
+            f"{simulation.cost}; {each.fixed}\n{shown_slo(cell.slo)}{_footnote(found)}",
             fontsize=9,
         )
         figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -365,7 +391,14 @@ def _draw(axes: Any, each: Map, grid: Grid) -> None:
         xlim=(-0.5, len(each.x.values) - 0.5), ylim=(-0.5, len(each.y.values) - 0.5)
     )
     axes.tick_params(length=0)
-    axes.set_title(each.fixed, fontsize=8.5)
+    axes.set_title(each.fixed + _footnote(*grid.values()), fontsize=8.5)
+
+
+def _footnote(*cells: Sequence[Found]) -> str:
+    """What the mark of bounded runs means, where there are any."""
+    if not any(found[0].bounded for found in cells):
+        return ""
+    return f"\n{_BOUNDED} runs are shorter than the targets ask for"
 
 
 def _draw_cell(axes: Any, at: tuple[int, int], judged: Judged) -> None:
@@ -406,7 +439,8 @@ def _label(judged: Judged) -> str:
         return f"{INFEASIBLE}\n{why}"
     about = "" if judged.over_runner_up.clear else "~ "
     name, goodput = judged.winner.system, judged.winner.rps
-    head = f"{about}{name}\n{goodput:.3g}/s\n"
+    mark = f" {_BOUNDED}" if judged.winner.bounded else ""
+    head = f"{about}{name}\n{goodput:.3g}/s{mark}\n"
     ratio = judged.over_colocated.ratio
     return head + (_ratio(ratio) if ratio else "only kind that serves")
 

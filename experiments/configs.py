@@ -52,7 +52,7 @@ def smoke() -> Config:
         memory=Memory(blocks_per_device=64, max_context=128),
         rates=(20.0, 200.0),
         num_seeds=2,
-        timing_repeats=2,
+        timing_repeats=5,
     )
 
 

@@ -13,6 +13,7 @@ from disagg_jax.expect import expect
 from disagg_jax.metrics import SLO
 from disagg_jax.placement import Layout, Outcome, Problem
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.sim.goodput import SimGoodput
 from disagg_jax.sim.workers import Mapper
 from experiments.shapes import get_shape
 from experiments.simulations import Simulation, distserve_profile, link_inside
@@ -281,7 +282,13 @@ def row(outcome: Outcome) -> dict[str, Any]:
         "resolved": goodput.found.resolved,
         "bracketed": goodput.found.bracketed,
         "steady": goodput.steady,
+        "inversion": _inversion(goodput, candidate.devices),
     }
+
+
+def _inversion(goodput: SimGoodput, devices: float) -> str | None:
+    found = goodput.found.inversion
+    return None if found is None else found.text(devices)
 
 
 def lines(table: Sequence[dict[str, Any]]) -> list[str]:
@@ -307,6 +314,8 @@ def _figure(shown: dict[str, Any]) -> str:
 def _marks(shown: dict[str, Any]) -> str:
     marks = ("resolved", "bracketed", "steady")
     missing = [f"not {mark}" for mark in marks if shown.get(mark) is False]
+    if shown.get("inversion"):
+        missing.append(shown["inversion"])
     return "  " + ", ".join(missing) if missing else ""
 
 

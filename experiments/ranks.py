@@ -45,7 +45,7 @@ def _figure(
       the highest rate;
     * below: it failed at every rate.
 
-    Otherwise it is "yes".
+    Otherwise it is "yes". `monotone` says whether no rate failed below one that passed.
     """
     if criterion.target is None:
         best = best_rate(tried, tolerance, independent=independent)
@@ -55,7 +55,12 @@ def _figure(
     known = _known(found.pass_rps, found.fail_rps, tolerance)
     # Where nothing passed, or nothing failed, the bound is all there is to show.
     bound = {"below": found.fail_rps, "at least": found.pass_rps}.get(known)
-    return {**dataclasses.asdict(found.interval), "known": known, "bound": bound}
+    return {
+        **dataclasses.asdict(found.interval),
+        "known": known,
+        "bound": bound,
+        "monotone": found.inversion is None,
+    }
 
 
 def _known(passing: float | None, failing: float | None, tolerance: float) -> str:

@@ -75,8 +75,26 @@ def _found(summary: Mapping[str, Any]) -> list[str]:
         rows = _goodput_rows(systems)
     return [
         *_grid(title, systems, rows),
+        *_inversions(systems),
         "",
         *_grid(at, systems, _metric_rows(systems)),
+    ]
+
+
+def _inversions(systems: Mapping[str, Any]) -> list[str]:
+    """Where a rate fails below one that passes, and what the goodput is then."""
+    found = {
+        name: system["goodput"]["inversion"]["text"]
+        for name, system in systems.items()
+        if "goodput" in system and system["goodput"]["inversion"]
+    }
+    if not found:
+        return []
+    return [
+        *(f"{name}: {text}" for name, text in found.items()),
+        "goodput is then where attainment first fails above the lowest rate that "
+        "passes;",
+        "steps of few rows may take longer than those of many, or runs are too short",
     ]
 
 
@@ -94,11 +112,17 @@ def _ranks(summary: Mapping[str, Any]) -> list[str]:
         *_grid("rank by each criterion", places, rows),
         "* searched for; others are read off its points: ~ between rates far apart,",
         ">= and < bounds only, as the rates tried end there: their order is open",
+        *(
+            ["! not monotone: a lower rate fails, or a higher one passes again"]
+            if any("!" in cell for _, cells in rows for cell in cells)
+            else []
+        ),
     ]
 
 
 def _ranked(row: Mapping[str, Any]) -> str:
     mark = {"yes": "", "coarsely": "~", "at least": ">= ", "below": "< "}[row["known"]]
+    mark += "" if row.get("monotone", True) else "!"
     return f"{mark}{row['mean'] if row['bound'] is None else row['bound']:.4g}"
 
 

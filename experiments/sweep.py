@@ -17,9 +17,11 @@ from disagg_jax.request import Timeline
 from disagg_jax.search import (
     BestRate,
     GoodputEstimate,
+    Inversion,
     best_rate,
     climb,
     estimate,
+    find_inversion,
     search,
 )
 from disagg_jax.summary import summarise
@@ -91,12 +93,19 @@ class Sweep:
             else:
                 plan = dataclasses.replace(plan, target=target)
                 search(scores, self._start_rps(), plan)
+        if self.good.target is not None:
+            found = self._scores_at(name, tried)
+            if inversion := find_inversion(found, self.good.target):
+                self.progress(f"{name:>14}  {inversion.text(devices)}")
         return sorted(tried)
+
+    def _scores_at(self, name: str, rates: Sequence[float]) -> dict[float, list[float]]:
+        """Of the criterion that is searched for; of points that are done."""
+        return _scores_of(self.config.criterion, self._runs(name, rates))
 
     def _execute(self, name: str, rates: Sequence[float]) -> None:
         """Runs the programs at the rate that a system is judged by."""
-        runs = self._runs(name, rates)
-        rate = self._judged_at(_scores_of(self.config.criterion, runs))
+        rate = self._judged_at(self._scores_at(name, rates))
         if rate is None:
             return
         devices = self.servers[name].deployment.devices
@@ -327,8 +336,22 @@ def _goodput(found: GoodputEstimate, runs: Runs, devices: int) -> dict[str, Any]
         "fail_rps_per_device": per_device(found.fail_rps),
         "bracketed": found.bracketed,
         "resolved": found.resolved,
+        "inversion": _inversion(found.inversion, devices),
         "steady": all(run["steady"] for run in at_pass) if at_pass else None,
         "at_pass_rate": _mean_metrics(at_pass) if at_pass else None,
+    }
+
+
+def _inversion(found: Inversion | None, devices: int) -> dict[str, Any] | None:
+    """Where attainment is not monotone; see `GoodputEstimate`."""
+    if found is None:
+        return None
+    return {
+        "fail_rps_per_device": found.fail_rps / devices,
+        "fail_score": found.fail_score,
+        "pass_rps_per_device": found.pass_rps / devices,
+        "pass_score": found.pass_score,
+        "text": found.text(devices),
     }
 
 

@@ -1,6 +1,7 @@
 """Placement: counting, and pruned searches against exhaustive ones."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -301,7 +302,16 @@ def test_no_replicas_of_nothing():
         replicas(known(0.0, 1), known(1.0, 1), devices=4)
 
 
-@pytest.mark.parametrize("change", [{"devices": 0}, {"margin": -0.1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"devices": 0},
+        {"margin": -0.1},
+        {"rate_rps": math.inf},
+        {"rate_rps": math.nan},
+        {"rate_rps": 0.0},
+    ],
+)
 def test_bad_problems_are_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
         problem(**change)

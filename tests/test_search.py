@@ -2,7 +2,14 @@
 
 import pytest
 
-from disagg_jax.search import SearchPlan, best_rate, climb, estimate, search
+from disagg_jax.search import (
+    SearchPlan,
+    best_rate,
+    climb,
+    estimate,
+    find_inversion,
+    search,
+)
 
 PLAN = SearchPlan(target=0.9, growth=2.0, tolerance=0.05, max_rates=30)
 
@@ -54,6 +61,17 @@ def test_no_rate_is_evaluated_twice():
     assert len(calls) == len(set(calls))
 
 
+def test_a_bracket_of_just_the_tolerance_is_narrow_enough():
+    calls = []
+
+    def evaluate(rate):
+        calls.append(rate)
+        return [1.0 if rate < 1.5 else 0.0]
+
+    search(evaluate, 1.0, SearchPlan(growth=1.5, tolerance=0.5))
+    assert calls == [1.0, 1.5]
+
+
 def test_a_system_that_always_fails_has_no_goodput_and_the_search_ends():
     calls = []
 
@@ -91,6 +109,103 @@ def test_a_goodput_does_not_begin_below_0():
     uneven = {1.0: [1.0, 0.0, 0.0], 2.0: [1.0, 0.0, 0.0], 4.0: [0.0, 0.0, 0.0]}
     assert estimate(uneven, 0.9).interval.low == 0.0
     assert best_rate(uneven, 0.1).interval.low == 0.0
+
+
+# ---- attainment that is not monotone in the rate -------------------------------------
+
+
+def both(curve):
+    """The same attainment for two seeds."""
+    return {rate: [share, share] for rate, share in curve.items()}
+
+
+# (curve, goodput, passes at, fails at, (worst failure, the next pass above it))
+SHAPES = {
+    "falls": ({1: 1.0, 2: 0.95, 4: 0.85}, 3.0, 2, 4, None),
+    "fails": ({1: 0.5, 2: 0.3}, 0.0, None, 1, None),
+    "fails, ever less": ({1: 0.2, 2: 0.5, 4: 0.8}, 0.0, None, 1, None),
+    "passes": ({1: 0.9, 2: 1.0}, 2.0, 2, None, None),
+    "just passes": ({1: 0.9, 2: 0.5, 4: 1.0, 8: 0.0}, 1.0, 1, 2, (2, 4)),
+    "rises": ({20: 0.46, 200: 0.98}, 200.0, 200, None, (20, 200)),
+    "rises and falls": ({1: 0.3, 2: 0.8, 4: 1.0, 8: 0.8}, 6.0, 4, 8, (1, 4)),
+    "dips": ({1: 1.0, 2: 0.8, 3: 0.95, 4: 0.1}, 1.5, 1, 2, (2, 3)),
+    "rises and dips": (
+        {1: 0.7, 2: 1.0, 3: 0.8, 4: 0.6, 5: 0.9, 6: 0.0},
+        2.5,
+        2,
+        3,
+        (4, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_goodput_of_given_rates_begins_at_the_lowest_that_passes(shape):
+    curve, goodput, passes, fails, inverted = SHAPES[shape]
+    found = estimate(both(curve), 0.9)
+    assert found.per_seed_rps == pytest.approx((goodput, goodput))
+    assert (found.pass_rps, found.fail_rps) == (passes, fails)
+    assert found.inversion == find_inversion(both(curve), 0.9)
+    if inverted is None:
+        assert found.inversion is None
+    else:
+        at = (found.inversion.fail_rps, found.inversion.pass_rps)
+        scores = (found.inversion.fail_score, found.inversion.pass_score)
+        assert at == inverted
+        assert scores == pytest.approx(tuple(curve[rate] for rate in inverted))
+
+
+def test_an_inversion_is_of_the_mean_over_seeds():
+    """One seed's own dip is luck that the mean does not share."""
+    found = estimate({1.0: [0.8, 1.0], 2.0: [1.0, 1.0], 4.0: [0.0, 0.0]}, 0.9)
+    assert found.inversion is None
+    # The seed that fails at the lowest rate has its crossing above that.
+    assert found.per_seed_rps == pytest.approx((2.2, 2.2))
+
+
+def test_an_inversion_says_both_rates_per_device():
+    found = find_inversion({20.0: [0.5, 0.42], 200.0: [1.0, 0.96]}, 0.9)
+    assert found.text(2) == (
+        "attainment is not monotone in the rate: 46.0% at 10 requests/s per device, "
+        "98.0% at 100"
+    )
+
+
+def hump(rate):
+    """Too slow below 30 requests/s, and above 300."""
+    return [0.5 if rate < 30 else 0.97 if rate < 300 else 0.1] * 2
+
+
+@pytest.mark.parametrize("start", [2.0, 10.0, 50.0, 290.0, 2000.0, 40_000.0])
+def test_a_search_finds_what_passes_above_rates_that_fail(start):
+    tried = {}
+
+    def evaluate(rate):
+        tried[rate] = hump(rate)
+        return tried[rate]
+
+    search(evaluate, start, PLAN)
+    found = estimate(tried, PLAN.target)
+    assert 30 <= found.pass_rps < 300 <= found.fail_rps
+    # From far below there are few rates left for a bisection.
+    assert found.fail_rps <= found.pass_rps * (1.05 if start > 2 else 1.3)
+    assert len(tried) <= PLAN.max_rates
+    lowest_passes = min(tried) >= 30
+    assert (found.inversion is None) == lowest_passes
+    if start < 30:
+        assert found.inversion.fail_rps < 30 <= found.inversion.pass_rps
+
+
+def test_a_search_that_fails_everywhere_looks_above_its_start_too():
+    tried = []
+
+    def evaluate(rate):
+        tried.append(rate)
+        return [0.0]
+
+    search(evaluate, 1.0, SearchPlan(growth=2.0, max_rates=8))
+    assert len(tried) == 8
+    assert sorted(tried) == [2.0**k for k in range(-5, 3)]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +257,25 @@ def test_a_plateau_is_not_followed():
     assert max(tried) <= 64
     assert found.per_seed[0] >= 50 / 1.05**2
     assert found.bracketed
+
+
+def test_neighbours_of_just_the_tolerance_are_near():
+    tried = []
+
+    def evaluate(rate):
+        tried.append(rate)
+        return [{1.0: 1.0, 2.0: 10.0}.get(rate, 1.0)]
+
+    climb(evaluate, 1.0, SearchPlan(growth=2.0, tolerance=1.0))
+    assert tried == [1.0, 2.0, 4.0]
+
+
+def test_of_equal_throughputs_the_lowest_rate_counts():
+    found = best_rate({1.0: [5.0], 2.0: [7.0], 4.0: [7.0]}, 0.1)
+    assert found.rate_rps == 2.0
+    # In whatever order they were tried, and by their means.
+    found = best_rate({8.0: [6.0, 8.0], 2.0: [7.0, 7.0], 4.0: [9.0, 5.0]}, 0.1)
+    assert (found.rate_rps, found.per_seed) == (2.0, (7.0, 7.0))
 
 
 def test_the_best_of_rates_at_the_edge_is_only_a_bound():

@@ -29,8 +29,9 @@ _SAMPLE = 100  # requests whose prompts are timed
 class Idle:
     """An `IdleMachine`: a deployment whose requests find it empty.
 
-    No load makes the latencies shorter. The decode steps of a request are timed at its
-    mean context, which is exact where durations are linear in the context.
+    No load makes the latencies shorter, unless `load_helps`. The decode steps of a
+    request are timed at its mean context, which is exact where durations are linear in
+    the context.
     """
 
     simulated: SimulatedDeployment
@@ -139,6 +140,26 @@ def _decode_rps(
     sizes = range(2, max(most, 1) + 1)
     decodes = 1 + bisect.bisect_left(sizes, True, key=too_slow)
     return _rate(max(stages_s(decodes)) * steps / decodes)
+
+
+def load_helps(simulated: SimulatedDeployment, requests: Sequence[Request]) -> bool:
+    """Whether some larger decode step takes less time than that of one request.
+
+    Measured times may say so. Then low rates can be served worse than high ones, and
+    what a request takes alone is no bound.
+    """
+    context = statistics.fmean(r.prompt_tokens + r.max_tokens / 2 for r in requests)
+    i = simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+    spec, memory = simulated.deployment.instances[i], simulated.memory[i]
+    most = simulated.policies[spec.role].limits.decode_rows // spec.pp
+    most = min(most, int(memory.num_blocks * memory.block_tokens / context))
+
+    def step_s(decodes: int) -> float:
+        load = StepLoad((), decodes, int(decodes * context))
+        return sum(simulated.cost.stages_s(i, load))
+
+    sizes = (2**k for k in range(1, max(most, 1).bit_length()))
+    return any(step_s(decodes) < step_s(1) for decodes in sizes)
 
 
 def _rate(seconds: float) -> float:

@@ -7,7 +7,8 @@ short once they are decided (`sim/trial.py`), but what is exact nevertheless:
   and whether each seed's own does: so `pass_rps` and `fail_rps`, and between which of
   the rates tried each seed crosses the target;
 * the attainments at `pass_rps` and `fail_rps`, which are run in full: so `resolved`,
-  and where a seed crosses between these two, its `per_seed_rps`.
+  and where a seed crosses between these two, its `per_seed_rps`; and those of an
+  `inversion`.
 
 A seed that crosses elsewhere has a `per_seed_rps` between the right two rates, but
 interpolated with the upper bound that a cut run gives: too high by less than their
@@ -29,6 +30,7 @@ from disagg_jax import metrics
 from disagg_jax.criteria import Criterion, DistServe
 from disagg_jax.expect import expect
 from disagg_jax.metrics import SLO
+from disagg_jax.request import Request
 from disagg_jax.search import (
     BestRate,
     GoodputEstimate,
@@ -38,7 +40,7 @@ from disagg_jax.search import (
     estimate,
     search,
 )
-from disagg_jax.sim.capacity import capacity_rps, unloaded
+from disagg_jax.sim.capacity import capacity_rps, load_helps, unloaded
 from disagg_jax.sim.points import SimPoint, SimResult, Workload, run_point
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.trial import Trial, Verdict, decisive_misses, run_trial
@@ -67,7 +69,8 @@ class GoodputSearch:
     seeds: tuple[int, ...] = (0,)
     plan: SearchPlan = SearchPlan(growth=1.25, tolerance=0.05, max_rates=30)
     start_rps: float | None = None  # the first rate; by default near the capacity
-    # A goodput below it is of no interest: if it fails, nothing else is tried.
+    # A goodput below it is of no interest: if it fails, nothing else is tried, unless
+    # attainment may rise with the rate (`may_rise`).
     must_beat_rps: float | None = None
 
     def __post_init__(self) -> None:
@@ -110,9 +113,15 @@ class GoodputSearch:
 
     def capacity_rps(self) -> float:
         """An estimate of what the deployment can serve; inf if nothing takes time."""
+        return capacity_rps(self.simulated, self._sample(), self.slo)
+
+    def may_rise(self) -> bool:
+        """Whether low rates may be served worse than high ones."""
+        return load_helps(self.simulated, self._sample())
+
+    def _sample(self) -> list[Request]:
         sample = min(self.num_requests, _SAMPLE)
-        requests = self.workload.requests(sample, 1.0, self.seeds[0])
-        return capacity_rps(self.simulated, requests, self.slo)
+        return self.workload.requests(sample, 1.0, self.seeds[0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,12 +202,13 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
         )
     independent = _independent(asked)
     scale = unloaded_scale(asked)
-    if scale > 1:
+    if scale > 1 and not asked.may_rise():
         return _no_goodput(asked, scale)
     cut_at = decisive_misses(asked.num_requests, len(asked.seeds), target)
     runs = _Runs(asked, mapper, cut_at)
     first = asked.first_rps()
-    if asked.must_beat_rps is None or statistics.mean(runs.scores(first)) >= target:
+    beats = asked.must_beat_rps is None or statistics.mean(runs.scores(first)) >= target
+    if beats or asked.may_rise():
         search(runs.scores, first, dataclasses.replace(asked.plan, target=target))
         _complete_bracket(runs, target)
     found = estimate(runs.all_scores(), target, independent=independent)
@@ -270,7 +280,8 @@ def _no_goodput(asked: GoodputSearch, scale: float) -> SimGoodput:
 def _complete_bracket(runs: _Runs, target: float) -> None:
     found = estimate(runs.all_scores(), target)
     if found.pass_rps is not None:
-        for rate in (found.pass_rps, found.fail_rps):
+        below = found.inversion and found.inversion.fail_rps
+        for rate in (found.pass_rps, found.fail_rps, below):
             if rate is not None:
                 runs.complete(rate)
 

@@ -36,6 +36,25 @@ def plain_attention(q_NH, k_SKH, v_SKH) -> np.ndarray:
     return np.einsum("ns,snh->nh", weights / weights.sum(1, keepdims=True), v_SNH)
 
 
+@pytest.mark.parametrize("free", [1.0, np.nan])
+def test_a_row_alone_attends_to_its_own_context_only(free):
+    """A step of one row has a way of its own through attention."""
+    rng = np.random.default_rng(0)
+    pool = (6, KV_HEADS, BLOCK, HEAD_DIM)
+    k, v = (random(rng, *pool, dtype="float32") for _ in "kv")
+    k, v = (part.at[jnp.array([0, 1, 4])].set(free) for part in (k, v))
+    q = random(rng, 1, HEADS, HEAD_DIM, dtype="float32")
+    new_k, new_v = (random(rng, 1, KV_HEADS, HEAD_DIM, dtype="float32") for _ in "kv")
+    owner = jnp.array([0 if row == 0 else -1 for row in OWNER])
+    position, slot = jnp.array(POSITION[:1]), jnp.array(SLOT[:1])
+    attend = kv_cache.decode_attend(position, slot, owner, jnp.array(START), BLOCK)
+    got, [(k, v)] = jax.jit(attend, static_argnums=0)(0, q, new_k, new_v, [(k, v)])
+    keys, values = (in_order(part, [3, 2], POSITION[0] + 1) for part in (k, v))
+    want = plain_attention(double(q[0]), keys, values)
+    assert got.shape == (1, HEADS, HEAD_DIM)
+    np.testing.assert_allclose(double(got[0]), want, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("free", [1.0, np.inf, np.nan])
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_decode_attends_to_its_own_context_only(dtype, error, free):

@@ -141,6 +141,27 @@ def test_bytes_follow_the_blocks_and_not_the_pool(world):
     assert sent_bytes(3) == sent_bytes(16) == 8 * sent_bytes(2)
 
 
+@pytest.mark.parametrize(
+    "prefill, decode", [("tp1", "tp1"), ("tp2", "tp2"), ("tp2", "tp1"), ("tp1", "tp2")]
+)
+@pytest.mark.parametrize("model", ["divided", "padded"])
+def test_the_bytes_that_are_said_are_those_that_arrive(world, model, prefill, decode):
+    """What is told without running it; in the destination's heads, padding included."""
+    config = MODELS[model]
+    engine = world.engine(f"prefill:{prefill},decode:{decode}", config)
+    transfer = make_transfer((3, 0, 15), (7, 15, 2), 11)
+    heads = len(engine.instances[1].model.layout.kv)
+    blocks = engine.instances[0].buckets.transfer_size(3)
+    block_bytes = 2 * config.layers * heads * POOL.block_tokens * config.head_dim * 4
+    assert engine.transfer_bytes(transfer) == blocks * block_bytes
+    assert engine.part_bytes(transfer) == [blocks * block_bytes]
+    moved = []
+    for pause in engine.start(transfer):
+        moved.append(sum(array.nbytes for array in pause.arrays))
+    assert moved[1] == blocks * block_bytes  # gathered, moved, inserted
+    assert run_alone(engine, transfer)[1][1] == engine.transfer_bytes(transfer)
+
+
 @pytest.mark.parametrize("prefill, decode", PAIRS)
 @pytest.mark.parametrize("model", MODELS)
 def test_kv_never_passes_through_the_host(world, model, prefill, decode):

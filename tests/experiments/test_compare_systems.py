@@ -36,7 +36,7 @@ from experiments.comparison import (
     sentence,
     slos_map,
 )
-from experiments.comparison_report import answer, record, text
+from experiments.comparison_report import answer, plot, record, text
 from experiments.paper_workloads import get_workload
 from experiments.simulations import Simulation, get_simulation, roofline_simulation
 
@@ -277,6 +277,55 @@ def made_up(system, *per_seed_rps):
     )
 
 
+def test_one_token_each_way_ends_and_says_what_was_bounded(tmp_path):
+    """Requests/s times a target have no end; the runs do."""
+    cells = lengths_map((1,), (1, 2), 0, SLO(ttft_s=5.0, tpot_s=5.0), 64)
+    question = linear_question(num_requests=50, max_requests=300)
+    for at, cell in cells.cells.items():
+        for contest in contests(question, cell):
+            assert contest.needed_requests > 300, at
+            sizes = {o.candidate.search.num_requests for o in contest.options}
+            assert sizes == {300}
+    said = []
+    grids = compare(question, [cells], map, said.append)
+    shown = text(question, [cells], grids)
+    assert "Bounded: in 2 of 2 cells runs have 300 requests" in shown
+    assert " 300 of " in shown and "runs bounded to 300 of " in said[1]
+    (found,) = record(question, [cells], grids)["maps"]
+    assert [cell["bounded"] for cell in found["cells"]] == [True, True]
+    assert found["sentence"] in shown and "--max_requests" in found["sentence"]
+    assert all(cell["num_requests"] == 300 for cell in found["cells"])
+    plot(question, [cells], grids, tmp_path / "maps.png")
+    assert (tmp_path / "maps.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("slo", [(math.inf, 0.1), (1.0, math.inf), (math.inf,) * 2])
+def test_no_target_at_all_is_bounded_too(slo):
+    cell = Cell(
+        workload=get_workload("fixed:8x4"), slo=SLO(ttft_s=slo[0], tpot_s=slo[1])
+    )
+    for contest in contests(linear_question(max_requests=400), cell):
+        assert contest.needed_requests == math.inf
+        sizes = {o.candidate.search.num_requests for o in contest.options}
+        assert sizes == {400}
+
+
+def test_a_cell_that_needs_less_is_not_bounded():
+    cell = Cell(workload=get_workload("fixed:400x4"), slo=SLO(ttft_s=1.0, tpot_s=0.1))
+    (few, many) = (
+        contests(linear_question(max_requests=most), cell) for most in (4000, 100_000)
+    )
+    for a, b in zip(few, many, strict=True):
+        assert a.needed_requests == b.needed_requests <= 4000
+        sizes = {o.candidate.search.num_requests for o in (*a.options, *b.options)}
+        assert sizes == {math.ceil(a.needed_requests)}
+
+
+def test_a_bound_below_the_least_is_refused():
+    with pytest.raises(ValueError, match=r"max_requests: expected >= num_requests"):
+        linear_question(num_requests=50, max_requests=49)
+
+
 def test_the_kinds_are_compared_and_not_only_the_first_two():
     # Two colocated systems are first; the question is disaggregation's place.
     found = [
@@ -465,6 +514,16 @@ def found_of(system, *per_seed_rps, needs=0.5):
         num_requests=100,
         candidates=({"steady": True, "bracketed": True, "resolved": True},),
     )
+
+
+def test_a_winner_whose_attainment_is_not_monotone_says_so():
+    one = found_of("vllm", 2.0, 2.0)
+    best = {**one.candidates[0], "inversion": "46.0% at 10, 98.0% at 100"}
+    cell = [
+        dataclasses.replace(one, candidates=(best,)),
+        found_of(DISAGGREGATED, 1.0, 1.0),
+    ]
+    assert answer(cell).endswith("\nvllm: 46.0% at 10, 98.0% at 100.")
 
 
 @pytest.mark.parametrize(

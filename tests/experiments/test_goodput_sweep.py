@@ -14,9 +14,10 @@ from disagg_jax import criteria, metrics
 from disagg_jax.deployment import Role
 from disagg_jax.event_log import replay
 from disagg_jax.request import Request, Timeline
+from disagg_jax.search import find_inversion
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import get_link
-from experiments import goodput_sweep, report, serving
+from experiments import goodput_sweep, report, serving, sweep
 from experiments.config import override
 from experiments.configs import get_config
 from experiments.run_dir import Point, RunDir
@@ -155,6 +156,21 @@ def test_a_run_ranks_its_systems_by_every_criterion(first):
         goodput = summary["systems"][row["system"]]["goodput"]
         found = goodput["max_goodput_rate_per_device"]["mean"]
         assert row["mean"] == pytest.approx(found)
+
+
+def test_attainment_that_is_not_monotone_is_in_the_table(first):
+    summary = json.loads((first / "summary.json").read_text())
+    vllm, apart = (summary["systems"][n] for n in ("vllm", "disaggregated"))
+    found = find_inversion({20.0: [0.5, 0.42], 200.0: [1.0, 0.96]}, 0.9)
+    vllm["goodput"]["inversion"] = inversion = sweep._inversion(found, 2)
+    apart["goodput"]["inversion"] = None
+    assert (inversion["fail_rps_per_device"], inversion["pass_score"]) == (10, 0.98)
+    said = "attainment is not monotone in the rate: 46.0% at 10 requests/s per device"
+    lines = report.table(summary).splitlines()
+    (line,) = (line for line in lines if "not monotone in the rate" in line)
+    assert line == f"vllm: {said}, 98.0% at 100"
+    vllm["goodput"]["inversion"] = None
+    assert "not monotone in the rate" not in report.table(summary)
 
 
 def test_scores_follow_from_the_token_times(first):

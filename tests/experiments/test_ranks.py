@@ -4,6 +4,7 @@ import pytest
 
 from disagg_jax.criteria import Sarathi, mlperf
 from disagg_jax.metrics import SLO
+from experiments import report
 from experiments.ranks import rank
 
 P99 = mlperf(SLO(ttft_s=1.0, tpot_s=1.0))  # its target is 0.99
@@ -32,6 +33,22 @@ def test_systems_are_ordered_by_their_highest_passing_rate():
     ]
     # 1 falls to 0.98 between 4 and 8, and so crosses 0.99 half way.
     assert rows[1]["mean"] == pytest.approx(6.0)
+
+
+def test_a_rate_that_fails_below_one_that_passes_is_marked():
+    rows = rank(
+        P99,
+        {
+            "rises": {1.0: [0.5, 0.5], 2.0: [1.0, 1.0], 3.0: [0.0, 0.0]},
+            "falls": {1.0: [1.0, 1.0], 1.1: [0.5, 0.5]},
+        },
+        tolerance=0.1,
+    )
+    assert [(row["system"], row["monotone"]) for row in rows] == [
+        ("rises", False),
+        ("falls", True),
+    ]
+    assert report._ranked(rows[0]).startswith("~!2.0")
 
 
 def test_throughputs_are_ordered_by_the_best_score():

@@ -590,3 +590,58 @@ def test_slo_scale_by_hand():
 def test_bad_searches_are_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
         asked("colocated:tp1", **change)
+
+
+# ---- attainment that rises with the rate ---------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SlowAlone(LinearCost):
+    """A decode step of one request takes three times as long as one of several."""
+
+    def stages_s(self, instance, load):
+        (step_s,) = super().stages_s(instance, load)
+        return (step_s * 3 if load.decodes == 1 and not load.chunks else step_s,)
+
+    def decoder(self, instance):
+        decode_s = super().decoder(instance)
+        return lambda n, context: decode_s(n, context) * (3 if n == 1 else 1)
+
+
+def slow_alone(cost_of, **changes):
+    cost = cost_of(step_base_s=0.01, prefill_token_s=1e-5)
+    return GoodputSearch(
+        simulated=build(Deployment.parse("colocated:tp1"), cost=cost),
+        workload=SimWorkload(
+            prompt=FixedLengths(tokens=8), output=FixedLengths(tokens=30)
+        ),
+        slo=SLO(ttft_s=1.0, tpot_s=0.02),
+        num_requests=300,
+        seeds=(0, 1),
+        **changes,
+    )
+
+
+def test_what_only_a_lone_request_misses_has_a_goodput():
+    alone, level = slow_alone(SlowAlone), slow_alone(LinearCost)
+    assert alone.may_rise() and not level.may_rise()
+    found = find_goodput(alone)
+    assert found.unloaded_scale > 1  # a request alone is too slow
+    assert found.found.pass_rps is not None
+    assert found.rps == pytest.approx(find_goodput(level).rps, rel=0.1)
+
+
+def test_a_low_rate_that_fails_is_told_with_its_own_attainment():
+    """Runs that fail are cut, but not those of which an attainment is shown."""
+    search = slow_alone(SlowAlone, start_rps=2.0, plan=SearchPlan(growth=2.0))
+    inversion = find_goodput(search).found.inversion
+    assert inversion.fail_rps <= 2.0 < inversion.pass_rps
+    at = search.points(inversion.fail_rps)
+    full = [run_point(p).attainment(search.slo).joint for p in at]
+    assert inversion.fail_score == pytest.approx(np.mean(full))
+    assert inversion.fail_score < 0.9 <= inversion.pass_score
+
+
+def test_failing_at_the_rate_to_beat_is_no_end_where_attainment_may_rise():
+    alone = find_goodput(slow_alone(SlowAlone, must_beat_rps=2.0))
+    assert alone.found.pass_rps > 2.0
