@@ -192,8 +192,9 @@ class Sweep:
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
-        has_text = not isinstance(self.model.tokenizer, NoText)
-        if self.config.weights != "random" and has_text:
+        if self.config.weights == "random":
+            return row
+        if not isinstance(self.model.tokenizer, NoText):
             row["text"] = self.model.tokenizer.decode(timeline.tokens)
         return row
 

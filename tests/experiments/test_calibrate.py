@@ -9,7 +9,7 @@ import pytest
 import scipy.optimize
 
 from disagg_jax.engine.engine import Engine
-from disagg_jax.metrics import interval_across
+from disagg_jax.metrics import interval_across, rate_interval
 from disagg_jax.sim import terms
 from disagg_jax.sim.calibrated import CalibratedProfile
 from disagg_jax.sim.calibrated_profile import profile_to_json
@@ -277,7 +277,7 @@ def test_only_what_the_engine_tells_apart_must_be_in_order(results):
         "0 of these in the same order   MISSED"
     )
     goodputs = accuracy_report.text(wrong).split("# goodput")[1]
-    each = dataclasses.astuple(interval_across(c))
+    each = dataclasses.astuple(rate_interval(c))
     mean, low, high = (rps / wrong.systems["c"].devices for rps in each)
     assert f"{mean:.4g} [{low:.4g}, {high:.4g}]" in goodputs
 

@@ -251,7 +251,9 @@ def test_bad_values_are_one_line(flags, message):
 def test_a_default_trace_that_is_not_there_names_the_flag_for_another(monkeypatch):
     config = get_config("azure_trace")
     monkeypatch.chdir(ROOT / "tests")  # the default is relative to a checkout
-    with pytest.raises(ValueError, match=r"^workload.trace: expected a file, got") as e:
+    with pytest.raises(
+        ValueError, match=r"^workload.trace: expected a trace file, g"
+    ) as e:
         RequestSource.load(config, make_model())
     assert config.workload.trace in str(e.value)
     assert "--set workload.trace=FILE" in str(e.value)

@@ -11,6 +11,7 @@ from disagg_jax.sim.points import SimWorkload
 from disagg_jax.traces import TraceRow
 from experiments import comparison_report as report
 from experiments.comparison import DISAGGREGATED, Found, Question, judge, slos_map
+from experiments.folder import plain
 from experiments.simulations import get_simulation
 
 WORKLOAD = SimWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
@@ -134,7 +135,7 @@ def test_the_record_has_the_numbers_of_the_table():
 
 
 def test_what_is_infinite_is_none_in_the_record():
-    assert report._plain({"a": (float("inf"), 1.5)}) == {"a": [None, 1.5]}
+    assert plain({"a": (float("inf"), 1.5)}) == {"a": [None, 1.5]}
 
 
 @pytest.mark.parametrize(

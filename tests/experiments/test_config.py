@@ -61,7 +61,7 @@ def test_an_override_reaches_through_mappings_into_a_policy():
         ("speed=1", "no 'speed' here; expected one of model, weights"),
         ("workload=1", "'workload' has parts"),
         ("model.size=1", "'model' has no parts"),
-        ("rates=1,-2", "rates: expected > 0 requests/s, got -2.0"),
+        ("rates=1,-2", "rates: expected > 0 requests/s, and finite, got"),
         ("num_seeds=0", "num_seeds: expected >= 1, got 0"),
         ("clock=sundial", "clock: expected one of virtual, wall, got 'sundial'"),
         ("workload.num_requests=0", "workload.num_requests: expected >= 1, got 0"),
@@ -151,7 +151,7 @@ def test_targets_below_zero_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(
-    "assignment", ["rates=0", "rates=nan", "num_seeds=-1", "workload.num_requests=-3"]
+    "assignment", ["rates=0", "num_seeds=-1", "workload.num_requests=-3"]
 )
 def test_less_than_the_least_is_refused(assignment):
     with pytest.raises(ValueError, match="expected >"):

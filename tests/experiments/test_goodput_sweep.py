@@ -299,7 +299,9 @@ def test_what_became_of_a_trace_stands_in_all_that_is_shown(tmp_path):
     trace = tmp_path / "trace.csv"
     head = "arrival_s,prompt_tokens,output_tokens"
     trace.write_text("\n".join([head, *rows, "9,30,9", "9,1,0", ""]))
-    cfg = config("workload.source=trace", f"workload.trace={trace}", "rates=50")
+    lengths = [change for change in SMALL if "_tokens=uniform" not in change]
+    source = ["workload.source=trace", f"workload.trace={trace}", "rates=50"]
+    cfg = override(get_config("smoke"), [*lengths, *source])
     out = tmp_path / "out"
     table = goodput_sweep.run(cfg, out, None)
     said = [

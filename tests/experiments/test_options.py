@@ -161,7 +161,7 @@ def test_an_option_that_matters_is_taken(changes):
 def test_what_a_named_config_sets_may_lose_its_effect():
     """The user did not set it, and asks for something else."""
     config = override(get_config("smoke"), ["durations=modelled"])
-    assert config.timing_repeats == 2
+    assert config.timing_repeats == 5
     override(config, ["clock=virtual"])
     random = override(get_config("azure_trace"), ["workload.source=random"])
     assert random.workload.trace_scale == 0.125

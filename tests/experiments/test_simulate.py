@@ -56,8 +56,8 @@ TICKS = "arrival_s,prompt_tokens,output_tokens\n" + "".join(
 )
 
 
-def arrivals_s(tmp_path):
-    with (tmp_path / "out" / "requests.csv").open() as file:
+def arrivals_s(out):
+    with (out / "requests.csv").open() as file:
         return [float(row["arrival_s"]) for row in csv.DictReader(file)]
 
 
@@ -206,9 +206,11 @@ def test_how_the_trace_was_read_is_shown_and_kept(tmp_path):
     )
     facts = json.loads((tmp_path / "out" / "trace.json").read_text())
     assert (facts["format"], facts["tick_s"], facts["ties"]) == ("columns", 3, "spread")
-    assert arrivals_s(tmp_path) == [0, 1, 2, 3, 4, 5]
-    command(tmp_path, trace=tmp_path / "ticks.csv", ties="keep")
-    assert arrivals_s(tmp_path) == [0, 0, 0, 3, 3, 3]
+    assert arrivals_s(tmp_path / "out") == [0, 1, 2, 3, 4, 5]
+    kept = tmp_path / "kept"
+    done = command(tmp_path, trace=tmp_path / "ticks.csv", ties="keep", out=kept)
+    assert done.returncode == 0, done.stderr
+    assert arrivals_s(kept) == [0, 0, 0, 3, 3, 3]
 
 
 def test_a_trace_without_times_takes_a_rate(tmp_path):
@@ -217,12 +219,12 @@ def test_a_trace_without_times_takes_a_rate(tmp_path):
     done = command(tmp_path, trace=path)
     assert "--rate: expected requests/s, as" in done.stderr
     assert command(tmp_path, trace=path, rate=2.0).returncode == 0
-    assert len(set(arrivals_s(tmp_path))) == 3
+    assert len(set(arrivals_s(tmp_path / "out"))) == 3
 
 
 def test_a_rate_stretches_the_time_of_a_trace(tmp_path):
     assert command(tmp_path, rate=0.5).returncode == 0
-    assert arrivals_s(tmp_path) == [0, 2]
+    assert arrivals_s(tmp_path / "out") == [0, 2]
 
 
 def test_the_context_limit_can_be_raised(tmp_path):
@@ -230,7 +232,7 @@ def test_the_context_limit_can_be_raised(tmp_path):
     path.write_text(HEADER + "0,0,3000,5\n1,500,100,5\n")
     flags = {"trace": path, "config": "opt13b_a100"}
     assert "2 requests, 1 refused" in command(tmp_path, **flags).stdout
-    raised = command(tmp_path, **flags, max_context=3005)
+    raised = command(tmp_path, **flags, max_context=3005, out=tmp_path / "raised")
     assert "2 requests, 0 refused" in raised.stdout
 
 

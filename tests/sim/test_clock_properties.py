@@ -179,7 +179,7 @@ class Watched:
         self.clock = VirtualBackend(self)
         self.pieces, self.in_flight, self._factors = {}, {}, {}
         self.moved_up = 0
-        self.now_s = self.clock.now_s
+        self.now_s, self.progress = self.clock.now_s, self.clock.progress
 
     def run(self, work):
         outcome = self._cost.run(work)
