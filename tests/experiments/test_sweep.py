@@ -90,6 +90,15 @@ class Pretended:
         return [served(r, 5.0 if i < late else 0.5) for i, r in enumerate(asked)]
 
 
+class Source:
+    """Random requests: no trace, and seeds that share nothing."""
+
+    trace, why_dependent = None, ""
+
+    def __call__(self, rate_rps, replica):
+        return requests(rate_rps, replica)
+
+
 def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
     config = override(get_config("smoke"), [*SMALL, *changes])
     first = Pretended(Deployment.parse("2xcolocated:tp1"), limits[0], late_s)
@@ -98,7 +107,7 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
     return Sweep(
         config=config,
         model=None,
-        source=requests,
+        source=Source(),
         servers={"vllm": first, "disaggregated": other},
         step_times={},
         slo=slo,
