@@ -142,6 +142,15 @@ class DecodeBatch:
             to._fresh += [state for state in self._fresh if state.batch is to]
             self._fresh = [state for state in self._fresh if state.batch is self]
 
+    def forget(self) -> None:
+        """Forget all iterations. The batch has no members, so nobody needs them.
+
+        Otherwise their ends would add up to the length of the run, for every instance.
+        """
+        self.iteration = 0
+        self._ends_s = []
+        self._milestones = None
+
     def within(self, tokens: int) -> Sequence[RequestState]:
         """The longest head of the queue that attends to at most `tokens` tokens.
 

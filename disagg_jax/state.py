@@ -205,6 +205,7 @@ class InstanceState:
         batch.stepping = False
         if batch is not self.nobody:
             self.ready, spare = self.ready.absorb(batch)
+            spare.forget()
             self._spares.append(spare)
 
     @property

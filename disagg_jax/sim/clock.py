@@ -26,7 +26,7 @@ from disagg_jax.work import (
 
 # Iterations of a span that are timed at first, and then as many as there are already:
 # most spans are cut early.
-_AHEAD: Final = 8
+_AHEAD: Final = 16
 _INFINITE: Final = math.inf
 _LAST: Final = (sys.maxsize,)  # behind all resources, of what is due at one instant
 
