@@ -69,10 +69,17 @@ class Cluster:
             for i, spec in enumerate(deployment.instances)
         ]
         entries = deployment.of(Role.PREFILL, Role.COLOCATED)
-        decoders = deployment.of(Role.DECODE)
+        decoders = set(deployment.of(Role.DECODE))
         self._entries = InstanceIndex([self.instances[i] for i in entries], look)
-        self._decoders = InstanceIndex([self.instances[i] for i in decoders], look)
+        self._decoders = InstanceIndex(
+            [instance for instance in self.instances if instance.id in decoders], look
+        )
         self.touched: set[int] = set()  # instances that may have something to start
+        # By instance: where its index takes note that its rank may be another.
+        self._stale = [
+            (self._decoders if i in decoders else self._entries).touched
+            for i in range(len(self.instances))
+        ]
         self._first_with: dict[KVMemory, int] = {}  # instance, by its memory
         for instance in self.instances:
             self._first_with.setdefault(instance.memory, instance.id)
@@ -91,12 +98,9 @@ class Cluster:
 
     def touch(self, instance: InstanceState) -> None:
         """Take note that an instance may have another step to start or another rank."""
-        self.touched.add(instance.id)
-        self._rank_again(instance)
-
-    def _rank_again(self, instance: InstanceState) -> None:
-        decodes = instance.spec.role is Role.DECODE
-        (self._decoders if decodes else self._entries).touch(instance)
+        id = instance.id
+        self.touched.add(id)
+        self._stale[id].add(id)
 
     def set_up(self, instance: InstanceState, up: bool) -> None:
         """Take note that an instance is lost, or back."""
@@ -116,7 +120,7 @@ class Cluster:
     ) -> None:
         """Puts a request that has no KV into a queue: `instance`'s, or as routed."""
         if instance is None:
-            if not len(self._entries):
+            if not self._entries.up:
                 state.settled_place = Place.UNROUTED
                 self.unrouted.append(state)
                 return
@@ -205,7 +209,7 @@ class Cluster:
         """
         parts = _take_chunks(instance, prompts, chunks) if prompts else ()
         if prompts:  # one that is computed again no longer queues
-            self._rank_again(instance)
+            self._stale[instance.id].add(instance.id)
         batch, decoding, iterations = instance.nobody, len(decodes), 1
         if decoding:
             batch = _take_ready(instance, decodes)
@@ -245,7 +249,7 @@ class Cluster:
 
     def assign_target(self, state: RequestState) -> None:
         """Picks the decode instance that is to pull a parked request's KV."""
-        if len(self._decoders):
+        if self._decoders.up:
             state.target = _pick(self._decode_router, state, self._decoders)
             state.target.pulls.append(state)
             self.touch(state.target)
@@ -280,7 +284,7 @@ class Cluster:
 
         Not past those who wait for their KV to be pulled.
         """
-        if not len(self._decoders):
+        if not self._decoders.up:
             return None
         target = _pick(self._decode_router, state, self._decoders)
         if target.pulls:
@@ -313,7 +317,7 @@ class Cluster:
         """Gives a request that is to arrive room for a token more than its context."""
         dst.blocks.extend(state.id, context + 1)
         dst.arriving[state.id] = state
-        self.touch(dst)
+        self._stale[dst.id].add(dst.id)  # it has no more to start than before
 
     def _transfer(
         self, work_id: int, state: RequestState, end: int, blocks: int, step: int = 0
@@ -355,8 +359,8 @@ def _pick(
     router: Router, state: RequestState, instances: InstanceIndex
 ) -> InstanceState:
     """The instance that `router` picks; it is asked only where there is a choice."""
-    if len(instances) == 1:
-        return instances[0]
+    if len(instances.up) == 1:
+        return instances.up[0]
     picked = typing.cast(InstanceState, router(state, instances))
     if picked not in instances:
         raise RuntimeError(

@@ -17,7 +17,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.plan_check import check_plan
 from disagg_jax.request import Status, Timeline
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
-from disagg_jax.scheduling.view import Plan, Policy, PullPolicy
+from disagg_jax.scheduling.view import Policy, PullPolicy
 from disagg_jax.spans import SpanProgress, Spans, no_progress
 from disagg_jax.state import (
     InFlight,
@@ -89,7 +89,8 @@ class Controller:
                     f"deployment '{deployment}' has {spec.role} instances, but the "
                     f"system has policies for {', '.join(sorted(policies))} only"
                 )
-        if deployment.of(Role.DECODE):
+        self._decodes_apart = bool(deployment.of(Role.DECODE))
+        if self._decodes_apart:
             self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
         self._policies = [policies[i.spec.role] for i in self.instances]
         self._limits = [policy.limits for policy in self._policies]
@@ -132,17 +133,19 @@ class Controller:
           RuntimeError: on an impossible state: an unknown or repeated Done, a block
             freed twice, requests that wait for ever.
         """
-        self._spans.begin_turn(now_s, progress)
+        spans = self._spans
+        spans.now_s, spans.progress_of, spans.gone_on = now_s, progress, False
         for event in events:
             self._on[type(event)](now_s, event)
         works: list[Work] = []
-        if self._spans.disturbed:
-            self._spans.cut(works)
+        if spans.disturbed:
+            spans.cut(works)
         # Plans only take room, but for preemption: it frees blocks that a pull waits
         # for, and fills a queue. So go round in a fixed order until nobody makes room.
         made_room = True
         while made_room:
-            self._start_transfers(now_s, works)
+            if self._decodes_apart:
+                self._start_transfers(now_s, works)
             made_room = self._start_steps(now_s, works)
         if self._active and not self._in_flight:
             self._check_alive()
@@ -381,10 +384,12 @@ class Controller:
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> None:
-        for id in sorted(self._cluster.touched):
+        touched = self._cluster.touched
+        for id in sorted(touched) if len(touched) > 1 else tuple(touched):
             dst = self.instances[id]
-            if dst.pulls:
-                self._spans.catch_up(dst)
+            if not dst.pulls:
+                continue
+            self._spans.catch_up(dst)
             while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
                 state = dst.pulls[0]
                 transfer = self._cluster.start_transfer(self._next_work_id(), state)
@@ -398,9 +403,13 @@ class Controller:
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
         """Starts what can start; whether anybody made room for it."""
-        self._spans.go_on(self.instances, works)
+        if self._spans.at_boundary:
+            self._spans.go_on(self.instances, works)
+        self._spans.gone_on = True
         made_room, touched = False, self._cluster.touched
-        ids = sorted(touched, reverse=True)
+        ids = list(touched)
+        if len(ids) > 1:
+            ids.sort(reverse=True)
         touched.clear()
         while ids:
             id = ids.pop()
@@ -420,34 +429,28 @@ class Controller:
     def _start_step(
         self, now_s: float, instance: InstanceState, works: list[Work]
     ) -> bool:
-        policy = self._policies[instance.id]
+        policy, limits = self._policies[instance.id], self._limits[instance.id]
         plan = policy.plan(instance)
         try:
-            return self._carry_out(plan, now_s, instance, works)
+            prompts = check_plan(plan, instance, limits, self._requests)
+            for victim in plan.preempt:
+                self._preempt(now_s, instance, self._requests[victim.id], plan.to_back)
+            if not plan.chunks and not plan.decodes:
+                return bool(plan.preempt)
+            # What a policy saw of the running requests is their states themselves.
+            decodes = typing.cast(Sequence[RequestState], plan.decodes)
+            flight = self._cluster.start_step(
+                self._next_work_id(),
+                instance,
+                prompts,
+                plan.chunks,
+                decodes,
+                plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,
+            )
         except RuntimeError as error:
             raise RuntimeError(
                 f"the plan of {type(policy).__name__} for {instance}: {error}"
             ) from error
-
-    def _carry_out(
-        self, plan: Plan, now_s: float, instance: InstanceState, works: list[Work]
-    ) -> bool:
-        limits = self._limits[instance.id]
-        prompts = check_plan(plan, instance, limits, self._requests)
-        for victim in plan.preempt:
-            self._preempt(now_s, instance, self._requests[victim.id], plan.to_back)
-        if not plan.chunks and not plan.decodes:
-            return bool(plan.preempt)
-        # What a policy saw of the running requests is their states themselves.
-        decodes = typing.cast(Sequence[RequestState], plan.decodes)
-        flight = self._cluster.start_step(
-            self._next_work_id(),
-            instance,
-            prompts,
-            plan.chunks,
-            decodes,
-            plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,
-        )
         self._in_flight[flight.work.id] = flight
         works.append(flight.work)
         for state in flight.prompts:

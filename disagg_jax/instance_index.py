@@ -12,6 +12,10 @@ from disagg_jax.state import InstanceState
 class InstanceIndex:
     """The `Instances` that a router sees.
 
+    Attributes:
+      up: those that are up, for who does not mind that they are not up to date.
+      touched: to be told the ids of instances whose counts may have changed.
+
     Args:
       instances: all of one side, in the deployment's order.
       look: called with each instance that is read one by one, before it is read.
@@ -22,21 +26,21 @@ class InstanceIndex:
     ):
         self._all = {instance.id: instance for instance in instances}
         self._look = look
-        self._up: list[InstanceState] = []
+        self.up: list[InstanceState] = []
         self._by: dict[Rank, _Ranking] = {}
-        self._touched: set[int] = set()  # since they were ranked
+        self.touched: set[int] = set()
         self.find_up()
 
     def __len__(self) -> int:
-        return len(self._up)
+        return len(self.up)
 
     def __iter__(self) -> Iterator[InstanceState]:
-        for instance in self._up:
+        for instance in self.up:
             self._look(instance)
             yield instance
 
     def __getitem__(self, index: int) -> InstanceState:
-        instance = self._up[index]
+        instance = self.up[index]
         self._look(instance)
         return instance
 
@@ -47,22 +51,18 @@ class InstanceIndex:
 
     def find_up(self) -> None:
         """Take note that an instance was lost or is back."""
-        self._up = [instance for instance in self._all.values() if instance.up]
+        self.up = [instance for instance in self._all.values() if instance.up]
         self._by.clear()
-
-    def touch(self, instance: InstanceState) -> None:
-        """Take note that counts of an instance may have changed."""
-        self._touched.add(instance.id)
 
     def least(self, rank: Rank) -> InstanceState:
         """See `Instances.least`."""
-        for id in self._touched:
-            if self._all[id].up:
-                for ranking in self._by.values():
+        for ranking in self._by.values():
+            for id in self.touched:
+                if self._all[id].up:
                     ranking.update(self._all[id])
-        self._touched.clear()
+        self.touched.clear()
         if rank not in self._by:
-            self._by[rank] = _Ranking(rank, self._up)
+            self._by[rank] = _Ranking(rank, self.up)
         return self._by[rank].first(self._all)
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Final
 
 from disagg_jax.scheduling.view import Chunk, Plan, RequestView, StepLimits
 from disagg_jax.state import InstanceState, Place, RequestState
+
+_BEGINS_IN: Final = (Place.WAITING, Place.PARTIAL)
 
 
 def check_plan(
@@ -27,17 +30,20 @@ def check_plan(
     """
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RuntimeError(f"expected a Plan, got {type(plan).__name__}")
-    decodes, rows = plan.decodes, len(plan.decodes)
-    if rows > limits.decode_rows:
-        raise _over("decode_rows", limits.decode_rows, f"{rows} requests that decode")
-    if decodes is not instance.ready.members:  # most policies name all of them
-        _check_decodes(decodes, instance)
+    decodes, chunks = plan.decodes, plan.chunks
+    if decodes:
+        rows = len(decodes)
+        if rows > limits.decode_rows:
+            got = f"{rows} requests that decode"
+            raise _over("decode_rows", limits.decode_rows, got)
+        if decodes is not instance.ready.members:  # most policies name all of them
+            _check_decodes(decodes, instance)
     if plan.preempt:
         _check_victims(plan, instance)
-    if not plan.chunks:
+    if not chunks:
         return []
-    prompts = [_prompt(chunk, instance, requests) for chunk in plan.chunks]
-    if len({state.id for state in prompts}) < len(prompts):
+    prompts = [_prompt(chunk, instance, requests) for chunk in chunks]
+    if len(prompts) > 1 and len({state.id for state in prompts}) < len(prompts):
         ids = [state.id for state in prompts]
         raise RuntimeError(f"expected each prompt once in a step, got requests {ids}")
     _check_chunks(plan, prompts, limits)
@@ -80,22 +86,27 @@ def _prompt(
 ) -> RequestState:
     """The request of a chunk, which must be one that the instance can begin with."""
     state = requests.get(chunk.request.id)
-    places = (Place.WAITING, Place.PARTIAL)
-    if state is None or state.holder is not instance or state.place not in places:
+    if (
+        state is None
+        or state.holder is not instance
+        or state.batch is not None
+        or state.settled_place not in _BEGINS_IN
+    ):
         raise RuntimeError(
             f"request {chunk.request.id}: expected one that waits here or is computed "
             "in part for a chunk"
         )
-    end, known = state.settled_context + chunk.tokens, state.settled_known
-    if not state.settled_context < end <= known:
+    start, known, reserve = state.settled_context, state.settled_known, chunk.reserve
+    end = start + chunk.tokens
+    if not start < end <= known:
         raise RuntimeError(
-            f"request {state.id}: expected a chunk of 1 to "
-            f"{known - state.settled_context} tokens, got {chunk.tokens}"
+            f"request {state.id}: expected a chunk of 1 to {known - start} tokens, "
+            f"got {chunk.tokens}"
         )
-    if not (end <= chunk.reserve <= known or chunk.reserve == state.limit):
+    if not (end <= reserve <= known or reserve == state.limit):
         raise RuntimeError(
             f"request {state.id}: expected to reserve {end} to {known} tokens, "
-            f"or its limit of {state.limit}, got {chunk.reserve}"
+            f"or its limit of {state.limit}, got {reserve}"
         )
     return state
 

@@ -25,6 +25,14 @@ def no_progress(work: int) -> Sequence[float]:
 class Spans:
     """The spans in flight that must end early, or are between two iterations.
 
+    Attributes:
+      disturbed: those that must end early.
+      at_boundary: those of which an iteration ends right now.
+      now_s: of this turn.
+      progress_of: who tells how far a span is by then.
+      gone_on: whether, in this turn, those at a boundary went on: one that is looked at
+        later goes on at once.
+
     Args:
       in_flight: all work in flight, by id.
       end: takes a span out of flight that ends between two iterations.
@@ -35,29 +43,25 @@ class Spans:
     ):
         self._in_flight, self._end = in_flight, end
         self.disturbed: list[StepInFlight] = []
-        self.at_boundary: list[StepInFlight] = []  # an iteration ends right now
-        self._now_s = 0.0
-        self._progress: SpanProgress = no_progress
-        self._gone_on = False  # in this turn those between two iterations went on
-
-    def begin_turn(self, now_s: float, progress: SpanProgress) -> None:
-        """Take note of the time, and of who tells how far a span is by then."""
-        self._now_s, self._progress, self._gone_on = now_s, progress, False
+        self.at_boundary: list[StepInFlight] = []
+        self.now_s = 0.0
+        self.progress_of: SpanProgress = no_progress
+        self.gone_on = False
 
     def catch_up(self, instance: InstanceState) -> None:
         """Bring what is known of an instance up to now, if a span goes on there."""
         flight = instance.step
         if flight is not None and flight.work.iterations > 1:
-            if ends_s := self._progress(flight.work.id):
-                self.progress(flight, self._now_s, ends_s)
+            if ends_s := self.progress_of(flight.work.id):
+                self.progress(flight, self.now_s, ends_s)
 
     def progress(
         self, flight: StepInFlight, now_s: float, ends_s: Sequence[float]
     ) -> None:
         """Iterations of a span are over."""
         goes_on = ends_s[-1] < now_s
-        flight.batch.advance(ends_s, goes_on or self._gone_on)
-        if not (goes_on or self._gone_on):
+        flight.batch.advance(ends_s, goes_on or self.gone_on)
+        if not (goes_on or self.gone_on):
             self.at_boundary.append(flight)
 
     def disturb(self, instance: InstanceState | None) -> None:
@@ -71,8 +75,7 @@ class Spans:
             self.disturbed.append(flight)
 
     def check(self, instance: InstanceState) -> None:
-        """Disturbs a span that has lost the blocks for its last iteration."""
-        self.catch_up(instance)
+        """Disturb a span, up to date, that lost the blocks for its last iteration."""
         flight = instance.step
         if flight is not None and flight.work.iterations > 1:
             left = flight.until - flight.batch.begun
@@ -94,7 +97,6 @@ class Spans:
             else:
                 self._cut(flight, works)
         self.at_boundary.clear()
-        self._gone_on = True
 
     def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
         """Ends a span with the iteration that is going on, or now if none is."""

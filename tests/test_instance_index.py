@@ -38,7 +38,7 @@ class Fleet:
         else:
             for _ in range(min(-by, len(instance.waiting))):
                 instance.waiting.popleft()
-        self.index.touch(instance)
+        self.index.touched.add(id)
 
     def check(self, rank) -> None:
         up = [instance for instance in self.instances if instance.up]
