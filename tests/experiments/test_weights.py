@@ -13,7 +13,6 @@ from experiments import goodput_sweep
 from experiments.config import override
 from experiments.configs import smoke, tiny
 from experiments.convert_checkpoint import convert
-from experiments.request_source import RequestSource
 from experiments.weights import load_model
 from models import checkpoint
 from models.checkpoint import Checkpoint
@@ -159,9 +158,8 @@ def test_random_prompts_need_no_tokenizer(tmp_path):
     goodput_sweep.run(config, tmp_path / "run", None)
     lines = (tmp_path / "run" / "requests.jsonl").read_text().splitlines()
     assert len(lines) == 2 and not any("text" in json.loads(line) for line in lines)
-    text = override(config, ["workload.source=human_eval"])
     with pytest.raises(FileNotFoundError, match="a tokenizer at .*/model/tokenizer.j"):
-        RequestSource.load(text, load_model(text))
+        load(folder).tokenizer.encode("text")
 
 
 def test_a_gguf_file_becomes_a_checkpoint_with_its_tokenizer(tmp_path):
