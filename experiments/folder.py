@@ -155,7 +155,7 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as their name and fields, infinities as None."""
+    """Dataclasses as their name and fields, infinities as None, functions by name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **plain(fields)}
@@ -163,6 +163,10 @@ def plain(value: Any) -> Any:
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, tuple | list):
         return [plain(one) for one in value]
+    if callable(value):
+        name = getattr(value, "__qualname__", type(value).__name__)
+        owner = getattr(value, "__self__", None)  # of a method: what it works on
+        return name if owner is None else {"function": name, "of": plain(owner)}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from disagg_jax.search import SearchPlan
 from experiments import stalls
 from experiments.folder import (
     differences,
@@ -22,6 +23,8 @@ from experiments.folder import (
     write_json,
     write_text,
 )
+from experiments.paper_workloads import get_workload
+from experiments.placements import parse_slo, problem_of, simulation_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
@@ -218,3 +221,22 @@ def test_a_full_disk_is_an_error_and_a_device_stays_a_device():
         write_text(pathlib.Path("/dev/full"), "text")
     assert error.value.errno == errno.ENOSPC
     assert not pathlib.Path("/dev/full").is_file()
+
+
+def test_what_a_search_builds_with_is_recorded_by_its_name_and_owner():
+    """A placement problem has methods of simulations, which say what is simulated."""
+    problem = problem_of(
+        simulation_of("opt-13b", "a100"),
+        2,
+        workload=get_workload("fixed:9x2"),
+        slo=parse_slo("1,1"),
+        plan=SearchPlan(),
+        rate_rps=None,
+        num_requests=9,
+        seeds=(0,),
+        margin=0.1,
+    )
+    record = json.loads(json.dumps(plain(problem), allow_nan=False))
+    assert record["build"]["function"] == "Simulation.build"
+    assert record["build"]["of"] == plain(simulation_of("opt-13b", "a100"))
+    assert record["build"]["of"] != plain(simulation_of("opt-66b", "a100"))
