@@ -38,7 +38,7 @@ class Cluster:
       memory: KV memory of each instance, in the deployment's order.
       prefill_router: picks where a request without KV goes.
       decode_router: picks the decode instance that pulls a prefilled request.
-      look: called with an instance before a router reads it.
+      look: called with an instance before it is read, to bring it up to date.
 
     Raises:
       ValueError: if `memory` does not match the deployment, or prefill and decode have
@@ -85,6 +85,7 @@ class Cluster:
             self._first_with.setdefault(instance.memory, instance.id)
         self.unrouted: list[RequestState] = []
         self._prefill_router, self._decode_router = prefill_router, decode_router
+        self._look = look
 
     def why_never(self, request: Request) -> str:
         """Why `request` could not be served even alone; '' if it could."""
@@ -289,6 +290,7 @@ class Cluster:
         target = _pick(self._decode_router, state, self._decoders)
         if target.pulls:
             return None
+        self._look(target)
         missing = target.blocks.missing(state.id, state.known + 1)
         return target if missing <= target.blocks.free else None
 

@@ -480,10 +480,7 @@ class Controller:
             return
         if state.target is None:
             target = self._cluster.stream_target(state)
-            if target is None:
-                return
-            self._spans.catch_up(target)
-            if not self._pulls(target, state):
+            if target is None or not self._pulls(target, state):
                 return  # another chunk may try; else it is parked when it is computed
             self._cluster.begin_stream(state, target)
             self._spans.check(target)

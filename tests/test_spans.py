@@ -117,6 +117,27 @@ def test_kv_may_arrive_where_an_iteration_has_just_begun():
     assert timelines[0]["token_s"] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5]
 
 
+def test_room_for_kv_on_its_way_in_is_what_a_span_has_left_by_then():
+    # Request 0 decodes on 6 blocks of 2 tokens, all its iterations at once. By 5 it has
+    # 3 of them, so that the 4 of request 1 have no room, which they had at first.
+    case = Case(
+        deployment=deploy(prefill=1, decode=1, colocated=0),
+        policies={
+            Role.PREFILL: PrefillOnly(token_budget=1, max_seqs=1),
+            Role.DECODE: DecodeOnly(max_seqs=2, watermark=0.0),
+        },
+        memory=[KVMemory(num_blocks=n, block_tokens=2, max_context=14) for n in (4, 6)],
+        cost=LinearCost(step_base_s=0.5, context_token_s=0.25),
+        requests=[
+            make_request(0, prompt=1, out=5),
+            make_request(1, 5.0, prompt=6, out=2),
+        ],
+        interventions=[],
+        streams=True,
+    )
+    assert run(case, spans=True)[0] == run(case, spans=False)[0]
+
+
 @pytest.mark.parametrize("streams", [False, True])
 def test_a_span_ends_before_it_needs_blocks_that_kv_on_its_way_in_has_taken(streams):
     # Decode has 5 blocks of 4 tokens. From 11 on request 0 decodes alone in 2 of them,
