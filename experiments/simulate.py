@@ -179,8 +179,6 @@ def main() -> None:
         done = simulated.run(requests, observer=log)
         timelines = done.timelines
         write_json(out / "trace.json", trace.facts)
-        timelines = done.timelines
-        (out / "trace.json").write_text(json.dumps(trace.facts, indent=1) + "\n")
         write(out / "requests.csv", timelines, simulation.extra_tokens)
     if picture and log:
         drawn = chrome_trace(deployment, log.lines, timelines)
