@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from disagg_jax.controller import Controller
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.work import (
     Arrived,
@@ -158,10 +158,10 @@ def serve(
 def _check_intervention(
     at_s: float, change: Cancelled | Down | Slow | Up, instances: int
 ) -> None:
-    expect(math.isfinite(at_s), f"{change}: expected a finite time", at_s)
+    require(math.isfinite(at_s), f"{change}: expected a finite time", at_s)
     if not isinstance(change, Cancelled):
         exists = 0 <= change.instance < instances
-        expect(exists, f"expected one of the {instances} instances", change)
+        require(exists, f"expected one of the {instances} instances", change)
     if isinstance(change, Slow):
         valid = 0 < change.factor < math.inf
-        expect(valid, "slow: expected a finite factor > 0", change.factor)
+        require(valid, "slow: expected a finite factor > 0", change.factor)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from disagg_jax import metrics
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Status, Timeline
 
 MISSED = math.nan  # within no limit, not even an infinite one
@@ -36,10 +36,10 @@ class Bound:
     is_factor: bool = False
 
     def __post_init__(self) -> None:
-        expect(
+        require(
             0 < self.share <= 1, f"{self.what} share: expected in (0, 1]", self.share
         )
-        expect(self.limit > 0, f"{self.what} limit: expected > 0", self.limit)
+        require(self.limit > 0, f"{self.what} limit: expected > 0", self.limit)
 
     def met_by(self, run: Sequence[Timeline]) -> float:
         """The share of latencies that are within the limit."""

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.errors import require
 from disagg_jax.event_log import LoggedStep
-from disagg_jax.expect import expect
 from disagg_jax.metrics import stage_spans_s
 from disagg_jax.occupancy import LinkUse, Occupancy, StageUse, read_occupancy
 from disagg_jax.request import Status, Timeline
@@ -47,7 +47,7 @@ def chrome_trace(
     occupancy = read_occupancy(deployment, lines)
     found = {id for use in occupancy.stages for id, _, _ in use.step.slices}
     missing = sorted(found - {timeline.request.id for timeline in timelines})
-    expect(
+    require(
         not missing,
         "timelines: expected those of all requests, but some are missing",
         missing,

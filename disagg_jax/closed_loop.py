@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request, Status, Timeline
 
 
@@ -20,7 +20,7 @@ class ClosedLoop:
     """
 
     def __init__(self, requests: Sequence[Request], clients: int):
-        expect(clients >= 1, "clients: expected >= 1", clients)
+        require(clients >= 1, "clients: expected >= 1", clients)
         self._requests, self._clients = requests, clients
         self._sent = 0
         self._seen = 0  # timelines

@@ -35,7 +35,7 @@ from disagg_jax.bounds import (
     tpot,
     ttft,
 )
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Timeline
 from disagg_jax.summary import span_s
@@ -279,7 +279,7 @@ class FastGen:
     def __post_init__(self) -> None:
         for name in ("prompt_token_s", "token_s", "span"):
             value = getattr(self, name)
-            expect(value > 0, f"fastgen {name}: expected > 0", value)
+            require(value > 0, f"fastgen {name}: expected > 0", value)
 
     def score(self, run: Sequence[Timeline]) -> float:
         return _per_s(sum(self._is_good(timeline) for timeline in run), run)

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 
 
 class Lengths(Protocol):
@@ -28,7 +28,7 @@ class FixedLengths:
     tokens: int  # >= 1
 
     def __post_init__(self) -> None:
-        expect(self.tokens >= 1, "fixed lengths: expected tokens >= 1", self.tokens)
+        require(self.tokens >= 1, "fixed lengths: expected tokens >= 1", self.tokens)
 
     def sample(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """`[n]` lengths in tokens; draws nothing from `rng`."""
@@ -62,9 +62,9 @@ class NormalLengths:
     def __post_init__(self) -> None:
         name = "normal lengths"
         positive = 0 < self.mean < math.inf
-        expect(positive, f"{name}: expected a finite mean > 0", self.mean)
+        require(positive, f"{name}: expected a finite mean > 0", self.mean)
         valid = 0 <= self.deviation < math.inf
-        expect(valid, f"{name}: expected a finite deviation >= 0", self.deviation)
+        require(valid, f"{name}: expected a finite deviation >= 0", self.deviation)
         _check_bounds(name, self.low, self.high)
 
     def sample(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
@@ -85,9 +85,9 @@ class LognormalLengths:
     def __post_init__(self) -> None:
         name = "lognormal lengths"
         positive = 0 < self.median < math.inf
-        expect(positive, f"{name}: expected a finite median > 0", self.median)
+        require(positive, f"{name}: expected a finite median > 0", self.median)
         valid = 0 <= self.sigma < math.inf
-        expect(valid, f"{name}: expected a finite sigma >= 0", self.sigma)
+        require(valid, f"{name}: expected a finite sigma >= 0", self.sigma)
         _check_bounds(name, self.low, self.high)
 
     @classmethod
@@ -119,14 +119,14 @@ class HistogramLengths:
         name = "histogram lengths"
         got = (len(self.edges), len(self.weights))
         shaped = got[0] == got[1] + 1 >= 2
-        expect(shaped, f"{name}: expected one edge more than weights", got)
+        require(shaped, f"{name}: expected one edge more than weights", got)
         rising = all(low < high for low, high in itertools.pairwise(self.edges))
         rising = rising and self.edges[0] >= 0 and math.isfinite(self.edges[-1])
-        expect(rising, f"{name}: expected edges that increase from >= 0", self.edges)
+        require(rising, f"{name}: expected edges that increase from >= 0", self.edges)
         valid = all(weight >= 0 for weight in self.weights)
         valid = valid and 0 < sum(self.weights) < math.inf
         expected = f"{name}: expected weights >= 0 with a positive, finite sum"
-        expect(valid, expected, self.weights)
+        require(valid, expected, self.weights)
 
     def sample(self, n: int, rng: np.random.Generator) -> NDArray[np.int64]:
         """`[n]` lengths in tokens."""
@@ -141,4 +141,4 @@ class HistogramLengths:
 
 
 def _check_bounds(name: str, low: int, high: int) -> None:
-    expect(1 <= low <= high, f"{name}: expected 1 <= low <= high", (low, high))
+    require(1 <= low <= high, f"{name}: expected 1 <= low <= high", (low, high))

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Iterable
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.errors import require
 from disagg_jax.event_log import LoggedStep, LoggedTransfer, LoggedWork, read_turns
-from disagg_jax.expect import expect
 from disagg_jax.work import Cut, Done, Down, Event, Progress, Slow, StageFree, Up
 
 
@@ -67,7 +67,7 @@ def read_occupancy(deployment: Deployment, lines: Iterable[str]) -> Occupancy:
         for work in works:
             reader.start(now_s, work)
     never = sorted(reader.in_flight)
-    expect(not never, "event log: expected all work to end, but some does not", never)
+    require(not never, "event log: expected all work to end, but some does not", never)
     return reader.found
 
 
@@ -94,7 +94,7 @@ class _Reader:
             return
         have = len(self._deployment.instances)
         expected = f"event log: expected one of the {have} instances of the deployment"
-        expect(max(work.instances) < have, expected, max(work.instances))
+        require(max(work.instances) < have, expected, max(work.instances))
         self.in_flight[work.id] = _InFlight(work, now_s)
 
     def tell(self, now_s: float, event: Event) -> None:
@@ -125,7 +125,7 @@ class _Reader:
         ends_s, start_s = (*event.stage_ends_s, event.end_s), event.start_s
         stages = self._deployment.instances[step.instance].pp
         expected = f"event log: expected step {step.id} to pass {stages} stages"
-        expect(len(ends_s) == stages, expected, len(ends_s))
+        require(len(ends_s) == stages, expected, len(ends_s))
         for stage, end_s in enumerate(ends_s):
             place = step.instance, stage
             start_s = max(start_s, self._free_s.get(place, 0.0))

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
@@ -134,11 +134,11 @@ class Problem:
     margin: float = 0.1
 
     def __post_init__(self) -> None:
-        expect(self.devices >= 1, "devices: expected >= 1", self.devices)
-        expect(self.margin >= 0, "margin: expected >= 0", self.margin)
+        require(self.devices >= 1, "devices: expected >= 1", self.devices)
+        require(self.margin >= 0, "margin: expected >= 0", self.margin)
         rate = self.rate_rps
         finite = rate is None or 0 < rate < math.inf
-        expect(finite, "rate_rps: expected > 0, and finite", rate)
+        require(finite, "rate_rps: expected > 0, and finite", rate)
 
     def copies(self, devices: int, nodes: int | None = None) -> int:
         """How often `devices` of them fit, each time inside `nodes` nodes if given."""
@@ -168,7 +168,7 @@ class Problem:
         for layout in self.layouts:
             try:
                 expected = f"{layout}: expected at most {self.devices} devices"
-                expect(layout.devices <= self.devices, expected, layout.devices)
+                require(layout.devices <= self.devices, expected, layout.devices)
                 self.build(pair(layout, layout))
             except ValueError as error:
                 skipped[layout] = str(error)
@@ -298,7 +298,7 @@ def _rates_and_devices(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     both = (prefill, decode)
     rates = [o.per_device_rps * o.candidate.devices for o in both]
-    expect(min(rates) > 0, "replicas: expected a goodput > 0 of both phases", rates)
+    require(min(rates) > 0, "replicas: expected a goodput > 0 of both phases", rates)
     return (rates[0], rates[1]), (prefill.candidate.devices, decode.candidate.devices)
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_first import PrefillFirst
@@ -58,9 +58,9 @@ class Profile:
     kv_tokens: int  # that the instance has memory for
 
     def __post_init__(self) -> None:
-        expect(len(self.sizes) >= 1, "sizes: expected at least one", self.sizes)
+        require(len(self.sizes) >= 1, "sizes: expected at least one", self.sizes)
         least = min(*self.sizes, self.prompt_tokens, self.output_tokens, self.kv_tokens)
-        expect(least >= 1, "profile: expected tokens >= 1", least)
+        require(least >= 1, "profile: expected tokens >= 1", least)
 
     def decodes(self, size: int, max_seqs: int) -> int:
         """Requests that decode in a step of `size` tokens, when requests never end.

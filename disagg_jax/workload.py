@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.lengths import Lengths
 from disagg_jax.request import GREEDY, Request, Sampling
 
@@ -38,12 +38,12 @@ class Arrivals:
 
     def __post_init__(self) -> None:
         kinds = ("poisson", "gamma", "fixed")
-        expect(self.kind in kinds, f"arrivals: expected one of {kinds}", self.kind)
+        require(self.kind in kinds, f"arrivals: expected one of {kinds}", self.kind)
         positive = 0 < self.burstiness < math.inf
-        expect(positive, "burstiness: expected > 0 and finite", self.burstiness)
+        require(positive, "burstiness: expected > 0 and finite", self.burstiness)
         if self.kind != "gamma":
             only = f"burstiness: expected 1 unless gamma ({self.kind} has none)"
-            expect(self.burstiness == 1, only, self.burstiness)
+            require(self.burstiness == 1, only, self.burstiness)
 
     def times_s(
         self, n: int, rate_rps: float, rng: np.random.Generator
@@ -57,8 +57,8 @@ class Arrivals:
         Raises:
           ValueError: if `n` < 1 or `rate_rps` is not > 0.
         """
-        expect(n >= 1, "n: expected at least one request", n)
-        expect(rate_rps > 0, "rate_rps: expected > 0 requests per second", rate_rps)
+        require(n >= 1, "n: expected at least one request", n)
+        require(rate_rps > 0, "rate_rps: expected > 0 requests per second", rate_rps)
         return np.cumsum(self._unit_gaps(n, rng)) / rate_rps
 
     def _unit_gaps(self, n: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -138,10 +138,10 @@ def requests_from_prompts(
       ValueError: as `make_requests`, or on no prompts, an empty prompt, or another
         number of output lengths than of prompts.
     """
-    expect(len(prompts) > 0, "prompts: expected at least one", len(prompts))
+    require(len(prompts) > 0, "prompts: expected at least one", len(prompts))
     same = len(prompts) == len(output_tokens)
     expected = f"output_tokens: expected one for each of {len(prompts)} prompts"
-    expect(same, expected, len(output_tokens))
+    require(same, expected, len(output_tokens))
     streams = spawn_streams(seed)
     times = arrivals.times_s(n, rate_rps, streams.arrivals).tolist()
     chosen = [tuple(prompts[i % len(prompts)]) for i in range(n)]
@@ -177,7 +177,7 @@ def spawn_streams(seed: int) -> Streams:
     Raises:
       ValueError: if `seed` < 0.
     """
-    expect(seed >= 0, "seed: expected >= 0", seed)
+    require(seed >= 0, "seed: expected >= 0", seed)
     return Streams(*np.random.default_rng(seed).spawn(len(Streams._fields)))
 
 
@@ -191,7 +191,7 @@ def random_prompts(
     """
     if vocab_size is None:
         return [None] * len(prompt_tokens)
-    expect(vocab_size >= 1, "vocab_size: expected >= 1", vocab_size)
+    require(vocab_size >= 1, "vocab_size: expected >= 1", vocab_size)
     return [tuple(rng.integers(vocab_size, size=n).tolist()) for n in prompt_tokens]
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.lengths import FixedLengths, Lengths, LognormalLengths
 from disagg_jax.metrics import SLO, Interval, interval_across, rate_interval
 from disagg_jax.placement import Candidate, Layout, Outcome, best_first, pair
@@ -82,20 +82,22 @@ class Question:
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        expect(self.devices >= 2, "devices: expected >= 2", self.devices)
-        expect(self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests)
+        require(self.devices >= 2, "devices: expected >= 2", self.devices)
+        require(
+            self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests
+        )
         expected = f"max_requests: expected >= num_requests ({self.num_requests})"
-        expect(self.max_requests >= self.num_requests, expected, self.max_requests)
-        expect(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
+        require(self.max_requests >= self.num_requests, expected, self.max_requests)
+        require(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
         unknown = [name for name in self.systems if name not in POLICIES]
-        expect(not unknown, f"systems: expected of {sorted(POLICIES)}", unknown)
+        require(not unknown, f"systems: expected of {sorted(POLICIES)}", unknown)
         both = DISAGGREGATED in self.systems and len(set(self.systems)) > 1
         expected = f"systems: expected {DISAGGREGATED} and a colocated one"
-        expect(both, expected, list(self.systems))
+        require(both, expected, list(self.systems))
         sizes = min((1, *self.sizes, *self.budgets))
-        expect(sizes >= 1, "budgets: expected >= 1", list(self.budgets))
+        require(sizes >= 1, "budgets: expected >= 1", list(self.budgets))
         mark = self.simulation.mark
-        expect(not mark, "config: expected one cost model for all systems", mark)
+        require(not mark, "config: expected one cost model for all systems", mark)
         self.tensor_parallel()
 
     def tensor_parallel(self) -> tuple[int, ...]:
@@ -118,7 +120,7 @@ class Question:
             f"devices: expected enough for two instances of {self.simulation.model} "
             f"({'; '.join(reasons) or 'it fits'})"
         )
-        expect(2 * least <= self.devices, expected, self.devices)
+        require(2 * least <= self.devices, expected, self.devices)
         return tuple(fitting)
 
 
@@ -146,7 +148,7 @@ class Axis:
         pairs = itertools.pairwise((0.0, *self.values))
         rises = len(self.values) > 0 and all(a < b for a, b in pairs)
         expected = f"{self.name}: expected one or more values that rise from above 0"
-        expect(rises, expected, list(self.values))
+        require(rises, expected, list(self.values))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def lengths_map(
     y = Axis(name="mean output", unit="tokens", values=tuple(outputs))
     longest = x.values[-1] + y.values[-1]
     expected = f"prompts, outputs: expected {max_tokens} tokens together at most"
-    expect(longest <= max_tokens, expected, longest)
+    require(longest <= max_tokens, expected, longest)
     lengths = functools.partial(_lengths, sigma=sigma, high=max_tokens)
     cells = {
         (i, j): Cell(

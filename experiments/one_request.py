@@ -21,7 +21,7 @@ import matplotlib.figure
 from absl import app, flags
 
 from disagg_jax import metrics
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Status, Timeline
 from experiments.columns import align
 from experiments.command import command
@@ -52,7 +52,7 @@ def find(
     """
     run = SavedRun(path)
     config = run.read_json("config.json")
-    expect(config is not None, "--run: expected a run directory", str(path))
+    require(config is not None, "--run: expected a run directory", str(path))
     found: dict[str, Timeline] = {}
     for system in config["systems"]:
         picked = run.pick(system, rate_rps, seed=None)
@@ -61,7 +61,7 @@ def find(
         if request is None:
             middle = statistics.median_low(map(metrics.e2e_s, done.values()))
             request = next(id for id, t in done.items() if metrics.e2e_s(t) == middle)
-        expect(
+        require(
             request in done, f"--request: expected one that {system} finished", request
         )
         found[f"{system} at {picked.rate_rps} requests/s"] = done[request]

@@ -7,7 +7,7 @@ import math
 import pathlib
 import re
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.lengths import FixedLengths, HistogramLengths, LognormalLengths
 from disagg_jax.sim.points import SimWorkload
 
@@ -50,7 +50,7 @@ def get_workload(name: str) -> SimWorkload:
         )
     names = (*DISTSERVE, *SARATHI_SERVE)
     known = f"workload: expected one of {names} or 'fixed:PROMPTxOUTPUT'"
-    expect(name in DISTSERVE, known, name)
+    require(name in DISTSERVE, known, name)
     return SimWorkload(
         prompt=_histogram(name, "prompt"),
         output=_histogram(name, "output"),

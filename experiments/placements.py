@@ -9,7 +9,7 @@ from typing import Any
 
 from disagg_jax import placement
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.placement import Layout, Outcome, Problem
 from disagg_jax.scheduling import SYSTEMS
@@ -105,7 +105,7 @@ class Search:
         layouts, skipped = self.problem.feasible()
         reasons = "; ".join(reasons_of({str(k): why for k, why in skipped.items()}))
         fits = "layouts: expected at least one that fits"
-        expect(len(layouts) > 0, f"{fits} ({reasons})", "none")
+        require(len(layouts) > 0, f"{fits} ({reasons})", "none")
         found: dict[str, Any] = {"skipped": {str(k): v for k, v in skipped.items()}}
         least = min(layout.devices for layout in layouts)
         room = self.problem.devices - least  # what the other phase leaves
@@ -198,12 +198,12 @@ class Search:
             if p.won and d.won and p.candidate.devices + d.candidate.devices <= room
         ]
         expected = "high: expected devices for the best layout of each phase"
-        expect(len(pairs) > 0, expected, self.problem.devices)
+        require(len(pairs) > 0, expected, self.problem.devices)
         return max(pairs, key=lambda pair: min(o.per_device_rps for o in pair))
 
     def _units(self, name: str, units: Sequence[placement.Candidate]) -> dict[str, Any]:
         expected = f"{name}: expected devices for a prefill and a decode instance"
-        expect(len(units) > 0, expected, self.problem.devices)
+        require(len(units) > 0, expected, self.problem.devices)
         outcomes = self._best(name, units, self.prune)
         expect_reachable(outcomes, name)
         best = outcomes[0]

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import app, flags
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from experiments.checkout import commit
 from experiments.command import command
 from experiments.figures import FIGURES
@@ -73,7 +73,7 @@ def run(
       ValueError: on an unknown figure, before any work.
     """
     for name in names:
-        expect(name in FIGURES, f"--figure: expected one of {sorted(FIGURES)}", name)
+        require(name in FIGURES, f"--figure: expected one of {sorted(FIGURES)}", name)
     pictures = out / "figures"
     with sole_use(out):
         pictures.mkdir(exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from disagg_jax import metrics
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request, Status, Timeline
 
 # What a row has of a timeline as it is.
@@ -55,7 +55,7 @@ def to_timeline(row: Mapping[str, Any]) -> Timeline:
       ValueError: if the row lacks something, as those of older runs do.
     """
     missing = [name for name in _STAMPS if name not in row]
-    expect(
+    require(
         not missing, "requests: expected rows of this version, missing none", missing
     )
     request = Request(

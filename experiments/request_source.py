@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.traces import Trace, TraceRow, fit_rows, load_trace
 from disagg_jax.traces.requests import stretch_requests
@@ -146,7 +146,7 @@ def _read_trace(config: Config, model: Model) -> tuple[list[TraceRow], dict[str,
     """
     workload, context = config.workload, config.memory.max_context
     scale = workload.trace_scale
-    expect(scale > 0, "workload.trace_scale: expected > 0", scale)
+    require(scale > 0, "workload.trace_scale: expected > 0", scale)
     trace = _open_trace(workload, model)
     clip = workload.too_long == "clip"
     fitted = fit_rows(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from experiments import folder
 from experiments.folder import read_json, record_start, whole, write_json, write_text
 
@@ -88,9 +88,9 @@ class SavedRun:
           ValueError: if there is no such run; says what there is.
         """
         config = self.read_json("config.json")
-        expect(config is not None, "--run: expected a run directory", str(self.path))
+        require(config is not None, "--run: expected a run directory", str(self.path))
         names = sorted(config["systems"])
-        expect(system in names, f"--system: expected one of {names}", system)
+        require(system in names, f"--system: expected one of {names}", system)
         deployment = Deployment.parse(config["systems"][system]["deployment"])
         rates: dict[str, list[Point]] = {}  # by the rate per device
         for point in self.points():
@@ -98,10 +98,10 @@ class SavedRun:
                 shown = _shown(point.rate_rps / deployment.devices)
                 rates.setdefault(shown, []).append(point)
         asked = self._passing(system, rates) if rate_rps is None else _shown(rate_rps)
-        expect(asked in rates, f"--rate: expected one of {list(rates)}", asked)
+        require(asked in rates, f"--rate: expected one of {list(rates)}", asked)
         seeds = {config["seed"] + point.replica: point for point in rates[asked]}
         asked_seed: int = config["seed"] if seed is None else seed
-        expect(
+        require(
             asked_seed in seeds, f"--seed: expected one of {list(seeds)}", asked_seed
         )
         return Picked(seeds[asked_seed], deployment, asked, asked_seed)
@@ -110,12 +110,12 @@ class SavedRun:
         """The rate per device that a system is judged by."""
         known = f"--rate: expected one of {list(rates)}, or a run with one that passes"
         summary = self.read_json("summary.json")
-        expect(summary is not None, known, "no summary.json")
+        require(summary is not None, known, "no summary.json")
         found = summary["systems"][system]
         if "throughput" in found:
             return _shown(found["throughput"]["best_rps_per_device"])
         rate = found["goodput"]["pass_rps_per_device"]
-        expect(rate is not None, known, rate)
+        require(rate is not None, known, rate)
         return _shown(rate)
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -72,7 +72,7 @@ class Simulation:
     def __post_init__(self) -> None:
         layers, groups = get_shape(self.model).layers, self.streamed_groups
         expected = f"streamed_groups: expected 0 to {layers}, the model's layers"
-        expect(0 <= groups <= layers, expected, groups)
+        require(0 <= groups <= layers, expected, groups)
         for link in (self.inside, self.between):
             if link is not None:
                 get_link(link)
@@ -135,7 +135,7 @@ class Simulation:
         expected = (
             f"streamed_groups: expected 0, as no instance of {deployment} sends KV"
         )
-        expect(bool(sends), expected, self.streamed_groups)
+        require(bool(sends), expected, self.streamed_groups)
         shape = get_shape(self.model)
         return SimulatedDeployment(
             deployment=deployment,
@@ -182,7 +182,7 @@ def cost_model(name: str, model: str) -> CostModel:
     """The cost model `name` ("fitted/distserve", "roofline/h100", ...) of `model`."""
     kind, _, rest = name.partition("/")
     kinds = "'fitted/ENGINE' or 'roofline/HARDWARE'"
-    expect(
+    require(
         kind in ("fitted", "roofline") and rest != "", f"cost: expected {kinds}", name
     )
     if kind == "fitted":
@@ -235,7 +235,7 @@ SIMULATIONS = {
 
 def get_simulation(name: str) -> Simulation:
     """The simulation called `name`."""
-    expect(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
+    require(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
     return SIMULATIONS[name]
 
 
@@ -255,7 +255,7 @@ def roofline_simulation(
     """
     link = link_inside(hardware)
     expected = "hardware: expected a device with a link to others"
-    expect(link is not None, expected, hardware)
+    require(link is not None, expected, hardware)
     return Simulation(
         model=model, cost=f"roofline/{hardware}", inside=link, max_context=max_context
     )

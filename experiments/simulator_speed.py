@@ -37,7 +37,7 @@ from absl import app, flags
 
 from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
@@ -115,7 +115,7 @@ def fleets(sizes: Sequence[int]) -> Iterator[SpeedWorkload]:
       ValueError: on a fleet of fewer than two instances.
     """
     for size in sizes:
-        expect(size >= 2, "instances: expected at least 2", size)
+        require(size >= 2, "instances: expected at least 2", size)
     for size in sizes:
         half = size // 2
         for system, text in (

@@ -22,7 +22,7 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, Timing, outcome
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.weights import Weights
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
@@ -53,12 +53,12 @@ class Scene:
     repeats: int = 5
 
     def __post_init__(self) -> None:
-        expect(self.decodes >= 1, "decodes: expected >= 1", self.decodes)
+        require(self.decodes >= 1, "decodes: expected >= 1", self.decodes)
         shortest = min(self.prompts, default=0)
-        expect(shortest >= 1, "prompts: expected tokens >= 1", list(self.prompts))
+        require(shortest >= 1, "prompts: expected tokens >= 1", list(self.prompts))
         more = f"chunk: expected more tokens than {self.decodes} decodes"
-        expect(self.chunk > self.decodes, more, self.chunk)
-        expect(self.repeats >= 1, "repeats: expected >= 1", self.repeats)
+        require(self.chunk > self.decodes, more, self.chunk)
+        require(self.repeats >= 1, "repeats: expected >= 1", self.repeats)
 
     @property
     def memory(self) -> KVMemory:
@@ -180,7 +180,7 @@ def measure(
     """
     longest = scene.memory.max_context
     room = f"prompts: expected at most {config.max_length - 1} tokens for {config.name}"
-    expect(longest <= config.max_length, room, longest - 1)
+    require(longest <= config.max_length, room, longest - 1)
     found: list[Stall] = []
     shared: dict[Any, PlacedModel] = {}
     for name, serving in systems(scene).items():

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.engine import Engine
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -87,11 +87,11 @@ class Cut:
         Prompts are bound by arithmetic, of which more devices have more; decodes by
         memory, and by the all-reduces that more devices need.
         """
-        expect(devices >= 2, "devices: expected two or more", devices)
+        require(devices >= 2, "devices: expected two or more", devices)
         p = _power_of_two(devices - (decode or 1)) if prefill is None else prefill
         d = _power_of_two(min(devices - p, p // 2)) if decode is None else decode
         enough = f"prefill, decode: expected at most {devices} devices together"
-        expect(p + d <= devices, enough, (p, d))
+        require(p + d <= devices, enough, (p, d))
         return cls(prefill=p, decode=d)
 
     def __str__(self) -> str:
@@ -321,7 +321,7 @@ def run(
       ValueError, OSError: on bad input, before any work; ValueError too if tokens that
         have to be equal are not.
     """
-    expect(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
+    require(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
     asked = {"model": config.name, "cut": str(cut), "mib": mib, "repeats": repeats}
     with run_folder(out, asked, "two_meshes.txt", replace=True):
         return _run(config, cut, out, mib, repeats)
@@ -338,7 +338,7 @@ def _run(
     rig = build(config, cut)
     tokens = check_tokens(config, rig)
     equal = tokens.equal == tokens.total or not tokens.exact
-    expect(equal, "tokens: expected those of one device", str(tokens))
+    require(equal, "tokens: expected those of one device", str(tokens))
     kind = jax.devices()[0].device_kind
     link = link_between(kind)
     sizes = [n * 2**20 for n in mib]

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim import terms
 from disagg_jax.sim.cost import Decoder
 from disagg_jax.sim.network import Hop
@@ -51,17 +51,17 @@ class LayoutTimes:
         for program, stages_s in self.measured.items():
             expected = f"{program}: expected {self.pp} times > 0"
             ok = len(stages_s) == self.pp and min(stages_s) > 0
-            expect(ok, expected, stages_s)
+            require(ok, expected, stages_s)
         for program, seconds in self.probes.items():
-            expect(seconds > 0, f"{program}: expected a time > 0", seconds)
+            require(seconds > 0, f"{program}: expected a time > 0", seconds)
         for kind, factor in self.in_service.items():
-            expect(factor > 0, f"{kind}: expected a factor > 0", factor)
+            require(factor > 0, f"{kind}: expected a factor > 0", factor)
         for kind, stages in self.fits.items():
-            expect(len(stages) == self.pp, f"{kind}: expected {self.pp} fits", stages)
+            require(len(stages) == self.pp, f"{kind}: expected {self.pp} fits", stages)
             for fit in stages:
                 n = len(terms.TERMS[kind])
                 ok = len(fit) == n and min(fit) >= 0
-                expect(ok, f"{kind}: expected {n} coefficients >= 0", fit)
+                require(ok, f"{kind}: expected {n} coefficients >= 0", fit)
 
     def serving_s(self, program: Program) -> tuple[float, ...]:
         """Seconds on each stage between other steps; see `stages_s`."""
@@ -81,7 +81,7 @@ class LayoutTimes:
     def fitted_s(self, program: Program) -> tuple[float, ...]:
         """The same by the fit, even if it was measured."""
         expected = f"{program}: expected one of kind {sorted(self.fits)}"
-        expect(program.kind in self.fits, expected, program.kind)
+        require(program.kind in self.fits, expected, program.kind)
         return tuple(terms.time_s(program, fit) for fit in self.fits[program.kind])
 
 
@@ -99,10 +99,10 @@ class TransferTimes:
 
     def __post_init__(self) -> None:
         for blocks, seconds in self.measured.items():
-            expect(seconds > 0, f"{blocks} blocks: expected a time > 0", seconds)
+            require(seconds > 0, f"{blocks} blocks: expected a time > 0", seconds)
         for name in ("base_s", "block_s"):
             value = getattr(self, name)
-            expect(value >= 0, f"{name}: expected >= 0", value)
+            require(value >= 0, f"{name}: expected >= 0", value)
 
     def time_s(self, blocks: int) -> float:
         """Seconds of so many blocks, after padding."""
@@ -168,10 +168,10 @@ class CalibratedCost:
         return self.instances[instance].decode_s
 
     def hop(self, transfer: Transfer) -> Hop:
-        expect(not transfer.step, "transfer: expected one of a whole prompt", transfer)
+        require(not transfer.step, "transfer: expected one of a whole prompt", transfer)
         needed = -(-transfer.context // self.block_tokens)
         i = bisect.bisect_left(self.sizes, needed)
-        expect(i < len(self.sizes), f"blocks: expected <= {self.sizes[-1]}", needed)
+        require(i < len(self.sizes), f"blocks: expected <= {self.sizes[-1]}", needed)
         blocks = self.sizes[i]
         times = self.transfers[transfer.src, transfer.dst]
         return Hop(times.time_s(blocks), blocks * self.block_bytes)
@@ -211,18 +211,18 @@ class CalibratedProfile:
         layouts = [(spec.tp, spec.pp) for spec in deployment.instances]
         for layout, listed in zip(layouts, programs, strict=True):
             known = sorted(self.layouts)
-            expect(
+            require(
                 layout in known, f"{self.name}: expected (tp, pp) in {known}", layout
             )
             size = self.block_tokens
             expected = f"{self.name}: expected blocks of {size} tokens"
-            expect(listed.block_tokens == size, expected, listed.block_tokens)
+            require(listed.block_tokens == size, expected, listed.block_tokens)
         transfers: dict[tuple[int, int], TransferTimes] = {}
         for src in deployment.of(Role.PREFILL):
             for dst in deployment.of(Role.DECODE):
                 pair, known = (layouts[src], layouts[dst]), sorted(self.transfers)
                 expected = f"{self.name}: expected transfers between {known}"
-                expect(pair in known, expected, pair)
+                require(pair in known, expected, pair)
                 transfers[src, dst] = self.transfers[pair]
         return CalibratedCost(
             instances=[

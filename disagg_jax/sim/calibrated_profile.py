@@ -27,7 +27,7 @@ import contextlib
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.calibrated import (
     CalibratedProfile,
     Layout,
@@ -105,7 +105,7 @@ def profile_from_json(record: object) -> CalibratedProfile:
     items = get_list(top, "layouts", "profile")
     layouts = [_layout(item, i) for i, item in enumerate(items)]
     moves = top.get("transfers", [])
-    expect(isinstance(moves, list), "profile.transfers: expected a list", moves)
+    require(isinstance(moves, list), "profile.transfers: expected a list", moves)
     items = cast(list[object], moves)
     transfers = [_transfer(item, i) for i, item in enumerate(items)]
     return CalibratedProfile(
@@ -121,7 +121,7 @@ def profile_from_json(record: object) -> CalibratedProfile:
 
 def _each_once(items: Sequence[tuple[Key, Item]], where: str) -> dict[Key, Item]:
     keys = [key for key, _ in items]
-    expect(len(set(keys)) == len(keys), f"{where}: expected each once", keys)
+    require(len(set(keys)) == len(keys), f"{where}: expected each once", keys)
     return dict(items)
 
 
@@ -130,7 +130,7 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
     record = as_mapping(item, where)
     tp, pp = (positive_int(record.get(k), f"{where}.{k}") for k in ("tp", "pp"))
     fits = get_mapping(record, "fits", where)
-    expect(set(fits) <= set(KINDS), f"{where}.fits: expected some of {KINDS}", fits)
+    require(set(fits) <= set(KINDS), f"{where}.fits: expected some of {KINDS}", fits)
     rows = enumerate(get_list(record, "measured", where))
     measured = [_measured(row, f"{where}.measured[{n}]") for n, row in rows]
     coefficients = {
@@ -141,12 +141,12 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
     }
     programs = _each_once(measured, f"{where}.measured")
     found = record.get("probes", [])  # older profiles have none
-    expect(isinstance(found, list), f"{where}.probes: expected a list", found)
+    require(isinstance(found, list), f"{where}.probes: expected a list", found)
     rows = enumerate(cast(list[object], found))
     probes = [_measured(row, f"{where}.probes[{n}]") for n, row in rows]
     factors = as_mapping(record.get("in_service", {}), f"{where}.in_service")
     expected = f"{where}.in_service: expected some of {KINDS}"
-    expect(set(factors) <= set(KINDS), expected, factors)
+    require(set(factors) <= set(KINDS), expected, factors)
     with _inside(where):
         seconds = {p: sum(s) for p, s in _each_once(probes, "probes").items()}
         in_service = {k: as_number(v, f"in_service.{k}") for k, v in factors.items()}
@@ -163,11 +163,11 @@ def _inside(where: str) -> Generator[None]:
 
 
 def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
-    expect(isinstance(row, list), f"{where}: expected a list", row)
+    require(isinstance(row, list), f"{where}: expected a list", row)
     items = cast(list[object], row)
-    expect(len(items) == 7, f"{where}: expected kind, T, R, C, B, P, seconds", items)
+    require(len(items) == 7, f"{where}: expected kind, T, R, C, B, P, seconds", items)
     kind, *sizes, seconds = items
-    expect(kind in KINDS, f"{where}: expected one of {KINDS}", kind)
+    require(kind in KINDS, f"{where}: expected one of {KINDS}", kind)
     numbers = [_count(size, where) for size in sizes]
     program = Program(cast(str, kind), *numbers)
     return program, get_numbers({"seconds": seconds}, "seconds", where)
@@ -176,7 +176,7 @@ def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
 def _count(value: object, where: str) -> int:
     number = as_number(value, where)
     whole = number >= 0 and number.is_integer()
-    expect(whole, f"{where}: expected an integer >= 0", value)
+    require(whole, f"{where}: expected an integer >= 0", value)
     return int(number)
 
 
@@ -188,7 +188,7 @@ def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTime
     blocks = [positive_int(size, f"{where}.blocks") for size in sizes]
     seconds = get_numbers(record, "seconds", where)
     same = len(blocks) == len(seconds)
-    expect(same, f"{where}: expected {len(blocks)} seconds", seconds)
+    require(same, f"{where}: expected {len(blocks)} seconds", seconds)
     base_s, block_s = (
         as_number(get_value(record, key, where), f"{where}.{key}")
         for key in ("base_s", "block_s")
@@ -201,6 +201,6 @@ def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTime
 
 def _as_layout(record: Mapping[str, object], key: str, where: str) -> Layout:
     values = get_list(record, key, where)
-    expect(len(values) == 2, f"{where}.{key}: expected [tp, pp]", values)
+    require(len(values) == 2, f"{where}.{key}: expected [tp, pp]", values)
     tp, pp = (positive_int(value, f"{where}.{key}") for value in values)
     return tp, pp

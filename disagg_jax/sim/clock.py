@@ -12,7 +12,7 @@ from typing import Final
 
 from disagg_jax.backend import Executor, Outcome
 from disagg_jax.deployment import Deployment
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.fifo_link import FifoLink
 from disagg_jax.sim.shared_link import SharedLink
 from disagg_jax.work import (
@@ -253,7 +253,7 @@ class VirtualBackend:
         wire = self._wires.get(resource)
         if wire is None:
             named = resource[0] < 0
-            expect(named, "link: expected a name that begins below 0", resource)
+            require(named, "link: expected a name that begins below 0", resource)
             link = SharedLink() if shared else FifoLink()
             wire = self._wires[resource] = _Wire(resource, link)
         return wire
@@ -388,4 +388,4 @@ def _parts_computed_s(step: _Running, parts: int) -> list[float]:
 
 def _check_duration(work: int, duration_s: float) -> None:
     valid = 0 <= duration_s < _INFINITE
-    expect(valid, f"work {work}: expected a finite duration >= 0", duration_s)
+    require(valid, f"work {work}: expected a finite duration >= 0", duration_s)

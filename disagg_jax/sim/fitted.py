@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.protocols import expect_one_stage, expect_parallelism
 from disagg_jax.work import StepLoad
 
@@ -86,7 +86,7 @@ class FittedCost:
     def instance(self, tp: int, pp: int = 1) -> FittedInstance:
         """The durations on tp x pp devices; any pp, but only a tp that was measured."""
         expect_parallelism(tp, pp)
-        expect(tp in self.fits, f"{self.name}: expected tp in {sorted(self.fits)}", tp)
+        require(tp in self.fits, f"{self.name}: expected tp in {sorted(self.fits)}", tp)
         return FittedInstance(self, self.fits[tp], pp)
 
 

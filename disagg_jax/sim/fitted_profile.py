@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.fitted import DecodeFit, FittedCost, PrefillFit, StepFit
 from disagg_jax.sim.record import (
     get_mapping,
@@ -47,9 +47,9 @@ class FittedProfile:
         Raises:
           ValueError: naming what there is, if one of them is unknown.
         """
-        expect(engine in self.fits, f"engine: expected {sorted(self.fits)}", engine)
+        require(engine in self.fits, f"engine: expected {sorted(self.fits)}", engine)
         models = self.fits[engine]
-        expect(model in models, f"model: expected one of {sorted(models)}", model)
+        require(model in models, f"model: expected one of {sorted(models)}", model)
         return FittedCost(name=f"{self.name}/{engine}/{model}", fits=models[model])
 
     def kv_tokens(self, model: str, tp: int, pp: int = 1) -> int:
@@ -59,9 +59,9 @@ class FittedProfile:
           ValueError: naming what there is, if there is no number for it.
         """
         known = sorted(self.capacities)
-        expect(model in self.capacities, f"model: expected one of {known}", model)
+        require(model in self.capacities, f"model: expected one of {known}", model)
         sizes = self.capacities[model]
-        expect((tp, pp) in sizes, f"(tp, pp): expected {sorted(sizes)}", (tp, pp))
+        require((tp, pp) in sizes, f"(tp, pp): expected {sorted(sizes)}", (tp, pp))
         return sizes[tp, pp]
 
 
@@ -113,7 +113,7 @@ def _step_fit(
     prefill = PrefillFit(*_coefficients(record, "prefill", where))
     if prefill.square_ms < 0:
         expected = f"{where}: expected a text in warnings for a negative prefill[2]"
-        expect(where in warnings, expected, prefill.square_ms)
+        require(where in warnings, expected, prefill.square_ms)
     return StepFit(
         prefill,
         DecodeFit(*_coefficients(record, "decode_small", where)),
@@ -127,9 +127,9 @@ def _coefficients(
 ) -> tuple[float, ...]:
     """Three finite numbers, all but the quadratic one >= 0."""
     values = get_numbers(record, key, where)
-    expect(len(values) == 3, f"{where}.{key}: expected 3 numbers", values)
+    require(len(values) == 3, f"{where}.{key}: expected 3 numbers", values)
     signed = values[:2] if key == "prefill" else values
-    expect(min(signed) >= 0, f"{where}.{key}: expected numbers >= 0", values)
+    require(min(signed) >= 0, f"{where}.{key}: expected numbers >= 0", values)
     return values
 
 
@@ -149,5 +149,5 @@ def _capacities(
 
 def _tp_pp(key: str, where: str) -> tuple[int, int]:
     tp, comma, pp = key.partition(",")
-    expect(comma == ",", f"{where}: expected 'TP,PP'", key)
+    require(comma == ",", f"{where}: expected 'TP,PP'", key)
     return positive_int(tp, f"{where}: tp"), positive_int(pp, f"{where}: pp")

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 
 from disagg_jax import metrics
 from disagg_jax.criteria import Criterion, DistServe
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.search import (
@@ -74,10 +74,12 @@ class GoodputSearch:
     must_beat_rps: float | None = None
 
     def __post_init__(self) -> None:
-        expect(self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests)
-        expect(len(self.seeds) >= 1, "seeds: expected at least one", self.seeds)
+        require(
+            self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests
+        )
+        require(len(self.seeds) >= 1, "seeds: expected at least one", self.seeds)
         different = len(set(self.seeds)) == len(self.seeds)
-        expect(different, "seeds: expected different ones", self.seeds)
+        require(different, "seeds: expected different ones", self.seeds)
 
     @property
     def why_dependent(self) -> str:

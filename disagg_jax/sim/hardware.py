@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.link import LinkSpec
 
 
@@ -31,18 +31,18 @@ class EfficiencyCurve:
     points: tuple[tuple[float, float], ...]  # (size, efficiency), sizes increasing
 
     def __post_init__(self) -> None:
-        expect(len(self.points) > 0, "curve: expected at least one point", self.points)
+        require(len(self.points) > 0, "curve: expected at least one point", self.points)
         for size, efficiency in self.points:
             ok = size > 0 and 0 < efficiency <= 1
-            expect(
+            require(
                 ok,
                 "curve: expected (size > 0, 0 < efficiency <= 1)",
                 (size, efficiency),
             )
         for (x0, y0), (x1, y1) in itertools.pairwise(self.points):
-            expect(x0 < x1, "curve: expected increasing sizes", (x0, x1))
+            require(x0 < x1, "curve: expected increasing sizes", (x0, x1))
             expected = f"curve: expected size / efficiency >= {x0 / y0:g} at {x1:g}"
-            expect(x0 / y0 <= x1 / y1, expected, x1 / y1)
+            require(x0 / y0 <= x1 / y1, expected, x1 / y1)
 
     @classmethod
     def constant(cls, efficiency: float) -> EfficiencyCurve:
@@ -72,8 +72,8 @@ class AllReduce:
     bus_bytes_s: float  # as NCCL counts it: independent of tp where links are alike
 
     def __post_init__(self) -> None:
-        expect(self.alpha_s >= 0, "alpha_s: expected >= 0", self.alpha_s)
-        expect(self.bus_bytes_s > 0, "bus_bytes_s: expected > 0", self.bus_bytes_s)
+        require(self.alpha_s >= 0, "alpha_s: expected >= 0", self.alpha_s)
+        require(self.bus_bytes_s > 0, "bus_bytes_s: expected > 0", self.bus_bytes_s)
 
     def time_s(self, tp: int, size_bytes: float) -> float:
         """Seconds for `size_bytes` on each of `tp` devices."""
@@ -108,13 +108,13 @@ class Hardware:
     def __post_init__(self) -> None:
         for name in ("peak_flops", "hbm_bytes_s", "memory_bytes", "tile_rows"):
             value = getattr(self, name)
-            expect(value > 0, f"{self.name}: {name}: expected > 0", value)
+            require(value > 0, f"{self.name}: {name}: expected > 0", value)
         for name in ("weight_mbu", "kv_mbu"):
             value = getattr(self, name)
-            expect(0 < value <= 1, f"{self.name}: {name}: expected in (0, 1]", value)
+            require(0 < value <= 1, f"{self.name}: {name}: expected in (0, 1]", value)
         for name in ("kv_startup_s", "step_s"):
             value = getattr(self, name)
-            expect(value >= 0, f"{self.name}: {name}: expected >= 0", value)
+            require(value >= 0, f"{self.name}: {name}: expected >= 0", value)
 
     def rows(self, tokens: int) -> int:
         """Rows that a matmul over `tokens` is billed for.

@@ -12,7 +12,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.hardware import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.link import LinkSpec, get_link
 
@@ -207,5 +207,5 @@ def get_hardware(name: str) -> Hardware:
       ValueError: naming the presets, if there is none of that name.
     """
     known = sorted(HARDWARE)
-    expect(name in HARDWARE, f"hardware: expected one of {known}", name)
+    require(name in HARDWARE, f"hardware: expected one of {known}", name)
     return HARDWARE[name]

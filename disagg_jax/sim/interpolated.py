@@ -19,7 +19,7 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.protocols import expect_one_stage, expect_parallelism
 from disagg_jax.work import StepLoad
 
@@ -41,12 +41,12 @@ def interpolate(axis: Sequence[float], values: Sequence[float], x: float) -> flo
 def _check_axis(name: str, axis: Sequence[float]) -> None:
     increasing = all(a < b for a, b in zip(axis, axis[1:], strict=False))
     ok = increasing and len(axis) > 0 and axis[0] > 0
-    expect(ok, f"{name}: expected increasing numbers > 0", axis)
+    require(ok, f"{name}: expected increasing numbers > 0", axis)
 
 
 def _check_seconds(name: str, seconds: Sequence[float], length: int) -> None:
-    expect(len(seconds) == length, f"{name}: expected {length} times", seconds)
-    expect(min(seconds) > 0, f"{name}: expected times > 0", seconds)
+    require(len(seconds) == length, f"{name}: expected {length} times", seconds)
+    require(min(seconds) > 0, f"{name}: expected times > 0", seconds)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class PrefillTable:
     def __post_init__(self) -> None:
         _check_axis("prefill.tokens", self.tokens)
         _check_seconds("prefill.seconds", self.seconds, len(self.tokens))
-        expect(self.square_s >= 0, "prefill.square_s: expected >= 0", self.square_s)
+        require(self.square_s >= 0, "prefill.square_s: expected >= 0", self.square_s)
 
     def time_s(self, load: StepLoad) -> float:
         """Seconds of the prompt parts."""
@@ -89,7 +89,7 @@ class DecodeTable:
         _check_axis("decode.context", self.context)
         rows = len(self.decodes)
         expected = f"decode.seconds: expected {rows} rows"
-        expect(len(self.seconds) == rows, expected, self.seconds)
+        require(len(self.seconds) == rows, expected, self.seconds)
         for row in self.seconds:
             _check_seconds("decode.seconds", row, len(self.context))
 
@@ -132,7 +132,7 @@ class StageTables:
     def __post_init__(self) -> None:
         least = min(min(self.prefill.seconds), *map(min, self.decode.seconds))
         expected = f"floor_s: expected >= 0 and <= {least}, the least time"
-        expect(0 <= self.floor_s <= least, expected, self.floor_s)
+        require(0 <= self.floor_s <= least, expected, self.floor_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,13 +147,13 @@ class InterpolatedCost:
         for (tp, pp), stages in self.stages.items():
             expect_parallelism(tp, pp)
             expected = f"{self.name}: expected {pp} stages for (tp, pp) = {(tp, pp)}"
-            expect(len(stages) == pp, expected, len(stages))
+            require(len(stages) == pp, expected, len(stages))
 
     def instance(self, tp: int, pp: int = 1) -> InterpolatedInstance:
         """The durations on tp x pp devices."""
         known = sorted(self.stages)
         expected = f"{self.name}: expected (tp, pp) in {known}"
-        expect((tp, pp) in self.stages, expected, (tp, pp))
+        require((tp, pp) in self.stages, expected, (tp, pp))
         return InterpolatedInstance(self.stages[tp, pp])
 
 

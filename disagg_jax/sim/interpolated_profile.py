@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.interpolated import (
     DecodeTable,
     InterpolatedCost,
@@ -63,7 +63,7 @@ def cost_from_json(record: object) -> InterpolatedCost:
         tp = positive_int(get_value(instance, "tp", where), f"{where}.tp")
         tables = _stages(instance, where)
         key = (tp, len(tables))
-        expect(key not in stages, f"{where}: expected each (tp, pp) once", key)
+        require(key not in stages, f"{where}: expected each (tp, pp) once", key)
         stages[key] = tables
     name = get_text(top, "name", "profile")
     return InterpolatedCost(name=name, stages=stages, provenance=provenance)

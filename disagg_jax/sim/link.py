@@ -11,7 +11,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +29,11 @@ class LinkSpec:
     measured: bool  # whether the efficiency is a measurement or an assumption
 
     def __post_init__(self) -> None:
-        expect(self.latency_s >= 0, "latency_s: expected >= 0", self.latency_s)
+        require(self.latency_s >= 0, "latency_s: expected >= 0", self.latency_s)
         bandwidth = self.bandwidth_bytes_s
-        expect(bandwidth > 0, "bandwidth_bytes_s: expected > 0", bandwidth)
+        require(bandwidth > 0, "bandwidth_bytes_s: expected > 0", bandwidth)
         in_range = 0 < self.efficiency <= 1
-        expect(in_range, "efficiency: expected in (0, 1]", self.efficiency)
+        require(in_range, "efficiency: expected in (0, 1]", self.efficiency)
 
     def transfer_s(self, size_bytes: float, lanes: int = 1) -> float:
         """Seconds for `size_bytes` spread evenly over `lanes` such links.
@@ -41,8 +41,8 @@ class LinkSpec:
         Between instances that shard KV alike, lanes = min(tp of the source, tp of the
         destination) where each device has a link of its own.
         """
-        expect(size_bytes >= 0, "size_bytes: expected >= 0", size_bytes)
-        expect(lanes >= 1, "lanes: expected >= 1", lanes)
+        require(size_bytes >= 0, "size_bytes: expected >= 0", size_bytes)
+        require(lanes >= 1, "lanes: expected >= 1", lanes)
         rate_bytes_s = self.efficiency * lanes * self.bandwidth_bytes_s
         return self.latency_s + size_bytes / rate_bytes_s
 
@@ -144,5 +144,5 @@ def get_link(name: str) -> LinkSpec:
     Raises:
       ValueError: naming the presets, if there is none of that name.
     """
-    expect(name in LINKS, f"link: expected one of {sorted(LINKS)}", name)
+    require(name in LINKS, f"link: expected one of {sorted(LINKS)}", name)
     return LINKS[name]

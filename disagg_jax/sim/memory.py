@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.deployment import cut_layers
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.sim.protocols import expect_parallelism
 
@@ -29,11 +29,11 @@ class Partition:
         expect_parallelism(self.tp, self.pp)
         name, q_heads, kv = self.model.name, self.model.q_heads, self.model.kv_heads
         expected = f"{name}: expected tp to divide {q_heads} query heads"
-        expect(q_heads % self.tp == 0, expected, self.tp)
+        require(q_heads % self.tp == 0, expected, self.tp)
         divides = kv % self.tp == 0 or self.tp % kv == 0
-        expect(divides, f"{name}: expected tp to fit {kv} kv heads", self.tp)
+        require(divides, f"{name}: expected tp to fit {kv} kv heads", self.tp)
         layers = self.model.layers
-        expect(self.pp <= layers, f"{name}: expected pp <= {layers} layers", self.pp)
+        require(self.pp <= layers, f"{name}: expected pp <= {layers} layers", self.pp)
 
     @property
     def stage_layers(self) -> tuple[int, ...]:
@@ -74,11 +74,11 @@ class Partition:
         Raises:
           ValueError: if the weights leave no room for one token.
         """
-        expect(0 < utilisation <= 1, "utilisation: expected in (0, 1]", utilisation)
+        require(0 < utilisation <= 1, "utilisation: expected in (0, 1]", utilisation)
         usable = memory_bytes * utilisation
         weights = self.weight_bytes_per_device
         tokens = int((usable - weights) // self.kv_bytes_per_token_per_device)
-        expect(
+        require(
             tokens >= 1,
             f"{self.model.name} with tp={self.tp}, pp={self.pp}: expected weights and "
             f"KV in {usable / 1e9:.4g} GB of a device ({utilisation:g} of its memory)",

@@ -6,7 +6,7 @@ import dataclasses
 import types
 from collections.abc import Mapping
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 
 _FLAGS = ("gated_mlp", "tie_embeddings")
 _FRACTIONS = ("weight_dtype_bytes", "table_dtype_bytes")
@@ -44,11 +44,13 @@ class ModelShape:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in _FRACTIONS:
-                expect(value is None or value > 0, f"{field.name}: expected > 0", value)
+                require(
+                    value is None or value > 0, f"{field.name}: expected > 0", value
+                )
             elif field.name != "name" and field.name not in _FLAGS:
-                expect(value >= 1, f"{field.name}: expected >= 1", value)
+                require(value >= 1, f"{field.name}: expected >= 1", value)
         expected = f"q_heads: expected a multiple of kv_heads={self.kv_heads}"
-        expect(self.q_heads % self.kv_heads == 0, expected, self.q_heads)
+        require(self.q_heads % self.kv_heads == 0, expected, self.q_heads)
 
     @property
     def layer_params(self) -> int:
@@ -192,5 +194,5 @@ def get_model_shape(name: str) -> ModelShape:
       ValueError: naming the presets, if there is none of that name.
     """
     known = sorted(MODEL_SHAPES)
-    expect(name in MODEL_SHAPES, f"model: expected one of {known}", name)
+    require(name in MODEL_SHAPES, f"model: expected one of {known}", name)
     return MODEL_SHAPES[name]

@@ -12,7 +12,7 @@ import dataclasses
 from typing import Literal
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.work import Transfer
 
@@ -59,12 +59,16 @@ class Network:
     )
 
     def __post_init__(self) -> None:
-        expect(self.layer_groups >= 1, "layer_groups: expected >= 1", self.layer_groups)
-        expect(self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices)
+        require(
+            self.layer_groups >= 1, "layer_groups: expected >= 1", self.layer_groups
+        )
+        require(
+            self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices
+        )
         size = self.kv_bytes_per_token
-        expect(size >= 0, "kv_bytes_per_token: expected >= 0", size)
+        require(size >= 0, "kv_bytes_per_token: expected >= 0", size)
         known = self.sharing in ("fifo", "fair")
-        expect(known, "sharing: expected fifo or fair", self.sharing)
+        require(known, "sharing: expected fifo or fair", self.sharing)
 
     def hop(self, transfer: Transfer) -> Hop:
         """How a transfer goes."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from disagg_jax import metrics
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.lengths import FixedLengths, Lengths
 from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
@@ -96,15 +96,15 @@ class TraceWorkload:
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        expect(len(self.rows) >= 2, "trace: expected two rows or more", len(self.rows))
+        require(len(self.rows) >= 2, "trace: expected two rows or more", len(self.rows))
         object.__setattr__(self, "rows", tuple(untied(self.rows, self.ties)))
         fewest = min(min(row.prompt_tokens, row.output_tokens) for row in self.rows)
-        expect(fewest >= 1, "trace: expected rows with tokens only", fewest)
+        require(fewest >= 1, "trace: expected rows with tokens only", fewest)
         times = [row.arrival_s for row in self.rows]
         span_s = times[-1] - times[0]  # nan without times
-        expect(span_s != 0, "trace: expected a span > 0 s", span_s)
+        require(span_s != 0, "trace: expected a span > 0 s", span_s)
         tied = sum(a == b for a, b in itertools.pairwise(times))
-        expect(
+        require(
             self.ties == "keep" or 2 * tied < len(times),
             "trace: expected most rows at times of their own, or ties='keep' if they "
             "really come at the same time",

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.work import StepLoad
 
 KINDS = ("prefill", "decode", "mixed")
@@ -61,9 +61,9 @@ class ProgramList:
 
     def __post_init__(self) -> None:
         for program in self.programs:
-            expect(program.kind in KINDS, f"kind: expected one of {KINDS}", program)
+            require(program.kind in KINDS, f"kind: expected one of {KINDS}", program)
         size = self.block_tokens
-        expect(size >= 1, "block_tokens: expected >= 1", size)
+        require(size >= 1, "block_tokens: expected >= 1", size)
 
     @functools.cached_property
     def of_kind(self) -> Mapping[str, tuple[Program, ...]]:

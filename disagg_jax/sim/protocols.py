@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.work import StepLoad
 
 
@@ -51,10 +51,10 @@ class CostModel(Protocol):
 
 def expect_parallelism(tp: int, pp: int) -> None:
     """Raises a ValueError unless both are at least 1."""
-    expect(tp >= 1, "tp: expected >= 1", tp)
-    expect(pp >= 1, "pp: expected >= 1", pp)
+    require(tp >= 1, "tp: expected >= 1", tp)
+    require(pp >= 1, "pp: expected >= 1", pp)
 
 
 def expect_one_stage(pp: int) -> None:
     """Raises a ValueError unless `decode_s` has a meaning."""
-    expect(pp == 1, "decode_s: expected pp = 1 (else use stages_s)", pp)
+    require(pp == 1, "decode_s: expected pp = 1 (else use stages_s)", pp)

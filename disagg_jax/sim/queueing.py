@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.protocols import expect_one_stage
 from disagg_jax.work import StepLoad
 
@@ -20,7 +20,7 @@ def md1_wait_s(rate_rps: float, service_s: float) -> float:
       ValueError: unless the server keeps up.
     """
     load = rate_rps * service_s
-    expect(0 <= load < 1, "rate_rps * service_s: expected in [0, 1)", load)
+    require(0 <= load < 1, "rate_rps * service_s: expected in [0, 1)", load)
     return load * service_s / (2 * (1 - load))
 
 

@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 
 
 def get_value(record: Mapping[str, object], key: str, where: str) -> object:
     """`record[key]`."""
-    expect(key in record, f"{where}: expected the key {key!r}", sorted(record))
+    require(key in record, f"{where}: expected the key {key!r}", sorted(record))
     return record[key]
 
 
 def as_mapping(value: object, where: str) -> Mapping[str, object]:
     """An object."""
-    expect(isinstance(value, Mapping), f"{where}: expected an object", value)
+    require(isinstance(value, Mapping), f"{where}: expected an object", value)
     return cast(Mapping[str, object], value)
 
 
@@ -36,17 +36,17 @@ def get_texts(record: Mapping[str, object], key: str, where: str) -> Mapping[str
 
 def open_profile(record: object, kind: str) -> Mapping[str, object]:
     """`record`, if it is an object of that "kind"."""
-    expect(isinstance(record, Mapping), "profile: expected an object", record)
+    require(isinstance(record, Mapping), "profile: expected an object", record)
     top = cast(Mapping[str, object], record)
     came = get_text(top, "kind", "profile")
-    expect(came == kind, f"profile.kind: expected {kind!r}", came)
+    require(came == kind, f"profile.kind: expected {kind!r}", came)
     return top
 
 
 def get_list(record: Mapping[str, object], key: str, where: str) -> list[object]:
     """`record[key]`, a list that is not empty."""
     value = get_value(record, key, where)
-    expect(
+    require(
         isinstance(value, list) and value != [],
         f"{where}.{key}: expected a list, not empty",
         cast(object, value),
@@ -58,14 +58,14 @@ def get_text(record: Mapping[str, object], key: str, where: str) -> str:
     """`record[key]`, a text that is not empty."""
     value = get_value(record, key, where)
     ok = isinstance(value, str) and value != ""
-    expect(ok, f"{where}.{key}: expected a text, not empty", value)
+    require(ok, f"{where}.{key}: expected a text, not empty", value)
     return cast(str, value)
 
 
 def as_number(value: object, where: str) -> float:
     """A finite number."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
-    expect(
+    require(
         ok and math.isfinite(cast(float, value)), f"{where}: expected a number", value
     )
     return float(cast(float, value))
@@ -83,5 +83,5 @@ def positive_int(value: object, where: str) -> int:
     """An integer >= 1; also as text, since JSON's keys are texts."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     ok = isinstance(number, int) and not isinstance(number, bool) and number >= 1
-    expect(ok, f"{where}: expected an integer >= 1", value)
+    require(ok, f"{where}: expected an integer >= 1", value)
     return cast(int, number)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.hardware import Hardware
 from disagg_jax.sim.memory import Partition
 from disagg_jax.sim.model_shape import ModelShape
@@ -57,7 +57,7 @@ class RooflineCost:
         """
         partition = Partition(self.model, tp, pp)
         known = sorted((1, *self.hardware.all_reduce))
-        expect(tp in known, f"{self.hardware.name}: expected tp in {known}", tp)
+        require(tp in known, f"{self.hardware.name}: expected tp in {known}", tp)
         self.kv_tokens(tp, pp)
         return RooflineInstance(partition, self.hardware)
 

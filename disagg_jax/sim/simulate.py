@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Mapping
 from disagg_jax.backend import Followers, Intervention, Observer, serve
 from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.clock import VirtualBackend
@@ -54,7 +54,7 @@ class SimulatedDeployment:
 
     def __post_init__(self) -> None:
         ok = not (self.places and self.spans)
-        expect(ok, "places: expected spans=False", self.spans)
+        require(ok, "places: expected spans=False", self.spans)
 
     def controller(self) -> Controller:
         """A new controller of this deployment."""

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -41,7 +41,7 @@ def worker_pool(workers: int | None = None) -> Generator[Mapper, None, None]:
       ValueError: if `workers` < 1.
     """
     workers = (os.cpu_count() or 1) if workers is None else workers
-    expect(workers >= 1, "workers: expected >= 1", workers)
+    require(workers >= 1, "workers: expected >= 1", workers)
     if workers == 1:
         yield map
         return

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.traces.clock import Clock, Ties, find_clock, spread_ties
 from disagg_jax.traces.files import Path, Record, Records, bad_record, open_records
 from disagg_jax.traces.formats import (
@@ -124,8 +124,8 @@ def load_trace(
         and on times so close that the unit must be another.
       OSError: if the file cannot be opened.
     """
-    expect(ties in ("spread", "keep"), "ties: expected spread or keep", ties)
-    expect(max_rows >= 0, "max_rows: expected >= 0", max_rows)
+    require(ties in ("spread", "keep"), "ties: expected spread or keep", ties)
+    require(max_rows >= 0, "max_rows: expected >= 0", max_rows)
     with open_records(path) as records:
         if SHAREGPT in records.names:
             _expect_no_times(unit, ties)
@@ -148,8 +148,8 @@ def _taken(rows: Iterable[Record], max_rows: int) -> Iterator[Record]:
 
 def _expect_no_times(unit: Unit, ties: Ties) -> None:
     """Raises a ValueError on options that only times have a use for."""
-    expect(unit == "auto", "unit: expected none, as the trace has no times", unit)
-    expect(ties == "spread", "ties: expected none, as the trace has no times", ties)
+    require(unit == "auto", "unit: expected none, as the trace has no times", unit)
+    require(ties == "spread", "ties: expected none, as the trace has no times", ties)
 
 
 # ---- lengths in tokens ---------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.request import GREEDY, Request, Sampling
 from disagg_jax.traces.clock import Ties, find_clock, spread_ties
 from disagg_jax.traces.rows import TraceRow, with_times
@@ -77,11 +77,11 @@ def fit_rows(
       ValueError: if fewer than `n` (or no) rows are left, or an argument is out of its
         range.
     """
-    expect(n is None or n >= 1, "n: expected at least one request", n)
-    expect(too_long in ("drop", "clip"), "too_long: expected drop or clip", too_long)
+    require(n is None or n >= 1, "n: expected at least one request", n)
+    require(too_long in ("drop", "clip"), "too_long: expected drop or clip", too_long)
     if too_long == "clip":  # which of prompt and output to cut, nobody says
         no_total = "max_total_tokens: expected none where rows are clipped"
-        expect(max_total_tokens is None, no_total, max_total_tokens)
+        require(max_total_tokens is None, no_total, max_total_tokens)
     maxima = (max_prompt_tokens, max_output_tokens, max_total_tokens)
     return _select(rows, n, [_limit(most) for most in maxima], too_long)
 
@@ -179,8 +179,8 @@ def untied(rows: Iterable[TraceRow], ties: Ties) -> list[TraceRow]:
     if len(rows) < 2 or math.isnan(times_s[0]):
         return rows
     ordered = bool(np.all(np.diff(times_s) >= 0))
-    expect(ordered, "trace: expected rows in time order", "another")
-    expect(ties in ("spread", "keep"), "ties: expected spread or keep", ties)
+    require(ordered, "trace: expected rows in time order", "another")
+    require(ties in ("spread", "keep"), "ties: expected spread or keep", ties)
     if ties == "keep":
         return rows
     tick_s = find_clock(times_s).tick_s
@@ -190,7 +190,7 @@ def untied(rows: Iterable[TraceRow], ties: Ties) -> list[TraceRow]:
 def _limit(most_tokens: int | None) -> int:
     if most_tokens is None:
         return sys.maxsize
-    expect(most_tokens >= 1, "maximum: expected >= 1 token", most_tokens)
+    require(most_tokens >= 1, "maximum: expected >= 1 token", most_tokens)
     return most_tokens
 
 
@@ -208,7 +208,7 @@ def _select(
             tokens = map(min, row[1:], limits)
             kept.append(TraceRow(row.arrival_s, *tokens))
     enough = len(kept) == n if n is not None else len(kept) > 0
-    expect(enough, f"trace: expected {n or 'some'} rows to serve", dict(fates))
+    require(enough, f"trace: expected {n or 'some'} rows to serve", dict(fates))
     return FittedRows(
         rows=kept,
         dropped_empty=fates["empty"],
@@ -243,7 +243,7 @@ def _arrivals_s(
     span_s = times_s[-1] - times_s[0]
     factor = 1.0
     if rate_rps is not None:
-        expect(rate_rps > 0, "rate_rps: expected > 0 requests per second", rate_rps)
-        expect(span_s > 0, "trace: to set a rate, expected a span > 0 s", span_s)
+        require(rate_rps > 0, "rate_rps: expected > 0 requests per second", rate_rps)
+        require(span_s > 0, "trace: to set a rate, expected a span > 0 s", span_s)
         factor = (len(rows) - 1) / span_s / rate_rps
     return [(time_s - times_s[0]) * factor for time_s in times_s]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from disagg_jax.expect import expect
+from disagg_jax.errors import require
 from disagg_jax.sim.cost import Decoder, DeploymentCost
 from disagg_jax.sim.network import Hop
 from disagg_jax.work import StepLoad, Transfer
@@ -27,7 +27,7 @@ class VariedCost:
     seed: int
 
     def __post_init__(self) -> None:
-        expect(self.deviation >= 0, "deviation: expected >= 0", self.deviation)
+        require(self.deviation >= 0, "deviation: expected >= 0", self.deviation)
 
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
         factor = self._factor(load)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def expect(ok: bool, expected: str, got: object) -> None:
+def require(ok: bool, expected: str, got: object) -> None:
     """Raises a ValueError of both unless `ok`."""
     if not ok:
         raise ValueError(f"{expected}, got {got!r}")
