@@ -27,7 +27,6 @@ from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
-from disagg_jax.lengths import FixedLengths, Lengths, LognormalLengths
 from disagg_jax.metrics import SLO, Interval, interval_across, rate_interval
 from disagg_jax.placement import Candidate, Layout, Outcome, best_first, pair
 from disagg_jax.scheduling import SYSTEMS
@@ -40,6 +39,7 @@ from disagg_jax.sim.goodput import DependentSeedsWarning, GoodputSearch
 from disagg_jax.sim.points import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.tuning import Profile, tune
+from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths
 from experiments.placements import row
 from experiments.simulations import Simulation
 

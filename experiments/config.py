@@ -12,21 +12,21 @@ from typing import Any
 
 from disagg_jax.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.lengths import (
-    FixedLengths,
-    Lengths,
-    LognormalLengths,
-    UniformLengths,
-)
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import get_link
-from disagg_jax.traces import Ties, TooLong, Unit
 from disagg_jax.tuning import has_rule, resized
-from disagg_jax.workload import Arrivals
+from disagg_jax.workload.lengths import (
+    FixedLengths,
+    Lengths,
+    LognormalLengths,
+    UniformLengths,
+)
+from disagg_jax.workload.requests import Arrivals
+from disagg_jax.workload.traces import Ties, TooLong, Unit
 from experiments import options
 
 
@@ -35,7 +35,9 @@ class Workload:
     """What is asked of the systems. Every point runs `num_requests`."""
 
     source: str = "random"  # prompts: random | human_eval | trace
-    trace: str = ""  # source=trace: its path; see `disagg_jax.traces` for the formats
+    trace: str = (
+        ""  # source=trace: its path; see `disagg_jax.workload.traces` for the formats
+    )
     trace_scale: float = 1.0  # source=trace: factor on its lengths, to fit the model
     trace_unit: Unit = "auto"  # source=trace: of its times, if its format does not say
     trace_rows: int = 0  # source=trace: rows to read, from the first on; 0: all

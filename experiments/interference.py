@@ -22,7 +22,6 @@ from absl import app, flags
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.lengths import UniformLengths
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.orca import Orca
@@ -34,6 +33,7 @@ from disagg_jax.sim.points import SimWorkload
 from disagg_jax.sim.protocols import InstanceCost
 from disagg_jax.sim.simulate import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
+from disagg_jax.workload.lengths import UniformLengths
 from experiments.checkout import commit
 from experiments.columns import align
 from experiments.command import command, own_flags

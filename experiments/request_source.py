@@ -10,14 +10,14 @@ from typing import Any
 from disagg_jax.deployment import KVMemory
 from disagg_jax.errors import require
 from disagg_jax.request import Request
-from disagg_jax.traces import Trace, TraceRow, fit_rows, load_trace
-from disagg_jax.traces.requests import stretch_requests
-from disagg_jax.traces.stretches import first_of, why_shared
-from disagg_jax.workload import (
+from disagg_jax.workload.requests import (
     make_requests,
     requests_from_prompts,
     spawn_streams,
 )
+from disagg_jax.workload.traces import Trace, TraceRow, fit_rows, load_trace
+from disagg_jax.workload.traces.requests import stretch_requests
+from disagg_jax.workload.traces.stretches import first_of, why_shared
 from experiments.config import Config, Workload, parse_lengths
 from experiments.weights import Model
 from models.config import ModelConfig

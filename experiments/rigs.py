@@ -16,13 +16,13 @@ from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.wall import WallBackend
-from disagg_jax.lengths import FixedLengths
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.view import Policy
-from disagg_jax.workload import make_requests
+from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload.requests import make_requests
 from experiments.timing import timed_s
 from models import transformer
 from models.config import ModelConfig

@@ -39,7 +39,7 @@ from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
-from disagg_jax.traces import Trace
+from disagg_jax.workload.traces import Trace
 from experiments import trace_flags
 from experiments.command import command
 from experiments.flag_values import expect_used

@@ -31,7 +31,7 @@ from disagg_jax.sim.network import Network
 from disagg_jax.sim.protocols import CostModel
 from disagg_jax.sim.roofline import RooflineCost
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.traces import Trace, load_trace, requests_from_trace
+from disagg_jax.workload.traces import Trace, load_trace, requests_from_trace
 from experiments.shapes import get_device, get_shape
 
 PROFILES = pathlib.Path(__file__).parent / "profiles"

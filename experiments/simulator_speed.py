@@ -38,13 +38,13 @@ from absl import app, flags
 from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.errors import require
-from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.workload import make_requests
+from disagg_jax.workload.lengths import FixedLengths, UniformLengths
+from disagg_jax.workload.requests import make_requests
 from experiments.command import command
 from experiments.flag_values import expect_used, integers
 from experiments.simulations import get_simulation, trace_requests

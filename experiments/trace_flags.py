@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from disagg_jax.traces import Ties, Trace, Unit, load_trace
+from disagg_jax.workload.traces import Ties, Trace, Unit, load_trace
 from models.tokenizer import load_tokenizer
 
 _UNIT = flags.DEFINE_enum(

@@ -6,7 +6,6 @@ import math
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.lengths import UniformLengths
 from disagg_jax.metrics import SLO
 from disagg_jax.placement import (
     Candidate,
@@ -29,6 +28,7 @@ from disagg_jax.sim.cost import ModelledCost
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.points import SimWorkload
 from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.workload.lengths import UniformLengths
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))

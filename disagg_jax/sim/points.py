@@ -10,15 +10,15 @@ from typing import Protocol
 
 from disagg_jax import metrics
 from disagg_jax.errors import require
-from disagg_jax.lengths import FixedLengths, Lengths
 from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.traces import Ties, TraceRow, fit_rows
-from disagg_jax.traces.requests import stretch_requests, untied
-from disagg_jax.traces.stretches import why_shared
-from disagg_jax.workload import POISSON, Arrivals, make_requests
+from disagg_jax.workload.lengths import FixedLengths, Lengths
+from disagg_jax.workload.requests import POISSON, Arrivals, make_requests
+from disagg_jax.workload.traces import Ties, TraceRow, fit_rows
+from disagg_jax.workload.traces.requests import stretch_requests, untied
+from disagg_jax.workload.traces.stretches import why_shared
 
 
 class Workload(Protocol):

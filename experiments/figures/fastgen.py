@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.closed_loop import ClosedLoop
 from disagg_jax.criteria import FastGen
 from disagg_jax.deployment import Deployment
-from disagg_jax.lengths import NormalLengths
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.sim.points import SimWorkload
 from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.workload.closed_loop import ClosedLoop
+from disagg_jax.workload.lengths import NormalLengths
 from experiments.figures.colocated import colocated
 from experiments.figures.figure import (
     Claim,

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.lengths import HistogramLengths
 from disagg_jax.request import Request
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
@@ -22,6 +21,7 @@ from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.cost import DeploymentCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.work import Event, Step, Work
+from disagg_jax.workload.lengths import HistogramLengths
 from experiments.figures.colocated import colocated
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, shown
 from experiments.figures.varied_cost import VariedCost

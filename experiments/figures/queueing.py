@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.lengths import FixedLengths
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost import ModelledCost
@@ -22,6 +21,7 @@ from disagg_jax.sim.queueing import (
     intra_op_ttft_s,
 )
 from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.workload.lengths import FixedLengths
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
 from experiments.figures.paper import XY, paper_panel
 

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from disagg_jax.lengths import FixedLengths
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.points import SimWorkload
+from disagg_jax.workload.lengths import FixedLengths
 from experiments.compare_systems import numbers
 from experiments.comparison import (
     COLOCATED,

@@ -5,10 +5,10 @@ import dataclasses
 import matplotlib.figure
 import pytest
 
-from disagg_jax.lengths import FixedLengths
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.points import SimWorkload
-from disagg_jax.traces import TraceRow
+from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload.traces import TraceRow
 from experiments import comparison_report as report
 from experiments.comparison import DISAGGREGATED, Found, Question, judge, slos_map
 from experiments.folder import plain

@@ -17,7 +17,7 @@ from experiments.compile_core import MODULES, PACKAGE, as_compiled
 ROOT = Path(__file__).resolve().parents[2]
 # By which the core is known: policies, events, spans, faults, and other simulators.
 TESTS = (
-    "tests/test_closed_loop.py",
+    "tests/workload/test_closed_loop.py",
     "tests/test_colocated_systems.py",
     "tests/test_controller.py",
     "tests/test_controller_properties.py",

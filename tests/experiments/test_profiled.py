@@ -8,12 +8,12 @@ from typing import ClassVar
 import pytest
 
 from disagg_jax.engine.executor import check_step_times, every_work
-from disagg_jax.lengths import UniformLengths
 from disagg_jax.sim.calibrated_profile import profile_to_json
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.work import Step, StepLoad, Transfer
-from disagg_jax.workload import make_requests
+from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload.requests import make_requests
 from experiments import calibrate
 from experiments.calibrate import on_deployments
 from experiments.config import Config, Memory, System, Workload

@@ -9,7 +9,6 @@ from __future__ import annotations
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.lengths import FixedLengths
 from disagg_jax.metrics import interval_across, ttft_s
 from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -20,7 +19,8 @@ from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
 from disagg_jax.sim.queueing import ConstantInstance
 from disagg_jax.sim.simulate import SimulatedDeployment, SimulatedRun
-from disagg_jax.workload import POISSON, make_requests
+from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload.requests import POISSON, make_requests
 from experiments.figures.paper import paper_panel
 
 D = 0.2  # seconds: DistServe's Fig. 4

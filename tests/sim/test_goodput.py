@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from disagg_jax import metrics
 from disagg_jax.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -35,7 +34,8 @@ from disagg_jax.sim.points import SimPoint, SimWorkload, TraceWorkload, run_poin
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.sim.trial import Trial, decisive_misses, run_trial
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.traces import TraceRow
+from disagg_jax.workload.lengths import FixedLengths, UniformLengths
+from disagg_jax.workload.traces import TraceRow
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 MEMORY = KVMemory(num_blocks=4000, max_context=4096)

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax.lengths import UniformLengths
 from disagg_jax.sim.points import SimWorkload, TraceWorkload
-from disagg_jax.traces import TraceRow
-from disagg_jax.workload import Arrivals
+from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload.requests import Arrivals
+from disagg_jax.workload.traces import TraceRow
 
 ROWS = tuple(
     TraceRow(arrival_s=float(at), prompt_tokens=10 + i, output_tokens=1 + i)

@@ -8,7 +8,6 @@ import statistics
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.lengths import FixedLengths, UniformLengths
 from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst
@@ -19,6 +18,7 @@ from disagg_jax.sim.network import Network
 from disagg_jax.sim.points import SimPoint, SimWorkload, run_point, run_points
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.work import Done, Down, Slow, StageFree, Step, Up
+from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from tests.serving import make_request
 
 PAIR = "prefill:tp1,decode:tp1"

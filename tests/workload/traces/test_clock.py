@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.traces.clock import find_clock, spread_ties
+from disagg_jax.workload.traces.clock import find_clock, spread_ties
 
 
 def tick_of(times):

@@ -6,15 +6,14 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax import workload
-from disagg_jax.lengths import (
+from disagg_jax.request import Sampling
+from disagg_jax.workload.lengths import (
     FixedLengths,
     HistogramLengths,
     LognormalLengths,
     UniformLengths,
 )
-from disagg_jax.request import Sampling
-from disagg_jax.workload import Arrivals
+from disagg_jax.workload.requests import Arrivals, requests
 
 N = 40_000  # draws for moments: the mean of unit-variance draws is good to 0.5 %
 
@@ -84,7 +83,7 @@ def make(**changes):
         "seed": 3,
         "vocab_size": 5,
     }
-    return workload.make_requests(**(arguments | changes))
+    return requests.make_requests(**(arguments | changes))
 
 
 def column(requests, name):
@@ -176,7 +175,7 @@ class TestRequestsFromPrompts:
             "output_tokens": [10, 20],
             "seed": 3,
         }
-        return workload.requests_from_prompts(**(arguments | changes))
+        return requests.requests_from_prompts(**(arguments | changes))
 
     def test_cycles(self):
         requests = self.make()

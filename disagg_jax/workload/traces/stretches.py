@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from disagg_jax.traces.rows import TraceRow
+from disagg_jax.workload.traces.rows import TraceRow
 
 _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are far apart on a circle
 

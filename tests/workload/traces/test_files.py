@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.traces import TraceRow, load_trace, read_trace
-from disagg_jax.traces.read import Trace
+from disagg_jax.workload.traces import TraceRow, load_trace, read_trace
+from disagg_jax.workload.traces.read import Trace
 
 # Three requests, 2 and 2.5 s apart, as each kind of file writes them.
 ROWS = [TraceRow(0.0, 521, 132), TraceRow(2.0, 676, 80), TraceRow(4.5, 90, 40)]

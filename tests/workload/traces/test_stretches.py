@@ -5,8 +5,8 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.traces import TraceRow
-from disagg_jax.traces.stretches import stretch, why_shared
+from disagg_jax.workload.traces import TraceRow
+from disagg_jax.workload.traces.stretches import stretch, why_shared
 
 ROWS = [TraceRow(float(i * i), i + 1, 1) for i in range(60)]
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from disagg_jax.traces import TraceRow, fit_rows, requests_from_trace
-from disagg_jax.traces.requests import stretch_requests
-from disagg_jax.workload import Arrivals
+from disagg_jax.workload.requests import Arrivals
+from disagg_jax.workload.traces import TraceRow, fit_rows, requests_from_trace
+from disagg_jax.workload.traces.requests import stretch_requests
 
 
 def column(requests, name):

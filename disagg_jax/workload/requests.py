@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg_jax.errors import require
-from disagg_jax.lengths import Lengths
 from disagg_jax.request import GREEDY, Request, Sampling
+from disagg_jax.workload.lengths import Lengths
 
 # ---- arrivals ------------------------------------------------------------------------
 

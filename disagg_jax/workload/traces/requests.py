@@ -13,16 +13,16 @@ import numpy as np
 
 from disagg_jax.errors import require
 from disagg_jax.request import GREEDY, Request, Sampling
-from disagg_jax.traces.clock import Ties, find_clock, spread_ties
-from disagg_jax.traces.rows import TraceRow, with_times
-from disagg_jax.traces.stretches import stretch
-from disagg_jax.workload import (
+from disagg_jax.workload.requests import (
     POISSON,
     Arrivals,
     build_requests,
     random_prompts,
     spawn_streams,
 )
+from disagg_jax.workload.traces.clock import Ties, find_clock, spread_ties
+from disagg_jax.workload.traces.rows import TraceRow, with_times
+from disagg_jax.workload.traces.stretches import stretch
 
 TooLong = Literal["drop", "clip"]
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from disagg_jax.lengths import (
+from disagg_jax.workload.lengths import (
     FixedLengths,
     HistogramLengths,
     LognormalLengths,

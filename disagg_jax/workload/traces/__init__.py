@@ -5,16 +5,16 @@ One file per concern: `files` opens and streams, `formats` tells the formats apa
 out and makes requests, `stretches` gives each seed rows of its own.
 """
 
-from disagg_jax.traces.clock import Ties
-from disagg_jax.traces.read import Trace, has_times, load_trace, read_trace
-from disagg_jax.traces.requests import (
+from disagg_jax.workload.traces.clock import Ties
+from disagg_jax.workload.traces.read import Trace, has_times, load_trace, read_trace
+from disagg_jax.workload.traces.requests import (
     FittedRows,
     TooLong,
     TraceRequests,
     fit_rows,
     requests_from_trace,
 )
-from disagg_jax.traces.rows import TraceRow, Unit
+from disagg_jax.workload.traces.rows import TraceRow, Unit
 
 __all__ = [
     "FittedRows",

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from disagg_jax.closed_loop import ClosedLoop
 from disagg_jax.request import Status
+from disagg_jax.workload.closed_loop import ClosedLoop
 from tests.serving import make_request
 from tests.sim.test_simulate import simulated
 

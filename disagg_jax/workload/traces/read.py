@@ -12,9 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg_jax.errors import require
-from disagg_jax.traces.clock import Clock, Ties, find_clock, spread_ties
-from disagg_jax.traces.files import Path, Record, Records, bad_record, open_records
-from disagg_jax.traces.formats import (
+from disagg_jax.workload.traces.clock import Clock, Ties, find_clock, spread_ties
+from disagg_jax.workload.traces.files import (
+    Path,
+    Record,
+    Records,
+    bad_record,
+    open_records,
+)
+from disagg_jax.workload.traces.formats import (
     ASK,
     DATES,
     SHAREGPT,
@@ -25,7 +31,7 @@ from disagg_jax.traces.formats import (
     sharegpt_lengths,
     time_cells,
 )
-from disagg_jax.traces.rows import TraceRow, Unit, with_times
+from disagg_jax.workload.traces.rows import TraceRow, Unit, with_times
 
 # Of a trace whose unit is right; a gap of 1 ms may err by a rounding.
 _LEAST_GAP_S, _MOST_RPS = 1e-3 * (1 - 1e-6), 1e5

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from disagg_jax.traces.files import Path, bad_record
-from disagg_jax.traces.rows import UNITS_PER_S, Unit
+from disagg_jax.workload.traces.files import Path, bad_record
+from disagg_jax.workload.traces.rows import UNITS_PER_S, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
