@@ -10,9 +10,9 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from disagg_jax.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.view import Policy
 from disagg_jax.search import SearchPlan

@@ -44,9 +44,9 @@ from disagg_jax.backend import serve
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request
 from disagg_jax.sim.workers import process_pool
-from disagg_jax.summary import summarise
 from disagg_jax.work import Event, Step, Work
 from experiments import host_devices
 from experiments.command import command

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from disagg_jax.criteria import Criterion
+from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.search import best_rate, estimate
 
 Scores = Mapping[float, Sequence[float]]  # rate per device -> score of each seed

@@ -11,7 +11,6 @@ import jax
 
 from disagg_jax.backend import Backend, Executor, Outcome, serve
 from disagg_jax.controller import Controller
-from disagg_jax.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.deployment import (
     Deployment,
     InstanceSpec,
@@ -34,6 +33,7 @@ from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.request import Request, Timeline
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost import CostExecutor, LinearCost

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
-from disagg_jax.criteria import Criterion
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO, Interval
+from disagg_jax.metrics.criteria import Criterion
+from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
 from disagg_jax.search import (
     BestRate,
@@ -24,7 +25,6 @@ from disagg_jax.search import (
     find_inversion,
     search,
 )
-from disagg_jax.summary import summarise
 from experiments.config import Config
 from experiments.ranks import rank
 from experiments.request_rows import to_row

@@ -11,6 +11,7 @@ from disagg_jax import metrics
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.summary import summarise
 from disagg_jax.occupancy import Occupancy, read_occupancy
 from disagg_jax.request import Request, Timeline
 from disagg_jax.search import SearchPlan, estimate, search
@@ -25,7 +26,6 @@ from disagg_jax.sim.agreement import (
 from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.simulate import SimulatedDeployment
-from disagg_jax.summary import summarise
 from experiments.profiled import Probe, StepKey, cost_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir

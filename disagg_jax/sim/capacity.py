@@ -14,9 +14,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from disagg_jax.criteria import Alone
 from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import Alone
 from disagg_jax.request import Request
 from disagg_jax.sim.points import SimResult
 from disagg_jax.sim.simulate import SimulatedDeployment

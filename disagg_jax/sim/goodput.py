@@ -1,7 +1,7 @@
 """Goodput by simulation: the highest rate, or the smallest SLO scale, that attains.
 
-A goodput may be by any criterion (`disagg_jax.criteria`). By DistServe's, runs are cut
-short once they are decided (`sim/trial.py`), but what is exact nevertheless:
+A goodput may be by any criterion (`disagg_jax.metrics.criteria`). By DistServe's, runs
+are cut short once they are decided (`sim/trial.py`), but what is exact nevertheless:
 
 * for every rate tried, whether the mean attainment over the seeds reaches the target,
   and whether each seed's own does: so `pass_rps` and `fail_rps`, and between which of
@@ -27,9 +27,9 @@ import warnings
 from collections.abc import Sequence
 
 from disagg_jax import metrics
-from disagg_jax.criteria import Criterion, DistServe
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Request
 from disagg_jax.search import (
     BestRate,

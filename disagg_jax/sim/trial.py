@@ -23,8 +23,8 @@ import statistics
 from collections.abc import Sequence
 
 from disagg_jax import metrics
-from disagg_jax.criteria import Criterion, DistServe
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Status, Timeline
 from disagg_jax.sim.points import SimPoint
 

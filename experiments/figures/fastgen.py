@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.criteria import FastGen
 from disagg_jax.deployment import Deployment
+from disagg_jax.metrics.criteria import FastGen
 from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.sim.points import SimWorkload

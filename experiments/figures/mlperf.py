@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from disagg_jax.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.deployment import Deployment, Role
+from disagg_jax.metrics.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput

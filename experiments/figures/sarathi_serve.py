@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.criteria import sarathi_serve
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import sarathi_serve
 from disagg_jax.request import Timeline
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_first import PrefillFirst

@@ -24,7 +24,7 @@ TESTS = (
     "tests/test_decode_batch.py",
     "tests/test_event_log.py",
     "tests/test_kv_blocks.py",
-    "tests/test_metrics.py",
+    "tests/metrics/test_metrics.py",
     "tests/test_scheduling.py",
     "tests/test_spans.py",
     "tests/test_virtual_clock.py",

@@ -10,9 +10,10 @@ import sys
 import jax
 import pytest
 
-from disagg_jax import criteria, metrics
+from disagg_jax import metrics
 from disagg_jax.deployment import Role
 from disagg_jax.event_log import replay
+from disagg_jax.metrics import criteria
 from disagg_jax.request import Request, Timeline
 from disagg_jax.search import find_inversion
 from disagg_jax.sim.cost import LinearCost

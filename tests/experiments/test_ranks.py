@@ -2,8 +2,8 @@
 
 import pytest
 
-from disagg_jax.criteria import Sarathi, mlperf
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import Sarathi, mlperf
 from experiments import report
 from experiments.ranks import rank
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from disagg_jax import metrics
-from disagg_jax.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_first import PrefillFirst

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from disagg_jax.metrics.summary import percentiles, summarise
 from disagg_jax.request import Status
-from disagg_jax.summary import percentiles, summarise
 from tests.timelines import DISAGGREGATED, SLO_1, served
 
 

@@ -17,7 +17,7 @@ The edge rules, where tools differ:
 Uncertainty comes from independent runs (`interval_across`), never from a binomial
 formula over requests: requests that share a queue succeed and fail together. On an
 M/D/1 queue of 1000 requests whose true attainment is 0.9, 95 % intervals covered the
-truth this often (4000 runs; tests/test_metrics.py repeats the middle column):
+truth this often (4000 runs; tests/metrics/test_metrics.py repeats the middle column):
 
     utilisation                             .6    .75   .85
     Student-t over 5 runs                   95    94    92 %

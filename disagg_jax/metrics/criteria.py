@@ -22,7 +22,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from disagg_jax import metrics
-from disagg_jax.bounds import (
+from disagg_jax.errors import require
+from disagg_jax.metrics import SLO
+from disagg_jax.metrics.percentile_limits import (
     Bound,
     Latencies,
     PercentileBounds,
@@ -35,10 +37,8 @@ from disagg_jax.bounds import (
     tpot,
     ttft,
 )
-from disagg_jax.errors import require
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.summary import span_s
 from disagg_jax.request import Request, Timeline
-from disagg_jax.summary import span_s
 
 
 class Criterion(Protocol):

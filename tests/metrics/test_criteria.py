@@ -7,8 +7,8 @@ import math
 import pytest
 
 from disagg_jax import metrics
-from disagg_jax.bounds import Bound, PercentileBounds, scheduling_delay, tbt, tpot, ttft
-from disagg_jax.criteria import (
+from disagg_jax.metrics import SLO
+from disagg_jax.metrics.criteria import (
     MLPERF_SLOS,
     NAMES,
     Alone,
@@ -24,7 +24,14 @@ from disagg_jax.criteria import (
     splitwise,
     vidur_search,
 )
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.percentile_limits import (
+    Bound,
+    PercentileBounds,
+    scheduling_delay,
+    tbt,
+    tpot,
+    ttft,
+)
 from disagg_jax.request import Status
 from tests.timelines import SLO_1, served
 
