@@ -10,8 +10,8 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.instance_index import InstanceIndex
 from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Request
+from disagg_jax.scheduling.interface import Chunk
 from disagg_jax.scheduling.routing import Router
-from disagg_jax.scheduling.view import Chunk
 from disagg_jax.state import (
     InstanceState,
     Place,

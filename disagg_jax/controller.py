@@ -16,8 +16,8 @@ from disagg_jax.decode_batch import DecodeBatch
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.plan_check import check_plan
 from disagg_jax.request import Status, Timeline
+from disagg_jax.scheduling.interface import Policy, PullPolicy
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
-from disagg_jax.scheduling.view import Policy, PullPolicy
 from disagg_jax.spans import SpanProgress, Spans, no_progress
 from disagg_jax.state import (
     InFlight,

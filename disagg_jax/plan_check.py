@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
-from disagg_jax.scheduling.view import Chunk, Plan, RequestView, StepLimits
+from disagg_jax.scheduling.interface import Chunk, Plan, RequestView, StepLimits
 from disagg_jax.state import InstanceState, Place, RequestState
 
 _BEGINS_IN: Final = (Place.WAITING, Place.PARTIAL)

@@ -1,12 +1,13 @@
 """Which system serves the most within its targets: questions, cells, and who wins.
 
 A cell is a workload with targets. In it every system gets equal devices, one cost model
-and identical arrivals, parameters chosen by its paper's rule (`disagg_jax/tuning.py`),
-and the best of all ways to use the devices: tensor parallelism for colocated instances,
-and for disaggregation also how many prefill and how many decode. Cells share no runs:
-step sizes depend on the TPOT target, a run must be long for its own targets, and a
-search that stops runs early and drops what cannot win (`best_first`) needs fewer than
-runs in full that could be judged by several targets.
+and identical arrivals, parameters chosen by its paper's rule
+(`disagg_jax/scheduling/tuning.py`), and the best of all ways to use the devices:
+tensor parallelism for colocated instances, and for disaggregation also how many
+prefill and how many decode. Cells share no runs: step sizes depend on the TPOT target,
+a run must be long for its own targets, and a search that stops runs early and drops
+what cannot win (`best_first`) needs fewer than runs in full that could be judged by
+several targets.
 
 A short run flatters: what arrives within one TTFT target before the queue is long is
 good at any rate. So a cell's runs last for many times its targets, at the highest rate
@@ -30,15 +31,15 @@ from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Interval, interval_across, rate_interval
 from disagg_jax.placement import Candidate, Layout, Outcome, best_first, pair
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.tuning import Profile, tune
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.goodput import DependentSeedsWarning, GoodputSearch
 from disagg_jax.sim.points import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
-from disagg_jax.tuning import Profile, tune
 from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths
 from experiments.placements import row
 from experiments.simulations import Simulation

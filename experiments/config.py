@@ -14,11 +14,11 @@ from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.link import get_link
-from disagg_jax.tuning import has_rule, resized
 from disagg_jax.workload.lengths import (
     FixedLengths,
     Lengths,

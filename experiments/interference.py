@@ -24,11 +24,11 @@ from disagg_jax import metrics
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.points import SimWorkload
 from disagg_jax.sim.protocols import InstanceCost
 from disagg_jax.sim.simulate import SimulatedRun

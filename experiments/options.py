@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.tuning import has_rule, resized
+from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.workload.traces import has_times
 
 if TYPE_CHECKING:

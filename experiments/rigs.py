@@ -18,9 +18,9 @@ from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.requests import make_requests
 from experiments.timing import timed_s

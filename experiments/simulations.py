@@ -17,13 +17,13 @@ from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.simdistserve import (
     NO_LIMIT,
     PrefillThenDecode,
     RoundRobinDecode,
 )
-from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.cost import ModelledCost
 from disagg_jax.sim.fitted_profile import FittedProfile, profile_from_json
 from disagg_jax.sim.link import LINKS, get_link

@@ -25,10 +25,10 @@ from disagg_jax.engine.weights import Weights
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from experiments.rigs import NO_STEPS
 from models.config import ModelConfig

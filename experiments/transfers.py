@@ -25,9 +25,9 @@ from disagg_jax.engine.executor import (
 )
 from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer

@@ -26,8 +26,8 @@ from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.engine import Engine
 from disagg_jax.errors import require
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.link import LinkSpec, get_link
 from experiments import here
 from experiments.checkout import commit

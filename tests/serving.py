@@ -8,8 +8,8 @@ from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.state import Place

@@ -15,10 +15,10 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.interface import Plan
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.view import Plan
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.state import Place

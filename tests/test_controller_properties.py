@@ -17,15 +17,15 @@ from disagg_jax.event_log import EventLog, replay
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.state import Place

@@ -15,7 +15,7 @@ from disagg_jax.event_log import (
     replay,
 )
 from disagg_jax.request import Request, Sampling
-from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Cancelled, Cut, Done, Down, Up
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from disagg_jax.deployment import Role
-from disagg_jax.scheduling.view import Chunk, Plan, StepLimits
+from disagg_jax.scheduling.interface import Chunk, Plan, StepLimits
 from disagg_jax.work import Arrived
 from tests.instances import state
 from tests.serving import Run, make_controller, make_request, with_prompt

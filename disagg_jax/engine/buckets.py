@@ -16,7 +16,7 @@ from disagg_jax.engine.batch import (
     StepShape,
     split_decodes,
 )
-from disagg_jax.scheduling.view import StepLimits
+from disagg_jax.scheduling.interface import StepLimits
 from disagg_jax.work import Slice
 
 _TOKENS_PER_ROW = 8  # of a prefill shape: shorter prompts take the next size

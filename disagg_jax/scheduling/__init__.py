@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 
 # A system is a policy for each role it uses; the default parameters are the papers'.
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.scheduling.decoding import decode_all, fits
-from disagg_jax.scheduling.view import (
+from disagg_jax.scheduling.interface import (
     InstanceView,
     Plan,
     RequestView,
@@ -13,6 +12,7 @@ from disagg_jax.scheduling.view import (
     check_parameters,
     check_share,
 )
+from disagg_jax.scheduling.preemption import decode_all, fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

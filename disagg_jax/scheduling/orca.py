@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from disagg_jax.scheduling.decoding import FOREVER
-from disagg_jax.scheduling.view import (
+from disagg_jax.scheduling.interface import (
     Chunk,
     InstanceView,
     Plan,
     StepLimits,
     check_parameters,
 )
+from disagg_jax.scheduling.preemption import FOREVER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.scheduling.view import (
+from disagg_jax.scheduling.interface import (
     Chunk,
     InstanceView,
     Plan,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from disagg_jax.scheduling.view import InstanceView, RequestView
+from disagg_jax.scheduling.interface import InstanceView, RequestView
 
 # What a router looks for the least of; equal instances are taken in their order.
 Rank = Callable[[InstanceView], tuple[int, ...]]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
-from disagg_jax.scheduling.decoding import FOREVER
-from disagg_jax.scheduling.view import (
+from disagg_jax.scheduling.interface import (
     Chunk,
     InstanceView,
     Plan,
@@ -15,6 +14,7 @@ from disagg_jax.scheduling.view import (
     check_budget,
     check_parameters,
 )
+from disagg_jax.scheduling.preemption import FOREVER
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

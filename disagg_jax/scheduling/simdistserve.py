@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.scheduling.decoding import FOREVER
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.view import (
+from disagg_jax.scheduling.interface import (
     InstanceView,
     Plan,
     RequestView,
     StepLimits,
     check_parameters,
 )
+from disagg_jax.scheduling.preemption import FOREVER
+from disagg_jax.scheduling.prefill_only import PrefillOnly
 
 NO_LIMIT = 1_000_000_000
 

@@ -12,7 +12,7 @@ from disagg_jax.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, DeploymentCost
 

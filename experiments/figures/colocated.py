@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from disagg_jax.deployment import Role
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.work import StepLoad
 from experiments.simulations import Simulation, cost_model
 

@@ -17,8 +17,8 @@ import numpy as np
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.criteria import FastGen
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.points import SimWorkload
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.workload.closed_loop import ClosedLoop

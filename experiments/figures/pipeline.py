@@ -15,9 +15,9 @@ import numpy as np
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.request import Request
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.view import Policy
 from disagg_jax.sim.cost import DeploymentCost
 from disagg_jax.sim.simulate import SimulatedDeployment
 from disagg_jax.work import Event, Step, Work

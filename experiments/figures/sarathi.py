@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.request import Request
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from experiments.figures.colocated import ROOFLINE, colocated, step_s
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series
 from experiments.figures.paper import XY

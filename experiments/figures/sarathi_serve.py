@@ -19,10 +19,10 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import sarathi_serve
 from disagg_jax.request import Timeline
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.cost import Decoder, DeploymentCost
 from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput

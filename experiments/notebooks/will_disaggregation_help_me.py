@@ -165,7 +165,7 @@ Image(filename=out / "lengths.png")
 # ```
 
 # %%
-from disagg_jax.tuning import tile_multiples
+from disagg_jax.scheduling.tuning import tile_multiples
 from experiments.comparison import Question, slos_map
 from experiments.comparison_report import answer
 from experiments.simulations import roofline_simulation

@@ -20,8 +20,8 @@ from disagg_jax.engine.executor import EngineExecutor, outcome
 from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Down
 from models import transformer

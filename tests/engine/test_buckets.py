@@ -11,10 +11,10 @@ from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import full_slices, typical_slices
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.interface import StepLimits
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.view import StepLimits
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import Slice
 from tests.engine.harness import make_request
 

@@ -18,14 +18,14 @@ ROOT = Path(__file__).resolve().parents[2]
 # By which the core is known: policies, events, spans, faults, and other simulators.
 TESTS = (
     "tests/workload/test_closed_loop.py",
-    "tests/test_colocated_systems.py",
+    "tests/scheduling/test_colocated_systems.py",
     "tests/test_controller.py",
     "tests/test_controller_properties.py",
     "tests/test_decode_batch.py",
     "tests/test_event_log.py",
     "tests/test_kv_blocks.py",
     "tests/metrics/test_metrics.py",
-    "tests/test_scheduling.py",
+    "tests/scheduling/test_scheduling.py",
     "tests/test_spans.py",
     "tests/test_virtual_clock.py",
     "tests/sim/test_fitted.py",

@@ -8,9 +8,9 @@ import pytest
 from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
 from experiments.config import Config, System, Targets, override, parse_lengths, to_json
 from experiments.configs import CONFIGS, get_config

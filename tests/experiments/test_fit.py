@@ -8,8 +8,8 @@ from scipy.optimize import nnls
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim import terms
 from disagg_jax.sim.programs import Program
 from experiments.fit import (

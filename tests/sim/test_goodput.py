@@ -16,7 +16,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import Idle, capacity_rps, unloaded
 from disagg_jax.sim.cost import LinearCost

@@ -10,8 +10,8 @@ import pytest
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost import LinearCost, ModelledCost
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network

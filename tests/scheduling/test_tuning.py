@@ -7,13 +7,13 @@ import pytest
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.orca import Orca
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.tuning import Profile, tile_multiples, tune
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost import LinearCost
-from disagg_jax.tuning import Profile, tile_multiples, tune
 from disagg_jax.work import StepLoad
 
 # Seconds: 10 ms a step, 0.1 ms a prompt token, 0.2 ms a decode.

@@ -22,14 +22,14 @@ import math
 from collections.abc import Callable, Mapping
 
 from disagg_jax.errors import require
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.view import Policy
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import StepLoad
 
 StepSeconds = Callable[[StepLoad], float]

@@ -7,10 +7,10 @@ import pytest
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.orca import Orca
-from disagg_jax.scheduling.prefill_first import PrefillFirst
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import Arrived
 from tests.instances import ROWS, case, make_instance, planned
 from tests.serving import Run, make_controller, with_prompt

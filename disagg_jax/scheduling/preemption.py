@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from disagg_jax.scheduling.view import InstanceView, Plan, RequestView
+from disagg_jax.scheduling.interface import InstanceView, Plan, RequestView
 
 FOREVER: Final = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
 
