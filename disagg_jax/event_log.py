@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from disagg_jax.controller import Controller
+from disagg_jax.control.controller import Controller
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import (
     Arrived,

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from disagg_jax.backend import Executor, Outcome
+from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.metrics import SLO

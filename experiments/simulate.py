@@ -31,8 +31,8 @@ from typing import Any
 
 from absl import app, flags
 
-from disagg_jax.backend import Observer
 from disagg_jax.chrome_trace import chrome_trace
+from disagg_jax.control.backend import Observer
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s

@@ -14,7 +14,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from disagg_jax.backend import Executor, Outcome
+from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import every_work
 from disagg_jax.sim.agreement import Slowdown

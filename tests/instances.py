@@ -2,9 +2,9 @@
 
 import pytest
 
+from disagg_jax.control.state import InstanceState, RequestState
 from disagg_jax.deployment import InstanceSpec, KVMemory, Role
 from disagg_jax.request import Timeline
-from disagg_jax.state import InstanceState, RequestState
 from tests.serving import make_request
 
 BLOCK = 4  # tokens

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.backend import serve
 from disagg_jax.chrome_trace import chrome_trace
+from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import e2e_s
@@ -20,11 +20,11 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Slow, Up
+from tests.control.test_controller_properties import Case, cases, streamed_cases
+from tests.control.test_spans import lasting_cases
 from tests.drawings import by_lane, check_trace, instants, lane_names, slices
 from tests.serving import SECOND, make_controller, make_request
 from tests.sim.test_simulate import link, simulated
-from tests.test_controller_properties import Case, cases, streamed_cases
-from tests.test_spans import lasting_cases
 
 PAIR = "prefill:tp1,decode:tp1"
 PREFILL = "0 prefill tp1 stage 0 device 0"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from disagg_jax.backend import serve
+from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Role
 from disagg_jax.event_log import (
     EventLog,

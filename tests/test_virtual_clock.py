@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax.backend import Outcome, serve
+from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import interval_across

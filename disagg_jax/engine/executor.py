@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from disagg_jax.backend import Outcome
+from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.buckets import Buckets

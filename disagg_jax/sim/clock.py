@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
-from disagg_jax.backend import Executor, Outcome
+from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
 from disagg_jax.sim.fifo_link import FifoLink

@@ -2,8 +2,8 @@
 
 import pytest
 
-from disagg_jax.backend import serve
 from disagg_jax.chrome_trace import chrome_trace
+from disagg_jax.control.backend import serve
 from disagg_jax.engine.executor import EngineExecutor, outcome
 from disagg_jax.engine.wall import WallBackend
 from disagg_jax.event_log import EventLog

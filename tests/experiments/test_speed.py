@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from disagg_jax.backend import Outcome
+from disagg_jax.control.backend import Outcome
 from experiments import speed
 from experiments.profiled import StepKey, key_of
 from experiments.speed import Speedometer, choose_probes

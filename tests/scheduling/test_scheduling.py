@@ -2,14 +2,14 @@
 
 import pytest
 
-from disagg_jax.instance_index import InstanceIndex
+from disagg_jax.control.instance_index import InstanceIndex
+from disagg_jax.control.state import Place
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.routing import least_loaded, shortest_queue
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.state import Place
 from disagg_jax.work import Arrived
 from tests.instances import ROWS, case, make_instance, planned, state
 from tests.serving import Run, make_controller, with_prompt

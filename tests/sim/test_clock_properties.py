@@ -16,8 +16,8 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from disagg_jax.backend import Outcome, serve
-from disagg_jax.controller import Controller
+from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.controller import Controller
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
 from disagg_jax.request import Status
 from disagg_jax.sim.clock import VirtualBackend
@@ -25,8 +25,7 @@ from disagg_jax.sim.cost import CostExecutor, ModelledCost
 from disagg_jax.sim.link import LinkSpec
 from disagg_jax.sim.network import Network
 from disagg_jax.work import Cancelled, Done, Down, Slow, Step, Transfer, Up
-from tests.serving import assert_all_free, make_request
-from tests.test_controller_properties import (
+from tests.control.test_controller_properties import (
     BACK_UP_S,
     BLOCK,
     MIXES,
@@ -34,6 +33,7 @@ from tests.test_controller_properties import (
     policies,
     requests,
 )
+from tests.serving import assert_all_free, make_request
 
 # ---- whole simulations ---------------------------------------------------------------
 

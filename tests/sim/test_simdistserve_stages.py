@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from disagg_jax.compiled import compiled_modules
+from disagg_jax.control.state import InstanceState
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import tpot_s, ttft_s
-from disagg_jax.state import InstanceState
 from experiments import simulate as experiment
 from experiments.simulations import get_simulation, trace_requests
 from tests.sim.simdistserve_ring import Asked, Ring, simulate

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Final
 
+from disagg_jax.control.state import InstanceState, Place, RequestState
 from disagg_jax.scheduling.interface import Chunk, Plan, RequestView, StepLimits
-from disagg_jax.state import InstanceState, Place, RequestState
 
 _BEGINS_IN: Final = (Place.WAITING, Place.PARTIAL)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.backend import serve
+from disagg_jax.control.backend import serve
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -14,8 +14,8 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
 from disagg_jax.work import Cut, Progress, Step
+from tests.control.test_controller_properties import Case, cases, deploy, streamed_cases
 from tests.serving import assert_all_free, make_request
-from tests.test_controller_properties import Case, cases, deploy, streamed_cases
 
 
 class Watch:

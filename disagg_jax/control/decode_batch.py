@@ -6,10 +6,10 @@ import heapq
 import typing
 from collections.abc import Collection, Iterable, Sequence
 
-from disagg_jax.kv_blocks import KVBlocks
+from disagg_jax.control.block_pool import KVBlocks
 
 if typing.TYPE_CHECKING:  # `state` itself needs this module
-    from disagg_jax.state import RequestState
+    from disagg_jax.control.state import RequestState
 
 
 class DecodeBatch:

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.decode_batch import DecodeBatch
+from disagg_jax.control.block_pool import KVBlocks
+from disagg_jax.control.decode_batch import DecodeBatch
+from disagg_jax.control.state import RequestState
 from disagg_jax.deployment import KVMemory
-from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Timeline
-from disagg_jax.state import RequestState
 from tests.serving import make_request
 
 BLOCK = 4  # tokens

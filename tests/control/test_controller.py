@@ -9,8 +9,9 @@ import math
 
 import pytest
 
-from disagg_jax.backend import serve
-from disagg_jax.controller import Controller
+from disagg_jax.control.backend import serve
+from disagg_jax.control.controller import Controller
+from disagg_jax.control.state import Place
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Status
@@ -21,7 +22,6 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import CostExecutor, LinearCost
-from disagg_jax.state import Place
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Step, Up
 from tests.serving import (
     POLICIES,

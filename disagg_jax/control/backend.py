@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from disagg_jax.controller import Controller
+from disagg_jax.control.controller import Controller
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.work import (

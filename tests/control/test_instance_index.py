@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.instance_index import InstanceIndex
+from disagg_jax.control.instance_index import InstanceIndex
 from tests.instances import make_instance, state
 
 

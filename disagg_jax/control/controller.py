@@ -11,15 +11,11 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.cluster import Cluster
-from disagg_jax.decode_batch import DecodeBatch
-from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.plan_check import check_plan
-from disagg_jax.request import Status, Timeline
-from disagg_jax.scheduling.interface import Policy, PullPolicy
-from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
-from disagg_jax.spans import SpanProgress, Spans, no_progress
-from disagg_jax.state import (
+from disagg_jax.control.decode_batch import DecodeBatch
+from disagg_jax.control.fleet import Cluster
+from disagg_jax.control.plan_check import check_plan
+from disagg_jax.control.spans import SpanProgress, Spans, no_progress
+from disagg_jax.control.state import (
     InFlight,
     InstanceState,
     Place,
@@ -28,6 +24,10 @@ from disagg_jax.state import (
     TransferInFlight,
     in_order,
 )
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.request import Status, Timeline
+from disagg_jax.scheduling.interface import Policy, PullPolicy
+from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.work import (
     Arrived,
     Cancelled,

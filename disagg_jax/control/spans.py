@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from disagg_jax.state import InFlight, InstanceState, StepInFlight
+from disagg_jax.control.state import InFlight, InstanceState, StepInFlight
 from disagg_jax.work import Cut, Work
 
 # (Step.id) -> ends of the iterations of a span that are over and were not told before.

@@ -10,8 +10,9 @@ import itertools
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.backend import serve
-from disagg_jax.controller import Controller
+from disagg_jax.control.backend import serve
+from disagg_jax.control.controller import Controller
+from disagg_jax.control.state import Place
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.event_log import EventLog, replay
 from disagg_jax.metrics import stages_s
@@ -28,7 +29,6 @@ from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost import LinearCost
-from disagg_jax.state import Place
 from disagg_jax.work import Cancelled, Done, Down, Transfer, Up
 from tests.serving import CheckingEngine, assert_all_free, expected_tokens, with_prompt
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Sequence
 
-from disagg_jax.decode_batch import DecodeBatch
-from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.instance_index import InstanceIndex
-from disagg_jax.kv_blocks import KVBlocks
-from disagg_jax.request import Request
-from disagg_jax.scheduling.interface import Chunk
-from disagg_jax.scheduling.routing import Router
-from disagg_jax.state import (
+from disagg_jax.control.block_pool import KVBlocks
+from disagg_jax.control.decode_batch import DecodeBatch
+from disagg_jax.control.instance_index import InstanceIndex
+from disagg_jax.control.state import (
     InstanceState,
     Place,
     RequestState,
     StepInFlight,
     in_order,
 )
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.request import Request
+from disagg_jax.scheduling.interface import Chunk
+from disagg_jax.scheduling.routing import Router
 from disagg_jax.work import OnRead, Slice, Step, StepLoad, Transfer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from disagg_jax.control.state import InstanceState
 from disagg_jax.scheduling.routing import Rank
-from disagg_jax.state import InstanceState
 
 
 class InstanceIndex:

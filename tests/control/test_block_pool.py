@@ -4,8 +4,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from disagg_jax.control.block_pool import KVBlocks
 from disagg_jax.deployment import KVMemory
-from disagg_jax.kv_blocks import KVBlocks
 
 OWNERS = st.integers(0, 3)  # 0 included: a request id like any other
 

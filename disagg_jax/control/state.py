@@ -7,9 +7,9 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Sequence
 
-from disagg_jax.decode_batch import DecodeBatch
+from disagg_jax.control.block_pool import KVBlocks
+from disagg_jax.control.decode_batch import DecodeBatch
 from disagg_jax.deployment import InstanceSpec, KVMemory
-from disagg_jax.kv_blocks import KVBlocks
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.work import Slice, Step, Transfer
 
