@@ -31,10 +31,10 @@ from disagg_jax.engine.executor import (
 )
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.wall import WallBackend
-from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.request import Request, Timeline
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.tuning import Profile, has_rule, tune
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost import CostExecutor, LinearCost

@@ -31,12 +31,12 @@ from typing import Any
 
 from absl import app, flags
 
-from disagg_jax.chrome_trace import chrome_trace
 from disagg_jax.control.backend import Observer
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
+from disagg_jax.runlog.chrome_trace import chrome_trace
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulate import SimulatedRun
 from disagg_jax.workload.traces import Trace

@@ -9,11 +9,11 @@ from typing import Any
 
 from disagg_jax import metrics
 from disagg_jax.engine.executor import run_alone
-from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
-from disagg_jax.occupancy import Occupancy, read_occupancy
 from disagg_jax.request import Request, Timeline
+from disagg_jax.runlog.event_log import EventLog
+from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
 from disagg_jax.search import SearchPlan, estimate, search
 from disagg_jax.sim.agreement import (
     Agreement,

@@ -8,8 +8,8 @@ import pytest
 
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import interval_across
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost import CostExecutor, LinearCost

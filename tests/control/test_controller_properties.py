@@ -14,9 +14,9 @@ from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.control.state import Place
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
-from disagg_jax.event_log import EventLog, replay
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Request, Status
+from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from disagg_jax.control.backend import serve
 from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.event_log import EventLog, replay
+from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend

@@ -13,7 +13,7 @@ from disagg_jax.deployment import Role
 from disagg_jax.engine.batch import MixedShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import EngineExecutor
-from disagg_jax.event_log import EventLog, replay
+from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe

@@ -22,7 +22,7 @@ TESTS = (
     "tests/control/test_controller.py",
     "tests/control/test_controller_properties.py",
     "tests/control/test_decode_batch.py",
-    "tests/test_event_log.py",
+    "tests/runlog/test_event_log.py",
     "tests/control/test_block_pool.py",
     "tests/metrics/test_metrics.py",
     "tests/scheduling/test_scheduling.py",

@@ -8,10 +8,10 @@ import pytest
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import StepTotals
-from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, for_slo
 from disagg_jax.request import Request, Status, Timeline
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search import SearchPlan
 from experiments.config import override
 from experiments.configs import get_config

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.event_log import EventLog, LoggedStep
-from disagg_jax.occupancy import Occupancy, StageUse, read_occupancy
+from disagg_jax.runlog.event_log import EventLog, LoggedStep
+from disagg_jax.runlog.utilisation import Occupancy, StageUse, read_occupancy
 from disagg_jax.sim.agreement import MeasuredCost, Slowdown, agreement, step_load
 from disagg_jax.sim.cost import LinearCost
 from disagg_jax.sim.simulate import SimulatedDeployment

@@ -8,13 +8,13 @@ import pytest
 
 from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Role
-from disagg_jax.event_log import (
+from disagg_jax.request import Request, Sampling
+from disagg_jax.runlog.event_log import (
     EventLog,
     _event_from_json,
     _event_to_json,
     replay,
 )
-from disagg_jax.request import Request, Sampling
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Cancelled, Cut, Done, Down, Up

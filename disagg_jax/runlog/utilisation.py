@@ -8,7 +8,12 @@ from collections.abc import Iterable
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
-from disagg_jax.event_log import LoggedStep, LoggedTransfer, LoggedWork, read_turns
+from disagg_jax.runlog.event_log import (
+    LoggedStep,
+    LoggedTransfer,
+    LoggedWork,
+    read_turns,
+)
 from disagg_jax.work import Cut, Done, Down, Event, Progress, Slow, StageFree, Up
 
 

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.chrome_trace import chrome_trace
 from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.event_log import EventLog
 from disagg_jax.metrics import e2e_s
 from disagg_jax.request import Status
+from disagg_jax.runlog.chrome_trace import chrome_trace
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst

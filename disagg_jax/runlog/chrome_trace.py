@@ -12,10 +12,10 @@ from typing import Any
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
-from disagg_jax.event_log import LoggedStep
 from disagg_jax.metrics import stage_spans_s
-from disagg_jax.occupancy import LinkUse, Occupancy, StageUse, read_occupancy
 from disagg_jax.request import Status, Timeline
+from disagg_jax.runlog.event_log import LoggedStep
+from disagg_jax.runlog.utilisation import LinkUse, Occupancy, StageUse, read_occupancy
 from disagg_jax.work import Slow
 
 TraceEvent = dict[str, Any]
