@@ -31,8 +31,8 @@ from disagg_jax.metrics import SLO
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.phases import Build, decode_alone, prefill_alone
-from disagg_jax.sim.points import Workload
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.run import Workload
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
 
 Progress = Callable[[str], None]

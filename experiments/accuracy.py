@@ -39,8 +39,8 @@ from absl import app, flags
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.sim.calibrated import CalibratedProfile
-from disagg_jax.sim.calibrated_profile import profile_to_json
+from disagg_jax.sim.cost.measured import CalibratedProfile
+from disagg_jax.sim.cost.measured_profile import profile_to_json
 from experiments import accuracy_report, host_devices
 from experiments.accuracy_report import Result
 from experiments.calibration import grid, measure, typical_s

@@ -15,7 +15,7 @@ import numpy as np
 from disagg_jax.metrics import SLO, rate_interval
 from disagg_jax.search import GoodputEstimate, estimate
 from disagg_jax.sim.agreement import StepTime
-from disagg_jax.sim.calibrated import CalibratedProfile
+from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.checkout import commit
 from experiments.columns import align
 from experiments.comparison import margin

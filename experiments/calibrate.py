@@ -44,8 +44,8 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.sim.calibrated import CalibratedProfile
-from disagg_jax.sim.calibrated_profile import profile_from_json, profile_to_json
+from disagg_jax.sim.cost.measured import CalibratedProfile
+from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.work import Task
 from experiments import host_devices
 from experiments.calibration import (

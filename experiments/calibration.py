@@ -11,7 +11,7 @@ import numpy as np
 
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import every_work, slices_of
-from disagg_jax.sim.calibrated import (
+from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
     LayoutTimes,

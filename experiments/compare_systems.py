@@ -30,7 +30,7 @@ from absl import app, flags
 
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search import SearchPlan
-from disagg_jax.sim.points import TraceWorkload, Workload
+from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.traces import Trace, load_trace
 from experiments import comparison_report, trace_flags

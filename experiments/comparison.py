@@ -38,7 +38,7 @@ from disagg_jax.scheduling.tuning import Profile, tune
 from disagg_jax.search import SearchPlan
 from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.goodput import DependentSeedsWarning, GoodputSearch
-from disagg_jax.sim.points import SimWorkload, Workload
+from disagg_jax.sim.run import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths
 from experiments.placements import row

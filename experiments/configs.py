@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost.linear import LinearCost
 from experiments.config import Config, Memory, System, Workload
 
 # Every system on the same two devices. Step sizes are the largest to choose from.

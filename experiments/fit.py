@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from disagg_jax.sim import terms
+from disagg_jax.sim.cost import terms
 from disagg_jax.sim.programs import Program
 
 # Compiled once for each shape: as it is, it is compiled anew in each call.

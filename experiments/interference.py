@@ -29,9 +29,9 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.sim.points import SimWorkload
-from disagg_jax.sim.protocols import InstanceCost
-from disagg_jax.sim.simulate import SimulatedRun
+from disagg_jax.sim.cost.interface import InstanceCost
+from disagg_jax.sim.run import SimWorkload
+from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
 from experiments.checkout import commit

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from absl import app, flags
 
-from disagg_jax.sim.link import LINKS, LinkSpec, get_link
+from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
 from experiments import host_devices
 from experiments.checkout import commit
 from experiments.columns import align

@@ -8,7 +8,7 @@ import pathlib
 import re
 
 from disagg_jax.errors import require
-from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths, HistogramLengths, LognormalLengths
 
 LENGTHS = pathlib.Path(__file__).parent / "profiles" / "distserve_lengths.json"

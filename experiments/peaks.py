@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from disagg_jax.sim.hardware import Hardware
-from disagg_jax.sim.hardware_presets import HARDWARE
-from disagg_jax.sim.memory import Partition
+from disagg_jax.sim.cost.roofline import RooflineInstance
+from disagg_jax.sim.hardware.device import Hardware
+from disagg_jax.sim.hardware.memory import Partition
+from disagg_jax.sim.hardware.presets import HARDWARE
 from disagg_jax.sim.model_shape import ModelShape
-from disagg_jax.sim.roofline import RooflineInstance
 from disagg_jax.work import StepLoad
 from experiments.timing import timed_s
 

@@ -13,8 +13,8 @@ from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.batch import DecodeShape, MixedShape, StepShape
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import every_work
-from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile, Layout
-from disagg_jax.sim.calibrated_profile import profile_from_json
+from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile, Layout
+from disagg_jax.sim.cost.measured_profile import profile_from_json
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import Step, Task
 from models.config import ModelConfig

@@ -37,8 +37,8 @@ from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.tuning import Profile, has_rule, tune
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
-from disagg_jax.sim.cost import CostExecutor, LinearCost
-from disagg_jax.sim.link import get_link
+from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.work import Step, StepLoad, Task
 from experiments.config import Config, System
 from experiments.request_source import RequestSource

@@ -6,8 +6,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from disagg_jax.sim.hardware import Hardware
-from disagg_jax.sim.hardware_presets import get_hardware
+from disagg_jax.sim.hardware.device import Hardware
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import MODEL_SHAPES, ModelShape
 from models import hf_config, quantization
 from models.config import PRESETS, ModelConfig

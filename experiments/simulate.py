@@ -38,7 +38,7 @@ from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.sim.clock import busy_shares
-from disagg_jax.sim.simulate import SimulatedRun
+from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.workload.traces import Trace
 from experiments import trace_flags
 from experiments.command import command

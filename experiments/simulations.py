@@ -24,13 +24,13 @@ from disagg_jax.scheduling.simdistserve import (
     PrefillThenDecode,
     RoundRobinDecode,
 )
-from disagg_jax.sim.cost import ModelledCost
-from disagg_jax.sim.fitted_profile import FittedProfile, profile_from_json
-from disagg_jax.sim.link import LINKS, get_link
-from disagg_jax.sim.network import Network
-from disagg_jax.sim.protocols import CostModel
-from disagg_jax.sim.roofline import RooflineCost
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.distserve_profile import FittedProfile, profile_from_json
+from disagg_jax.sim.cost.interface import CostModel
+from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.cost.roofline import RooflineCost
+from disagg_jax.sim.hardware.link import LINKS, get_link
+from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.traces import Trace, load_trace, requests_from_trace
 from experiments.shapes import get_device, get_shape
 

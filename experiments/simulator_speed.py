@@ -41,8 +41,8 @@ from disagg_jax.errors import require
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.requests import make_requests
 from experiments.command import command

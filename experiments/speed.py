@@ -18,7 +18,7 @@ from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import every_work
 from disagg_jax.sim.agreement import Slowdown
-from disagg_jax.sim.calibrated import CalibratedProfile, Layout
+from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.programs import Program
 from disagg_jax.work import Task
 from experiments.profiled import Probe, StepKey, TimeParts, key_of

@@ -29,7 +29,7 @@ from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
 from experiments.handoff import handoff_rig, handoff_s, scattered_transfer
 from experiments.rigs import NO_STEPS, Rig

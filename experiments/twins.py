@@ -23,9 +23,9 @@ from disagg_jax.sim.agreement import (
     agreement,
     step_times,
 )
-from disagg_jax.sim.calibrated import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.capacity import capacity_rps
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from experiments.profiled import Probe, StepKey, cost_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir

@@ -28,7 +28,7 @@ from disagg_jax.errors import require
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.link import LinkSpec, get_link
+from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from experiments import here
 from experiments.checkout import commit
 from experiments.columns import align

@@ -12,7 +12,7 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Done, Down, Step, Transfer
 
 POLICIES = {

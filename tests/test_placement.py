@@ -24,10 +24,10 @@ from disagg_jax.placement import (
 )
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search import SearchPlan
-from disagg_jax.sim.cost import ModelledCost
-from disagg_jax.sim.network import Network
-from disagg_jax.sim.points import SimWorkload
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.run import SimWorkload
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import UniformLengths
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}

@@ -18,8 +18,8 @@ from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone
 from disagg_jax.request import Request
-from disagg_jax.sim.points import SimResult
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.run import SimResult
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 
 _SAMPLE = 100  # requests whose prompts are timed

@@ -41,8 +41,8 @@ from disagg_jax.search import (
     search,
 )
 from disagg_jax.sim.capacity import capacity_rps, load_helps, unloaded
-from disagg_jax.sim.points import SimPoint, SimResult, Workload, run_point
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.run import SimPoint, SimResult, Workload, run_point
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.trial import Trial, Verdict, decisive_misses, run_trial
 from disagg_jax.sim.workers import Mapper
 

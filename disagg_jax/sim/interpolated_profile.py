@@ -26,13 +26,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
-from disagg_jax.sim.interpolated import (
-    DecodeTable,
-    InterpolatedCost,
-    PrefillTable,
-    StageTables,
-)
-from disagg_jax.sim.record import (
+from disagg_jax.sim.cost.profile_json import (
     as_mapping,
     as_number,
     get_list,
@@ -43,6 +37,12 @@ from disagg_jax.sim.record import (
     get_value,
     open_profile,
     positive_int,
+)
+from disagg_jax.sim.interpolated import (
+    DecodeTable,
+    InterpolatedCost,
+    PrefillTable,
+    StageTables,
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.errors import require
-from disagg_jax.sim.protocols import expect_one_stage
+from disagg_jax.sim.cost.interface import expect_one_stage
 from disagg_jax.work import StepLoad
 
 

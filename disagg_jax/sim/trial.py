@@ -26,7 +26,7 @@ from disagg_jax import metrics
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Status, Timeline
-from disagg_jax.sim.points import SimPoint
+from disagg_jax.sim.run import SimPoint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from disagg_jax.metrics import Stages
-from disagg_jax.sim.points import SimResult
+from disagg_jax.sim.run import SimResult
 from experiments.figures.figure import (
     Claim,
     Drawn,

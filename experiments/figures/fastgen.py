@@ -19,8 +19,8 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.criteria import FastGen
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.points import SimWorkload
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.run import SimWorkload
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.closed_loop import ClosedLoop
 from disagg_jax.workload.lengths import NormalLengths
 from experiments.figures.colocated import colocated

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from disagg_jax.metrics import Interval, rate_interval
-from disagg_jax.sim.points import SimPoint, SimResult, run_point
+from disagg_jax.sim.run import SimPoint, SimResult, run_point
 from disagg_jax.sim.workers import worker_pool
 from experiments.figures.paper import XY
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from disagg_jax.sim.hardware_presets import get_hardware
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.work import StepLoad
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series

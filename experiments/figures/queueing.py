@@ -12,15 +12,15 @@ from collections.abc import Callable, Sequence
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.cost import ModelledCost
-from disagg_jax.sim.network import Network
-from disagg_jax.sim.points import SimPoint, SimWorkload
+from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.queueing import (
     ConstantInstance,
     inter_op_ttft_s,
     intra_op_ttft_s,
 )
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.run import SimPoint, SimWorkload
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import FixedLengths
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
 from experiments.figures.paper import XY, paper_panel

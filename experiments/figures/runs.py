@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.points import SimPoint, SimResult, SimWorkload
+from disagg_jax.sim.run import SimPoint, SimResult, SimWorkload
 from experiments.figures.figure import Lab, shown, shown_interval
 from experiments.figures.paper import TARGET
 from experiments.simulations import Simulation

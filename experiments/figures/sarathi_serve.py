@@ -24,11 +24,11 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.search import SearchPlan
-from disagg_jax.sim.cost import Decoder, DeploymentCost
+from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
 from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
-from disagg_jax.sim.network import Hop
-from disagg_jax.sim.points import SimPoint
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.hardware.network import Hop
+from disagg_jax.sim.run import SimPoint
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from experiments.figures.colocated import colocated
 from experiments.figures.figure import (

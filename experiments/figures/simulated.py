@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.sim.points import SimResult
+from disagg_jax.sim.run import SimResult
 from experiments.figures.endtoend import IDLE
 from experiments.figures.figure import (
     Claim,

@@ -218,7 +218,7 @@ Image(filename=out / "around" / "maps.png")
 # ## How far to trust it
 #
 # Durations are a roofline's: peaks of the device times the share of them that published
-# measurements reach (`disagg_jax/sim/hardware_presets.py`; for TPUs that share is
+# measurements reach (`disagg_jax/sim/hardware/presets.py`; for TPUs that share is
 # assumed). Both sides have the same, so a ratio is safer than a rate. A few seeds of a
 # few hundred requests see differences of ten percent, not of two: give `Question` more
 # `num_requests` and `seeds`. To hold the simulator against your own machine: `python -m experiments.calibrate` and

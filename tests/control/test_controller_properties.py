@@ -28,7 +28,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Cancelled, Done, Down, Transfer, Up
 from tests.serving import CheckingEngine, assert_all_free, expected_tokens, with_prompt
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from disagg_jax.engine.engine import Engine
-from disagg_jax.sim import terms
+from disagg_jax.sim.cost import terms
 from experiments import calibrate
 from experiments.config import Config, System
 from experiments.profiled import TransferKey, key_of

@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from disagg_jax.engine.engine import Engine
-from disagg_jax.sim.calibrated import CalibratedProfile
+from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.weights import Model
 from tests.experiments.calibrating import (
     calibrated,

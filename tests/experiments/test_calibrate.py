@@ -10,10 +10,10 @@ import scipy.optimize
 
 from disagg_jax.engine.engine import Engine
 from disagg_jax.metrics import interval_across, rate_interval
-from disagg_jax.sim import terms
-from disagg_jax.sim.calibrated import CalibratedProfile
-from disagg_jax.sim.calibrated_profile import profile_to_json
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.cost.measured import CalibratedProfile
+from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.programs import Program
 from disagg_jax.work import Step
 from experiments import accuracy, accuracy_report, calibrate

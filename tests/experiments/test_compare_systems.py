@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths
 from experiments.compare_systems import numbers
 from experiments.comparison import (

@@ -6,7 +6,7 @@ import matplotlib.figure
 import pytest
 
 from disagg_jax.search import SearchPlan
-from disagg_jax.sim.points import SimWorkload
+from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.traces import TraceRow
 from experiments import comparison_report as report

@@ -27,11 +27,11 @@ TESTS = (
     "tests/metrics/test_metrics.py",
     "tests/scheduling/test_scheduling.py",
     "tests/control/test_spans.py",
-    "tests/test_virtual_clock.py",
-    "tests/sim/test_fitted.py",
+    "tests/sim/test_clock.py",
+    "tests/sim/cost/test_distserve.py",
     "tests/sim/test_goodput.py",
-    "tests/sim/test_link.py",
-    "tests/sim/test_simulate.py",
+    "tests/sim/hardware/test_link.py",
+    "tests/sim/test_simulated_deployment.py",
     "tests/sim/test_simdistserve_stages.py",
     "tests/sim/test_streams.py",
     "tests/experiments/test_simulate.py",
@@ -99,8 +99,8 @@ import dataclasses, pickle
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request
 from disagg_jax.scheduling import orca
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from experiments.simulations import get_simulation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim import terms
+from disagg_jax.sim.cost import terms
 from disagg_jax.sim.programs import Program
 from experiments.fit import (
     FORMS,

@@ -16,8 +16,8 @@ from disagg_jax.metrics import criteria
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import replay
 from disagg_jax.search import find_inversion
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.link import get_link
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, report, serving, sweep
 from experiments.config import override
 from experiments.configs import get_config

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.hardware.link import LinkSpec
 from experiments import kv_transfer, transfers
 from experiments.transfers import BLOCK, Mode, modes, serve_alone
 from models import transformer

@@ -10,7 +10,7 @@ import pytest
 
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Slice, Step, StepLoad
 from experiments.figures import pipeline
 from experiments.figures.figure import Lab

@@ -8,7 +8,7 @@ import statistics
 import pytest
 
 from disagg_jax.request import Request, Status, Timeline
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.goodput import find_goodput
 from disagg_jax.work import StepLoad
 from experiments.figures import sarathi_serve

@@ -8,9 +8,9 @@ from typing import ClassVar
 import pytest
 
 from disagg_jax.engine.executor import check_step_times, every_work
-from disagg_jax.sim.calibrated_profile import profile_to_json
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.cost.measured_profile import profile_to_json
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, StepLoad, Transfer
 from disagg_jax.workload.lengths import UniformLengths
 from disagg_jax.workload.requests import make_requests

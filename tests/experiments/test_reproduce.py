@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.points import SimResult
+from disagg_jax.sim.run import SimResult
 from experiments import reproduce
 from experiments.figures import FIGURES, motivation, paper, runs
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series

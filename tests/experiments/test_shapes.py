@@ -6,9 +6,9 @@ import json
 import pytest
 
 from disagg_jax.deployment import InstanceSpec, Role
-from disagg_jax.sim.hardware_presets import get_hardware
+from disagg_jax.sim.cost.roofline import RooflineCost
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import MODEL_SHAPES, get_model_shape
-from disagg_jax.sim.roofline import RooflineCost
 from experiments.shapes import get_device, get_shape, shape_of
 from experiments.simulations import roofline_simulation
 from models.config import PRESETS

@@ -13,7 +13,7 @@ import pytest
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Status
-from disagg_jax.sim.link import get_link
+from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.model_shape import get_model_shape
 from experiments import simulate
 from experiments.simulations import SIMULATIONS, get_simulation, trace_requests

@@ -18,13 +18,13 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.sim.cost import CostExecutor, LinearCost
+from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Slow, Up
 from tests.control.test_controller_properties import Case, cases, streamed_cases
 from tests.control.test_spans import lasting_cases
 from tests.drawings import by_lane, check_trace, instants, lane_names, slices
 from tests.serving import SECOND, make_controller, make_request
-from tests.sim.test_simulate import link, simulated
+from tests.sim.test_simulated_deployment import link, simulated
 
 PAIR = "prefill:tp1,decode:tp1"
 PREFILL = "0 prefill tp1 stage 0 device 0"

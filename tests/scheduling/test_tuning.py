@@ -13,7 +13,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.tuning import Profile, tile_multiples, tune
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost import LinearCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
 
 # Seconds: 10 ms a step, 0.1 ms a prompt token, 0.2 ms a decode.

@@ -8,8 +8,8 @@ from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.runlog.event_log import EventLog, LoggedStep
 from disagg_jax.runlog.utilisation import Occupancy, StageUse, read_occupancy
 from disagg_jax.sim.agreement import MeasuredCost, Slowdown, agreement, step_load
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from tests.serving import POLICIES, make_request
 

@@ -14,11 +14,11 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim import queueing
-from disagg_jax.sim.cost import ModelledCost
-from disagg_jax.sim.link import LinkSpec
-from disagg_jax.sim.network import Network
+from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.hardware.link import LinkSpec
+from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.queueing import ConstantInstance
-from disagg_jax.sim.simulate import SimulatedDeployment, SimulatedRun
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment, SimulatedRun
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.requests import POISSON, make_requests
 from experiments.figures.paper import paper_panel

@@ -10,10 +10,10 @@ from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.cost import LinearCost
-from disagg_jax.sim.link import LinkSpec
-from disagg_jax.sim.network import Network
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.hardware.link import LinkSpec
+from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Done, Down, Transfer, Up
 from tests.serving import make_request
 

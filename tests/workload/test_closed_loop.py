@@ -7,7 +7,7 @@ import pytest
 from disagg_jax.request import Status
 from disagg_jax.workload.closed_loop import ClosedLoop
 from tests.serving import make_request
-from tests.sim.test_simulate import simulated
+from tests.sim.test_simulated_deployment import simulated
 
 
 def run(clients, requests, spans=True):

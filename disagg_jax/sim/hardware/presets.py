@@ -13,8 +13,8 @@ import types
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
-from disagg_jax.sim.hardware import AllReduce, EfficiencyCurve, Hardware
-from disagg_jax.sim.link import LinkSpec, get_link
+from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
+from disagg_jax.sim.hardware.link import LinkSpec, get_link
 
 # t0 where nothing was measured: about what a stage's launches cost where the host's
 # other work is hidden. Engines differ far more: DistServe's prefill constants are

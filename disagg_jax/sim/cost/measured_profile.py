@@ -28,14 +28,13 @@ from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TypeVar, cast
 
 from disagg_jax.errors import require
-from disagg_jax.sim.calibrated import (
+from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
     LayoutTimes,
     TransferTimes,
 )
-from disagg_jax.sim.programs import KINDS, Program
-from disagg_jax.sim.record import (
+from disagg_jax.sim.cost.profile_json import (
     as_mapping,
     as_number,
     get_list,
@@ -47,6 +46,7 @@ from disagg_jax.sim.record import (
     open_profile,
     positive_int,
 )
+from disagg_jax.sim.programs import KINDS, Program
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")

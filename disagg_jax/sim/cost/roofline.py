@@ -28,10 +28,10 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.errors import require
-from disagg_jax.sim.hardware import Hardware
-from disagg_jax.sim.memory import Partition
+from disagg_jax.sim.cost.interface import expect_one_stage
+from disagg_jax.sim.hardware.device import Hardware
+from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.model_shape import ModelShape
-from disagg_jax.sim.protocols import expect_one_stage
 from disagg_jax.work import StepLoad
 
 

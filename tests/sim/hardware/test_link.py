@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from disagg_jax.sim.link import LINKS, get_link
+from disagg_jax.sim.hardware.link import LINKS, get_link
 from disagg_jax.sim.model_shape import get_model_shape
 
 NAMES = ("nvlink-a100", "nvlink-h100", "pcie5", "400gb", "100gb", "25gb")

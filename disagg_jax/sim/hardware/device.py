@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
-from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.hardware.link import LinkSpec
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.fitted_profile import profile_from_json
-from disagg_jax.sim.hardware import AllReduce, EfficiencyCurve, Hardware
-from disagg_jax.sim.hardware_presets import get_hardware
-from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.cost.distserve_profile import profile_from_json
+from disagg_jax.sim.cost.roofline import RooflineCost
+from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
+from disagg_jax.sim.hardware.link import LinkSpec
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import ModelShape, get_model_shape
-from disagg_jax.sim.roofline import RooflineCost
 from disagg_jax.work import StepLoad
 
 PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax.sim.points import SimWorkload, TraceWorkload
+from disagg_jax.sim.run import SimWorkload, TraceWorkload
 from disagg_jax.workload.lengths import UniformLengths
 from disagg_jax.workload.requests import Arrivals
 from disagg_jax.workload.traces import TraceRow

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.fitted import DecodeFit, FittedCost, PrefillFit, StepFit
-from disagg_jax.sim.fitted_profile import profile_from_json
+from disagg_jax.sim.cost.distserve import DecodeFit, FittedCost, PrefillFit, StepFit
+from disagg_jax.sim.cost.distserve_profile import profile_from_json
 from disagg_jax.work import StepLoad
 
 PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"

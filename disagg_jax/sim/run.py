@@ -12,7 +12,7 @@ from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.lengths import FixedLengths, Lengths
 from disagg_jax.workload.requests import POISSON, Arrivals, make_requests

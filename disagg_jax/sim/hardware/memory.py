@@ -6,8 +6,8 @@ import dataclasses
 
 from disagg_jax.deployment import cut_layers
 from disagg_jax.errors import require
+from disagg_jax.sim.cost.interface import expect_parallelism
 from disagg_jax.sim.model_shape import ModelShape
-from disagg_jax.sim.protocols import expect_parallelism
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

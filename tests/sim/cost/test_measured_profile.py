@@ -12,8 +12,8 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.request import Request
 from disagg_jax.scheduling import get_system
-from disagg_jax.sim.calibrated import CalibratedInstance, LayoutTimes, TransferTimes
-from disagg_jax.sim.calibrated_profile import profile_from_json, profile_to_json
+from disagg_jax.sim.cost.measured import CalibratedInstance, LayoutTimes, TransferTimes
+from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad, Transfer
 from experiments.profiled import program_of

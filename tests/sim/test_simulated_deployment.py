@@ -12,11 +12,11 @@ from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost import LinearCost, ModelledCost
-from disagg_jax.sim.link import LinkSpec
-from disagg_jax.sim.network import Network
-from disagg_jax.sim.points import SimPoint, SimWorkload, run_point, run_points
-from disagg_jax.sim.simulate import SimulatedDeployment
+from disagg_jax.sim.cost.linear import LinearCost, ModelledCost
+from disagg_jax.sim.hardware.link import LinkSpec
+from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.run import SimPoint, SimWorkload, run_point, run_points
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Done, Down, Slow, StageFree, Step, Up
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from tests.serving import make_request

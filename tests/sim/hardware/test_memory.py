@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg_jax.sim.fitted_profile import profile_from_json
-from disagg_jax.sim.memory import Partition
+from disagg_jax.sim.cost.distserve_profile import profile_from_json
+from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.model_shape import ModelShape, get_model_shape
 
 PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"

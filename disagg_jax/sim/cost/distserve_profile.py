@@ -20,8 +20,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
-from disagg_jax.sim.fitted import DecodeFit, FittedCost, PrefillFit, StepFit
-from disagg_jax.sim.record import (
+from disagg_jax.sim.cost.distserve import DecodeFit, FittedCost, PrefillFit, StepFit
+from disagg_jax.sim.cost.profile_json import (
     get_mapping,
     get_numbers,
     get_text,

@@ -29,7 +29,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
-from disagg_jax.sim.protocols import expect_one_stage, expect_parallelism
+from disagg_jax.sim.cost.interface import expect_one_stage, expect_parallelism
 from disagg_jax.work import StepLoad
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
-from disagg_jax.sim.link import LinkSpec
+from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Transfer
 
 # The link, how many of it are used at once, and the wire's name: (-1, node) is the NIC

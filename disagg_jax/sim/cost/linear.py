@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from disagg_jax.control.backend import Outcome
-from disagg_jax.sim.network import Hop, Network
-from disagg_jax.sim.protocols import InstanceCost
+from disagg_jax.sim.cost.interface import InstanceCost
+from disagg_jax.sim.hardware.network import Hop, Network
 from disagg_jax.work import Step, StepLoad, Task, Transfer
 
 Decoder = Callable[[int, int], float]  # (decodes, context tokens) -> seconds

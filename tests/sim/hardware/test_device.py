@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.hardware import AllReduce, EfficiencyCurve
-from disagg_jax.sim.hardware_presets import HARDWARE, get_hardware
+from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve
+from disagg_jax.sim.hardware.presets import HARDWARE, get_hardware
 
 A100 = get_hardware("a100-80g")
 

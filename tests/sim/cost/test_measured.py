@@ -9,14 +9,14 @@ from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import load_slices
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim import terms
-from disagg_jax.sim.calibrated import (
+from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost.measured import (
     CalibratedInstance,
     CalibratedProfile,
     LayoutTimes,
     TransferTimes,
 )
-from disagg_jax.sim.calibrated_profile import (
+from disagg_jax.sim.cost.measured_profile import (
     PROVENANCE,
     profile_from_json,
     profile_to_json,
