@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from absl import app, flags
 
 from disagg_jax.scheduling.tuning import tile_multiples
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.traces import Trace, load_trace

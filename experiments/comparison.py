@@ -29,15 +29,15 @@ from typing import Any
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Interval, interval_across, rate_interval
-from disagg_jax.placement import Candidate, Layout, Outcome, best_first, pair
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.tuning import Profile, tune
-from disagg_jax.search import SearchPlan
-from disagg_jax.sim.capacity import capacity_rps
-from disagg_jax.sim.goodput import DependentSeedsWarning, GoodputSearch
+from disagg_jax.search.capacity import capacity_rps
+from disagg_jax.search.goodput import DependentSeedsWarning, GoodputSearch
+from disagg_jax.search.placement import Candidate, Layout, Outcome, best_first, pair
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths

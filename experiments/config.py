@@ -16,7 +16,7 @@ from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.tuning import has_rule, resized
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.workload.lengths import (

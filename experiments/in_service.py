@@ -21,7 +21,7 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
-from disagg_jax.sim.capacity import capacity_rps
+from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, Task

@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import app, flags
 
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
 from experiments.command import command, own_flags
 from experiments.flag_values import expect_used

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from disagg_jax import placement
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
-from disagg_jax.placement import Layout, Outcome, Problem
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.goodput import SimGoodput
+from disagg_jax.search import placement
+from disagg_jax.search.goodput import SimGoodput
+from disagg_jax.search.placement import Layout, Outcome, Problem
 from disagg_jax.sim.workers import Mapper
 from experiments.shapes import get_shape
 from experiments.simulations import Simulation, distserve_profile, link_inside

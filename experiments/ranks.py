@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.metrics.criteria import Criterion
-from disagg_jax.search import best_rate, estimate
+from disagg_jax.search.rates import best_rate, estimate
 
 Scores = Mapping[float, Sequence[float]]  # rate per device -> score of each seed
 

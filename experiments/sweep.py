@@ -15,7 +15,7 @@ from disagg_jax.metrics import SLO, Interval
 from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
-from disagg_jax.search import (
+from disagg_jax.search.rates import (
     BestRate,
     GoodputEstimate,
     Inversion,

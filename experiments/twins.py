@@ -14,7 +14,8 @@ from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
-from disagg_jax.search import SearchPlan, estimate, search
+from disagg_jax.search.capacity import capacity_rps
+from disagg_jax.search.rates import SearchPlan, estimate, search
 from disagg_jax.sim.agreement import (
     Agreement,
     MeasuredCost,
@@ -23,7 +24,6 @@ from disagg_jax.sim.agreement import (
     agreement,
     step_times,
 )
-from disagg_jax.sim.capacity import capacity_rps
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from experiments.profiled import Probe, StepKey, cost_of

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.search import SearchPlan
-from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
+from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
+from disagg_jax.search.rates import SearchPlan
 from experiments.figures.figure import (
     Claim,
     Drawn,

@@ -104,7 +104,7 @@ print((out / "requests.csv").read_text())
 # ```
 
 # %%
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from experiments import placement_search
 from experiments.figures.paper import SLOS
 from experiments.paper_workloads import get_workload

@@ -5,7 +5,7 @@ import dataclasses
 import matplotlib.figure
 import pytest
 
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.traces import TraceRow

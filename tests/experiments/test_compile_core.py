@@ -29,7 +29,7 @@ TESTS = (
     "tests/control/test_spans.py",
     "tests/sim/test_clock.py",
     "tests/sim/cost/test_distserve.py",
-    "tests/sim/test_goodput.py",
+    "tests/search/test_goodput.py",
     "tests/sim/hardware/test_link.py",
     "tests/sim/test_simulated_deployment.py",
     "tests/sim/test_simdistserve_stages.py",

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
 from experiments.folder import (
     differences,

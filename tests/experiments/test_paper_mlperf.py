@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.goodput import find_goodput
+from disagg_jax.search.goodput import find_goodput
 from experiments.figures import mlperf
 from experiments.figures.figure import Lab
 

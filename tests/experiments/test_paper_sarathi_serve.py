@@ -8,8 +8,8 @@ import statistics
 import pytest
 
 from disagg_jax.request import Request, Status, Timeline
+from disagg_jax.search.goodput import find_goodput
 from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.sim.goodput import find_goodput
 from disagg_jax.work import StepLoad
 from experiments.figures import sarathi_serve
 from experiments.figures.figure import Lab

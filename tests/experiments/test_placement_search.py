@@ -9,8 +9,8 @@ import pytest
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
-from disagg_jax.placement import Layout
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.placement import Layout
+from disagg_jax.search.rates import SearchPlan
 from experiments.paper_workloads import get_workload
 from experiments.placements import (
     Search,

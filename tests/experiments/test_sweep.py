@@ -12,7 +12,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, for_slo
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from experiments.config import override
 from experiments.configs import get_config
 from experiments.run_dir import Point, RunDir

@@ -7,7 +7,8 @@ import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import SLO
-from disagg_jax.placement import (
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.search.placement import (
     Candidate,
     Layout,
     Outcome,
@@ -22,8 +23,7 @@ from disagg_jax.placement import (
     phase_rates,
     replicas,
 )
-from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.search import SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimWorkload

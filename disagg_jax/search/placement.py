@@ -15,7 +15,8 @@ cannot win even by the bound of its phases is not simulated at all. A phase alon
 less to wait for than in a pair, but its arrivals are not the same (prefill smooths or
 bunches them), and pooled instances do better than one alone: their bound is an estimate
 of what each does when it is always busy. So bounds are widened by a margin, and pruning
-is as safe as the margin; tests/test_placement.py holds it against exhaustive search.
+is as safe as the margin; tests/search/test_placement.py holds it against exhaustive
+search.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
-from disagg_jax.search import SearchPlan
-from disagg_jax.sim.goodput import GoodputSearch, SimGoodput, find_goodput
-from disagg_jax.sim.phases import Build, decode_alone, prefill_alone
+from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
+from disagg_jax.search.phases import Build, decode_alone, prefill_alone
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import Workload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper

@@ -17,10 +17,9 @@ from disagg_jax.metrics.criteria import DistServe, FastGen, sarathi_serve, split
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.search import SearchPlan
-from disagg_jax.sim.capacity import Idle, capacity_rps, unloaded
-from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.sim.goodput import (
+from disagg_jax.search.capacity import Idle, capacity_rps, unloaded
+from disagg_jax.search.early_stop import Trial, decisive_misses, run_trial
+from disagg_jax.search.goodput import (
     DependentSeedsWarning,
     GoodputSearch,
     find_goodput,
@@ -28,11 +27,12 @@ from disagg_jax.sim.goodput import (
     find_throughput,
     slo_scale,
 )
+from disagg_jax.search.phases import decode_alone, prefill_alone
+from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.phases import decode_alone, prefill_alone
 from disagg_jax.sim.run import SimPoint, SimWorkload, TraceWorkload, run_point
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.sim.trial import Trial, decisive_misses, run_trial
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.traces import TraceRow

@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_jax.search import (
+from disagg_jax.search.rates import (
     SearchPlan,
     best_rate,
     climb,

@@ -31,7 +31,9 @@ from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Request
-from disagg_jax.search import (
+from disagg_jax.search.capacity import capacity_rps, load_helps, unloaded
+from disagg_jax.search.early_stop import Trial, Verdict, decisive_misses, run_trial
+from disagg_jax.search.rates import (
     BestRate,
     GoodputEstimate,
     SearchPlan,
@@ -40,10 +42,8 @@ from disagg_jax.search import (
     estimate,
     search,
 )
-from disagg_jax.sim.capacity import capacity_rps, load_helps, unloaded
 from disagg_jax.sim.run import SimPoint, SimResult, Workload, run_point
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.sim.trial import Trial, Verdict, decisive_misses, run_trial
 from disagg_jax.sim.workers import Mapper
 
 _SAMPLE = 200  # requests by which the capacity is estimated
