@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine import kv_cache
+from disagg_jax.engine.attention import pool_order
 from disagg_jax.engine.batch import DecodeShape, StepShape
-from disagg_jax.engine.compiled import Compiled
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.layer_group import LayerGroup
+from disagg_jax.engine.program_table import Compiled
 from disagg_jax.work import Step
 
 
@@ -46,10 +46,10 @@ class HollowGroup(LayerGroup):
     def step(
         self,
         shape: StepShape,
-        cache: kv_cache.Cache,
+        cache: pool_order.Cache,
         packed: np.ndarray | Array,
         *x_TE: Array,
-    ) -> tuple[kv_cache.Cache, Any]:
+    ) -> tuple[pool_order.Cache, Any]:
         self.step_start_s = time.perf_counter()
         out = super().step(shape, cache, packed, *x_TE)
         self.step_end_s = time.perf_counter()
@@ -60,7 +60,7 @@ class HollowGroup(LayerGroup):
         args, _ = real.args_info
         _, out = real.out_info
 
-        def hollow(params: Any, cache: kv_cache.Cache, packed: Array) -> Any:
+        def hollow(params: Any, cache: pool_order.Cache, packed: Array) -> Any:
             del params, packed
             return cache, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 

@@ -42,7 +42,7 @@ from absl import app, flags
 
 from disagg_jax.control.backend import serve
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
-from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request

@@ -15,7 +15,7 @@ from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import full_slices
-from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy

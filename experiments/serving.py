@@ -30,7 +30,7 @@ from disagg_jax.engine.executor import (
     table_timing,
 )
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.request import Request, Timeline

@@ -20,8 +20,8 @@ from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, Timing, outcome
+from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.weights import Weights
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly

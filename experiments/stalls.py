@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import app, flags
 
-from disagg_jax.engine.weights import Weights
+from disagg_jax.engine.place_weights import Weights
 from experiments import host_devices
 from experiments.checkout import commit
 from experiments.columns import align

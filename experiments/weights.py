@@ -8,7 +8,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from disagg_jax.engine.weights import Weights
+from disagg_jax.engine.place_weights import Weights
 from experiments.config import Config
 from models import transformer
 from models.checkpoint import Checkpoint, is_checkpoint

@@ -21,13 +21,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine import kv_cache, sampling
+from disagg_jax.engine import sampling
+from disagg_jax.engine.attention import pool_order
 from disagg_jax.engine.batch import StepShape
 from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.fit import check_fits, memory_bytes
-from disagg_jax.engine.hand_off import Segment, find_segments
+from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
+from disagg_jax.engine.memory_check import check_fits, memory_bytes
+from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.weights import Weights
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
 from models.config import ModelConfig
@@ -58,7 +59,7 @@ class Instance:
     role: Role
     model: PlacedModel
     buckets: Buckets
-    cache: kv_cache.Cache  # of all layers
+    cache: pool_order.Cache  # of all layers
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`."""

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine import kv_cache, sampling
+from disagg_jax.engine import sampling
+from disagg_jax.engine.attention import pool_order
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
-from disagg_jax.engine.compiled import Compiled, Programs
+from disagg_jax.engine.program_table import Compiled, Programs
 from disagg_jax.engine.stage import Stage
 from models import transformer
 from models.config import ModelConfig
@@ -64,10 +65,10 @@ class LayerGroup:
     def step(
         self,
         shape: StepShape,
-        cache: kv_cache.Cache,
+        cache: pool_order.Cache,
         packed: np.ndarray | Array,
         *x_TE: Array,
-    ) -> tuple[kv_cache.Cache, Any]:
+    ) -> tuple[pool_order.Cache, Any]:
         """Runs its part of one step.
 
         Args:
@@ -114,7 +115,7 @@ class LayerGroup:
             is_last=self.is_last,
         )
 
-        def run(weights: list[Array], *inputs: Any) -> tuple[kv_cache.Cache, Any]:
+        def run(weights: list[Array], *inputs: Any) -> tuple[pool_order.Cache, Any]:
             return run_group(jax.tree.unflatten(tree, weights), *inputs)
 
         shardings = [weight.sharding for weight in self._weights]
@@ -134,11 +135,11 @@ def _run_group(
     block_tokens: int,
     shape: StepShape,
     params: transformer.Params,
-    cache: kv_cache.Cache,
+    cache: pool_order.Cache,
     packed: Array,
     *x_TE: Array,
     is_last: bool,
-) -> tuple[kv_cache.Cache, Any]:
+) -> tuple[pool_order.Cache, Any]:
     """One layer group of a step. Without an `x_TE` it embeds the tokens.
 
     Returns:
@@ -161,14 +162,14 @@ def _run_group(
 
 def _attend(
     shape: StepShape, inputs: dict[str, Array], pool_blocks: int, block_tokens: int
-) -> transformer.Attend[kv_cache.Cache]:
+) -> transformer.Attend[pool_order.Cache]:
     """The attention of a step of `shape`.
 
     Args:
       pool_blocks: blocks of the pool, the scratch block included.
     """
     if isinstance(shape, PrefillShape):
-        return kv_cache.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
+        return pool_order.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
     owner, start = inputs["owner"], inputs["start"]
     if shape.blocks == pool_blocks - 1:
         # The whole pool is read with its scratch block, which nobody owns: XLA copies
@@ -176,13 +177,13 @@ def _attend(
         owner, start = jnp.append(owner, -1), jnp.append(start, 0)
     position, slot = inputs["position"], inputs["slot"]
     if isinstance(shape, DecodeShape):
-        return kv_cache.decode_attend(position, slot, owner, start, block_tokens)
-    chunks = kv_cache.ChunkContext(
+        return pool_order.decode_attend(position, slot, owner, start, block_tokens)
+    chunks = pool_order.ChunkContext(
         inputs["row"],
         inputs["chunk_block"],
         inputs["chunk_owner"],
         inputs["chunk_start"],
     )
-    return kv_cache.mixed_attend(
+    return pool_order.mixed_attend(
         position, slot, chunks, owner, start, block_tokens, shape.decodes
     )

@@ -12,9 +12,9 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine import kv_cache
-from disagg_jax.engine.compiled import Compiled, Programs
-from disagg_jax.engine.transfer import PiecePlan
+from disagg_jax.engine.attention import pool_order
+from disagg_jax.engine.kv_transfer.device_put import PiecePlan
+from disagg_jax.engine.program_table import Compiled, Programs
 from models.config import ModelConfig
 from sharding.heads import head_layout
 from sharding.rules import Rules, named_sharding
@@ -43,8 +43,8 @@ class Stage:
         self.scratch_block = memory.num_blocks
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
         self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)
-        self.payload_sharding = named_sharding(mesh, kv_cache.PAYLOAD_AXES, rules)
+        self.kv_sharding = named_sharding(mesh, pool_order.AXES, rules)
+        self.payload_sharding = named_sharding(mesh, pool_order.PAYLOAD_AXES, rules)
         self._programs = Programs()
 
     def put(self, array: np.ndarray | Array) -> Array:
@@ -69,7 +69,7 @@ class Stage:
         )
         return [(part, part)] * layers
 
-    def new_cache(self) -> kv_cache.Cache:
+    def new_cache(self) -> pool_order.Cache:
         """The cache of its layers, empty."""
         ((part, _),) = self.cache_spec(1)
         zeros = jax.jit(
@@ -85,7 +85,7 @@ class Stage:
         self._programs.compile(key, self._gather_program, layers, blocks, plan)
 
     def gather(
-        self, cache: kv_cache.Cache, ids: np.ndarray, plan: PiecePlan
+        self, cache: pool_order.Cache, ids: np.ndarray, plan: PiecePlan
     ) -> list[list[Array]]:
         """Copies the blocks `ids` out of layers, cut into pieces of kv heads.
 
@@ -103,11 +103,11 @@ class Stage:
 
     def insert(
         self,
-        cache: kv_cache.Cache,
+        cache: pool_order.Cache,
         ids: np.ndarray,
         pieces: list[list[Array]],
         plan: PiecePlan,
-    ) -> tuple[kv_cache.Cache, Array]:
+    ) -> tuple[pool_order.Cache, Array]:
         """Joins the pieces and writes them into the blocks `ids` of donated layers.
 
         Returns:
@@ -124,7 +124,7 @@ class Stage:
 
     def _gather_program(self, layers: int, blocks: int, plan: PiecePlan) -> Compiled:
         gather = functools.partial(
-            kv_cache.gather,
+            pool_order.gather,
             pieces=plan.pieces_per_source,
             together=self._together(blocks, plan),
         )
@@ -139,7 +139,7 @@ class Stage:
 
     def _insert_program(self, layers: int, blocks: int, plan: PiecePlan) -> Compiled:
         program = jax.shard_map(
-            kv_cache.insert,
+            pool_order.insert,
             mesh=self.mesh,
             in_specs=(
                 self.kv_sharding.spec,
@@ -170,7 +170,7 @@ class Stage:
 
     def _together(self, blocks: int, plan: PiecePlan) -> int:
         part_bytes = blocks * self._row_size(plan) * self.config.dtype_bytes
-        return kv_cache.parts_together(part_bytes)
+        return pool_order.parts_together(part_bytes)
 
     def _row_size(self, plan: PiecePlan) -> int:
         """Elements of a piece's heads in a block of k, or of v, of a layer."""

@@ -4,7 +4,7 @@ import pytest
 
 from disagg_jax.control.backend import serve
 from disagg_jax.engine.executor import EngineExecutor, outcome
-from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import e2e_s
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog

@@ -21,8 +21,8 @@ from disagg_jax.engine.executor import (
     run_alone,
     table_timing,
 )
+from disagg_jax.engine.kv_transfer.device_put import piece_plan
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.transfer import piece_plan
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Step
 from sharding.mesh import make_mesh

@@ -14,7 +14,7 @@ import pytest
 from disagg_jax.engine import layer_group
 from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
 from disagg_jax.engine.executor import outcome
-from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.request import Status
 from disagg_jax.work import Step, Transfer
 from tests.engine.harness import (

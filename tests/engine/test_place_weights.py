@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from disagg_jax.engine.weights import Place, place_groups, restore_shardings
+from disagg_jax.engine.place_weights import Place, place_groups, restore_shardings
 from models import checkpoint, transformer
 from models.checkpoint import Checkpoint
 from sharding.heads import head_layout

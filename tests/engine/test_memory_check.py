@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from disagg_jax.deployment import InstanceSpec, KVMemory, Role
-from disagg_jax.engine.fit import check_fits
+from disagg_jax.engine.memory_check import check_fits
 from disagg_jax.engine.placed_model import PlacedModel
 from sharding.mesh import make_mesh
 from sharding.rules import RULES

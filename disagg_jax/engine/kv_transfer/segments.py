@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine import kv_cache
+from disagg_jax.engine.attention import pool_order
+from disagg_jax.engine.kv_transfer.device_put import PiecePlan, move, piece_plan
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.stage import Stage
-from disagg_jax.engine.transfer import PiecePlan, move, piece_plan
 
 Pieces = list[list[Array]]
 
@@ -34,7 +34,7 @@ class Segment(NamedTuple):
         """What arrives of `blocks` blocks."""
         return self.dst.payload_bytes(len(self.layers), blocks, self.plan)
 
-    def gather(self, cache: kv_cache.Cache, ids: np.ndarray) -> Pieces:
+    def gather(self, cache: pool_order.Cache, ids: np.ndarray) -> Pieces:
         """Copies the blocks `ids` out of the source's cache."""
         return self.src.stage.gather(cache[self._part], ids, self.plan)
 
@@ -42,7 +42,7 @@ class Segment(NamedTuple):
         """Copies what was gathered to the destination's devices."""
         return move(pieces, self.plan, self.dst.payload_sharding)
 
-    def insert(self, cache: kv_cache.Cache, ids: np.ndarray, pieces: Pieces) -> Array:
+    def insert(self, cache: pool_order.Cache, ids: np.ndarray, pieces: Pieces) -> Array:
         """Writes what was moved to the blocks `ids` of the destination's cache.
 
         Returns:

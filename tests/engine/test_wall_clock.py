@@ -9,7 +9,7 @@ import pytest
 
 from disagg_jax.control.backend import serve
 from disagg_jax.engine.engine import Pause
-from disagg_jax.engine.wall import WallBackend
+from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.request import Status
 from disagg_jax.work import Cancelled, Done, Down, Slice, StageFree, Step, Transfer, Up
 from tests.engine.harness import (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disagg_jax.engine import kv_cache
+from disagg_jax.engine.attention import pool_order
 
 # Rows 0 and 1 own blocks in any order, row 2 is padding, blocks 1 and 4 are free.
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 3, 8
@@ -47,7 +47,7 @@ def test_a_row_alone_attends_to_its_own_context_only(free):
     new_k, new_v = (random(rng, 1, KV_HEADS, HEAD_DIM, dtype="float32") for _ in "kv")
     owner = jnp.array([0 if row == 0 else -1 for row in OWNER])
     position, slot = jnp.array(POSITION[:1]), jnp.array(SLOT[:1])
-    attend = kv_cache.decode_attend(position, slot, owner, jnp.array(START), BLOCK)
+    attend = pool_order.decode_attend(position, slot, owner, jnp.array(START), BLOCK)
     got, [(k, v)] = jax.jit(attend, static_argnums=0)(0, q, new_k, new_v, [(k, v)])
     keys, values = (in_order(part, [3, 2], POSITION[0] + 1) for part in (k, v))
     want = plain_attention(double(q[0]), keys, values)
@@ -66,7 +66,7 @@ def test_decode_attends_to_its_own_context_only(dtype, error, free):
     q_BNH = random(rng, 3, HEADS, HEAD_DIM, dtype=dtype)
     new_k, new_v = (random(rng, 3, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in "kv")
     position, slot, owner, start = map(jnp.array, (POSITION, SLOT, OWNER, START))
-    attend = kv_cache.decode_attend(position, slot, owner, start, BLOCK)
+    attend = pool_order.decode_attend(position, slot, owner, start, BLOCK)
     attend = jax.jit(attend, static_argnums=0)
     got, [(k, v)] = attend(0, q_BNH, new_k, new_v, [(k, v)])
     for row, blocks in enumerate(([3, 2], [0])):
@@ -90,7 +90,7 @@ MIXED_TOKENS = {"decode": [0], "chunk": [1, 2, 3], "fresh": [4, 5]}
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, queries):
     """With all queries at a time, and 3; although free blocks hold NaN."""
-    monkeypatch.setattr(kv_cache, "_QUERY_CHUNK", queries)
+    monkeypatch.setattr(pool_order, "_QUERY_CHUNK", queries)
     rng = np.random.default_rng(0)
     k, v = (random(rng, 9, KV_HEADS, BLOCK, HEAD_DIM, dtype=dtype) for _ in "kv")
     k, v = (part.at[jnp.array([1, 6])].set(np.nan) for part in (k, v))
@@ -103,14 +103,14 @@ def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, querie
         for token in tokens:
             block, offset = divmod(MIXED_POSITION[token], BLOCK)
             slot[token] = MIXED_BLOCKS[name][block] * BLOCK + offset
-    chunks = kv_cache.ChunkContext(
+    chunks = pool_order.ChunkContext(
         row_T=jnp.array(MIXED_ROW),
         block_C=jnp.array([5, 0, 4, 8]),
         owner_C=jnp.array([0, 0, 1, -1]),
         start_C=jnp.array([0, BLOCK, 0, 0]),
     )
     owner, start = jnp.array([-1, -1, 0, 0]), jnp.array([0, 0, 0, BLOCK])
-    attend = kv_cache.mixed_attend(
+    attend = pool_order.mixed_attend(
         jnp.array(MIXED_POSITION), jnp.array(slot), chunks, owner, start, BLOCK, 2
     )
     attend = jax.jit(attend, static_argnums=0)
