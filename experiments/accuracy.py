@@ -36,6 +36,9 @@ from typing import Any
 
 from absl import app, flags
 
+from disagg_jax.calibration.machine_speed import choose_probes
+from disagg_jax.calibration.measure import grid, measure, typical_s
+from disagg_jax.calibration.profile_keys import read_profile, step_times_of
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
@@ -43,14 +46,12 @@ from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from experiments import accuracy_report, host_devices
 from experiments.accuracy_report import Result
-from experiments.calibration import grid, measure, typical_s
 from experiments.command import command
 from experiments.config import Config, override, to_json
 from experiments.configs import CONFIGS, get_config
 from experiments.flag_values import expect_once
 from experiments.folder import sole_use, write_json, write_text
 from experiments.options import read_by
-from experiments.profiled import read_profile, step_times_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir
 from experiments.serving import (
@@ -59,7 +60,6 @@ from experiments.serving import (
     devices_needed,
     resolve_slo,
 )
-from experiments.speed import choose_probes
 from experiments.twins import Twin
 from experiments.weights import Model, load_model
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from disagg_jax.calibration.decision_agreement import StepTime
 from disagg_jax.metrics import SLO, rate_interval
 from disagg_jax.search.rates import GoodputEstimate, estimate
-from disagg_jax.sim.agreement import StepTime
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.checkout import commit
 from experiments.columns import align

@@ -15,10 +15,11 @@ Two errors are printed, and are in the profile. Held out: random loads, on no gr
 were timed in the same rounds, against what the simulator predicts for them; with the
 aim. Left out: every fifth program in turn, against a fit of the others; by the form
 that the simulator uses (terms), and by DistServe's and a roofline's
-(`experiments/fit.py`).
+(`disagg_jax/calibration/fit.py`).
 
 A few programs also run now and then between the others: probes, by which a later run
-can tell how much slower the machine has become (`experiments/speed.py`).
+can tell how much slower the machine has become
+(`disagg_jax/calibration/machine_speed.py`).
 
 Programs run alone. At the end each system serves `--requests` of the config's lengths:
 what the steps of a kind take there, over what they take alone, is printed as in
@@ -40,15 +41,9 @@ from typing import Any
 
 from absl import app, flags
 
-from disagg_jax.deployment import Deployment
-from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import run_alone
-from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.sim.cost.measured import CalibratedProfile
-from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
-from disagg_jax.work import Task
-from experiments import host_devices
-from experiments.calibration import (
+from disagg_jax.calibration.fit import FORMS
+from disagg_jax.calibration.machine_speed import Speedometer, choose_probes
+from disagg_jax.calibration.measure import (
     Progress,
     drift,
     fit_profile,
@@ -58,20 +53,26 @@ from experiments.calibration import (
     prediction_errors,
     unseen,
 )
+from disagg_jax.calibration.profile_keys import TimeParts, device_name
+from disagg_jax.deployment import Deployment
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import run_alone
+from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.sim.cost.measured import CalibratedProfile
+from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
+from disagg_jax.work import Task
+from experiments import host_devices
 from experiments.columns import align
 from experiments.command import command, command_line
 from experiments.config import Config, override
 from experiments.configs import CONFIGS, get_config
-from experiments.fit import FORMS
 from experiments.flag_values import expect_once, expect_used
 from experiments.folder import sole_use, write_json
 from experiments.in_service import serve_each, with_service
 from experiments.options import read_by
-from experiments.profiled import TimeParts, device_name
 from experiments.request_source import RequestSource
 from experiments.run_dir import environment
 from experiments.serving import Server, check_modelled, devices_needed
-from experiments.speed import Speedometer, choose_probes
 from experiments.weights import load_model
 from models.config import ModelConfig
 

@@ -16,6 +16,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from disagg_jax.calibration.machine_speed import Speedometer, choose_probes
+from disagg_jax.calibration.profile_keys import StepKey, cost_of, key_of
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
@@ -25,10 +27,8 @@ from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, Task
-from experiments.profiled import StepKey, cost_of, key_of
 from experiments.request_source import RequestSource
 from experiments.serving import Server
-from experiments.speed import Speedometer, choose_probes
 
 # Of the capacity, so that steps are neither empty nor as full as they can be.
 _LOAD = 0.6

@@ -8,6 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
+from disagg_jax.calibration.decision_agreement import (
+    Agreement,
+    MeasuredCost,
+    Slowdown,
+    StepTime,
+    agreement,
+    step_times,
+)
+from disagg_jax.calibration.machine_speed import Speedometer
+from disagg_jax.calibration.profile_keys import Probe, StepKey, cost_of
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
@@ -16,21 +26,11 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.rates import SearchPlan, estimate, search
-from disagg_jax.sim.agreement import (
-    Agreement,
-    MeasuredCost,
-    Slowdown,
-    StepTime,
-    agreement,
-    step_times,
-)
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from experiments.profiled import Probe, StepKey, cost_of
 from experiments.request_source import RequestSource
 from experiments.run_dir import Point, RunDir
 from experiments.serving import Server
-from experiments.speed import Speedometer
 
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from disagg_jax.calibration.decision_agreement import Agreement, StepTime
 from disagg_jax.metrics import SLO, interval_across
 from disagg_jax.search.rates import GoodputEstimate
-from disagg_jax.sim.agreement import Agreement, StepTime
 from disagg_jax.work import StepLoad
 from experiments import accuracy_report
 from experiments.accuracy_report import Result, StepErrors, SystemResult

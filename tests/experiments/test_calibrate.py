@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import scipy.optimize
 
+from disagg_jax.calibration.fit import fit, fit_programs, left_out_error
+from disagg_jax.calibration.measure import drift
+from disagg_jax.calibration.profile_keys import key_of, read_profile
 from disagg_jax.engine.engine import Engine
 from disagg_jax.metrics import interval_across, rate_interval
 from disagg_jax.sim.cost import terms
@@ -17,11 +20,8 @@ from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.programs import Program
 from disagg_jax.work import Step
 from experiments import accuracy, accuracy_report, calibrate
-from experiments.calibration import drift
 from experiments.config import Config, Memory, System, Workload
 from experiments.configs import get_config
-from experiments.fit import fit, fit_programs, left_out_error
-from experiments.profiled import key_of, read_profile
 from experiments.serving import Server
 from experiments.weights import load_model
 from models.config import get_config as get_model

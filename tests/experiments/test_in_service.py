@@ -5,11 +5,11 @@ import itertools
 
 import pytest
 
+from disagg_jax.calibration.profile_keys import cost_of, key_of
 from disagg_jax.work import StepLoad
 from experiments import in_service
 from experiments.config import Workload
 from experiments.in_service import Served, serve_each, with_service
-from experiments.profiled import cost_of, key_of
 from experiments.request_source import RequestSource
 from experiments.serving import Server
 from tests.experiments.calibrating import CONFIG, calibrated, device, make_model

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.batch import split_decodes
 from disagg_jax.engine.buckets import Buckets
@@ -16,7 +17,6 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import Slice, StepLoad
-from experiments.profiled import program_of
 
 # Of all systems, each once: what decodes only is the same in two.
 POLICIES = {

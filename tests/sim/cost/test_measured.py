@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import load_slices
@@ -23,7 +24,6 @@ from disagg_jax.sim.cost.measured_profile import (
 )
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad
-from experiments.profiled import program_of
 
 SIZE = 16
 MEMORY = KVMemory(num_blocks=128, block_tokens=SIZE, max_context=256)

@@ -8,6 +8,7 @@ import operator
 
 import pytest
 
+from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.request import Request
@@ -16,7 +17,6 @@ from disagg_jax.sim.cost.measured import CalibratedInstance, LayoutTimes, Transf
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad, Transfer
-from experiments.profiled import program_of
 
 SMALL, LARGE = Program("prefill", 32, 4), Program("prefill", 64, 8)
 ROWS = [

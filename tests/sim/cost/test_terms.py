@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_jax.calibration.fit import fit
 from disagg_jax.sim.cost import terms
 from disagg_jax.sim.programs import KINDS, Program
-from experiments.fit import fit
 from tests.sim.splitwise import SYSTEMS, read_runs, splits
 
 

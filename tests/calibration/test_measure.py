@@ -8,16 +8,8 @@ import operator
 import numpy as np
 import pytest
 
-from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import slices_of
-from disagg_jax.request import Request
-from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.programs import KINDS, ProgramList
-from disagg_jax.work import Step, StepLoad, Transfer
-from experiments import calibration
-from experiments.calibrate import AIMS, table
-from experiments.calibration import (
+from disagg_jax.calibration import measure as module
+from disagg_jax.calibration.measure import (
     drift,
     grid,
     left_out_errors,
@@ -25,7 +17,21 @@ from experiments.calibration import (
     typical_s,
     unseen,
 )
-from experiments.profiled import Probe, StepKey, TransferKey, key_of, program_of
+from disagg_jax.calibration.profile_keys import (
+    Probe,
+    StepKey,
+    TransferKey,
+    key_of,
+    program_of,
+)
+from disagg_jax.deployment import KVMemory
+from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.executor import slices_of
+from disagg_jax.request import Request
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.sim.programs import KINDS, ProgramList
+from disagg_jax.work import Step, StepLoad, Transfer
+from experiments.calibrate import AIMS, table
 from tests.experiments.calibrating import CONFIG, TRUE, calibrated, device, true_s
 
 # ---- a device whose times are known --------------------------------------------------
@@ -185,7 +191,7 @@ def test_random_loads_are_such_as_the_engine_can_run(name, memory):
     programs = tuple(program_of(shape) for shape in buckets.step_shapes)
     listed = ProgramList(programs, memory.block_tokens)
     pool = memory.num_blocks * memory.block_tokens
-    limits = calibration._Limits(memory.max_context, pool, np.random.default_rng(0))
+    limits = measure._Limits(memory.max_context, pool, np.random.default_rng(0))
     steps = list(limits.steps(listed, 200))
     assert len(steps) >= 200
     for parts in steps:
@@ -288,9 +294,7 @@ def test_left_out_errors_are_means_over_stages_and_layouts(exact):
 
 def test_an_error_of_0_is_an_error_too(exact, monkeypatch):
     errors = iter([0.0, 0.0, 0.3])
-    monkeypatch.setattr(
-        calibration, "left_out_error", lambda seconds, form: next(errors)
-    )
+    monkeypatch.setattr(module, "left_out_error", lambda seconds, form: next(errors))
     layouts = {
         layout: dataclasses.replace(times, fits={"decode": times.fits["decode"]})
         for layout, times in exact.layouts.items()

@@ -14,14 +14,14 @@ import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+from disagg_jax.calibration.decision_agreement import Slowdown
+from disagg_jax.calibration.profile_keys import Probe, StepKey, TimeParts, key_of
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import every_work
-from disagg_jax.sim.agreement import Slowdown
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.programs import Program
 from disagg_jax.work import Task
-from experiments.profiled import Probe, StepKey, TimeParts, key_of
 
 # One probe of each kind for so many pieces of other work: about a tenth of the time.
 _EVERY = 60

@@ -9,6 +9,16 @@ from typing import TypeVar
 
 import numpy as np
 
+from disagg_jax.calibration.fit import fit_line, fit_programs, left_out_error
+from disagg_jax.calibration.profile_keys import (
+    Probe,
+    StepKey,
+    TimeParts,
+    TransferKey,
+    cost_of,
+    key_of,
+    program_list,
+)
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import every_work, slices_of
 from disagg_jax.sim.cost.measured import (
@@ -19,16 +29,6 @@ from disagg_jax.sim.cost.measured import (
 )
 from disagg_jax.sim.programs import KINDS, Program, ProgramList
 from disagg_jax.work import Step, Task, Transfer
-from experiments.fit import fit_line, fit_programs, left_out_error
-from experiments.profiled import (
-    Probe,
-    StepKey,
-    TimeParts,
-    TransferKey,
-    cost_of,
-    key_of,
-    program_list,
-)
 
 Key = TypeVar("Key")
 Progress = Callable[[str], None]

@@ -6,13 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.scheduling.sarathi_serve import SarathiServe
-from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost import terms
-from disagg_jax.sim.programs import Program
-from experiments.fit import (
+from disagg_jax.calibration.fit import (
     FORMS,
     fit,
     fit_line,
@@ -20,7 +14,13 @@ from experiments.fit import (
     fit_roofline,
     left_out_error,
 )
-from experiments.profiled import program_of
+from disagg_jax.calibration.profile_keys import program_of
+from disagg_jax.deployment import KVMemory
+from disagg_jax.engine.buckets import Buckets
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
+from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.sim.cost import terms
+from disagg_jax.sim.programs import Program
 
 
 def scipys(rows, seconds):

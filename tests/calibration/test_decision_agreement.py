@@ -4,10 +4,15 @@ import dataclasses
 
 import pytest
 
+from disagg_jax.calibration.decision_agreement import (
+    MeasuredCost,
+    Slowdown,
+    agreement,
+    step_load,
+)
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.runlog.event_log import EventLog, LoggedStep
 from disagg_jax.runlog.utilisation import Occupancy, StageUse, read_occupancy
-from disagg_jax.sim.agreement import MeasuredCost, Slowdown, agreement, step_load
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer

@@ -7,6 +7,13 @@ from typing import ClassVar
 
 import pytest
 
+from disagg_jax.calibration.profile_keys import (
+    cost_of,
+    key_of,
+    program_list,
+    read_profile,
+    step_times_of,
+)
 from disagg_jax.engine.executor import check_step_times, every_work
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
@@ -18,13 +25,6 @@ from experiments import calibrate
 from experiments.calibrate import on_deployments
 from experiments.config import Config, Memory, System, Workload
 from experiments.configs import get_config
-from experiments.profiled import (
-    cost_of,
-    key_of,
-    program_list,
-    read_profile,
-    step_times_of,
-)
 from experiments.serving import Server
 from tests.experiments.calibrating import CONFIG, TINY, device, seqs
 

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 
+from disagg_jax.calibration import machine_speed
+from disagg_jax.calibration.machine_speed import Speedometer, choose_probes
+from disagg_jax.calibration.profile_keys import StepKey, key_of
 from disagg_jax.control.backend import Outcome
-from experiments import speed
-from experiments.profiled import StepKey, key_of
-from experiments.speed import Speedometer, choose_probes
 from tests.experiments.calibrating import (
     calibrated,
     device,
@@ -64,14 +64,14 @@ def test_probes_take_turns_and_their_second_run_counts(engines):
         return [float(len(asked)), 100.0]
 
     speedometer = Speedometer(probes, time_parts)
-    run(speedometer, speed._EVERY - 1)
+    run(speedometer, machine_speed._EVERY - 1)
     assert not asked
     run(speedometer, 1)
     first = list(dict.fromkeys(asked))
     assert asked == [first[0], first[0], first[1], first[1]]
     assert [key.program.kind for key in first] == ["prefill", "decode"]
     assert speedometer.times_s["prefill"] == [(first[0], 102.0)]
-    run(speedometer, 2 * speed._EVERY)
+    run(speedometer, 2 * machine_speed._EVERY)
     assert {*asked} == {*probes}
     assert asked[8:] == asked[:4]
 
@@ -80,11 +80,11 @@ def test_a_slower_machine_is_told_from_the_one_of_the_profile(engines):
     profile = calibrated([engines["vllm"], engines["stages"]], device())
     for name in ("vllm", "stages"):
         speedometer = Speedometer(choose_probes([engines[name]]), slower(1.25, 0.9))
-        run(speedometer, 3 * speed._EVERY)
+        run(speedometer, 3 * machine_speed._EVERY)
         found = speedometer.slowdown(profile)
         assert found.decode == pytest.approx([1.25] * 3)
         assert found.prompt == pytest.approx([0.9] * 3)
-        assert found.works == speed._EVERY
+        assert found.works == machine_speed._EVERY
 
 
 def test_the_mean_of_a_run_is_held_against_the_profiles_median(engines):
@@ -98,7 +98,7 @@ def test_the_mean_of_a_run_is_held_against_the_profiles_median(engines):
     speedometer = Speedometer(
         {key: probe}, lambda *work: [true_s(key.program)[0] * next(factors)]
     )
-    run(speedometer, 3 * speed._EVERY)
+    run(speedometer, 3 * machine_speed._EVERY)
     found = speedometer.slowdown(profile)
     assert found.decode == pytest.approx([2.0] * 3) and found.prompt == (1.0,)
     assert speedometer.medians_s() == {
@@ -118,7 +118,7 @@ def test_each_section_of_a_run_has_the_speed_around_it(engines):
         return [time_parts.factor * s for s in steady(engine, work)]
 
     speedometer = Speedometer(choose_probes([engines["vllm"]]), time_parts)
-    run(speedometer, 8 * speed._EVERY)
+    run(speedometer, 8 * machine_speed._EVERY)
     means = [(4 * 1) / 4, (4 + 4) / 5, (4 + 8) / 6, (3 + 12) / 6]
     found = speedometer.slowdown(profile)
     assert found.decode[:4] == pytest.approx(means)
@@ -133,7 +133,7 @@ def test_what_a_profile_has_wrong_is_not_taken_for_the_machine(engines):
         profile, layouts={(1, 1): dataclasses.replace(times, measured=halved)}
     )
     speedometer = Speedometer(choose_probes([engines["vllm"]]), device())
-    run(speedometer, 2 * speed._EVERY)
+    run(speedometer, 2 * machine_speed._EVERY)
     found = speedometer.slowdown(wrong)
     assert [*found.decode, *found.prompt] == pytest.approx([1.0] * 4)
 
@@ -143,7 +143,7 @@ def test_without_probes_nothing_is_said_of_the_machine(engines):
     older = dataclasses.replace(profile.layouts[1, 1], probes={})
     unknown = dataclasses.replace(profile, layouts={(1, 1): older})
     speedometer = Speedometer(choose_probes([engines["vllm"]]), slower(2.0, 2.0))
-    run(speedometer, 2 * speed._EVERY)
+    run(speedometer, 2 * machine_speed._EVERY)
     for found in (
         speedometer.slowdown(unknown),
         Speedometer({}, device()).slowdown(profile),
