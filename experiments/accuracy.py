@@ -47,11 +47,11 @@ from disagg_jax.sim.cost.measured_profile import profile_to_json
 from experiments import accuracy_report, host_devices
 from experiments.accuracy_report import Result
 from experiments.command import command
-from experiments.config import Config, override, to_json
-from experiments.configs import CONFIGS, get_config
+from experiments.configs.config import Config, override, to_json
+from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import read_by
 from experiments.flag_values import expect_once
 from experiments.folder import sole_use, write_json, write_text
-from experiments.options import read_by
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir
 from experiments.serving import (

@@ -64,12 +64,12 @@ from disagg_jax.work import Task
 from experiments import host_devices
 from experiments.columns import align
 from experiments.command import command, command_line
-from experiments.config import Config, override
-from experiments.configs import CONFIGS, get_config
+from experiments.configs.config import Config, override
+from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import read_by
 from experiments.flag_values import expect_once, expect_used
 from experiments.folder import sole_use, write_json
 from experiments.in_service import serve_each, with_service
-from experiments.options import read_by
 from experiments.request_source import RequestSource
 from experiments.run_dir import environment
 from experiments.serving import Server, check_modelled, devices_needed

@@ -9,8 +9,9 @@ interval, the parameters that each system was given and why, and the cells in wh
 colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
 
 Durations are a roofline's of --model on --hardware, or those of the simulation that
---config names (experiments/simulations.py). A model or a device of your own is a .json
-file (experiments/shapes.py). One pair of targets gives one answer, and bars as picture:
+--config names (experiments/configs/named_simulations.py). A model or a device of your
+own is a .json file (experiments/configs/shapes.py). One pair of targets gives one
+answer, and bars as picture:
 
     python -m experiments.compare_systems --map=targets --ttfts=0.5 --tpots=0.04 \\
         --model=config.json --hardware=h100 --trace=FILE.csv --out=runs/answer
@@ -44,18 +45,18 @@ from experiments.comparison import (
     slos_map,
 )
 from experiments.comparison_report import Grid
-from experiments.flag_values import expect_used
-from experiments.folder import plain, run_folder, write_json, write_text
-from experiments.paper_workloads import get_workload
-from experiments.placements import parse_slo
-from experiments.run_dir import environment
-from experiments.shapes import get_device
-from experiments.simulations import (
+from experiments.configs.named_simulations import (
     SIMULATIONS,
     Simulation,
     get_simulation,
     roofline_simulation,
 )
+from experiments.configs.paper_workloads import get_workload
+from experiments.configs.shapes import get_device
+from experiments.flag_values import expect_used
+from experiments.folder import plain, run_folder, write_json, write_text
+from experiments.placements import parse_slo
+from experiments.run_dir import environment
 
 _COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked

@@ -41,8 +41,8 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths
+from experiments.configs.named_simulations import Simulation
 from experiments.placements import row
-from experiments.simulations import Simulation
 
 DISAGGREGATED = "disaggregated"
 # Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.

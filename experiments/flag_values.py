@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.options import no_effect
+from experiments.configs.options import no_effect
 
 
 def expect_used(

@@ -37,10 +37,10 @@ from disagg_jax.workload.lengths import UniformLengths
 from experiments.checkout import commit
 from experiments.columns import align
 from experiments.command import command, own_flags
+from experiments.configs.named_simulations import Simulation, roofline_simulation
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
 from experiments.folder import run_folder, write_text
-from experiments.simulations import Simulation, roofline_simulation
 
 _MODEL = flags.DEFINE_string(
     "model", "opt-13b", "A name of sim/model_shape.py.", allow_override=True

@@ -42,6 +42,7 @@ from disagg_jax.work import StepLoad
 from experiments import checkout, host_devices
 from experiments.columns import align
 from experiments.command import command
+from experiments.configs.shapes import shape_of
 from experiments.dense import dense_step_s
 from experiments.flag_values import expect_used, integers, writable
 from experiments.folder import write_text
@@ -49,7 +50,6 @@ from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
 from experiments.rigs import bare_engine, bare_step_s
-from experiments.shapes import shape_of
 from experiments.timing import (
     Figure,
     interleaved,

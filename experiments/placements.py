@@ -15,8 +15,12 @@ from disagg_jax.search import placement
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import Layout, Outcome, Problem
 from disagg_jax.sim.workers import Mapper
-from experiments.shapes import get_shape
-from experiments.simulations import Simulation, distserve_profile, link_inside
+from experiments.configs.named_simulations import (
+    Simulation,
+    distserve_profile,
+    link_inside,
+)
+from experiments.configs.shapes import get_shape
 
 ALGORITHMS = ("high", "low", "joint")
 _HARDWARE = {"a100": "a100-80g"}  # short names

@@ -40,7 +40,7 @@ from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.work import Step, StepLoad, Task
-from experiments.config import Config, System
+from experiments.configs.config import Config, System
 from experiments.request_source import RequestSource
 from experiments.weights import Model
 from sharding.mesh import Device

@@ -9,7 +9,8 @@ Azure, BurstGPT, Mooncake, Bailian, splitwise-sim, Vidur or ShareGPT, which may 
 gzipped. Rows of one tick of a coarse clock are spread over it, but with --ties=keep.
 A file without times needs --rate. Requests over the simulation's context limit are
 refused: --max_context raises it. A deployment reads like prefill:tp2,decode:tp1 or
-2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs: experiments/simulations.py.
+2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs:
+experiments/configs/named_simulations.py.
 
 OUT/trace.json says how the trace was read. OUT must hold no other run; it gets
 config.json and env.json too.
@@ -42,14 +43,14 @@ from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.workload.traces import Trace
 from experiments import trace_flags
 from experiments.command import command
-from experiments.flag_values import expect_used
-from experiments.folder import plain, run_folder, whole, write_json, write_text
-from experiments.simulations import (
+from experiments.configs.named_simulations import (
     SIMULATIONS,
     Simulation,
     get_simulation,
     trace_requests,
 )
+from experiments.flag_values import expect_used
+from experiments.folder import plain, run_folder, whole, write_json, write_text
 
 # Other experiments have flags of these names too, and a test may import several.
 _TRACE = flags.DEFINE_string(

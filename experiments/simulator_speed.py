@@ -46,8 +46,8 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.requests import make_requests
 from experiments.command import command
+from experiments.configs.named_simulations import get_simulation, trace_requests
 from experiments.flag_values import expect_used, integers
-from experiments.simulations import get_simulation, trace_requests
 
 _GOLDEN = flags.DEFINE_string(
     "golden", "../shared/golden/simdistserve", "Folder of simdistserve's results."

@@ -25,7 +25,7 @@ from disagg_jax.search.rates import (
     find_inversion,
     search,
 )
-from experiments.config import Config
+from experiments.configs.config import Config
 from experiments.ranks import rank
 from experiments.request_rows import to_row
 from experiments.request_source import RequestSource

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from disagg_jax.engine.place_weights import Weights
-from experiments.config import Config
+from experiments.configs.config import Config
 from models import transformer
 from models.checkpoint import Checkpoint, is_checkpoint
 from models.config import ModelConfig, get_config

@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.metrics import interval_across
+from experiments.configs.named_simulations import get_simulation
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
 from experiments.figures.paper import SLOS, TARGET
 from experiments.figures.runs import (
@@ -17,8 +19,6 @@ from experiments.figures.runs import (
     percent,
     run_systems,
 )
-from experiments.paper_workloads import get_workload
-from experiments.simulations import get_simulation
 
 _ONE_ENGINE = get_simulation("opt13b_a100")
 _SHIPPED = get_simulation("simdistserve_opt13b")

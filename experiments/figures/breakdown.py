@@ -10,6 +10,8 @@ import numpy as np
 
 from disagg_jax.metrics import Stages
 from disagg_jax.sim.run import SimResult
+from experiments.configs.named_simulations import get_simulation
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.figure import (
     Claim,
     Drawn,
@@ -23,8 +25,6 @@ from experiments.figures.figure import (
 from experiments.figures.paper import paper_panel
 from experiments.figures.placements import inside_a_node
 from experiments.figures.runs import Sweep, System, percent, run_systems
-from experiments.paper_workloads import get_workload
-from experiments.simulations import get_simulation
 
 _STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 _175B = System(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.work import StepLoad
-from experiments.simulations import Simulation, cost_model
+from experiments.configs.named_simulations import Simulation, cost_model
 
 ROOFLINE = "Ours is a roofline of data-sheet peaks, not fitted to the paper's engine"
 

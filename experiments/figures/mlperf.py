@@ -13,6 +13,8 @@ from disagg_jax.metrics.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
+from experiments.configs.named_simulations import Simulation
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.figure import (
     Claim,
     Drawn,
@@ -22,8 +24,6 @@ from experiments.figures.figure import (
     banded,
     shown,
 )
-from experiments.paper_workloads import get_workload
-from experiments.simulations import Simulation
 
 _BOUNDS = ("llama2-70b", "llama2-70b-interactive")
 _WORKLOAD = "sharegpt"  # for want of OpenOrca's lengths

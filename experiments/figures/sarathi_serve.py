@@ -2,7 +2,7 @@
 
 The published numbers are those of facts/schedulers.md 1.4. Its lengths are not public
 but for the chat ones: ours are log-normals through the published quantiles
-(experiments/paper_workloads.py).
+(experiments/configs/paper_workloads.py).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.run import SimPoint
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.colocated import colocated
 from experiments.figures.figure import (
     Claim,
@@ -41,7 +42,6 @@ from experiments.figures.figure import (
     banded,
     shown,
 )
-from experiments.paper_workloads import get_workload
 
 _CHAT, _ARXIV = "openchat_sharegpt4", "arxiv_summarization"
 _LONGEST = {_CHAT: 8192, _ARXIV: 16_384}  # tokens of a request

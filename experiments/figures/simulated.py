@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.sim.run import SimResult
+from experiments.configs.named_simulations import get_simulation
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.endtoend import IDLE
 from experiments.figures.figure import (
     Claim,
@@ -17,8 +19,6 @@ from experiments.figures.figure import (
 )
 from experiments.figures.paper import SLOS, TARGET, paper_panel
 from experiments.figures.runs import Sweep, System, percent, run_systems
-from experiments.paper_workloads import get_workload
-from experiments.simulations import get_simulation
 
 _SLO = SLOS["chat 66B, artifact"]
 _SIMULATION = get_simulation("simdistserve_opt66b")

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from disagg_jax.metrics import SLO
+from experiments.configs.named_simulations import Simulation, get_simulation
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.figure import (
     Claim,
     Drawn,
@@ -25,8 +27,6 @@ from experiments.figures.figure import (
 )
 from experiments.figures.paper import SLOS, paper_panel
 from experiments.figures.runs import Sweep, System, geometric, run_systems
-from experiments.paper_workloads import get_workload
-from experiments.simulations import Simulation, get_simulation
 
 _REQUESTS = 800
 _SHIPPED = get_simulation("simdistserve_opt13b")

@@ -75,7 +75,7 @@ import pathlib
 
 from disagg_jax.deployment import Deployment
 from experiments import simulate
-from experiments.simulations import get_simulation
+from experiments.configs.named_simulations import get_simulation
 
 out = pathlib.Path("runs/notebooks/distserve")
 out.mkdir(parents=True, exist_ok=True)
@@ -106,8 +106,8 @@ print((out / "requests.csv").read_text())
 # %%
 from disagg_jax.search.rates import SearchPlan
 from experiments import placement_search
+from experiments.configs.paper_workloads import get_workload
 from experiments.figures.paper import SLOS
-from experiments.paper_workloads import get_workload
 from experiments.placements import problem_of, simulation_of
 
 problem = problem_of(

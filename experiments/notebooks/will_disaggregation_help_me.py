@@ -86,7 +86,7 @@ sizes = {
 model = "runs/notebooks/will_it_help/my-model.json"  # @param {type: "string"}
 
 # %%
-from experiments.shapes import get_shape
+from experiments.configs.shapes import get_shape
 
 shape = get_shape(model)
 print(f"{shape.name}: {shape.params / 1e9:.2f} billion weights")
@@ -107,7 +107,7 @@ tpot_s = 0.02  # @param {type: "number"}
 
 # %%
 from disagg_jax.metrics import SLO
-from experiments.shapes import get_device
+from experiments.configs.shapes import get_device
 
 device, targets = get_device(hardware), SLO(ttft_s=ttft_s, tpot_s=tpot_s)
 print(f"{devices} x {device.name}: {device.peak_flops / 1e12:.0f} TFLOP/s and")
@@ -168,7 +168,7 @@ Image(filename=out / "lengths.png")
 from disagg_jax.scheduling.tuning import tile_multiples
 from experiments.comparison import Question, slos_map
 from experiments.comparison_report import answer
-from experiments.simulations import roofline_simulation
+from experiments.configs.named_simulations import roofline_simulation
 
 question = Question(
     simulation=roofline_simulation(model, hardware, max_context=8192),

@@ -23,8 +23,8 @@ from disagg_jax.workload.lengths import UniformLengths
 from disagg_jax.workload.requests import make_requests
 from experiments import calibrate
 from experiments.calibrate import on_deployments
-from experiments.config import Config, Memory, System, Workload
-from experiments.configs import get_config
+from experiments.configs.config import Config, Memory, System, Workload
+from experiments.configs.named import get_config
 from experiments.serving import Server
 from tests.experiments.calibrating import CONFIG, TINY, device, seqs
 

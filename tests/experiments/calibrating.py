@@ -11,7 +11,7 @@ from disagg_jax.calibration.profile_keys import TransferKey, key_of
 from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost import terms
 from experiments import calibrate
-from experiments.config import Config, System
+from experiments.configs.config import Config, System
 from experiments.serving import Server
 from experiments.weights import Model
 from models.config import get_config

@@ -20,8 +20,8 @@ from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.programs import Program
 from disagg_jax.work import Step
 from experiments import accuracy, accuracy_report, calibrate
-from experiments.config import Config, Memory, System, Workload
-from experiments.configs import get_config
+from experiments.configs.config import Config, Memory, System, Workload
+from experiments.configs.named import get_config
 from experiments.serving import Server
 from experiments.weights import load_model
 from models.config import get_config as get_model

@@ -14,7 +14,7 @@ import pytest
 from absl import app
 
 from experiments.command import command
-from experiments.configs import get_config
+from experiments.configs.named import get_config
 from experiments.request_source import RequestSource
 from tests.experiments.calibrating import make_model
 

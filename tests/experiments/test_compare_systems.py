@@ -37,8 +37,12 @@ from experiments.comparison import (
     slos_map,
 )
 from experiments.comparison_report import answer, plot, record, text
-from experiments.paper_workloads import get_workload
-from experiments.simulations import Simulation, get_simulation, roofline_simulation
+from experiments.configs.named_simulations import (
+    Simulation,
+    get_simulation,
+    roofline_simulation,
+)
+from experiments.configs.paper_workloads import get_workload
 
 
 def silent(message):

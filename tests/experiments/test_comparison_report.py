@@ -11,8 +11,8 @@ from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.traces import TraceRow
 from experiments import comparison_report as report
 from experiments.comparison import DISAGGREGATED, Found, Question, judge, slos_map
+from experiments.configs.named_simulations import get_simulation
 from experiments.folder import plain
-from experiments.simulations import get_simulation
 
 WORKLOAD = SimWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
 

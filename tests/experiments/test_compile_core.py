@@ -101,7 +101,7 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling import orca
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from experiments.simulations import get_simulation
+from experiments.configs.named_simulations import get_simulation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InTurn(orca.Orca):

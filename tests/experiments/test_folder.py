@@ -13,6 +13,7 @@ import pytest
 
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
+from experiments.configs.paper_workloads import get_workload
 from experiments.folder import (
     differences,
     plain,
@@ -23,7 +24,6 @@ from experiments.folder import (
     write_json,
     write_text,
 )
-from experiments.paper_workloads import get_workload
 from experiments.placements import parse_slo, problem_of, simulation_of
 
 ROOT = pathlib.Path(__file__).parents[2]

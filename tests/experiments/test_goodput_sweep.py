@@ -19,8 +19,8 @@ from disagg_jax.search.rates import find_inversion
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, report, serving, sweep
-from experiments.config import override
-from experiments.configs import get_config
+from experiments.configs.config import override
+from experiments.configs.named import get_config
 from experiments.run_dir import Point, RunDir
 from experiments.weights import load_model
 

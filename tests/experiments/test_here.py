@@ -3,8 +3,8 @@
 import pytest
 
 from experiments import here
-from experiments.config import override
-from experiments.configs import get_config
+from experiments.configs.config import override
+from experiments.configs.named import get_config
 from models.config import PRESETS
 
 

@@ -8,7 +8,7 @@ import pytest
 from disagg_jax.calibration.profile_keys import cost_of, key_of
 from disagg_jax.work import StepLoad
 from experiments import in_service
-from experiments.config import Workload
+from experiments.configs.config import Workload
 from experiments.in_service import Served, serve_each, with_service
 from experiments.request_source import RequestSource
 from experiments.serving import Server

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from experiments import interference
+from experiments.configs.named_simulations import Simulation
 from experiments.interference import WORKLOAD, chunked_prompt_s, simulate, stretch
-from experiments.simulations import Simulation
 from tests.timelines import served
 
 

@@ -11,7 +11,7 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
 from disagg_jax.search.placement import Layout
 from disagg_jax.search.rates import SearchPlan
-from experiments.paper_workloads import get_workload
+from experiments.configs.paper_workloads import get_workload
 from experiments.placements import (
     Search,
     layouts_of,

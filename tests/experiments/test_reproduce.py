@@ -12,11 +12,11 @@ import pytest
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.run import SimResult
 from experiments import reproduce
+from experiments.configs.named_simulations import get_simulation
 from experiments.figures import FIGURES, motivation, paper, runs
 from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series
 from experiments.figures.paper import paper_crossings, paper_panel
 from experiments.figures.runs import Goodputs, Sweep, System, tightest_scale
-from experiments.simulations import get_simulation
 
 # The list; `toy`, `goodput_n` and `devices` are what the paper does not show.
 NAMES = (

@@ -8,8 +8,8 @@ import pytest
 
 from disagg_jax.deployment import KVMemory
 from experiments import request_source
-from experiments.config import override
-from experiments.configs import get_config
+from experiments.configs.config import override
+from experiments.configs.named import get_config
 from experiments.request_source import RequestSource
 from experiments.weights import load_model
 from models.tokenizer import ByteTokenizer

@@ -16,7 +16,11 @@ from disagg_jax.request import Status
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.model_shape import get_model_shape
 from experiments import simulate
-from experiments.simulations import SIMULATIONS, get_simulation, trace_requests
+from experiments.configs.named_simulations import (
+    SIMULATIONS,
+    get_simulation,
+    trace_requests,
+)
 
 # File of simdistserve's results (its settings are in the name) -> the same deployment.
 RUNS = {

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from experiments import train_tiny
-from experiments.configs import tiny
+from experiments.configs.named import tiny
 from experiments.weights import find_weights, load_model
 from models import transformer
 from models.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from disagg_jax.control.state import InstanceState
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import tpot_s, ttft_s
 from experiments import simulate as experiment
-from experiments.simulations import get_simulation, trace_requests
+from experiments.configs.named_simulations import get_simulation, trace_requests
 from tests.sim.simdistserve_ring import Asked, Ring, simulate
 
 FIXED = "fixed512x64__disagg-p11-d11__rate4"

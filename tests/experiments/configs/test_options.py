@@ -10,9 +10,9 @@ from typing import ClassVar
 import pytest
 from absl import flags
 
-from experiments import options
-from experiments.config import Config, Workload, override
-from experiments.configs import CONFIGS, get_config
+from experiments.configs import options
+from experiments.configs.config import Config, Workload, override
+from experiments.configs.named import CONFIGS, get_config
 from experiments.figures import FIGURES
 from experiments.figures.figure import Lab
 from experiments.flag_values import expect_once, expect_used

@@ -9,8 +9,8 @@ from disagg_jax.deployment import InstanceSpec, Role
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import MODEL_SHAPES, get_model_shape
-from experiments.shapes import get_device, get_shape, shape_of
-from experiments.simulations import roofline_simulation
+from experiments.configs.named_simulations import roofline_simulation
+from experiments.configs.shapes import get_device, get_shape, shape_of
 from models.config import PRESETS
 
 _SPEC = InstanceSpec(role=Role.DECODE, tp=1)

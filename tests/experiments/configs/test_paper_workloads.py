@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from experiments.paper_workloads import get_workload
+from experiments.configs.paper_workloads import get_workload
 
 # DistServe, arXiv v3, Fig. 7: the means in the legends.
 LEGENDS = [

@@ -11,7 +11,7 @@ from disagg_jax.errors import require
 from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths, HistogramLengths, LognormalLengths
 
-LENGTHS = pathlib.Path(__file__).parent / "profiles" / "distserve_lengths.json"
+LENGTHS = pathlib.Path(__file__).parents[1] / "profiles" / "distserve_lengths.json"
 DISTSERVE = ("sharegpt", "humaneval", "longbench")
 _FIXED = re.compile(r"fixed:([1-9]\d*)x([1-9]\d*)")
 # Name -> median and P90 of prompts and of outputs, and the longest request, in tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.sim.cost.linear import LinearCost
-from experiments.config import Config, Memory, System, Workload
+from experiments.configs.config import Config, Memory, System, Workload
 
 # Every system on the same two devices. Step sizes are the largest to choose from.
 _MAX_SEQS = 16

@@ -27,7 +27,7 @@ from disagg_jax.workload.lengths import (
 )
 from disagg_jax.workload.requests import Arrivals
 from disagg_jax.workload.traces import Ties, TooLong, Unit
-from experiments import options
+from experiments.configs import options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,9 @@ from disagg_jax.sim.hardware.link import LINKS, get_link
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.traces import Trace, load_trace, requests_from_trace
-from experiments.shapes import get_device, get_shape
+from experiments.configs.shapes import get_device, get_shape
 
-PROFILES = pathlib.Path(__file__).parent / "profiles"
+PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
 _UNLIMITED_BLOCKS = 10**12
 _POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}

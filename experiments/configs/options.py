@@ -18,7 +18,7 @@ from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.workload.traces import has_times
 
 if TYPE_CHECKING:
-    from experiments.config import Config
+    from experiments.configs.config import Config
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,15 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
-from experiments.config import Config, System, Targets, override, parse_lengths, to_json
-from experiments.configs import CONFIGS, get_config
+from experiments.configs.config import (
+    Config,
+    System,
+    Targets,
+    override,
+    parse_lengths,
+    to_json,
+)
+from experiments.configs.named import CONFIGS, get_config
 
 
 @pytest.mark.parametrize("name", CONFIGS)
