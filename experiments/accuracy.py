@@ -44,13 +44,14 @@ from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
-from experiments import accuracy_report, host_devices
+from experiments import accuracy_report
 from experiments.accuracy_report import Result
-from experiments.command import command
+from experiments.cli import host_devices
+from experiments.cli.command import command
+from experiments.cli.flags import expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.flag_values import expect_once
 from experiments.folder import sole_use, write_json, write_text
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir

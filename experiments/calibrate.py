@@ -61,13 +61,13 @@ from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.work import Task
-from experiments import host_devices
+from experiments.cli import host_devices
+from experiments.cli.command import command, command_line
+from experiments.cli.flags import expect_once, expect_used
 from experiments.columns import align
-from experiments.command import command, command_line
 from experiments.configs.config import Config, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.flag_values import expect_once, expect_used
 from experiments.folder import sole_use, write_json
 from experiments.in_service import serve_each, with_service
 from experiments.request_source import RequestSource

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import app
 
-from experiments.command import command
+from experiments.cli.command import command
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = (

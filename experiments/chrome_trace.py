@@ -16,7 +16,7 @@ from typing import Any
 from absl import app, flags
 
 from disagg_jax.runlog.chrome_trace import chrome_trace
-from experiments.command import command
+from experiments.cli.command import command
 from experiments.folder import write_text
 from experiments.request_rows import to_timeline
 from experiments.run_dir import SavedRun

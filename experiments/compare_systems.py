@@ -34,8 +34,10 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.traces import Trace, load_trace
-from experiments import comparison_report, trace_flags
-from experiments.command import command, own_flags
+from experiments import comparison_report
+from experiments.cli import trace_flags
+from experiments.cli.command import command, own_flags
+from experiments.cli.flags import expect_used
 from experiments.comparison import (
     POLICIES,
     Map,
@@ -53,7 +55,6 @@ from experiments.configs.named_simulations import (
 )
 from experiments.configs.paper_workloads import get_workload
 from experiments.configs.shapes import get_device
-from experiments.flag_values import expect_used
 from experiments.folder import plain, run_folder, write_json, write_text
 from experiments.placements import parse_slo
 from experiments.run_dir import environment

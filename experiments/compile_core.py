@@ -28,7 +28,7 @@ from typing import Any
 
 from absl import app, flags
 
-from experiments.command import command
+from experiments.cli.command import command
 
 _REMOVE = flags.DEFINE_bool("remove", False, "Remove what was compiled.")
 

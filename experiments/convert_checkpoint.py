@@ -12,7 +12,7 @@ import pathlib
 
 from absl import app, flags
 
-from experiments.command import command
+from experiments.cli.command import command
 from experiments.weights import read_tokenizer, read_weights
 from models import checkpoint
 from models.sentencepiece import SentencePieceTokenizer

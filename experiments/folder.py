@@ -18,7 +18,7 @@ from typing import Any
 
 from disagg_jax.compiled import compiled_modules
 from experiments.checkout import commit
-from experiments.command import command_line
+from experiments.cli.command import command_line
 
 _RECORDS = {".lock", "config.json", "env.json"}
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")

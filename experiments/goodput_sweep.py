@@ -25,12 +25,13 @@ from absl import app, flags
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.placed_model import PlacedModel
-from experiments import host_devices, report
-from experiments.command import command
+from experiments import report
+from experiments.cli import host_devices
+from experiments.cli.command import command
+from experiments.cli.flags import expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
-from experiments.flag_values import expect_once
 from experiments.folder import sole_use, write_text
 from experiments.request_source import RequestSource
 from experiments.run_dir import RunDir, environment

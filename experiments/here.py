@@ -13,8 +13,8 @@ import dataclasses
 import jax
 from absl import app
 
-from experiments import host_devices
-from experiments.command import command
+from experiments.cli import host_devices
+from experiments.cli.command import command
 
 HOST_DEVICES = 8  # that a host without accelerators is split into
 

@@ -35,8 +35,8 @@ from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
 from experiments.checkout import commit
+from experiments.cli.command import command, own_flags
 from experiments.columns import align
-from experiments.command import command, own_flags
 from experiments.configs.named_simulations import Simulation, roofline_simulation
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series

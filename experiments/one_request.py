@@ -23,8 +23,8 @@ from absl import app, flags
 from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.request import Status, Timeline
+from experiments.cli.command import command
 from experiments.columns import align
-from experiments.command import command
 from experiments.report import STAGE_COLOURS, STAGES
 from experiments.request_rows import to_timeline
 from experiments.run_dir import SavedRun

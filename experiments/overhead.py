@@ -48,9 +48,9 @@ from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request
 from disagg_jax.sim.workers import process_pool
 from disagg_jax.work import Event, Step, Work
-from experiments import host_devices
-from experiments.command import command
-from experiments.flag_values import expect_used, integers, writable
+from experiments.cli import host_devices
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used, integers, writable
 from experiments.folder import write_text
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us

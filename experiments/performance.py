@@ -39,12 +39,13 @@ from absl import app, flags
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine
 from disagg_jax.work import StepLoad
-from experiments import checkout, host_devices
+from experiments import checkout
+from experiments.cli import host_devices
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used, integers, writable
 from experiments.columns import align
-from experiments.command import command
 from experiments.configs.shapes import shape_of
 from experiments.dense import dense_step_s
-from experiments.flag_values import expect_used, integers, writable
 from experiments.folder import write_text
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us

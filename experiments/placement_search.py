@@ -25,9 +25,9 @@ from absl import app, flags
 
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
-from experiments.command import command, own_flags
+from experiments.cli.command import command, own_flags
+from experiments.cli.flags import expect_used
 from experiments.configs.paper_workloads import get_workload
-from experiments.flag_values import expect_used
 from experiments.folder import plain, run_folder, write_text
 from experiments.placements import (
     ALGORITHMS,

@@ -23,11 +23,11 @@ from absl import app, flags
 
 from disagg_jax.errors import require
 from experiments.checkout import commit
-from experiments.command import command
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used
 from experiments.figures import FIGURES
 from experiments.figures.draw import draw
 from experiments.figures.figure import Drawn, Lab
-from experiments.flag_values import expect_used
 from experiments.folder import sole_use, write_text
 
 _FIGURE = flags.DEFINE_string("figure", None, "One of --list.")

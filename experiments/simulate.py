@@ -41,15 +41,15 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.workload.traces import Trace
-from experiments import trace_flags
-from experiments.command import command
+from experiments.cli import trace_flags
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used
 from experiments.configs.named_simulations import (
     SIMULATIONS,
     Simulation,
     get_simulation,
     trace_requests,
 )
-from experiments.flag_values import expect_used
 from experiments.folder import plain, run_folder, whole, write_json, write_text
 
 # Other experiments have flags of these names too, and a test may import several.

@@ -45,9 +45,9 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.requests import make_requests
-from experiments.command import command
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used, integers
 from experiments.configs.named_simulations import get_simulation, trace_requests
-from experiments.flag_values import expect_used, integers
 
 _GOLDEN = flags.DEFINE_string(
     "golden", "../shared/golden/simdistserve", "Folder of simdistserve's results."

@@ -35,7 +35,7 @@ from absl import app, flags
 from jax import Array
 
 from experiments.checkout import commit
-from experiments.command import command
+from experiments.cli.command import command
 from experiments.folder import write_json
 from models import checkpoint, transformer
 from models.config import ModelConfig, get_config

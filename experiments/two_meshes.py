@@ -31,11 +31,11 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from experiments import here
 from experiments.checkout import commit
+from experiments.cli.command import command
+from experiments.cli.flags import integers
 from experiments.columns import align
-from experiments.command import command
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
-from experiments.flag_values import integers
 from experiments.folder import run_folder, write_text
 from experiments.rigs import NO_STEPS, Rig, burst
 from experiments.timing import keep_freed_memory

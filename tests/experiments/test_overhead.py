@@ -14,7 +14,7 @@ import pytest
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.work import Step
 from experiments import overhead
-from experiments.flag_values import integers, writable
+from experiments.cli.flags import integers, writable
 from experiments.handoff import handoff_rig, plain_device_put, scattered_transfer
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.overhead import Options

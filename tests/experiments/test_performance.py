@@ -13,7 +13,8 @@ import pytest
 from disagg_jax.engine.batch import DecodeShape, PrefillShape
 from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
-from experiments import host_devices, performance
+from experiments import performance
+from experiments.cli import host_devices
 from experiments.dense import dense_step
 from experiments.peaks import Peaks, StepBound
 from experiments.performance import Options, StepTime

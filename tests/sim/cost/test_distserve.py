@@ -12,7 +12,7 @@ from disagg_jax.sim.cost.distserve import DecodeFit, FittedCost, PrefillFit, Ste
 from disagg_jax.sim.cost.distserve_profile import profile_from_json
 from disagg_jax.work import StepLoad
 
-PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"
+PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
 SIMPLE = FittedCost(
     name="simple",
     fits={

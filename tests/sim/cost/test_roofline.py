@@ -17,7 +17,7 @@ from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import ModelShape, get_model_shape
 from disagg_jax.work import StepLoad
 
-PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"
+PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
 
 # ---- by hand -------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from disagg_jax.sim.cost.distserve_profile import profile_from_json
 from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.model_shape import ModelShape, get_model_shape
 
-PROFILE = Path(__file__).parents[2] / "experiments/profiles/distserve_a100_opt.json"
+PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
 TINY = ModelShape(
     name="tiny",
     layers=5,

@@ -105,7 +105,7 @@ def _interrupts() -> Iterator[list[int]]:
 def command_line() -> str:
     """By which this can be run again."""
     command = pathlib.Path(sys.argv[0])
-    if (pathlib.Path(__file__).parent / f"{command.stem}.py").exists():
+    if (pathlib.Path(__file__).parents[1] / f"{command.stem}.py").exists():
         return shlex.join(
             ["python", "-m", f"experiments.{command.stem}", *sys.argv[1:]]
         )

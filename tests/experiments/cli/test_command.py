@@ -13,12 +13,12 @@ import weakref
 import pytest
 from absl import app
 
-from experiments.command import command
+from experiments.cli.command import command
 from experiments.configs.named import get_config
 from experiments.request_source import RequestSource
 from tests.experiments.calibrating import make_model
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 PATIENCE_S = 20  # a lost interrupt is lost forever; a slow machine is not
 
 
