@@ -52,9 +52,9 @@ from experiments.cli.flags import expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.folder import sole_use, write_json, write_text
 from experiments.request_source import RequestSource
-from experiments.run_dir import RunDir
+from experiments.runs.folder import sole_use, write_json, write_text
+from experiments.runs.run_dir import RunDir
 from experiments.serving import (
     Server,
     check_modelled,

@@ -68,10 +68,10 @@ from experiments.columns import align
 from experiments.configs.config import Config, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.folder import sole_use, write_json
 from experiments.in_service import serve_each, with_service
 from experiments.request_source import RequestSource
-from experiments.run_dir import environment
+from experiments.runs.folder import sole_use, write_json
+from experiments.runs.run_dir import environment
 from experiments.serving import Server, check_modelled, devices_needed
 from experiments.weights import load_model
 from models.config import ModelConfig

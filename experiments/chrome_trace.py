@@ -17,9 +17,9 @@ from absl import app, flags
 
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from experiments.cli.command import command
-from experiments.folder import write_text
-from experiments.request_rows import to_timeline
-from experiments.run_dir import SavedRun
+from experiments.runs.folder import write_text
+from experiments.runs.request_rows import to_timeline
+from experiments.runs.run_dir import SavedRun
 
 _RUN = flags.DEFINE_string("run", None, "A run directory of goodput_sweep.")
 _SYSTEM = flags.DEFINE_string("system", None, "Which of its systems.")

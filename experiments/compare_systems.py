@@ -55,9 +55,9 @@ from experiments.configs.named_simulations import (
 )
 from experiments.configs.paper_workloads import get_workload
 from experiments.configs.shapes import get_device
-from experiments.folder import plain, run_folder, write_json, write_text
 from experiments.placements import parse_slo
-from experiments.run_dir import environment
+from experiments.runs.folder import plain, run_folder, write_json, write_text
+from experiments.runs.run_dir import environment
 
 _COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked

@@ -34,8 +34,8 @@ from experiments.comparison import (
 )
 from experiments.figures.draw import COLOURS, draw
 from experiments.figures.figure import Panel, Series, shown_interval
-from experiments.folder import plain
 from experiments.placements import lines
+from experiments.runs.folder import plain
 
 Grid = Mapping[tuple[int, int], Sequence[Found]]
 _COLOUR_OF = dict(zip(POLICIES, COLOURS, strict=False))

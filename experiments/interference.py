@@ -34,13 +34,13 @@ from disagg_jax.sim.run import SimWorkload
 from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
-from experiments.checkout import commit
 from experiments.cli.command import command, own_flags
 from experiments.columns import align
 from experiments.configs.named_simulations import Simulation, roofline_simulation
 from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
-from experiments.folder import run_folder, write_text
+from experiments.runs.folder import run_folder, write_text
+from experiments.runs.provenance import commit
 
 _MODEL = flags.DEFINE_string(
     "model", "opt-13b", "A name of sim/model_shape.py.", allow_override=True

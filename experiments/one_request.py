@@ -26,8 +26,8 @@ from disagg_jax.request import Status, Timeline
 from experiments.cli.command import command
 from experiments.columns import align
 from experiments.report import STAGE_COLOURS, STAGES
-from experiments.request_rows import to_timeline
-from experiments.run_dir import SavedRun
+from experiments.runs.request_rows import to_timeline
+from experiments.runs.run_dir import SavedRun
 
 _RUN = flags.DEFINE_string(
     "run", None, "A run directory of goodput_sweep.", allow_override=True

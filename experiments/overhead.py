@@ -51,10 +51,10 @@ from disagg_jax.work import Event, Step, Work
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_used, integers, writable
-from experiments.folder import write_text
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.rigs import NamedShape, Rig, bare_step_s, burst, colocated
+from experiments.runs.folder import write_text
 from experiments.timing import (
     Figure,
     interleaved,

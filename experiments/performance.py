@@ -39,18 +39,18 @@ from absl import app, flags
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine
 from disagg_jax.work import StepLoad
-from experiments import checkout
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_used, integers, writable
 from experiments.columns import align
 from experiments.configs.shapes import shape_of
 from experiments.dense import dense_step_s
-from experiments.folder import write_text
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
 from experiments.rigs import bare_engine, bare_step_s
+from experiments.runs import provenance
+from experiments.runs.folder import write_text
 from experiments.timing import (
     Figure,
     interleaved,
@@ -248,7 +248,7 @@ def run(options: Options) -> str:
         f"# {config.name} {config.dtype}, context {options.context}, blocks of "
         f"{options.block_tokens} tokens, {options.repeats} rounds, on "
         f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores",
-        f"# commit {checkout.commit()}, {datetime.date.today()}, Python "
+        f"# commit {provenance.commit()}, {datetime.date.today()}, Python "
         f"{platform.python_version()}, jax {jax.__version__}, load average "
         f"{load_average()} before",
         "",

@@ -28,7 +28,6 @@ from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, own_flags
 from experiments.cli.flags import expect_used
 from experiments.configs.paper_workloads import get_workload
-from experiments.folder import plain, run_folder, write_text
 from experiments.placements import (
     ALGORITHMS,
     Problem,
@@ -38,6 +37,7 @@ from experiments.placements import (
     report,
     simulation_of,
 )
+from experiments.runs.folder import plain, run_folder, write_text
 
 _MODEL = flags.DEFINE_string(
     "model",

@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from absl import app, flags
 
 from disagg_jax.errors import require
-from experiments.checkout import commit
 from experiments.cli.command import command
 from experiments.cli.flags import expect_used
 from experiments.figures import FIGURES
 from experiments.figures.draw import draw
 from experiments.figures.figure import Drawn, Lab
-from experiments.folder import sole_use, write_text
+from experiments.runs.folder import sole_use, write_text
+from experiments.runs.provenance import commit
 
 _FIGURE = flags.DEFINE_string("figure", None, "One of --list.")
 _ALL = flags.DEFINE_bool("all", False, "Every figure.")

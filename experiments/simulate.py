@@ -50,7 +50,7 @@ from experiments.configs.named_simulations import (
     get_simulation,
     trace_requests,
 )
-from experiments.folder import plain, run_folder, whole, write_json, write_text
+from experiments.runs.folder import plain, run_folder, whole, write_json, write_text
 
 # Other experiments have flags of these names too, and a test may import several.
 _TRACE = flags.DEFINE_string(

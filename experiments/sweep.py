@@ -27,9 +27,9 @@ from disagg_jax.search.rates import (
 )
 from experiments.configs.config import Config
 from experiments.ranks import rank
-from experiments.request_rows import to_row
 from experiments.request_source import RequestSource
-from experiments.run_dir import Point, RunDir
+from experiments.runs.request_rows import to_row
+from experiments.runs.run_dir import Point, RunDir
 from experiments.serving import Progress, Server
 from experiments.weights import Model
 from models.tokenizer import NoText

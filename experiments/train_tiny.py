@@ -34,9 +34,9 @@ import optax
 from absl import app, flags
 from jax import Array
 
-from experiments.checkout import commit
 from experiments.cli.command import command
-from experiments.folder import write_json
+from experiments.runs.folder import write_json
+from experiments.runs.provenance import commit
 from models import checkpoint, transformer
 from models.config import ModelConfig, get_config
 from models.tokenizer import ByteTokenizer

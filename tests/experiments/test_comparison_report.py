@@ -12,7 +12,7 @@ from disagg_jax.workload.traces import TraceRow
 from experiments import comparison_report as report
 from experiments.comparison import DISAGGREGATED, Found, Question, judge, slos_map
 from experiments.configs.named_simulations import get_simulation
-from experiments.folder import plain
+from experiments.runs.folder import plain
 
 WORKLOAD = SimWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
 

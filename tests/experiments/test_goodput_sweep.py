@@ -21,7 +21,7 @@ from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, report, serving, sweep
 from experiments.configs.config import override
 from experiments.configs.named import get_config
-from experiments.run_dir import Point, RunDir
+from experiments.runs.run_dir import Point, RunDir
 from experiments.weights import load_model
 
 # As few programs as possible: compiling is most of the time.

@@ -7,7 +7,7 @@ import pytest
 
 from disagg_jax import metrics
 from experiments import goodput_sweep, one_request
-from experiments.run_dir import Point, SavedRun
+from experiments.runs.run_dir import Point, SavedRun
 from tests.experiments.test_goodput_sweep import config
 
 

@@ -15,7 +15,7 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.config import override
 from experiments.configs.named import get_config
-from experiments.run_dir import Point, RunDir
+from experiments.runs.run_dir import Point, RunDir
 from experiments.serving import Run
 from experiments.sweep import Sweep
 

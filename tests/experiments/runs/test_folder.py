@@ -14,7 +14,8 @@ import pytest
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
 from experiments.configs.paper_workloads import get_workload
-from experiments.folder import (
+from experiments.placements import parse_slo, problem_of, simulation_of
+from experiments.runs.folder import (
     differences,
     plain,
     record_start,
@@ -24,12 +25,11 @@ from experiments.folder import (
     write_json,
     write_text,
 )
-from experiments.placements import parse_slo, problem_of, simulation_of
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[3]
 HOLD = """
 import pathlib, sys, time
-from experiments.folder import sole_use
+from experiments.runs.folder import sole_use
 with sole_use(pathlib.Path(sys.argv[1])):
     print("in", flush=True)
     time.sleep(600)

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disagg_jax.compiled import compiled_modules
-from experiments.checkout import commit
 from experiments.cli.command import command_line
+from experiments.runs.provenance import commit
 
 _RECORDS = {".lock", "config.json", "env.json"}
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")

@@ -14,8 +14,14 @@ import jax
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
-from experiments import folder
-from experiments.folder import read_json, record_start, whole, write_json, write_text
+from experiments.runs import folder
+from experiments.runs.folder import (
+    read_json,
+    record_start,
+    whole,
+    write_json,
+    write_text,
+)
 
 
 @dataclasses.dataclass(frozen=True, order=True)

@@ -7,8 +7,8 @@ import pytest
 
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Status, Timeline
-from experiments.request_rows import to_row, to_timeline
-from experiments.run_dir import Point, RunDir, SavedRun
+from experiments.runs.request_rows import to_row, to_timeline
+from experiments.runs.run_dir import Point, RunDir, SavedRun
 
 POINT = Point("vllm", 12.5, 0)
 ROWS = [{"request_id": 0, "ttft_s": 0.1}, {"request_id": 1, "ttft_s": 0.2}]
