@@ -52,17 +52,17 @@ from experiments.cli.flags import expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.request_source import RequestSource
 from experiments.runs.folder import sole_use, write_json, write_text
 from experiments.runs.run_dir import RunDir
-from experiments.serving import (
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import (
     Server,
     check_modelled,
     devices_needed,
     resolve_slo,
 )
+from experiments.sweep.weights import Model, load_model
 from experiments.twins import Twin
-from experiments.weights import Model, load_model
 
 _PROFILE = flags.DEFINE_string("profile", None, "What experiments.calibrate wrote.")
 _CONFIG = flags.DEFINE_string(

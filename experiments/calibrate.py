@@ -64,16 +64,16 @@ from disagg_jax.work import Task
 from experiments.cli import host_devices
 from experiments.cli.command import command, command_line
 from experiments.cli.flags import expect_once, expect_used
-from experiments.columns import align
 from experiments.configs.config import Config, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
 from experiments.in_service import serve_each, with_service
-from experiments.request_source import RequestSource
+from experiments.report.table import align
 from experiments.runs.folder import sole_use, write_json
 from experiments.runs.run_dir import environment
-from experiments.serving import Server, check_modelled, devices_needed
-from experiments.weights import load_model
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import Server, check_modelled, devices_needed
+from experiments.sweep.weights import load_model
 from models.config import ModelConfig
 
 # Mean relative errors for work that was not used (issue 6; facts/latency.md).

@@ -14,7 +14,6 @@ from matplotlib.patches import Patch, Rectangle
 
 from disagg_jax.metrics import Interval
 from disagg_jax.sim.run import TraceWorkload
-from experiments.columns import align
 from experiments.comparison import (
     COLOCATED,
     DISAGGREGATED,
@@ -32,9 +31,10 @@ from experiments.comparison import (
     sentence,
     shown_slo,
 )
-from experiments.figures.draw import COLOURS, draw
 from experiments.figures.figure import Panel, Series, shown_interval
 from experiments.placements import lines
+from experiments.report.draw import COLOURS, draw
+from experiments.report.table import align
 from experiments.runs.folder import plain
 
 Grid = Mapping[tuple[int, int], Sequence[Found]]

@@ -13,7 +13,7 @@ import pathlib
 from absl import app, flags
 
 from experiments.cli.command import command
-from experiments.weights import read_tokenizer, read_weights
+from experiments.sweep.weights import read_tokenizer, read_weights
 from models import checkpoint
 from models.sentencepiece import SentencePieceTokenizer
 from models.tokenizer import BPETokenizer, NoText, save_tokenizer

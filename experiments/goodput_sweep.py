@@ -25,17 +25,17 @@ from absl import app, flags
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.placed_model import PlacedModel
-from experiments import report
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
-from experiments.request_source import RequestSource
 from experiments.runs.folder import sole_use, write_text
 from experiments.runs.run_dir import RunDir, environment
-from experiments.serving import (
+from experiments.sweep import report
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import (
     Progress,
     Server,
     check_modelled,
@@ -44,8 +44,8 @@ from experiments.serving import (
     resolve_criteria,
     resolve_slo,
 )
-from experiments.sweep import Sweep
-from experiments.weights import Model, load_model
+from experiments.sweep.sweep import Sweep
+from experiments.sweep.weights import Model, load_model
 
 _CONFIG = flags.DEFINE_string(
     "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."

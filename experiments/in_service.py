@@ -27,8 +27,8 @@ from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, Task
-from experiments.request_source import RequestSource
-from experiments.serving import Server
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import Server
 
 # Of the capacity, so that steps are neither empty nor as full as they can be.
 _LOAD = 0.6

@@ -35,10 +35,10 @@ from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
 from experiments.cli.command import command, own_flags
-from experiments.columns import align
 from experiments.configs.named_simulations import Simulation, roofline_simulation
-from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.report.draw import draw
+from experiments.report.table import align
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 

@@ -29,9 +29,9 @@ from absl import app, flags
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
 from experiments.cli import host_devices
 from experiments.cli.command import command, own_flags
-from experiments.columns import align
-from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.report.draw import draw
+from experiments.report.table import align
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 from experiments.timing import keep_freed_memory

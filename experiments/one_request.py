@@ -24,10 +24,10 @@ from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.request import Status, Timeline
 from experiments.cli.command import command
-from experiments.columns import align
-from experiments.report import STAGE_COLOURS, STAGES
+from experiments.report.table import align
 from experiments.runs.request_rows import to_timeline
 from experiments.runs.run_dir import SavedRun
+from experiments.sweep.report import STAGE_COLOURS, STAGES
 
 _RUN = flags.DEFINE_string(
     "run", None, "A run directory of goodput_sweep.", allow_override=True

@@ -42,12 +42,12 @@ from disagg_jax.work import StepLoad
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_used, integers, writable
-from experiments.columns import align
 from experiments.configs.shapes import shape_of
 from experiments.dense import dense_step_s
 from experiments.handoff import handoff_figures, handoff_rig
 from experiments.hollow import HollowGroup, host_step_us
 from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
+from experiments.report.table import align
 from experiments.rigs import bare_engine, bare_step_s
 from experiments.runs import provenance
 from experiments.runs.folder import write_text

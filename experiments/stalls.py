@@ -23,9 +23,9 @@ from disagg_jax.engine.place_weights import Weights
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import integers
-from experiments.columns import align
-from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.report.draw import draw
+from experiments.report.table import align
 from experiments.runs.folder import plain, run_folder, write_text
 from experiments.runs.provenance import commit
 from experiments.stall_scene import Scene, Stall, measure

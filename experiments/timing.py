@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from experiments.columns import align
+from experiments.report.table import align
 
 # -- figures ---------------------------------------------------------------------------
 

@@ -28,9 +28,9 @@ from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.rates import SearchPlan, estimate, search
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from experiments.request_source import RequestSource
 from experiments.runs.run_dir import Point, RunDir
-from experiments.serving import Server
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import Server
 
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).

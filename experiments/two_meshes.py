@@ -32,9 +32,9 @@ from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from experiments import here
 from experiments.cli.command import command
 from experiments.cli.flags import integers
-from experiments.columns import align
-from experiments.figures.draw import draw
 from experiments.figures.figure import Panel, Series
+from experiments.report.draw import draw
+from experiments.report.table import align
 from experiments.rigs import NO_STEPS, Rig, burst
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit

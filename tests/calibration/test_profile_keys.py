@@ -25,7 +25,7 @@ from experiments import calibrate
 from experiments.calibrate import on_deployments
 from experiments.configs.config import Config, Memory, System, Workload
 from experiments.configs.named import get_config
-from experiments.serving import Server
+from experiments.sweep.serving import Server
 from tests.experiments.calibrating import CONFIG, TINY, device, seqs
 
 

@@ -12,8 +12,8 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost import terms
 from experiments import calibrate
 from experiments.configs.config import Config, System
-from experiments.serving import Server
-from experiments.weights import Model
+from experiments.sweep.serving import Server
+from experiments.sweep.weights import Model
 from models.config import get_config
 from models.tokenizer import ByteTokenizer
 from tests.engine.harness import random_params

@@ -3,7 +3,7 @@ import pytest
 
 from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost.measured import CalibratedProfile
-from experiments.weights import Model
+from experiments.sweep.weights import Model
 from tests.experiments.calibrating import (
     calibrated,
     device,

@@ -22,8 +22,8 @@ from disagg_jax.work import Step
 from experiments import accuracy, accuracy_report, calibrate
 from experiments.configs.config import Config, Memory, System, Workload
 from experiments.configs.named import get_config
-from experiments.serving import Server
-from experiments.weights import load_model
+from experiments.sweep.serving import Server
+from experiments.sweep.weights import load_model
 from models.config import get_config as get_model
 
 SMOKE = get_config("smoke")

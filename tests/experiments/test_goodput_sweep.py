@@ -18,11 +18,12 @@ from disagg_jax.runlog.event_log import replay
 from disagg_jax.search.rates import find_inversion
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
-from experiments import goodput_sweep, report, serving, sweep
+from experiments import goodput_sweep
 from experiments.configs.config import override
 from experiments.configs.named import get_config
 from experiments.runs.run_dir import Point, RunDir
-from experiments.weights import load_model
+from experiments.sweep import report, serving, sweep
+from experiments.sweep.weights import load_model
 
 # As few programs as possible: compiling is most of the time.
 SMALL = [

@@ -10,8 +10,8 @@ from disagg_jax.work import StepLoad
 from experiments import in_service
 from experiments.configs.config import Workload
 from experiments.in_service import Served, serve_each, with_service
-from experiments.request_source import RequestSource
-from experiments.serving import Server
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import Server
 from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
 
 PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)

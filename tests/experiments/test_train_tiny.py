@@ -8,7 +8,7 @@ import pytest
 
 from experiments import train_tiny
 from experiments.configs.named import tiny
-from experiments.weights import find_weights, load_model
+from experiments.sweep.weights import find_weights, load_model
 from models import transformer
 from models.checkpoint import Checkpoint
 from models.config import get_config

@@ -15,7 +15,7 @@ from absl import app
 
 from experiments.cli.command import command
 from experiments.configs.named import get_config
-from experiments.request_source import RequestSource
+from experiments.sweep.request_source import RequestSource
 from tests.experiments.calibrating import make_model
 
 ROOT = pathlib.Path(__file__).parents[3]

@@ -18,7 +18,7 @@ from models.hf import load_hf
 from models.tokenizer import ByteTokenizer, Tokenizer, has_tokenizer, load_tokenizer
 
 # One for each preset that `experiments.train_tiny` was run for.
-_TRAINED = pathlib.Path(__file__).parent / "checkpoints"
+_TRAINED = pathlib.Path(__file__).parents[1] / "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)

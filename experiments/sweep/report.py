@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib
 import matplotlib.figure
 
-from experiments.columns import align
+from experiments.report.table import align
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

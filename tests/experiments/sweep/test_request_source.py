@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from disagg_jax.deployment import KVMemory
-from experiments import request_source
 from experiments.configs.config import override
 from experiments.configs.named import get_config
-from experiments.request_source import RequestSource
-from experiments.weights import load_model
+from experiments.sweep import request_source
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.weights import load_model
 from models.tokenizer import ByteTokenizer
 
 

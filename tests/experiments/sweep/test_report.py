@@ -6,8 +6,8 @@ import matplotlib.figure
 import pytest
 
 from disagg_jax.metrics import interval_across
-from experiments import report
-from experiments.columns import align
+from experiments.report.table import align
+from experiments.sweep import report
 from tests.experiments import summaries
 
 GOODPUT = """\

@@ -16,8 +16,8 @@ from disagg_jax.search.rates import SearchPlan
 from experiments.configs.config import override
 from experiments.configs.named import get_config
 from experiments.runs.run_dir import Point, RunDir
-from experiments.serving import Run
-from experiments.sweep import Sweep
+from experiments.sweep.serving import Run
+from experiments.sweep.sweep import Sweep
 
 SLO_S = SLO(ttft_s=1.0, tpot_s=0.1)
 SMALL = ["rates=4,8", "num_seeds=2", "execute_all=false"]

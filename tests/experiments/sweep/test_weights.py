@@ -13,7 +13,7 @@ from experiments import goodput_sweep
 from experiments.configs.config import override
 from experiments.configs.named import smoke, tiny
 from experiments.convert_checkpoint import convert
-from experiments.weights import load_model
+from experiments.sweep.weights import load_model
 from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.config import get_config
@@ -24,7 +24,7 @@ from tests.engine.harness import random_params
 pytest.importorskip("safetensors")
 pytest.importorskip("tokenizers")
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "models" / "golden"
+GOLDEN = pathlib.Path(__file__).parents[2] / "models" / "golden"
 
 
 def load(weights, model="auto"):
@@ -65,7 +65,7 @@ def test_a_checkpoint_keeps_scaled_frequencies(tmp_path):
 def test_a_folder_is_cast_to_the_preset_and_checked(monkeypatch):
     stored, _ = load_hf(GOLDEN / "qwen3")
     preset = dataclasses.replace(stored, name="preset", dtype="float32")
-    monkeypatch.setattr("experiments.weights.get_config", lambda name: preset)
+    monkeypatch.setattr("experiments.sweep.weights.get_config", lambda name: preset)
     model = load(GOLDEN / "qwen3", "preset")
     assert stored.dtype == "bfloat16" and model.config == preset
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}

@@ -19,7 +19,7 @@ from disagg_jax.workload.traces import Trace, TraceRow, fit_rows, load_trace
 from disagg_jax.workload.traces.requests import stretch_requests
 from disagg_jax.workload.traces.stretches import first_of, why_shared
 from experiments.configs.config import Config, Workload, parse_lengths
-from experiments.weights import Model
+from experiments.sweep.weights import Model
 from models.config import ModelConfig
 
 

@@ -26,12 +26,12 @@ from disagg_jax.search.rates import (
     search,
 )
 from experiments.configs.config import Config
-from experiments.ranks import rank
-from experiments.request_source import RequestSource
 from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
-from experiments.serving import Progress, Server
-from experiments.weights import Model
+from experiments.sweep.ranks import rank
+from experiments.sweep.request_source import RequestSource
+from experiments.sweep.serving import Progress, Server
+from experiments.sweep.weights import Model
 from models.tokenizer import NoText
 
 Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed

@@ -4,8 +4,8 @@ import pytest
 
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Sarathi, mlperf
-from experiments import report
-from experiments.ranks import rank
+from experiments.sweep import report
+from experiments.sweep.ranks import rank
 
 P99 = mlperf(SLO(ttft_s=1.0, tpot_s=1.0))  # its target is 0.99
 
