@@ -16,7 +16,7 @@ from disagg_jax.calibration.decision_agreement import StepTime
 from disagg_jax.metrics import SLO, rate_interval
 from disagg_jax.search.rates import GoodputEstimate, estimate
 from disagg_jax.sim.cost.measured import CalibratedProfile
-from experiments.comparison import margin
+from experiments.comparison.comparison import margin
 from experiments.figures.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align

@@ -34,11 +34,11 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.traces import Trace, load_trace
-from experiments import comparison_report
 from experiments.cli import trace_flags
 from experiments.cli.command import command, own_flags
 from experiments.cli.flags import expect_used
-from experiments.comparison import (
+from experiments.comparison import report
+from experiments.comparison.comparison import (
     POLICIES,
     Map,
     Question,
@@ -46,7 +46,7 @@ from experiments.comparison import (
     lengths_map,
     slos_map,
 )
-from experiments.comparison_report import Grid
+from experiments.comparison.report import Grid
 from experiments.configs.named_simulations import (
     SIMULATIONS,
     Simulation,
@@ -55,7 +55,7 @@ from experiments.configs.named_simulations import (
 )
 from experiments.configs.paper_workloads import get_workload
 from experiments.configs.shapes import get_device
-from experiments.placements import parse_slo
+from experiments.placement.placements import parse_slo
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
 
@@ -288,12 +288,12 @@ def run(
                 f"# {command}   commit {ran_in['commit']}\n"
                 f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, "
                 f"load average {ran_in['load_average'][0]:.1f} at the start",
-                comparison_report.text(question, maps, grids),
+                report.text(question, maps, grids),
             ]
         )
         if out is not None:
             content = {
-                **comparison_report.record(question, maps, grids),
+                **report.record(question, maps, grids),
                 "wall_s": seconds,
                 "workers": workers,
                 "environment": ran_in,
@@ -301,7 +301,7 @@ def run(
             }
             write_json(out / "maps.json", content)
             write_text(out / "maps.txt", text + "\n")
-            comparison_report.plot(question, maps, grids, out / "maps.png")
+            report.plot(question, maps, grids, out / "maps.png")
             _plot_traces(maps, out)
     return text, list(grids)
 
@@ -311,7 +311,7 @@ def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
     for each in maps:
         workload = next(iter(each.cells.values())).workload
         if isinstance(workload, TraceWorkload):
-            comparison_report.plot_lengths(workload, out / "lengths.png")
+            report.plot_lengths(workload, out / "lengths.png")
 
 
 @command

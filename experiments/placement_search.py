@@ -28,7 +28,7 @@ from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, own_flags
 from experiments.cli.flags import expect_used
 from experiments.configs.paper_workloads import get_workload
-from experiments.placements import (
+from experiments.placement.placements import (
     ALGORITHMS,
     Problem,
     Search,

@@ -108,7 +108,7 @@ from disagg_jax.search.rates import SearchPlan
 from experiments import placement_search
 from experiments.configs.paper_workloads import get_workload
 from experiments.figures.paper import SLOS
-from experiments.placements import problem_of, simulation_of
+from experiments.placement.placements import problem_of, simulation_of
 
 problem = problem_of(
     simulation_of("opt-13b", "a100"),

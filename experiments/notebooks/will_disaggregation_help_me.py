@@ -145,7 +145,7 @@ trace = "runs/notebooks/will_it_help/my-trace.csv"  # @param {type: "string"}
 from IPython.display import Image
 
 from experiments import compare_systems
-from experiments.comparison_report import plot_lengths
+from experiments.comparison.report import plot_lengths
 
 workload = compare_systems.trace_workload(trace, max_total_tokens=8192)
 plot_lengths(workload, out / "lengths.png")
@@ -166,8 +166,8 @@ Image(filename=out / "lengths.png")
 
 # %%
 from disagg_jax.scheduling.tuning import tile_multiples
-from experiments.comparison import Question, slos_map
-from experiments.comparison_report import answer
+from experiments.comparison.comparison import Question, slos_map
+from experiments.comparison.report import answer
 from experiments.configs.named_simulations import roofline_simulation
 
 question = Question(

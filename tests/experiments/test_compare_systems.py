@@ -14,7 +14,7 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths
 from experiments.compare_systems import numbers
-from experiments.comparison import (
+from experiments.comparison.comparison import (
     COLOCATED,
     DISAGGREGATED,
     INFEASIBLE,
@@ -36,7 +36,7 @@ from experiments.comparison import (
     sentence,
     slos_map,
 )
-from experiments.comparison_report import answer, plot, record, text
+from experiments.comparison.report import answer, plot, record, text
 from experiments.configs.named_simulations import (
     Simulation,
     get_simulation,

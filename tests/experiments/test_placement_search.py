@@ -12,7 +12,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.search.placement import Layout
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.paper_workloads import get_workload
-from experiments.placements import (
+from experiments.placement.placements import (
     Search,
     layouts_of,
     parse_slo,

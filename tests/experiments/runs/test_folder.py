@@ -14,7 +14,7 @@ import pytest
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
 from experiments.configs.paper_workloads import get_workload
-from experiments.placements import parse_slo, problem_of, simulation_of
+from experiments.placement.placements import parse_slo, problem_of, simulation_of
 from experiments.runs.folder import (
     differences,
     plain,

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from disagg_jax.metrics import Interval
 from disagg_jax.sim.run import TraceWorkload
-from experiments.comparison import (
+from experiments.comparison.comparison import (
     COLOCATED,
     DISAGGREGATED,
     INFEASIBLE,
@@ -32,7 +32,7 @@ from experiments.comparison import (
     shown_slo,
 )
 from experiments.figures.figure import Panel, Series, shown_interval
-from experiments.placements import lines
+from experiments.placement.placements import lines
 from experiments.report.draw import COLOURS, draw
 from experiments.report.table import align
 from experiments.runs.folder import plain

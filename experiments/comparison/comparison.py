@@ -42,7 +42,7 @@ from disagg_jax.sim.run import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths
 from experiments.configs.named_simulations import Simulation
-from experiments.placements import row
+from experiments.placement.placements import row
 
 DISAGGREGATED = "disaggregated"
 # Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.

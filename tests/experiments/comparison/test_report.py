@@ -9,8 +9,14 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.traces import TraceRow
-from experiments import comparison_report as report
-from experiments.comparison import DISAGGREGATED, Found, Question, judge, slos_map
+from experiments.comparison import report
+from experiments.comparison.comparison import (
+    DISAGGREGATED,
+    Found,
+    Question,
+    judge,
+    slos_map,
+)
 from experiments.configs.named_simulations import get_simulation
 from experiments.runs.folder import plain
 
