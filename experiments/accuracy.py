@@ -44,8 +44,9 @@ from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
-from experiments import accuracy_report
-from experiments.accuracy_report import Result
+from experiments.accuracy_study import report
+from experiments.accuracy_study.paired_runs import Twin
+from experiments.accuracy_study.report import Result
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_once
@@ -62,7 +63,6 @@ from experiments.sweep.serving import (
     resolve_slo,
 )
 from experiments.sweep.weights import Model, load_model
-from experiments.twins import Twin
 
 _PROFILE = flags.DEFINE_string("profile", None, "What experiments.calibrate wrote.")
 _CONFIG = flags.DEFINE_string(
@@ -143,7 +143,7 @@ def _run(
     }
     _serve_all(twins, rates)
     after = _once(out / "moved_after.json", lambda: _moved(twins, profile))
-    return accuracy_report.compare(
+    return report.compare(
         twins, rates, target=target, profile=profile, moved=(before, after)
     )
 
@@ -252,10 +252,10 @@ def main() -> None:
         pathlib.Path(_OUT.value),
     )
     result = run(config, _PROFILE.value or "", factors, out)
-    text = accuracy_report.text(result)
+    text = report.text(result)
     write_text(out / "accuracy.txt", text + "\n")
-    write_json(out / "accuracy.json", accuracy_report.to_json(result))
-    accuracy_report.plot(result, out / "accuracy.png")
+    write_json(out / "accuracy.json", report.to_json(result))
+    report.plot(result, out / "accuracy.png")
     print(f"{text}\n\n{out}/accuracy.png")
 
 

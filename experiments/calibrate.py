@@ -23,7 +23,8 @@ can tell how much slower the machine has become
 
 Programs run alone. At the end each system serves `--requests` of the config's lengths:
 what the steps of a kind take there, over what they take alone, is printed as in
-service, and the simulator counts with it (`experiments/in_service.py`).
+service, and the simulator counts with it
+(`experiments/accuracy_study/serving_factor.py`).
 
 With tp > 1 on host devices that would be contention, not speed.
 Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
@@ -61,13 +62,13 @@ from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.work import Task
+from experiments.accuracy_study.serving_factor import serve_each, with_service
 from experiments.cli import host_devices
 from experiments.cli.command import command, command_line
 from experiments.cli.flags import expect_once, expect_used
 from experiments.configs.config import Config, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.in_service import serve_each, with_service
 from experiments.report.table import align
 from experiments.runs.folder import sole_use, write_json
 from experiments.runs.run_dir import environment

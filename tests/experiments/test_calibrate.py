@@ -19,7 +19,8 @@ from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.programs import Program
 from disagg_jax.work import Step
-from experiments import accuracy, accuracy_report, calibrate
+from experiments import accuracy, calibrate
+from experiments.accuracy_study import report
 from experiments.configs.config import Config, Memory, System, Workload
 from experiments.configs.named import get_config
 from experiments.sweep.serving import Server
@@ -227,19 +228,19 @@ def test_a_simulation_with_the_engines_durations_is_the_engine(results):
             assert min(errors.steps, 1000) <= len(shown) <= 2000
     asked = (result.num_requests, result.seeds, result.target, result.clock)
     assert asked == (40, 2, 0.9, "virtual")
-    assert not [line for line in accuracy_report.verdicts(result) if "MISSED" in line]
+    assert not [line for line in report.verdicts(result) if "MISSED" in line]
 
 
 def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):
     result = results["wrong"]
-    attainment, goodput, _, _, cost = accuracy_report.verdicts(result)
+    attainment, goodput, _, _, cost = report.verdicts(result)
     assert "MISSED" in attainment and "by durations" in attainment
     assert "MISSED" in goodput
     assert "-50.0% of what they took" in cost
-    text = accuracy_report.text(result)
+    text = report.text(result)
     assert "disaggregated" in text and "allowed" in text
-    json.dumps(accuracy_report.to_json(result))
-    accuracy_report.plot(result, tmp_path / "accuracy.png")
+    json.dumps(report.to_json(result))
+    report.plot(result, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
 
 
@@ -268,15 +269,13 @@ def test_only_what_the_engine_tells_apart_must_be_in_order(results):
     assert swapped.order("engine") == ["b", "a", "c"]
     assert swapped.order("simulated") == ["a", "b", "c"]
     assert swapped.told_apart() == [("a", "c")]
-    _, _, order, pairs, _ = accuracy_report.verdicts(swapped)
+    _, _, order, pairs, _ = report.verdicts(swapped)
     assert order.endswith("simulated a > b > c   MISSED")
     assert "1 of 3 apart" in pairs and "has 1 of these" in pairs
     assert pairs.endswith("   ok")
     wrong = with_goodputs(results["right"], a=(a, c), b=(b, b), c=(c, a))
-    assert accuracy_report.verdicts(wrong)[3].endswith(
-        "0 of these in the same order   MISSED"
-    )
-    goodputs = accuracy_report.text(wrong).split("# goodput")[1]
+    assert report.verdicts(wrong)[3].endswith("0 of these in the same order   MISSED")
+    goodputs = report.text(wrong).split("# goodput")[1]
     each = dataclasses.astuple(rate_interval(c))
     mean, low, high = (rps / wrong.systems["c"].devices for rps in each)
     assert f"{mean:.4g} [{low:.4g}, {high:.4g}]" in goodputs
@@ -304,7 +303,7 @@ def test_what_the_machine_explains_is_not_held_against_the_profile(
         assert compared.slowdown("decode") == 2.0
     for errors in again.systems["disaggregated"].steps.values():
         assert errors.ratio == pytest.approx(1)
-    text = accuracy_report.text(again)
+    text = report.text(again)
     assert "+100% +100%" in text and "as profiled" in text
 
 

@@ -16,13 +16,13 @@ from disagg_jax.calibration.decision_agreement import StepTime
 from disagg_jax.metrics import SLO, rate_interval
 from disagg_jax.search.rates import GoodputEstimate, estimate
 from disagg_jax.sim.cost.measured import CalibratedProfile
+from experiments.accuracy_study.paired_runs import Compared, Twin
 from experiments.comparison.comparison import margin
 from experiments.figures.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.provenance import commit
 from experiments.sweep.report import interval_text
-from experiments.twins import Compared, Twin
 
 GOODPUT_AIM = 0.05  # relative error (issue 6)
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")

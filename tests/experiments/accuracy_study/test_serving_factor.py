@@ -7,9 +7,9 @@ import pytest
 
 from disagg_jax.calibration.profile_keys import cost_of, key_of
 from disagg_jax.work import StepLoad
-from experiments import in_service
+from experiments.accuracy_study import serving_factor
+from experiments.accuracy_study.serving_factor import Served, serve_each, with_service
 from experiments.configs.config import Workload
-from experiments.in_service import Served, serve_each, with_service
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Server
 from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
@@ -78,7 +78,7 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
         tokens = (0,) * sum(part.samples for part in work.slices)
         return [slower * part_s], (tokens, 0)
 
-    monkeypatch.setattr(in_service, "run_alone", in_serving)
+    monkeypatch.setattr(serving_factor, "run_alone", in_serving)
     monkeypatch.setattr("disagg_jax.engine.executor.run_alone", in_serving)
     monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
     found = with_service(profile, serve_each(servers, source, profile))

@@ -9,9 +9,9 @@ from disagg_jax.calibration.decision_agreement import Agreement, StepTime
 from disagg_jax.metrics import SLO, interval_across
 from disagg_jax.search.rates import GoodputEstimate
 from disagg_jax.work import StepLoad
-from experiments import accuracy_report
-from experiments.accuracy_report import Result, StepErrors, SystemResult
-from experiments.twins import Compared
+from experiments.accuracy_study import report
+from experiments.accuracy_study.paired_runs import Compared
+from experiments.accuracy_study.report import Result, StepErrors, SystemResult
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
 KEYS = [
@@ -62,7 +62,7 @@ def step(measured_s, predicted_s):
     return StepTime(0, StepLoad((), 1, 8), measured_s, predicted_s)
 
 
-ERRORS = accuracy_report._errors([step(1.0, 1.0), step(3.0, 6.0)])
+ERRORS = report._errors([step(1.0, 1.0), step(3.0, 6.0)])
 
 
 def result(**changes):
@@ -107,7 +107,7 @@ def cells(title, text):
     return [line.split() for line in table.splitlines()]
 
 
-TEXT = accuracy_report.text(result())
+TEXT = report.text(result())
 
 
 def test_a_ratio_of_steps_is_of_their_sums():
@@ -119,7 +119,7 @@ def test_a_ratio_of_steps_is_of_their_sums():
 
 def test_all_steps_together_are_weighted_by_their_seconds():
     """4 s were predicted to take 7, and 2 s to take 1: 8 / 6 over both systems."""
-    cost = accuracy_report.verdicts(result())[-1]
+    cost = report.verdicts(result())[-1]
     assert "steps are predicted to take +33.3% of what they took, together" in cost
     steps = cells("steps in the runs, predicted against measured", TEXT)
     assert steps[2] == ["pair", "prefill", "7", "2.0", "-50.0%", "3.1%", "4.2%"]
@@ -146,7 +146,7 @@ def test_a_difference_may_be_as_large_as_is_allowed(allowed, mark):
     )
     rows = cells(
         "attainment and latency, simulated against engine",
-        accuracy_report.text(result(systems={"vllm": one})),
+        report.text(result(systems={"vllm": one})),
     )
     assert rows[1][6] == mark
 
@@ -192,7 +192,7 @@ def test_the_head_says_what_was_compared():
 
 
 def test_the_verdicts_count_and_name_causes():
-    attainment, off, order, pairs, _ = accuracy_report.verdicts(result())
+    attainment, off, order, pairs, _ = report.verdicts(result())
     assert attainment == (
         "attainment: 0 of 6 points within what is allowed; largest difference 6.0%   "
         "MISSED: 6 by durations, 0 by scheduling; the stage that differs most is "
@@ -211,27 +211,27 @@ def test_a_cause_is_scheduling_where_little_goes_with_the_durations():
     """Of a difference of 6 points, 2 go with the engine's durations."""
     scheduled = compared(measured=[0.84, 0.84])
     one = dataclasses.replace(result().systems["vllm"], rates=[scheduled, compared()])
-    verdict = accuracy_report.verdicts(result(systems={"vllm": one}))[0]
+    verdict = report.verdicts(result(systems={"vllm": one}))[0]
     assert "MISSED: 1 by durations, 1 by scheduling;" in verdict
 
 
 def test_the_record_has_all_but_the_steps_of_the_picture():
-    record = accuracy_report.to_json(result())
+    record = report.to_json(result())
     vllm = record["systems"]["vllm"]
     assert "shown" not in vllm
     assert vllm["steps"]["decode"] == ERRORS._asdict()
     assert vllm["engine"]["per_seed_rps"] == (10.0, 14.0)
     assert record["moved"] == (1.021, 0.97)
-    assert record["verdicts"] == accuracy_report.verdicts(result())
+    assert record["verdicts"] == report.verdicts(result())
 
 
 def test_the_picture_is_per_device_and_in_ms():
-    (attainment,) = accuracy_report._attainment_panels(result())
+    (attainment,) = report._attainment_panels(result())
     by_label = {series.label: series for series in attainment.series}
     assert by_label["vllm, engine"].points == [
         (rate, pytest.approx(0.8)) for rate in (2.0, 4.0, 6.0)
     ]
     assert by_label["pair, simulated"].points[0] == (1.0, pytest.approx(0.86))
     assert by_label["pair, simulated"].dashed and attainment.line == 0.9
-    (kind,) = accuracy_report._scatter(result()).series
+    (kind,) = report._scatter(result()).series
     assert list(kind.points) == [(1.0, 2.0)] * 2 and kind.label == "decode"
