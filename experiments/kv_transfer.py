@@ -27,15 +27,8 @@ import jax
 from absl import app, flags
 
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
-from experiments.cli import host_devices
-from experiments.cli.command import command, own_flags
-from experiments.figures.figure import Panel, Series
-from experiments.report.draw import draw
-from experiments.report.table import align
-from experiments.runs.folder import run_folder, write_text
-from experiments.runs.provenance import commit
-from experiments.timing import keep_freed_memory
-from experiments.transfers import (
+from experiments.benchmarks.timing import keep_freed_memory
+from experiments.benchmarks.transfers import (
     OUTPUT_TOKENS,
     Mode,
     Rate,
@@ -45,6 +38,13 @@ from experiments.transfers import (
     rates,
     serve_alone,
 )
+from experiments.cli import host_devices
+from experiments.cli.command import command, own_flags
+from experiments.figures.figure import Panel, Series
+from experiments.report.draw import draw
+from experiments.report.table import align
+from experiments.runs.folder import run_folder, write_text
+from experiments.runs.provenance import commit
 from models import transformer
 from models.config import ModelConfig, get_config
 

@@ -48,20 +48,26 @@ from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request
 from disagg_jax.sim.workers import process_pool
 from disagg_jax.work import Event, Step, Work
-from experiments.cli import host_devices
-from experiments.cli.command import command
-from experiments.cli.flags import expect_used, integers, writable
-from experiments.handoff import handoff_figures, handoff_rig
-from experiments.hollow import HollowGroup, host_step_us
-from experiments.rigs import NamedShape, Rig, bare_step_s, burst, colocated
-from experiments.runs.folder import write_text
-from experiments.timing import (
+from experiments.benchmarks.engines import (
+    NamedShape,
+    Rig,
+    bare_step_s,
+    burst,
+    colocated,
+)
+from experiments.benchmarks.handoff import handoff_figures, handoff_rig
+from experiments.benchmarks.no_op_programs import HollowGroup, host_step_us
+from experiments.benchmarks.timing import (
     Figure,
     interleaved,
     keep_freed_memory,
     load_average,
     table,
 )
+from experiments.cli import host_devices
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used, integers, writable
+from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config
 
 BLOCK_TOKENS = 16  # in all parts but m32

@@ -9,8 +9,8 @@ peaks    Reading a large array, and a large matmul in the model's dtype, each in
 steps    Decode at each batch and prefill at each prompt length: the compiled program
          alone, its cache donated. The bound is the roofline with these peaks: weights
          and the KV of the context that is there read once, causal prompt attention
-         (`experiments/peaks.py`). `memory` and `compute` are the shares of the two
-         peaks, `bound` the share of what the longer of the two allows.
+         (`experiments/benchmarks/peaks.py`). `memory` and `compute` are the shares of
+         the two peaks, `bound` the share of what the longer of the two allows.
 dense    The same decode with a plain [batch, kv heads, context, head_dim] cache.
 handoff  KV from one device to another, over a numpy copy of as many bytes.
 host     Host time of a step, with a program that computes nothing.
@@ -39,25 +39,25 @@ from absl import app, flags
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine
 from disagg_jax.work import StepLoad
-from experiments.cli import host_devices
-from experiments.cli.command import command
-from experiments.cli.flags import expect_used, integers, writable
-from experiments.configs.shapes import shape_of
-from experiments.dense import dense_step_s
-from experiments.handoff import handoff_figures, handoff_rig
-from experiments.hollow import HollowGroup, host_step_us
-from experiments.peaks import Peaks, StepBound, peak_probes, spec_sheet
-from experiments.report.table import align
-from experiments.rigs import bare_engine, bare_step_s
-from experiments.runs import provenance
-from experiments.runs.folder import write_text
-from experiments.timing import (
+from experiments.benchmarks.dense_baseline import dense_step_s
+from experiments.benchmarks.engines import bare_engine, bare_step_s
+from experiments.benchmarks.handoff import handoff_figures, handoff_rig
+from experiments.benchmarks.no_op_programs import HollowGroup, host_step_us
+from experiments.benchmarks.peaks import Peaks, StepBound, peak_probes, spec_sheet
+from experiments.benchmarks.timing import (
     Figure,
     interleaved,
     keep_freed_memory,
     load_average,
     table,
 )
+from experiments.cli import host_devices
+from experiments.cli.command import command
+from experiments.cli.flags import expect_used, integers, writable
+from experiments.configs.shapes import shape_of
+from experiments.report.table import align
+from experiments.runs import provenance
+from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config
 
 # What a peer JAX engine with a plain dense cache reached on one pinned core, in tokens

@@ -20,6 +20,7 @@ import jax
 from absl import app, flags
 
 from disagg_jax.engine.place_weights import Weights
+from experiments.benchmarks.stall import Scene, Stall, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import integers
@@ -28,7 +29,6 @@ from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.folder import plain, run_folder, write_text
 from experiments.runs.provenance import commit
-from experiments.stall_scene import Scene, Stall, measure
 from models import transformer
 from models.config import ModelConfig, get_config
 

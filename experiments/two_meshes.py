@@ -30,16 +30,16 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from experiments import here
+from experiments.benchmarks.engines import NO_STEPS, Rig, burst
+from experiments.benchmarks.timing import keep_freed_memory
+from experiments.benchmarks.transfers import Rate, rates
 from experiments.cli.command import command
 from experiments.cli.flags import integers
 from experiments.figures.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
-from experiments.rigs import NO_STEPS, Rig, burst
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
-from experiments.timing import keep_freed_memory
-from experiments.transfers import Rate, rates
 from models.config import ModelConfig, get_config
 from sharding.mesh import Device
 

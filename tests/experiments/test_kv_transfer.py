@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from disagg_jax.sim.hardware.link import LinkSpec
-from experiments import kv_transfer, transfers
-from experiments.transfers import BLOCK, Mode, modes, serve_alone
+from experiments import kv_transfer
+from experiments.benchmarks import transfers
+from experiments.benchmarks.transfers import BLOCK, Mode, modes, serve_alone
 from models import transformer
 from models.config import get_config
 

@@ -14,12 +14,16 @@ import pytest
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.work import Step
 from experiments import overhead
+from experiments.benchmarks.engines import NamedShape
+from experiments.benchmarks.handoff import (
+    handoff_rig,
+    plain_device_put,
+    scattered_transfer,
+)
+from experiments.benchmarks.no_op_programs import HollowGroup, host_step_us
+from experiments.benchmarks.timing import Figure, interleaved, table
 from experiments.cli.flags import integers, writable
-from experiments.handoff import handoff_rig, plain_device_put, scattered_transfer
-from experiments.hollow import HollowGroup, host_step_us
 from experiments.overhead import Options
-from experiments.rigs import NamedShape
-from experiments.timing import Figure, interleaved, table
 from models.config import get_config
 
 ROOT = Path(__file__).resolve().parents[2]

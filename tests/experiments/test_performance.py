@@ -14,11 +14,11 @@ from disagg_jax.engine.batch import DecodeShape, PrefillShape
 from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
 from experiments import performance
+from experiments.benchmarks.dense_baseline import dense_step
+from experiments.benchmarks.engines import bare_engine
+from experiments.benchmarks.peaks import Peaks, StepBound
 from experiments.cli import host_devices
-from experiments.dense import dense_step
-from experiments.peaks import Peaks, StepBound
 from experiments.performance import Options, StepTime
-from experiments.rigs import bare_engine
 from models import transformer
 from models.config import get_config
 from models.transformer import forward

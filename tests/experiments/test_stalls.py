@@ -7,7 +7,7 @@ import pytest
 from disagg_jax.engine.executor import outcome
 from disagg_jax.work import Step
 from experiments import stalls
-from experiments.stall_scene import Scene, measure
+from experiments.benchmarks.stall import Scene, measure
 from models import transformer
 from models.config import get_config
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from experiments import two_meshes
-from experiments.transfers import Rate
+from experiments.benchmarks.transfers import Rate
 from experiments.two_meshes import Cut
 from models.config import get_config
 

@@ -23,7 +23,7 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.requests import make_requests
-from experiments.timing import timed_s
+from experiments.benchmarks.timing import timed_s
 from models import transformer
 from models.config import ModelConfig
 

@@ -11,7 +11,7 @@ from jax import Array
 
 from disagg_jax.engine import sampling
 from disagg_jax.engine.engine import Engine
-from experiments.timing import timed_s
+from experiments.benchmarks.timing import timed_s
 from models import transformer
 from models.config import ModelConfig
 from models.layers import einsum

@@ -17,8 +17,8 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.work import Transfer
-from experiments.rigs import NO_STEPS, Rig
-from experiments.timing import Figure, interleaved, timed_s
+from experiments.benchmarks.engines import NO_STEPS, Rig
+from experiments.benchmarks.timing import Figure, interleaved, timed_s
 from models.config import ModelConfig
 
 

@@ -15,7 +15,7 @@ from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.hardware.presets import HARDWARE
 from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
-from experiments.timing import timed_s
+from experiments.benchmarks.timing import timed_s
 
 # What JAX calls a device -> its spec sheet.
 _SPEC_SHEETS = {

@@ -30,7 +30,7 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from experiments.rigs import NO_STEPS
+from experiments.benchmarks.engines import NO_STEPS
 from models.config import ModelConfig
 
 _BLOCK = 16  # tokens in a block

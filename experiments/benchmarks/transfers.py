@@ -31,8 +31,8 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
-from experiments.handoff import handoff_rig, handoff_s, scattered_transfer
-from experiments.rigs import NO_STEPS, Rig
+from experiments.benchmarks.engines import NO_STEPS, Rig
+from experiments.benchmarks.handoff import handoff_rig, handoff_s, scattered_transfer
 from models import transformer
 from models.config import ModelConfig
 
