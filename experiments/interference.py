@@ -36,7 +36,7 @@ from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
 from experiments.cli.command import command, own_flags
 from experiments.configs.named_simulations import Simulation, roofline_simulation
-from experiments.figures.figure import Panel, Series
+from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.folder import run_folder, write_text

@@ -40,7 +40,7 @@ from experiments.benchmarks.transfers import (
 )
 from experiments.cli import host_devices
 from experiments.cli.command import command, own_flags
-from experiments.figures.figure import Panel, Series
+from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.folder import run_folder, write_text

@@ -24,8 +24,8 @@ from absl import app, flags
 from disagg_jax.errors import require
 from experiments.cli.command import command
 from experiments.cli.flags import expect_used
-from experiments.figures import FIGURES
-from experiments.figures.figure import Drawn, Lab
+from experiments.papers import FIGURES
+from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
 from experiments.runs.folder import sole_use, write_text
 from experiments.runs.provenance import commit

@@ -24,7 +24,7 @@ from experiments.benchmarks.stall import Scene, Stall, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import integers
-from experiments.figures.figure import Panel, Series
+from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.folder import plain, run_folder, write_text

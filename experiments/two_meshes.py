@@ -35,7 +35,7 @@ from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import Rate, rates
 from experiments.cli.command import command
 from experiments.cli.flags import integers
-from experiments.figures.figure import Panel, Series
+from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.folder import run_folder, write_text

@@ -18,7 +18,7 @@ from disagg_jax.search.rates import GoodputEstimate, estimate
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, Twin
 from experiments.comparison.comparison import margin
-from experiments.figures.figure import Panel, Series
+from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
 from experiments.runs.provenance import commit

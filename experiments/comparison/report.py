@@ -31,7 +31,7 @@ from experiments.comparison.comparison import (
     sentence,
     shown_slo,
 )
-from experiments.figures.figure import Panel, Series, shown_interval
+from experiments.papers.figure import Panel, Series, shown_interval
 from experiments.placement.placements import lines
 from experiments.report.draw import COLOURS, draw
 from experiments.report.table import align

@@ -107,7 +107,7 @@ print((out / "requests.csv").read_text())
 from disagg_jax.search.rates import SearchPlan
 from experiments import placement_search
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.paper import SLOS
+from experiments.papers.distserve.published import SLOS
 from experiments.placement.placements import problem_of, simulation_of
 
 problem = problem_of(
@@ -144,7 +144,7 @@ print(report)
 from IPython.display import Image, Markdown, display
 
 from experiments import reproduce
-from experiments.figures.figure import Lab
+from experiments.papers.figure import Lab
 
 
 def show(figure: str, lab: Lab) -> Markdown:

@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from experiments.figures.figure import Panel, Series
+from experiments.papers.figure import Panel, Series
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
 COLOURS = (

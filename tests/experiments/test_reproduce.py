@@ -13,10 +13,11 @@ from disagg_jax.metrics import SLO
 from disagg_jax.sim.run import SimResult
 from experiments import reproduce
 from experiments.configs.named_simulations import get_simulation
-from experiments.figures import FIGURES, motivation, paper, runs
-from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series
-from experiments.figures.paper import paper_crossings, paper_panel
-from experiments.figures.runs import Goodputs, Sweep, System, tightest_scale
+from experiments.papers import FIGURES, runs
+from experiments.papers.distserve import motivation, published
+from experiments.papers.distserve.published import paper_crossings, paper_panel
+from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
+from experiments.papers.runs import Goodputs, Sweep, System, tightest_scale
 
 # The list; `toy`, `goodput_n` and `devices` are what the paper does not show.
 NAMES = (
@@ -83,9 +84,9 @@ def test_numbers_come_from_the_runs(tmp_path: pathlib.Path):
 
 def test_the_papers_numbers_come_from_its_points(monkeypatch):
     before = [claim.paper for claim in FIGURES["fig8a"].make(TINY).claims]
-    data = json.loads(paper.POINTS.read_text())["figures"]
+    data = json.loads(published.POINTS.read_text())["figures"]
     data["fig8a"]["crossings_at_90"]["rate"]["vLLM"] = 1.15
-    monkeypatch.setattr(paper, "_figures", lambda: data)
+    monkeypatch.setattr(published, "_figures", lambda: data)
     after = [claim.paper for claim in FIGURES["fig8a"].make(TINY).claims]
     assert "4.60x" in before and "2.00x" not in before  # 2.30 / 0.50
     assert "2.00x" in after and "4.60x" not in after  # 2.30 / 1.15

@@ -14,8 +14,8 @@ from experiments.cli.flags import expect_once, expect_used
 from experiments.configs import options
 from experiments.configs.config import Config, Workload, override
 from experiments.configs.named import CONFIGS, get_config
-from experiments.figures import FIGURES
-from experiments.figures.figure import Lab
+from experiments.papers import FIGURES
+from experiments.papers.figure import Lab
 
 TRACE = ["workload.source=trace", "workload.trace=FILE.csv"]
 CHUNK = "systems.sarathi.policies.colocated.chunk_tokens=64"

@@ -15,7 +15,7 @@ from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named_simulations import Simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.figure import (
+from experiments.papers.figure import (
     Claim,
     Drawn,
     Figure,

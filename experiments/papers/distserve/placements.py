@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 from disagg_jax.scheduling import SYSTEMS
 from experiments.configs.named_simulations import Simulation, get_simulation
-from experiments.figures.endtoend import EndToEnd, make
-from experiments.figures.figure import Figure
-from experiments.figures.paper import SLOS
-from experiments.figures.runs import System
+from experiments.papers.distserve.endtoend import EndToEnd, make
+from experiments.papers.distserve.published import SLOS
+from experiments.papers.figure import Figure
+from experiments.papers.runs import System
 
 LONG_RUN = 1000  # requests of a run of ours, where the paper's are too few
 

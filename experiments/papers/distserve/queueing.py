@@ -14,16 +14,16 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.queueing import (
+from disagg_jax.sim.run import SimPoint, SimWorkload
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.workload.lengths import FixedLengths
+from experiments.papers.distserve.closed_forms import (
     ConstantInstance,
     inter_op_ttft_s,
     intra_op_ttft_s,
 )
-from disagg_jax.sim.run import SimPoint, SimWorkload
-from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.lengths import FixedLengths
-from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
-from experiments.figures.paper import XY, paper_panel
+from experiments.papers.distserve.published import XY, paper_panel
+from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
 
 SERVICE_S = 0.2  # D: 512 tokens of OPT-66B, as the published points have it
 GPUS = 2

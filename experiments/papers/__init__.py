@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from experiments.figures import (
+from experiments.papers import fastgen, mlperf, sarathi, sarathi_pipeline, sarathi_serve
+from experiments.papers.distserve import (
     beyond,
     breakdown,
-    fastgen,
-    mlperf,
     motivation,
-    pipeline,
     placements,
     queueing,
-    sarathi,
-    sarathi_serve,
     simulated,
     toy,
 )
-from experiments.figures.figure import Figure
+from experiments.papers.figure import Figure
 
 FIGURES: Mapping[str, Figure] = {
     **toy.FIGURES,
@@ -29,7 +25,7 @@ FIGURES: Mapping[str, Figure] = {
     **simulated.FIGURES,
     **beyond.FIGURES,
     **sarathi.FIGURES,
-    **pipeline.FIGURES,
+    **sarathi_pipeline.FIGURES,
     **sarathi_serve.FIGURES,
     **fastgen.FIGURES,
     **mlperf.FIGURES,

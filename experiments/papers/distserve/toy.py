@@ -16,7 +16,8 @@ import numpy as np
 from disagg_jax.metrics import SLO
 from experiments.configs.named_simulations import Simulation, get_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.figure import (
+from experiments.papers.distserve.published import SLOS, paper_panel
+from experiments.papers.figure import (
     Claim,
     Drawn,
     Figure,
@@ -25,8 +26,7 @@ from experiments.figures.figure import (
     Series,
     banded,
 )
-from experiments.figures.paper import SLOS, paper_panel
-from experiments.figures.runs import Sweep, System, geometric, run_systems
+from experiments.papers.runs import Sweep, System, geometric, run_systems
 
 _REQUESTS = 800
 _SHIPPED = get_simulation("simdistserve_opt13b")

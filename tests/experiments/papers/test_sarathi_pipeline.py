@@ -12,10 +12,10 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Slice, Step, StepLoad
-from experiments.figures import pipeline
-from experiments.figures.figure import Lab
-from experiments.figures.pipeline import Bubbles
-from experiments.figures.varied_cost import VariedCost
+from experiments.papers import sarathi_pipeline
+from experiments.papers.figure import Lab
+from experiments.papers.sarathi_pipeline import Bubbles
+from experiments.papers.varied_cost import VariedCost
 from tests.serving import make_request
 
 
@@ -50,9 +50,9 @@ def test_bubbles_by_hand():
 
 @pytest.mark.parametrize("policy", [Orca(max_seqs=27), Sarathi(max_seqs=27)])
 def test_bubbles_are_the_time_in_which_the_backend_is_not_busy(policy):
-    simulated = pipeline.build(pipeline._PIPELINE, policy)
+    simulated = sarathi_pipeline.build(sarathi_pipeline._PIPELINE, policy)
     bubbles = Bubbles(simulated.cost)
-    run = simulated.run(pipeline.requests(12, seed=0), observer=bubbles)
+    run = simulated.run(sarathi_pipeline.requests(12, seed=0), observer=bubbles)
     # Every stage works or idles from its first step to its last; the last stage ends
     # the run, so what is left of it are its steps and bubbles behind the first's hops.
     busy_s = sum(run.busy_s.values())
@@ -70,12 +70,12 @@ def _first_load(simulated):
     def observe(now_s, events, works):
         steps.extend(w for w in works if isinstance(w, Step))
 
-    simulated.run(pipeline.requests(12, seed=0), observer=observe)
+    simulated.run(sarathi_pipeline.requests(12, seed=0), observer=observe)
     return steps[0].load
 
 
 def test_lengths_are_zipf_and_the_ratio_is_kept():
-    requests = pipeline.requests(4000, seed=1)
+    requests = sarathi_pipeline.requests(4000, seed=1)
     totals = sorted(r.prompt_tokens + r.max_tokens for r in requests)
     assert 1024 <= totals[0] and totals[-1] <= 4096
     # F(x) = (x / 3073)^0.6 for ranks x: half of them within 3073 * .5^(1/.6) = 968.
@@ -85,15 +85,15 @@ def test_lengths_are_zipf_and_the_ratio_is_kept():
 
 def sarathi_and_orca(**fields):
     return [
-        pipeline.run_pipeline(
-            pipeline.PipelinePoint(
-                simulated=pipeline.build(*pipeline._systems()[name]),
+        sarathi_pipeline.run_pipeline(
+            sarathi_pipeline.PipelinePoint(
+                simulated=sarathi_pipeline.build(*sarathi_pipeline._systems()[name]),
                 num_requests=120,
                 seed=0,
                 **fields,
             )
         )
-        for name in (pipeline._SARATHI, pipeline._ORCA)
+        for name in (sarathi_pipeline._SARATHI, sarathi_pipeline._ORCA)
     ]
 
 
@@ -113,7 +113,7 @@ def test_chunks_leave_fewer_bubbles_only_where_their_steps_take_equally_long():
 
 
 def test_every_deviation_has_a_row_with_runs_of_its_own():
-    claims = pipeline.make(Lab(num_requests=30, seeds=1, workers=1)).claims
+    claims = sarathi_pipeline.make(Lab(num_requests=30, seeds=1, workers=1)).claims
     rows = {c.claim.split(":")[0]: c.ours for c in claims if "vary" in c.claim}
     assert list(rows) == [f"Step times vary by {n} %" for n in (10, 15, 20)]
     assert len(set(rows.values())) == 3

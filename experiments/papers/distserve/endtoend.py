@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 
 from disagg_jax.metrics import SLO
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.figure import Claim, Drawn, Lab, Panel, Series, shown
-from experiments.figures.figure import banded as curve_of
-from experiments.figures.paper import TARGET, paper_crossings, paper_panel
-from experiments.figures.runs import Sweep, System, percent, run_systems, tightest_scale
+from experiments.papers.distserve.published import TARGET, paper_crossings, paper_panel
+from experiments.papers.figure import Claim, Drawn, Lab, Panel, Series, shown
+from experiments.papers.figure import banded as curve_of
+from experiments.papers.runs import Sweep, System, percent, run_systems, tightest_scale
 
 # Requests/s per GPU so low that none waits: what queueing cannot be blamed for.
 IDLE = 1e-3

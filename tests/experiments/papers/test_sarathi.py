@@ -6,8 +6,8 @@ import pytest
 
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from experiments.figures import sarathi
-from experiments.figures.colocated import step_s
+from experiments.papers import sarathi
+from experiments.papers.colocated import step_s
 
 A6000 = ("llama-13b", "a6000")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from disagg_jax.metrics import SLO
 
-POINTS = pathlib.Path(__file__).parents[1] / "profiles" / "distserve_figures.json"
+POINTS = pathlib.Path(__file__).parents[2] / "profiles" / "distserve_figures.json"
 
 XY = tuple[float, float]
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from disagg_jax.sim.run import SimResult
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.endtoend import IDLE
-from experiments.figures.figure import (
+from experiments.papers.distserve.endtoend import IDLE
+from experiments.papers.distserve.published import SLOS, TARGET, paper_panel
+from experiments.papers.figure import (
     Claim,
     Drawn,
     Figure,
@@ -17,8 +18,7 @@ from experiments.figures.figure import (
     Series,
     banded,
 )
-from experiments.figures.paper import SLOS, TARGET, paper_panel
-from experiments.figures.runs import Sweep, System, percent, run_systems
+from experiments.papers.runs import Sweep, System, percent, run_systems
 
 _SLO = SLOS["chat 66B, artifact"]
 _SIMULATION = get_simulation("simdistserve_opt66b")

@@ -12,8 +12,8 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.run import SimPoint, SimResult, SimWorkload
 from experiments.configs.named_simulations import Simulation
-from experiments.figures.figure import Lab, shown, shown_interval
-from experiments.figures.paper import TARGET
+from experiments.papers.distserve.published import TARGET
+from experiments.papers.figure import Lab, shown, shown_interval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

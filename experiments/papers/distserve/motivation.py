@@ -12,8 +12,8 @@ from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import cost_model
-from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series
-from experiments.figures.paper import XY, paper_panel
+from experiments.papers.distserve.published import XY, paper_panel
+from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
 
 MODEL = "opt-13b"
 _COSTS = {"profile": "fitted/distserve", "roofline": "roofline/a100-80g"}

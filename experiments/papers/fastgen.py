@@ -23,8 +23,9 @@ from disagg_jax.sim.run import SimWorkload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.closed_loop import ClosedLoop
 from disagg_jax.workload.lengths import NormalLengths
-from experiments.figures.colocated import colocated
-from experiments.figures.figure import (
+from experiments.papers.colocated import colocated
+from experiments.papers.distserve.published import XY
+from experiments.papers.figure import (
     Claim,
     Drawn,
     Figure,
@@ -34,7 +35,6 @@ from experiments.figures.figure import (
     banded,
     shown,
 )
-from experiments.figures.paper import XY
 
 TOKENS_PER_S = 4  # of generation, by a moving average
 SLA = FastGen(token_s=1 / TOKENS_PER_S)

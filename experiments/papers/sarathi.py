@@ -17,9 +17,9 @@ from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from experiments.figures.colocated import ROOFLINE, colocated, step_s
-from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series
-from experiments.figures.paper import XY
+from experiments.papers.colocated import ROOFLINE, colocated, step_s
+from experiments.papers.distserve.published import XY
+from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
 
 CHUNK = 256  # C of Table 4
 _ROUNDS = 40  # requests of a run, in batches of B: start and end then weigh little

@@ -31,8 +31,8 @@ from disagg_jax.sim.run import SimPoint
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.colocated import colocated
-from experiments.figures.figure import (
+from experiments.papers.colocated import colocated
+from experiments.papers.figure import (
     Claim,
     Drawn,
     Figure,

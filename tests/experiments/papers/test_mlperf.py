@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.goodput import find_goodput
-from experiments.figures import mlperf
-from experiments.figures.figure import Lab
+from experiments.papers import mlperf
+from experiments.papers.figure import Lab
 
 
 def test_tighter_bounds_cost_goodput_and_reserving_memory_costs_more():

@@ -12,7 +12,9 @@ from disagg_jax.metrics import Stages
 from disagg_jax.sim.run import SimResult
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.figure import (
+from experiments.papers.distserve.placements import inside_a_node
+from experiments.papers.distserve.published import paper_panel
+from experiments.papers.figure import (
     Claim,
     Drawn,
     Figure,
@@ -22,9 +24,7 @@ from experiments.figures.figure import (
     banded,
     shown,
 )
-from experiments.figures.paper import paper_panel
-from experiments.figures.placements import inside_a_node
-from experiments.figures.runs import Sweep, System, percent, run_systems
+from experiments.papers.runs import Sweep, System, percent, run_systems
 
 _STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 _175B = System(

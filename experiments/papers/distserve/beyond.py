@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from disagg_jax.metrics import interval_across
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
-from experiments.figures.paper import SLOS, TARGET
-from experiments.figures.runs import (
+from experiments.papers.distserve.published import SLOS, TARGET
+from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
+from experiments.papers.runs import (
     Goodputs,
     Sweep,
     System,

@@ -22,9 +22,9 @@ from disagg_jax.sim.cost.linear import DeploymentCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Event, Step, Work
 from disagg_jax.workload.lengths import HistogramLengths
-from experiments.figures.colocated import colocated
-from experiments.figures.figure import Claim, Drawn, Figure, Lab, Panel, Series, shown
-from experiments.figures.varied_cost import VariedCost
+from experiments.papers.colocated import colocated
+from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series, shown
+from experiments.papers.varied_cost import VariedCost
 
 _THETA, _SHORTEST, _LONGEST = 0.4, 1024, 4096  # Zipf; tokens of a request
 _PROMPT_PER_OUTPUT = 10  # P:D

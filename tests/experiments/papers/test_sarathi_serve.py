@@ -12,9 +12,9 @@ from disagg_jax.search.goodput import find_goodput
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
 from experiments.configs.paper_workloads import get_workload
-from experiments.figures import sarathi_serve
-from experiments.figures.figure import Lab
-from experiments.figures.sarathi_serve import Latencies, TwoPasses, ordering
+from experiments.papers import sarathi_serve
+from experiments.papers.figure import Lab
+from experiments.papers.sarathi_serve import Latencies, TwoPasses, ordering
 
 
 def test_two_passes_share_nothing():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.figures import fastgen
-from experiments.figures.figure import Lab
+from experiments.papers import fastgen
+from experiments.papers.figure import Lab
 
 
 def test_a_latency_is_read_between_two_points():

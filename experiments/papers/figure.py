@@ -11,7 +11,7 @@ from typing import TypeVar
 from disagg_jax.metrics import Interval, rate_interval
 from disagg_jax.sim.run import SimPoint, SimResult, run_point
 from disagg_jax.sim.workers import worker_pool
-from experiments.figures.paper import XY
+from experiments.papers.distserve.published import XY
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
