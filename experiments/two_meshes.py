@@ -29,7 +29,7 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
-from experiments import here
+from experiments import machine
 from experiments.benchmarks.engines import NO_STEPS, Rig, burst
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import Rate, rates
@@ -354,7 +354,7 @@ def _run(
 
 @command
 def main() -> None:
-    found = here.look()
+    found = machine.look()
     out = pathlib.Path(_OUT.value)
     cut = Cut.of(found.devices, _PREFILL.value, _DECODE.value)
     config = get_config(_MODEL.value or found.model)

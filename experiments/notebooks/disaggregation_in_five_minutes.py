@@ -64,7 +64,7 @@ if os.getcwd() not in sys.path:
 # refused.
 
 # %%
-from experiments import here as machine
+from experiments import machine
 
 here = machine.look()
 print(here)

@@ -58,7 +58,7 @@ if os.getcwd() not in sys.path:
 # *Disaggregation in five minutes* says what can be measured on one.
 
 # %%
-from experiments import here as machine
+from experiments import machine
 
 here = machine.look()
 print(here.found)

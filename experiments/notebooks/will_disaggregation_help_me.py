@@ -54,7 +54,7 @@ if os.getcwd() not in sys.path:
 # `8 devices (cpu: cpu)`; accelerators, if any, are not used.
 
 # %%
-from experiments import here as machine
+from experiments import machine
 
 print(machine.look().found)
 

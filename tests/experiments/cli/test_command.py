@@ -198,14 +198,14 @@ def shell(*args, **env):
 
 
 def test_no_noise_of_libraries():
-    done = shell("experiments.here", JAX_PLATFORMS="")
+    done = shell("experiments.machine", JAX_PLATFORMS="")
     assert done.returncode == 0
     assert done.stderr == ""
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
 def test_a_platform_that_is_not_there_is_one_line(platform):
-    done = shell("experiments.here", JAX_PLATFORMS=platform)
+    done = shell("experiments.machine", JAX_PLATFORMS=platform)
     if done.returncode == 0:
         pytest.skip(f"there is a {platform} here")
     assert done.returncode == 1

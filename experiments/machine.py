@@ -1,6 +1,6 @@
 """What this machine has, and how an experiment is done on it.
 
-    python -m experiments.here
+    python -m experiments.machine
 
 The notebooks ask it first, so that each runs on a laptop, one accelerator or many, and
 says what was chosen. --set takes what it prints.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import here
+from experiments import machine
 from experiments.configs.config import override
 from experiments.configs.named import get_config
 from models.config import PRESETS
@@ -17,7 +17,7 @@ from models.config import PRESETS
     ],
 )
 def test_choice(backend, devices, model, clock):
-    chosen = here.choose(backend, "some kind", devices)
+    chosen = machine.choose(backend, "some kind", devices)
     assert (chosen.model, chosen.clock) == (model, clock)
     assert chosen.accelerated == (backend != "cpu")
     assert chosen.model in PRESETS
@@ -28,6 +28,6 @@ def test_choice(backend, devices, model, clock):
 
 
 def test_look_describes_this_process():
-    found = here.look()
+    found = machine.look()
     assert found.backend == "cpu"
-    assert found.devices >= here.HOST_DEVICES
+    assert found.devices >= machine.HOST_DEVICES
