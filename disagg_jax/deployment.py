@@ -7,6 +7,8 @@ import enum
 import itertools
 import re
 
+from disagg_jax.errors import require
+
 _SYNTAX = (
     "'[N x]ROLE:tpK[ppL]' items joined by commas, like 2xprefill:tp1,1xdecode:tp2pp2"
 )
@@ -148,3 +150,9 @@ def cut_layers(layers: range, parts: int) -> list[range]:
     whole, more = divmod(len(layers), parts)
     starts = [layers.start + i * whole + min(i, more) for i in range(parts + 1)]
     return [range(*bounds) for bounds in itertools.pairwise(starts)]
+
+
+def require_parallelism(tp: int, pp: int) -> None:
+    """Raise a ValueError unless tensor and pipeline parallelism are at least 1."""
+    require(tp >= 1, "tp: expected >= 1", tp)
+    require(pp >= 1, "pp: expected >= 1", pp)

@@ -9,7 +9,7 @@
 The grid is every program that the systems of a config compile: prefills, chunks beside
 decodes, and decodes, by tokens, rows and context; and every size of a transfer between
 two meshes. The simulator takes the measured median of a program, and the fit where a
-program was not measured (`experiments.accuracy`, `sim/calibrated.py`).
+program was not measured (`experiments.accuracy`, `sim/cost/measured.py`).
 
 Two errors are printed, and are in the profile. Held out: random loads, on no grid, that
 were timed in the same rounds, against what the simulator predicts for them; with the

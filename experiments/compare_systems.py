@@ -67,7 +67,7 @@ _MODEL = flags.DEFINE_string(
     "model", "llama-3-8b", "A name of sim/model_shape.py.", allow_override=True
 )
 _HARDWARE = flags.DEFINE_string(
-    "hardware", "a100-80g", "A name of sim/hardware_presets.py.", allow_override=True
+    "hardware", "a100-80g", "A name of sim/hardware/presets.py.", allow_override=True
 )
 _CONFIG = flags.DEFINE_enum(
     "config",

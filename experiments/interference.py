@@ -46,7 +46,7 @@ _MODEL = flags.DEFINE_string(
     "model", "opt-13b", "A name of sim/model_shape.py.", allow_override=True
 )
 _HARDWARE = flags.DEFINE_string(
-    "hardware", "a100-80g", "A name of sim/hardware_presets.py.", allow_override=True
+    "hardware", "a100-80g", "A name of sim/hardware/presets.py.", allow_override=True
 )
 _RATE = flags.DEFINE_float(
     "rate", 3.0, "Requests/s per device.", allow_override=True, lower_bound=1e-9

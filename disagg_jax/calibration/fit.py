@@ -1,8 +1,8 @@
 """Fitting forms, with coefficients >= 0, to measured times; least relative errors.
 
-    terms      the sums of `sim/terms.py`, which the simulator uses
+    terms      the sums of `sim/cost/terms.py`, which the simulator uses
     distserve  DistServe's: 1, T, T^2 of a prefill; 1, B, P of a decode; their sum of a
-               step with both, with T C for chunks (`sim/fitted.py`)
+               step with both, with T C for chunks (`sim/cost/distserve.py`)
     roofline   t0 + max(compute, memory): compute is T and the products of attention,
                memory is 1 and the blocks of KV; for decodes T is B
 

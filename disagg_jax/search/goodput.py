@@ -1,7 +1,8 @@
 """Goodput by simulation: the highest rate, or the smallest SLO scale, that attains.
 
 A goodput may be by any criterion (`disagg_jax.metrics.criteria`). By DistServe's, runs
-are cut short once they are decided (`sim/trial.py`), but what is exact nevertheless:
+are cut short once they are decided (`search/early_stop.py`), but what is exact
+nevertheless:
 
 * for every rate tried, whether the mean attainment over the seeds reaches the target,
   and whether each seed's own does: so `pass_rps` and `fail_rps`, and between which of

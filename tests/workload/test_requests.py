@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from disagg_jax.request import Sampling
+from disagg_jax.workload import requests
 from disagg_jax.workload.lengths import (
     FixedLengths,
     HistogramLengths,
     LognormalLengths,
     UniformLengths,
 )
-from disagg_jax.workload.requests import Arrivals, requests
+from disagg_jax.workload.requests import Arrivals
 
 N = 40_000  # draws for moments: the mean of unit-variance draws is good to 0.5 %
 

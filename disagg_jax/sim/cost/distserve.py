@@ -28,8 +28,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from disagg_jax.deployment import require_parallelism
 from disagg_jax.errors import require
-from disagg_jax.sim.cost.interface import expect_one_stage, expect_parallelism
+from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.work import StepLoad
 
 
@@ -85,7 +86,7 @@ class FittedCost:
 
     def instance(self, tp: int, pp: int = 1) -> FittedInstance:
         """The durations on tp x pp devices; any pp, but only a tp that was measured."""
-        expect_parallelism(tp, pp)
+        require_parallelism(tp, pp)
         require(tp in self.fits, f"{self.name}: expected tp in {sorted(self.fits)}", tp)
         return FittedInstance(self, self.fits[tp], pp)
 
@@ -123,7 +124,7 @@ class FittedInstance:
     def decode_s(self, decodes: int, context: int) -> float:
         """Seconds of a decode-only step on the one stage."""
         if self.pp != 1:
-            expect_one_stage(self.pp)
+            require_one_stage(self.pp)
         large = decodes >= self._large_decodes
         base_ms, context_ms, request_ms = self._large if large else self._small
         stage_ms = base_ms + context_ms * context + request_ms * decodes

@@ -49,12 +49,6 @@ class CostModel(Protocol):
         ...
 
 
-def expect_parallelism(tp: int, pp: int) -> None:
-    """Raises a ValueError unless both are at least 1."""
-    require(tp >= 1, "tp: expected >= 1", tp)
-    require(pp >= 1, "pp: expected >= 1", pp)
-
-
-def expect_one_stage(pp: int) -> None:
+def require_one_stage(pp: int) -> None:
     """Raises a ValueError unless `decode_s` has a meaning."""
     require(pp == 1, "decode_s: expected pp = 1 (else use stages_s)", pp)

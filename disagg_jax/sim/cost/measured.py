@@ -1,10 +1,10 @@
 """Step and transfer times of an engine, as `experiments.calibrate` measured them.
 
 A step takes what the program that it runs takes (`sim/programs.py`): the measured
-median where that program was measured, else the fitted form (`sim/terms.py`). So does a
-transfer, by the number of blocks it is padded to. These are of programs that run alone,
-time after time; between others, as in serving, a step of its kind takes so much longer
-or shorter (`LayoutTimes.in_service`).
+median where that program was measured, else the fitted form (`sim/cost/terms.py`). So
+does a transfer, by the number of blocks it is padded to. These are of programs that
+run alone, time after time; between others, as in serving, a step of its kind takes so
+much longer or shorter (`LayoutTimes.in_service`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.sim.cost import terms
-from disagg_jax.sim.cost.interface import expect_one_stage
+from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.cost.linear import Decoder
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.programs import Program, ProgramList
@@ -130,7 +130,7 @@ class CalibratedInstance:
     def decode_s(self, decodes: int, context: int) -> float:
         """Seconds of a decode-only step on the one stage."""
         if decodes not in self._decodes:
-            expect_one_stage(self._times.pp)
+            require_one_stage(self._times.pp)
             self._decodes[decodes] = self._steps(decodes)
         most, seconds = self._decodes[decodes]
         return seconds[min(bisect.bisect_left(most, context), len(seconds) - 1)]

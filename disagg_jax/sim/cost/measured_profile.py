@@ -17,8 +17,8 @@
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
         "base_s": 1e-4, "block_s": 6e-6}]}
 
-Programs and terms: `sim/programs.py`, `sim/terms.py`. All times are seconds of one step
-on that stage, or of one transfer, host work included.
+Programs and terms: `sim/programs.py`, `sim/cost/terms.py`. All times are seconds of
+one step on that stage, or of one transfer, host work included.
 """
 
 from __future__ import annotations

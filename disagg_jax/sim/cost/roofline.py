@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.errors import require
-from disagg_jax.sim.cost.interface import expect_one_stage
+from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.hardware.device import Hardware
 from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.model_shape import ModelShape
@@ -106,7 +106,7 @@ class RooflineInstance:
         """Seconds of a decode-only step on the one stage."""
         base_s = self._bases.get(decodes)
         if base_s is None:
-            expect_one_stage(self._partition.pp)
+            require_one_stage(self._partition.pp)
             base_s = self._bases[decodes] = self._fixed_s(0, decodes, decodes, True)
         return base_s + self._slope * context
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.deployment import cut_layers
+from disagg_jax.deployment import cut_layers, require_parallelism
 from disagg_jax.errors import require
-from disagg_jax.sim.cost.interface import expect_parallelism
 from disagg_jax.sim.model_shape import ModelShape
 
 
@@ -26,7 +25,7 @@ class Partition:
     pp: int
 
     def __post_init__(self) -> None:
-        expect_parallelism(self.tp, self.pp)
+        require_parallelism(self.tp, self.pp)
         name, q_heads, kv = self.model.name, self.model.q_heads, self.model.kv_heads
         expected = f"{name}: expected tp to divide {q_heads} query heads"
         require(q_heads % self.tp == 0, expected, self.tp)

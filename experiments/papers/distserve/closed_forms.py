@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.errors import require
-from disagg_jax.sim.cost.interface import expect_one_stage
+from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.work import StepLoad
 
 
@@ -54,5 +54,5 @@ class ConstantInstance:
         return self.seconds
 
     def decode_s(self, decodes: int, context: int) -> float:
-        expect_one_stage(len(self.seconds))
+        require_one_stage(len(self.seconds))
         return self.seconds[0]
