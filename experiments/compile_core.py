@@ -26,11 +26,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
-
 from experiments.cli.command import command
+from experiments.cli.flags import Flags
 
-_REMOVE = flags.DEFINE_bool("remove", False, "Remove what was compiled.")
+FLAGS = Flags()
+_REMOVE = FLAGS.boolean("remove", False, "Remove what was compiled.")
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "disagg_jax"
@@ -203,7 +203,7 @@ def remove() -> int:
     return len(found)
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     if _REMOVE.value:
         print(f"{remove()} files removed from {PACKAGE}")
@@ -216,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()
