@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from disagg_jax.compiled import compiled_modules
 from disagg_jax.formats import RUN
 from experiments.cli.command import command_line
 from experiments.runs.provenance import commit
@@ -131,7 +130,6 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "commit": commit(),
         "python": platform.python_version(),
-        "compiled": sorted(compiled_modules()),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
