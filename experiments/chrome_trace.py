@@ -42,7 +42,7 @@ def draw(
     """
     run = SavedRun(path)
     picked = run.pick(system, rate_rps, seed)
-    config = run.read_json("config.json")
+    config = run.config()
     about = {
         "run": str(path),
         "system": system,

@@ -21,6 +21,7 @@ from typing import Any
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once
@@ -148,7 +149,7 @@ def _step_times(
         return {}
     saved = run_dir.read_json("step_times.json")
     if saved is not None:
-        return saved["seconds"]
+        return STEP_TIMES.read(saved)["seconds"]
     seconds = given
     if given is not None:
         for server in servers.values():
@@ -159,13 +160,14 @@ def _step_times(
             engines, config.timing_repeats, progress, streams=config.streams
         )
     content = {"seconds": seconds, "measured": environment() if not given else None}
-    run_dir.write_json("step_times.json", content)
+    run_dir.write_json("step_times.json", STEP_TIMES.write(content))
     return seconds
 
 
 def _read_step_times(path: str) -> dict[str, float]:
     try:
-        seconds = json.loads(pathlib.Path(path).read_text())["seconds"]
+        record = json.loads(pathlib.Path(path).read_text())
+        seconds = STEP_TIMES.read(record)["seconds"]
         return {str(key): float(value) for key, value in seconds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -176,8 +178,8 @@ def _read_step_times(path: str) -> dict[str, float]:
 
 def _read_placement(path: str) -> dict[str, Any]:
     try:
-        return json.loads(pathlib.Path(path).read_text())
-    except (OSError, ValueError) as error:
+        return PLACEMENT.read(json.loads(pathlib.Path(path).read_text()))
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"--placement: expected the placement.json of a search, got '{path}': "
             f"{error}"

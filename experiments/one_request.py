@@ -48,8 +48,7 @@ def find(
       ValueError: if there is no such run or request; says what there is.
     """
     run = SavedRun(path)
-    config = run.read_json("config.json")
-    require(config is not None, "--run: expected a run directory", str(path))
+    config = run.config()
     found: dict[str, Timeline] = {}
     for system in config["systems"]:
         picked = run.pick(system, rate_rps, seed=None)

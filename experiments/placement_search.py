@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from disagg_jax.formats import PLACEMENT
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, progress_to_stderr
@@ -98,7 +99,8 @@ def run(
         seconds = time.perf_counter() - start
         found |= {"wall_s": seconds, "workers": workers, **(about or {})}
         if out is not None:
-            write_text(out / "placement.json", json.dumps(found, indent=1) + "\n")
+            content = json.dumps(PLACEMENT.write(found), indent=1)
+            write_text(out / "placement.json", content + "\n")
     return f"{report(found)}\n{seconds:.1f} s with {workers} workers", found
 
 

@@ -18,6 +18,13 @@ serve.
 With `--instances` it measures how the speed depends on the size of a fleet instead: for
 each number of instances a line with half of them for prefill and half for decode, and a
 line with all colocated, at 8 requests/s an instance. N = max(2000, 20 x instances).
+
+A checkout runs its source. To measure a compiled core, install one where nothing else
+is, and run it from there:
+
+    DISAGG_JAX_COMPILE=1 pip install --no-deps --target=/tmp/compiled .
+    ln -s "$PWD/experiments" /tmp/compiled/
+    cd /tmp/compiled && python -m experiments.simulator_speed --golden=FOLDER
 """
 
 from __future__ import annotations
@@ -34,7 +41,6 @@ from typing import Any
 
 import numpy as np
 
-from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.errors import require
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
@@ -178,7 +184,6 @@ def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
         "requests": len(timelines),
         "tokens": sum(len(t.token_s) for t in timelines),
         "cpu_s": cpu_s,
-        "compiled": bool(compiled_modules()),
     }
     if workload.instances:
         line["instances"] = workload.instances

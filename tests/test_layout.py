@@ -35,7 +35,7 @@ WITH_JAX = ("disagg_jax.engine", "disagg_jax.calibration")
 ORDER = (
     ("models.config",),
     ("disagg_jax.errors", "disagg_jax.request"),
-    ("disagg_jax.deployment", "disagg_jax.work"),
+    ("disagg_jax.deployment", "disagg_jax.formats", "disagg_jax.work"),
     ("disagg_jax.workload", "disagg_jax.metrics", "disagg_jax.scheduling"),
     ("disagg_jax.control",),
     ("disagg_jax.runlog",),

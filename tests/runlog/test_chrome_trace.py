@@ -221,7 +221,7 @@ def run_case(case: Case, spans: bool):
     timelines = serve(controller, backend, requests, case.interventions, log)
     trace = chrome_trace(case.deployment, log.lines, timelines)
     check_trace(trace)
-    turns = [json.loads(line) for line in log.lines]
+    turns = [json.loads(line) for line in log.lines[1:]]
     return trace, turns, timelines, backend.busy_s
 
 
@@ -363,7 +363,7 @@ def test_half_a_log_is_refused():
     with pytest.raises(
         ValueError, match=r"all work to end, but some does not, got \[2\]"
     ):
-        chrome_trace(Deployment.parse(PAIR), lines[:2], timelines)
+        chrome_trace(Deployment.parse(PAIR), lines[:3], timelines)
 
 
 def test_requests_of_another_run_are_refused():

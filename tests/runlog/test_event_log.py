@@ -8,11 +8,13 @@ import pytest
 
 from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Role
+from disagg_jax.formats import EVENT_LOG
 from disagg_jax.request import Request, Sampling
 from disagg_jax.runlog.event_log import (
     EventLog,
     _event_from_json,
     _event_to_json,
+    read_turns,
     replay,
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
@@ -79,11 +81,28 @@ def logged_run(deployment: str) -> list[str]:
 @pytest.mark.parametrize("deployment", RUNS)
 def test_replay_makes_the_same_decisions(deployment):
     lines = logged_run(deployment)
-    told = {event[0] for line in lines for event in json.loads(line)["events"]}
+    told = {event[0] for line in lines[1:] for event in json.loads(line)["events"]}
     assert told == {"Arrived", "Done", "Cancelled", "Down", "Up"}
     controller = make_controller(deployment, blocks=6)
     assert list(replay(lines, controller)) == []
     assert len(controller.timelines) == 12
+
+
+def test_a_log_from_before_there_were_formats_is_read_alike():
+    head, *turns = logged_run("2xcolocated:tp1")
+    assert json.loads(head) == {"format": EVENT_LOG.number}
+    assert list(read_turns(turns)) == list(read_turns([head, *turns]))
+    assert len(list(read_turns(turns))) == len(turns)
+    controller = make_controller("2xcolocated:tp1", blocks=6)
+    assert list(replay(turns, controller)) == []
+
+
+def test_a_log_of_a_newer_format_is_refused_before_its_first_turn():
+    newer = json.dumps({"format": EVENT_LOG.number + 1})
+    controller = make_controller()
+    for read in (read_turns, lambda lines: replay(lines, controller)):
+        with pytest.raises(ValueError, match="event log: expected format 0 to .*got 2"):
+            next(iter(read([newer, "no turn"])))
 
 
 def test_replay_shows_the_turn_where_another_policy_decides_otherwise():
@@ -121,7 +140,7 @@ def test_replay_shows_other_blocks_and_other_tokens():
 def test_an_early_end_of_a_span_is_logged_with_what_is_left_of_it():
     log = EventLog()
     log(0.0, [], [Cut(3, 2)])
-    assert json.loads(log.lines[0])["works"] == [["Cut", 3, 2]]
+    assert json.loads(log.lines[1])["works"] == [["Cut", 3, 2]]
 
 
 def test_a_line_holds_one_turn():
@@ -129,7 +148,7 @@ def test_a_line_holds_one_turn():
     controller = make_controller()
     events = [Arrived(make_request(0, prompt=3))]
     log(0.5, events, controller.step(0.5, events))
-    record = json.loads(log.lines[0])
+    record = json.loads(log.lines[1])
     assert record["now_s"] == 0.5
     assert record["events"][0][1]["prompt_tokens"] == 3
     ((kind, step, instance, slices, iterations, checksum, front),) = record["works"]

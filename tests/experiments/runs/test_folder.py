@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from disagg_jax.formats import RUN
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
 from experiments.configs.paper_workloads import get_workload
@@ -111,10 +112,33 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def config_in(path):
+    return RUN.read(read(path / "config.json"))
+
+
+def test_a_folder_of_a_newer_format_is_refused_and_stays(tmp_path):
+    """Also where the same config would be resumed, or could be replaced."""
+    once(tmp_path, {"a": 1})
+    newer = json.dumps({"format": 99, "a": 1})
+    (tmp_path / "config.json").write_text(newer)
+    for how in ({}, {"replace": True}):
+        with pytest.raises(ValueError, match="run directory: expected format 0 to "):
+            once(tmp_path, {"a": 1}, **how)
+    assert (tmp_path / "config.json").read_text() == newer
+    assert len(read(tmp_path / "env.json")) == 1
+
+
+def test_a_folder_from_before_there_were_formats_is_resumed(tmp_path):
+    once(tmp_path, {"a": 1})
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    once(tmp_path, {"a": 1})
+    assert len(read(tmp_path / "env.json")) == 2
+
+
 def test_a_folder_says_what_was_run_and_by_which_command(tmp_path):
     with run_folder(tmp_path, {"deployment": "colocated:tp1"}, "result.txt"):
         pass
-    assert read(tmp_path / "config.json") == {"deployment": "colocated:tp1"}
+    assert config_in(tmp_path) == {"deployment": "colocated:tp1"}
     (start,) = read(tmp_path / "env.json")
     assert start["command"] == sys.argv
     assert {"date", "commit", "packages"} <= start.keys()
@@ -130,7 +154,7 @@ def test_results_of_another_config_stay(tmp_path):
     once(tmp_path, {"a": 1, "sizes": (1, 2)})  # again, the same
     with pytest.raises(ValueError, match=r"another config \(a\); expected an empty"):
         once(tmp_path, {"a": 2, "sizes": (1, 2)})
-    assert read(tmp_path / "config.json") == {"a": 1, "sizes": [1, 2]}
+    assert config_in(tmp_path) == {"a": 1, "sizes": [1, 2]}
     assert len(read(tmp_path / "env.json")) == 2
     assert "'a': 1" in (tmp_path / "result.txt").read_text()
 
@@ -156,13 +180,13 @@ def test_a_run_that_ended_before_it_wrote_anything_is_replaced(tmp_path):
         with run_folder(tmp_path, {"a": 1}, "result.txt"):
             raise OSError
     once(tmp_path, {"a": 2})
-    assert read(tmp_path / "config.json") == {"a": 2}
+    assert config_in(tmp_path) == {"a": 2}
 
 
 def test_what_may_be_replaced_is_with_its_records(tmp_path):
     once(tmp_path, {"a": 1})
     once(tmp_path, {"a": 2}, replace=True)
-    assert read(tmp_path / "config.json") == {"a": 2}
+    assert config_in(tmp_path) == {"a": 2}
     assert len(read(tmp_path / "env.json")) == 1  # the other's start is not its own
     once(tmp_path, {"a": 2}, replace=True)
     assert len(read(tmp_path / "env.json")) == 2
