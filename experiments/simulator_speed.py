@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.errors import require
@@ -52,17 +51,15 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.requests import make_requests
 from experiments.cli.command import command
-from experiments.cli.flags import expect_used, integers
+from experiments.cli.flags import Flags, expect_used, integers
 from experiments.configs.named_simulations import get_simulation, trace_requests
 
-_GOLDEN = flags.DEFINE_string(
+FLAGS = Flags()
+_GOLDEN = FLAGS.string(
     "golden", "../shared/golden/simdistserve", "Folder of simdistserve's results."
 )
-# `overhead` has such a flag too, and a test may import both.
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 3, "Runs; the fastest counts.", allow_override=True
-)
-_INSTANCES = flags.DEFINE_list(
+_REPEATS = FLAGS.integer("repeats", 3, "Runs; the fastest counts.")
+_INSTANCES = FLAGS.list(
     "instances", [], "Numbers of instances, for the speed of fleets of these sizes."
 )
 
@@ -205,7 +202,7 @@ def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
     return time.process_time() - start_s, timelines
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     sizes = integers("instances", _INSTANCES.value)
     expect_used(not sizes, _GOLDEN, expected="no --instances", got="--instances")
@@ -223,4 +220,4 @@ def report(found: Iterable[SpeedWorkload], repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

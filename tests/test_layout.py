@@ -439,7 +439,7 @@ def test_top_level_holds_only_the_fixed_names():
 
 
 def test_all_experiments_can_be_imported_by_one_process():
-    """Their flags share one namespace: a name taken twice would stop a test session."""
+    """None of them starts to work, or needs another to be absent."""
     code = (
         "import importlib, pkgutil, experiments\n"
         "for found in pkgutil.walk_packages(experiments.__path__, 'experiments.'):\n"

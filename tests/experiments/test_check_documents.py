@@ -14,9 +14,14 @@ def root(tmp_path):
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     (experiments / "sweep.py").write_text(
-        'from absl import flags\n_A = flags.DEFINE_string("out", None, "Where.")\n'
-        '_B = flags.DEFINE_bool("fast", True, "How.")\n'
+        "from experiments.cli.more import More\n"
+        'FLAGS = Flags()\n_A = FLAGS.string("out", None, "Where.")\n'
+        "_B = More(FLAGS)\n"
         'if __name__ == "__main__":\n    pass\n'
+    )
+    (experiments / "cli").mkdir()
+    (experiments / "cli" / "more.py").write_text(
+        'def more(own):\n    return own.boolean("fast", True, "How.")\n'
     )
     (experiments / "library.py").write_text("X = 1\n")
     (experiments / "reports").mkdir()

@@ -319,23 +319,19 @@ REFUSED = {
     },
 }
 # What all of a module's command lines need.
-REQUIRED = {"placement_search": "--model=opt-13b --devices=2 --slo=1,1"}
+REQUIRED = {
+    "placement_search": "--model=opt-13b --devices=2 --slo=1,1",
+    "accuracy": "--profile=x",
+}
 
 RUN = """
 import importlib, json, sys
-from absl import flags
-from absl.testing import flagsaver
 module = importlib.import_module(f"experiments.{sys.argv[1]}")
 for line in json.loads(sys.argv[2]):
-    saved = flagsaver.save_flag_values()
-    flags.FLAGS(["command", *line.split()])
-    flags.FLAGS.mark_as_parsed()
     try:
-        module.main(["command"])
-        print(json.dumps("it ran"))
+        module.main(["command", *line.split()])
     except SystemExit as end:
-        print(json.dumps(end.code))
-    flagsaver.restore_flag_values(saved)
+        print(json.dumps(end.code or "it ran"))
 """
 
 
