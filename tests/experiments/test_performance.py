@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 
 from disagg_jax.engine.batch import DecodeShape, PrefillShape
-from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
 from experiments import performance
 from experiments.benchmarks.dense_baseline import dense_step
@@ -20,7 +19,7 @@ from experiments.benchmarks.peaks import Peaks, StepBound
 from experiments.cli import host_devices
 from experiments.performance import Options, StepTime
 from models import transformer
-from models.config import get_config
+from models.config import ModelConfig, get_config
 from models.transformer import forward
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
@@ -34,7 +33,7 @@ SMALL = Options(
     repeats=1,
 )
 # 2 layers of 4 * (2 * 2 + 2 * 1) * 2 + 3 * 4 * 8 = 144 weights, a table of 4 * 10.
-SHAPE = ModelShape(
+SHAPE = ModelConfig(
     name="hand",
     layers=2,
     embed=4,

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from disagg_jax.sim.model_shape import MODEL_SHAPES, get_model_shape
 from models.config import PRESETS
+from models.lookup import find_model
 
 
 @pytest.mark.parametrize(
@@ -21,12 +21,12 @@ from models.config import PRESETS
     ],
 )
 def test_kv_bytes_of_a_token(name, kv_bytes):
-    assert get_model_shape(name).kv_bytes_per_token == kv_bytes
+    assert find_model(name).kv_bytes_per_token == kv_bytes
 
 
 def test_kv_bytes_of_a_request():
     # The paper says 1.13 GB; it is 1.125 GiB.
-    assert 512 * get_model_shape("opt-66b").kv_bytes_per_token == 1_207_959_552
+    assert 512 * find_model("opt-66b").kv_bytes_per_token == 1_207_959_552
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_kv_bytes_of_a_request():
 def test_weights_fill_the_memory_that_the_paper_states(name, gigabytes):
     # DistServe, Table 1: parameters in billions times 2, rounded. Ours leaves out
     # positions, biases and norms.
-    weights = get_model_shape(name).weight_bytes / 1e9
+    weights = find_model(name).weight_bytes / 1e9
     assert 0.985 * gigabytes < weights < gigabytes
 
 
@@ -51,7 +51,7 @@ def test_weights_fill_the_memory_that_the_paper_states(name, gigabytes):
     ],
 )
 def test_parameters_are_the_checkpoints(name, billions):
-    assert get_model_shape(name).params / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert find_model(name).params / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
 # Neither may import the other (the core imports no models), so they stand twice.
@@ -64,7 +64,7 @@ def test_some_shapes_are_shared_with_the_engine():
 
 @pytest.mark.parametrize("name", SHARED)
 def test_shapes_that_the_engine_also_runs_are_the_same(name):
-    config, shape = PRESETS[name], get_model_shape(name)
+    config, shape = PRESETS[name], find_model(name)
     for field in ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp"):
         assert getattr(shape, field) == getattr(config, field), field
     assert shape.vocab == config.vocab_size
@@ -79,14 +79,14 @@ def test_shapes_that_the_engine_also_runs_are_the_same(name):
 
 
 def test_dtypes_scale_what_they_are_the_dtype_of():
-    shape = get_model_shape("llama-3-70b")
+    shape = find_model("llama-3-70b")
     quantised = dataclasses.replace(shape, weight_dtype_bytes=1, kv_dtype_bytes=1)
     assert 2 * quantised.weight_bytes == shape.weight_bytes == 2 * shape.params
     assert 2 * quantised.kv_bytes_per_token == shape.kv_bytes_per_token
 
 
 def test_tables_may_be_wider_than_the_layers():
-    shape = get_model_shape("llama-3-8b")
+    shape = find_model("llama-3-8b")
     awq = dataclasses.replace(shape, weight_dtype_bytes=0.5, table_dtype_bytes=2)
     # 8.03e9 weights, of which 1.05e9 are in the two tables.
     assert awq.weight_bytes / 1e9 == pytest.approx(6.98 / 2 + 1.05 * 2, abs=0.01)
@@ -104,9 +104,9 @@ def test_tables_may_be_wider_than_the_layers():
 )
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        dataclasses.replace(get_model_shape("llama-3-70b"), **change)
+        dataclasses.replace(find_model("llama-3-70b"), **change)
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match="model: .*'opt-13b'.*, got 'gpt-5'"):
-        get_model_shape("gpt-5")
+        find_model("gpt-5")

@@ -8,10 +8,9 @@ import pytest
 from disagg_jax.deployment import InstanceSpec, Role
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.presets import get_hardware
-from disagg_jax.sim.model_shape import MODEL_SHAPES, get_model_shape
 from experiments.configs.named_simulations import roofline_simulation
-from experiments.configs.shapes import get_device, get_shape, shape_of
 from models.config import PRESETS
+from models.lookup import find_model
 
 _SPEC = InstanceSpec(role=Role.DECODE, tp=1)
 
@@ -22,26 +21,26 @@ def write(path, content):
 
 
 def fields(name):
-    shape = dataclasses.asdict(get_model_shape(name))
+    shape = dataclasses.asdict(find_model(name))
     return {key: value for key, value in shape.items() if key != "name"}
 
 
 def test_presets_of_the_simulator_come_before_those_of_the_engine():
-    assert get_shape("llama-3-8b") is MODEL_SHAPES["llama-3-8b"]
-    assert get_shape("tiny") == shape_of(PRESETS["tiny"])
+    assert find_model("llama-3-8b") is MODEL_SHAPES["llama-3-8b"]
+    assert find_model("tiny") == shape_of(PRESETS["tiny"])
 
 
 def test_a_file_of_sizes(tmp_path):
     path = write(tmp_path / "mine.json", fields("llama-3-8b"))
-    expected = dataclasses.replace(get_model_shape("llama-3-8b"), name="mine")
-    assert get_shape(path) == expected
+    expected = dataclasses.replace(find_model("llama-3-8b"), name="mine")
+    assert find_model(path) == expected
     assert roofline_simulation(path, "h100").model_name == "mine"
 
 
 def test_widths_of_numbers_may_be_left_out(tmp_path):
     some = {k: v for k, v in fields("opt-13b").items() if "dtype" not in k}
     path = write(tmp_path / "opt-13b.json", some)
-    assert get_shape(path) == get_model_shape("opt-13b")
+    assert find_model(path) == find_model("opt-13b")
 
 
 # As in the config.json of meta-llama/Meta-Llama-3-8B and facebook/opt-13b.
@@ -67,7 +66,7 @@ OPT = {
 @pytest.mark.parametrize(("name", "config"), [("llama-3-8b", LLAMA), ("opt-13b", OPT)])
 def test_a_config_of_hugging_face(tmp_path, name, config):
     path = write(tmp_path / f"{name}.json", config)
-    assert get_shape(path) == get_model_shape(name)
+    assert find_model(path) == find_model(name)
 
 
 # By name: what the config.json of published models says of sizes, and the parameters
@@ -131,7 +130,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_parameters(tmp_path, name):
     config, params = PUBLISHED[name]
-    shape = get_shape(write(tmp_path / f"{name}.json", config))
+    shape = find_model(write(tmp_path / f"{name}.json", config))
     assert shape.params == pytest.approx(params, rel=1e-3)  # norms and biases
     assert shape.weight_bytes == 2 * shape.params
 
@@ -153,7 +152,7 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     ],
 )
 def test_bytes_follow_the_file(tmp_path, settings, weight, table, kv, activation):
-    shape = get_shape(write(tmp_path / "m.json", {**LLAMA, **settings}))
+    shape = find_model(write(tmp_path / "m.json", {**LLAMA, **settings}))
     assert shape.weight_dtype_bytes == weight
     assert shape.table_dtype_bytes == table
     assert shape.kv_dtype_bytes == kv
@@ -190,7 +189,7 @@ def test_streaming_follows_the_file(tmp_path):
     def decode_s(**settings):
         path = write(tmp_path / "m.json", {**LLAMA, **settings})
         cost = RooflineCost(
-            model=get_shape(path), hardware=get_hardware("h100").ideal()
+            model=find_model(path), hardware=get_hardware("h100").ideal()
         )
         return cost.instance(1).decode_s(1, 0)
 
@@ -209,7 +208,7 @@ def test_the_file_that_nvidia_lays_beside(tmp_path):
     path = write(tmp_path / "config.json", LLAMA)
     beside = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     write(tmp_path / "hf_quant_config.json", {"quantization": beside, "producer": {}})
-    shape = get_shape(path)
+    shape = find_model(path)
     assert (shape.weight_dtype_bytes, shape.kv_dtype_bytes) == (1, 1)
 
 
@@ -218,8 +217,8 @@ def test_unknown_keys_make_one_warning(tmp_path):
     settings = {**LLAMA, "surprise": 1, "quantization_config": fields}
     path = write(tmp_path / "m.json", settings)
     with pytest.warns(UserWarning) as warned:
-        shape = get_shape(path)
-        assert get_shape(path) == shape
+        shape = find_model(path)
+        assert find_model(path) == shape
     (message,) = (str(warning.message) for warning in warned)
     named = "['surprise', 'quantization_config.novel']"
     assert message == f"{path}: ignores the unknown keys {named}"
@@ -249,14 +248,14 @@ def test_unknown_keys_make_one_warning(tmp_path):
 )
 def test_bad_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        get_shape(write(tmp_path / "bad.json", content))
+        find_model(write(tmp_path / "bad.json", content))
 
 
 def test_no_such_file_or_name(tmp_path):
     with pytest.raises(FileNotFoundError):
-        get_shape(str(tmp_path / "none.json"))
+        find_model(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="model: expected one of .* or a .json file"):
-        get_shape("llama-9")
+        find_model("llama-9")
 
 
 def test_a_device_like_another(tmp_path):
@@ -264,7 +263,7 @@ def test_a_device_like_another(tmp_path):
     expected = dataclasses.replace(
         get_hardware("h100"), name="h200", hbm_bytes_s=4.8e12
     )
-    assert get_device(path) == expected
+    assert get_hardware(path) == expected
     faster, slower = (
         roofline_simulation("llama-3-8b", name)
         .cost_of(_SPEC)
@@ -273,7 +272,7 @@ def test_a_device_like_another(tmp_path):
         for name in (path, "h100")
     )
     assert faster < slower
-    assert get_device("h100") is get_hardware("h100")
+    assert get_hardware("h100") is get_hardware("h100")
 
 
 @pytest.mark.parametrize(
@@ -281,4 +280,4 @@ def test_a_device_like_another(tmp_path):
 )
 def test_bad_devices(tmp_path, content):
     with pytest.raises(ValueError, match="hardware: .*expected 'like', a preset, and"):
-        get_device(write(tmp_path / "bad.json", content))
+        get_hardware(write(tmp_path / "bad.json", content))
