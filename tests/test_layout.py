@@ -438,6 +438,7 @@ def test_top_level_holds_only_the_fixed_names():
     assert present <= TOP_LEVEL, f"not of the layout: {sorted(present - TOP_LEVEL)}"
 
 
+@pytest.mark.jax
 def test_all_experiments_can_be_imported_by_one_process():
     """None of them starts to work, or needs another to be absent."""
     code = (

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from disagg_jax.control.backend import serve
@@ -70,7 +70,6 @@ def lasting_cases(draw, of=cases) -> Case:
     return dataclasses.replace(case, cost=cost, requests=requests)
 
 
-@settings(max_examples=500)
 @given(lasting_cases())
 def test_a_run_with_spans_is_the_run_without(case: Case):
     with_spans, watch = run(case, spans=True)
@@ -80,13 +79,11 @@ def test_a_run_with_spans_is_the_run_without(case: Case):
     event(f"cuts: {watch.cuts > 0}")
 
 
-@settings(max_examples=200)
 @given(lasting_cases(streamed_cases))
 def test_the_same_where_kv_leaves_chunk_by_chunk(case: Case):
     assert run(case, spans=True)[0] == run(case, spans=False)[0]
 
 
-@settings(max_examples=200)
 @given(lasting_cases() | lasting_cases(streamed_cases))
 def test_a_log_of_spans_replays(case: Case):
     """The log has all progress that was asked for, before all else of its turn."""

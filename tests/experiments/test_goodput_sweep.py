@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -24,6 +22,7 @@ from experiments.configs.named import get_config
 from experiments.runs.run_dir import Point, RunDir, SavedRun
 from experiments.sweep import report, serving, sweep
 from experiments.sweep.weights import load_model
+from tests.commands import run_command
 
 # As few programs as possible: compiling is most of the time.
 SMALL = [
@@ -359,14 +358,7 @@ def test_a_malformed_trace_line_is_named(tmp_path):
 
 
 def test_the_command_line_says_one_line_on_bad_flags(tmp_path):
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.goodput_sweep", "--set", "seed=x"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("goodput_sweep", "--set", "seed=x")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "error: --set seed: expected int, got 'x'"

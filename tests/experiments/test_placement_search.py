@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -21,6 +19,7 @@ from experiments.placement.placements import (
     report,
     simulation_of,
 )
+from tests.commands import run_command
 
 COARSE = SearchPlan(growth=1.5, tolerance=0.2, max_rates=20)
 
@@ -39,11 +38,7 @@ def search(model="opt-13b", devices=2, slo="0.25,0.1", **changes):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.placement_search", *arguments],
-        capture_output=True,
-        text=True,
-    )
+    return run_command("placement_search", *arguments)
 
 
 def test_the_command_writes_tables_and_winners(tmp_path):

@@ -5,7 +5,7 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from disagg_jax.control.backend import serve
@@ -280,7 +280,6 @@ def check_requests(trace, timelines) -> None:
             assert ended == [(timeline.status, timeline.end_s)]
 
 
-@settings(max_examples=300)
 @given(st.one_of(cases(), streamed_cases()))
 def test_everything_is_drawn_and_nothing_overlaps(case: Case):
     trace, turns, timelines, busy_s = run_case(case, spans=False)
@@ -296,7 +295,6 @@ def test_everything_is_drawn_and_nothing_overlaps(case: Case):
     event(f"transfers at once: {'(2)' in str(lane_names(trace).get('links'))}")
 
 
-@settings(max_examples=200)
 @given(lasting_cases())
 def test_spans_are_drawn_as_the_steps_they_stand_for(case: Case):
     drawn = []

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax import metrics
@@ -437,7 +437,6 @@ def test_intervals_of_short_traces_cover_the_truth():
 # ---- runs that are cut ---------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     text=st.sampled_from(
         ["colocated:tp1", "prefill:tp1,decode:tp1", "prefill:tp1pp1,2xdecode:tp1"]

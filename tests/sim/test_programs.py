@@ -5,7 +5,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from disagg_jax.calibration.profile_keys import program_of
@@ -129,7 +129,6 @@ def assert_is_the_engines(found, slices, buckets, memory) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=POLICIES.get)
-@settings(max_examples=50)
 @given(memory=st.sampled_from(MEMORIES), data=st.data())
 def test_the_program_is_the_one_that_the_engine_takes(policy, memory, data):
     buckets, programs = lists(policy, memory)
@@ -140,7 +139,6 @@ def test_the_program_is_the_one_that_the_engine_takes(policy, memory, data):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=POLICIES.get)
-@settings(max_examples=50)
 @given(memory=st.sampled_from(MEMORIES), data=st.data())
 def test_the_program_is_that_of_the_slices_for_timing(policy, memory, data):
     """All but the front: `load_slices` lays chunks before decodes, so that it is longer

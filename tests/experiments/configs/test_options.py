@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 from typing import ClassVar
 
 import pytest
@@ -16,6 +14,7 @@ from experiments.configs.config import Config, Workload, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.papers import FIGURES
 from experiments.papers.figure import Lab
+from tests.commands import run_code
 
 TRACE = ["workload.source=trace", "workload.trace=FILE.csv"]
 CHUNK = "systems.sarathi.policies.colocated.chunk_tokens=64"
@@ -335,12 +334,12 @@ for line in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("module", REFUSED)
 def test_a_command_refuses_a_flag_that_has_no_effect(module, tmp_path):
     required = REQUIRED.get(module, "")
     lines = [f"--out={tmp_path}/out {required} {line}" for line in REFUSED[module]]
-    command = [sys.executable, "-c", RUN, module, json.dumps(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run_code(RUN, module, json.dumps(lines))
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     for line, got, message in zip(
