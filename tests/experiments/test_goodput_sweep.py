@@ -302,6 +302,18 @@ def test_step_times_of_a_newer_format_are_refused_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "{}", '{"seconds": {"a": "soon"}}', '{"seconds": [1]}']
+)
+def test_what_is_no_step_times_is_named_before_any_work(content, tmp_path):
+    times = tmp_path / "step_times.json"
+    if content is not None:
+        times.write_text(content)
+    with pytest.raises(ValueError, match=f"--step_times: expected .*, got '{times}'"):
+        goodput_sweep.run(config(), tmp_path / "run", str(times))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_became_of_a_trace_stands_in_all_that_is_shown(tmp_path):
     """Ticks, rows left out, and runs that share rows: two of 6, of 10 that fit."""
     rows = [f"{3 * (i // 4)},{2 + i},3" for i in range(10)]
