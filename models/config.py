@@ -73,7 +73,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int | float) and not value > 0:
+            if type(value) in (int, float) and not value > 0:
                 raise ValueError(f"{field.name}: expected > 0, got {value}")
             if field.name in _KINDS and value not in _KINDS[field.name]:
                 raise ValueError(

@@ -13,7 +13,7 @@ from models.quantization import QUANTIZATION
 
 # Families of Hugging Face models whose layers have the matrices of `ModelConfig`.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-# Of no publication: as wide as they run. All others are billed at 16 bits, as published.
+# Of no publication: as wide as they run. Others are billed at 16 bits, as published.
 _OURS = ("tiny", "tiny-opt", "tiny-qwen3", "m32", "kv")
 # The keys of a file of one's own, with what each may hold.
 _SIZES = ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp", "vocab")

@@ -88,9 +88,9 @@ model = "runs/notebooks/will_it_help/my-model.json"  # @param {type: "string"}
 # %%
 from models.lookup import find_model
 
-shape = find_model(model)
-print(f"{shape.name}: {shape.params / 1e9:.2f} billion weights")
-print(f"{shape.kv_bytes_per_token / 1024:.0f} KiB of KV for each token")
+model_config = find_model(model)
+print(f"{model_config.name}: {model_config.num_params / 1e9:.2f} billion weights")
+print(f"{model_config.kv_bytes_per_token / 1024:.0f} KiB of KV for each token")
 
 # %% [markdown]
 # ## Your hardware and targets

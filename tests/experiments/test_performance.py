@@ -4,8 +4,6 @@ import dataclasses
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import pytest
@@ -21,6 +19,7 @@ from experiments.performance import Options, StepTime
 from models import transformer
 from models.config import ModelConfig, get_config
 from models.transformer import forward
+from tests.commands import run_command
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
 SMALL = Options(
@@ -41,12 +40,11 @@ SHAPE = ModelConfig(
     kv_heads=1,
     head_dim=2,
     mlp=8,
-    gated_mlp=True,
-    vocab=10,
+    vocab_size=10,
     tie_embeddings=True,
-    weight_dtype_bytes=4,
-    kv_dtype_bytes=4,
-    activation_dtype_bytes=4,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="float32",
 )
 
 
@@ -154,8 +152,7 @@ def test_cores_that_are_not_there_are_refused():
 
 
 def test_a_bad_flag_ends_the_command_with_one_line():
-    command = [sys.executable, "-m", "experiments.performance", "--batches=x"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("performance", "--batches=x")
     assert done.returncode == 1
     assert done.stderr.strip() == "error: batches: expected integers, got ['x']"
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from models.config import PRESETS
+from models.config import Widths
 from models.lookup import find_model
 
 
@@ -51,43 +51,22 @@ def test_weights_fill_the_memory_that_the_paper_states(name, gigabytes):
     ],
 )
 def test_parameters_are_the_checkpoints(name, billions):
-    assert find_model(name).params / 1e9 == pytest.approx(billions, rel=1e-3)
-
-
-# Neither may import the other (the core imports no models), so they stand twice.
-SHARED = sorted(MODEL_SHAPES.keys() & PRESETS.keys())
-
-
-def test_some_shapes_are_shared_with_the_engine():
-    assert SHARED == ["llama-3-8b", "opt-13b", "opt-66b", "smollm2-135m"]
-
-
-@pytest.mark.parametrize("name", SHARED)
-def test_shapes_that_the_engine_also_runs_are_the_same(name):
-    config, shape = PRESETS[name], find_model(name)
-    for field in ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp"):
-        assert getattr(shape, field) == getattr(config, field), field
-    assert shape.vocab == config.vocab_size
-    assert shape.tie_embeddings == config.tie_embeddings
-    assert shape.gated_mlp == (config.mlp_kind == "swiglu")
-    # What the shape leaves out: vectors, and a table of positions.
-    E, layers, kv = config.embed, config.layers, config.kv_heads * config.head_dim
-    norms = (2 * layers + 1) * E * (1 if config.norm == "rms" else 2)
-    biases = layers * (E + 2 * kv + E + config.mlp + E) if config.biases else 0
-    positions = config.max_length * E if config.positions == "learned" else 0
-    assert shape.params + norms + biases + positions == config.num_params
+    assert find_model(name).num_params / 1e9 == pytest.approx(billions, rel=1e-3)
 
 
 def test_dtypes_scale_what_they_are_the_dtype_of():
-    shape = find_model("llama-3-70b")
-    quantised = dataclasses.replace(shape, weight_dtype_bytes=1, kv_dtype_bytes=1)
-    assert 2 * quantised.weight_bytes == shape.weight_bytes == 2 * shape.params
-    assert 2 * quantised.kv_bytes_per_token == shape.kv_bytes_per_token
+    model = find_model("llama-3-70b")
+    eight_bits = Widths(weight=1, table=1, kv=1, activation=2)
+    quantised = dataclasses.replace(model, widths=eight_bits)
+    params = 80 * model.layer_params + 2 * model.table_params
+    assert 2 * quantised.weight_bytes == model.weight_bytes == 2 * params
+    assert 2 * quantised.kv_bytes_per_token == model.kv_bytes_per_token
 
 
 def test_tables_may_be_wider_than_the_layers():
-    shape = find_model("llama-3-8b")
-    awq = dataclasses.replace(shape, weight_dtype_bytes=0.5, table_dtype_bytes=2)
+    awq = dataclasses.replace(
+        find_model("llama-3-8b"), widths=Widths(weight=0.5, table=2, kv=2, activation=2)
+    )
     # 8.03e9 weights, of which 1.05e9 are in the two tables.
     assert awq.weight_bytes / 1e9 == pytest.approx(6.98 / 2 + 1.05 * 2, abs=0.01)
 
@@ -95,16 +74,19 @@ def test_tables_may_be_wider_than_the_layers():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": 0}, "layers: expected >= 1, got 0"),
-        ({"kv_dtype_bytes": 0}, "kv_dtype_bytes: expected >= 1, got 0"),
-        ({"weight_dtype_bytes": 0}, "weight_dtype_bytes: expected > 0, got 0"),
-        ({"table_dtype_bytes": -1}, "table_dtype_bytes: expected > 0, got -1"),
+        ({"layers": 0}, "layers: expected > 0, got 0"),
         ({"kv_heads": 7}, "q_heads: expected a multiple of kv_heads=7, got 64"),
     ],
 )
-def test_impossible_shapes_are_refused(change, message):
+def test_impossible_models_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(find_model("llama-3-70b"), **change)
+
+
+@pytest.mark.parametrize("part", ["weight", "table", "kv", "activation"])
+def test_impossible_widths_are_refused(part):
+    with pytest.raises(ValueError, match=f"{part}: expected > 0 bytes, got 0"):
+        Widths(**{"weight": 2, "table": 2, "kv": 2, "activation": 2, part: 0})
 
 
 def test_an_unknown_model_is_answered_with_the_known_ones():

@@ -15,7 +15,7 @@ from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.work import StepLoad
-from models.config import ModelConfig
+from models.config import ModelConfig, Widths
 from models.lookup import find_model
 
 PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
@@ -32,12 +32,13 @@ MODEL = ModelConfig(
     kv_heads=1,
     head_dim=2,
     mlp=6,
-    gated_mlp=False,
-    vocab=10,
+    mlp_kind="relu",
+    vocab_size=10,
     tie_embeddings=False,
-    weight_dtype_bytes=2,
-    kv_dtype_bytes=1,
-    activation_dtype_bytes=2,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="bfloat16",
+    widths=Widths(weight=2, table=2, kv=1, activation=2),
 )
 DEVICE = Hardware(
     name="toy",
@@ -126,7 +127,8 @@ def test_unequal_stages_by_hand(layers, pp, stage_layers):
 
 def int8(name):
     model = find_model(name)
-    return dataclasses.replace(model, weight_dtype_bytes=1, kv_dtype_bytes=1)
+    widths = Widths(weight=1, table=1, kv=1, activation=2)
+    return dataclasses.replace(model, widths=widths)
 
 
 def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():

@@ -20,9 +20,11 @@ TINY = ModelConfig(
     kv_heads=2,
     head_dim=2,
     mlp=16,
-    gated_mlp=True,
-    vocab=10,
+    vocab_size=10,
     tie_embeddings=True,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="bfloat16",
 )
 # A layer: 8 * (2*4 + 2*2) * 2 + 3 * 8 * 16 = 192 + 384 = 576. A table: 8 * 10 = 80.
 
@@ -54,6 +56,9 @@ def test_tokens_that_fit():
     assert part.kv_tokens(10_000, 1.0) == 51  # 4080 / 80
     assert part.kv_tokens(12_500, 0.8) == 51
     assert part.kv_tokens(6000, 1.0) == 1
+    for memory_bytes in (5999, 5920, 5000):  # no room for one token, or not for weights
+        with pytest.raises(ValueError, match="tiny with tp=1, pp=1: expected weights"):
+            part.kv_tokens(memory_bytes, 1.0)
 
 
 def test_capacities_are_near_distserves():
