@@ -13,20 +13,15 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
-from experiments.configs.config import (
-    Config,
-    System,
-    Targets,
-    override,
-    parse_lengths,
-    to_json,
-)
+from experiments.configs.config import Config, System, Targets, parse_lengths
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.override import override
+from experiments.runs.folder import plain
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_named_config_is_valid_json(name):
-    content = to_json(override(get_config(name), []))
+    content = plain(override(get_config(name), []))
     assert json.loads(json.dumps(content)) == content
     assert content["type"] == "Config"
 
@@ -311,7 +306,7 @@ def test_the_defaults_are_those_that_the_documents_name():
 
 def test_the_record_of_a_config_has_every_value_and_type():
     config = override(get_config("tiny"), ["rates=1,2.5", "seed=7"])
-    content = to_json(config)
+    content = plain(config)
     assert content["rates"] == [1.0, 2.5] and content["seed"] == 7
     assert content["cost"] == {
         "type": "LinearCost",

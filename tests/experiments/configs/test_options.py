@@ -10,8 +10,9 @@ from absl import flags
 
 from experiments.cli.flags import expect_once, expect_used
 from experiments.configs import options
-from experiments.configs.config import Config, Workload, override
+from experiments.configs.config import Config, Workload
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.override import override
 from experiments.papers import FIGURES
 from experiments.papers.figure import Lab
 from tests.commands import run_code
