@@ -77,8 +77,8 @@ def check(
 def changed(
     node: Any, base: Any, default: Any = None, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield the path and value of each leaf that differs from `base` and its
-    default.""" if dataclasses.is_dataclass(node):
+    """Yield path and value of each leaf that differs from `base` and its default."""
+    if dataclasses.is_dataclass(node):
         for field in dataclasses.fields(node):
             parts = (getattr(node, field.name), getattr(base, field.name, None))
             usual = getattr(default, field.name, field.default)
