@@ -15,6 +15,7 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
 from experiments.configs.config import Config, System, Targets, parse_lengths
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import check
 from experiments.configs.override import override
 from experiments.runs.folder import plain
 
@@ -273,12 +274,12 @@ def test_a_value_of_another_kind_is_refused(assignment, message):
 def test_a_rate_made_in_python_is_checked_too(rate):
     made = dataclasses.replace(get_config("tiny"), rates=(1.0, rate))
     with pytest.raises(ValueError, match="rates: expected > 0 requests/s, and finite"):
-        made.check()
+        check(made)
 
 
 def test_a_config_has_a_system():
     with pytest.raises(ValueError, match="systems: expected at least one, got none"):
-        dataclasses.replace(get_config("tiny"), systems={}).check()
+        check(dataclasses.replace(get_config("tiny"), systems={}))
 
 
 def test_the_defaults_are_those_that_the_documents_name():
