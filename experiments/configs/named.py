@@ -1,4 +1,4 @@
-"""The named configs. Each says what it asks, what it costs and what to expect."""
+"""The named configs, each with its question, its cost and what to expect."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ CONFIGS = {
 
 
 def get_config(name: str) -> Config:
-    """The config called `name`; ValueError naming the known ones if there is none."""
+    """Return the config called `name`, or raise a ValueError naming the known ones."""
     if name not in CONFIGS:
         raise ValueError(f"--config: expected one of {sorted(CONFIGS)}, got '{name}'")
     return CONFIGS[name]()

@@ -17,8 +17,8 @@ from disagg_jax.search.rates import find_inversion
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir, SavedRun
 from experiments.sweep import report, serving, sweep
 from experiments.sweep.weights import load_model

@@ -13,20 +13,16 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
-from experiments.configs.config import (
-    Config,
-    System,
-    Targets,
-    override,
-    parse_lengths,
-    to_json,
-)
+from experiments.configs.config import Config, System, Targets, parse_lengths
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import check
+from experiments.configs.override import override
+from experiments.runs.folder import plain
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_named_config_is_valid_json(name):
-    content = to_json(override(get_config(name), []))
+    content = plain(override(get_config(name), []))
     assert json.loads(json.dumps(content)) == content
     assert content["type"] == "Config"
 
@@ -278,12 +274,12 @@ def test_a_value_of_another_kind_is_refused(assignment, message):
 def test_a_rate_made_in_python_is_checked_too(rate):
     made = dataclasses.replace(get_config("tiny"), rates=(1.0, rate))
     with pytest.raises(ValueError, match="rates: expected > 0 requests/s, and finite"):
-        made.check()
+        check(made)
 
 
 def test_a_config_has_a_system():
     with pytest.raises(ValueError, match="systems: expected at least one, got none"):
-        dataclasses.replace(get_config("tiny"), systems={}).check()
+        check(dataclasses.replace(get_config("tiny"), systems={}))
 
 
 def test_the_defaults_are_those_that_the_documents_name():
@@ -311,7 +307,7 @@ def test_the_defaults_are_those_that_the_documents_name():
 
 def test_the_record_of_a_config_has_every_value_and_type():
     config = override(get_config("tiny"), ["rates=1,2.5", "seed=7"])
-    content = to_json(config)
+    content = plain(config)
     assert content["rates"] == [1.0, 2.5] and content["seed"] == 7
     assert content["cost"] == {
         "type": "LinearCost",

@@ -10,8 +10,10 @@ from absl import flags
 
 from experiments.cli.flags import expect_once, expect_used
 from experiments.configs import options
-from experiments.configs.config import Config, Workload, override
+from experiments.configs.config import Config, Workload
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import check
+from experiments.configs.override import override
 from experiments.papers import FIGURES
 from experiments.papers.figure import Lab
 from tests.commands import run_code
@@ -48,7 +50,7 @@ def test_every_field_of_a_config_says_when_it_matters():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_named_config_sets_nothing_that_has_no_effect(name):
-    get_config(name).check()
+    check(get_config(name))
 
 
 def test_arrivals_matter_beside_a_trace_without_times_only(tmp_path):
@@ -262,7 +264,7 @@ def test_a_config_made_in_python_is_compared_with_the_defaults():
     config = get_config("tiny")
     made = dataclasses.replace(config, workload=Workload(trace="x.csv"))
     with pytest.raises(ValueError, match="expected workload.source=trace"):
-        made.check()
+        check(made)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def folder_of(path):
 def test_a_result_without_a_config_may_be_replaced_where_asked(tmp_path):
     (tmp_path / "result.txt").write_text("of an older version")
     once(tmp_path, {"a": 1}, replace=True)
-    assert read(tmp_path / "config.json") == {"a": 1}
+    assert config_in(tmp_path) == {"a": 1}
 
 
 def test_a_config_that_is_no_json_is_not_recorded(tmp_path):
@@ -189,7 +189,7 @@ def test_a_refused_config_changes_nothing(tmp_path):
     record_start(tmp_path, {"a": 1}, "first")
     with pytest.raises(ValueError, match="another config"):
         record_start(tmp_path, {"a": 2}, "second")
-    assert read(tmp_path / "config.json") == {"a": 1}
+    assert config_in(tmp_path) == {"a": 1}
     assert read(tmp_path / "env.json") == ["first"]
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from disagg_jax.deployment import KVMemory
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.override import override
 from experiments.sweep import request_source
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.weights import load_model

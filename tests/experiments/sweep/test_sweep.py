@@ -13,8 +13,8 @@ from disagg_jax.metrics.criteria import Alone, for_slo
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.serving import Run
 from experiments.sweep.sweep import Sweep
