@@ -31,8 +31,8 @@ from absl import app, flags
 
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
+from disagg_jax.workload import TraceWorkload, Workload
 from disagg_jax.workload.traces import Trace, load_trace
 from experiments.cli import trace_flags
 from experiments.cli.command import command, own_flags
@@ -250,9 +250,7 @@ def trace_workload(
     """
     if not isinstance(trace, Trace):
         trace = load_trace(trace)
-    # What was to be done to ties is done.
-    workload = TraceWorkload.fitting(trace.rows, max_total_tokens, ties="keep")
-    return dataclasses.replace(workload, notes=(str(trace), *workload.notes))
+    return TraceWorkload.fitting(trace, max_total_tokens)
 
 
 def run(

@@ -1,4 +1,4 @@
-"""Distributions of prompt and output lengths."""
+"""Distributions of prompt and output lengths, and their text form."""
 
 from __future__ import annotations
 
@@ -142,3 +142,28 @@ class HistogramLengths:
 
 def _check_bounds(name: str, low: int, high: int) -> None:
     require(1 <= low <= high, f"{name}: expected 1 <= low <= high", (low, high))
+
+
+def parse_lengths(text: str) -> Lengths:
+    """Parse `fixed:N`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA:HIGH`, in tokens.
+
+    Raises:
+      ValueError: on any other text.
+    """
+    kind, *numbers = text.split(":")
+    try:
+        match kind, [float(number) for number in numbers]:
+            case "fixed", [tokens]:
+                return FixedLengths(tokens=int(tokens))
+            case "uniform", [low, high]:
+                return UniformLengths(low=int(low), high=int(high))
+            case "lognormal", [median, sigma, high]:
+                return LognormalLengths(median=median, sigma=sigma, high=int(high))
+            case _:
+                pass
+    except (ValueError, OverflowError) as error:  # int(inf) overflows
+        raise ValueError(f"lengths '{text}': {error}") from error
+    raise ValueError(
+        "lengths: expected fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, "
+        f"got '{text}'"
+    )

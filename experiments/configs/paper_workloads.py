@@ -8,8 +8,12 @@ import pathlib
 import re
 
 from disagg_jax.errors import require
-from disagg_jax.sim.run import SimWorkload
-from disagg_jax.workload.lengths import FixedLengths, HistogramLengths, LognormalLengths
+from disagg_jax.workload import (
+    FixedLengths,
+    HistogramLengths,
+    LognormalLengths,
+    RandomWorkload,
+)
 
 LENGTHS = pathlib.Path(__file__).parents[1] / "profiles" / "distserve_lengths.json"
 DISTSERVE = ("sharegpt", "humaneval", "longbench")
@@ -26,7 +30,7 @@ _P90 = 1.2816  # standard deviations of a normal from its median
 _MAX_TOTAL_TOKENS = 2048  # OPT's longest context; DistServe drops longer requests
 
 
-def get_workload(name: str) -> SimWorkload:
+def get_workload(name: str) -> RandomWorkload:
     """The workload called `name`, with Poisson arrivals.
 
     "sharegpt", "humaneval" and "longbench" are DistServe's (arXiv 2401.09670 v3, Fig.
@@ -40,10 +44,10 @@ def get_workload(name: str) -> SimWorkload:
     """
     if match := _FIXED.fullmatch(name):
         prompt, output = (FixedLengths(tokens=int(text)) for text in match.groups())
-        return SimWorkload(prompt=prompt, output=output)
+        return RandomWorkload(prompt=prompt, output=output)
     if name in SARATHI_SERVE:
         prompt, output, longest = SARATHI_SERVE[name]
-        return SimWorkload(
+        return RandomWorkload(
             prompt=_lognormal(*prompt, longest),
             output=_lognormal(*output, longest),
             max_total_tokens=longest,
@@ -51,7 +55,7 @@ def get_workload(name: str) -> SimWorkload:
     names = (*DISTSERVE, *SARATHI_SERVE)
     known = f"workload: expected one of {names} or 'fixed:PROMPTxOUTPUT'"
     require(name in DISTSERVE, known, name)
-    return SimWorkload(
+    return RandomWorkload(
         prompt=_histogram(name, "prompt"),
         output=_histogram(name, "output"),
         max_total_tokens=_MAX_TOTAL_TOKENS,

@@ -11,6 +11,7 @@ from disagg_jax.workload.lengths import (
     LognormalLengths,
     NormalLengths,
     UniformLengths,
+    parse_lengths,
 )
 
 N = 40_000  # draws for moments: the mean of unit-variance draws is good to 0.5 %
@@ -160,3 +161,21 @@ def test_figure_of_a_paper(shared_dir):
 def test_errors(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("fixed:7", FixedLengths(tokens=7)),
+        ("uniform:3:9", UniformLengths(low=3, high=9)),
+        ("lognormal:20:0.5:99", LognormalLengths(median=20, sigma=0.5, high=99)),
+    ],
+)
+def test_lengths_are_read(text, lengths):
+    assert parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["", "fixed", "fixed:x", "uniform:9:3", "zipf:2"])
+def test_bad_lengths_are_an_error_that_quotes_them(text):
+    with pytest.raises(ValueError, match=f"'{text}'"):
+        parse_lengths(text)

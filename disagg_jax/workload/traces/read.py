@@ -102,11 +102,6 @@ def has_times(path: Path) -> bool:
         return find_format(path, records.where, records.names).time is not None
 
 
-def read_trace(path: Path, **options: Any) -> list[TraceRow]:
-    """The rows of `load_trace`."""
-    return load_trace(path, **options).rows
-
-
 def load_trace(
     path: Path,
     *,

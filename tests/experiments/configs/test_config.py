@@ -11,13 +11,11 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
 from experiments.configs.config import (
     Config,
     System,
     Targets,
     override,
-    parse_lengths,
     to_json,
 )
 from experiments.configs.named import CONFIGS, get_config
@@ -91,24 +89,6 @@ def test_a_bad_override_says_what_was_expected_and_what_came(assignment, message
 def test_an_unknown_config_names_the_known_ones():
     with pytest.raises(ValueError, match="expected one of.*smoke.*got 'nope'"):
         get_config("nope")
-
-
-@pytest.mark.parametrize(
-    ("text", "lengths"),
-    [
-        ("fixed:7", FixedLengths(tokens=7)),
-        ("uniform:3:9", UniformLengths(low=3, high=9)),
-        ("lognormal:20:0.5:99", LognormalLengths(median=20, sigma=0.5, high=99)),
-    ],
-)
-def test_lengths_are_read(text, lengths):
-    assert parse_lengths(text) == lengths
-
-
-@pytest.mark.parametrize("text", ["", "fixed", "fixed:x", "uniform:9:3", "zipf:2"])
-def test_bad_lengths_are_an_error_that_quotes_them(text):
-    with pytest.raises(ValueError, match=f"'{text}'"):
-        parse_lengths(text)
 
 
 def test_a_preset_is_the_slo_where_no_seconds_are_given():
