@@ -24,11 +24,11 @@ from disagg_jax.request import GREEDY, Request, Sampling
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Arrivals:
-    """How requests are spread in time, whatever the rate.
+    """How requests are spread in time, at any rate.
 
     Raises:
-      ValueError: on an unknown kind, or a `burstiness` that is not > 0 or that the kind
-        does not use.
+      ValueError: on an unknown kind, or a `burstiness` that is not > 0 or without
+        effect.
     """
 
     kind: Literal["poisson", "gamma", "fixed"] = "poisson"
@@ -46,11 +46,11 @@ class Arrivals:
     def times_s(
         self, n: int, rate_rps: float, rng: np.random.Generator
     ) -> NDArray[np.float64]:
-        """`[n]` arrival times in seconds, ascending; the first comes after one gap.
+        """Draw `[n]` ascending arrival times in seconds; the first comes after one gap.
 
-        Gaps of mean 1 are divided by `rate_rps`; an infinite rate has all arrive at 0.
-        vLLM's generator moreover stretches each run to last exactly n / rate, which
-        hides the variation between seeds; this one does not.
+        Gaps of mean 1 are divided by `rate_rps`; at an infinite rate all requests
+        arrive at 0. Unlike vLLM's generator, this one does not stretch each run to last
+        exactly n / rate, which would hide the variation between seeds.
 
         Raises:
           ValueError: if `n` < 1 or `rate_rps` is not > 0.

@@ -19,9 +19,9 @@ LENGTHS = pathlib.Path(__file__).parents[1] / "profiles" / "distserve_lengths.js
 DISTSERVE = ("sharegpt", "humaneval", "longbench")
 _FIXED = re.compile(r"fixed:([1-9]\d*)x([1-9]\d*)")
 # Name -> median and P90 of prompts and of outputs, and the longest request, in tokens.
-# Sarathi-Serve (OSDI'24) Table 2, from memory. A log-normal through them has a standard
-# deviation of its outputs of 283 (chat) and 109 (arxiv); the table prints 101 and 265,
-# which are known to be swapped (facts/schedulers.md, correction 5).
+# Sarathi-Serve (OSDI'24) Table 2, from memory. A log-normal through them has an output
+# standard deviation of 283 (chat) and 109 (arxiv). The table prints 101 and 265, which
+# look swapped: the chat lengths that its authors released have 265.6.
 SARATHI_SERVE = {
     "openchat_sharegpt4": ((1730, 5696), (415, 834), 8192),
     "arxiv_summarization": ((7059, 12_985), (208, 371), 16_384),
@@ -31,7 +31,7 @@ _MAX_TOTAL_TOKENS = 2048  # OPT's longest context; DistServe drops longer reques
 
 
 def get_workload(name: str) -> RandomWorkload:
-    """The workload called `name`, with Poisson arrivals.
+    """Return the workload called `name`, with Poisson arrivals.
 
     "sharegpt", "humaneval" and "longbench" are DistServe's (arXiv 2401.09670 v3, Fig.
     7): prompt and output are drawn apart, and cut to OPT's 2048 tokens together.
@@ -71,6 +71,6 @@ def _histogram(name: str, part: str) -> HistogramLengths:
 
 
 def _lognormal(median: float, p90: float, longest: int) -> LognormalLengths:
-    """The log-normal through both quantiles, before it is cut at `longest`."""
+    """Return the log-normal through both quantiles, before it is cut at `longest`."""
     sigma = math.log(p90 / median) / _P90
     return LognormalLengths(median=median, sigma=sigma, high=longest)
