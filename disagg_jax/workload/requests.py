@@ -106,7 +106,7 @@ class TokenOptions:
     vocab_size: int | None = None
     ignore_eos: bool = True
     eos_token: int | None = None
-    stop_tokens: frozenset[int] = frozenset()
+    stop_tokens: tuple[int, ...] = ()
     sampling: Sampling = GREEDY  # each request draws a seed of its own
 
     def __post_init__(self) -> None:
@@ -132,6 +132,7 @@ def build_requests(
       prompts: token ids; by default random ones, if `tokens` has a vocabulary.
     """
     found = prompts or _random_prompts(prompt_tokens, tokens, streams.prompts)
+    stop_tokens = frozenset(tokens.stop_tokens)
     seeds = streams.sampling.integers(2**31, size=len(arrivals_s))  # Sampling's range
     rows = zip(
         arrivals_s, prompt_tokens, output_tokens, found, seeds.tolist(), strict=True
@@ -145,7 +146,7 @@ def build_requests(
             prompt=prompt,
             sampling=dataclasses.replace(tokens.sampling, seed=seed),
             eos_token=tokens.eos_token,
-            stop_tokens=tokens.stop_tokens,
+            stop_tokens=stop_tokens,
             ignore_eos=tokens.ignore_eos,
         )
         for i, (arrival_s, length, max_tokens, prompt, seed) in enumerate(rows)

@@ -92,7 +92,7 @@ def load_workload(config: Config, model: Model) -> Workload:
         vocab_size=vocab_size,
         ignore_eos=options.ignore_eos,
         eos_token=next(iter(eos_tokens), None),
-        stop_tokens=frozenset(() if options.ignore_eos else eos_tokens[1:]),
+        stop_tokens=() if options.ignore_eos else eos_tokens[1:],
     )
     if options.source == "trace":
         return TraceWorkload.fitting(

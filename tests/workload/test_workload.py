@@ -117,7 +117,7 @@ def test_prompts_only(workload):
 @pytest.mark.parametrize("workload", ALL)
 def test_each_request_has_the_options_and_a_sampling_seed_of_its_own(workload):
     sampling = Sampling(temperature=0.5, top_k=3)
-    options = {"sampling": sampling, "eos_token": 2, "stop_tokens": frozenset({4})}
+    options = {"sampling": sampling, "eos_token": 2, "stop_tokens": (4,)}
     made = with_tokens(workload, ignore_eos=False, **options).requests(50, 2.0, 3)
     assert len({r.sampling.seed for r in made}) == 50
     assert {dataclasses.replace(r.sampling, seed=0) for r in made} == {sampling}
