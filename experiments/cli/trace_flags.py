@@ -1,4 +1,4 @@
-"""The flags of commands that read a trace file, except for its path."""
+"""The flags of commands that read a trace file, beside the one of its path."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _TOKENIZER = flags.DEFINE_string(
 
 
 def open_trace(path: str) -> Trace:
-    """Read a trace as the flags say.
+    """Reads a trace as the flags say.
 
     Raises:
-      ValueError, OSError: on a trace or a tokenizer that cannot be read.
+      ValueError, OSError: on a trace, or a tokenizer, that cannot be read.
     """
     # Any: enums of absl are plain text.
     options: dict[str, Any] = {"unit": _UNIT.value, "ties": _TIES.value}
