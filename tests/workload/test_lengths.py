@@ -179,3 +179,22 @@ def test_lengths_are_read(text, lengths):
 def test_bad_lengths_are_an_error_that_quotes_them(text):
     with pytest.raises(ValueError, match=f"'{text}'"):
         parse_lengths(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fixed:inf", "lengths 'fixed:inf': cannot convert float infinity"),
+        ("uniform:1:nan", "lengths 'uniform:1:nan': cannot convert float NaN"),
+        ("lognormal:9:1", "LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, got 'lognormal:9"),
+        ("fixed:1:2", "expected fixed:N, uniform"),
+    ],
+)
+def test_lengths_that_are_no_numbers_or_too_many_are_refused(text, message):
+    with pytest.raises(ValueError) as error:
+        parse_lengths(text)
+    assert message in str(error.value)
+
+
+def test_a_median_may_lie_between_two_lengths():
+    assert parse_lengths("lognormal:2.5:0.5:99").median == 2.5

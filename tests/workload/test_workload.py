@@ -269,6 +269,15 @@ def test_one_request_and_two_at_the_same_time():
             assert requests[0].arrival_s == 0
 
 
+def test_rows_at_one_time_have_no_rate_but_their_trace_may():
+    rows = [TraceRow(at, 5 + i, 1) for i, at in enumerate([3.0, 3.0, 5.0, 6.0])]
+    workload = TraceWorkload(rows=tuple(rows))
+    found = [workload.requests(2, 4.0, seed) for seed in (0, 1)]
+    # The first two come together; the others a quarter of a second apart.
+    assert [column(run, "arrival_s") for run in found] == [[0, 0], [0, 0.25]]
+    assert [column(run, "prompt_tokens") for run in found] == [[5, 6], [7, 8]]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
