@@ -8,7 +8,6 @@ import heapq
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
 
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.deployment import Deployment
@@ -26,9 +25,9 @@ from disagg_jax.work import (
 
 # Iterations of a span that are timed at first, and then as many as there are already:
 # most spans are cut early.
-_AHEAD: Final = 16
-_INFINITE: Final = math.inf
-_LAST: Final = (sys.maxsize,)  # behind all resources, of what is due at one instant
+_AHEAD = 16
+_INFINITE = math.inf
+_LAST = (sys.maxsize,)  # behind all resources, of what is due at one instant
 
 # (instance,), (instance, stage) for its later stages, or a link: its name, by default
 # (-3, src, dst). What begins with an instance is a part of it, whatever follows; names
