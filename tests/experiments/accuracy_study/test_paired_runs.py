@@ -16,7 +16,7 @@ from experiments.configs.config import WorkloadConfig
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Run, Server
-from tests.experiments.calibrating import CONFIG, TINY, calibrated, device
+from tests.experiments.calibrating import CONFIG, calibrated, device
 
 RATES = (60.0, 80.0, 100.0)  # about its goodput
 SLO_S = SLO(ttft_s=0.1, tpot_s=0.02)
@@ -50,10 +50,11 @@ def engine_and_profile(random_model):
 
 
 @pytest.fixture
-def twin(tmp_path, engine_and_profile):
+def twin(tmp_path, engine_and_profile, random_model):
     server, profile = engine_and_profile
     server.calls = 0
-    source, run_dir = RequestSource(server.config, TINY), RunDir(tmp_path, {})
+    source = RequestSource.load(server.config, random_model)
+    run_dir = RunDir(tmp_path, {})
     found = Twin.of("vllm", server, source, SLO_S, profile, run_dir, {})
     server.twin = found
     return found
