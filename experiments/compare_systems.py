@@ -30,8 +30,8 @@ from typing import Any, TypeVar
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.hardware.presets import get_hardware
-from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
+from disagg_jax.workload import TraceWorkload, Workload
 from disagg_jax.workload.traces import Trace, load_trace
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
@@ -225,9 +225,7 @@ def trace_workload(
     """
     if not isinstance(trace, Trace):
         trace = load_trace(trace)
-    # What was to be done to ties is done.
-    workload = TraceWorkload.fitting(trace.rows, max_total_tokens, ties="keep")
-    return dataclasses.replace(workload, notes=(str(trace), *workload.notes))
+    return TraceWorkload.fitting(trace, max_total_tokens)
 
 
 def run(

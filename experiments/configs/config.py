@@ -17,22 +17,16 @@ from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
-from disagg_jax.workload.lengths import (
-    FixedLengths,
-    Lengths,
-    LognormalLengths,
-    UniformLengths,
-)
 from disagg_jax.workload.requests import Arrivals
 from disagg_jax.workload.traces import Ties, TooLong, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """The requests; each point of a sweep runs `num_requests` of them."""
+class WorkloadConfig:
+    """The options of a `disagg_jax.workload.Workload`."""
 
     source: str = "random"  # prompts: random | human_eval | trace
-    trace: str = ""  # source=trace: its path; see `workload.traces` for the formats
+    trace: str = ""  # source=trace: its path; `workload.traces.formats` has the formats
     trace_scale: float = 1.0  # source=trace: factor on its lengths, to fit the model
     trace_unit: Unit = "auto"  # source=trace: of its times, if its format does not say
     trace_rows: int = 0  # source=trace: rows to read, from the first on; 0: all
@@ -44,7 +38,7 @@ class Workload:
     too_long: TooLong = "drop"
     num_requests: int = 100  # in each run
     arrivals: Arrivals = Arrivals()  # also of a trace without times
-    prompt_tokens: str = "uniform:32:256"  # source=random; see `parse_lengths`
+    prompt_tokens: str = "uniform:32:256"  # source=random; see `lengths.parse_lengths`
     output_tokens: str = "uniform:16:48"  # source=random | human_eval
     ignore_eos: bool = True  # generate all output_tokens: the same work for all systems
 
@@ -126,7 +120,7 @@ class Config:
     # Hugging Face folder or a checkpoint (experiments.convert_checkpoint)
     weights: str = "random"
     systems: Mapping[str, System]  # by the name used in tables and pictures
-    workload: Workload = Workload()
+    workload: WorkloadConfig = WorkloadConfig()
     slo: Targets = Targets()
     memory: Memory = Memory()
     criterion: str = "distserve"  # what is good: a name of `criteria.for_slo`
@@ -263,24 +257,3 @@ def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
     """Raise a ValueError unless `value` is known."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got '{value}'")
-
-
-def parse_lengths(text: str) -> Lengths:
-    """Parse `fixed:N`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA:HIGH` (tokens)."""
-    kind, *numbers = text.split(":")
-    try:
-        match kind, [float(number) for number in numbers]:
-            case "fixed", [tokens]:
-                return FixedLengths(tokens=int(tokens))
-            case "uniform", [low, high]:
-                return UniformLengths(low=int(low), high=int(high))
-            case "lognormal", [median, sigma, high]:
-                return LognormalLengths(median=median, sigma=sigma, high=int(high))
-            case _:
-                pass
-    except (ValueError, OverflowError) as error:  # int(inf) overflows
-        raise ValueError(f"lengths '{text}': {error}") from error
-    raise ValueError(
-        "lengths: expected fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, "
-        f"got '{text}'"
-    )

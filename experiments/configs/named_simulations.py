@@ -32,7 +32,8 @@ from disagg_jax.sim.hardware.link import LINKS, get_link
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.traces import Trace, load_trace, requests_from_trace
+from disagg_jax.workload import requests_of_rows
+from disagg_jax.workload.traces import Trace, fit_rows, load_trace
 from models.lookup import find_model
 
 PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
@@ -274,11 +275,10 @@ def trace_requests(
         trace = load_trace(trace)
     if not trace.timed and rate_rps is None:
         raise ValueError(f"--rate: expected requests/s, as {trace.file} has no times")
-    # What was to be done to ties is done.
-    made = requests_from_trace(trace.rows, seed=0, rate_rps=rate_rps, ties="keep")
-    if made.dropped_empty:
-        print(f"{made.dropped_empty} rows without tokens are left out", file=sys.stderr)
+    fitted = fit_rows(trace.rows)
+    if empty := fitted.left_out_empty:
+        print(f"{empty} rows without tokens are left out", file=sys.stderr)
     return [
         dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
-        for r in made.requests
+        for r in requests_of_rows(fitted.rows, rate_rps)
     ]

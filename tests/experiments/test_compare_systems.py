@@ -9,8 +9,7 @@ import pytest
 
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.sim.run import SimWorkload
-from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload import FixedLengths, RandomWorkload
 from experiments.compare_systems import numbers
 from experiments.comparison.comparison import (
     COLOCATED,
@@ -108,7 +107,7 @@ def judged(output, slo):
 
 
 def hundred(output):
-    return SimWorkload(
+    return RandomWorkload(
         prompt=FixedLengths(tokens=100), output=FixedLengths(tokens=output)
     )
 
@@ -597,7 +596,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     assert made["sentence"] in done.stdout
     *notes, why = made["notes"]
     assert notes == said and why.startswith("no interval: 2 runs x")
-    assert why in done.stdout and " share the 60 rows of the trace, so " in why
+    assert why in done.stdout and " share the 60 rows of the trace that fit, so " in why
     (cell,) = made["cells"]
     assert cell["verdict"] == UNCLEAR
     assert all(one["goodput"]["low"] is None for one in cell["systems"])

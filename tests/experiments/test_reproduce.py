@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.run import SimResult
+from disagg_jax.sim.run import RunLatencies
 from experiments import reproduce
 from experiments.configs.named_simulations import get_simulation
 from experiments.papers import FIGURES, runs
@@ -99,7 +99,7 @@ def test_step_times_are_the_cost_models(monkeypatch):
 
 
 def result(ttft_s: tuple[float, ...], tpot_s: tuple[float, ...], arrived: int):
-    return SimResult(
+    return RunLatencies(
         arrived=arrived,
         ttft_s=ttft_s,
         tpot_s=tpot_s,

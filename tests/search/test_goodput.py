@@ -32,11 +32,16 @@ from disagg_jax.search.phases import decode_alone, prefill_alone
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.run import SimPoint, SimWorkload, TraceWorkload, run_point
+from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.work import StepLoad, Transfer
-from disagg_jax.workload.lengths import FixedLengths, UniformLengths
+from disagg_jax.workload import (
+    FixedLengths,
+    RandomWorkload,
+    TraceWorkload,
+    UniformLengths,
+)
 from disagg_jax.workload.traces import TraceRow
 from tests.serving import make_request
 
@@ -45,7 +50,7 @@ MEMORY = KVMemory(num_blocks=4000, max_context=4096)
 COST = LinearCost(
     step_base_s=0.01, prefill_token_s=2e-4, decode_token_s=1e-4, transfer_token_s=1e-6
 )
-WORKLOAD = SimWorkload(
+WORKLOAD = RandomWorkload(
     prompt=UniformLengths(low=50, high=500), output=UniformLengths(low=1, high=60)
 )
 
@@ -103,7 +108,7 @@ def test_the_goodput_of_an_m_d_1_queue():
     found = find_goodput(
         GoodputSearch(
             simulated=simulated,
-            workload=SimWorkload(
+            workload=RandomWorkload(
                 prompt=FixedLengths(tokens=8), output=FixedLengths(tokens=1)
             ),
             slo=SLO(ttft_s=slo_s, tpot_s=math.inf),
@@ -135,7 +140,7 @@ def test_the_bracket_is_that_of_full_runs(text, target):
     found = find_goodput(search).found
     assert found.fail_rps / found.pass_rps <= 1.05
     full = {
-        rate: [run_point(p).attainment(search.slo).joint for p in search.points(rate)]
+        rate: [run_task(p).attainment(search.slo).joint for p in search.points(rate)]
         for rate in (found.pass_rps, found.fail_rps)
     }
     assert np.mean(full[found.pass_rps]) >= target > np.mean(full[found.fail_rps])
@@ -149,7 +154,7 @@ def test_a_seeds_crossing_is_interpolated_between_full_runs():
     search = asked("colocated:tp1", seeds=(3,), plan=coarse)
     found = find_goodput(search).found
     full = [
-        (rate, run_point(*search.points(rate)).attainment(search.slo).joint)
+        (rate, run_task(*search.points(rate)).attainment(search.slo).joint)
         for rate in (found.pass_rps, found.fail_rps)
     ]
     assert found.per_seed_rps == (metrics.goodput(full, 0.9).rate_rps,)
@@ -179,10 +184,10 @@ def test_targets_below_the_unloaded_latency_cost_no_run():
 def test_unloaded_latencies_are_those_of_requests_far_apart(text):
     cost = dataclasses.replace(COST, context_token_s=1e-5)
     simulated = build(Deployment.parse(text), cost=cost)
-    point = SimPoint(
+    point = SimulationTask(
         simulated=simulated, workload=WORKLOAD, rate_rps=1e-3, num_requests=50
     )
-    apart = run_point(point)
+    apart = run_task(point)
     alone = unloaded(simulated, WORKLOAD.requests(50, 1.0, 0))
     assert alone.ttft_s == pytest.approx(apart.ttft_s, rel=1e-6)
     assert alone.tpot_s == pytest.approx(apart.tpot_s, rel=1e-6)
@@ -190,7 +195,7 @@ def test_unloaded_latencies_are_those_of_requests_far_apart(text):
 
 def test_capacity_of_prefill_is_that_of_full_batches():
     simulated = build(Deployment.parse("2xprefill:tp1,9xdecode:tp1"))
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=2)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -201,7 +206,7 @@ def test_capacity_of_prefill_is_that_of_full_batches():
 
 def test_capacity_of_decode_is_that_of_the_largest_batch_in_time():
     simulated = build(Deployment.parse("9xprefill:tp1,decode:tp1"))
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -249,7 +254,7 @@ def test_capacity_of_stages(stages_s, max_seqs, tpot_s, blocks, expected):
     policies = {**POLICIES, Role.DECODE: DecodeOnly(max_seqs=max_seqs)}
     memory = KVMemory(num_blocks=blocks, max_context=256)
     simulated = build(deployment, Unequal(stages_s), memory, policies)
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -363,7 +368,7 @@ def test_capacity_of_prompts_is_that_of_the_slowest_stage():
     deployment = Deployment.parse("prefill:tp1pp2,99xdecode:tp1")
     simulated = build(deployment, Unequal((0.01, 0.03)))
     for tokens, batch in ((200, 2), (256, 2), (257, 1), (600, 1)):
-        workload = SimWorkload(
+        workload = RandomWorkload(
             prompt=FixedLengths(tokens=tokens), output=FixedLengths(tokens=2)
         )
         for n in (10, 100, 150):
@@ -384,7 +389,7 @@ def test_capacity_of_colocated_instances_shares_their_time():
     simulated = build(
         Deployment.parse("2xcolocated:tp1"), Unequal((0.01,)), policies=policies
     )
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=11)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -508,8 +513,8 @@ def test_intervals_of_short_traces_cover_the_truth():
 
     def attainments(workload, seeds):
         return [
-            run_point(
-                SimPoint(
+            run_task(
+                SimulationTask(
                     simulated=simulated,
                     workload=workload,
                     rate_rps=rate,
@@ -553,14 +558,14 @@ def test_a_cut_run_gives_the_verdict_of_the_full_run(
 ):
     # 40 blocks hold 640 tokens: memory is short, and requests are preempted.
     memory = KVMemory(num_blocks=blocks, max_context=520)  # some are refused
-    point = SimPoint(
+    point = SimulationTask(
         simulated=build(Deployment.parse(text), memory=memory),
         workload=WORKLOAD,
         rate_rps=rate,
         num_requests=80,
         seed=seed,
     )
-    full = run_point(point)
+    full = run_task(point)
     # Targets that some request meets exactly, and attainment targets on the edge.
     ttft_s, tpot_s = (
         sorted(values)[i % len(values)]
@@ -592,7 +597,7 @@ def test_a_hopeless_run_is_cut_early():
     assert run_trial(Trial(point=point, criterion=search.good, cut_at_misses=200)).cut
     cut = len(turns)
     turns.clear()
-    run_point(point)
+    run_task(point)
     assert cut < len(turns) / 4
 
 
@@ -633,13 +638,13 @@ def test_decisive_misses(requests, seeds, target, misses):
 def test_phases_alone():
     whole = asked("prefill:tp1,decode:tp1")
     (point, *_) = prefill_alone(build, 1, 1, 1, whole).points(0.001)
-    found = run_point(point)
+    found = run_task(point)
     assert set(found.tpot_s) == {0.0}
     assert found.ttft_s[0] == pytest.approx(
         0.01 + 2e-4 * WORKLOAD.requests(1, 1.0, 0)[0].prompt_tokens
     )
     (point, *_) = decode_alone(build, 1, 1, 1, whole).points(0.001)
-    found = run_point(point)
+    found = run_task(point)
     assert set(found.ttft_s) == {0.0}
     # Nothing but decode steps of one request; no transfer.
     assert max(found.tpot_s) == pytest.approx(0.0101)
@@ -682,12 +687,12 @@ def test_each_phase_is_that_of_equal_instances_with_one_target():
 def test_phases_alone_of_instances_with_stages():
     whole = asked("prefill:tp1pp3,decode:tp1pp3")
     (point, *_) = prefill_alone(staged, 1, 3, 1, whole).points(0.001)
-    found = run_point(point)
+    found = run_task(point)
     assert set(found.tpot_s) == {0.0}
     (request,) = WORKLOAD.requests(1, 1.0, 0)
     assert found.ttft_s[0] == pytest.approx(0.01 + 2e-4 * request.prompt_tokens)
     (point, *_) = decode_alone(staged, 1, 3, 1, whole).points(0.001)
-    found = run_point(point)
+    found = run_task(point)
     assert set(found.ttft_s) == {0.0}
     assert max(found.tpot_s) == pytest.approx(0.0101)
 
@@ -706,7 +711,7 @@ def test_a_pair_is_no_better_than_its_phases():
 def test_slo_scale_is_the_smallest_factor_that_passes():
     search = asked("colocated:tp1")
     found = find_slo_scale(search, rate_rps=12.0)
-    results = [run_point(p) for p in search.points(12.0)]
+    results = [run_task(p) for p in search.points(12.0)]
 
     def attainment(factor):
         scaled = search.slo.scaled(factor)
@@ -724,7 +729,7 @@ def test_slo_scale_is_the_smallest_factor_that_passes():
 def test_slo_scale_by_hand():
     (point, *_) = asked("colocated:tp1").points(0.01)
     result = dataclasses.replace(
-        run_point(point), arrived=4, ttft_s=(1.0, 2.0, 3.0), tpot_s=(0.5, 0.1, 0.1)
+        run_task(point), arrived=4, ttft_s=(1.0, 2.0, 3.0), tpot_s=(0.5, 0.1, 0.1)
     )
     slo = SLO(ttft_s=1.0, tpot_s=0.1)
     # Factors 5, 2 and 3; the fourth request never finished.
@@ -759,7 +764,7 @@ def slow_alone(cost_of, **changes):
     cost = cost_of(step_base_s=0.01, prefill_token_s=1e-5)
     return GoodputSearch(
         simulated=build(Deployment.parse("colocated:tp1"), cost=cost),
-        workload=SimWorkload(
+        workload=RandomWorkload(
             prompt=FixedLengths(tokens=8), output=FixedLengths(tokens=30)
         ),
         slo=SLO(ttft_s=1.0, tpot_s=0.02),
@@ -784,7 +789,7 @@ def test_a_low_rate_that_fails_is_told_with_its_own_attainment():
     inversion = find_goodput(search).found.inversion
     assert inversion.fail_rps <= 2.0 < inversion.pass_rps
     at = search.points(inversion.fail_rps)
-    full = [run_point(p).attainment(search.slo).joint for p in at]
+    full = [run_task(p).attainment(search.slo).joint for p in at]
     assert inversion.fail_score == pytest.approx(np.mean(full))
     assert inversion.fail_score < 0.9 <= inversion.pass_score
 

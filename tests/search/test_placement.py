@@ -27,9 +27,8 @@ from disagg_jax.search.placement import (
 from disagg_jax.search.rates import GoodputEstimate, SearchPlan
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.run import SimWorkload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload import RandomWorkload, UniformLengths
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))
@@ -74,7 +73,7 @@ def problem(**changes):
         colocated={"vllm": build},
         layouts=SMALL,
         devices=3,
-        workload=SimWorkload(
+        workload=RandomWorkload(
             prompt=UniformLengths(low=50, high=400),
             output=UniformLengths(low=20, high=80),
         ),

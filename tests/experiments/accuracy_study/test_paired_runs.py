@@ -12,11 +12,11 @@ from disagg_jax.metrics.summary import summarise
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan, estimate, search
 from experiments.accuracy_study.paired_runs import Twin
-from experiments.configs.config import Workload
+from experiments.configs.config import WorkloadConfig
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Run, Server
-from tests.experiments.calibrating import CONFIG, TINY, calibrated, device
+from tests.experiments.calibrating import CONFIG, calibrated, device
 
 RATES = (60.0, 80.0, 100.0)  # about its goodput
 SLO_S = SLO(ttft_s=0.1, tpot_s=0.02)
@@ -43,17 +43,18 @@ class Pretended(Server):
 @pytest.fixture(scope="module")
 def engine_and_profile(random_model):
     """A server of one instance and what is measured of its programs."""
-    workload = Workload(num_requests=40)
+    workload = WorkloadConfig(num_requests=40)
     config = dataclasses.replace(CONFIG, workload=workload, num_seeds=2)
     server = Pretended(config, CONFIG.systems["vllm"], random_model, {})
     return server, calibrated([server.engine], device())
 
 
 @pytest.fixture
-def twin(tmp_path, engine_and_profile):
+def twin(tmp_path, engine_and_profile, random_model):
     server, profile = engine_and_profile
     server.calls = 0
-    source, run_dir = RequestSource(server.config, TINY), RunDir(tmp_path, {})
+    source = RequestSource.load(server.config, random_model)
+    run_dir = RunDir(tmp_path, {})
     found = Twin.of("vllm", server, source, SLO_S, profile, run_dir, {})
     server.twin = found
     return found

@@ -6,8 +6,7 @@ import matplotlib.figure
 import pytest
 
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.run import SimWorkload
-from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload import FixedLengths, RandomWorkload
 from disagg_jax.workload.traces import TraceRow
 from experiments.comparison import report
 from experiments.comparison.comparison import (
@@ -20,7 +19,7 @@ from experiments.comparison.comparison import (
 from experiments.configs.named_simulations import get_simulation
 from experiments.runs.folder import plain
 
-WORKLOAD = SimWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
+WORKLOAD = RandomWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
 
 
 def found(system, *per_seed_rps, needs=0.5, **best):

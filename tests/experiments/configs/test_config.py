@@ -12,8 +12,12 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
-from experiments.configs.config import Config, System, Targets, parse_lengths
+from experiments.configs.config import (
+    Config,
+    System,
+    Targets,
+    override,
+)
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import check
 from experiments.configs.override import override
@@ -88,43 +92,6 @@ def test_a_bad_override_says_what_was_expected_and_what_came(assignment, message
 def test_an_unknown_config_names_the_known_ones():
     with pytest.raises(ValueError, match="expected one of.*smoke.*got 'nope'"):
         get_config("nope")
-
-
-@pytest.mark.parametrize(
-    ("text", "lengths"),
-    [
-        ("fixed:7", FixedLengths(tokens=7)),
-        ("uniform:3:9", UniformLengths(low=3, high=9)),
-        ("lognormal:20:0.5:99", LognormalLengths(median=20, sigma=0.5, high=99)),
-    ],
-)
-def test_lengths_are_read(text, lengths):
-    assert parse_lengths(text) == lengths
-
-
-@pytest.mark.parametrize("text", ["", "fixed", "fixed:x", "uniform:9:3", "zipf:2"])
-def test_bad_lengths_are_an_error_that_quotes_them(text):
-    with pytest.raises(ValueError, match=f"'{text}'"):
-        parse_lengths(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("fixed:inf", "lengths 'fixed:inf': cannot convert float infinity"),
-        ("uniform:1:nan", "lengths 'uniform:1:nan': cannot convert float NaN"),
-        ("lognormal:9:1", "LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, got 'lognormal:9"),
-        ("fixed:1:2", "expected fixed:N, uniform"),
-    ],
-)
-def test_lengths_that_are_no_numbers_or_too_many_are_refused(text, message):
-    with pytest.raises(ValueError) as error:
-        parse_lengths(text)
-    assert message in str(error.value)
-
-
-def test_a_median_may_lie_between_two_lengths():
-    assert parse_lengths("lognormal:2.5:0.5:99").median == 2.5
 
 
 def test_a_preset_is_the_slo_where_no_seconds_are_given():

@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments.cli.flags import expect_once, expect_used
 from experiments.configs import options
-from experiments.configs.config import Config, Workload
+from experiments.configs.config import Config, WorkloadConfig, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import check
 from experiments.configs.override import override
@@ -262,7 +262,7 @@ def test_what_a_named_config_sets_may_lose_its_effect():
 
 def test_a_config_made_in_python_is_compared_with_the_defaults():
     config = get_config("tiny")
-    made = dataclasses.replace(config, workload=Workload(trace="x.csv"))
+    made = dataclasses.replace(config, workload=WorkloadConfig(trace="x.csv"))
     with pytest.raises(ValueError, match="expected workload.source=trace"):
         check(made)
 

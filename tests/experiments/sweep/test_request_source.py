@@ -163,7 +163,7 @@ def test_another_seed_takes_another_stretch(trace):
 
 
 def test_only_the_rows_asked_for(trace):
-    assert len(load(*trace, "workload.trace_rows=2").rows) == 2
+    assert len(load(*trace, "workload.trace_rows=2").workload.rows) == 2
 
 
 def test_a_trace_without_times_takes_the_arrivals_of_the_workload(tmp_path):

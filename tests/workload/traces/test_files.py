@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.workload.traces import TraceRow, load_trace, read_trace
+from disagg_jax.workload.traces import TraceRow, load_trace
 from disagg_jax.workload.traces.read import Trace
 
 # Three requests, 2 and 2.5 s apart, as each kind of file writes them.
@@ -468,13 +468,13 @@ def json_error(time="2", prompt="6", output="1"):
 def test_errors_name_file_and_line(tmp_path, text, message):
     path = write(tmp_path, text, "wrong.csv")
     with pytest.raises(ValueError, match=rf"wrong.csv(, |: ).*{message}|{message}"):
-        read_trace(path)
+        load_trace(path)
 
 
 def test_long_lines_are_cut_in_messages(tmp_path):
     path = write(tmp_path, '{"hash_ids": [' + "1, " * 10_000 + "1]")
     with pytest.raises(ValueError, match=r"got .*\.\.\.$") as error:
-        read_trace(path)
+        load_trace(path)
     assert len(str(error.value)) < 400 + len(str(path))
 
 
