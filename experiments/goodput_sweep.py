@@ -22,8 +22,8 @@ from typing import Any
 
 from absl import app, flags
 
+from disagg_jax.calibration.works import check_step_times, measure_step_times
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.placed_model import PlacedModel
 from experiments.cli import host_devices
 from experiments.cli.command import command

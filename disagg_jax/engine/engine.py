@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import sampling
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.batch import StepShape
-from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.attention.kv_cache import Cache
+from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
 from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
 from models.config import ModelConfig
@@ -59,7 +59,7 @@ class Instance:
     role: Role
     model: PlacedModel
     buckets: Buckets
-    cache: pool_order.Cache  # of all layers
+    cache: Cache  # of all layers
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """The smallest listed shape that holds `slices`."""
@@ -69,7 +69,7 @@ class Instance:
         """That shape, and `slices` as its program takes them."""
         shape, model = self.step_shape(slices), self.model
         size, scratch = model.memory.block_tokens, model.scratch_block
-        return shape, shape.pack(slices, size, scratch)
+        return shape, pack(shape, slices, size, scratch)
 
 
 @dataclasses.dataclass
@@ -291,7 +291,7 @@ class Engine:
         totals = self.totals.setdefault(shape.kind, StepTotals())
         totals.steps += 1
         totals.tokens += sum(part.count for part in slices)
-        totals.width += shape.width
+        totals.width += shape.tokens
 
     def _transfer(self, transfer: Transfer) -> Running:
         """Gather on the source, copy device to device, insert at the destination.

@@ -10,11 +10,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from disagg_jax.deployment import KVMemory, cut_layers
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.batch import StepShape
+from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.place_weights import Place, Weights, place_groups
 from disagg_jax.engine.stage import Stage
+from disagg_jax.programs import StepShape
 from models.config import ModelConfig
 from sharding.rules import Rules
 
@@ -83,7 +83,7 @@ class PlacedModel:
         """Pipeline stages."""
         return len(self.stages)
 
-    def new_cache(self) -> pool_order.Cache:
+    def new_cache(self) -> Cache:
         """An empty pool: the cache of every layer, on its stage."""
         return [layer for stage in self.stages for layer in stage.new_cache()]
 
@@ -101,7 +101,7 @@ class PlacedModel:
         return self.groups[-1].draw(logits, packed)
 
     def forward(
-        self, shape: StepShape, cache: pool_order.Cache, packed: np.ndarray | Array
+        self, shape: StepShape, cache: Cache, packed: np.ndarray | Array
     ) -> Iterator[tuple[LayerGroup, Any]]:
         """Dispatches one step, a layer group each time it is advanced.
 
@@ -124,7 +124,7 @@ class PlacedModel:
             yield group, out
 
     def step(
-        self, shape: StepShape, cache: pool_order.Cache, packed: np.ndarray | Array
+        self, shape: StepShape, cache: Cache, packed: np.ndarray | Array
     ) -> tuple[Array, Array]:
         """All of `forward`; (`[rows] int32` likeliest next token, `[rows, V]` logits).
 

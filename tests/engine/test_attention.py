@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disagg_jax.engine.attention import pool_order
+from disagg_jax.engine.attention import gathered, pool_order
 
 # Rows 0 and 1 own blocks in any order, row 2 is padding, blocks 1 and 4 are free.
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 3, 8
@@ -90,7 +90,7 @@ MIXED_TOKENS = {"decode": [0], "chunk": [1, 2, 3], "fresh": [4, 5]}
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, queries):
     """With all queries at a time, and 3; although free blocks hold NaN."""
-    monkeypatch.setattr(pool_order, "_QUERY_CHUNK", queries)
+    monkeypatch.setattr(gathered, "_QUERY_CHUNK", queries)
     rng = np.random.default_rng(0)
     k, v = (random(rng, 9, KV_HEADS, BLOCK, HEAD_DIM, dtype=dtype) for _ in "kv")
     k, v = (part.at[jnp.array([1, 6])].set(np.nan) for part in (k, v))
@@ -103,7 +103,7 @@ def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, querie
         for token in tokens:
             block, offset = divmod(MIXED_POSITION[token], BLOCK)
             slot[token] = MIXED_BLOCKS[name][block] * BLOCK + offset
-    chunks = pool_order.ChunkContext(
+    chunks = gathered.ChunkContext(
         row_T=jnp.array(MIXED_ROW),
         block_C=jnp.array([5, 0, 4, 8]),
         owner_C=jnp.array([0, 0, 1, -1]),

@@ -1,4 +1,4 @@
-"""How the KV of a request goes from the stages of one model to those of another."""
+"""The parts in which a request's KV goes from one placed model to another."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.kv_transfer.device_put import PiecePlan, move, piece_plan
+from disagg_jax.engine.attention.kv_cache import Cache
+from disagg_jax.engine.kv_transfer.device_put import move
+from disagg_jax.engine.kv_transfer.piece_plan import PiecePlan, piece_plan
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.stage import Stage
@@ -18,7 +19,7 @@ Pieces = list[list[Array]]
 
 
 class Segment(NamedTuple):
-    """Layers of one group of the source that are on one stage of the destination."""
+    """Layers of one source group that are on one destination stage."""
 
     src: LayerGroup
     dst: Stage
@@ -26,27 +27,27 @@ class Segment(NamedTuple):
     plan: PiecePlan
 
     def compile(self, blocks: int) -> None:
-        """Compiles both ends for transfers of `blocks` blocks."""
+        """Compile both ends for transfers of `blocks` blocks."""
         self.src.stage.compile_gather(len(self.layers), blocks, self.plan)
         self.dst.compile_insert(len(self.layers), blocks, self.plan)
 
     def payload_bytes(self, blocks: int) -> int:
-        """What arrives of `blocks` blocks."""
+        """Return the bytes that arrive for `blocks` blocks."""
         return self.dst.payload_bytes(len(self.layers), blocks, self.plan)
 
-    def gather(self, cache: pool_order.Cache, ids: np.ndarray) -> Pieces:
-        """Copies the blocks `ids` out of the source's cache."""
+    def gather(self, cache: Cache, ids: np.ndarray) -> Pieces:
+        """Copy the blocks `ids` out of the source's cache."""
         return self.src.stage.gather(cache[self._part], ids, self.plan)
 
     def move(self, pieces: Pieces) -> Pieces:
-        """Copies what was gathered to the destination's devices."""
+        """Copy gathered pieces to the destination's devices."""
         return move(pieces, self.plan, self.dst.payload_sharding)
 
-    def insert(self, cache: pool_order.Cache, ids: np.ndarray, pieces: Pieces) -> Array:
-        """Writes what was moved to the blocks `ids` of the destination's cache.
+    def insert(self, cache: Cache, ids: np.ndarray, pieces: Pieces) -> Array:
+        """Write moved pieces to the blocks `ids` of the destination's cache.
 
         Returns:
-          What is ready when it is there.
+          An array that is ready when the KV has landed.
         """
         cache[self._part], landed = self.dst.insert(
             cache[self._part], ids, pieces, self.plan
@@ -59,7 +60,7 @@ class Segment(NamedTuple):
 
 
 def find_segments(src: PlacedModel, dst: PlacedModel) -> list[Segment]:
-    """All pairs of a group and a stage that share layers, in the order of layers."""
+    """Return all pairs of a group and a stage that share layers, by layer."""
     plan = piece_plan(src.layout.kv, src.tp, dst.layout.kv, dst.tp)
     found: list[Segment] = []
     for group, stage in itertools.product(src.groups, dst.stages):
