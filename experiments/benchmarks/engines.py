@@ -96,8 +96,7 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     model, cache = engine.instances[instance].model, engine.instances[instance].cache
     (stage,) = model.stages
     slices = full_slices(shape, model.memory)
-    size, scratch = model.memory.block_tokens, model.scratch_block
-    packed = stage.put(pack(shape, slices, size, scratch))
+    packed = stage.put(pack(shape, slices, model.memory))
 
     def loop() -> None:
         for _ in range(steps):

@@ -18,7 +18,8 @@ from disagg_jax.engine.executor import (
     from_table,
     run_alone,
 )
-from disagg_jax.engine.kv_transfer.device_put import piece_plan
+from disagg_jax.engine.kv_transfer.piece_plan import piece_plan
+from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.slices import full_slices
@@ -235,11 +236,13 @@ def test_programs_work_in_place(tp):
     parts = [StepShape.decode(1, 64), StepShape.decode(4, 64), part]
     for shape in (StepShape.prefill(64, 4), *parts, *whole):
         model.compile_step(shape)
+    programs = dict(group._programs._compiled)
     for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
+        out = Segment(group, stage, range(1), piece_plan(heads, tp, heads, other))
+        back = Segment(group, stage, range(1), piece_plan(heads, other, heads, tp))
         for blocks in (1, 16):
-            stage.compile_gather(1, blocks, piece_plan(heads, tp, heads, other))
-            stage.compile_insert(1, blocks, piece_plan(heads, other, heads, tp))
-    programs = group._programs._compiled | stage._programs._compiled
+            programs["gather", blocks, other] = out._gather_program(blocks)
+            programs["insert", blocks, other] = back._insert_program(blocks)
     assert len(programs) == 6 + 8
     part_bytes = 16_384 * 16 * 2 * config.head_dim * 4  # k, or v; on each device
     for key, program in programs.items():

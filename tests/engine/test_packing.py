@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.packing import Fields, fields_of, pack
 from disagg_jax.programs import StepShape
@@ -15,6 +16,7 @@ from disagg_jax.work import Slice
 from tests.engine.harness import make_request
 
 BLOCK, POOL, SCRATCH = 4, 40, 40
+MEMORY = KVMemory(num_blocks=POOL, block_tokens=BLOCK, max_context=100)
 
 
 @st.composite
@@ -70,7 +72,7 @@ def owners(slices, extent: int) -> tuple[list[int], list[int]]:
 def test_prefill(slices, more_tokens, more_rows):
     total = sum(part.count for part in slices)
     shape = StepShape.prefill(total + more_tokens, len(slices) + more_rows)
-    packed = pack(shape, slices, BLOCK, SCRATCH)
+    packed = pack(shape, slices, MEMORY)
     assert packed.dtype == np.int32 and packed.shape == (fields_of(shape).size,)
     fields = {
         name: array.tolist() for name, array in fields_of(shape).split(packed).items()
@@ -93,7 +95,7 @@ def test_prefill(slices, more_tokens, more_rows):
 def test_decode(slices, more_rows):
     extent = 1 + max(max(part.blocks) for part in slices)
     shape = StepShape.decode(len(slices) + more_rows, extent)
-    packed = pack(shape, slices, BLOCK, SCRATCH)
+    packed = pack(shape, slices, MEMORY)
     assert packed.dtype == np.int32 and packed.shape == (fields_of(shape).size,)
     fields = {
         name: array.tolist() for name, array in fields_of(shape).split(packed).items()
@@ -122,7 +124,7 @@ def test_mixed(slices, decodes, more):
     shape = StepShape.mixed(
         len(tokens) + more[2], len(slices) + more[3], context, decodes, extent
     )
-    packed = pack(shape, slices, BLOCK, SCRATCH)
+    packed = pack(shape, slices, MEMORY)
     assert packed.dtype == np.int32 and packed.shape == (fields_of(shape).size,)
     fields = {
         name: array.tolist() for name, array in fields_of(shape).split(packed).items()

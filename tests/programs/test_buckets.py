@@ -174,7 +174,7 @@ def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
     assume(slices)
     shape = buckets.step_shape(slices)
     assert shape in buckets.step_shapes
-    pack(shape, slices, size, memory.num_blocks)
+    pack(shape, slices, memory)
 
 
 def test_decodes_have_room_beside_the_longest_prompt():

@@ -34,7 +34,7 @@ IN_BOUNDS = "promise_in_bounds"
 _ARRAY_BYTES = 4 * 2**20
 
 
-def cache_spec(
+def part_spec(
     config: ModelConfig, memory: KVMemory, kv_slots: int, sharding: NamedSharding
 ) -> jax.ShapeDtypeStruct:
     """Return k, or v, of a layer: the pool's blocks and the scratch block after them.

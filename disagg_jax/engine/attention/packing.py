@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 from jax import Array
 
+from disagg_jax.deployment import KVMemory
 from disagg_jax.programs.shapes import StepShape, split_decodes
 from disagg_jax.work import Slice
 
@@ -68,17 +69,17 @@ def fields_of(shape: StepShape) -> Fields:
             return Fields({**tokens, "last": R, **chunks, **decodes})
 
 
-def pack(
-    shape: StepShape, slices: Sequence[Slice], block_tokens: int, scratch_block: int
-) -> np.ndarray:
+def pack(shape: StepShape, slices: Sequence[Slice], memory: KVMemory) -> np.ndarray:
     """Return `[fields_of(shape).size] int32`, `slices` as the program takes them.
 
     Decodes come first, so that their queries are a fixed slice of the batch; chunks
     follow at once, so that neither is padded apart from the other. Padding goes to the
-    scratch block. Its `row` is -1, as a decode's is, and it owns no block.
+    scratch block after the pool and owns no block. The `row` of padding and of decodes
+    is -1.
     """
     vector = np.zeros(fields_of(shape).size, np.int32)
     views = fields_of(shape).split(vector)
+    block_tokens, scratch_block = memory.block_tokens, memory.num_blocks
     views["slot"][:] = scratch_block * block_tokens
     chunks, decodes = split_decodes(slices, shape.decodes)
     if "owner" in views:
