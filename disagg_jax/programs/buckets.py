@@ -127,17 +127,18 @@ class Buckets:
         while self.mixed and chunks and decodes < most and _is_last_token(chunks[-1]):
             chunks, context = chunks[:-1], context + chunks[-1][0] + 1
             decodes += 1
-        rows, each = len(chunks) + decodes, context / decodes if decodes else 0.0
         extra = max(0, decodes - most)
+        placed, each = decodes - extra, context / decodes if decodes else 0.0
         ends = [start + n for start, n in chunks] + [math.ceil(each)] * extra
-        placed = decodes - extra
+        extent = load.pool_extent
+        if placed and not extent:
+            extent = self.guess_extent(placed, round(each * placed), block_tokens)
         return self._first(
             tokens=sum([n for _, n in chunks]) + decodes,
-            rows=rows,
+            rows=len(chunks) + decodes,
             context=sum([-(-end // block_tokens) for end in ends]),
             decodes=placed,
-            blocks=load.pool_extent
-            or self.guess_extent(placed, round(each * placed), block_tokens),
+            blocks=extent,
         )
 
     def _first(
