@@ -160,7 +160,7 @@ class Engine:
             for shape in instance.buckets.step_shapes:
                 instance.model.compile_step(shape)
                 if sampled:
-                    instance.model.compile_draw(shape.rows)
+                    instance.model.groups[-1].compile_draw(shape.rows)
         for (src, _), parts in self._segments.items():
             for blocks in self.instances[src].buckets.transfer_blocks:
                 for segment in parts:
@@ -273,7 +273,8 @@ class Engine:
                 yield outputs[-2]
         tokens, logits = outputs[-1].arrays
         if any(part.samples and part.request.sampling.temperature for part in slices):
-            tokens = model.draw(logits, sampling.pack(slices, shape.rows))
+            parameters = sampling.pack(slices, shape.rows)
+            tokens = model.groups[-1].draw(logits, parameters)
         if not model.on_host:
             # The only copy to the host. jax counts it as implicit, and the guard of
             # `serving` would refuse it.

@@ -90,14 +90,6 @@ class PlacedModel:
         for group in self.groups:
             group.compile_step(shape)
 
-    def compile_draw(self, rows: int) -> None:
-        """Compile the draw for steps of `rows` rows, unless done before."""
-        self.groups[-1].compile_draw(rows)
-
-    def draw(self, logits: Array, packed: np.ndarray) -> Array:
-        """Return next tokens by each row's sampling parameters; see `sampling.draw`."""
-        return self.groups[-1].draw(logits, packed)
-
     def forward(
         self, shape: StepShape, cache: Cache, packed: np.ndarray | Array
     ) -> Iterator[tuple[LayerGroup, Any]]:
