@@ -231,6 +231,8 @@ def test_the_smallest_listed_shape_is_found(buckets, load, expected):
         (MIXES, (((0, 65),), 0, 0), "mixed: .*tokens=64, .* got .*tokens=65"),
         (MIXES, (((0, 2),) * 13, 0, 0), "mixed: .*, got .*tokens=26, rows=13"),
         (MIXES, (((150, 2),), 0, 0), "mixed: .*, got .*context=10"),
+        # The last token of a prompt is a chunk where no row is left for a decode.
+        (MIXES, (((150, 1),), 8, 8), "mixed: .*, got .*context=10"),
         (
             dataclasses.replace(NOTHING, prefill=PREFILLS),
             ((), 1, 9),
