@@ -22,7 +22,7 @@ Weights: TypeAlias = transformer.Params | Checkpoint
 Slots: TypeAlias = Sequence[int | None]  # the model's head in each; None is a zero head
 
 
-class Place(NamedTuple):
+class LayerPlacement(NamedTuple):
     """Consecutive layers, and the mesh they go to."""
 
     layers: range
@@ -33,7 +33,7 @@ def place_groups(
     config: ModelConfig,
     weights: Weights,
     layout: HeadLayout,
-    places: Sequence[Place],
+    places: Sequence[LayerPlacement],
     rules: Rules,
 ) -> list[transformer.Params]:
     """Return the weights of each group of layers on its mesh, heads as in `layout`.
@@ -75,7 +75,9 @@ def place_groups(
     ]
 
 
-def _meshes(shapes: transformer.Params, places: Sequence[Place]) -> transformer.Params:
+def _meshes(
+    shapes: transformer.Params, places: Sequence[LayerPlacement]
+) -> transformer.Params:
     """Return the mesh of every weight, for a tied one the first, as `Params`."""
     first, last = places[0].mesh, places[-1].mesh
     by_name = {"embed": first, "positions": first, "final_norm": last, "unembed": last}

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from disagg_jax.deployment import KVMemory, cut_layers
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.place_weights import Place, Weights, place_groups
+from disagg_jax.engine.place_weights import LayerPlacement, Weights, place_groups
 from disagg_jax.engine.stage import Stage
 from disagg_jax.programs import StepShape
 from models.config import ModelConfig
@@ -63,7 +63,7 @@ class PlacedModel:
             for groups, stage in zip(cut, self.stages, strict=True)
             for layers in groups
         ]
-        places = [Place(layers, stage.mesh) for stage, layers in placed]
+        places = [LayerPlacement(layers, stage.mesh) for stage, layers in placed]
         weights = place_groups(config, params, self.layout, places, rules)
         self.groups = [
             LayerGroup(stage, layers, part)
