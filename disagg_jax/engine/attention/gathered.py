@@ -1,4 +1,4 @@
-"""Attention of prompts: whole ones to their own tokens, chunks to gathered KV blocks.
+"""Attention of whole prompts to their tokens, and of chunks to gathered KV blocks.
 
 Chunks attend to a gathered copy of their requests' blocks: a copy is small beside what
 so many queries do with it.
@@ -8,15 +8,13 @@ Shape letters as in `models/transformer.py`; also C blocks that chunks attend to
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jax import Array
 
-from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, Cache, LayerCache, write
+from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
 from models.layers import attention
-from models.transformer import Attend
 
 Attention = Callable[[Array, LayerCache], Array]  # (queries, layer's cache) -> outputs
 
@@ -31,50 +29,33 @@ _SCORES = 2**22
 _MAX_PIECES = 16
 
 
-def prefill_attend(row_T: Array, slot_T: Array, block_tokens: int) -> Attend[Cache]:
-    """Return the attention of whole prompts: a token sees its row up to itself.
-
-    Args:
-      row_T: which prompt a token belongs to; -1 is padding.
-      slot_T: where its KV goes: block * block_tokens + offset.
-    """
+def prompt_attention(row_T: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array) -> Array:
+    """Attend from each token of whole prompts to its row, up to itself."""
     T = row_T.shape[0]
     index_T = jnp.arange(T)
-
-    def attend(
-        layer: int, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        cache = write(cache, layer, slot_T, block_tokens, k_TKH, v_TKH)
-        outs: list[Array] = []
-        for start in range(0, T, _QUERY_CHUNK):
-            end = min(start + _QUERY_CHUNK, T)
-            mask = (row_T[start:end, None] == row_T[None, :end]) & (
-                index_T[start:end, None] >= index_T[None, :end]
-            )
-            outs.append(attention(q_TNH[start:end], k_TKH[:end], v_TKH[:end], mask))
-        return jnp.concatenate(outs), cache
-
-    return attend
+    outs: list[Array] = []
+    for start in range(0, T, _QUERY_CHUNK):
+        end = min(start + _QUERY_CHUNK, T)
+        mask = (row_T[start:end, None] == row_T[None, :end]) & (
+            index_T[start:end, None] >= index_T[None, :end]
+        )
+        outs.append(attention(q_TNH[start:end], k_TKH[:end], v_TKH[:end], mask))
+    return jnp.concatenate(outs)
 
 
-class ChunkContext(NamedTuple):
-    """The chunks of a mixed step and the KV blocks that they attend to."""
+def gathered_attention(inputs: Mapping[str, Array], block_tokens: int) -> Attention:
+    """Return the attention of chunks to copies of their blocks, with a mask.
 
-    row_T: Array  # the chunk that a token belongs to; -1 is none
-    block_C: Array  # which block of the pool
-    owner_C: Array  # the chunk that it belongs to; -1 is padding
-    start_C: Array  # the position of its first token in the request
-
-
-def gathered_attention(
-    position_T: Array, chunks: ChunkContext, block_tokens: int
-) -> Attention:
-    """Return the attention of chunks to copies of their blocks, with a mask."""
+    Args:
+      inputs: the fields of a mixed step, see `packing.fields_of`.
+    """
+    row_T, position_T = inputs["row"], inputs["position"]
+    owner_C, start_C = inputs["chunk_owner"], inputs["chunk_start"]
     offset_O = jnp.arange(block_tokens)
-    position_S = (chunks.start_C[:, None] + offset_O[None, :]).reshape(-1)
-    owner_S = jnp.repeat(chunks.owner_C, block_tokens)
+    position_S = (start_C[:, None] + offset_O[None, :]).reshape(-1)
+    owner_S = jnp.repeat(owner_C, block_tokens)
     seen_TS = (
-        (chunks.row_T[:, None] == owner_S[None, :])
+        (row_T[:, None] == owner_S[None, :])
         & (owner_S >= 0)[None, :]
         & (position_S[None, :] <= position_T[:, None])
     )
@@ -83,7 +64,7 @@ def gathered_attention(
     piece = max(min(_QUERY_CHUNK, _SCORES // S), -(-T // _MAX_PIECES))
 
     def attend(q_TNH: Array, layer: LayerCache) -> Array:
-        k, v = (part.at[chunks.block_C].get(mode=IN_BOUNDS) for part in layer)
+        k, v = (part.at[inputs["chunk_block"]].get(mode=IN_BOUNDS) for part in layer)
         k_SKH, v_SKH = (
             part.swapaxes(1, 2).reshape(S, -1, k.shape[-1]) for part in (k, v)
         )

@@ -27,11 +27,6 @@ PAYLOAD_AXES = ("blocks", "kv_heads")  # of an array of a payload, see `gather`
 # Every index comes from a block table and padding goes to the scratch block, so nothing
 # is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
 IN_BOUNDS = "promise_in_bounds"
-# Each extra array in a `device_put` costs about 0.1 ms per device; packing several into
-# one costs a copy on arrival. m32, TP4 to TP4: 1 MiB took 4.4 ms with k and v of each
-# layer apart and 2.4 ms together; 16 MiB 15.0 and 14.0; 128 MiB 75 and 89 (2 busy
-# cores).
-_ARRAY_BYTES = 4 * 2**20
 
 
 def part_spec(
@@ -65,11 +60,6 @@ def write(
     k = k.at[block_T, :, offset_T].set(k_TKH, mode=IN_BOUNDS)
     v = v.at[block_T, :, offset_T].set(v_TKH, mode=IN_BOUNDS)
     return [*cache[:layer], (k, v), *cache[layer + 1 :]]
-
-
-def parts_together(part_bytes: int) -> int:
-    """Return how many parts of `part_bytes` a device share a payload array."""
-    return max(1, _ARRAY_BYTES // part_bytes)
 
 
 def gather(

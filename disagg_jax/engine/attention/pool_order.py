@@ -12,16 +12,15 @@ G query heads of a kv head, O offsets in a block.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from jax import Array
 
 from disagg_jax.engine.attention.gathered import (
     Attention,
-    ChunkContext,
     gathered_attention,
-    prefill_attend,
+    prompt_attention,
 )
 from disagg_jax.engine.attention.kv_cache import Cache, LayerCache, write
 from disagg_jax.programs import StepShape
@@ -32,95 +31,49 @@ from models.transformer import Attend
 def step_attend(
     shape: StepShape, inputs: Mapping[str, Array], pool_blocks: int, block_tokens: int
 ) -> Attend[Cache]:
-    """Return the attention of a step of `shape`.
+    """Return the attention of a step of `shape`: a token sees its request so far.
 
     Args:
       inputs: the fields of its packed vector, see `packing.fields_of`.
       pool_blocks: blocks of the pool, the scratch block included.
     """
-    if shape.kind == "prefill":
-        return prefill_attend(inputs["row"], inputs["slot"], block_tokens)
-    owner, start = inputs["owner"], inputs["start"]
-    if shape.blocks == pool_blocks - 1:
-        # The whole pool is read with its scratch block, which nobody owns: XLA copies
-        # a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 ms whole.
-        owner, start = jnp.append(owner, -1), jnp.append(start, 0)
-    position, slot = inputs["position"], inputs["slot"]
-    if shape.kind == "decode":
-        return decode_attend(position, slot, owner, start, block_tokens)
-    chunks = ChunkContext(
-        inputs["row"],
-        inputs["chunk_block"],
-        inputs["chunk_owner"],
-        inputs["chunk_start"],
-    )
-    return mixed_attend(
-        position, slot, chunks, owner, start, block_tokens, shape.decodes
-    )
-
-
-def decode_attend(
-    position_B: Array,
-    slot_B: Array,
-    owner_P: Array,
-    start_P: Array,
-    block_tokens: int,
-) -> Attend[Cache]:
-    """Return the attention of decodes: a token sees its context and itself.
-
-    Args:
-      position_B: the token's position in its request.
-      slot_B: where its KV goes: block * block_tokens + offset.
-      owner_P: the row that each leading block of the pool belongs to; -1 is nobody.
-      start_P: the position of the block's first token in its request.
-    """
-    in_pool_order = _pool_attention(position_B, owner_P, start_P, block_tokens)
-
-    def attend(
-        layer: int, q_BNH: Array, k_BKH: Array, v_BKH: Array, cache: Cache
-    ) -> tuple[Array, Cache]:
-        cache = write(cache, layer, slot_B, block_tokens, k_BKH, v_BKH)
-        return in_pool_order(q_BNH, cache[layer]), cache
-
-    return attend
-
-
-def mixed_attend(
-    position_T: Array,
-    slot_T: Array,
-    chunks: ChunkContext,
-    owner_P: Array,
-    start_P: Array,
-    block_tokens: int,
-    decodes: int,
-) -> Attend[Cache]:
-    """Return the attention of chunks and decodes: a token sees its request so far.
-
-    Args:
-      position_T: each token's position in its request.
-      slot_T: where its KV goes: block * block_tokens + offset.
-      chunks: which tokens are chunks, and the blocks that those attend to.
-      owner_P: the decode that each leading block of the pool belongs to; -1 is nobody.
-      start_P: the position of the block's first token in its request.
-      decodes: how many of the first tokens may be decodes.
-    """
-    B = decodes
-    gathered = gathered_attention(position_T, chunks, block_tokens)
-    in_pool_order = _pool_attention(position_T[:B], owner_P, start_P, block_tokens)
-    is_chunk = (chunks.row_T[:B] >= 0)[:, None, None]
+    attention = _step_attention(shape, inputs, pool_blocks, block_tokens)
 
     def attend(
         layer: int, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Cache
     ) -> tuple[Array, Cache]:
-        cache = write(cache, layer, slot_T, block_tokens, k_TKH, v_TKH)
-        out_TNH = gathered(q_TNH, cache[layer])
-        if B:
-            first = in_pool_order(q_TNH[:B], cache[layer])
-            first = jnp.where(is_chunk, out_TNH[:B], first)
-            out_TNH = jnp.concatenate([first, out_TNH[B:]])
-        return out_TNH, cache
+        cache = write(cache, layer, inputs["slot"], block_tokens, k_TKH, v_TKH)
+        return attention(q_TNH, k_TKH, v_TKH, cache[layer]), cache
 
     return attend
+
+
+def _step_attention(
+    shape: StepShape, inputs: Mapping[str, Array], pool_blocks: int, block_tokens: int
+) -> Callable[[Array, Array, Array, LayerCache], Array]:
+    """Return (queries, their keys, their values, layer's cache) -> outputs."""
+    if shape.kind == "prefill":
+        return lambda q, k, v, _: prompt_attention(inputs["row"], q, k, v)
+    B, owner, start = shape.decodes, inputs["owner"], inputs["start"]
+    if shape.blocks == pool_blocks - 1:
+        # The whole pool is read with its scratch block, which nobody owns: XLA copies
+        # a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 ms whole.
+        owner, start = jnp.append(owner, -1), jnp.append(start, 0)
+    position_B = inputs["position"][:B]
+    in_pool_order = _pool_attention(position_B, owner, start, block_tokens)
+    if shape.kind == "decode":
+        return lambda q, k, v, layer: in_pool_order(q, layer)
+    gathered = gathered_attention(inputs, block_tokens)
+    is_chunk = (inputs["row"][:B] >= 0)[:, None, None]
+
+    def mixed(q_TNH: Array, k: Array, v: Array, layer: LayerCache) -> Array:
+        out_TNH = gathered(q_TNH, layer)
+        if not B:
+            return out_TNH
+        first = jnp.where(is_chunk, out_TNH[:B], in_pool_order(q_TNH[:B], layer))
+        return jnp.concatenate([first, out_TNH[B:]])
+
+    return mixed
 
 
 def _pool_attention(
