@@ -1,4 +1,4 @@
-"""From an engine to a calibrated profile's terms, and from a profile to durations."""
+"""The keys of an engine's work in a profile, and an engine's durations from one."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from models.config import ModelConfig
 
 
 def layouts(deployment: Deployment) -> list[Layout]:
-    """(tp, pp) of each instance."""
+    """Return (tp, pp) of each instance."""
     return [(spec.tp, spec.pp) for spec in deployment.instances]
 
 
 class StepKey(NamedTuple):
-    """What decides how long a step takes."""
+    """The properties that decide how long a step takes."""
 
     layout: Layout
     program: StepShape
 
 
 class TransferKey(NamedTuple):
-    """What decides how long a transfer takes."""
+    """The properties that decide how long a transfer takes."""
 
     src: Layout
     dst: Layout
-    blocks: int  # that it is padded to
+    blocks: int  # padding included
 
 
 class Probe(NamedTuple):
@@ -46,12 +46,12 @@ class Probe(NamedTuple):
     work: Task
 
 
-# Runs work alone: seconds of each part, that is stage or transfer.
+# Run work alone; return the seconds of each part, see `Engine.part_keys`.
 TimeParts = Callable[[Engine, Task], Sequence[float]]
 
 
 def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
-    """Work with equal keys takes equally long alone."""
+    """Return the key of `work`: work with equal keys takes equally long alone."""
     at = layouts(engine.deployment)
     if isinstance(work, Step):
         shape = engine.instances[work.instance].step_shape(work.slices)
@@ -62,15 +62,15 @@ def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
 
 
 def device_name() -> str:
-    """The kind of device that JAX uses here."""
+    """Return the kind of device that JAX uses on this machine."""
     return jax.devices()[0].device_kind
 
 
 def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
-    """The profile in a file, if it is of that model on the devices that are here.
+    """Return the profile in a file, if it is of `model` on this machine's devices.
 
     Raises:
-      ValueError: if it is of another, or no profile.
+      ValueError: if the file is no profile, or of another model or device.
     """
     try:
         profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
@@ -90,10 +90,10 @@ def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
 
 
 def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
-    """The durations of an engine's deployment.
+    """Return the durations of an engine's deployment.
 
     Raises:
-      ValueError: on what was not measured.
+      ValueError: on a layout or block size without measurement.
     """
     buckets = [instance.buckets for instance in engine.instances]
     memory = [instance.model.memory for instance in engine.instances]
@@ -101,10 +101,10 @@ def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
 
 
 def step_times_of(profile: CalibratedProfile, engine: Engine) -> dict[str, float]:
-    """Seconds of every program of an engine, in place of `measure_step_times`.
+    """Return the seconds of every program of an engine, as `measure_step_times` does.
 
     Raises:
-      ValueError: on what was not measured.
+      ValueError: on a layout or block size without measurement.
     """
     cost_of(profile, engine)  # raises
     seconds: dict[str, float] = {}
