@@ -40,7 +40,7 @@ ORDER = (
     ("disagg_jax.deployment", "disagg_jax.formats", "disagg_jax.work"),
     ("disagg_jax.workload", "disagg_jax.metrics", "disagg_jax.scheduling"),
     ("disagg_jax.control",),
-    ("disagg_jax.runlog",),
+    ("disagg_jax.runlog", "disagg_jax.programs"),
     ("disagg_jax.sim", "disagg_jax.engine"),
     ("disagg_jax.search", "disagg_jax.calibration"),
     ("experiments.configs",),

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost import terms
-from disagg_jax.sim.programs import Program
 
 # Compiled once for each shape: as it is, it is compiled anew in each call.
 _nnls = jax.jit(optax.nnls, static_argnums=2)
@@ -44,7 +44,7 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
         return (np.asarray(found) / scale).tolist()
 
 
-def fit_programs(seconds: Mapping[Program, float]) -> tuple[float, ...]:
+def fit_programs(seconds: Mapping[StepShape, float]) -> tuple[float, ...]:
     """The coefficients of `terms.TERMS`, for programs of one kind."""
     rows = [terms.values(program) for program in seconds]
     return tuple(fit(rows, list(seconds.values())))
@@ -58,7 +58,7 @@ def fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
 
 # -- forms -----------------------------------------------------------------------------
 
-Predict = Callable[[Program], float]
+Predict = Callable[[StepShape], float]
 # By kind, those of `terms.TERMS` that a form has.
 _DISTSERVE = {
     "prefill": ("1", "T", "TT"),
@@ -69,7 +69,7 @@ _COMPUTE = {"prefill": ("T", "TT"), "decode": ("B", "BP"), "mixed": ("T", "TC", 
 _MEMORY = {"prefill": ("1",), "decode": ("1", "P"), "mixed": ("1", "C", "P")}
 
 
-def _pick(program: Program, names: Sequence[str]) -> list[float]:
+def _pick(program: StepShape, names: Sequence[str]) -> list[float]:
     """The values of some terms."""
     _, T, R, C, B, P = program
     products = {"TT": T * T, "TC": T * C, "BP": B * P}
@@ -77,20 +77,20 @@ def _pick(program: Program, names: Sequence[str]) -> list[float]:
     return [float(known[name]) for name in names]
 
 
-def fit_terms(seconds: Mapping[Program, float]) -> Predict:
+def fit_terms(seconds: Mapping[StepShape, float]) -> Predict:
     """Programs of one kind, as the simulator fits them."""
     found = fit_programs(seconds)
     return lambda program: terms.time_s(program, found)
 
 
-def fit_distserve(seconds: Mapping[Program, float]) -> Predict:
+def fit_distserve(seconds: Mapping[StepShape, float]) -> Predict:
     """The same by DistServe's form."""
     rows = [_pick(p, _DISTSERVE[p.kind]) for p in seconds]
     found = fit(rows, list(seconds.values()))
     return lambda p: float(np.dot(_pick(p, _DISTSERVE[p.kind]), found))
 
 
-def fit_roofline(seconds: Mapping[Program, float]) -> Predict:
+def fit_roofline(seconds: Mapping[StepShape, float]) -> Predict:
     """The same by a roofline and a constant.
 
     The larger of two sums is no linear problem: gradient descent on the logarithms of
@@ -114,7 +114,7 @@ def fit_roofline(seconds: Mapping[Program, float]) -> Predict:
         )
     share = found[1:] * unit / scale
 
-    def predict(program: Program) -> float:
+    def predict(program: StepShape) -> float:
         values = _pick(program, (*_COMPUTE[kind], *_MEMORY[kind]))
         each = share * values
         return float(found[0] * unit + max(each[:compute].sum(), each[compute:].sum()))
@@ -150,7 +150,7 @@ def _descend(design: jax.Array, times: jax.Array, compute: int) -> jax.Array:
     return jnp.exp(ends[jnp.argmin(jax.vmap(loss)(ends))])
 
 
-FORMS: Mapping[str, Callable[[Mapping[Program, float]], Predict]] = {
+FORMS: Mapping[str, Callable[[Mapping[StepShape, float]], Predict]] = {
     "terms": fit_terms,
     "distserve": fit_distserve,
     "roofline": fit_roofline,
@@ -158,7 +158,7 @@ FORMS: Mapping[str, Callable[[Mapping[Program, float]], Predict]] = {
 
 
 def left_out_error(
-    seconds: Mapping[Program, float], form: str = "terms", parts: int = 5
+    seconds: Mapping[StepShape, float], form: str = "terms", parts: int = 5
 ) -> float | None:
     """Mean relative error of a form for programs of one kind that it was not given.
 

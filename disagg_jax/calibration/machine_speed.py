@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from disagg_jax.calibration.decision_agreement import Slowdown
 from disagg_jax.calibration.profile_keys import Probe, StepKey, TimeParts, key_of
+from disagg_jax.calibration.works import every_work
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
-from disagg_jax.sim.programs import Program
 from disagg_jax.work import Task
 
 # One probe of each kind for so many pieces of other work: about a tenth of the time.
@@ -78,12 +78,12 @@ class Speedometer:
         """The same executor, with probes between its work."""
         return _Interspersed(executor, self)
 
-    def medians_s(self) -> dict[Layout, dict[Program, float]]:
+    def medians_s(self) -> dict[Layout, dict[StepShape, float]]:
         """By layout and program."""
         times: dict[StepKey, list[float]] = {}
         for key, time_s in itertools.chain(*self.times_s.values()):
             times.setdefault(key, []).append(time_s)
-        found: dict[Layout, dict[Program, float]] = {}
+        found: dict[Layout, dict[StepShape, float]] = {}
         for (layout, program), each in times.items():
             found.setdefault(layout, {})[program] = statistics.median(each)
         return found
@@ -112,7 +112,7 @@ class Speedometer:
 
 
 def _then_s(
-    profile: CalibratedProfile, layout: Layout, program: Program
+    profile: CalibratedProfile, layout: Layout, program: StepShape
 ) -> float | None:
     times = profile.layouts.get(layout)
     return times.probes.get(program) if times else None

@@ -17,17 +17,17 @@ from disagg_jax.calibration.profile_keys import (
     TransferKey,
     cost_of,
     key_of,
-    program_list,
 )
+from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work, slices_of
+from disagg_jax.programs import KINDS, Buckets, StepShape
+from disagg_jax.programs.slices import slices_of
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
     LayoutTimes,
     TransferTimes,
 )
-from disagg_jax.sim.programs import KINDS, Program, ProgramList
 from disagg_jax.work import Step, Task, Transfer
 
 Key = TypeVar("Key")
@@ -59,7 +59,7 @@ def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[Probe]:
             memory = instance.model.memory
             most = memory.num_blocks * memory.block_tokens
             limits = _Limits(min(memory.max_context, most), most, rng)
-            for parts in limits.steps(program_list(engine, i), count):
+            for parts in limits.steps(instance.buckets, count):
                 step = Step.of(0, i, slices_of(parts, memory))
                 probes.append(Probe(engine, step))
         transfers = [w for w in every_work(engine) if isinstance(w, Transfer)]
@@ -88,20 +88,20 @@ class _Limits:
     pool: int  # tokens of all
     rng: np.random.Generator
 
-    def steps(self, listed: ProgramList, count: int) -> Iterator[Parts]:
+    def steps(self, buckets: Buckets, count: int) -> Iterator[Parts]:
         """`count` of each kind that there are programs for."""
-        kinds = listed.of_kind
+        mixed = buckets.mixed
         for _ in range(count):
-            if kinds["decode"]:
-                yield self._decodes(listed.most_decodes)
-            if kinds["prefill"]:
-                largest = kinds["prefill"][-1]
+            if buckets.decode:
+                yield self._decodes(buckets.most_decodes)
+            if buckets.prefill:
+                largest = buckets.prefill[-1]
                 yield self._prompts(self._upto(largest.tokens), largest.rows)
-            if kinds["mixed"]:
-                tokens = max(p.tokens for p in kinds["mixed"][:-1] or kinds["mixed"])
+            if mixed:
+                tokens = max(shape.tokens for shape in mixed[:-1] or mixed)
                 chunk = self._chunk(tokens // 2)
                 yield [chunk]
-                most = min(listed.most_decodes, tokens // 2)
+                most = min(buckets.most_decodes, tokens // 2)
                 if most:
                     yield [self._chunk(tokens // 2), *self._decodes(most)]
 
@@ -197,14 +197,14 @@ def fit_profile(
     block_tokens: int,
     block_bytes: int,
     provenance: Mapping[str, str],
-    probes: Mapping[Layout, Mapping[Program, float]],
+    probes: Mapping[Layout, Mapping[StepShape, float]],
 ) -> CalibratedProfile:
     """What was measured took typically, and fits for what was not.
 
     Args:
       probes: what `Speedometer.medians_s` found meanwhile.
     """
-    steps: dict[Layout, dict[Program, tuple[float, ...]]] = {}
+    steps: dict[Layout, dict[StepShape, tuple[float, ...]]] = {}
     moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
     for key, turns in samples.items():
         if isinstance(key, StepKey):
@@ -235,7 +235,7 @@ def fit_profile(
 
 
 def _fits(
-    pp: int, measured: Mapping[Program, tuple[float, ...]]
+    pp: int, measured: Mapping[StepShape, tuple[float, ...]]
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
     return {
         kind: tuple(fit_programs(_stage(measured, kind, i)) for i in range(pp))
@@ -245,8 +245,8 @@ def _fits(
 
 
 def _stage(
-    measured: Mapping[Program, tuple[float, ...]], kind: str, stage: int
-) -> dict[Program, float]:
+    measured: Mapping[StepShape, tuple[float, ...]], kind: str, stage: int
+) -> dict[StepShape, float]:
     return {p: parts[stage] for p, parts in measured.items() if p.kind == kind}
 
 
@@ -277,7 +277,10 @@ def prediction_errors(
 
 
 def _kind(engine: Engine, step: Step) -> str:
-    kind = program_list(engine, step.instance).find(step.load).kind
+    instance = engine.instances[step.instance]
+    kind = instance.buckets.load_shape(
+        step.load, instance.model.memory.block_tokens
+    ).kind
     return "chunk" if kind == "mixed" and not step.load.decodes else kind
 
 

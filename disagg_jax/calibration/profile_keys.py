@@ -1,4 +1,4 @@
-"""From an engine to a calibrated profile's terms, and from a profile to durations."""
+"""The keys of an engine's work in a profile, and an engine's durations from one."""
 
 from __future__ import annotations
 
@@ -9,53 +9,34 @@ from typing import NamedTuple
 
 import jax
 
-from disagg_jax.deployment import Deployment, Role
-from disagg_jax.engine.batch import DecodeShape, MixedShape, StepShape
+from disagg_jax.calibration.works import every_work
+from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile, Layout
 from disagg_jax.sim.cost.measured_profile import profile_from_json
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import Step, Task
 from models.config import ModelConfig
 
 
-def program_of(shape: StepShape) -> Program:
-    """What a cost model sees of one of the engine's shapes."""
-    if isinstance(shape, DecodeShape):
-        rows = shape.rows
-        return Program("decode", rows, rows, 0, rows, shape.blocks)
-    if isinstance(shape, MixedShape):
-        sizes = (shape.context, shape.decodes, shape.blocks)
-        return Program("mixed", shape.tokens, shape.rows, *sizes)
-    return Program("prefill", shape.tokens, shape.rows)
-
-
-def program_list(engine: Engine, instance: int) -> ProgramList:
-    """What an instance has programs for."""
-    found = engine.instances[instance]
-    programs = tuple(program_of(shape) for shape in found.buckets.step_shapes)
-    return ProgramList(programs, found.model.memory.block_tokens)
-
-
 def layouts(deployment: Deployment) -> list[Layout]:
-    """(tp, pp) of each instance."""
+    """Return (tp, pp) of each instance."""
     return [(spec.tp, spec.pp) for spec in deployment.instances]
 
 
 class StepKey(NamedTuple):
-    """What decides how long a step takes."""
+    """The properties that decide how long a step takes."""
 
     layout: Layout
-    program: Program
+    program: StepShape
 
 
 class TransferKey(NamedTuple):
-    """What decides how long a transfer takes."""
+    """The properties that decide how long a transfer takes."""
 
     src: Layout
     dst: Layout
-    blocks: int  # that it is padded to
+    blocks: int  # padding included
 
 
 class Probe(NamedTuple):
@@ -65,31 +46,31 @@ class Probe(NamedTuple):
     work: Task
 
 
-# Runs work alone: seconds of each part, that is stage or transfer.
+# Run work alone; return the seconds of each part, see `Engine.part_keys`.
 TimeParts = Callable[[Engine, Task], Sequence[float]]
 
 
 def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
-    """Work with equal keys takes equally long alone."""
+    """Return the key of `work`: work with equal keys takes equally long alone."""
     at = layouts(engine.deployment)
     if isinstance(work, Step):
         shape = engine.instances[work.instance].step_shape(work.slices)
-        return StepKey(at[work.instance], program_of(shape))
+        return StepKey(at[work.instance], shape)
     buckets = engine.instances[work.src].buckets
     size = buckets.transfer_size(len(work.src_blocks))
     return TransferKey(at[work.src], at[work.dst], size)
 
 
 def device_name() -> str:
-    """The kind of device that JAX uses here."""
+    """Return the kind of device that JAX uses on this machine."""
     return jax.devices()[0].device_kind
 
 
 def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
-    """The profile in a file, if it is of that model on the devices that are here.
+    """Return the profile in a file, if it is of `model` on this machine's devices.
 
     Raises:
-      ValueError: if it is of another, or no profile.
+      ValueError: if the file is no profile, or of another model or device.
     """
     try:
         profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
@@ -109,23 +90,21 @@ def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
 
 
 def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
-    """The durations of an engine's deployment.
+    """Return the durations of an engine's deployment.
 
     Raises:
-      ValueError: on what was not measured.
+      ValueError: on a layout or block size without measurement.
     """
-    each = range(len(engine.instances))
-    sources = engine.deployment.of(Role.PREFILL)
-    sizes = engine.instances[sources[0]].buckets.transfer_blocks if sources else ()
-    lists = [program_list(engine, i) for i in each]
-    return profile.cost(engine.deployment, lists, sizes)
+    buckets = [instance.buckets for instance in engine.instances]
+    memory = [instance.model.memory for instance in engine.instances]
+    return profile.cost(engine.deployment, buckets, memory)
 
 
 def step_times_of(profile: CalibratedProfile, engine: Engine) -> dict[str, float]:
-    """Seconds of every program of an engine, in place of `measure_step_times`.
+    """Return the seconds of every program of an engine, as `measure_step_times` does.
 
     Raises:
-      ValueError: on what was not measured.
+      ValueError: on a layout or block size without measurement.
     """
     cost_of(profile, engine)  # raises
     seconds: dict[str, float] = {}

@@ -67,7 +67,7 @@ def serve_each(
     """The steps of a run of each system.
 
     Which program a step runs is known here, and is not guessed as in a simulation
-    (`ProgramList.front`): what a guess has wrong depends on the lengths, and is no
+    (`Buckets.guess_extent`): what a guess has wrong depends on the lengths, and is no
     matter of the machine. The pools hold garbage afterwards: probes write there,
     between the requests' steps.
 

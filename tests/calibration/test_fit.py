@@ -14,13 +14,11 @@ from disagg_jax.calibration.fit import (
     fit_roofline,
     left_out_error,
 )
-from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.buckets import Buckets
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost import terms
-from disagg_jax.sim.programs import Program
 
 
 def scipys(rows, seconds):
@@ -62,7 +60,7 @@ def test_the_fit_of_a_grid_predicts_as_the_best_does(policy):
     shapes = Buckets.for_limits(policy.limits, memory).step_shapes
     rng = np.random.default_rng(0)
     for kind in sorted({shape.kind for shape in shapes}):
-        programs = [program_of(shape) for shape in shapes if shape.kind == kind]
+        programs = [shape for shape in shapes if shape.kind == kind]
         rows = np.array([terms.values(program) for program in programs])
         seconds = rows @ rng.lognormal(size=rows.shape[1])
         seconds *= rng.lognormal(sigma=0.05, size=len(rows))
@@ -81,13 +79,13 @@ def test_a_line_and_terms_that_nothing_has():
     assert fit_line({1: 5.0, 2: 3.0, 3: 1.0})[1] == 0  # it does not fall
     assert fit([[1.0, 0.0], [1.0, 0.0]], [2.0, 2.0]) == pytest.approx([2.0, 0.0])
     # No program is beyond a knot, so its bend is unknown; it is 0.
-    short = {Program("prefill", T, 1): 1.0 + T for T in (8, 16, 24)}
+    short = {StepShape("prefill", T, 1): 1.0 + T for T in (8, 16, 24)}
     assert fit_programs(short)[4:] == (0.0,) * 4
 
 
 def test_a_program_that_the_form_does_not_fit_shows_when_it_is_left_out():
     sizes = [(B, P) for B in (1, 4, 16) for P in (16, 64, 96, 256)]
-    programs = [Program("decode", B, B, 0, B, P) for B, P in sizes]
+    programs = [StepShape("decode", B, B, 0, B, P) for B, P in sizes]
     exact = {p: terms.time_s(p, (1.0, 0.5, 0.1, 0.01)) for p in programs}
     assert left_out_error(exact) == pytest.approx(0.0, abs=1e-6)
     outlier = {**exact, programs[5]: 3 * exact[programs[5]]}
@@ -99,9 +97,9 @@ def test_a_program_that_the_form_does_not_fit_shows_when_it_is_left_out():
 
 
 SIZES = [(B, P) for B in (1, 4, 16, 64) for P in (16, 64, 96, 256)]
-DECODES = [Program("decode", B, B, 0, B, P) for B, P in SIZES]
+DECODES = [StepShape("decode", B, B, 0, B, P) for B, P in SIZES]
 PROMPTS = [
-    Program("prefill", T, 1) for T in (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
+    StepShape("prefill", T, 1) for T in (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 ]
 # Each form's own truth, in its own terms; a roofline bends in the middle of the grid.
 TRUTHS = {
@@ -126,15 +124,15 @@ def test_a_roofline_of_prompts_finds_what_streaming_takes():
     # Weights take 3 until T compute takes longer; the constant is 0.5.
     seconds = {p: 0.5 + max(3.0, 0.04 * p.tokens) for p in PROMPTS}
     predict = fit_roofline(seconds)
-    assert predict(Program("prefill", 48, 1)) == pytest.approx(3.5, rel=2e-3)
-    assert predict(Program("prefill", 1024, 1)) == pytest.approx(41.46, rel=1e-2)
+    assert predict(StepShape("prefill", 48, 1)) == pytest.approx(3.5, rel=2e-3)
+    assert predict(StepShape("prefill", 1024, 1)) == pytest.approx(41.46, rel=1e-2)
 
 
 def test_every_form_fits_steps_with_chunks():
     """Of sizes that differ in all terms, a sum that all three have: 1 and T."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(1, 64, size=(20, 5)).tolist()
-    mixed = {Program("mixed", *each): 1.0 + 0.1 * each[0] for each in sizes}
+    mixed = {StepShape("mixed", *each): 1.0 + 0.1 * each[0] for each in sizes}
     for form in ("terms", "distserve"):
         assert left_out_error(mixed, form) == pytest.approx(0.0, abs=1e-6)
     # Which memory hides under the computing is open, so only what it was given.

@@ -1,6 +1,6 @@
 """Step and transfer times of an engine, as `experiments.calibrate` measured them.
 
-A step takes what the program that it runs takes (`sim/programs.py`): the measured
+A step takes what the program that it runs takes (`programs/buckets.py`): the measured
 median where that program was measured, else the fitted form (`sim/cost/terms.py`). So
 does a transfer, by the number of blocks it is padded to. These are of programs that
 run alone, time after time; between others, as in serving, a step of its kind takes so
@@ -13,13 +13,14 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
+from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.buckets import most_context
 from disagg_jax.sim.cost import terms
 from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.cost.linear import Decoder
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad, Transfer
 
 Layout = tuple[int, int]  # (tp, pp)
@@ -34,13 +35,13 @@ class LayoutTimes:
     """
 
     pp: int
-    measured: Mapping[Program, tuple[float, ...]]
+    measured: Mapping[StepShape, tuple[float, ...]]
     # By kind, for each stage the coefficients of `terms.TERMS[kind]`, in seconds.
     fits: Mapping[str, tuple[tuple[float, ...], ...]]
     # What tells a machine's speed, see `agreement.Slowdown`: seconds of some programs
     # on all stages together, run now and then while the others were measured.
-    probes: Mapping[Program, float] = dataclasses.field(
-        default_factory=dict[Program, float]
+    probes: Mapping[StepShape, float] = dataclasses.field(
+        default_factory=dict[StepShape, float]
     )
     # By kind, what steps took in serving over what they take alone; 1 if not there.
     in_service: Mapping[str, float] = dataclasses.field(
@@ -63,12 +64,12 @@ class LayoutTimes:
                 ok = len(fit) == n and min(fit) >= 0
                 require(ok, f"{kind}: expected {n} coefficients >= 0", fit)
 
-    def serving_s(self, program: Program) -> tuple[float, ...]:
+    def serving_s(self, program: StepShape) -> tuple[float, ...]:
         """Seconds on each stage between other steps; see `stages_s`."""
         factor = self.in_service.get(program.kind, 1.0)
         return tuple(factor * time_s for time_s in self.stages_s(program))
 
-    def stages_s(self, program: Program) -> tuple[float, ...]:
+    def stages_s(self, program: StepShape) -> tuple[float, ...]:
         """Seconds on each stage, alone.
 
         Raises:
@@ -78,7 +79,7 @@ class LayoutTimes:
             return self.measured[program]
         return self.fitted_s(program)
 
-    def fitted_s(self, program: Program) -> tuple[float, ...]:
+    def fitted_s(self, program: StepShape) -> tuple[float, ...]:
         """The same by the fit, even if it was measured."""
         expected = f"{program}: expected one of kind {sorted(self.fits)}"
         require(program.kind in self.fits, expected, program.kind)
@@ -110,12 +111,18 @@ class TransferTimes:
 
 
 class CalibratedInstance:
-    """An `InstanceCost`: the times of a layout, by the programs of an instance."""
+    """An `InstanceCost`: the times of a layout, by the programs of an instance.
 
-    __slots__ = ("_decodes", "_list", "_times")
+    Args:
+      buckets: the shapes that the instance has programs for.
+      block_tokens: tokens in a KV block.
+    """
 
-    def __init__(self, times: LayoutTimes, programs: ProgramList):
-        self._times, self._list = times, programs
+    __slots__ = ("_block_tokens", "_buckets", "_decodes", "_times")
+
+    def __init__(self, times: LayoutTimes, buckets: Buckets, block_tokens: int):
+        self._times, self._buckets = times, buckets
+        self._block_tokens = block_tokens
         # decodes -> contexts up to which a program serves, and its seconds
         self._decodes: dict[int, tuple[list[int], list[float]]] = {}
 
@@ -123,9 +130,9 @@ class CalibratedInstance:
         """Seconds on each stage."""
         return self._times.serving_s(self.program(load))
 
-    def program(self, load: StepLoad) -> Program:
-        """What it runs; see `ProgramList.find`."""
-        return self._list.find(load)
+    def program(self, load: StepLoad) -> StepShape:
+        """Return the shape whose program the step runs."""
+        return self._buckets.load_shape(load, self._block_tokens)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Seconds of a decode-only step on the one stage."""
@@ -138,9 +145,9 @@ class CalibratedInstance:
     def _steps(self, decodes: int) -> tuple[list[int], list[float]]:
         most: list[int] = []
         seconds: list[float] = []
-        for blocks in sorted({p.blocks for p in self._list.of_kind["decode"]}):
-            context = self._list.context(decodes, blocks)
-            program = self._list.decode(decodes, context)
+        for blocks in self._buckets.pool_blocks:
+            context = most_context(decodes, blocks, self._block_tokens)
+            program = self.program(StepLoad((), decodes, context))
             most.append(context)
             seconds.append(self._times.serving_s(program)[0])
         return most, seconds
@@ -157,7 +164,7 @@ class CalibratedCost:
 
     instances: Sequence[CalibratedInstance]  # in the deployment's order
     transfers: Mapping[tuple[int, int], TransferTimes]  # by (src, dst)
-    sizes: Sequence[int]  # blocks that transfers are padded to, increasing
+    buckets: Sequence[Buckets]  # of each instance
     block_tokens: int
     block_bytes: int  # KV of all layers
 
@@ -170,9 +177,7 @@ class CalibratedCost:
     def hop(self, transfer: Transfer) -> Hop:
         require(not transfer.step, "transfer: expected one of a whole prompt", transfer)
         needed = -(-transfer.context // self.block_tokens)
-        i = bisect.bisect_left(self.sizes, needed)
-        require(i < len(self.sizes), f"blocks: expected <= {self.sizes[-1]}", needed)
-        blocks = self.sizes[i]
+        blocks = self.buckets[transfer.src].transfer_size(needed)
         times = self.transfers[transfer.src, transfer.dst]
         return Hop(times.time_s(blocks), blocks * self.block_bytes)
 
@@ -196,27 +201,27 @@ class CalibratedProfile:
     def cost(
         self,
         deployment: Deployment,
-        programs: Sequence[ProgramList],
-        sizes: Sequence[int],
+        buckets: Sequence[Buckets],
+        memory: Sequence[KVMemory],
     ) -> CalibratedCost:
-        """The durations of a deployment.
+        """Return the durations of a deployment.
 
         Args:
-          programs: of each instance.
-          sizes: blocks that transfers are padded to, increasing.
+          buckets: the shapes that each instance has programs for.
+          memory: the KV pool of each instance.
 
         Raises:
           ValueError: on a layout, a pair of them or a block size without measurement.
         """
         layouts = [(spec.tp, spec.pp) for spec in deployment.instances]
-        for layout, listed in zip(layouts, programs, strict=True):
+        for layout, pool in zip(layouts, memory, strict=True):
             known = sorted(self.layouts)
             require(
                 layout in known, f"{self.name}: expected (tp, pp) in {known}", layout
             )
             size = self.block_tokens
             expected = f"{self.name}: expected blocks of {size} tokens"
-            require(listed.block_tokens == size, expected, listed.block_tokens)
+            require(pool.block_tokens == size, expected, pool.block_tokens)
         transfers: dict[tuple[int, int], TransferTimes] = {}
         for src in deployment.of(Role.PREFILL):
             for dst in deployment.of(Role.DECODE):
@@ -226,11 +231,11 @@ class CalibratedProfile:
                 transfers[src, dst] = self.transfers[pair]
         return CalibratedCost(
             instances=[
-                CalibratedInstance(self.layouts[layout], listed)
-                for layout, listed in zip(layouts, programs, strict=True)
+                CalibratedInstance(self.layouts[layout], listed, self.block_tokens)
+                for layout, listed in zip(layouts, buckets, strict=True)
             ],
             transfers=transfers,
-            sizes=sizes,
+            buckets=buckets,
             block_tokens=self.block_tokens,
             block_bytes=self.block_bytes,
         )

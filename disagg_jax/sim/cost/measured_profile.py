@@ -18,7 +18,7 @@
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
         "base_s": 1e-4, "block_s": 6e-6}]}
 
-Programs and terms: `sim/programs.py`, `sim/cost/terms.py`. All times are seconds of
+Programs and terms: `programs/shapes.py`, `sim/cost/terms.py`. All times are seconds of
 one step on that stage, or of one transfer, host work included.
 """
 
@@ -30,6 +30,7 @@ from typing import TypeVar, cast
 
 from disagg_jax.errors import require
 from disagg_jax.formats import PROFILE
+from disagg_jax.programs import KINDS, StepShape
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
@@ -48,7 +49,6 @@ from disagg_jax.sim.cost.profile_json import (
     open_profile,
     positive_int,
 )
-from disagg_jax.sim.programs import KINDS, Program
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
@@ -165,14 +165,14 @@ def _inside(where: str) -> Generator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
+def _measured(row: object, where: str) -> tuple[StepShape, tuple[float, ...]]:
     require(isinstance(row, list), f"{where}: expected a list", row)
     items = cast(list[object], row)
     require(len(items) == 7, f"{where}: expected kind, T, R, C, B, P, seconds", items)
     kind, *sizes, seconds = items
     require(kind in KINDS, f"{where}: expected one of {KINDS}", kind)
     numbers = [_count(size, where) for size in sizes]
-    program = Program(cast(str, kind), *numbers)
+    program = StepShape(cast(str, kind), *numbers)
     return program, get_numbers({"seconds": seconds}, "seconds", where)
 
 

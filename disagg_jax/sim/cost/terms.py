@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disagg_jax.sim.programs import Program
+from disagg_jax.programs import StepShape
 
 KNOTS = (32, 128, 512, 2048)  # tokens
 
@@ -28,7 +28,7 @@ TERMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def values(program: Program) -> tuple[float, ...]:
+def values(program: StepShape) -> tuple[float, ...]:
     """The value of each of `TERMS[program.kind]`."""
     _, T, R, C, B, P = program
     bends = tuple(float(max(0, T - knot)) for knot in KNOTS)
@@ -39,6 +39,6 @@ def values(program: Program) -> tuple[float, ...]:
     return (1.0, T, T * C, C, R, P, B * P, *bends)
 
 
-def time_s(program: Program, coefficients: Sequence[float]) -> float:
+def time_s(program: StepShape, coefficients: Sequence[float]) -> float:
     """The sum of the terms, in seconds."""
     return sum(map(float.__mul__, map(float, values(program)), coefficients))

@@ -16,7 +16,6 @@ from experiments.configs.config import (
     Config,
     System,
     Targets,
-    override,
 )
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import check

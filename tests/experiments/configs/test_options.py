@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments.cli.flags import expect_once, expect_used
 from experiments.configs import options
-from experiments.configs.config import Config, WorkloadConfig, override
+from experiments.configs.config import Config, WorkloadConfig
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import check
 from experiments.configs.override import override
