@@ -17,7 +17,7 @@ _HERE = pathlib.Path(__file__).parent
 def compiled_modules(package: pathlib.Path = _HERE) -> dict[str, pathlib.Path]:
     """The extension modules that this Python would import, by their path in `package`.
 
-    `sim/clock` is that of `sim/clock.py`.
+    `sim/run` is that of `sim/run.py`.
     """
     found: dict[str, pathlib.Path] = {}
     for path in sorted(package.rglob("*")):

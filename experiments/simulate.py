@@ -33,12 +33,12 @@ from typing import Any
 from absl import app, flags
 
 from disagg_jax.control.backend import Observer
+from disagg_jax.control.virtual_clock import busy_shares
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.workload.traces import Trace
 from experiments.cli import trace_flags

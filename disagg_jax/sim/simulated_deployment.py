@@ -9,11 +9,11 @@ from collections.abc import Generator, Iterable, Mapping
 
 from disagg_jax.control.backend import Followers, Intervention, Observer, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, DeploymentCost
 
 

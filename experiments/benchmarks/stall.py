@@ -15,6 +15,7 @@ import numpy as np
 from disagg_jax import metrics
 from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
@@ -29,7 +30,6 @@ from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from experiments.benchmarks.engines import NO_STEPS
 from models.config import ModelConfig
 

@@ -13,6 +13,7 @@ import jax
 
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
@@ -28,7 +29,6 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
 from experiments.benchmarks.engines import NO_STEPS, Rig

@@ -11,6 +11,7 @@ import jax
 
 from disagg_jax.control.backend import Backend, Executor, Outcome, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.virtual_clock import VirtualBackend, busy_shares
 from disagg_jax.deployment import (
     Deployment,
     InstanceSpec,
@@ -36,7 +37,6 @@ from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.tuning import Profile, has_rule, tune
-from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.work import Step, StepLoad, Task

@@ -12,6 +12,7 @@ import numpy as np
 
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
@@ -22,7 +23,6 @@ from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Down
 from models import transformer
 from models.config import ModelConfig

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import executor
 from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape, StepShape
@@ -23,7 +24,6 @@ from disagg_jax.engine.executor import (
 )
 from disagg_jax.engine.kv_transfer.device_put import piece_plan
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Step
 from sharding.mesh import make_mesh
 from sharding.rules import RULES

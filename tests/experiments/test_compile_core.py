@@ -27,7 +27,7 @@ TESTS = (
     "tests/metrics/test_metrics.py",
     "tests/scheduling/test_scheduling.py",
     "tests/control/test_spans.py",
-    "tests/sim/test_clock.py",
+    "tests/control/test_virtual_clock.py",
     "tests/sim/cost/test_distserve.py",
     "tests/search/test_goodput.py",
     "tests/sim/hardware/test_link.py",

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.request import Request, Sampling
 from disagg_jax.runlog.event_log import (
@@ -16,7 +17,6 @@ from disagg_jax.runlog.event_log import (
     replay,
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Cancelled, Cut, Done, Down, Up
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from disagg_jax.control.backend import Executor, Outcome
+from disagg_jax.control.fifo_link import FifoLink
+from disagg_jax.control.shared_link import SharedLink
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
-from disagg_jax.sim.hardware.fifo_link import FifoLink
-from disagg_jax.sim.hardware.shared_link import SharedLink
 from disagg_jax.work import (
     Cut,
     Done,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.virtual_clock import VirtualBackend, busy_shares
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import interval_across
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.work import Done, Slice, Step, Transfer
 from tests.serving import SECOND, assert_all_free, make_controller, make_request
