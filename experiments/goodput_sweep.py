@@ -13,18 +13,20 @@ disk. While it runs, no other run may use the directory.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import check_step_times, measure_step_times
-from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.step_durations import StepDurations
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_once
@@ -37,12 +39,15 @@ from experiments.sweep import report
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
     Progress,
-    Server,
+    build_engines,
     check_modelled,
-    devices_needed,
+    compile_engines,
     instance_memory,
+    known_timing,
+    most_devices,
     resolve_criteria,
     resolve_slo,
+    serve_with,
 )
 from experiments.sweep.sweep import Sweep
 from experiments.sweep.weights import Model, load_model
@@ -70,7 +75,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
-    host_devices.provide(devices_needed(config))
+    host_devices.provide(most_devices(config))
     check_modelled(config)
     if step_times_file and config.durations == "modelled":
         expected, got = "durations=table or live", "durations=modelled"
@@ -84,17 +89,13 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
                 config, Deployment.parse(system.deployment), model.config.layers
             )
         )
-    shared: dict[Any, PlacedModel] = {}
-    servers = {
-        name: Server(config, system, model, shared)
-        for name, system in config.systems.items()
-    }
+    engines = build_engines(config, model)
     record = {**to_json(config), "step_times_file": step_times_file}
     if source.trace is not None:
         record["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
         run_dir = RunDir(out, record)
-        return _run(config, run_dir, model, source, servers, given)
+        return _run(config, run_dir, model, source, engines, given)
 
 
 def _run(
@@ -102,30 +103,44 @@ def _run(
     run_dir: RunDir,
     model: Model,
     source: RequestSource,
-    servers: Mapping[str, Server],
+    engines: Mapping[str, Engine],
     given: dict[str, float] | None,
 ) -> str:
     progress = _progress()
-    for server in servers.values():
-        server.prepare(progress)
-    step_times = _step_times(config, run_dir, servers, given, progress)
-    first = next(iter(servers.values()))
-    slo = resolve_slo(config, first, source, step_times)
-    tune = config.tune and not config.step_tokens
-    choices = {
-        name: server.tune(slo, source, step_times)
-        for name, server in servers.items()
-        if tune
+    compile_engines(engines, progress)
+    step_times = _step_times(config, run_dir, list(engines.values()), given, progress)
+    durations = {
+        name: StepDurations(engine, known_timing(config, engine, step_times))
+        for name, engine in engines.items()
+    }
+    first = next(iter(durations.values()))
+    slo = resolve_slo(config, first, source)
+    policies = {name: system.policies for name, system in config.systems.items()}
+    choices: dict[str, list[str]] = {}
+    if config.tune and not config.step_tokens:
+        for name, known in durations.items():
+            policies[name], reasons = known.tuned(
+                policies[name], slo.tpot_s, source(1.0, 0)
+            )
+            if reasons:
+                choices[name] = reasons
+    served = {
+        name: serve_with(config, engine, policies[name], step_times)
+        for name, engine in engines.items()
     }
     summary = Sweep(
         config=config,
         model=model,
         source=source,
-        servers=servers,
-        step_times=step_times,
+        served=served,
+        simulated={
+            name: dataclasses.replace(each, executed=False)
+            for name, each in served.items()
+        },
+        durations=first,
         slo=slo,
-        choices={name: said for name, said in choices.items() if said},
-        criteria=resolve_criteria(config, slo, first, source, step_times),
+        choices=choices,
+        criteria=resolve_criteria(config, slo, first, source),
         run_dir=run_dir,
         progress=progress,
     ).run()
@@ -139,7 +154,7 @@ def _run(
 def _step_times(
     config: Config,
     run_dir: RunDir,
-    servers: Mapping[str, Server],
+    engines: Sequence[Engine],
     given: dict[str, float] | None,
     progress: Progress,
 ) -> dict[str, float]:
@@ -154,10 +169,9 @@ def _step_times(
         return saved["seconds"]
     seconds = given
     if given is not None:
-        for server in servers.values():
-            check_step_times(server.engine, given, streams=config.streams)
+        for engine in engines:
+            check_step_times(engine, given, streams=config.streams)
     if seconds is None:
-        engines = [server.engine for server in servers.values()]
         seconds = measure_step_times(
             engines, config.timing_repeats, progress, streams=config.streams
         )

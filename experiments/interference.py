@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from disagg_jax import metrics
+from disagg_jax.control.run import Run
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
@@ -31,7 +32,6 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.sim.cost.interface import InstanceCost
 from disagg_jax.sim.run import SimWorkload
-from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
 from experiments.cli.command import command, own_flags
@@ -122,7 +122,7 @@ class Traits:
     idle: Mapping[str, float]  # by role: the share of the time its devices had no step
 
 
-def traits(deployment: Deployment, run: SimulatedRun, counted: StepCounter) -> Traits:
+def traits(deployment: Deployment, run: Run, counted: StepCounter) -> Traits:
     """Reads a run."""
     done = [t for t in run.timelines if t.token_s]
     stages = [dataclasses.asdict(metrics.stages_s(t)) for t in done]

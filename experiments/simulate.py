@@ -32,14 +32,11 @@ from typing import Any
 
 from absl import app, flags
 
-from disagg_jax.control.backend import Observer
-from disagg_jax.control.virtual_clock import busy_shares
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.workload.traces import Trace
 from experiments.cli import trace_flags
 from experiments.cli.command import command
@@ -99,23 +96,6 @@ COLUMNS = (
     *STAGES,
     "error",
 )
-
-
-def run(
-    trace: str | Trace,
-    simulation: Simulation,
-    deployment: Deployment,
-    observer: Observer | None = None,
-    rate_rps: float | None = None,
-) -> SimulatedRun:
-    """Simulates a trace, at its own times or a rate.
-
-    Raises:
-      ValueError, OSError: on bad input, before any work.
-    """
-    simulated = simulation.build(deployment)
-    requests = trace_requests(trace, simulation, rate_rps)
-    return simulated.run(requests, observer=observer)
 
 
 def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
@@ -187,7 +167,7 @@ def main() -> None:
     print(trace)
     refused = sum(t.status is not Status.FINISHED for t in timelines)
     print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
-    busy = busy_shares(deployment, done.busy_s, done.end_s)
+    busy = done.busy_shares(deployment)
     for i, (spec, stages) in enumerate(zip(deployment.instances, busy, strict=True)):
         shares = ", ".join(f"{share:.1%}" for share in stages)
         print(f"instance {i}, {spec}: busy {shares}")

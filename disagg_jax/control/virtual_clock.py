@@ -7,13 +7,12 @@ import dataclasses
 import heapq
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.control.fifo_link import FifoLink
 from disagg_jax.control.shared_link import SharedLink
-from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
 from disagg_jax.work import (
     Cut,
@@ -82,24 +81,6 @@ class _Moving:
     due_s: float = math.inf  # the first of these
     landed: int = 0  # parts
     start_s: float = 0.0
-
-
-def busy_shares(
-    deployment: Deployment, busy_s: Mapping[Resource, float], end_s: float
-) -> list[tuple[float, ...]]:
-    """For each instance, the share of the time until `end_s` its stages worked.
-
-    What is left is waiting: for requests, and in pipeline bubbles.
-    """
-
-    def share(instance: int, stage: int) -> float:
-        resource = (instance, stage) if stage else (instance,)
-        return busy_s.get(resource, 0.0) / end_s if end_s else 0.0
-
-    return [
-        tuple(share(i, stage) for stage in range(spec.pp))
-        for i, spec in enumerate(deployment.instances)
-    ]
 
 
 class VirtualBackend:

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention import pool_order
@@ -72,15 +73,6 @@ class Instance:
         return shape, shape.pack(slices, size, scratch)
 
 
-@dataclasses.dataclass
-class StepTotals:
-    """What steps of one kind have done: how much of it was padding."""
-
-    steps: int = 0
-    tokens: int = 0  # computed
-    width: int = 0  # that went through the layers, padding included
-
-
 class Engine:
     """Runs the work of one deployment. Each instance is on devices of its own.
 
@@ -124,7 +116,7 @@ class Engine:
         models = {} if models is None else models
         self.config = config
         meshes = _meshes(deployment, devices, share_devices)
-        self.deployment = deployment
+        self.deployment, self.memory = deployment, tuple(memory)
         self.instances: list[Instance] = []
         self.totals: dict[str, StepTotals] = {}
         for i, spec in enumerate(deployment.instances):

@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
+from disagg_jax.control.run import Runner, StepTotals
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.engine.engine import StepTotals
+from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import (
     BestRate,
     GoodputEstimate,
@@ -30,7 +32,7 @@ from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.ranks import rank
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Progress, Server
+from experiments.sweep.serving import Progress
 from experiments.sweep.weights import Model
 from models.tokenizer import NoText
 
@@ -49,8 +51,9 @@ class Sweep:
     config: Config
     model: Model
     source: RequestSource
-    servers: Mapping[str, Server]
-    step_times: Mapping[str, float]
+    served: Mapping[str, Runner]  # by system: runs its programs
+    simulated: Mapping[str, Runner]  # by system: equal timelines without programs
+    durations: StepDurations  # of the first system
     slo: SLO
     choices: Mapping[str, Sequence[str]]  # of step sizes, by system: which and why
     criteria: Mapping[str, Criterion]  # by name; `config.criterion` is searched for
@@ -64,7 +67,7 @@ class Sweep:
 
     def run(self) -> dict[str, Any]:
         """Searches each system's goodput and returns the summary."""
-        rates = {name: self._try_rates(name) for name in self.servers}
+        rates = {name: self._try_rates(name) for name in self.served}
         if self.config.executed == "passing":
             for name, tried in rates.items():
                 self._execute(name, tried)
@@ -83,7 +86,7 @@ class Sweep:
         def scores(rate: float) -> list[float]:
             return self._scores(name, rate, tried)
 
-        devices = self.servers[name].deployment.devices
+        devices = self._devices(name)
         for rate in self.config.rates:
             scores(rate * devices)
         if not self.config.rates:
@@ -108,7 +111,7 @@ class Sweep:
         rate = self._judged_at(self._scores_at(name, rates))
         if rate is None:
             return
-        devices = self.servers[name].deployment.devices
+        devices = self._devices(name)
         shown = f"{rate / devices:8.2f} requests/s per device"
         self.progress(f"{name:>14}  {shown}: running its programs")
         for replica in range(self.config.num_seeds):
@@ -128,15 +131,17 @@ class Sweep:
 
         The estimate is that of the first system, so that all try the same rates first.
         """
-        server = next(iter(self.servers.values()))
-        requests = self.source(1.0, 0)
-        decode_s, rows = server.decode_s(self.step_times)
+        decode_s, rows = self.durations.decode_s()
         busy_s = statistics.mean(
-            server.prefill_s(request.prompt_tokens, self.step_times)
+            self.durations.prefill_s(request.prompt_tokens)
             + request.max_tokens * decode_s / rows
-            for request in requests
+            for request in self.source(1.0, 0)
         )
-        return float(f"{0.5 * server.deployment.devices / busy_s:.3g}")
+        devices = self._devices(next(iter(self.served)))
+        return float(f"{0.5 * devices / busy_s:.3g}")
+
+    def _devices(self, name: str) -> int:
+        return self.served[name].deployment.devices
 
     def _scores(self, name: str, rate: float, tried: list[float]) -> list[float]:
         rate = float(f"{rate:.4g}")
@@ -145,7 +150,7 @@ class Sweep:
         points = [Point(name, rate, i) for i in range(self.config.num_seeds)]
         criterion = self.config.criterion
         values = [self._point(point)["criteria"][criterion] for point in points]
-        per_device = rate / self.servers[name].deployment.devices
+        per_device = rate / self._devices(name)
         what = "attainment" if criterion == "distserve" else criterion
         form = ".4g" if self.good.target is None else ".1%"
         self.progress(
@@ -168,15 +173,17 @@ class Sweep:
         expected: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Runs a point, and saves it if its timelines are those of `expected` rows."""
-        server = self.servers[point.system]
-        serve = server.run if execute else server.simulate
-        run = serve(self.source(point.rate_rps, point.replica), self.step_times)
+        runner = (self.served if execute else self.simulated)[point.system]
+        requests, log = self.source(point.rate_rps, point.replica), EventLog()
+        run = runner.run(requests, observer=log)
+        virtual = self.config.clock == "virtual"
+        shares = run.busy_shares(runner.deployment) if virtual else None
         found: dict[str, Any] = {
-            **summarise(run.timelines, self.slo, server.deployment.devices),
+            **summarise(run.timelines, self.slo, runner.deployment.devices),
             "steady": metrics.is_steady(run.timelines),
             "executed": run.totals is not None,
             **_padding(run.totals or {}),
-            **_busy(server.deployment, run.busy),
+            **_busy(runner.deployment, shares),
             "criteria": {
                 name: criterion.score(run.timelines)
                 for name, criterion in self.criteria.items()
@@ -188,7 +195,7 @@ class Sweep:
                 f"{point.name}: the programs' timelines are not those of their "
                 "durations"
             )
-        self.run_dir.save(point, found, rows, run.log.lines)
+        self.run_dir.save(point, found, rows, log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
@@ -242,7 +249,7 @@ class Sweep:
         }
 
     def _system(self, name: str, runs: Runs) -> dict[str, Any]:
-        devices = self.servers[name].deployment.devices
+        devices = self._devices(name)
         scores = _scores_of(self.config.criterion, runs)
         independent = not self.source.why_dependent
         if self.good.target is None:
@@ -253,7 +260,7 @@ class Sweep:
             goodput = estimate(scores, self.good.target, independent=independent)
             found = {"goodput": _goodput(goodput, runs, devices)}
         return {
-            "deployment": self.servers[name].system.deployment,
+            "deployment": self.config.systems[name].deployment,
             "devices": devices,
             **found,
             "points": [
@@ -268,7 +275,7 @@ class Sweep:
         """A criterion's definition, and the order of the systems by it."""
         scores: dict[str, dict[float, list[float]]] = {}
         for system, found in runs.items():
-            devices = self.servers[system].deployment.devices
+            devices = self._devices(system)
             each = devices if criterion.target is None else 1
             scores[system] = {
                 rate / devices: [score / each for score in values]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from disagg_jax.control.backend import Outcome, serve
-from disagg_jax.control.virtual_clock import VirtualBackend, busy_shares
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.control.virtual_clock import VirtualBackend
+from disagg_jax.deployment import Role
 from disagg_jax.metrics import interval_across
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
@@ -301,10 +301,3 @@ def test_two_runs_are_the_same_bytes(deployment):
     log, timelines = one_run()
     assert one_run() == (log, timelines)
     assert sum(len(t["dropped_s"]) for t in timelines) > 0
-
-
-def test_busy_shares_are_by_instance_and_stage():
-    deployment = Deployment.parse("prefill:tp1pp2,decode:tp2")
-    busy_s = {(0,): 1.0, (0, 1): 2.0, (1,): 4.0, (-3, 0, 1): 3.0}
-    assert busy_shares(deployment, busy_s, 4.0) == [(0.25, 0.5), (1.0,)]
-    assert busy_shares(deployment, {}, 0.0) == [(0.0, 0.0), (0.0,)]

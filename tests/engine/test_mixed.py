@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from disagg_jax.control.run import StepTotals
 from disagg_jax.engine.batch import MixedShape
-from disagg_jax.engine.engine import Engine, StepTotals
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import measure_step_times, run_alone
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import Slice, Step

@@ -94,10 +94,10 @@ class CostExecutor:
     """An `Executor` that only says how long the work would take."""
 
     cost: DeploymentCost
-    places: bool = False  # see `SimulatedDeployment`
+    exact_block_placement: bool = False  # see `SimulatedDeployment`
 
     def run(self, work: Task) -> Outcome:
-        if self.places:
+        if self.exact_block_placement:
             work = _placed(work)
         if isinstance(work, Transfer):
             hop = self.cost.hop(work)

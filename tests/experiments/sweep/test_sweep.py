@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 
+from disagg_jax.control.run import Run, StepTotals
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, for_slo
 from disagg_jax.request import Request, Status, Timeline
-from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.config import override
 from experiments.configs.named import get_config
 from experiments.runs.run_dir import Point, RunDir
-from experiments.sweep.serving import Run
 from experiments.sweep.sweep import Sweep
 
 SLO_S = SLO(ttft_s=1.0, tpot_s=0.1)
@@ -57,37 +54,35 @@ class Pretended:
     late_s: float = 0.0  # of the last token of the last request, when programs run
     calls: list = dataclasses.field(default_factory=list)
 
-    @property
-    def system(self):
-        return types.SimpleNamespace(deployment=str(self.deployment))
+    executed: bool = True
 
-    def prefill_s(self, tokens, step_times):
-        return 0.01 * tokens
-
-    def decode_s(self, step_times):
-        return 0.02, 2
-
-    def simulate(self, asked, step_times):
-        self.calls.append("simulate")
-        return Run(self._timelines(asked), EventLog(), busy=self._busy())
-
-    def run(self, asked, step_times):
-        self.calls.append("run")
-        found = self._timelines(asked)
-        found[-1] = served(asked[-1], 0.5, self.late_s)
-        for timeline in found:
-            timeline.tokens = [1, 2, 3]
-        totals = {"prefill": StepTotals(steps=1, tokens=12, width=16)}
-        return Run(found, EventLog(), totals, busy=self._busy())
-
-    def _busy(self):
-        return [(0.25 * (i + 1),) for i in range(len(self.deployment.instances))]
+    def run(self, asked, observer):
+        self.calls.append("run" if self.executed else "simulate")
+        found, totals = self._timelines(asked), None
+        if self.executed:
+            found[-1] = served(asked[-1], 0.5, self.late_s)
+            for timeline in found:
+                timeline.tokens = [1, 2, 3]
+            totals = {"prefill": StepTotals(steps=1, tokens=12, width=16)}
+        instances = range(len(self.deployment.instances))
+        busy_s = {(i,): float(i + 1) for i in instances}
+        return Run(timelines=found, end_s=4.0, busy_s=busy_s, totals=totals)
 
     def _timelines(self, asked):
         rate_rps = 1 / (asked[1].arrival_s - asked[0].arrival_s)
         late = 1 if rate_rps > self.limit_rps else 0
         late = N - 1 if rate_rps > 2 * self.limit_rps else late
         return [served(r, 5.0 if i < late else 0.5) for i, r in enumerate(asked)]
+
+
+class Durations:
+    """10 ms for each token of a prompt; 20 ms for two rows that decode."""
+
+    def prefill_s(self, tokens):
+        return 0.01 * tokens
+
+    def decode_s(self):
+        return 0.02, 2
 
 
 class Source:
@@ -103,13 +98,16 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
     config = override(get_config("smoke"), [*SMALL, *changes])
     first = Pretended(Deployment.parse("2xcolocated:tp1"), limits[0], late_s)
     other = Pretended(Deployment.parse("prefill:tp1,decode:tp1"), limits[1], late_s)
-    slo = SLO_S
+    systems, slo = {"vllm": first, "disaggregated": other}, SLO_S
     return Sweep(
         config=config,
         model=None,
         source=Source(),
-        servers={"vllm": first, "disaggregated": other},
-        step_times={},
+        served=systems,
+        simulated={
+            n: dataclasses.replace(s, executed=False) for n, s in systems.items()
+        },
+        durations=Durations(),
         slo=slo,
         choices={"vllm": ["as told"]},
         criteria=for_slo(
@@ -192,13 +190,13 @@ def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_p
                 assert done["padding_prefill"] == (0.25 if rate == at else None)
                 tokens = [row["tokens"] for row in one.run_dir.requests(point)]
                 assert tokens == [[1, 2, 3] if rate == at else []] * N
-    assert one.servers["vllm"].calls == ["simulate"] * 4 + ["run"] * 2
+    assert one.served["vllm"].calls == ["simulate"] * 4 + ["run"] * 2
 
 
 def test_where_nothing_passes_nothing_is_executed(tmp_path):
     one = sweep(tmp_path, limits=(1.0, 1.0))
     summary = one.run()
-    assert "run" not in one.servers["vllm"].calls
+    assert "run" not in one.served["vllm"].calls
     assert summary["systems"]["vllm"]["goodput"]["pass_rps_per_device"] is None
     assert summary["ratios"] == {}  # over nothing
 
@@ -223,19 +221,19 @@ def test_a_resumed_sweep_runs_what_is_missing_and_nothing_else(tmp_path):
     lost.unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.servers["vllm"].calls == ["simulate"]
-    assert again.servers["disaggregated"].calls == []
+    assert again.served["vllm"].calls == ["simulate"]
+    assert again.served["disaggregated"].calls == []
     # An executed point that was lost is simulated first: its rate has to pass again.
     (resumed / "points" / "vllm-8.0rps-0.json").unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.servers["vllm"].calls == ["simulate", "run"]
+    assert again.served["vllm"].calls == ["simulate", "run"]
 
 
 def test_everything_is_executed_where_that_is_asked_for(tmp_path):
     one = sweep(tmp_path, "execute_all=true")
     one.run()
-    assert one.servers["vllm"].calls == ["run"] * 4
+    assert one.served["vllm"].calls == ["run"] * 4
 
 
 def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
