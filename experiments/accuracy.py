@@ -39,9 +39,8 @@ from absl import app, flags
 from disagg_jax.calibration.machine_speed import choose_probes
 from disagg_jax.calibration.measure import grid, measure, typical_s
 from disagg_jax.calibration.profile_keys import read_profile, step_times_of
-from disagg_jax.engine.executor import run_alone, table_timing
+from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from experiments.accuracy_study import report
@@ -64,6 +63,8 @@ from experiments.sweep.serving import (
     most_devices,
     resolve_slo,
     serve_with,
+    step_durations,
+    tune_systems,
 )
 from experiments.sweep.weights import Model, load_model
 
@@ -169,20 +170,14 @@ def _twins(
     compile_engines(engines, _progress)
     times = [step_times_of(profile, engine) for engine in engines.values()]
     known = {key: time_s for found in times for key, time_s in found.items()}
-    durations = {
-        name: StepDurations(engine, table_timing(engine, known))
-        for name, engine in engines.items()
-    }
+    durations = step_durations(config, engines, known)
     slo = resolve_slo(config, next(iter(durations.values())), source)
-    policies = {
-        name: durations[name].tuned(system.policies, slo.tpot_s, source(1.0, 0))[0]
-        for name, system in config.systems.items()
-    }
+    tuned = tune_systems(config, durations, slo, source)
     live = config.durations == "live" and config.clock == "virtual"
     return [
         Twin.of(
             name,
-            serve_with(config, engine, policies[name], known),
+            serve_with(config, engine, tuned[name][0], known),
             source,
             slo,
             config.num_seeds,

@@ -1,4 +1,4 @@
-"""Goodput of every system, side by side: the main job.
+"""Finds the goodput of every system, side by side: the main job.
 
     python -m experiments.goodput_sweep
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
@@ -7,8 +7,8 @@
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,
-it goes on where it was: after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full
-disk. While it runs, no other run may use the directory.
+it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk. While it
+runs, no other run may use the directory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from absl import app, flags
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import check_step_times, measure_step_times
-from disagg_jax.engine.step_durations import StepDurations
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import expect_once
@@ -43,11 +42,12 @@ from experiments.sweep.serving import (
     check_modelled,
     compile_engines,
     instance_memory,
-    known_timing,
     most_devices,
     resolve_criteria,
     resolve_slo,
     serve_with,
+    step_durations,
+    tune_systems,
 )
 from experiments.sweep.sweep import Sweep
 from experiments.sweep.weights import Model, load_model
@@ -70,7 +70,7 @@ _STEP_TIMES = flags.DEFINE_string(
 
 
 def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
-    """Runs a sweep; returns its table.
+    """Run a sweep and return its table.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
@@ -109,23 +109,14 @@ def _run(
     progress = _progress()
     compile_engines(engines, progress)
     step_times = _step_times(config, run_dir, list(engines.values()), given, progress)
-    durations = {
-        name: StepDurations(engine, known_timing(config, engine, step_times))
-        for name, engine in engines.items()
-    }
+    durations = step_durations(config, engines, step_times)
     first = next(iter(durations.values()))
     slo = resolve_slo(config, first, source)
-    policies = {name: system.policies for name, system in config.systems.items()}
-    choices: dict[str, list[str]] = {}
+    tuned = {name: (system.policies, []) for name, system in config.systems.items()}
     if config.tune and not config.step_tokens:
-        for name, known in durations.items():
-            policies[name], reasons = known.tuned(
-                policies[name], slo.tpot_s, source(1.0, 0)
-            )
-            if reasons:
-                choices[name] = reasons
+        tuned = tune_systems(config, durations, slo, source)
     served = {
-        name: serve_with(config, engine, policies[name], step_times)
+        name: serve_with(config, engine, tuned[name][0], step_times)
         for name, engine in engines.items()
     }
     summary = Sweep(
@@ -139,7 +130,7 @@ def _run(
         },
         durations=first,
         slo=slo,
-        choices=choices,
+        choices={name: reasons for name, (_, reasons) in tuned.items() if reasons},
         criteria=resolve_criteria(config, slo, first, source),
         run_dir=run_dir,
         progress=progress,
@@ -158,9 +149,9 @@ def _step_times(
     given: dict[str, float] | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """The medians to use: given, of the run that is resumed, or taken now.
+    """Return the medians to use: given, of the run that is resumed, or taken now.
 
-    None where a formula says all durations.
+    They are empty if durations are modelled.
     """
     if config.durations == "modelled":
         return {}
@@ -212,7 +203,7 @@ def _progress() -> Progress:
 
 
 def _unused_options() -> dict[str, tuple[Need, ...]]:
-    """Options of a config that a flag leaves without effect."""
+    """Return options of a config that a flag leaves without effect."""
     if not (path := _STEP_TIMES.value):
         return {}
     need = Need("no --step_times", lambda _: False, lambda _: f"--step_times={path}")

@@ -27,15 +27,15 @@ import jax
 from absl import app, flags
 
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
+from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import (
+    BLOCK,
     OUTPUT_TOKENS,
     Mode,
-    Rate,
     Seen,
     modes,
     parse_sides,
-    rates,
     serve_alone,
 )
 from experiments.cli import host_devices
@@ -193,7 +193,7 @@ def run(
     if pairs:
         progress("bandwidths")
         sizes = [n * 2**20 for n in mib]
-        found_rates = rates(config, pairs, sizes, layer_groups, repeats)
+        found_rates = rates(config, pairs, sizes, BLOCK, layer_groups, repeats)
     params = transformer.init_params(config, 0)
     seen: list[Seen] = []
     for deployment in deployments:

@@ -96,13 +96,7 @@ class System:
         cls, system: str, deployment: str, **changes: Mapping[str, object]
     ) -> System:
         """`system` with its policies' parameters changed: `prefill={"max_seqs": 8}`."""
-        policies = {
-            role: dataclasses.replace(
-                typing.cast(Any, policy), **changes.get(role.value, {})
-            )
-            for role, policy in get_system(system).items()
-        }
-        return cls(deployment=deployment, policies=policies)
+        return cls(deployment=deployment, policies=get_system(system, **changes))
 
     def resized(self, step_tokens: int) -> System:
         """The same with steps of that size, where a policy's paper tunes it."""

@@ -186,7 +186,31 @@ def _over_link(timing: Timing, engine: Engine, link: LinkSpec) -> Timing:
     return over_link
 
 
+def step_durations(
+    config: Config, engines: Mapping[str, Engine], step_times: Mapping[str, float]
+) -> dict[str, StepDurations]:
+    """Return what single steps of each system take."""
+    return {
+        name: StepDurations(engine, known_timing(config, engine, step_times))
+        for name, engine in engines.items()
+    }
+
+
 # -- targets ---------------------------------------------------------------------------
+
+
+def tune_systems(
+    config: Config,
+    durations: Mapping[str, StepDurations],
+    slo: SLO,
+    source: RequestSource,
+) -> dict[str, tuple[Mapping[Role, Policy], list[str]]]:
+    """Return each system's policies with tuned step sizes, and the reasons."""
+    requests = source(1.0, 0)
+    return {
+        name: durations[name].tuned(system.policies, slo.tpot_s, requests)
+        for name, system in config.systems.items()
+    }
 
 
 def resolve_slo(config: Config, durations: StepDurations, source: RequestSource) -> SLO:
