@@ -1,27 +1,27 @@
-"""What serving costs on top of the device work: each figure beside its bound.
+"""Measures what serving costs on top of the device work, beside a bound each.
 
     python -m experiments.overhead
     python -m experiments.overhead --parts=host,decode --out=overhead.json
 
 host     Host time of an engine step, from `Engine.start` to the tokens as a tuple, with
-         a program that does nothing in place of the model: it takes the same number of
-         arrays, donates the cache and returns zeros. So packing, copying to the device,
-         dispatch and copying back are all real; what is left of device time is the few
-         microseconds of an empty program. Waiting in threads is in the whole loop only.
+         a no-op program in place of the model: it takes the same number of arrays,
+         donates the cache and returns zeros. Packing, copying to the device, dispatch
+         and copying back are all real; device time is the few microseconds of an empty
+         program. Waiting in threads is in the whole loop only.
 decode   Tokens per second of the whole loop (controller, wall backend, engine) with
          the batch full and only decodes going on, over those of the bare program.
 prefill  The same for full prefill steps back to back.
 handoff  KV from mesh to mesh: gather, move, insert. Over a numpy copy of as many bytes
-         into a new array; over three of them, as it copies all three times; and over
-         the shortest way to write it in JAX: indexing, `jax.device_put` to the other
-         sharding, `.at[].set`.
-m32      32 requests at once, beside what a peer JAX engine reached on two such cores.
+         into a new array; over three such copies, since KV is copied three times; and
+         over the shortest way to write it in JAX: indexing, `jax.device_put` to the
+         other sharding, `.at[].set`.
+m32      32 requests at once, beside the figures of a peer JAX engine on two such cores.
 
 Large blocks of host memory stay with the process when they are freed, as they do on an
 accelerator (`timing.keep_freed_memory`); the copy that is the bound gains from it too.
 
 Warm-up and compilation are outside the timing; figures are medians of rounds that
-alternate between the two sides of a ratio. About 3 minutes on 2 cores. On a busy
+alternate between the two sides of a ratio. Takes about 3 minutes on 2 cores. On a busy
 machine ratios hold better than absolute figures, so the load is printed as well.
 """
 

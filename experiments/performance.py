@@ -1,4 +1,4 @@
-"""Steps of the engine beside what the device could do at best.
+"""Measures steps of the engine beside the best that the device allows.
 
     python -m experiments.performance --cores=1
     python -m experiments.performance --model=llama-3-8b --batches=1,8,32,64,128 \

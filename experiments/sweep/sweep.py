@@ -1,4 +1,4 @@
-"""The goodput sweep: every system at every rate with every seed, and what it shows."""
+"""The goodput sweep: every system at every rate with every seed, and its summary."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ RATIO_BASE = "vllm"  # ratios are over this system, where it takes part
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs points that are not done yet, and reads those that are."""
+    """Runs the points that are not done yet, and summarises all points."""
 
     config: Config
     model: Model
@@ -66,7 +66,7 @@ class Sweep:
         return self.criteria[self.config.criterion]
 
     def run(self) -> dict[str, Any]:
-        """Searches each system's goodput and returns the summary."""
+        """Search each system's goodput and return the summary."""
         rates = {name: self._try_rates(name) for name in self.served}
         if self.config.executed == "passing":
             for name, tried in rates.items():
@@ -80,7 +80,7 @@ class Sweep:
         return self._summary(rates)
 
     def _try_rates(self, name: str) -> list[float]:
-        """Runs a system at the rates asked for, or those of a search; returns them."""
+        """Run a system at the given rates, or at a search's; return the rates."""
         tried: list[float] = []
 
         def scores(rate: float) -> list[float]:
@@ -103,11 +103,11 @@ class Sweep:
         return sorted(tried)
 
     def _scores_at(self, name: str, rates: Sequence[float]) -> dict[float, list[float]]:
-        """Of the criterion that is searched for; of points that are done."""
+        """Return the scores of finished points, by the criterion of the search."""
         return _scores_of(self.config.criterion, self._runs(name, rates))
 
     def _execute(self, name: str, rates: Sequence[float]) -> None:
-        """Runs the programs at the rate that a system is judged by."""
+        """Run the programs at the rate that a system is judged by."""
         rate = self._judged_at(self._scores_at(name, rates))
         if rate is None:
             return
@@ -120,16 +120,16 @@ class Sweep:
                 self._run(point, execute=True, expected=self.run_dir.requests(point))
 
     def _judged_at(self, scores: Mapping[float, Sequence[float]]) -> float | None:
-        """The highest passing rate, or the best for a throughput."""
+        """Return the highest passing rate, or the best for a throughput."""
         target = self.good.target
         if target is None:
             return best_rate(scores, self.config.search.tolerance).rate_rps
         return estimate(scores, target).pass_rps
 
     def _start_rps(self) -> float:
-        """Where all searches begin: half of what the devices could do if always busy.
+        """Return the first rate of all searches: half of what busy devices could serve.
 
-        The estimate is that of the first system, so that all try the same rates first.
+        It is estimated for the first system, so that all systems try the same rates.
         """
         decode_s, rows = self.durations.decode_s()
         busy_s = statistics.mean(
@@ -172,7 +172,7 @@ class Sweep:
         execute: bool,
         expected: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Runs a point, and saves it if its timelines are those of `expected` rows."""
+        """Run a point, and save it if its timelines are those of `expected`."""
         runner = (self.served if execute else self.simulated)[point.system]
         requests, log = self.source(point.rate_rps, point.replica), EventLog()
         run = runner.run(requests, observer=log)
@@ -234,7 +234,7 @@ class Sweep:
         }
 
     def _interval(self, values: Sequence[float]) -> dict[str, float | None]:
-        """A mean across seeds; its interval, if the seeds' runs can carry one."""
+        """Return the mean across seeds, and an interval if they are independent."""
         independent = not self.source.why_dependent
         found: Interval = metrics.rate_interval(values, independent=independent)
         return dataclasses.asdict(found)
@@ -272,7 +272,7 @@ class Sweep:
     def _ranked(
         self, name: str, criterion: Criterion, runs: Mapping[str, Runs]
     ) -> dict[str, Any]:
-        """A criterion's definition, and the order of the systems by it."""
+        """Return a criterion's definition, and the order of the systems by it."""
         scores: dict[str, dict[float, list[float]]] = {}
         for system, found in runs.items():
             devices = self._devices(system)
@@ -295,7 +295,7 @@ class Sweep:
 
 
 def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
-    """By kind of step the share of the tokens in it that were padding."""
+    """Return the share of tokens that were padding, by kind of step."""
     shares: dict[str, float | None] = {}
     for kind in ("prefill", "mixed", "decode"):
         done = totals.get(kind)
@@ -306,7 +306,7 @@ def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
 def _busy(
     deployment: Deployment, shares: Sequence[Sequence[float]] | None
 ) -> dict[str, float | None]:
-    """By role the share of the time that its devices worked, and the idlest stage's."""
+    """Return the busy share of each role's devices, and of its idlest stage."""
     found: dict[str, float | None] = {}
     for role in Role:
         stages = [s for i in deployment.of(role) for s in shares[i]] if shares else []
@@ -316,7 +316,7 @@ def _busy(
 
 
 def _timelines(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """What of requests' rows does not depend on their tokens, as a file has it."""
+    """Return the parts of requests' rows that do not depend on tokens, as in a file."""
     other = ("tokens", "text", *(field.name for field in dataclasses.fields(Point)))
     kept = [{key: row[key] for key in row if key not in other} for row in rows]
     return json.loads(json.dumps(kept))
@@ -351,7 +351,7 @@ def _goodput(found: GoodputEstimate, runs: Runs, devices: int) -> dict[str, Any]
 
 
 def _inversion(found: Inversion | None, devices: int) -> dict[str, Any] | None:
-    """Where attainment is not monotone; see `GoodputEstimate`."""
+    """Return where attainment is not monotone; see `GoodputEstimate`."""
     if found is None:
         return None
     return {
@@ -397,7 +397,7 @@ def _point_row(
 
 
 def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Each metric's mean over the seeds; None where a run lacks it."""
+    """Return each metric's mean over the seeds; None if a run lacks it."""
     means: dict[str, float | None] = {}
     for key, value in runs[0].items():
         if isinstance(value, bool | dict):
@@ -408,7 +408,7 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
-    """Each system's goodput, or throughput, over the base's, paired by seed."""
+    """Return each system's goodput or throughput over the base's, paired by seed."""
     if RATIO_BASE not in systems:
         return {}
     base = _per_seed(systems[RATIO_BASE])
