@@ -298,32 +298,22 @@ def run(
     """
     require(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
     asked = {"model": config.name, "cut": str(cut), "mib": mib, "repeats": repeats}
+    pairs, sizes = [(cut.prefill, cut.decode)], [n * 2**20 for n in mib]
     with run_folder(out, asked, "two_meshes.txt", replace=True):
-        return _run(config, cut, out, mib, repeats)
-
-
-def _run(
-    config: ModelConfig,
-    cut: Cut,
-    out: pathlib.Path,
-    mib: Sequence[int],
-    repeats: int,
-) -> Shown:
-    keep_freed_memory()  # else each hand-off and copy waits for new pages
-    meshes = build(config, cut)
-    tokens = check_tokens(config, meshes)
-    equal = tokens.equal == tokens.total or not tokens.exact
-    require(equal, "tokens: expected those of one device", str(tokens))
-    kind = jax.devices()[0].device_kind
-    link = link_between(kind)
-    sizes = [n * 2**20 for n in mib]
-    found = rates(config, [(cut.prefill, cut.decode)], sizes, _BLOCK, None, repeats)
-    shown = Shown(layout(meshes.engine), tokens, handoff_table(found, cut, link))
-    title = f"{config.name} {config.dtype} on {kind}, {cut}"
-    head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
-    write_text(out / "two_meshes.txt", f"{head}{shown}\n")
-    draw([panel(found, cut, link)], title, out / "two_meshes.png")
-    return shown
+        keep_freed_memory()  # else each hand-off and copy waits for new pages
+        meshes = build(config, cut)
+        tokens = check_tokens(config, meshes)
+        equal = tokens.equal == tokens.total or not tokens.exact
+        require(equal, "tokens: expected those of one device", str(tokens))
+        kind = jax.devices()[0].device_kind
+        link = link_between(kind)
+        found = rates(config, pairs, sizes, _BLOCK, None, repeats)
+        shown = Shown(layout(meshes.engine), tokens, handoff_table(found, cut, link))
+        title = f"{config.name} {config.dtype} on {kind}, {cut}"
+        head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
+        write_text(out / "two_meshes.txt", f"{head}{shown}\n")
+        draw([panel(found, cut, link)], title, out / "two_meshes.png")
+        return shown
 
 
 @command

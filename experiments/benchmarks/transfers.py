@@ -16,7 +16,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import measure_step_times, outcome
+from disagg_jax.engine.executor import measure_step_times, outcome, table_timing
 from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.request import Request
@@ -117,11 +117,11 @@ def serve_alone(
         layer_groups=mode.layer_groups,
     )
     times = measure_step_times([engine], repeats, streams=mode.streams)
-    phases = _Phases(engine, link, repeats)
+    steps, phases = table_timing(engine, times), _Phases(engine, link, repeats)
 
     def timing(work: Task, _: Sequence[float]) -> Outcome:
         if isinstance(work, Step):
-            return outcome(work, [times[key] for key in engine.part_keys(work)])
+            return steps(work, ())
         return outcome(work, [sum(part) for part in phases.of(work)])
 
     served = ServedDeployment(
