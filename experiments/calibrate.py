@@ -36,10 +36,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
-import sys
 from collections.abc import Sequence
-
-from absl import app, flags
 
 from disagg_jax.calibration.fit import FORMS
 from disagg_jax.calibration.machine_speed import Speedometer, choose_probes
@@ -62,8 +59,8 @@ from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_j
 from disagg_jax.work import Task
 from experiments.accuracy_study.serving_factor import serve_each, with_service
 from experiments.cli import host_devices
-from experiments.cli.command import command, command_line
-from experiments.cli.flags import expect_once, expect_used
+from experiments.cli.command import command, command_line, progress_to_stderr
+from experiments.cli.flags import Flags, expect_once, expect_used
 from experiments.configs.config import Config, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -84,44 +81,25 @@ from models.config import ModelConfig
 # Mean relative errors for work that was not used (issue 6; facts/latency.md).
 AIMS = {"prefill": 0.05, "decode": 0.03, "mixed": 0.07, "chunk": 0.07}
 
-_CONFIG = flags.DEFINE_string(
-    "config", "tiny", f"Its systems: {', '.join(sorted(CONFIGS))}.", allow_override=True
+FLAGS = Flags()
+_CONFIG = FLAGS.string("config", "tiny", f"Its systems: {', '.join(sorted(CONFIGS))}.")
+_MODEL = FLAGS.string("model", None, "Instead of the config's, with random weights.")
+_DEPLOYMENT = FLAGS.multi_string(
+    "deployment", [], "Instead of the config's, for the systems with its roles."
 )
-_MODEL = flags.DEFINE_string(
-    "model", None, "Instead of the config's, with random weights.", allow_override=True
-)
-_DEPLOYMENT = flags.DEFINE_multi_string(
-    "deployment",
-    [],
-    "Instead of the config's, for the systems with its roles.",
-    allow_override=True,
-)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "Overrides of the config, key=value.", allow_override=True
-)
-_ROUNDS = flags.DEFINE_integer(
-    "rounds", 9, "Rounds behind a median.", lower_bound=3, allow_override=True
-)
-_UNSEEN = flags.DEFINE_integer(
+_SET = FLAGS.multi_string("set", [], "Overrides of the config, key=value.")
+_ROUNDS = FLAGS.integer("rounds", 9, "Rounds behind a median.", lower_bound=3)
+_UNSEEN = FLAGS.integer(
     "unseen", 12, "Random loads of each kind and instance.", lower_bound=1
 )
-_REQUESTS = flags.DEFINE_integer(
-    "requests",
-    150,
-    "That each system serves at the end.",
-    lower_bound=10,
-    allow_override=True,
+_REQUESTS = FLAGS.integer(
+    "requests", 150, "That each system serves at the end.", lower_bound=10
 )
-_MAX_DRIFT = flags.DEFINE_float(
+_MAX_DRIFT = FLAGS.float(
     "max_drift", 0.3, "How much slower the device may become while it is measured."
 )
-_SHOW = flags.DEFINE_string("show", None, "Only print the errors of this profile.")
-_OUT = flags.DEFINE_string(
-    "out",
-    None,
-    "The profile; default experiments/profiles/NAME.json.",
-    allow_override=True,
-)
+_SHOW = FLAGS.string("show", None, "Only print the errors of this profile.")
+_OUT = FLAGS.string("out", None, "The profile; default experiments/profiles/NAME.json.")
 
 # Programs are timed live, at the step sizes that the policies have.
 _UNREAD = read_by(
@@ -268,6 +246,7 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
     Raises:
       ValueError, FileNotFoundError: on bad input or what does not fit, before any work.
     """
+    progress = progress_to_stderr()
     host_devices.provide(most_devices(config))
     # Its own runs may have modelled durations; here programs are timed anyway.
     config = dataclasses.replace(config, clock="virtual", durations="live")
@@ -279,7 +258,7 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
     engines = build_engines(config, model)
     for engine in engines.values():
         source.check(engine.memory)
-    compile_engines(engines, _progress)
+    compile_engines(engines, progress)
     profile = calibrate(
         list(engines.values()),
         lambda engine, work: run_alone(engine, work)[0],
@@ -288,9 +267,9 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
         rounds=rounds,
         count=count,
         max_drift=max_drift,
-        progress=_progress,
+        progress=progress,
     )
-    _progress(f"serving {config.workload.num_requests} requests on each system")
+    progress(f"serving {config.workload.num_requests} requests on each system")
     served = [
         serve_with(config, engine, config.systems[name].policies, {})
         for name, engine in engines.items()
@@ -313,11 +292,7 @@ def show(path: str) -> str:
     return f"{table(profile)}\n\n{service_table(profile)}"
 
 
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
-@command
+@command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
     asked = (_CONFIG, _MODEL, _DEPLOYMENT, _SET, _ROUNDS, _UNSEEN, _REQUESTS)
@@ -353,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -18,8 +18,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from absl import app
-
 from experiments.cli.command import command
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -37,6 +35,7 @@ _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
 _TABLE = "| `python -m experiments.` |"
 _COLAB = "https://colab.research.google.com/github/disagg-jax/disagg-jax/blob/main/"
+_SHARED = "experiments.cli."  # modules that define flags for commands
 _ABSL = ("help", "helpfull", "helpshort", "flagfile")  # flags that every command has
 
 
@@ -103,7 +102,7 @@ def _wrong_command(root: pathlib.Path, module: str, arguments: str) -> Iterator[
     if not source.exists():
         yield f"expected a module of experiments, got '{module}'"
         return
-    flags, runs = _read(source)
+    flags, runs = _read(root, source)
     if not runs:
         yield f"expected a module that can be run, got '{module}'"
     for word in arguments.split():
@@ -115,18 +114,19 @@ def _wrong_command(root: pathlib.Path, module: str, arguments: str) -> Iterator[
 
 
 @functools.cache
-def _read(source: pathlib.Path) -> tuple[frozenset[str], bool]:
-    """The flags that a module defines, and whether it runs."""
+def _read(root: pathlib.Path, source: pathlib.Path) -> tuple[frozenset[str], bool]:
+    """The flags of a command, those of `experiments.cli` included, and if it runs."""
     tree = ast.parse(source.read_text())
-    flags = {
-        node.args[0].value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr.startswith("DEFINE_")
-        and isinstance(node.args[0], ast.Constant)
-        and isinstance(node.args[0].value, str)
-    }
+    flags = set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Name(id="FLAGS" | "own")),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                flags.add(name)
+            case ast.ImportFrom(module=str(module)) if module.startswith(_SHARED):
+                flags |= _read(root, root / f"{module.replace('.', '/')}.py")[0]
     runs = any(
         isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
         for node in tree.body
@@ -163,7 +163,7 @@ def problems(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> list[Problem]
     return [problem for path in paths for problem in check(root, path)]
 
 
-@command
+@command()
 def main() -> None:
     paths = documents(ROOT)
     found = problems(ROOT, paths)
@@ -173,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -13,24 +13,19 @@ import json
 import pathlib
 from typing import Any
 
-from absl import app, flags
-
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from experiments.cli.command import command
+from experiments.cli.flags import REQUIRED, Flags
 from experiments.runs.folder import write_text
 from experiments.runs.request_rows import to_timeline
 from experiments.runs.run_dir import SavedRun
 
-_RUN = flags.DEFINE_string("run", None, "A run directory of goodput_sweep.")
-_SYSTEM = flags.DEFINE_string("system", None, "Which of its systems.")
-# Other experiments have flags of these names too, and a test may import several.
-_RATE = flags.DEFINE_float(
-    "rate", None, "Requests/s per device, as in table.txt.", allow_override=True
-)
-_SEED = flags.DEFINE_integer(
-    "seed", None, "Of the run; by default the first.", allow_override=True
-)
-_OUT = flags.DEFINE_string("out", "trace.json", "File to write.", allow_override=True)
+FLAGS = Flags()
+_RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")
+_SYSTEM = FLAGS.string("system", REQUIRED, "Which of its systems.")
+_RATE = FLAGS.float("rate", None, "Requests/s per device, as in table.txt.")
+_SEED = FLAGS.integer("seed", None, "Of the run; by default the first.")
+_OUT = FLAGS.string("out", "trace.json", "File to write.")
 
 
 def draw(
@@ -47,7 +42,7 @@ def draw(
     """
     run = SavedRun(path)
     picked = run.pick(system, rate_rps, seed)
-    config = run.read_json("config.json")
+    config = run.config()
     about = {
         "run": str(path),
         "system": system,
@@ -62,14 +57,13 @@ def draw(
     return chrome_trace(deployment, events, timelines, about)
 
 
-@command
+@command(FLAGS)
 def main() -> None:
-    path = pathlib.Path(_RUN.value or "")
-    trace = draw(path, _SYSTEM.value or "", _RATE.value, _SEED.value)
-    write_text(pathlib.Path(_OUT.value or ""), json.dumps(trace))
+    path = pathlib.Path(_RUN.value)
+    trace = draw(path, _SYSTEM.value, _RATE.value, _SEED.value)
+    write_text(pathlib.Path(_OUT.value), json.dumps(trace))
     print(f"{trace['otherData']}\n{_OUT.value}: open it in https://ui.perfetto.dev")
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["run", "system"])
-    app.run(main)
+    main()

@@ -27,16 +27,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from absl import app, flags
-
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import TraceWorkload, Workload
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.traces import Trace, load_trace
-from experiments.cli import trace_flags
-from experiments.cli.command import command, own_flags
-from experiments.cli.flags import expect_used
+from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.flags import Flags, expect_used
+from experiments.cli.trace_flags import TraceFlags
 from experiments.comparison import report
 from experiments.comparison.comparison import (
     POLICIES,
@@ -62,88 +60,65 @@ from experiments.runs.run_dir import environment
 _COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked
 
-# Other experiments have flags of these names too, and a test may import several.
-_MODEL = flags.DEFINE_string(
-    "model", "llama-3-8b", "A name of sim/model_shape.py.", allow_override=True
-)
-_HARDWARE = flags.DEFINE_string(
-    "hardware", "a100-80g", "A name of sim/hardware/presets.py.", allow_override=True
-)
-_CONFIG = flags.DEFINE_enum(
+FLAGS = Flags()
+_MODEL = FLAGS.string("model", "llama-3-8b", "A name of sim/model_shape.py.")
+_HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
+_CONFIG = FLAGS.enum(
     "config",
     None,
     sorted(SIMULATIONS),
     "A simulation, instead of a model and hardware.",
-    allow_override=True,
 )
-_DEVICES = flags.DEFINE_integer("devices", 4, "For each system.", allow_override=True)
-_SYSTEMS = flags.DEFINE_list(
-    "systems", list(POLICIES), "To compare.", allow_override=True
-)
-_BUDGETS = flags.DEFINE_list(
+_DEVICES = FLAGS.integer("devices", 4, "For each system.")
+_SYSTEMS = FLAGS.list("systems", list(POLICIES), "To compare.")
+_BUDGETS = FLAGS.list(
     "budgets",
     [],
     "Step sizes in tokens to try for every system (chunk, token budget, L_m, cap of a "
     "prefill batch); the best is taken. By default each paper's rule chooses one.",
 )
-_MAP = flags.DEFINE_enum("map", "both", ["lengths", "targets", "both"], "Which map.")
-_PROMPTS = flags.DEFINE_list("prompts", ["512", "1024", "2048", "4096"], "Mean tokens.")
-_OUTPUTS = flags.DEFINE_list("outputs", ["16", "64", "256"], "Mean tokens.")
-_SIGMA = flags.DEFINE_float(
-    "sigma", 0.5, "Of the logarithm of lengths; 0: all are equal."
-)
-_MAX_TOKENS = flags.DEFINE_integer(
+_MAP = FLAGS.enum("map", "both", ["lengths", "targets", "both"], "Which map.")
+_PROMPTS = FLAGS.list("prompts", ["512", "1024", "2048", "4096"], "Mean tokens.")
+_OUTPUTS = FLAGS.list("outputs", ["16", "64", "256"], "Mean tokens.")
+_SIGMA = FLAGS.float("sigma", 0.5, "Of the logarithm of lengths; 0: all are equal.")
+_MAX_TOKENS = FLAGS.integer(
     "max_tokens",
     8192,
     "Prompt and output of a request: the simulation's context limit, in the place of "
     "that of --config.",
 )
-_SLO = flags.DEFINE_string(
-    "slo", "0.5,0.04", "TTFT_S,TPOT_S of the map of lengths.", allow_override=True
-)
-_TTFTS = flags.DEFINE_list("ttfts", ["0.25", "0.5", "1"], "Seconds.")
-_TPOTS = flags.DEFINE_list("tpots", ["0.02", "0.04", "0.08"], "Seconds.")
-_WORKLOAD = flags.DEFINE_string(
+_SLO = FLAGS.string("slo", "0.5,0.04", "TTFT_S,TPOT_S of the map of lengths.")
+_TTFTS = FLAGS.list("ttfts", ["0.25", "0.5", "1"], "Seconds.")
+_TPOTS = FLAGS.list("tpots", ["0.02", "0.04", "0.08"], "Seconds.")
+_WORKLOAD = FLAGS.string(
     "workload",
     "longbench",
     "Of the map of targets: sharegpt, humaneval, longbench or fixed:PROMPTxOUTPUT.",
-    allow_override=True,
 )
-_TRACE = flags.DEFINE_string(
+_TRACE = FLAGS.string(
     "trace",
     None,
     "Instead: a trace of Azure, BurstGPT, Mooncake, Bailian, splitwise-sim, Vidur or "
     "ShareGPT, or a CSV with named columns. Requests longer than max_tokens or the "
     "simulation's context are left out and counted.",
-    allow_override=True,
 )
-flags.adopt_module_key_flags(trace_flags)
-_TARGET = flags.DEFINE_float(
-    "target", 0.9, "Joint attainment to reach.", allow_override=True
-)
-_TOLERANCE = flags.DEFINE_float(
-    "tolerance", 0.08, "Of goodputs, relative.", allow_override=True
-)
-_REQUESTS = flags.DEFINE_integer(
+_TRACE_FILE = TraceFlags(FLAGS)
+_TARGET = FLAGS.float("target", 0.9, "Joint attainment to reach.")
+_TOLERANCE = FLAGS.float("tolerance", 0.08, "Of goodputs, relative.")
+_REQUESTS = FLAGS.integer(
     "num_requests",
     200,
     "Of a run, at least; more where the targets are long for so few.",
-    allow_override=True,
 )
-_MOST_REQUESTS = flags.DEFINE_integer(
+_MOST_REQUESTS = FLAGS.integer(
     "max_requests",
     2500,
     "Of a run, at most. Short prompts and long targets ask for more without end; cells "
     "that would need more are marked, and their goodputs are too high.",
-    allow_override=True,
 )
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs at each rate.", allow_override=True)
-_WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes; one a core by default.", allow_override=True
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "Folder for maps.{txt,png,json}.", allow_override=True
-)
+_SEEDS = FLAGS.integer("seeds", 3, "Runs at each rate.")
+_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_OUT = FLAGS.string("out", None, "Folder for maps.{txt,png,json}.")
 
 T = TypeVar("T")
 
@@ -184,10 +159,10 @@ def _simulation() -> tuple[Simulation, int]:
         model, hardware = _MODEL.value, _HARDWARE.value
         simulation = roofline_simulation(model, hardware, _MAX_TOKENS.value)
         return simulation, max(_TILE, get_device(hardware).tile_rows)
-    if flags.FLAGS["model"].present or flags.FLAGS["hardware"].present:
+    if FLAGS.values["model"].present or FLAGS.values["hardware"].present:
         raise ValueError("config: expected neither --model nor --hardware beside it")
     simulation = get_simulation(_CONFIG.value)
-    if flags.FLAGS["max_tokens"].present:
+    if FLAGS.values["max_tokens"].present:
         simulation = dataclasses.replace(simulation, max_context=_MAX_TOKENS.value)
     return simulation, _TILE
 
@@ -208,7 +183,7 @@ def _question() -> Question:
         ),
         num_requests=_REQUESTS.value,
         max_requests=max(_REQUESTS.value, _MOST_REQUESTS.value)
-        if not flags.FLAGS["max_requests"].present
+        if not FLAGS.values["max_requests"].present
         else _MOST_REQUESTS.value,
         seeds=tuple(range(_SEEDS.value)),
     )
@@ -236,7 +211,7 @@ def _workload(simulation: Simulation) -> tuple[Workload, str]:
     if _TRACE.value is None:
         return get_workload(_WORKLOAD.value), _WORKLOAD.value
     longest = min(_MAX_TOKENS.value, simulation.max_context)
-    trace = trace_flags.open_trace(_TRACE.value)
+    trace = _TRACE_FILE.open(_TRACE.value)
     return trace_workload(trace, longest), pathlib.Path(_TRACE.value).name
 
 
@@ -314,14 +289,8 @@ def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
             report.plot_lengths(workload, out / "lengths.png")
 
 
-@command
+@command(FLAGS)
 def main() -> None:
-    start = time.perf_counter()
-
-    def progress(text: str) -> None:
-        elapsed = time.perf_counter() - start
-        print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
-
     _check_flags()
     question = _question()
     text, _ = run(
@@ -330,11 +299,11 @@ def main() -> None:
         " ".join([_COMMAND, *sys.argv[1:]]),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
-        progress,
-        {"flags": own_flags()},
+        progress_to_stderr(),
+        {"flags": FLAGS.asked()},
     )
     print(text)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import pathlib
 
-from absl import app, flags
-
 from experiments.cli.command import command
+from experiments.cli.flags import REQUIRED, Flags
 from experiments.sweep.weights import read_tokenizer, read_weights
 from models import checkpoint
 from models.sentencepiece import SentencePieceTokenizer
 from models.tokenizer import BPETokenizer, NoText, save_tokenizer
 
-_FROM = flags.DEFINE_string("from", None, "GGUF file or Hugging Face folder.")
-_OUT = flags.DEFINE_string(
-    "out", None, "Folder of the new checkpoint.", allow_override=True
-)
+FLAGS = Flags()
+_FROM = FLAGS.string("from", REQUIRED, "GGUF file or Hugging Face folder.")
+_OUT = FLAGS.string("out", REQUIRED, "Folder of the new checkpoint.")
 
 
 def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
@@ -43,13 +41,11 @@ def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
     return checkpoint.save(out, config, weights)
 
 
-@command
+@command(FLAGS)
 def main() -> None:
-    if not _FROM.value or not _OUT.value:
-        raise app.UsageError("expected --from=PATH and --out=FOLDER")
     made = convert(pathlib.Path(_FROM.value), pathlib.Path(_OUT.value))
     print(f"{made.config}\ncheckpoint: {made.folder}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -13,22 +13,18 @@ runs, no other run may use the directory.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from absl import app, flags
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import check_step_times, measure_step_times
+from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from experiments.cli import host_devices
-from experiments.cli.command import command
-from experiments.cli.flags import expect_once
+from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.flags import Flags, expect_once
 from experiments.configs.config import Config, override, to_json
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
@@ -52,19 +48,20 @@ from experiments.sweep.serving import (
 from experiments.sweep.sweep import Sweep
 from experiments.sweep.weights import Model, load_model
 
-_CONFIG = flags.DEFINE_string(
+FLAGS = Flags()
+_CONFIG = FLAGS.string(
     "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."
 )
-_SET = flags.DEFINE_multi_string("set", [], "Overrides, key=value; may be repeated.")
-_OUT = flags.DEFINE_string("out", None, "Run directory; default runs/CONFIG.")
-_SEED = flags.DEFINE_integer("seed", None, "Short for --set seed=N.")
-_STEP_TOKENS = flags.DEFINE_list(
+_SET = FLAGS.multi_string("set", [], "Overrides, key=value; may be repeated.")
+_OUT = FLAGS.string("out", None, "Run directory; default runs/CONFIG.")
+_SEED = FLAGS.integer("seed", None, "Short for --set seed=N.")
+_STEP_TOKENS = FLAGS.list(
     "step_tokens", None, "Short for --set step_tokens=N,...: step sizes to compare."
 )
-_PLACEMENT = flags.DEFINE_string(
+_PLACEMENT = FLAGS.string(
     "placement", None, "placement.json of a placement search: its answers run too."
 )
-_STEP_TIMES = flags.DEFINE_string(
+_STEP_TIMES = FLAGS.string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
 
@@ -106,7 +103,7 @@ def _run(
     engines: Mapping[str, Engine],
     given: dict[str, float] | None,
 ) -> str:
-    progress = _progress()
+    progress = progress_to_stderr()
     compile_engines(engines, progress)
     step_times = _step_times(config, run_dir, list(engines.values()), given, progress)
     durations = step_durations(config, engines, step_times)
@@ -124,10 +121,6 @@ def _run(
         model=model,
         source=source,
         served=served,
-        simulated={
-            name: dataclasses.replace(each, executed=False)
-            for name, each in served.items()
-        },
         durations=first,
         slo=slo,
         choices={name: reasons for name, (_, reasons) in tuned.items() if reasons},
@@ -157,7 +150,7 @@ def _step_times(
         return {}
     saved = run_dir.read_json("step_times.json")
     if saved is not None:
-        return saved["seconds"]
+        return STEP_TIMES.read(saved)["seconds"]
     seconds = given
     if given is not None:
         for engine in engines:
@@ -167,13 +160,14 @@ def _step_times(
             engines, config.timing_repeats, progress, streams=config.streams
         )
     content = {"seconds": seconds, "measured": environment() if not given else None}
-    run_dir.write_json("step_times.json", content)
+    run_dir.write_json("step_times.json", STEP_TIMES.write(content))
     return seconds
 
 
 def _read_step_times(path: str) -> dict[str, float]:
     try:
-        seconds = json.loads(pathlib.Path(path).read_text())["seconds"]
+        record = json.loads(pathlib.Path(path).read_text())
+        seconds = STEP_TIMES.read(record)["seconds"]
         return {str(key): float(value) for key, value in seconds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -184,22 +178,12 @@ def _read_step_times(path: str) -> dict[str, float]:
 
 def _read_placement(path: str) -> dict[str, Any]:
     try:
-        return json.loads(pathlib.Path(path).read_text())
-    except (OSError, ValueError) as error:
+        return PLACEMENT.read(json.loads(pathlib.Path(path).read_text()))
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(
             f"--placement: expected the placement.json of a search, got '{path}': "
             f"{error}"
         ) from error
-
-
-def _progress() -> Progress:
-    start_s = time.monotonic()
-
-    def show(message: str) -> None:
-        elapsed_s = time.monotonic() - start_s
-        print(f"[{elapsed_s:6.1f} s] {message}", file=sys.stderr, flush=True)
-
-    return show
 
 
 def _unused_options() -> dict[str, tuple[Need, ...]]:
@@ -210,7 +194,7 @@ def _unused_options() -> dict[str, tuple[Need, ...]]:
     return {"timing_repeats": (need,)}
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
     changes = list(_SET.value)
@@ -230,4 +214,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -18,7 +18,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from absl import app, flags
 
 from disagg_jax import metrics
 from disagg_jax.control.run import Run
@@ -34,7 +33,8 @@ from disagg_jax.sim.cost.interface import InstanceCost
 from disagg_jax.sim.run import SimWorkload
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload.lengths import UniformLengths
-from experiments.cli.command import command, own_flags
+from experiments.cli.command import command
+from experiments.cli.flags import Flags
 from experiments.configs.named_simulations import Simulation, roofline_simulation
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
@@ -42,23 +42,14 @@ from experiments.report.table import align
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 
-_MODEL = flags.DEFINE_string(
-    "model", "opt-13b", "A name of sim/model_shape.py.", allow_override=True
-)
-_HARDWARE = flags.DEFINE_string(
-    "hardware", "a100-80g", "A name of sim/hardware/presets.py.", allow_override=True
-)
-_RATE = flags.DEFINE_float(
-    "rate", 3.0, "Requests/s per device.", allow_override=True, lower_bound=1e-9
-)
-_BUDGET = flags.DEFINE_integer(
-    "budget", 512, "Tokens of a chunked system's step.", allow_override=True
-)
-_REQUESTS = flags.DEFINE_integer(
-    "num_requests", 500, "Requests.", allow_override=True, lower_bound=1
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the requests.", allow_override=True)
-_OUT = flags.DEFINE_string("out", "runs/interference", "Folder.", allow_override=True)
+FLAGS = Flags()
+_MODEL = FLAGS.string("model", "opt-13b", "A name of sim/model_shape.py.")
+_HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
+_RATE = FLAGS.float("rate", 3.0, "Requests/s per device.", lower_bound=1e-9)
+_BUDGET = FLAGS.integer("budget", 512, "Tokens of a chunked system's step.")
+_REQUESTS = FLAGS.integer("num_requests", 500, "Requests.", lower_bound=1)
+_SEED = FLAGS.integer("seed", 0, "Of the requests.")
+_OUT = FLAGS.string("out", "runs/interference", "Folder.")
 
 WORKLOAD = SimWorkload(
     prompt=UniformLengths(low=256, high=1024), output=UniformLengths(low=64, high=192)
@@ -274,7 +265,7 @@ def _longer(gaps_s: np.ndarray) -> list[tuple[float, float]]:
     ]
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     simulation = roofline_simulation(_MODEL.value, _HARDWARE.value)
     rate = 2 * _RATE.value  # of both devices
@@ -290,11 +281,11 @@ def main() -> None:
     )
     text = f"# python -m experiments.interference   commit {commit()}\n"
     text += f"# {title}; roofline\n{table(found)}\n"
-    with run_folder(out, own_flags(), "interference.txt", replace=True):
+    with run_folder(out, FLAGS.asked(), "interference.txt", replace=True):
         write_text(out / "interference.txt", text)
         draw(panels(found, cost), title, out / "interference.png")
     print(text + f"\n{out}/interference.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -20,11 +20,9 @@ kv_transfer.txt and .png.
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
-from absl import app, flags
 
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
 from experiments.benchmarks.handoff import Rate, rates
@@ -39,7 +37,8 @@ from experiments.benchmarks.transfers import (
     serve_alone,
 )
 from experiments.cli import host_devices
-from experiments.cli.command import command, own_flags
+from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.flags import Flags
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
@@ -48,32 +47,25 @@ from experiments.runs.provenance import commit
 from models import transformer
 from models.config import ModelConfig, get_config
 
-_MODEL = flags.DEFINE_string(
-    "model", "kv", "A preset of models.config.", allow_override=True
-)
-_PAIRS = flags.DEFINE_list(
+FLAGS = Flags()
+_MODEL = FLAGS.string("model", "kv", "A preset of models.config.")
+_PAIRS = FLAGS.list(
     "pairs", ["4:4", "4:2", "2:4", "1:4"], "Tensor parallelism of the two meshes."
 )
-_MIB = flags.DEFINE_list("mib", ["1", "16", "64"], "Sizes of a transfer.")
-_PROMPTS = flags.DEFINE_list(
-    "prompts", ["128", "512", "2048"], "Tokens of a prompt.", allow_override=True
-)
-_DEPLOYMENTS = flags.DEFINE_list(
+_MIB = FLAGS.list("mib", ["1", "16", "64"], "Sizes of a transfer.")
+_PROMPTS = FLAGS.list("prompts", ["128", "512", "2048"], "Tokens of a prompt.")
+_DEPLOYMENTS = FLAGS.list(
     "deployments", ["tp1:tp1", "tp1pp2:tp1"], "PREFILL:DECODE sides that serve."
 )
-_GROUPS = flags.DEFINE_integer(
+_GROUPS = FLAGS.integer(
     "layer_groups", 4, "Programs of a stage's layers where KV leaves by groups."
 )
-_CHUNKS = flags.DEFINE_integer(
-    "chunks", 4, "Chunks of a prompt where KV leaves by them."
-)
-_LINK = flags.DEFINE_enum(
+_CHUNKS = FLAGS.integer("chunks", 4, "Chunks of a prompt where KV leaves by them.")
+_LINK = FLAGS.enum(
     "link", None, sorted(LINKS), "A wire instead of the copy between devices."
 )
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "Rounds behind a median.", allow_override=True
-)
-_OUT = flags.DEFINE_string("out", "runs/kv_transfer", "Folder.", allow_override=True)
+_REPEATS = FLAGS.integer("repeats", 5, "Rounds behind a median.")
+_OUT = FLAGS.string("out", "runs/kv_transfer", "Folder.")
 
 # -- what is shown ---------------------------------------------------------------------
 
@@ -208,19 +200,16 @@ def run(
     return found_rates, seen
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
     keep_freed_memory()
     host_devices.provide(8)
 
-    def progress(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     config = get_config(_MODEL.value)
     link = get_link(_LINK.value) if _LINK.value else None
     out = pathlib.Path(_OUT.value)
-    with run_folder(out, own_flags(), "kv_transfer.txt", replace=True):
+    with run_folder(out, FLAGS.asked(), "kv_transfer.txt", replace=True):
         found_rates, seen = run(
             config,
             pairs=[parse_pair(text) for text in _PAIRS.value],
@@ -231,7 +220,7 @@ def main() -> None:
             layer_groups=_GROUPS.value,
             link=link,
             repeats=_REPEATS.value,
-            progress=progress,
+            progress=progress_to_stderr(),
         )
         _write(config, link, found_rates, seen, out)
 
@@ -265,4 +254,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

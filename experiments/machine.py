@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-from absl import app
 
 from experiments.cli import host_devices
 from experiments.cli.command import command
@@ -95,7 +94,7 @@ def look() -> Here:
     return choose(devices[0].platform, devices[0].device_kind, len(devices))
 
 
-@command
+@command()
 def main() -> None:
     here = look()
     print(here)
@@ -103,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

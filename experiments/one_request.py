@@ -18,24 +18,21 @@ from collections.abc import Mapping
 
 import matplotlib
 import matplotlib.figure
-from absl import app, flags
 
 from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.request import Status, Timeline
 from experiments.cli.command import command
+from experiments.cli.flags import REQUIRED, Flags
 from experiments.report.table import align
 from experiments.runs.request_rows import to_timeline
 from experiments.runs.run_dir import SavedRun
 from experiments.sweep.report import STAGE_COLOURS, STAGES
 
-_RUN = flags.DEFINE_string(
-    "run", None, "A run directory of goodput_sweep.", allow_override=True
-)
-_RATE = flags.DEFINE_float(
-    "rate", None, "Requests/s per device, as in table.txt.", allow_override=True
-)
-_REQUEST = flags.DEFINE_integer("request", None, "Its number in the run.")
+FLAGS = Flags()
+_RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")
+_RATE = FLAGS.float("rate", None, "Requests/s per device, as in table.txt.")
+_REQUEST = FLAGS.integer("request", None, "Its number in the run.")
 
 
 def find(
@@ -51,8 +48,7 @@ def find(
       ValueError: if there is no such run or request; says what there is.
     """
     run = SavedRun(path)
-    config = run.read_json("config.json")
-    require(config is not None, "--run: expected a run directory", str(path))
+    config = run.config()
     found: dict[str, Timeline] = {}
     for system in config["systems"]:
         picked = run.pick(system, rate_rps, seed=None)
@@ -119,14 +115,13 @@ def plot(found: Mapping[str, Timeline], path: pathlib.Path) -> None:
         figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-@command
+@command(FLAGS)
 def main() -> None:
-    path = pathlib.Path(_RUN.value or "")
+    path = pathlib.Path(_RUN.value)
     found = find(path, _RATE.value, _REQUEST.value)
     plot(found, path / "one_request.png")
     print(f"{table(found)}\n\n{path}/one_request.png")
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("run")
-    app.run(main)
+    main()

@@ -37,7 +37,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.served_deployment import ServedDeployment
@@ -64,7 +63,7 @@ from experiments.benchmarks.timing import (
 )
 from experiments.cli import host_devices
 from experiments.cli.command import command
-from experiments.cli.flags import expect_used, integers, writable
+from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config
 
@@ -278,13 +277,14 @@ PARTS: dict[str, Callable[[Options], list[Figure]]] = {
 # their own.
 DEVICES = {"host": 2, "decode": 2, "prefill": 2, "handoff": 8, "m32": 2}
 
-_PARTS = flags.DEFINE_list("parts", list(PARTS), "What to measure.")
-_MODEL = flags.DEFINE_string("model", "m32", "Model of all parts but m32.")
-_BATCHES = flags.DEFINE_list("batches", ["16", "64"], "Requests in a decode step.")
-_MIB = flags.DEFINE_list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off.")
-_REPEATS = flags.DEFINE_integer("repeats", 7, "Rounds that a median is taken over.")
+FLAGS = Flags()
+_PARTS = FLAGS.list("parts", list(PARTS), "What to measure.")
+_MODEL = FLAGS.string("model", "m32", "Model of all parts but m32.")
+_BATCHES = FLAGS.list("batches", ["16", "64"], "Requests in a decode step.")
+_MIB = FLAGS.list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off.")
+_REPEATS = FLAGS.integer("repeats", 7, "Rounds that a median is taken over.")
 # Other experiments have an --out as well, and a test may import several.
-_OUT = flags.DEFINE_string("out", None, "JSON file to write.", allow_override=True)
+_OUT = FLAGS.string("out", None, "JSON file to write.")
 # The parts that read a flag; --repeats is for all.
 _READERS = (
     (_MODEL, ("host", "decode", "prefill", "handoff")),
@@ -346,7 +346,7 @@ def to_json(figures: Sequence[Any]) -> str:
     return json.dumps(result, indent=2) + "\n"
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
     parts, out = _PARTS.value, writable(_OUT.value)
@@ -397,4 +397,4 @@ def _run_here(parts: Sequence[str], options: Options) -> list[Any]:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -33,7 +33,6 @@ import platform
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags
 
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine
@@ -53,7 +52,7 @@ from experiments.benchmarks.timing import (
 )
 from experiments.cli import host_devices
 from experiments.cli.command import command
-from experiments.cli.flags import expect_used, integers, writable
+from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.configs.shapes import shape_of
 from experiments.report.table import align
 from experiments.runs import provenance
@@ -257,31 +256,22 @@ def run(options: Options) -> str:
 
 # -- command line ----------------------------------------------------------------------
 
-_MODEL = flags.DEFINE_string(
-    "model", "smollm2-135m", "A preset of models/config.py.", allow_override=True
-)
-_DTYPE = flags.DEFINE_string("dtype", None, "Instead of the preset's.")
-_BATCHES = flags.DEFINE_list(
-    "batches", ["1", "8", "16"], "Requests in a decode step.", allow_override=True
-)
-_CONTEXT = flags.DEFINE_integer("context", 256, "Tokens each of them attends to.")
-_PROMPTS = flags.DEFINE_list(
-    "prompts", ["128", "512"], "Tokens of a prefill step.", allow_override=True
-)
-_BLOCK = flags.DEFINE_integer("block_tokens", 16, "Tokens in a block of KV.")
-_MIB = flags.DEFINE_integer("handoff", 16, "MiB of a hand-off; 0 is none.")
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "Rounds that a median is taken over.", allow_override=True
-)
-_DENSE = flags.DEFINE_boolean("dense", True, "Time a plain dense cache as well.")
-_TRACE = flags.DEFINE_string(
-    "trace", None, "Folder for a jax.profiler trace of steps.", allow_override=True
-)
-_CORES = flags.DEFINE_integer("cores", None, "Cores to run on; default is all.")
-_OUT = flags.DEFINE_string("out", None, "File to write.", allow_override=True)
+FLAGS = Flags()
+_MODEL = FLAGS.string("model", "smollm2-135m", "A preset of models/config.py.")
+_DTYPE = FLAGS.string("dtype", None, "Instead of the preset's.")
+_BATCHES = FLAGS.list("batches", ["1", "8", "16"], "Requests in a decode step.")
+_CONTEXT = FLAGS.integer("context", 256, "Tokens each of them attends to.")
+_PROMPTS = FLAGS.list("prompts", ["128", "512"], "Tokens of a prefill step.")
+_BLOCK = FLAGS.integer("block_tokens", 16, "Tokens in a block of KV.")
+_MIB = FLAGS.integer("handoff", 16, "MiB of a hand-off; 0 is none.")
+_REPEATS = FLAGS.integer("repeats", 5, "Rounds that a median is taken over.")
+_DENSE = FLAGS.boolean("dense", True, "Time a plain dense cache as well.")
+_TRACE = FLAGS.string("trace", None, "Folder for a jax.profiler trace of steps.")
+_CORES = FLAGS.integer("cores", None, "Cores to run on; default is all.")
+_OUT = FLAGS.string("out", None, "File to write.")
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     out, config = writable(_OUT.value), get_config(_MODEL.value)
     if _DTYPE.value is not None:
@@ -310,4 +300,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

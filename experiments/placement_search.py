@@ -16,17 +16,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
-
+from disagg_jax.formats import PLACEMENT
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
-from experiments.cli.command import command, own_flags
-from experiments.cli.flags import expect_used
+from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.configs.paper_workloads import get_workload
 from experiments.placement.placements import (
     ALGORITHMS,
@@ -39,40 +37,27 @@ from experiments.placement.placements import (
 )
 from experiments.runs.folder import plain, run_folder, write_text
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    "A name of disagg_jax/sim/model_shape.py.",
-    required=True,
-    allow_override=True,
-)
-_DEVICE = flags.DEFINE_string("hardware", "a100", "A device, such as a100 or h100.")
-_DEVICES = flags.DEFINE_integer("devices", None, "How many there are.", required=True)
-_SLO = flags.DEFINE_string(
-    "slo", None, "TTFT_S,TPOT_S: targets in seconds.", required=True
-)
-_WORKLOAD = flags.DEFINE_string(
+FLAGS = Flags()
+_MODEL = FLAGS.string("model", REQUIRED, "A name of disagg_jax/sim/model_shape.py.")
+_DEVICE = FLAGS.string("hardware", "a100", "A device, such as a100 or h100.")
+_DEVICES = FLAGS.integer("devices", REQUIRED, "How many there are.")
+_SLO = FLAGS.string("slo", REQUIRED, "TTFT_S,TPOT_S: targets in seconds.")
+_WORKLOAD = FLAGS.string(
     "workload", "sharegpt", "sharegpt, humaneval, longbench or fixed:PROMPTxOUTPUT."
 )
-_ALGORITHM = flags.DEFINE_enum(
+_ALGORITHM = FLAGS.enum(
     "algorithm", "all", [*ALGORITHMS, "all"], "Which search; all is high and low."
 )
-_RATE = flags.DEFINE_float("rate", None, "Requests/s to serve; else the devices count.")
-_TARGET = flags.DEFINE_float("target", 0.9, "Joint attainment to reach.")
-_REQUESTS = flags.DEFINE_integer(
-    "num_requests", 1000, "Of a run, for up to a node.", allow_override=True
-)
-_SEEDS = flags.DEFINE_integer("seeds", 1, "Runs at each rate.", allow_override=True)
-_TOLERANCE = flags.DEFINE_float("tolerance", 0.05, "Of goodputs, relative.")
-_MARGIN = flags.DEFINE_float("margin", 0.1, "By which the bounds of pruning are wider.")
-_EXHAUSTIVE = flags.DEFINE_bool("exhaustive", False, "Search all candidates in full.")
-_WHOLE = flags.DEFINE_bool("whole", False, "Simulate the answer of high as a whole.")
-_WORKERS = flags.DEFINE_integer(
-    "workers", None, "Processes; one a core by default.", allow_override=True
-)
-_OUT = flags.DEFINE_string(
-    "out", None, "Folder for placement.json.", allow_override=True
-)
+_RATE = FLAGS.float("rate", None, "Requests/s to serve; else the devices count.")
+_TARGET = FLAGS.float("target", 0.9, "Joint attainment to reach.")
+_REQUESTS = FLAGS.integer("num_requests", 1000, "Of a run, for up to a node.")
+_SEEDS = FLAGS.integer("seeds", 1, "Runs at each rate.")
+_TOLERANCE = FLAGS.float("tolerance", 0.05, "Of goodputs, relative.")
+_MARGIN = FLAGS.float("margin", 0.1, "By which the bounds of pruning are wider.")
+_EXHAUSTIVE = FLAGS.boolean("exhaustive", False, "Search all candidates in full.")
+_WHOLE = FLAGS.boolean("whole", False, "Simulate the answer of high as a whole.")
+_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_OUT = FLAGS.string("out", None, "Folder for placement.json.")
 
 
 def run(
@@ -114,7 +99,8 @@ def run(
         seconds = time.perf_counter() - start
         found |= {"wall_s": seconds, "workers": workers, **(about or {})}
         if out is not None:
-            write_text(out / "placement.json", json.dumps(found, indent=1) + "\n")
+            content = json.dumps(PLACEMENT.write(found), indent=1)
+            write_text(out / "placement.json", content + "\n")
     return f"{report(found)}\n{seconds:.1f} s with {workers} workers", found
 
 
@@ -129,14 +115,8 @@ def _check_flags() -> None:
     expect_used(prunes, _MARGIN, expected="no --exhaustive", got="--exhaustive")
 
 
-@command
+@command(FLAGS)
 def main() -> None:
-    start = time.perf_counter()
-
-    def progress(text: str) -> None:
-        elapsed = time.perf_counter() - start
-        print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
-
     _check_flags()
     problem = problem_of(
         simulation_of(_MODEL.value, _DEVICE.value),
@@ -160,13 +140,13 @@ def main() -> None:
         chosen,
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
-        progress,
+        progress_to_stderr(),
         prune=not _EXHAUSTIVE.value,
         whole=_WHOLE.value,
-        about={"flags": own_flags()},
+        about={"flags": FLAGS.asked()},
     )
     print(text)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

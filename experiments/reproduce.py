@@ -19,32 +19,30 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from absl import app, flags
-
 from disagg_jax.errors import require
 from experiments.cli.command import command
-from experiments.cli.flags import expect_used
+from experiments.cli.flags import Flags, expect_used
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
 from experiments.runs.folder import sole_use, write_text
 from experiments.runs.provenance import commit
 
-_FIGURE = flags.DEFINE_string("figure", None, "One of --list.")
-_ALL = flags.DEFINE_bool("all", False, "Every figure.")
-_LIST = flags.DEFINE_bool("list", False, "Names the figures.")
-_NUM_REQUESTS = flags.DEFINE_integer(
+FLAGS = Flags()
+_FIGURE = FLAGS.string("figure", None, "One of --list.")
+_ALL = FLAGS.boolean("all", False, "Every figure.")
+_LIST = FLAGS.boolean("list", False, "Names the figures.")
+_NUM_REQUESTS = FLAGS.integer(
     "num_requests", None, "Of each run, instead of each figure's own number."
 )
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Runs of each point.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default one for a core.")
-_OUT = flags.DEFINE_string(
+_SEEDS = FLAGS.integer("seeds", 5, "Runs of each point.")
+_WORKERS = FLAGS.integer("workers", None, "Processes; default one for a core.")
+_OUT = FLAGS.string(
     "out",
     None,
     "Folder; default experiments/reports with --all, else runs/reproduction.",
-    allow_override=True,
 )
-_SEARCH_TIMES = flags.DEFINE_string(
+_SEARCH_TIMES = FLAGS.string(
     "search_times", None, 'JSON for fig12: {"Low" or "High": {GPUs: seconds}}.'
 )
 
@@ -181,7 +179,7 @@ def _lab() -> Lab:
     return dataclasses.replace(lab, search_times=times)
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES)
     listed = {"expected": "no --list", "got": "--list"}
@@ -202,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

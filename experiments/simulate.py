@@ -30,17 +30,15 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
-
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.workload.traces import Trace
-from experiments.cli import trace_flags
 from experiments.cli.command import command
-from experiments.cli.flags import expect_used
+from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.trace_flags import TraceFlags
 from experiments.configs.named_simulations import (
     SIMULATIONS,
     Simulation,
@@ -49,39 +47,34 @@ from experiments.configs.named_simulations import (
 )
 from experiments.runs.folder import plain, run_folder, whole, write_json, write_text
 
-# Other experiments have flags of these names too, and a test may import several.
-_TRACE = flags.DEFINE_string(
-    "trace", None, "Arrivals and lengths.", allow_override=True
-)
-_CONFIG = flags.DEFINE_enum(
-    "config", None, sorted(SIMULATIONS), "What is simulated.", allow_override=True
-)
-_DEPLOYMENT = flags.DEFINE_string("deployment", None, "Which instances serve.")
-_OUT = flags.DEFINE_string("out", None, "Folder for requests.csv.", allow_override=True)
+FLAGS = Flags()
+_TRACE = FLAGS.string("trace", REQUIRED, "Arrivals and lengths.")
+_CONFIG = FLAGS.enum("config", REQUIRED, sorted(SIMULATIONS), "What is simulated.")
+_DEPLOYMENT = FLAGS.string("deployment", REQUIRED, "Which instances serve.")
+_OUT = FLAGS.string("out", REQUIRED, "Folder for requests.csv.")
 
-_RATE = flags.DEFINE_float(
+_RATE = FLAGS.float(
     "rate",
     None,
     "Requests/s, to which the trace's time is stretched; without times, Poisson's.",
     lower_bound=1e-9,
-    allow_override=True,
 )
-_MAX_CONTEXT = flags.DEFINE_integer(
+_MAX_CONTEXT = FLAGS.integer(
     "max_context",
     None,
     "Prompt and output of a request, in tokens; by default the simulation's limit.",
     lower_bound=1,
 )
-flags.adopt_module_key_flags(trace_flags)
+_TRACE_FILE = TraceFlags(FLAGS)
 
-_STREAMED = flags.DEFINE_integer(
+_STREAMED = FLAGS.integer(
     "streamed_groups",
     None,
     "Layer groups in which KV leaves while its prompt is computed; 0: all of it after.",
     lower_bound=0,
 )
 
-_CHROME_TRACE = flags.DEFINE_string(
+_CHROME_TRACE = FLAGS.string(
     "chrome_trace", None, "File for the run as a timeline, see ui.perfetto.dev."
 )
 
@@ -121,7 +114,7 @@ def _record(
     trace: Trace, simulation: Simulation, deployment: Deployment
 ) -> dict[str, Any]:
     """What the results follow from."""
-    file = pathlib.Path(_TRACE.value or "").read_bytes()
+    file = pathlib.Path(_TRACE.value).read_bytes()
     return {
         "trace": trace.facts,
         "trace_sha256": hashlib.sha256(file).hexdigest(),
@@ -132,10 +125,10 @@ def _record(
     }
 
 
-@command
+@command(FLAGS)
 def main() -> None:
-    simulation = get_simulation(_CONFIG.value or "")
-    deployment = Deployment.parse(_DEPLOYMENT.value or "")
+    simulation = get_simulation(_CONFIG.value)
+    deployment = Deployment.parse(_DEPLOYMENT.value)
     if _STREAMED.value is not None:
         same = _STREAMED.value == simulation.streamed_groups
         expect_used(
@@ -148,9 +141,9 @@ def main() -> None:
     if _MAX_CONTEXT.value is not None:
         simulation = dataclasses.replace(simulation, max_context=_MAX_CONTEXT.value)
     simulated = simulation.build(deployment)
-    trace = trace_flags.open_trace(_TRACE.value or "")
+    trace = _TRACE_FILE.open(_TRACE.value)
     requests = trace_requests(trace, simulation, _RATE.value)
-    out = pathlib.Path(_OUT.value or "")
+    out = pathlib.Path(_OUT.value)
     picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
     log = EventLog() if picture else None
     if picture:
@@ -176,5 +169,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["trace", "config", "deployment", "out"])
-    app.run(main)
+    main()

@@ -18,6 +18,13 @@ serve.
 With `--instances` it measures how the speed depends on the size of a fleet instead: for
 each number of instances a line with half of them for prefill and half for decode, and a
 line with all colocated, at 8 requests/s an instance. N = max(2000, 20 x instances).
+
+A checkout runs its source. To measure a compiled core, install one where nothing else
+is, and run it from there:
+
+    DISAGG_JAX_COMPILE=1 pip install --no-deps --target=/tmp/compiled .
+    ln -s "$PWD/experiments" /tmp/compiled/
+    cd /tmp/compiled && python -m experiments.simulator_speed --golden=FOLDER
 """
 
 from __future__ import annotations
@@ -33,9 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
 
-from disagg_jax.compiled import compiled_modules
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.errors import require
 from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
@@ -46,17 +51,15 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.requests import make_requests
 from experiments.cli.command import command
-from experiments.cli.flags import expect_used, integers
+from experiments.cli.flags import Flags, expect_used, integers
 from experiments.configs.named_simulations import get_simulation, trace_requests
 
-_GOLDEN = flags.DEFINE_string(
+FLAGS = Flags()
+_GOLDEN = FLAGS.string(
     "golden", "../shared/golden/simdistserve", "Folder of simdistserve's results."
 )
-# `overhead` has such a flag too, and a test may import both.
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 3, "Runs; the fastest counts.", allow_override=True
-)
-_INSTANCES = flags.DEFINE_list(
+_REPEATS = FLAGS.integer("repeats", 3, "Runs; the fastest counts.")
+_INSTANCES = FLAGS.list(
     "instances", [], "Numbers of instances, for the speed of fleets of these sizes."
 )
 
@@ -181,7 +184,6 @@ def measure(workload: SpeedWorkload, repeats: int) -> dict[str, Any]:
         "requests": len(timelines),
         "tokens": sum(len(t.token_s) for t in timelines),
         "cpu_s": cpu_s,
-        "compiled": bool(compiled_modules()),
     }
     if workload.instances:
         line["instances"] = workload.instances
@@ -200,7 +202,7 @@ def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
     return time.process_time() - start_s, timelines
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     sizes = integers("instances", _INSTANCES.value)
     expect_used(not sizes, _GOLDEN, expected="no --instances", got="--instances")
@@ -218,4 +220,4 @@ def report(found: Iterable[SpeedWorkload], repeats: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -13,17 +13,15 @@ device. Writes stalls.txt and .png.
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 
 import jax
-from absl import app, flags
 
 from disagg_jax.engine.place_weights import Weights
 from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
-from experiments.cli.command import command
-from experiments.cli.flags import integers
+from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.flags import Flags, integers
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
@@ -32,20 +30,13 @@ from experiments.runs.provenance import commit
 from models import transformer
 from models.config import ModelConfig, get_config
 
-_MODEL = flags.DEFINE_string(
-    "model", "tiny", "A preset of models.config.", allow_override=True
-)
-_PROMPTS = flags.DEFINE_list(
-    "prompts", ["64", "128", "256", "512"], "Tokens of a prompt.", allow_override=True
-)
-_DECODES = flags.DEFINE_integer("decodes", 8, "Requests that decode.", lower_bound=1)
-_CHUNK = flags.DEFINE_integer(
-    "chunk", 64, "Tokens of a step of Sarathi-Serve.", lower_bound=2
-)
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "Runs behind a median.", lower_bound=1, allow_override=True
-)
-_OUT = flags.DEFINE_string("out", "runs/stalls", "Folder.", allow_override=True)
+FLAGS = Flags()
+_MODEL = FLAGS.string("model", "tiny", "A preset of models.config.")
+_PROMPTS = FLAGS.list("prompts", ["64", "128", "256", "512"], "Tokens of a prompt.")
+_DECODES = FLAGS.integer("decodes", 8, "Requests that decode.", lower_bound=1)
+_CHUNK = FLAGS.integer("chunk", 64, "Tokens of a step of Sarathi-Serve.", lower_bound=2)
+_REPEATS = FLAGS.integer("repeats", 5, "Runs behind a median.", lower_bound=1)
+_OUT = FLAGS.string("out", "runs/stalls", "Folder.")
 
 _AROUND = 0.25  # of the prompt's time, shown before and after it
 
@@ -142,7 +133,7 @@ def run(
     return text, found
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
     host_devices.provide(2)
@@ -155,9 +146,9 @@ def main() -> None:
     )
     config = get_config(_MODEL.value)
     params = transformer.init_params(config, 0)
-    text, _ = run(config, params, scenario, out, lambda t: print(t, file=sys.stderr))
+    text, _ = run(config, params, scenario, out, progress_to_stderr())
     print(f"{text}\n\n{out}/stalls.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -31,23 +31,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app
 from jax import Array
 
 from experiments.cli.command import command
+from experiments.cli.flags import Flags
 from experiments.runs.folder import write_json
 from experiments.runs.provenance import commit
 from models import checkpoint, transformer
 from models.config import ModelConfig, get_config
 from models.tokenizer import ByteTokenizer
 
-_STEPS = flags.DEFINE_integer("steps", 600, "Updates, each of 16 windows.", 1)
-_OUT = flags.DEFINE_string(
-    "out", "runs/tiny-trained", "Folder of the checkpoint.", allow_override=True
-)
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the first weights and the windows.", allow_override=True
-)
+FLAGS = Flags()
+_STEPS = FLAGS.integer("steps", 600, "Updates, each of 16 windows.", lower_bound=1)
+_OUT = FLAGS.string("out", "runs/tiny-trained", "Folder of the checkpoint.")
+_SEED = FLAGS.integer("seed", 0, "Of the first weights and the windows.")
 
 # Modules of one Python file each (of a package, its __init__) in 3.11 to 3.13.
 TRAINING = """
@@ -140,7 +138,7 @@ def train(
     return params
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     out = pathlib.Path(_OUT.value)
     if checkpoint.is_checkpoint(out):
@@ -176,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

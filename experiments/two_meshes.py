@@ -17,7 +17,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
-from absl import app, flags
 from jax.sharding import NamedSharding
 
 from disagg_jax.engine.batch import PrefillShape
@@ -30,7 +29,7 @@ from experiments.benchmarks.engines import burst, burst_deployment
 from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.cli.command import command
-from experiments.cli.flags import integers
+from experiments.cli.flags import Flags, integers
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
@@ -39,25 +38,19 @@ from experiments.runs.provenance import commit
 from models.config import ModelConfig, get_config
 from sharding.mesh import Device
 
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    "A preset of models.config; default: what suits the devices.",
-    allow_override=True,
+FLAGS = Flags()
+_MODEL = FLAGS.string(
+    "model", None, "A preset of models.config; default: what suits the devices."
 )
-_PREFILL = flags.DEFINE_integer(
+_PREFILL = FLAGS.integer(
     "prefill", None, "Devices that prefill; default: two thirds.", lower_bound=1
 )
-_DECODE = flags.DEFINE_integer(
+_DECODE = FLAGS.integer(
     "decode", None, "Devices that decode; default: the rest.", lower_bound=1
 )
-_MIB = flags.DEFINE_list(
-    "mib", ["1", "4", "16"], "Sizes of a hand-off.", allow_override=True
-)
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 5, "Rounds behind a median.", lower_bound=1, allow_override=True
-)
-_OUT = flags.DEFINE_string("out", "runs/two_meshes", "Folder.", allow_override=True)
+_MIB = FLAGS.list("mib", ["1", "4", "16"], "Sizes of a hand-off.")
+_REPEATS = FLAGS.integer("repeats", 5, "Rounds behind a median.", lower_bound=1)
+_OUT = FLAGS.string("out", "runs/two_meshes", "Folder.")
 
 _BLOCK = 16  # tokens in a block
 _REQUESTS, _PROMPT, _OUTPUT = 4, 48, 16  # that are served; tokens
@@ -316,7 +309,7 @@ def run(
         return shown
 
 
-@command
+@command(FLAGS)
 def main() -> None:
     found = machine.look()
     out = pathlib.Path(_OUT.value)
@@ -327,4 +320,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

@@ -1,4 +1,7 @@
-"""The built wheel holds every sub-package and imports from another directory."""
+"""The built wheel holds every sub-package and imports from another directory.
+
+Compiled, it has the results of the source.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.jax
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("disagg_jax", "models", "sharding")
 
@@ -26,15 +30,12 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory into which nothing but the wheel has been installed.
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to build from: setuptools leaves build/ and *.egg-info in the tree.
 
-    Built from a copy, because setuptools leaves build/ and *.egg-info in the tree. The
-    copy has experiments and tests, so that leaving them out is the wheel's own doing.
+    It has experiments and tests, so that leaving them out is the wheel's own doing.
     """
-    scratch = tmp_path_factory.mktemp("wheel")
-    copy = scratch / "copy"
-    copy.mkdir()
+    copy = tmp_path_factory.mktemp("copy")
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy)
     for name in (*PACKAGES, "experiments", "tests"):
@@ -43,13 +44,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target = copy / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
+    return copy
+
+
+def install(copy: Path, scratch: Path, compile: str) -> Path:
+    """Build a wheel, and install it into a directory where nothing else is."""
     pip = (sys.executable, "-m", "pip")
     offline = ("--no-deps", "--no-index")
-    dist = scratch / "dist"
-    run(*pip, "wheel", *offline, "--no-build-isolation", "-w", dist, copy, cwd=scratch)
-    (wheel,) = dist.glob("disagg_jax-*.whl")
+    build = (*pip, "wheel", *offline, "--no-build-isolation", "-w", scratch / "dist")
+    run(*build, copy, cwd=scratch, DISAGG_JAX_COMPILE=compile)
+    (wheel,) = (scratch / "dist").glob("disagg_jax-*.whl")
+    assert wheel.name.endswith("-none-any.whl") == (compile != "1")
     run(*pip, "install", *offline, "--target", scratch / "site", wheel, cwd=scratch)
     return scratch / "site"
+
+
+@pytest.fixture(scope="module")
+def site(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(copy, tmp_path_factory.mktemp("wheel"), compile="0")
 
 
 def test_every_module_imports_from_the_wheel(site: Path, tmp_path: Path):
@@ -76,3 +88,89 @@ def test_every_module_imports_from_the_wheel(site: Path, tmp_path: Path):
 def test_wheel_holds_nothing_else(site: Path):
     packages = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
     assert packages == set(PACKAGES)
+
+
+# Every system, and a policy of one's own that is a subclass: here, and in workers.
+SIMULATIONS = """
+import dataclasses, json
+from disagg_jax import controller
+from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling.orca import Orca
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.sim.workers import worker_pool
+from disagg_jax.workload.requests import make_requests
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InTurn(Orca):
+    prompts: int = 1  # in a step
+
+    def plan(self, instance):
+        plan = super().plan(instance)
+        return dataclasses.replace(plan, chunks=plan.chunks[: self.prompts])
+
+def simulate(simulated):
+    lengths = UniformLengths(low=1, high=90)
+    requests = make_requests(
+        n=150, rate_rps=40.0, prompt_lengths=lengths, output_lengths=lengths, seed=0
+    )
+    return simulated.run(requests).timelines
+
+MEMORY = KVMemory(num_blocks=30, block_tokens=16, max_context=200)
+
+def build(policies):
+    split = Role.PREFILL in policies
+    text = "2xprefill:tp1pp2,decode:tp1" if split else "2xcolocated:tp1pp2"
+    return SimulatedDeployment(
+        deployment=Deployment.parse(text),
+        policies=policies,
+        memory=(MEMORY,) * (2 + split),
+        cost=LinearCost(
+            step_base_s=5e-3,
+            prefill_token_s=1e-4,
+            context_token_s=1e-6,
+            transfer_token_s=1e-5,
+            transfer_parts=4,
+            pp=(2, 2, 1),
+        ),
+        streams=split,
+    )
+
+if __name__ == "__main__":
+    cases = [build(policies) for policies in SYSTEMS.values()]
+    cases.append(build({Role.COLOCATED: InTurn(max_seqs=4)}))
+    here = [simulate(case) for case in cases]
+    with worker_pool(2) as mapper:
+        assert [*mapper(simulate, cases)] == here
+    assert any(timeline.preemptions for run in here for timeline in run)
+    print(json.dumps({"controller": controller.__file__, "runs": [*map(repr, here)]}))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_it_has_the_results_of_the_source(copy: Path, tmp_path: Path):
+    compiled = install(copy, tmp_path, compile="1")
+    assert not [*(copy / "disagg_jax").rglob("*.so")]
+    script = tmp_path / "simulations.py"
+    script.write_text(SIMULATIONS)
+    built, source = (
+        json.loads(run(sys.executable, script, cwd=tmp_path, PYTHONPATH=str(folder)))
+        for folder in (compiled, ROOT)
+    )
+    assert Path(source["controller"]) == ROOT / "disagg_jax/control/controller.py"
+    assert Path(built["controller"]).suffix in (".so", ".pyd")
+    assert built["runs"] == source["runs"]
+
+
+def test_an_editable_install_is_not_compiled(copy: Path):
+    build = subprocess.run(
+        [sys.executable, "setup.py", "editable_wheel"],
+        cwd=copy,
+        env=os.environ | {"DISAGG_JAX_COMPILE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert build.returncode == 1
+    assert "expected an install that is not editable" in build.stderr

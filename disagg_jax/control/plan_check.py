@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Final
 
 from disagg_jax.control.state import InstanceState, Place, RequestState
 from disagg_jax.scheduling.interface import Chunk, Plan, RequestView, StepLimits
 
-_BEGINS_IN: Final = (Place.WAITING, Place.PARTIAL)
+_BEGINS_IN = (Place.WAITING, Place.PARTIAL)
 
 
 def check_plan(

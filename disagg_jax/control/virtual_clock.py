@@ -8,7 +8,6 @@ import heapq
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Final
 
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.control.fifo_link import FifoLink
@@ -18,9 +17,9 @@ from disagg_jax.work import Cut, Done, Report, StageFree, Transfer, Work
 
 # Iterations of a span that are timed at first; each time more are needed, their number
 # doubles. Most spans are cut early.
-_AHEAD: Final = 16
-_INFINITE: Final = math.inf
-_LAST: Final = (sys.maxsize,)  # sorts behind all resources at one instant
+_AHEAD = 16
+_INFINITE = math.inf
+_LAST = (sys.maxsize,)  # sorts behind all resources at one instant
 
 # (instance,), (instance, stage) for its later stages, or the name of a link, by default
 # (-3, src, dst). Names of links begin below 0, so that no instance has them.

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from disagg_jax.control.controller import Controller
+from disagg_jax.formats import EVENT_LOG
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import (
     Arrived,
@@ -35,9 +36,14 @@ _PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, Slow, StageFr
 
 @dataclasses.dataclass
 class EventLog:
-    """An observer for `serve` that keeps one JSON line per turn of the controller."""
+    """An observer for `serve` that keeps one JSON line per turn of the controller.
 
-    lines: list[str] = dataclasses.field(default_factory=list[str])
+    The first line is the format number.
+    """
+
+    lines: list[str] = dataclasses.field(
+        default_factory=lambda: [json.dumps(EVENT_LOG.write({}))]
+    )
 
     def __call__(
         self, now_s: float, events: Sequence[Event], works: Sequence[Work]
@@ -90,8 +96,7 @@ def read_turns(
     lines: Iterable[str],
 ) -> Iterator[tuple[float, list[Event], list[LoggedWork]]]:
     """The turns of a log, as (now_s, what was told, what was decided)."""
-    for line in lines:
-        turn = json.loads(line)
+    for turn in _turns(lines):
         yield (
             turn["now_s"],
             [_event_from_json(event) for event in turn["events"]],
@@ -101,12 +106,20 @@ def read_turns(
 
 def replay(lines: Iterable[str], controller: Controller) -> Iterator[int]:
     """Feeds the logged events to `controller`; yields each turn whose work differs."""
-    for number, line in enumerate(lines):
-        turn = json.loads(line)
+    for number, turn in enumerate(_turns(lines)):
         events = [_event_from_json(event) for event in turn["events"]]
         works = controller.step(turn["now_s"], events)
         if [_work_to_json(work) for work in works] != turn["works"]:
             yield number
+
+
+def _turns(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield the turns of a log whose format is known."""
+    for number, line in enumerate(lines):
+        # A log from before there were numbers begins with a turn.
+        turn = EVENT_LOG.read(json.loads(line)) if number == 0 else json.loads(line)
+        if turn:
+            yield turn
 
 
 def _event_to_json(event: Event) -> list[Any]:

@@ -5,11 +5,9 @@ Source: vLLM v0's recompute preemption, as described for the sarathi-serve fork.
 
 from __future__ import annotations
 
-from typing import Final
-
 from disagg_jax.scheduling.interface import InstanceView, Plan, RequestView
 
-FOREVER: Final = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
+FOREVER = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
 
 
 def decode_all(instance: InstanceView) -> Plan:

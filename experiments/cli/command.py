@@ -11,56 +11,103 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
+from experiments.cli.flags import Flags
+
 _AGAIN_S = 0.02  # until an interrupt that was lost comes once more
 
 
-def command(main: Callable[[], None]) -> Callable[[Sequence[str]], None]:
-    """Makes `main` what `app.run` calls: flags only, and no traceback for a user.
+def command(
+    own: Flags | None = None,
+) -> Callable[[Callable[[], None]], Callable[..., None]]:
+    """Make a function without arguments a command that has the flags `own`.
 
-    An error that a user can cause ends the command with one line and status 1; SIGINT
-    and SIGTERM end it with a line that says how to go on, and status 128 + signal.
+    The command takes an argument list as `sys.argv` is, and by default that one. It
+    always ends in SystemExit: an error that a user can cause ends it with one line and
+    status 1; SIGINT and SIGTERM end it with a line that says how to go on, and status
+    128 + signal.
+
+    Each command has a namespace of its own, so that two commands in one process may
+    have flags of one name.
     """
+    own = own or Flags()
 
-    @functools.wraps(main)
-    def run(argv: Sequence[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"expected flags only, got {argv[1:]}")
-        logging.set_verbosity(logging.WARNING)  # JAX and Orbax report what they try
-        with _interrupts() as caught:
-            try:
-                _check_flags()
-                main()
-            except (ValueError, OSError) as error:
-                sys.exit(f"error: {_said(error)}")
-            except (RuntimeError, AssertionError) as error:
-                if (missing := _missing_backend()) is None:
-                    raise
-                raise SystemExit(f"error: {missing}") from error
-            except KeyboardInterrupt:
-                print(
-                    "interrupted: what was saved is kept. To go on: " + command_line(),
-                    file=sys.stderr,
-                )
-                sys.exit(128 + (caught[0] if caught else signal.SIGINT))
+    def decorate(main: Callable[[], None]) -> Callable[..., None]:
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None) -> None:
+            argv = sys.argv if argv is None else argv
+            with _flags_of_the_process(own, argv[0]):
+                parse = functools.partial(_parse, own)
+                guarded = functools.partial(_guarded, main, own)
+                app.run(guarded, list(argv), flags_parser=parse)
 
-    return run
+        return run
+
+    return decorate
 
 
-def own_flags() -> dict[str, Any]:
-    """The flags of the command that runs, but for where and how fast."""
-    own = flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])
-    return {f.name: f.value for f in own if f.name not in ("out", "workers")}
+@contextlib.contextmanager
+def _flags_of_the_process(own: Flags, program: str) -> Iterator[None]:
+    """Put a command's flags beside absl's own (--help, --flagfile, --pdb)."""
+    for name in own.values:
+        own.values[name].unparse()
+        flags.FLAGS.register_flag_by_module(program, own.values[name])
+    flags.FLAGS.append_flag_values(own.values)
+    try:
+        yield
+    finally:
+        flags.FLAGS.remove_flag_values(own.values)
 
 
-def _check_flags() -> None:
-    for name, value in own_flags().items():
+def _parse(own: Flags, argv: Sequence[str]) -> list[str]:
+    words = app.parse_flags_with_usage(list(argv))
+    own.values.mark_as_parsed()
+    return words
+
+
+def _guarded(main: Callable[[], None], own: Flags, words: Sequence[str]) -> None:
+    """Run `main` with errors in one line and interrupts heard."""
+    if len(words) > 1:
+        raise app.UsageError(f"expected flags only, got {words[1:]}")
+    logging.set_verbosity(logging.WARNING)  # JAX and Orbax report what they try
+    with _interrupts() as caught:
+        try:
+            _check_finite(own)
+            main()
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {_said(error)}")
+        except (RuntimeError, AssertionError) as error:
+            if (missing := _missing_backend()) is None:
+                raise
+            raise SystemExit(f"error: {missing}") from error
+        except KeyboardInterrupt:
+            print(
+                "interrupted: what was saved is kept. To go on: " + command_line(),
+                file=sys.stderr,
+            )
+            sys.exit(128 + (caught[0] if caught else signal.SIGINT))
+
+
+def _check_finite(own: Flags) -> None:
+    for name, value in own.asked().items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name}: expected a finite number, got {value}")
+
+
+def progress_to_stderr() -> Callable[[str], None]:
+    """Return a printer of lines to stderr, each with the seconds since this call."""
+    start_s = time.perf_counter()
+
+    def show(text: str) -> None:
+        elapsed_s = time.perf_counter() - start_s
+        print(f"[{elapsed_s:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    return show
 
 
 @contextlib.contextmanager

@@ -1,15 +1,90 @@
-"""What flags hold, checked."""
+"""The flags of a command, and checks of what they hold."""
 
 from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Never, TypeVar, cast
 
 from absl import flags
 
 from experiments.configs.options import no_effect
+
+T = TypeVar("T")
+REQUIRED = cast(Never, object())  # in the place of a default: the flag must be given
+
+
+class Flags:
+    """A command's flags, in a namespace of their own.
+
+    Two commands in one process may so have flags of one name, and a name that is taken
+    twice in a command is an error.
+
+    Attributes:
+      values: the namespace, as absl's functions take it.
+    """
+
+    def __init__(self) -> None:
+        self.values = flags.FlagValues()
+
+    def string(self, name: str, default: T, about: str) -> flags.FlagHolder[str | T]:
+        return self._define(flags.DEFINE_string, name, default, about)
+
+    def boolean(self, name: str, default: bool, about: str) -> flags.FlagHolder[bool]:
+        return self._define(flags.DEFINE_boolean, name, default, about)
+
+    def integer(
+        self, name: str, default: T, about: str, *, lower_bound: int | None = None
+    ) -> flags.FlagHolder[int | T]:
+        return self._define(
+            flags.DEFINE_integer, name, default, about, lower_bound=lower_bound
+        )
+
+    def float(
+        self, name: str, default: T, about: str, *, lower_bound: float | None = None
+    ) -> flags.FlagHolder[float | T]:
+        return self._define(
+            flags.DEFINE_float, name, default, about, lower_bound=lower_bound
+        )
+
+    def enum(
+        self, name: str, default: T, values: Sequence[str], about: str
+    ) -> flags.FlagHolder[str | T]:
+        return self._define(flags.DEFINE_enum, name, default, about, enum_values=values)
+
+    def list(
+        self, name: str, default: T, about: str
+    ) -> flags.FlagHolder[list[str] | T]:
+        return self._define(flags.DEFINE_list, name, default, about)
+
+    def multi_string(
+        self, name: str, default: T, about: str
+    ) -> flags.FlagHolder[list[str] | T]:
+        return self._define(flags.DEFINE_multi_string, name, default, about)
+
+    def asked(self) -> dict[str, Any]:
+        """Return the values of the flags by name, but for where and how fast."""
+        left_out = ("out", "workers")
+        return {f: self.values[f].value for f in self.values if f not in left_out}
+
+    def _define(
+        self,
+        define: Callable[..., Any],
+        name: str,
+        default: Any,
+        about: str,
+        **options: Any,
+    ) -> Any:
+        required = default is REQUIRED
+        return define(
+            name,
+            None if required else default,
+            help=about,
+            required=required,
+            flag_values=self.values,
+            **options,
+        )
 
 
 def expect_used(

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from disagg_jax.compiled import compiled_modules
+from disagg_jax.formats import RUN
 from experiments.cli.command import command_line
 from experiments.runs.provenance import commit
 
@@ -104,10 +104,13 @@ def record_start(
       replace: whether what is there of another config is to be replaced.
 
     Raises:
-      ValueError: if `path` holds a run of another config, naming what differs.
+      ValueError: if `path` holds a run of another format, or of another config,
+        naming what differs.
     """
     config = json.loads(json.dumps(config, allow_nan=False))
     before = read_json(path / "config.json")
+    if before is not None:
+        before = RUN.read(before)
     other = before is not None and before != config
     if other and not replace:
         raise ValueError(
@@ -116,7 +119,7 @@ def record_start(
             "directory, or the same config to resume"
         )
     starts = [] if other else read_json(path / "env.json") or []
-    write_json(path / "config.json", config)
+    write_json(path / "config.json", RUN.write(config))
     write_json(path / "env.json", [*starts, ran_in])
 
 
@@ -127,7 +130,6 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "commit": commit(),
         "python": platform.python_version(),
-        "compiled": sorted(compiled_modules()),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -14,6 +14,7 @@ import jax
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
+from disagg_jax.formats import RUN
 from experiments.runs import folder
 from experiments.runs.folder import (
     read_json,
@@ -61,6 +62,16 @@ class SavedRun:
         """The content of a JSON file, None where there is none."""
         return read_json(self.path / name)
 
+    def config(self) -> dict[str, Any]:
+        """Return the config.
+
+        Raises:
+          ValueError: if this is no run directory, or one of another format.
+        """
+        config = self.read_json("config.json")
+        require(config is not None, "--run: expected a run directory", str(self.path))
+        return RUN.read(config)
+
     def has(self, point: Point) -> bool:
         return (self._points / f"{point.name}.json").exists()
 
@@ -93,8 +104,7 @@ class SavedRun:
         Raises:
           ValueError: if there is no such run; says what there is.
         """
-        config = self.read_json("config.json")
-        require(config is not None, "--run: expected a run directory", str(self.path))
+        config = self.config()
         names = sorted(config["systems"])
         require(system in names, f"--system: expected one of {names}", system)
         deployment = Deployment.parse(config["systems"][system]["deployment"])

@@ -5,17 +5,20 @@ import dataclasses
 import pytest
 
 from disagg_jax.calibration.decision_agreement import (
+    Agreement,
     MeasuredCost,
     Slowdown,
     agreement,
     step_load,
+    step_times,
 )
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.runlog.event_log import EventLog, LoggedStep
-from disagg_jax.runlog.utilisation import Occupancy, StageUse, read_occupancy
+from disagg_jax.runlog.event_log import EventLog, LoggedStep, LoggedTransfer
+from disagg_jax.runlog.utilisation import LinkUse, Occupancy, StageUse, read_occupancy
 from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.work import StepLoad, Transfer
+from disagg_jax.work import Slice, Step, StepLoad, Transfer
 from tests.serving import POLICIES, make_request
 
 COST = LinearCost(
@@ -108,6 +111,111 @@ def test_each_kind_and_place_has_its_own_ratios_in_the_order_of_the_run():
     assert cost.stages_s(1, prompt) == (alone_s,)
     mixed = StepLoad(((0, 16),), 3, 30)
     assert cost.stages_s(0, mixed) == COST.stages_s(0, mixed)
+
+
+class Unequal:
+    """A `DeploymentCost`: stages of 1 and 4 s, transfers of `parts` parts of 1 s."""
+
+    def __init__(self, parts=1):
+        self.parts = parts
+
+    def stages_s(self, instance, load):
+        return (1.0, 4.0)
+
+    def hop(self, transfer):
+        return Hop(1.0, parts=self.parts)
+
+
+def logged(id, start, count, front=0):
+    slices = ((id, start, count),)
+    return LoggedStep(id=id, instance=0, slices=slices, iterations=1, front=front)
+
+
+def test_each_stage_of_a_step_has_its_own_ratio():
+    """Stages of 1 and 4 s took 2 and 12 s, and of the next prompt 3 and 2."""
+    uses = [
+        StageUse(logged(1, 0, 8), 0, 0.0, 2.0),
+        StageUse(logged(1, 0, 8), 1, 2.0, 14.0),
+        StageUse(logged(2, 0, 8), 0, 2.0, 5.0),
+        StageUse(logged(2, 0, 8), 1, 14.0, 16.0),
+    ]
+    cost = MeasuredCost(Unequal(), Occupancy(stages=uses))
+    prompt = StepLoad(((0, 8),), 0, 0)
+    found = [cost.stages_s(0, prompt) for _ in range(3)]
+    assert found == [(2.0, 12.0), (3.0, 2.0), (2.0, 12.0)]
+    # The same beside what was predicted, on a machine that became slower: works 1 and 2
+    # are in sections of their own, twice and three times as long.
+    slowdown = Slowdown(prompt=(2.0, 3.0))
+    times = list(step_times(Occupancy(stages=uses), Unequal(), slowdown))
+    assert [(t.kind, t.measured_s, t.predicted_s) for t in times] == [
+        ("prefill", 2.0, 2.0),
+        ("prefill", 12.0, 8.0),
+        ("prefill", 3.0, 3.0),
+        ("prefill", 2.0, 12.0),
+    ]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_each_way_between_two_instances_has_its_own_ratio(parts):
+    """A part is predicted to take 1 s; transfers took 2 and 6 s in all."""
+    links = [
+        LinkUse(
+            LoggedTransfer(id=id, request=0, src=src, dst=dst, context=8, step=1),
+            10.0,
+            10.0 + took_s,
+        )
+        for id, (src, dst, took_s) in enumerate([(0, 1, 2.0), (1, 0, 6.0)])
+    ]
+    cost = MeasuredCost(Unequal(parts), Occupancy(links=links))
+    request = make_request(0, 0.0, prompt=5)
+    for src, dst, expected_s in ((0, 1, 2.0), (1, 0, 6.0), (0, 2, 1.0 * parts)):
+        hop = cost.hop(Transfer(1, request, src, dst, (), (), 5))
+        assert hop.parts == parts
+        assert hop.duration_s * hop.parts == pytest.approx(expected_s)
+
+
+def test_the_load_of_a_logged_step():
+    # A prompt of one token is no decode, nor is a chunk of two after three. The decode
+    # attends to its four cached tokens and to itself.
+    slices = ((0, 0, 1), (1, 4, 1), (2, 3, 2))
+    step = LoggedStep(id=1, instance=0, slices=slices, iterations=1, front=7)
+    assert step_load(step) == StepLoad(((0, 1), (3, 2)), 1, 5, 7)
+
+
+def log_of(*works):
+    log = EventLog()
+    for work in works:
+        log(0.0, [], [work])
+    return log.lines
+
+
+def prompt_step(id, request, instance=0):
+    part = Slice(make_request(request, prompt=8), 0, 8, True, (), ())
+    return Step.of(id, instance, [part])
+
+
+def test_decisions_are_compared_instance_by_instance_in_their_order():
+    moved = Transfer(9, make_request(0, prompt=8), 0, 1, (), (), 8)
+    steps = [prompt_step(id, id) for id in range(3)]
+    ours = log_of(steps[0], moved, steps[1], steps[2])
+    # A transfer is a decision of the instance it goes to: those of 0 are the same.
+    found = agreement(ours, log_of(*steps, moved))
+    assert found == Agreement(decided=4, shared=4, before=4)
+    # In another order on 0 from the second on; the transfer to 1 is the same.
+    found = agreement(ours, log_of(steps[0], steps[2], steps[1], moved))
+    assert found == Agreement(decided=4, shared=4, before=1 + 1)
+    # What follows the first difference does not count again.
+    other = prompt_step(1, 7)
+    found = agreement(log_of(*steps), log_of(steps[0], other, steps[2]))
+    assert found == Agreement(decided=3, shared=2, before=1)
+    # Only the first two, or one of them on another instance.
+    found = agreement(ours, log_of(steps[0], steps[1]))
+    assert found == Agreement(decided=4, shared=2, before=2)
+    found = agreement(ours, log_of(steps[0], prompt_step(1, 1, instance=2)))
+    assert found == Agreement(decided=4, shared=1, before=1)
+    # What is decided twice is shared once with who decided it once.
+    found = agreement(log_of(steps[0], steps[0]), log_of(steps[0]))
+    assert found == Agreement(decided=2, shared=1, before=1)
 
 
 def test_runs_agree_with_themselves_and_not_with_slower_ones():

@@ -108,7 +108,7 @@ def test_a_log_replays_to_the_same_decisions(world, policy):
     assert len(log.lines) > 30
     fresh = make_controller(engine, policies(policy))
     assert list(replay(log.lines, fresh)) == []
-    turn = json.loads(log.lines[0])
+    turn = json.loads(log.lines[1])
     turn["works"][0][3][0][2] += 1  # tokens of the first slice
     other = make_controller(engine, policies(policy))
     assert list(replay([json.dumps(turn)], other)) == [0]

@@ -1,11 +1,9 @@
 """Documents with something wrong in them, and the project's own."""
 
-import subprocess
-import sys
-
 import pytest
 
 from experiments.check_documents import ROOT, check, documents, problems
+from tests.commands import run_command
 
 
 @pytest.fixture
@@ -14,9 +12,14 @@ def root(tmp_path):
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     (experiments / "sweep.py").write_text(
-        'from absl import flags\n_A = flags.DEFINE_string("out", None, "Where.")\n'
-        '_B = flags.DEFINE_bool("fast", True, "How.")\n'
+        "from experiments.cli.more import More\n"
+        'FLAGS = Flags()\n_A = FLAGS.string("out", None, "Where.")\n'
+        "_B = More(FLAGS)\n"
         'if __name__ == "__main__":\n    pass\n'
+    )
+    (experiments / "cli").mkdir()
+    (experiments / "cli" / "more.py").write_text(
+        'def more(own):\n    return own.boolean("fast", True, "How.")\n'
     )
     (experiments / "library.py").write_text("X = 1\n")
     (experiments / "reports").mkdir()
@@ -115,7 +118,6 @@ def test_the_projects_own_documents_hold():
 
 
 def test_the_command():
-    command = [sys.executable, "-m", "experiments.check_documents"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_command("check_documents")
     assert done.returncode == 0, done.stdout
     assert "0 problems" in done.stdout

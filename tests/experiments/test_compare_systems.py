@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
@@ -43,6 +41,7 @@ from experiments.configs.named_simulations import (
     roofline_simulation,
 )
 from experiments.configs.paper_workloads import get_workload
+from tests.commands import run_command
 
 
 def silent(message):
@@ -465,11 +464,7 @@ def test_a_map_from_end_to_end():
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.compare_systems", *arguments],
-        capture_output=True,
-        text=True,
-    )
+    return run_command("compare_systems", *arguments)
 
 
 def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
@@ -582,14 +577,12 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     rows.append("60,9000,5")  # too long
     head = "arrival_s,prompt_tokens,output_tokens"
     (tmp_path / "trace.csv").write_text("\n".join([head, *rows]) + "\n")
-    command = [
-        *(sys.executable, "-m", "experiments.compare_systems", "--map=targets"),
-        *("--ttfts=0.05", "--tpots=0.02", "--devices=2", "--seeds=2"),
+    done = command(
+        *("--map=targets", "--ttfts=0.05", "--tpots=0.02", "--devices=2", "--seeds=2"),
         *("--num_requests=40", "--systems=vllm,disaggregated", "--workers=1"),
         *(f"--model={tmp_path}/mine.json", f"--trace={tmp_path}/trace.csv"),
         f"--out={tmp_path}/out",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    )
     assert done.returncode == 0, done.stderr
     said = [
         f"trace {tmp_path}/trace.csv: columns format, 61 rows, times in s",

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -23,9 +21,10 @@ from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep
 from experiments.configs.config import override
 from experiments.configs.named import get_config
-from experiments.runs.run_dir import Point, RunDir
+from experiments.runs.run_dir import Point, RunDir, SavedRun
 from experiments.sweep import report, serving, sweep
 from experiments.sweep.weights import load_model
+from tests.commands import run_command
 
 # As few programs as possible: compiling is most of the time.
 SMALL = [
@@ -135,7 +134,7 @@ def test_metrics_of_a_request_follow_from_its_token_times(first):
 
 def test_every_event_log_replays_to_the_same_decisions(first):
     cfg = config()
-    run_dir = RunDir(first, json.loads((first / "config.json").read_text()))
+    run_dir = SavedRun(first)
     model = load_model(cfg)
     for name, system in cfg.systems.items():
         engine = serving.build_engine(cfg, system, model, {})
@@ -179,7 +178,7 @@ def test_attainment_that_is_not_monotone_is_in_the_table(first):
 
 
 def test_scores_follow_from_the_token_times(first):
-    run_dir = RunDir(first, json.loads((first / "config.json").read_text()))
+    run_dir = SavedRun(first)
     slo = json.loads((first / "summary.json").read_text())["slo"]
     runs = {}
     for line in (first / "requests.jsonl").read_text().splitlines():
@@ -299,6 +298,26 @@ def test_step_times_of_other_programs_are_refused(first, tmp_path):
         goodput_sweep.run(config(), tmp_path / "run", str(times))
 
 
+def test_step_times_of_a_newer_format_are_refused_before_any_work(tmp_path):
+    times = tmp_path / "step_times.json"
+    times.write_text('{"format": 99, "seconds": {}}')
+    with pytest.raises(ValueError, match="--step_times: .*format 0 to 1, .*got 99"):
+        goodput_sweep.run(config(), tmp_path / "run", str(times))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "{}", '{"seconds": {"a": "soon"}}', '{"seconds": [1]}']
+)
+def test_what_is_no_step_times_is_named_before_any_work(content, tmp_path):
+    times = tmp_path / "step_times.json"
+    if content is not None:
+        times.write_text(content)
+    with pytest.raises(ValueError, match=f"--step_times: expected .*, got '{times}'"):
+        goodput_sweep.run(config(), tmp_path / "run", str(times))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_became_of_a_trace_stands_in_all_that_is_shown(tmp_path):
     """Ticks, rows left out, and runs that share rows: two of 6, of 10 that fit."""
     rows = [f"{3 * (i // 4)},{2 + i},3" for i in range(10)]
@@ -355,14 +374,7 @@ def test_a_malformed_trace_line_is_named(tmp_path):
 
 
 def test_the_command_line_says_one_line_on_bad_flags(tmp_path):
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.goodput_sweep", "--set", "seed=x"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("goodput_sweep", "--set", "seed=x")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "error: --set seed: expected int, got 'x'"
@@ -471,10 +483,15 @@ def test_another_placement_is_refused(found, message):
         config().with_placements(found)
 
 
-def test_a_file_that_is_no_placement_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "came"),
+    [("{", "Expecting property"), ("[]", "no attribute"), ('{"format": 99}', "99")],
+)
+def test_a_file_that_is_no_placement_is_named(tmp_path, content, came):
     path = tmp_path / "placement.json"
-    path.write_text("{")
-    with pytest.raises(ValueError, match="expected the placement.json of a search"):
+    path.write_text(content)
+    message = f"expected the placement.json of a search, got '{path}': .*{came}"
+    with pytest.raises(ValueError, match=message):
         goodput_sweep._read_placement(str(path))
 
 
@@ -601,4 +618,8 @@ def test_step_times_are_taken_once_or_given(tmp_path, monkeypatch):
     run_dir = RunDir(tmp_path / "given", {})
     given = {"a": 2.0}
     assert goodput_sweep._step_times(config(), run_dir, [], given, print) == given
-    assert run_dir.read_json("step_times.json") == {"seconds": given, "measured": None}
+    assert run_dir.read_json("step_times.json") == {
+        "format": 1,
+        "seconds": given,
+        "measured": None,
+    }

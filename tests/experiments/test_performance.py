@@ -4,8 +4,6 @@ import dataclasses
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import pytest
@@ -22,6 +20,7 @@ from experiments.performance import Options, StepTime
 from models import transformer
 from models.config import get_config
 from models.transformer import forward
+from tests.commands import run_command
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
 SMALL = Options(
@@ -155,8 +154,7 @@ def test_cores_that_are_not_there_are_refused():
 
 
 def test_a_bad_flag_ends_the_command_with_one_line():
-    command = [sys.executable, "-m", "experiments.performance", "--batches=x"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("performance", "--batches=x")
     assert done.returncode == 1
     assert done.stderr.strip() == "error: batches: expected integers, got ['x']"
 

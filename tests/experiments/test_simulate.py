@@ -6,7 +6,6 @@ import math
 import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -21,6 +20,7 @@ from experiments.configs.named_simulations import (
     get_simulation,
     trace_requests,
 )
+from tests.commands import run_command
 
 # File of simdistserve's results (its settings are in the name) -> the same deployment.
 RUNS = {
@@ -75,11 +75,8 @@ def command(tmp_path, **flags) -> subprocess.CompletedProcess[str]:
         "out": tmp_path / "out",
         **flags,
     }
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.simulate"]
-        + [f"--{name}={value}" for name, value in values.items()],
-        capture_output=True,
-        text=True,
+    return run_command(
+        "simulate", *(f"--{name}={value}" for name, value in values.items())
     )
 
 

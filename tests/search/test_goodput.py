@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax import metrics
@@ -16,8 +16,9 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.search.capacity import Idle, capacity_rps, unloaded
+from disagg_jax.search.capacity import Idle, capacity_rps, load_helps, unloaded
 from disagg_jax.search.early_stop import Trial, decisive_misses, run_trial
 from disagg_jax.search.goodput import (
     DependentSeedsWarning,
@@ -34,8 +35,10 @@ from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.run import SimPoint, SimWorkload, TraceWorkload, run_point
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
+from disagg_jax.work import StepLoad, Transfer
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from disagg_jax.workload.traces import TraceRow
+from tests.serving import make_request
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 MEMORY = KVMemory(num_blocks=4000, max_context=4096)
@@ -254,12 +257,104 @@ def test_capacity_of_stages(stages_s, max_seqs, tpot_s, blocks, expected):
     assert rate == pytest.approx(expected)
 
 
+def test_capacity_is_that_of_all_instances_of_the_role_that_serves_least():
+    # Prompts take 20 ms on each of two, one at a time; 10 steps of 4 requests take 10
+    # and 20 ms on two decode instances.
+    policies = {
+        Role.PREFILL: PrefillOnly(max_seqs=1),
+        Role.DECODE: DecodeOnly(max_seqs=4),
+    }
+    decode_rps = 4 / (10 * 0.01) + 4 / (10 * 0.02)
+    requests = [make_request(i, prompt=20, out=11) for i in range(10)]
+    for prefill, expected in ((1, 1 / 0.02), (2, decode_rps)):
+        seconds = ((0.02,),) * prefill + ((0.01,), (0.02,))
+        deployment = Deployment.parse(f"{prefill}xprefill:tp1,2xdecode:tp1")
+        simulated = build(deployment, OfEach(seconds), policies=policies)
+        rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+        assert rate == pytest.approx(expected)
+
+
 def test_unloaded_latencies_are_those_of_all_stages_together():
     deployment = Deployment.parse("prefill:tp1pp3,decode:tp1pp3")
     simulated = build(deployment, Unequal((0.25, 1.0, 0.5)))
     alone = unloaded(simulated, WORKLOAD.requests(20, 1.0, 0))
     assert set(alone.ttft_s) == {1.75}
     assert set(alone.tpot_s) <= {1.75, 0.0}  # 0: of one token
+
+
+@dataclasses.dataclass(frozen=True)
+class OfEach:
+    """A `DeploymentCost` with stages of each instance, and transfers of 4 s."""
+
+    seconds: tuple[tuple[float, ...], ...]
+
+    def stages_s(self, instance, load):
+        return self.seconds[instance]
+
+    def hop(self, transfer):
+        return Hop(4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "alone"),
+    [
+        # 5 tokens, so 4 gaps, each of which has a quarter of the transfer.
+        ("prefill:tp1pp2,decode:tp1", ((2.0, 3.0), (1.0,)), (5.0, 1.0 + 4.0 / 4)),
+        ("decode:tp1pp2,prefill:tp1", ((2.0, 3.0), (1.0,)), (1.0, 5.0 + 4.0 / 4)),
+        ("colocated:tp1pp2", ((2.0, 3.0),), (5.0, 5.0)),  # nothing moves
+        # The first instance of each role.
+        (
+            "2xprefill:tp1,2xdecode:tp1",
+            ((1.0,), (2.0,), (3.0,), (5.0,)),
+            (1.0, 3.0 + 4.0 / 4),
+        ),
+    ],
+)
+def test_a_request_alone_is_on_one_instance_of_each_role(text, seconds, alone):
+    idle = Idle(simulated=build(Deployment.parse(text), OfEach(seconds)))
+    found = idle(make_request(prompt=8, out=5))
+    assert (found.ttft_s, found.tpot_s) == alone
+    assert idle(make_request(prompt=8, out=1)).tpot_s == 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Faster:
+    """A `DeploymentCost` of one that decodes `least` or more in less time than one."""
+
+    least: int
+    stages: int = 1
+
+    def stages_s(self, instance, load):
+        step_s = 0.5 if load.decodes >= self.least else 1.0
+        return (step_s / self.stages,) * self.stages
+
+
+@pytest.mark.parametrize(
+    ("least", "stages", "max_seqs", "blocks", "helps"),
+    [
+        # With 25.5 tokens of each of the requests, 4000 blocks are room for 2509.
+        (4, 1, 4, 4000, True),
+        (4, 1, 3, 4000, False),  # never so many
+        (2, 1, 2, 4000, True),
+        (2, 1, 1, 4000, False),
+        # A stage has its share of the rows.
+        (4, 2, 8, 4000, True),
+        (4, 2, 7, 4000, False),
+        # 16 blocks of 16 tokens are room for 10.
+        (8, 1, 256, 16, True),
+        (16, 1, 256, 16, False),
+        (512, 1, 256, 4000, False),  # all take as long as one
+    ],
+)
+def test_load_helps_where_a_batch_that_can_be_is_faster_than_one_request(
+    least, stages, max_seqs, blocks, helps
+):
+    deployment = Deployment.parse(f"prefill:tp1,decode:tp1pp{stages}")
+    policies = {**POLICIES, Role.DECODE: DecodeOnly(max_seqs=max_seqs)}
+    memory = KVMemory(num_blocks=blocks, max_context=256)
+    simulated = build(deployment, Faster(least, stages), memory, policies)
+    requests = [make_request(i, prompt=20, out=11) for i in range(3)]
+    assert load_helps(simulated, requests) == helps
 
 
 def test_capacity_of_prompts_is_that_of_the_slowest_stage():
@@ -275,6 +370,12 @@ def test_capacity_of_prompts_is_that_of_the_slowest_stage():
             requests = workload.requests(n, 1.0, 0)
             rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
             assert rate == pytest.approx(batch / 0.03)
+    # No more prompts in a batch than it may have rows: 5 of 20 in batches of 2, 2, 1.
+    policies = {**POLICIES, Role.PREFILL: PrefillOnly(max_seqs=2)}
+    simulated = build(deployment, Unequal((0.01, 0.03)), policies=policies)
+    requests = [make_request(i, prompt=20, out=2) for i in range(5)]
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+    assert rate == pytest.approx(5 / (3 * 0.03))
 
 
 def test_capacity_of_colocated_instances_shares_their_time():
@@ -437,7 +538,6 @@ def test_intervals_of_short_traces_cover_the_truth():
 # ---- runs that are cut ---------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     text=st.sampled_from(
         ["colocated:tp1", "prefill:tp1,decode:tp1", "prefill:tp1pp1,2xdecode:tp1"]
@@ -542,6 +642,53 @@ def test_phases_alone():
     found = run_point(point)
     assert set(found.ttft_s) == {0.0}
     # Nothing but decode steps of one request; no transfer.
+    assert max(found.tpot_s) == pytest.approx(0.0101)
+
+
+def staged(deployment, memory=MEMORY):
+    """As `build`, every step equally long on each stage of an instance."""
+    stages = tuple(spec.pp for spec in deployment.instances)
+    return build(deployment, dataclasses.replace(COST, pp=stages), memory)
+
+
+def test_each_phase_is_that_of_equal_instances_with_one_target():
+    whole = asked("prefill:tp1,decode:tp1")
+    equals = Deployment.parse("2xprefill:tp3pp2,2xdecode:tp3pp2")
+    memory = KVMemory(num_blocks=50, max_context=800)
+
+    def small(deployment):
+        return staged(deployment, memory)
+
+    prefill = prefill_alone(small, 3, 2, 2, whole)
+    assert prefill.simulated == small(equals)
+    assert prefill.slo == SLO(ttft_s=0.3, tpot_s=math.inf)
+    decode = decode_alone(small, 3, 2, 2, whole)
+    assert decode.simulated.deployment == equals
+    assert decode.slo == SLO(ttft_s=math.inf, tpot_s=0.03)
+    # Prefill has all the memory and takes no time on any stage, decode is as it was.
+    blocks = [pool.num_blocks for pool in decode.simulated.memory]
+    assert min(blocks[:2]) > 1e9 and blocks[2:] == [50, 50]
+    load, cost = StepLoad(((0, 8),), 2, 20), decode.simulated.cost
+    for instance in range(4):
+        expected = small(equals).cost.stages_s(instance, load)
+        assert len(expected) == 2
+        assert cost.stages_s(instance, load) == (
+            (0.0, 0.0) if instance < 2 else expected
+        )
+    moved = Transfer(1, whole.workload.requests(1, 1.0, 0)[0], 0, 2, (), (), 100)
+    assert whole.simulated.cost.hop(moved).duration_s > 0 == cost.hop(moved).duration_s
+
+
+def test_phases_alone_of_instances_with_stages():
+    whole = asked("prefill:tp1pp3,decode:tp1pp3")
+    (point, *_) = prefill_alone(staged, 1, 3, 1, whole).points(0.001)
+    found = run_point(point)
+    assert set(found.tpot_s) == {0.0}
+    (request,) = WORKLOAD.requests(1, 1.0, 0)
+    assert found.ttft_s[0] == pytest.approx(0.01 + 2e-4 * request.prompt_tokens)
+    (point, *_) = decode_alone(staged, 1, 3, 1, whole).points(0.001)
+    found = run_point(point)
+    assert set(found.ttft_s) == {0.0}
     assert max(found.tpot_s) == pytest.approx(0.0101)
 
 

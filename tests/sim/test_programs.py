@@ -5,7 +5,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from disagg_jax.calibration.profile_keys import program_of
@@ -129,7 +129,6 @@ def assert_is_the_engines(found, slices, buckets, memory) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=POLICIES.get)
-@settings(max_examples=50)
 @given(memory=st.sampled_from(MEMORIES), data=st.data())
 def test_the_program_is_the_one_that_the_engine_takes(policy, memory, data):
     buckets, programs = lists(policy, memory)
@@ -140,7 +139,6 @@ def test_the_program_is_the_one_that_the_engine_takes(policy, memory, data):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=POLICIES.get)
-@settings(max_examples=50)
 @given(memory=st.sampled_from(MEMORIES), data=st.data())
 def test_the_program_is_that_of_the_slices_for_timing(policy, memory, data):
     """All but the front: `load_slices` lays chunks before decodes, so that it is longer
@@ -213,8 +211,16 @@ MIXES = ProgramList((*MIXED, *DECODES), 16)
         (MIXES, (((100, 20),), 0, 0), "mixed_T32_R12_C9_B8_P16"),  # 8 blocks
         # The last token of a prompt is like a decode, where a row is left for it.
         (MIXES, (((20, 1),), 1, 20), "decode_T2_R2_B2_P4"),
+        # Two with 28 + 21 and with 29 + 21 tokens; 64 - 2 x 7.5 = 49 fit.
+        (MIXES, (((20, 1),), 1, 28), "decode_T2_R2_B2_P4"),
+        (MIXES, (((20, 1),), 1, 29), "decode_T2_R2_B2_P16"),
         (MIXES, (((20, 1),), 8, 8), "mixed_T32_R12_C9_B8_P16"),
         (MIXES, (((0, 1),), 1, 20), "mixed_T32_R12_C4_B8_P4"),  # a whole prompt
+        # Where blocks are known, it is the last of them that counts.
+        (MIXES, (((0, 2),), 2, 20, 10), "mixed_T32_R12_C9_B8_P16"),
+        (MIXES, (((0, 2),), 2, 20), "mixed_T32_R12_C4_B8_P4"),
+        (MIXES, ((), 2, 20, 10), "decode_T2_R2_B2_P16"),
+        (WHOLE, ((), 2, 200, 4), "decode_T2_R2_B2_P4"),
         # Of 10 decodes 2 count as chunks, of 3 blocks each, and 8 have 16.
         (MIXES, ((), 10, 330), "mixed_T32_R12_C9_B8_P16"),
     ],
@@ -233,6 +239,11 @@ def test_the_smallest_listed_program_is_found(programs, load, expected):
         (MIXES, (((0, 65),), 0, 0), "mixed: .* mixed_T64_R12_C9_B8_P16, got mixed_T65"),
         (MIXES, (((0, 2),) * 13, 0, 0), "mixed: .*, got mixed_T26_R13"),
         (MIXES, (((150, 2),), 0, 0), "mixed: .*, got mixed_T2_R1_C10"),
+        # 9 decodes have 144.1 tokens each; the one that counts as a chunk has 145 of
+        # them, in 10 blocks.
+        (MIXES, ((), 9, 9 * 144 + 1), "mixed: .*, got mixed_T9_R9_C10_B8_P16"),
+        # A last token with no row left for it among the decodes has its 10 blocks.
+        (MIXES, (((150, 1),), 8, 8), "mixed: .*, got mixed_T9_R9_C10_B8_P5"),
         (ProgramList(tuple(PREFILLS), 16), ((), 1, 9), "decode: .* most none, got"),
     ],
     ids=str,

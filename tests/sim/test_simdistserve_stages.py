@@ -11,7 +11,6 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax.compiled import compiled_modules
 from disagg_jax.control.state import InstanceState
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import tpot_s, ttft_s
@@ -81,8 +80,6 @@ def test_the_oracle_is_simdistserve(golden, name, deployment):
 def test_without_a_bound_on_steps_in_flight_every_request_is_the_same(
     golden, name, model, deployment, monkeypatch
 ):
-    if compiled_modules():
-        pytest.skip("the core is compiled: its classes cannot be changed")
     first_stage_free = property(lambda instance: instance.step is None)
     monkeypatch.setattr(InstanceState, "takes_a_step", first_stage_free)
     ours, theirs = ours_and_theirs(golden / f"{name}.csv", model, deployment)

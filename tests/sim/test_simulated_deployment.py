@@ -17,7 +17,7 @@ from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimPoint, SimWorkload, run_point, run_points
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.work import Done, Down, Slow, StageFree, Step, Up
+from disagg_jax.work import Done, Down, Slow, StageFree, Step, Transfer, Up
 from disagg_jax.workload.lengths import FixedLengths, UniformLengths
 from tests.serving import make_request
 
@@ -195,6 +195,40 @@ def test_lanes_are_the_devices_of_the_smaller_end():
     )
     result = run.run([make_request(0, prompt=8, out=2)])
     assert transfers(result) == [(1.0, 5.0)]  # 8 bytes over 2 links
+
+
+def test_which_wire_a_transfer_takes_and_for_how_long():
+    # Four devices a node: instance 0 fills node 0, 1 and 2 share node 1, 3 is on 2.
+    deployment = Deployment.parse("prefill:tp2pp2,prefill:tp2,decode:tp2,decode:tp1pp2")
+    network = Network(
+        deployment=deployment,
+        kv_bytes_per_token=2,
+        inside=link(latency_s=0.25),
+        between=link(latency_s=0.5),
+        node_devices=4,
+        layer_groups=4,
+    )
+
+    def hop(src, dst, step=0):
+        request = make_request(prompt=8)
+        found = network.hop(Transfer(1, request, src, dst, (), (), 4, step))
+        return found.link, found.duration_s, found.parts, found.bytes
+
+    # 8 bytes over the one NIC of the sender's node, at a byte a second.
+    assert hop(0, 2) == hop(0, 3) == ((-1, 0), 0.5 + 8, 1, 8)
+    assert hop(1, 3) == ((-1, 1), 0.5 + 8, 1, 8)
+    # Inside a node over the links of both devices, into the receiver.
+    assert hop(1, 2) == ((-2, 2), 0.25 + 4, 1, 8)
+    # In parts where it goes beside its prompt, each with the latency.
+    assert hop(0, 2, step=1) == ((-1, 0), 0.5 + 2, 4, 8)
+    assert hop(1, 2, step=1) == ((-2, 2), 0.25 + 1, 4, 8)
+    # Where there is no link inside a node it takes no time, and no wire; without one
+    # between nodes all are in one.
+    network = dataclasses.replace(network, inside=None)
+    assert hop(1, 2) == ((), 0.0, 1, 8)
+    assert hop(0, 2) == ((-1, 0), 0.5 + 8, 1, 8)
+    network = dataclasses.replace(network, inside=link(), between=None)
+    assert hop(0, 2) == ((-2, 2), 4.0, 1, 8)
 
 
 def test_fair_transfers_share_the_wire():

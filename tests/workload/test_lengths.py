@@ -88,6 +88,9 @@ def test_lognormal_from_mean():
 def test_lognormal_is_clipped():
     lengths = LognormalLengths(median=10, sigma=2, low=5, high=20).sample(N, rng())
     assert (lengths.min(), lengths.max()) == (5, 20)
+    by_mean = LognormalLengths.from_mean(mean=10, sigma=2, low=5, high=20)
+    lengths = by_mean.sample(N, rng())
+    assert (lengths.min(), lengths.max()) == (5, 20)
 
 
 def test_histogram():
@@ -148,6 +151,7 @@ def test_figure_of_a_paper(shared_dir):
         (HistogramLengths, {"edges": (1, 2), "weights": (1, 1)}, "one edge more"),
         (HistogramLengths, {"edges": (1,), "weights": ()}, "one edge more"),
         (HistogramLengths, {"edges": (2, 1), "weights": (1,)}, "increase"),
+        (HistogramLengths, {"edges": (1, 1), "weights": (1,)}, "increase"),
         (HistogramLengths, {"edges": (-1, 1), "weights": (1,)}, "increase"),
         (HistogramLengths, {"edges": (0, 1), "weights": (0,)}, "positive, finite"),
         (

@@ -2,7 +2,8 @@
 
 The record (experiments/profiles/distserve_a100_opt.json is one):
 
-    {"name": "distserve-a100",        what outputs are marked with
+    {"format": 1,                     see `formats.py`; without it, 0
+     "name": "distserve-a100",        what outputs are marked with
      "kind": "fitted",
      "provenance": {...},             source, licence, what was fitted on what: texts
      "warnings": {"ENGINE/MODEL/tpN": "text"},    may be {}

@@ -1,6 +1,7 @@
 """Reading and writing what `experiments.calibrate` measured, as JSON.
 
-    {"name": "tiny-cpu",              what outputs are marked with
+    {"format": 1,                     see `formats.py`; without it, 0
+     "name": "tiny-cpu",              what outputs are marked with
      "kind": "calibrated",
      "provenance": {...},             texts: "model", "dtype", "device", "commit", ...
      "block_tokens": 16,
@@ -28,6 +29,7 @@ from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TypeVar, cast
 
 from disagg_jax.errors import require
+from disagg_jax.formats import PROFILE
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
@@ -57,7 +59,7 @@ PROVENANCE = ("model", "dtype", "device", "date", "commit")
 
 def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
     """The record of the form above."""
-    return {
+    content: dict[str, object] = {
         "name": profile.name,
         "kind": "calibrated",
         "provenance": dict(profile.provenance),
@@ -89,6 +91,7 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
             for (src, dst), times in sorted(profile.transfers.items())
         ],
     }
+    return PROFILE.write(content)
 
 
 def profile_from_json(record: object) -> CalibratedProfile:

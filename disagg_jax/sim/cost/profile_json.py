@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from disagg_jax.errors import require
+from disagg_jax.formats import PROFILE
 
 
 def get_value(record: Mapping[str, object], key: str, where: str) -> object:
@@ -35,9 +36,8 @@ def get_texts(record: Mapping[str, object], key: str, where: str) -> Mapping[str
 
 
 def open_profile(record: object, kind: str) -> Mapping[str, object]:
-    """`record`, if it is an object of that "kind"."""
-    require(isinstance(record, Mapping), "profile: expected an object", record)
-    top = cast(Mapping[str, object], record)
+    """`record` without its format number, if it is an object of that "kind"."""
+    top = PROFILE.read(as_mapping(record, "profile"))
     came = get_text(top, "kind", "profile")
     require(came == kind, f"profile.kind: expected {kind!r}", came)
     return top

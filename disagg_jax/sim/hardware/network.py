@@ -9,6 +9,7 @@ that sends is the wire. No peer simulator queues transfers (`facts/latency.md`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Literal
 
 from disagg_jax.deployment import Deployment
@@ -49,14 +50,6 @@ class Network:
     # Transfers on one wire: one after the other, or all at once with an equal share.
     sharing: Literal["fifo", "fair"] = "fifo"
     layer_groups: int = 1  # in which the KV of a prompt goes while it is computed
-    # By (src, dst), those that were asked for. No cached property: compiled, it would
-    # be made anew each time.
-    _routes: dict[tuple[int, int], Route] = dataclasses.field(
-        default_factory=dict[tuple[int, int], Route],
-        init=False,
-        repr=False,
-        compare=False,
-    )
 
     def __post_init__(self) -> None:
         require(
@@ -80,6 +73,11 @@ class Network:
         parts = self.layer_groups if transfer.step else 1
         seconds = link.transfer_s(size / parts, lanes) if link else 0.0
         return Hop(seconds, size, wire, self.sharing == "fair", parts)
+
+    @functools.cached_property
+    def _routes(self) -> dict[tuple[int, int], Route]:
+        """Keeps the routes that were asked for, by (src, dst)."""
+        return {}
 
     def _route(self, src: int, dst: int) -> Route:
         node = self._node(src)

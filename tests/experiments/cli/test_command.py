@@ -11,11 +11,13 @@ import time
 import weakref
 
 import pytest
-from absl import app
+from absl.flags import DuplicateFlagError
 
 from experiments.cli.command import command
+from experiments.cli.flags import REQUIRED, Flags
 from experiments.configs.named import get_config
 from experiments.sweep.request_source import RequestSource
+from tests.commands import run_command
 from tests.experiments.calibrating import make_model
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -31,13 +33,19 @@ def a_shell_that_can_interrupt():
 
 
 def fails(error):
-    @command
+    @command()
     def main():
         raise error
 
     with pytest.raises(SystemExit) as end:
         main(["x"])
     return end.value.code
+
+
+def ends_well(main):
+    with pytest.raises(SystemExit) as end:
+        main(["x"])
+    assert not end.value.code
 
 
 def test_a_users_error_is_one_line():
@@ -56,7 +64,7 @@ def test_a_full_disk_is_named_and_what_to_do(number):
 
 
 def test_an_error_that_no_user_caused_keeps_its_traceback():
-    @command
+    @command()
     def main():
         raise RuntimeError("a bug")
 
@@ -64,9 +72,57 @@ def test_an_error_that_no_user_caused_keeps_its_traceback():
         main(["x"])
 
 
-def test_words_beside_the_flags_are_refused():
-    with pytest.raises(app.UsageError, match="expected flags only, got .'y'"):
-        command(lambda: None)(["x", "y"])
+def test_words_beside_the_flags_are_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        command()(lambda: None)(["x", "y"])
+    assert end.value.code == 1
+    assert "expected flags only, got ['y']" in capsys.readouterr().err
+
+
+def test_two_commands_have_flags_of_one_name_and_each_its_own_values():
+    seen = []
+
+    def made(default):
+        own = Flags()
+        rate = own.float("rate", default, "Requests/s.")
+        return command(own)(lambda: seen.append((rate.value, own.asked())))
+
+    first, second = made(1.0), made(2.0)
+    for main, argv in [
+        (first, ["x", "--rate=5"]),
+        (second, ["x"]),
+        (first, ["x"]),  # what was asked before is forgotten
+    ]:
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert not end.value.code
+    assert seen == [(5.0, {"rate": 5.0}), (2.0, {"rate": 2.0}), (1.0, {"rate": 1.0})]
+
+
+def test_a_flag_that_must_be_given_is_named(capsys):
+    own = Flags()
+    own.string("run", REQUIRED, "A folder.")
+    own.string("out", None, "Another.")
+    with pytest.raises(SystemExit) as end:
+        command(own)(lambda: None)(["x"])
+    assert end.value.code == 1
+    assert "--run must have a value" in capsys.readouterr().err
+
+
+def test_a_name_taken_twice_in_a_command_is_an_error():
+    own = Flags()
+    own.string("run", None, "A folder.")
+    with pytest.raises(DuplicateFlagError):
+        own.integer("run", None, "A number.")
+
+
+def test_what_was_asked_leaves_out_where_and_how_fast():
+    own = Flags()
+    own.string("out", "a", "A folder.")
+    own.integer("workers", 2, "Processes.")
+    own.integer("seed", 3, "First seed.")
+    own.values.mark_as_parsed()
+    assert own.asked() == {"seed": 3}
 
 
 # -- interrupts -----------------------------------------------------------------------
@@ -122,7 +178,7 @@ PLACES = [
 def test_one_interrupt_ends_a_command_wherever_it_comes(place, signum, capsys):
     cleaned = []
 
-    @command
+    @command()
     def main():
         try:
             place(lambda: signal.raise_signal(signum))
@@ -144,7 +200,7 @@ def test_one_interrupt_ends_a_command_wherever_it_comes(place, signum, capsys):
 def test_clean_up_is_not_interrupted_again():
     done = []
 
-    @command
+    @command()
     def main():
         try:
             in_the_collector(lambda: signal.raise_signal(signal.SIGINT))
@@ -162,25 +218,25 @@ def test_other_errors_that_cannot_be_raised_are_shown_as_ever(monkeypatch):
     shown = []
     monkeypatch.setattr(sys, "unraisablehook", lambda lost: shown.append(lost.exc_type))
 
-    @command
+    @command()
     def main():
         in_a_finalizer(lambda: 1 / 0)
 
-    main(["x"])
+    ends_well(main)
     assert shown == [ZeroDivisionError]
 
 
 def test_a_command_leaves_handlers_as_they_were():
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     hook = sys.unraisablehook
-    command(lambda: None)(["x"])
+    ends_well(command()(lambda: None))
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
     assert sys.unraisablehook is hook
 
 
 def test_a_background_job_still_ignores_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    command(lambda: signal.raise_signal(signal.SIGINT))(["x"])
+    ends_well(command()(lambda: signal.raise_signal(signal.SIGINT)))
 
 
 # -- as a user sees it ----------------------------------------------------------------
@@ -243,7 +299,7 @@ def test_a_platform_that_is_not_there_is_one_line(platform):
 )
 def test_bad_values_are_one_line(flags, message):
     name, *rest = flags
-    done = shell(f"experiments.{name}", *rest)
+    done = run_command(name, *rest)
     assert done.returncode == 1
     assert done.stderr == f"error: {message}\n"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -111,6 +112,25 @@ def test_bad_lengths_are_an_error_that_quotes_them(text):
         parse_lengths(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fixed:inf", "lengths 'fixed:inf': cannot convert float infinity"),
+        ("uniform:1:nan", "lengths 'uniform:1:nan': cannot convert float NaN"),
+        ("lognormal:9:1", "LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, got 'lognormal:9"),
+        ("fixed:1:2", "expected fixed:N, uniform"),
+    ],
+)
+def test_lengths_that_are_no_numbers_or_too_many_are_refused(text, message):
+    with pytest.raises(ValueError) as error:
+        parse_lengths(text)
+    assert message in str(error.value)
+
+
+def test_a_median_may_lie_between_two_lengths():
+    assert parse_lengths("lognormal:2.5:0.5:99").median == 2.5
+
+
 def test_a_preset_is_the_slo_where_no_seconds_are_given():
     targets = override(get_config("tiny"), ["slo.preset=llama3.1-8b"]).slo
     assert targets.resolve(9.0, 9.0) == SLO(ttft_s=2.0, tpot_s=0.1)
@@ -204,6 +224,89 @@ def test_a_placement_has_the_parameters_of_its_system_or_the_defaults():
     named = config.with_placements(found).systems["placed_low"]
     assert named.policies == config.systems["disaggregated"].policies
     assert named.deployment == answer["deployment"]
+
+
+def test_a_placement_replaces_the_system_that_has_its_name():
+    config = get_config("tiny")
+    old = dataclasses.replace(
+        config, systems={"placed_low": System.of("vllm", "colocated:tp1")}
+    )
+    answer = {"system": "disaggregated", "deployment": "prefill:tp1,decode:tp1"}
+    found = {"flags": {"model": "tiny"}, "low": answer, "skipped": {"tp8": "no room"}}
+    placed = old.with_placements(found).systems
+    assert {name: system.deployment for name, system in placed.items()} == {
+        "placed_low": answer["deployment"]
+    }
+
+
+def test_a_value_is_all_behind_the_first_sign():
+    config = override(get_config("tiny"), ["weights=/models/a=b"])
+    assert config.weights == "/models/a=b"
+
+
+@pytest.mark.parametrize("text", ["true", "True", "false", "FALSE"])
+def test_true_and_false_are_read_in_any_case(text):
+    config = override(get_config("tiny"), [f"workload.ignore_eos={text}"])
+    assert config.workload.ignore_eos is (text.lower() == "true")
+
+
+def test_a_list_has_what_is_between_its_commas_and_may_be_empty():
+    changed = override(get_config("smoke"), ["rates=3,,4,"])
+    assert changed.rates == (3.0, 4.0)
+    assert override(changed, ["rates="]).rates == ()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("slo.ttft_scale=inf", "slo.ttft_scale: expected a finite number, got 'inf'"),
+        ("rates=1,nan", "--set rates: expected a finite number, got 'nan'"),
+        ("workload.ties=mixed", "--set workload.ties: expected one of "),
+        ("workload.too_long=cut", "expected one of drop, clip, got 'cut'"),
+        ("search.max_rates=2.5", "--set search.max_rates: expected int, got '2.5'"),
+        ("durations=measured", "durations: expected one of table, live, modelled"),
+        ("workload.source=file", "expected one of random, human_eval, trace, got"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(assignment, message):
+    with pytest.raises(ValueError) as error:
+        override(get_config("tiny"), [assignment])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [math.inf, math.nan, 0.0, -1.0])
+def test_a_rate_made_in_python_is_checked_too(rate):
+    made = dataclasses.replace(get_config("tiny"), rates=(1.0, rate))
+    with pytest.raises(ValueError, match="rates: expected > 0 requests/s, and finite"):
+        made.check()
+
+
+def test_a_config_has_a_system():
+    with pytest.raises(ValueError, match="systems: expected at least one, got none"):
+        dataclasses.replace(get_config("tiny"), systems={}).check()
+
+
+def test_the_defaults_are_those_that_the_documents_name():
+    """Another default moves every number that was published without a flag."""
+    config = Config(systems=get_config("tiny").systems)
+    assert (config.slo.ttft_scale, config.slo.tpot_scale) == (5.0, 1.5)
+    assert (config.slo.ttft_s, config.slo.tpot_s, config.slo.preset) == (0, 0, "")
+    memory = config.memory
+    assert (memory.blocks_per_device, memory.block_tokens) == (256, 16)
+    assert memory.max_context == 512
+    workload = config.workload
+    assert (workload.num_requests, workload.source) == (100, "random")
+    assert (workload.prompt_tokens, workload.output_tokens) == (
+        *("uniform:32:256", "uniform:16:48"),
+    )
+    assert (workload.ties, workload.too_long) == ("spread", "drop")
+    assert (workload.ignore_eos, workload.trace_scale) == (True, 1.0)
+    assert (config.num_seeds, config.seed, config.timing_repeats) == (5, 0, 9)
+    assert (config.criterion, config.clock, config.durations) == (
+        *("distserve", "virtual", "table"),
+    )
+    assert (config.tune, config.execute_all, config.streams) == (True, False, False)
+    assert (config.layer_groups, config.link, config.rates) == (1, "", ())
 
 
 def test_the_record_of_a_config_has_every_value_and_type():

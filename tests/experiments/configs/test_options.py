@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 from typing import ClassVar
 
 import pytest
@@ -16,6 +14,7 @@ from experiments.configs.config import Config, Workload, override
 from experiments.configs.named import CONFIGS, get_config
 from experiments.papers import FIGURES
 from experiments.papers.figure import Lab
+from tests.commands import run_code
 
 TRACE = ["workload.source=trace", "workload.trace=FILE.csv"]
 CHUNK = "systems.sarathi.policies.colocated.chunk_tokens=64"
@@ -156,6 +155,93 @@ def test_an_option_without_effect_says_what_would_give_it_one(changes, message):
 )
 def test_an_option_that_matters_is_taken(changes):
     override(get_config("tiny"), changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["trace_scale=2", "trace_rows=9", "trace_unit=ms", "ties=keep", "too_long=clip"],
+)
+def test_what_is_about_a_trace_needs_one(change):
+    override(get_config("tiny"), [*TRACE, f"workload.{change}"])
+    for other in ([], ["workload.source=human_eval"]):
+        with pytest.raises(ValueError, match="expected workload.source=trace, got wor"):
+            override(get_config("tiny"), [*other, f"workload.{change}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        (["cost.transfer_base_s=1"], "a system of prefill and decode instances"),
+        (["cost.transfer_token_s=1"], "a system of prefill and decode instances"),
+        (["cost.transfer_parts=2"], "a system of prefill and decode instances"),
+        (["streams=true"], "a system of prefill and decode instances"),
+        (["link=25gb"], "a system of prefill and decode instances"),
+    ],
+)
+def test_what_is_about_transfers_needs_a_system_that_has_them(changes, missing):
+    """One of several is enough; a colocated one alone is not."""
+    config = override(get_config("tiny"), ["durations=modelled"])
+    streams = ["streams=true"] if "parts" in changes[0] else []
+    override(config, [*streams, *changes])
+    only = dataclasses.replace(config, systems={"vllm": config.systems["vllm"]})
+    with pytest.raises(ValueError, match=f"expected {missing}, got 2xcolocated:tp1"):
+        override(only, changes)
+
+
+@pytest.mark.parametrize("key", ["transfer_base_s", "transfer_token_s"])
+def test_a_link_is_in_place_of_the_formula_of_transfers(key):
+    changes = ["durations=modelled", "link=25gb", f"cost.{key}=1"]
+    with pytest.raises(ValueError, match="expected no link, got link=25gb"):
+        override(get_config("tiny"), changes)
+    parts = ["streams=true", "cost.transfer_parts=2", *changes[:2]]
+    with pytest.raises(ValueError, match="transfer_parts: expected no link"):
+        override(get_config("tiny"), parts)
+
+
+def test_a_value_that_a_config_begins_with_was_not_set():
+    """Whatever the default; nor is the default set, whatever the config begins with."""
+    config = override(get_config("tiny"), ["durations=modelled", "cost.step_base_s=2"])
+    table = dataclasses.replace(config, durations="table")
+    override(table, ["seed=1"])  # 2 stays, without effect
+    override(table, ["cost.step_base_s=0.001"])  # the default of the field
+    with pytest.raises(ValueError, match="cost.step_base_s=3.0 has no effect"):
+        override(table, ["cost.step_base_s=3"])
+
+
+def test_a_command_says_what_it_does_not_read():
+    """Of a whole part too; and what it reads is as before."""
+    elsewhere = options.read_by("a command", not_by="another", keys=["slo", "rates"])
+    override(get_config("tiny"), ["num_seeds=2"], elsewhere)
+    for change in ("slo.ttft_s=1", "rates=1"):
+        key = change.partition("=")[0]
+        message = f"^{key}: expected a command, got another, where {key}=1.0 has no eff"
+        with pytest.raises(ValueError, match=message):
+            override(get_config("tiny"), [change], elsewhere)
+
+
+def test_all_that_would_give_an_option_an_effect_is_named():
+    """Either of two values, or another option; and all that is there instead."""
+    changes = ["durations=modelled", "layer_groups=2"]
+    with pytest.raises(ValueError) as error:
+        override(get_config("tiny"), changes)
+    assert str(error.value) == (
+        "layer_groups: expected durations=table or live or a link, got "
+        "durations=modelled and no link, where layer_groups=2 has no effect"
+    )
+
+
+def test_values_are_shown_as_they_are_typed():
+    assert options.shown((1.0, 2.5)) == "1.0,2.5"
+    assert options.shown([True, "a"]) == "true,a"
+
+
+def test_arrivals_are_not_refused_where_the_trace_cannot_be_read():
+    """What is wrong with the file is said by what reads it."""
+    override(get_config("tiny"), [*TRACE, "workload.arrivals.kind=fixed"])
+
+
+def test_step_sizes_need_one_system_that_has_them():
+    override(get_config("tiny"), ["step_tokens=64"])  # vllm has none
 
 
 def test_what_a_named_config_sets_may_lose_its_effect():
@@ -319,32 +405,28 @@ REFUSED = {
     },
 }
 # What all of a module's command lines need.
-REQUIRED = {"placement_search": "--model=opt-13b --devices=2 --slo=1,1"}
+REQUIRED = {
+    "placement_search": "--model=opt-13b --devices=2 --slo=1,1",
+    "accuracy": "--profile=x",
+}
 
 RUN = """
 import importlib, json, sys
-from absl import flags
-from absl.testing import flagsaver
 module = importlib.import_module(f"experiments.{sys.argv[1]}")
 for line in json.loads(sys.argv[2]):
-    saved = flagsaver.save_flag_values()
-    flags.FLAGS(["command", *line.split()])
-    flags.FLAGS.mark_as_parsed()
     try:
-        module.main(["command"])
-        print(json.dumps("it ran"))
+        module.main(["command", *line.split()])
     except SystemExit as end:
-        print(json.dumps(end.code))
-    flagsaver.restore_flag_values(saved)
+        print(json.dumps(end.code or "it ran"))
 """
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("module", REFUSED)
 def test_a_command_refuses_a_flag_that_has_no_effect(module, tmp_path):
     required = REQUIRED.get(module, "")
     lines = [f"--out={tmp_path}/out {required} {line}" for line in REFUSED[module]]
-    command = [sys.executable, "-c", RUN, module, json.dumps(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run_code(RUN, module, json.dumps(lines))
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     for line, got, message in zip(

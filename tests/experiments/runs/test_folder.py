@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from disagg_jax.formats import RUN
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
 from experiments.configs.paper_workloads import get_workload
@@ -18,6 +19,7 @@ from experiments.placement.placements import parse_slo, problem_of, simulation_o
 from experiments.runs.folder import (
     differences,
     plain,
+    read_json,
     record_start,
     run_folder,
     sole_use,
@@ -111,10 +113,33 @@ def read(path):
     return json.loads(path.read_text())
 
 
+def config_in(path):
+    return RUN.read(read(path / "config.json"))
+
+
+def test_a_folder_of_a_newer_format_is_refused_and_stays(tmp_path):
+    """Also where the same config would be resumed, or could be replaced."""
+    once(tmp_path, {"a": 1})
+    newer = json.dumps({"format": 99, "a": 1})
+    (tmp_path / "config.json").write_text(newer)
+    for how in ({}, {"replace": True}):
+        with pytest.raises(ValueError, match="run directory: expected format 0 to "):
+            once(tmp_path, {"a": 1}, **how)
+    assert (tmp_path / "config.json").read_text() == newer
+    assert len(read(tmp_path / "env.json")) == 1
+
+
+def test_a_folder_from_before_there_were_formats_is_resumed(tmp_path):
+    once(tmp_path, {"a": 1})
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    once(tmp_path, {"a": 1})
+    assert len(read(tmp_path / "env.json")) == 2
+
+
 def test_a_folder_says_what_was_run_and_by_which_command(tmp_path):
     with run_folder(tmp_path, {"deployment": "colocated:tp1"}, "result.txt"):
         pass
-    assert read(tmp_path / "config.json") == {"deployment": "colocated:tp1"}
+    assert config_in(tmp_path) == {"deployment": "colocated:tp1"}
     (start,) = read(tmp_path / "env.json")
     assert start["command"] == sys.argv
     assert {"date", "commit", "packages"} <= start.keys()
@@ -125,12 +150,55 @@ def once(path, config, **how):
         (path / "result.txt").write_text(str(config))
 
 
+def test_only_the_records_of_a_run_are_nothing_to_lose(tmp_path):
+    """Any other file is a result, whatever it is called."""
+    for name in ("notes.txt", "points"):
+        folder = tmp_path / name
+        record_start(folder_of(folder), {"a": 1}, {})
+        (folder / name).write_text("kept")
+        with pytest.raises(ValueError, match=r"another config \(a\)"):
+            once(folder, {"a": 2})
+        assert (folder / name).read_text() == "kept"
+        once(folder, {"a": 1})
+
+
+def folder_of(path):
+    path.mkdir()
+    return path
+
+
+def test_a_result_without_a_config_may_be_replaced_where_asked(tmp_path):
+    (tmp_path / "result.txt").write_text("of an older version")
+    once(tmp_path, {"a": 1}, replace=True)
+    assert read(tmp_path / "config.json") == {"a": 1}
+
+
+def test_a_config_that_is_no_json_is_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        record_start(tmp_path, {"a": float("inf")}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_is_kept_behind_those_before(tmp_path):
+    for start in (1, 2, 3):
+        record_start(tmp_path, {"a": (1, 2)}, start)
+    assert read(tmp_path / "env.json") == [1, 2, 3]
+
+
+def test_a_refused_config_changes_nothing(tmp_path):
+    record_start(tmp_path, {"a": 1}, "first")
+    with pytest.raises(ValueError, match="another config"):
+        record_start(tmp_path, {"a": 2}, "second")
+    assert read(tmp_path / "config.json") == {"a": 1}
+    assert read(tmp_path / "env.json") == ["first"]
+
+
 def test_results_of_another_config_stay(tmp_path):
     once(tmp_path, {"a": 1, "sizes": (1, 2)})
     once(tmp_path, {"a": 1, "sizes": (1, 2)})  # again, the same
     with pytest.raises(ValueError, match=r"another config \(a\); expected an empty"):
         once(tmp_path, {"a": 2, "sizes": (1, 2)})
-    assert read(tmp_path / "config.json") == {"a": 1, "sizes": [1, 2]}
+    assert config_in(tmp_path) == {"a": 1, "sizes": [1, 2]}
     assert len(read(tmp_path / "env.json")) == 2
     assert "'a': 1" in (tmp_path / "result.txt").read_text()
 
@@ -156,13 +224,13 @@ def test_a_run_that_ended_before_it_wrote_anything_is_replaced(tmp_path):
         with run_folder(tmp_path, {"a": 1}, "result.txt"):
             raise OSError
     once(tmp_path, {"a": 2})
-    assert read(tmp_path / "config.json") == {"a": 2}
+    assert config_in(tmp_path) == {"a": 2}
 
 
 def test_what_may_be_replaced_is_with_its_records(tmp_path):
     once(tmp_path, {"a": 1})
     once(tmp_path, {"a": 2}, replace=True)
-    assert read(tmp_path / "config.json") == {"a": 2}
+    assert config_in(tmp_path) == {"a": 2}
     assert len(read(tmp_path / "env.json")) == 1  # the other's start is not its own
     once(tmp_path, {"a": 2}, replace=True)
     assert len(read(tmp_path / "env.json")) == 2
@@ -204,8 +272,31 @@ def test_a_file_that_was_cut_off_leaves_the_one_before(tmp_path):
         assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
+    assert path.read_text() == "before"
     write_text(path, "after")
     assert path.read_text() == "after"
+
+
+def test_a_json_file_comes_back_and_a_missing_one_is_none(tmp_path):
+    content = {"a": [1, 2.5, None], "b": {"c": "d"}}
+    write_json(tmp_path / "x.json", content)
+    assert (tmp_path / "x.json").read_text().endswith("}\n")
+    assert read_json(tmp_path / "x.json") == content
+    assert read_json(tmp_path / "y.json") is None
+
+
+def test_a_file_is_not_there_before_it_is_whole(tmp_path):
+    with whole(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        assert not (tmp_path / "x").exists() and temporary.parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        with whole(tmp_path / "x"):
+            (tmp_path / "other").read_text()
+    assert error.value.filename == str(tmp_path / "other")
 
 
 def test_an_error_names_the_file_that_was_to_be_written(tmp_path):

@@ -27,6 +27,7 @@ ROWS = [
 PROGRAMS = ProgramList((SMALL, LARGE, *ROWS), 16)
 ABOUT = {"model": "toy", "dtype": "float32", "device": "cpu"}
 RECORD = {
+    "format": 1,
     "name": "toy",
     "kind": "calibrated",
     "provenance": {**ABOUT, "date": "today", "commit": "none", "by": "me"},
@@ -182,6 +183,16 @@ def test_a_profile_survives_its_json_exactly():
     assert again == PROFILE
     assert profile_to_json(again) == json.loads(text) == RECORD
     assert again.layouts[1, 1].measured[ROWS[0]] == (1 / 3,)
+
+
+def test_a_profile_from_before_there_were_formats_is_read_alike():
+    older = {key: value for key, value in RECORD.items() if key != "format"}
+    assert profile_from_json(older) == PROFILE
+
+
+def test_a_profile_of_a_newer_format_is_refused_before_its_content():
+    with pytest.raises(ValueError, match="^profile: expected format 0 to .* got 99$"):
+        profile_from_json({"format": 99, "kind": "unknown"})
 
 
 def test_probes_are_no_measurements_and_older_profiles_have_none():

@@ -53,6 +53,9 @@ def test_tokens_that_fit():
     assert part.kv_tokens(10_000, 1.0) == 51  # 4080 / 80
     assert part.kv_tokens(12_500, 0.8) == 51
     assert part.kv_tokens(6000, 1.0) == 1
+    for memory_bytes in (5999, 5920, 5000):  # no room for one token, or not for weights
+        with pytest.raises(ValueError, match="tiny with tp=1, pp=1: expected weights"):
+            part.kv_tokens(memory_bytes, 1.0)
 
 
 def test_capacities_are_near_distserves():

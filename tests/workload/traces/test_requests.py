@@ -85,6 +85,14 @@ def test_the_last_row_of_a_run_that_has_no_span():
     assert column(one, "arrival_s") == [0]
 
 
+def test_rows_at_one_time_have_no_rate_but_their_trace_may():
+    rows = [TraceRow(at, 5 + i, 1) for i, at in enumerate([3.0, 3.0, 5.0, 6.0])]
+    found = [stretch_requests(rows, 2, 4.0, seed) for seed in (0, 1)]
+    # The first two come together; the others a quarter of a second apart.
+    assert [column(run, "arrival_s") for run in found] == [[0, 0], [0, 0.25]]
+    assert [column(run, "prompt_tokens") for run in found] == [[5, 6], [7, 8]]
+
+
 def test_rows_over_a_total_are_dropped():
     fitted = fit_rows(ROWS, max_total_tokens=500)
     assert [row.prompt_tokens for row in fitted.rows] == [100, 200]
@@ -94,6 +102,14 @@ def test_rows_over_a_total_are_dropped():
     )
     with pytest.raises(ValueError, match="expected none where rows are clipped"):
         fit_rows(ROWS, max_total_tokens=500, too_long="clip")
+
+
+def test_no_more_rows_are_taken_than_are_asked_for():
+    taken = []
+    rows = (taken.append(row) or row for row in ROWS)
+    fitted = fit_rows(rows, n=2)
+    assert [row.prompt_tokens for row in fitted.rows] == [100, 900]
+    assert (len(taken), fitted.dropped_empty) == (4, 1)  # the next one is looked at
 
 
 def test_rows_without_times_arrive_as_they_are_asked_to():

@@ -1,0 +1,63 @@
+"""Format numbers of the files that the project writes and reads again.
+
+Raise a number when a name or a shape in that kind of file changes, and `oldest` too
+where files from before are not worth reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
+
+from disagg_jax.errors import require
+
+Value = TypeVar("Value")
+_KEY = "format"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """The form of one kind of file."""
+
+    name: str
+    number: int
+    oldest: int = 0  # that is still read; files from before there were numbers are 0
+    command: str  # makes such a file
+
+    def write(self, content: Mapping[str, Value]) -> dict[str, Value | int]:
+        """Return `content` with the number before it."""
+        return {_KEY: self.number, **content}
+
+    def read(self, record: Mapping[str, Value]) -> dict[str, Value]:
+        """Return what `write` was given.
+
+        Raises:
+          ValueError: if the number is newer than this program or too old.
+        """
+        came = record.get(_KEY, 0)
+        known = type(came) is int and self.oldest <= came <= self.number
+        expected = f"{self.name}: expected format {self.oldest} to {self.number}"
+        require(known, f"{expected}, as made by {self.command}", came)
+        return {key: value for key, value in record.items() if key != _KEY}
+
+
+EVENT_LOG = Format(
+    name="event log", number=1, command="python -m experiments.goodput_sweep"
+)
+PLACEMENT = Format(
+    name="placement.json",
+    number=1,
+    command="python -m experiments.placement_search --out=FOLDER",
+)
+PROFILE = Format(name="profile", number=1, command="python -m experiments.calibrate")
+# Of all files in a run directory; it stands in config.json, which is written first and
+# read before any work. So raise it together with those of the files in it.
+RUN = Format(
+    name="run directory",
+    number=1,
+    command="the command in its env.json, with another --out",
+)
+STEP_TIMES = Format(
+    name="step_times.json", number=1, command="python -m experiments.goodput_sweep"
+)

@@ -1,0 +1,6 @@
+"""The old name of `experiments.machine`, for one release."""
+
+from experiments.machine import main
+
+if __name__ == "__main__":
+    main()
