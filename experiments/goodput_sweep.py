@@ -13,7 +13,6 @@ runs, no other run may use the directory.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -124,10 +123,6 @@ def _run(
         model=model,
         source=source,
         served=served,
-        simulated={
-            name: dataclasses.replace(each, executed=False)
-            for name, each in served.items()
-        },
         durations=first,
         slo=slo,
         choices={name: reasons for name, (_, reasons) in tuned.items() if reasons},

@@ -1,14 +1,12 @@
-"""The result of serving requests on a deployment, and the interface that returns it."""
+"""The result of serving requests on a deployment: simulated, or an engine's."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
-from disagg_jax.control.backend import Followers, Intervention, Observer
 from disagg_jax.deployment import Deployment
-from disagg_jax.request import Request, Timeline
+from disagg_jax.request import Timeline
 
 
 @dataclasses.dataclass
@@ -22,7 +20,7 @@ class StepTotals:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """The result of one run.
+    """The result of one run of `SimulatedDeployment` or `ServedDeployment`.
 
     Attributes:
       timelines: of the requests, in order of arrival.
@@ -51,20 +49,3 @@ class Run:
             tuple(share(i, stage) for stage in range(spec.pp))
             for i, spec in enumerate(deployment.instances)
         ]
-
-
-class Runner(Protocol):
-    """Serves requests on a deployment: one that is simulated, or an engine's."""
-
-    @property
-    def deployment(self) -> Deployment: ...
-
-    def run(
-        self,
-        requests: Sequence[Request],
-        interventions: Sequence[Intervention] = (),
-        observer: Observer | None = None,
-        followers: Followers | None = None,
-    ) -> Run:
-        """Serve `requests` from an idle state to the end; see `serve`."""
-        ...

@@ -84,7 +84,7 @@ class ServedDeployment:
         *,
         backend: Backend | None = None,
     ) -> Run:
-        """Serve `requests` to the end; see `Runner`.
+        """Serve `requests` to the end, as `SimulatedDeployment` does; see `serve`.
 
         Args:
           backend: a new one of `self.backend()`, for an observer that reads its clock.

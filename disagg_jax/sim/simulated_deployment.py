@@ -66,7 +66,7 @@ class SimulatedDeployment:
         *,
         controller: Controller | None = None,
     ) -> Run:
-        """Serve `requests` to the end; see `Runner`.
+        """Serve `requests` to the end, as `ServedDeployment` does; see `serve`.
 
         Args:
           controller: a new one of `self.controller()`, for an observer that reads it.

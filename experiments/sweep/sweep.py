@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
-from disagg_jax.control.run import Runner, StepTotals
+from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, Role
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.metrics.criteria import Criterion
@@ -51,8 +52,7 @@ class Sweep:
     config: Config
     model: Model
     source: RequestSource
-    served: Mapping[str, Runner]  # by system: runs its programs
-    simulated: Mapping[str, Runner]  # by system: equal timelines without programs
+    served: Mapping[str, ServedDeployment]  # by system
     durations: StepDurations  # of the first system
     slo: SLO
     choices: Mapping[str, Sequence[str]]  # of step sizes, by system: which and why
@@ -173,17 +173,17 @@ class Sweep:
         expected: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Run a point, and save it if its timelines are those of `expected`."""
-        runner = (self.served if execute else self.simulated)[point.system]
+        served = dataclasses.replace(self.served[point.system], executed=execute)
         requests, log = self.source(point.rate_rps, point.replica), EventLog()
-        run = runner.run(requests, observer=log)
+        run = served.run(requests, observer=log)
         virtual = self.config.clock == "virtual"
-        shares = run.busy_shares(runner.deployment) if virtual else None
+        shares = run.busy_shares(served.deployment) if virtual else None
         found: dict[str, Any] = {
-            **summarise(run.timelines, self.slo, runner.deployment.devices),
+            **summarise(run.timelines, self.slo, served.deployment.devices),
             "steady": metrics.is_steady(run.timelines),
             "executed": run.totals is not None,
             **_padding(run.totals or {}),
-            **_busy(runner.deployment, shares),
+            **_busy(served.deployment, shares),
             "criteria": {
                 name: criterion.score(run.timelines)
                 for name, criterion in self.criteria.items()

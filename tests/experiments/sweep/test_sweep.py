@@ -104,9 +104,6 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
         model=None,
         source=Source(),
         served=systems,
-        simulated={
-            n: dataclasses.replace(s, executed=False) for n, s in systems.items()
-        },
         durations=Durations(),
         slo=slo,
         choices={"vllm": ["as told"]},
