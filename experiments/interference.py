@@ -43,7 +43,7 @@ from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "opt-13b", "A name of sim/model_shape.py.")
+_MODEL = FLAGS.string("model", "opt-13b", "A name of models/config.py.")
 _HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
 _RATE = FLAGS.float("rate", 3.0, "Requests/s per device.", lower_bound=1e-9)
 _BUDGET = FLAGS.integer("budget", 512, "Tokens of a chunked system's step.")

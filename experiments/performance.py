@@ -53,7 +53,6 @@ from experiments.benchmarks.timing import (
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
-from experiments.configs.shapes import shape_of
 from experiments.report.table import align
 from experiments.runs import provenance
 from experiments.runs.folder import write_text
@@ -142,7 +141,7 @@ _HEAD = (
 
 def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     """Measure the peaks and the steps, in the same rounds."""
-    config, model = options.config, shape_of(options.config)
+    config = options.config
     loads = step_loads(options)
     probes, once = peak_probes(config.dtype)
     timers = dict(probes)
@@ -162,7 +161,7 @@ def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
             size=shape.width,
             seconds=seconds[str(shape)],
             dense_s=seconds.get(f"dense {shape}"),
-            bound=StepBound.of(model, load, peaks),
+            bound=StepBound.of(config, load, peaks),
         )
         for shape, load in loads.items()
     ]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from disagg_jax.engine.batch import DecodeShape, PrefillShape
-from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
 from experiments import performance
 from experiments.benchmarks.dense_baseline import dense_step
@@ -18,7 +17,7 @@ from experiments.benchmarks.peaks import Peaks, StepBound
 from experiments.cli import host_devices
 from experiments.performance import Options, StepTime
 from models import transformer
-from models.config import get_config
+from models.config import ModelConfig, get_config
 from models.transformer import forward
 from tests.commands import run_command
 
@@ -33,7 +32,7 @@ SMALL = Options(
     repeats=1,
 )
 # 2 layers of 4 * (2 * 2 + 2 * 1) * 2 + 3 * 4 * 8 = 144 weights, a table of 4 * 10.
-SHAPE = ModelShape(
+SHAPE = ModelConfig(
     name="hand",
     layers=2,
     embed=4,
@@ -41,12 +40,11 @@ SHAPE = ModelShape(
     kv_heads=1,
     head_dim=2,
     mlp=8,
-    gated_mlp=True,
-    vocab=10,
+    vocab_size=10,
     tie_embeddings=True,
-    weight_dtype_bytes=4,
-    kv_dtype_bytes=4,
-    activation_dtype_bytes=4,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="float32",
 )
 
 

@@ -245,7 +245,7 @@ def test_every_size_is_read_from_its_own_key() -> None:
     }
     assert read_sizes(settings)._asdict() == {
         **{"layers": 5, "embed": 60, "q_heads": 6, "kv_heads": 3, "head_dim": 10},
-        **{"mlp": 7, "vocab": 11, "tie_embeddings": False},
+        **{"mlp": 7, "vocab_size": 11, "tie_embeddings": False},
     }
 
 
