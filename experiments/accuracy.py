@@ -36,7 +36,6 @@ from typing import Any
 from disagg_jax.calibration.machine_speed import choose_probes
 from disagg_jax.calibration.measure import grid, measure, typical_s
 from disagg_jax.calibration.profile_keys import read_profile, step_times_of
-from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
@@ -56,10 +55,15 @@ from experiments.runs.run_dir import RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
     Progress,
-    Server,
+    build_engine,
+    build_engines,
     check_modelled,
-    devices_needed,
+    compile_engines,
+    most_devices,
     resolve_slo,
+    serve_with,
+    step_durations,
+    tune_systems,
 )
 from experiments.sweep.weights import Model, load_model
 
@@ -109,7 +113,7 @@ def run(
         )
     if len(factors) < 2 or not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"factors: expected two or more > 0, got {list(factors)}")
-    host_devices.provide(devices_needed(config))
+    host_devices.provide(most_devices(config))
     check_modelled(config)
     model = load_model(config)
     profile = read_profile(profile_path, model.config)
@@ -138,7 +142,12 @@ def _run(
     _serve_all(twins, rates, progress)
     after = _once(out / "moved_after.json", lambda: _moved(twins, profile))
     return report.compare(
-        twins, rates, target=target, profile=profile, moved=(before, after)
+        twins,
+        rates,
+        target=target,
+        profile=profile,
+        moved=(before, after),
+        config=config,
     )
 
 
@@ -153,40 +162,32 @@ def _twins(
     if why := source.why_dependent:
         raise ValueError(f"requests: expected independent runs, got {why}")
     shared: dict[Any, PlacedModel] = {}
-    servers = {
-        name: Server(config, system, model, shared)
-        for name, system in config.systems.items()
-    }
-    first = next(iter(servers.values()))
-    for server in servers.values():
-        source.check(server.memory)
-        server.prepare(progress)
-    times = [step_times_of(profile, server.engine) for server in servers.values()]
+    engines = build_engines(config, model, shared)
+    for engine in engines.values():
+        source.check(engine.memory)
+    compile_engines(engines, progress)
+    times = [step_times_of(profile, engine) for engine in engines.values()]
     known = {key: time_s for found in times for key, time_s in found.items()}
-    slo = resolve_slo(config, first, source, known)
-    for server in servers.values():
-        server.tune(slo, source, known)
+    durations = step_durations(config, engines, known)
+    slo = resolve_slo(config, next(iter(durations.values())), source)
+    tuned = tune_systems(config, durations, slo, source)
     live = config.durations == "live" and config.clock == "virtual"
     return [
         Twin.of(
             name,
-            server,
+            serve_with(config, engine, tuned[name][0], known),
             source,
             slo,
+            config.num_seeds,
             profile,
             run_dir,
             # Pools of their own, or the probes would write into the requests' blocks.
-            choose_probes([_engine(config, name, model, shared)]) if live else {},
+            choose_probes([build_engine(config, config.systems[name], model, shared)])
+            if live
+            else {},
         )
-        for name, server in servers.items()
+        for name, engine in engines.items()
     ]
-
-
-def _engine(
-    config: Config, name: str, model: Model, shared: dict[Any, PlacedModel]
-) -> Engine:
-    """Another one of a system, with the same programs."""
-    return Server(config, config.systems[name], model, shared).engine
 
 
 def _serve_all(

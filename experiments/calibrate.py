@@ -37,7 +37,6 @@ import json
 import pathlib
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from disagg_jax.calibration.fit import FORMS
 from disagg_jax.calibration.machine_speed import Speedometer, choose_probes
@@ -55,7 +54,6 @@ from disagg_jax.calibration.profile_keys import TimeParts, device_name
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
-from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.work import Task
@@ -71,7 +69,13 @@ from experiments.report.table import align
 from experiments.runs.folder import sole_use, write_json
 from experiments.runs.run_dir import environment
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server, check_modelled, devices_needed
+from experiments.sweep.serving import (
+    build_engines,
+    check_modelled,
+    compile_engines,
+    most_devices,
+    serve_with,
+)
 from experiments.sweep.weights import load_model
 from models.config import ModelConfig
 
@@ -244,7 +248,7 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
       ValueError, FileNotFoundError: on bad input or what does not fit, before any work.
     """
     progress = progress_to_stderr()
-    host_devices.provide(devices_needed(config))
+    host_devices.provide(most_devices(config))
     # Its own runs may have modelled durations; here programs are timed anyway.
     config = dataclasses.replace(config, clock="virtual", durations="live")
     check_modelled(config)
@@ -252,16 +256,12 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
         raise ValueError("streams: expected false: transfers are measured whole")
     model = load_model(config)
     source = RequestSource.load(config, model)
-    shared: dict[Any, PlacedModel] = {}
-    servers = [
-        Server(config, system, model, shared) for system in config.systems.values()
-    ]
-    for server in servers:
-        source.check(server.memory)
-    for server in servers:
-        server.prepare(progress)
+    engines = build_engines(config, model)
+    for engine in engines.values():
+        source.check(engine.memory)
+    compile_engines(engines, progress)
     profile = calibrate(
-        [server.engine for server in servers],
+        list(engines.values()),
         lambda engine, work: run_alone(engine, work)[0],
         name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
         provenance=provenance_of(model.config, config, rounds),
@@ -271,7 +271,11 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
         progress=progress,
     )
     progress(f"serving {config.workload.num_requests} requests on each system")
-    return with_service(profile, serve_each(servers, source, profile))
+    served = [
+        serve_with(config, engine, config.systems[name].policies, {})
+        for name, engine in engines.items()
+    ]
+    return with_service(profile, serve_each(served, source, profile))
 
 
 def show(path: str) -> str:

@@ -19,6 +19,7 @@ from disagg_jax.calibration.decision_agreement import (
 from disagg_jax.calibration.machine_speed import Speedometer
 from disagg_jax.calibration.profile_keys import Probe, StepKey, cost_of
 from disagg_jax.engine.executor import run_alone
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Timeline
@@ -30,7 +31,6 @@ from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server
 
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).
@@ -91,7 +91,7 @@ class Twin:
     """A system on an engine, and simulated by a profile of it."""
 
     name: str
-    server: Server
+    server: ServedDeployment
     source: RequestSource
     slo: SLO
     seeds: int
@@ -105,14 +105,15 @@ class Twin:
     def of(
         cls,
         name: str,
-        server: Server,
+        server: ServedDeployment,
         source: RequestSource,
         slo: SLO,
+        seeds: int,
         profile: CalibratedProfile,
         run_dir: RunDir,
         probes: Mapping[StepKey, Probe],
     ) -> Twin:
-        cost, seeds = cost_of(profile, server.engine), server.config.num_seeds
+        cost = cost_of(profile, server.engine)
         return cls(name, server, source, slo, seeds, profile, cost, run_dir, probes)
 
     # -- engine ---------------------------------------------------------------------
@@ -123,13 +124,15 @@ class Twin:
             return
         requests = self.source(point.rate_rps, point.replica)
         speedometer = Speedometer(self.probes, lambda e, work: run_alone(e, work)[0])
-        run = self.server.run(requests, {}, speedometer.around)
+        log = EventLog()
+        observed = dataclasses.replace(self.server, around=speedometer.around)
+        run = observed.run(requests, observer=log)
         rows = [
             {"request_id": t.request.id, "token_s": t.token_s} for t in run.timelines
         ]
         slowdown = dataclasses.asdict(speedometer.slowdown(self.profile))
         found = {**self._summary(run.timelines), "slowdown": slowdown}
-        self.run_dir.save(point, found, rows, run.log.lines)
+        self.run_dir.save(point, found, rows, log.lines)
 
     def slowdown(self, point: Point) -> Slowdown:
         """Of the machine in a run, since the profile was taken."""
@@ -171,7 +174,7 @@ class Twin:
         return SimulatedDeployment(
             deployment=self.server.deployment,
             policies=self.server.policies,
-            memory=tuple(self.server.memory),
+            memory=self.server.memory,
             cost=self.cost,
             spans=False,
             exact_block_placement=True,

@@ -18,6 +18,7 @@ from disagg_jax.search.rates import GoodputEstimate, estimate
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, Twin
 from experiments.comparison.comparison import margin
+from experiments.configs.config import Config
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
@@ -115,9 +116,9 @@ def compare(
     target: float,
     profile: CalibratedProfile,
     moved: tuple[float, float],
+    config: Config,
 ) -> Result:
     """What the runs, which must be done, show."""
-    config = twins[0].server.config
     return Result(
         systems={twin.name: _system(twin, rates[twin.name], target) for twin in twins},
         slo=twins[0].slo,

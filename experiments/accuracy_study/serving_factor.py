@@ -21,6 +21,7 @@ from disagg_jax.calibration.profile_keys import StepKey, cost_of, key_of
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps
@@ -28,7 +29,6 @@ from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, Task
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server
 
 # Of the capacity, so that steps are neither empty nor as full as they can be.
 _LOAD = 0.6
@@ -62,7 +62,9 @@ def with_service(
 
 
 def serve_each(
-    servers: Sequence[Server], source: RequestSource, profile: CalibratedProfile
+    servers: Sequence[ServedDeployment],
+    source: RequestSource,
+    profile: CalibratedProfile,
 ) -> Iterator[Served]:
     """The steps of a run of each system.
 
@@ -80,11 +82,13 @@ def serve_each(
         speedometer = Speedometer(probes, lambda e, work: run_alone(e, work)[0])
         recorder = _Recorder(server.engine)
         rate_rps = _LOAD * _capacity_rps(server, profile, source(1.0, 0))
-        server.run(
-            source(rate_rps, 0),
-            {},
-            lambda it, rec=recorder, meter=speedometer: meter.around(rec.around(it)),
+        observed = dataclasses.replace(
+            server,
+            around=lambda it, rec=recorder, meter=speedometer: meter.around(
+                rec.around(it)
+            ),
         )
+        observed.run(source(rate_rps, 0))
         slowdown = speedometer.slowdown(profile)
         for step, (layout, program), measured_s in recorder.steps:
             alone_s = sum(profile.layouts[layout].stages_s(program))
@@ -123,12 +127,12 @@ class _Observed:
 
 
 def _capacity_rps(
-    server: Server, profile: CalibratedProfile, requests: Sequence[Request]
+    server: ServedDeployment, profile: CalibratedProfile, requests: Sequence[Request]
 ) -> float:
     simulated = SimulatedDeployment(
         deployment=server.deployment,
         policies=server.policies,
-        memory=tuple(server.memory),
+        memory=server.memory,
         cost=cost_of(profile, server.engine),
     )
     slo = SLO(ttft_s=math.inf, tpot_s=math.inf)

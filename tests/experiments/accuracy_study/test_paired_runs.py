@@ -2,20 +2,21 @@
 
 import dataclasses
 import statistics
+import types
 
 import pytest
 
 from disagg_jax import metrics
 from disagg_jax.calibration.decision_agreement import Slowdown
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
-from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan, estimate, search
 from experiments.accuracy_study.paired_runs import Twin
 from experiments.configs.config import WorkloadConfig
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Run, Server
+from experiments.sweep.serving import build_engine
 from tests.experiments.calibrating import CONFIG, calibrated, device
 
 RATES = (60.0, 80.0, 100.0)  # about its goodput
@@ -23,21 +24,20 @@ SLO_S = SLO(ttft_s=0.1, tpot_s=0.02)
 SLOWER = Slowdown(decode=(1.3, 1.5), prompt=(1.2,), works=100)
 
 
-class Pretended(Server):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretended(ServedDeployment):
     """An engine whose steps take what a profile says, on a slower machine."""
 
-    twin: Twin
-    slowdown = SLOWER
-    calls = 0
+    state: types.SimpleNamespace  # twin, slowdown and calls; the same in every copy
 
-    def run(self, requests, step_times, around=None):
-        assert around is not None  # the probes
-        self.calls += 1
-        cost = self.slowdown.of(self.twin.cost)
-        log = EventLog()
-        simulated = dataclasses.replace(self.twin.simulated, cost=cost)
+    def run(self, requests, observer=None):
+        assert self.around is not ServedDeployment.around  # the probes
+        self.state.calls += 1
+        twin = self.state.twin
+        cost = self.state.slowdown.of(twin.cost)
         lengths = [dataclasses.replace(r, prompt=None) for r in requests]
-        return Run(simulated.run(lengths, observer=log).timelines, log)
+        simulated = dataclasses.replace(twin.simulated, cost=cost)
+        return simulated.run(lengths, observer=observer)
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +45,30 @@ def engine_and_profile(random_model):
     """A server of one instance and what is measured of its programs."""
     workload = WorkloadConfig(num_requests=40)
     config = dataclasses.replace(CONFIG, workload=workload, num_seeds=2)
-    server = Pretended(config, CONFIG.systems["vllm"], random_model, {})
-    return server, calibrated([server.engine], device())
+    system = CONFIG.systems["vllm"]
+    server = Pretended(
+        engine=build_engine(config, system, random_model, {}),
+        policies=system.policies,
+        state=types.SimpleNamespace(slowdown=SLOWER, calls=0),
+    )
+    return config, server, calibrated([server.engine], device())
 
 
 @pytest.fixture
 def twin(tmp_path, engine_and_profile, random_model):
-    server, profile = engine_and_profile
-    server.calls = 0
-    source = RequestSource.load(server.config, random_model)
+    config, server, profile = engine_and_profile
+    server.state.calls = 0
+    source = RequestSource.load(config, random_model)
     run_dir = RunDir(tmp_path, {})
-    found = Twin.of("vllm", server, source, SLO_S, profile, run_dir, {})
-    server.twin = found
+    seeds = config.num_seeds
+    found = Twin.of("vllm", server, source, SLO_S, seeds, profile, run_dir, {})
+    server.state.twin = found
     return found
 
 
 def served(twin, rates, slowdown=SLOWER):
     """The engine's runs, kept as those of a machine that is slower by so much."""
-    twin.server.slowdown = slowdown
+    twin.server.state.slowdown = slowdown
     for rate in rates:
         for point in twin.points(rate):
             twin.serve(point)
@@ -73,13 +79,14 @@ def served(twin, rates, slowdown=SLOWER):
 
 
 def test_a_run_is_kept_and_not_repeated(twin):
-    twin.server.slowdown = SLOWER
+    twin.server.state.slowdown = SLOWER
     point = Point("vllm", 80.0, 1)
     for _ in range(2):
         twin.serve(point)
-    assert twin.server.calls == 1
+    assert twin.server.state.calls == 1
     kept = twin.run_dir.load(point)
-    timelines = twin.server.run(twin.source(80.0, 1), {}, id).timelines
+    again = dataclasses.replace(twin.server, around=id)
+    timelines = again.run(twin.source(80.0, 1)).timelines
     expected = summarise(timelines, SLO_S, 1)
     assert kept == {
         **expected,
@@ -171,7 +178,7 @@ def test_the_knee_is_the_simulated_goodput_wherever_the_search_begins(twin):
 def test_a_simulation_has_the_policies_and_memory_of_its_server(twin):
     simulated = twin.simulated
     assert simulated.policies == twin.server.policies
-    assert list(simulated.memory) == twin.server.memory
+    assert simulated.memory == twin.server.memory
     requests = twin.requests(9.0, 1)
     assert all(request.prompt is None for request in requests)
     assert [(r.arrival_s, r.max_tokens) for r in requests] == [
