@@ -29,20 +29,12 @@ from collections.abc import Sequence
 
 from disagg_jax import metrics
 from disagg_jax.errors import require
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, BestRate, GoodputEstimate, best_rate, estimate
 from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps, load_helps, unloaded
 from disagg_jax.search.early_stop import Trial, Verdict, decisive_misses, run_trial
-from disagg_jax.search.rates import (
-    BestRate,
-    GoodputEstimate,
-    SearchPlan,
-    best_rate,
-    climb,
-    estimate,
-    search,
-)
+from disagg_jax.search.rates import SearchPlan, climb, search
 from disagg_jax.sim.run import SimPoint, SimResult, Workload, run_point
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper

@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disagg_jax.calibration.decision_agreement import StepTime
-from disagg_jax.metrics import SLO, rate_interval
-from disagg_jax.search.rates import GoodputEstimate, estimate
+from disagg_jax.metrics import SLO, GoodputEstimate, estimate, margin, rate_interval
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, Twin
-from experiments.comparison.comparison import margin
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align

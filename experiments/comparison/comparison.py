@@ -28,7 +28,7 @@ from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
-from disagg_jax.metrics import SLO, Interval, interval_across, rate_interval
+from disagg_jax.metrics import SLO, Interval, Margin, margin, rate_interval
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
@@ -478,38 +478,6 @@ def needed(found: Found) -> str:
 # ---- who wins ------------------------------------------------------------------------
 
 UNCLEAR, INFEASIBLE, COLOCATED = "no clear winner", "infeasible", "colocated"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Margin:
-    """One system's goodput over another's, paired by seed."""
-
-    ratio: Interval | None  # geometric mean; None where one of them has no goodput
-    clear: bool  # the interval excludes 1, or only one of them has a goodput at all
-
-
-def margin(
-    ours: Sequence[float], theirs: Sequence[float], *, independent: bool = True
-) -> Margin:
-    """The ratio by seed, with an interval that is its inverse if the two change places.
-
-    A system without goodput gives no ratio; the other is clearly better if each of its
-    seeds has one.
-
-    Args:
-      independent: whether seeds are independent samples; if not, there is no interval.
-    """
-    if min(*ours, *theirs) > 0:
-        logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-        of_logs = interval_across(logs)
-        mean, low, high = of_logs.mean, of_logs.low, of_logs.high
-        if low is None or high is None or not independent:
-            ratio = Interval(mean=math.exp(mean), low=None, high=None)
-            return Margin(ratio=ratio, clear=False)
-        ratio = Interval(mean=math.exp(mean), low=math.exp(low), high=math.exp(high))
-        return Margin(ratio=ratio, clear=low > 0 or high < 0)
-    alone = min(ours) > 0 == max(theirs) or min(theirs) > 0 == max(ours)
-    return Margin(ratio=None, clear=alone)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

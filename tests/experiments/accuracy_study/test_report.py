@@ -6,8 +6,7 @@ import math
 import pytest
 
 from disagg_jax.calibration.decision_agreement import Agreement, StepTime
-from disagg_jax.metrics import SLO, interval_across
-from disagg_jax.search.rates import GoodputEstimate
+from disagg_jax.metrics import SLO, GoodputEstimate, interval_across
 from disagg_jax.work import StepLoad
 from experiments.accuracy_study import report
 from experiments.accuracy_study.paired_runs import Compared
