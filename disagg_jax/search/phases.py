@@ -1,10 +1,11 @@
 """The two phases of disaggregated serving, each simulated alone.
 
-As in DistServe's Algorithm 1 (OSDI'24, section 4.1). Both are a pair of equal instances
-in which one has nothing to do, so policies, memory and durations are those of a pair:
+As in DistServe's Algorithm 1 (OSDI'24, section 4.1). A phase is simulated on a pair of
+equal instances of which one has no work, so policies, memory and durations are those of
+a pair:
 
 * prefill alone: every request has one output token, and so ends with its prefill;
-* decode alone: prefill takes no time and has all the memory it wants, transfers take no
+* decode alone: prefill takes no time and has endless memory, and transfers take no
   time, so requests reach the decode side as they arrive.
 """
 
@@ -47,7 +48,7 @@ class DecodeAloneCost:
 def prefill_alone(
     build: Build, tp: int, pp: int, count: int, whole: GoodputSearch
 ) -> GoodputSearch:
-    """`whole` for the prefill phase of `count` instances: the TTFT target only.
+    """Restrict `whole` to the prefill phase of `count` instances: TTFT target only.
 
     Raises:
       ValueError: if the model does not fit on tp x pp devices.
@@ -63,7 +64,7 @@ def prefill_alone(
 def decode_alone(
     build: Build, tp: int, pp: int, count: int, whole: GoodputSearch
 ) -> GoodputSearch:
-    """`whole` for the decode phase of `count` instances: the TPOT target only.
+    """Restrict `whole` to the decode phase of `count` instances: TPOT target only.
 
     Raises:
       ValueError: if the model does not fit on tp x pp devices.
@@ -83,7 +84,7 @@ def decode_alone(
 
 
 def _equals(tp: int, pp: int, count: int) -> Deployment:
-    """As many prefill as decode instances, all with the same parallelism."""
+    """Return as many prefill as decode instances, all with the same parallelism."""
     roles = (Role.PREFILL, Role.DECODE)
     specs = (InstanceSpec(role=role, tp=tp, pp=pp) for role in roles)
     return Deployment(tuple(spec for spec in specs for _ in range(count)))

@@ -32,7 +32,7 @@ from disagg_jax.engine.executor import (
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import SLO
-from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
+from disagg_jax.metrics.criteria import Criterion, Unloaded, UnloadedLatency, for_slo
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.tuning import Profile, has_rule, tune
@@ -268,16 +268,16 @@ class Server:
         slices = full_slices(shape, instance.model.memory)
         return self._known_s(Step.of(0, i, slices), step_times), shape.rows
 
-    def idle(self, step_times: Mapping[str, float]) -> IdleMachine:
+    def unloaded(self, step_times: Mapping[str, float]) -> Unloaded:
         """This system with one request at a time, less any transfer.
 
         The decode steps of a request are those at its mean context.
         """
         decode = self.deployment.of(Role.DECODE, Role.COLOCATED)[0]
 
-        def alone(request: Request) -> Alone:
+        def alone(request: Request) -> UnloadedLatency:
             context = request.prompt_tokens + max(1, request.max_tokens // 2)
-            return Alone(
+            return UnloadedLatency(
                 ttft_s=self.prefill_s(request.prompt_tokens, step_times),
                 tpot_s=self.step_s(decode, StepLoad((), 1, context), step_times),
             )
@@ -367,5 +367,5 @@ def resolve_criteria(
         slo,
         target=config.search.target,
         prompt_tokens=source.longest_prompt(),
-        idle=server.idle(step_times),
+        unloaded=server.unloaded(step_times),
     )

@@ -11,11 +11,11 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import (
     MLPERF_SLOS,
     NAMES,
-    Alone,
     DistServe,
     FastGen,
     Mooncake,
     Sarathi,
+    UnloadedLatency,
     for_slo,
     mlperf,
     moving_averages,
@@ -164,7 +164,7 @@ def test_a_one_token_request_is_in_no_percentile_of_gaps():
 
 
 def test_splitwise_bounds_nine_slowdowns():
-    criterion = splitwise(lambda request: Alone(ttft_s=1.0, tpot_s=0.5))
+    criterion = splitwise(lambda request: UnloadedLatency(ttft_s=1.0, tpot_s=0.5))
     assert str(criterion) == (
         "P50 TTFT slowdown <= 2x, P90 TTFT slowdown <= 3x, P99 TTFT slowdown <= 6x, "
         "P50 TBT slowdown <= 1.25x, P90 TBT slowdown <= 1.5x, "
@@ -197,7 +197,7 @@ def test_splitwise_bounds_nine_slowdowns():
 
 
 def test_on_a_machine_where_it_is_free_what_takes_time_is_infinitely_slow():
-    criterion = splitwise(lambda request: Alone(ttft_s=0.0, tpot_s=0.0))
+    criterion = splitwise(lambda request: UnloadedLatency(ttft_s=0.0, tpot_s=0.0))
     assert criterion.score([with_gaps(0.0, ttft_s=0.0)]) == 1.0
     assert criterion.score([with_gaps(0.0, ttft_s=0.1)]) == 0.0
 
@@ -247,7 +247,7 @@ def everything(slo=SLO_1):
         slo,
         target=0.9,
         prompt_tokens=10,
-        idle=lambda request: Alone(ttft_s=0.5, tpot_s=0.25),
+        unloaded=lambda request: UnloadedLatency(ttft_s=0.5, tpot_s=0.25),
     )
 
 

@@ -1,6 +1,7 @@
 """The goodput search in simulation: a closed form, and cut runs against full ones."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -17,13 +18,12 @@ from disagg_jax.metrics.criteria import DistServe, FastGen, sarathi_serve, split
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.search.capacity import Idle, capacity_rps, unloaded
-from disagg_jax.search.early_stop import Trial, decisive_misses, run_trial
+from disagg_jax.search.capacity import capacity_rps, unloaded, unloaded_latency
+from disagg_jax.search.early_stop import CutShortRun, decisive_misses, score_run
 from disagg_jax.search.goodput import (
     DependentSeedsWarning,
     GoodputSearch,
     find_goodput,
-    find_slo_scale,
     find_throughput,
     slo_scale,
 )
@@ -314,7 +314,7 @@ def test_the_goodput_by_any_criterion_is_bracketed_by_full_runs(text):
     search = asked(text)
     by = {
         "sarathi_serve": sarathi_serve(tbt_s=0.06, delay_s=0.3),
-        "splitwise": splitwise(Idle(simulated=search.simulated)),
+        "splitwise": splitwise(functools.partial(unloaded_latency, search.simulated)),
     }
     for criterion in by.values():
         judged = dataclasses.replace(search, criterion=criterion)
@@ -349,9 +349,9 @@ def test_the_best_rate_by_a_throughput():
 def test_another_criterion_runs_to_the_end_however_many_miss():
     search = asked("colocated:tp1", criterion=sarathi_serve(tbt_s=1e-4, delay_s=1e-4))
     (point, *_) = search.points(200.0)
-    trial = Trial(point=point, criterion=search.good, cut_at_misses=1)
-    verdict = run_trial(trial)
-    assert not verdict.cut and verdict.score < 0.5
+    run = CutShortRun(point=point, criterion=search.good, cut_at_misses=1)
+    found = score_run(run)
+    assert not found.cut and found.score < 0.5
 
 
 # ---- seeds that share rows -----------------------------------------------------------
@@ -374,8 +374,6 @@ def test_a_trace_shorter_than_its_runs_gives_a_value_without_an_interval():
         found = find_goodput(search).found
     assert found.interval.mean > 0 and found.interval.low is None
     assert not found.resolved
-    with pytest.warns(DependentSeedsWarning):
-        assert find_slo_scale(search, 5.0).interval.low is None
     criterion = FastGen(prompt_token_s=1e-3, token_s=0.03)
     with pytest.warns(DependentSeedsWarning):
         best = find_throughput(dataclasses.replace(search, criterion=criterion))
@@ -475,12 +473,12 @@ def test_a_cut_run_gives_the_verdict_of_the_full_run(
         if not 0 < target <= 1:
             continue
         cut_at = decisive_misses(80, 1, target)
-        verdict = run_trial(
-            Trial(point=point, criterion=DistServe(slo=slo), cut_at_misses=cut_at)
+        found = score_run(
+            CutShortRun(point=point, criterion=DistServe(slo=slo), cut_at_misses=cut_at)
         )
-        assert (verdict.score >= target) == passes
-        assert not (passes and verdict.cut)
-        assert verdict.cut or verdict.score == true
+        assert (found.score >= target) == passes
+        assert not (passes and found.cut)
+        assert found.cut or found.score == true
 
 
 def test_a_hopeless_run_is_cut_early():
@@ -489,7 +487,8 @@ def test_a_hopeless_run_is_cut_early():
     turns = []
     simulated = dataclasses.replace(point.simulated, cost=Counting(COST, turns))
     point = dataclasses.replace(point, simulated=simulated)
-    assert run_trial(Trial(point=point, criterion=search.good, cut_at_misses=200)).cut
+    run = CutShortRun(point=point, criterion=search.good, cut_at_misses=200)
+    assert score_run(run).cut
     cut = len(turns)
     turns.clear()
     run_point(point)
@@ -558,20 +557,14 @@ def test_a_pair_is_no_better_than_its_phases():
 
 def test_slo_scale_is_the_smallest_factor_that_passes():
     search = asked("colocated:tp1")
-    found = find_slo_scale(search, rate_rps=12.0)
     results = [run_point(p) for p in search.points(12.0)]
 
     def attainment(factor):
         scaled = search.slo.scaled(factor)
         return np.mean([r.attainment(scaled).joint for r in results])
 
-    assert attainment(found.factor) >= 0.9 > attainment(found.factor * (1 - 1e-9))
-    for result, factor in zip(results, found.per_seed, strict=True):
-        good = result.attainment(search.slo.scaled(factor)).joint
-        worse = result.attainment(search.slo.scaled(factor * (1 - 1e-9))).joint
-        assert good >= 0.9 > worse
-    assert found.interval.low < found.interval.mean < found.interval.high
-    assert (found.num_requests, found.seeds) == (200, (0, 1))
+    factor = slo_scale(results, search.slo, 0.9)
+    assert attainment(factor) >= 0.9 > attainment(factor * (1 - 1e-9))
 
 
 def test_slo_scale_by_hand():
