@@ -29,33 +29,27 @@ from typing import Any, TypeVar
 
 from absl import app, flags
 
+from disagg_jax.metrics import SLO
 from disagg_jax.scheduling.tuning import tile_multiples
+from disagg_jax.search.comparison import POLICIES, ComparisonSpec, compare
+from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import TraceWorkload, Workload
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.traces import Trace, load_trace
 from experiments.cli import trace_flags
 from experiments.cli.command import command, own_flags
 from experiments.cli.flags import expect_used
 from experiments.comparison import report
-from experiments.comparison.comparison import (
-    POLICIES,
-    Map,
-    Question,
-    compare,
-    lengths_map,
-    slos_map,
-)
 from experiments.comparison.report import Grid
 from experiments.configs.named_simulations import (
     SIMULATIONS,
-    Simulation,
     get_simulation,
     roofline_simulation,
 )
 from experiments.configs.paper_workloads import get_workload
 from experiments.configs.shapes import get_device
-from experiments.placement.placements import parse_slo
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
 
@@ -192,9 +186,9 @@ def _simulation() -> tuple[Simulation, int]:
     return simulation, _TILE
 
 
-def _question() -> Question:
+def _spec() -> ComparisonSpec:
     simulation, tile = _simulation()
-    return Question(
+    return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
         systems=tuple(_SYSTEMS.value),
@@ -219,7 +213,7 @@ def _maps(simulation: Simulation) -> list[Map]:
         numbers("prompts", _PROMPTS.value, int),
         numbers("outputs", _OUTPUTS.value, int),
         _SIGMA.value,
-        parse_slo(_SLO.value),
+        SLO.parse(_SLO.value),
         min(_MAX_TOKENS.value, simulation.max_context),
     )
     workload, name = _workload(simulation)
@@ -250,13 +244,13 @@ def trace_workload(
     """
     if not isinstance(trace, Trace):
         trace = load_trace(trace)
-    # What was to be done to ties is done.
+    # `load_trace` has spread or kept ties, as asked.
     workload = TraceWorkload.fitting(trace.rows, max_total_tokens, ties="keep")
     return dataclasses.replace(workload, notes=(str(trace), *workload.notes))
 
 
 def run(
-    question: Question,
+    spec: ComparisonSpec,
     maps: Sequence[Map],
     command: str = _COMMAND,
     workers: int | None = None,
@@ -278,22 +272,22 @@ def run(
     workers = os.cpu_count() or 1 if workers is None else workers
     start = time.perf_counter()
     ran_in = environment()  # now, as files may change while this runs
-    asked = about or plain(question)
+    asked = about or plain(spec)
     with run_folder(out, asked, "maps.json", replace=about is None):
         with worker_pool(workers) as mapper:
-            grids = compare(question, maps, mapper, progress)
+            grids = compare(spec, maps, mapper, progress)
         seconds = time.perf_counter() - start
         text = "\n\n".join(
             [
                 f"# {command}   commit {ran_in['commit']}\n"
                 f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, "
                 f"load average {ran_in['load_average'][0]:.1f} at the start",
-                report.text(question, maps, grids),
+                report.text(spec, maps, grids),
             ]
         )
         if out is not None:
             content = {
-                **report.record(question, maps, grids),
+                **report.record(spec, maps, grids),
                 "wall_s": seconds,
                 "workers": workers,
                 "environment": ran_in,
@@ -301,7 +295,7 @@ def run(
             }
             write_json(out / "maps.json", content)
             write_text(out / "maps.txt", text + "\n")
-            report.plot(question, maps, grids, out / "maps.png")
+            report.plot(spec, maps, grids, out / "maps.png")
             _plot_traces(maps, out)
     return text, list(grids)
 
@@ -323,10 +317,10 @@ def main() -> None:
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     _check_flags()
-    question = _question()
+    spec = _spec()
     text, _ = run(
-        question,
-        _maps(question.simulation),
+        spec,
+        _maps(spec.simulation),
         " ".join([_COMMAND, *sys.argv[1:]]),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,

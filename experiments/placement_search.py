@@ -24,20 +24,15 @@ from typing import Any
 from absl import app, flags
 
 from disagg_jax.formats import PLACEMENT
+from disagg_jax.metrics import SLO
+from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, own_flags
 from experiments.cli.flags import expect_used
+from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.placement.placements import (
-    ALGORITHMS,
-    Problem,
-    Search,
-    parse_slo,
-    problem_of,
-    report,
-    simulation_of,
-)
+from experiments.placement.report import report
 from experiments.runs.folder import plain, run_folder, write_text
 
 _MODEL = flags.DEFINE_string(
@@ -77,7 +72,7 @@ _OUT = flags.DEFINE_string(
 
 
 def run(
-    problem: Problem,
+    problem: PlacementProblem,
     algorithms: Sequence[str],
     workers: int | None = None,
     out: pathlib.Path | None = None,
@@ -92,7 +87,7 @@ def run(
     Args:
       workers: processes; None is one a core.
       out: folder for placement.json.
-      prune, whole: see `Search`.
+      prune, whole: see `PlacementSearch`.
       about: more for placement.json: what a command was asked. It replaces nothing of
         another; a notebook's cell, changed and run again, has none and does.
 
@@ -104,7 +99,7 @@ def run(
     asked = about or {"problem": plain(problem), "algorithms": list(algorithms)}
     with run_folder(out, asked, "placement.json", replace=about is None):
         with worker_pool(workers) as mapper:
-            search = Search(
+            search = PlacementSearch(
                 problem=problem,
                 mapper=mapper,
                 progress=progress,
@@ -140,11 +135,11 @@ def main() -> None:
         print(f"[{elapsed:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     _check_flags()
-    problem = problem_of(
-        simulation_of(_MODEL.value, _DEVICE.value),
+    problem = PlacementProblem.of(
+        placement_simulation(_MODEL.value, _DEVICE.value),
         _DEVICES.value,
         workload=get_workload(_WORKLOAD.value),
-        slo=parse_slo(_SLO.value),
+        slo=SLO.parse(_SLO.value),
         plan=SearchPlan(
             target=_TARGET.value,
             growth=1.25,

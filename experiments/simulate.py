@@ -40,13 +40,13 @@ from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.sim.clock import busy_shares
 from disagg_jax.sim.simulated_deployment import SimulatedRun
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.traces import Trace
 from experiments.cli import trace_flags
 from experiments.cli.command import command
 from experiments.cli.flags import expect_used
 from experiments.configs.named_simulations import (
     SIMULATIONS,
-    Simulation,
     get_simulation,
     trace_requests,
 )

@@ -23,6 +23,22 @@ class SLO:
             if not value > 0:
                 raise ValueError(f"SLO {name}: expected > 0 seconds, got {value}")
 
+    @classmethod
+    def parse(cls, text: str) -> SLO:
+        """Read 'TTFT_S,TPOT_S'.
+
+        Raises:
+          ValueError: on any other text.
+        """
+        try:
+            ttft_s, tpot_s = (float(part) for part in text.split(","))
+        except ValueError:
+            raise ValueError(f"slo: expected TTFT_S,TPOT_S, got '{text}'") from None
+        return cls(ttft_s=ttft_s, tpot_s=tpot_s)
+
+    def __str__(self) -> str:
+        return f"TTFT <= {self.ttft_s:g} s, TPOT <= {self.tpot_s:g} s"
+
     def scaled(self, factor: float) -> SLO:
         """Multiply both targets by `factor` (the "SLO scale" of DistServe's Fig. 8)."""
         return SLO(ttft_s=self.ttft_s * factor, tpot_s=self.tpot_s * factor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from collections.abc import Mapping
 
 from disagg_jax.deployment import Role
@@ -15,6 +17,8 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 
+DISAGGREGATED = "disaggregated"  # the system of prefill and decode instances
+
 # A system is a policy for each role it uses; the default parameters are the papers'.
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "orca": {Role.COLOCATED: Orca()},
@@ -22,7 +26,7 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "sarathi": {Role.COLOCATED: Sarathi()},
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},
-    "disaggregated": {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
+    DISAGGREGATED: {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
     "disaggregated_chunked": {
         Role.PREFILL: PrefillChunked(),
         Role.DECODE: DecodeOnly(),
@@ -30,8 +34,22 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
 }
 
 
-def get_system(name: str) -> Mapping[Role, Policy]:
-    """The policies of system `name`, by role."""
+def get_system(name: str, **changes: Mapping[str, object]) -> Mapping[Role, Policy]:
+    """Return the policies of system `name`, by role.
+
+    Args:
+      changes: parameters of a role's policy: `prefill={"max_seqs": 8}`.
+
+    Raises:
+      ValueError: on an unknown name.
+    """
     if name not in SYSTEMS:
         raise ValueError(f"system: expected one of {sorted(SYSTEMS)}, got '{name}'")
-    return SYSTEMS[name]
+    if not changes:
+        return SYSTEMS[name]
+    return {
+        role: dataclasses.replace(
+            typing.cast(typing.Any, policy), **changes.get(role.value, {})
+        )
+        for role, policy in SYSTEMS[name].items()
+    }

@@ -11,7 +11,7 @@ from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.run import SimPoint, SimResult, SimWorkload
-from experiments.configs.named_simulations import Simulation
+from disagg_jax.sim.simulation import Simulation
 from experiments.papers.distserve.published import TARGET
 from experiments.papers.figure import Lab, shown, shown_interval
 

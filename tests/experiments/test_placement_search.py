@@ -9,33 +9,32 @@ import pytest
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
-from disagg_jax.search.placement import Layout
-from disagg_jax.search.rates import SearchPlan
-from experiments.configs.paper_workloads import get_workload
-from experiments.placement.placements import (
-    Search,
+from disagg_jax.search.candidates import Layout
+from disagg_jax.search.placement import (
+    PlacementProblem,
+    PlacementSearch,
     layouts_of,
-    parse_slo,
-    problem_of,
     reasons_of,
-    report,
-    simulation_of,
 )
+from disagg_jax.search.rates import SearchPlan
+from experiments.configs.named_simulations import placement_simulation
+from experiments.configs.paper_workloads import get_workload
+from experiments.placement.report import report
 
 COARSE = SearchPlan(growth=1.5, tolerance=0.2, max_rates=20)
 
 
 def search(model="opt-13b", devices=2, slo="0.25,0.1", **changes):
-    problem = problem_of(
-        simulation_of(model, "a100"),
+    problem = PlacementProblem.of(
+        placement_simulation(model, "a100"),
         devices,
         workload=get_workload("fixed:512x64"),
-        slo=parse_slo(slo),
+        slo=SLO.parse(slo),
         plan=COARSE,
         num_requests=100,
         **changes,
     )
-    return Search(problem=problem, mapper=map, progress=lambda text: None)
+    return PlacementSearch(problem=problem, mapper=map, progress=lambda text: None)
 
 
 def command(*arguments):
@@ -123,17 +122,17 @@ def test_the_answer_of_high_as_a_whole():
 
 
 def test_one_cost_model_for_all_systems():
-    assert simulation_of("opt-66b", "a100").costs == ("fitted/distserve",)
-    assert simulation_of("opt-175b", "a100").costs == ("roofline/a100-80g",)
-    assert simulation_of("opt-66b", "h100").costs == ("roofline/h100",)
+    assert placement_simulation("opt-66b", "a100").cost.name == "fitted/distserve"
+    assert placement_simulation("opt-175b", "a100").cost.name == "roofline/a100-80g"
+    assert placement_simulation("opt-66b", "h100").cost.name == "roofline/h100"
 
 
 def test_layouts_divide_the_layers():
-    assert layouts_of("opt-13b", 3, 8) == (
-        *(Layout(1, 1), Layout(1, 2)),  # of 40 layers
+    assert layouts_of(40, 3, 8) == (
+        *(Layout(1, 1), Layout(1, 2)),
         *(Layout(2, 1), Layout(3, 1)),
     )
-    assert max(layout.tp for layout in layouts_of("opt-66b", 32, 8)) == 8
+    assert max(layout.tp for layout in layouts_of(64, 32, 8)) == 8
 
 
 def test_reasons_are_told_once():
@@ -142,7 +141,7 @@ def test_reasons_are_told_once():
 
 
 def test_slo_is_two_numbers():
-    assert parse_slo("2.5,0.15") == SLO(ttft_s=2.5, tpot_s=0.15)
+    assert SLO.parse("2.5,0.15") == SLO(ttft_s=2.5, tpot_s=0.15)
     for text in ("2.5", "2.5,a", "1,2,3"):
         with pytest.raises(ValueError, match="slo: expected TTFT_S,TPOT_S"):
-            parse_slo(text)
+            SLO.parse(text)

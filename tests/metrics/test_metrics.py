@@ -421,3 +421,45 @@ def test_pooled_gaps_are_those_of_each_request_one_after_the_other():
         == metrics.pooled_itl_s([]).tolist()
         == []
     )
+
+
+def test_a_margin_is_a_geometric_mean_with_an_interval():
+    # Logs of the ratios are 0.1, 0.2, 0.3: mean 0.2, sd 0.1; t of 2 degrees is 4.303.
+    ratios = [math.exp(x) for x in (0.1, 0.2, 0.3)]
+    found = metrics.margin([2 * r for r in ratios], [2.0, 2.0, 2.0])
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert found.ratio.mean == pytest.approx(math.exp(0.2))
+    assert found.ratio.low == pytest.approx(math.exp(0.2 - half), rel=1e-4)
+    assert found.ratio.high == pytest.approx(math.exp(0.2 + half), rel=1e-4)
+    assert not found.clear  # 0.2 - 0.248 < 0
+    inverse = metrics.margin([2.0, 2.0, 2.0], [2 * r for r in ratios])
+    assert inverse.ratio.low == pytest.approx(1 / found.ratio.high)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"),
+    [
+        ((2.0, 2.1), (1.0, 1.05), True),
+        ((1.0, 1.05), (2.0, 2.1), True),
+        ((1.0, 1.0), (1.0, 1.0), False),
+        ((2.0, 1.0), (1.0, 2.0), False),
+        ((2.0,), (1.0,), False),  # one seed says nothing
+    ],
+)
+def test_a_margin_is_clear_where_its_interval_excludes_1(ours, theirs, clear):
+    assert metrics.margin(ours, theirs).clear is clear
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"),
+    [
+        ((1.0, 2.0), (0.0, 0.0), True),
+        ((0.0, 0.0), (1.0, 2.0), True),
+        ((1.0, 2.0), (0.0, 1.0), False),
+        ((0.0, 2.0), (0.0, 0.0), False),
+        ((0.0, 0.0), (0.0, 0.0), False),
+    ],
+)
+def test_without_goodput_there_is_no_ratio(ours, theirs, clear):
+    found = metrics.margin(ours, theirs)
+    assert found.ratio is None and found.clear is clear

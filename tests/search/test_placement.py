@@ -8,13 +8,10 @@ import pytest
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.search.candidates import Candidate, CandidateResult, Layout, best_first
 from disagg_jax.search.placement import (
-    Candidate,
-    Layout,
-    Outcome,
     PhaseRates,
-    Problem,
-    best_first,
+    PlacementProblem,
     colocated_candidates,
     joint_candidates,
     low_affinity_candidates,
@@ -68,7 +65,7 @@ def build(deployment):
 
 
 def problem(**changes):
-    given = Problem(
+    given = PlacementProblem(
         build=build,
         colocated={"vllm": build},
         layouts=SMALL,
@@ -267,7 +264,7 @@ def test_longer_runs_for_more_devices():
 # ---- replicas ------------------------------------------------------------------------
 
 
-class Known(Outcome):
+class Known(CandidateResult):
     """An outcome of a given goodput per device."""
 
     per_device_rps = property(lambda self: self.goodput)

@@ -5,18 +5,14 @@ import dataclasses
 import matplotlib.figure
 import pytest
 
+from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.search.comparison import ComparisonSpec, SystemResult, judge
+from disagg_jax.search.maps import slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import SimWorkload
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.traces import TraceRow
 from experiments.comparison import report
-from experiments.comparison.comparison import (
-    DISAGGREGATED,
-    Found,
-    Question,
-    judge,
-    slos_map,
-)
 from experiments.configs.named_simulations import get_simulation
 from experiments.runs.folder import plain
 
@@ -24,7 +20,7 @@ WORKLOAD = SimWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens
 
 
 def found(system, *per_seed_rps, needs=0.5, **best):
-    return Found(
+    return SystemResult(
         system=system,
         deployment=f"{system}'s",
         parameters=(f"{system}'s reason", "another"),
@@ -51,7 +47,7 @@ NOBODY = tuple(
     found(name, 0.0, 0.0, 0.0, needs=needs)
     for name, needs in (("vllm", 2.5), ("orca", 1.25), (DISAGGREGATED, 3.0))
 )
-QUESTION = Question(
+SPEC = ComparisonSpec(
     simulation=get_simulation("opt13b_a100"),
     devices=4,
     systems=("vllm", "orca", DISAGGREGATED),
@@ -61,7 +57,7 @@ QUESTION = Question(
 )
 MAP = slos_map([0.25, 0.5, 1.0], [0.04], WORKLOAD, "mine")
 GRID = {(0, 0): NOBODY, (1, 0): CLOSE, (2, 0): CLEAR}
-TEXT = report.text(QUESTION, [MAP], [GRID])
+TEXT = report.text(SPEC, [MAP], [GRID])
 
 
 def rows(title):
@@ -120,7 +116,7 @@ def test_the_head_says_what_was_asked():
 
 
 def test_the_record_has_the_numbers_of_the_table():
-    content = report.record(QUESTION, [MAP], [GRID])
+    content = report.record(SPEC, [MAP], [GRID])
     (made,) = content["maps"]
     nobody, close, clear = made["cells"]
     assert (nobody["winner"], nobody["over_runner_up"]["ratio"]) == (None, None)
@@ -187,7 +183,7 @@ def test_a_single_cell_is_a_bar_for_each_system(tmp_path, monkeypatch):
         matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
     )
     one = slos_map([1.0], [0.04], WORKLOAD, "mine")
-    report.plot(QUESTION, [one], [{(0, 0): CLEAR}], tmp_path / "x.png")
+    report.plot(SPEC, [one], [{(0, 0): CLEAR}], tmp_path / "x.png")
     (axes,) = drawn[0].axes
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == pytest.approx([1.0, 0.5, 2.0])

@@ -35,7 +35,7 @@ def test_a_file_of_sizes(tmp_path):
     path = write(tmp_path / "mine.json", fields("llama-3-8b"))
     expected = dataclasses.replace(get_model_shape("llama-3-8b"), name="mine")
     assert get_shape(path) == expected
-    assert roofline_simulation(path, "h100").model_name == "mine"
+    assert roofline_simulation(path, "h100").model.name == "mine"
 
 
 def test_widths_of_numbers_may_be_left_out(tmp_path):
