@@ -13,17 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 
-from disagg_jax.deployment import Deployment, InstanceSpec, Role
+from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
 from disagg_jax.search.goodput import GoodputSearch
 from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 
-Build = Callable[[Deployment], SimulatedDeployment]
 _NO_LIMIT = 10**12  # KV blocks
 
 
@@ -45,31 +42,18 @@ class DecodeAloneCost:
         return Hop(0.0)
 
 
-def prefill_alone(
-    build: Build, tp: int, pp: int, count: int, whole: GoodputSearch
-) -> GoodputSearch:
-    """Restrict `whole` to the prefill phase of `count` instances: TTFT target only.
-
-    Raises:
-      ValueError: if the model does not fit on tp x pp devices.
-    """
+def prefill_alone(pair: GoodputSearch) -> GoodputSearch:
+    """Restrict the search of a pair to its prefill phase: the TTFT target only."""
     return dataclasses.replace(
-        whole,
-        simulated=build(_equals(tp, pp, count)),
-        workload=whole.workload.prompts_only(),
-        slo=SLO(ttft_s=whole.slo.ttft_s, tpot_s=math.inf),
+        pair,
+        workload=pair.workload.prompts_only(),
+        slo=SLO(ttft_s=pair.slo.ttft_s, tpot_s=math.inf),
     )
 
 
-def decode_alone(
-    build: Build, tp: int, pp: int, count: int, whole: GoodputSearch
-) -> GoodputSearch:
-    """Restrict `whole` to the decode phase of `count` instances: TPOT target only.
-
-    Raises:
-      ValueError: if the model does not fit on tp x pp devices.
-    """
-    simulated = build(_equals(tp, pp, count))
+def decode_alone(pair: GoodputSearch) -> GoodputSearch:
+    """Restrict the search of a pair to its decode phase: the TPOT target only."""
+    simulated = pair.simulated
     prefill = frozenset(simulated.deployment.of(Role.PREFILL))
     memory = tuple(
         dataclasses.replace(pool, num_blocks=_NO_LIMIT) if i in prefill else pool
@@ -77,14 +61,7 @@ def decode_alone(
     )
     cost = DecodeAloneCost(cost=simulated.cost, free=prefill)
     return dataclasses.replace(
-        whole,
+        pair,
         simulated=dataclasses.replace(simulated, memory=memory, cost=cost),
-        slo=SLO(ttft_s=math.inf, tpot_s=whole.slo.tpot_s),
+        slo=SLO(ttft_s=math.inf, tpot_s=pair.slo.tpot_s),
     )
-
-
-def _equals(tp: int, pp: int, count: int) -> Deployment:
-    """Return as many prefill as decode instances, all with the same parallelism."""
-    roles = (Role.PREFILL, Role.DECODE)
-    specs = (InstanceSpec(role=role, tp=tp, pp=pp) for role in roles)
-    return Deployment(tuple(spec for spec in specs for _ in range(count)))

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, Role
@@ -40,13 +40,14 @@ from disagg_jax.search.candidates import (
     candidate_row,
 )
 from disagg_jax.search.goodput import GoodputSearch
-from disagg_jax.search.phases import Build, decode_alone, prefill_alone
+from disagg_jax.search.phases import decode_alone, prefill_alone
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import Workload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import Mapper
 
+Build = Callable[[Deployment], SimulatedDeployment]
 ALGORITHMS = ("high", "low", "joint")
 
 
@@ -182,11 +183,7 @@ def phase_candidates(
         Candidate(
             name=str(layout.spec(role)),
             search=alone(
-                problem.build,
-                layout.tp,
-                layout.pp,
-                1,
-                problem.ask(problem.build(pair(layout, layout)), layout.devices),
+                problem.ask(problem.build(pair(layout, layout)), layout.devices)
             ),
             devices=layout.devices,
             layout=layout,

@@ -531,13 +531,13 @@ def test_decisive_misses(requests, seeds, target, misses):
 
 def test_phases_alone():
     whole = asked("prefill:tp1,decode:tp1")
-    (point, *_) = prefill_alone(build, 1, 1, 1, whole).points(0.001)
+    (point, *_) = prefill_alone(whole).points(0.001)
     found = run_point(point)
     assert set(found.tpot_s) == {0.0}
     assert found.ttft_s[0] == pytest.approx(
         0.01 + 2e-4 * WORKLOAD.requests(1, 1.0, 0)[0].prompt_tokens
     )
-    (point, *_) = decode_alone(build, 1, 1, 1, whole).points(0.001)
+    (point, *_) = decode_alone(whole).points(0.001)
     found = run_point(point)
     assert set(found.ttft_s) == {0.0}
     # Nothing but decode steps of one request; no transfer.
@@ -548,7 +548,7 @@ def test_a_pair_is_no_better_than_its_phases():
     whole = asked("prefill:tp1,decode:tp1")
     pair = find_goodput(whole)
     for phase in (prefill_alone, decode_alone):
-        alone = find_goodput(phase(build, 1, 1, 1, whole))
+        alone = find_goodput(phase(whole))
         assert pair.rps <= 1.05 * alone.rps  # the search's tolerance
 
 
