@@ -27,33 +27,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.scheduling.tuning import tile_multiples
+from disagg_jax.search.comparison import POLICIES, ComparisonSpec, compare
+from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.hardware.presets import get_hardware
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.workload import TraceWorkload, Workload
-from disagg_jax.workload.traces import Trace, load_trace
+from disagg_jax.workload.traces.read import Trace, load_trace
+from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
 from experiments.cli.trace_flags import TraceFlags
 from experiments.comparison import report
-from experiments.comparison.comparison import (
-    POLICIES,
-    Map,
-    Question,
-    compare,
-    lengths_map,
-    slos_map,
-)
 from experiments.comparison.report import Grid
 from experiments.configs.named_simulations import (
     SIMULATIONS,
-    Simulation,
     get_simulation,
     roofline_simulation,
 )
 from experiments.configs.paper_workloads import get_workload
-from experiments.placement.placements import parse_slo
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
 
@@ -167,9 +161,9 @@ def _simulation() -> tuple[Simulation, int]:
     return simulation, _TILE
 
 
-def _question() -> Question:
+def _spec() -> ComparisonSpec:
     simulation, tile = _simulation()
-    return Question(
+    return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
         systems=tuple(_SYSTEMS.value),
@@ -194,7 +188,7 @@ def _maps(simulation: Simulation) -> list[Map]:
         numbers("prompts", _PROMPTS.value, int),
         numbers("outputs", _OUTPUTS.value, int),
         _SIGMA.value,
-        parse_slo(_SLO.value),
+        SLO.parse(_SLO.value),
         min(_MAX_TOKENS.value, simulation.max_context),
     )
     workload, name = _workload(simulation)
@@ -229,7 +223,7 @@ def trace_workload(
 
 
 def run(
-    question: Question,
+    spec: ComparisonSpec,
     maps: Sequence[Map],
     command: str = _COMMAND,
     workers: int | None = None,
@@ -251,22 +245,22 @@ def run(
     workers = os.cpu_count() or 1 if workers is None else workers
     start = time.perf_counter()
     ran_in = environment()  # now, as files may change while this runs
-    asked = about or plain(question)
+    asked = about or plain(spec)
     with run_folder(out, asked, "maps.json", replace=about is None):
         with worker_pool(workers) as mapper:
-            grids = compare(question, maps, mapper, progress)
+            grids = compare(spec, maps, mapper, progress)
         seconds = time.perf_counter() - start
         text = "\n\n".join(
             [
                 f"# {command}   commit {ran_in['commit']}\n"
                 f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, "
                 f"load average {ran_in['load_average'][0]:.1f} at the start",
-                report.text(question, maps, grids),
+                report.text(spec, maps, grids),
             ]
         )
         if out is not None:
             content = {
-                **report.record(question, maps, grids),
+                **report.record(spec, maps, grids),
                 "wall_s": seconds,
                 "workers": workers,
                 "environment": ran_in,
@@ -274,7 +268,7 @@ def run(
             }
             write_json(out / "maps.json", content)
             write_text(out / "maps.txt", text + "\n")
-            report.plot(question, maps, grids, out / "maps.png")
+            report.plot(spec, maps, grids, out / "maps.png")
             _plot_traces(maps, out)
     return text, list(grids)
 
@@ -290,10 +284,10 @@ def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
 @command(FLAGS)
 def main() -> None:
     _check_flags()
-    question = _question()
+    spec = _spec()
     text, _ = run(
-        question,
-        _maps(question.simulation),
+        spec,
+        _maps(spec.simulation),
         " ".join([_COMMAND, *sys.argv[1:]]),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,

@@ -23,18 +23,15 @@ from disagg_jax import metrics
 from disagg_jax.control.run import Run
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.orca import Orca
-from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.sarathi_serve import SarathiServe
-from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.system import System
 from disagg_jax.sim.cost.interface import InstanceCost
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.work import Event, Step, StepLoad, Work
-from disagg_jax.workload import RandomWorkload, UniformLengths
+from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload.workload import RandomWorkload
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
-from experiments.configs.named_simulations import Simulation, roofline_simulation
+from experiments.configs.named_simulations import roofline_simulation
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
@@ -60,30 +57,30 @@ _LONG_PROMPT = 2048
 _DECODES, _CONTEXT = 32, 512  # beside a chunk
 
 
-def systems(budget: int) -> dict[str, tuple[str, Mapping[Role, Policy]]]:
-    """(deployment, policies) of each system, with steps of `budget` tokens."""
-    chunked = {
-        "sarathi": Sarathi(chunk_tokens=budget, max_seqs=64),
-        "sarathi_serve": SarathiServe(token_budget=budget),
-        "splitfuse": SplitFuse(token_budget=budget, max_seqs=min(budget, 512)),
+def systems(budget: int) -> dict[str, System]:
+    """Return each system on two devices, with steps of `budget` tokens."""
+    colocated = {
+        "orca": {"max_seqs": 64},
+        "vllm": {},
+        "sarathi": {"chunk_tokens": budget, "max_seqs": 64},
+        "sarathi_serve": {"token_budget": budget},
+        "splitfuse": {"token_budget": budget, "max_seqs": min(budget, 512)},
     }
     return {
-        "orca": (COLOCATED, {Role.COLOCATED: Orca(max_seqs=64)}),
-        "vllm": (COLOCATED, SYSTEMS["vllm"]),
-        **{n: (COLOCATED, {Role.COLOCATED: policy}) for n, policy in chunked.items()},
-        "disaggregated": (APART, SYSTEMS["disaggregated"]),
+        **{n: System.of(n, COLOCATED, colocated=c) for n, c in colocated.items()},
+        "disaggregated": System.of("disaggregated", APART),
     }
 
 
 @dataclasses.dataclass
 class StepCounter:
-    """An observer that counts steps by what is in them."""
+    """An observer that counts steps by their kinds of work."""
 
     steps: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter[str]
     )
     beside_prompts: int = 0  # decode tokens computed in a step with prompts
-    decodes: int = 0  # all of them
+    decodes: int = 0  # decode tokens in all steps
 
     def __call__(
         self, now_s: float, events: Sequence[Event], works: Sequence[Work]
@@ -100,20 +97,20 @@ class StepCounter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traits:
-    """What a system's run shows; times in s."""
+    """The figures of one system's run; times in s."""
 
     ttft_s: float  # mean
     tpot_s: float  # mean
     gaps_s: np.ndarray  # between tokens, of all requests
     stalls: float  # share of the requests with a gap of `_STALL` times their median
     stages: metrics.Stages  # means
-    steps: Mapping[str, int]  # by what is in them
+    steps: Mapping[str, int]  # by kind of work
     beside_prompts: float  # share of the decode tokens computed in a step with prompts
     idle: Mapping[str, float]  # by role: the share of the time its devices had no step
 
 
 def traits(deployment: Deployment, run: Run, counted: StepCounter) -> Traits:
-    """Reads a run."""
+    """Read the traits off a run."""
     done = [t for t in run.timelines if t.token_s]
     stages = [dataclasses.asdict(metrics.stages_s(t)) for t in done]
     return Traits(
@@ -144,15 +141,15 @@ def _stalled(timeline: Timeline) -> bool:
 def simulate(
     simulation: Simulation, requests: Sequence[Request], budget: int
 ) -> dict[str, Traits]:
-    """Every system's traits at these requests.
+    """Return every system's traits at these requests.
 
     Raises:
       ValueError: if the model does not fit, or no system can have such a budget.
     """
     found: dict[str, Traits] = {}
-    for name, (text, policies) in systems(budget).items():
-        deployment = Deployment.parse(text)
-        asked = dataclasses.replace(simulation, policies=policies)
+    for name, system in systems(budget).items():
+        deployment = Deployment.parse(system.deployment)
+        asked = dataclasses.replace(simulation, policies=system.policies)
         # Without spans, so that each iteration is a step to count.
         simulated = dataclasses.replace(asked.build(deployment), spans=False)
         counter = StepCounter()
@@ -165,7 +162,7 @@ def simulate(
 
 
 def chunked_prompt_s(cost: InstanceCost, prompt: int, chunk: int) -> float:
-    """Seconds of a prompt alone, in chunks."""
+    """Return the seconds of a prompt alone, in chunks."""
     return sum(
         sum(cost.stages_s(StepLoad(((start, min(chunk, prompt - start)),), 0, 0)))
         for start in range(0, prompt, chunk)
@@ -173,7 +170,7 @@ def chunked_prompt_s(cost: InstanceCost, prompt: int, chunk: int) -> float:
 
 
 def stretch(cost: InstanceCost, chunk: int) -> float:
-    """How many times longer a decode step is with a chunk beside it."""
+    """Return the factor by which a chunk lengthens a decode step."""
     context = _DECODES * (_CONTEXT + 1)
     alone, beside = (
         sum(cost.stages_s(StepLoad(chunks, _DECODES, context)))
@@ -182,11 +179,11 @@ def stretch(cost: InstanceCost, chunk: int) -> float:
     return beside / alone
 
 
-# -- what is shown ---------------------------------------------------------------------
+# -- tables and pictures ---------------------------------------------------------------
 
 
 def table(found: Mapping[str, Traits]) -> str:
-    """A column for each system."""
+    """Return a table with a column for each system."""
     rows: list[Sequence[str]] = [("", *found)]
 
     def row(label: str, cells: Sequence[str]) -> None:
@@ -217,7 +214,7 @@ def table(found: Mapping[str, Traits]) -> str:
 
 
 def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
-    """The gaps of all systems, and what chunks cost without any queue."""
+    """Return the gaps of all systems, and the cost of chunks without a queue."""
     whole_s = chunked_prompt_s(cost, _LONG_PROMPT, _LONG_PROMPT)
     slower = [
         (float(chunk), chunked_prompt_s(cost, _LONG_PROMPT, chunk) / whole_s)
@@ -256,7 +253,7 @@ def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
 
 
 def _longer(gaps_s: np.ndarray) -> list[tuple[float, float]]:
-    """(gap in ms, share of gaps that are longer), down to one in a thousand."""
+    """Return (gap in ms, share of longer gaps), down to one in a thousand."""
     shares = np.geomspace(1e-3, 1, 40)
     at = np.quantile(gaps_s, 1 - shares)
     return [

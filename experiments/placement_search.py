@@ -21,20 +21,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.formats import PLACEMENT
+from disagg_jax.metrics import SLO
+from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.placement.placements import (
-    ALGORITHMS,
-    Problem,
-    Search,
-    parse_slo,
-    problem_of,
-    report,
-    simulation_of,
-)
+from experiments.placement.report import report
 from experiments.runs.folder import plain, run_folder, write_text
 
 FLAGS = Flags()
@@ -61,7 +56,7 @@ _OUT = FLAGS.string("out", None, "Folder for placement.json.")
 
 
 def run(
-    problem: Problem,
+    problem: PlacementProblem,
     algorithms: Sequence[str],
     workers: int | None = None,
     out: pathlib.Path | None = None,
@@ -76,7 +71,7 @@ def run(
     Args:
       workers: processes; None is one a core.
       out: folder for placement.json.
-      prune, whole: see `Search`.
+      prune, whole: see `PlacementSearch`.
       about: more for placement.json: what a command was asked. It replaces nothing of
         another; a notebook's cell, changed and run again, has none and does.
 
@@ -88,7 +83,7 @@ def run(
     asked = about or {"problem": plain(problem), "algorithms": list(algorithms)}
     with run_folder(out, asked, "placement.json", replace=about is None):
         with worker_pool(workers) as mapper:
-            search = Search(
+            search = PlacementSearch(
                 problem=problem,
                 mapper=mapper,
                 progress=progress,
@@ -118,11 +113,11 @@ def _check_flags() -> None:
 @command(FLAGS)
 def main() -> None:
     _check_flags()
-    problem = problem_of(
-        simulation_of(_MODEL.value, _DEVICE.value),
+    problem = PlacementProblem.of(
+        placement_simulation(_MODEL.value, _DEVICE.value),
         _DEVICES.value,
         workload=get_workload(_WORKLOAD.value),
-        slo=parse_slo(_SLO.value),
+        slo=SLO.parse(_SLO.value),
         plan=SearchPlan(
             target=_TARGET.value,
             growth=1.25,

@@ -35,13 +35,13 @@ from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.traces import Trace
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.trace_flags import TraceFlags
 from experiments.configs.named_simulations import (
     SIMULATIONS,
-    Simulation,
     get_simulation,
     trace_requests,
 )

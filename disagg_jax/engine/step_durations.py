@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from disagg_jax.deployment import Role
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import DurationRule
-from disagg_jax.metrics.criteria import Alone
+from disagg_jax.metrics.criteria import UnloadedLatency
 from disagg_jax.programs.slices import full_slices, load_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
@@ -52,13 +52,13 @@ class StepDurations:
         slices = full_slices(shape, self.engine.memory[i])
         return self._slices_s(i, slices), shape.rows
 
-    def alone(self, request: Request) -> Alone:
+    def alone(self, request: Request) -> UnloadedLatency:
         """Return the latencies of one request on an idle engine, less any transfer.
 
         Every decode step counts as one at the request's mean context.
         """
         context = request.prompt_tokens + max(1, request.max_tokens // 2)
-        return Alone(
+        return UnloadedLatency(
             ttft_s=self.prefill_s(request.prompt_tokens),
             tpot_s=self.step_s(self._decode, StepLoad((), 1, context)),
         )

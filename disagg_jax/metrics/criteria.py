@@ -2,16 +2,16 @@
 
 A criterion with a `target` scores a run by a share in [0, 1], and the run passes if the
 share reaches the target: a system's capacity is its highest passing rate, which
-`search.search` finds. A criterion without one scores by a throughput: the higher the
-better, and a system's figure is its best over the rates (`search.climb`).
+`search.rates.search` finds. A criterion without a target scores by a throughput, and a
+system's figure is its best throughput over the rates (`search.rates.climb`).
 
 The defaults are the papers' numbers. Seconds belong to the paper's hardware, so
 `for_slo` replaces them by one SLO of the machine at hand.
 
 The edge rules are those of `metrics`: every request that arrived counts, only a
 FINISHED one can be good, a one-token request meets any target for its gaps, and a
-latency equal to its target meets it, also where a paper writes `<`. `bounds` says what
-they mean for the percentiles that papers bound.
+latency equal to its target meets it, also where a paper writes `<`.
+`percentile_limits` says what these rules mean for percentiles.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class Mooncake:
 
 
 def slowest_gaps_s(timeline: Timeline) -> float:
-    """The mean of the longest tenth of a request's gaps; 0 if it has none."""
+    """Return the mean of the longest tenth of a request's gaps; 0 without gaps."""
     gaps_s = sorted(metrics.itl_s(timeline), reverse=True)
     if not gaps_s:
         return 0.0
@@ -122,7 +122,7 @@ def slowest_gaps_s(timeline: Timeline) -> float:
 
 
 def sarathi_serve(*, tbt_s: float = 0.1, delay_s: float = 2.0) -> PercentileBounds:
-    """Sarathi-Serve's capacity (OSDI'24): no stalls, no backlog, no target for TTFT.
+    """Return Sarathi-Serve's bounds (OSDI'24) on stalls and backlog; none on TTFT.
 
     Args:
       tbt_s: for a P99 over all gaps of all requests. The paper takes 5 (strict) or 25
@@ -141,7 +141,7 @@ def sarathi_serve(*, tbt_s: float = 0.1, delay_s: float = 2.0) -> PercentileBoun
 def vidur_search(
     *, delay_s: float = 5.0, ttft_s: float = 2.0, tbt_s: float = 0.2
 ) -> PercentileBounds:
-    """The SLOs of Vidur-Search (MLSys'24), whose figure is then rate per dollar."""
+    """Return the SLOs of Vidur-Search (MLSys'24), which reports rate per dollar."""
     return PercentileBounds(
         bounds=(
             _delay_bound(0.99, delay_s),
@@ -152,9 +152,10 @@ def vidur_search(
 
 
 def mlperf(slo: SLO) -> PercentileBounds:
-    """MLPerf's server scenario: P99 of TTFT and P99 of TPOT, each for itself.
+    """Return the bounds of MLPerf's server scenario: P99 of TTFT and P99 of TPOT.
 
-    The rules also ask for a Poisson run of at least 600 s. Bounds: `MLPERF_SLOS`.
+    The rules also ask for a Poisson run of at least 600 s. `MLPERF_SLOS` has the bounds
+    of the models.
     """
     return PercentileBounds(
         bounds=(
@@ -186,18 +187,18 @@ MLPERF_SLOS: Mapping[str, SLO] = {
 }
 
 
-# ---- slowdowns over an idle machine --------------------------------------------------
+# ---- slowdowns over the unloaded latency ---------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Alone:
-    """The latencies of a request that an idle machine serves."""
+class UnloadedLatency:
+    """The latencies of a request that finds the system empty."""
 
     ttft_s: float
     tpot_s: float
 
 
-IdleMachine = Callable[[Request], Alone]
+Unloaded = Callable[[Request], UnloadedLatency]
 
 _SPLITWISE_SHARES = (0.5, 0.9, 0.99)
 _SPLITWISE_FACTORS: Mapping[str, tuple[Latencies, tuple[float, float, float]]] = {
@@ -207,21 +208,21 @@ _SPLITWISE_FACTORS: Mapping[str, tuple[Latencies, tuple[float, float, float]]] =
 }
 
 
-def splitwise(idle: IdleMachine) -> PercentileBounds:
-    """Splitwise's nine slowdowns (ISCA'24): of TTFT, TBT and E2E at P50, P90 and P99.
+def splitwise(unloaded: Unloaded) -> PercentileBounds:
+    """Return Splitwise's nine slowdowns (ISCA'24): TTFT, TBT, E2E at P50, P90, P99.
 
-    As in splitwise-sim, TBT is a request's mean gap, and the E2E of an idle machine is
-    its TTFT and (n - 1) times its TBT.
+    As in splitwise-sim, TBT is a request's mean gap, and the unloaded E2E is the TTFT
+    plus (n - 1) times the TBT.
 
     Args:
-      idle: the machine that slowdowns refer to, the same for all systems. The paper's
-        is a DGX-A100.
+      unloaded: of the machine that slowdowns refer to, the same for all systems (a
+        DGX-A100 in the paper).
     """
     return PercentileBounds(
         bounds=tuple(
             Bound(
                 what=f"{what} slowdown",
-                latencies=_Slowdown(latencies=latencies, what=what, idle=idle),
+                latencies=_Slowdown(latencies=latencies, what=what, unloaded=unloaded),
                 share=share,
                 limit=factor,
                 is_factor=True,
@@ -234,26 +235,26 @@ def splitwise(idle: IdleMachine) -> PercentileBounds:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Slowdown:
-    """Latencies over those of an idle machine."""
+    """Latencies over the unloaded latencies of the same request."""
 
     latencies: Latencies
     what: str
-    idle: IdleMachine
+    unloaded: Unloaded
 
     def __call__(self, timeline: Timeline) -> Sequence[float]:
-        alone = self.idle(timeline.request)
-        idle_s = {
+        alone = self.unloaded(timeline.request)
+        alone_s = {
             "TTFT": alone.ttft_s,
             "TBT": alone.tpot_s,
             "E2E": alone.ttft_s + (len(timeline.token_s) - 1) * alone.tpot_s,
         }[self.what]
-        return [_ratio(value, idle_s) for value in self.latencies(timeline)]
+        return [_ratio(value, alone_s) for value in self.latencies(timeline)]
 
 
-def _ratio(latency_s: float, idle_s: float) -> float:
-    if idle_s == 0:  # a machine on which this is free
+def _ratio(latency_s: float, alone_s: float) -> float:
+    if alone_s == 0:  # the machine takes no time for it
         return 1.0 if latency_s == 0 else latency_s * math.inf
-    return latency_s / idle_s
+    return latency_s / alone_s
 
 
 # ---- throughputs ---------------------------------------------------------------------
@@ -301,9 +302,9 @@ class FastGen:
 
 
 def moving_averages(values: Iterable[float], span: int) -> Iterator[float]:
-    """The exponentially weighted mean of the values up to each one.
+    """Yield the exponentially weighted mean of the values up to each value.
 
-    Each value back counts 1 - 2 / (span + 1) times as much as the one after it, and the
+    Each value counts 1 - 2 / (span + 1) times as much as the next value, and the
     weights are divided by their sum (pandas' `ewm(span).mean()`).
     """
     decay = 1 - 2 / (span + 1)
@@ -319,7 +320,7 @@ class Sarathi:
     """Tokens per ms of a saturated system (SARATHI, arXiv 2308.16369); no SLO.
 
     Prompt and generated tokens of finished requests, from the first arrival to the last
-    end. Saturated means at the rate where it is highest.
+    end, at the rate where this throughput is highest.
     """
 
     target = None
@@ -354,9 +355,9 @@ NAMES = (
 
 
 def for_slo(
-    slo: SLO, *, target: float, prompt_tokens: int, idle: IdleMachine
+    slo: SLO, *, target: float, prompt_tokens: int, unloaded: Unloaded
 ) -> dict[str, Criterion]:
-    """Every criterion by name, with bounds for the machine that `slo` was chosen for.
+    """Return every criterion by name, with bounds for the machine of `slo`.
 
     A paper's TBT bound becomes `slo.tpot_s`, its TTFT bound `slo.ttft_s`. For single
     gaps that is strict where `slo` was chosen for means: Sarathi-Serve's own bound is 5
@@ -366,12 +367,12 @@ def for_slo(
       (Vidur-Search) by 2.5 times that, which is 5 s over 2 s;
     * FastGen's rates become `prompt_tokens` in `slo.ttft_s`, and a token each
       `slo.tpot_s`; shorter prompts get less time, as in the blog;
-    * Splitwise's factors are kept: they refer to an idle machine anyway.
+    * Splitwise's factors are kept: they refer to unloaded latencies anyway.
 
     Args:
       target: of the criteria that are a share of good requests.
       prompt_tokens: of a long prompt, for FastGen.
-      idle: for Splitwise.
+      unloaded: for Splitwise.
     """
     criteria: tuple[Criterion, ...] = (
         DistServe(slo=slo, target=target),
@@ -379,7 +380,7 @@ def for_slo(
         vidur_search(delay_s=2.5 * slo.ttft_s, ttft_s=slo.ttft_s, tbt_s=slo.tpot_s),
         mlperf(slo),
         Mooncake(ttft_s=slo.ttft_s, tbt_s=slo.tpot_s, target=target),
-        splitwise(idle),
+        splitwise(unloaded),
         FastGen(prompt_token_s=slo.ttft_s / prompt_tokens, token_s=slo.tpot_s),
         Sarathi(),
     )

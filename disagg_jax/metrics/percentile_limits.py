@@ -1,12 +1,13 @@
-"""Bounds on percentiles of latencies, and what the latencies are.
+"""Bounds on percentiles of latencies, and the latencies that are bounded.
 
 "P99 of x <= bound" means that at least 99 % of the x are <= bound. So a percentile is a
-value that occurs, not one interpolated between two as in `summary`.
+value that occurs, while `summary` interpolates between two values.
 
-Only a FINISHED request has latencies. Another one's are `MISSED`: its TTFT, its
-scheduling delay, and each of the `max_tokens` - 1 gaps that it should have had. Were
-they left out, a system could pass by refusing requests. A one-token request has no gap:
-it is in no percentile of TPOT or of gaps. A bound on no values is met.
+Only a FINISHED request has latencies. The latencies of any other request are `MISSED`:
+its TTFT, its scheduling delay, and each of the `max_tokens` - 1 gaps it should have
+had. If they were left out, a system could pass by refusing requests. A one-token
+request has no gap: it is in no percentile of TPOT or of gaps. A bound on no values is
+met.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Bound:
         require(self.limit > 0, f"{self.what} limit: expected > 0", self.limit)
 
     def met_by(self, run: Sequence[Timeline]) -> float:
-        """The share of latencies that are within the limit."""
+        """Return the share of latencies within the limit."""
         return share_of(
             value <= self.limit
             for timeline in run
@@ -56,12 +57,12 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PercentileBounds:
-    """All bounds must be met.
+    """A criterion that passes if all bounds are met.
 
     The score is the share within the bound that is closest to failing. To compare
     bounds that need different shares, each share is put on the scale of the strictest
-    one, the target: linearly from [0, needed] to [0, target] and from [needed, 1] to
-    [target, 1]. So it passes exactly if every bound is met.
+    bound, whose share is the target: linearly from [0, needed] to [0, target] and from
+    [needed, 1] to [target, 1]. So the score passes exactly if every bound is met.
     """
 
     bounds: tuple[Bound, ...]
@@ -93,33 +94,33 @@ def _rescaled(share: float, needed: float, target: float) -> float:
 
 
 def ttft(timeline: Timeline) -> Sequence[float]:
-    """The TTFT."""
+    """Return the TTFT."""
     return [metrics.ttft_s(timeline)] if finished(timeline) else [MISSED]
 
 
 def scheduling_delay(timeline: Timeline) -> Sequence[float]:
-    """From the arrival until the first prompt token goes to a device."""
+    """Return the time from arrival until the first prompt token goes to a device."""
     if not finished(timeline):
         return [MISSED]
     return [metrics.stages_s(timeline).prefill_queue_s]
 
 
 def tpot(timeline: Timeline) -> Sequence[float]:
-    """The mean gap, if there is one."""
+    """Return the mean gap, if there is a gap."""
     if not finished(timeline):
         return [MISSED] if timeline.request.max_tokens > 1 else []
     return [metrics.tpot_s(timeline)] if len(timeline.token_s) > 1 else []
 
 
 def tbt(timeline: Timeline) -> Sequence[float]:
-    """Every gap between two tokens."""
+    """Return every gap between two tokens."""
     if not finished(timeline):
         return [MISSED] * (timeline.request.max_tokens - 1)
     return metrics.itl_s(timeline)
 
 
 def e2e(timeline: Timeline) -> Sequence[float]:
-    """The end-to-end latency."""
+    """Return the end-to-end latency."""
     return [metrics.e2e_s(timeline)] if finished(timeline) else [MISSED]
 
 
@@ -128,7 +129,7 @@ def finished(timeline: Timeline) -> bool:
 
 
 def share_of(flags: Iterable[bool]) -> float:
-    """The share of true ones; 1 if there are none at all."""
+    """Return the share of true flags; 1 without flags."""
     met = list(flags)
     return sum(met) / len(met) if met else 1.0
 

@@ -1,4 +1,4 @@
-"""One run under vLLM's key names: metrics.py's definitions, in milliseconds."""
+"""One run under vLLM's key names, by the definitions of `metrics`, in milliseconds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from disagg_jax.request import Status, Timeline
 def percentiles(
     values: Sequence[float], points: Sequence[float] = (50, 90, 99)
 ) -> dict[str, float | None]:
-    """`{"p50": ...}` by linear interpolation (numpy's default); None if no values."""
+    """Return `{"p50": ...}`, interpolated linearly; None without values."""
     if len(values) == 0:
         return {f"p{point:g}": None for point in points}
     found = np.percentile(values, points)
@@ -36,7 +36,7 @@ def summarise(
     devices: int,
     duration_s: float | None = None,
 ) -> dict[str, float | None]:
-    """One run as a flat, JSON-able dict; None where nothing was measured, never NaN.
+    """Summarise one run as a flat dict for JSON; None where nothing was measured.
 
     Keys and formulas are vLLM `bench serve` 0.33's where it has them: latencies in ms
     over finished requests, tokens of finished requests only, rates per second.
@@ -76,7 +76,7 @@ def summarise(
 
 
 def span_s(timelines: Sequence[Timeline]) -> float | None:
-    """First arrival to last end; None if nothing ended or no time passed."""
+    """Return first arrival to last end; None if no request ended or no time passed."""
     ends = [t.end_s for t in timelines if t.end_s is not None]
     if not ends:
         return None

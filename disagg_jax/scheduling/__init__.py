@@ -17,6 +17,8 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 
+DISAGGREGATED = "disaggregated"  # the system of prefill and decode instances
+
 # A system is a policy for each role it uses; the default parameters are the papers'.
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "orca": {Role.COLOCATED: Orca()},
@@ -24,7 +26,7 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "sarathi": {Role.COLOCATED: Sarathi()},
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},
-    "disaggregated": {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
+    DISAGGREGATED: {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly()},
     "disaggregated_chunked": {
         Role.PREFILL: PrefillChunked(),
         Role.DECODE: DecodeOnly(),
@@ -37,6 +39,9 @@ def get_system(name: str, **changes: Mapping[str, object]) -> Mapping[Role, Poli
 
     Args:
       changes: parameters that a role's policy has instead: `prefill={"max_seqs": 8}`.
+
+    Raises:
+      ValueError: on an unknown name.
     """
     if name not in SYSTEMS:
         raise ValueError(f"system: expected one of {sorted(SYSTEMS)}, got '{name}'")

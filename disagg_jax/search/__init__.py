@@ -1,0 +1,7 @@
+"""The highest rate that attains, the best deployment, and the best system.
+
+`rates` chooses which rates to try. `goodput` finds the goodput of one simulated
+deployment, with runs cut short by `early_stop` and a first rate from `capacity`.
+`candidates` finds the best of several deployments; `placement` (DistServe's algorithms)
+and `comparison` (which system wins a workload with its targets, over `maps`) use it.
+"""

@@ -1,22 +1,21 @@
-"""What a deployment does without queues: alone with one request, and fully used.
+"""What a deployment does without queues: with one request, and fully used.
 
-The capacity is where a search for the goodput begins: utilisation 1 of the busiest
-stage, prompts in the batches of a long queue, decodes in the largest batch that keeps
-the TPOT target and fits the memory. Any number of pooled instances does about that at
-best; a short run can do better, since it ends before a backlog hurts.
+A search for the goodput begins near the capacity: utilisation 1 of the busiest stage,
+prompts in the batches of a long queue, decodes in the largest batch that keeps the TPOT
+target and fits the memory. Pooled instances reach about that at best; a short run can
+exceed it, since it ends before a backlog hurts.
 """
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
 
 from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
-from disagg_jax.metrics.criteria import Alone
+from disagg_jax.metrics.criteria import UnloadedLatency
 from disagg_jax.request import Request
 from disagg_jax.sim.run import RunLatencies
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -25,31 +24,27 @@ from disagg_jax.work import StepLoad, Transfer
 _SAMPLE = 100  # requests whose prompts are timed
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Idle:
-    """An `IdleMachine`: a deployment whose requests find it empty.
+def unloaded_latency(
+    simulated: SimulatedDeployment, request: Request
+) -> UnloadedLatency:
+    """Return the latencies of a request that finds the deployment empty.
 
-    No load makes the latencies shorter, unless `load_helps`. The decode steps of a
-    request are timed at its mean context, which is exact where durations are linear in
-    the context.
+    No load makes them shorter, unless `load_helps`. The decode steps of a request are
+    timed at its mean context, which is exact where durations are linear in the context.
     """
-
-    simulated: SimulatedDeployment
-
-    def __call__(self, request: Request) -> Alone:
-        entry = self.simulated.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
-        decode = self.simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
-        return Alone(
-            ttft_s=_prompt_s(self.simulated, entry, request),
-            tpot_s=_token_s(self.simulated, entry, decode, request),
-        )
+    entry = simulated.deployment.of(Role.PREFILL, Role.COLOCATED)[0]
+    decode = simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
+    return UnloadedLatency(
+        ttft_s=_prompt_s(simulated, entry, request),
+        tpot_s=_token_s(simulated, entry, decode, request),
+    )
 
 
 def unloaded(
     simulated: SimulatedDeployment, requests: Sequence[Request]
 ) -> RunLatencies:
-    """What `Idle` says of requests; no stages."""
-    alone = [*map(Idle(simulated=simulated), requests)]
+    """Return a run in which each request finds the deployment empty; no stages."""
+    alone = [unloaded_latency(simulated, request) for request in requests]
     return RunLatencies(
         arrived=len(requests),
         ttft_s=tuple(a.ttft_s for a in alone),
@@ -68,11 +63,11 @@ def _prompt_s(simulated: SimulatedDeployment, instance: int, request: Request) -
 def _token_s(
     simulated: SimulatedDeployment, src: int, dst: int, request: Request
 ) -> float:
-    """The TPOT, with the share of the transfer that each token has."""
+    """Return the TPOT; each gap carries an equal share of the transfer."""
     gaps = request.max_tokens - 1
     if not gaps:
         return 0.0
-    # Contexts from prompt + 1 to prompt + gaps; their mean may lie between two.
+    # Contexts run from prompt + 1 to prompt + gaps; the mean may be half an integer.
     twice = 2 * request.prompt_tokens + 1 + gaps
     step_s = statistics.fmean(
         sum(simulated.cost.stages_s(dst, StepLoad((), 1, context)))
@@ -87,7 +82,7 @@ def _token_s(
 def capacity_rps(
     simulated: SimulatedDeployment, requests: Sequence[Request], slo: SLO
 ) -> float:
-    """Requests/s that the whole deployment could serve; inf if all of it is free."""
+    """Return the requests/s that the deployment could serve; inf if all is free."""
     roles = {role: simulated.deployment.of(role) for role in Role}
     prefill = sum(_prefill_rps(simulated, i, requests) for i in roles[Role.PREFILL])
     decode = sum(_decode_rps(simulated, i, requests, slo) for i in roles[Role.DECODE])
@@ -101,7 +96,7 @@ def capacity_rps(
 def _prefill_rps(
     simulated: SimulatedDeployment, instance: int, requests: Sequence[Request]
 ) -> float:
-    """Prompts/s of an instance, in the batches of a long queue."""
+    """Return the prompts/s of an instance, in the batches of a long queue."""
     role = simulated.deployment.instances[instance].role
     limits = simulated.policies[role].limits
     batches: list[list[int]] = []
@@ -122,7 +117,7 @@ def _prefill_rps(
 def _decode_rps(
     simulated: SimulatedDeployment, instance: int, requests: Sequence[Request], slo: SLO
 ) -> float:
-    """Requests/s whose later tokens an instance can generate in time."""
+    """Return the requests/s whose later tokens an instance generates in time."""
     steps = statistics.fmean(r.max_tokens - 1 for r in requests)
     if steps == 0:
         return math.inf
@@ -145,10 +140,10 @@ def _decode_rps(
 
 
 def load_helps(simulated: SimulatedDeployment, requests: Sequence[Request]) -> bool:
-    """Whether some larger decode step takes less time than that of one request.
+    """Return whether some decode step takes less time than the step of one request.
 
-    Measured times may say so. Then low rates can be served worse than high ones, and
-    what a request takes alone is no bound.
+    Measured times may say so. Low rates can then be served worse than high ones, and
+    the unloaded latency is no bound.
     """
     context = statistics.fmean(r.prompt_tokens + r.max_tokens / 2 for r in requests)
     i = simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]

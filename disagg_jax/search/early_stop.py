@@ -1,14 +1,14 @@
-"""One simulated run that only has to be scored: by DistServe's it may stop early.
+"""One simulated run that is only scored: by DistServe's criterion it may stop early.
 
-By any other criterion a run goes on to its end. By DistServe's, a request is missed for
-certain as soon as one of these is known, whatever follows:
+By any other criterion a run goes on to its end. By DistServe's criterion, a request is
+missed for certain as soon as one of these is known:
 
 * it was refused, or it finished without meeting the targets;
-* it has no first token, and its TTFT would already be too long if it came now;
-* its TPOT would already be too long if all tokens that are left came now.
+* it has no first token, and its TTFT would be too long if the token came now;
+* its TPOT would be too long if all remaining tokens came now.
 
-When so many are missed that the target is out of reach, the run is cut. The times are
-compared with the same float operations as in `metrics`, which grow with the time of the
+The run is cut when so many requests are missed that the target is out of reach. Times
+are compared with the float operations of `metrics`, which grow with the time of the
 token, so a run that is cut would fail in full as well. (No request stops early in a
 simulation: it generates `max_tokens`.)
 """
@@ -30,17 +30,17 @@ from disagg_jax.sim.run import SimulationTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trial:
-    """A run to be judged."""
+class CutShortRun:
+    """A run to score, and the number of misses at which it may end."""
 
     point: SimulationTask
     criterion: Criterion
-    cut_at_misses: int  # the verdict is decided by so many; > num_requests: never cut
+    cut_at_misses: int  # enough to decide the score; > num_requests: never cut
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What a trial showed."""
+class RunScore:
+    """The score of a run."""
 
     score: float  # by the criterion; of a cut run, an upper bound that fails too
     cut: bool  # whether the run ended early
@@ -48,9 +48,9 @@ class Verdict:
 
 
 def decisive_misses(num_requests: int, num_seeds: int, target: float) -> int:
-    """The fewest misses in one run by which the mean over all seeds fails.
+    """Return the fewest misses in one run that make the mean over all seeds fail.
 
-    The runs of the other seeds may be perfect. So the run's own attainment fails too.
+    The runs of the other seeds may be perfect, so the attainment of this run fails too.
     """
 
     def fails(misses: int) -> bool:
@@ -61,46 +61,46 @@ def decisive_misses(num_requests: int, num_seeds: int, target: float) -> int:
 
 
 class _Decided(Exception):
-    """Enough requests are missed."""
+    """Raised to end a run in which enough requests are missed."""
 
     def __init__(self, misses: int):
         super().__init__(misses)
         self.misses = misses
 
 
-def run_trial(trial: Trial) -> Verdict:
-    """Simulates a trial, as far as is needed to judge it."""
-    point = trial.point
+def score_run(run: CutShortRun) -> RunScore:
+    """Simulate `run` until its score is decided."""
+    point = run.point
     requests = point.requests()
     controller = point.simulated.controller()
     watch = None
-    if isinstance(trial.criterion, DistServe):
-        slo = trial.criterion.slo
-        watch = _Watch(controller.timelines, slo, trial.cut_at_misses)
+    if isinstance(run.criterion, DistServe):
+        slo = run.criterion.slo
+        watch = _Watch(controller.timelines, slo, run.cut_at_misses)
     try:
         point.simulated.run(requests, observer=watch, controller=controller)
     except _Decided as decided:
         share = (point.num_requests - decided.misses) / point.num_requests
-        return Verdict(score=share, cut=True, steady=False)
-    return Verdict(
-        score=trial.criterion.score(controller.timelines),
+        return RunScore(score=share, cut=True, steady=False)
+    return RunScore(
+        score=run.criterion.score(controller.timelines),
         cut=False,
         steady=metrics.is_steady(controller.timelines),
     )
 
 
 class _Watch:
-    """An `Observer` that counts requests that are missed for certain.
+    """An `Observer` that counts requests which are missed for certain.
 
-    It looks at a request when its deadline is over, so a turn costs two comparisons.
+    It looks at a request when its deadline has passed, so a turn costs two comparisons.
     """
 
     def __init__(self, timelines: Sequence[Timeline], slo: SLO, cut_at_misses: int):
         self.missed = 0
         self._timelines, self._slo = timelines, slo
         self._cut_at_misses = cut_at_misses
-        self._next = 0  # the first, in order of arrival, whose TTFT is not judged
-        # (about when its TPOT is over, index) of those with their first token in time.
+        self._next = 0  # the first request, by arrival, whose TTFT is not judged
+        # (about the deadline of its TPOT, index) of requests whose TTFT was in time.
         self._started: list[tuple[float, int]] = []
 
     def __call__(self, now_s: float, events: object, works: object) -> None:

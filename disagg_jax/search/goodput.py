@@ -1,19 +1,17 @@
-"""Goodput by simulation: the highest rate, or the smallest SLO scale, that attains.
+"""Goodput by simulation: the highest rate that attains.
 
 A goodput may be by any criterion (`disagg_jax.metrics.criteria`). By DistServe's, runs
-are cut short once they are decided (`search/early_stop.py`), but what is exact
-nevertheless:
+are cut short once their score is decided (`search/early_stop.py`). These remain exact:
 
 * for every rate tried, whether the mean attainment over the seeds reaches the target,
-  and whether each seed's own does: so `pass_rps` and `fail_rps`, and between which of
-  the rates tried each seed crosses the target;
-* the attainments at `pass_rps` and `fail_rps`, which are run in full: so `resolved`,
-  and where a seed crosses between these two, its `per_seed_rps`; and those of an
-  `inversion`.
+  and whether each seed's own attainment does: so `pass_rps` and `fail_rps`, and between
+  which of the rates tried each seed crosses the target;
+* the attainments at `pass_rps` and `fail_rps` and of an `inversion`, whose runs are in
+  full: so `resolved`, and the `per_seed_rps` of a seed that crosses between these two.
 
 A seed that crosses elsewhere has a `per_seed_rps` between the right two rates, but
-interpolated with the upper bound that a cut run gives: too high by less than their
-distance.
+interpolated with the upper bound of a cut run: too high by less than the distance
+between the rates.
 """
 
 from __future__ import annotations
@@ -29,35 +27,33 @@ from collections.abc import Sequence
 
 from disagg_jax import metrics
 from disagg_jax.errors import require
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
+from disagg_jax.metrics.goodput import BestRate, GoodputEstimate, best_rate, estimate
 from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps, load_helps, unloaded
-from disagg_jax.search.early_stop import Trial, Verdict, decisive_misses, run_trial
-from disagg_jax.search.rates import (
-    BestRate,
-    GoodputEstimate,
-    SearchPlan,
-    best_rate,
-    climb,
-    estimate,
-    search,
+from disagg_jax.search.early_stop import (
+    CutShortRun,
+    RunScore,
+    decisive_misses,
+    score_run,
 )
-from disagg_jax.sim.run import RunLatencies, SimulationTask, run_task
+from disagg_jax.search.rates import SearchPlan, climb, search
+from disagg_jax.sim.run import RunLatencies, SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
-from disagg_jax.workload import Workload
+from disagg_jax.workload.workload import Workload
 
 _SAMPLE = 200  # requests by which the capacity is estimated
 
 
 class DependentSeedsWarning(UserWarning):
-    """Runs share rows of a trace, so that their spread gives no interval."""
+    """Warns that runs share rows of a trace, so their spread gives no interval."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GoodputSearch:
-    """What to look for. All deployments see equal requests at equal seeds.
+    """A goodput to find. All deployments see equal requests at equal seeds.
 
     Raises:
       ValueError: on no requests, no seeds, or one seed twice.
@@ -65,14 +61,14 @@ class GoodputSearch:
 
     simulated: SimulatedDeployment
     workload: Workload
-    slo: SLO  # also says about where to begin, by whatever criterion
+    slo: SLO  # also gives the first rate to try, by any criterion
     criterion: Criterion | None = None  # None: DistServe's, by `slo` and `plan.target`
     num_requests: int = 1000  # of each run; goodputs of short runs are higher
     seeds: tuple[int, ...] = (0,)
     plan: SearchPlan = SearchPlan(growth=1.25, tolerance=0.05, max_rates=30)
     start_rps: float | None = None  # the first rate; by default near the capacity
-    # A goodput below it is of no interest: if it fails, nothing else is tried, unless
-    # attainment may rise with the rate (`may_rise`).
+    # A goodput below this rate is of no interest: if the rate fails, no other is tried,
+    # unless attainment may rise with the rate (`may_rise`).
     must_beat_rps: float | None = None
 
     def __post_init__(self) -> None:
@@ -85,16 +81,16 @@ class GoodputSearch:
 
     @property
     def why_dependent(self) -> str:
-        """Why the seeds' runs give no interval; '' if they are independent samples."""
+        """Say why the runs give no interval; '' if they are independent samples."""
         return self.workload.why_dependent(self.num_requests, self.seeds)
 
     @property
     def good(self) -> Criterion:
-        """The criterion that runs are scored by."""
+        """Return the criterion that scores the runs."""
         return self.criterion or DistServe(slo=self.slo, target=self.plan.target)
 
     def points(self, rate_rps: float) -> list[SimulationTask]:
-        """A run for each seed."""
+        """Return a run for each seed."""
         return [
             SimulationTask(
                 simulated=self.simulated,
@@ -107,7 +103,7 @@ class GoodputSearch:
         ]
 
     def first_rps(self) -> float:
-        """The first rate to try."""
+        """Return the first rate to try."""
         if self.must_beat_rps is not None:
             return self.must_beat_rps
         if self.start_rps is not None:
@@ -116,11 +112,11 @@ class GoodputSearch:
         return 0.8 * capacity if capacity < math.inf else 1.0
 
     def capacity_rps(self) -> float:
-        """An estimate of what the deployment can serve; inf if nothing takes time."""
+        """Estimate the capacity of the deployment; inf if no step takes time."""
         return capacity_rps(self.simulated, self._sample(), self.slo)
 
     def may_rise(self) -> bool:
-        """Whether low rates may be served worse than high ones."""
+        """Return whether low rates may be served worse than high ones."""
         return load_helps(self.simulated, self._sample())
 
     def _sample(self) -> list[Request]:
@@ -130,11 +126,11 @@ class GoodputSearch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimGoodput:
-    """A deployment's goodput, in requests/s of all of it.
+    """The goodput of a whole deployment, in requests/s.
 
-    Where not even the lowest rate passed, `found.pass_rps` is None and the goodput is
-    below `found.fail_rps`. Where `unloaded_scale` is above 1 there is none at all: one
-    request alone is too slow, and nothing was simulated.
+    If no rate passed, `found.pass_rps` is None and the goodput is below
+    `found.fail_rps`. If `unloaded_scale` is above 1 there is no goodput: one request
+    alone is too slow, and nothing was simulated.
     """
 
     found: GoodputEstimate
@@ -146,7 +142,7 @@ class SimGoodput:
 
     @property
     def rps(self) -> float:
-        """The mean over seeds."""
+        """Return the mean over seeds."""
         return self.found.interval.mean
 
 
@@ -155,43 +151,46 @@ class _Runs:
 
     def __init__(self, asked: GoodputSearch, mapper: Mapper, cut_at: int):
         self._asked, self._mapper, self._cut_at = asked, mapper, cut_at
-        self.verdicts: dict[float, list[Verdict]] = {}
+        self.by_rate: dict[float, list[RunScore]] = {}
         self.count = 0
 
     def scores(self, rate_rps: float) -> list[float]:
-        """Of each seed, as far as it is needed."""
-        if rate_rps not in self.verdicts:
+        """Return the score of each seed; of a cut run, an upper bound."""
+        if rate_rps not in self.by_rate:
             points = self._asked.points(rate_rps)
-            self.verdicts[rate_rps] = self._run(points, self._cut_at)
-        return [verdict.score for verdict in self.verdicts[rate_rps]]
+            self.by_rate[rate_rps] = self._run(points, self._cut_at)
+        return [run.score for run in self.by_rate[rate_rps]]
 
     def all_scores(self) -> dict[float, list[float]]:
-        """Of every rate so far."""
-        return {rate: self.scores(rate) for rate in self.verdicts}
+        """Return the scores of every rate so far."""
+        return {rate: self.scores(rate) for rate in self.by_rate}
 
     def complete(self, rate_rps: float) -> None:
-        """Runs in full what was cut."""
-        verdicts = self.verdicts[rate_rps]
-        cut = [i for i, verdict in enumerate(verdicts) if verdict.cut]
+        """Run the cut runs of a rate in full."""
+        scores = self.by_rate[rate_rps]
+        cut = [i for i, score in enumerate(scores) if score.cut]
         points = self._asked.points(rate_rps)
         full = self._run([points[i] for i in cut], _never(self._asked))
-        for i, verdict in zip(cut, full, strict=True):
-            verdicts[i] = verdict
+        for i, score in zip(cut, full, strict=True):
+            scores[i] = score
 
-    def _run(self, points: Sequence[SimulationTask], cut_at: int) -> list[Verdict]:
+    def _run(self, points: Sequence[SimulationTask], cut_at: int) -> list[RunScore]:
         self.count += len(points)
         good = self._asked.good
-        trials = [Trial(point=p, criterion=good, cut_at_misses=cut_at) for p in points]
-        return list(self._mapper(run_trial, trials))
+        runs = [
+            CutShortRun(point=point, criterion=good, cut_at_misses=cut_at)
+            for point in points
+        ]
+        return list(self._mapper(score_run, runs))
 
 
 def _never(asked: GoodputSearch) -> int:
-    """More misses than there can be."""
+    """Return more misses than there are requests."""
     return asked.num_requests + 1
 
 
 def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
-    """Searches the goodput of a deployment.
+    """Search the goodput of a deployment.
 
     Args:
       mapper: runs the seeds of a rate, see `sim/workers.py`.
@@ -216,10 +215,10 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
         search(runs.scores, first, dataclasses.replace(asked.plan, target=target))
         _complete_bracket(runs, target)
     found = estimate(runs.all_scores(), target, independent=independent)
-    passing = runs.verdicts.get(found.pass_rps or 0.0, [])
+    passing = runs.by_rate.get(found.pass_rps or 0.0, [])
     return SimGoodput(
         found=found,
-        steady=bool(passing) and all(verdict.steady for verdict in passing),
+        steady=bool(passing) and all(run.steady for run in passing),
         num_requests=asked.num_requests,
         seeds=asked.seeds,
         runs=runs.count,
@@ -228,7 +227,7 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
 
 
 def find_throughput(asked: GoodputSearch, mapper: Mapper = map) -> BestRate:
-    """Searches the rate at which the score is highest: for criteria without a target.
+    """Search the rate with the highest score, by a criterion without a target.
 
     Every run is simulated in full.
     """
@@ -239,7 +238,7 @@ def find_throughput(asked: GoodputSearch, mapper: Mapper = map) -> BestRate:
 
 
 def _independent(asked: GoodputSearch) -> bool:
-    """Whether the seeds' runs give intervals; warns if not."""
+    """Return whether the seeds' runs give intervals; warn if not."""
     why = asked.why_dependent
     if why:
         warnings.warn(f"no interval: {why}", DependentSeedsWarning, stacklevel=3)
@@ -247,9 +246,9 @@ def _independent(asked: GoodputSearch) -> bool:
 
 
 def unloaded_scale(asked: GoodputSearch) -> float:
-    """The SLO scale needed if every request found the deployment empty.
+    """Return the SLO scale needed if every request found the deployment empty.
 
-    0 for other criteria than DistServe's: what they bound has no such scale.
+    It is 0 for criteria other than DistServe's, whose bounds have no such scale.
     """
     good, n = asked.good, asked.num_requests
     if not isinstance(good, DistServe):
@@ -290,54 +289,15 @@ def _complete_bracket(runs: _Runs, target: float) -> None:
                 runs.complete(rate)
 
 
-# ---- SLO scale -----------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SloScale:
-    """The smallest factor on both targets whose attainment reaches the target.
-
-    Small is good: DistServe (OSDI'24, Figs. 8 and 9) reads it from right to left.
-    """
-
-    factor: float  # by the mean attainment over seeds; inf if too few finished
-    per_seed: tuple[float, ...]
-    interval: metrics.Interval | None  # across seeds; None if one is infinite
-    steady: bool  # every seed
-    rate_rps: float
-    num_requests: int
-    seeds: tuple[int, ...]
-
-
-def find_slo_scale(
-    asked: GoodputSearch, rate_rps: float, mapper: Mapper = map
-) -> SloScale:
-    """Simulates each seed once at `rate_rps`, in full, and reads off the SLO scale."""
-    results = list(mapper(run_task, asked.points(rate_rps)))
-    target = asked.plan.target
-    per_seed = tuple(slo_scale([result], asked.slo, target) for result in results)
-    finite = max(per_seed) < math.inf
-    return SloScale(
-        factor=slo_scale(results, asked.slo, target),
-        per_seed=per_seed,
-        interval=metrics.rate_interval(per_seed, independent=_independent(asked))
-        if finite
-        else None,
-        steady=all(result.steady for result in results),
-        rate_rps=rate_rps,
-        num_requests=asked.num_requests,
-        seeds=asked.seeds,
-    )
-
-
 def slo_scale(results: Sequence[RunLatencies], slo: SLO, target: float) -> float:
-    """The smallest factor f for which the mean attainment at `slo.scaled(f)` passes.
+    """Return the smallest factor on `slo` at which the mean attainment passes.
 
-    Attainment changes only where f reaches a request's max(ttft / target ttft, tpot /
-    target tpot), so these factors are bisected, and the answer is exact.
+    Small is good: DistServe (OSDI'24, Figs. 8 and 9) reads its plots from right to
+    left. Attainment changes only where the factor reaches max(ttft / target ttft, tpot
+    / target tpot) of a request, so these factors are bisected, and the answer is exact.
 
     Returns:
-      inf if it does not pass at any factor: too few requests finished.
+      inf if no factor passes: too few requests finished.
     """
     factors = sorted({f for result in results for f in _factors(result, slo)})
 
@@ -355,7 +315,7 @@ def _factors(result: RunLatencies, slo: SLO) -> list[float]:
 
 
 def _covering(ttft_s: float, tpot_s: float, slo: SLO) -> float:
-    """The smallest factor, to a rounding, at which a request so slow is good."""
+    """Return the smallest factor, to a rounding, at which such a request is good."""
     ratio = max(ttft_s / slo.ttft_s, tpot_s / slo.tpot_s, sys.float_info.min)
     good = functools.partial(_is_good, ttft_s, tpot_s, slo)
     while not good(ratio):  # rounding: at most a step or two

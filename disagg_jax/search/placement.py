@@ -4,19 +4,19 @@ DistServe's two placement algorithms (OSDI'24, section 4), and a joint search in
 colocated systems take part, so that the answer can be not to disaggregate:
 
 * high affinity (Algorithm 1; KV moves fast between any two devices): the best layout
-  of each phase alone, then as many of each as balance;
+  of each phase alone, then replicas of both in balance;
 * low affinity (Algorithm 2; KV moves inside a node): pairs of a prefill and a decode
   instance with equally many stages across nodes, simulated together, then replicated;
 * joint: any numbers of both, simulated together, and colocated instances.
 
-All of them are one search, `best_first`: a candidate is first simulated at the rate by
-which it would beat the best so far, and searched further only if it passes there. What
-cannot win even by the bound of its phases is not simulated at all. A phase alone has
-less to wait for than in a pair, but its arrivals are not the same (prefill smooths or
-bunches them), and pooled instances do better than one alone: their bound is an estimate
-of what each does when it is always busy. So bounds are widened by a margin, and pruning
-is as safe as the margin; tests/search/test_placement.py holds it against exhaustive
-search.
+All of them search their candidates best first (`candidates.best_first`). A candidate
+that cannot win even by the bound of its phases is not simulated.
+
+A phase alone waits less than in a pair, but its arrivals differ (prefill smooths or
+bunches them), and pooled instances do better than one alone: the bound of a pool is an
+estimate for instances that are always busy. So bounds are widened by a margin, and
+pruning is as safe as the margin; tests/search/test_placement.py compares it with
+exhaustive search.
 """
 
 from __future__ import annotations
@@ -25,100 +25,47 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from disagg_jax.deployment import Deployment, InstanceSpec, Role
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
-from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
-from disagg_jax.search.phases import Build, decode_alone, prefill_alone
+from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
+from disagg_jax.search.candidates import (
+    Candidate,
+    CandidateResult,
+    Layout,
+    Progress,
+    best_first,
+    candidate_row,
+)
+from disagg_jax.search.goodput import GoodputSearch
+from disagg_jax.search.phases import decode_alone, prefill_alone
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload import Workload
 
-Progress = Callable[[str], None]
-# Candidates between two looks at the best; fixed, so that the number of workers does
-# not matter. The first have nothing to beat, so they are searched in full.
-_FIRST, _AT_ONCE = 2, 4
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Layout:
-    """The parallelism of an instance."""
-
-    tp: int
-    pp: int = 1
-
-    @property
-    def devices(self) -> int:
-        """Devices of one instance."""
-        return self.tp * self.pp
-
-    def spec(self, role: Role) -> InstanceSpec:
-        """An instance of it."""
-        return InstanceSpec(role=role, tp=self.tp, pp=self.pp)
-
-    def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}"
+Build = Callable[[Deployment], SimulatedDeployment]
+ALGORITHMS = ("high", "low", "joint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """Something to be ranked by its goodput per device."""
-
-    name: str
-    search: GoodputSearch
-    devices: float  # that its goodput is divided by
-    bound_rps: float = math.inf  # its goodput is not above it
-    copies: int = 1  # that fit on all devices
-    layout: Layout | None = None  # of a phase alone
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What became of a candidate."""
-
-    candidate: Candidate
-    goodput: SimGoodput | None  # None: not simulated, since its bound does not win
-
-    @property
-    def per_device_rps(self) -> float:
-        """Goodput per device; 0 if it did not beat the best when it was tried."""
-        if self.goodput is None or self.goodput.found.pass_rps is None:
-            return 0.0
-        return self.goodput.rps / self.candidate.devices
-
-    @property
-    def won(self) -> bool:
-        """Whether its goodput was found; if not, it is at most `at_most_rps`."""
-        return self.per_device_rps > 0
-
-    @property
-    def at_most_rps(self) -> float:
-        """An upper bound of the goodput, as far as is known."""
-        if self.goodput is None:
-            return self.candidate.bound_rps
-        found = self.goodput.found
-        if found.pass_rps is not None and found.fail_rps is None:
-            return math.inf  # it passed at all rates that were tried
-        return max(found.interval.mean, found.fail_rps or 0.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Problem:
+class PlacementProblem:
     """Devices, requests and targets, and how deployments are simulated.
 
     Attributes:
-      build: of disaggregated deployments; raises a ValueError where a model does not
+      build: simulates a disaggregated deployment; raises ValueError if a model does not
         fit.
-      colocated: the same of each colocated system.
+      colocated: simulates a deployment of each colocated system.
       layouts: to choose from, for each instance.
-      rate_rps: to be served by as many replicas as it takes: goodput counts per device
-        used. Without it all `devices` count, also those that are left over.
+      rate_rps: to serve with as many replicas as it takes: goodput counts per device
+        used. Without a rate all `devices` count, also the ones left over.
       num_requests: of a run for up to `node_devices` devices; twice as many for up to
         twice the devices, and so on, since short runs end before a backlog hurts.
-        Smaller deployments so run longer, and their goodputs are the more cautious.
-      margin: by which bounds are widened.
+        Smaller deployments so run longer, and their goodputs are more cautious.
+      margin: relative; widens the bounds.
     """
 
     build: Build
@@ -134,6 +81,33 @@ class Problem:
     seeds: tuple[int, ...] = (0,)
     margin: float = 0.1
 
+    @classmethod
+    def of(
+        cls, simulation: Simulation, devices: int, **fields: Any
+    ) -> PlacementProblem:
+        """Place the model of a simulation on `devices` devices.
+
+        Layouts have tp inside a node and a pp that divides the layers, as in
+        DistServe's own search.
+
+        Args:
+          fields: other fields of the problem.
+        """
+        colocated = {
+            name: dataclasses.replace(simulation, policies=policies).build
+            for name, policies in SYSTEMS.items()
+            if set(policies) == {Role.COLOCATED}
+        }
+        nodes = simulation.node_devices
+        return cls(
+            build=simulation.build,
+            colocated=colocated,
+            layouts=layouts_of(simulation.model.layers, devices, nodes),
+            devices=devices,
+            node_devices=nodes,
+            **fields,
+        )
+
     def __post_init__(self) -> None:
         require(self.devices >= 1, "devices: expected >= 1", self.devices)
         require(self.margin >= 0, "margin: expected >= 0", self.margin)
@@ -142,18 +116,18 @@ class Problem:
         require(finite, "rate_rps: expected > 0, and finite", rate)
 
     def copies(self, devices: int, nodes: int | None = None) -> int:
-        """How often `devices` of them fit, each time inside `nodes` nodes if given."""
+        """Return how many groups of `devices` fit, each inside `nodes` if given."""
         if nodes is None or self.devices < self.node_devices:
             return self.devices // devices
         room = nodes * self.node_devices
         return self.devices // room * (room // devices)
 
     def share(self, devices: int, copies: int) -> float:
-        """The devices that the goodput of one of the copies is divided by."""
+        """Return the divisor of the goodput of one of the copies."""
         return devices if self.rate_rps is not None else self.devices / copies
 
     def ask(self, simulated: SimulatedDeployment, devices: int) -> GoodputSearch:
-        """The search for a deployment's goodput."""
+        """Return the search for a deployment's goodput."""
         return GoodputSearch(
             simulated=simulated,
             workload=self.workload,
@@ -164,7 +138,7 @@ class Problem:
         )
 
     def feasible(self) -> tuple[tuple[Layout, ...], dict[Layout, str]]:
-        """The layouts that fit on the devices, and why the others do not."""
+        """Return the layouts that fit on the devices, and why the others do not."""
         skipped: dict[Layout, str] = {}
         for layout in self.layouts:
             try:
@@ -177,85 +151,39 @@ class Problem:
         return kept, skipped
 
 
+def layouts_of(layers: int, devices: int, node_devices: int) -> tuple[Layout, ...]:
+    """Return every tp inside a node with every pp that divides the layers."""
+    return tuple(
+        Layout(tp, pp)
+        for tp in range(1, min(devices, node_devices) + 1)
+        for pp in range(1, devices // tp + 1)
+        if layers % pp == 0
+    )
+
+
 def pair(
     prefill: Layout, decode: Layout, num_prefill: int = 1, num_decode: int = 1
 ) -> Deployment:
-    """A deployment of prefill and decode instances."""
+    """Return a deployment of prefill and decode instances."""
     return Deployment(
         (prefill.spec(Role.PREFILL),) * num_prefill
         + (decode.spec(Role.DECODE),) * num_decode
     )
 
 
-# ---- the search ----------------------------------------------------------------------
-
-
-def best_first(
-    candidates: Sequence[Candidate],
-    mapper: Mapper,
-    progress: Progress,
-    *,
-    prune: bool = True,
-    first: int = _FIRST,
-    at_once: int = _AT_ONCE,
-) -> list[Outcome]:
-    """Finds the candidate with the highest goodput per device.
-
-    Args:
-      prune: without it all candidates are searched in full.
-      first: candidates of the first batch.
-      at_once: of each later one. With a mapper that does one at a time, 1 prunes most.
-
-    Returns:
-      An outcome for each candidate, the best first. If none has a goodput, none is
-      `won`.
-    """
-    order = sorted(candidates, key=_promise, reverse=True)
-    best, outcomes = 0.0, list[Outcome]()
-    while len(outcomes) < len(order):
-        begin, size = len(outcomes), at_once if outcomes else first
-        batch = order[begin : begin + size]
-        live = [c for c in batch if not prune or c.bound_rps > best * c.devices]
-        asked = [_to_beat(c, best if prune else 0.0) for c in live]
-        found = dict(zip(map(id, live), mapper(find_goodput, asked), strict=True))
-        done = [Outcome(candidate=c, goodput=found.get(id(c))) for c in batch]
-        outcomes += done
-        best = max(best, *(outcome.per_device_rps for outcome in done))
-        if live or len(outcomes) == len(order):
-            done_of = f"{len(outcomes)}/{len(order)}"
-            progress(f"{done_of}: best {best:.3g} requests/s per device")
-    return sorted(outcomes, key=lambda o: (-o.per_device_rps, o.candidate.devices))
-
-
-def _promise(candidate: Candidate) -> float:
-    """What to try first: an early good one saves the search of many."""
-    rate = min(candidate.search.first_rps(), candidate.bound_rps)
-    return rate / candidate.devices
-
-
-def _to_beat(candidate: Candidate, best: float) -> GoodputSearch:
-    if best == 0:
-        return candidate.search
-    return dataclasses.replace(candidate.search, must_beat_rps=best * candidate.devices)
-
-
 # ---- phases, and Algorithm 1 ---------------------------------------------------------
 
 
 def phase_candidates(
-    problem: Problem, layouts: Sequence[Layout], role: Role
+    problem: PlacementProblem, layouts: Sequence[Layout], role: Role
 ) -> list[Candidate]:
-    """One phase alone, on an instance of each layout."""
+    """Return one phase alone, on an instance of each layout."""
     alone = prefill_alone if role is Role.PREFILL else decode_alone
     return [
         Candidate(
             name=str(layout.spec(role)),
             search=alone(
-                problem.build,
-                layout.tp,
-                layout.pp,
-                1,
-                problem.ask(problem.build(pair(layout, layout)), layout.devices),
+                problem.ask(problem.build(pair(layout, layout)), layout.devices)
             ),
             devices=layout.devices,
             layout=layout,
@@ -265,21 +193,23 @@ def phase_candidates(
 
 
 def replicas(
-    prefill: Outcome,
-    decode: Outcome,
+    prefill: CandidateResult,
+    decode: CandidateResult,
     *,
     devices: int | None = None,
     rate_rps: float | None = None,
 ) -> tuple[int, int]:
-    """How many prefill and decode instances: the last step of Algorithm 1.
+    """Return the numbers of prefill and decode instances: Algorithm 1's last step.
 
     Args:
-      devices: without a rate: the numbers with the highest min(n goodput_p, m
-        goodput_d) that fit, of these those with the fewest devices; (0, 0) if not even
+      devices: without a rate: return the numbers that fit with the highest min(n
+        goodput_p, m goodput_d), and among these the fewest devices; (0, 0) if not even
         one of each fits.
-      rate_rps: the fewest that serve this rate.
+      rate_rps: return the fewest instances that serve this rate.
     """
-    rates, sizes = _rates_and_devices(prefill, decode)
+    rates = (prefill.rps, decode.rps)
+    require(min(rates) > 0, "replicas: expected a goodput > 0 of both phases", rates)
+    sizes = (prefill.candidate.devices, decode.candidate.devices)
     if rate_rps is not None:
         return math.ceil(rate_rps / rates[0]), math.ceil(rate_rps / rates[1])
     fitting = [(0, 0)]
@@ -294,58 +224,49 @@ def replicas(
     return max(fitting, key=quality)
 
 
-def _rates_and_devices(
-    prefill: Outcome, decode: Outcome
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    both = (prefill, decode)
-    rates = [o.per_device_rps * o.candidate.devices for o in both]
-    require(min(rates) > 0, "replicas: expected a goodput > 0 of both phases", rates)
-    return (rates[0], rates[1]), (prefill.candidate.devices, decode.candidate.devices)
-
-
 # ---- Algorithm 2, and the joint search -----------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhaseRates:
-    """What the search of a phase says about one instance, in requests/s."""
+    """The rates of one instance by the search of a phase, in requests/s."""
 
-    bound_rps: float  # its goodput is not above it
-    about_rps: float  # its goodput, or an estimate of it
-    pooled_rps: float  # a bound of what it adds to a pool: queues are shared there
+    bound_rps: float  # its goodput is at most this
+    about_rps: float  # its goodput, or an estimate
+    pooled_rps: float  # an instance of a pool adds at most this: pools share queues
 
 
 Phases = tuple[Mapping[Layout, PhaseRates], Mapping[Layout, PhaseRates]]
 
 
-def phase_rates(outcomes: Sequence[Outcome]) -> dict[Layout, PhaseRates]:
-    """By layout."""
+def phase_rates(results: Sequence[CandidateResult]) -> dict[Layout, PhaseRates]:
+    """Return the rates of a phase by layout."""
     return {
-        outcome.candidate.layout: PhaseRates(
-            bound_rps=outcome.at_most_rps,
-            pooled_rps=_pooled_rps(outcome),
-            about_rps=outcome.goodput.rps
-            if outcome.goodput is not None and outcome.won
-            else min(outcome.at_most_rps, outcome.candidate.search.first_rps()),
+        result.candidate.layout: PhaseRates(
+            bound_rps=result.at_most_rps,
+            pooled_rps=_pooled_rps(result),
+            about_rps=result.goodput.rps
+            if result.goodput is not None and result.won
+            else min(result.at_most_rps, result.candidate.search.first_rps()),
         )
-        for outcome in outcomes
-        if outcome.candidate.layout is not None
+        for result in results
+        if result.candidate.layout is not None
     }
 
 
-def _pooled_rps(outcome: Outcome) -> float:
-    """What a share `target` of which keeps an instance busy all the time."""
-    search = outcome.candidate.search
-    return max(outcome.at_most_rps, search.capacity_rps() / search.plan.target)
+def _pooled_rps(result: CandidateResult) -> float:
+    """Return the rate at which requests meeting the target alone saturate it."""
+    search = result.candidate.search
+    return max(result.at_most_rps, search.capacity_rps() / search.plan.target)
 
 
 def low_affinity_candidates(
-    problem: Problem, layouts: Sequence[Layout], phases: Phases
+    problem: PlacementProblem, layouts: Sequence[Layout], phases: Phases
 ) -> list[Candidate]:
-    """Pairs that share their nodes: Algorithm 2.
+    """Return pairs that share their nodes: Algorithm 2.
 
-    Both instances have their stages spread over the same number of nodes, and equal
-    stages lie together, so that in each node there are at most `node_devices`.
+    Both instances spread their stages over the same number of nodes, and equal stages
+    lie together, so that each node holds at most `node_devices`.
     """
     found: dict[str, Candidate] = {}
     for nodes in range(1, max(1, problem.devices // problem.node_devices) + 1):
@@ -359,11 +280,11 @@ def low_affinity_candidates(
 
 
 def joint_candidates(
-    problem: Problem, layouts: Sequence[Layout], phases: Phases
+    problem: PlacementProblem, layouts: Sequence[Layout], phases: Phases
 ) -> list[Candidate]:
-    """Any numbers of two kinds of instances.
+    """Return any numbers of two kinds of instances.
 
-    Units that are multiples of another are left out: the same instances, pooled.
+    Multiples of another unit are left out: they are the same instances, pooled.
     """
     return [
         _unit(problem, phases, (p, n), (d, m))
@@ -373,9 +294,9 @@ def joint_candidates(
 
 
 def colocated_candidates(
-    problem: Problem, layouts: Sequence[Layout]
+    problem: PlacementProblem, layouts: Sequence[Layout]
 ) -> list[Candidate]:
-    """One instance of each colocated system and layout, replicated."""
+    """Return one instance of each colocated system and layout, replicated."""
     return [
         Candidate(
             name=f"{system} {unit}",
@@ -398,7 +319,7 @@ def _counts(devices: int, prefill: int, decode: int) -> Iterator[tuple[int, int]
 
 
 def _unit(
-    problem: Problem,
+    problem: PlacementProblem,
     phases: Phases,
     prefill: tuple[Layout, int],
     decode: tuple[Layout, int],
@@ -422,3 +343,182 @@ def _unit(
 
 def _bound_rps(rates: PhaseRates, count: int) -> float:
     return rates.bound_rps if count == 1 else count * rates.pooled_rps
+
+
+# ---- the algorithms of a problem -----------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementSearch:
+    """Runs placement algorithms on a problem."""
+
+    problem: PlacementProblem
+    mapper: Mapper
+    progress: Progress
+    prune: bool = True
+    whole: bool = False  # also simulate the answer of Algorithm 1 as a whole
+
+    def run(self, algorithms: Sequence[str]) -> dict[str, Any]:
+        """Return the tables and winners of some of `ALGORITHMS`, ready for JSON.
+
+        Raises:
+          ValueError: if no layout fits, or no candidate meets the targets.
+        """
+        layouts, skipped = self.problem.feasible()
+        reasons = "; ".join(reasons_of({str(k): why for k, why in skipped.items()}))
+        fits = "layouts: expected at least one that fits"
+        require(len(layouts) > 0, f"{fits} ({reasons})", "none")
+        found: dict[str, Any] = {"skipped": {str(k): v for k, v in skipped.items()}}
+        least = min(layout.devices for layout in layouts)
+        room = self.problem.devices - least  # what the other phase leaves
+        paired = [layout for layout in layouts if layout.devices <= room]
+        # The joint search needs good bounds, so its phases are searched in full.
+        prune = self.prune and "joint" not in algorithms
+        prefill, decode = (
+            self._phase(role, paired, prune) for role in (Role.PREFILL, Role.DECODE)
+        )
+        phases = phase_rates(prefill), phase_rates(decode)
+        if "high" in algorithms:
+            found["high"] = self._high(prefill, decode)
+        if "low" in algorithms:
+            pairs = low_affinity_candidates(self.problem, paired, phases)
+            found["low"] = self._units("low", pairs)
+        if "joint" in algorithms:
+            units = [
+                *joint_candidates(self.problem, paired, phases),
+                *colocated_candidates(self.problem, layouts),
+            ]
+            found["joint"] = self._units("joint", units)
+        return found
+
+    def _phase(
+        self, role: Role, layouts: Sequence[Layout], prune: bool
+    ) -> list[CandidateResult]:
+        candidates = phase_candidates(self.problem, layouts, role)
+        results = self._best(f"{role} alone", candidates, prune)
+        if results:
+            _require_reachable(results, f"{role} alone")
+        return results
+
+    def _best(
+        self, name: str, candidates: Sequence[Candidate], prune: bool
+    ) -> list[CandidateResult]:
+        return best_first(
+            candidates,
+            self.mapper,
+            lambda text: self.progress(f"{name}: {text}"),
+            prune=prune,
+        )
+
+    def _high(
+        self, prefill: Sequence[CandidateResult], decode: Sequence[CandidateResult]
+    ) -> dict[str, Any]:
+        p, d = self._fitting(prefill, decode)
+        n, m = replicas(
+            p, d, devices=self.problem.devices, rate_rps=self.problem.rate_rps
+        )
+        devices = int(n * p.candidate.devices + m * d.candidate.devices)
+        served = min(n * p.rps, m * d.rps)
+        deployment = f"{n}x{p.candidate.name},{m}x{d.candidate.name}"
+        return {
+            "winner": deployment,
+            "system": DISAGGREGATED,
+            "deployment": deployment,
+            "devices": devices,
+            "goodput_rps": served,
+            "goodput_per_device_rps": served / devices,
+            "prefill": [candidate_row(result) for result in prefill],
+            "decode": [candidate_row(result) for result in decode],
+            "as a whole": self._as_a_whole((p, n), (d, m), served),
+        }
+
+    def _as_a_whole(
+        self,
+        prefill: tuple[CandidateResult, int],
+        decode: tuple[CandidateResult, int],
+        served: float,
+    ) -> list[dict[str, Any]]:
+        """Simulate all instances together, which Algorithm 1 does not do."""
+        (p, n), (d, m) = prefill, decode
+        if not self.whole or p.candidate.layout is None or d.candidate.layout is None:
+            return []
+        unit = pair(p.candidate.layout, d.candidate.layout, n, m)
+        asked = self.problem.ask(self.problem.build(unit), unit.devices)
+        candidate = Candidate(
+            name=str(unit),
+            search=dataclasses.replace(asked, start_rps=served),
+            devices=unit.devices,
+        )
+        return [
+            candidate_row(result) for result in self._best("whole", [candidate], False)
+        ]
+
+    def _fitting(
+        self, prefill: Sequence[CandidateResult], decode: Sequence[CandidateResult]
+    ) -> tuple[CandidateResult, CandidateResult]:
+        """Return the best instance of each phase, among pairs that fit together."""
+        room = math.inf if self.problem.rate_rps else self.problem.devices
+        pairs = [
+            (p, d)
+            for p in prefill
+            for d in decode
+            if p.won and d.won and p.candidate.devices + d.candidate.devices <= room
+        ]
+        expected = "high: expected devices for the best layout of each phase"
+        require(len(pairs) > 0, expected, self.problem.devices)
+        return max(pairs, key=lambda pair: min(o.per_device_rps for o in pair))
+
+    def _units(self, name: str, units: Sequence[Candidate]) -> dict[str, Any]:
+        expected = f"{name}: expected devices for a prefill and a decode instance"
+        require(len(units) > 0, expected, self.problem.devices)
+        results = self._best(name, units, self.prune)
+        _require_reachable(results, name)
+        best = results[0]
+        unit = best.candidate.search.simulated.deployment
+        copies = best.candidate.copies
+        if self.problem.rate_rps is not None:
+            copies = math.ceil(self.problem.rate_rps / best.rps)
+        return {
+            "winner": best.candidate.name,
+            "system": _system_of(best.candidate, unit),
+            "deployment": str(Deployment(copies * unit.instances)),
+            "copies": copies,
+            "devices": copies * unit.devices,
+            "goodput_rps": copies * best.rps,
+            "goodput_per_device_rps": best.per_device_rps,
+            "candidates": [candidate_row(result) for result in results],
+        }
+
+
+def _system_of(candidate: Candidate, unit: Deployment) -> str:
+    """Return the system of a unit, by its name in `scheduling.SYSTEMS`."""
+    return candidate.name.split()[0] if unit.of(Role.COLOCATED) else DISAGGREGATED
+
+
+def _require_reachable(results: Sequence[CandidateResult], name: str) -> None:
+    """Raise a ValueError if no candidate can meet the targets."""
+    if results[0].won:
+        return
+    scales = {
+        result.goodput.unloaded_scale: result.candidate.name
+        for result in results
+        if result.goodput is not None
+    }
+    scale = min(scales)
+    raise ValueError(
+        f"slo: expected targets that {name} can meet, got ones below the unloaded "
+        f"latency: the fastest, {scales[scale]}, needs {scale:.3g} times as much for "
+        "requests that are served alone"
+        if scale > 1
+        else f"slo: expected targets that {name} can meet under load; the fastest, "
+        f"{scales[scale]}, meets them only for requests that are served alone"
+    )
+
+
+def reasons_of(skipped: Mapping[str, str]) -> list[str]:
+    """Return why layouts are left out, a line for each reason."""
+    layouts: dict[str, list[str]] = {}
+    for layout, why in skipped.items():
+        reason = why.rpartition(", got")[0].removeprefix(f"{layout}: ")
+        layouts.setdefault(reason, []).append(layout)
+    return [f"{' '.join(names)}: {reason}" for reason, names in layouts.items()]

@@ -20,13 +20,13 @@ from disagg_jax.calibration.machine_speed import Speedometer
 from disagg_jax.calibration.profile_keys import Probe, StepKey, cost_of
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.engine.served_deployment import ServedDeployment
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, estimate
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
 from disagg_jax.search.capacity import capacity_rps
-from disagg_jax.search.rates import SearchPlan, estimate, search
+from disagg_jax.search.rates import SearchPlan, search
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from experiments.runs.run_dir import Point, RunDir

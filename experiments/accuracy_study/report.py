@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from disagg_jax.calibration.decision_agreement import StepTime
-from disagg_jax.metrics import SLO, rate_interval
-from disagg_jax.search.rates import GoodputEstimate, estimate
+from disagg_jax.metrics.attainment import SLO
+from disagg_jax.metrics.goodput import GoodputEstimate, estimate
+from disagg_jax.metrics.intervals import margin, rate_interval
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, Twin
-from experiments.comparison.comparison import margin
 from experiments.configs.config import Config
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
@@ -41,7 +41,7 @@ class StepErrors(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SystemResult:
+class SystemAccuracy:
     """One system, at all its rates."""
 
     deployment: str
@@ -74,7 +74,7 @@ class SystemResult:
 class Result:
     """All systems."""
 
-    systems: Mapping[str, SystemResult]
+    systems: Mapping[str, SystemAccuracy]
     slo: SLO
     target: float
     num_requests: int
@@ -131,7 +131,7 @@ def compare(
     )
 
 
-def _system(twin: Twin, rates: Sequence[float], target: float) -> SystemResult:
+def _system(twin: Twin, rates: Sequence[float], target: float) -> SystemAccuracy:
     compared = [twin.compare(rate) for rate in rates]
 
     def goodput(of: Callable[[Compared], Sequence[float]]) -> GoodputEstimate:
@@ -141,7 +141,7 @@ def _system(twin: Twin, rates: Sequence[float], target: float) -> SystemResult:
     by_kind: dict[str, list[StepTime]] = {}
     for step in twin.step_times(points):
         by_kind.setdefault(step.kind, []).append(step)
-    return SystemResult(
+    return SystemAccuracy(
         deployment=str(twin.server.deployment),
         devices=twin.server.deployment.devices,
         rates=compared,
@@ -251,7 +251,7 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
     return rows
 
 
-def _per_device(goodput: GoodputEstimate, of: SystemResult) -> str:
+def _per_device(goodput: GoodputEstimate, of: SystemAccuracy) -> str:
     interval = rate_interval([rps / of.devices for rps in goodput.per_seed_rps])
     return interval_text(dataclasses.asdict(interval), ".4g")
 

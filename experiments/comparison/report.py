@@ -12,32 +12,34 @@ import matplotlib.figure
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
-from disagg_jax.metrics import Interval
-from disagg_jax.workload import TraceWorkload
-from experiments.comparison.comparison import (
-    COLOCATED,
-    DISAGGREGATED,
-    INFEASIBLE,
+from disagg_jax.metrics.intervals import Interval, Margin
+from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.search.comparison import (
     POLICIES,
-    UNCLEAR,
-    Found,
-    Judged,
-    Map,
-    Margin,
-    Question,
+    CellVerdict,
+    ComparisonSpec,
+    SystemResult,
     cell_notes,
     judge,
     needed,
-    sentence,
-    shown_slo,
 )
+from disagg_jax.search.maps import (
+    COLOCATED,
+    INFEASIBLE,
+    UNCLEAR,
+    Axis,
+    Map,
+    Region,
+    regions,
+)
+from disagg_jax.workload.workload import TraceWorkload
 from experiments.papers.figure import Panel, Series, shown_interval
-from experiments.placement.placements import lines
+from experiments.placement.report import lines
 from experiments.report.draw import COLOURS, draw
 from experiments.report.table import align
 from experiments.runs.folder import plain
 
-Grid = Mapping[tuple[int, int], Sequence[Found]]
+Grid = Mapping[tuple[int, int], Sequence[SystemResult]]
 _COLOUR_OF = dict(zip(POLICIES, COLOURS, strict=False))
 _BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
 _WHITE_ON = ("#0072B2", "#009E73", "#000000")  # colours too dark for black letters
@@ -45,13 +47,13 @@ _WHITE_ON = ("#0072B2", "#009E73", "#000000")  # colours too dark for black lett
 # ---- text ----------------------------------------------------------------------------
 
 
-def text(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
+def text(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
     """All tables, then the sentences."""
-    parts = [_header(question)]
+    parts = [_header(spec)]
     for each, grid in zip(maps, grids, strict=True):
         parts += [_table(each, grid), _goodputs(each, grid)]
     for each, grid in zip(maps, grids, strict=True):
-        parts.append(_details(question, each, grid))
+        parts.append(_details(spec, each, grid))
     parts += sentences(maps, grids)
     return "\n\n".join(parts)
 
@@ -82,22 +84,22 @@ def bounded(grid: Grid) -> str:
     )
 
 
-def _header(question: Question) -> str:
-    simulation = question.simulation
+def _header(spec: ComparisonSpec) -> str:
+    simulation = spec.simulation
     link = simulation.inside or "a free link"
     limits = ", ".join(
         f"{name} {policy.limits.decode_rows}"
-        for name in question.systems
+        for name in spec.systems
         for policy in POLICIES[name].values()
         if policy.limits.decode_rows
     )
     return "\n".join(
         [
-            f"{simulation.model_name} on {question.devices} devices, "
-            f"{simulation.cost}, KV over {link}; simulated",
-            f"goodput: requests/s per device at which {question.plan.target:.0%} of "
+            f"{simulation.model.name} on {spec.devices} devices, "
+            f"{simulation.cost.name}, KV over {link}; simulated",
+            f"goodput: requests/s per device at which {spec.plan.target:.0%} of "
             "the requests meet both targets",
-            f"seeds {', '.join(map(str, question.seeds))}; N requests a run; 95 % "
+            f"seeds {', '.join(map(str, spec.seeds))}; N requests a run; 95 % "
             "intervals over seeds; ratios are paired by seed",
             f"requests that decode at once, at most: {limits}; fewer if a step is "
             "smaller",
@@ -137,7 +139,7 @@ def notes(each: Map, grid: Grid) -> list[str]:
     return [*said, *(f"no interval: {reason}" for reason in why if reason)]
 
 
-def _row(judged: Judged) -> tuple[str, ...]:
+def _row(judged: CellVerdict) -> tuple[str, ...]:
     winner = judged.winner
     if judged.verdict == INFEASIBLE:
         why = f"{INFEASIBLE}: {judged.why_infeasible}"
@@ -175,7 +177,7 @@ def _goodputs(each: Map, grid: Grid) -> str:
     return "\n".join([title, *align([head, *rows])])
 
 
-def _details(question: Question, each: Map, grid: Grid) -> str:
+def _details(spec: ComparisonSpec, each: Map, grid: Grid) -> str:
     """Which deployment and which parameters each system had, and why."""
     out = [f"parameters, map of {each.name}"]
     for (i, j), found in grid.items():
@@ -185,12 +187,12 @@ def _details(question: Question, each: Map, grid: Grid) -> str:
             reasons = "; ".join(one.parameters)
             got = f"{one.deployment}: {_figure(one)}; {reasons}"
             out.append(f"  {one.system:<14} {got}")
-            if question.budgets:
+            if spec.budgets:
                 out += [f"    {line}" for line in lines(one.candidates)]
     return "\n".join(out)
 
 
-def _figure(found: Found) -> str:
+def _figure(found: SystemResult) -> str:
     """The goodput, and what makes it doubtful."""
     if found.rps == 0:
         return f"no goodput, alone it needs {found.needs:.3g} x the targets"
@@ -200,7 +202,7 @@ def _figure(found: Found) -> str:
     return ", ".join([f"{found.rps:.3g}/s", *doubts])
 
 
-def answer(found: Sequence[Found]) -> str:
+def answer(found: Sequence[SystemResult]) -> str:
     """Who wins one cell, by how much, and how sure that is."""
     judged = judge(found)
     if judged.verdict == INFEASIBLE:
@@ -223,23 +225,62 @@ def answer(found: Sequence[Found]) -> str:
     return f"{head}\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
 
 
+def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
+    """Say when not to disaggregate, by the cells of a map."""
+    counts = ", ".join(
+        f"{name} {list(verdicts.values()).count(name)}"
+        for name in (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
+    )
+    cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
+    tried = f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
+    if not cases:
+        return f"No cell says not to disaggregate {tried}."
+    return f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
+
+
+def _case(each: Map, region: Region) -> str:
+    sides = [
+        side
+        for axis, part in zip((each.x, each.y), region, strict=True)
+        if (side := _side(axis, part))
+    ]
+    return " and ".join(sides) or f"any {each.x.name} and {each.y.name} that was tried"
+
+
+def _side(axis: Axis, part: range) -> str:
+    """Describe a part of an axis; '' for the whole axis."""
+    low, high = axis.values[part[0]], axis.values[part[-1]]
+    first, last = part[0] == 0, part[-1] == len(axis.values) - 1
+    if first and last:
+        return ""
+    if low == high and not (first or last):
+        bounds = f"= {low:g}"
+    elif first:
+        bounds = f"<= {high:g}"
+    elif last:
+        bounds = f">= {low:g}"
+    else:
+        bounds = f"from {low:g} to {high:g}"
+    return f"{axis.name} {bounds} {axis.unit}"
+
+
 # ---- JSON ----------------------------------------------------------------------------
 
 
-def record(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> Any:
+def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> Any:
     """All that was asked and found, ready for JSON."""
     return {
         "question": {
-            "simulation": plain(question.simulation),
-            "devices": question.devices,
-            "systems": question.systems,
-            "sizes": question.sizes,
-            "budgets": question.budgets,
-            "plan": plain(question.plan),
-            "num_requests": question.num_requests,
-            "max_requests": question.max_requests,
-            "seeds": question.seeds,
-            "policies": {name: plain(POLICIES[name]) for name in question.systems},
+            "simulation": plain(spec.simulation),
+            "devices": spec.devices,
+            "systems": spec.systems,
+            "sizes": spec.sizes,
+            "budgets": spec.budgets,
+            "plan": plain(spec.plan),
+            "num_requests": spec.num_requests,
+            "max_requests": spec.max_requests,
+            "seeds": spec.seeds,
+            "policies": {name: plain(POLICIES[name]) for name in spec.systems},
         },
         "maps": [
             {
@@ -258,7 +299,7 @@ def record(question: Question, maps: Sequence[Map], grids: Sequence[Grid]) -> An
     }
 
 
-def _cell(each: Map, at: tuple[int, int], judged: Judged) -> dict[str, Any]:
+def _cell(each: Map, at: tuple[int, int], judged: CellVerdict) -> dict[str, Any]:
     return {
         each.x.name: each.x.values[at[0]],
         each.y.name: each.y.values[at[1]],
@@ -284,7 +325,7 @@ def _cell(each: Map, at: tuple[int, int], judged: Judged) -> dict[str, Any]:
 
 
 def plot(
-    question: Question,
+    spec: ComparisonSpec,
     maps: Sequence[Map],
     grids: Sequence[Grid],
     path: pathlib.Path,
@@ -292,7 +333,7 @@ def plot(
     """A map of winners for each pair of axes; of a single cell, all goodputs."""
     if len(maps) == 1 and len(maps[0].cells) == 1:
         ((found,),) = (grid.values() for grid in grids)
-        _plot_cell(question, maps[0], found, path)
+        _plot_cell(spec, maps[0], found, path)
         return
     with matplotlib.rc_context({"font.size": 9, "hatch.linewidth": 0.6}):
         wide = sum(1.75 * len(each.x.values) + 1.2 for each in maps)
@@ -304,12 +345,12 @@ def plot(
         for one, each, grid in zip(axes, maps, grids, strict=True):
             _draw(one, each, grid)
         figure.legend(
-            handles=_legend(question), loc="outside lower center", ncols=4, fontsize=8
+            handles=_legend(spec), loc="outside lower center", ncols=4, fontsize=8
         )
-        simulation = question.simulation
+        simulation = spec.simulation
         figure.suptitle(
-            f"Who serves the most: {simulation.model_name} on {question.devices} "
-            f"devices, {simulation.cost}, {len(question.seeds)} seeds",
+            f"Who serves the most: {simulation.model.name} on {spec.devices} "
+            f"devices, {simulation.cost.name}, {len(spec.seeds)} seeds",
             fontsize=10,
         )
         _caption(figure, maps, grids)
@@ -325,7 +366,10 @@ def _caption(figure: Any, maps: Sequence[Map], grids: Sequence[Grid]) -> None:
 
 
 def _plot_cell(
-    question: Question, each: Map, found: Sequence[Found], path: pathlib.Path
+    spec: ComparisonSpec,
+    each: Map,
+    found: Sequence[SystemResult],
+    path: pathlib.Path,
 ) -> None:
     """A bar for each system with its interval."""
     with matplotlib.rc_context({"font.size": 9}):
@@ -347,10 +391,10 @@ def _plot_cell(
         seeds = "95 % intervals over seeds" if known else "no intervals"
         axes.set(xlabel=f"goodput (requests/s per device), {seeds}")
         _caption(figure, [each], [{(0, 0): found}])
-        simulation, (cell,) = question.simulation, each.cells.values()
+        simulation, (cell,) = spec.simulation, each.cells.values()
         axes.set_title(
-            f"{simulation.model_name} on {question.devices} devices, "
-            f"{simulation.cost}; {each.fixed}\n{shown_slo(cell.slo)}{_footnote(found)}",
+            f"{simulation.model.name} on {spec.devices} devices, "
+            f"{simulation.cost.name}; {each.fixed}\n{cell.slo}{_footnote(found)}",
             fontsize=9,
         )
         figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -394,14 +438,14 @@ def _draw(axes: Any, each: Map, grid: Grid) -> None:
     axes.set_title(each.fixed + _footnote(*grid.values()), fontsize=8.5)
 
 
-def _footnote(*cells: Sequence[Found]) -> str:
+def _footnote(*cells: Sequence[SystemResult]) -> str:
     """What the mark of bounded runs means, where there are any."""
     if not any(found[0].bounded for found in cells):
         return ""
     return f"\n{_BOUNDED} runs are shorter than the targets ask for"
 
 
-def _draw_cell(axes: Any, at: tuple[int, int], judged: Judged) -> None:
+def _draw_cell(axes: Any, at: tuple[int, int], judged: CellVerdict) -> None:
     x, y = at
     infeasible = judged.verdict == INFEASIBLE
     colour = "white" if infeasible else _COLOUR_OF[judged.winner.system]
@@ -431,7 +475,7 @@ def _draw_cell(axes: Any, at: tuple[int, int], judged: Judged) -> None:
     )
 
 
-def _label(judged: Judged) -> str:
+def _label(judged: CellVerdict) -> str:
     """The winner, its goodput, and disaggregated over the best colocated system."""
     if judged.verdict == INFEASIBLE:
         nearest = min(found.needs for found in judged.ranked)
@@ -451,10 +495,8 @@ def _ratio(ratio: Interval) -> str:
     return f"d/c {ratio.mean:.2f}\n[{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _legend(question: Question) -> list[Patch]:
-    systems = [
-        Patch(facecolor=_COLOUR_OF[name], label=name) for name in question.systems
-    ]
+def _legend(spec: ComparisonSpec) -> list[Patch]:
+    systems = [Patch(facecolor=_COLOUR_OF[name], label=name) for name in spec.systems]
     return [
         *systems,
         Patch(

@@ -7,12 +7,11 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
-from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.tuning import has_rule, resized
+from disagg_jax.scheduling.system import System
+from disagg_jax.scheduling.tuning import has_rule
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
@@ -70,29 +69,6 @@ class Targets:
         else:
             ttft_s, tpot_s = self.ttft_scale * prefill_s, self.tpot_scale * decode_s
         return SLO(ttft_s=self.ttft_s or ttft_s, tpot_s=self.tpot_s or tpot_s)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class System:
-    """A scheduling system on a deployment."""
-
-    deployment: str  # such as 2xcolocated:tp1 or prefill:tp2,decode:tp1
-    policies: Mapping[Role, Policy]  # by role; see `disagg_jax.scheduling.SYSTEMS`
-
-    @classmethod
-    def of(
-        cls, system: str, deployment: str, **changes: Mapping[str, object]
-    ) -> System:
-        """Return `system` with changed parameters, like `prefill={"max_seqs": 8}`."""
-        return cls(deployment=deployment, policies=get_system(system, **changes))
-
-    def resized(self, step_tokens: int) -> System:
-        """Return this system with steps of that size, where a paper tunes the size."""
-        policies = {
-            role: resized(policy, step_tokens) if has_rule(policy) else policy
-            for role, policy in self.policies.items()
-        }
-        return dataclasses.replace(self, policies=policies)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,4 @@
-"""Named simulations: models, cost models, policies and links for `simulate` & co.
-
-A simulation is everything but the deployment and the requests. To vary one:
-`dataclasses.replace(get_simulation("opt13b_a100"), between="100gb")`.
-"""
+"""Named simulations: models, cost models and links for `simulate` and others."""
 
 from __future__ import annotations
 
@@ -11,193 +7,78 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.request import Request
-from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.simdistserve import (
-    NO_LIMIT,
-    PrefillThenDecode,
-    RoundRobinDecode,
-)
 from disagg_jax.sim.cost.distserve_profile import FittedProfile, profile_from_json
-from disagg_jax.sim.cost.interface import CostModel
-from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.cost.roofline import RooflineCost
-from disagg_jax.sim.hardware.link import LINKS, get_link
-from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.hardware.link import LINKS
 from disagg_jax.sim.hardware.presets import get_hardware
-from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.sim.simulation import DeviceCost, Simulation
 from disagg_jax.workload import requests_of_rows
 from disagg_jax.workload.traces import Trace, fit_rows, load_trace
 from models.lookup import find_model
 
 PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
-_UNLIMITED_BLOCKS = 10**12
-_POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Simulation:
-    """What `build` makes a simulated deployment of.
-
-    Raises:
-      ValueError: on an unknown model, cost model, hardware or link, or more streamed
-        groups than layers.
-    """
-
-    model: str  # a name of `models/config.py`, or what else `find_model` reads
-    # "fitted/ENGINE" (DistServe's A100 coefficients) or "roofline/HARDWARE".
-    cost: str
-    # Another for colocated instances. A comparison across it compares engines too, so
-    # whatever is printed of it is marked.
-    colocated_cost: str | None = None
-    policies: Mapping[Role, Policy] = dataclasses.field(
-        default_factory=lambda: dict(_POLICIES)
-    )
-    prefill_budget_is_memory: bool = False  # simdistserve: L_m is the KV capacity
-    kv_memory: bool = True  # False: unlimited
-    inside: str | None = None  # link inside a node; None takes no time
-    between: str | None = None  # link between nodes; None: all is one node
-    node_devices: int = 8
-    # Layer groups in which KV leaves while its prompt is computed; 0: all of it after.
-    streamed_groups: int = 0
-    max_context: int = 2048  # of one request, in tokens
-    block_tokens: int = 16
-    extra_tokens: int = 0  # generated beyond the output length that is asked for
-
-    def __post_init__(self) -> None:
-        layers, groups = find_model(self.model).layers, self.streamed_groups
-        expected = f"streamed_groups: expected 0 to {layers}, the model's layers"
-        require(0 <= groups <= layers, expected, groups)
-        for link in (self.inside, self.between):
-            if link is not None:
-                get_link(link)
-        for cost in self.costs:
-            cost_model(cost, self.model)
-
-    @property
-    def model_name(self) -> str:
-        """To show: a model of a file has the file's name."""
-        return find_model(self.model).name
-
-    @property
-    def costs(self) -> tuple[str, ...]:
-        """The cost models that are used."""
-        return tuple(dict.fromkeys((self.cost, self.colocated_cost or self.cost)))
-
-    @property
-    def mark(self) -> str:
-        """What to print beside every result: '' if all systems share a cost model."""
-        if len(self.costs) == 1:
-            return ""
-        return f"unequal engines: colocated {self.costs[1]}, others {self.cost}"
-
-    def cost_of(self, spec: InstanceSpec) -> CostModel:
-        """The cost model of an instance."""
-        colocated = spec.role is Role.COLOCATED and self.colocated_cost is not None
-        return cost_model(self.costs[1] if colocated else self.cost, self.model)
-
-    def memory_of(self, spec: InstanceSpec) -> KVMemory:
-        """The KV memory of an instance.
-
-        Raises:
-          ValueError: if the model does not fit on it.
-        """
-        blocks = _UNLIMITED_BLOCKS
-        if self.kv_memory:
-            blocks = self.kv_tokens(spec) // self.block_tokens
-        return KVMemory(
-            num_blocks=blocks,
-            block_tokens=self.block_tokens,
-            max_context=self.max_context + self.extra_tokens,
-        )
-
-    def kv_tokens(self, spec: InstanceSpec) -> int:
-        """Tokens of KV that fit beside the weights."""
-        kind, _, name = self.cost.partition("/")
-        if kind == "fitted":
-            return distserve_profile().kv_tokens(self.model, spec.tp, spec.pp)
-        shape, hardware = find_model(self.model), get_hardware(name)
-        return RooflineCost(model=shape, hardware=hardware).kv_tokens(spec.tp, spec.pp)
-
-    def build(self, deployment: Deployment) -> SimulatedDeployment:
-        """The simulated deployment.
-
-        Raises:
-          ValueError: if the model does not fit, or the cost model has no data for a tp,
-            or KV is to be streamed and no instance sends any.
-        """
-        sends = self.streamed_groups == 0 or deployment.of(Role.PREFILL)
-        expected = (
-            f"streamed_groups: expected 0, as no instance of {deployment} sends KV"
-        )
-        require(bool(sends), expected, self.streamed_groups)
-        shape = find_model(self.model)
-        return SimulatedDeployment(
-            deployment=deployment,
-            policies=self._policies(deployment),
-            memory=tuple(self.memory_of(spec) for spec in deployment.instances),
-            streams=self.streamed_groups > 0,
-            cost=ModelledCost(
-                instances=tuple(
-                    self.cost_of(spec).instance(spec.tp, spec.pp)
-                    for spec in deployment.instances
-                ),
-                network=Network(
-                    deployment=deployment,
-                    kv_bytes_per_token=shape.kv_bytes_per_token,
-                    inside=get_link(self.inside) if self.inside else None,
-                    between=get_link(self.between) if self.between else None,
-                    node_devices=self.node_devices,
-                    layer_groups=max(1, self.streamed_groups),
-                ),
-            ),
-        )
-
-    def _policies(self, deployment: Deployment) -> Mapping[Role, Policy]:
-        if not self.prefill_budget_is_memory:
-            return self.policies
-        entry = deployment.of(Role.PREFILL, Role.COLOCATED)[0]
-        budget = self.kv_tokens(deployment.instances[entry])
-        prefill = PrefillOnly(token_budget=budget, max_seqs=NO_LIMIT)
-        return {
-            Role.PREFILL: prefill,
-            Role.DECODE: RoundRobinDecode(),
-            Role.COLOCATED: PrefillThenDecode(prefill=prefill),
-        }
 
 
 @functools.cache
 def distserve_profile() -> FittedProfile:
-    """DistServe's released A100 coefficients."""
+    """Return DistServe's released A100 coefficients."""
     return profile_from_json(json.loads(DISTSERVE.read_text()))
 
 
-@functools.cache
-def cost_model(name: str, model: str) -> CostModel:
-    """The cost model `name` ("fitted/distserve", "roofline/h100", ...) of `model`."""
+def device_cost(name: str, model: str) -> DeviceCost:
+    """Return the durations of a model by name.
+
+    Args:
+      name: fitted/ENGINE, DistServe's A100 coefficients of one engine, or
+        roofline/HARDWARE.
+
+    Raises:
+      ValueError: on an unknown name, or a model that was not measured.
+    """
     kind, _, rest = name.partition("/")
     kinds = "'fitted/ENGINE' or 'roofline/HARDWARE'"
-    require(
-        kind in ("fitted", "roofline") and rest != "", f"cost: expected {kinds}", name
-    )
+    known = kind in ("fitted", "roofline") and rest != ""
+    require(known, f"cost: expected {kinds}", name)
     if kind == "fitted":
-        return distserve_profile().cost_model(rest, model)
-    return RooflineCost(model=find_model(model), hardware=get_hardware(rest))
+        fitted = distserve_profile()
+        cost = fitted.cost_model(rest, model)
+        tokens = functools.partial(fitted.kv_tokens, model)
+        return DeviceCost(name=name, model=cost, kv_tokens=tokens)
+    roofline = RooflineCost(model=find_model(model), hardware=get_hardware(rest))
+    return DeviceCost(name=name, model=roofline, kv_tokens=roofline.kv_tokens)
+
+
+def named_simulation(
+    model: str, cost: str, colocated_cost: str | None = None, **fields: Any
+) -> Simulation:
+    """Return a simulation whose model and costs have these names.
+
+    Args:
+      fields: other fields of `Simulation`.
+
+    Raises:
+      ValueError: on an unknown name.
+    """
+    return Simulation(
+        model=find_model(model),
+        cost=device_cost(cost, model),
+        colocated_cost=device_cost(colocated_cost, model) if colocated_cost else None,
+        **fields,
+    )
 
 
 def _simdistserve(model: str) -> Simulation:
-    """DistServe's own simulator: free links, no KV memory, an engine for each side."""
-    return Simulation(
-        model=model,
-        cost="fitted/distserve",
-        colocated_cost="fitted/vllm",
+    """Return DistServe's own simulator: free links, no KV memory, unequal engines."""
+    return named_simulation(
+        model,
+        "fitted/distserve",
+        "fitted/vllm",
         prefill_budget_is_memory=True,
         kv_memory=False,
         max_context=10**9,
@@ -205,44 +86,35 @@ def _simdistserve(model: str) -> Simulation:
     )
 
 
-SIMULATIONS = {
-    "simdistserve_opt13b": _simdistserve("opt-13b"),
-    "simdistserve_opt66b": _simdistserve("opt-66b"),
-    # One engine for all systems, KV memory and links: what the comparison should be.
-    "opt13b_a100": Simulation(
-        model="opt-13b", cost="fitted/distserve", inside="nvlink-a100", between="25gb"
-    ),
-    "opt66b_a100": Simulation(
-        model="opt-66b", cost="fitted/distserve", inside="nvlink-a100", between="25gb"
-    ),
-    "opt175b_a100": Simulation(
-        model="opt-175b", cost="roofline/a100-80g", inside="nvlink-a100", between="25gb"
-    ),
-    "llama3_8b_h100": Simulation(
-        model="llama-3-8b",
-        cost="roofline/h100",
-        inside="nvlink-h100",
-        between="400gb",
-        max_context=8192,
-    ),
-    "llama3_70b_h100": Simulation(
-        model="llama-3-70b",
-        cost="roofline/h100",
-        inside="nvlink-h100",
-        between="400gb",
-        max_context=8192,
-    ),
+def _on_a100s(model: str, cost: str = "fitted/distserve") -> Simulation:
+    """Return one engine for all systems, with KV memory and links."""
+    return named_simulation(model, cost, inside="nvlink-a100", between="25gb")
+
+
+def _on_h100s(model: str) -> Simulation:
+    links = {"inside": "nvlink-h100", "between": "400gb"}
+    return named_simulation(model, "roofline/h100", max_context=8192, **links)
+
+
+SIMULATIONS: Mapping[str, Callable[[], Simulation]] = {
+    "simdistserve_opt13b": lambda: _simdistserve("opt-13b"),
+    "simdistserve_opt66b": lambda: _simdistserve("opt-66b"),
+    "opt13b_a100": lambda: _on_a100s("opt-13b"),
+    "opt66b_a100": lambda: _on_a100s("opt-66b"),
+    "opt175b_a100": lambda: _on_a100s("opt-175b", "roofline/a100-80g"),
+    "llama3_8b_h100": lambda: _on_h100s("llama-3-8b"),
+    "llama3_70b_h100": lambda: _on_h100s("llama-3-70b"),
 }
 
 
 def get_simulation(name: str) -> Simulation:
-    """The simulation called `name`."""
+    """Return the simulation called `name`."""
     require(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
-    return SIMULATIONS[name]
+    return SIMULATIONS[name]()
 
 
 def link_inside(hardware: str) -> str | None:
-    """The link between two devices in a node; None if `hardware` has none."""
+    """Return the link between two devices in a node; None if `hardware` has none."""
     link = get_hardware(hardware).hop.name
     return link if link in LINKS else None
 
@@ -250,7 +122,7 @@ def link_inside(hardware: str) -> str | None:
 def roofline_simulation(
     model: str, hardware: str, max_context: int = 2048
 ) -> Simulation:
-    """A model on a device by a roofline; KV moves over the device's own link.
+    """Simulate a model on a device by a roofline; KV moves over the device's own link.
 
     Raises:
       ValueError: on an unknown name, or a device without such a link.
@@ -258,18 +130,34 @@ def roofline_simulation(
     link = link_inside(hardware)
     expected = "hardware: expected a device with a link to others"
     require(link is not None, expected, hardware)
-    return Simulation(
-        model=model, cost=f"roofline/{hardware}", inside=link, max_context=max_context
+    return named_simulation(
+        model, f"roofline/{hardware}", inside=link, max_context=max_context
     )
+
+
+def placement_simulation(model: str, hardware: str) -> Simulation:
+    """Simulate a model on a device with one cost model for all systems.
+
+    Durations are DistServe's measured coefficients where its profile has the model on
+    an a100, and a roofline otherwise.
+
+    Raises:
+      ValueError: on an unknown name.
+    """
+    device = {"a100": "a100-80g"}.get(hardware, hardware)
+    measured = distserve_profile().fits["distserve"]
+    fitted = device == "a100-80g" and model in measured
+    cost = "fitted/distserve" if fitted else f"roofline/{device}"
+    return named_simulation(model, cost, inside=link_inside(device))
 
 
 def trace_requests(
     trace: str | Trace, simulation: Simulation, rate_rps: float | None = None
 ) -> list[Request]:
-    """The requests of a trace, with the tokens the simulation adds to each.
+    """Return the requests of a trace, with the tokens the simulation adds to each.
 
     Args:
-      rate_rps: None keeps the trace's own times, which it must have then.
+      rate_rps: None keeps the times of the trace, which must have times then.
     """
     if not isinstance(trace, Trace):
         trace = load_trace(trace)

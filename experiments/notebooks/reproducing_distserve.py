@@ -105,14 +105,15 @@ print((out / "requests.csv").read_text())
 # ```
 
 # %%
+from disagg_jax.search.placement import PlacementProblem
 from disagg_jax.search.rates import SearchPlan
 from experiments import placement_search
+from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS
-from experiments.placement.placements import problem_of, simulation_of
 
-problem = problem_of(
-    simulation_of("opt-13b", "a100"),
+problem = PlacementProblem.of(
+    placement_simulation("opt-13b", "a100"),
     8,
     workload=get_workload("sharegpt"),
     slo=SLOS["chat 13B"],

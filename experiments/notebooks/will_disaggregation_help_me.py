@@ -166,17 +166,18 @@ Image(filename=out / "lengths.png")
 
 # %%
 from disagg_jax.scheduling.tuning import tile_multiples
-from experiments.comparison.comparison import Question, slos_map
+from disagg_jax.search.comparison import ComparisonSpec
+from disagg_jax.search.maps import slos_map
 from experiments.comparison.report import answer
 from experiments.configs.named_simulations import roofline_simulation
 
-question = Question(
+spec = ComparisonSpec(
     simulation=roofline_simulation(model, hardware, max_context=8192),
     devices=devices,
     sizes=tile_multiples(max(128, device.tile_rows)),
 )
 cell = slos_map([ttft_s], [tpot_s], workload, pathlib.Path(trace).name)
-report, (grid,) = compare_systems.run(question, [cell], out=out)
+report, (grid,) = compare_systems.run(spec, [cell], out=out)
 (found,) = grid.values()
 print(answer(found))
 
@@ -210,7 +211,7 @@ around = slos_map(
     workload,
     pathlib.Path(trace).name,
 )
-report, _ = compare_systems.run(question, [around], out=out / "around")
+report, _ = compare_systems.run(spec, [around], out=out / "around")
 print(report.splitlines()[-1])
 Image(filename=out / "around" / "maps.png")
 
@@ -220,6 +221,6 @@ Image(filename=out / "around" / "maps.png")
 # Durations are a roofline's: peaks of the device times the share of them that published
 # measurements reach (`disagg_jax/sim/hardware/presets.py`; for TPUs that share is
 # assumed). Both sides have the same, so a ratio is safer than a rate. A few seeds of a
-# few hundred requests see differences of ten percent, not of two: give `Question` more
-# `num_requests` and `seeds`. To hold the simulator against your own machine: `python -m experiments.calibrate` and
+# few hundred requests see differences of ten percent, not of two: give
+# `ComparisonSpec` more `num_requests` and `seeds`. To hold the simulator against your own machine: `python -m experiments.calibrate` and
 # `python -m experiments.accuracy`.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.interface import Policy
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.work import StepLoad
-from experiments.configs.named_simulations import Simulation, cost_model
+from experiments.configs.named_simulations import device_cost, named_simulation
 
 ROOFLINE = "Ours is a roofline of data-sheet peaks, not fitted to the paper's engine"
 
@@ -19,9 +20,9 @@ def colocated(
     kv_memory: bool = True,
 ) -> Simulation:
     """`policy` serving `model` on `hardware`."""
-    return Simulation(
-        model=model,
-        cost=f"roofline/{hardware}",
+    return named_simulation(
+        model,
+        f"roofline/{hardware}",
         policies={Role.COLOCATED: policy},
         max_context=max_context,
         kv_memory=kv_memory,
@@ -42,6 +43,6 @@ def step_s(
       chunks: (tokens cached before, tokens) of each prompt part.
       context: tokens that each decode attends to.
     """
-    instance = cost_model(f"roofline/{hardware}", model).instance(1)
+    instance = device_cost(f"roofline/{hardware}", model).model.instance(1)
     (seconds,) = instance.stages_s(StepLoad(chunks, decodes, decodes * context))
     return seconds

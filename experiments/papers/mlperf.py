@@ -6,6 +6,7 @@ is of interest is which system its bounds favour.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from disagg_jax.deployment import Deployment, Role
@@ -13,7 +14,7 @@ from disagg_jax.metrics.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
-from experiments.configs.named_simulations import Simulation
+from experiments.configs.named_simulations import roofline_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.figure import (
     Claim,
@@ -34,12 +35,8 @@ _PLAN = SearchPlan(growth=1.5, tolerance=0.1, max_rates=12)
 
 def _search(lab: Lab, system: str, bounds: str) -> GoodputSearch:
     policies = SYSTEMS[system]
-    simulation = Simulation(
-        model="llama-2-70b",
-        cost="roofline/h100",
-        policies=policies,
-        inside="nvlink-h100",
-        max_context=4096,
+    simulation = dataclasses.replace(
+        roofline_simulation("llama-2-70b", "h100", 4096), policies=policies
     )
     deployment = _COLOCATED if Role.COLOCATED in policies else _SPLIT
     slo = MLPERF_SLOS[bounds]

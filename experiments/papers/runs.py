@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.sim.run import RunLatencies, SimulationTask
-from disagg_jax.workload import RandomWorkload
-from experiments.configs.named_simulations import Simulation
+from disagg_jax.sim.simulation import Simulation
+from disagg_jax.workload.workload import RandomWorkload
 from experiments.papers.distserve.published import TARGET
 from experiments.papers.figure import Lab, shown, shown_interval
 
@@ -142,20 +141,6 @@ def percent(shares: Sequence[float]) -> str:
         low, high = max(0.0, found.low), min(100.0, found.high)
         found = dataclasses.replace(found, low=low, high=high)
     return shown_interval(found, ".1f", " %")
-
-
-def tightest_scale(result: RunLatencies, slo: SLO, target: float = TARGET) -> float:
-    """The smallest factor on both targets at which the run attains `target`.
-
-    Exactly: each request needs a factor of its own, and this is a quantile of them;
-    infinite where too few requests finished.
-    """
-    needed = sorted(
-        max(ttft / slo.ttft_s, tpot / slo.tpot_s)
-        for ttft, tpot in zip(result.ttft_s, result.tpot_s, strict=True)
-    )
-    rank = math.ceil(target * result.arrived - 1e-9)
-    return needed[rank - 1] if rank <= len(needed) else math.inf
 
 
 def geometric(low: float, high: float, n: int) -> list[float]:

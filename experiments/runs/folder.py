@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disagg_jax.formats import RUN
+from disagg_jax.sim.simulation import DeviceCost, Simulation
 from experiments.cli.command import command_line
 from experiments.runs.provenance import commit
 
@@ -159,8 +160,13 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 def plain(value: Any) -> Any:
     """Return JSON data: dataclasses by type and fields, functions by name.
 
-    Infinities become None.
+    Infinities become None, and a simulation's model and costs their names.
     """
+    if isinstance(value, DeviceCost):
+        return value.name
+    if isinstance(value, Simulation):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {"type": "Simulation", **plain(fields | {"model": value.model.name})}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **plain(fields)}

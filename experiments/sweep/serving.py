@@ -241,5 +241,5 @@ def resolve_criteria(
         slo,
         target=config.search.target,
         prompt_tokens=source.longest_prompt(),
-        idle=durations.alone,
+        unloaded=durations.alone,
     )

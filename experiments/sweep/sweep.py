@@ -13,25 +13,25 @@ from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
-from disagg_jax.metrics import SLO, Interval
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import Criterion
-from disagg_jax.metrics.summary import summarise
-from disagg_jax.request import Timeline
-from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.search.rates import (
+from disagg_jax.metrics.goodput import (
     BestRate,
     GoodputEstimate,
     Inversion,
     best_rate,
-    climb,
     estimate,
     find_inversion,
-    search,
 )
+from disagg_jax.metrics.intervals import Interval
+from disagg_jax.metrics.ranking import rank
+from disagg_jax.metrics.summary import summarise
+from disagg_jax.request import Timeline
+from disagg_jax.runlog.event_log import EventLog
+from disagg_jax.search.rates import climb, search
 from experiments.configs.config import Config
 from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
-from experiments.sweep.ranks import rank
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Progress
 from experiments.sweep.weights import Model

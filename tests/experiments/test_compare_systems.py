@@ -7,39 +7,39 @@ import math
 
 import pytest
 
-from disagg_jax.metrics import SLO
-from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.workload import FixedLengths, RandomWorkload
-from experiments.compare_systems import numbers
-from experiments.comparison.comparison import (
+from disagg_jax.metrics.attainment import SLO
+from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.search.comparison import (
+    ComparisonSpec,
+    SystemResult,
+    compare,
+    deployments,
+    judge,
+    run_s,
+    search_system,
+    system_searches,
+)
+from disagg_jax.search.maps import (
     COLOCATED,
-    DISAGGREGATED,
     INFEASIBLE,
     UNCLEAR,
     Axis,
     Cell,
-    Found,
     Map,
-    Question,
-    compare,
-    contests,
-    deployments,
-    find,
-    judge,
     lengths_map,
-    margin,
-    rectangles,
-    run_s,
-    sentence,
+    regions,
     slos_map,
 )
-from experiments.comparison.report import answer, plot, record, text
-from experiments.configs.named_simulations import (
-    Simulation,
-    get_simulation,
-    roofline_simulation,
-)
+from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.simulation import DeviceCost, Simulation
+from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload.workload import RandomWorkload
+from experiments.accuracy_study.report import plot, text
+from experiments.compare_systems import numbers
+from experiments.comparison.report import answer, record, sentence
+from experiments.configs.named_simulations import get_simulation, roofline_simulation
 from experiments.configs.paper_workloads import get_workload
+from models.lookup import find_model
 from tests.commands import run_command
 
 
@@ -75,22 +75,20 @@ class LinearModel:
         return LinearInstance(self.cost)
 
 
-class LinearSimulation(Simulation):
-    """1 ms a prompt token, 10 ms a decode step; free transfers, endless memory."""
-
-    def cost_of(self, spec):
-        return LinearModel(LinearCost(step_base_s=0.01, prefill_token_s=1e-3))
-
-    def kv_tokens(self, spec):
-        return 10**6
-
-
-LINEAR = LinearSimulation(
-    model="opt-13b", cost="roofline/a100-80g", kv_memory=False, max_context=10**6
+# 1 ms a prompt token, 10 ms a decode step; free transfers, endless memory.
+LINEAR = Simulation(
+    model=find_model("opt-13b"),
+    cost=DeviceCost(
+        name="linear",
+        model=LinearModel(LinearCost(step_base_s=0.01, prefill_token_s=1e-3)),
+        kv_tokens=lambda tp, pp: 10**6,
+    ),
+    kv_memory=False,
+    max_context=10**6,
 )
 
 
-def linear_question(**changes):
+def linear_spec(**changes):
     fields = {
         "simulation": LINEAR,
         "devices": 2,
@@ -98,12 +96,12 @@ def linear_question(**changes):
         "sizes": (100, 200),
         "num_requests": 150,
     }
-    return Question(**(fields | changes))
+    return ComparisonSpec(**(fields | changes))
 
 
 def judged(output, slo):
-    found = contests(linear_question(), Cell(workload=hundred(output), slo=slo))
-    return judge([find(contest) for contest in found])
+    found = system_searches(linear_spec(), Cell(workload=hundred(output), slo=slo))
+    return judge([search_system(each) for each in found])
 
 
 def hundred(output):
@@ -172,15 +170,15 @@ def test_all_devices_are_used_in_all_ways():
     )
 
 
-def small_question(**changes):
+def small_spec(**changes):
     simulation = roofline_simulation("opt-13b", "a100-80g", 4096)
     fields = {"simulation": simulation, "devices": 2, "sizes": (128, 256, 512, 1024)}
-    return Question(**(fields | changes))
+    return ComparisonSpec(**(fields | changes))
 
 
 def test_all_candidates_of_a_cell_get_equal_requests():
     workload, slo = get_workload("fixed:512x64"), SLO(ttft_s=1.0, tpot_s=0.1)
-    made = contests(small_question(), Cell(workload=workload, slo=slo))
+    made = system_searches(small_spec(), Cell(workload=workload, slo=slo))
     searches = [o.candidate.search for c in made for o in c.options]
     (n,) = {search.num_requests for search in searches}
     assert {search.seeds for search in searches} == {(0, 1, 2)}
@@ -195,10 +193,10 @@ def test_all_candidates_of_a_cell_get_equal_requests():
 def test_the_step_size_follows_the_tpot_target():
     # 100 prompt tokens and 10 gaps: of 20 tokens one decodes, of 40 three. A mixed step
     # takes 10 ms and 19, or 37.
-    question = linear_question(systems=("sarathi_serve", DISAGGREGATED), sizes=(20, 40))
+    spec = linear_spec(systems=("sarathi_serve", DISAGGREGATED), sizes=(20, 40))
     for tpot_s, size, step_ms in ((0.03, 20, 29), (0.05, 40, 47)):
         slo = SLO(ttft_s=0.5, tpot_s=tpot_s)
-        (chunked, _) = contests(question, Cell(workload=hundred(11), slo=slo))
+        (chunked, _) = system_searches(spec, Cell(workload=hundred(11), slo=slo))
         (option,) = chunked.options
         assert option.parameters == (
             f"token_budget = {size}: the largest step within TPOT: {step_ms} of "
@@ -207,9 +205,9 @@ def test_the_step_size_follows_the_tpot_target():
 
 
 def test_given_budgets_are_all_tried():
-    question = small_question(systems=("vllm", DISAGGREGATED), budgets=(256, 512))
+    spec = small_spec(systems=("vllm", DISAGGREGATED), budgets=(256, 512))
     cell = Cell(workload=get_workload("fixed:512x64"), slo=SLO(ttft_s=1.0, tpot_s=0.1))
-    vllm, pair = contests(question, cell)
+    vllm, pair = system_searches(spec, cell)
     assert [o.candidate.name for o in vllm.options] == [
         "2xcolocated:tp1 256 tokens",
         "2xcolocated:tp1 512 tokens",
@@ -222,53 +220,8 @@ def test_given_budgets_are_all_tried():
     ]
 
 
-# ---- intervals -----------------------------------------------------------------------
-
-
-def test_a_margin_is_a_geometric_mean_with_an_interval():
-    # Logs of the ratios are 0.1, 0.2, 0.3: mean 0.2, sd 0.1; t of 2 degrees is 4.303.
-    ratios = [math.exp(x) for x in (0.1, 0.2, 0.3)]
-    found = margin([2 * r for r in ratios], [2.0, 2.0, 2.0])
-    half = 4.3027 * 0.1 / math.sqrt(3)
-    assert found.ratio.mean == pytest.approx(math.exp(0.2))
-    assert found.ratio.low == pytest.approx(math.exp(0.2 - half), rel=1e-4)
-    assert found.ratio.high == pytest.approx(math.exp(0.2 + half), rel=1e-4)
-    assert not found.clear  # 0.2 - 0.248 < 0
-    inverse = margin([2.0, 2.0, 2.0], [2 * r for r in ratios])
-    assert inverse.ratio.low == pytest.approx(1 / found.ratio.high)
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "clear"),
-    [
-        ((2.0, 2.1), (1.0, 1.05), True),
-        ((1.0, 1.05), (2.0, 2.1), True),
-        ((1.0, 1.0), (1.0, 1.0), False),
-        ((2.0, 1.0), (1.0, 2.0), False),
-        ((2.0,), (1.0,), False),  # one seed says nothing
-    ],
-)
-def test_a_margin_is_clear_where_its_interval_excludes_1(ours, theirs, clear):
-    assert margin(ours, theirs).clear is clear
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "clear"),
-    [
-        ((1.0, 2.0), (0.0, 0.0), True),
-        ((0.0, 0.0), (1.0, 2.0), True),
-        ((1.0, 2.0), (0.0, 1.0), False),
-        ((0.0, 2.0), (0.0, 0.0), False),
-        ((0.0, 0.0), (0.0, 0.0), False),
-    ],
-)
-def test_without_goodput_there_is_no_ratio(ours, theirs, clear):
-    found = margin(ours, theirs)
-    assert found.ratio is None and found.clear is clear
-
-
 def made_up(system, *per_seed_rps):
-    return Found(
+    return SystemResult(
         system=system,
         deployment="-",
         parameters=(),
@@ -282,22 +235,22 @@ def made_up(system, *per_seed_rps):
 def test_one_token_each_way_ends_and_says_what_was_bounded(tmp_path):
     """Requests/s times a target have no end; the runs do."""
     cells = lengths_map((1,), (1, 2), 0, SLO(ttft_s=5.0, tpot_s=5.0), 64)
-    question = linear_question(num_requests=50, max_requests=300)
+    spec = linear_spec(num_requests=50, max_requests=300)
     for at, cell in cells.cells.items():
-        for contest in contests(question, cell):
-            assert contest.needed_requests > 300, at
-            sizes = {o.candidate.search.num_requests for o in contest.options}
+        for one in system_searches(spec, cell):
+            assert one.needed_requests > 300, at
+            sizes = {o.candidate.search.num_requests for o in one.options}
             assert sizes == {300}
     said = []
-    grids = compare(question, [cells], map, said.append)
-    shown = text(question, [cells], grids)
+    grids = compare(spec, [cells], map, said.append)
+    shown = text(spec, [cells], grids)
     assert "Bounded: in 2 of 2 cells runs have 300 requests" in shown
     assert " 300 of " in shown and "runs bounded to 300 of " in said[1]
-    (found,) = record(question, [cells], grids)["maps"]
+    (found,) = record(spec, [cells], grids)["maps"]
     assert [cell["bounded"] for cell in found["cells"]] == [True, True]
     assert found["sentence"] in shown and "--max_requests" in found["sentence"]
     assert all(cell["num_requests"] == 300 for cell in found["cells"])
-    plot(question, [cells], grids, tmp_path / "maps.png")
+    plot(spec, [cells], grids, tmp_path / "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 1000
 
 
@@ -306,16 +259,17 @@ def test_no_target_at_all_is_bounded_too(slo):
     cell = Cell(
         workload=get_workload("fixed:8x4"), slo=SLO(ttft_s=slo[0], tpot_s=slo[1])
     )
-    for contest in contests(linear_question(max_requests=400), cell):
-        assert contest.needed_requests == math.inf
-        sizes = {o.candidate.search.num_requests for o in contest.options}
+    for one in system_searches(linear_spec(max_requests=400), cell):
+        assert one.needed_requests == math.inf
+        sizes = {o.candidate.search.num_requests for o in one.options}
         assert sizes == {400}
 
 
 def test_a_cell_that_needs_less_is_not_bounded():
     cell = Cell(workload=get_workload("fixed:400x4"), slo=SLO(ttft_s=1.0, tpot_s=0.1))
     (few, many) = (
-        contests(linear_question(max_requests=most), cell) for most in (4000, 100_000)
+        system_searches(linear_spec(max_requests=most), cell)
+        for most in (4000, 100_000)
     )
     for a, b in zip(few, many, strict=True):
         assert a.needed_requests == b.needed_requests <= 4000
@@ -325,11 +279,11 @@ def test_a_cell_that_needs_less_is_not_bounded():
 
 def test_a_bound_below_the_least_is_refused():
     with pytest.raises(ValueError, match=r"max_requests: expected >= num_requests"):
-        linear_question(num_requests=50, max_requests=49)
+        linear_spec(num_requests=50, max_requests=49)
 
 
 def test_the_kinds_are_compared_and_not_only_the_first_two():
-    # Two colocated systems are first; the question is disaggregation's place.
+    # Two colocated systems are first; the spec is disaggregation's place.
     found = [
         made_up("vllm", 2.0, 2.2, 2.4),
         made_up("orca", 2.0, 2.2, 2.4),
@@ -389,12 +343,12 @@ def test_the_sentence_counts_all_cells():
 def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
     table = verdicts("ccd?", "ccc-", "d?cc")
     covered = set()
-    for rectangle in rectangles(table, COLOCATED):
+    for rectangle in regions(table, COLOCATED):
         cells = set(itertools.product(*rectangle))
         assert {table[at] for at in cells} <= {COLOCATED, INFEASIBLE}
         covered |= cells
     assert {at for at, verdict in table.items() if verdict == COLOCATED} <= covered
-    assert rectangles(verdicts("d?"), COLOCATED) == []
+    assert regions(verdicts("d?"), COLOCATED) == []
 
 
 # ---- questions that make no sense ----------------------------------------------------
@@ -421,7 +375,7 @@ def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
 )
 def test_bad_questions(changes, message):
     with pytest.raises(ValueError, match=message):
-        small_question(**changes)
+        small_spec(**changes)
 
 
 def test_bad_maps():
@@ -445,18 +399,18 @@ def test_bad_maps():
 
 def test_a_map_from_end_to_end():
     # One device of two prefills in a pair: see above. A prompt takes 0.1 s.
-    question = linear_question(num_requests=60)
+    spec = linear_spec(num_requests=60)
     each = slos_map([0.05, 0.5], [1.0], hundred(1), "100 tokens")
-    (grid,) = compare(question, [each], map, silent)
+    (grid,) = compare(spec, [each], map, silent)
     assert {at: judge(found).verdict for at, found in grid.items()} == {
         (0, 0): INFEASIBLE,
         (1, 0): COLOCATED,
     }
-    shown = text(question, [each], [grid])
+    shown = text(spec, [each], [grid])
     said = "Do not disaggregate with any TTFT target and TPOT target that was tried (of"
     assert said in shown
     assert "token_budget = 100: a prompt of it saturates the device" in shown
-    content = json.loads(json.dumps(record(question, [each], [grid]), allow_nan=False))
+    content = json.loads(json.dumps(record(spec, [each], [grid]), allow_nan=False))
     (made,) = content["maps"]
     assert [cell["verdict"] for cell in made["cells"]] == [INFEASIBLE, COLOCATED]
     assert [cell["winner"] for cell in made["cells"]] == [None, "vllm"]
@@ -503,7 +457,7 @@ def test_lists_of_numbers():
 
 
 def found_of(system, *per_seed_rps, needs=0.5):
-    return Found(
+    return SystemResult(
         system=system,
         deployment="2xcolocated:tp1",
         parameters=(),

@@ -12,10 +12,9 @@ from disagg_jax import metrics
 from disagg_jax.deployment import Role
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
-from disagg_jax.metrics import criteria
+from disagg_jax.metrics import criteria, find_inversion
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import replay
-from disagg_jax.search.rates import find_inversion
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import interference
-from experiments.configs.named_simulations import Simulation
+from experiments.configs.named_simulations import roofline_simulation
 from experiments.interference import WORKLOAD, chunked_prompt_s, simulate, stretch
 from tests.commands import run_command
 from tests.timelines import served
@@ -36,9 +36,7 @@ def test_a_stall_is_longer_than_twice_the_median_gap(token_s, stalled):
 
 @pytest.fixture(scope="module")
 def found():
-    simulation = Simulation(
-        model="opt-13b", cost="roofline/a100-80g", inside="nvlink-a100"
-    )
+    simulation = roofline_simulation("opt-13b", "a100-80g")
     return simulate(simulation, WORKLOAD.requests(120, 6.0, 0), budget=512)
 
 

@@ -7,38 +7,43 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.metrics import SLO, interval_across
+from disagg_jax.metrics.attainment import SLO
+from disagg_jax.metrics.goodput import GoodputEstimate, Inversion
+from disagg_jax.metrics.intervals import interval_across
 from disagg_jax.search import placement
-from disagg_jax.search.goodput import SimGoodput
-from disagg_jax.search.placement import Layout
-from disagg_jax.search.rates import GoodputEstimate, Inversion, SearchPlan
-from experiments.configs.paper_workloads import get_workload
-from experiments.placement import placements
-from experiments.placement.placements import (
-    Search,
-    layouts_of,
-    parse_slo,
-    problem_of,
-    reasons_of,
-    report,
-    simulation_of,
+from disagg_jax.search.candidates import (
+    Candidate,
+    CandidateResult,
+    Layout,
+    candidate_row,
 )
+from disagg_jax.search.goodput import SimGoodput
+from disagg_jax.search.placement import (
+    PlacementProblem,
+    PlacementSearch,
+    layouts_of,
+    reasons_of,
+)
+from disagg_jax.search.rates import SearchPlan
+from experiments.configs.named_simulations import placement_simulation
+from experiments.configs.paper_workloads import get_workload
+from experiments.placement import report
 from tests.commands import run_command
 
 COARSE = SearchPlan(growth=1.5, tolerance=0.2, max_rates=20)
 
 
 def search(model="opt-13b", devices=2, slo="0.25,0.1", **changes):
-    problem = problem_of(
-        simulation_of(model, "a100"),
+    problem = PlacementProblem.of(
+        placement_simulation(model, "a100"),
         devices,
         workload=get_workload("fixed:512x64"),
-        slo=parse_slo(slo),
+        slo=SLO.parse(slo),
         plan=COARSE,
         num_requests=100,
         **changes,
     )
-    return Search(problem=problem, mapper=map, progress=lambda text: None)
+    return PlacementSearch(problem=problem, mapper=map, progress=lambda text: None)
 
 
 def command(*arguments):
@@ -109,7 +114,7 @@ def test_a_rate_is_served_by_as_many_copies_as_it_takes():
     fewer = found["low"]["copies"] - 1
     one = found["low"]["goodput_rps"] / found["low"]["copies"]
     assert fewer * one < 40
-    assert f"low: {found['low']['copies']} x" in report(found)
+    assert f"low: {found['low']['copies']} x" in report.report(found)
 
 
 def test_the_answer_of_high_as_a_whole():
@@ -124,16 +129,16 @@ def test_the_answer_of_high_as_a_whole():
 # -- tables and answers, of goodputs that are told -------------------------------------
 
 
-def as_measured(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **found):
+def outcome(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **found):
     """A candidate's; without a goodput by seed it is below its bound."""
-    candidate = placement.Candidate(
+    candidate = Candidate(
         name=name,
         search=SimpleNamespace(num_requests=77, seeds=(3, 4)),
         devices=devices,
         bound_rps=10.0,
     )
     if per_seed is None:
-        return placement.Outcome(candidate=candidate, goodput=None)
+        return CandidateResult(candidate=candidate, goodput=None)
     estimate = GoodputEstimate(
         per_seed_rps=per_seed,
         interval=interval_across(per_seed),
@@ -148,52 +153,52 @@ def as_measured(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, *
         runs=5,
         unloaded_scale=scale,
     )
-    return placement.Outcome(candidate=candidate, goodput=goodput)
+    return CandidateResult(candidate=candidate, goodput=goodput)
 
 
 def test_a_row_has_goodputs_per_device():
     """7 +- 12.706 requests/s of two devices, from 0 on."""
-    row = placements.row(as_measured(resolved=False))
+    row = candidate_row(outcome(resolved=False))
     assert (row["goodput"], row["at_most"]) == (3.5, 4.5)
     low, high = row["interval"]
     interval = interval_across((6.0, 8.0))
     assert (low, high) == (interval.low / 2, interval.high / 2)
     assert (row["resolved"], row["bracketed"], row["steady"]) == (False, True, False)
     assert (row["num_requests"], row["seeds"], row["devices"]) == (77, [3, 4], 2)
-    assert placements.row(as_measured(per_seed=(7.0,)))["interval"] == [None, None]
+    assert candidate_row(outcome(per_seed=(7.0,)))["interval"] == [None, None]
 
 
 @pytest.mark.parametrize(
     ("found", "why", "at_most"),
     [
-        (as_measured(per_seed=None), "bound", 5.0),
-        (as_measured(pass_rps=None), "beaten", 4.5),
-        (as_measured(pass_rps=None, scale=1.0), "beaten", 4.5),
+        (outcome(per_seed=None), "bound", 5.0),
+        (outcome(pass_rps=None), "beaten", 4.5),
+        (outcome(pass_rps=None, scale=1.0), "beaten", 4.5),
         (
-            as_measured(pass_rps=None, scale=1.5),
+            outcome(pass_rps=None, scale=1.5),
             "alone it needs 1.5 x the targets",
             4.5,
         ),
     ],
 )
 def test_a_row_without_a_goodput_says_why_and_the_bound_per_device(found, why, at_most):
-    row = placements.row(found)
+    row = candidate_row(found)
     assert (row["goodput"], row["why"], row["at_most"]) == (None, why, at_most)
-    (line,) = placements.lines([row])[1:]
+    (line,) = report.lines([row])[1:]
     assert f"<= {at_most:g} ({why})" in line and line.endswith(" 77 2")
 
 
 def test_a_line_has_the_interval_and_what_is_doubtful():
     rises = Inversion(fail_rps=2.0, fail_score=0.5, pass_rps=4.0, pass_score=1.0)
     rows = [
-        placements.row(found)
+        candidate_row(found)
         for found in (
-            as_measured(per_seed=(7.0, 7.0), bracketed=False),
-            as_measured(per_seed=(7.0,), resolved=False, inversion=rises),
+            outcome(per_seed=(7.0, 7.0), bracketed=False),
+            outcome(per_seed=(7.0,), resolved=False, inversion=rises),
         )
     ]
     rows[1]["steady"] = True
-    first, second = (line.split(maxsplit=2)[2] for line in placements.lines(rows)[1:])
+    first, second = (line.split(maxsplit=2)[2] for line in report.lines(rows)[1:])
     assert first.split() == [
         *("3.5", "[3.5,", "3.5]", "77", "2", "not", "bracketed,", "not", "steady"),
     ]
@@ -204,8 +209,8 @@ def test_a_line_has_the_interval_and_what_is_doubtful():
 
 @pytest.mark.parametrize(("number", "more"), [(11, 0), (12, 0), (13, 1), (20, 8)])
 def test_a_dozen_rows_are_shown_and_the_others_counted(number, more):
-    rows = [placements.row(as_measured(name=f"no{i}")) for i in range(number)]
-    shown = placements.lines(rows)[1:]
+    rows = [candidate_row(outcome(name=f"no{i}")) for i in range(number)]
+    shown = report.lines(rows)[1:]
     last = [f"  ... and {more} more"] if more else []
     assert shown[12:] == last
     assert [line.split()[0] for line in shown[:12]] == [
@@ -231,8 +236,8 @@ def told(monkeypatch, rates, scale=0.5):
         for one in candidates:
             rps = rates.get(one.name, 3.0)
             passing = {} if rps else {"pass_rps": None}
-            goodput = as_measured(per_seed=(rps,) * 2, scale=scale, **passing).goodput
-            found.append(placement.Outcome(candidate=one, goodput=goodput))
+            goodput = outcome(per_seed=(rps,) * 2, scale=scale, **passing).goodput
+            found.append(CandidateResult(candidate=one, goodput=goodput))
         return sorted(found, key=lambda each: -each.per_device_rps)
 
     monkeypatch.setattr(placement, "best_first", best_first)
@@ -250,7 +255,7 @@ def test_high_replicates_the_best_layout_of_each_phase(monkeypatch):
         *("prefill:tp1", "prefill:tp2"),
     ]
     assert found["as a whole"] == []
-    shown = report({"skipped": {}, "high": found})
+    shown = report.report({"skipped": {}, "high": found})
     assert shown.splitlines()[-1] == (
         "high: 2xprefill:tp1,1xdecode:tp2 on 4 devices: 8 requests/s, 2 per device"
     )
@@ -292,7 +297,7 @@ def test_low_copies_its_unit_as_often_as_fits_or_as_a_rate_needs(
     deployment = Deployment.parse(found["deployment"])
     assert deployment.devices == 2 * copies
     assert found["system"] == "disaggregated"
-    line = report({"skipped": {}, "low": found}).splitlines()[-1]
+    line = report.report({"skipped": {}, "low": found}).splitlines()[-1]
     start = f"low: {copies} x prefill:tp1,decode:tp1 on {2 * copies} devices: "
     assert line.startswith(start)
 
@@ -321,34 +326,34 @@ def test_joint_searches_phases_in_full_and_names_a_colocated_winner(monkeypatch)
 )
 def test_targets_that_nobody_meets_name_the_fastest(scales, message):
     none = [
-        as_measured(name=name, pass_rps=None, scale=scale)
+        outcome(name=name, pass_rps=None, scale=scale)
         for name, scale in zip("ab", scales, strict=True)
     ]
     with pytest.raises(ValueError) as error:
-        placements.expect_reachable([*none, as_measured(per_seed=None)], "decode alone")
+        placement._require_reachable([*none, outcome(per_seed=None)], "decode alone")
     assert message in str(error.value) and "that decode alone can" in str(error.value)
-    placements.expect_reachable([as_measured(), *none], "decode alone")
+    placement._require_reachable([outcome(), *none], "decode alone")
 
 
 def test_a_cost_model_that_was_fitted_for_one_device_is_for_no_other():
-    assert simulation_of("opt-13b", "a100-80g").costs == ("fitted/distserve",)
-    assert simulation_of("opt-13b", "h100").costs == ("roofline/h100",)
+    assert placement_simulation("opt-13b", "a100-80g").cost.name == "fitted/distserve"
+    assert placement_simulation("opt-13b", "h100").cost.name == "roofline/h100"
 
 
 def test_one_cost_model_for_all_systems():
-    assert simulation_of("opt-66b", "a100").costs == ("fitted/distserve",)
-    assert simulation_of("opt-175b", "a100").costs == ("roofline/a100-80g",)
-    assert simulation_of("opt-66b", "h100").costs == ("roofline/h100",)
+    assert placement_simulation("opt-66b", "a100").cost.name == "fitted/distserve"
+    assert placement_simulation("opt-175b", "a100").cost.name == "roofline/a100-80g"
+    assert placement_simulation("opt-66b", "h100").cost.name == "roofline/h100"
 
 
 def test_layouts_divide_the_layers():
-    assert layouts_of("opt-13b", 3, 8) == (
-        *(Layout(1, 1), Layout(1, 2)),  # of 40 layers
+    assert layouts_of(40, 3, 8) == (
+        *(Layout(1, 1), Layout(1, 2)),
         *(Layout(2, 1), Layout(3, 1)),
     )
-    assert max(layout.tp for layout in layouts_of("opt-66b", 32, 8)) == 8
+    assert max(layout.tp for layout in layouts_of(64, 32, 8)) == 8
     # Inside a node of two devices; 40 layers on three stages are not cut.
-    assert layouts_of("opt-13b", 4, 2) == (
+    assert layouts_of(40, 4, 2) == (
         *(Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(2, 1), Layout(2, 2)),
     )
 
@@ -359,7 +364,7 @@ def test_reasons_are_told_once():
 
 
 def test_slo_is_two_numbers():
-    assert parse_slo("2.5,0.15") == SLO(ttft_s=2.5, tpot_s=0.15)
+    assert SLO.parse("2.5,0.15") == SLO(ttft_s=2.5, tpot_s=0.15)
     for text in ("2.5", "2.5,a", "1,2,3"):
         with pytest.raises(ValueError, match="slo: expected TTFT_S,TPOT_S"):
-            parse_slo(text)
+            SLO.parse(text)

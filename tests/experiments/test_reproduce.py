@@ -15,7 +15,7 @@ from experiments.papers import FIGURES, runs
 from experiments.papers.distserve import motivation, published
 from experiments.papers.distserve.published import paper_crossings, paper_panel
 from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
-from experiments.papers.runs import Goodputs, Sweep, System, tightest_scale
+from experiments.papers.runs import Goodputs, Sweep, System
 from tests.commands import run_command
 
 # The list; `toy`, `goodput_n` and `devices` are what the paper does not show.
@@ -107,19 +107,6 @@ def result(ttft_s: tuple[float, ...], tpot_s: tuple[float, ...], arrived: int):
         steady=True,
         end_s=1.0,
     )
-
-
-def test_the_tightest_scale_is_the_one_that_just_attains():
-    # Targets 1 s and 0.1 s: the requests need scales .5, 2 (TPOT), 1.5, and 4.
-    slo = SLO(ttft_s=1.0, tpot_s=0.1)
-    run = result((0.5, 1.0, 1.5, 4.0), (0.01, 0.2, 0.1, 0.3), arrived=4)
-    assert tightest_scale(run, slo, target=0.75) == 2.0
-    assert run.attainment(slo.scaled(2.0)).joint == 0.75
-    assert run.attainment(slo.scaled(1.999)).joint < 0.75
-    assert tightest_scale(run, slo, target=1.0) == 4.0
-    # A fifth that did not finish cannot attain at any scale.
-    lost = result((0.5, 1.0, 1.5, 4.0), (0.01, 0.2, 0.1, 0.3), arrived=5)
-    assert tightest_scale(lost, slo, target=0.9) == float("inf")
 
 
 def test_goodputs_ratios_and_limits_are_by_seed():

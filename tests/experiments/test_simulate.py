@@ -273,8 +273,8 @@ def test_every_named_simulation_serves(tmp_path, name):
     (tmp_path / "trace.csv").write_text(TRACE)
     simulation = get_simulation(name)
     deployment = Deployment.parse("prefill:tp8,decode:tp8")
-    if simulation.cost.startswith("fitted"):
-        tp = 8 if simulation.model == "opt-66b" else 4
+    if simulation.cost.name.startswith("fitted"):
+        tp = 8 if simulation.model.name == "opt-66b" else 4
         deployment = Deployment.parse(f"prefill:tp{tp},decode:tp{tp}")
     requests = trace_requests(str(tmp_path / "trace.csv"), simulation)
     run = simulation.build(deployment).run(requests)

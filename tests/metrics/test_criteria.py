@@ -7,15 +7,15 @@ import math
 import pytest
 
 from disagg_jax import metrics
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import (
     MLPERF_SLOS,
     NAMES,
-    Alone,
     DistServe,
     FastGen,
     Mooncake,
     Sarathi,
+    UnloadedLatency,
     for_slo,
     mlperf,
     moving_averages,
@@ -129,7 +129,7 @@ def test_which_criteria_see_a_stall_and_which_the_mean_of_a_requests_gaps():
         assert criterion.score(run) == 1.0
     # To an idle machine with gaps of 0.25 s the mean is 1.375 times as long, E2E is
     # (0.5 + 2.75) / (0.5 + 2) = 1.3, both within 1.5; the stall alone is four times.
-    idle = splitwise(lambda request: Alone(ttft_s=0.5, tpot_s=0.25))
+    idle = splitwise(lambda request: UnloadedLatency(ttft_s=0.5, tpot_s=0.25))
     (p90,) = [bound for bound in idle.bounds if str(bound).startswith("P90 TBT")]
     assert p90.met_by(run) == 1.0
     for criterion in (
@@ -194,7 +194,7 @@ def test_a_one_token_request_is_in_no_percentile_of_gaps():
 
 
 def test_splitwise_bounds_nine_slowdowns():
-    criterion = splitwise(lambda request: Alone(ttft_s=1.0, tpot_s=0.5))
+    criterion = splitwise(lambda request: UnloadedLatency(ttft_s=1.0, tpot_s=0.5))
     assert str(criterion) == (
         "P50 TTFT slowdown <= 2x, P90 TTFT slowdown <= 3x, P99 TTFT slowdown <= 6x, "
         "P50 TBT slowdown <= 1.25x, P90 TBT slowdown <= 1.5x, "
@@ -202,7 +202,7 @@ def test_splitwise_bounds_nine_slowdowns():
         "P90 E2E slowdown <= 1.5x, P99 E2E slowdown <= 5x"
     )
 
-    # Alone, 9 tokens take 1 + 8 * 0.5 = 5 s.
+    # UnloadedLatency, 9 tokens take 1 + 8 * 0.5 = 5 s.
     def nine_tokens(ttft_s, gap_s):
         return with_gaps(*[gap_s] * 8, ttft_s=ttft_s)
 
@@ -227,7 +227,7 @@ def test_splitwise_bounds_nine_slowdowns():
 
 
 def test_on_a_machine_where_it_is_free_what_takes_time_is_infinitely_slow():
-    criterion = splitwise(lambda request: Alone(ttft_s=0.0, tpot_s=0.0))
+    criterion = splitwise(lambda request: UnloadedLatency(ttft_s=0.0, tpot_s=0.0))
     assert criterion.score([with_gaps(0.0, ttft_s=0.0)]) == 1.0
     assert criterion.score([with_gaps(0.0, ttft_s=0.1)]) == 0.0
 
@@ -281,7 +281,7 @@ def everything(slo=SLO_1):
         slo,
         target=0.9,
         prompt_tokens=10,
-        idle=lambda request: Alone(ttft_s=0.5, tpot_s=0.25),
+        unloaded=lambda request: UnloadedLatency(ttft_s=0.5, tpot_s=0.25),
     )
 
 
@@ -306,7 +306,7 @@ def test_the_shares_of_good_requests_have_the_target_asked_for():
         SLO_1,
         target=0.75,
         prompt_tokens=10,
-        idle=lambda request: Alone(ttft_s=1.0, tpot_s=1.0),
+        unloaded=lambda request: UnloadedLatency(ttft_s=1.0, tpot_s=1.0),
     )
     shares = ("distserve", "mooncake")
     assert {name: found[name].target for name in shares} == dict.fromkeys(shares, 0.75)

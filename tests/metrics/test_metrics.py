@@ -273,29 +273,16 @@ class TestIntervals:
         assert found.high == metrics.interval_across([1.0, 2.0, 3.0]).high
         above = [10.0, 11.0, 12.0]
         assert metrics.rate_interval(above) == metrics.interval_across(above)
-        assert metrics.batch_means([0, 0, 0, 1], batches=4).low == 0.0
 
     def test_runs_that_share_what_they_sample_have_none(self):
         found = metrics.rate_interval([1.0, 2.0, 3.0], independent=False)
         assert found == Interval(mean=2.0, low=None, high=None)
-
-    def test_batch_means_by_hand(self):
-        # Two batches of means 1 and 0.5: error 0.25, t(0.975, 1) = 12.7062.
-        interval = metrics.batch_means([1, 1, 1, 0], batches=2)
-        assert interval.mean == 0.75
-        assert interval.high == pytest.approx(0.75 + 12.7062 * 0.25, rel=1e-5)
-
-    def test_batch_means_keep_every_request(self):
-        # 5 flags in 2 batches, of 3 and 2: means 1/3 and 1/2, but the run's is 2/5.
-        assert metrics.batch_means([1, 0, 0, 1, 0], batches=2).mean == 0.4
 
     def test_errors(self):
         with pytest.raises(ValueError, match="at least one value"):
             metrics.interval_across([])
         with pytest.raises(ValueError, match="confidence: expected in"):
             metrics.interval_across([1, 2], confidence=95)
-        with pytest.raises(ValueError, match="from 2 to the 3 flags, got 10"):
-            metrics.batch_means([1, 0, 1])
 
     def test_coverage_justifies_the_rule(self):
         """Across seeds a 95 % interval covers the truth; a binomial one does not."""
@@ -319,10 +306,6 @@ class TestIntervals:
         half = z / (1 + z**2 / n) * np.sqrt(spread)
         wilson = np.mean(np.abs(centre - truth) <= half)
         assert wilson < 0.5  # nominally 0.95; 0.34 here
-
-        batched = [metrics.batch_means(flags) for flags in good[:500]]
-        covered = np.mean([i.low <= truth <= i.high for i in batched])
-        assert wilson + 0.3 < covered < 0.95  # far better, and still too narrow: 0.87
 
 
 class TestSteady:
@@ -456,3 +439,45 @@ def test_pooled_gaps_are_those_of_each_request_one_after_the_other():
         == metrics.pooled_itl_s([]).tolist()
         == []
     )
+
+
+def test_a_margin_is_a_geometric_mean_with_an_interval():
+    # Logs of the ratios are 0.1, 0.2, 0.3: mean 0.2, sd 0.1; t of 2 degrees is 4.303.
+    ratios = [math.exp(x) for x in (0.1, 0.2, 0.3)]
+    found = metrics.margin([2 * r for r in ratios], [2.0, 2.0, 2.0])
+    half = 4.3027 * 0.1 / math.sqrt(3)
+    assert found.ratio.mean == pytest.approx(math.exp(0.2))
+    assert found.ratio.low == pytest.approx(math.exp(0.2 - half), rel=1e-4)
+    assert found.ratio.high == pytest.approx(math.exp(0.2 + half), rel=1e-4)
+    assert not found.clear  # 0.2 - 0.248 < 0
+    inverse = metrics.margin([2.0, 2.0, 2.0], [2 * r for r in ratios])
+    assert inverse.ratio.low == pytest.approx(1 / found.ratio.high)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"),
+    [
+        ((2.0, 2.1), (1.0, 1.05), True),
+        ((1.0, 1.05), (2.0, 2.1), True),
+        ((1.0, 1.0), (1.0, 1.0), False),
+        ((2.0, 1.0), (1.0, 2.0), False),
+        ((2.0,), (1.0,), False),  # one seed says nothing
+    ],
+)
+def test_a_margin_is_clear_where_its_interval_excludes_1(ours, theirs, clear):
+    assert metrics.margin(ours, theirs).clear is clear
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "clear"),
+    [
+        ((1.0, 2.0), (0.0, 0.0), True),
+        ((0.0, 0.0), (1.0, 2.0), True),
+        ((1.0, 2.0), (0.0, 1.0), False),
+        ((0.0, 2.0), (0.0, 0.0), False),
+        ((0.0, 0.0), (0.0, 0.0), False),
+    ],
+)
+def test_without_goodput_there_is_no_ratio(ours, theirs, clear):
+    found = metrics.margin(ours, theirs)
+    assert found.ratio is None and found.clear is clear

@@ -63,7 +63,7 @@ def test_a_file_of_sizes(tmp_path):
     path = write(tmp_path / "mine.json", fields("llama-3-8b"))
     model = find_model(path)
     assert seen(model) == seen(find_model("llama-3-8b"))
-    assert model.name == roofline_simulation(path, "h100").model_name == "mine"
+    assert model.name == roofline_simulation(path, "h100").model.name == "mine"
 
 
 def test_widths_of_numbers_may_be_left_out(tmp_path):

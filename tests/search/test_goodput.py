@@ -1,6 +1,7 @@
 """The goodput search in simulation: a closed form, and cut runs against full ones."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import statistics
@@ -18,13 +19,21 @@ from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.search.capacity import Idle, capacity_rps, load_helps, unloaded
-from disagg_jax.search.early_stop import Trial, decisive_misses, run_trial
+from disagg_jax.search.capacity import (
+    capacity_rps,
+    load_helps,
+    unloaded,
+    unloaded_latency,
+)
+from disagg_jax.search.early_stop import (
+    CutShortRun,
+    decisive_misses,
+    score_run,
+)
 from disagg_jax.search.goodput import (
     DependentSeedsWarning,
     GoodputSearch,
     find_goodput,
-    find_slo_scale,
     find_throughput,
     slo_scale,
 )
@@ -316,10 +325,10 @@ class OfEach:
     ],
 )
 def test_a_request_alone_is_on_one_instance_of_each_role(text, seconds, alone):
-    idle = Idle(simulated=build(Deployment.parse(text), OfEach(seconds)))
-    found = idle(make_request(prompt=8, out=5))
+    simulated = build(Deployment.parse(text), OfEach(seconds))
+    found = unloaded_latency(simulated, make_request(prompt=8, out=5))
     assert (found.ttft_s, found.tpot_s) == alone
-    assert idle(make_request(prompt=8, out=1)).tpot_s == 0.0
+    assert unloaded_latency(simulated, make_request(prompt=8, out=1)).tpot_s == 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,7 +429,7 @@ def test_the_goodput_by_any_criterion_is_bracketed_by_full_runs(text):
     search = asked(text)
     by = {
         "sarathi_serve": sarathi_serve(tbt_s=0.06, delay_s=0.3),
-        "splitwise": splitwise(Idle(simulated=search.simulated)),
+        "splitwise": splitwise(functools.partial(unloaded_latency, search.simulated)),
     }
     for criterion in by.values():
         judged = dataclasses.replace(search, criterion=criterion)
@@ -455,9 +464,9 @@ def test_the_best_rate_by_a_throughput():
 def test_another_criterion_runs_to_the_end_however_many_miss():
     search = asked("colocated:tp1", criterion=sarathi_serve(tbt_s=1e-4, delay_s=1e-4))
     (point, *_) = search.points(200.0)
-    trial = Trial(point=point, criterion=search.good, cut_at_misses=1)
-    verdict = run_trial(trial)
-    assert not verdict.cut and verdict.score < 0.5
+    run = CutShortRun(point=point, criterion=search.good, cut_at_misses=1)
+    found = score_run(run)
+    assert not found.cut and found.score < 0.5
 
 
 # ---- seeds that share rows -----------------------------------------------------------
@@ -480,8 +489,6 @@ def test_a_trace_shorter_than_its_runs_gives_a_value_without_an_interval():
         found = find_goodput(search).found
     assert found.interval.mean > 0 and found.interval.low is None
     assert not found.resolved
-    with pytest.warns(DependentSeedsWarning):
-        assert find_slo_scale(search, 5.0).interval.low is None
     criterion = FastGen(prompt_token_s=1e-3, token_s=0.03)
     with pytest.warns(DependentSeedsWarning):
         best = find_throughput(dataclasses.replace(search, criterion=criterion))
@@ -580,12 +587,12 @@ def test_a_cut_run_gives_the_verdict_of_the_full_run(
         if not 0 < target <= 1:
             continue
         cut_at = decisive_misses(80, 1, target)
-        verdict = run_trial(
-            Trial(point=point, criterion=DistServe(slo=slo), cut_at_misses=cut_at)
+        found = score_run(
+            CutShortRun(point=point, criterion=DistServe(slo=slo), cut_at_misses=cut_at)
         )
-        assert (verdict.score >= target) == passes
-        assert not (passes and verdict.cut)
-        assert verdict.cut or verdict.score == true
+        assert (found.score >= target) == passes
+        assert not (passes and found.cut)
+        assert found.cut or found.score == true
 
 
 def test_a_hopeless_run_is_cut_early():
@@ -594,7 +601,8 @@ def test_a_hopeless_run_is_cut_early():
     turns = []
     simulated = dataclasses.replace(point.simulated, cost=Counting(COST, turns))
     point = dataclasses.replace(point, simulated=simulated)
-    assert run_trial(Trial(point=point, criterion=search.good, cut_at_misses=200)).cut
+    run = CutShortRun(point=point, criterion=search.good, cut_at_misses=200)
+    assert score_run(run).cut
     cut = len(turns)
     turns.clear()
     run_task(point)
@@ -637,13 +645,13 @@ def test_decisive_misses(requests, seeds, target, misses):
 
 def test_phases_alone():
     whole = asked("prefill:tp1,decode:tp1")
-    (point, *_) = prefill_alone(build, 1, 1, 1, whole).points(0.001)
+    (point, *_) = prefill_alone(whole).points(0.001)
     found = run_task(point)
     assert set(found.tpot_s) == {0.0}
     assert found.ttft_s[0] == pytest.approx(
         0.01 + 2e-4 * WORKLOAD.requests(1, 1.0, 0)[0].prompt_tokens
     )
-    (point, *_) = decode_alone(build, 1, 1, 1, whole).points(0.001)
+    (point, *_) = decode_alone(whole).points(0.001)
     found = run_task(point)
     assert set(found.ttft_s) == {0.0}
     # Nothing but decode steps of one request; no transfer.
@@ -661,13 +669,11 @@ def test_each_phase_is_that_of_equal_instances_with_one_target():
     equals = Deployment.parse("2xprefill:tp3pp2,2xdecode:tp3pp2")
     memory = KVMemory(num_blocks=50, max_context=800)
 
-    def small(deployment):
-        return staged(deployment, memory)
-
-    prefill = prefill_alone(small, 3, 2, 2, whole)
-    assert prefill.simulated == small(equals)
+    pair = dataclasses.replace(whole, simulated=staged(equals, memory))
+    prefill = prefill_alone(pair)
+    assert prefill.simulated == pair.simulated
     assert prefill.slo == SLO(ttft_s=0.3, tpot_s=math.inf)
-    decode = decode_alone(small, 3, 2, 2, whole)
+    decode = decode_alone(pair)
     assert decode.simulated.deployment == equals
     assert decode.slo == SLO(ttft_s=math.inf, tpot_s=0.03)
     # Prefill has all the memory and takes no time on any stage, decode is as it was.
@@ -675,7 +681,7 @@ def test_each_phase_is_that_of_equal_instances_with_one_target():
     assert min(blocks[:2]) > 1e9 and blocks[2:] == [50, 50]
     load, cost = StepLoad(((0, 8),), 2, 20), decode.simulated.cost
     for instance in range(4):
-        expected = small(equals).cost.stages_s(instance, load)
+        expected = pair.simulated.cost.stages_s(instance, load)
         assert len(expected) == 2
         assert cost.stages_s(instance, load) == (
             (0.0, 0.0) if instance < 2 else expected
@@ -686,12 +692,13 @@ def test_each_phase_is_that_of_equal_instances_with_one_target():
 
 def test_phases_alone_of_instances_with_stages():
     whole = asked("prefill:tp1pp3,decode:tp1pp3")
-    (point, *_) = prefill_alone(staged, 1, 3, 1, whole).points(0.001)
+    pair = dataclasses.replace(whole, simulated=staged(whole.simulated.deployment))
+    (point, *_) = prefill_alone(pair).points(0.001)
     found = run_task(point)
     assert set(found.tpot_s) == {0.0}
     (request,) = WORKLOAD.requests(1, 1.0, 0)
     assert found.ttft_s[0] == pytest.approx(0.01 + 2e-4 * request.prompt_tokens)
-    (point, *_) = decode_alone(staged, 1, 3, 1, whole).points(0.001)
+    (point, *_) = decode_alone(pair).points(0.001)
     found = run_task(point)
     assert set(found.ttft_s) == {0.0}
     assert max(found.tpot_s) == pytest.approx(0.0101)
@@ -701,7 +708,7 @@ def test_a_pair_is_no_better_than_its_phases():
     whole = asked("prefill:tp1,decode:tp1")
     pair = find_goodput(whole)
     for phase in (prefill_alone, decode_alone):
-        alone = find_goodput(phase(build, 1, 1, 1, whole))
+        alone = find_goodput(phase(whole))
         assert pair.rps <= 1.05 * alone.rps  # the search's tolerance
 
 
@@ -710,20 +717,14 @@ def test_a_pair_is_no_better_than_its_phases():
 
 def test_slo_scale_is_the_smallest_factor_that_passes():
     search = asked("colocated:tp1")
-    found = find_slo_scale(search, rate_rps=12.0)
     results = [run_task(p) for p in search.points(12.0)]
 
     def attainment(factor):
         scaled = search.slo.scaled(factor)
         return np.mean([r.attainment(scaled).joint for r in results])
 
-    assert attainment(found.factor) >= 0.9 > attainment(found.factor * (1 - 1e-9))
-    for result, factor in zip(results, found.per_seed, strict=True):
-        good = result.attainment(search.slo.scaled(factor)).joint
-        worse = result.attainment(search.slo.scaled(factor * (1 - 1e-9))).joint
-        assert good >= 0.9 > worse
-    assert found.interval.low < found.interval.mean < found.interval.high
-    assert (found.num_requests, found.seeds) == (200, (0, 1))
+    factor = slo_scale(results, search.slo, 0.9)
+    assert attainment(factor) >= 0.9 > attainment(factor * (1 - 1e-9))
 
 
 def test_slo_scale_by_hand():

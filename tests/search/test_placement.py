@@ -6,16 +6,15 @@ import math
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.metrics import SLO, Interval
+from disagg_jax.metrics.attainment import SLO
+from disagg_jax.metrics.goodput import GoodputEstimate
+from disagg_jax.metrics.intervals import Interval
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.search.candidates import Candidate, CandidateResult, Layout, best_first
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
-    Candidate,
-    Layout,
-    Outcome,
     PhaseRates,
-    Problem,
-    best_first,
+    PlacementProblem,
     colocated_candidates,
     joint_candidates,
     low_affinity_candidates,
@@ -24,11 +23,12 @@ from disagg_jax.search.placement import (
     phase_rates,
     replicas,
 )
-from disagg_jax.search.rates import GoodputEstimate, SearchPlan
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload import RandomWorkload, UniformLengths
+from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload.workload import RandomWorkload
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))
@@ -68,7 +68,7 @@ def build(deployment):
 
 
 def problem(**changes):
-    given = Problem(
+    given = PlacementProblem(
         build=build,
         colocated={"vllm": build},
         layouts=SMALL,
@@ -240,7 +240,7 @@ def test_without_pruning_all_are_searched_in_full():
 )
 def test_what_an_outcome_says_at_most(goodput, won, at_most_rps):
     candidate = Known().candidate("", 1.0, 2, bound_rps=7.0)
-    outcome = Outcome(candidate=candidate, goodput=goodput)
+    outcome = CandidateResult(candidate=candidate, goodput=goodput)
     assert (outcome.won, outcome.at_most_rps) == (won, at_most_rps)
     assert outcome.per_device_rps == (goodput.rps / 2 if won else 0.0)
 
@@ -277,7 +277,7 @@ def test_a_pool_adds_what_an_instance_does_that_is_always_busy():
         (goodput_of(1.0, 1.0, 1.2), busy_rps),
         (goodput_of(1.0, 1.0, 2 * busy_rps), 2 * busy_rps),
     ):
-        rates = phase_rates([Outcome(candidate=candidate, goodput=goodput)])
+        rates = phase_rates([CandidateResult(candidate=candidate, goodput=goodput)])
         assert rates[SMALL[0]].pooled_rps == pytest.approx(pooled)
         assert rates[SMALL[0]].about_rps == 1.0
 
@@ -290,7 +290,9 @@ def test_what_was_not_found_is_about_what_it_would_be_tried_at_or_below_its_boun
         (0.5 * first_rps, 0.5 * first_rps),
         (2.0 * first_rps, first_rps),
     ):
-        lost = Outcome(candidate=candidate, goodput=goodput_of(0.0, None, failed_rps))
+        lost = CandidateResult(
+            candidate=candidate, goodput=goodput_of(0.0, None, failed_rps)
+        )
         rates = phase_rates([lost])[SMALL[0]]
         assert (rates.about_rps, rates.bound_rps) == (about_rps, failed_rps)
 
@@ -441,7 +443,7 @@ def test_longer_runs_for_more_devices():
 # ---- replicas ------------------------------------------------------------------------
 
 
-class OfDevices(Outcome):
+class OfDevices(CandidateResult):
     """An outcome of a given goodput per device."""
 
     per_device_rps = property(lambda self: self.goodput)

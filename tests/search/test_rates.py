@@ -2,14 +2,8 @@
 
 import pytest
 
-from disagg_jax.search.rates import (
-    SearchPlan,
-    best_rate,
-    climb,
-    estimate,
-    find_inversion,
-    search,
-)
+from disagg_jax.metrics import best_rate, estimate, find_inversion
+from disagg_jax.search.rates import SearchPlan, climb, search
 
 PLAN = SearchPlan(target=0.9, growth=2.0, tolerance=0.05, max_rates=30)
 

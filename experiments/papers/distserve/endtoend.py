@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.metrics import SLO
+from disagg_jax.search.goodput import slo_scale
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import TARGET, paper_crossings, paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab, Panel, Series, shown
 from experiments.papers.figure import banded as curve_of
-from experiments.papers.runs import Sweep, System, percent, run_systems, tightest_scale
+from experiments.papers.runs import Sweep, System, percent, run_systems
 
 # Requests/s per GPU so low that none waits: what queueing cannot be blamed for.
 IDLE = 1e-3
@@ -173,7 +174,7 @@ def _ratio_claims(
 def _scales(spec: EndToEnd, above: Sweep, below: Sweep) -> str:
     """The tightest scale of both, and their ratio paired by seed."""
     pairs = [
-        [tightest_scale(r, spec.slo) for r in sweep.results[spec.scale_rate]]
+        [slo_scale([r], spec.slo, TARGET) for r in sweep.results[spec.scale_rate]]
         for sweep in (above, below)
     ]
     ratios = [loose / tight for tight, loose in zip(*pairs, strict=True)]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.work import StepLoad
-from experiments.configs.named_simulations import cost_model
+from experiments.configs.named_simulations import device_cost
 from experiments.papers.distserve.published import XY, paper_panel
 from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
 from models.lookup import find_model
@@ -31,8 +31,8 @@ def step_ms(
 ) -> list[float]:
     """Milliseconds of a step on each stage; `context` is of each decode."""
     load = StepLoad(tuple((0, n) for n in prompts), decodes, decodes * (context + 1))
-    stages_s = cost_model(cost, MODEL).instance(tp, pp).stages_s(load)
-    return [1000 * seconds for seconds in stages_s]
+    instance = device_cost(cost, MODEL).model.instance(tp, pp)
+    return [1000 * seconds for seconds in instance.stages_s(load)]
 
 
 def _published(

@@ -10,7 +10,8 @@ import functools
 from collections.abc import Mapping
 
 from disagg_jax.scheduling import SYSTEMS
-from experiments.configs.named_simulations import Simulation, get_simulation
+from disagg_jax.sim.simulation import Simulation
+from experiments.configs.named_simulations import get_simulation
 from experiments.papers.distserve.endtoend import EndToEnd, make
 from experiments.papers.distserve.published import SLOS
 from experiments.papers.figure import Figure

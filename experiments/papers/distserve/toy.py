@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from disagg_jax.metrics import SLO
-from experiments.configs.named_simulations import Simulation, get_simulation
+from disagg_jax.sim.simulation import Simulation
+from experiments.configs.named_simulations import device_cost, get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, paper_panel
 from experiments.papers.figure import (
@@ -45,7 +46,8 @@ _DEPLOYMENTS = {
 
 def _phase(lab: Lab, name: str, engine: str) -> Sweep:
     """Runs of one phase with one engine's times; rates are of its one GPU."""
-    simulation = dataclasses.replace(_SHIPPED, cost=engine, colocated_cost=None)
+    cost = device_cost(engine, "opt-13b")
+    simulation = dataclasses.replace(_SHIPPED, cost=cost, colocated_cost=None)
     prefill_only = name == "prefill only"
     if prefill_only:  # one token ends with the prefill: then nothing decodes
         simulation = dataclasses.replace(simulation, extra_tokens=0)
@@ -138,7 +140,7 @@ def _fig1_panel(
 _ENGINES: Mapping[str, Simulation] = {
     "as shipped": _SHIPPED,
     "vLLM's for both": dataclasses.replace(
-        _SHIPPED, cost="fitted/vllm", colocated_cost=None
+        _SHIPPED, cost=device_cost("fitted/vllm", "opt-13b"), colocated_cost=None
     ),
     "DistServe's for both": dataclasses.replace(_SHIPPED, colocated_cost=None),
 }

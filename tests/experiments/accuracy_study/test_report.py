@@ -8,12 +8,13 @@ import pytest
 
 from disagg_jax.calibration.decision_agreement import Agreement, StepTime
 from disagg_jax.deployment import Deployment
-from disagg_jax.metrics import SLO, interval_across
-from disagg_jax.search.rates import GoodputEstimate
+from disagg_jax.metrics.attainment import SLO
+from disagg_jax.metrics.goodput import GoodputEstimate
+from disagg_jax.metrics.intervals import interval_across
 from disagg_jax.work import StepLoad
 from experiments.accuracy_study import report
 from experiments.accuracy_study.paired_runs import Compared
-from experiments.accuracy_study.report import Result, StepErrors, SystemResult
+from experiments.accuracy_study.report import Result, StepErrors, SystemAccuracy
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
 KEYS = [
@@ -68,7 +69,7 @@ ERRORS = report._errors([step(1.0, 1.0), step(3.0, 6.0)])
 
 
 def result(**changes):
-    vllm = SystemResult(
+    vllm = SystemAccuracy(
         deployment="2xcolocated:tp1",
         devices=2,
         rates=[compared(4.0), compared(8.0), compared(12.0)],

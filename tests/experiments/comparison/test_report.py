@@ -5,17 +5,13 @@ import dataclasses
 import matplotlib.figure
 import pytest
 
+from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.search.comparison import ComparisonSpec, SystemResult, judge
+from disagg_jax.search.maps import slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.workload import FixedLengths, RandomWorkload
 from disagg_jax.workload.traces import TraceRow
 from experiments.comparison import report
-from experiments.comparison.comparison import (
-    DISAGGREGATED,
-    Found,
-    Question,
-    judge,
-    slos_map,
-)
 from experiments.configs.named_simulations import get_simulation
 from experiments.runs.folder import plain
 
@@ -23,7 +19,7 @@ WORKLOAD = RandomWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tok
 
 
 def found(system, *per_seed_rps, needs=0.5, **best):
-    return Found(
+    return SystemResult(
         system=system,
         deployment=f"{system}'s",
         parameters=(f"{system}'s reason", "another"),
@@ -50,7 +46,7 @@ NOBODY = tuple(
     found(name, 0.0, 0.0, 0.0, needs=needs)
     for name, needs in (("vllm", 2.5), ("orca", 1.25), (DISAGGREGATED, 3.0))
 )
-QUESTION = Question(
+SPEC = ComparisonSpec(
     simulation=get_simulation("opt13b_a100"),
     devices=4,
     systems=("vllm", "orca", DISAGGREGATED),
@@ -60,7 +56,7 @@ QUESTION = Question(
 )
 MAP = slos_map([0.25, 0.5, 1.0], [0.04], WORKLOAD, "mine")
 GRID = {(0, 0): NOBODY, (1, 0): CLOSE, (2, 0): CLEAR}
-TEXT = report.text(QUESTION, [MAP], [GRID])
+TEXT = report.text(SPEC, [MAP], [GRID])
 
 
 def rows(title):
@@ -119,7 +115,7 @@ def test_the_head_says_what_was_asked():
 
 
 def test_the_record_has_the_numbers_of_the_table():
-    content = report.record(QUESTION, [MAP], [GRID])
+    content = report.record(SPEC, [MAP], [GRID])
     (made,) = content["maps"]
     nobody, close, clear = made["cells"]
     assert (nobody["winner"], nobody["over_runner_up"]["ratio"]) == (None, None)
@@ -166,7 +162,7 @@ def test_bounded_runs_are_said_with_the_shortest_of_them():
         report.sentences([MAP], [{(0, 0): grid[0, 0]}]),
     ):
         assert "\nBounded: in " in sentences[0]
-    table = report.text(QUESTION, [MAP], [grid])
+    table = report.text(SPEC, [MAP], [grid])
     assert " 123 of 246 " in table and " 123 of 492 " in table
 
 
@@ -182,7 +178,7 @@ def test_bounded_runs_are_marked_in_the_picture_and_the_record():
     )
     report._draw(axes, MAP, GRID)
     assert "\u2020" not in axes.get_title()
-    cells = report.record(QUESTION, [MAP], [grid])["maps"][0]["cells"]
+    cells = report.record(SPEC, [MAP], [grid])["maps"][0]["cells"]
     assert [cell["bounded"] for cell in cells] == [True, False]
     assert [cell["num_requests"] for cell in cells] == [123, 123]
     assert [cell["notes"] for cell in cells] == [
@@ -196,9 +192,9 @@ def test_attainment_that_rises_is_said_of_its_system():
     assert report.answer(rises).endswith(f"\nvllm: {RISES}.")
     assert RISES not in report.answer(CLEAR)
     grid = {(0, 0): rises}
-    details = report.text(QUESTION, [MAP], [grid])
+    details = report.text(SPEC, [MAP], [grid])
     assert f"  vllm           vllm's: 1/s, {RISES}; vllm's reason" in details
-    (cell,) = report.record(QUESTION, [MAP], [grid])["maps"][0]["cells"]
+    (cell,) = report.record(SPEC, [MAP], [grid])["maps"][0]["cells"]
     assert cell["notes"] == [f"vllm: {RISES}"]
 
 
@@ -248,17 +244,17 @@ def test_who_has_no_goodput_is_said():
         found("orca", 0.0, 2.0),
         found(DISAGGREGATED, 3.0, 3.0),
     )
-    table = report.text(QUESTION, [MAP], [{(0, 0): one}])
+    table = report.text(SPEC, [MAP], [{(0, 0): one}])
     row = next(line for line in table.splitlines() if line.startswith("0.25 "))
     assert "some seeds have none: orca" in row
     two = (found("vllm", 0.0, 0.0), found(DISAGGREGATED, 3.0, 3.0))
-    table = report.text(QUESTION, [MAP], [{(0, 0): two}])
+    table = report.text(SPEC, [MAP], [{(0, 0): two}])
     assert "only one serves: vllm  only one serves: vllm" in table
 
 
 def test_a_goodput_however_small_is_one():
     small = (found("vllm", 0.25, 0.25), found(DISAGGREGATED, 0.5, 0.5))
-    table = report.text(QUESTION, [MAP], [{(0, 0): small}])
+    table = report.text(SPEC, [MAP], [{(0, 0): small}])
     assert "vllm's: 0.25/s; " in table and "no goodput" not in table
 
 
@@ -269,16 +265,16 @@ def test_candidates_are_listed_where_there_are_several():
         **{"steady": True, "bracketed": True, "resolved": True},
     }
     tried = tuple(dataclasses.replace(f, candidates=(row,)) for f in CLEAR)
-    assert "2xcolocated:tp1" not in report.text(QUESTION, [MAP], [{(0, 0): tried}])
-    asked = dataclasses.replace(QUESTION, budgets=(1,))
+    assert "2xcolocated:tp1" not in report.text(SPEC, [MAP], [{(0, 0): tried}])
+    asked = dataclasses.replace(SPEC, budgets=(1,))
     lines = report.text(asked, [MAP], [{(0, 0): tried}]).splitlines()
     shown = [line.split() for line in lines if "2xcolocated:tp1" in line]
     assert shown == [["2xcolocated:tp1", "2", "2.5", "[2,", "3]", "77", "2"]] * 3
 
 
 def test_a_cluster_without_a_link_is_said_to_have_a_free_one():
-    free = dataclasses.replace(QUESTION.simulation, inside=None)
-    asked = dataclasses.replace(QUESTION, simulation=free)
+    free = dataclasses.replace(SPEC.simulation, inside=None)
+    asked = dataclasses.replace(SPEC, simulation=free)
     assert "KV over a free link;" in report.text(asked, [MAP], [GRID])
 
 
@@ -338,7 +334,7 @@ def test_a_single_cell_is_a_bar_for_each_system(tmp_path, monkeypatch):
         matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
     )
     one = slos_map([1.0], [0.04], WORKLOAD, "mine")
-    report.plot(QUESTION, [one], [{(0, 0): CLEAR}], tmp_path / "x.png")
+    report.plot(SPEC, [one], [{(0, 0): CLEAR}], tmp_path / "x.png")
     (axes,) = drawn[0].axes
     widths = [bar.get_width() for bar in axes.patches]
     assert widths == pytest.approx([1.0, 0.5, 2.0])
@@ -347,7 +343,7 @@ def test_a_single_cell_is_a_bar_for_each_system(tmp_path, monkeypatch):
     assert axes.get_title().endswith("workload mine\nTTFT <= 1 s, TPOT <= 0.04 s")
     assert axes.get_xlabel().endswith("per device), 95 % intervals over seeds")
     alone = tuple(dataclasses.replace(f, per_seed_rps=(1.0,)) for f in CLEAR)
-    report.plot(QUESTION, [one], [{(0, 0): alone}], tmp_path / "x.png")
+    report.plot(SPEC, [one], [{(0, 0): alone}], tmp_path / "x.png")
     (axes,) = drawn[1].axes
     assert axes.get_xlabel().endswith("per device), no intervals") and not axes.lines
 

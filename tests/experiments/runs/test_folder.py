@@ -12,10 +12,12 @@ import sys
 import pytest
 
 from disagg_jax.formats import RUN
+from disagg_jax.metrics import SLO
+from disagg_jax.search.placement import PlacementProblem
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
+from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.placement.placements import parse_slo, problem_of, simulation_of
 from experiments.runs.folder import (
     differences,
     plain,
@@ -316,11 +318,11 @@ def test_a_full_disk_is_an_error_and_a_device_stays_a_device():
 
 def test_what_a_search_builds_with_is_recorded_by_its_name_and_owner():
     """A placement problem has methods of simulations, which say what is simulated."""
-    problem = problem_of(
-        simulation_of("opt-13b", "a100"),
+    problem = PlacementProblem.of(
+        placement_simulation("opt-13b", "a100"),
         2,
         workload=get_workload("fixed:9x2"),
-        slo=parse_slo("1,1"),
+        slo=SLO.parse("1,1"),
         plan=SearchPlan(),
         rate_rps=None,
         num_requests=9,
@@ -329,5 +331,5 @@ def test_what_a_search_builds_with_is_recorded_by_its_name_and_owner():
     )
     record = json.loads(json.dumps(plain(problem), allow_nan=False))
     assert record["build"]["function"] == "Simulation.build"
-    assert record["build"]["of"] == plain(simulation_of("opt-13b", "a100"))
-    assert record["build"]["of"] != plain(simulation_of("opt-66b", "a100"))
+    assert record["build"]["of"] == plain(placement_simulation("opt-13b", "a100"))
+    assert record["build"]["of"] != plain(placement_simulation("opt-66b", "a100"))

@@ -267,3 +267,8 @@ def test_the_picture_stacks_the_stages_of_what_passed():
     assert axes.get_title() == "at each one's highest passing rate"
     report._plot_stages(axes, summaries.throughput())
     assert axes.get_title() == "at each one's best rate"
+
+
+def test_a_rank_that_is_coarse_or_not_monotone_is_marked():
+    row = {"mean": 2.0, "bound": None, "known": "coarsely", "monotone": False}
+    assert report._ranked(row) == "~!2"

@@ -1,15 +1,13 @@
-"""The systems in the order of each criterion, read off the points of one sweep."""
+"""Systems in the order of each criterion, read off the points of one sweep."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from disagg_jax.metrics.criteria import Criterion
-from disagg_jax.search.rates import best_rate, estimate
-
-Scores = Mapping[float, Sequence[float]]  # rate per device -> score of each seed
+from disagg_jax.metrics.goodput import Scores, best_rate, estimate
 
 
 def rank(
@@ -19,10 +17,10 @@ def rank(
     *,
     independent: bool = True,
 ) -> list[dict[str, Any]]:
-    """A row for each system, the best first; see `_figure`.
+    """Return a row for each system, the best first; see `_figure`.
 
     Args:
-      scores: of each system; throughputs are per device too.
+      scores: of each system; rates and throughputs are per device.
       tolerance: of the search, relative.
       independent: whether the seeds' runs are independent samples, as intervals need.
     """
@@ -36,14 +34,15 @@ def rank(
 def _figure(
     criterion: Criterion, tried: Scores, tolerance: float, independent: bool
 ) -> dict[str, Any]:
-    """The highest passing rate or the best throughput, and how well it is known.
+    """Return the highest passing rate or the best throughput, and how well it is known.
 
-    A sweep tries the rates that one criterion needs. By another, `known` may be
+    A sweep tries the rates that one criterion needs. By another criterion, `known` may
+    be
 
-    * coarsely: the rates between which it lies are further apart than the tolerance;
-    * at least: it passed at every rate, or the throughput was best at the lowest or
-      the highest rate;
-    * below: it failed at every rate.
+    * coarsely: the neighbouring rates are further apart than the tolerance;
+    * at least: the system passed at every rate, or the throughput was best at the
+      lowest or the highest rate;
+    * below: the system failed at every rate.
 
     Otherwise it is "yes". `monotone` says whether no rate failed below one that passed.
     """
@@ -53,7 +52,7 @@ def _figure(
         return {**dataclasses.asdict(best.interval), "known": known, "bound": None}
     found = estimate(tried, criterion.target, independent=independent)
     known = _known(found.pass_rps, found.fail_rps, tolerance)
-    # Where nothing passed, or nothing failed, the bound is all there is to show.
+    # If no rate passed, or none failed, only the bound can be shown.
     bound = {"below": found.fail_rps, "at least": found.pass_rps}.get(known)
     return {
         **dataclasses.asdict(found.interval),

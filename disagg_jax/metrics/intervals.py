@@ -1,0 +1,105 @@
+"""Intervals of means over independent runs, and of ratios paired by seed.
+
+Uncertainty comes from independent runs (`interval_across`), never from a binomial
+formula over requests: requests that share a queue succeed and fail together. On an
+M/D/1 queue of 1000 requests whose true attainment is 0.9, 95 % intervals covered the
+truth this often (4000 runs; tests/metrics/test_metrics.py repeats the middle column):
+
+    utilisation                             .6    .75   .85
+    Student-t over 5 runs                   95    94    92 %
+    Wilson (binomial) over one run          53    34    21 %
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.special import stdtrit  # pyright: ignore  # scipy ships no types
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A mean and its confidence interval; None where the values cannot give one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def interval_across(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Return the Student-t interval of the mean of independent runs, a value per seed.
+
+    Equal values give an interval of width 0, which is optimistic for attainments near 1
+    from a few seeds.
+
+    Raises:
+      ValueError: on no values, or a `confidence` outside (0, 1).
+    """
+    if len(values) == 0:
+        raise ValueError("interval: expected at least one value, got none")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Interval(mean=mean, low=None, high=None)
+    half = _half_width(values, confidence)
+    return Interval(mean=mean, low=mean - half, high=mean + half)
+
+
+def rate_interval(values: Sequence[float], *, independent: bool = True) -> Interval:
+    """Return `interval_across` of values >= 0, such as rates, with its low end >= 0.
+
+    Args:
+      independent: False if runs share samples, such as rows of a trace. Then only the
+        mean is known.
+    """
+    found = interval_across(values)
+    if found.low is None or not independent:
+        return Interval(mean=found.mean, low=None, high=None)
+    return Interval(mean=found.mean, low=max(0.0, found.low), high=found.high)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Margin:
+    """The goodput of one system over that of another, paired by seed."""
+
+    ratio: Interval | None  # geometric mean; None where one of them has no goodput
+    clear: bool  # the interval excludes 1, or only one of them has a goodput at all
+
+
+def margin(
+    ours: Sequence[float], theirs: Sequence[float], *, independent: bool = True
+) -> Margin:
+    """Compare goodputs by their ratio at each seed.
+
+    The interval is taken on logarithms, so exchanging the systems inverts it. A system
+    without goodput gives no ratio; the other system is clearly better if it has a
+    goodput at each seed.
+
+    Args:
+      independent: whether seeds are independent samples; if not, there is no interval.
+    """
+    if min(*ours, *theirs) > 0:
+        logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+        of_logs = interval_across(logs)
+        mean, low, high = of_logs.mean, of_logs.low, of_logs.high
+        if low is None or high is None or not independent:
+            ratio = Interval(mean=math.exp(mean), low=None, high=None)
+            return Margin(ratio=ratio, clear=False)
+        ratio = Interval(mean=math.exp(mean), low=math.exp(low), high=math.exp(high))
+        return Margin(ratio=ratio, clear=low > 0 or high < 0)
+    alone = min(ours) > 0 == max(theirs) or min(theirs) > 0 == max(ours)
+    return Margin(ratio=None, clear=alone)
+
+
+def _half_width(values: Sequence[float], confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return _t_quantile((1 + confidence) / 2, len(values) - 1) * error
+
+
+def _t_quantile(probability: float, degrees: int) -> float:
+    # scipy.special, as scipy.stats takes most of a second to import.
+    return float(stdtrit(degrees, probability))  # pyright: ignore

@@ -1,0 +1,34 @@
+"""A scheduling system on a deployment: what is compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from disagg_jax.deployment import Role
+from disagg_jax.scheduling import get_system
+from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.tuning import has_rule, resized
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """Policies by role on a deployment."""
+
+    deployment: str  # such as 2xcolocated:tp1 or prefill:tp2,decode:tp1
+    policies: Mapping[Role, Policy]
+
+    @classmethod
+    def of(
+        cls, system: str, deployment: str, **changes: Mapping[str, object]
+    ) -> System:
+        """Put a system of `scheduling.SYSTEMS` on a deployment; see `get_system`."""
+        return cls(deployment=deployment, policies=get_system(system, **changes))
+
+    def resized(self, step_tokens: int) -> System:
+        """Return it with steps of that size, for policies whose papers tune it."""
+        policies = {
+            role: resized(policy, step_tokens) if has_rule(policy) else policy
+            for role, policy in self.policies.items()
+        }
+        return dataclasses.replace(self, policies=policies)

@@ -1,0 +1,436 @@
+"""Which system serves the most within the targets of a workload.
+
+A cell is a workload with targets. In it every system gets equal devices, one cost model
+and identical arrivals, parameters chosen by its paper's rule
+(`disagg_jax/scheduling/tuning.py`), and the best of all ways to use the devices:
+tensor parallelism for colocated instances, and for disaggregation also the numbers of
+prefill and decode instances. Cells share no runs: step sizes depend on the TPOT target,
+a run must be long for its own targets, and a search that stops runs early and drops
+hopeless candidates (`best_first`) needs fewer runs than full runs that several targets
+could share.
+
+A short run flatters: requests that arrive within one TTFT target, before the queue is
+long, are good at any rate. So the runs of a cell last for many times its targets, at
+the highest rate that any of its systems could serve. `ComparisonSpec.max_requests`
+limits them, as that rate times the targets has no bound (one-token prompts and outputs,
+or no target).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from disagg_jax.deployment import Deployment, InstanceSpec, Role
+from disagg_jax.errors import require
+from disagg_jax.metrics import SLO, Interval, Margin, margin, rate_interval
+from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS, get_system
+from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.tuning import Profile, tune
+from disagg_jax.search.candidates import (
+    Candidate,
+    CandidateResult,
+    Layout,
+    best_first,
+    candidate_row,
+)
+from disagg_jax.search.capacity import capacity_rps
+from disagg_jax.search.goodput import DependentSeedsWarning, GoodputSearch
+from disagg_jax.search.maps import COLOCATED, INFEASIBLE, UNCLEAR, Cell, Map
+from disagg_jax.search.placement import pair
+from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim.simulation import Simulation
+from disagg_jax.sim.workers import Mapper
+
+# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
+_LEFT_OUT = "disaggregated_chunked"
+# The papers of Orca and SARATHI hold few requests, as their memory is not paged. Here
+# too they reserve memory for the longest case, but with Sarathi-Serve's rows.
+POLICIES: Mapping[str, Mapping[Role, Policy]] = {
+    **{name: system for name, system in SYSTEMS.items() if name != _LEFT_OUT},
+    "orca": get_system("orca", colocated={"max_seqs": 128}),
+    "sarathi": get_system("sarathi", colocated={"max_seqs": 128}),
+}
+_SAMPLE = 200  # requests that lengths and capacities are estimated from
+# A run lasts at least for 10 TTFT targets, and 3 lives of a request at both targets.
+_TTFTS, _LIVES = 10, 3
+# A goodput may exceed the estimated capacity by this factor (the most seen was 1.2).
+# Candidates that could only win by more are not simulated.
+_MARGIN = 1.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonSpec:
+    """The conditions of a comparison, the same in all cells.
+
+    Raises:
+      ValueError: on unequal cost models, or no pair of kinds of systems to compare.
+    """
+
+    simulation: Simulation
+    devices: int
+    systems: tuple[str, ...] = tuple(POLICIES)
+    sizes: tuple[int, ...]  # steps to choose from, in tokens
+    budgets: tuple[int, ...] = ()  # if given, all are tried and the best is taken
+    plan: SearchPlan = SearchPlan(growth=1.2, tolerance=0.08, max_rates=30)
+    num_requests: int = 200  # of a run at least
+    max_requests: int = 2500  # of a run at most; cells that need more are marked
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        require(self.devices >= 2, "devices: expected >= 2", self.devices)
+        require(
+            self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests
+        )
+        expected = f"max_requests: expected >= num_requests ({self.num_requests})"
+        require(self.max_requests >= self.num_requests, expected, self.max_requests)
+        require(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
+        unknown = [name for name in self.systems if name not in POLICIES]
+        require(not unknown, f"systems: expected of {sorted(POLICIES)}", unknown)
+        both = DISAGGREGATED in self.systems and len(set(self.systems)) > 1
+        expected = f"systems: expected {DISAGGREGATED} and a colocated one"
+        require(both, expected, list(self.systems))
+        sizes = min((1, *self.sizes, *self.budgets))
+        require(sizes >= 1, "budgets: expected >= 1", list(self.budgets))
+        mark = self.simulation.mark
+        require(not mark, "config: expected one cost model for all systems", mark)
+        self.tensor_parallel()
+
+    def tensor_parallel(self) -> tuple[int, ...]:
+        """Return the tp at which the model fits on an instance.
+
+        Raises:
+          ValueError: with the reasons, if there is none.
+        """
+        fitting, reasons = list[int](), list[str]()
+        for tp in range(1, self.devices + 1):
+            try:
+                instance = InstanceSpec(role=Role.COLOCATED, tp=tp)
+                self.simulation.cost_of(instance).instance(tp)
+                self.simulation.memory_of(instance)
+                fitting.append(tp)
+            except ValueError as error:
+                reasons.append(str(error))
+        least = min(fitting, default=self.devices)
+        expected = (
+            "devices: expected enough for two instances of "
+            f"{self.simulation.model.name} ({'; '.join(reasons) or 'it fits'})"
+        )
+        require(2 * least <= self.devices, expected, self.devices)
+        return tuple(fitting)
+
+
+# ---- candidates ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """A system on a deployment with parameters."""
+
+    candidate: Candidate
+    parameters: tuple[str, ...]  # tuned, with reasons; one for each role that is tuned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SystemSearch:
+    """The options of one system in one cell."""
+
+    system: str
+    options: tuple[Option, ...]
+    needed_requests: float = 0.0  # by a run that lasts long enough; inf without targets
+
+
+def deployments(
+    system: str, devices: int, tensor_parallel: Sequence[int]
+) -> list[Deployment]:
+    """Return all ways to use all devices with equal instances of each role."""
+    if system != DISAGGREGATED:
+        return [
+            Deployment((InstanceSpec(role=Role.COLOCATED, tp=tp),) * (devices // tp))
+            for tp in tensor_parallel
+            if devices % tp == 0
+        ]
+    return [
+        pair(Layout(p), Layout(d), n, (devices - n * p) // d)
+        for p, d in itertools.product(tensor_parallel, repeat=2)
+        for n in range(1, (devices - d) // p + 1)
+        if (devices - n * p) % d == 0
+    ]
+
+
+def system_searches(spec: ComparisonSpec, cell: Cell) -> list[SystemSearch]:
+    """Return the searches of a cell, all with the same number of requests."""
+    sample = cell.workload.requests(_SAMPLE, 1.0, spec.seeds[0])
+    drafts = {system: list(_drafts(spec, cell, system)) for system in spec.systems}
+    capacities = {
+        id(draft): capacity_rps(draft.search.simulated, sample, cell.slo)
+        for options in drafts.values()
+        for draft, _ in options
+    }
+    output = statistics.fmean(request.max_tokens for request in sample)
+    finite = [rate for rate in capacities.values() if rate < math.inf]
+    needed = max(finite) * run_s(cell.slo, output) if finite else 0.0
+    least, most = spec.num_requests, spec.max_requests
+    num_requests = max(least, math.ceil(min(needed, most)))
+    return [
+        SystemSearch(
+            system=system,
+            needed_requests=max(needed, least),
+            options=tuple(
+                Option(
+                    candidate=_sized(draft, num_requests, capacities[id(draft)]),
+                    parameters=parameters,
+                )
+                for draft, parameters in options
+            ),
+        )
+        for system, options in drafts.items()
+    ]
+
+
+def run_s(slo: SLO, output_tokens: float) -> float:
+    """Return the seconds that a run should last."""
+    return max(_TTFTS * slo.ttft_s, _LIVES * (slo.ttft_s + output_tokens * slo.tpot_s))
+
+
+def _sized(draft: Candidate, num_requests: int, capacity: float) -> Candidate:
+    start_rps = 0.8 * capacity if capacity < math.inf else None
+    search = dataclasses.replace(
+        draft.search, num_requests=num_requests, start_rps=start_rps
+    )
+    return dataclasses.replace(draft, search=search, bound_rps=_MARGIN * capacity)
+
+
+def _drafts(
+    spec: ComparisonSpec, cell: Cell, system: str
+) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
+    """Yield candidates that lack a number of requests, and their parameters."""
+    for deployment in deployments(system, spec.devices, spec.tensor_parallel()):
+        for size in spec.budgets or (None,):
+            policies, parameters = _tuned(spec, cell, system, deployment, size)
+            simulation = dataclasses.replace(spec.simulation, policies=policies)
+            name = f"{deployment}" if size is None else f"{deployment} {size} tokens"
+            search = GoodputSearch(
+                simulated=simulation.build(deployment),
+                workload=cell.workload,
+                slo=cell.slo,
+                seeds=spec.seeds,
+                plan=spec.plan,
+            )
+            draft = Candidate(name=name, search=search, devices=spec.devices)
+            yield draft, parameters
+
+
+def _tuned(
+    spec: ComparisonSpec,
+    cell: Cell,
+    system: str,
+    deployment: Deployment,
+    size: int | None,
+) -> tuple[dict[Role, Policy], tuple[str, ...]]:
+    policies, parameters = dict[Role, Policy](), list[str]()
+    for role, policy in POLICIES[system].items():
+        instance = deployment.instances[deployment.of(role)[0]]
+        profile = _profile(spec, cell, instance)
+        tuned = tune(policy, profile, cell.slo.tpot_s, size)
+        policies[role] = tuned.policy
+        if tuned.choice is not None:
+            parameters.append(str(tuned.choice))
+    return policies, tuple(parameters)
+
+
+def _profile(spec: ComparisonSpec, cell: Cell, instance: InstanceSpec) -> Profile:
+    cost = spec.simulation.cost_of(instance).instance(instance.tp, instance.pp)
+    sample = cell.workload.requests(_SAMPLE, 1.0, spec.seeds[0])
+    return Profile(
+        step_s=lambda load: sum(cost.stages_s(load)),
+        sizes=spec.sizes,
+        prompt_tokens=round(statistics.fmean(r.prompt_tokens for r in sample)),
+        output_tokens=round(statistics.fmean(r.max_tokens for r in sample)),
+        kv_tokens=spec.simulation.kv_tokens(instance),
+    )
+
+
+# ---- the search ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SystemResult:
+    """The best option of a system in a cell; goodputs are per device."""
+
+    system: str
+    deployment: str  # with its step size if several are tried
+    parameters: tuple[str, ...]
+    per_seed_rps: tuple[float, ...]  # zeros if it never met the target
+    needs: float  # factor on the targets for requests that are served alone
+    num_requests: int
+    candidates: tuple[dict[str, Any], ...]  # all, the best first
+    needed_requests: float = 0.0  # by runs that last long enough
+    why_dependent: str = ""  # why the seeds' runs give no interval
+
+    @property
+    def goodput(self) -> Interval:
+        """Return the interval across seeds."""
+        return rate_interval(self.per_seed_rps, independent=not self.why_dependent)
+
+    @property
+    def rps(self) -> float:
+        """Return the mean over seeds."""
+        return statistics.fmean(self.per_seed_rps)
+
+    @property
+    def bounded(self) -> bool:
+        """Return whether the runs have too few requests to last long enough."""
+        return self.needed_requests > self.num_requests
+
+    @property
+    def inversion(self) -> str | None:
+        """Describe where the attainment of the best option is not monotone."""
+        return self.candidates[0].get("inversion") if self.candidates else None
+
+
+def search_system(search: SystemSearch) -> SystemResult:
+    """Search the best option of a system; a task for a worker."""
+    candidates = [option.candidate for option in search.options]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DependentSeedsWarning)  # the report says so
+        results = best_first(candidates, map, lambda text: None, first=1, at_once=1)
+    parameters = {o.candidate.name: o.parameters for o in search.options}
+    best = results[0]
+    tried = [r.goodput for r in results if r.goodput is not None]
+    return SystemResult(
+        system=search.system,
+        deployment=best.candidate.name,
+        parameters=parameters[best.candidate.name],
+        per_seed_rps=_per_seed(best),
+        needs=min(goodput.unloaded_scale for goodput in tried),
+        num_requests=best.candidate.search.num_requests,
+        why_dependent=best.candidate.search.why_dependent,
+        needed_requests=search.needed_requests,
+        candidates=tuple(
+            {**candidate_row(r), "parameters": parameters[r.candidate.name]}
+            for r in results
+        ),
+    )
+
+
+def _per_seed(result: CandidateResult) -> tuple[float, ...]:
+    search, goodput = result.candidate.search, result.goodput
+    if goodput is None or not result.won:
+        return (0.0,) * len(search.seeds)
+    return tuple(r / result.candidate.devices for r in goodput.found.per_seed_rps)
+
+
+def compare(
+    spec: ComparisonSpec,
+    maps: Sequence[Map],
+    mapper: Mapper,
+    progress: Callable[[str], None],
+) -> list[dict[tuple[int, int], tuple[SystemResult, ...]]]:
+    """Search every system in every cell of every map."""
+    grids: list[dict[tuple[int, int], tuple[SystemResult, ...]]] = [{} for _ in maps]
+    cells = [
+        (grid, each, at)
+        for grid, each in zip(grids, maps, strict=True)
+        for at in each.cells
+    ]
+    asked = [system_searches(spec, each.cells[at]) for _, each, at in cells]
+    progress(f"{len(cells)} cells x {len(spec.systems)} systems")
+    results = mapper(search_system, list(itertools.chain(*asked)))
+    for done, (grid, each, at) in enumerate(cells, 1):
+        grid[at] = tuple(itertools.islice(results, len(spec.systems)))
+        x, y = each.x.values[at[0]], each.y.values[at[1]]
+        where = f"{each.x.name} {x:g}, {each.y.name} {y:g} {each.y.unit}"
+        said = [judge(grid[at]).summary, *cell_notes(grid[at])]
+        progress(f"{done}/{len(cells)}: {where}: {'; '.join(said)}")
+    return grids
+
+
+def cell_notes(results: Sequence[SystemResult]) -> list[str]:
+    """Return the caveats of a cell: bounded runs, attainment that rises."""
+    said = [f"{one.system}: {one.inversion}" for one in results if one.inversion]
+    if results[0].bounded:
+        said.insert(0, f"runs bounded to {needed(results[0])} requests")
+    return said
+
+
+def needed(found: SystemResult) -> str:
+    """Return the requests of the runs; if bounded, also the number needed."""
+    if not found.bounded:
+        return f"{found.num_requests}"
+    if found.needed_requests == math.inf:
+        return f"{found.num_requests} of any number"
+    return f"{found.num_requests} of {math.ceil(found.needed_requests)}"
+
+
+# ---- who wins ------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CellVerdict:
+    """The winner of a cell, and its margins."""
+
+    ranked: tuple[SystemResult, ...]  # the highest goodput first
+    over_runner_up: Margin
+    best_colocated: SystemResult
+    disaggregated: SystemResult
+    over_colocated: Margin  # of disaggregated
+    verdict: str  # DISAGGREGATED, COLOCATED, UNCLEAR or INFEASIBLE
+
+    @property
+    def winner(self) -> SystemResult:
+        """Return the system with the highest goodput, by whatever margin."""
+        return self.ranked[0]
+
+    @property
+    def summary(self) -> str:
+        """Return the winner and its goodput, or why the cell is infeasible."""
+        if self.verdict == INFEASIBLE:
+            return self.why_infeasible
+        return f"{self.winner.system} {self.winner.rps:.3g}/s per device"
+
+    @property
+    def why_infeasible(self) -> str:
+        """Say by how much the targets are missed if no system has a goodput."""
+        nearest = min(self.ranked, key=lambda found: found.needs)
+        if nearest.needs > 1:
+            return (
+                f"even alone {nearest.system} needs {nearest.needs:.3g} x the targets"
+            )
+        return "met by requests alone, but under no load that was tried"
+
+
+def judge(results: Sequence[SystemResult]) -> CellVerdict:
+    """Compare the systems of a cell.
+
+    The best of several systems looks slightly too good, on either side: systems are
+    compared on the runs that chose them.
+    """
+    ranked = tuple(sorted(results, key=lambda f: -f.rps))
+    (disaggregated,) = (f for f in results if f.system == DISAGGREGATED)
+    colocated = next(f for f in ranked if f.system != DISAGGREGATED)
+    over = _margin(disaggregated, colocated)
+    verdict = UNCLEAR
+    if ranked[0].rps == 0:
+        verdict = INFEASIBLE
+    elif over.clear:
+        wins = disaggregated.rps > colocated.rps
+        verdict = DISAGGREGATED if wins else COLOCATED
+    return CellVerdict(
+        ranked=ranked,
+        over_runner_up=_margin(ranked[0], ranked[1]),
+        best_colocated=colocated,
+        disaggregated=disaggregated,
+        over_colocated=over,
+        verdict=verdict,
+    )
+
+
+def _margin(ours: SystemResult, theirs: SystemResult) -> Margin:
+    independent = not (ours.why_dependent or theirs.why_dependent)
+    return margin(ours.per_seed_rps, theirs.per_seed_rps, independent=independent)
