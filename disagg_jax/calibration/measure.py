@@ -281,18 +281,13 @@ def _kind(engine: Engine, step: Step) -> str:
     return "chunk" if kind == "mixed" and not step.load.decodes else kind
 
 
-def left_out_errors(
-    profile: CalibratedProfile, form: str = "terms"
-) -> dict[str, float | None]:
-    """By kind, how far a form of `fit.FORMS` is off for programs it was not given.
-
-    The mean over layouts and stages.
-    """
+def left_out_errors(profile: CalibratedProfile) -> dict[str, float | None]:
+    """Return by kind the mean of `left_out_error` over layouts and stages."""
     found: dict[str, list[float | None]] = {}
     for (_, pp), times in profile.layouts.items():
         for kind in times.fits:
             found.setdefault(kind, []).extend(
-                left_out_error(_stage(times.measured, kind, i), form) for i in range(pp)
+                left_out_error(_stage(times.measured, kind, i)) for i in range(pp)
             )
     means: dict[str, float | None] = {}
     for kind, errors in found.items():

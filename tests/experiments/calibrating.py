@@ -9,7 +9,7 @@ import numpy as np
 
 from disagg_jax.calibration.profile_keys import TransferKey, key_of
 from disagg_jax.engine.engine import Engine
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 from experiments import calibrate
 from experiments.configs.config import Config, System
 from experiments.sweep.serving import Server
@@ -50,7 +50,7 @@ CONFIG = Config(
         "stages": System.of("sarathi", "colocated:tp1pp2", colocated=seqs(16)),
     }
 )
-# Of each stage, by kind; see `terms.TERMS`. No prefill instance has two.
+# Of each stage, by kind; see `step_time_terms.TERMS`. No prefill instance has two.
 TRUE = (
     {
         "prefill": (2e-3, 3e-5, 4e-9, 2e-5, 1e-5, 0.0, 2e-5, 0.0),
@@ -66,7 +66,7 @@ TRUE = (
 
 def true_s(program, pp=1):
     """Seconds on each stage."""
-    return [terms.time_s(program, stage[program.kind]) for stage in TRUE[:pp]]
+    return [step_time_terms.time_s(program, stage[program.kind]) for stage in TRUE[:pp]]
 
 
 def device(noise=0.0):

@@ -10,7 +10,7 @@ from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import load_slices
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.measured import (
     CalibratedInstance,
     CalibratedProfile,
@@ -34,7 +34,9 @@ DECODES = tuple(
 )
 LISTED = ProgramList((Program("prefill", 64, 8), *DECODES), SIZE)
 FITS = {
-    "prefill": ((1e-3, 1e-5, 1e-8, 0.0, *(0.0,) * len(terms.KNOTS)),),
+    "prefill": (
+        (1e-3, 1e-5, 1e-8, 0.0, *(0.0,) * len(step_time_terms.TOKEN_BREAKPOINTS)),
+    ),
     "decode": ((1e-3, 1e-4, 1e-5, 1e-6),),
 }
 TIMES = LayoutTimes(1, {DECODES[0]: (0.5,)}, FITS)
