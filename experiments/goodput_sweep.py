@@ -18,8 +18,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from disagg_jax.calibration.step_times import check_step_times, measure_step_times
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.executor import check_step_times, measure_step_times
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from experiments.cli import host_devices

@@ -1,4 +1,4 @@
-"""From an engine to a calibrated profile's terms, and from a profile to durations."""
+"""The keys of an engine's work in a profile, and an engine's durations from one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import jax
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.batch import DecodeShape, MixedShape, StepShape
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile, Layout
 from disagg_jax.sim.cost.measured_profile import profile_from_json
 from disagg_jax.sim.programs import Program, ProgramList
@@ -44,33 +43,33 @@ def layouts(deployment: Deployment) -> list[Layout]:
 
 
 class StepKey(NamedTuple):
-    """What decides how long a step takes."""
+    """The properties that decide how long a step takes."""
 
     layout: Layout
     program: Program
 
 
 class TransferKey(NamedTuple):
-    """What decides how long a transfer takes."""
+    """The properties that decide how long a transfer takes."""
 
     src: Layout
     dst: Layout
-    blocks: int  # that it is padded to
+    blocks: int  # padding included
 
 
-class Probe(NamedTuple):
-    """Work to be timed."""
+class EngineWork(NamedTuple):
+    """Work for one engine."""
 
     engine: Engine
     work: Task
 
 
-# Runs work alone: seconds of each part, that is stage or transfer.
+# Run work alone; return the seconds of each part, see `Engine.part_keys`.
 TimeParts = Callable[[Engine, Task], Sequence[float]]
 
 
 def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
-    """Work with equal keys takes equally long alone."""
+    """Return the key of `work`: work with equal keys takes equally long alone."""
     at = layouts(engine.deployment)
     if isinstance(work, Step):
         shape = engine.instances[work.instance].step_shape(work.slices)
@@ -81,15 +80,15 @@ def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
 
 
 def device_name() -> str:
-    """The kind of device that JAX uses here."""
+    """Return the kind of device that JAX uses on this machine."""
     return jax.devices()[0].device_kind
 
 
 def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
-    """The profile in a file, if it is of that model on the devices that are here.
+    """Return the profile in a file, if it is of `model` on this machine's devices.
 
     Raises:
-      ValueError: if it is of another, or no profile.
+      ValueError: if the file is no profile, or of another model or device.
     """
     try:
         profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
@@ -109,31 +108,13 @@ def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
 
 
 def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
-    """The durations of an engine's deployment.
+    """Return the durations of an engine's deployment.
 
     Raises:
-      ValueError: on what was not measured.
+      ValueError: on a layout, a pair of layouts or a block size without measurement.
     """
     each = range(len(engine.instances))
     sources = engine.deployment.of(Role.PREFILL)
     sizes = engine.instances[sources[0]].buckets.transfer_blocks if sources else ()
     lists = [program_list(engine, i) for i in each]
     return profile.cost(engine.deployment, lists, sizes)
-
-
-def step_times_of(profile: CalibratedProfile, engine: Engine) -> dict[str, float]:
-    """Seconds of every program of an engine, in place of `measure_step_times`.
-
-    Raises:
-      ValueError: on what was not measured.
-    """
-    cost_of(profile, engine)  # raises
-    seconds: dict[str, float] = {}
-    for work in every_work(engine):
-        key = key_of(engine, work)
-        if isinstance(key, StepKey):
-            parts_s = profile.layouts[key.layout].stages_s(key.program)
-        else:
-            parts_s = (profile.transfers[key.src, key.dst].time_s(key.blocks),)
-        seconds.update(zip(engine.part_keys(work), parts_s, strict=True))
-    return seconds

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 
+from disagg_jax.calibration.step_times import measure_step_times
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
@@ -19,7 +20,6 @@ from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import (
     TimingExecutor,
-    measure_step_times,
     outcome,
     run_alone,
 )

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from disagg_jax.calibration.step_times import measure_step_times
 from disagg_jax.engine.batch import MixedShape
 from disagg_jax.engine.engine import Engine, StepTotals
-from disagg_jax.engine.executor import measure_step_times, run_alone
+from disagg_jax.engine.executor import run_alone
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import Slice, Step
 from tests.engine.harness import (

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
+from disagg_jax.calibration.measure import calibrate
 from disagg_jax.calibration.profile_keys import TransferKey, key_of
 from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost import step_time_terms
-from experiments import calibrate
 from experiments.configs.config import Config, System
 from experiments.sweep.serving import Server
 from experiments.sweep.weights import Model
@@ -106,4 +106,4 @@ def calibrated(engines, time_parts, **changes):
         max_drift=0.3,
         progress=lambda message: None,
     )
-    return calibrate.calibrate(list(engines), time_parts, **{**options, **changes})
+    return calibrate(list(engines), time_parts, **{**options, **changes})

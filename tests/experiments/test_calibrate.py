@@ -9,8 +9,8 @@ import pytest
 import scipy.optimize
 
 from disagg_jax.calibration.fit import fit, fit_programs, left_out_error
-from disagg_jax.calibration.measure import drift
 from disagg_jax.calibration.profile_keys import key_of, read_profile
+from disagg_jax.calibration.timing import drift
 from disagg_jax.engine.engine import Engine
 from disagg_jax.metrics import interval_across, rate_interval
 from disagg_jax.sim.cost import step_time_terms

@@ -31,8 +31,6 @@ class LayoutTimes:
 
     Attributes:
       fits: by kind, for each stage the coefficients of `step_time_terms.TERMS[kind]`.
-      probes: seconds of some programs, all stages together, that ran now and then while
-        the others were measured; see `calibration/machine_speed.py`.
       serving_factor: by kind, the time of steps in serving over that of their programs
         alone; 1 where missing.
 
@@ -43,9 +41,6 @@ class LayoutTimes:
     pp: int
     measured: Mapping[Program, tuple[float, ...]]
     fits: Mapping[str, tuple[tuple[float, ...], ...]]
-    probes: Mapping[Program, float] = dataclasses.field(
-        default_factory=dict[Program, float]
-    )
     serving_factor: Mapping[str, float] = dataclasses.field(
         default_factory=dict[str, float]
     )
@@ -55,8 +50,6 @@ class LayoutTimes:
             expected = f"{program}: expected {self.pp} times > 0"
             ok = len(stages_s) == self.pp and min(stages_s) > 0
             require(ok, expected, stages_s)
-        for program, seconds in self.probes.items():
-            require(seconds > 0, f"{program}: expected a time > 0", seconds)
         for kind, factor in self.serving_factor.items():
             require(factor > 0, f"{kind}: expected a factor > 0", factor)
         for kind, stages in self.fits.items():
@@ -191,6 +184,8 @@ class CalibratedProfile:
       block_bytes: KV of a block, all layers.
       provenance: the model, dtype and device, and how and when they were measured.
       held_out: by kind, the mean relative error for loads that the fit did not have.
+      probes: seconds of some programs, all stages together, that ran now and then while
+        the others were measured; see `calibration/machine_speed.py`.
     """
 
     name: str
@@ -200,6 +195,13 @@ class CalibratedProfile:
     transfers: Mapping[tuple[Layout, Layout], TransferTimes]
     provenance: Mapping[str, str]
     held_out: Mapping[str, float]
+    probes: Mapping[tuple[Layout, Program], float] = dataclasses.field(
+        default_factory=dict[tuple[Layout, Program], float]
+    )
+
+    def __post_init__(self) -> None:
+        for (_, program), seconds in self.probes.items():
+            require(seconds > 0, f"probes: {program}: expected a time > 0", seconds)
 
     def cost(
         self,
@@ -207,7 +209,7 @@ class CalibratedProfile:
         programs: Sequence[ProgramList],
         sizes: Sequence[int],
     ) -> CalibratedCost:
-        """The durations of a deployment.
+        """Return the durations of a deployment.
 
         Args:
           programs: of each instance.

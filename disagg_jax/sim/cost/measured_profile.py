@@ -75,7 +75,11 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
                 "fits": {
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
                 },
-                "probes": [[*p, [s]] for p, s in sorted(times.probes.items())],
+                "probes": [
+                    [*program, [seconds]]
+                    for (layout, program), seconds in sorted(profile.probes.items())
+                    if layout == (tp, pp)
+                ],
                 "serving_factor": dict(times.serving_factor),
             }
             for (tp, pp), times in sorted(profile.layouts.items())
@@ -106,9 +110,16 @@ def profile_from_json(record: object) -> CalibratedProfile:
     for key in PROVENANCE:
         get_text(provenance, key, "provenance")
     held_out = get_mapping(top, "held_out", "profile")
-    layouts = [
-        _layout(item, i) for i, item in enumerate(get_list(top, "layouts", "profile"))
+    items = [
+        (f"layouts[{i}]", as_mapping(item, f"layouts[{i}]"))
+        for i, item in enumerate(get_list(top, "layouts", "profile"))
     ]
+    layouts = [_layout(item, where) for where, item in items]
+    probes = {
+        (layout, program): sum(seconds)
+        for (layout, _), (where, item) in zip(layouts, items, strict=True)
+        for program, seconds in _times(item, "probes", where).items()
+    }
     transfers = [
         _transfer(item, i)
         for i, item in enumerate(_optional_list(top, "transfers", "profile"))
@@ -121,6 +132,7 @@ def profile_from_json(record: object) -> CalibratedProfile:
         transfers=_each_once(transfers, "transfers"),
         provenance=provenance,
         held_out={k: as_number(v, f"held_out.{k}") for k, v in held_out.items()},
+        probes=probes,
     )
 
 
@@ -138,12 +150,10 @@ def _each_once(items: Sequence[tuple[Key, Item]], where: str) -> dict[Key, Item]
     return dict(items)
 
 
-def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
-    where = f"layouts[{i}]"
-    record = as_mapping(item, where)
+def _layout(record: Mapping[str, object], where: str) -> tuple[Layout, LayoutTimes]:
     tp, pp = (positive_int(record.get(k), f"{where}.{k}") for k in ("tp", "pp"))
     get_list(record, "measured", where)  # raises where it is missing or empty
-    measured, probes = (_times(record, key, where) for key in ("measured", "probes"))
+    measured = _times(record, "measured", where)
     fits = get_mapping(record, "fits", where)
     factor = record.get("serving_factor", record.get("in_service", {}))  # format 0, 1
     factors = as_mapping(factor, f"{where}.serving_factor")
@@ -161,7 +171,6 @@ def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
             pp,
             measured,
             coefficients,
-            {program: sum(seconds) for program, seconds in probes.items()},
             {k: as_number(v, f"serving_factor.{k}") for k, v in factors.items()},
         )
 

@@ -5,12 +5,12 @@ import math
 
 import pytest
 
-from disagg_jax.calibration.decision_agreement import Agreement, StepTime
+from disagg_jax.calibration.decision_agreement import Agreement
 from disagg_jax.metrics import SLO, interval_across
 from disagg_jax.search.rates import GoodputEstimate
 from disagg_jax.work import StepLoad
 from experiments.accuracy_study import report
-from experiments.accuracy_study.paired_runs import Compared
+from experiments.accuracy_study.paired_runs import Compared, PredictedStep
 from experiments.accuracy_study.report import Result, StepErrors, SystemResult
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
@@ -59,7 +59,7 @@ def goodput(*per_seed_rps):
 
 
 def step(measured_s, predicted_s):
-    return StepTime(0, StepLoad((), 1, 8), measured_s, predicted_s)
+    return PredictedStep(0, StepLoad((), 1, 8), measured_s, predicted_s)
 
 
 ERRORS = report._errors([step(1.0, 1.0), step(3.0, 6.0)])

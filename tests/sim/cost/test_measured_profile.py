@@ -202,13 +202,13 @@ def test_a_profile_of_a_newer_format_is_refused_before_its_content():
 
 def test_probes_are_no_measurements_and_older_profiles_have_none():
     layout = PROFILE.layouts[1, 1]
-    assert layout.probes == {ROWS[1]: 0.7, SMALL: 9.5}
+    assert PROFILE.probes == {((1, 1), ROWS[1]): 0.7, ((1, 1), SMALL): 9.5}
     assert layout.stages_s(ROWS[1]) == layout.fitted_s(ROWS[1]) == (2.0 + 0.25 * 16,)
     record = copy.deepcopy(RECORD)
     del record["layouts"][0]["probes"], record["layouts"][0]["serving_factor"]
-    older = profile_from_json(record).layouts[1, 1]
-    assert older.probes == older.serving_factor == {}
-    assert older.served_s(SMALL) == older.stages_s(SMALL)
+    older = profile_from_json(record)
+    assert older.probes == older.layouts[1, 1].serving_factor == {}
+    assert older.layouts[1, 1].served_s(SMALL) == layout.stages_s(SMALL)
 
 
 def test_a_profile_of_colocated_systems_needs_no_transfers():
@@ -259,7 +259,7 @@ MOVE = ("transfers", 0)
         (
             ("layouts", 0, "probes", 1, 6),
             [0.0],
-            r"layouts\[0\]: prefill_T32_R4: .* > 0",
+            r"probes: prefill_T32_R4: .* > 0, got 0.0",
         ),
         (("layouts", 0, "serving_factor"), [], r"serving_factor: expected an object"),
         (("layouts", 0, "serving_factor", "train"), 1.0, r"serving_factor: .* some of"),
