@@ -240,10 +240,7 @@ def main() -> None:
     config = override(get_config(_CONFIG.value), given)
     config = override(config, _SET.value, _UNREAD)
     config = dataclasses.replace(config, durations="live")
-    factors, out = (
-        [float(text) for text in _FACTORS.value],
-        pathlib.Path(_OUT.value),
-    )
+    factors, out = [float(text) for text in _FACTORS.value], pathlib.Path(_OUT.value)
     result = run(config, _PROFILE.value, factors, out)
     text = report.text(result)
     write_text(out / "accuracy.txt", text + "\n")

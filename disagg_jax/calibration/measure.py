@@ -39,6 +39,7 @@ from disagg_jax.sim.programs import KINDS, Program, ProgramList
 from disagg_jax.work import Step, Task, Transfer
 
 Parts = Sequence[tuple[int, int]]  # (start, count) of the slices of a step
+Samples = Mapping[StepKey | TransferKey, Sequence[Turn]]
 
 
 # -- what is measured ------------------------------------------------------------------
@@ -166,57 +167,44 @@ def calibrate(
             f"{max_drift:.0%} between the first and the last rounds, got "
             f"{changed - 1:+.0%}; run it again, or raise --max_drift"
         )
-    profile = fit_profile(
-        {key: found[key] for key in known},
+    samples = {key: found[key] for key in known}
+    profile = CalibratedProfile(
         name=name,
         block_tokens=memory.block_tokens,
         block_bytes=model.kv_bytes_per_token * memory.block_tokens,
+        layouts=_layouts(samples),
+        transfers=_transfers(samples),
         provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
+        held_out={},
         probes=probe.medians_s(),
     )
-    samples = [found[i] for i in range(len(others))]
-    held_out = held_out_errors(profile, others, samples)
+    turns = [found[i] for i in range(len(others))]
+    held_out = held_out_errors(profile, others, turns)
     return dataclasses.replace(profile, held_out=held_out)
 
 
-def fit_profile(
-    samples: Mapping[StepKey | TransferKey, Sequence[Turn]],
-    *,
-    name: str,
-    block_tokens: int,
-    block_bytes: int,
-    provenance: Mapping[str, str],
-    probes: Mapping[tuple[Layout, Program], float],
-) -> CalibratedProfile:
-    """Return the typical time of each measured work, and fits for other work.
-
-    Args:
-      probes: `SpeedProbe.medians_s` of the meantime.
-    """
+def _layouts(samples: Samples) -> dict[Layout, LayoutTimes]:
+    """Return the typical time of each measured program, and fits for others."""
     steps: dict[Layout, dict[Program, tuple[float, ...]]] = {}
-    moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
     for key, turns in samples.items():
         if isinstance(key, StepKey):
             steps.setdefault(key.layout, {})[key.program] = typical_s(turns)
-        else:
+    return {
+        layout: LayoutTimes(layout[1], measured, _fits(layout[1], measured))
+        for layout, measured in steps.items()
+    }
+
+
+def _transfers(samples: Samples) -> dict[tuple[Layout, Layout], TransferTimes]:
+    """Return the typical time of each size of a transfer, and fits for others."""
+    moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
+    for key, turns in samples.items():
+        if isinstance(key, TransferKey):
             pair = moves.setdefault((key.src, key.dst), {})
             pair[key.blocks] = sum(typical_s(turns))
-    return CalibratedProfile(
-        name=name,
-        block_tokens=block_tokens,
-        block_bytes=block_bytes,
-        layouts={
-            layout: LayoutTimes(layout[1], measured, _fits(layout[1], measured))
-            for layout, measured in steps.items()
-        },
-        transfers={
-            pair: TransferTimes(sizes, *fit_line(sizes))
-            for pair, sizes in moves.items()
-        },
-        provenance=provenance,
-        held_out={},
-        probes=probes,
-    )
+    return {
+        pair: TransferTimes(sizes, *fit_line(sizes)) for pair, sizes in moves.items()
+    }
 
 
 def _fits(

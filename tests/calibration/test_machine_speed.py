@@ -151,6 +151,22 @@ def test_without_probes_nothing_is_said_of_the_machine(engines):
         assert (found.decode, found.prompt) == ((1.0,), (1.0,))
 
 
+def test_a_calibration_without_probes_finds_the_same_times(engines):
+    calls = {True: 0, False: 0}
+
+    def profile(speed_probes):
+        def time_parts(engine, work):
+            calls[speed_probes] += 1
+            return device()(engine, work)
+
+        changes = {"speed_probes": speed_probes, "count": 1}
+        return calibrated([engines["vllm"]], time_parts, **changes)
+
+    probed, alone = profile(True), profile(False)
+    assert probed.probes and alone == dataclasses.replace(probed, probes={})
+    assert calls[False] < calls[True]
+
+
 def test_an_executor_is_the_same_with_probes_around_it():
     class Executor:
         def run(self, work):
