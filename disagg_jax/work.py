@@ -73,6 +73,11 @@ class Slice:
         return self.count == 1 and self.start > 0
 
 
+def pool_extent(slices: Sequence[Slice]) -> int:
+    """Return the blocks of the pool up to the last one that `slices` have."""
+    return 1 + max([max(part.blocks) for part in slices], default=-1)
+
+
 @dataclasses.dataclass(slots=True)
 class StepLoad:
     """What a step computes, as far as its duration depends on it."""
@@ -81,7 +86,7 @@ class StepLoad:
     decodes: int  # requests that decode one token each
     context: int  # tokens that those attend to together, the new ones included
     # Blocks of the pool up to the last one that decodes have; 0 where nobody looked.
-    front: int = 0
+    pool_extent: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -128,9 +133,9 @@ class Step:
         return cls(id, instance, slices, StepLoad.of(slices))
 
     @property
-    def front(self) -> int:
+    def pool_extent(self) -> int:
         """Blocks of the pool up to the last one that its decodes have."""
-        return 1 + max([max(p.blocks) for p in self.slices if p.is_decode], default=-1)
+        return pool_extent([part for part in self.slices if part.is_decode])
 
     @property
     def instances(self) -> tuple[int, ...]:

@@ -40,10 +40,10 @@ import jax
 import numpy as np
 
 from disagg_jax.control.backend import serve
-from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
+from disagg_jax.programs import StepShape
 from disagg_jax.request import Request
 from disagg_jax.sim.workers import process_pool
 from disagg_jax.work import Event, Step, Work
@@ -90,9 +90,9 @@ class Options:
 # -- host and decode: a full batch -----------------------------------------------------
 
 
-def _full_batch(options: Options, batch: int) -> tuple[Rig, DecodeShape, list[Request]]:
+def _full_batch(options: Options, batch: int) -> tuple[Rig, StepShape, list[Request]]:
     """An instance, its decode step, and requests that fill it in one prefill step."""
-    prefill = PrefillShape(batch * options.prompt, batch)
+    prefill = StepShape.prefill(batch * options.prompt, batch)
     context = options.prompt + options.output
     rig, shape = colocated(
         options.config, prefill, context=context, block_tokens=BLOCK_TOKENS
@@ -167,7 +167,7 @@ def prefill(options: Options) -> list[Figure]:
     """Prefill tokens per second of the whole loop and of the bare program."""
     rows, steps = 4, 12
     prompt = options.prefill_tokens // rows
-    shape = PrefillShape(rows * prompt, rows)
+    shape = StepShape.prefill(rows * prompt, rows)
     rig, _ = colocated(
         options.config,
         shape,
@@ -190,7 +190,7 @@ def _against_bare(
     requests: Sequence[Request],
 ) -> Figure:
     """`tokens` over the time of a step: in the whole loop, and of `shape` alone."""
-    steps = options.output if isinstance(shape, DecodeShape) else 12
+    steps = options.output if shape.kind == "decode" else 12
     step_s = interleaved(
         options.repeats,
         {

@@ -35,8 +35,8 @@ from collections.abc import Sequence
 
 import jax
 
-from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.engine import Engine
+from disagg_jax.programs import StepShape
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.dense_baseline import dense_step_s
 from experiments.benchmarks.engines import bare_engine, bare_step_s
@@ -151,7 +151,7 @@ def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     timers = dict(probes)
     for shape in loads:
         timers[str(shape)] = lambda s=shape: bare_step_s(engine, 0, s, 4)
-        if options.dense and isinstance(shape, DecodeShape):
+        if options.dense and shape.kind == "decode":
             timers[f"dense {shape}"] = dense_step_s(
                 engine, shape.rows, options.context, steps=4
             )
@@ -162,7 +162,7 @@ def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     return peaks, [
         StepTime(
             kind=shape.kind,
-            size=shape.width,
+            size=shape.tokens,
             seconds=seconds[str(shape)],
             dense_s=seconds.get(f"dense {shape}"),
             bound=StepBound.of(model, load, peaks),
@@ -175,10 +175,12 @@ def step_loads(options: Options) -> dict[StepShape, StepLoad]:
     """The steps, and what each computes."""
     blocks = options.context // options.block_tokens
     decode = {
-        DecodeShape(n, n * blocks): StepLoad((), n, n * options.context)
+        StepShape.decode(n, n * blocks): StepLoad((), n, n * options.context)
         for n in options.batches
     }
-    prefill = {PrefillShape(n, 1): StepLoad(((0, n),), 0, 0) for n in options.prompts}
+    prefill = {
+        StepShape.prefill(n, 1): StepLoad(((0, n),), 0, 0) for n in options.prompts
+    }
     return {**decode, **prefill}
 
 
@@ -186,7 +188,7 @@ def trace_steps(options: Options, engine: Engine, folder: pathlib.Path) -> None:
     """Profiles each step once; it must have run before, so that this is no warm-up."""
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         for shape in step_loads(options):
-            with jax.profiler.TraceAnnotation(f"{shape.kind} {shape.width}"):
+            with jax.profiler.TraceAnnotation(f"{shape.kind} {shape.tokens}"):
                 bare_step_s(engine, 0, shape, 1)
 
 
@@ -217,7 +219,7 @@ def handoff(options: Options) -> list[Figure]:
 
 def host(options: Options, engine: Engine) -> list[Figure]:
     """Host time of the decode steps. The engine computes nothing afterwards."""
-    shapes = [s for s in step_loads(options) if isinstance(s, DecodeShape)]
+    shapes = [s for s in step_loads(options) if s.kind == "decode"]
     hollow = HollowGroup.replace(engine, shapes)
     return [
         Figure(

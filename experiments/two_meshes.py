@@ -21,9 +21,9 @@ import jax
 from jax.sharding import NamedSharding
 
 from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.engine import Engine
 from disagg_jax.errors import require
+from disagg_jax.programs import StepShape
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
@@ -110,7 +110,7 @@ def _rig(config: ModelConfig, deployment: str) -> Rig:
     tokens = _REQUESTS * _PROMPT
     sizes = (math.ceil(_PROMPT / _BLOCK), blocks)
     prefill = dataclasses.replace(
-        NO_STEPS, prefill=(PrefillShape(tokens, _REQUESTS),), transfer_blocks=sizes
+        NO_STEPS, prefill=(StepShape.prefill(tokens, _REQUESTS),), transfer_blocks=sizes
     )
     decode = dataclasses.replace(
         NO_STEPS,

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost import step_time_terms
-from disagg_jax.sim.programs import Program
 
 # Compiled once for each shape: without jit it would be compiled anew in each call.
 _nnls = jax.jit(optax.nnls, static_argnums=2)
@@ -41,7 +41,7 @@ def fit(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float
         return (np.asarray(found) / scale).tolist()
 
 
-def fit_programs(seconds: Mapping[Program, float]) -> tuple[float, ...]:
+def fit_programs(seconds: Mapping[StepShape, float]) -> tuple[float, ...]:
     """Return the coefficients of `step_time_terms.TERMS`, for programs of one kind."""
     rows = [step_time_terms.values(program) for program in seconds]
     return tuple(fit(rows, list(seconds.values())))
@@ -53,7 +53,7 @@ def fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
     return base, slope
 
 
-def left_out_error(seconds: Mapping[Program, float], parts: int = 5) -> float | None:
+def left_out_error(seconds: Mapping[StepShape, float], parts: int = 5) -> float | None:
     """Return the mean relative error for programs of one kind that a fit did not have.
 
     Every `parts`-th program is left out in turn. Return None for fewer than two parts.

@@ -19,10 +19,10 @@ from disagg_jax.calibration.profile_keys import EngineWork, StepKey, TimeParts
 from disagg_jax.calibration.timing import grid, time_alone
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.programs import Program
 from disagg_jax.work import StepLoad, Task, Transfer
 
 # One probe of each kind for so many pieces of other work: about a tenth of the time.
@@ -120,9 +120,9 @@ class SpeedProbe:
         """Return the same executor, with probes between its work."""
         return _Interspersed(executor, self)
 
-    def medians_s(self) -> dict[tuple[Layout, Program], float]:
+    def medians_s(self) -> dict[tuple[Layout, StepShape], float]:
         """Return the median time of each probe."""
-        times: dict[tuple[Layout, Program], list[float]] = {}
+        times: dict[tuple[Layout, StepShape], list[float]] = {}
         for key, time_s in itertools.chain(*self.times_s.values()):
             times.setdefault(key, []).append(time_s)
         return {key: statistics.median(each) for key, each in times.items()}

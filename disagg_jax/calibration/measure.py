@@ -16,7 +16,6 @@ from disagg_jax.calibration.profile_keys import (
     TimeParts,
     TransferKey,
     cost_of,
-    program_list,
 )
 from disagg_jax.calibration.timing import (
     Progress,
@@ -27,15 +26,16 @@ from disagg_jax.calibration.timing import (
     time_alone,
     typical_s,
 )
+from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work, slices_of
+from disagg_jax.programs import KINDS, Buckets, StepShape
+from disagg_jax.programs.slices import slices_of
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
     LayoutTimes,
     TransferTimes,
 )
-from disagg_jax.sim.programs import KINDS, Program, ProgramList
 from disagg_jax.work import Step, Task, Transfer
 
 Parts = Sequence[tuple[int, int]]  # (start, count) of the slices of a step
@@ -54,7 +54,7 @@ def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[EngineWork]
             memory = instance.model.memory
             most = memory.num_blocks * memory.block_tokens
             limits = _Limits(min(memory.max_context, most), most, rng)
-            for parts in limits.steps(program_list(engine, i), count):
+            for parts in limits.steps(instance.buckets, count):
                 step = Step.of(0, i, slices_of(parts, memory))
                 works.append(EngineWork(engine, step))
         transfers = [w for w in every_work(engine) if isinstance(w, Transfer)]
@@ -83,20 +83,20 @@ class _Limits:
     pool: int  # tokens of all requests
     rng: np.random.Generator
 
-    def steps(self, listed: ProgramList, count: int) -> Iterator[Parts]:
+    def steps(self, buckets: Buckets, count: int) -> Iterator[Parts]:
         """Yield `count` steps of each kind that there are programs for."""
-        kinds = listed.of_kind
+        mixed = buckets.mixed
         for _ in range(count):
-            if kinds["decode"]:
-                yield self._decodes(listed.most_decodes)
-            if kinds["prefill"]:
-                largest = kinds["prefill"][-1]
+            if buckets.decode:
+                yield self._decodes(buckets.most_decodes)
+            if buckets.prefill:
+                largest = buckets.prefill[-1]
                 yield self._prompts(self._upto(largest.tokens), largest.rows)
-            if kinds["mixed"]:
-                tokens = max(p.tokens for p in kinds["mixed"][:-1] or kinds["mixed"])
+            if mixed:
+                tokens = max(shape.tokens for shape in mixed[:-1] or mixed)
                 chunk = self._chunk(tokens // 2)
                 yield [chunk]
-                most = min(listed.most_decodes, tokens // 2)
+                most = min(buckets.most_decodes, tokens // 2)
                 if most:
                     yield [self._chunk(tokens // 2), *self._decodes(most)]
 
@@ -185,7 +185,7 @@ def calibrate(
 
 def _layouts(samples: Samples) -> dict[Layout, LayoutTimes]:
     """Return the typical time of each measured program, and fits for others."""
-    steps: dict[Layout, dict[Program, tuple[float, ...]]] = {}
+    steps: dict[Layout, dict[StepShape, tuple[float, ...]]] = {}
     for key, turns in samples.items():
         if isinstance(key, StepKey):
             steps.setdefault(key.layout, {})[key.program] = typical_s(turns)
@@ -208,7 +208,7 @@ def _transfers(samples: Samples) -> dict[tuple[Layout, Layout], TransferTimes]:
 
 
 def _fits(
-    pp: int, measured: Mapping[Program, tuple[float, ...]]
+    pp: int, measured: Mapping[StepShape, tuple[float, ...]]
 ) -> dict[str, tuple[tuple[float, ...], ...]]:
     return {
         kind: tuple(fit_programs(_stage(measured, kind, i)) for i in range(pp))
@@ -218,8 +218,8 @@ def _fits(
 
 
 def _stage(
-    measured: Mapping[Program, tuple[float, ...]], kind: str, stage: int
-) -> dict[Program, float]:
+    measured: Mapping[StepShape, tuple[float, ...]], kind: str, stage: int
+) -> dict[StepShape, float]:
     return {p: parts[stage] for p, parts in measured.items() if p.kind == kind}
 
 
@@ -249,7 +249,10 @@ def held_out_errors(
 
 
 def _kind(engine: Engine, step: Step) -> str:
-    kind = program_list(engine, step.instance).find(step.load).kind
+    instance = engine.instances[step.instance]
+    kind = instance.buckets.load_shape(
+        step.load, instance.model.memory.block_tokens
+    ).kind
     return "chunk" if kind == "mixed" and not step.load.decodes else kind
 
 

@@ -9,36 +9,17 @@ from typing import NamedTuple
 
 import jax
 
-from disagg_jax.deployment import Deployment, Role
-from disagg_jax.engine.batch import DecodeShape, MixedShape, StepShape
+from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile, Layout
 from disagg_jax.sim.cost.measured_profile import profile_from_json
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import Step, Task
 from models.config import ModelConfig
 
 
-def program_of(shape: StepShape) -> Program:
-    """What a cost model sees of one of the engine's shapes."""
-    if isinstance(shape, DecodeShape):
-        rows = shape.rows
-        return Program("decode", rows, rows, 0, rows, shape.blocks)
-    if isinstance(shape, MixedShape):
-        sizes = (shape.context, shape.decodes, shape.blocks)
-        return Program("mixed", shape.tokens, shape.rows, *sizes)
-    return Program("prefill", shape.tokens, shape.rows)
-
-
-def program_list(engine: Engine, instance: int) -> ProgramList:
-    """What an instance has programs for."""
-    found = engine.instances[instance]
-    programs = tuple(program_of(shape) for shape in found.buckets.step_shapes)
-    return ProgramList(programs, found.model.memory.block_tokens)
-
-
 def layouts(deployment: Deployment) -> list[Layout]:
-    """(tp, pp) of each instance."""
+    """Return (tp, pp) of each instance."""
     return [(spec.tp, spec.pp) for spec in deployment.instances]
 
 
@@ -46,7 +27,7 @@ class StepKey(NamedTuple):
     """The properties that decide how long a step takes."""
 
     layout: Layout
-    program: Program
+    program: StepShape
 
 
 class TransferKey(NamedTuple):
@@ -73,7 +54,7 @@ def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
     at = layouts(engine.deployment)
     if isinstance(work, Step):
         shape = engine.instances[work.instance].step_shape(work.slices)
-        return StepKey(at[work.instance], program_of(shape))
+        return StepKey(at[work.instance], shape)
     buckets = engine.instances[work.src].buckets
     size = buckets.transfer_size(len(work.src_blocks))
     return TransferKey(at[work.src], at[work.dst], size)
@@ -113,8 +94,6 @@ def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
     Raises:
       ValueError: on a layout, a pair of layouts or a block size without measurement.
     """
-    each = range(len(engine.instances))
-    sources = engine.deployment.of(Role.PREFILL)
-    sizes = engine.instances[sources[0]].buckets.transfer_blocks if sources else ()
-    lists = [program_list(engine, i) for i in each]
-    return profile.cost(engine.deployment, lists, sizes)
+    buckets = [instance.buckets for instance in engine.instances]
+    memory = [instance.model.memory for instance in engine.instances]
+    return profile.cost(engine.deployment, buckets, memory)

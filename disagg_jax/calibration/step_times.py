@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from disagg_jax.calibration.profile_keys import EngineWork, StepKey, cost_of, key_of
 from disagg_jax.calibration.timing import Progress, measure, time_alone, typical_s
+from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work
 from disagg_jax.sim.cost.measured import CalibratedProfile
 
 

@@ -15,8 +15,9 @@ from disagg_jax.calibration.profile_keys import (
     TransferKey,
     key_of,
 )
+from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import every_work, run_alone
+from disagg_jax.engine.executor import run_alone
 from disagg_jax.work import Step, Task
 
 Key = TypeVar("Key")

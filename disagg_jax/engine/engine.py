@@ -1,4 +1,4 @@
-"""The engine: a deployment's instances on their meshes, doing steps and transfers."""
+"""The engine: a deployment's instances on their meshes run steps and transfers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from jax.sharding import Mesh
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import sampling
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.batch import StepShape
-from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.attention.kv_cache import Cache
+from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
 from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
 from models.config import ModelConfig
@@ -37,18 +37,17 @@ from sharding.rules import RULES
 
 
 class Pause(NamedTuple):
-    """Where running work waits for arrays before it can go on."""
+    """A point at which running work waits for arrays before it can go on."""
 
     arrays: Sequence[Array]
-    # Whether a part of the work is over when they are there: a step is done on one
-    # stage, the KV of some layers has landed.
+    # Whether a part of the work is over when the arrays are ready: a step has left a
+    # stage, or the KV of some layers has landed.
     ends_part: bool = False
 
 
-# What running work returns: the tokens of a step, the bytes of a transfer.
-Result = tuple[tuple[int, ...], int]
+Result = tuple[tuple[int, ...], int]  # the tokens of a step, the bytes of a transfer
 Running = Generator[Pause, None, Result]
-# What programs depend on: model, layer groups, rule table, device ids, KV pool.
+# The inputs of programs: model, layer groups, rule table, device ids, KV pool.
 ModelKey = tuple[Hashable, ...]
 
 
@@ -56,29 +55,27 @@ ModelKey = tuple[Hashable, ...]
 class Instance:
     """A model on its meshes with a KV pool of its own."""
 
-    role: Role
     model: PlacedModel
     buckets: Buckets
-    cache: pool_order.Cache  # of all layers
+    cache: Cache  # of all layers
 
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
-        """The smallest listed shape that holds `slices`."""
+        """Return the smallest listed shape that holds `slices`."""
         return self.buckets.step_shape(slices)
 
     def pack(self, slices: Sequence[Slice]) -> tuple[StepShape, np.ndarray]:
-        """That shape, and `slices` as its program takes them."""
-        shape, model = self.step_shape(slices), self.model
-        size, scratch = model.memory.block_tokens, model.scratch_block
-        return shape, shape.pack(slices, size, scratch)
+        """Return that shape, and `slices` as its program takes them."""
+        shape = self.step_shape(slices)
+        return shape, pack(shape, slices, self.model.memory)
 
 
 @dataclasses.dataclass
 class StepTotals:
-    """What steps of one kind have done: how much of it was padding."""
+    """Work of the steps of one kind, and how much of it was padding."""
 
     steps: int = 0
     tokens: int = 0  # computed
-    width: int = 0  # that went through the layers, padding included
+    width: int = 0  # tokens that went through the layers, padding included
 
 
 class Engine:
@@ -90,15 +87,15 @@ class Engine:
       memory: the KV pool of each instance.
       buckets: the listed shapes of each instance; only these can run.
       layer_groups: programs that the layers of each stage are cut into; KV that leaves
-        while its prompt is computed goes in so many parts.
-      models: weights and programs made before from the same `params`; missing ones are
-        added, so that engines of several deployments share them.
+        while its prompt is computed goes in as many parts.
+      models: weights and programs made before from the same `params`; the engine adds
+        missing ones, so that engines of several deployments share them.
       share_devices: give equal instances the same devices, each with a KV pool of its
         own: for the virtual clock, where only one program runs at a time.
 
     Attributes:
       totals: by kind of step ("prefill", "decode", "mixed"), over all instances, since
-        the latest `serving` began.
+        the last `serving` began.
 
     Raises:
       ValueError: if the devices or the layers are too few, `memory` or `buckets` is not
@@ -140,7 +137,7 @@ class Engine:
                 )
             model = models[key]
             cache = model.new_cache()
-            self.instances.append(Instance(spec.role, model, buckets[i], cache))
+            self.instances.append(Instance(model, buckets[i], cache))
         self._segments: dict[tuple[int, int], list[Segment]] = {
             (src, dst): find_segments(
                 self.instances[src].model, self.instances[dst].model
@@ -148,29 +145,29 @@ class Engine:
             for src in deployment.of(Role.PREFILL)
             for dst in deployment.of(Role.DECODE)
         }
-        # Of each step that goes on: what came out of the groups dispatched so far.
+        # By running step, the outputs of the groups dispatched so far.
         self._outputs: dict[int, list[Pause]] = {}
 
     # -- before serving -------------------------------------------------------------
 
     def compile(self, *, sampled: bool = True) -> None:
-        """Compiles every program that the deployment can need.
+        """Compile every program that the deployment can need.
 
         Args:
-          sampled: whether requests may come that are not greedy.
+          sampled: whether some requests may not be greedy.
         """
         for instance in self.instances:
             for shape in instance.buckets.step_shapes:
                 instance.model.compile_step(shape)
                 if sampled:
-                    instance.model.compile_draw(shape.rows)
+                    instance.model.groups[-1].compile_draw(shape.rows)
         for (src, _), parts in self._segments.items():
             for blocks in self.instances[src].buckets.transfer_blocks:
                 for segment in parts:
                     segment.compile(blocks)
 
     def check(self, requests: Iterable[Request]) -> None:
-        """Raises ValueError on a request that would break a step, or its own output."""
+        """Raise ValueError on a request that would break a step, or its own output."""
         vocab = self.config.vocab_size
         for request in requests:
             what = f"request {request.id}"
@@ -188,10 +185,10 @@ class Engine:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
-        """Guards a run: a compile or an implicit transfer in it raises.
+        """Guard a run: a compile or an implicit transfer in it raises.
 
-        It begins with empty `totals`. The objects made so far are kept out of garbage
-        collection meanwhile, so that no pause for them falls on a token.
+        The run begins with empty `totals`. Objects made before it are kept out of
+        garbage collection, so that no pause for them delays a token.
         """
         self.totals.clear()
         self._outputs.clear()
@@ -206,16 +203,16 @@ class Engine:
     # -- work -----------------------------------------------------------------------
 
     def start(self, work: Task) -> Running:
-        """Work to be advanced with `next` whenever the arrays it waits for are ready.
+        """Start work; advance it with `next` when the arrays of its pause are ready.
 
-        Work that goes to one instance is to be started in the order it was submitted.
+        Work of one instance must be started in the order it was submitted.
         """
         return self._step(work) if isinstance(work, Step) else self._transfer(work)
 
     def warm_up(self, step: Step) -> None:
-        """Runs a step whose result nobody gets; it computes the same again when asked.
+        """Run `step` and discard the result.
 
-        Its programs write the KV that they will write.
+        This is safe: running the step again writes the same KV.
         """
         instance = self.instances[step.instance]
         shape, packed = instance.pack(tuple(step.slices))
@@ -223,10 +220,10 @@ class Engine:
             jax.block_until_ready(instance.model.step(shape, instance.cache, packed))
 
     def part_keys(self, work: Task) -> list[str]:
-        """What each part of `work` runs: parts with equal keys take equally long.
+        """Return a key of each part of `work`: equal keys take equally long.
 
-        The parts of a step are its pipeline stages; those of a transfer the layers that
-        go at once.
+        The parts of a step are its pipeline stages; the parts of a transfer are the
+        layers that go at once.
         """
         if isinstance(work, Step):
             instance = self.instances[work.instance]
@@ -242,7 +239,7 @@ class Engine:
         return [f"{key}/{i + 1}of{parts}" for i in range(parts)]
 
     def part_bytes(self, transfer: Transfer) -> list[int]:
-        """What each part of `transfer` moves, padding included."""
+        """Return the bytes that each part of `transfer` moves, padding included."""
         src = self.instances[transfer.src]
         size = src.buckets.transfer_size(len(transfer.src_blocks))
         return [
@@ -251,14 +248,14 @@ class Engine:
         ]
 
     def transfer_bytes(self, transfer: Transfer) -> int:
-        """What `transfer` moves, padding included."""
+        """Return the bytes that `transfer` moves, padding included."""
         return sum(self.part_bytes(transfer))
 
     def _step(self, step: Step) -> Running:
-        """A group is dispatched when the one but one before is done.
+        """Run a step; dispatch each layer group when the second one before it is done.
 
-        So its devices always have the next one to go on with, and what has to go out
-        between two groups, such as KV that leaves early, need not wait for all.
+        So the devices always have a next group to go on with, and work between two
+        groups, such as KV that leaves early, need not wait for all groups.
         """
         instance, slices = self.instances[step.instance], tuple(step.slices)
         model = instance.model
@@ -267,8 +264,8 @@ class Engine:
         forward = model.forward(shape, instance.cache, packed)
         outputs = self._outputs[step.id] = list[Pause]()
         for _ in model.groups:
-            # The program copies its input to the devices itself: an explicit device_put
-            # before costs 60 us more.
+            # The program copies its input to the devices: an explicit device_put before
+            # costs 60 us more.
             with jax.transfer_guard_host_to_device("allow"):
                 group, out = next(forward)
             outputs.append(Pause(jax.tree.leaves(out), group.ends_stage))
@@ -276,10 +273,11 @@ class Engine:
                 yield outputs[-2]
         tokens, logits = outputs[-1].arrays
         if any(part.samples and part.request.sampling.temperature for part in slices):
-            tokens = model.draw(logits, sampling.pack(slices, shape.rows))
+            parameters = sampling.pack(slices, shape.rows)
+            tokens = model.groups[-1].draw(logits, parameters)
         if not model.on_host:
-            # The one copy to the host there is. jax counts it as implicit, and the
-            # guard of `serving` would refuse it.
+            # The only copy to the host. jax counts it as implicit, and the guard of
+            # `serving` would refuse it.
             with jax.transfer_guard_device_to_host("allow"):
                 tokens.copy_to_host_async()
         yield Pause((tokens,), ends_part=True)
@@ -291,18 +289,18 @@ class Engine:
         totals = self.totals.setdefault(shape.kind, StepTotals())
         totals.steps += 1
         totals.tokens += sum(part.count for part in slices)
-        totals.width += shape.width
+        totals.width += shape.tokens
 
     def _transfer(self, transfer: Transfer) -> Running:
         """Gather on the source, copy device to device, insert at the destination.
 
-        Each is dispatched only when the one before is there, so that neither instance's
+        Each is dispatched only when the one before is done, so that neither instance's
         queue of steps ever waits for the link.
         """
         src, dst = self.instances[transfer.src], self.instances[transfer.dst]
         size = src.buckets.transfer_size(len(transfer.src_blocks))
-        src_ids = _ids(transfer.src_blocks, size, src.model.scratch_block)
-        dst_ids = _ids(transfer.dst_blocks, size, dst.model.scratch_block)
+        src_ids = _ids(transfer.src_blocks, size, src.model.memory)
+        dst_ids = _ids(transfer.dst_blocks, size, dst.model.memory)
         size_bytes = 0
         for segments in self._parts(transfer):
             yield from self._until_computed(transfer, segments[-1])
@@ -324,14 +322,14 @@ class Engine:
         return (), size_bytes
 
     def _parts(self, transfer: Transfer) -> list[list[Segment]]:
-        """What goes at once: each segment by itself while they are computed."""
+        """Return the segments that go at once; each alone while they are computed."""
         segments = self._segments[transfer.src, transfer.dst]
         return [[segment] for segment in segments] if transfer.step else [segments]
 
     def _until_computed(self, transfer: Transfer, segment: Segment) -> Iterator[Pause]:
-        """Waits until the step that computes `segment` has got there.
+        """Wait until the step that computes `segment` has computed it.
 
-        The last one waits for the end of the step: its KV must not land before.
+        The last segment waits for the end of the step: its KV must not land before.
         """
         model = self.instances[transfer.src].model
         done = model.groups.index(segment.src) + 1
@@ -364,7 +362,7 @@ def _check_pools(
 def _meshes(
     deployment: Deployment, devices: Sequence[Any], share_devices: bool
 ) -> list[list[Mesh]]:
-    """For each instance the meshes of its stages."""
+    """Return the meshes of each instance's stages."""
     specs = deployment.instances
     kinds = list(dict.fromkeys(specs)) if share_devices else specs
     cut = iter(cut_meshes(devices, [s.tp for s in kinds for _ in range(s.pp)]))
@@ -374,8 +372,8 @@ def _meshes(
     return [meshes[kinds.index(spec)] for spec in specs]
 
 
-def _ids(blocks: Sequence[int], size: int, scratch_block: int) -> np.ndarray:
-    """`blocks`, padded to `size` with `scratch_block`."""
-    ids = np.full(size, scratch_block, np.int32)
+def _ids(blocks: Sequence[int], size: int, memory: KVMemory) -> np.ndarray:
+    """Return `blocks`, padded to `size` with the scratch block after the pool."""
+    ids = np.full(size, memory.num_blocks, np.int32)
     ids[: len(blocks)] = blocks
     return ids

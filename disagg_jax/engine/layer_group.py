@@ -1,7 +1,7 @@
 """Layer groups: consecutive layers of a model, each group a program of its own.
 
-Everything is lowered and compiled ahead of time for a listed shape; serving only looks
-programs up, so it cannot compile.
+All programs are lowered and compiled ahead of time for listed shapes; serving only
+looks programs up, so it cannot compile.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import numpy as np
 from jax import Array
 
 from disagg_jax.engine import sampling
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
+from disagg_jax.engine.attention.kv_cache import Cache
+from disagg_jax.engine.attention.packing import fields_of
+from disagg_jax.engine.attention.pool_order import step_attend
 from disagg_jax.engine.program_table import Compiled, Programs
 from disagg_jax.engine.stage import Stage
+from disagg_jax.programs import StepShape
 from models import transformer
 from models.config import ModelConfig
 
@@ -27,10 +29,10 @@ class LayerGroup:
     """Consecutive layers on the mesh of a stage: their weights and programs.
 
     Args:
-      stage: where it is.
-      layers: which of the model's; the group with layer 0 embeds, and the one with the
-        last layer unembeds.
-      params: their weights on the stage's mesh, as `weights.place_groups` makes them.
+      stage: the stage that the group is part of.
+      layers: indices of the model's layers; the group with layer 0 embeds, and the one
+        with the last layer unembeds.
+      params: the layers' weights on the stage's mesh, see `place_weights.place_groups`.
 
     Attributes:
       ends_stage: whether the next group, if any, is on another mesh.
@@ -41,17 +43,17 @@ class LayerGroup:
         self.is_first = layers.start == 0
         self.is_last = layers.stop == stage.config.layers
         self.ends_stage = layers.stop == stage.layers.stop
-        # What programs take: flattening nested dicts took 8 us of every step.
+        # Programs take a flat list: flattening nested dicts took 8 us of every step.
         self._weights, self._tree = jax.tree.flatten(params)
         self._programs = Programs()
 
     @property
     def params(self) -> transformer.Params:
-        """Its weights on the stage's mesh."""
+        """The group's weights on the stage's mesh."""
         return jax.tree.unflatten(self._tree, self._weights)
 
     def program(self, shape: StepShape) -> Compiled:
-        """Its part of the step of `shape`; see `step`.
+        """Return the group's part of the step of `shape`; see `step`.
 
         Raises:
           ValueError: if it was not compiled.
@@ -59,24 +61,24 @@ class LayerGroup:
         return self._programs[shape]
 
     def compile_step(self, shape: StepShape) -> None:
-        """Compiles its part of the step of `shape`, unless that was done before."""
+        """Compile the group's part of the step of `shape`, unless done before."""
         self._programs.compile(shape, self._step_program, shape)
 
     def step(
         self,
         shape: StepShape,
-        cache: pool_order.Cache,
+        cache: Cache,
         packed: np.ndarray | Array,
         *x_TE: Array,
-    ) -> tuple[pool_order.Cache, Any]:
-        """Runs its part of one step.
+    ) -> tuple[Cache, Any]:
+        """Run the group's part of one step.
 
         Args:
-          cache: of its layers; donated.
-          x_TE: the residual stream before its layers, for all but the first group.
+          cache: the cache of the group's layers; donated.
+          x_TE: the residual stream before these layers, for all but the first group.
 
         Returns:
-          The cache, and `[T, E]` the residual stream after its layers; of the last
+          The cache, and `[T, E]` the residual stream after the layers; from the last
           group `[rows] int32` likeliest next tokens and `[rows, V]` logits.
 
         Raises:
@@ -85,13 +87,13 @@ class LayerGroup:
         return self.program(shape)(self._weights, cache, packed, *x_TE)
 
     def compile_draw(self, rows: int) -> None:
-        """Compiles the draw for steps of `rows` rows, unless that was done before."""
+        """Compile the draw for steps of `rows` rows, unless done before."""
         self._programs.compile(("draw", rows), self._draw_program, rows)
 
     def draw(self, logits: Array, packed: np.ndarray) -> Array:
-        """Next tokens by each row's sampling parameters; see `sampling.draw`.
+        """Return next tokens by each row's sampling parameters; see `sampling.draw`.
 
-        A program of its own, so that greedy steps pay nothing for it.
+        The draw is a program of its own, so that greedy steps pay nothing for it.
         """
         program = self._programs["draw", logits.shape[0]]
         return program(logits, self.stage.put(packed))
@@ -104,8 +106,8 @@ class LayerGroup:
 
     def _step_program(self, shape: StepShape) -> Compiled:
         stage, config, tree = self.stage, self.stage.config, self._tree
-        packed = stage.spec((shape.fields.size,), jnp.int32)
-        x_spec = stage.spec((shape.width, config.embed), config.dtype)
+        packed = stage.spec((fields_of(shape).size,), jnp.int32)
+        x_spec = stage.spec((shape.tokens, config.embed), config.dtype)
         x = [] if self.is_first else [x_spec]
         run_group = functools.partial(
             _run_group,
@@ -115,7 +117,7 @@ class LayerGroup:
             is_last=self.is_last,
         )
 
-        def run(weights: list[Array], *inputs: Any) -> tuple[pool_order.Cache, Any]:
+        def run(weights: list[Array], *inputs: Any) -> tuple[Cache, Any]:
             return run_group(jax.tree.unflatten(tree, weights), *inputs)
 
         shardings = [weight.sharding for weight in self._weights]
@@ -135,20 +137,20 @@ def _run_group(
     block_tokens: int,
     shape: StepShape,
     params: transformer.Params,
-    cache: pool_order.Cache,
+    cache: Cache,
     packed: Array,
     *x_TE: Array,
     is_last: bool,
-) -> tuple[pool_order.Cache, Any]:
-    """One layer group of a step. Without an `x_TE` it embeds the tokens.
+) -> tuple[Cache, Any]:
+    """Run one layer group of a step; without an `x_TE` embed the tokens first.
 
     Returns:
       The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
     """
-    inputs = shape.fields.split(packed)
+    inputs = fields_of(shape).split(packed)
     position = inputs["position"]
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
-    attend = _attend(shape, inputs, cache[0][0].shape[0], block_tokens)
+    attend = step_attend(shape, inputs, cache[0][0].shape[0], block_tokens)
     x, cache = transformer.run_layers(
         config, params["layers"], x, position, attend, cache
     )
@@ -158,32 +160,3 @@ def _run_group(
         x = x[inputs["last"]]
     logits_RV = transformer.unembed(config, params, x)
     return cache, (sampling.greedy(logits_RV), logits_RV)
-
-
-def _attend(
-    shape: StepShape, inputs: dict[str, Array], pool_blocks: int, block_tokens: int
-) -> transformer.Attend[pool_order.Cache]:
-    """The attention of a step of `shape`.
-
-    Args:
-      pool_blocks: blocks of the pool, the scratch block included.
-    """
-    if isinstance(shape, PrefillShape):
-        return pool_order.prefill_attend(inputs["row"], inputs["slot"], block_tokens)
-    owner, start = inputs["owner"], inputs["start"]
-    if shape.blocks == pool_blocks - 1:
-        # The whole pool is read with its scratch block, which nobody owns: XLA copies
-        # a slice. m32 on a CPU, 1023 blocks: 61 ms a step sliced, 28 whole.
-        owner, start = jnp.append(owner, -1), jnp.append(start, 0)
-    position, slot = inputs["position"], inputs["slot"]
-    if isinstance(shape, DecodeShape):
-        return pool_order.decode_attend(position, slot, owner, start, block_tokens)
-    chunks = pool_order.ChunkContext(
-        inputs["row"],
-        inputs["chunk_block"],
-        inputs["chunk_owner"],
-        inputs["chunk_start"],
-    )
-    return pool_order.mixed_attend(
-        position, slot, chunks, owner, start, block_tokens, shape.decodes
-    )

@@ -1,4 +1,4 @@
-"""Whether an instance fits in the memory of its devices, before anything is placed."""
+"""A check that an instance fits in its devices' memory, before it is placed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GIB = 2**30
 
 
 def memory_bytes(device: Device) -> int | None:
-    """What the device's allocator may hand out; None where it does not say."""
+    """Return the bytes the device's allocator may hand out; None if it does not say."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -30,9 +30,9 @@ def check_fits(
     rules: Rules,
     limit_bytes: int | None,
 ) -> None:
-    """Checks weights and KV pool of the fullest device of an instance.
+    """Check the weights and the KV pool of the fullest device of an instance.
 
-    What a step itself takes comes on top, and is not known before it is compiled.
+    The memory of a step itself comes on top; it is not known before compilation.
 
     Raises:
       ValueError: with the sizes, and how many KV blocks would fit.
@@ -44,7 +44,7 @@ def check_fits(
     slots = len(head_layout(config.q_heads, config.kv_heads, spec.tp).kv)
     token_bytes = 2 * slots // spec.tp * config.head_dim * config.dtype_bytes
     block_bytes = len(stages[0]) * memory.block_tokens * token_bytes
-    kv = (memory.num_blocks + 1) * block_bytes  # one more for what is padded
+    kv = (memory.num_blocks + 1) * block_bytes  # and the scratch block
     if weights + kv > limit_bytes:
         fitting = max(0, (limit_bytes - weights) // block_bytes - 1)
         raise ValueError(
@@ -55,7 +55,7 @@ def check_fits(
 
 
 def _weight_bytes(config: ModelConfig, tp: int, rules: Rules, layers: range) -> int:
-    """Bytes of the weights of `layers` on one of `tp` devices."""
+    """Return the bytes of the weights of `layers` on one of `tp` devices."""
 
     def leaf_bytes(leaf: jax.ShapeDtypeStruct, axes: tuple[Any, ...]) -> int:
         shards = tp if any(rules[axis] for axis in axes) else 1

@@ -1,4 +1,4 @@
-"""Placing one set of weights on the meshes of an instance."""
+"""One set of weights on the meshes of an instance."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Weights: TypeAlias = transformer.Params | Checkpoint
 Slots: TypeAlias = Sequence[int | None]  # the model's head in each; None is a zero head
 
 
-class Place(NamedTuple):
-    """Where consecutive layers go."""
+class LayerPlacement(NamedTuple):
+    """Consecutive layers, and the mesh they go to."""
 
     layers: range
     mesh: Mesh
@@ -33,13 +33,13 @@ def place_groups(
     config: ModelConfig,
     weights: Weights,
     layout: HeadLayout,
-    places: Sequence[Place],
+    places: Sequence[LayerPlacement],
     rules: Rules,
 ) -> list[transformer.Params]:
-    """The weights of each group of layers on its mesh, their heads as in `layout`.
+    """Return the weights of each group of layers on its mesh, heads as in `layout`.
 
-    The first group has what embeds and the last what unembeds, which are one array
-    where they are tied.
+    The first group has the embedding and the last the unembedding, which are one array
+    in a tied model.
 
     Args:
       places: all layers in order.
@@ -75,8 +75,10 @@ def place_groups(
     ]
 
 
-def _meshes(shapes: transformer.Params, places: Sequence[Place]) -> transformer.Params:
-    """The mesh of every weight, in the shape of `Params`; of a tied one the first."""
+def _meshes(
+    shapes: transformer.Params, places: Sequence[LayerPlacement]
+) -> transformer.Params:
+    """Return the mesh of every weight, for a tied one the first, as `Params`."""
     first, last = places[0].mesh, places[-1].mesh
     by_name = {"embed": first, "positions": first, "final_norm": last, "unembed": last}
     layers = [mesh for part, mesh in places for _ in part]
@@ -90,13 +92,14 @@ def restore_shardings(
     meshes: transformer.Params,
     rules: Rules,
 ) -> transformer.Params:
-    """Where each weight is restored to: its place, where its heads are laid out so.
+    """Return the sharding that each weight is restored to.
 
-    Heads that must first be repeated or padded do not divide over the mesh. Such a
-    weight is split along another dimension until then: no device holds all of it.
+    It is the weight's place, but for heads that must first be repeated or padded: they
+    do not divide over the mesh. Such a weight is split along another dimension until
+    then, so that no device holds all of it.
 
     Args:
-      meshes: of every weight, in the shape of `Params`.
+      meshes: the mesh of every weight, in the form of `Params`.
     """
 
     def sharding(
@@ -124,12 +127,12 @@ def _split_elsewhere(
 
 
 def _are_all(slots: Slots, heads: int) -> bool:
-    """Whether the slots are the heads as they are."""
+    """Return whether the slots are the heads as they are."""
     return list(slots) == list(range(heads))
 
 
 def take_heads(weight: Array, slots: Slots, axis: int) -> Array:
-    """`weight` with each slot's head along `axis`, zeros where there is none."""
+    """Return `weight` with each slot's head along `axis`, zeros where there is none."""
     if _are_all(slots, weight.shape[axis]):
         return weight
     heads = jnp.array([0 if head is None else head for head in slots])

@@ -10,11 +10,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from disagg_jax.deployment import KVMemory, cut_layers
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.batch import StepShape
+from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.place_weights import Place, Weights, place_groups
+from disagg_jax.engine.place_weights import LayerPlacement, Weights, place_groups
 from disagg_jax.engine.stage import Stage
+from disagg_jax.programs import StepShape
 from models.config import ModelConfig
 from sharding.rules import Rules
 
@@ -28,13 +28,13 @@ class PlacedModel:
     compute. Programs hold no requests and no cache: several pools may use them.
 
     Args:
-      meshes: of the stages, in order; equally many devices each.
-      layer_groups: of each stage.
+      meshes: the meshes of the stages, in order; equally many devices each.
+      layer_groups: groups in each stage.
 
     Attributes:
       tp: devices of a stage.
       groups: the layer groups in order.
-      on_host: whether its arrays are in the host's memory already.
+      on_host: whether the model's arrays are in the host's memory already.
 
     Raises:
       ValueError: if there are too few layers, or a dimension does not divide.
@@ -57,15 +57,13 @@ class PlacedModel:
             Stage(config, range(groups[0].start, groups[-1].stop), mesh, rules, memory)
             for groups, mesh in zip(cut, meshes, strict=True)
         ]
-        # Equal on all stages.
-        self.layout = self.stages[0].layout
-        self.scratch_block = self.stages[0].scratch_block
+        self.layout = self.stages[0].layout  # equal on all stages
         placed = [
             (stage, layers)
             for groups, stage in zip(cut, self.stages, strict=True)
             for layers in groups
         ]
-        places = [Place(layers, stage.mesh) for stage, layers in placed]
+        places = [LayerPlacement(layers, stage.mesh) for stage, layers in placed]
         weights = place_groups(config, params, self.layout, places, rules)
         self.groups = [
             LayerGroup(stage, layers, part)
@@ -73,7 +71,7 @@ class PlacedModel:
         ]
 
     def __str__(self) -> str:
-        """How it is spread: tp2pp2, and g4 behind it for 4 layer groups a stage."""
+        """Return the parallelism: tp2pp2, then g4 for 4 layer groups a stage."""
         stages = f"pp{self.pp}" if self.pp > 1 else ""
         groups = len(self.groups) // self.pp
         return f"tp{self.tp}{stages}" + (f"g{groups}" if groups > 1 else "")
@@ -83,33 +81,25 @@ class PlacedModel:
         """Pipeline stages."""
         return len(self.stages)
 
-    def new_cache(self) -> pool_order.Cache:
-        """An empty pool: the cache of every layer, on its stage."""
+    def new_cache(self) -> Cache:
+        """Make an empty pool: the cache of every layer, on its stage."""
         return [layer for stage in self.stages for layer in stage.new_cache()]
 
     def compile_step(self, shape: StepShape) -> None:
-        """Compiles the step of `shape`, unless that was done before."""
+        """Compile the step of `shape`, unless done before."""
         for group in self.groups:
             group.compile_step(shape)
 
-    def compile_draw(self, rows: int) -> None:
-        """Compiles the draw for steps of `rows` rows, unless that was done before."""
-        self.groups[-1].compile_draw(rows)
-
-    def draw(self, logits: Array, packed: np.ndarray) -> Array:
-        """Next tokens by each row's sampling parameters; see `sampling.draw`."""
-        return self.groups[-1].draw(logits, packed)
-
     def forward(
-        self, shape: StepShape, cache: pool_order.Cache, packed: np.ndarray | Array
+        self, shape: StepShape, cache: Cache, packed: np.ndarray | Array
     ) -> Iterator[tuple[LayerGroup, Any]]:
-        """Dispatches one step, a layer group each time it is advanced.
+        """Dispatch one step, a layer group each time the iterator is advanced.
 
         The cache of the group's layers is donated, and replaced in the list by the
         updated one.
 
         Yields:
-          A group and what came out of it, see `LayerGroup.step`.
+          A group and its output, see `LayerGroup.step`.
 
         Raises:
           ValueError: if the step of `shape` was not compiled.
@@ -124,9 +114,12 @@ class PlacedModel:
             yield group, out
 
     def step(
-        self, shape: StepShape, cache: pool_order.Cache, packed: np.ndarray | Array
+        self, shape: StepShape, cache: Cache, packed: np.ndarray | Array
     ) -> tuple[Array, Array]:
-        """All of `forward`; (`[rows] int32` likeliest next token, `[rows, V]` logits).
+        """Dispatch all of `forward`.
+
+        Returns:
+          `[rows] int32` likeliest next tokens, and `[rows, V]` logits.
 
         Raises:
           ValueError: if the step of `shape` was not compiled.
@@ -136,7 +129,7 @@ class PlacedModel:
 
 
 def _cut_layers(config: ModelConfig, pp: int, layer_groups: int) -> list[list[range]]:
-    """For each stage its layer groups; both as even as can be.
+    """Return the layer groups of each stage; stages and groups are as even as can be.
 
     Raises:
       ValueError: if a stage, or a group, would have no layer.

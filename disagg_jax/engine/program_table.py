@@ -1,4 +1,4 @@
-"""Programs that are compiled before serving and only looked up while it goes on."""
+"""A table of programs, compiled before serving and only looked up while it goes on."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Programs:
     def compile(
         self, key: Hashable, build: Callable[..., Compiled], *args: object
     ) -> None:
-        """Keeps `build(*args)` under `key`, unless that was done before."""
+        """Keep `build(*args)` under `key`, unless done before."""
         if key not in self._compiled:
             self._compiled[key] = build(*args)
 
     def __getitem__(self, key: Hashable) -> Compiled:
-        """The program under `key`.
+        """Return the program under `key`.
 
         Raises:
           ValueError: if none was compiled.

@@ -20,7 +20,7 @@ class _Pending:
     work: Task
     start_s: float
     running: Running
-    pause: Pause | None = None  # that it is in
+    pause: Pause | None = None  # the one it is in
     parts_s: list[float] = dataclasses.field(default_factory=list)  # ends, as learnt
     dropped: bool = False
 
@@ -29,15 +29,14 @@ class WallBackend:
     """A `Backend` on the clock of this machine.
 
     Work is dispatched when submitted, so that no instance waits for another. Threads
-    wait for the arrays of what is in flight: polling them took CPU time from host
-    devices. All else happens in the thread that calls. Times are when it learnt of a
-    result.
+    wait for the arrays of work in flight: polling took CPU time from host devices. All
+    else happens in the calling thread. A time is when that thread learnt of a result.
     """
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._pending: set[_Pending] = set()
-        # (work whose arrays are ready, or failed to become so)
+        # (work whose arrays are ready, or the error that they raised)
         self._ready: queue.SimpleQueue[tuple[_Pending, BaseException | None]] = (
             queue.SimpleQueue()
         )
@@ -75,7 +74,7 @@ class WallBackend:
         return done
 
     def progress(self, work: int) -> Sequence[float]:
-        return ()  # it takes no spans
+        return ()  # this backend takes no spans
 
     def slow(self, instance: int, factor: float) -> None:
         raise ValueError("stragglers need a backend that simulates")
@@ -87,7 +86,7 @@ class WallBackend:
         self._pending -= lost
 
     def _advance(self, pending: _Pending) -> list[Report]:
-        """Goes on with work whose arrays are ready; what there is to tell of it."""
+        """Go on with work whose arrays are ready; return what there is to report."""
         was_in, work = pending.pause, pending.work
         try:
             pending.pause = next(pending.running)
@@ -108,7 +107,7 @@ class WallBackend:
     def _await(self, pending: _Pending, pause: Pause) -> None:
         try:
             jax.block_until_ready(pause.arrays)
-        except BaseException as error:  # whatever it is, the caller's thread gets it
+        except BaseException as error:  # the caller's thread gets every error
             self._ready.put((pending, error))
         else:
             self._ready.put((pending, None))

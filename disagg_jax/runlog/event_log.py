@@ -64,7 +64,7 @@ class LoggedStep:
     instance: int
     slices: Sequence[tuple[int, int, int]]  # request, start, count; of one iteration
     iterations: int
-    front: int = 0  # see `StepLoad`
+    pool_extent: int = 0  # see `StepLoad`
 
     @property
     def instances(self) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def _work_to_json(work: Work) -> list[Any]:
     if isinstance(work, Step):
         slices = [[part.request.id, part.start, part.count] for part in work.slices]
         details = [ids for part in work.slices for ids in (part.blocks, part.tokens)]
-        span = [work.iterations, _checksum(details), work.front]
+        span = [work.iterations, _checksum(details), work.pool_extent]
         return ["Step", work.id, work.instance, slices, *span]
     if isinstance(work, Cut):
         return ["Cut", work.work, work.iterations]
@@ -167,13 +167,13 @@ def _work_to_json(work: Work) -> list[Any]:
 def _work_from_json(record: list[Any]) -> LoggedWork:
     kind, *values = record
     if kind == "Step":
-        id, instance, slices, iterations, _, front = values
+        id, instance, slices, iterations, _, pool_extent = values
         return LoggedStep(
             id=id,
             instance=instance,
             slices=[(request, start, count) for request, start, count in slices],
             iterations=iterations,
-            front=front,
+            pool_extent=pool_extent,
         )
     if kind == "Cut":
         return Cut(*values)

@@ -37,11 +37,12 @@ class SimulatedDeployment:
       streams: whether KV leaves while the rest of its prompt is computed.
       spans: whether several decode iterations are taken at once. It changes nothing
         but the speed.
-      places: whether it is settled where in the pool everybody's blocks are, as on an
-        engine, and the cost model is told in `StepLoad.front`. Slow, and not for spans.
+      exact_block_placement: whether blocks get their places in the pool, as on an
+        engine, and `StepLoad.pool_extent` tells the cost model. Slow, and not for
+        spans.
 
     Raises:
-      ValueError: on `places` with `spans`.
+      ValueError: on `exact_block_placement` with `spans`.
     """
 
     deployment: Deployment
@@ -50,11 +51,11 @@ class SimulatedDeployment:
     cost: DeploymentCost
     streams: bool = False
     spans: bool = True
-    places: bool = False
+    exact_block_placement: bool = False
 
     def __post_init__(self) -> None:
-        ok = not (self.places and self.spans)
-        require(ok, "places: expected spans=False", self.spans)
+        ok = not (self.exact_block_placement and self.spans)
+        require(ok, "exact_block_placement: expected spans=False", self.spans)
 
     def controller(self) -> Controller:
         """A new controller of this deployment."""
@@ -81,7 +82,7 @@ class SimulatedDeployment:
           followers: requests that arrive because of what happened, see `serve`.
         """
         controller = controller or self.controller()
-        backend = VirtualBackend(CostExecutor(self.cost, self.places))
+        backend = VirtualBackend(CostExecutor(self.cost, self.exact_block_placement))
         with _no_garbage_collection():
             timelines = serve(
                 controller, backend, requests, interventions, observer, followers

@@ -177,7 +177,7 @@ class PairedRun:
             memory=tuple(self.server.memory),
             cost=self.cost,
             spans=False,
-            places=True,
+            exact_block_placement=True,
         )
 
     def requests(self, rate_rps: float, replica: int) -> list[Request]:

@@ -67,8 +67,8 @@ def serve_each(
     """Serve requests on each system and yield the steps.
 
     The program of each step is known here, while a simulation guesses it
-    (`ProgramList.front`): errors of the guess depend on the lengths of requests and say
-    nothing of the machine. The pools hold garbage afterwards: probes write there,
+    (`Buckets.guess_extent`): errors of the guess depend on the lengths of requests and
+    say nothing of the machine. The pools hold garbage afterwards: probes write there,
     between the requests' steps. Probes run if the profile has times of probes.
 
     Args:

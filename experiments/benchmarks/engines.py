@@ -11,11 +11,11 @@ import jax
 from disagg_jax.control.backend import Observer, serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
-from disagg_jax.engine.buckets import Buckets
+from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.wall_clock import WallBackend
+from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.slices import full_slices
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy
@@ -96,8 +96,7 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     model, cache = engine.instances[instance].model, engine.instances[instance].cache
     (stage,) = model.stages
     slices = full_slices(shape, model.memory)
-    size, scratch = model.memory.block_tokens, model.scratch_block
-    packed = stage.put(shape.pack(slices, size, scratch))
+    packed = stage.put(pack(shape, slices, model.memory))
 
     def loop() -> None:
         for _ in range(steps):
@@ -113,8 +112,8 @@ def bare_engine(
 
     Its pool just holds the largest of them.
     """
-    prefill = [shape for shape in shapes if isinstance(shape, PrefillShape)]
-    decode = [shape for shape in shapes if isinstance(shape, DecodeShape)]
+    prefill = [shape for shape in shapes if shape.kind == "prefill"]
+    decode = [shape for shape in shapes if shape.kind == "decode"]
     buckets = dataclasses.replace(
         NO_STEPS,
         prefill=tuple(prefill),
@@ -141,12 +140,12 @@ def bare_engine(
 
 def colocated(
     config: ModelConfig,
-    prefill: PrefillShape,
+    prefill: StepShape,
     *,
     context: int,
     block_tokens: int,
     decodes: bool = True,
-) -> tuple[Rig, DecodeShape]:
+) -> tuple[Rig, StepShape]:
     """An instance whose pool holds as many requests of `context` tokens as it prefills.
 
     So a burst of that many is one prefill step, and then decode steps of that shape.
@@ -166,7 +165,7 @@ def colocated(
     )
     policies = {Role.COLOCATED: policy}
     rig = Rig.build(config, "colocated:tp1", policies, [memory], [buckets])
-    return rig, DecodeShape(prefill.rows, blocks)
+    return rig, StepShape.decode(prefill.rows, blocks)
 
 
 # -- the named shape -------------------------------------------------------------------
@@ -188,11 +187,11 @@ class NamedShape:
     block_tokens: int = 64
 
     @property
-    def decode_shape(self) -> DecodeShape:
+    def decode_shape(self) -> StepShape:
         """The step of a full batch, over a pool that just holds it to its end."""
         context = self.prompt + self.output
         blocks = self.batch * math.ceil(context / self.block_tokens)
-        return DecodeShape(self.batch, blocks)
+        return StepShape.decode(self.batch, blocks)
 
     def rig(self) -> Rig:
         tokens = self.prefill_rows * self.prompt
@@ -208,7 +207,7 @@ class NamedShape:
             )
             for blocks in (2 * self.prefill_rows * prompt_blocks, pool)
         ]
-        shape = PrefillShape(tokens, self.prefill_rows)
+        shape = StepShape.prefill(tokens, self.prefill_rows)
         moves = dataclasses.replace(NO_STEPS, transfer_blocks=(prompt_blocks,))
         buckets = [
             dataclasses.replace(moves, prefill=(shape,)),

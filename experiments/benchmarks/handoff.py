@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.engine.attention import pool_order
+from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -55,10 +55,10 @@ def plain_device_put(rig: Rig, ids: Sequence[int]) -> Callable[[], None]:
     vector = np.array(ids, np.int32)
     (source,), (target,) = src.model.stages, dst.model.stages
 
-    def gather(cache: pool_order.Cache, ids: Array) -> pool_order.Cache:
+    def gather(cache: Cache, ids: Array) -> Cache:
         return [(k[ids], v[ids]) for k, v in cache]
 
-    def insert(cache: pool_order.Cache, ids: Array, new: pool_order.Cache) -> Any:
+    def insert(cache: Cache, ids: Array, new: Cache) -> Any:
         pairs = zip(cache, new, strict=True)
         return [(k.at[ids].set(x), v.at[ids].set(y)) for (k, v), (x, y) in pairs]
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine.attention import pool_order
-from disagg_jax.engine.batch import DecodeShape, StepShape
+from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import full_slices
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.program_table import Compiled
+from disagg_jax.programs import StepShape
+from disagg_jax.programs.slices import full_slices
 from disagg_jax.work import Step
 
 
@@ -46,10 +46,10 @@ class HollowGroup(LayerGroup):
     def step(
         self,
         shape: StepShape,
-        cache: pool_order.Cache,
+        cache: Cache,
         packed: np.ndarray | Array,
         *x_TE: Array,
-    ) -> tuple[pool_order.Cache, Any]:
+    ) -> tuple[Cache, Any]:
         self.step_start_s = time.perf_counter()
         out = super().step(shape, cache, packed, *x_TE)
         self.step_end_s = time.perf_counter()
@@ -60,7 +60,7 @@ class HollowGroup(LayerGroup):
         args, _ = real.args_info
         _, out = real.out_info
 
-        def hollow(params: Any, cache: pool_order.Cache, packed: Array) -> Any:
+        def hollow(params: Any, cache: Cache, packed: Array) -> Any:
             del params, packed
             return cache, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 
@@ -70,7 +70,7 @@ class HollowGroup(LayerGroup):
 
 
 def host_step_us(
-    engine: Engine, group: HollowGroup, shape: DecodeShape, steps: int
+    engine: Engine, group: HollowGroup, shape: StepShape, steps: int
 ) -> dict[str, float]:
     """Medians of the whole step and of its parts."""
     step = Step.of(0, 0, full_slices(shape, group.stage.memory))

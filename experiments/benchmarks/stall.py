@@ -16,13 +16,12 @@ from disagg_jax import metrics
 from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.batch import MixedShape, PrefillShape
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import EngineExecutor, Timing, outcome
+from disagg_jax.engine.executor import DurationRule, EngineExecutor, as_measured
 from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.errors import require
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy
@@ -106,8 +105,8 @@ def systems(scene: Scene) -> dict[str, Serving]:
         NO_STEPS, decode_rows=(rows,), pool_blocks=(memory.num_blocks,)
     )
     sizes = sorted({*scene.prompts, scene.decodes * _SHORT})
-    prefill = tuple(PrefillShape(n, min(rows, max(1, n // 8))) for n in sizes)
-    chunks = MixedShape(
+    prefill = tuple(StepShape.prefill(n, min(rows, max(1, n // 8))) for n in sizes)
+    chunks = StepShape.mixed(
         tokens=scene.chunk,
         rows=rows,
         context=max(blocks) + scene.chunk // _BLOCK,
@@ -168,7 +167,7 @@ def measure(
     params: Weights,
     scene: Scene,
     progress: Callable[[str], None] = lambda text: None,
-    timing: Timing = outcome,
+    timing: DurationRule = as_measured,
 ) -> list[Stall]:
     """Every system at every prompt.
 
@@ -208,7 +207,7 @@ def _stalls(
     engine: Engine,
     policies: Mapping[Role, Policy],
     scene: Scene,
-    timing: Timing,
+    timing: DurationRule,
 ) -> Iterable[Stall]:
     vocab = engine.instances[0].model.config.vocab_size
     memory = [instance.model.memory for instance in engine.instances]

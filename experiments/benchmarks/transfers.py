@@ -15,14 +15,9 @@ from disagg_jax.calibration.step_times import measure_step_times
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.batch import MixedShape, PrefillShape
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import (
-    TimingExecutor,
-    outcome,
-    run_alone,
-)
+from disagg_jax.engine.executor import TimingExecutor, as_measured, run_alone
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy
@@ -112,9 +107,13 @@ class Mode:
         blocks, tokens = math.ceil(prompt / BLOCK), self.chunk_tokens(prompt)
         if self.chunks == 1:
             return dataclasses.replace(
-                NO_STEPS, prefill=(PrefillShape(prompt, 1),), transfer_blocks=(blocks,)
+                NO_STEPS,
+                prefill=(StepShape.prefill(prompt, 1),),
+                transfer_blocks=(blocks,),
             )
-        shape = MixedShape(tokens=tokens, rows=1, context=blocks, decodes=0, blocks=0)
+        shape = StepShape.mixed(
+            tokens=tokens, rows=1, context=blocks, decodes=0, blocks=0
+        )
         sizes = tuple(sorted({tokens // BLOCK, blocks}))
         return dataclasses.replace(NO_STEPS, mixed=(shape,), transfer_blocks=sizes)
 
@@ -169,8 +168,8 @@ def serve_alone(
 
     def timing(work: Task, _: Sequence[float]) -> Outcome:
         if isinstance(work, Step):
-            return outcome(work, [times[key] for key in engine.part_keys(work)])
-        return outcome(work, [sum(part) for part in phases.of(work)])
+            return as_measured(work, [times[key] for key in engine.part_keys(work)])
+        return as_measured(work, [sum(part) for part in phases.of(work)])
 
     policies = {Role.PREFILL: mode.policy(prompt), Role.DECODE: DecodeOnly(max_seqs=1)}
     memory = [instance.model.memory for instance in engine.instances]

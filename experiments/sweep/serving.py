@@ -18,21 +18,20 @@ from disagg_jax.deployment import (
     Role,
     cut_layers,
 )
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine, StepTotals
 from disagg_jax.engine.executor import (
+    DurationRule,
     EngineExecutor,
-    Timing,
     TimingExecutor,
-    full_slices,
-    load_slices,
-    outcome,
-    table_timing,
+    as_measured,
+    from_table,
 )
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
+from disagg_jax.programs import Buckets
+from disagg_jax.programs.slices import full_slices, load_slices
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.tuning import Profile, has_rule, tune
@@ -214,7 +213,7 @@ class Server:
         )
         return VirtualBackend(around(executor))
 
-    def _timing(self, step_times: Mapping[str, float]) -> Timing:
+    def _timing(self, step_times: Mapping[str, float]) -> DurationRule:
         timing = self._own_timing(step_times)
         if not self.config.link:
             return timing
@@ -225,16 +224,16 @@ class Server:
                 return timing(work, parts_s)
             lanes = self.deployment.lanes(work.src, work.dst)
             sizes = self.engine.part_bytes(work)
-            return outcome(work, [link.transfer_s(size, lanes) for size in sizes])
+            return as_measured(work, [link.transfer_s(size, lanes) for size in sizes])
 
         return over_link
 
-    def _own_timing(self, step_times: Mapping[str, float]) -> Timing:
+    def _own_timing(self, step_times: Mapping[str, float]) -> DurationRule:
         match self.config.durations:
             case "table":
-                return table_timing(self.engine, step_times)
+                return from_table(self.engine, step_times)
             case "live":
-                return outcome
+                return as_measured
             case _:
                 model = CostExecutor(self._cost)
                 return lambda work, _: model.run(work)
@@ -244,7 +243,7 @@ class Server:
     def step_s(
         self, instance: int, load: StepLoad, step_times: Mapping[str, float]
     ) -> float:
-        """Seconds of a step that finds its blocks at the front of the pool."""
+        """Seconds of a step whose blocks are the first of the pool."""
         slices = load_slices(load, self.memory[instance])
         return self._known_s(Step.of(0, instance, slices), step_times)
 
@@ -264,7 +263,7 @@ class Server:
         i = self.deployment.of(Role.DECODE, Role.COLOCATED)[0]
         instance = self.engine.instances[i]
         buckets = instance.buckets
-        shape = buckets.decode_shape(buckets.decode_rows[-1], buckets.pool_blocks[-1])
+        shape = buckets.decode[-1]
         slices = full_slices(shape, instance.model.memory)
         return self._known_s(Step.of(0, i, slices), step_times), shape.rows
 

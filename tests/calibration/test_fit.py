@@ -12,13 +12,11 @@ from disagg_jax.calibration.fit import (
     fit_programs,
     left_out_error,
 )
-from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.buckets import Buckets
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost import step_time_terms
-from disagg_jax.sim.programs import Program
 
 
 def scipys(rows, seconds):
@@ -60,7 +58,7 @@ def test_the_fit_of_a_grid_predicts_as_the_best_does(policy):
     shapes = Buckets.for_limits(policy.limits, memory).step_shapes
     rng = np.random.default_rng(0)
     for kind in sorted({shape.kind for shape in shapes}):
-        programs = [program_of(shape) for shape in shapes if shape.kind == kind]
+        programs = [shape for shape in shapes if shape.kind == kind]
         rows = np.array([step_time_terms.values(program) for program in programs])
         seconds = rows @ rng.lognormal(size=rows.shape[1])
         seconds *= rng.lognormal(sigma=0.05, size=len(rows))
@@ -79,13 +77,13 @@ def test_a_line_and_terms_that_nothing_has():
     assert fit_line({1: 5.0, 2: 3.0, 3: 1.0})[1] == 0  # it does not fall
     assert fit([[1.0, 0.0], [1.0, 0.0]], [2.0, 2.0]) == pytest.approx([2.0, 0.0])
     # No program is beyond a knot, so its bend is unknown; it is 0.
-    short = {Program("prefill", T, 1): 1.0 + T for T in (8, 16, 24)}
+    short = {StepShape("prefill", T, 1): 1.0 + T for T in (8, 16, 24)}
     assert fit_programs(short)[4:] == (0.0,) * 4
 
 
 def test_a_program_that_the_form_does_not_fit_shows_when_it_is_left_out():
     sizes = [(B, P) for B in (1, 4, 16) for P in (16, 64, 96, 256)]
-    programs = [Program("decode", B, B, 0, B, P) for B, P in sizes]
+    programs = [StepShape("decode", B, B, 0, B, P) for B, P in sizes]
     exact = {p: step_time_terms.time_s(p, (1.0, 0.5, 0.1, 0.01)) for p in programs}
     assert left_out_error(exact) == pytest.approx(0.0, abs=1e-6)
     outlier = {**exact, programs[5]: 3 * exact[programs[5]]}

@@ -15,15 +15,13 @@ from disagg_jax.calibration.profile_keys import (
     StepKey,
     TransferKey,
     key_of,
-    program_of,
 )
 from disagg_jax.calibration.timing import drift, grid, measure, typical_s
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import slices_of
+from disagg_jax.programs import KINDS, Buckets
+from disagg_jax.programs.slices import slices_of
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.programs import KINDS, ProgramList
 from disagg_jax.work import Step, StepLoad, Transfer
 from experiments.calibrate import AIMS, table
 from tests.experiments.calibrating import CONFIG, TRUE, calibrated, device, true_s
@@ -45,11 +43,10 @@ def unmeasured(times, max_seqs):
             own = {k: v for k, v in sizes.items() if hasattr(policy, k)}
             changed = dataclasses.replace(policy, max_seqs=max_seqs, **own)
             for shape in Buckets.for_limits(changed.limits, memory).step_shapes:
-                program = program_of(shape)
-                if program in times.measured or program.kind not in edges:
+                if shape in times.measured or shape.kind not in edges:
                     continue
-                if all(map(operator.le, program[1:], edges[program.kind])):
-                    yield program
+                if all(map(operator.le, shape[1:], edges[shape.kind])):
+                    yield shape
 
 
 @pytest.mark.parametrize(
@@ -101,7 +98,7 @@ def test_what_was_not_used_is_predicted_within_the_aims(exact, noisy):
             assert profile.held_out[kind] < aim
         assert max(left_out_errors(profile).values()) < 0.02
         assert "MISSED" not in table(profile)
-    # The front of decodes is a guess, so that they may take another program than
+    # The extent of decodes is a guess, so that they may take another program than
     # predicted. Nothing else can be off.
     for kind in ("prefill", "chunk", "transfer"):
         assert exact.held_out[kind] == pytest.approx(0.0, abs=1e-12)
@@ -147,7 +144,7 @@ def test_the_grid_has_every_program(known):
         for i, instance in enumerate(engine.instances):
             layout = (1, engine.deployment.instances[i].pp)
             for shape in instance.buckets.step_shapes:
-                assert StepKey(layout, program_of(shape)) in probes
+                assert StepKey(layout, shape) in probes
 
 
 def test_loads_held_out_are_those_of_the_seed(known):
@@ -182,19 +179,18 @@ POLICIES = {
 )
 def test_random_loads_are_such_as_the_engine_can_run(name, memory):
     buckets = Buckets.for_limits(POLICIES[name].limits, memory)
-    programs = tuple(program_of(shape) for shape in buckets.step_shapes)
-    listed = ProgramList(programs, memory.block_tokens)
     pool = memory.num_blocks * memory.block_tokens
     limits = module._Limits(memory.max_context, pool, np.random.default_rng(0))
-    steps = list(limits.steps(listed, 200))
+    steps = list(limits.steps(buckets, 200))
     assert len(steps) >= 200
     for parts in steps:
         slices = slices_of(parts, memory)
         assert [(p.start, p.count) for p in slices] == list(parts) != []
         assert all(p.start + p.count <= memory.max_context for p in slices)
         assert buckets.step_shape(slices) in buckets.step_shapes
-        assert listed.find(StepLoad.of(slices)) in listed.programs
-    if listed.most_decodes and pool > memory.max_context:  # else no room to differ
+        found = buckets.load_shape(StepLoad.of(slices), memory.block_tokens)
+        assert found in buckets.step_shapes
+    if buckets.most_decodes and pool > memory.max_context:  # else no room to differ
         decodes = [{start for start, n in parts if start and n == 1} for parts in steps]
         assert max(map(len, decodes)) > 1
 

@@ -10,11 +10,10 @@ import pytest
 from disagg_jax.calibration.profile_keys import (
     cost_of,
     key_of,
-    program_list,
     read_profile,
 )
 from disagg_jax.calibration.step_times import check_step_times, step_times_of
-from disagg_jax.engine.executor import every_work
+from disagg_jax.calibration.works import every_work
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -179,7 +178,7 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
         memory=memory,
         cost=Asked(step_base_s=2e-3, pp=stages),
         spans=False,
-        places=True,
+        exact_block_placement=True,
     )
     requests = make_requests(
         n=150,
@@ -197,8 +196,9 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
     simulated.run(requests, observer=observe)
     guesses = 0
     for step, load in zip(steps, Asked.loads, strict=True):
-        listed = program_list(engine, step.instance)
+        instance = engine.instances[step.instance]
+        buckets, size = instance.buckets, instance.model.memory.block_tokens
         program = key_of(engine, step).program
-        assert listed.find(load) == program
-        guesses += listed.find(step.load) == program
+        assert buckets.load_shape(load, size) == program
+        guesses += buckets.load_shape(step.load, size) == program
     assert 0.2 * len(steps) < guesses < len(steps)

@@ -13,11 +13,10 @@ import numpy as np
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.batch import PrefillShape
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import EngineExecutor, outcome
+from disagg_jax.engine.executor import EngineExecutor, as_measured
 from disagg_jax.engine.place_weights import Weights
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -78,7 +77,7 @@ FAMILIES = {
 # The pool holds one request of the longest context and nothing beside it.
 POOL = KVMemory(num_blocks=16, block_tokens=4, max_context=64)
 BUCKETS = Buckets(
-    prefill=(PrefillShape(64, 4),),
+    prefill=(StepShape.prefill(64, 4),),
     decode_rows=(4,),
     pool_blocks=(16,),
     transfer_blocks=(16,),
@@ -92,7 +91,7 @@ POLICIES = {
 
 def one_second(work, parts_s) -> Outcome:
     """A `Timing` by which each stage, and all KV together, takes a second."""
-    return outcome(work, [1.0] * len(parts_s))
+    return as_measured(work, [1.0] * len(parts_s))
 
 
 class World:

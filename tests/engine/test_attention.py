@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disagg_jax.engine.attention import pool_order
+from disagg_jax.engine.attention import gathered
+from disagg_jax.engine.attention.pool_order import step_attend
+from disagg_jax.programs import StepShape
 
 # Rows 0 and 1 own blocks in any order, row 2 is padding, blocks 1 and 4 are free.
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 3, 8
@@ -36,6 +38,11 @@ def plain_attention(q_NH, k_SKH, v_SKH) -> np.ndarray:
     return np.einsum("ns,snh->nh", weights / weights.sum(1, keepdims=True), v_SNH)
 
 
+def attention_of(shape: StepShape, inputs, pool_blocks: int):
+    inputs = {name: jnp.array(values) for name, values in inputs.items()}
+    return step_attend(shape, inputs, pool_blocks, BLOCK)
+
+
 @pytest.mark.parametrize("free", [1.0, np.nan])
 def test_a_row_alone_attends_to_its_own_context_only(free):
     """A step of one row has a way of its own through attention."""
@@ -45,9 +52,14 @@ def test_a_row_alone_attends_to_its_own_context_only(free):
     k, v = (part.at[jnp.array([0, 1, 4])].set(free) for part in (k, v))
     q = random(rng, 1, HEADS, HEAD_DIM, dtype="float32")
     new_k, new_v = (random(rng, 1, KV_HEADS, HEAD_DIM, dtype="float32") for _ in "kv")
-    owner = jnp.array([0 if row == 0 else -1 for row in OWNER])
-    position, slot = jnp.array(POSITION[:1]), jnp.array(SLOT[:1])
-    attend = pool_order.decode_attend(position, slot, owner, jnp.array(START), BLOCK)
+    owner = [0 if row == 0 else -1 for row in OWNER]
+    inputs = {
+        "position": POSITION[:1],
+        "slot": SLOT[:1],
+        "owner": owner,
+        "start": START,
+    }
+    attend = attention_of(StepShape.decode(1, 5), inputs, pool_blocks=9)
     got, [(k, v)] = jax.jit(attend, static_argnums=0)(0, q, new_k, new_v, [(k, v)])
     keys, values = (in_order(part, [3, 2], POSITION[0] + 1) for part in (k, v))
     want = plain_attention(double(q[0]), keys, values)
@@ -65,8 +77,8 @@ def test_decode_attends_to_its_own_context_only(dtype, error, free):
     k, v = (part.at[4].set(free) for part in (k, v))
     q_BNH = random(rng, 3, HEADS, HEAD_DIM, dtype=dtype)
     new_k, new_v = (random(rng, 3, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in "kv")
-    position, slot, owner, start = map(jnp.array, (POSITION, SLOT, OWNER, START))
-    attend = pool_order.decode_attend(position, slot, owner, start, BLOCK)
+    inputs = {"position": POSITION, "slot": SLOT, "owner": OWNER, "start": START}
+    attend = attention_of(StepShape.decode(3, 5), inputs, pool_blocks=9)
     attend = jax.jit(attend, static_argnums=0)
     got, [(k, v)] = attend(0, q_BNH, new_k, new_v, [(k, v)])
     for row, blocks in enumerate(([3, 2], [0])):
@@ -90,7 +102,7 @@ MIXED_TOKENS = {"decode": [0], "chunk": [1, 2, 3], "fresh": [4, 5]}
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, queries):
     """With all queries at a time, and 3; although free blocks hold NaN."""
-    monkeypatch.setattr(pool_order, "_QUERY_CHUNK", queries)
+    monkeypatch.setattr(gathered, "_QUERY_CHUNK", queries)
     rng = np.random.default_rng(0)
     k, v = (random(rng, 9, KV_HEADS, BLOCK, HEAD_DIM, dtype=dtype) for _ in "kv")
     k, v = (part.at[jnp.array([1, 6])].set(np.nan) for part in (k, v))
@@ -103,16 +115,18 @@ def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, querie
         for token in tokens:
             block, offset = divmod(MIXED_POSITION[token], BLOCK)
             slot[token] = MIXED_BLOCKS[name][block] * BLOCK + offset
-    chunks = pool_order.ChunkContext(
-        row_T=jnp.array(MIXED_ROW),
-        block_C=jnp.array([5, 0, 4, 8]),
-        owner_C=jnp.array([0, 0, 1, -1]),
-        start_C=jnp.array([0, BLOCK, 0, 0]),
-    )
-    owner, start = jnp.array([-1, -1, 0, 0]), jnp.array([0, 0, 0, BLOCK])
-    attend = pool_order.mixed_attend(
-        jnp.array(MIXED_POSITION), jnp.array(slot), chunks, owner, start, BLOCK, 2
-    )
+    inputs = {
+        "position": MIXED_POSITION,
+        "slot": slot,
+        "row": MIXED_ROW,
+        "chunk_block": [5, 0, 4, 8],
+        "chunk_owner": [0, 0, 1, -1],
+        "chunk_start": [0, BLOCK, 0, 0],
+        "owner": [-1, -1, 0, 0],
+        "start": [0, 0, 0, BLOCK],
+    }
+    shape = StepShape.mixed(tokens=8, rows=3, context=4, decodes=2, blocks=4)
+    attend = attention_of(shape, inputs, pool_blocks=9)
     attend = jax.jit(attend, static_argnums=0)
     got, [(k, v)] = attend(0, q, new_k, new_v, [(k, v)])
     assert got.dtype == dtype and np.isfinite(double(got)).all()

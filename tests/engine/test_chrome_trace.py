@@ -3,7 +3,7 @@
 import pytest
 
 from disagg_jax.control.backend import serve
-from disagg_jax.engine.executor import EngineExecutor, outcome
+from disagg_jax.engine.executor import EngineExecutor, as_measured
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import e2e_s
 from disagg_jax.runlog.chrome_trace import chrome_trace
@@ -26,7 +26,7 @@ def test_a_run_of_the_engine(world, deployment, streams, clock):
     backend = (
         WallBackend(engine)
         if clock == "wall"
-        else VirtualBackend(EngineExecutor(engine, outcome))
+        else VirtualBackend(EngineExecutor(engine, as_measured))
     )
     requests = [make_request(i, 6 + i, 9, arrival_s=0.002 * i) for i in range(8)]
     log = EventLog()

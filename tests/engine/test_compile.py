@@ -12,16 +12,17 @@ import pytest
 from disagg_jax.calibration import timing
 from disagg_jax.calibration.step_times import check_step_times, measure_step_times
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape, StepShape
 from disagg_jax.engine.executor import (
     EngineExecutor,
-    full_slices,
-    outcome,
+    as_measured,
+    from_table,
     run_alone,
-    table_timing,
 )
-from disagg_jax.engine.kv_transfer.device_put import piece_plan
+from disagg_jax.engine.kv_transfer.piece_plan import piece_plan
+from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.programs import StepShape
+from disagg_jax.programs.slices import full_slices
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Step
 from sharding.mesh import make_mesh
@@ -43,7 +44,7 @@ CONFIG = MODELS["divided"]
 # Other sizes than all other tests have, and several of each.
 SEVERAL = dataclasses.replace(
     BUCKETS,
-    prefill=(PrefillShape(16, 2), PrefillShape(64, 4)),
+    prefill=(StepShape.prefill(16, 2), StepShape.prefill(64, 4)),
     decode_rows=(1, 4),
     pool_blocks=(5, 16),
     transfer_blocks=(2, 16),
@@ -87,7 +88,7 @@ def test_a_shape_that_was_not_compiled_is_an_error(world):
     engine = world.engine("colocated:tp1")
     listed = dataclasses.replace(BUCKETS, decode_rows=(3,))
     engine = dataclasses.replace(engine.instances[0], buckets=listed)
-    step = Step.of(1, 0, full_slices(DecodeShape(3, 16), POOL))
+    step = Step.of(1, 0, full_slices(StepShape.decode(3, 16), POOL))
     shape = engine.step_shape(step.slices)
     with pytest.raises(ValueError, match="decode_B3_P16: no such program was"):
         engine.model.step(shape, engine.cache, np.zeros(1))
@@ -96,13 +97,13 @@ def test_a_shape_that_was_not_compiled_is_an_error(world):
 @pytest.mark.parametrize(
     "slices, message",
     [
-        (full_slices(DecodeShape(5, 16), POOL), "decode rows: expected at most 4"),
-        (full_slices(DecodeShape(4, 17), POOL), "pool blocks: expected at most 16"),
-        (full_slices(PrefillShape(65, 4), POOL), "prefill: expected at most prefill_T"),
-        (full_slices(PrefillShape(64, 5), POOL), "got 64 tokens in 5 rows"),
+        (full_slices(StepShape.decode(5, 16), POOL), "decode: .*, got .*rows=5"),
+        (full_slices(StepShape.decode(4, 17), POOL), "decode: .*, got .*blocks=17"),
+        (full_slices(StepShape.prefill(65, 4), POOL), "prefill: .*, got .*tokens=65"),
+        (full_slices(StepShape.prefill(64, 5), POOL), "prefill: .*, got .*rows=5"),
         (
-            full_slices(DecodeShape(1, 16), POOL)
-            + full_slices(PrefillShape(8, 1), POOL),
+            full_slices(StepShape.decode(1, 16), POOL)
+            + full_slices(StepShape.prefill(8, 1), POOL),
             "whole prompts or decodes only",
         ),
     ],
@@ -138,7 +139,7 @@ def test_step_times_cover_all_that_serving_looks_up(world):
         *(f"tp1->tp1/transfer_{size}" for size in SEVERAL.transfer_blocks),
     }
     runs = [
-        serve_virtual(engine, mixed_requests(world, CONFIG), table_timing(engine, t))
+        serve_virtual(engine, mixed_requests(world, CONFIG), from_table(engine, t))
         for t in (table, table, {key: 2 * time_s for key, time_s in table.items()})
     ]
     stamps = [[t.token_s for t in run.values()] for run in runs]
@@ -182,7 +183,7 @@ def test_live_durations_are_what_a_step_took(world):
 
     def live(work, parts_s):
         seen.extend(parts_s)
-        return outcome(work, parts_s)
+        return as_measured(work, parts_s)
 
     backend = VirtualBackend(EngineExecutor(engine, live))
     (timeline,) = drive(engine, backend, [make_request(0, 4, 5)]).values()
@@ -198,7 +199,7 @@ def test_a_query_is_rotated_once_and_not_for_each_block(world):
     model = world.engine("colocated:tp1", CONFIG).instances[0].model
     (group,) = model.groups
     for rows in (1, 2, 4):
-        shape = DecodeShape(rows, POOL.num_blocks)
+        shape = StepShape.decode(rows, POOL.num_blocks)
         group.compile_step(shape)
         computations = group.program(shape).as_text().split("\n}\n")
         rotations = [text for text in computations if " sine(" in text]
@@ -227,19 +228,21 @@ def test_programs_work_in_place(tp):
     )
     (stage,), (group,) = model.stages, model.groups
     heads = model.layout.kv
-    front = MixedShape(tokens=16, rows=8, context=4, decodes=4, blocks=64)
+    part = StepShape.mixed(tokens=16, rows=8, context=4, decodes=4, blocks=64)
     whole = [
-        DecodeShape(4, pool.num_blocks),
-        dataclasses.replace(front, blocks=pool.num_blocks),
+        StepShape.decode(4, pool.num_blocks),
+        part._replace(blocks=pool.num_blocks),
     ]
-    parts = [DecodeShape(1, 64), DecodeShape(4, 64), front]
-    for shape in (PrefillShape(64, 4), *parts, *whole):
+    parts = [StepShape.decode(1, 64), StepShape.decode(4, 64), part]
+    for shape in (StepShape.prefill(64, 4), *parts, *whole):
         model.compile_step(shape)
+    programs = dict(group._programs._compiled)
     for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
+        out = Segment(group, stage, range(1), piece_plan(heads, tp, heads, other))
+        back = Segment(group, stage, range(1), piece_plan(heads, other, heads, tp))
         for blocks in (1, 16):
-            stage.compile_gather(1, blocks, piece_plan(heads, tp, heads, other))
-            stage.compile_insert(1, blocks, piece_plan(heads, other, heads, tp))
-    programs = group._programs._compiled | stage._programs._compiled
+            programs["gather", blocks, other] = out._gather_program(blocks)
+            programs["insert", blocks, other] = back._insert_program(blocks)
     assert len(programs) == 6 + 8
     part_bytes = 16_384 * 16 * 2 * config.head_dim * 4  # k, or v; on each device
     for key, program in programs.items():

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from disagg_jax.engine import layer_group
-from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
-from disagg_jax.engine.executor import outcome
+from disagg_jax.engine.attention.packing import fields_of
+from disagg_jax.engine.executor import as_measured
 from disagg_jax.engine.wall_clock import WallBackend
+from disagg_jax.programs import StepShape
 from disagg_jax.request import Status
 from disagg_jax.work import Step, Transfer
 from tests.engine.harness import (
@@ -124,7 +125,11 @@ def test_output_is_right_up_to_the_last_token_of_the_context(world, deployment, 
 
 @pytest.mark.parametrize(
     "shape",
-    [PrefillShape(64, 4), DecodeShape(4, 16), MixedShape(32, 8, 16, 4, 16)],
+    [
+        StepShape.prefill(64, 4),
+        StepShape.decode(4, 16),
+        StepShape.mixed(32, 8, 16, 4, 16),
+    ],
     ids=str,
 )
 def test_float32_stays_float32(world, shape):
@@ -133,7 +138,7 @@ def test_float32_stays_float32(world, shape):
     step = functools.partial(
         layer_group._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
     )
-    packed = np.zeros(shape.fields.size, np.int32)
+    packed = np.zeros(fields_of(shape).size, np.int32)
     params, cache = instance.model.groups[0].params, instance.cache
     jaxpr = jax.make_jaxpr(step)(params, cache, packed)
     floats, matmuls = set(), 0
@@ -167,7 +172,7 @@ def test_prefill_is_not_paced_by_decode(world):
     def ttft_s(decode_s):
         def timing(work, parts_s):
             decodes = isinstance(work, Step) and work.instance == 1
-            return outcome(work, [decode_s if decodes else 1.0])
+            return as_measured(work, [decode_s if decodes else 1.0])
 
         timelines = serve_virtual(engine, requests, timing)
         assert_reference(world, CONFIG, timelines)

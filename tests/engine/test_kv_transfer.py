@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from disagg_jax.engine.attention import pool_order
 from disagg_jax.engine.executor import run_alone
-from disagg_jax.engine.kv_transfer.device_put import piece_plan
+from disagg_jax.engine.kv_transfer import segments
+from disagg_jax.engine.kv_transfer.piece_plan import piece_plan
 from disagg_jax.work import Transfer
 from sharding.heads import head_layout
 from sharding.mesh import make_mesh
@@ -203,7 +203,7 @@ def test_a_larger_payload_is_several_arrays(world, monkeypatch, room, arrays):
     """k and v of 3 layers are 6 parts, of which an array has room for so many."""
     config = make_config(f"room for {room}", kv_heads=2, layers=3)
     part_bytes = 16 * POOL.block_tokens * config.head_dim * 4  # of one head
-    monkeypatch.setattr(pool_order, "_ARRAY_BYTES", room * part_bytes + part_bytes // 2)
+    monkeypatch.setattr(segments, "_ARRAY_BYTES", room * part_bytes + part_bytes // 2)
     engine = world.engine("prefill:tp1,decode:tp2", config)
     src, dst = engine.instances
     sent, _ = fill(src, 1), fill(dst, 2)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from disagg_jax.calibration.step_times import measure_step_times
-from disagg_jax.engine.batch import MixedShape
 from disagg_jax.engine.engine import Engine, StepTotals
 from disagg_jax.engine.executor import run_alone
+from disagg_jax.programs import StepShape
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import Slice, Step
 from tests.engine.harness import (
@@ -27,7 +27,7 @@ from tests.engine.harness import (
 )
 
 CONFIG = MODELS["divided"]
-SHAPE = MixedShape(tokens=32, rows=8, context=16, decodes=4, blocks=16)
+SHAPE = StepShape.mixed(tokens=32, rows=8, context=16, decodes=4, blocks=16)
 MIXED = dataclasses.replace(BUCKETS, prefill=(), mixed=(SHAPE,))
 SPARE = 1  # blocks that each request reserves and never uses
 
@@ -171,8 +171,8 @@ def test_layer_groups(world, tp):
 
 
 def test_the_smallest_shape_that_fits_is_as_good_as_any(world):
-    """A part of the pool's front, few blocks of chunks, and chunks without decodes."""
-    small = MixedShape(tokens=8, rows=8, context=5, decodes=4, blocks=10)
+    """A part of the pool, few blocks of chunks, and chunks without decodes."""
+    small = StepShape.mixed(tokens=8, rows=8, context=5, decodes=4, blocks=10)
     buckets = dataclasses.replace(MIXED, mixed=(small, SHAPE))
     engine = world.engine("colocated:tp1", buckets=buckets)
     hands = start(engine, REQUESTS)
@@ -187,8 +187,8 @@ def test_the_smallest_shape_that_fits_is_as_good_as_any(world):
 
 
 def test_an_instance_that_never_decodes(world):
-    """Chunked prefill on a prefill instance: no decode part, no pool front."""
-    shape = dataclasses.replace(SHAPE, decodes=0, blocks=0)
+    """Chunked prefill on a prefill instance: no decode part, no blocks of the pool."""
+    shape = SHAPE._replace(decodes=0, blocks=0)
     buckets = dataclasses.replace(MIXED, mixed=(shape,), decode_rows=(), pool_blocks=())
     engine = world.engine("colocated:tp1", buckets=buckets)
     requests = [dataclasses.replace(request, max_tokens=1) for request in REQUESTS]
@@ -282,7 +282,7 @@ def test_a_step_beyond_the_listed_shapes_is_an_error(world):
     engine = world.engine("colocated:tp1", buckets=MIXED)
     request = make_request(0, 40, 1)
     hand = Hand(request, tuple(range(16)))
-    with pytest.raises(ValueError, match="mixed: expected at most .*got 33 tokens in"):
+    with pytest.raises(ValueError, match="mixed: expected at most .*got .*tokens=33"):
         run(engine, [(hand, 33)])
 
 

@@ -6,7 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from disagg_jax.engine.place_weights import Place, place_groups, restore_shardings
+from disagg_jax.engine.place_weights import (
+    LayerPlacement,
+    place_groups,
+    restore_shardings,
+)
 from models import checkpoint, transformer
 from models.checkpoint import Checkpoint
 from sharding.heads import head_layout
@@ -42,7 +46,9 @@ def test_every_device_gets_its_shards(world, checkpoints, name):
     layout = head_layout(config.q_heads, config.kv_heads, 4)
     layers = range(config.layers)
     placed, restored = (
-        place_groups(config, weights, layout, [Place(layers, mesh)], RULE_TABLE)
+        place_groups(
+            config, weights, layout, [LayerPlacement(layers, mesh)], RULE_TABLE
+        )
         for weights in (world.params(config), checkpoints[name])
     )
 

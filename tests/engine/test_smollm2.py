@@ -6,9 +6,8 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.batch import PrefillShape
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
+from disagg_jax.programs import Buckets, StepShape
 from models.gguf import load_gguf
 from models.tokenizer import load_tokenizer
 from tests.engine.harness import make_request, serve_virtual
@@ -43,7 +42,7 @@ def test_greedy_tokens_are_the_original(smollm2_cases, smollm2_file, model, depl
     config, params = model
     assert config.dtype == "float32"
     both = Buckets(
-        prefill=(PrefillShape(160, 6),),
+        prefill=(StepShape.prefill(160, 6),),
         decode_rows=(6,),
         pool_blocks=(32,),
         transfer_blocks=(8,),

@@ -10,10 +10,10 @@ import pytest
 
 from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Role
-from disagg_jax.engine.batch import MixedShape
-from disagg_jax.engine.executor import EngineExecutor, outcome, run_alone
+from disagg_jax.engine.executor import EngineExecutor, as_measured, run_alone
 from disagg_jax.engine.kv_transfer.segments import find_segments
 from disagg_jax.engine.wall_clock import WallBackend
+from disagg_jax.programs import StepShape
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Done, Slice, StageFree, Step, Transfer
@@ -187,7 +187,7 @@ def test_measured_steps_stand_on_the_timeline_as_a_pipeline(world):
 
     def live(work, parts_s):
         measured[work.id] = parts_s
-        return outcome(work, parts_s)
+        return as_measured(work, parts_s)
 
     backend = Recorder(EngineExecutor(engine, live))
     controller = make_controller(engine)
@@ -276,7 +276,7 @@ def test_streamed_tokens(world, config, deployment, layer_groups, clock):
 CHUNKS = dataclasses.replace(
     BUCKETS,
     prefill=(),
-    mixed=(MixedShape(tokens=16, rows=4, context=16, decodes=0, blocks=0),),
+    mixed=(StepShape.mixed(tokens=16, rows=4, context=16, decodes=0, blocks=0),),
 )
 
 
@@ -305,7 +305,7 @@ def test_tokens_where_kv_leaves_chunk_by_chunk(world, budget, clock):
 def make_backend(engine, clock):
     if clock == "wall":
         return WallBackend(engine)
-    return VirtualBackend(EngineExecutor(engine, outcome))
+    return VirtualBackend(EngineExecutor(engine, as_measured))
 
 
 def test_a_part_that_is_computed_leaves_before_the_rest_is(world):

@@ -10,9 +10,8 @@ import pytest
 
 from disagg_jax.control.backend import serve
 from disagg_jax.deployment import Role
-from disagg_jax.engine.batch import MixedShape
-from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.executor import EngineExecutor
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
@@ -35,7 +34,7 @@ SEQS = 4
 # One program for all: as much as the longest prompt beside decodes.
 BUCKETS = Buckets(
     prefill=(),
-    mixed=(MixedShape(tokens=68, rows=8, context=16, decodes=SEQS, blocks=16),),
+    mixed=(StepShape.mixed(tokens=68, rows=8, context=16, decodes=SEQS, blocks=16),),
     decode_rows=(SEQS,),
     pool_blocks=(16,),
     transfer_blocks=(16,),

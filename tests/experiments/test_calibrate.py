@@ -13,11 +13,11 @@ from disagg_jax.calibration.profile_keys import key_of, read_profile
 from disagg_jax.calibration.timing import drift
 from disagg_jax.engine.engine import Engine
 from disagg_jax.metrics import interval_across, rate_interval
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
-from disagg_jax.sim.programs import Program
 from disagg_jax.work import Step
 from experiments import accuracy, calibrate
 from experiments.accuracy_study import report
@@ -79,9 +79,9 @@ def test_known_costs_are_recovered(engines):
     profile = calibrated(engines, time_parts)
     times = profile.layouts[1, 1]
     unmeasured = {
-        "prefill": Program("prefill", 300, 16),
-        "decode": Program("decode", 12, 12, 0, 12, 100),
-        "mixed": Program("mixed", 200, 32, 40, 16, 100),
+        "prefill": StepShape("prefill", 300, 16),
+        "decode": StepShape("decode", 12, 12, 0, 12, 100),
+        "mixed": StepShape("mixed", 200, 32, 40, 16, 100),
     }
     for kind, program in unmeasured.items():
         assert program not in times.measured
@@ -124,7 +124,7 @@ def test_the_fit_is_the_best_without_negative_coefficients():
 
 def test_a_wrong_form_shows_in_what_is_left_out():
     programs = [
-        Program("decode", b, b, 0, b, p) for b in (1, 2, 4, 8) for p in (8, 32, 128)
+        StepShape("decode", b, b, 0, b, p) for b in (1, 2, 4, 8) for p in (8, 32, 128)
     ]
     right = {p: step_time_terms.time_s(p, TRUE["decode"]) for p in programs}
     wrong = {p: 1.0 + 5.0 * (p.tokens % 3) for p in programs}

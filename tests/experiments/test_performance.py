@@ -10,7 +10,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from disagg_jax.engine.batch import DecodeShape, PrefillShape
+from disagg_jax.programs import StepShape
 from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
 from experiments import performance
@@ -99,9 +99,9 @@ def test_a_row_says_shares_of_the_peaks_of_the_bound_and_of_the_others():
 
 def test_every_row_of_a_decode_attends_to_all_of_the_context():
     assert performance.step_loads(SMALL) == {
-        DecodeShape(1, 2): StepLoad((), 1, 32),
-        DecodeShape(2, 4): StepLoad((), 2, 64),
-        PrefillShape(16, 1): StepLoad(((0, 16),), 0, 0),
+        StepShape.decode(1, 2): StepLoad((), 1, 32),
+        StepShape.decode(2, 4): StepLoad((), 2, 64),
+        StepShape.prefill(16, 1): StepLoad(((0, 16),), 0, 0),
     }
 
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from disagg_jax.engine.executor import outcome
+from disagg_jax.engine.executor import as_measured
 from disagg_jax.work import Step
 from experiments import stalls
 from experiments.benchmarks.stall import Scene, measure
@@ -19,7 +19,7 @@ def timing(work, parts_s):
     seconds = 10.0
     if isinstance(work, Step):
         seconds = 1.0 + sum(count for _, count in work.load.chunks)
-    return outcome(work, [seconds / len(parts_s)] * len(parts_s))
+    return as_measured(work, [seconds / len(parts_s)] * len(parts_s))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_of_several_runs_the_one_in_the_middle_counts():
         """A prompt of 80 tokens takes 3, 1 and 2 times as long, in turn."""
         known = timing(work, parts_s)
         if isinstance(work, Step) and work.load.chunks == ((0, 80),):
-            return outcome(work, [1.0 + 80 * next(factors)])
+            return as_measured(work, [1.0 + 80 * next(factors)])
         return known
 
     config = get_config("tiny")

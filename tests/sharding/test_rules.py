@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from disagg_jax.deployment import Role
-from disagg_jax.engine.attention import pool_order
+from disagg_jax.engine.attention import kv_cache
 from models import transformer
 from models.config import PRESETS, get_config
 from sharding.mesh import TENSOR, cut_meshes, make_mesh
@@ -23,7 +23,7 @@ def test_every_role_has_a_table():
 def test_every_logical_axis_has_a_rule(role):
     """Of all weights of all presets, tied or not, and of KV at rest and on its way."""
     rules = RULES[role]
-    arrays = [pool_order.AXES]
+    arrays = [kv_cache.AXES]
     for name in PRESETS:
         axes = transformer.param_axes(get_config(name))
         arrays += jax.tree.leaves(axes, is_leaf=lambda leaf: isinstance(leaf, tuple))

@@ -413,9 +413,11 @@ def test_workers_give_the_results_of_one_process_in_order():
 
 
 def test_blocks_are_settled_in_no_span():
-    with pytest.raises(ValueError, match="places: expected spans=False, got True"):
-        dataclasses.replace(simulated(PAIR), places=True)
-    settled = dataclasses.replace(simulated(PAIR), places=True, spans=False)
+    with pytest.raises(ValueError, match="placement: expected spans=False, got True"):
+        dataclasses.replace(simulated(PAIR), exact_block_placement=True)
+    settled = dataclasses.replace(
+        simulated(PAIR), exact_block_placement=True, spans=False
+    )
     requests = [make_request(i, prompt=6, out=5) for i in range(3)]
     found, expected = (it.run(requests).timelines for it in (settled, simulated(PAIR)))
     assert [t.token_s for t in found] == [t.token_s for t in expected]

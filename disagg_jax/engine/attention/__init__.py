@@ -1,0 +1,1 @@
+"""The attention kernel: its KV cache, the packed inputs of a step, and attention."""

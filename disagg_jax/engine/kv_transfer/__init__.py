@@ -1,0 +1,1 @@
+"""KV from instance to instance: gathered, copied between devices, and inserted."""

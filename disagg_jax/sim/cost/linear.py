@@ -94,10 +94,10 @@ class CostExecutor:
     """An `Executor` that only says how long the work would take."""
 
     cost: DeploymentCost
-    places: bool = False  # see `SimulatedDeployment`
+    exact_block_placement: bool = False  # see `SimulatedDeployment`
 
     def run(self, work: Task) -> Outcome:
-        if self.places:
+        if self.exact_block_placement:
             work = _placed(work)
         if isinstance(work, Transfer):
             hop = self.cost.hop(work)
@@ -125,5 +125,5 @@ def _placed(work: Task) -> Task:
         assert len(work.src_blocks) == len(work.dst_blocks)
         return work
     return dataclasses.replace(
-        work, load=dataclasses.replace(work.load, front=work.front)
+        work, load=dataclasses.replace(work.load, pool_extent=work.pool_extent)
     )

@@ -1,10 +1,10 @@
 """Step and transfer times of an engine, as `experiments.calibrate` measured them.
 
-The time of a step is that of its program (`sim/programs.py`): the measured median, or
-the fitted form (`sim/cost/step_time_terms.py`) where the program was not measured. The
-time of a transfer depends likewise on the blocks that it is padded to. Programs were
-measured alone, one after itself; among other steps, as in serving, a step takes longer
-or shorter by the factor of its kind (`LayoutTimes.serving_factor`).
+The time of a step is that of its program (`programs/buckets.py`): the measured median,
+or the fitted form (`sim/cost/step_time_terms.py`) where the program was not measured.
+The time of a transfer depends likewise on the blocks that it is padded to. Programs
+were measured alone, one after itself; among other steps, as in serving, a step takes
+longer or shorter by the factor of its kind (`LayoutTimes.serving_factor`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
+from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.buckets import most_context
 from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.cost.linear import Decoder
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad, Transfer
 
 Layout = tuple[int, int]  # (tp, pp)
@@ -39,7 +40,7 @@ class LayoutTimes:
     """
 
     pp: int
-    measured: Mapping[Program, tuple[float, ...]]
+    measured: Mapping[StepShape, tuple[float, ...]]
     fits: Mapping[str, tuple[tuple[float, ...], ...]]
     serving_factor: Mapping[str, float] = dataclasses.field(
         default_factory=dict[str, float]
@@ -59,12 +60,12 @@ class LayoutTimes:
                 ok = len(fit) == n and min(fit) >= 0
                 require(ok, f"{kind}: expected {n} coefficients >= 0", fit)
 
-    def served_s(self, program: Program) -> tuple[float, ...]:
+    def served_s(self, program: StepShape) -> tuple[float, ...]:
         """Return the seconds on each stage among other steps; see `stages_s`."""
         factor = self.serving_factor.get(program.kind, 1.0)
         return tuple(factor * time_s for time_s in self.stages_s(program))
 
-    def stages_s(self, program: Program) -> tuple[float, ...]:
+    def stages_s(self, program: StepShape) -> tuple[float, ...]:
         """Return the seconds on each stage, alone.
 
         Raises:
@@ -74,7 +75,7 @@ class LayoutTimes:
             return self.measured[program]
         return self.fitted_s(program)
 
-    def fitted_s(self, program: Program) -> tuple[float, ...]:
+    def fitted_s(self, program: StepShape) -> tuple[float, ...]:
         """Return `stages_s` by the fit, even if the program was measured."""
         expected = f"{program}: expected one of kind {sorted(self.fits)}"
         require(program.kind in self.fits, expected, program.kind)
@@ -108,12 +109,18 @@ class TransferTimes:
 
 
 class CalibratedInstance:
-    """An `InstanceCost`: the times of a layout, by the programs of an instance."""
+    """An `InstanceCost`: the times of a layout, by the programs of an instance.
 
-    __slots__ = ("_decodes", "_list", "_times")
+    Args:
+      buckets: the shapes that the instance has programs for.
+      block_tokens: tokens in a KV block.
+    """
 
-    def __init__(self, times: LayoutTimes, programs: ProgramList):
-        self._times, self._list = times, programs
+    __slots__ = ("_block_tokens", "_buckets", "_decodes", "_times")
+
+    def __init__(self, times: LayoutTimes, buckets: Buckets, block_tokens: int):
+        self._times, self._buckets = times, buckets
+        self._block_tokens = block_tokens
         # decodes -> contexts up to which a program serves, and its seconds
         self._decodes: dict[int, tuple[list[int], list[float]]] = {}
 
@@ -121,9 +128,9 @@ class CalibratedInstance:
         """Return the seconds on each stage."""
         return self._times.served_s(self.program(load))
 
-    def program(self, load: StepLoad) -> Program:
-        """Return the program that the step runs; see `ProgramList.find`."""
-        return self._list.find(load)
+    def program(self, load: StepLoad) -> StepShape:
+        """Return the shape whose program the step runs."""
+        return self._buckets.load_shape(load, self._block_tokens)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Return the seconds of a decode-only step on the one stage."""
@@ -136,9 +143,9 @@ class CalibratedInstance:
     def _steps(self, decodes: int) -> tuple[list[int], list[float]]:
         most: list[int] = []
         seconds: list[float] = []
-        for blocks in sorted({p.blocks for p in self._list.of_kind["decode"]}):
-            context = self._list.context(decodes, blocks)
-            program = self._list.decode(decodes, context)
+        for blocks in self._buckets.pool_blocks:
+            context = most_context(decodes, blocks, self._block_tokens)
+            program = self.program(StepLoad((), decodes, context))
             most.append(context)
             seconds.append(self._times.served_s(program)[0])
         return most, seconds
@@ -155,7 +162,7 @@ class CalibratedCost:
 
     instances: Sequence[CalibratedInstance]  # in the deployment's order
     transfers: Mapping[tuple[int, int], TransferTimes]  # by (src, dst)
-    sizes: Sequence[int]  # blocks that transfers are padded to, increasing
+    buckets: Sequence[Buckets]  # of each instance
     block_tokens: int
     block_bytes: int  # KV of all layers
 
@@ -168,9 +175,7 @@ class CalibratedCost:
     def hop(self, transfer: Transfer) -> Hop:
         require(not transfer.step, "transfer: expected one of a whole prompt", transfer)
         needed = -(-transfer.context // self.block_tokens)
-        i = bisect.bisect_left(self.sizes, needed)
-        require(i < len(self.sizes), f"blocks: expected <= {self.sizes[-1]}", needed)
-        blocks = self.sizes[i]
+        blocks = self.buckets[transfer.src].transfer_size(needed)
         times = self.transfers[transfer.src, transfer.dst]
         return Hop(times.time_s(blocks), blocks * self.block_bytes)
 
@@ -195,8 +200,8 @@ class CalibratedProfile:
     transfers: Mapping[tuple[Layout, Layout], TransferTimes]
     provenance: Mapping[str, str]
     held_out: Mapping[str, float]
-    probes: Mapping[tuple[Layout, Program], float] = dataclasses.field(
-        default_factory=dict[tuple[Layout, Program], float]
+    probes: Mapping[tuple[Layout, StepShape], float] = dataclasses.field(
+        default_factory=dict[tuple[Layout, StepShape], float]
     )
 
     def __post_init__(self) -> None:
@@ -206,27 +211,27 @@ class CalibratedProfile:
     def cost(
         self,
         deployment: Deployment,
-        programs: Sequence[ProgramList],
-        sizes: Sequence[int],
+        buckets: Sequence[Buckets],
+        memory: Sequence[KVMemory],
     ) -> CalibratedCost:
         """Return the durations of a deployment.
 
         Args:
-          programs: of each instance.
-          sizes: blocks that transfers are padded to, increasing.
+          buckets: the shapes that each instance has programs for.
+          memory: the KV pool of each instance.
 
         Raises:
           ValueError: on a layout, a pair of them or a block size without measurement.
         """
         layouts = [(spec.tp, spec.pp) for spec in deployment.instances]
-        for layout, listed in zip(layouts, programs, strict=True):
+        for layout, pool in zip(layouts, memory, strict=True):
             known = sorted(self.layouts)
             require(
                 layout in known, f"{self.name}: expected (tp, pp) in {known}", layout
             )
             size = self.block_tokens
             expected = f"{self.name}: expected blocks of {size} tokens"
-            require(listed.block_tokens == size, expected, listed.block_tokens)
+            require(pool.block_tokens == size, expected, pool.block_tokens)
         transfers: dict[tuple[int, int], TransferTimes] = {}
         for src in deployment.of(Role.PREFILL):
             for dst in deployment.of(Role.DECODE):
@@ -236,11 +241,11 @@ class CalibratedProfile:
                 transfers[src, dst] = self.transfers[pair]
         return CalibratedCost(
             instances=[
-                CalibratedInstance(self.layouts[layout], listed)
-                for layout, listed in zip(layouts, programs, strict=True)
+                CalibratedInstance(self.layouts[layout], listed, self.block_tokens)
+                for layout, listed in zip(layouts, buckets, strict=True)
             ],
             transfers=transfers,
-            sizes=sizes,
+            buckets=buckets,
             block_tokens=self.block_tokens,
             block_bytes=self.block_bytes,
         )

@@ -18,9 +18,9 @@
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
         "base_s": 1e-4, "block_s": 6e-6}]}
 
-Programs: `sim/programs.py`; terms: `sim/cost/step_time_terms.py`. All times are seconds
-of one step on that stage, or of one transfer, host work included. Before format 2
-"serving_factor" was "in_service".
+Programs: `programs/shapes.py`; terms: `sim/cost/step_time_terms.py`. All times are
+seconds of one step on that stage, or of one transfer, host work included. Before format
+2 "serving_factor" was "in_service".
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import TypeVar, cast
 
 from disagg_jax.errors import require
 from disagg_jax.formats import PROFILE
+from disagg_jax.programs import KINDS, StepShape
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     Layout,
@@ -49,7 +50,6 @@ from disagg_jax.sim.cost.profile_json import (
     open_profile,
     positive_int,
 )
-from disagg_jax.sim.programs import KINDS, Program
 
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
@@ -177,7 +177,7 @@ def _layout(record: Mapping[str, object], where: str) -> tuple[Layout, LayoutTim
 
 def _times(
     record: Mapping[str, object], key: str, where: str
-) -> dict[Program, tuple[float, ...]]:
+) -> dict[StepShape, tuple[float, ...]]:
     """Return the seconds of each program in a list that may be missing."""
     rows = enumerate(_optional_list(record, key, where))
     times = [_measured(row, f"{where}.{key}[{n}]") for n, row in rows]
@@ -193,14 +193,14 @@ def _inside(where: str) -> Generator[None]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _measured(row: object, where: str) -> tuple[Program, tuple[float, ...]]:
+def _measured(row: object, where: str) -> tuple[StepShape, tuple[float, ...]]:
     require(isinstance(row, list), f"{where}: expected a list", row)
     items = cast(list[object], row)
     require(len(items) == 7, f"{where}: expected kind, T, R, C, B, P, seconds", items)
     kind, *sizes, seconds = items
     require(kind in KINDS, f"{where}: expected one of {KINDS}", kind)
     numbers = [_count(size, where) for size in sizes]
-    program = Program(cast(str, kind), *numbers)
+    program = StepShape(cast(str, kind), *numbers)
     return program, get_numbers({"seconds": seconds}, "seconds", where)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from disagg_jax.sim.programs import Program
+from disagg_jax.programs import StepShape
 
 TOKEN_BREAKPOINTS = (32, 128, 512, 2048)
 
@@ -28,7 +28,7 @@ TERMS: dict[str, tuple[str, ...]] = {
 }
 
 
-def values(program: Program) -> tuple[float, ...]:
+def values(program: StepShape) -> tuple[float, ...]:
     """Return the value of each of `TERMS[program.kind]`."""
     _, T, R, C, B, P = program
     bends = tuple(float(max(0, T - tokens)) for tokens in TOKEN_BREAKPOINTS)
@@ -39,6 +39,6 @@ def values(program: Program) -> tuple[float, ...]:
     return (1.0, T, T * C, C, R, P, B * P, *bends)
 
 
-def time_s(program: Program, coefficients: Sequence[float]) -> float:
+def time_s(program: StepShape, coefficients: Sequence[float]) -> float:
     """Return the sum of the terms, in seconds."""
     return sum(map(float.__mul__, map(float, values(program)), coefficients))

@@ -1,14 +1,14 @@
 """The simulator's cost model of a calibrated engine."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
 
-from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import load_slices
+from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.slices import load_slices
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.measured import (
@@ -22,36 +22,34 @@ from disagg_jax.sim.cost.measured_profile import (
     profile_from_json,
     profile_to_json,
 )
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad
 
 SIZE = 16
 MEMORY = KVMemory(num_blocks=128, block_tokens=SIZE, max_context=256)
-DECODES = tuple(
-    Program("decode", rows, rows, 0, rows, blocks)
-    for rows in (1, 4)
-    for blocks in (4, 16)
+LISTED = Buckets(
+    prefill=(StepShape.prefill(64, 8),),
+    decode_rows=(1, 4),
+    pool_blocks=(4, 16),
+    transfer_blocks=(),
 )
-LISTED = ProgramList((Program("prefill", 64, 8), *DECODES), SIZE)
 FITS = {
     "prefill": (
         (1e-3, 1e-5, 1e-8, 0.0, *(0.0,) * len(step_time_terms.TOKEN_BREAKPOINTS)),
     ),
     "decode": ((1e-3, 1e-4, 1e-5, 1e-6),),
 }
-TIMES = LayoutTimes(1, {DECODES[0]: (0.5,)}, FITS)
+TIMES = LayoutTimes(1, {LISTED.decode[0]: (0.5,)}, FITS)
 
 
 @pytest.mark.parametrize("system", sorted(SYSTEMS))
 def test_a_load_takes_the_program_that_the_engine_would_run(system):
-    """But for the front of the pool, which a load does not say.
+    """But for the extent of the pool, which a load does not say.
 
     With contexts that fill their blocks the guess is at most half a block a request,
     and one, too long; so programs differ in `blocks` only where that passes a size.
     """
     for policy in SYSTEMS[system].values():
         buckets = Buckets.for_limits(policy.limits, MEMORY)
-        listed = ProgramList(tuple(map(program_of, buckets.step_shapes)), SIZE)
         loads = []
         if buckets.decode_rows:
             loads += [StepLoad((), n, n * 64) for n in (1, 2, 7)]
@@ -63,27 +61,31 @@ def test_a_load_takes_the_program_that_the_engine_would_run(system):
             loads += [StepLoad(((0, 30),), 3, 3 * 64)]
         for load in loads:
             slices = load_slices(load, MEMORY)
-            shape = program_of(buckets.step_shape(slices))
-            found = listed.find(load)
+            shape = buckets.step_shape(slices)
+            found = buckets.load_shape(load, SIZE)
             assert found._replace(blocks=0) == shape._replace(blocks=0)
             needed = -(-64 // SIZE) * load.decodes
             for blocks in (found.blocks, shape.blocks):
                 assert blocks >= min(needed, MEMORY.num_blocks)
 
 
+def find(*load):
+    return LISTED.load_shape(StepLoad(*load), SIZE)
+
+
 def test_the_smallest_program_that_holds_a_step_is_taken():
     # 2 requests x 20 tokens: 40 + 2 * 7.5 spare = 55 tokens in 4 blocks of 16.
-    assert LISTED.find(StepLoad((), 2, 40)) == Program("decode", 4, 4, 0, 4, 4)
-    assert LISTED.find(StepLoad((), 2, 50)) == Program("decode", 4, 4, 0, 4, 16)
-    assert LISTED.find(StepLoad(((0, 64),), 0, 0)) == Program("prefill", 64, 8)
+    assert find((), 2, 40) == StepShape.decode(4, 4)
+    assert find((), 2, 50) == StepShape.decode(4, 16)
+    assert find(((0, 64),), 0, 0) == StepShape.prefill(64, 8)
     with pytest.raises(ValueError, match="prefill: expected at most"):
-        LISTED.find(StepLoad(((0, 65),), 0, 0))
+        find(((0, 65),), 0, 0)
     with pytest.raises(ValueError, match="decode: expected at most"):
-        LISTED.find(StepLoad((), 5, 40))
+        find((), 5, 40)
 
 
 def test_what_was_measured_counts_and_the_fit_where_nothing_was():
-    instance = CalibratedInstance(TIMES, LISTED)
+    instance = CalibratedInstance(TIMES, LISTED, SIZE)
     assert instance.stages_s(StepLoad((), 1, 10)) == (0.5,)
     # B = 4, P = 4: 1 ms + 4 * 0.1 + 4 * 0.01 + 16 * 0.001
     assert instance.stages_s(StepLoad((), 2, 40))[0] == pytest.approx(1.456e-3)
@@ -92,14 +94,14 @@ def test_what_was_measured_counts_and_the_fit_where_nothing_was():
 
 
 def test_a_decode_is_looked_up_as_a_step_is():
-    instance = CalibratedInstance(TIMES, LISTED)
+    instance = CalibratedInstance(TIMES, LISTED, SIZE)
     for decodes in (1, 2, 3, 4):
         for context in range(decodes, 240):
             (expected,) = instance.stages_s(StepLoad((), decodes, context))
             assert instance.decode_s(decodes, context) == expected
     two = LayoutTimes(2, {}, {kind: fit * 2 for kind, fit in FITS.items()})
     with pytest.raises(ValueError, match="pp = 1"):
-        CalibratedInstance(two, LISTED).decode_s(1, 10)
+        CalibratedInstance(two, LISTED, SIZE).decode_s(1, 10)
 
 
 def make_profile():
@@ -159,6 +161,6 @@ def test_a_broken_profile_says_where(message):
     ],
 )
 def test_what_was_not_measured_is_refused(deployment, size, message):
-    listed = ProgramList(LISTED.programs, size)
+    memory = dataclasses.replace(MEMORY, block_tokens=size)
     with pytest.raises(ValueError, match=message):
-        make_profile().cost(Deployment.parse(deployment), [listed], ())
+        make_profile().cost(Deployment.parse(deployment), [LISTED], [memory])

@@ -1,6 +1,7 @@
 """A calibrated profile: what it says of a deployment, and what a record must have."""
 
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -8,23 +9,23 @@ import operator
 
 import pytest
 
-from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.buckets import Buckets
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.scheduling import get_system
 from disagg_jax.sim.cost.measured import CalibratedInstance, LayoutTimes, TransferTimes
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad, Transfer
 
-SMALL, LARGE = Program("prefill", 32, 4), Program("prefill", 64, 8)
-ROWS = [
-    Program("decode", rows, rows, 0, rows, blocks)
-    for rows in (1, 4)
-    for blocks in (4, 16)
-]
-PROGRAMS = ProgramList((SMALL, LARGE, *ROWS), 16)
+SMALL, LARGE = StepShape.prefill(32, 4), StepShape.prefill(64, 8)
+BUCKETS = Buckets(
+    prefill=(SMALL, LARGE),
+    decode_rows=(1, 4),
+    pool_blocks=(4, 16),
+    transfer_blocks=(1, 2, 4),
+)
+ROWS = BUCKETS.decode
+MEMORY = KVMemory(num_blocks=16, max_context=256)
 ABOUT = {"model": "toy", "dtype": "float32", "device": "cpu"}
 RECORD = {
     "format": 2,
@@ -84,19 +85,19 @@ PROFILE = profile_from_json(RECORD)
     ],
 )
 def test_a_step_takes_what_was_measured_else_the_fit(layout, load, expected_s):
-    instance = CalibratedInstance(PROFILE.layouts[layout], PROGRAMS)
+    instance = CalibratedInstance(PROFILE.layouts[layout], BUCKETS, 16)
     assert instance.stages_s(StepLoad(*load)) == expected_s
 
 
 def test_a_kind_that_was_not_measured_is_refused():
-    instance = CalibratedInstance(PROFILE.layouts[2, 2], PROGRAMS)
-    with pytest.raises(ValueError, match=r"decode_T1.*: .*\['prefill'\], got 'decode'"):
+    instance = CalibratedInstance(PROFILE.layouts[2, 2], BUCKETS, 16)
+    with pytest.raises(ValueError, match=r"decode_B1_P4: .*prefill.*, got 'decode'"):
         instance.stages_s(StepLoad((), 1, 9))
 
 
 def hop(context, **fields):
     deployment = Deployment.parse("prefill:tp1,decode:tp2pp2")
-    cost = PROFILE.cost(deployment, [PROGRAMS, PROGRAMS], (1, 2, 4))
+    cost = PROFILE.cost(deployment, [BUCKETS] * 2, [MEMORY] * 2)
     request = Request(id=0, arrival_s=0, prompt_tokens=context, max_tokens=2)
     return cost.hop(Transfer(1, request, 0, 1, (), (), context, **fields))
 
@@ -112,7 +113,7 @@ def test_a_transfer_takes_as_long_as_what_it_is_padded_to(context, expected_s, b
 
 
 def test_a_transfer_that_was_not_measured_is_refused():
-    with pytest.raises(ValueError, match="blocks: expected <= 4, got 5"):
+    with pytest.raises(ValueError, match="transfer blocks: expected at most 4, got 5"):
         hop(65)
     with pytest.raises(ValueError, match="transfer: expected one of a whole prompt"):
         hop(16, step=7)
@@ -130,9 +131,10 @@ def test_a_deployment_that_was_not_measured_is_refused(
     deployment, block_tokens, message
 ):
     parsed = Deployment.parse(deployment)
-    programs = ProgramList(PROGRAMS.programs, block_tokens)
+    memory = dataclasses.replace(MEMORY, block_tokens=block_tokens)
+    n = len(parsed.instances)
     with pytest.raises(ValueError, match=message):
-        PROFILE.cost(parsed, [programs] * len(parsed.instances), (1,))
+        PROFILE.cost(parsed, [BUCKETS] * n, [memory] * n)
 
 
 # ---- the shortcut of decodes ---------------------------------------------------------
@@ -154,13 +156,11 @@ def test_the_cheap_path_is_exactly_the_general_one(system, memory):
     policies = get_system(system)
     policy = policies.get(Role.COLOCATED) or policies[Role.DECODE]
     buckets = Buckets.for_limits(policy.limits, memory)
-    programs = [program_of(shape) for shape in buckets.step_shapes]
-    measured = {p: (10.0 + i,) for i, p in enumerate(programs) if i % 2}
+    measured = {p: (10.0 + i,) for i, p in enumerate(buckets.step_shapes) if i % 2}
     times = LayoutTimes(1, measured, {"decode": ((0.25, 0.5, 1e-3, 1e-5),)})
-    listed = ProgramList(tuple(programs), memory.block_tokens)
-    instance = CalibratedInstance(times, listed)
+    instance = CalibratedInstance(times, buckets, memory.block_tokens)
     found = set()
-    for decodes in (1, 2, 3, 5, 8, 13, listed.most_decodes):
+    for decodes in (1, 2, 3, 5, 8, 13, buckets.most_decodes):
         for context in range(decodes, memory.num_blocks * memory.block_tokens + 20):
             expected_s = instance.stages_s(StepLoad((), decodes, context))
             assert (instance.decode_s(decodes, context),) == expected_s
@@ -169,7 +169,7 @@ def test_the_cheap_path_is_exactly_the_general_one(system, memory):
 
 
 def test_with_stages_the_cheap_path_has_no_meaning():
-    instance = CalibratedInstance(PROFILE.layouts[2, 2], PROGRAMS)
+    instance = CalibratedInstance(PROFILE.layouts[2, 2], BUCKETS, 16)
     with pytest.raises(ValueError, match="decode_s: expected pp = 1 .*, got 2"):
         instance.decode_s(1, 1)
 

@@ -7,19 +7,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax.calibration.fit import fit
+from disagg_jax.programs import KINDS, StepShape
 from disagg_jax.sim.cost import step_time_terms
-from disagg_jax.sim.programs import KINDS, Program
 from tests.sim.splitwise import SYSTEMS, read_runs, splits
 
 
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
-        (Program("prefill", 200, 3), (1, 200, 40_000, 3, 168, 72, 0, 0)),
-        (Program("prefill", 3000, 3), (1, 3000, 9_000_000, 3, 2968, 2872, 2488, 952)),
-        (Program("decode", 8, 8, 0, 8, 64), (1, 8, 64, 512)),
+        (StepShape("prefill", 200, 3), (1, 200, 40_000, 3, 168, 72, 0, 0)),
+        (StepShape("prefill", 3000, 3), (1, 3000, 9_000_000, 3, 2968, 2872, 2488, 952)),
+        (StepShape("decode", 8, 8, 0, 8, 64), (1, 8, 64, 512)),
         (
-            Program("mixed", 200, 16, 30, 8, 64),
+            StepShape("mixed", 200, 16, 30, 8, 64),
             (1, 200, 6000, 30, 16, 64, 512, 168, 72, 0, 0),
         ),
     ],
@@ -40,8 +40,8 @@ def test_terms_by_hand(program, expected):
     st.lists(st.floats(0, 1), min_size=11, max_size=11),
 )
 def test_a_larger_program_never_takes_less_time(kind, sizes, more, coefficients):
-    smaller = Program(kind, *sizes)
-    larger = Program(kind, *(a + b for a, b in zip(sizes, more, strict=True)))
+    smaller = StepShape(kind, *sizes)
+    larger = StepShape(kind, *(a + b for a, b in zip(sizes, more, strict=True)))
     fit = coefficients[: len(step_time_terms.TERMS[kind])]
     assert step_time_terms.time_s(smaller, fit) <= step_time_terms.time_s(
         larger, fit
@@ -53,13 +53,13 @@ def test_a_larger_program_never_takes_less_time(kind, sizes, more, coefficients)
 
 def prefill(run):
     prompt, batch, _, prompt_s, _ = run
-    return Program("prefill", prompt * batch, batch), prompt_s
+    return StepShape("prefill", prompt * batch, batch), prompt_s
 
 
 def decode(run):
     prompt, batch, output, _, token_s = run
     blocks = batch * (prompt + output // 2) // 16  # at the middle of the output
-    return Program("decode", batch, batch, 0, batch, blocks), token_s
+    return StepShape("decode", batch, batch, 0, batch, blocks), token_s
 
 
 def held_out_error(runs, program_of):

@@ -7,13 +7,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import sampling
-from disagg_jax.engine.batch import DecodeShape, Fields, MixedShape, PrefillShape
+from disagg_jax.engine.attention.packing import Fields, fields_of, pack
+from disagg_jax.programs import StepShape
 from disagg_jax.request import Sampling
 from disagg_jax.work import Slice
 from tests.engine.harness import make_request
 
 BLOCK, POOL, SCRATCH = 4, 40, 40
+MEMORY = KVMemory(num_blocks=POOL, block_tokens=BLOCK, max_context=100)
 
 
 @st.composite
@@ -56,9 +59,9 @@ def slot(part: Slice, position: int) -> int:
     return part.blocks[position // BLOCK] * BLOCK + position % BLOCK
 
 
-def owners(slices, front: int) -> tuple[list[int], list[int]]:
-    """For each block of the pool's front: its row, and where in the request it is."""
-    owner, start = [-1] * front, [0] * front
+def owners(slices, extent: int) -> tuple[list[int], list[int]]:
+    """For each leading block of the pool: its row, and where in the request it is."""
+    owner, start = [-1] * extent, [0] * extent
     for row, part in enumerate(slices):
         for i, block in enumerate(part.blocks):
             owner[block], start[block] = row, i * BLOCK
@@ -68,11 +71,11 @@ def owners(slices, front: int) -> tuple[list[int], list[int]]:
 @given(batches("prefill"), st.integers(0, 9), st.integers(0, 3))
 def test_prefill(slices, more_tokens, more_rows):
     total = sum(part.count for part in slices)
-    shape = PrefillShape(total + more_tokens, len(slices) + more_rows)
-    packed = shape.pack(slices, BLOCK, SCRATCH)
-    assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
+    shape = StepShape.prefill(total + more_tokens, len(slices) + more_rows)
+    packed = pack(shape, slices, MEMORY)
+    assert packed.dtype == np.int32 and packed.shape == (fields_of(shape).size,)
     fields = {
-        name: array.tolist() for name, array in shape.fields.split(packed).items()
+        name: array.tolist() for name, array in fields_of(shape).split(packed).items()
     }
     tokens = [
         (part.tokens[i], i, row, slot(part, i))
@@ -90,18 +93,18 @@ def test_prefill(slices, more_tokens, more_rows):
 
 @given(batches("decode"), st.integers(0, 3))
 def test_decode(slices, more_rows):
-    front = 1 + max(max(part.blocks) for part in slices)
-    shape = DecodeShape(len(slices) + more_rows, front)
-    packed = shape.pack(slices, BLOCK, SCRATCH)
-    assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
+    extent = 1 + max(max(part.blocks) for part in slices)
+    shape = StepShape.decode(len(slices) + more_rows, extent)
+    packed = pack(shape, slices, MEMORY)
+    assert packed.dtype == np.int32 and packed.shape == (fields_of(shape).size,)
     fields = {
-        name: array.tolist() for name, array in shape.fields.split(packed).items()
+        name: array.tolist() for name, array in fields_of(shape).split(packed).items()
     }
     rows = [(p.tokens[0], p.start, slot(p, p.start)) for p in slices]
     rows += [(0, 0, SCRATCH * BLOCK)] * more_rows
     got = zip(fields["token"], fields["position"], fields["slot"], strict=True)
     assert list(got) == rows
-    assert (fields["owner"], fields["start"]) == owners(slices, front)
+    assert (fields["owner"], fields["start"]) == owners(slices, extent)
 
 
 @given(batches("mixed"), st.integers(1, 6), st.lists(st.integers(0, 3), min_size=4))
@@ -109,7 +112,7 @@ def test_mixed(slices, decodes, more):
     chunks, last = list(slices), []
     while chunks and chunks[-1].is_decode and len(last) < decodes:
         last.insert(0, chunks.pop())
-    front = 1 + max((max(part.blocks) for part in last), default=-1) + more[0]
+    extent = 1 + max((max(part.blocks) for part in last), default=-1) + more[0]
     context = sum(len(part.blocks) for part in chunks) + more[1]
     tokens = [(p.tokens[0], p.start, -1, slot(p, p.start)) for p in last]
     ends = list(range(len(last)))
@@ -118,13 +121,13 @@ def test_mixed(slices, decodes, more):
             position = part.start + i
             tokens.append((token, position, row, slot(part, position)))
         ends.insert(row, len(tokens) - 1)
-    shape = MixedShape(
-        len(tokens) + more[2], len(slices) + more[3], context, decodes, front
+    shape = StepShape.mixed(
+        len(tokens) + more[2], len(slices) + more[3], context, decodes, extent
     )
-    packed = shape.pack(slices, BLOCK, SCRATCH)
-    assert packed.dtype == np.int32 and packed.shape == (shape.fields.size,)
+    packed = pack(shape, slices, MEMORY)
+    assert packed.dtype == np.int32 and packed.shape == (fields_of(shape).size,)
     fields = {
-        name: array.tolist() for name, array in shape.fields.split(packed).items()
+        name: array.tolist() for name, array in fields_of(shape).split(packed).items()
     }
     got = zip(
         *(fields[name] for name in ("token", "position", "row", "slot")), strict=True
@@ -140,7 +143,7 @@ def test_mixed(slices, decodes, more):
         for i, block in enumerate(part.blocks)
     ]
     assert list(got) == blocks + [(SCRATCH, -1, 0)] * more[1]
-    assert (fields["owner"], fields["start"]) == owners(last, front)
+    assert (fields["owner"], fields["start"]) == owners(last, extent)
 
 
 @given(batches("decode"), st.integers(0, 3))

@@ -1,21 +1,21 @@
-"""Which program a step takes: the engine's own choice, up to a guess of the front."""
+"""The shape of a load: the one of its slices, up to a guess of the pool's extent."""
 
+import dataclasses
 import functools
 import itertools
 import math
+import operator
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.calibration.profile_keys import program_of
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.batch import split_decodes
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import load_slices
+from disagg_jax.programs import Buckets, StepShape, split_decodes
+from disagg_jax.programs.buckets import most_context
+from disagg_jax.programs.slices import load_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import Slice, StepLoad
 
 # Of all systems, each once: what decodes only is the same in two.
@@ -34,10 +34,8 @@ MEMORIES = (
 
 
 @functools.cache
-def lists(policy, memory: KVMemory) -> tuple[Buckets, ProgramList]:
-    buckets = Buckets.for_limits(policy.limits, memory)
-    programs = tuple(program_of(shape) for shape in buckets.step_shapes)
-    return buckets, ProgramList(programs, memory.block_tokens)
+def listed(policy, memory: KVMemory) -> Buckets:
+    return Buckets.for_limits(policy.limits, memory)
 
 
 # ---- natural steps -------------------------------------------------------------------
@@ -90,7 +88,7 @@ def packed(chunks, contexts, memory) -> tuple[Slice, ...]:
     return (*slices[len(contexts) :], *slices[: len(contexts)])
 
 
-def fronts(blocks: int, decodes: int, pool: int) -> tuple[int, int]:
+def extents(blocks: int, decodes: int, pool: int) -> tuple[int, int]:
     """The shortest and the longest guess for decodes that have so many blocks.
 
     Of `decodes` last blocks, each has room for 0 to size - 1 tokens. Half of that is
@@ -101,11 +99,11 @@ def fronts(blocks: int, decodes: int, pool: int) -> tuple[int, int]:
     return min(pool, shortest), min(pool, longest)
 
 
-def assert_is_the_engines(found, slices, buckets, memory) -> None:
-    """Of prefills and chunks exactly. Of others the front is a guess, less than
+def assert_is_that_of(slices, found, buckets, memory) -> None:
+    """Of prefills and chunks exactly. Of others the extent is a guess, less than
     decodes / 2 + 1 blocks off, so that another is taken only where a listed size lies
     between."""
-    taken = program_of(buckets.step_shape(slices))
+    taken = buckets.step_shape(slices)
     assert found._replace(blocks=0) == taken._replace(blocks=0)
     most = buckets.decode_rows[-1] if buckets.decode_rows else 0
     parts, decodes = split_decodes(slices, most)
@@ -114,136 +112,135 @@ def assert_is_the_engines(found, slices, buckets, memory) -> None:
         return
     between = []
     blocks = sum(len(part.blocks) for part in decodes)
-    for front in fronts(blocks, len(decodes), memory.num_blocks):
-        if found.kind == "decode":
-            other = buckets.decode_shape(len(decodes), front)
-        else:
-            other = buckets.mixed_shape(
-                tokens=sum(part.count for part in slices),
-                rows=len(slices),
-                context=sum(len(part.blocks) for part in parts),
-                blocks=front,
+    tokens = sum(part.count for part in slices)
+    context = sum(len(part.blocks) for part in parts)
+    for extent in extents(blocks, len(decodes), memory.num_blocks):
+        needed = (tokens, len(slices), context, 0, extent)
+        between.append(
+            next(
+                shape.blocks
+                for shape in buckets.step_shapes
+                if shape.kind == found.kind and all(map(operator.ge, shape[1:], needed))
             )
-        between.append(other.blocks)
+        )
     assert between[0] <= found.blocks <= between[1]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=POLICIES.get)
 @settings(max_examples=50)
 @given(memory=st.sampled_from(MEMORIES), data=st.data())
-def test_the_program_is_the_one_that_the_engine_takes(policy, memory, data):
-    buckets, programs = lists(policy, memory)
+def test_the_shape_is_the_one_that_the_engine_takes(policy, memory, data):
+    buckets = listed(policy, memory)
     chunks, contexts = data.draw(loads(policy.limits, memory))
-    found = programs.find(StepLoad(chunks, len(contexts), sum(contexts)))
+    load = StepLoad(chunks, len(contexts), sum(contexts))
+    found = buckets.load_shape(load, memory.block_tokens)
     slices = packed(chunks, contexts, memory)
-    assert_is_the_engines(found, slices, buckets, memory)
+    assert_is_that_of(slices, found, buckets, memory)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=POLICIES.get)
 @settings(max_examples=50)
 @given(memory=st.sampled_from(MEMORIES), data=st.data())
-def test_the_program_is_that_of_the_slices_for_timing(policy, memory, data):
-    """All but the front: `load_slices` lays chunks before decodes, so that it is longer
-    by their blocks, which no load tells. There it is compared to the decodes' own."""
-    buckets, programs = lists(policy, memory)
+def test_the_shape_is_that_of_the_slices_for_timing(policy, memory, data):
+    """All but the extent: `load_slices` lays chunks before decodes, so it is larger by
+    their blocks, which no load tells. There it is compared to the decodes' own."""
+    buckets = listed(policy, memory)
     chunks, contexts = data.draw(loads(policy.limits, memory))
     n = len(contexts)
     load = StepLoad(chunks, n, n * (sum(contexts) // n) if n else 0)
     slices = load_slices(load, memory)
-    assert_is_the_engines(programs.find(load), slices, buckets, memory)
+    found = buckets.load_shape(load, memory.block_tokens)
+    assert_is_that_of(slices, found, buckets, memory)
+
+
+NOTHING = Buckets(prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=())
+LARGE = dataclasses.replace(NOTHING, decode_rows=(64,), pool_blocks=(10**6,))
 
 
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=40),
     st.sampled_from([1, 4, 16, 17]),
 )
-def test_the_front_is_guessed_to_half_a_block_for_each_request(contexts, size):
-    programs = ProgramList((Program("decode", 64, 64, 0, 64, 10**6),), size)
+def test_the_extent_is_guessed_to_half_a_block_for_each_request(contexts, size):
     blocks = sum(-(-context // size) for context in contexts)
     decodes = len(contexts)
-    guess = programs.front(decodes, sum(contexts))
+    guess = LARGE.guess_extent(decodes, sum(contexts), size)
     assert -decodes / 2 < guess - blocks < decodes / 2 + 1
-    low, high = fronts(blocks, decodes, 10**6)
+    low, high = extents(blocks, decodes, 10**6)
     assert low <= guess <= high
 
 
 @given(st.integers(1, 64), st.integers(1, 500), st.sampled_from([1, 4, 16, 17]))
-def test_the_context_of_a_front_is_the_most_it_holds(decodes, blocks, size):
-    programs = ProgramList((Program("decode", 64, 64, 0, 64, 10**6),), size)
-    context = programs.context(decodes, blocks)
-    assert programs.front(decodes, context) <= blocks
-    assert programs.front(decodes, context + 1) > blocks
+def test_the_context_of_an_extent_is_the_most_it_holds(decodes, blocks, size):
+    context = most_context(decodes, blocks, size)
+    assert LARGE.guess_extent(decodes, context, size) <= blocks
+    assert LARGE.guess_extent(decodes, context + 1, size) > blocks
 
 
 # ---- by example ----------------------------------------------------------------------
 
-DECODES = [
-    Program("decode", rows, rows, 0, rows, blocks)
-    for rows in (1, 2, 8)
-    for blocks in (4, 16)
-]
-MIXED = [
-    Program("mixed", tokens, 12, context, 8, blocks)
+MIXED = tuple(
+    StepShape.mixed(tokens, 12, context, 8, blocks)
     for tokens in (32, 64)
     for context, blocks in ((4, 4), (9, 16))
-]
-PREFILLS = [Program("prefill", 32, 4), Program("prefill", 64, 8)]
-WHOLE = ProgramList((*PREFILLS, *DECODES), 16)
-MIXES = ProgramList((*MIXED, *DECODES), 16)
+)
+PREFILLS = (StepShape.prefill(32, 4), StepShape.prefill(64, 8))
+DECODES = dataclasses.replace(NOTHING, decode_rows=(1, 2, 8), pool_blocks=(4, 16))
+WHOLE = dataclasses.replace(DECODES, prefill=PREFILLS)
+MIXES = dataclasses.replace(DECODES, mixed=MIXED)
 
 
 @pytest.mark.parametrize(
-    ("programs", "load", "expected"),
+    ("buckets", "load", "expected"),
     [
         (WHOLE, (((0, 30),), 0, 0), "prefill_T32_R4"),
         (WHOLE, (((0, 20), (0, 13)), 0, 0), "prefill_T64_R8"),
         (WHOLE, (((0, 1),) * 5, 0, 0), "prefill_T64_R8"),  # for its rows
         # Half of a last block is 7.5 tokens: 56.5 of 64 are left for one request.
-        (WHOLE, ((), 1, 56), "decode_T1_R1_B1_P4"),
-        (WHOLE, ((), 1, 57), "decode_T1_R1_B1_P16"),
-        (WHOLE, ((), 3, 41), "decode_T8_R8_B8_P4"),  # 64 - 3 x 7.5 = 41.5
-        (WHOLE, ((), 3, 42), "decode_T8_R8_B8_P16"),
+        (WHOLE, ((), 1, 56), "decode_B1_P4"),
+        (WHOLE, ((), 1, 57), "decode_B1_P16"),
+        (WHOLE, ((), 3, 41), "decode_B8_P4"),  # 64 - 3 x 7.5 = 41.5
+        (WHOLE, ((), 3, 42), "decode_B8_P16"),
         # All blocks full: the guess is more than there are. The rows stay few.
-        (WHOLE, ((), 1, 256), "decode_T1_R1_B1_P16"),
-        (WHOLE, ((), 2, 256), "decode_T2_R2_B2_P16"),
-        (MIXES, (((0, 2),), 2, 256), "mixed_T32_R12_C9_B8_P16"),
-        (MIXES, (((0, 30),), 0, 0), "mixed_T32_R12_C4_B8_P4"),
-        (MIXES, (((0, 30),), 3, 30), "mixed_T64_R12_C4_B8_P4"),
-        (MIXES, (((0, 20),), 8, 80), "mixed_T32_R12_C9_B8_P16"),  # 80 + 60 tokens
-        (MIXES, (((100, 20),), 0, 0), "mixed_T32_R12_C9_B8_P16"),  # 8 blocks
+        (WHOLE, ((), 1, 256), "decode_B1_P16"),
+        (WHOLE, ((), 2, 256), "decode_B2_P16"),
+        (MIXES, (((0, 2),), 2, 256), "mixed_T32_C9_P16"),
+        (MIXES, (((0, 30),), 0, 0), "mixed_T32_C4_P4"),
+        (MIXES, (((0, 30),), 3, 30), "mixed_T64_C4_P4"),
+        (MIXES, (((0, 20),), 8, 80), "mixed_T32_C9_P16"),  # 80 + 60 tokens
+        (MIXES, (((100, 20),), 0, 0), "mixed_T32_C9_P16"),  # 8 blocks
         # The last token of a prompt is like a decode, where a row is left for it.
-        (MIXES, (((20, 1),), 1, 20), "decode_T2_R2_B2_P4"),
-        (MIXES, (((20, 1),), 8, 8), "mixed_T32_R12_C9_B8_P16"),
-        (MIXES, (((0, 1),), 1, 20), "mixed_T32_R12_C4_B8_P4"),  # a whole prompt
+        (MIXES, (((20, 1),), 1, 20), "decode_B2_P4"),
+        (MIXES, (((20, 1),), 8, 8), "mixed_T32_C9_P16"),
+        (MIXES, (((0, 1),), 1, 20), "mixed_T32_C4_P4"),  # a whole prompt
         # Of 10 decodes 2 count as chunks, of 3 blocks each, and 8 have 16.
-        (MIXES, ((), 10, 330), "mixed_T32_R12_C9_B8_P16"),
+        (MIXES, ((), 10, 330), "mixed_T32_C9_P16"),
     ],
     ids=str,
 )
-def test_the_smallest_listed_program_is_found(programs, load, expected):
-    assert str(programs.find(StepLoad(*load))) == expected
+def test_the_smallest_listed_shape_is_found(buckets, load, expected):
+    assert str(buckets.load_shape(StepLoad(*load), 16)) == expected
 
 
 @pytest.mark.parametrize(
-    ("programs", "load", "message"),
+    ("buckets", "load", "message"),
     [
-        (WHOLE, (((0, 65),), 0, 0), "prefill: expected at most prefill_T64_R8, got"),
-        (WHOLE, (((0, 1),) * 9, 0, 0), "prefill: .*, got prefill_T9_R9"),
-        (WHOLE, ((), 9, 9), "decode: expected at most decode_T8_R8_B8_P16, got"),
-        (MIXES, (((0, 65),), 0, 0), "mixed: .* mixed_T64_R12_C9_B8_P16, got mixed_T65"),
-        (MIXES, (((0, 2),) * 13, 0, 0), "mixed: .*, got mixed_T26_R13"),
-        (MIXES, (((150, 2),), 0, 0), "mixed: .*, got mixed_T2_R1_C10"),
-        (ProgramList(tuple(PREFILLS), 16), ((), 1, 9), "decode: .* most none, got"),
+        (WHOLE, (((0, 65),), 0, 0), "prefill: expected at most .*tokens=64.* got"),
+        (WHOLE, (((0, 1),) * 9, 0, 0), "prefill: .*, got .*tokens=9, rows=9"),
+        (WHOLE, ((), 9, 9), "decode: expected at most .*rows=8.* got .*rows=9"),
+        (MIXES, (((0, 65),), 0, 0), "mixed: .*tokens=64, .* got .*tokens=65"),
+        (MIXES, (((0, 2),) * 13, 0, 0), "mixed: .*, got .*tokens=26, rows=13"),
+        (MIXES, (((150, 2),), 0, 0), "mixed: .*, got .*context=10"),
+        # The last token of a prompt is a chunk where no row is left for a decode.
+        (MIXES, (((150, 1),), 8, 8), "mixed: .*, got .*context=10"),
+        (
+            dataclasses.replace(NOTHING, prefill=PREFILLS),
+            ((), 1, 9),
+            "decode: .* most none, got",
+        ),
     ],
     ids=str,
 )
-def test_what_is_larger_than_all_programs_is_refused(programs, load, message):
+def test_a_load_larger_than_all_shapes_is_refused(buckets, load, message):
     with pytest.raises(ValueError, match=message):
-        programs.find(StepLoad(*load))
-
-
-def test_a_list_without_sense_is_refused():
-    with pytest.raises(ValueError, match="kind: expected one of .*, got .*'chunk'"):
-        ProgramList((Program("chunk", 1, 1),), 16)
-    with pytest.raises(ValueError, match="block_tokens: expected >= 1, got 0"):
-        ProgramList((), 0)
+        buckets.load_shape(StepLoad(*load), 16)

@@ -7,15 +7,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.batch import DecodeShape, MixedShape, PrefillShape
-from disagg_jax.engine.buckets import Buckets
-from disagg_jax.engine.executor import full_slices, typical_slices
+from disagg_jax.engine.attention.packing import pack
+from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.slices import full_slices, typical_slices
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import StepLimits
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.work import Slice
+from disagg_jax.work import Slice, StepLoad
 from tests.engine.harness import make_request
 
 MEMORIES = st.builds(
@@ -46,6 +46,12 @@ def longest_of(memory: KVMemory) -> int:
     return min(memory.max_context, memory.num_blocks * memory.block_tokens)
 
 
+def prompts_shape(buckets, tokens, rows) -> StepShape:
+    """The shape of `rows` prompts of `tokens` tokens together."""
+    chunks = ((0, tokens - rows + 1), *[(0, 1)] * (rows - 1))
+    return buckets.load_shape(StepLoad(chunks, 0, 0), block_tokens=16)
+
+
 @given(LIMITS, MEMORIES, st.data())
 def test_whatever_a_policy_may_prefill_has_a_shape(limits, memory, data):
     """Up to its limits together, or one request of any length alone."""
@@ -54,7 +60,7 @@ def test_whatever_a_policy_may_prefill_has_a_shape(limits, memory, data):
     tokens = data.draw(st.integers(rows, max(rows, limits.prefill_tokens)))
     if tokens > limits.prefill_tokens:
         rows, tokens = 1, data.draw(st.integers(1, longest_of(memory)))
-    shape = buckets.prefill_shape(tokens, rows)
+    shape = prompts_shape(buckets, tokens, rows)
     assert shape in buckets.step_shapes
     assert shape.tokens >= tokens and shape.rows >= rows
     smaller = [
@@ -64,7 +70,7 @@ def test_whatever_a_policy_may_prefill_has_a_shape(limits, memory, data):
     ]
     assert not smaller
     longest = longest_of(memory)
-    assert buckets.prefill_shape(longest, 1).tokens >= longest
+    assert prompts_shape(buckets, longest, 1).tokens >= longest
 
 
 @given(LIMITS, MEMORIES, st.data())
@@ -72,7 +78,8 @@ def test_whatever_a_policy_may_decode_has_a_shape(limits, memory, data):
     buckets = Buckets.for_limits(limits, memory)
     rows = data.draw(st.integers(1, limits.decode_rows))
     blocks = data.draw(st.integers(1, memory.num_blocks))
-    shape = buckets.decode_shape(rows, blocks)
+    load = StepLoad((), rows, rows, pool_extent=blocks)
+    shape = buckets.load_shape(load, memory.block_tokens)
     assert shape in buckets.step_shapes
     assert rows <= shape.rows <= max(2 * rows, 1)
     assert blocks <= shape.blocks <= max(16, 4 * blocks)
@@ -167,7 +174,7 @@ def test_whatever_a_policy_may_mix_has_a_shape(limits, memory, data):
     assume(slices)
     shape = buckets.step_shape(slices)
     assert shape in buckets.step_shapes
-    shape.pack(slices, size, memory.num_blocks)
+    pack(shape, slices, memory)
 
 
 def test_decodes_have_room_beside_the_longest_prompt():
@@ -198,7 +205,7 @@ def test_slices_for_timing_need_exactly_their_shape(limits, memory):
             assert buckets.step_shape(slices) == shape
 
 
-def test_decodes_are_timed_with_half_of_the_front_in_use():
+def test_decodes_are_timed_with_half_of_the_blocks_in_use():
     buckets = Buckets(
         prefill=(),
         decode_rows=(1, 16),
@@ -208,7 +215,7 @@ def test_decodes_are_timed_with_half_of_the_front_in_use():
     memory = KVMemory(num_blocks=100, max_context=1600)
 
     def in_use(rows, blocks):
-        shape = DecodeShape(rows, blocks)
+        shape = StepShape.decode(rows, blocks)
         slices = typical_slices(shape, buckets, memory)
         assert len(slices) == rows
         return sum(len(part.blocks) for part in slices)
@@ -225,20 +232,20 @@ def make_slice(start, count, blocks, samples=True) -> Slice:
 
 def test_shape_of_a_step_by_example():
     buckets = Buckets(
-        prefill=(PrefillShape(32, 4), PrefillShape(64, 8)),
+        prefill=(StepShape.prefill(32, 4), StepShape.prefill(64, 8)),
         decode_rows=(1, 4),
         pool_blocks=(16, 64),
         transfer_blocks=(1,),
     )
     one = make_slice(7, 1, (3, 15))
     far = make_slice(7, 1, (3, 16))
-    assert buckets.step_shape([one]) == DecodeShape(1, 16)
-    assert buckets.step_shape([one, one]) == DecodeShape(4, 16)
-    assert buckets.step_shape([one, far]) == DecodeShape(4, 64)
+    assert buckets.step_shape([one]) == StepShape.decode(1, 16)
+    assert buckets.step_shape([one, one]) == StepShape.decode(4, 16)
+    assert buckets.step_shape([one, far]) == StepShape.decode(4, 64)
     # A prompt of one token is no decode; five prompts need more rows.
-    assert buckets.step_shape([make_slice(0, 1, (40,))]) == PrefillShape(32, 4)
-    assert buckets.step_shape([make_slice(0, 33, (0, 1))]) == PrefillShape(64, 8)
-    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5) == PrefillShape(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (40,))]) == StepShape.prefill(32, 4)
+    assert buckets.step_shape([make_slice(0, 33, (0, 1))]) == StepShape.prefill(64, 8)
+    assert buckets.step_shape([make_slice(0, 1, (0,))] * 5) == StepShape.prefill(64, 8)
     for chunk in (make_slice(4, 2, (0,)), make_slice(0, 2, (0,), samples=False)):
         with pytest.raises(ValueError, match="whole prompts or decodes only"):
             buckets.step_shape([chunk])
@@ -246,14 +253,17 @@ def test_shape_of_a_step_by_example():
 
 def test_shape_of_a_mixed_step_by_example():
     shapes = [
-        MixedShape(T, 8, C, 4, P) for T in (32, 64) for C in (8, 40) for P in (16, 64)
+        StepShape.mixed(T, 8, C, 4, P)
+        for T in (32, 64)
+        for C in (8, 40)
+        for P in (16, 64)
     ]
     buckets = Buckets(
         prefill=(),
         decode_rows=(4,),
         pool_blocks=(16, 64),
         transfer_blocks=(1,),
-        mixed=(*shapes, MixedShape(80, 8, 64, 4, 64)),
+        mixed=(*shapes, StepShape.mixed(80, 8, 64, 4, 64)),
     )
 
     def size(*slices):
@@ -270,15 +280,15 @@ def test_shape_of_a_mixed_step_by_example():
     assert size(late, fresh, far) == (64, 40, 64)
     assert size(make_slice(120, 8, range(32)), late) == (80, 64, 64)
     # Decodes only; a fifth is a chunk; a token of a prompt in its middle is like one.
-    assert buckets.step_shape([one] * 4) == DecodeShape(4, 16)
+    assert buckets.step_shape([one] * 4) == StepShape.decode(4, 16)
     assert size(*[one] * 5) == (32, 8, 16)
     middle = dataclasses.replace(one, samples=False)
-    assert buckets.step_shape([middle]) == DecodeShape(4, 16)
+    assert buckets.step_shape([middle]) == StepShape.decode(4, 16)
     for slices in (
         [make_slice(0, 81, range(21))],
         [make_slice(259, 1, range(65)), *[one] * 4],
         [fresh, make_slice(7, 1, (3, 64))],
         [make_slice(0, 1, (0,))] * 9,
     ):
-        with pytest.raises(ValueError, match="mixed: expected at most mixed_T80_C64"):
+        with pytest.raises(ValueError, match="mixed: expected .*tokens=80, .* got"):
             buckets.step_shape(slices)

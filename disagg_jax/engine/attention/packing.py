@@ -1,0 +1,159 @@
+"""A step's slices as one int32 vector: one copy from host to devices per step.
+
+Shape letters as in `models/transformer.py`; also R rows that get logits, B decodes, P
+leading blocks of the pool, C blocks that chunks attend to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+import numpy as np
+from jax import Array
+
+from disagg_jax.deployment import KVMemory
+from disagg_jax.programs.shapes import StepShape, split_decodes
+from disagg_jax.work import Slice
+
+Vector = TypeVar("Vector", np.ndarray, Array)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Named int32 arrays that lie one after the other in a vector."""
+
+    lengths: Mapping[str, int]
+
+    @functools.cached_property
+    def size(self) -> int:
+        return sum(self.lengths.values())
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[str, slice]]:
+        ends = itertools.accumulate(self.lengths.values(), initial=0)
+        return [
+            (name, slice(*bounds))
+            for name, bounds in zip(self.lengths, itertools.pairwise(ends), strict=True)
+        ]
+
+    def split(self, vector: Vector) -> dict[str, Vector]:
+        """Return the arrays in `vector`: parts of a traced one, views of a host one."""
+        return {name: vector[place] for name, place in self._places}
+
+
+@functools.cache
+def fields_of(shape: StepShape) -> Fields:
+    """Return what the vector of a step of `shape` consists of.
+
+    A token's `slot` is its place in the pool: block * block_tokens + offset. Its `row`
+    is the prompt, or chunk, that it belongs to. `last` is each row's last token.
+    `owner` and `start` of a block are the decode that has it and its first token's
+    position in the request; `chunk_owner` and `chunk_start` say it of `chunk_block`.
+    """
+    _, T, R, C, B, P = shape
+    match shape.kind:
+        case "prefill":
+            return Fields({"token": T, "position": T, "row": T, "slot": T, "last": R})
+        case "decode":
+            return Fields(
+                {"token": B, "position": B, "slot": B, "owner": P, "start": P}
+            )
+        case _:
+            tokens = dict.fromkeys(("token", "position", "row", "slot"), T)
+            chunks = dict.fromkeys(("chunk_block", "chunk_owner", "chunk_start"), C)
+            decodes = {"owner": P, "start": P}
+            return Fields({**tokens, "last": R, **chunks, **decodes})
+
+
+def pack(shape: StepShape, slices: Sequence[Slice], memory: KVMemory) -> np.ndarray:
+    """Return `[fields_of(shape).size] int32`, `slices` as the program takes them.
+
+    Decodes come first, so that their queries are a fixed slice of the batch; chunks
+    follow at once, so that neither is padded apart from the other. Padding goes to the
+    scratch block after the pool and owns no block. The `row` of padding and of decodes
+    is -1.
+    """
+    vector = np.zeros(fields_of(shape).size, np.int32)
+    views = fields_of(shape).split(vector)
+    block_tokens, scratch_block = memory.block_tokens, memory.num_blocks
+    views["slot"][:] = scratch_block * block_tokens
+    chunks, decodes = split_decodes(slices, shape.decodes)
+    if "owner" in views:
+        views["owner"][:] = -1
+        if decodes:
+            _pack_decodes(views, decodes, block_tokens)
+    if "row" in views:
+        views["row"][:] = -1
+        lasts = _pack_chunks(views, chunks, block_tokens, first=len(decodes))
+        views["last"][: len(slices)] = [*lasts, *range(len(decodes))]
+    if "chunk_block" in views:
+        _pack_tables(views, chunks, block_tokens, scratch_block)
+    return vector
+
+
+def _pack_chunks(
+    views: Mapping[str, np.ndarray],
+    slices: Sequence[Slice],
+    block_tokens: int,
+    first: int,
+) -> list[int]:
+    """Write chunks one after the other from token `first` on.
+
+    Returns:
+      The last token of each chunk.
+    """
+    lasts: list[int] = []
+    for row, part in enumerate(slices):
+        end = first + part.count
+        positions = np.arange(part.start, part.start + part.count)
+        block, offset = np.divmod(positions, block_tokens)
+        views["token"][first:end] = part.tokens
+        views["position"][first:end] = positions
+        views["row"][first:end] = row
+        views["slot"][first:end] = np.array(part.blocks)[block] * block_tokens + offset
+        lasts.append(end - 1)
+        first = end
+    return lasts
+
+
+def _pack_tables(
+    views: Mapping[str, np.ndarray],
+    chunks: Sequence[Slice],
+    block_tokens: int,
+    scratch_block: int,
+) -> None:
+    """Write the blocks that chunks attend to."""
+    views["chunk_block"][:] = scratch_block
+    views["chunk_owner"][:] = -1
+    counts = [len(part.blocks) for part in chunks]
+    n = sum(counts)
+    views["chunk_block"][:n] = [block for part in chunks for block in part.blocks]
+    views["chunk_owner"][:n] = np.repeat(np.arange(len(chunks)), counts)
+    views["chunk_start"][:n] = [
+        i * block_tokens for count in counts for i in range(count)
+    ]
+
+
+def _pack_decodes(
+    views: Mapping[str, np.ndarray], slices: Sequence[Slice], block_tokens: int
+) -> None:
+    """Write decodes as the first tokens, and the owner of each leading pool block."""
+    n = len(slices)
+    tables = [part.blocks for part in slices]
+    counts = np.array([len(table) for table in tables])
+    ends = counts.cumsum()
+    firsts = ends - counts  # where each table begins in `block`
+    # numpy indexes with intp and converts anything else first.
+    block = np.fromiter(itertools.chain.from_iterable(tables), np.intp)
+    row = np.repeat(np.arange(n), counts)
+    views["owner"][block] = row
+    views["start"][block] = (np.arange(len(block)) - firsts[row]) * block_tokens
+    position = np.array([part.start for part in slices])
+    views["token"][:n] = [part.tokens[0] for part in slices]
+    views["position"][:n] = position
+    # The last block holds the token's own KV.
+    views["slot"][:n] = block[ends - 1] * block_tokens + position % block_tokens
