@@ -47,10 +47,11 @@ from experiments.accuracy_study.report import Result
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_once
-from experiments.configs.config import Config, override, to_json
+from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
-from experiments.runs.folder import sole_use, write_json, write_text
+from experiments.configs.override import override
+from experiments.runs.folder import plain, sole_use, write_json, write_text
 from experiments.runs.run_dir import RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
@@ -112,7 +113,7 @@ def run(
     check_modelled(config)
     model = load_model(config)
     profile = read_profile(profile_path, model.config)
-    record = {**to_json(config), "profile": profile_to_json(profile)}
+    record = {**plain(config), "profile": profile_to_json(profile)}
     with sole_use(out):
         run_dir = RunDir(out, {**record, "factors": list(factors)})
         return _run(config, model, profile, factors, run_dir)

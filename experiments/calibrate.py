@@ -48,9 +48,10 @@ from experiments.accuracy_study.serving_factor import serve_each, with_serving_f
 from experiments.cli import host_devices
 from experiments.cli.command import command, command_line, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once, expect_used
-from experiments.configs.config import Config, override
+from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
+from experiments.configs.override import override
 from experiments.report.table import align
 from experiments.runs.folder import sole_use, write_json
 from experiments.runs.run_dir import environment

@@ -40,7 +40,7 @@ _ABSL = ("help", "helpfull", "helpshort", "flagfile")  # flags that every comman
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Mistake:
     """Something that a document says and that is not so."""
 
     path: pathlib.Path
@@ -51,7 +51,7 @@ class Problem:
         return f"{self.path}:{self.line}: {self.what}"
 
 
-def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Problem]:
+def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Mistake]:
     """What does not hold in one document.
 
     Args:
@@ -61,16 +61,16 @@ def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Problem]:
     text = _tables_spelt_out(_joined(path.read_text()))
     for match in _COMMAND.finditer(text):
         for what in _wrong_command(root, *match.groups()):
-            yield Problem(path.relative_to(root), _line(text, match.start()), what)
+            yield Mistake(path.relative_to(root), _line(text, match.start()), what)
     for match in _PATH.finditer(text):
         if not (root / match[1]).exists():
             what = f"expected a file or folder of the project, got '{match[1]}'"
-            yield Problem(path.relative_to(root), _line(text, match.start()), what)
+            yield Mistake(path.relative_to(root), _line(text, match.start()), what)
     for match in _LINK.finditer(text):
         target = _target(root, path, match[1])
         if target is not None and not target.exists():
             what = f"expected a link to something that exists, got '{match[1]}'"
-            yield Problem(path.relative_to(root), _line(text, match.start()), what)
+            yield Mistake(path.relative_to(root), _line(text, match.start()), what)
 
 
 def _joined(text: str) -> str:
@@ -158,7 +158,7 @@ def documents(root: pathlib.Path) -> list[pathlib.Path]:
     return found
 
 
-def problems(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> list[Problem]:
+def problems(root: pathlib.Path, paths: Iterable[pathlib.Path]) -> list[Mistake]:
     """What does not hold in any of the documents."""
     return [problem for path in paths for problem in check(root, path)]
 

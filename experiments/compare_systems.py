@@ -10,7 +10,7 @@ colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
 
 Durations are a roofline's of --model on --hardware, or those of the simulation that
 --config names (experiments/configs/named_simulations.py). A model or a device of your
-own is a .json file (experiments/configs/shapes.py). One pair of targets gives one
+own is a .json file (models/lookup.py). One pair of targets gives one
 answer, and bars as picture:
 
     python -m experiments.compare_systems --map=targets --ttfts=0.5 --tpots=0.04 \\
@@ -29,8 +29,9 @@ from typing import Any, TypeVar
 
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.run import TraceWorkload, Workload
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.workers import worker_pool
+from disagg_jax.workload import TraceWorkload, Workload
 from disagg_jax.workload.traces import Trace, load_trace
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
@@ -52,7 +53,6 @@ from experiments.configs.named_simulations import (
     roofline_simulation,
 )
 from experiments.configs.paper_workloads import get_workload
-from experiments.configs.shapes import get_device
 from experiments.placement.placements import parse_slo
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
@@ -61,7 +61,7 @@ _COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "llama-3-8b", "A name of sim/model_shape.py.")
+_MODEL = FLAGS.string("model", "llama-3-8b", "A name of models/config.py.")
 _HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
 _CONFIG = FLAGS.enum(
     "config",
@@ -158,7 +158,7 @@ def _simulation() -> tuple[Simulation, int]:
     if _CONFIG.value is None:
         model, hardware = _MODEL.value, _HARDWARE.value
         simulation = roofline_simulation(model, hardware, _MAX_TOKENS.value)
-        return simulation, max(_TILE, get_device(hardware).tile_rows)
+        return simulation, max(_TILE, get_hardware(hardware).tile_rows)
     if FLAGS.values["model"].present or FLAGS.values["hardware"].present:
         raise ValueError("config: expected neither --model nor --hardware beside it")
     simulation = get_simulation(_CONFIG.value)
@@ -225,9 +225,7 @@ def trace_workload(
     """
     if not isinstance(trace, Trace):
         trace = load_trace(trace)
-    # What was to be done to ties is done.
-    workload = TraceWorkload.fitting(trace.rows, max_total_tokens, ties="keep")
-    return dataclasses.replace(workload, notes=(str(trace), *workload.notes))
+    return TraceWorkload.fitting(trace, max_total_tokens)
 
 
 def run(

@@ -25,10 +25,11 @@ from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once
-from experiments.configs.config import Config, override, to_json
+from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
-from experiments.runs.folder import sole_use, write_text
+from experiments.configs.override import override
+from experiments.runs.folder import plain, sole_use, write_text
 from experiments.runs.run_dir import RunDir, environment
 from experiments.sweep import report
 from experiments.sweep.request_source import RequestSource
@@ -87,7 +88,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         name: Server(config, system, model, shared)
         for name, system in config.systems.items()
     }
-    record = {**to_json(config), "step_times_file": step_times_file}
+    record = {**plain(config), "step_times_file": step_times_file}
     if source.trace is not None:
         record["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):

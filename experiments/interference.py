@@ -29,10 +29,9 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.sim.cost.interface import InstanceCost
-from disagg_jax.sim.run import SimWorkload
 from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
-from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.configs.named_simulations import Simulation, roofline_simulation
@@ -43,7 +42,7 @@ from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "opt-13b", "A name of sim/model_shape.py.")
+_MODEL = FLAGS.string("model", "opt-13b", "A name of models/config.py.")
 _HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
 _RATE = FLAGS.float("rate", 3.0, "Requests/s per device.", lower_bound=1e-9)
 _BUDGET = FLAGS.integer("budget", 512, "Tokens of a chunked system's step.")
@@ -51,7 +50,7 @@ _REQUESTS = FLAGS.integer("num_requests", 500, "Requests.", lower_bound=1)
 _SEED = FLAGS.integer("seed", 0, "Of the requests.")
 _OUT = FLAGS.string("out", "runs/interference", "Folder.")
 
-WORKLOAD = SimWorkload(
+WORKLOAD = RandomWorkload(
     prompt=UniformLengths(low=256, high=1024), output=UniformLengths(low=64, high=192)
 )
 COLOCATED, APART = "2xcolocated:tp1", "prefill:tp1,decode:tp1"

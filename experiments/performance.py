@@ -53,7 +53,6 @@ from experiments.benchmarks.timing import (
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
-from experiments.configs.shapes import shape_of
 from experiments.report.table import align
 from experiments.runs import provenance
 from experiments.runs.folder import write_text
@@ -145,7 +144,7 @@ _HEAD = (
 
 def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     """The peaks and the steps, in the same rounds."""
-    config, model = options.config, shape_of(options.config)
+    config, model = options.config, options.config
     loads = step_loads(options)
     probes, once = peak_probes(config.dtype)
     timers = dict(probes)

@@ -38,7 +38,7 @@ from experiments.placement.placements import (
 from experiments.runs.folder import plain, run_folder, write_text
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", REQUIRED, "A name of disagg_jax/sim/model_shape.py.")
+_MODEL = FLAGS.string("model", REQUIRED, "A name of models/config.py.")
 _DEVICE = FLAGS.string("hardware", "a100", "A device, such as a100 or h100.")
 _DEVICES = FLAGS.integer("devices", REQUIRED, "How many there are.")
 _SLO = FLAGS.string("slo", REQUIRED, "TTFT_S,TPOT_S: targets in seconds.")

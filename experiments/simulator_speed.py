@@ -48,11 +48,11 @@ from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.lengths import FixedLengths, UniformLengths
-from disagg_jax.workload.requests import make_requests
+from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers
 from experiments.configs.named_simulations import get_simulation, trace_requests
+from experiments.configs.paper_workloads import get_workload
 
 FLAGS = Flags()
 _GOLDEN = FLAGS.string(
@@ -101,13 +101,7 @@ def workloads(golden: pathlib.Path) -> Iterator[SpeedWorkload]:
         yield SpeedWorkload(
             name=f"saturated {name}",
             simulated=get_simulation("opt13b_a100").build(Deployment.parse(name)),
-            requests=make_requests(
-                n=3000,
-                rate_rps=20.0,
-                prompt_lengths=FixedLengths(tokens=512),
-                output_lengths=FixedLengths(tokens=64),
-                seed=0,
-            ),
+            requests=get_workload("fixed:512x64").requests(3000, 20.0, seed=0),
         )
 
 
@@ -135,16 +129,15 @@ def fleets(sizes: Sequence[int]) -> Iterator[SpeedWorkload]:
                     memory=(_FLEET_MEMORY,) * size,
                     cost=_FLEET_COST,
                 ),
-                requests=make_requests(
-                    n=max(2000, 20 * size),
-                    rate_rps=8.0 * size,
-                    prompt_lengths=UniformLengths(low=256, high=768),
-                    output_lengths=UniformLengths(low=32, high=96),
-                    seed=0,
+                requests=_FLEET_WORKLOAD.requests(
+                    max(2000, 20 * size), 8.0 * size, seed=0
                 ),
             )
 
 
+_FLEET_WORKLOAD = RandomWorkload(
+    prompt=UniformLengths(low=256, high=768), output=UniformLengths(low=32, high=96)
+)
 # Far from saturated, so that speed does not depend on queues.
 _FLEET_MEMORY = KVMemory(num_blocks=4000, block_tokens=16, max_context=2048)
 _FLEET_COST = LinearCost(

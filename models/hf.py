@@ -190,12 +190,10 @@ def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 def _shared(name: str, settings: Settings) -> dict[str, Any]:
     """What config.json calls the same in all families."""
-    sizes = hf_config.read_sizes(settings)._asdict()
     dtype = hf_config.read_dtype(settings)
     return {
         "name": name,
-        "vocab_size": sizes.pop("vocab"),
-        **sizes,
+        **hf_config.read_sizes(settings)._asdict(),
         "max_length": hf_config.read_size(settings, "max_position_embeddings"),
         "dtype": "float32" if dtype in (None, "float32") else "bfloat16",
     }

@@ -143,7 +143,7 @@ class Sizes(NamedTuple):
     kv_heads: int
     head_dim: int
     mlp: int
-    vocab: int
+    vocab_size: int
     tie_embeddings: bool
 
 
@@ -228,7 +228,7 @@ def read_sizes(settings: Settings) -> Sizes:
         kv_heads=read_size(settings, "num_key_value_heads", heads),
         head_dim=read_size(settings, "head_dim", embed // heads),
         mlp=read_size(settings, "ffn_dim" if opt else "intermediate_size"),
-        vocab=read_size(settings, "vocab_size"),
+        vocab_size=read_size(settings, "vocab_size"),
         tie_embeddings=bool(settings.get("tie_word_embeddings", opt)),
     )
 

@@ -1,34 +1,87 @@
-"""Strict settings for every test, made before JAX starts a backend."""
+"""Strict settings for every test, made before JAX starts a backend; the mark `core`."""
 
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import hypothesis
-import jax
 import pytest
 
 from models.gguf import smollm2_path
 
-jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_rank_promotion", "raise")
-
 # The machine's speed is no property of the code, so no example has a deadline. CI draws
 # the same examples every time; elsewhere each run draws new ones.
-# With --hypothesis-profile=thorough tests that set no number of their own draw 10,000.
-hypothesis.settings.register_profile("local", deadline=None)
+# No test sets a number of examples: --hypothesis-profile=thorough holds for all.
+hypothesis.settings.register_profile("local", deadline=None, max_examples=100)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=10_000)
-hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "fixed", deadline=None, derandomize=True, max_examples=300
+)
 hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
 
 
+class _WithoutJax:
+    """Skips what imports JAX: a test, or all tests of a module."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name in ("jax", "jaxlib"):
+            pytest.skip("needs jax", allow_module_level=True)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Keeps every test but the gpu ones on the CPU devices, GPU or not."""
+    """Without JAX for `-m core`; otherwise with its settings for tests."""
+    if _core_only(config):
+        sys.meta_path.insert(0, _WithoutJax())  # pyright: ignore[reportArgumentType]
+        return
+    _share_compiled_programs(config)
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Every test but the gpu ones stays on the CPU devices, GPU or not.
     asks_for_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
     if not asks_for_gpu and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
+
+
+def _core_only(config: pytest.Config) -> bool:
+    """Whether only tests without JAX are asked for."""
+    asked = config.option.markexpr
+    if not re.search(r"\bcore\b", asked):
+        return False
+    if "core" not in asked.split(" and ") or re.search(r"\bor\b", asked):
+        raise pytest.UsageError(f"expected -m core or -m 'core and ...', got {asked!r}")
+    return True
+
+
+def _share_compiled_programs(config: pytest.Config) -> None:
+    """Lets workers, and the processes that tests start, compile a program once.
+
+    JAX reads the variables when it is imported. Whoever sets the folder keeps it.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="disagg-jax-programs-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Marks what was collected without JAX as `core`."""
+    if _core_only(config):
+        for item in items:
+            if not any(map(item.get_closest_marker, ("slow", "gpu", "jax"))):
+                item.add_marker("core")
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
+from disagg_jax.deployment import (
+    Deployment,
+    InstanceSpec,
+    KVMemory,
+    Role,
+    cut_layers,
+)
 
 
 def by_pairs(specs: list[InstanceSpec]) -> bool:
@@ -126,3 +132,28 @@ def test_blocks_for_is_the_least_that_holds(tokens: int, block_tokens: int):
 def test_why_never(prompt: int, out: int, max_context: int, reason: str):
     memory = KVMemory(num_blocks=4, block_tokens=4, max_context=max_context)
     assert memory.why_never(prompt, out) == reason
+
+
+@pytest.mark.parametrize(
+    ("layers", "parts", "expected"),
+    [
+        (range(7), 3, [range(3), range(3, 5), range(5, 7)]),
+        (range(3, 11), 3, [range(3, 6), range(6, 9), range(9, 11)]),
+        (range(4), 2, [range(2), range(2, 4)]),
+        (range(2, 4), 2, [range(2, 3), range(3, 4)]),
+    ],
+)
+def test_the_first_stages_have_a_layer_more(layers, parts, expected):
+    assert cut_layers(layers, parts) == expected
+
+
+@pytest.mark.parametrize("parts", [0, 4])
+def test_every_stage_has_a_layer(parts):
+    with pytest.raises(ValueError, match=f"1 to 3 parts of range.3, 6., got {parts}"):
+        cut_layers(range(3, 6), parts)
+
+
+def test_lanes_are_the_devices_of_the_smaller_end_all_stages_together():
+    deployment = Deployment.parse("prefill:tp2pp2,decode:tp3,decode:tp1pp6")
+    assert deployment.lanes(0, 1) == deployment.lanes(1, 0) == 3
+    assert deployment.lanes(0, 2) == deployment.lanes(2, 0) == 4

@@ -2,10 +2,10 @@
 
 import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
+
+from tests.commands import run_code
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -28,14 +28,10 @@ def test_there_is_an_example_of_each_kind():
     assert README.count("```python") == len(EXAMPLES)
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_it_runs_as_it_is_printed(title):
-    done = subprocess.run(
-        [sys.executable, "-c", EXAMPLES[title]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_code(EXAMPLES[title])
     assert done.returncode == 0, done.stderr
     # An example that asserts nothing could not fail.
     assert re.search(r"^assert ", EXAMPLES[title], re.M)

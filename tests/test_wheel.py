@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.jax
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("disagg_jax", "models", "sharding")
 
@@ -94,13 +95,12 @@ SIMULATIONS = """
 import dataclasses, json
 from disagg_jax import controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.workload.lengths import UniformLengths
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.workload.requests import make_requests
+from disagg_jax.workload import RandomWorkload, UniformLengths
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InTurn(Orca):
@@ -112,9 +112,8 @@ class InTurn(Orca):
 
 def simulate(simulated):
     lengths = UniformLengths(low=1, high=90)
-    requests = make_requests(
-        n=150, rate_rps=40.0, prompt_lengths=lengths, output_lengths=lengths, seed=0
-    )
+    workload = RandomWorkload(prompt=lengths, output=lengths)
+    requests = workload.requests(150, 40.0, seed=0)
     return simulated.run(requests).timelines
 
 MEMORY = KVMemory(num_blocks=30, block_tokens=16, max_context=200)

@@ -18,7 +18,7 @@ from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone
 from disagg_jax.request import Request
-from disagg_jax.sim.run import SimResult
+from disagg_jax.sim.run import RunLatencies
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 
@@ -45,10 +45,12 @@ class Idle:
         )
 
 
-def unloaded(simulated: SimulatedDeployment, requests: Sequence[Request]) -> SimResult:
+def unloaded(
+    simulated: SimulatedDeployment, requests: Sequence[Request]
+) -> RunLatencies:
     """What `Idle` says of requests; no stages."""
     alone = [*map(Idle(simulated=simulated), requests)]
-    return SimResult(
+    return RunLatencies(
         arrived=len(requests),
         ttft_s=tuple(a.ttft_s for a in alone),
         tpot_s=tuple(a.tpot_s for a in alone),

@@ -26,14 +26,14 @@ from disagg_jax import metrics
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Status, Timeline
-from disagg_jax.sim.run import SimPoint
+from disagg_jax.sim.run import SimulationTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
     """A run to be judged."""
 
-    point: SimPoint
+    point: SimulationTask
     criterion: Criterion
     cut_at_misses: int  # the verdict is decided by so many; > num_requests: never cut
 
@@ -71,7 +71,7 @@ class _Decided(Exception):
 def run_trial(trial: Trial) -> Verdict:
     """Simulates a trial, as far as is needed to judge it."""
     point = trial.point
-    requests = point.workload.requests(point.num_requests, point.rate_rps, point.seed)
+    requests = point.requests()
     controller = point.simulated.controller()
     watch = None
     if isinstance(trial.criterion, DistServe):

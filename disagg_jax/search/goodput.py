@@ -43,9 +43,10 @@ from disagg_jax.search.rates import (
     estimate,
     search,
 )
-from disagg_jax.sim.run import SimPoint, SimResult, Workload, run_point
+from disagg_jax.sim.run import RunLatencies, SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
+from disagg_jax.workload import Workload
 
 _SAMPLE = 200  # requests by which the capacity is estimated
 
@@ -92,10 +93,10 @@ class GoodputSearch:
         """The criterion that runs are scored by."""
         return self.criterion or DistServe(slo=self.slo, target=self.plan.target)
 
-    def points(self, rate_rps: float) -> list[SimPoint]:
+    def points(self, rate_rps: float) -> list[SimulationTask]:
         """A run for each seed."""
         return [
-            SimPoint(
+            SimulationTask(
                 simulated=self.simulated,
                 workload=self.workload,
                 rate_rps=rate_rps,
@@ -177,7 +178,7 @@ class _Runs:
         for i, verdict in zip(cut, full, strict=True):
             verdicts[i] = verdict
 
-    def _run(self, points: Sequence[SimPoint], cut_at: int) -> list[Verdict]:
+    def _run(self, points: Sequence[SimulationTask], cut_at: int) -> list[Verdict]:
         self.count += len(points)
         good = self._asked.good
         trials = [Trial(point=p, criterion=good, cut_at_misses=cut_at) for p in points]
@@ -312,7 +313,7 @@ def find_slo_scale(
     asked: GoodputSearch, rate_rps: float, mapper: Mapper = map
 ) -> SloScale:
     """Simulates each seed once at `rate_rps`, in full, and reads off the SLO scale."""
-    results = list(mapper(run_point, asked.points(rate_rps)))
+    results = list(mapper(run_task, asked.points(rate_rps)))
     target = asked.plan.target
     per_seed = tuple(slo_scale([result], asked.slo, target) for result in results)
     finite = max(per_seed) < math.inf
@@ -329,7 +330,7 @@ def find_slo_scale(
     )
 
 
-def slo_scale(results: Sequence[SimResult], slo: SLO, target: float) -> float:
+def slo_scale(results: Sequence[RunLatencies], slo: SLO, target: float) -> float:
     """The smallest factor f for which the mean attainment at `slo.scaled(f)` passes.
 
     Attainment changes only where f reaches a request's max(ttft / target ttft, tpot /
@@ -348,7 +349,7 @@ def slo_scale(results: Sequence[SimResult], slo: SLO, target: float) -> float:
     return factors[at] if at < len(factors) else math.inf
 
 
-def _factors(result: SimResult, slo: SLO) -> list[float]:
+def _factors(result: RunLatencies, slo: SLO) -> list[float]:
     latencies = zip(result.ttft_s, result.tpot_s, strict=True)
     return [_covering(ttft, tpot, slo) for ttft, tpot in latencies]
 

@@ -32,9 +32,9 @@ from disagg_jax.metrics import SLO
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.phases import Build, decode_alone, prefill_alone
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.run import Workload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
+from disagg_jax.workload import Workload
 
 Progress = Callable[[str], None]
 # Candidates between two looks at the best; fixed, so that the number of workers does

@@ -10,10 +10,10 @@ from disagg_jax.request import Request, Status, Timeline
 
 
 class ClosedLoop:
-    """`Followers` of a number of clients that take requests from one list.
+    """`Followers` for a number of clients that take requests from one list.
 
-    A client does not think: its next request arrives when its last one ends, whether it
-    was served or refused. The arrival times of the list are not used.
+    Clients have no think time: a client's next request arrives when its last one ends,
+    served or refused. The arrival times in the list are not used.
 
     Raises:
       ValueError: if there is no client.
@@ -27,10 +27,11 @@ class ClosedLoop:
         self._open: list[Timeline] = []  # of requests that have not ended
 
     def first(self) -> list[Request]:
-        """What the clients send at time 0."""
+        """Return the requests that the clients send at time 0."""
         return self._send(self._clients, 0.0)
 
     def __call__(self, now_s: float, timelines: Sequence[Timeline]) -> list[Request]:
+        """Return the requests that follow those that ended since the last call."""
         self._open += timelines[self._seen :]
         self._seen = len(timelines)
         before = len(self._open)

@@ -19,6 +19,7 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.rates import SearchPlan, estimate, search
+from disagg_jax.sim.cost.linear import DeploymentCost
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.cost.measured_run import MeasuredCost, step_kind, step_load
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -94,6 +95,17 @@ class PredictedStep(NamedTuple):
         return step_kind(self.load)
 
 
+def predicted_steps(
+    occupancy: Occupancy, cost: DeploymentCost, slowdown: Slowdown
+) -> Iterator[PredictedStep]:
+    """Yield every step of a run, beside the time that `cost` predicts."""
+    for use in occupancy.stages:
+        load, instance = step_load(use.step), use.step.instance
+        predicted_s = cost.stages_s(instance, load)[use.stage]
+        predicted_s *= slowdown.factor(load, use.step.id - 1)
+        yield PredictedStep(instance, load, use.end_s - use.start_s, predicted_s)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairedRun:
     """A system on an engine, and simulated by a profile of it."""
@@ -151,13 +163,8 @@ class PairedRun:
     def predicted_steps(self, points: Iterable[Point]) -> Iterator[PredictedStep]:
         """Yield every step of runs of the engine, beside its predicted time."""
         for point in points:
-            slowdown = self.slowdown(point)
-            for use in self._occupancy(point).stages:
-                load, instance = step_load(use.step), use.step.instance
-                predicted_s = self.cost.stages_s(instance, load)[use.stage]
-                predicted_s *= slowdown.factor(load, use.step.id - 1)
-                measured_s = use.end_s - use.start_s
-                yield PredictedStep(instance, load, measured_s, predicted_s)
+            occupancy, slowdown = self._occupancy(point), self.slowdown(point)
+            yield from predicted_steps(occupancy, self.cost, slowdown)
 
     def _occupancy(self, point: Point) -> Occupancy:
         return read_occupancy(self.server.deployment, self.run_dir.events(point))

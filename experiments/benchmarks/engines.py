@@ -21,8 +21,7 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.workload.lengths import FixedLengths
-from disagg_jax.workload.requests import make_requests
+from disagg_jax.workload import FixedLengths, RandomWorkload, TokenOptions
 from experiments.benchmarks.timing import timed_s
 from models import transformer
 from models.config import ModelConfig
@@ -78,14 +77,12 @@ class Rig:
 
 def burst(config: ModelConfig, n: int, prompt: int, output: int) -> list[Request]:
     """`n` requests at once: `prompt` random tokens, then `output` greedy ones."""
-    return make_requests(
-        n=n,
-        rate_rps=math.inf,
-        prompt_lengths=FixedLengths(tokens=prompt),
-        output_lengths=FixedLengths(tokens=output),
-        seed=0,
-        vocab_size=config.vocab_size,
+    workload = RandomWorkload(
+        prompt=FixedLengths(tokens=prompt),
+        output=FixedLengths(tokens=output),
+        tokens=TokenOptions(vocab_size=config.vocab_size),
     )
+    return workload.requests(n, math.inf, seed=0)
 
 
 def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> float:

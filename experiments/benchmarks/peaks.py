@@ -13,9 +13,9 @@ from disagg_jax.sim.cost.roofline import RooflineInstance
 from disagg_jax.sim.hardware.device import Hardware
 from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.hardware.presets import HARDWARE
-from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.timing import timed_s
+from models.config import ModelConfig
 
 # What JAX calls a device -> its spec sheet.
 _SPEC_SHEETS = {
@@ -57,7 +57,7 @@ class StepBound:
     seconds: float  # the longer of moving and computing, for each kind of layer
 
     @classmethod
-    def of(cls, model: ModelShape, load: StepLoad, peaks: Peaks) -> StepBound:
+    def of(cls, model: ModelConfig, load: StepLoad, peaks: Peaks) -> StepBound:
         """By the roofline; its bytes are the seconds at 1 byte/s, its FLOPs alike."""
 
         def seconds(bytes_s: float, flops: float) -> float:

@@ -1,4 +1,4 @@
-"""What every command does around its work: errors in one line, and interrupts heard."""
+"""A command around its work: its flags, errors in one line, interrupts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from absl import app, flags, logging
 
 from experiments.cli.flags import Flags
 
-_AGAIN_S = 0.02  # until an interrupt that was lost comes once more
+_AGAIN_S = 0.02  # after which a lost interrupt is sent again
 
 
 def command(
@@ -112,11 +112,12 @@ def progress_to_stderr() -> Callable[[str], None]:
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """Raises KeyboardInterrupt on SIGINT and SIGTERM; yields the signals that came.
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM; yield the signals that came.
 
-    Python cannot raise it in a callback of the garbage collector (JAX has one), of a
-    weak reference, or in a `__del__`: it hands it to `sys.unraisablehook` and goes on.
-    From there a timer sends it again until it comes at another moment.
+    Python cannot raise in a callback of the garbage collector (JAX has one), of a weak
+    reference, or in a `__del__`: it gives the exception to `sys.unraisablehook` and
+    goes on. A timer then sends the interrupt again, until it comes at a moment when
+    Python can raise it.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -150,7 +151,7 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def command_line() -> str:
-    """By which this can be run again."""
+    """Return the command line that runs this again."""
     command = pathlib.Path(sys.argv[0])
     if (pathlib.Path(__file__).parents[1] / f"{command.stem}.py").exists():
         return shlex.join(
@@ -160,7 +161,7 @@ def command_line() -> str:
 
 
 def _said(error: ValueError | OSError) -> str:
-    """An error in a user's words."""
+    """Return an error in a user's words."""
     if not isinstance(error, OSError):
         return str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -175,7 +176,7 @@ def _said(error: ValueError | OSError) -> str:
 
 
 def _missing_backend() -> str | None:
-    """Why JAX finds no devices; None where it does, or was not asked."""
+    """Return why JAX finds no devices; None if it finds some, or was not asked."""
     if "jax" not in sys.modules:
         return None
     import jax

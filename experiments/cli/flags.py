@@ -94,10 +94,10 @@ def expect_used(
 
     Args:
       used: whether these flags matter.
-      expected: what would make them matter.
+      expected: the choice that would make the flags matter.
 
     Raises:
-      ValueError: naming the first one that does not and is not its default.
+      ValueError: naming the first flag that does not matter and was set.
     """
     for flag in () if used else holders:
         if flag.present and flag.value != flag.default:
@@ -120,6 +120,7 @@ def expect_once(
 
 
 def integers(name: str, texts: Sequence[str]) -> list[int]:
+    """Return the integers of a list flag; a ValueError names the flag."""
     try:
         return [int(text) for text in texts]
     except ValueError as error:
@@ -127,6 +128,11 @@ def integers(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def writable(path: str | None) -> pathlib.Path | None:
+    """Return the path of a file that can be written; None stays None.
+
+    Raises:
+      ValueError: if it is a folder, or its folder cannot be written.
+    """
     if path is None:
         return None
     out = pathlib.Path(path)

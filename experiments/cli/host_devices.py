@@ -1,4 +1,4 @@
-"""Making a host's processor look like separate devices, as far as that goes."""
+"""Settings that make a host's processor look like separate devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
 def one_thread_each() -> None:
-    """Gives every host device one thread, so that two of them do not share both cores.
+    """Give every host device one thread, so that two devices do not share both cores.
 
     Call it before JAX looks for devices. It changes nothing on an accelerator.
     """
@@ -20,19 +20,19 @@ def one_thread_each() -> None:
 
 
 def provide(needed: int) -> None:
-    """Splits the host into at least `needed` devices; accelerators are as they are."""
+    """Split the host into at least `needed` devices; accelerators stay as they are."""
     name = "jax_num_cpu_devices"
     if jax.config.values[name] < needed:
         jax.config.update(name, needed)
 
 
 def pin(cores: int) -> None:
-    """Keeps this process, and the threads that JAX will start, on so many cores.
+    """Keep this process, and the threads that JAX will start, on `cores` cores.
 
-    Call it before JAX looks for devices: it starts as many threads as it has cores.
+    Call it before JAX looks for devices: JAX starts one thread for each core.
 
     Raises:
-      ValueError: if there are fewer.
+      ValueError: if the process has fewer cores.
     """
     have = sorted(os.sched_getaffinity(0))
     if not 1 <= cores <= len(have):

@@ -38,9 +38,14 @@ from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.goodput import DependentSeedsWarning, GoodputSearch
 from disagg_jax.search.placement import Candidate, Layout, Outcome, best_first, pair
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.run import SimWorkload, Workload
 from disagg_jax.sim.workers import Mapper
-from disagg_jax.workload.lengths import FixedLengths, Lengths, LognormalLengths
+from disagg_jax.workload import (
+    FixedLengths,
+    Lengths,
+    LognormalLengths,
+    RandomWorkload,
+    Workload,
+)
 from experiments.configs.named_simulations import Simulation
 from experiments.placement.placements import row
 
@@ -187,7 +192,7 @@ def lengths_map(
     lengths = functools.partial(_lengths, sigma=sigma, high=max_tokens)
     cells = {
         (i, j): Cell(
-            workload=SimWorkload(
+            workload=RandomWorkload(
                 prompt=lengths(prompt),
                 output=lengths(output),
                 max_total_tokens=max_tokens,

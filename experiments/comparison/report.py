@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
 from disagg_jax.metrics import Interval
-from disagg_jax.sim.run import TraceWorkload
+from disagg_jax.workload import TraceWorkload
 from experiments.comparison.comparison import (
     COLOCATED,
     DISAGGREGATED,

@@ -1,0 +1,1 @@
+"""Configs of experiments, named ones, and overrides from the command line."""

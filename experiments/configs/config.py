@@ -1,11 +1,9 @@
-"""What an experiment is: typed, nested, and overridable from the command line."""
+"""The config of an experiment: typed and nested."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -19,25 +17,16 @@ from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
-from disagg_jax.workload.lengths import (
-    FixedLengths,
-    Lengths,
-    LognormalLengths,
-    UniformLengths,
-)
 from disagg_jax.workload.requests import Arrivals
 from disagg_jax.workload.traces import Ties, TooLong, Unit
-from experiments.configs import options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is asked of the systems. Every point runs `num_requests`."""
+class WorkloadConfig:
+    """The options of a `disagg_jax.workload.Workload`."""
 
     source: str = "random"  # prompts: random | human_eval | trace
-    trace: str = (
-        ""  # source=trace: its path; see `disagg_jax.workload.traces` for the formats
-    )
+    trace: str = ""  # source=trace: its path; `workload.traces.formats` has the formats
     trace_scale: float = 1.0  # source=trace: factor on its lengths, to fit the model
     trace_unit: Unit = "auto"  # source=trace: of its times, if its format does not say
     trace_rows: int = 0  # source=trace: rows to read, from the first on; 0: all
@@ -49,17 +38,17 @@ class Workload:
     too_long: TooLong = "drop"
     num_requests: int = 100  # in each run
     arrivals: Arrivals = Arrivals()  # also of a trace without times
-    prompt_tokens: str = "uniform:32:256"  # source=random; see `parse_lengths`
+    prompt_tokens: str = "uniform:32:256"  # source=random; see `lengths.parse_lengths`
     output_tokens: str = "uniform:16:48"  # source=random | human_eval
     ignore_eos: bool = True  # generate all output_tokens: the same work for all systems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Targets:
-    """The SLO: seconds, or multiples of what one step takes on this machine alone.
+    """The SLO: seconds, or multiples of a step's time alone on this machine.
 
-    The multiples ask the same question on any machine; the resolved seconds are in
-    every output.
+    The multiples ask the same question on any machine. Every output has the resolved
+    seconds.
     """
 
     ttft_s: float = 0.0  # 0: `ttft_scale` times the prefill of the longest prompt alone
@@ -75,7 +64,7 @@ class Targets:
                 raise ValueError(f"slo.{name}: expected >= 0, got {value}")
 
     def resolve(self, prefill_s: float, decode_s: float) -> SLO:
-        """The SLO in seconds, given the durations that the scales refer to."""
+        """Return the SLO in seconds, given the durations that the scales multiply."""
         if self.preset:
             preset = MLPERF_SLOS[self.preset]
             ttft_s, tpot_s = preset.ttft_s, preset.tpot_s
@@ -86,7 +75,7 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-    """One of the systems compared: a scheduling system on a deployment."""
+    """A scheduling system on a deployment."""
 
     deployment: str  # such as 2xcolocated:tp1 or prefill:tp2,decode:tp1
     policies: Mapping[Role, Policy]  # by role; see `disagg_jax.scheduling.SYSTEMS`
@@ -95,7 +84,7 @@ class System:
     def of(
         cls, system: str, deployment: str, **changes: Mapping[str, object]
     ) -> System:
-        """`system` with its policies' parameters changed: `prefill={"max_seqs": 8}`."""
+        """Return `system` with changed parameters, like `prefill={"max_seqs": 8}`."""
         policies = {
             role: dataclasses.replace(
                 typing.cast(Any, policy), **changes.get(role.value, {})
@@ -105,7 +94,7 @@ class System:
         return cls(deployment=deployment, policies=policies)
 
     def resized(self, step_tokens: int) -> System:
-        """The same with steps of that size, where a policy's paper tunes it."""
+        """Return this system with steps of that size, where a paper tunes the size."""
         policies = {
             role: resized(policy, step_tokens) if has_rule(policy) else policy
             for role, policy in self.policies.items()
@@ -115,7 +104,7 @@ class System:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """KV memory. A device has so many blocks whatever its instance's role."""
+    """KV memory, the same on each device whatever its instance's role."""
 
     blocks_per_device: int = 256  # an instance with tp devices has tp times as many
     block_tokens: int = 16  # tokens in a block
@@ -124,23 +113,23 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything that decides a run's result."""
+    """All options that decide a run's result."""
 
     model: str = "tiny"  # a preset of models.config; auto: what the weights are of
     # random | trained (experiments.train_tiny) | smollm2 | the path of a .gguf file, a
     # Hugging Face folder or a checkpoint (experiments.convert_checkpoint)
     weights: str = "random"
     systems: Mapping[str, System]  # by the name used in tables and pictures
-    workload: Workload = Workload()
+    workload: WorkloadConfig = WorkloadConfig()
     slo: Targets = Targets()
     memory: Memory = Memory()
     criterion: str = "distserve"  # what is good: a name of `criteria.for_slo`
     search: SearchPlan = SearchPlan()  # its target: of distserve and mooncake
-    rates: tuple[
-        float, ...
-    ] = ()  # requests/s per device; empty: search for the goodput
-    # Step sizes, in tokens: every system that has one runs with each of these. Empty:
-    # it runs once, with the size that its paper would choose for the SLO, if `tune`.
+    # Requests/s per device; empty: search for the goodput.
+    rates: tuple[float, ...] = ()
+    # Step sizes in tokens, with each of which every system that has a step size runs.
+    # Empty: it runs once, with the size that its paper would choose for the SLO
+    # (`tune`).
     step_tokens: tuple[int, ...] = ()
     tune: bool = True  # False: step sizes stay as the policies have them
     num_seeds: int = 5  # runs of each point; intervals are across them
@@ -149,37 +138,29 @@ class Config:
     # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).
     durations: str = "table"
     timing_repeats: int = 9  # runs of each program behind a median
-    # Whether programs run at every point. Otherwise, where their durations are known
-    # before and no token ends a request, only at each system's highest passing rate:
-    # elsewhere the durations alone make the timelines, which are equal (compared where
-    # both were done).
+    # Whether programs run at every point. Otherwise they run only at each system's
+    # highest passing rate, if durations are known before and no token ends a request:
+    # the durations alone then make equal timelines, which is checked at that rate.
     execute_all: bool = False
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
-    # Virtual clock: a preset of sim.link, whose time transfers take instead of theirs.
+    # Virtual clock: a preset of sim.hardware.link, whose time transfers take.
     link: str = ""
-    # Whether KV leaves, in so many parts as there are programs, while the rest of its
-    # prompt is computed.
+    # Whether KV leaves while the rest of its prompt is computed, a part by each
+    # program.
     streams: bool = False
 
-    def check(
-        self,
-        base: Config | None = None,
-        elsewhere: Mapping[str, tuple[options.Need, ...]] = {},
-    ) -> None:
-        """Raises ValueError on values that no run could have, or without effect.
+    def check_values(self) -> None:
+        """Raise a ValueError on values that no run could have.
 
         Not at construction: one override at a time may pass through such a state.
-
-        Args:
-          base, elsewhere: see `options.check`; by default a config of defaults.
         """
-        _expect_one_of("clock", self.clock, ("virtual", "wall"))
-        _expect_one_of("durations", self.durations, ("table", "live", "modelled"))
-        _expect_one_of(
+        require_one_of("clock", self.clock, ("virtual", "wall"))
+        require_one_of("durations", self.durations, ("table", "live", "modelled"))
+        require_one_of(
             "workload.source", self.workload.source, ("random", "human_eval", "trace")
         )
-        _expect_one_of("criterion", self.criterion, NAMES)
+        require_one_of("criterion", self.criterion, NAMES)
         if self.link:
             get_link(self.link)
             if self.clock != "virtual":
@@ -188,7 +169,7 @@ class Config:
                     "takes the link that is there"
                 )
         if self.slo.preset:
-            _expect_one_of("slo.preset", self.slo.preset, MLPERF_SLOS)
+            require_one_of("slo.preset", self.slo.preset, MLPERF_SLOS)
         if self.workload.source == "trace" and not self.workload.trace:
             raise ValueError("workload.trace: expected the path of a trace, got none")
         if not self.systems:
@@ -211,26 +192,25 @@ class Config:
                         f"{spec.role} instances, but the system has policies for "
                         f"{', '.join(system.policies)} only"
                     )
-        options.check(self, base or Config(systems=self.systems), elsewhere)
 
     @property
     def executed(self) -> str:
-        """all, or passing; see `execute_all`."""
+        """Where programs run: "all" points, or "passing"; see `execute_all`."""
         known = self.clock == "virtual" and self.durations != "live"
         passing = known and self.workload.ignore_eos and not self.execute_all
         return "passing" if passing else "all"
 
     def with_placements(self, found: Mapping[str, Any]) -> Config:
-        """The systems, and beside them each answer of a placement search.
+        """Return the systems and, beside them, each answer of a placement search.
 
-        An answer is called by its algorithm, placed_high. It has the parameters of the
-        system of the same name here, where there is one.
+        An answer is named by its algorithm, like placed_high. It has the parameters of
+        the system of the same name here, where there is one.
 
         Args:
-          found: what `experiments.placement_search` wrote.
+          found: the placement.json of `experiments.placement_search`.
 
         Raises:
-          ValueError: if that is something else, or of another model.
+          ValueError: if it is another file, or of another model.
         """
         try:
             model = found["flags"]["model"]
@@ -258,7 +238,7 @@ class Config:
         return dataclasses.replace(self, systems={**self.systems, **placed})
 
     def by_step_tokens(self) -> Config:
-        """A system for each of `step_tokens`, named like sarathi@128.
+        """Return a system for each of `step_tokens`, named like sarathi@128.
 
         Raises:
           ValueError: if a policy cannot have such a size.
@@ -273,125 +253,7 @@ class Config:
         return dataclasses.replace(self, systems=systems)
 
 
-def _expect_one_of(name: str, value: str, known: Iterable[str]) -> None:
+def require_one_of(name: str, value: str, known: Iterable[str]) -> None:
+    """Raise a ValueError unless `value` is known."""
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got '{value}'")
-
-
-def parse_lengths(text: str) -> Lengths:
-    """`fixed:N`, `uniform:LOW:HIGH` or `lognormal:MEDIAN:SIGMA:HIGH`, in tokens."""
-    kind, *numbers = text.split(":")
-    try:
-        match kind, [float(number) for number in numbers]:
-            case "fixed", [tokens]:
-                return FixedLengths(tokens=int(tokens))
-            case "uniform", [low, high]:
-                return UniformLengths(low=int(low), high=int(high))
-            case "lognormal", [median, sigma, high]:
-                return LognormalLengths(median=median, sigma=sigma, high=int(high))
-            case _:
-                pass
-    except (ValueError, OverflowError) as error:  # int(inf) overflows
-        raise ValueError(f"lengths '{text}': {error}") from error
-    raise ValueError(
-        "lengths: expected fixed:N, uniform:LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, "
-        f"got '{text}'"
-    )
-
-
-# -- overrides ------------------------------------------------------------------------
-
-
-def override(
-    config: Config,
-    assignments: Iterable[str],
-    elsewhere: Mapping[str, tuple[options.Need, ...]] = {},
-) -> Config:
-    """`config` with `key=value` assignments applied, keys dotted, types checked.
-
-    A key goes through fields and mappings: `workload.num_requests=50`,
-    `systems.vllm.policies.colocated.max_seqs=8`.
-
-    Args:
-      elsewhere: options that do not matter to the command; see `options.read_by`.
-
-    Raises:
-      ValueError: naming the keys there are, the type that was expected, or what would
-        give an option an effect. What `config` itself has without effect may stay.
-    """
-    base = config
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected key=value, got '{assignment}'")
-        config = _assign(config, key, key.split("."), text)
-    config.check(base, elsewhere)
-    return config
-
-
-def _assign(node: Any, key: str, path: list[str], text: str) -> Any:
-    name, rest = path[0], path[1:]
-    if isinstance(node, Mapping):
-        known = {str(k): k for k in node}
-        child = node[known[name]] if name in known else None
-    else:
-        known = {field.name: field.name for field in dataclasses.fields(node)}
-        child = getattr(node, name, None)
-    if name not in known:
-        raise ValueError(
-            f"--set {key}: no '{name}' here; expected one of {', '.join(known)}"
-        )
-    if rest and not (dataclasses.is_dataclass(child) or isinstance(child, Mapping)):
-        raise ValueError(f"--set {key}: '{name}' has no parts")
-    if rest:
-        value = _assign(child, key, rest, text)
-    elif dataclasses.is_dataclass(child) or isinstance(child, Mapping):
-        raise ValueError(f"--set {key}: '{name}' has parts; name one of them")
-    else:
-        value = _parse(key, typing.get_type_hints(type(node))[name], text)
-    if isinstance(node, Mapping):
-        return {**node, known[name]: value}
-    return dataclasses.replace(node, **{name: value})
-
-
-def _parse(key: str, kind: Any, text: str) -> Any:
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return tuple(_parse(key, item, part) for part in text.split(",") if part)
-    if typing.get_origin(kind) is typing.Literal:
-        _expect_one_of(f"--set {key}", text, typing.get_args(kind))
-        return text
-    if isinstance(kind, types.UnionType):
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-    else:
-        try:
-            value = kind(text)
-        except ValueError:
-            pass
-        else:
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"--set {key}: expected a finite number, got '{text}'")
-            return value
-    raise ValueError(f"--set {key}: expected {kind.__name__}, got '{text}'")
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The config as JSON data, the types of its parts included."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            fields = {
-                field.name: plain(getattr(value, field.name))
-                for field in dataclasses.fields(value)
-            }
-            return {"type": type(value).__name__, **fields}
-        if isinstance(value, Mapping):
-            return {str(k): plain(v) for k, v in value.items()}
-        if isinstance(value, tuple):
-            return [plain(item) for item in value]
-        return value
-
-    return json.loads(json.dumps(plain(config)))

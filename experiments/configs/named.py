@@ -1,11 +1,11 @@
-"""The named configs. Each says what it asks, what it costs and what to expect."""
+"""The named configs, each with its question, its cost and what to expect."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from disagg_jax.sim.cost.linear import LinearCost
-from experiments.configs.config import Config, Memory, System, Workload
+from experiments.configs.config import Config, Memory, System, WorkloadConfig
 
 # Every system on the same two devices. Step sizes are the largest to choose from.
 _MAX_SEQS = 16
@@ -48,7 +48,7 @@ def smoke() -> Config:
     return Config(
         systems=_TWO_SYSTEMS,
         execute_all=True,
-        workload=Workload(num_requests=12, prompt_tokens="uniform:8:60"),
+        workload=WorkloadConfig(num_requests=12, prompt_tokens="uniform:8:60"),
         memory=Memory(blocks_per_device=64, max_context=128),
         rates=(20.0, 200.0),
         num_seeds=2,
@@ -65,7 +65,7 @@ def five_minutes() -> Config:
     return Config(
         weights="trained",
         systems=_TWO_SYSTEMS,
-        workload=Workload(num_requests=100, prompt_tokens="uniform:32:200"),
+        workload=WorkloadConfig(num_requests=100, prompt_tokens="uniform:32:200"),
         memory=Memory(blocks_per_device=128, max_context=256),
         num_seeds=3,
         timing_repeats=5,
@@ -133,7 +133,7 @@ def azure_trace() -> Config:
     """
     return Config(
         systems=_TWO_SYSTEMS,
-        workload=Workload(
+        workload=WorkloadConfig(
             source="trace",
             trace="../shared/traces/azure2023/AzureLLMInferenceTrace_conv.csv",
             trace_scale=0.125,
@@ -164,7 +164,7 @@ def smollm2_humaneval() -> Config:
                 decode=limits,
             ),
         },
-        workload=Workload(
+        workload=WorkloadConfig(
             source="human_eval",
             num_requests=20,
             output_tokens="uniform:32:64",
@@ -192,7 +192,7 @@ CONFIGS = {
 
 
 def get_config(name: str) -> Config:
-    """The config called `name`; ValueError naming the known ones if there is none."""
+    """Return the config called `name`, or raise a ValueError naming the known ones."""
     if name not in CONFIGS:
         raise ValueError(f"--config: expected one of {sorted(CONFIGS)}, got '{name}'")
     return CONFIGS[name]()

@@ -30,9 +30,11 @@ from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.link import LINKS, get_link
 from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.traces import Trace, load_trace, requests_from_trace
-from experiments.configs.shapes import get_device, get_shape
+from disagg_jax.workload import requests_of_rows
+from disagg_jax.workload.traces import Trace, fit_rows, load_trace
+from models.lookup import find_model
 
 PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
@@ -49,7 +51,7 @@ class Simulation:
         groups than layers.
     """
 
-    model: str  # a name of `sim/model_shape.py`, or what else `shapes.get_shape` reads
+    model: str  # a name of `models/config.py`, or what else `find_model` reads
     # "fitted/ENGINE" (DistServe's A100 coefficients) or "roofline/HARDWARE".
     cost: str
     # Another for colocated instances. A comparison across it compares engines too, so
@@ -70,7 +72,7 @@ class Simulation:
     extra_tokens: int = 0  # generated beyond the output length that is asked for
 
     def __post_init__(self) -> None:
-        layers, groups = get_shape(self.model).layers, self.streamed_groups
+        layers, groups = find_model(self.model).layers, self.streamed_groups
         expected = f"streamed_groups: expected 0 to {layers}, the model's layers"
         require(0 <= groups <= layers, expected, groups)
         for link in (self.inside, self.between):
@@ -82,7 +84,7 @@ class Simulation:
     @property
     def model_name(self) -> str:
         """To show: a model of a file has the file's name."""
-        return get_shape(self.model).name
+        return find_model(self.model).name
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -121,7 +123,7 @@ class Simulation:
         kind, _, name = self.cost.partition("/")
         if kind == "fitted":
             return distserve_profile().kv_tokens(self.model, spec.tp, spec.pp)
-        shape, hardware = get_shape(self.model), get_device(name)
+        shape, hardware = find_model(self.model), get_hardware(name)
         return RooflineCost(model=shape, hardware=hardware).kv_tokens(spec.tp, spec.pp)
 
     def build(self, deployment: Deployment) -> SimulatedDeployment:
@@ -136,7 +138,7 @@ class Simulation:
             f"streamed_groups: expected 0, as no instance of {deployment} sends KV"
         )
         require(bool(sends), expected, self.streamed_groups)
-        shape = get_shape(self.model)
+        shape = find_model(self.model)
         return SimulatedDeployment(
             deployment=deployment,
             policies=self._policies(deployment),
@@ -187,7 +189,7 @@ def cost_model(name: str, model: str) -> CostModel:
     )
     if kind == "fitted":
         return distserve_profile().cost_model(rest, model)
-    return RooflineCost(model=get_shape(model), hardware=get_device(rest))
+    return RooflineCost(model=find_model(model), hardware=get_hardware(rest))
 
 
 def _simdistserve(model: str) -> Simulation:
@@ -241,7 +243,7 @@ def get_simulation(name: str) -> Simulation:
 
 def link_inside(hardware: str) -> str | None:
     """The link between two devices in a node; None if `hardware` has none."""
-    link = get_device(hardware).hop.name
+    link = get_hardware(hardware).hop.name
     return link if link in LINKS else None
 
 
@@ -273,11 +275,10 @@ def trace_requests(
         trace = load_trace(trace)
     if not trace.timed and rate_rps is None:
         raise ValueError(f"--rate: expected requests/s, as {trace.file} has no times")
-    # What was to be done to ties is done.
-    made = requests_from_trace(trace.rows, seed=0, rate_rps=rate_rps, ties="keep")
-    if made.dropped_empty:
-        print(f"{made.dropped_empty} rows without tokens are left out", file=sys.stderr)
+    fitted = fit_rows(trace.rows)
+    if empty := fitted.left_out_empty:
+        print(f"{empty} rows without tokens are left out", file=sys.stderr)
     return [
         dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
-        for r in made.requests
+        for r in requests_of_rows(fitted.rows, rate_rps)
     ]

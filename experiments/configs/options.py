@@ -1,8 +1,8 @@
-"""When an option matters: setting it where it cannot is an error, for all options.
+"""The needs of options: setting an option that cannot matter is an error.
 
-`CONFIG` has each field of a config, with what it needs in order to matter; a field that
-is in no row fails a test. `check` finds those that were set and lack what they need.
-The commands say the same of their flags by `flag_values.expect_used`.
+`CONFIG` has a row for each field of a config, with the needs of that option; a field
+without a row fails a test. `check` finds options that were set without their needs.
+Commands check their flags by `cli.flags.expect_used`.
 """
 
 from __future__ import annotations
@@ -11,19 +11,17 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.workload.traces import has_times
-
-if TYPE_CHECKING:
-    from experiments.configs.config import Config
+from experiments.configs.config import Config
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Something without which an option has no effect, in a user's words."""
+    """A condition without which an option has no effect, in a user's words."""
 
     expected: str
     met: Callable[[Config], bool]
@@ -31,7 +29,7 @@ class Need:
 
 
 def no_effect(name: str, value: object, *, expected: str, got: str) -> ValueError:
-    """The error about an option that cannot matter: what would make it matter."""
+    """Return the error about an option that cannot matter, with what it needs."""
     setting = f"{name}={shown(value)}"
     return ValueError(
         f"{name}: expected {expected}, got {got}, where {setting} has no effect"
@@ -39,7 +37,7 @@ def no_effect(name: str, value: object, *, expected: str, got: str) -> ValueErro
 
 
 def shown(value: object) -> str:
-    """A value as it is typed on the command line."""
+    """Return a value as it is typed on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
@@ -48,19 +46,25 @@ def shown(value: object) -> str:
 
 
 def check(
-    config: Config, base: Config, elsewhere: Mapping[str, tuple[Need, ...]] = {}
+    config: Config,
+    base: Config | None = None,
+    elsewhere: Mapping[str, tuple[Need, ...]] = {},
 ) -> None:
-    """Check the options of `config` that were set.
+    """Check the values of `config`, and the effect of the options that were set.
 
     An option counts as set if it differs from `base`, where a config starts, and from
     the default of its field.
 
     Args:
+      base: by default a config of defaults.
       elsewhere: more needs, by key, of the command that asks.
 
     Raises:
-      ValueError: on the first one that has no effect; says what would make it matter.
+      ValueError: on a value that no run could have, or on the first option without
+        effect; says what would make it matter.
     """
+    config.check_values()
+    base = base or Config(systems=config.systems)
     for path, value in changed(config, base):
         keys = [".".join(path[: i + 1]) for i in range(len(path))]
         rows = [table.get(key, ()) for table in (elsewhere, CONFIG) for key in keys]
@@ -73,7 +77,7 @@ def check(
 def changed(
     node: Any, base: Any, default: Any = None, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The path and value of each leaf that differs from `base` and its default."""
+    """Yield path and value of each leaf that differs from `base` and its default."""
     if dataclasses.is_dataclass(node):
         for field in dataclasses.fields(node):
             parts = (getattr(node, field.name), getattr(base, field.name, None))
@@ -91,7 +95,7 @@ def changed(
 
 
 def _is(key: str, *values: object) -> Need:
-    """An option that has one of these values."""
+    """Return the need that an option has one of these values."""
     read = operator.attrgetter(key)
     return Need(
         f"{key}={' or '.join(map(shown, values))}",
@@ -101,7 +105,7 @@ def _is(key: str, *values: object) -> Need:
 
 
 def _without(key: str) -> Need:
-    """An option that has no value."""
+    """Return the need that an option has no value."""
     read = operator.attrgetter(key)
     return Need(
         f"no {key}",
@@ -111,7 +115,7 @@ def _without(key: str) -> Need:
 
 
 def _either(*needs: Need) -> Need:
-    """At least one of several."""
+    """Return the need that at least one of several is met."""
     return Need(
         " or ".join(need.expected for need in needs),
         lambda config: any(need.met(config) for need in needs),
@@ -122,7 +126,7 @@ def _either(*needs: Need) -> Need:
 def read_by(
     command: str, *, not_by: str, keys: Collection[str]
 ) -> dict[str, tuple[Need, ...]]:
-    """Options that one command reads and another, which takes them too, does not."""
+    """Return needs of options that `command` reads and `not_by` does not."""
     return dict.fromkeys(keys, (Need(command, lambda _: False, lambda _: not_by),))
 
 
@@ -233,7 +237,7 @@ _HUGE = 10**12  # more tokens than any step has
 
 
 def _policy_needs(config: Config, path: tuple[str, ...]) -> Iterator[Need]:
-    """What a parameter of a policy needs; none for another path."""
+    """Yield the needs of a policy's parameter; none for another path."""
     if path[0] != "systems" or path[2] != "policies":
         return
     _, name, _, role, parameter = path[:5]

@@ -8,16 +8,20 @@ import pathlib
 import re
 
 from disagg_jax.errors import require
-from disagg_jax.sim.run import SimWorkload
-from disagg_jax.workload.lengths import FixedLengths, HistogramLengths, LognormalLengths
+from disagg_jax.workload import (
+    FixedLengths,
+    HistogramLengths,
+    LognormalLengths,
+    RandomWorkload,
+)
 
 LENGTHS = pathlib.Path(__file__).parents[1] / "profiles" / "distserve_lengths.json"
 DISTSERVE = ("sharegpt", "humaneval", "longbench")
 _FIXED = re.compile(r"fixed:([1-9]\d*)x([1-9]\d*)")
 # Name -> median and P90 of prompts and of outputs, and the longest request, in tokens.
-# Sarathi-Serve (OSDI'24) Table 2, from memory. A log-normal through them has a standard
-# deviation of its outputs of 283 (chat) and 109 (arxiv); the table prints 101 and 265,
-# which are known to be swapped (facts/schedulers.md, correction 5).
+# Sarathi-Serve (OSDI'24) Table 2, from memory. A log-normal through them has an output
+# standard deviation of 283 (chat) and 109 (arxiv). The table prints 101 and 265, which
+# look swapped: the chat lengths that its authors released have 265.6.
 SARATHI_SERVE = {
     "openchat_sharegpt4": ((1730, 5696), (415, 834), 8192),
     "arxiv_summarization": ((7059, 12_985), (208, 371), 16_384),
@@ -26,8 +30,8 @@ _P90 = 1.2816  # standard deviations of a normal from its median
 _MAX_TOTAL_TOKENS = 2048  # OPT's longest context; DistServe drops longer requests
 
 
-def get_workload(name: str) -> SimWorkload:
-    """The workload called `name`, with Poisson arrivals.
+def get_workload(name: str) -> RandomWorkload:
+    """Return the workload called `name`, with Poisson arrivals.
 
     "sharegpt", "humaneval" and "longbench" are DistServe's (arXiv 2401.09670 v3, Fig.
     7): prompt and output are drawn apart, and cut to OPT's 2048 tokens together.
@@ -40,10 +44,10 @@ def get_workload(name: str) -> SimWorkload:
     """
     if match := _FIXED.fullmatch(name):
         prompt, output = (FixedLengths(tokens=int(text)) for text in match.groups())
-        return SimWorkload(prompt=prompt, output=output)
+        return RandomWorkload(prompt=prompt, output=output)
     if name in SARATHI_SERVE:
         prompt, output, longest = SARATHI_SERVE[name]
-        return SimWorkload(
+        return RandomWorkload(
             prompt=_lognormal(*prompt, longest),
             output=_lognormal(*output, longest),
             max_total_tokens=longest,
@@ -51,7 +55,7 @@ def get_workload(name: str) -> SimWorkload:
     names = (*DISTSERVE, *SARATHI_SERVE)
     known = f"workload: expected one of {names} or 'fixed:PROMPTxOUTPUT'"
     require(name in DISTSERVE, known, name)
-    return SimWorkload(
+    return RandomWorkload(
         prompt=_histogram(name, "prompt"),
         output=_histogram(name, "output"),
         max_total_tokens=_MAX_TOTAL_TOKENS,
@@ -67,6 +71,6 @@ def _histogram(name: str, part: str) -> HistogramLengths:
 
 
 def _lognormal(median: float, p90: float, longest: int) -> LognormalLengths:
-    """The log-normal through both quantiles, before it is cut at `longest`."""
+    """Return the log-normal through both quantiles, before it is cut at `longest`."""
     sigma = math.log(p90 / median) / _P90
     return LognormalLengths(median=median, sigma=sigma, high=longest)

@@ -137,8 +137,8 @@ print(f"{longest['disaggregated'].times:.1f} times with a device for each phase"
 
 # %%
 from experiments import goodput_sweep
-from experiments.configs.config import override
 from experiments.configs.named import get_config as get_experiment
+from experiments.configs.override import override
 
 config = override(get_experiment("five_minutes"), here.overrides)
 out = runs / "five_minutes"

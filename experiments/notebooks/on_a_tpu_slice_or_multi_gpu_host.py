@@ -145,8 +145,8 @@ Image(filename=large / "two_meshes.png")
 
 # %% tags=["skip-execution"]
 from experiments import goodput_sweep
-from experiments.configs.config import override
 from experiments.configs.named import get_config as get_experiment
+from experiments.configs.override import override
 
 assert here.accelerated, f"for accelerators, not for {here.found}"
 config = override(get_experiment("five_minutes"), here.overrides)

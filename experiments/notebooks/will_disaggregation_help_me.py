@@ -86,11 +86,11 @@ sizes = {
 model = "runs/notebooks/will_it_help/my-model.json"  # @param {type: "string"}
 
 # %%
-from experiments.configs.shapes import get_shape
+from models.lookup import find_model
 
-shape = get_shape(model)
-print(f"{shape.name}: {shape.params / 1e9:.2f} billion weights")
-print(f"{shape.kv_bytes_per_token / 1024:.0f} KiB of KV for each token")
+model_config = find_model(model)
+print(f"{model_config.name}: {model_config.num_params / 1e9:.2f} billion weights")
+print(f"{model_config.kv_bytes_per_token / 1024:.0f} KiB of KV for each token")
 
 # %% [markdown]
 # ## Your hardware and targets
@@ -107,9 +107,9 @@ tpot_s = 0.02  # @param {type: "number"}
 
 # %%
 from disagg_jax.metrics import SLO
-from experiments.configs.shapes import get_device
+from disagg_jax.sim.hardware.presets import get_hardware
 
-device, targets = get_device(hardware), SLO(ttft_s=ttft_s, tpot_s=tpot_s)
+device, targets = get_hardware(hardware), SLO(ttft_s=ttft_s, tpot_s=tpot_s)
 print(f"{devices} x {device.name}: {device.peak_flops / 1e12:.0f} TFLOP/s and")
 print(
     f"{device.hbm_bytes_s / 1e12:.2f} TB/s each, {device.memory_bytes / 2**30:.0f} GiB"

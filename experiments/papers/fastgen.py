@@ -19,10 +19,8 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.criteria import FastGen
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.run import SimWorkload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.closed_loop import ClosedLoop
-from disagg_jax.workload.lengths import NormalLengths
+from disagg_jax.workload import ClosedLoop, NormalLengths, RandomWorkload
 from experiments.papers.colocated import colocated
 from experiments.papers.distserve.published import XY
 from experiments.papers.figure import (
@@ -58,9 +56,9 @@ _ENGINE = (
 )
 
 
-def lengths(prompt: int, output: int) -> SimWorkload:
+def lengths(prompt: int, output: int) -> RandomWorkload:
     """Normal lengths, with 30 % of the mean as deviation."""
-    return SimWorkload(
+    return RandomWorkload(
         prompt=NormalLengths(mean=prompt, deviation=0.3 * prompt, high=_CONTEXT),
         output=NormalLengths(mean=output, deviation=0.3 * output, high=_CONTEXT),
         max_total_tokens=_CONTEXT,
@@ -72,7 +70,7 @@ class ClosedPoint:
     """A number of clients of a system, for one seed."""
 
     simulated: SimulatedDeployment
-    workload: SimWorkload
+    workload: RandomWorkload
     clients: int
     num_requests: int
     seed: int

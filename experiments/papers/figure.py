@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from disagg_jax.metrics import Interval, rate_interval
-from disagg_jax.sim.run import SimPoint, SimResult, run_point
+from disagg_jax.sim.run import RunLatencies, SimulationTask, run_task
 from disagg_jax.sim.workers import worker_pool
 from experiments.papers.distserve.published import XY
 
@@ -87,10 +87,10 @@ class Lab:
         """Requests of a run for which the figure says `default`."""
         return self.num_requests or default
 
-    def run(self, points: Sequence[SimPoint]) -> list[SimResult]:
+    def run(self, points: Sequence[SimulationTask]) -> list[RunLatencies]:
         """Simulates points, the longest first, and shows how far it is."""
         order = sorted(range(len(points)), key=lambda i: -points[i].num_requests)
-        results = self.map(run_point, [points[i] for i in order])
+        results = self.map(run_task, [points[i] for i in order])
         found = dict(zip(order, results, strict=True))
         return [found[i] for i in range(len(points))]
 

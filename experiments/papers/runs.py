@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.run import SimPoint, SimResult, SimWorkload
+from disagg_jax.sim.run import RunLatencies, SimulationTask
+from disagg_jax.workload import RandomWorkload
 from experiments.configs.named_simulations import Simulation
 from experiments.papers.distserve.published import TARGET
 from experiments.papers.figure import Lab, shown, shown_interval
@@ -29,13 +30,13 @@ class System:
     devices: int | None = None
 
     def points(
-        self, lab: Lab, workload: SimWorkload, rates: Sequence[float]
-    ) -> list[SimPoint]:
+        self, lab: Lab, workload: RandomWorkload, rates: Sequence[float]
+    ) -> list[SimulationTask]:
         """A run for each rate (requests/s per GPU) and seed, seeds innermost."""
         deployment = Deployment.parse(self.deployment)
         extra = workload.extra_tokens + self.simulation.extra_tokens
         return [
-            SimPoint(
+            SimulationTask(
                 simulated=self.simulation.build(deployment),
                 workload=dataclasses.replace(workload, extra_tokens=extra),
                 rate_rps=rate * (self.devices or deployment.devices),
@@ -61,7 +62,7 @@ class Sweep:
     """A system's runs: rate per GPU -> the result of each seed."""
 
     system: System
-    results: Mapping[float, Sequence[SimResult]]
+    results: Mapping[float, Sequence[RunLatencies]]
 
     def attainments(self, slo: SLO) -> dict[float, list[float]]:
         """Joint attainment of each seed at each rate."""
@@ -119,7 +120,7 @@ class Goodputs:
 def run_systems(
     lab: Lab,
     systems: Sequence[System],
-    workload: SimWorkload,
+    workload: RandomWorkload,
     rates: Sequence[float],
 ) -> dict[str, Sweep]:
     """Every system at every rate with every seed; all see the same requests."""
@@ -143,7 +144,7 @@ def percent(shares: Sequence[float]) -> str:
     return shown_interval(found, ".1f", " %")
 
 
-def tightest_scale(result: SimResult, slo: SLO, target: float = TARGET) -> float:
+def tightest_scale(result: RunLatencies, slo: SLO, target: float = TARGET) -> float:
     """The smallest factor on both targets at which the run attains `target`.
 
     Exactly: each request needs a factor of its own, and this is a quantile of them;

@@ -27,7 +27,7 @@ from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.run import SimPoint
+from disagg_jax.sim.run import SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from experiments.configs.paper_workloads import get_workload
@@ -130,17 +130,16 @@ def latencies(timelines: Sequence[Timeline]) -> Latencies:
     )
 
 
-def run_latencies(point: SimPoint) -> Latencies:
+def run_latencies(point: SimulationTask) -> Latencies:
     """Simulates a point."""
-    asked = point.workload.requests(point.num_requests, point.rate_rps, point.seed)
-    return latencies(point.simulated.run(asked).timelines)
+    return latencies(point.simulated.run(point.requests()).timelines)
 
 
 def run_ablation(lab: Lab, workload: str) -> dict[str, list[Latencies]]:
     """Each variant's latencies, by seed."""
     built = variants(workload)
     points = [
-        SimPoint(
+        SimulationTask(
             simulated=simulated,
             workload=get_workload(workload),
             rate_rps=_ABLATION_RPS[workload],

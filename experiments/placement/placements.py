@@ -20,7 +20,7 @@ from experiments.configs.named_simulations import (
     distserve_profile,
     link_inside,
 )
-from experiments.configs.shapes import get_shape
+from models.lookup import find_model
 
 ALGORITHMS = ("high", "low", "joint")
 _HARDWARE = {"a100": "a100-80g"}  # short names
@@ -48,7 +48,7 @@ def simulation_of(model: str, hardware: str) -> Simulation:
 
 def layouts_of(model: str, devices: int, node_devices: int) -> tuple[Layout, ...]:
     """tp inside a node; pp divides the layers, as in DistServe's own search."""
-    layers = get_shape(model).layers
+    layers = find_model(model).layers
     return tuple(
         Layout(tp, pp)
         for tp in range(1, min(devices, node_devices) + 1)

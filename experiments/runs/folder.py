@@ -26,9 +26,9 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
 
 @contextlib.contextmanager
 def sole_use(path: pathlib.Path) -> Iterator[None]:
-    """Makes the folder `path`, and keeps other runs out of it.
+    """Make the folder `path`, and keep other runs out of it.
 
-    The lock ends with its process, however that ends, so a killed run can be resumed.
+    The lock ends with its process, also by a kill, so a killed run can be resumed.
 
     Raises:
       ValueError: if another run is there, or `path` cannot be written.
@@ -70,7 +70,7 @@ def _holder() -> str:
 def run_folder(
     path: pathlib.Path | None, config: Any, result: str, *, replace: bool = False
 ) -> Iterator[None]:
-    """The folder of a run that writes `result`: see `sole_use` and `record_start`.
+    """Hold the folder of a run that writes `result` (`sole_use`, `record_start`).
 
     Args:
       path: None where nothing is written.
@@ -89,7 +89,7 @@ def run_folder(
                 f"--out: '{path}' holds {result} of another run; expected a folder "
                 "without"
             )
-        # Of a run that was killed before it wrote anything nothing is lost.
+        # A run that was killed before it wrote a result has nothing to lose.
         empty = all(entry.name in _RECORDS for entry in path.iterdir())
         record_start(path, config, environment(), replace=replace or empty)
         yield
@@ -98,10 +98,10 @@ def run_folder(
 def record_start(
     path: pathlib.Path, config: Any, ran_in: Any, *, replace: bool = False
 ) -> None:
-    """Writes `config.json`, and an entry of `env.json` for each start.
+    """Write `config.json`, and an entry of `env.json` for each start.
 
     Args:
-      replace: whether what is there of another config is to be replaced.
+      replace: whether to replace the files of another config.
 
     Raises:
       ValueError: if `path` holds a run of another format, or of another config,
@@ -124,7 +124,7 @@ def record_start(
 
 
 def environment() -> dict[str, Any]:
-    """Where and when this runs; `run_dir.environment` adds the devices."""
+    """Return where and when this runs; `run_dir.environment` adds the devices."""
     return {
         "date": _now(),
         "command": sys.argv,
@@ -142,7 +142,7 @@ def _now() -> str:
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """The dotted keys at which two JSON values differ."""
+    """Return the dotted keys at which two JSON values differ."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(a.keys() | b.keys())
         return [
@@ -157,7 +157,10 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as their name and fields, infinities as None, functions by name."""
+    """Return JSON data: dataclasses by type and fields, functions by name.
+
+    Infinities become None.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **plain(fields)}
@@ -167,7 +170,7 @@ def plain(value: Any) -> Any:
         return [plain(one) for one in value]
     if callable(value):
         name = getattr(value, "__qualname__", type(value).__name__)
-        owner = getattr(value, "__self__", None)  # of a method: what it works on
+        owner = getattr(value, "__self__", None)  # the object of a bound method
         return name if owner is None else {"function": name, "of": plain(owner)}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -177,7 +180,7 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A file to write, which becomes `path` at the end: whole, or `path` stays."""
+    """Yield a temporary file that replaces `path` once it is whole."""
     if path.exists() and not path.is_file():  # a device or a pipe has no other name
         yield path
         return
@@ -203,5 +206,5 @@ def write_json(path: pathlib.Path, content: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file, None where there is none."""
+    """Return the content of a JSON file, or None if there is no file."""
     return json.loads(path.read_text()) if path.exists() else None

@@ -1,4 +1,4 @@
-"""Which version of this project runs."""
+"""The version of this project that runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a mark where files differ from it; None outside."""
+    """Return the checkout's commit, marked where files differ; None outside git."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12"],

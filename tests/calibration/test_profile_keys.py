@@ -18,11 +18,10 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, StepLoad, Transfer
-from disagg_jax.workload.lengths import UniformLengths
-from disagg_jax.workload.requests import make_requests
+from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments import calibrate
 from experiments.calibrate import on_deployments
-from experiments.configs.config import Config, Memory, System, Workload
+from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
 from experiments.sweep.serving import Server
 from tests.experiments.calibrating import CONFIG, TINY, device, seqs
@@ -133,7 +132,7 @@ def test_an_engine_is_measured_and_its_profile_used(
     pair = System.of("disaggregated", "prefill:tp1,decode:tp1", **policies)
     memory = Memory(blocks_per_device=4, max_context=32)
     lengths = {"prompt_tokens": "uniform:4:16", "output_tokens": "uniform:2:8"}
-    workload = Workload(num_requests=10, **lengths)
+    workload = WorkloadConfig(num_requests=10, **lengths)
     config = Config(systems={"pair": pair}, memory=memory, workload=workload)
     profile = calibrate.run(config, 3, 2, math.inf)
     assert profile.name == "tiny-cpu"
@@ -180,13 +179,10 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
         spans=False,
         exact_block_placement=True,
     )
-    requests = make_requests(
-        n=150,
-        rate_rps=60.0,
-        prompt_lengths=UniformLengths(low=8, high=200),
-        output_lengths=UniformLengths(low=2, high=60),
-        seed=0,
+    workload = RandomWorkload(
+        prompt=UniformLengths(low=8, high=200), output=UniformLengths(low=2, high=60)
     )
+    requests = workload.requests(150, 60.0, seed=0)
     steps: list[Step] = []
 
     def observe(_, __, works):

@@ -98,6 +98,21 @@ def test_double_release_raises():
     assert blocks.free == 4
 
 
+def test_blocks_that_were_in_no_table_yet_come_back_too():
+    blocks = pool()
+    blocks.extend(0, 4)
+    assert blocks.table(0) == (0,)
+    blocks.extend(0, 12)
+    blocks.extend(1, 4)
+    assert blocks.free == 0
+    blocks.release(0)
+    assert blocks.free == 3
+    blocks.release(1)
+    assert blocks.free == 4
+    blocks.extend(2, 16)
+    assert blocks.table(2) == (0, 1, 2, 3)
+
+
 def test_a_returned_block_is_used_again_before_a_new_one():
     blocks = pool()
     blocks.extend(0, 12)

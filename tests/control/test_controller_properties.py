@@ -7,7 +7,7 @@ and losses often fall on one instant.
 import dataclasses
 import itertools
 
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from disagg_jax.control.backend import serve
@@ -335,7 +335,6 @@ def check_timeline(timeline, cancelled: set[int]) -> None:
             assert end <= timeline.decode_start_s
 
 
-@settings(max_examples=400)
 @given(cases())
 def test_every_request_gets_its_tokens_and_nothing_is_lost(case: Case):
     watch = serve_watched(case)
@@ -353,7 +352,6 @@ def test_every_request_gets_its_tokens_and_nothing_is_lost(case: Case):
     event(f"preempted: {any(t.preemptions for t in timelines)}")
 
 
-@settings(max_examples=200)
 @given(streamed_cases())
 def test_the_same_where_kv_leaves_chunk_by_chunk(case: Case):
     watch = serve_watched(case)
@@ -365,7 +363,6 @@ def test_the_same_where_kv_leaves_chunk_by_chunk(case: Case):
     event(f"sent in several transfers: {watch.several_transfers}")
 
 
-@settings(max_examples=100)
 @given(cases())
 def test_replaying_the_log_gives_the_same_decisions(case: Case):
     lines = serve_watched(case).log.lines
@@ -373,7 +370,6 @@ def test_replaying_the_log_gives_the_same_decisions(case: Case):
     assert list(replay(lines, case.controller())) == []
 
 
-@settings(max_examples=200)
 @given(cases(ONE_ENTRY))
 def test_first_tokens_come_in_order_of_arrival_where_there_is_one_queue(case: Case):
     """No policy lets a prompt overtake another, and neither does a loss."""

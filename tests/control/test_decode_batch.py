@@ -1,7 +1,7 @@
 """A batch advanced as one, against members that are counted one by one."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax.control.block_pool import KVBlocks
@@ -59,7 +59,6 @@ def needed(states, blocks, iterations: int) -> int:
     )
 
 
-@settings(max_examples=300)
 @given(MEMBERS, st.integers(1, 30), st.integers(0, 30))
 def test_blocks_of_the_next_iterations(members, iterations, free):
     batch, states, blocks = make_batch(members, free)
@@ -71,7 +70,6 @@ def test_blocks_of_the_next_iterations(members, iterations, free):
         assert batch.lasting(free) == max(lasting)
 
 
-@settings(max_examples=300)
 @given(MEMBERS, st.data())
 def test_members_know_what_they_went_through(first, data):
     batch, states, blocks = make_batch(first)
@@ -118,7 +116,6 @@ def test_absorbed_members_come_behind_whichever_batch_is_larger(a, b, step_first
     assert whole.context == sum(s.context for s in whole.members)
 
 
-@settings(max_examples=300)
 @given(MEMBERS, st.data())
 def test_any_part_can_step_alone(members, data):
     """Members know what they went through, hold what they need, and keep their order.

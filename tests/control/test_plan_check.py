@@ -64,6 +64,7 @@ REFUSED = {
         {},
         "prefill_rows=4, got 6 prompts",
     ),
+    "one row too many": (whole(5), {}, "prefill_rows=4, got 5 prompts"),
     "tokens": (
         lambda i: Plan([Chunk.whole(r) for r in listed(i)[:2]]),
         {"prompts": (40, 25)},
@@ -148,6 +149,7 @@ def test_a_plan_outside_what_a_policy_may_ask_for(case):
     ("script", "options", "loads"),
     [
         (whole(4), {}, (((0, 5),) * 4, 0)),
+        (first_of(5, 5 + 9 - 1), {}, (((0, 5),), 0)),  # blocks for its longest case
         (whole(1), {"prompts": (65,)}, (((0, 65),), 0)),  # one longer prompt
         (whole(2), {"prompts": (40, 24)}, (((0, 40), (0, 24)), 0)),
         (

@@ -1,9 +1,9 @@
 import pytest
 
-from tests.engine.harness import World
-
 
 @pytest.fixture(scope="session")
-def world() -> World:
+def world():
     """Weights, programs and references, shared by all tests of the engine."""
+    from tests.engine.harness import World  # with JAX, so not for `-m core`
+
     return World()

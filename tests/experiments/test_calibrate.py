@@ -21,7 +21,7 @@ from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.work import Step
 from experiments import accuracy, calibrate
 from experiments.accuracy_study import report
-from experiments.configs.config import Config, Memory, System, Workload
+from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
 from experiments.sweep.serving import Server
 from experiments.sweep.weights import load_model
@@ -178,7 +178,7 @@ COMPARED = Config(
             "disaggregated", "prefill:tp1,decode:tp1", prefill=PREFILL, decode=DECODE
         ),
     },
-    workload=Workload(num_requests=40, prompt_tokens="uniform:8:60"),
+    workload=WorkloadConfig(num_requests=40, prompt_tokens="uniform:8:60"),
     memory=Memory(blocks_per_device=32, max_context=128),
     num_seeds=2,
     durations="modelled",  # so that the engine's durations are known
@@ -308,7 +308,9 @@ def test_what_the_machine_explains_is_not_held_against_the_profile(
 
 
 def test_lengths_must_be_known(tmp_path):
-    open_ended = dataclasses.replace(COMPARED, workload=Workload(ignore_eos=False))
+    open_ended = dataclasses.replace(
+        COMPARED, workload=WorkloadConfig(ignore_eos=False)
+    )
     with pytest.raises(ValueError, match="ignore_eos: expected true"):
         accuracy.run(open_ended, "", [1.0, 2.0], tmp_path)
     with pytest.raises(ValueError, match="factors: expected two"):

@@ -1,11 +1,9 @@
 """Documents with something wrong in them, and the project's own."""
 
-import subprocess
-import sys
-
 import pytest
 
 from experiments.check_documents import ROOT, check, documents, problems
+from tests.commands import run_command
 
 
 @pytest.fixture
@@ -120,7 +118,6 @@ def test_the_projects_own_documents_hold():
 
 
 def test_the_command():
-    command = [sys.executable, "-m", "experiments.check_documents"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_command("check_documents")
     assert done.returncode == 0, done.stdout
     assert "0 problems" in done.stdout

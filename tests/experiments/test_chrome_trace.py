@@ -1,14 +1,13 @@
 """Drawings of the runs in a run directory."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from experiments import goodput_sweep
 from experiments.chrome_trace import draw
 from experiments.runs.run_dir import Point, SavedRun
+from tests.commands import run_command
 from tests.drawings import by_lane, check_trace, lane_names, slices
 from tests.experiments.test_goodput_sweep import config
 
@@ -81,12 +80,12 @@ def test_a_run_that_did_not_end_needs_a_rate(run, tmp_path):
 
 
 def test_the_command_line(run, tmp_path):
-    command = [sys.executable, "-m", "experiments.chrome_trace", f"--run={run}"]
+    command = ["chrome_trace", f"--run={run}"]
     out = tmp_path / "trace.json"
     flags = ["--system=disaggregated", "--rate=5000", f"--out={out}"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
+    done = run_command(*command, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text()) == draw(run, "disaggregated", 5000.0, None)
-    done = subprocess.run([*command, "--system=x"], capture_output=True, text=True)
+    done = run_command(*command, "--system=x")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: --system: expected")

@@ -4,15 +4,12 @@ import dataclasses
 import itertools
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.sim.run import SimWorkload
-from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload import FixedLengths, RandomWorkload
 from experiments.compare_systems import numbers
 from experiments.comparison.comparison import (
     COLOCATED,
@@ -43,6 +40,7 @@ from experiments.configs.named_simulations import (
     roofline_simulation,
 )
 from experiments.configs.paper_workloads import get_workload
+from tests.commands import run_command
 
 
 def silent(message):
@@ -109,7 +107,7 @@ def judged(output, slo):
 
 
 def hundred(output):
-    return SimWorkload(
+    return RandomWorkload(
         prompt=FixedLengths(tokens=100), output=FixedLengths(tokens=output)
     )
 
@@ -465,11 +463,7 @@ def test_a_map_from_end_to_end():
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.compare_systems", *arguments],
-        capture_output=True,
-        text=True,
-    )
+    return run_command("compare_systems", *arguments)
 
 
 def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
@@ -582,14 +576,12 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     rows.append("60,9000,5")  # too long
     head = "arrival_s,prompt_tokens,output_tokens"
     (tmp_path / "trace.csv").write_text("\n".join([head, *rows]) + "\n")
-    command = [
-        *(sys.executable, "-m", "experiments.compare_systems", "--map=targets"),
-        *("--ttfts=0.05", "--tpots=0.02", "--devices=2", "--seeds=2"),
+    done = command(
+        *("--map=targets", "--ttfts=0.05", "--tpots=0.02", "--devices=2", "--seeds=2"),
         *("--num_requests=40", "--systems=vllm,disaggregated", "--workers=1"),
         *(f"--model={tmp_path}/mine.json", f"--trace={tmp_path}/trace.csv"),
         f"--out={tmp_path}/out",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    )
     assert done.returncode == 0, done.stderr
     said = [
         f"trace {tmp_path}/trace.csv: columns format, 61 rows, times in s",
@@ -604,7 +596,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     assert made["sentence"] in done.stdout
     *notes, why = made["notes"]
     assert notes == said and why.startswith("no interval: 2 runs x")
-    assert why in done.stdout and " share the 60 rows of the trace, so " in why
+    assert why in done.stdout and " share the 60 rows of the trace that fit, so " in why
     (cell,) = made["cells"]
     assert cell["verdict"] == UNCLEAR
     assert all(one["goodput"]["low"] is None for one in cell["systems"])

@@ -3,8 +3,6 @@
 import dataclasses
 import itertools
 import json
-import pathlib
-import subprocess
 import sys
 
 import jax
@@ -19,11 +17,12 @@ from disagg_jax.search.rates import find_inversion
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir, SavedRun
 from experiments.sweep import report, serving, sweep
 from experiments.sweep.weights import load_model
+from tests.commands import run_command
 
 # As few programs as possible: compiling is most of the time.
 SMALL = [
@@ -303,6 +302,18 @@ def test_step_times_of_a_newer_format_are_refused_before_any_work(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "{}", '{"seconds": {"a": "soon"}}', '{"seconds": [1]}']
+)
+def test_what_is_no_step_times_is_named_before_any_work(content, tmp_path):
+    times = tmp_path / "step_times.json"
+    if content is not None:
+        times.write_text(content)
+    with pytest.raises(ValueError, match=f"--step_times: expected .*, got '{times}'"):
+        goodput_sweep.run(config(), tmp_path / "run", str(times))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_became_of_a_trace_stands_in_all_that_is_shown(tmp_path):
     """Ticks, rows left out, and runs that share rows: two of 6, of 10 that fit."""
     rows = [f"{3 * (i // 4)},{2 + i},3" for i in range(10)]
@@ -359,14 +370,7 @@ def test_a_malformed_trace_line_is_named(tmp_path):
 
 
 def test_the_command_line_says_one_line_on_bad_flags(tmp_path):
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.goodput_sweep", "--set", "seed=x"],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_command("goodput_sweep", "--set", "seed=x")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == (
         "error: --set seed: expected int, got 'x'"

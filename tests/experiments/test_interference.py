@@ -1,13 +1,11 @@
 """`experiments.interference`: each system's way of failing, seen in its own numbers."""
 
-import subprocess
-import sys
-
 import pytest
 
 from experiments import interference
 from experiments.configs.named_simulations import Simulation
 from experiments.interference import WORKLOAD, chunked_prompt_s, simulate, stretch
+from tests.commands import run_command
 from tests.timelines import served
 
 
@@ -70,24 +68,14 @@ def test_each_systems_failure_shows(found):
 
 
 def test_a_budget_that_no_system_can_have_is_an_error(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.interference", "--budget=10"]
-        + [f"--out={tmp_path / 'out'}"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_command("interference", "--budget=10", f"--out={tmp_path / 'out'}")
     assert done.returncode != 0
     assert "Sarathi.chunk_tokens: expected >= max_seqs (64)" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_everything_is_written(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.interference", "--num_requests=20"]
-        + [f"--out={tmp_path}"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_command("interference", "--num_requests=20", f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "interference.txt").read_text()
     assert "N=20, seed 0" in text and text in done.stdout

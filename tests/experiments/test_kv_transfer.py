@@ -1,8 +1,6 @@
 """What is measured of KV transfers, and what a request sees of them."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 
@@ -12,6 +10,7 @@ from experiments.benchmarks import transfers
 from experiments.benchmarks.transfers import BLOCK, Mode, modes, serve_alone
 from models import transformer
 from models.config import get_config
+from tests.commands import run_command
 
 SMALL = dataclasses.replace(
     get_config("kv"),
@@ -109,10 +108,6 @@ def test_tables_and_panels_have_every_row(params):
     ],
 )
 def test_bad_input_is_one_line(flag, message, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.kv_transfer", flag, f"--out={tmp_path}"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_command("kv_transfer", flag, f"--out={tmp_path}")
     assert done.returncode and message in done.stderr
     assert "Traceback" not in done.stderr

@@ -3,8 +3,9 @@
 import pytest
 
 from experiments import machine
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.options import check
+from experiments.configs.override import override
 from models.config import PRESETS
 
 
@@ -22,7 +23,7 @@ def test_choice(backend, devices, model, clock):
     assert chosen.accelerated == (backend != "cpu")
     assert chosen.model in PRESETS
     config = override(get_config("five_minutes"), chosen.overrides)
-    config.check()
+    check(config)
     assert (config.model, config.clock) == (model, clock)
     assert f"{devices} devices ({backend}: some kind)" in str(chosen)
 

@@ -1,13 +1,11 @@
 """One request of a run directory."""
 
-import subprocess
-import sys
-
 import pytest
 
 from disagg_jax import metrics
 from experiments import goodput_sweep, one_request
 from experiments.runs.run_dir import Point, SavedRun
+from tests.commands import run_command
 from tests.experiments.test_goodput_sweep import config
 
 
@@ -69,8 +67,7 @@ def test_no_run_directory(tmp_path):
 
 
 def test_the_command_draws(run):
-    command = [sys.executable, "-m", "experiments.one_request", f"--run={run}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("one_request", f"--run={run}")
     assert done.returncode == 0, done.stderr
     assert "prefill queue" in done.stdout
     assert (run / "one_request.png").stat().st_size > 1000

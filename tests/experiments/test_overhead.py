@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -25,8 +22,8 @@ from experiments.benchmarks.timing import Figure, interleaved, table
 from experiments.cli.flags import integers, writable
 from experiments.overhead import Options
 from models.config import get_config
+from tests.commands import run_command
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = dataclasses.replace(get_config("tiny"), layers=1)  # quick to compile
 SMALL = Options(
     config=TINY,
@@ -202,12 +199,7 @@ def test_parts_share_a_process_if_they_need_as_many_devices():
 
 
 def test_bad_flags_are_one_clear_error():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.overhead", "--model=gpt"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_command("overhead", "--model=gpt")
     assert done.returncode == 1
     assert "error: model: expected one of" in done.stderr
     assert "Traceback" not in done.stderr

@@ -4,14 +4,11 @@ import dataclasses
 import gzip
 import json
 import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import pytest
 
 from disagg_jax.programs import StepShape
-from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
 from experiments import performance
 from experiments.benchmarks.dense_baseline import dense_step
@@ -20,8 +17,9 @@ from experiments.benchmarks.peaks import Peaks, StepBound
 from experiments.cli import host_devices
 from experiments.performance import Options, StepTime
 from models import transformer
-from models.config import get_config
+from models.config import ModelConfig, get_config
 from models.transformer import forward
+from tests.commands import run_command
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
 SMALL = Options(
@@ -34,7 +32,7 @@ SMALL = Options(
     repeats=1,
 )
 # 2 layers of 4 * (2 * 2 + 2 * 1) * 2 + 3 * 4 * 8 = 144 weights, a table of 4 * 10.
-SHAPE = ModelShape(
+SHAPE = ModelConfig(
     name="hand",
     layers=2,
     embed=4,
@@ -42,12 +40,11 @@ SHAPE = ModelShape(
     kv_heads=1,
     head_dim=2,
     mlp=8,
-    gated_mlp=True,
-    vocab=10,
+    vocab_size=10,
     tie_embeddings=True,
-    weight_dtype_bytes=4,
-    kv_dtype_bytes=4,
-    activation_dtype_bytes=4,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="float32",
 )
 
 
@@ -155,8 +152,7 @@ def test_cores_that_are_not_there_are_refused():
 
 
 def test_a_bad_flag_ends_the_command_with_one_line():
-    command = [sys.executable, "-m", "experiments.performance", "--batches=x"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_command("performance", "--batches=x")
     assert done.returncode == 1
     assert done.stderr.strip() == "error: batches: expected integers, got ['x']"
 

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, interval_across
+from disagg_jax.search import placement
+from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import Layout
-from disagg_jax.search.rates import SearchPlan
+from disagg_jax.search.rates import GoodputEstimate, Inversion, SearchPlan
 from experiments.configs.paper_workloads import get_workload
+from experiments.placement import placements
 from experiments.placement.placements import (
     Search,
     layouts_of,
@@ -21,6 +23,7 @@ from experiments.placement.placements import (
     report,
     simulation_of,
 )
+from tests.commands import run_command
 
 COARSE = SearchPlan(growth=1.5, tolerance=0.2, max_rates=20)
 
@@ -39,11 +42,7 @@ def search(model="opt-13b", devices=2, slo="0.25,0.1", **changes):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.placement_search", *arguments],
-        capture_output=True,
-        text=True,
-    )
+    return run_command("placement_search", *arguments)
 
 
 def test_the_command_writes_tables_and_winners(tmp_path):
@@ -122,6 +121,216 @@ def test_the_answer_of_high_as_a_whole():
     assert whole["goodput"] == pytest.approx(found["goodput_per_device_rps"], rel=0.4)
 
 
+# -- tables and answers, of goodputs that are told -------------------------------------
+
+
+def outcome(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **found):
+    """A candidate's; without a goodput by seed it is below its bound."""
+    candidate = placement.Candidate(
+        name=name,
+        search=SimpleNamespace(num_requests=77, seeds=(3, 4)),
+        devices=devices,
+        bound_rps=10.0,
+    )
+    if per_seed is None:
+        return placement.Outcome(candidate=candidate, goodput=None)
+    estimate = GoodputEstimate(
+        per_seed_rps=per_seed,
+        interval=interval_across(per_seed),
+        **{"pass_rps": 6.0, "fail_rps": 9.0, "bracketed": True, "resolved": True}
+        | found,
+    )
+    goodput = SimGoodput(
+        found=estimate,
+        steady=False,
+        num_requests=77,
+        seeds=(3, 4),
+        runs=5,
+        unloaded_scale=scale,
+    )
+    return placement.Outcome(candidate=candidate, goodput=goodput)
+
+
+def test_a_row_has_goodputs_per_device():
+    """7 +- 12.706 requests/s of two devices, from 0 on."""
+    row = placements.row(outcome(resolved=False))
+    assert (row["goodput"], row["at_most"]) == (3.5, 4.5)
+    low, high = row["interval"]
+    interval = interval_across((6.0, 8.0))
+    assert (low, high) == (interval.low / 2, interval.high / 2)
+    assert (row["resolved"], row["bracketed"], row["steady"]) == (False, True, False)
+    assert (row["num_requests"], row["seeds"], row["devices"]) == (77, [3, 4], 2)
+    assert placements.row(outcome(per_seed=(7.0,)))["interval"] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("found", "why", "at_most"),
+    [
+        (outcome(per_seed=None), "bound", 5.0),
+        (outcome(pass_rps=None), "beaten", 4.5),
+        (outcome(pass_rps=None, scale=1.0), "beaten", 4.5),
+        (outcome(pass_rps=None, scale=1.5), "alone it needs 1.5 x the targets", 4.5),
+    ],
+)
+def test_a_row_without_a_goodput_says_why_and_the_bound_per_device(found, why, at_most):
+    row = placements.row(found)
+    assert (row["goodput"], row["why"], row["at_most"]) == (None, why, at_most)
+    (line,) = placements.lines([row])[1:]
+    assert f"<= {at_most:g} ({why})" in line and line.endswith(" 77 2")
+
+
+def test_a_line_has_the_interval_and_what_is_doubtful():
+    rises = Inversion(fail_rps=2.0, fail_score=0.5, pass_rps=4.0, pass_score=1.0)
+    rows = [
+        placements.row(found)
+        for found in (
+            outcome(per_seed=(7.0, 7.0), bracketed=False),
+            outcome(per_seed=(7.0,), resolved=False, inversion=rises),
+        )
+    ]
+    rows[1]["steady"] = True
+    first, second = (line.split(maxsplit=2)[2] for line in placements.lines(rows)[1:])
+    assert first.split() == [
+        *("3.5", "[3.5,", "3.5]", "77", "2", "not", "bracketed,", "not", "steady"),
+    ]
+    assert second.startswith("3.5 ") and "[" not in second
+    assert second.endswith(f"77 2  not resolved, {rises.text(2)}")
+    assert " 50.0% at 1 requests/s per device" in rises.text(2)
+
+
+@pytest.mark.parametrize(("number", "more"), [(11, 0), (12, 0), (13, 1), (20, 8)])
+def test_a_dozen_rows_are_shown_and_the_others_counted(number, more):
+    rows = [placements.row(outcome(name=f"no{i}")) for i in range(number)]
+    shown = placements.lines(rows)[1:]
+    last = [f"  ... and {more} more"] if more else []
+    assert shown[12:] == last
+    assert [line.split()[0] for line in shown[:12]] == [
+        f"no{i}" for i in range(min(number, 12))
+    ]
+
+
+# Requests/s of each phase alone, of the candidates that are told.
+PHASES = {
+    **{"prefill:tp1": 5.0, "prefill:tp2": 8.0, "prefill:tp1pp2": 1.0},
+    **{"decode:tp1": 3.0, "decode:tp2": 8.0, "decode:tp1pp2": 1.0},
+}
+
+
+def told(monkeypatch, rates, scale=0.5):
+    """Searches find these goodputs, by name; others 3 for a unit. Returns the calls."""
+    calls = []
+
+    def best_first(candidates, mapper, progress, *, prune):
+        del mapper, progress
+        calls.append(prune)
+        found = []
+        for one in candidates:
+            rps = rates.get(one.name, 3.0)
+            passing = {} if rps else {"pass_rps": None}
+            goodput = outcome(per_seed=(rps,) * 2, scale=scale, **passing).goodput
+            found.append(placement.Outcome(candidate=one, goodput=goodput))
+        return sorted(found, key=lambda each: -each.per_device_rps)
+
+    monkeypatch.setattr(placement, "best_first", best_first)
+    return calls
+
+
+def test_high_replicates_the_best_layout_of_each_phase(monkeypatch):
+    """2 x 5 and 8 requests/s on 2 + 2 of four devices."""
+    told(monkeypatch, PHASES)
+    found = search(devices=4).run(["high"])["high"]
+    assert found["deployment"] == found["winner"] == "2xprefill:tp1,1xdecode:tp2"
+    assert (found["goodput_rps"], found["devices"]) == (8.0, 4)
+    assert found["goodput_per_device_rps"] == 2.0
+    assert [row["candidate"] for row in found["prefill"]][:2] == [
+        *("prefill:tp1", "prefill:tp2"),
+    ]
+    assert found["as a whole"] == []
+    shown = report({"skipped": {}, "high": found})
+    assert shown.splitlines()[-1] == (
+        "high: 2xprefill:tp1,1xdecode:tp2 on 4 devices: 8 requests/s, 2 per device"
+    )
+
+
+def test_high_takes_as_many_replicas_as_a_rate_needs(monkeypatch):
+    """4 x 5 and 3 x 8 serve 20 requests/s, on 4 + 6 devices."""
+    told(monkeypatch, PHASES)
+    found = search(devices=4, rate_rps=20.0).run(["high"])["high"]
+    assert found["deployment"] == "4xprefill:tp1,3xdecode:tp2"
+    assert (found["goodput_rps"], found["devices"]) == (20.0, 10)
+    assert found["goodput_per_device_rps"] == 2.0
+
+
+def test_where_the_best_of_both_do_not_fit_the_slower_phase_decides(monkeypatch):
+    """On three devices two of tp2 do not: of the others, min(5, 4) is the best."""
+    rates = {**PHASES, "prefill:tp2": 12.0}
+    told(monkeypatch, rates)
+    found = search(devices=3).run(["high"])["high"]
+    assert found["deployment"] == "1xprefill:tp1,1xdecode:tp2"
+    told(monkeypatch, {**rates, "decode:tp2": 6.2, "decode:tp1": 3.0})
+    # 6 and 3 per device against 5 and 3.1.
+    found = search(devices=3).run(["high"])["high"]
+    assert found["deployment"] == "1xprefill:tp1,1xdecode:tp2"
+
+
+@pytest.mark.parametrize(
+    ("rate_rps", "copies"), [(None, 2), (3.0, 1), (3.1, 2), (10.0, 4)]
+)
+def test_low_copies_its_unit_as_often_as_fits_or_as_a_rate_needs(
+    monkeypatch, rate_rps, copies
+):
+    """A unit serves 3 requests/s; the one of two devices serves the most on each."""
+    told(monkeypatch, PHASES)
+    found = search(devices=4, rate_rps=rate_rps).run(["low"])["low"]
+    assert found["winner"] == "prefill:tp1,decode:tp1"
+    assert (found["copies"], found["devices"]) == (copies, 2 * copies)
+    assert found["goodput_rps"] == pytest.approx(3.0 * copies)
+    deployment = Deployment.parse(found["deployment"])
+    assert deployment.devices == 2 * copies
+    assert found["system"] == "disaggregated"
+    line = report({"skipped": {}, "low": found}).splitlines()[-1]
+    start = f"low: {copies} x prefill:tp1,decode:tp1 on {2 * copies} devices: "
+    assert line.startswith(start)
+
+
+def test_joint_searches_phases_in_full_and_names_a_colocated_winner(monkeypatch):
+    calls = told(monkeypatch, {"orca colocated:tp1": 9.0})
+    found = search(devices=2).run(["joint"])["joint"]
+    assert calls == [False, False, True]  # both phases, then the units
+    assert (found["winner"], found["system"]) == ("orca colocated:tp1", "orca")
+    assert found["goodput_rps"] == 9.0 * found["copies"]
+    calls.clear()
+    search(devices=2).run(["low"])
+    assert calls == [True, True, True]
+    calls.clear()
+    dataclasses.replace(search(devices=2), prune=False).run(["low"])
+    assert calls == [False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        ((3.0, 2.0), "the fastest, b, needs 2 times as much for requests that are ser"),
+        ((3.0, 0.75), "can meet under load; the fastest, b, meets them only for requ"),
+        ((1.0, 3.0), "can meet under load; the fastest, a, meets them only for reque"),
+    ],
+)
+def test_targets_that_nobody_meets_name_the_fastest(scales, message):
+    none = [
+        outcome(name=name, pass_rps=None, scale=scale)
+        for name, scale in zip("ab", scales, strict=True)
+    ]
+    with pytest.raises(ValueError) as error:
+        placements.expect_reachable([*none, outcome(per_seed=None)], "decode alone")
+    assert message in str(error.value) and "that decode alone can" in str(error.value)
+    placements.expect_reachable([outcome(), *none], "decode alone")
+
+
+def test_a_cost_model_that_was_fitted_for_one_device_is_for_no_other():
+    assert simulation_of("opt-13b", "a100-80g").costs == ("fitted/distserve",)
+    assert simulation_of("opt-13b", "h100").costs == ("roofline/h100",)
+
+
 def test_one_cost_model_for_all_systems():
     assert simulation_of("opt-66b", "a100").costs == ("fitted/distserve",)
     assert simulation_of("opt-175b", "a100").costs == ("roofline/a100-80g",)
@@ -134,6 +343,10 @@ def test_layouts_divide_the_layers():
         *(Layout(2, 1), Layout(3, 1)),
     )
     assert max(layout.tp for layout in layouts_of("opt-66b", 32, 8)) == 8
+    # Inside a node of two devices; 40 layers on three stages are not cut.
+    assert layouts_of("opt-13b", 4, 2) == (
+        *(Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(2, 1), Layout(2, 2)),
+    )
 
 
 def test_reasons_are_told_once():

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from disagg_jax.metrics import SLO
-from disagg_jax.sim.run import SimResult
+from disagg_jax.sim.run import RunLatencies
 from experiments import reproduce
 from experiments.configs.named_simulations import get_simulation
 from experiments.papers import FIGURES, runs
@@ -18,6 +16,7 @@ from experiments.papers.distserve import motivation, published
 from experiments.papers.distserve.published import paper_crossings, paper_panel
 from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
 from experiments.papers.runs import Goodputs, Sweep, System, tightest_scale
+from tests.commands import run_command
 
 # The list; `toy`, `goodput_n` and `devices` are what the paper does not show.
 NAMES = (
@@ -27,8 +26,6 @@ NAMES = (
     "sarathi_gpt3 mlperf"
 ).split()
 TINY = Lab(num_requests=8, seeds=2, workers=1)
-SCRIPT = (sys.executable, "-m", "experiments.reproduce")
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_every_figure_asked_for_is_there():
@@ -102,7 +99,7 @@ def test_step_times_are_the_cost_models(monkeypatch):
 
 
 def result(ttft_s: tuple[float, ...], tpot_s: tuple[float, ...], arrived: int):
-    return SimResult(
+    return RunLatencies(
         arrived=arrived,
         ttft_s=ttft_s,
         tpot_s=tpot_s,
@@ -165,13 +162,8 @@ def test_the_published_points_are_whole():
             assert all(y > 89.9 or figure == "fig8a" for y in below), (figure, name)
 
 
-def run_command(*flags: str, cwd: pathlib.Path = ROOT):
-    command = (*SCRIPT, *flags)
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-
-
 def test_an_unknown_figure_is_an_error_that_names_the_known():
-    done = run_command("--figure=fig99")
+    done = run_command("reproduce", "--figure=fig99")
     assert done.returncode == 1
     assert "--figure: expected one of ['devices'" in done.stderr
     assert "'fig8a'" in done.stderr and "got 'fig99'" in done.stderr

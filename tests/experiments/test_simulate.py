@@ -6,7 +6,6 @@ import math
 import pathlib
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -14,13 +13,14 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Status
 from disagg_jax.sim.hardware.link import get_link
-from disagg_jax.sim.model_shape import get_model_shape
 from experiments import simulate
 from experiments.configs.named_simulations import (
     SIMULATIONS,
     get_simulation,
     trace_requests,
 )
+from models.lookup import find_model
+from tests.commands import run_command
 
 # File of simdistserve's results (its settings are in the name) -> the same deployment.
 RUNS = {
@@ -74,11 +74,8 @@ def command(tmp_path, **flags) -> subprocess.CompletedProcess[str]:
         "out": tmp_path / "out",
         **flags,
     }
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.simulate"]
-        + [f"--{name}={value}" for name, value in values.items()],
-        capture_output=True,
-        text=True,
+    return run_command(
+        "simulate", *(f"--{name}={value}" for name, value in values.items())
     )
 
 
@@ -196,7 +193,7 @@ def test_of_streamed_groups_only_the_last_is_seen(groups, tmp_path):
     assert done.returncode == 0, done.stderr
     with (tmp_path / "out" / "requests.csv").open() as file:
         first, _ = csv.DictReader(file)  # 512 prompt tokens
-    size = 512 * get_model_shape("opt-13b").kv_bytes_per_token
+    size = 512 * find_model("opt-13b").kv_bytes_per_token
     seen_s = get_link("nvlink-a100").transfer_s(size / max(1, groups))
     assert math.isclose(float(first["transfer_s"]), seen_s, rel_tol=1e-12)
 

@@ -1,8 +1,6 @@
 """Prefill and decode on meshes of their own."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pytest
 
@@ -10,6 +8,7 @@ from experiments import two_meshes
 from experiments.benchmarks.transfers import Rate
 from experiments.two_meshes import Cut
 from models.config import get_config
+from tests.commands import run_command
 
 MIB = 2**20
 
@@ -94,11 +93,10 @@ def test_the_bound_is_the_links_or_a_copy():
 
 
 def test_the_command(tmp_path):
-    command = [
-        *(sys.executable, "-m", "experiments.two_meshes", "--prefill=2", "--decode=1"),
+    done = run_command(
+        *("two_meshes", "--prefill=2", "--decode=1"),
         *("--mib=1", "--repeats=1", f"--out={tmp_path}"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    )
     assert done.returncode == 0, done.stderr
     assert "64 of 64 tokens as on one device" in done.stdout
     assert "prefill:tp2,decode:tp1" in (tmp_path / "two_meshes.txt").read_text()

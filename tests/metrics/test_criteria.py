@@ -121,6 +121,25 @@ def test_mlperf_bounds_ttft_and_tpot_each_for_itself():
     assert MLPERF_SLOS["llama2-70b-interactive"] == SLO(ttft_s=0.45, tpot_s=0.04)
 
 
+def test_which_criteria_see_a_stall_and_which_the_mean_of_a_requests_gaps():
+    # Gaps of 0.25 s and one of 1 s in eight: their mean is 2.75 / 8 s, within 0.5.
+    run = [with_gaps(*[0.25] * 7, 1.0)]
+    slo = SLO(ttft_s=1.0, tpot_s=0.5)
+    for criterion in (DistServe(slo=slo), mlperf(slo)):
+        assert criterion.score(run) == 1.0
+    # To an idle machine with gaps of 0.25 s the mean is 1.375 times as long, E2E is
+    # (0.5 + 2.75) / (0.5 + 2) = 1.3, both within 1.5; the stall alone is four times.
+    idle = splitwise(lambda request: Alone(ttft_s=0.5, tpot_s=0.25))
+    (p90,) = [bound for bound in idle.bounds if str(bound).startswith("P90 TBT")]
+    assert p90.met_by(run) == 1.0
+    for criterion in (
+        sarathi_serve(tbt_s=0.5),
+        vidur_search(tbt_s=0.5),
+        Mooncake(tbt_s=0.5),
+    ):
+        assert not passes(criterion, run)
+
+
 def test_shares_are_put_on_the_scale_of_the_strictest_bound():
     half = Bound(what="TTFT", latencies=ttft, share=0.5, limit=1.0)
     strict = Bound(what="TBT", latencies=tbt, share=0.9, limit=1.0)
@@ -136,6 +155,17 @@ def test_shares_are_put_on_the_scale_of_the_strictest_bound():
     assert score(2, 2) == 0.9
     assert score(3, 1) == pytest.approx(0.95)
     assert score(4, 0) == 1.0
+
+
+def test_a_bound_may_be_on_all_latencies():
+    strict = Bound(what="TTFT", latencies=ttft, share=1.0, limit=1.0)
+    run = [with_gaps()] * 3 + [with_gaps(ttft_s=2.0)]
+    for bounds in ((strict,), (strict, dataclasses.replace(strict, share=0.5))):
+        criterion = PercentileBounds(bounds=bounds)
+        assert criterion.target == 1.0
+        assert criterion.score(run) == 3 / 4
+        assert criterion.score(run[:3]) == 1.0
+    assert str(strict) == "P100 TTFT <= 1000 ms"
 
 
 def test_what_did_not_finish_misses_every_bound():
@@ -237,6 +267,10 @@ def test_sarathi_counts_tokens_per_ms():
     # 2 prompts of 10 and 5 tokens, until 4 s.
     assert Sarathi().score(run) == pytest.approx(25 / 4000)
     assert Sarathi().score([unserved(7)]) == 0.0  # nothing took any time
+    # One that ended early counts with the tokens that it has.
+    ended = with_gaps(3.5)
+    ended.request = dataclasses.replace(ended.request, max_tokens=7)
+    assert Sarathi().score([ended]) == pytest.approx((10 + 2) / 4000)
 
 
 # ---- all of them ---------------------------------------------------------------------
@@ -265,6 +299,30 @@ def test_for_slo_has_every_criterion_with_the_slos_seconds():
         "fastgen": "TTFT <= 100 ms a prompt token and moving average of gaps <= 500 ms",
         "sarathi": "prompt and generated tokens, saturated",
     }
+
+
+def test_the_shares_of_good_requests_have_the_target_asked_for():
+    found = for_slo(
+        SLO_1,
+        target=0.75,
+        prompt_tokens=10,
+        idle=lambda request: Alone(ttft_s=1.0, tpot_s=1.0),
+    )
+    shares = ("distserve", "mooncake")
+    assert {name: found[name].target for name in shares} == dict.fromkeys(shares, 0.75)
+    # What bounds percentiles has the strictest of them; throughputs have none.
+    bounds = ("sarathi_serve", "vidur_search", "mlperf", "splitwise")
+    assert {found[name].target for name in bounds} == {0.99}
+    assert found["fastgen"].target is None and found["sarathi"].target is None
+
+
+def test_every_figure_has_its_unit():
+    units = {name: criterion.unit for name, criterion in everything().items()}
+    assert (units.pop("fastgen"), units.pop("sarathi")) == (
+        "good requests/s",
+        "tokens/ms",
+    )
+    assert set(units.values()) == {"requests/s"}
 
 
 @pytest.mark.parametrize("name", NAMES)

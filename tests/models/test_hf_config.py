@@ -159,6 +159,8 @@ def test_a_window_counts_where_it_is_used_and_ends(
 
 def test_unknown_keys_come_back_sorted() -> None:
     assert unknown(zeta=1, alpha_beta=None, use_cache=True) == ["alpha_beta", "zeta"]
+    many = [f"key_{letter}" for letter in "abcdefghij"]
+    assert unknown(**dict.fromkeys(many, 1)) == many
 
 
 @pytest.mark.parametrize(
@@ -199,6 +201,12 @@ def test_other_dtypes_are_refused(settings: dict[str, Any], message: str) -> Non
         ({"num_key_value_heads": [4, 8]}, "num_key_value_heads: expected .*, got"),
         ({"vocab_size": 32_000.5}, "vocab_size: expected a whole number"),
         ({"num_attention_heads": 0}, "num_attention_heads: expected .* got 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: expected .*, got True"),
+        ({"intermediate_size": -1}, "intermediate_size: expected .*, got -1"),
+        (
+            {"word_embed_proj_dim": 8192},
+            "word_embed_proj_dim: expected hidden_size=4096, got 8192",
+        ),
         (
             {"word_embed_proj_dim": 512},
             "word_embed_proj_dim: expected hidden_size=4096",
@@ -215,6 +223,30 @@ def test_sizes_that_are_left_out_follow_from_others() -> None:
     sizes = read_sizes({**settings, "head_dim": None})
     assert (sizes.kv_heads, sizes.head_dim, sizes.tie_embeddings) == (32, 128, False)
     assert read_sizes({**LLAMA, "head_dim": 64}).head_dim == 64
+
+
+def test_opt_has_names_and_a_default_of_its_own() -> None:
+    sizes = {**LLAMA, "model_type": "opt", "ffn_dim": 7, "word_embed_proj_dim": 4096}
+    found = read_sizes(sizes)
+    assert (found.mlp, found.tie_embeddings) == (7, True)
+    assert not read_sizes({**sizes, "tie_word_embeddings": False}).tie_embeddings
+    assert read_sizes({**LLAMA, "tie_word_embeddings": True}).tie_embeddings
+
+
+def test_every_size_is_read_from_its_own_key() -> None:
+    settings = {
+        "model_type": "llama",
+        "hidden_size": 60,
+        "intermediate_size": 7,
+        "num_attention_heads": 6,
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 3,
+        "vocab_size": 11,
+    }
+    assert read_sizes(settings)._asdict() == {
+        **{"layers": 5, "embed": 60, "q_heads": 6, "kv_heads": 3, "head_dim": 10},
+        **{"mlp": 7, "vocab_size": 11, "tie_embeddings": False},
+    }
 
 
 def test_the_base_of_rotary_frequencies() -> None:

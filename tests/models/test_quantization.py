@@ -59,6 +59,36 @@ NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size
         ({"quant_method": "gptq", "bits": 8, "group_size": 128}, 8 + 24 / 128),
         ({"quant_method": "gptq", "bits": 3}, 3 + 19 / 128),
         ({"quant_method": "gptq", "bits": 4, "group_size": -1}, 4),
+        ({"quant_method": "gptq", "bits": 2, "group_size": 1024}, 2 + 18 / 1024),
+        # Under 0.1 % from here on, as those of whole rows.
+        ({"quant_method": "gptq", "bits": 2, "group_size": 1025}, 2),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 2048}, 4),
+        ({"quant_method": "modelopt", "quant_algo": "MXFP4"}, 4 + 8 / 32),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, 4 + 16 / 128),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}, 8),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+            8,
+        ),
+        (
+            {
+                "quant_method": "modelopt_fp4",
+                "quant_algo": "NVFP4",
+                "group_size": 32,
+            },
+            4 + 8 / 32,
+        ),
+        (
+            compressed(
+                group(num_bits=4, type="float", strategy="group", group_size=32)
+            ),
+            4 + 8 / 32,
+        ),
+        (
+            compressed(group(num_bits=8, type="float", group_size=128)),
+            8 + 16 / 128,
+        ),
         (compressed(group(**FP8)), 8),
         (compressed(group(**INT4)), 4 + 16 / 128),
         (compressed(group(**INT4, symmetric=False)), 4 + 20 / 128),
@@ -151,6 +181,26 @@ def test_matrices_that_are_left_alone(fields: dict[str, Any], kept: float) -> No
     assert width("float32", **fields) == pytest.approx(wide, rel=1e-12)
 
 
+def test_a_regular_expression_is_matched_from_the_beginning() -> None:
+    fields = {"quant_method": "fp8", "modules_to_not_convert": ["re:mlp.*"]}
+    assert width(**fields) == 1
+    fields = {"quant_method": "fp8", "modules_to_not_convert": ["re:model.layers.1."]}
+    kept = 3 / 12  # layers 1, 10 and 11
+    assert width(**fields) == pytest.approx(kept * 2 + (1 - kept), rel=1e-12)
+
+
+def test_a_tied_head_is_no_matrix_of_its_own() -> None:
+    fields = compressed(group(**FP8), ignore=[])
+    settings = {**SETTINGS, "quantization_config": fields}
+    tied = {**settings, "tie_word_embeddings": True}
+    assert weight_bytes(tied, read_sizes(tied)) == 1
+
+
+def test_of_two_groups_the_first_that_names_a_matrix_counts() -> None:
+    fields = compressed(group(**FP8), group(["re:.*self_attn.*"], **INT4))
+    assert width(**fields) == 1
+
+
 def test_two_groups_of_widths() -> None:
     fields = compressed(group(["re:.*self_attn.*"], **FP8), group(**INT4))
     want = ATTENTION * 1 + (1 - ATTENTION) * (4 + 16 / 128) / 8
@@ -185,6 +235,17 @@ def test_the_matrices_of_opt() -> None:
         (
             compressed(group(**FP8), sparsity_config={"format": "sparse-24-bitmask"}),
             "sparsity_config: expected dense weights, got 'sparse-24-bitmask'",
+        ),
+        (compressed(group(**FP8), format="marlin-24"), "expected dense weights"),
+        ({"quant_method": "gptq", "bits": 6}, "bits: expected 2, 3, 4 or 8, got 6"),
+        ({"quant_method": "gptq", "bits": True}, "bits: expected a whole number"),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 0},
+            "group_size: expected a whole number, got 0",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": 1, "load_in_8bit": 1},
+            "load_in_4bit, load_in_8bit: expected one",
         ),
         (
             compressed(group(**FP8), transform_config={"config_groups": {"u": {}}}),
@@ -221,6 +282,10 @@ def test_its_older_name_and_unknown_fields() -> None:
         ({}, 2),
         ({"torch_dtype": "float32"}, 4),
         ({"torch_dtype": None}, 2),
+        ({"torch_dtype": "float16"}, 2),
+        ({"torch_dtype": "float32", "kv_cache_dtype": "int8"}, 1),
+        ({"kv_cache_dtype": "float32"}, 4),
+        ({"kv_cache_dtype": "FP8_E5M2"}, 1),
         ({"kv_cache_dtype": "auto"}, 2),
         ({"kv_cache_dtype": "fp8_e4m3"}, 1),
         ({"quantization_config": {"kv_cache_scheme": None}}, 2),

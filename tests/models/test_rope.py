@@ -101,6 +101,11 @@ def frequencies(fields: dict[str, Any], head_dim: int, theta: float) -> np.ndarr
         (yarn, 64, 150_000.0, {**YARN, "factor": 32, "truncate": False}),
         (yarn, 64, 1e4, {**YARN, "beta_fast": 16, "beta_slow": 2}),
         (yarn, 80, 5e5, {**YARN, "original_max_position_embeddings": 4096}),
+        # From before the first pair, -3.4, to behind the last, 18.9 of 0 to 15.
+        (
+            *(yarn, 16, 10.0),
+            {**YARN, "original_max_position_embeddings": 76, "beta_slow": 0.052},
+        ),
         (lambda h, t, f: plain(h, t) / 4, 64, 1e4, LINEAR),
         (lambda h, t, f: plain(h, t) / 2.5, 32, 1e5, {**LINEAR, "factor": 2.5}),
         (lambda h, t, f: plain(h, t), 64, 1e4, {"rope_type": "default"}),
@@ -131,6 +136,9 @@ def test_frequencies_are_the_formulas(
             (0.0707 * math.log(4) + 1) / (0.05 * math.log(4) + 1),
         ),
         ({**YARN, "factor": 1}, 1.0),
+        # One of the two alone has no effect.
+        ({**YARN, "mscale": 0.707}, 0.1 * math.log(4) + 1),
+        ({**YARN, "mscale_all_dim": 0.707}, 0.1 * math.log(4) + 1),
         (LLAMA3, 1.0),
         (LINEAR, 1.0),
     ],
@@ -140,6 +148,21 @@ def test_sines_and_cosines_have_the_attention_factor(
 ) -> None:
     sin, cos = table(fields, 64, 1e4)
     np.testing.assert_allclose(np.hypot(sin, cos), factor, rtol=3e-7)
+
+
+def test_a_step_without_width_is_sharp() -> None:
+    """Both ends at 2.5 = 4 log(original / 2 pi) / log(theta): as in llama.cpp."""
+    turns = {"beta_fast": 1.000001, "beta_slow": 1.0, "truncate": False}
+    original = 2 * math.pi * 10**2.5
+    fields = {**YARN, **turns, "original_max_position_embeddings": original}
+    assert read_scaling(fields, 8, 1e4).divisors == pytest.approx(
+        (1, 1, 1, 4), rel=1e-2
+    )
+
+
+def test_a_whole_rotation_may_be_said() -> None:
+    said = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 1.0}
+    assert read_scaling(said, 4, 1e4).divisors == (2.0, 2.0)
 
 
 @pytest.mark.parametrize("fields", [LLAMA3, YARN, LINEAR])
@@ -163,6 +186,8 @@ def test_a_factor_of_one_changes_nothing(fields: dict[str, Any]) -> None:
         ({"type": "linear"}, "'linear': factor: expected a number > 0, got None"),
         ({"factor": 2.0}, r"'default': expected no other fields, got \['factor'\]"),
         ({**LINEAR, "factor": 0.5}, "factor: expected >= 1, got 0.5"),
+        ({**LINEAR, "factor": math.inf}, "factor: expected a number > 0, got inf"),
+        ({**YARN, "factor": 0.99}, "'yarn': factor: expected >= 1, got 0.99"),
         ({**LINEAR, "factor": "4"}, "factor: expected a number > 0, got '4'"),
         ({**LINEAR, "factor": True}, "factor: expected a number > 0, got True"),
         ({**LINEAR, "low_freq_factor": 1}, r"other fields, got \['low_freq_factor'\]"),
@@ -260,6 +285,7 @@ def test_a_folder_that_contradicts_itself_is_refused(
         (40_960, YARN, 131_072),
         # transformers: to be raised to what the scaled model is made for.
         (131_072, YARN, 131_072),
+        (262_144, YARN, 262_144),  # never less than the folder says
         (131_072, LLAMA3, 131_072),
         (16_384, LINEAR, 16_384),
         (40_960, None, 40_960),

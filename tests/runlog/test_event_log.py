@@ -12,6 +12,8 @@ from disagg_jax.formats import EVENT_LOG
 from disagg_jax.request import Request, Sampling
 from disagg_jax.runlog.event_log import (
     EventLog,
+    LoggedStep,
+    LoggedTransfer,
     _event_from_json,
     _event_to_json,
     read_turns,
@@ -19,7 +21,21 @@ from disagg_jax.runlog.event_log import (
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.work import Arrived, Cancelled, Cut, Done, Down, Up
+from disagg_jax.work import (
+    Arrived,
+    Cancelled,
+    Cut,
+    Done,
+    Down,
+    Progress,
+    Slice,
+    Slow,
+    StageFree,
+    Step,
+    StepLoad,
+    Transfer,
+    Up,
+)
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
 
 EVENTS = [
@@ -45,6 +61,9 @@ EVENTS = [
     Cancelled(0),
     Down(0),
     Up(3),
+    Slow(2, 1.5),
+    StageFree(6),
+    Progress(7, (0.1, 0.2)),
 ]
 
 
@@ -135,6 +154,74 @@ def test_replay_shows_other_blocks_and_other_tokens():
         assert other != part
         lines = logged(dataclasses.replace(step, slices=(other,)))
         assert list(replay(lines, make_controller())) == [0]
+
+
+def test_what_was_decided_is_read_as_it_was_logged():
+    slices = [
+        Slice(make_request(5, prompt=9), 2, 3, False, (4, 1), ()),
+        Slice(make_request(6, prompt=9), 9, 1, True, (7, 3, 2), ()),
+    ]
+    step = Step(8, 2, slices, StepLoad.of(slices), iterations=4)
+    moved = Transfer(9, make_request(5, prompt=9), 1, 3, (0,), (2,), 7, step=8)
+    log = EventLog()
+    log(0.25, [Up(1)], [step, moved, Cut(8, 3)])
+    ((now_s, events, works),) = read_turns(log.lines)
+    assert (now_s, events) == (0.25, [Up(1)])
+    # Of the blocks there is left how far in the pool those that decode have them: 8.
+    parts = [(5, 2, 3), (6, 9, 1)]
+    logged_step = LoggedStep(id=8, instance=2, slices=parts, iterations=4, front=8)
+    logged_transfer = LoggedTransfer(id=9, request=5, src=1, dst=3, context=7, step=8)
+    assert works == [logged_step, logged_transfer, Cut(8, 3)]
+    assert logged_step.instances == step.instances == (2,)
+    assert logged_transfer.instances == moved.instances == (1, 3)
+
+
+def checksums(*works):
+    """What the log keeps of blocks and tokens, of each piece of work."""
+    log = EventLog()
+    log(0.0, [], works)
+    return [work[-1 if work[0] == "Transfer" else -2] for work in logged_works(log)]
+
+
+def logged_works(log):
+    return json.loads(log.lines[0])["works"]
+
+
+def test_transfers_between_other_blocks_are_other_decisions():
+    request = make_request(5, prompt=9)
+    moved = Transfer(9, request, 1, 3, (0, 4), (2, 1), 7)
+    others = [
+        dataclasses.replace(moved, src_blocks=(0, 5)),
+        dataclasses.replace(moved, dst_blocks=(2, 0)),
+        dataclasses.replace(moved, src_blocks=(4, 0)),  # in another order
+        dataclasses.replace(moved, src_blocks=(2, 1), dst_blocks=(0, 4)),
+    ]
+    found = checksums(moved, *others)
+    assert len(set(found)) == len(found)
+    assert checksums(moved) == checksums(dataclasses.replace(moved))
+
+
+def test_the_same_blocks_of_other_requests_are_another_decision():
+    def step(*blocks):
+        parts = [
+            Slice(make_request(i, prompt=9), 0, 4, False, ids, ())
+            for i, ids in enumerate(blocks)
+        ]
+        return Step.of(1, 0, parts)
+
+    found = checksums(step((1,), (0,)), step((0,), (1,)), step((2,), (1,)))
+    assert len(set(found)) == 3
+
+
+def test_equal_requests_are_equal_lines_whatever_the_order_of_their_stop_tokens():
+    lines = []
+    for tokens in ((1, 9, 17), (17, 9, 1)):  # they collide in a small hash table
+        log = EventLog()
+        request = make_request(stop_tokens=frozenset(tokens))
+        log(0.0, [Arrived(request)], [])
+        lines.append(log.lines)
+    assert lines[0] == lines[1]
+    assert json.loads(lines[0][0])["events"][0][1]["stop_tokens"] == [1, 9, 17]
 
 
 def test_an_early_end_of_a_span_is_logged_with_what_is_left_of_it():

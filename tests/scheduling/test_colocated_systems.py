@@ -82,6 +82,27 @@ SITUATIONS = {
             "splitfuse": {0: 1, 1: 4},
         },
     ),
+    "just the blocks for the prompt and its output": (
+        # 4 + 8 tokens are cached in the end: the KV of the ninth is never needed.
+        {"running": {0: 2}, "waiting": {1: 4}, "free": 3, "out": 9},
+        {
+            "orca": {0: 1, 1: 4},
+            "vllm": {1: 4},
+            "sarathi": {0: 1, 1: 4},
+            "sarathi_serve": {0: 1, 1: 4},
+            "splitfuse": {0: 1, 1: 4},
+        },
+    ),
+    "just the blocks for the prompt": (
+        {"running": {0: 2}, "waiting": {1: 8}, "free": 2},
+        {
+            "orca": {0: 1, 1: 8},
+            "vllm": {1: 8},
+            "sarathi": {0: 1, 1: 7},
+            "sarathi_serve": {0: 1, 1: 7},
+            "splitfuse": {0: 1, 1: 7},
+        },
+    ),
     "blocks for a part of the prompt only": (
         {"running": {0: 2}, "waiting": {1: 20}, "free": 4},
         dict.fromkeys(POLICIES, {0: 1}),
@@ -117,6 +138,10 @@ SITUATIONS = {
     "a prompt that was begun came last": (
         {"running": {0: 5}, "partial": {1: (9, 8)}, "free": 0, "out": 9},
         {"sarathi_serve": ({0: 1}, [1]), "splitfuse": ({}, [0])},
+    ),
+    "who makes room for a decode does not for a prompt that was begun before": (
+        {"running": {1: 5, 2: 2}, "partial": {0: (13, 4)}, "free": 0, "out": 9},
+        {"sarathi_serve": ({0: 7, 1: 1}, [2])},
     ),
     "as many decode as a step may have": (
         {"running": {0: 2, 1: 2, 2: 2, 3: 2}, "waiting": {4: 1}},
@@ -184,6 +209,20 @@ def test_reservations():
             policy = dataclasses.replace(policy, **{name: 4})
         (chunk,) = policy.plan(make_instance(waiting={0: 6}, out=9)).chunks
         assert (system, chunk.reserve) == (system, reserve)
+
+
+@pytest.mark.parametrize(
+    ("places", "lasts"),
+    [
+        ({"running": {0: 5, 1: 5}, "free": 2}, True),
+        ({"running": {0: 5, 1: 5}, "free": 1}, False),  # 1 sits out
+        ({"running": dict.fromkeys(range(5), 2)}, False),  # one more than a step has
+        ({"running": {0: 2}, "waiting": {1: 3}}, False),
+    ],
+)
+def test_a_step_of_splitfuse_is_repeated_while_all_that_run_decode(places, lasts):
+    plan = POLICIES["splitfuse"].plan(make_instance(**places, out=9))
+    assert (plan.repeats > 1) == lasts
 
 
 def test_only_splitfuse_sends_its_victim_to_the_back():

@@ -4,11 +4,13 @@ import pytest
 
 from disagg_jax.control.instance_index import InstanceIndex
 from disagg_jax.control.state import Place
+from disagg_jax.deployment import Role
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.routing import least_loaded, shortest_queue
+from disagg_jax.scheduling.simdistserve import RoundRobinDecode
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import Arrived
 from tests.instances import ROWS, case, make_instance, planned, state
@@ -168,6 +170,17 @@ DECODES = [
 def test_decode(policy, places, limits, expected, preempt):
     instance = make_instance(**places)
     assert planned(policy(**limits), instance) == (expected, preempt)
+
+
+@pytest.mark.parametrize("policy", [PrefillFirst(), DecodeOnly()])
+@pytest.mark.parametrize(
+    ("running", "free", "lasts"),
+    [({0: 5, 1: 5}, 2, True), ({0: 2, 1: 5}, 1, True), ({0: 5, 1: 5}, 1, False)],
+)
+def test_a_plan_that_preempts_nobody_lasts(policy, running, free, lasts):
+    plan = policy.plan(make_instance(running=running, free=free, out=9))
+    assert (plan.repeats > 1) == lasts
+    assert bool(plan.preempt) != lasts
 
 
 PREFILL_ONLY = [
@@ -347,6 +360,35 @@ def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
     run.turn()
     assert run.place(0) is Place.STEPPING
     assert (first.queued, second.queued) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("cap", "decodes", "repeats"),
+    [
+        # Two requests of 4 cached tokens attend to 10 tokens, then to 12, 14, 16.
+        (10, {0: 1, 1: 1}, 1),
+        (11, {0: 1, 1: 1}, 1),
+        (12, {0: 1, 1: 1}, 2),
+        (15, {0: 1, 1: 1}, 3),
+        (16, {0: 1, 1: 1}, 4),
+        (9, {0: 1}, 1),  # the head of the queue, and others come next
+        (5, {0: 1}, 1),
+    ],
+)
+def test_distserves_decodes_attend_to_a_cap_of_tokens(cap, decodes, repeats):
+    policy = RoundRobinDecode(token_cap=cap)
+    instance = make_instance(running={0: 5, 1: 5}, out=9)
+    assert planned(policy, instance) == (decodes, [])
+    assert policy.plan(instance).repeats == repeats
+
+
+def test_which_disaggregated_system_computes_prompts_in_parts():
+    splits = {
+        name: roles[Role.PREFILL].limits.splits
+        for name, roles in SYSTEMS.items()
+        if Role.PREFILL in roles
+    }
+    assert splits == {"disaggregated": False, "disaggregated_chunked": True}
 
 
 def test_unknown_system_is_named():

@@ -11,7 +11,7 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.tuning import Profile, tile_multiples, tune
+from disagg_jax.scheduling.tuning import Profile, has_rule, tile_multiples, tune
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
@@ -132,6 +132,17 @@ def test_the_prefill_side_takes_the_prompt_that_saturates_whatever_the_target():
         assert "8366 tokens/s" in tuned.choice.reason
 
 
+def test_the_prefill_side_is_asked_for_one_prompt_of_each_length():
+    loads = []
+
+    def step_s(load):
+        loads.append(load)
+        return 1.0
+
+    tune(PrefillOnly(), profile(step_s), 1.0)
+    assert loads == [StepLoad(((0, n),), 0, 0) for n in (128, 256, 512, 1024)]
+
+
 def test_sarathi_takes_the_chunk_with_the_highest_throughput():
     # One prompt of 300 tokens and at most 16 decodes, each step 10 ms and 3.2 ms for
     # the decodes: chunks of 112, 112 and 76 in 3 steps make 348 tokens in 30 + 9.6 + 30
@@ -189,6 +200,55 @@ def test_a_step_that_is_always_free_is_the_smallest():
                 assert choice.value == expected
 
 
+@pytest.mark.parametrize(
+    ("policy", "chunks"),
+    [
+        (Sarathi(max_seqs=16), ((0, 496),)),  # one prompt at a time, so a long one
+        (SarathiServe(max_seqs=16), ((0, 300), (104, 196))),
+        (SplitFuse(max_seqs=16), ((0, 300), (104, 196))),
+    ],
+)
+def test_the_step_within_the_target_has_as_many_prompts_as_a_system_takes(
+    policy, chunks
+):
+    loads = []
+
+    def step_s(load):
+        loads.append(load)
+        return 1.0
+
+    tune(policy, profile(step_s, sizes=(512,)), 2.0)
+    assert loads[0] == StepLoad(chunks, 16, 16 * 350)
+
+
+def test_a_size_whose_prompt_is_free_has_the_highest_throughput():
+    def step_s(load):
+        return 0.0 if load.prompt_tokens <= 256 else 1.0
+
+    assert tune(PrefillOnly(), profile(step_s), 1.0).choice.value == 128
+    dearer = profile(lambda load: 1.0 - step_s(load))  # free from 257 tokens on
+    assert tune(PrefillOnly(), dearer, 1.0).choice.value == 512
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Sarathi(max_seqs=16), SarathiServe(max_seqs=256), SplitFuse(), PrefillOnly()],
+)
+@pytest.mark.parametrize("tpot_s", [0.02, 0.06, 0.08, 1.0])
+def test_the_order_of_the_sizes_does_not_matter(policy, tpot_s):
+    choices = {
+        tune(policy, profile(sizes=sizes), tpot_s).choice
+        for sizes in ((128, 256, 512, 1024), (1024, 128, 512, 256))
+    }
+    assert len(choices) == 1
+
+
+def test_only_the_papers_with_a_rule_for_the_step_size_have_one():
+    named = {type(p) for policies in SYSTEMS.values() for p in policies.values()}
+    without = {kind for kind in named if not has_rule(kind())}
+    assert without == {Orca, PrefillFirst, DecodeOnly}
+
+
 def test_orca_and_vllm_have_defaults():
     for policy in (Orca(), PrefillFirst()):
         tuned = tune(policy, profile(), 0.05)
@@ -209,6 +269,8 @@ def test_what_only_decodes_stays_as_it_is():
         (Sarathi(max_seqs=16), Sarathi(chunk_tokens=64, max_seqs=16)),
         (PrefillFirst(), PrefillFirst(max_batched_tokens=64)),
         (Orca(), Orca(max_batched_tokens=64)),
+        # Its decodes come beside the prompts, not out of their tokens.
+        (Orca(max_seqs=100), Orca(max_seqs=100, max_batched_tokens=64)),
         (PrefillOnly(), PrefillOnly(token_budget=64)),
     ],
 )
@@ -228,4 +290,7 @@ def test_profiles_of_nothing_are_refused():
 
 def test_sizes_are_tile_multiples():
     assert tile_multiples(64)[:3] == (64, 128, 192)
-    assert all(size % 128 == 0 for size in tile_multiples())
+    sizes = tile_multiples()
+    assert all(size % 128 == 0 for size in sizes)
+    assert list(sizes) == sorted(set(sizes))
+    assert (sizes[0], sizes[-1]) == (128, 4096)

@@ -7,7 +7,7 @@ import statistics
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax import metrics
@@ -16,8 +16,9 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import DistServe, FastGen, sarathi_serve, splitwise
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.search.capacity import Idle, capacity_rps, unloaded
+from disagg_jax.search.capacity import Idle, capacity_rps, load_helps, unloaded
 from disagg_jax.search.early_stop import Trial, decisive_misses, run_trial
 from disagg_jax.search.goodput import (
     DependentSeedsWarning,
@@ -31,18 +32,25 @@ from disagg_jax.search.phases import decode_alone, prefill_alone
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.network import Hop
-from disagg_jax.sim.run import SimPoint, SimWorkload, TraceWorkload, run_point
+from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.workload.lengths import FixedLengths, UniformLengths
+from disagg_jax.work import StepLoad, Transfer
+from disagg_jax.workload import (
+    FixedLengths,
+    RandomWorkload,
+    TraceWorkload,
+    UniformLengths,
+)
 from disagg_jax.workload.traces import TraceRow
+from tests.serving import make_request
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 MEMORY = KVMemory(num_blocks=4000, max_context=4096)
 COST = LinearCost(
     step_base_s=0.01, prefill_token_s=2e-4, decode_token_s=1e-4, transfer_token_s=1e-6
 )
-WORKLOAD = SimWorkload(
+WORKLOAD = RandomWorkload(
     prompt=UniformLengths(low=50, high=500), output=UniformLengths(low=1, high=60)
 )
 
@@ -100,7 +108,7 @@ def test_the_goodput_of_an_m_d_1_queue():
     found = find_goodput(
         GoodputSearch(
             simulated=simulated,
-            workload=SimWorkload(
+            workload=RandomWorkload(
                 prompt=FixedLengths(tokens=8), output=FixedLengths(tokens=1)
             ),
             slo=SLO(ttft_s=slo_s, tpot_s=math.inf),
@@ -132,7 +140,7 @@ def test_the_bracket_is_that_of_full_runs(text, target):
     found = find_goodput(search).found
     assert found.fail_rps / found.pass_rps <= 1.05
     full = {
-        rate: [run_point(p).attainment(search.slo).joint for p in search.points(rate)]
+        rate: [run_task(p).attainment(search.slo).joint for p in search.points(rate)]
         for rate in (found.pass_rps, found.fail_rps)
     }
     assert np.mean(full[found.pass_rps]) >= target > np.mean(full[found.fail_rps])
@@ -146,7 +154,7 @@ def test_a_seeds_crossing_is_interpolated_between_full_runs():
     search = asked("colocated:tp1", seeds=(3,), plan=coarse)
     found = find_goodput(search).found
     full = [
-        (rate, run_point(*search.points(rate)).attainment(search.slo).joint)
+        (rate, run_task(*search.points(rate)).attainment(search.slo).joint)
         for rate in (found.pass_rps, found.fail_rps)
     ]
     assert found.per_seed_rps == (metrics.goodput(full, 0.9).rate_rps,)
@@ -176,10 +184,10 @@ def test_targets_below_the_unloaded_latency_cost_no_run():
 def test_unloaded_latencies_are_those_of_requests_far_apart(text):
     cost = dataclasses.replace(COST, context_token_s=1e-5)
     simulated = build(Deployment.parse(text), cost=cost)
-    point = SimPoint(
+    point = SimulationTask(
         simulated=simulated, workload=WORKLOAD, rate_rps=1e-3, num_requests=50
     )
-    apart = run_point(point)
+    apart = run_task(point)
     alone = unloaded(simulated, WORKLOAD.requests(50, 1.0, 0))
     assert alone.ttft_s == pytest.approx(apart.ttft_s, rel=1e-6)
     assert alone.tpot_s == pytest.approx(apart.tpot_s, rel=1e-6)
@@ -187,7 +195,7 @@ def test_unloaded_latencies_are_those_of_requests_far_apart(text):
 
 def test_capacity_of_prefill_is_that_of_full_batches():
     simulated = build(Deployment.parse("2xprefill:tp1,9xdecode:tp1"))
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=2)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -198,7 +206,7 @@ def test_capacity_of_prefill_is_that_of_full_batches():
 
 def test_capacity_of_decode_is_that_of_the_largest_batch_in_time():
     simulated = build(Deployment.parse("9xprefill:tp1,decode:tp1"))
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -246,12 +254,29 @@ def test_capacity_of_stages(stages_s, max_seqs, tpot_s, blocks, expected):
     policies = {**POLICIES, Role.DECODE: DecodeOnly(max_seqs=max_seqs)}
     memory = KVMemory(num_blocks=blocks, max_context=256)
     simulated = build(deployment, Unequal(stages_s), memory, policies)
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=20), output=FixedLengths(tokens=11)
     )
     requests = workload.requests(10, 1.0, 0)
     rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=tpot_s))
     assert rate == pytest.approx(expected)
+
+
+def test_capacity_is_that_of_all_instances_of_the_role_that_serves_least():
+    # Prompts take 20 ms on each of two, one at a time; 10 steps of 4 requests take 10
+    # and 20 ms on two decode instances.
+    policies = {
+        Role.PREFILL: PrefillOnly(max_seqs=1),
+        Role.DECODE: DecodeOnly(max_seqs=4),
+    }
+    decode_rps = 4 / (10 * 0.01) + 4 / (10 * 0.02)
+    requests = [make_request(i, prompt=20, out=11) for i in range(10)]
+    for prefill, expected in ((1, 1 / 0.02), (2, decode_rps)):
+        seconds = ((0.02,),) * prefill + ((0.01,), (0.02,))
+        deployment = Deployment.parse(f"{prefill}xprefill:tp1,2xdecode:tp1")
+        simulated = build(deployment, OfEach(seconds), policies=policies)
+        rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+        assert rate == pytest.approx(expected)
 
 
 def test_unloaded_latencies_are_those_of_all_stages_together():
@@ -262,19 +287,100 @@ def test_unloaded_latencies_are_those_of_all_stages_together():
     assert set(alone.tpot_s) <= {1.75, 0.0}  # 0: of one token
 
 
+@dataclasses.dataclass(frozen=True)
+class OfEach:
+    """A `DeploymentCost` with stages of each instance, and transfers of 4 s."""
+
+    seconds: tuple[tuple[float, ...], ...]
+
+    def stages_s(self, instance, load):
+        return self.seconds[instance]
+
+    def hop(self, transfer):
+        return Hop(4.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "alone"),
+    [
+        # 5 tokens, so 4 gaps, each of which has a quarter of the transfer.
+        ("prefill:tp1pp2,decode:tp1", ((2.0, 3.0), (1.0,)), (5.0, 1.0 + 4.0 / 4)),
+        ("decode:tp1pp2,prefill:tp1", ((2.0, 3.0), (1.0,)), (1.0, 5.0 + 4.0 / 4)),
+        ("colocated:tp1pp2", ((2.0, 3.0),), (5.0, 5.0)),  # nothing moves
+        # The first instance of each role.
+        (
+            "2xprefill:tp1,2xdecode:tp1",
+            ((1.0,), (2.0,), (3.0,), (5.0,)),
+            (1.0, 3.0 + 4.0 / 4),
+        ),
+    ],
+)
+def test_a_request_alone_is_on_one_instance_of_each_role(text, seconds, alone):
+    idle = Idle(simulated=build(Deployment.parse(text), OfEach(seconds)))
+    found = idle(make_request(prompt=8, out=5))
+    assert (found.ttft_s, found.tpot_s) == alone
+    assert idle(make_request(prompt=8, out=1)).tpot_s == 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Faster:
+    """A `DeploymentCost` of one that decodes `least` or more in less time than one."""
+
+    least: int
+    stages: int = 1
+
+    def stages_s(self, instance, load):
+        step_s = 0.5 if load.decodes >= self.least else 1.0
+        return (step_s / self.stages,) * self.stages
+
+
+@pytest.mark.parametrize(
+    ("least", "stages", "max_seqs", "blocks", "helps"),
+    [
+        # With 25.5 tokens of each of the requests, 4000 blocks are room for 2509.
+        (4, 1, 4, 4000, True),
+        (4, 1, 3, 4000, False),  # never so many
+        (2, 1, 2, 4000, True),
+        (2, 1, 1, 4000, False),
+        # A stage has its share of the rows.
+        (4, 2, 8, 4000, True),
+        (4, 2, 7, 4000, False),
+        # 16 blocks of 16 tokens are room for 10.
+        (8, 1, 256, 16, True),
+        (16, 1, 256, 16, False),
+        (512, 1, 256, 4000, False),  # all take as long as one
+    ],
+)
+def test_load_helps_where_a_batch_that_can_be_is_faster_than_one_request(
+    least, stages, max_seqs, blocks, helps
+):
+    deployment = Deployment.parse(f"prefill:tp1,decode:tp1pp{stages}")
+    policies = {**POLICIES, Role.DECODE: DecodeOnly(max_seqs=max_seqs)}
+    memory = KVMemory(num_blocks=blocks, max_context=256)
+    simulated = build(deployment, Faster(least, stages), memory, policies)
+    requests = [make_request(i, prompt=20, out=11) for i in range(3)]
+    assert load_helps(simulated, requests) == helps
+
+
 def test_capacity_of_prompts_is_that_of_the_slowest_stage():
     # Prompts of 200, 200, 200, ... in batches of 512: two at a time, and of 600 alone.
     # It times 100 of them, however many there are.
     deployment = Deployment.parse("prefill:tp1pp2,99xdecode:tp1")
     simulated = build(deployment, Unequal((0.01, 0.03)))
     for tokens, batch in ((200, 2), (256, 2), (257, 1), (600, 1)):
-        workload = SimWorkload(
+        workload = RandomWorkload(
             prompt=FixedLengths(tokens=tokens), output=FixedLengths(tokens=2)
         )
         for n in (10, 100, 150):
             requests = workload.requests(n, 1.0, 0)
             rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
             assert rate == pytest.approx(batch / 0.03)
+    # No more prompts in a batch than it may have rows: 5 of 20 in batches of 2, 2, 1.
+    policies = {**POLICIES, Role.PREFILL: PrefillOnly(max_seqs=2)}
+    simulated = build(deployment, Unequal((0.01, 0.03)), policies=policies)
+    requests = [make_request(i, prompt=20, out=2) for i in range(5)]
+    rate = capacity_rps(simulated, requests, SLO(ttft_s=1, tpot_s=1))
+    assert rate == pytest.approx(5 / (3 * 0.03))
 
 
 def test_capacity_of_colocated_instances_shares_their_time():
@@ -283,7 +389,7 @@ def test_capacity_of_colocated_instances_shares_their_time():
     simulated = build(
         Deployment.parse("2xcolocated:tp1"), Unequal((0.01,)), policies=policies
     )
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=200), output=FixedLengths(tokens=11)
     )
     requests = workload.requests(10, 1.0, 0)
@@ -407,8 +513,8 @@ def test_intervals_of_short_traces_cover_the_truth():
 
     def attainments(workload, seeds):
         return [
-            run_point(
-                SimPoint(
+            run_task(
+                SimulationTask(
                     simulated=simulated,
                     workload=workload,
                     rate_rps=rate,
@@ -437,7 +543,6 @@ def test_intervals_of_short_traces_cover_the_truth():
 # ---- runs that are cut ---------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     text=st.sampled_from(
         ["colocated:tp1", "prefill:tp1,decode:tp1", "prefill:tp1pp1,2xdecode:tp1"]
@@ -453,14 +558,14 @@ def test_a_cut_run_gives_the_verdict_of_the_full_run(
 ):
     # 40 blocks hold 640 tokens: memory is short, and requests are preempted.
     memory = KVMemory(num_blocks=blocks, max_context=520)  # some are refused
-    point = SimPoint(
+    point = SimulationTask(
         simulated=build(Deployment.parse(text), memory=memory),
         workload=WORKLOAD,
         rate_rps=rate,
         num_requests=80,
         seed=seed,
     )
-    full = run_point(point)
+    full = run_task(point)
     # Targets that some request meets exactly, and attainment targets on the edge.
     ttft_s, tpot_s = (
         sorted(values)[i % len(values)]
@@ -492,7 +597,7 @@ def test_a_hopeless_run_is_cut_early():
     assert run_trial(Trial(point=point, criterion=search.good, cut_at_misses=200)).cut
     cut = len(turns)
     turns.clear()
-    run_point(point)
+    run_task(point)
     assert cut < len(turns) / 4
 
 
@@ -533,15 +638,62 @@ def test_decisive_misses(requests, seeds, target, misses):
 def test_phases_alone():
     whole = asked("prefill:tp1,decode:tp1")
     (point, *_) = prefill_alone(build, 1, 1, 1, whole).points(0.001)
-    found = run_point(point)
+    found = run_task(point)
     assert set(found.tpot_s) == {0.0}
     assert found.ttft_s[0] == pytest.approx(
         0.01 + 2e-4 * WORKLOAD.requests(1, 1.0, 0)[0].prompt_tokens
     )
     (point, *_) = decode_alone(build, 1, 1, 1, whole).points(0.001)
-    found = run_point(point)
+    found = run_task(point)
     assert set(found.ttft_s) == {0.0}
     # Nothing but decode steps of one request; no transfer.
+    assert max(found.tpot_s) == pytest.approx(0.0101)
+
+
+def staged(deployment, memory=MEMORY):
+    """As `build`, every step equally long on each stage of an instance."""
+    stages = tuple(spec.pp for spec in deployment.instances)
+    return build(deployment, dataclasses.replace(COST, pp=stages), memory)
+
+
+def test_each_phase_is_that_of_equal_instances_with_one_target():
+    whole = asked("prefill:tp1,decode:tp1")
+    equals = Deployment.parse("2xprefill:tp3pp2,2xdecode:tp3pp2")
+    memory = KVMemory(num_blocks=50, max_context=800)
+
+    def small(deployment):
+        return staged(deployment, memory)
+
+    prefill = prefill_alone(small, 3, 2, 2, whole)
+    assert prefill.simulated == small(equals)
+    assert prefill.slo == SLO(ttft_s=0.3, tpot_s=math.inf)
+    decode = decode_alone(small, 3, 2, 2, whole)
+    assert decode.simulated.deployment == equals
+    assert decode.slo == SLO(ttft_s=math.inf, tpot_s=0.03)
+    # Prefill has all the memory and takes no time on any stage, decode is as it was.
+    blocks = [pool.num_blocks for pool in decode.simulated.memory]
+    assert min(blocks[:2]) > 1e9 and blocks[2:] == [50, 50]
+    load, cost = StepLoad(((0, 8),), 2, 20), decode.simulated.cost
+    for instance in range(4):
+        expected = small(equals).cost.stages_s(instance, load)
+        assert len(expected) == 2
+        assert cost.stages_s(instance, load) == (
+            (0.0, 0.0) if instance < 2 else expected
+        )
+    moved = Transfer(1, whole.workload.requests(1, 1.0, 0)[0], 0, 2, (), (), 100)
+    assert whole.simulated.cost.hop(moved).duration_s > 0 == cost.hop(moved).duration_s
+
+
+def test_phases_alone_of_instances_with_stages():
+    whole = asked("prefill:tp1pp3,decode:tp1pp3")
+    (point, *_) = prefill_alone(staged, 1, 3, 1, whole).points(0.001)
+    found = run_task(point)
+    assert set(found.tpot_s) == {0.0}
+    (request,) = WORKLOAD.requests(1, 1.0, 0)
+    assert found.ttft_s[0] == pytest.approx(0.01 + 2e-4 * request.prompt_tokens)
+    (point, *_) = decode_alone(staged, 1, 3, 1, whole).points(0.001)
+    found = run_task(point)
+    assert set(found.ttft_s) == {0.0}
     assert max(found.tpot_s) == pytest.approx(0.0101)
 
 
@@ -559,7 +711,7 @@ def test_a_pair_is_no_better_than_its_phases():
 def test_slo_scale_is_the_smallest_factor_that_passes():
     search = asked("colocated:tp1")
     found = find_slo_scale(search, rate_rps=12.0)
-    results = [run_point(p) for p in search.points(12.0)]
+    results = [run_task(p) for p in search.points(12.0)]
 
     def attainment(factor):
         scaled = search.slo.scaled(factor)
@@ -577,7 +729,7 @@ def test_slo_scale_is_the_smallest_factor_that_passes():
 def test_slo_scale_by_hand():
     (point, *_) = asked("colocated:tp1").points(0.01)
     result = dataclasses.replace(
-        run_point(point), arrived=4, ttft_s=(1.0, 2.0, 3.0), tpot_s=(0.5, 0.1, 0.1)
+        run_task(point), arrived=4, ttft_s=(1.0, 2.0, 3.0), tpot_s=(0.5, 0.1, 0.1)
     )
     slo = SLO(ttft_s=1.0, tpot_s=0.1)
     # Factors 5, 2 and 3; the fourth request never finished.
@@ -612,7 +764,7 @@ def slow_alone(cost_of, **changes):
     cost = cost_of(step_base_s=0.01, prefill_token_s=1e-5)
     return GoodputSearch(
         simulated=build(Deployment.parse("colocated:tp1"), cost=cost),
-        workload=SimWorkload(
+        workload=RandomWorkload(
             prompt=FixedLengths(tokens=8), output=FixedLengths(tokens=30)
         ),
         slo=SLO(ttft_s=1.0, tpot_s=0.02),
@@ -637,7 +789,7 @@ def test_a_low_rate_that_fails_is_told_with_its_own_attainment():
     inversion = find_goodput(search).found.inversion
     assert inversion.fail_rps <= 2.0 < inversion.pass_rps
     at = search.points(inversion.fail_rps)
-    full = [run_point(p).attainment(search.slo).joint for p in at]
+    full = [run_task(p).attainment(search.slo).joint for p in at]
     assert inversion.fail_score == pytest.approx(np.mean(full))
     assert inversion.fail_score < 0.9 <= inversion.pass_score
 

@@ -6,8 +6,9 @@ import math
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, Interval
 from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
     Candidate,
     Layout,
@@ -23,12 +24,11 @@ from disagg_jax.search.placement import (
     phase_rates,
     replicas,
 )
-from disagg_jax.search.rates import SearchPlan
+from disagg_jax.search.rates import GoodputEstimate, SearchPlan
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.run import SimWorkload
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.lengths import UniformLengths
+from disagg_jax.workload import RandomWorkload, UniformLengths
 
 POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
 SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))
@@ -73,7 +73,7 @@ def problem(**changes):
         colocated={"vllm": build},
         layouts=SMALL,
         devices=3,
-        workload=SimWorkload(
+        workload=RandomWorkload(
             prompt=UniformLengths(low=50, high=400),
             output=UniformLengths(low=20, high=80),
         ),
@@ -146,6 +146,153 @@ def test_pruned_phases_give_bounds_too(given):
 
 def runs(outcomes):
     return sum(outcome.goodput.runs for outcome in outcomes if outcome.goodput)
+
+
+# ---- the search, by hand -------------------------------------------------------------
+
+
+def goodput_of(rps, pass_rps=None, fail_rps=None):
+    found = GoodputEstimate(
+        per_seed_rps=(rps,),
+        interval=Interval(mean=rps, low=None, high=None),
+        pass_rps=pass_rps,
+        fail_rps=fail_rps,
+        bracketed=True,
+        resolved=False,
+    )
+    return SimGoodput(
+        found=found,
+        steady=True,
+        num_requests=1,
+        seeds=(0,),
+        runs=1,
+        unloaded_scale=0.0,
+    )
+
+
+class Known:
+    """Candidates of known goodputs, and a mapper that notes what it is asked for."""
+
+    def __init__(self):
+        self.asked, self._rps = [], {}
+        given = problem()
+        self._search = given.ask(build(pair(Layout(1), Layout(1))), 1)
+
+    def candidate(self, name, rps, devices, bound_rps=math.inf):
+        """One whose search begins at its goodput."""
+        self._rps[rps] = name
+        search = dataclasses.replace(self._search, start_rps=rps)
+        return Candidate(name=name, search=search, devices=devices, bound_rps=bound_rps)
+
+    def __call__(self, function, searches):
+        for search in searches:
+            self.asked.append((self._rps[search.start_rps], search.must_beat_rps))
+            lost = search.start_rps <= (search.must_beat_rps or 0.0)
+            yield goodput_of(
+                0.0 if lost else search.start_rps,
+                None if lost else search.start_rps,
+                search.must_beat_rps if lost else 1.05 * search.start_rps,
+            )
+
+
+def test_the_most_promising_is_first_and_others_are_to_beat_it_per_device():
+    known = Known()
+    candidates = [
+        known.candidate("a", 8.0, 4),  # 2 a device
+        known.candidate("b", 6.0, 2),  # 3
+        known.candidate("c", 10.0, 2, bound_rps=5.0),  # no more than 2.5
+        known.candidate("d", 3.0, 1, bound_rps=3.5),  # no more than f has
+        known.candidate("e", 9.0, 3, bound_rps=20.0),  # 3 too
+        known.candidate("f", 7.0, 2, bound_rps=6.1),  # 3.05, as far as is known
+    ]
+    found = best_first(candidates, known, silent, first=1, at_once=1)
+    # f promises the most, 3.05 a device, and has 3.5: on 2, 3 and 4 devices that is 7,
+    # 10.5 and 14 to beat. c and d cannot by their bounds.
+    assert known.asked == [("f", None), ("b", 7.0), ("e", 10.5), ("a", 14.0)]
+    assert (found[0].candidate.name, found[0].per_device_rps) == ("f", 3.5)
+    bounded = {o.candidate.name for o in found if o.goodput is None}
+    assert bounded == {"c", "d"}
+
+
+def test_without_pruning_all_are_searched_in_full():
+    known = Known()
+    candidates = [
+        known.candidate("a", 8.0, 4),
+        known.candidate("b", 4.0, 2),
+        known.candidate("c", 1.0, 1, bound_rps=1.0),
+    ]
+    found = best_first(candidates, known, silent, prune=False, first=1, at_once=1)
+    assert sorted(known.asked) == [("a", None), ("b", None), ("c", None)]
+    # Of equal goodputs per device, that on fewer devices.
+    assert [o.candidate.name for o in found] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("goodput", "won", "at_most_rps"),
+    [
+        (None, False, 7.0),  # its bound
+        (goodput_of(4.0, 4.0, 4.2), True, 4.2),  # where it failed
+        (goodput_of(4.5, 4.0, 4.2), True, 4.5),  # or the mean of its seeds' own
+        (goodput_of(4.0, 4.0, None), True, math.inf),  # it passed wherever it was tried
+        (goodput_of(0.0, None, 5.0), False, 5.0),  # it failed at the rate to beat
+        (goodput_of(0.0, None, None), False, 0.0),  # a lone request is too slow
+    ],
+)
+def test_what_an_outcome_says_at_most(goodput, won, at_most_rps):
+    candidate = Known().candidate("", 1.0, 2, bound_rps=7.0)
+    outcome = Outcome(candidate=candidate, goodput=goodput)
+    assert (outcome.won, outcome.at_most_rps) == (won, at_most_rps)
+    assert outcome.per_device_rps == (goodput.rps / 2 if won else 0.0)
+
+
+def test_the_bounds_of_a_unit_are_those_of_its_own_phases():
+    layouts = [Layout(1), Layout(2)]
+    # A prefill instance of one device serves 5, one of two 9; decode 3 and 4. In a pool
+    # each does at most 1 more.
+    rates = [
+        {
+            layout: PhaseRates(bound_rps=rps, about_rps=rps - 0.5, pooled_rps=rps + 1)
+            for layout, rps in zip(layouts, served, strict=True)
+        }
+        for served in ((5.0, 9.0), (3.0, 4.0))
+    ]
+    found = joint_candidates(problem(devices=4, margin=0.0), layouts, tuple(rates))
+    units = {c.name: (c.bound_rps, c.search.start_rps) for c in found}
+    assert units["prefill:tp1,decode:tp1"] == (3.0, 2.5)
+    assert units["prefill:tp2,decode:tp1"] == (3.0, 2.5)
+    assert units["prefill:tp1,decode:tp2"] == (4.0, 3.5)
+    # A pool of two decode instances: 2 x (3 + 1), of three 3 x 4; prefill alone 5.
+    assert units["prefill:tp1,2xdecode:tp1"] == (5.0, 4.5)
+    assert units["prefill:tp2,2xdecode:tp1"] == (8.0, 5.0)
+    assert units["3xprefill:tp1,decode:tp1"] == (3.0, 2.5)
+    assert units["2xprefill:tp1,decode:tp2"] == (4.0, 3.5)
+
+
+def test_a_pool_adds_what_an_instance_does_that_is_always_busy():
+    # What keeps it busy if a share of 0.9 is served in time; or its goodput, if more.
+    given = problem(layouts=SMALL[:1])
+    (candidate,) = phase_candidates(given, given.layouts, Role.PREFILL)
+    busy_rps = candidate.search.capacity_rps() / 0.9
+    for goodput, pooled in (
+        (goodput_of(1.0, 1.0, 1.2), busy_rps),
+        (goodput_of(1.0, 1.0, 2 * busy_rps), 2 * busy_rps),
+    ):
+        rates = phase_rates([Outcome(candidate=candidate, goodput=goodput)])
+        assert rates[SMALL[0]].pooled_rps == pytest.approx(pooled)
+        assert rates[SMALL[0]].about_rps == 1.0
+
+
+def test_what_was_not_found_is_about_what_it_would_be_tried_at_or_below_its_bound():
+    given = problem(layouts=SMALL[:1])
+    (candidate,) = phase_candidates(given, given.layouts, Role.DECODE)
+    first_rps = candidate.search.first_rps()
+    for failed_rps, about_rps in (
+        (0.5 * first_rps, 0.5 * first_rps),
+        (2.0 * first_rps, first_rps),
+    ):
+        lost = Outcome(candidate=candidate, goodput=goodput_of(0.0, None, failed_rps))
+        rates = phase_rates([lost])[SMALL[0]]
+        assert (rates.about_rps, rates.bound_rps) == (about_rps, failed_rps)
 
 
 # ---- when not to disaggregate --------------------------------------------------------
@@ -224,6 +371,11 @@ def test_pairs_of_algorithm_2_share_their_nodes():
     candidate = names["prefill:tp1,decode:tp2"]
     assert (candidate.copies, candidate.devices) == (2, 4.0)
     assert candidate.bound_rps == pytest.approx(1.1)  # of prefill, with the margin
+    # On 12 devices, too, one in each node, and not four anywhere.
+    twelve = dataclasses.replace(given, devices=12)
+    found = low_affinity_candidates(twelve, layouts[:4], made_up(layouts))
+    candidate = {c.name: c for c in found}["prefill:tp1,decode:tp2"]
+    assert (candidate.copies, candidate.devices) == (3, 4.0)
     # With a rate to serve there are as many nodes as it takes.
     given = dataclasses.replace(given, rate_rps=9.0)
     found = low_affinity_candidates(given, layouts, made_up(layouts))
@@ -257,6 +409,28 @@ def test_units_of_the_joint_search():
     }
 
 
+@pytest.mark.parametrize(
+    ("role", "slo"),
+    [
+        (Role.PREFILL, SLO(ttft_s=0.3, tpot_s=math.inf)),
+        (Role.DECODE, SLO(ttft_s=math.inf, tpot_s=0.025)),
+    ],
+)
+def test_the_candidates_of_a_phase_are_one_instance_of_each_layout(role, slo):
+    found = phase_candidates(problem(node_devices=1), SMALL, role)
+    assert [(c.name, c.devices, c.copies) for c in found] == [
+        (f"{role}:tp1", 1, 1),
+        (f"{role}:tp2", 2, 1),
+        (f"{role}:tp1pp2", 2, 1),
+    ]
+    assert [c.layout for c in found] == list(SMALL)
+    assert {c.search.slo for c in found} == {slo}
+    assert [c.search.num_requests for c in found] == [120, 240, 240]
+    assert {str(c.search.simulated.deployment) for c in found} == {
+        f"prefill:{k},decode:{k}" for k in ("tp1", "tp2", "tp1pp2")
+    }
+
+
 def test_longer_runs_for_more_devices():
     given = problem(node_devices=2)
     for devices, expected in ((1, 120), (2, 120), (3, 240), (8, 480)):
@@ -267,7 +441,7 @@ def test_longer_runs_for_more_devices():
 # ---- replicas ------------------------------------------------------------------------
 
 
-class Known(Outcome):
+class OfDevices(Outcome):
     """An outcome of a given goodput per device."""
 
     per_device_rps = property(lambda self: self.goodput)
@@ -276,7 +450,7 @@ class Known(Outcome):
 def known(per_device_rps, devices):
     search = problem().ask(build(Deployment.parse("prefill:tp1,decode:tp1")), 1)
     candidate = Candidate(name="", search=search, devices=devices)
-    return Known(candidate=candidate, goodput=per_device_rps)
+    return OfDevices(candidate=candidate, goodput=per_device_rps)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +465,9 @@ def known(per_device_rps, devices):
         # min(3, 4): a fourth device of prefill would serve no more.
         ((1.0, 1), (1.0, 3), {"devices": 7}, (3, 1)),
         ((1.0, 4), (1.0, 4), {"devices": 7}, (0, 0)),
+        # Just one of each.
+        ((1.0, 3), (1.0, 1), {"devices": 4}, (1, 1)),
+        ((1.0, 1), (1.0, 3), {"devices": 4}, (1, 1)),
     ],
 )
 def test_replicas(prefill, decode, limit, counts):

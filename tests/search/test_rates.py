@@ -50,6 +50,13 @@ def test_every_seed_is_seen_to_pass_and_to_fail():
         assert max(values) >= 0.9 > min(values)
 
 
+def test_a_goodput_is_bracketed_where_every_seeds_crossing_was_seen():
+    assert estimate({1.0: [1.0, 0.95], 2.0: [0.5, 0.85]}, 0.9).bracketed
+    for second in ((1.0, 0.9), (0.8, 0.7)):  # it never failed, or never passed
+        curve = {1.0: [1.0, second[0]], 2.0: [0.5, second[1]]}
+        assert not estimate(curve, 0.9).bracketed
+
+
 def test_no_rate_is_evaluated_twice():
     calls = []
 
@@ -94,6 +101,9 @@ def test_resolved_needs_both_intervals_on_their_sides():
     # At 1 the mean passes (0.933), but one seed is far below.
     noisy = {1.0: [1.0, 1.0, 0.8], 2.0: [0.1, 0.12, 0.1]}
     assert not estimate(noisy, 0.9).resolved
+    # Nothing shows where what never failed ends, or what never passed.
+    assert not estimate({1.0: [1.0, 1.0], 2.0: [1.0, 1.0]}, 0.9).resolved
+    assert not estimate({1.0: [0.1, 0.1], 2.0: [0.1, 0.1]}, 0.9).resolved
 
 
 def test_runs_that_are_no_independent_samples_resolve_nothing():
@@ -103,6 +113,17 @@ def test_runs_that_are_no_independent_samples_resolve_nothing():
     assert found.interval.low is None and found.interval.high is None
     assert found.interval.mean == estimate(sharp, 0.9).interval.mean
     assert best_rate(sharp, 0.1, independent=False).interval.low is None
+
+
+def test_the_goodput_is_by_default_that_of_90_per_cent_as_in_the_papers():
+    calls = {}
+
+    def evaluate(rate):
+        calls[rate] = [1.0 if rate < 2 else 0.9 if rate < 8 else 0.89]
+        return calls[rate]
+
+    search(evaluate, 1.0, SearchPlan(growth=2.0, tolerance=1.0))
+    assert list(calls) == [1.0, 2.0, 4.0, 8.0]
 
 
 def test_a_goodput_does_not_begin_below_0():
@@ -242,6 +263,11 @@ def test_a_peak_is_found_from_below_and_from_above(start):
     assert found.interval.mean == sum(found.per_seed) / 2
     assert found.bracketed
     assert len(tried) < 20
+    # The lowest rate within the tolerance of the best has neighbours that are near.
+    enough = found.interval.mean / 1.05
+    rates = sorted(tried)
+    at = next(i for i, rate in enumerate(rates) if sum(tried[rate]) / 2 >= enough)
+    assert rates[at] <= 1.05 * rates[at - 1] and rates[at + 1] <= 1.05 * rates[at]
 
 
 def test_a_plateau_is_not_followed():
@@ -257,6 +283,17 @@ def test_a_plateau_is_not_followed():
     assert max(tried) <= 64
     assert found.per_seed[0] >= 50 / 1.05**2
     assert found.bracketed
+
+
+def test_a_throughput_that_always_rises_is_followed_for_as_many_rates_as_may_be():
+    tried = []
+
+    def evaluate(rate):
+        tried.append(rate)
+        return [rate]
+
+    climb(evaluate, 1.0, SearchPlan(growth=2.0, max_rates=5))
+    assert tried == [1.0, 2.0, 4.0, 8.0, 16.0]
 
 
 def test_neighbours_of_just_the_tolerance_are_near():
@@ -276,6 +313,13 @@ def test_of_equal_throughputs_the_lowest_rate_counts():
     # In whatever order they were tried, and by their means.
     found = best_rate({8.0: [6.0, 8.0], 2.0: [7.0, 7.0], 4.0: [9.0, 5.0]}, 0.1)
     assert (found.rate_rps, found.per_seed) == (2.0, (7.0, 7.0))
+
+
+def test_a_gain_of_just_the_tolerance_is_no_gain():
+    # 2 requests/s give twice as much as 1, which a tolerance of 100 % allows: the curve
+    # may have levelled off below the lowest rate.
+    assert not best_rate({1.0: [2.0], 2.0: [4.0], 4.0: [1.0]}, 1.0).bracketed
+    assert best_rate({1.0: [2.0], 2.0: [4.5], 4.0: [1.0]}, 1.0).bracketed
 
 
 def test_the_best_of_rates_at_the_edge_is_only_a_bound():

@@ -251,6 +251,52 @@ def test_linear_cost_counts_prompt_decode_and_context_tokens():
     assert executor.run(transfer(0, context=6)) == Outcome((8.0,), link=())
 
 
+def test_linear_cost_of_stages_and_of_parts():
+    cost = LinearCost(
+        step_base_s=1.0,
+        prefill_token_s=0.25,
+        transfer_base_s=5.0,
+        transfer_token_s=0.5,
+        transfer_parts=4,
+        pp=(2, 4),
+    )
+    # A prompt of 4 takes 2 s, equally long on each stage of its instance.
+    load = step(0, 0, (0, 4)).load
+    assert cost.stages_s(0, load) == (1.0, 1.0)
+    assert cost.stages_s(1, load) == (0.5,) * 4
+    # KV that leaves beside its prompt goes in 4 parts, each with the link's latency: 6
+    # tokens are 1.5 a part.
+    beside = dataclasses.replace(transfer(0, context=6), step=1)
+    whole, parts = cost.hop(transfer(0, context=6)), cost.hop(beside)
+    assert (whole.duration_s, whole.parts) == (8.0, 1)
+    assert (parts.duration_s, parts.parts) == (5.75, 4)
+    assert CostExecutor(cost).run(beside).durations_s == (5.75,) * 4
+    # Stages after the first are told apart.
+    outcome = CostExecutor(cost).run(step(0, 1, (0, 4)))
+    assert (outcome.durations_s, outcome.later_stages_s) == ((0.5,), (0.5,) * 3)
+
+
+class Fronts(LinearCost):
+    """Takes as long as the front of the pool has blocks."""
+
+    def stages_s(self, instance, load):
+        return (float(load.front),)
+
+
+def test_where_blocks_are_is_told_where_it_is_settled():
+    request = make_request(prompt=8)
+    parts = [
+        Slice(request, 9, 1, True, (7, 3, 4), ()),
+        Slice(
+            request, 0, 8, True, (20, 21), ()
+        ),  # of a prompt, which attends to itself
+    ]
+    work, cost = Step.of(1, 0, parts), Fronts(step_base_s=0.0)
+    assert CostExecutor(cost, places=True).run(work).durations_s == (8.0,)
+    assert CostExecutor(cost).run(work).durations_s == (0.0,)
+    assert work.load.front == 0  # what was submitted is as it was
+
+
 # ---- against a closed form -----------------------------------------------------------
 
 

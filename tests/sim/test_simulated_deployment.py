@@ -15,10 +15,11 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost.linear import LinearCost, ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.run import SimPoint, SimWorkload, run_point, run_points
+from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.work import Done, Down, Slow, StageFree, Step, Up
-from disagg_jax.workload.lengths import FixedLengths, UniformLengths
+from disagg_jax.sim.workers import worker_pool
+from disagg_jax.work import Done, Down, Slow, StageFree, Step, Transfer, Up
+from disagg_jax.workload import FixedLengths, RandomWorkload, UniformLengths
 from tests.serving import make_request
 
 PAIR = "prefill:tp1,decode:tp1"
@@ -197,6 +198,40 @@ def test_lanes_are_the_devices_of_the_smaller_end():
     assert transfers(result) == [(1.0, 5.0)]  # 8 bytes over 2 links
 
 
+def test_which_wire_a_transfer_takes_and_for_how_long():
+    # Four devices a node: instance 0 fills node 0, 1 and 2 share node 1, 3 is on 2.
+    deployment = Deployment.parse("prefill:tp2pp2,prefill:tp2,decode:tp2,decode:tp1pp2")
+    network = Network(
+        deployment=deployment,
+        kv_bytes_per_token=2,
+        inside=link(latency_s=0.25),
+        between=link(latency_s=0.5),
+        node_devices=4,
+        layer_groups=4,
+    )
+
+    def hop(src, dst, step=0):
+        request = make_request(prompt=8)
+        found = network.hop(Transfer(1, request, src, dst, (), (), 4, step))
+        return found.link, found.duration_s, found.parts, found.bytes
+
+    # 8 bytes over the one NIC of the sender's node, at a byte a second.
+    assert hop(0, 2) == hop(0, 3) == ((-1, 0), 0.5 + 8, 1, 8)
+    assert hop(1, 3) == ((-1, 1), 0.5 + 8, 1, 8)
+    # Inside a node over the links of both devices, into the receiver.
+    assert hop(1, 2) == ((-2, 2), 0.25 + 4, 1, 8)
+    # In parts where it goes beside its prompt, each with the latency.
+    assert hop(0, 2, step=1) == ((-1, 0), 0.5 + 2, 4, 8)
+    assert hop(1, 2, step=1) == ((-2, 2), 0.25 + 1, 4, 8)
+    # Where there is no link inside a node it takes no time, and no wire; without one
+    # between nodes all are in one.
+    network = dataclasses.replace(network, inside=None)
+    assert hop(1, 2) == ((), 0.0, 1, 8)
+    assert hop(0, 2) == ((-1, 0), 0.5 + 8, 1, 8)
+    network = dataclasses.replace(network, inside=link(), between=None)
+    assert hop(0, 2) == ((-2, 2), 4.0, 1, 8)
+
+
 def test_fair_transfers_share_the_wire():
     # 4 bytes at 1 byte/s each, asked for at 1 s and 3 s. The first has 2 left when the
     # second comes: both at half speed until 7 s, when the second has 2 left.
@@ -296,7 +331,7 @@ def test_mean_time_on_a_fair_link_is_that_of_processor_sharing():
         inside=link(),
         sharing="fair",
     )
-    workload = SimWorkload(
+    workload = RandomWorkload(
         prompt=FixedLengths(tokens=size), output=FixedLengths(tokens=2)
     )
     means = [
@@ -356,45 +391,20 @@ def test_a_factor_is_positive_and_finite():
             run.run([make_request(0)], [(0.0, Slow(0, factor))])
 
 
-# ---- points --------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------
 
-WORKLOAD = SimWorkload(
+WORKLOAD = RandomWorkload(
     prompt=UniformLengths(low=1, high=200), output=UniformLengths(low=1, high=200)
 )
-
-
-def test_equal_seeds_give_equal_requests_at_every_rate():
-    slow, fast = (WORKLOAD.requests(50, rate, seed=3) for rate in (1.0, 4.0))
-    for a, b in zip(slow, fast, strict=True):
-        assert (a.prompt_tokens, a.max_tokens) == (b.prompt_tokens, b.max_tokens)
-        assert a.arrival_s == pytest.approx(4 * b.arrival_s, rel=1e-12)
-    assert WORKLOAD.requests(20, 1.0, seed=3) == slow[:20]
-    assert WORKLOAD.requests(50, 1.0, seed=4) != slow
-
-
-def test_too_long_requests_lose_output_then_prompt():
-    workload = dataclasses.replace(
-        WORKLOAD,
-        prompt=FixedLengths(tokens=100),
-        output=FixedLengths(tokens=30),
-        extra_tokens=1,
-    )
-
-    def lengths(limit):
-        limited = dataclasses.replace(workload, max_total_tokens=limit)
-        (request,) = limited.requests(1, 1.0, seed=0)
-        return request.prompt_tokens, request.max_tokens
-
-    assert lengths(None) == lengths(130) == (100, 31)
-    assert lengths(110) == (100, 11)
-    assert lengths(50) == (49, 2)
 
 
 def test_a_result_is_judged_as_the_metrics_do():
     slo = SLO(ttft_s=3.0, tpot_s=1.5)
     run = simulated(PAIR, (1.0,), (1.0,))
-    point = SimPoint(simulated=run, workload=WORKLOAD, rate_rps=0.9, num_requests=60)
-    result = run_point(point)
+    task = SimulationTask(
+        simulated=run, workload=WORKLOAD, rate_rps=0.9, num_requests=60
+    )
+    result = run_task(task)
     timelines = run.run(WORKLOAD.requests(60, 0.9, 0)).timelines
     for scale in (0.5, 1.0, 2.0):
         expected = attainment(timelines, slo.scaled(scale))
@@ -405,11 +415,15 @@ def test_a_result_is_judged_as_the_metrics_do():
 def test_workers_give_the_results_of_one_process_in_order():
     cost = LinearCost(step_base_s=0.01, prefill_token_s=1e-4)
     run = dataclasses.replace(simulated(PAIR, (1.0,), (1.0,)), cost=cost)
-    points = [
-        SimPoint(simulated=run, workload=WORKLOAD, rate_rps=r, num_requests=20, seed=s)
-        for r, s in itertools.product((1.0, 9.0), (0, 1))
+    task = SimulationTask(
+        simulated=run, workload=WORKLOAD, rate_rps=1.0, num_requests=20
+    )
+    tasks = [
+        dataclasses.replace(task, rate_rps=rate, seed=seed)
+        for rate, seed in itertools.product((1.0, 9.0), (0, 1))
     ]
-    assert list(run_points(points, workers=2)) == list(run_points(points, workers=1))
+    with worker_pool(2) as mapper:
+        assert list(mapper(run_task, tasks)) == list(map(run_task, tasks))
 
 
 def test_blocks_are_settled_in_no_span():

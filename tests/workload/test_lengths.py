@@ -11,6 +11,7 @@ from disagg_jax.workload.lengths import (
     LognormalLengths,
     NormalLengths,
     UniformLengths,
+    parse_lengths,
 )
 
 N = 40_000  # draws for moments: the mean of unit-variance draws is good to 0.5 %
@@ -88,6 +89,9 @@ def test_lognormal_from_mean():
 def test_lognormal_is_clipped():
     lengths = LognormalLengths(median=10, sigma=2, low=5, high=20).sample(N, rng())
     assert (lengths.min(), lengths.max()) == (5, 20)
+    by_mean = LognormalLengths.from_mean(mean=10, sigma=2, low=5, high=20)
+    lengths = by_mean.sample(N, rng())
+    assert (lengths.min(), lengths.max()) == (5, 20)
 
 
 def test_histogram():
@@ -148,6 +152,7 @@ def test_figure_of_a_paper(shared_dir):
         (HistogramLengths, {"edges": (1, 2), "weights": (1, 1)}, "one edge more"),
         (HistogramLengths, {"edges": (1,), "weights": ()}, "one edge more"),
         (HistogramLengths, {"edges": (2, 1), "weights": (1,)}, "increase"),
+        (HistogramLengths, {"edges": (1, 1), "weights": (1,)}, "increase"),
         (HistogramLengths, {"edges": (-1, 1), "weights": (1,)}, "increase"),
         (HistogramLengths, {"edges": (0, 1), "weights": (0,)}, "positive, finite"),
         (
@@ -160,3 +165,40 @@ def test_figure_of_a_paper(shared_dir):
 def test_errors(kind, arguments, message):
     with pytest.raises(ValueError, match=message):
         kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "lengths"),
+    [
+        ("fixed:7", FixedLengths(tokens=7)),
+        ("uniform:3:9", UniformLengths(low=3, high=9)),
+        ("lognormal:20:0.5:99", LognormalLengths(median=20, sigma=0.5, high=99)),
+    ],
+)
+def test_lengths_are_read(text, lengths):
+    assert parse_lengths(text) == lengths
+
+
+@pytest.mark.parametrize("text", ["", "fixed", "fixed:x", "uniform:9:3", "zipf:2"])
+def test_bad_lengths_are_an_error_that_quotes_them(text):
+    with pytest.raises(ValueError, match=f"'{text}'"):
+        parse_lengths(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fixed:inf", "lengths 'fixed:inf': cannot convert float infinity"),
+        ("uniform:1:nan", "lengths 'uniform:1:nan': cannot convert float NaN"),
+        ("lognormal:9:1", "LOW:HIGH or lognormal:MEDIAN:SIGMA:HIGH, got 'lognormal:9"),
+        ("fixed:1:2", "expected fixed:N, uniform"),
+    ],
+)
+def test_lengths_that_are_no_numbers_or_too_many_are_refused(text, message):
+    with pytest.raises(ValueError) as error:
+        parse_lengths(text)
+    assert message in str(error.value)
+
+
+def test_a_median_may_lie_between_two_lengths():
+    assert parse_lengths("lognormal:2.5:0.5:99").median == 2.5

@@ -31,15 +31,15 @@ from disagg_jax.errors import require
 from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.hardware.device import Hardware
 from disagg_jax.sim.hardware.memory import Partition
-from disagg_jax.sim.model_shape import ModelShape
 from disagg_jax.work import StepLoad
+from models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RooflineCost:
     """A `CostModel` of any model on any device."""
 
-    model: ModelShape
+    model: ModelConfig
     hardware: Hardware
     memory_utilisation: float = 0.9  # share of a device's memory for weights and KV
 
@@ -114,7 +114,7 @@ class RooflineInstance:
         """Seconds of all that no context and no prompt's length changes."""
         model, hardware = self._partition.model, self._hardware
         layers, tp = self._partition.stage_layers[stage], self._partition.tp
-        activation_bytes = tokens * model.embed * model.activation_dtype_bytes
+        activation_bytes = tokens * model.embed * model.stored.activation
         params, size_bytes = layers * model.layer_params, layers * model.layer_bytes
         time_s = hardware.step_s + self._linear_s(params, size_bytes, tokens)
         if decodes:

@@ -6,7 +6,7 @@ import dataclasses
 
 from disagg_jax.deployment import cut_layers, require_parallelism
 from disagg_jax.errors import require
-from disagg_jax.sim.model_shape import ModelShape
+from models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Partition:
       ValueError: with the numbers, if heads or layers do not divide so.
     """
 
-    model: ModelShape
+    model: ModelConfig
     tp: int
     pp: int
 

@@ -9,12 +9,14 @@ reason, and results from them are bounds with a guess rather than predictions.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import types
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
 from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
+from models.files import read_json
 
 # t0 where nothing was measured: about what a stage's launches cost where the host's
 # other work is hidden. Engines differ far more: DistServe's prefill constants are
@@ -200,12 +202,31 @@ HARDWARE: Mapping[str, Hardware] = types.MappingProxyType(
 )
 
 
+# What may differ from the preset that a device of one's own is like.
+_NUMBERS = ("peak_flops", "hbm_bytes_s", "memory_bytes", "step_s")
+
+
 def get_hardware(name: str) -> Hardware:
-    """The preset called `name`.
+    """Return the preset of that name, or the device that a file describes.
+
+    Args:
+      name: or the path of a .json file: `like`, a preset, and of peak_flops,
+        hbm_bytes_s, memory_bytes and step_s those that differ from it. The shares of
+        the peaks that are reached are taken to be the preset's.
 
     Raises:
-      ValueError: naming the presets, if there is none of that name.
+      ValueError: naming the presets, if there is none of that name; or what is wrong
+        with the file.
+      FileNotFoundError: if there is no such file.
     """
-    known = sorted(HARDWARE)
-    require(name in HARDWARE, f"hardware: expected one of {known}", name)
-    return HARDWARE[name]
+    if not name.endswith(".json"):
+        known = sorted(HARDWARE)
+        require(name in HARDWARE, f"hardware: expected one of {known}", name)
+        return HARDWARE[name]
+    path = pathlib.Path(name)
+    fields = read_json(path)
+    valid = "like" in fields and set(fields) <= {"like", *_NUMBERS}
+    expected = f"'like', a preset, and some of {list(_NUMBERS)}"
+    require(valid, f"hardware: {path}: expected {expected}", sorted(fields))
+    preset = get_hardware(fields.pop("like"))
+    return dataclasses.replace(preset, name=path.stem, **fields)

@@ -1,8 +1,8 @@
-"""The clock of a trace: the tick that it counts in, and rows of equal times.
+"""The clock of a trace: its tick, and rows of equal times.
 
-A file whose clock ticks every 3 s has many rows at one time. They did not come at one
-time: stretched to another rate they would be a burst however low the rate. So rows of
-one tick are spread evenly over it in their order, unless they are to be kept.
+A file whose clock ticks every 3 s has many rows at one time. Their requests did not
+arrive together, but stretched to another rate they would be a burst, however low the
+rate. So rows of one tick are spread evenly over it, in order, unless they are kept.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ from numpy.typing import NDArray
 
 Ties = Literal["spread", "keep"]
 
-# Clocks count in whole 10^-5 s or coarser; what is finer makes no burst that matters.
+# Clocks count in whole 10^-5 s or coarser; finer ticks make no burst that matters.
 _PER_S = tuple(10**digits for digits in range(6))
-_NOISE_S = 5e-7  # of times that are floats: an epoch's last bit is 2.4e-7 s
-# A tick is coarse from this share of the mean gap on: ties in 1 % of rows, if they
-# come independently. Two rows at one time of a finer clock are an accident, or a burst.
+_NOISE_S = 5e-7  # error of float times: the last bit since 1970 is 2.4e-7 s
+# A tick is coarse from this share of the mean gap on: 1 % of independent rows are tied.
+# Two rows at one time of a finer clock are an accident, or a burst.
 _COARSE = 0.01
 _SHOW = 2  # rows in the tick of the row above that show a tick; one is an accident
-_IRREGULAR = 0.01  # of a step, by which the times of a clock that is no decimal may err
-_ENOUGH = 10  # times by which such a clock is known
+_IRREGULAR = 0.01  # share of a step by which times of a non-decimal clock may err
+_ENOUGH = 10  # distinct times that show a non-decimal clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Clock:
-    """How a trace's clock counts."""
+    """The tick of a trace's clock, and how many rows it ties."""
 
-    tick_s: float | None  # None: too fine to matter, or nothing shows that it ticks
+    tick_s: float | None  # None: too fine to matter, or no ties show one
     tied_rows: int  # in the tick of the row above; without a tick, at its very time
 
 
-def find_clock(times_s: NDArray[np.float64]) -> Clock:
-    """Finds the tick of times in ascending order.
+NO_CLOCK = Clock(tick_s=None, tied_rows=0)  # of lengths without times
 
-    It is the largest of which all times, from the first on, are multiples. Only times
-    that are equal show that a clock ticks: without several there is none.
+
+def find_clock(times_s: NDArray[np.float64]) -> Clock:
+    """Find the tick of times in ascending order.
+
+    The tick is the largest number of seconds of which all times, counted from the
+    first, are multiples. Only equal times show a tick: without several there is none.
     """
     times_s = times_s - times_s[:1]
     distinct = times_s[np.diff(times_s, prepend=-1.0) > _NOISE_S]
@@ -55,7 +58,7 @@ def find_clock(times_s: NDArray[np.float64]) -> Clock:
 
 
 def _decimal_tick_s(times_s: NDArray[np.float64]) -> float | None:
-    """The common divisor of times with a few decimals."""
+    """Return the common divisor of times with a few decimals."""
     for per_s in _PER_S:
         counts = np.rint(times_s * per_s)
         if np.all(np.abs(times_s * per_s - counts) <= _NOISE_S * per_s):
@@ -64,7 +67,7 @@ def _decimal_tick_s(times_s: NDArray[np.float64]) -> float | None:
 
 
 def _regular_tick_s(times_s: NDArray[np.float64]) -> float | None:
-    """A step, such as 1/3 s, of which all times are multiples to within 1 % of it."""
+    """Return a step, such as 1/3 s, of which all times are multiples within 1 %."""
     if len(times_s) < _ENOUGH:
         return None
     least_s = float(np.diff(times_s).min())
@@ -76,7 +79,7 @@ def _regular_tick_s(times_s: NDArray[np.float64]) -> float | None:
 
 
 def _refined(step_s: float, times_s: list[float]) -> float | None:
-    """The step by ever later times, which tell it ever better; None if they do not."""
+    """Refine the step by ever later times; None if one is no multiple of it."""
     for time_s in times_s:
         count = round(time_s / step_s)
         if count < 1 or abs(time_s - count * step_s) > _IRREGULAR * step_s:
@@ -86,7 +89,7 @@ def _refined(step_s: float, times_s: list[float]) -> float | None:
 
 
 def spread_ties(times_s: NDArray[np.float64], tick_s: float) -> NDArray[np.float64]:
-    """Times, in ascending order, with those of each tick evenly over it."""
+    """Return ascending times with the times of each tick spread evenly over it."""
     ticks = np.rint((times_s - times_s[0]) / tick_s)
     _, first, sizes = np.unique(ticks, return_index=True, return_counts=True)
     place = np.arange(len(times_s)) - np.repeat(first, sizes)

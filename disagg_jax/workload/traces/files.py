@@ -1,6 +1,6 @@
 """Trace files as records: CSV, JSON lines or a JSON list, plain or gzipped, streamed.
 
-What a file is shows in its first bytes, not in its name.
+The first bytes of a file say what it is; its name does not count.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import NamedTuple, TextIO, cast
 
 Path = str | os.PathLike[str]
-_CHUNK = 2**20  # characters that are read at once of a JSON list
+_CHUNK = 2**20  # characters of a JSON list to read at once
 _BETWEEN = re.compile(r"[\s,]*")
-_SHOWN = 120  # characters of a bad line; one of Mooncake can hold hundreds of hashes
+_SHOWN = 120  # characters of a bad line; a line of Mooncake has hundreds of hashes
 
 
 class Record(NamedTuple):
-    """A row of a file by the names of its cells, and where it stands."""
+    """A row of a file: its cells by name, and where it stands."""
 
     where: str
     cells: Mapping[str, object]
@@ -32,18 +32,18 @@ class Record(NamedTuple):
 class Records(NamedTuple):
     """The records of a file."""
 
-    where: str  # of the names: a CSV file's header, or the first record
+    where: str  # where the names are: a CSV file's header, or the first record
     names: frozenset[str]
     rows: Iterator[Record]
 
 
 @contextlib.contextmanager
 def open_records(path: Path) -> Generator[Records, None, None]:
-    """Opens a trace file.
+    """Open a trace file.
 
     Raises:
-      ValueError: if it is no text, or has no names. While rows are taken: naming file
-        and line, on a line that is no record.
+      ValueError: if the file is no text or has no names; while rows are taken, naming
+        file and line, on a line that is no record.
       OSError: if the file cannot be opened.
     """
     try:
@@ -73,7 +73,7 @@ def _open_text(path: Path) -> Generator[TextIO, None, None]:
 
 
 def bad_record(path: Path, where: str, expected: str, got: object) -> ValueError:
-    """The error of a line that is not as it should be."""
+    """Return the error about a line that is not as expected."""
     shown = got if isinstance(got, str) else repr(got)
     shown = f"{shown[:_SHOWN]}..." if len(shown) > _SHOWN else shown
     return ValueError(f"{path}, {where}: expected {expected}, got {shown}")
@@ -100,7 +100,7 @@ def _csv_rows(
 
 
 def _csv_lines(path: Path, text: TextIO) -> Iterator[tuple[str, list[str]]]:
-    """The lines that are not empty."""
+    """Yield the lines that are not empty."""
     lines = csv.reader(text)
     while True:
         try:
@@ -138,7 +138,7 @@ def _objects_only(path: Path, found: Iterator[tuple[str, object]]) -> Iterator[R
 
 
 def _lines(path: Path, text: TextIO) -> Iterator[tuple[str, object]]:
-    """JSON lines, without the empty ones."""
+    """Yield the objects of JSON lines, skipping empty lines."""
     for number, line in enumerate(text, start=1):
         if line := line.strip():
             try:
@@ -149,7 +149,7 @@ def _lines(path: Path, text: TextIO) -> Iterator[tuple[str, object]]:
 
 
 def _list_entries(path: Path, text: TextIO) -> Iterator[tuple[str, object]]:
-    """The entries of a JSON list, of which only some characters are held at once."""
+    """Yield the entries of a JSON list, holding only part of its text at once."""
     decoder, number = json.JSONDecoder(), 0
     buffer, at = text.read(_CHUNK).lstrip(), 1
     while True:

@@ -1,8 +1,7 @@
 """The formats of traces, told apart by the names of their columns or keys.
 
-A name may stand in a CSV file's header or be a JSON key: both are read alike. Units are
-the format's, never a guess from how large the numbers are; but for times since 1970,
-whose unit no other can be taken for.
+A name may be a column in a CSV file's header or a JSON key. The format says the unit of
+times; their size is no evidence, except for times since 1970, whose unit is certain.
 """
 
 from __future__ import annotations
@@ -11,23 +10,23 @@ import dataclasses
 import datetime
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from disagg_jax.workload.traces.files import Path, bad_record
 from disagg_jax.workload.traces.rows import UNITS_PER_S, Unit
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Format:
-    """The names of a format, and what its times count in."""
+    """The names of a format's columns or keys, and the unit of its times."""
 
     name: str
     time: str | None  # None: the file has lengths only
     prompt: str
     output: str
     unit: str | None = None  # of numbers; None: the file does not say
-    marks: frozenset[str] = frozenset()  # one of them tells it from its like
+    marks: Collection[str] = ()  # one of these names tells it from similar formats
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,92 +35,48 @@ class Format:
         return (*times, self.prompt, self.output)
 
     def matches(self, names: frozenset[str]) -> bool:
-        """Whether a file with these names is of the format."""
-        marked = not self.marks or bool(self.marks & names)
+        """Return whether a file with these names is of the format."""
+        marked = not self.marks or not names.isdisjoint(self.marks)
         return marked and names.issuperset(self.names)
 
 
-def _azure(name: str, *marks: str) -> Format:
-    return Format(
-        name=name,
-        time="TIMESTAMP",
-        prompt="ContextTokens",
-        output="GeneratedTokens",
-        marks=frozenset(marks),
-    )
+_AZURE = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
+_VIDUR = ("num_prefill_tokens", "num_decode_tokens")
+_LENGTHS = ("timestamp", "input_length", "output_length")
+# Columns of this project, and of simdistserve.
+_TIMES = (("arrival_s", "s"), ("arrival_ms", "ms")) + tuple(
+    (name, None) for name in ("arrival", "arrival_time", "timestamp", "time")
+)
+_COLUMNS = itertools.product(
+    _TIMES, ("prompt_tokens", "prompt_len"), ("output_tokens", "output_len")
+)
 
-
-def _burstgpt(name: str, *marks: str) -> Format:
-    return Format(
-        name=name,
-        time="Timestamp",
-        unit="s",
-        prompt="Request tokens",
-        output="Response tokens",
-        marks=frozenset(marks),
-    )
-
-
-def _vidur(name: str, time: str | None) -> Format:
-    return Format(
-        name=name,
-        time=time,
-        unit="s",
-        prompt="num_prefill_tokens",
-        output="num_decode_tokens",
-    )
-
-
-def _lengths(name: str, unit: str | None, *marks: str) -> Format:
-    """Of one of the formats with these keys, which only others tell apart."""
-    return Format(
-        name=name,
-        time="timestamp",
-        unit=unit,
-        prompt="input_length",
-        output="output_length",
-        marks=frozenset(marks),
-    )
-
-
-def _plain() -> list[Format]:
-    """This project's own columns, and simdistserve's."""
-    times = [("arrival_s", "s"), ("arrival_ms", "ms")]
-    times += [(name, None) for name in ("arrival", "arrival_time", "timestamp", "time")]
-    return [
-        Format(name="columns", time=time, unit=unit, prompt=prompt, output=output)
-        for (time, unit), prompt, output in itertools.product(
-            times, ("prompt_tokens", "prompt_len"), ("output_tokens", "output_len")
-        )
-    ]
-
-
+# The first format that matches counts.
 FORMATS = (
-    _azure("azure 2025", "NumImages"),  # image tokens are inside ContextTokens
-    _azure("azure"),
-    _burstgpt("burstgpt 2", "Session ID"),
-    _burstgpt("burstgpt"),
-    _vidur("vidur", "arrived_at"),
-    _vidur("vidur, lengths only", None),
-    Format(
-        name="splitwise-sim",
-        time="arrival_timestamp",
-        unit="s",
-        prompt="prompt_size",
-        output="token_size",
+    # Image tokens are inside ContextTokens.
+    Format("azure 2025", *_AZURE, marks=["NumImages"]),
+    Format("azure", *_AZURE),
+    Format("burstgpt 2", *_BURSTGPT, "s", marks=["Session ID"]),
+    Format("burstgpt", *_BURSTGPT, "s"),
+    Format("vidur", "arrived_at", *_VIDUR, "s"),
+    Format("vidur, lengths only", None, *_VIDUR),
+    Format("splitwise-sim", "arrival_timestamp", "prompt_size", "token_size", "s"),
+    Format("bailian", *_LENGTHS, "s", marks=["chat_id", "parent_chat_id", "turn"]),
+    Format("mooncake", *_LENGTHS, "ms", marks=["hash_ids"]),
+    Format("input_length and output_length", *_LENGTHS),
+    *(
+        Format("columns", time, prompt, output, unit)
+        for (time, unit), prompt, output in _COLUMNS
     ),
-    _lengths("bailian", "s", "chat_id", "parent_chat_id", "turn"),
-    _lengths("mooncake", "ms", "hash_ids"),
-    _lengths("input_length and output_length", None),
-    *_plain(),
 )
 
 
 def find_format(path: Path, where: str, names: frozenset[str]) -> Format:
-    """The format of a file with these names.
+    """Return the format of a file with these names.
 
     Raises:
-      ValueError: listing the formats, if it is none of them.
+      ValueError: listing the formats, if none matches.
     """
     for each in FORMATS:
         if each.matches(names):
@@ -139,7 +94,7 @@ def find_format(path: Path, where: str, names: frozenset[str]) -> Format:
 
 
 class TimeCells(NamedTuple):
-    """How the cells of a file's times are read."""
+    """How to read the time cells of a file."""
 
     read: Callable[[object], float]
     units_per_s: int
@@ -147,16 +102,16 @@ class TimeCells(NamedTuple):
 
 
 DATES = "dates"  # the unit of times that are no numbers
-_EPOCH = 10**9  # from this number on a first time is one since 1970
+_EPOCH = 10**9  # a first time of at least this number counts from 1970
 _YEARS_S = (1e9, 4.2e9)  # 2001 to 2103
 
 
 def time_cells(form: Format, unit: Unit, first: object) -> TimeCells:
-    """How to read the times of a file, by its format and its first time.
+    """Return how to read the times of a file, by its format and its first time.
 
     Raises:
-      ValueError: saying what was expected, if it is no time, its unit is not known, or
-        one is given for dates.
+      ValueError: saying what was expected, if the first time is no time, its unit is
+        not known, or a unit is given for dates.
     """
     named = form.time in ("arrival_s", "arrival_ms")  # the name says the unit
     try:
@@ -197,10 +152,10 @@ def _since_1970(value: float) -> TimeCells:
 
 
 def _number(cell: object) -> float:
-    """A finite number; whole ones exactly, however large.
+    """Read a finite number; whole numbers are exact, however large.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if the cell is no such number.
     """
     if isinstance(cell, str):
         try:
@@ -215,9 +170,9 @@ def _number(cell: object) -> float:
 
 
 def _microseconds(cell: object) -> float:
-    """The time of a date in ISO 8601; without a time zone it is UTC.
+    """Read a date in ISO 8601 as a time; without a time zone it is UTC.
 
-    A 7th decimal, which Azure's traces have, is ignored.
+    A 7th decimal, as in Azure's traces, is ignored.
     """
     if not isinstance(cell, str):
         raise ValueError("no date")
@@ -229,10 +184,10 @@ def _microseconds(cell: object) -> float:
 
 
 def count(cell: object) -> int:
-    """A number of tokens; pandas writes 374 as 374.0 beside missing cells.
+    """Read a number of tokens; pandas writes 374 as 374.0 beside missing cells.
 
     Raises:
-      ValueError: if it is no whole number, or below 0.
+      ValueError: if the cell is no whole number, or below 0.
     """
     value = _number(cell)
     whole = int(value)
@@ -243,7 +198,7 @@ def count(cell: object) -> int:
 
 # ---- ShareGPT ------------------------------------------------------------------------
 
-SHAREGPT = "conversations"  # the key that shows it
+SHAREGPT = "conversations"  # the key that shows the format
 _FEWEST, _MOST, _MOST_TOGETHER = 4, 1024, 2048
 SHAREGPT_FILTER = (
     f"no question and answer of {_FEWEST} to {_MOST} tokens each, "
@@ -254,11 +209,10 @@ SHAREGPT_FILTER = (
 def sharegpt_lengths(
     cells: Mapping[str, object], tokens_of: Callable[[str], int]
 ) -> tuple[int, int] | None:
-    """The first question of a conversation and its answer, in tokens.
+    """Return the first question of a conversation and its answer, in tokens.
 
     Returns:
-      None where there are none, or they are outside of the filter that vLLM and others
-      use.
+      None where they are missing, or outside the filter that vLLM's benchmark uses.
 
     Raises:
       ValueError: if the record is no conversation.

@@ -1,4 +1,4 @@
-"""Reading a trace: its format, its rows, its clock, and what is to be said of them."""
+"""Read a trace file: its format, its rows, its clock, and notes about them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from disagg_jax.errors import require
-from disagg_jax.workload.traces.clock import Clock, Ties, find_clock, spread_ties
+from disagg_jax.workload.traces.clock import (
+    NO_CLOCK,
+    Clock,
+    Ties,
+    find_clock,
+    spread_ties,
+)
 from disagg_jax.workload.traces.files import (
     Path,
     Record,
@@ -31,9 +37,9 @@ from disagg_jax.workload.traces.formats import (
     sharegpt_lengths,
     time_cells,
 )
-from disagg_jax.workload.traces.rows import TraceRow, Unit, with_times
+from disagg_jax.workload.traces.rows import TraceRow, Unit
 
-# Of a trace whose unit is right; a gap of 1 ms may err by a rounding.
+# Limits for a trace whose unit is right; a gap of 1 ms may err by a rounding.
 _LEAST_GAP_S, _MOST_RPS = 1e-3 * (1 - 1e-6), 1e5
 _OTHER_UNIT = f"Name the unit, also to confirm it ({ASK}). "
 
@@ -48,16 +54,16 @@ class Trace:
     unit: str  # of its times: s, ms, dates, ...; none: it has lengths only
     clock: Clock  # of the file
     ties: Ties  # what was done to rows in one tick
-    notes: tuple[str, ...] = ()  # what else to know of it
+    notes: tuple[str, ...] = ()  # what else a reader of results must know
 
     @property
     def timed(self) -> bool:
-        """Whether the file says when requests came."""
+        """Whether the file says when requests arrived."""
         return self.unit != "none"
 
     @property
     def facts(self) -> dict[str, Any]:
-        """All but the rows, for a run's records."""
+        """Everything but the rows, for a run's records."""
         return {
             "file": self.file,
             "format": self.format,
@@ -70,7 +76,7 @@ class Trace:
         }
 
     def __str__(self) -> str:
-        """What to print beside a result."""
+        """Say how the trace was read, to print beside a result."""
         times = f"times in {self.unit}" if self.timed else "no times"
         parts = [f"{self.format} format", f"{len(self.rows)} rows", times]
         said = [f"trace {self.file}: {', '.join(parts)}", *self.notes]
@@ -88,7 +94,7 @@ class Trace:
 
 
 def has_times(path: Path) -> bool:
-    """Whether a trace says when requests came; reads its first record only.
+    """Return whether a trace says when requests arrived; reads its first record only.
 
     Raises:
       ValueError: on a file of no known format, or without rows.
@@ -102,11 +108,6 @@ def has_times(path: Path) -> bool:
         return find_format(path, records.where, records.names).time is not None
 
 
-def read_trace(path: Path, **options: Any) -> list[TraceRow]:
-    """The rows of `load_trace`."""
-    return load_trace(path, **options).rows
-
-
 def load_trace(
     path: Path,
     *,
@@ -115,19 +116,19 @@ def load_trace(
     max_rows: int = 0,
     tokens_of: Callable[[str], int] | None = None,
 ) -> Trace:
-    """Reads a trace in any of the formats of `formats`; rows without tokens are kept.
+    """Read a trace in any format of `formats`; rows without tokens are kept.
 
     Args:
-      unit: of the file's times, if not what its format says.
-      ties: spread rows of one tick of a coarse clock evenly over it, or keep them at
-        one time, where they really came so.
+      unit: of the file's times; "auto" takes what the format says.
+      ties: spread rows of one tick of a coarse clock evenly over the tick, or keep
+        them at one time, where they really arrived together.
       max_rows: rows to read, from the first on; 0: all. Only rows are held in memory.
-      tokens_of: a text's number of tokens, for ShareGPT's texts.
+      tokens_of: counts the tokens of a text, for ShareGPT.
 
     Raises:
-      ValueError: naming file and line, on a file of no known format, a unit that is not
-        known, a cell that cannot be read, or a time before the row above; on no rows;
-        and on times so close that the unit must be another.
+      ValueError: naming file and line, on an unknown format or unit, a cell that cannot
+        be read, or a time before the row above; also on no rows, and on times so close
+        that the unit must be wrong.
       OSError: if the file cannot be opened.
     """
     require(ties in ("spread", "keep"), "ties: expected spread or keep", ties)
@@ -141,7 +142,7 @@ def load_trace(
         form = find_format(path, records.where, records.names)
         if form.time is None:
             _expect_no_times(unit, ties)
-        return _rows(path, form, records, unit, ties, max_rows)
+        return _read_lengths(path, form, records, unit, ties, max_rows)
 
 
 def _no_rows(path: Path) -> ValueError:
@@ -153,7 +154,7 @@ def _taken(rows: Iterable[Record], max_rows: int) -> Iterator[Record]:
 
 
 def _expect_no_times(unit: Unit, ties: Ties) -> None:
-    """Raises a ValueError on options that only times have a use for."""
+    """Raise ValueError on options that need times."""
     require(unit == "auto", "unit: expected none, as the trace has no times", unit)
     require(ties == "spread", "ties: expected none, as the trace has no times", ties)
 
@@ -161,7 +162,7 @@ def _expect_no_times(unit: Unit, ties: Ties) -> None:
 # ---- lengths in tokens ---------------------------------------------------------------
 
 
-def _rows(
+def _read_lengths(
     path: Path,
     form: Format,
     records: Records,
@@ -169,30 +170,17 @@ def _rows(
     ties: Ties,
     max_rows: int,
 ) -> Trace:
-    rows = list[TraceRow]()
-    if form.time is None:
-        rows.extend(
-            TraceRow(math.nan, *_counts(path, form, record))
-            for record in _taken(records.rows, max_rows)
-        )
-        shown = "none"
-    else:
-        shown = _read_timed(path, form, form.time, unit, records, max_rows, rows)
-    if not rows:
-        raise _no_rows(path)
-    times_s, clock = _times_s(rows)
+    rows, shown = _read_rows(path, form, records, unit, max_rows)
+    times_s = np.array([row.arrival_s for row in rows])
+    clock = NO_CLOCK if form.time is None else find_clock(times_s)
     if clock.tick_s is not None:
-        spread = spread_ties(times_s, clock.tick_s)
+        times_s = spread_ties(times_s, clock.tick_s)
         if ties == "spread":
-            rows = with_times(rows, spread)
-        times_s = spread
+            moved = zip(rows, times_s.tolist(), strict=True)
+            rows = [row._replace(arrival_s=time_s) for row, time_s in moved]
     if unit == "auto" and form.time is not None:
         _check_pace(path, times_s, shown, ties)
-    notes = (
-        ("hash_ids are not used: no request shares another's prefix",)
-        if "hash_ids" in records.names
-        else ()
-    )
+    unused = "hash_ids are not used: no request shares another's prefix"
     return Trace(
         rows=rows,
         file=str(path),
@@ -200,42 +188,38 @@ def _rows(
         unit=shown,
         clock=clock,
         ties=ties,
-        notes=notes,
+        notes=(unused,) if "hash_ids" in records.names else (),
     )
 
 
-def _read_timed(
-    path: Path,
-    form: Format,
-    column: str,
-    unit: Unit,
-    records: Records,
-    max_rows: int,
-    rows: list[TraceRow],
-) -> str:
-    """Fills `rows`; returns the unit of the file's times, to show."""
-    cells, first = None, 0.0
+def _read_rows(
+    path: Path, form: Format, records: Records, unit: Unit, max_rows: int
+) -> tuple[list[TraceRow], str]:
+    """Return the rows, and the unit of the file's times to show."""
+    rows, cells, first = list[TraceRow](), None, 0.0
     for record in _taken(records.rows, max_rows):
-        cell = record.cells.get(column)
-        if cells is None:
+        arrival_s = math.nan
+        if form.time is not None:
+            cell = record.cells.get(form.time)
             try:
-                cells = time_cells(form, unit, cell)
+                cells = cells or time_cells(form, unit, cell)
+                time = cells.read(cell)
             except ValueError as error:
-                raise bad_record(path, record.where, str(error), cell) from error
-            first = cells.read(cell)
-        try:
-            time = cells.read(cell)
-        except ValueError as error:
-            expected = f"a finite time in '{column}' ({cells.unit})"
-            raise bad_record(path, record.where, expected, cell) from error
-        # Less the first before it is divided: whole numbers are exact so.
-        arrival_s = (time - first) / cells.units_per_s
-        if rows and not arrival_s >= rows[-1].arrival_s:
-            # Not sorted silently: a trace out of order is often a broken one.
-            above = "a time not before the row above"
-            raise bad_record(path, record.where, above, cell)
+                expected = str(error)
+                if cells is not None:
+                    expected = f"a finite time in '{form.time}' ({cells.unit})"
+                raise bad_record(path, record.where, expected, cell) from error
+            first = first if rows else time
+            # Subtracted before it is divided: whole numbers stay exact.
+            arrival_s = (time - first) / cells.units_per_s
+            if rows and not arrival_s >= rows[-1].arrival_s:
+                # Not sorted silently: a trace out of order is often a broken one.
+                above = "a time not before the row above"
+                raise bad_record(path, record.where, above, cell)
         rows.append(TraceRow(arrival_s, *_counts(path, form, record)))
-    return cells.unit if cells else ""
+    if not rows:
+        raise _no_rows(path)
+    return rows, cells.unit if cells else "none"
 
 
 def _counts(path: Path, form: Format, record: Record) -> tuple[int, int]:
@@ -247,17 +231,10 @@ def _counts(path: Path, form: Format, record: Record) -> tuple[int, int]:
         raise bad_record(path, record.where, expected, (prompt, output)) from error
 
 
-def _times_s(rows: list[TraceRow]) -> tuple[NDArray[np.float64], Clock]:
-    times_s = np.array([row.arrival_s for row in rows])
-    if math.isnan(rows[0].arrival_s):
-        return times_s, Clock(tick_s=None, tied_rows=0)
-    return times_s, find_clock(times_s)
-
-
 def _check_pace(
     path: Path, times_s: NDArray[np.float64], unit: str, ties: Ties
 ) -> None:
-    """Raises a ValueError on requests at one time, or as close as in a wrong unit."""
+    """Raise ValueError on requests at one time, or so close that the unit is wrong."""
     if ties == "keep":
         times_s = np.unique(times_s)
     if len(times_s) < 2:
@@ -308,7 +285,7 @@ def _sharegpt(
         file=str(path),
         format="sharegpt",
         unit="none",
-        clock=Clock(tick_s=None, tied_rows=0),
+        clock=NO_CLOCK,
         ties="keep",
         notes=(left_out + SHAREGPT_FILTER,) if taken > len(rows) else (),
     )

@@ -1,7 +1,6 @@
-"""Which rows each seed gets: stretches of a trace that share no row, while it lasts.
+"""Which rows each seed gets: stretches of a trace that share no row while it lasts.
 
-One rule for everything that seeds take from a list of given length: rows of a trace,
-or prompts.
+The same rule serves both lists from which seeds take: rows of a trace, and prompts.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ _GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples are far apart on a circle
 
 
 def first_of(seed: int, n: int, count: int) -> int:
-    """Where the run of a seed begins in a list of `count` that it goes round.
+    """Return where the run of a seed begins in a list of `count` entries.
 
-    Seeds that follow each other have neighbouring stretches of `n`. Of a shorter list
-    each has all, from another place on.
+    Consecutive seeds have neighbouring stretches of `n`. In a list that is shorter than
+    `n`, each seed has all entries, beginning at a place of its own.
     """
     return seed * n % count if n < count else round(_GOLDEN * seed * count) % count
 
 
 def stretch(rows: Sequence[TraceRow], n: int, seed: int) -> list[TraceRow]:
-    """A seed's `n` rows, with the trace's own gaps.
+    """Return the `n` rows of a seed, with the gaps of the trace.
 
     The trace begins again when it ends, one mean gap after its last row.
     """
@@ -43,9 +42,9 @@ def stretch(rows: Sequence[TraceRow], n: int, seed: int) -> list[TraceRow]:
 
 
 def why_shared(seeds: Sequence[int], n: int, count: int, what: str) -> str:
-    """Why runs of `n` are no independent samples: '' if no two have one of `what`.
+    """Say why runs of `n` are no independent samples; '' if no two share an entry.
 
-    The spread of runs that share rows says little of what another trace would give.
+    The spread of runs that share rows says little about another trace.
     """
     starts = sorted(first_of(seed, n, count) for seed in seeds)
     gaps = [b - a for a, b in itertools.pairwise([*starts, starts[0] + count])]

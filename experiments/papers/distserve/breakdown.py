@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from disagg_jax.metrics import Stages
-from disagg_jax.sim.run import SimResult
+from disagg_jax.sim.run import RunLatencies
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.placements import inside_a_node
@@ -82,7 +82,7 @@ def make(lab: Lab) -> Drawn:
     )
 
 
-def _share(result: SimResult, stage: str) -> float:
+def _share(result: RunLatencies, stage: str) -> float:
     """A stage's share of a request's latency in %, averaged over requests.
 
     So does the artifact's script; the text sums the times first, which gives long
@@ -192,7 +192,7 @@ def _quantile(values: Sequence[float], share: float) -> float:
 def _slow_claim(lab: Lab, fast: Sweep, slow: Sweep) -> Claim:
     rate = min(fast.results)
     parts: list[str] = []
-    measures: tuple[tuple[str, Callable[[SimResult], float]], ...] = (
+    measures: tuple[tuple[str, Callable[[RunLatencies], float]], ...] = (
         (" % of the latency", lambda result: _share(result, "transfer_s")),
         (" s mean transfer", _mean_transfer_s),
     )
@@ -213,7 +213,7 @@ def _slow_claim(lab: Lab, fast: Sweep, slow: Sweep) -> Claim:
     )
 
 
-def _mean_transfer_s(result: SimResult) -> float:
+def _mean_transfer_s(result: RunLatencies) -> float:
     return sum(each.transfer_s for each in result.stages) / len(result.stages)
 
 

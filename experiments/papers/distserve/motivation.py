@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from disagg_jax.sim.hardware.presets import get_hardware
-from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import cost_model
 from experiments.papers.distserve.published import XY, paper_panel
 from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
+from models.lookup import find_model
 
 MODEL = "opt-13b"
 _COSTS = {"profile": "fitted/distserve", "roofline": "roofline/a100-80g"}
@@ -120,7 +120,7 @@ def _fig2_claim(length: int) -> Claim:
 
 
 def _weights_claim() -> Claim:
-    weights, hardware = get_model_shape(MODEL).weight_bytes, get_hardware("a100-80g")
+    weights, hardware = find_model(MODEL).weight_bytes, get_hardware("a100-80g")
     bound_ms = 1000 * weights / hardware.hbm_bytes_s
     alone = [
         _at(list(paper_panel("fig2", panel).series["decode only"]), 1)

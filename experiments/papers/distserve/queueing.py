@@ -14,9 +14,9 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.run import SimPoint, SimWorkload
+from disagg_jax.sim.run import SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload import FixedLengths, RandomWorkload
 from experiments.papers.distserve.closed_forms import (
     ConstantInstance,
     inter_op_ttft_s,
@@ -31,7 +31,7 @@ _REQUESTS = 3000
 _SPEEDUPS = (1.5, 1.6, 1.7, 1.8, 1.9)
 _SIMULATED_RATES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 # One token, so that a request ends with its prefill and no decode is simulated.
-_ONE_PROMPT = SimWorkload(
+_ONE_PROMPT = RandomWorkload(
     prompt=FixedLengths(tokens=512), output=FixedLengths(tokens=1)
 )
 
@@ -64,7 +64,7 @@ def _simulated(lab: Lab, stages_s: Sequence[float]) -> dict[float, list[float]]:
     # Up to 90 % load: beyond it the runs are too short for the mean to settle.
     rates = [r for r in _SIMULATED_RATES if GPUS * r * max(stages_s) <= 0.91]
     points = [
-        SimPoint(
+        SimulationTask(
             simulated=prefill_alone(*stages_s),
             workload=_ONE_PROMPT,
             rate_rps=GPUS * rate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.sim.run import SimResult
+from disagg_jax.sim.run import RunLatencies
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.endtoend import IDLE
@@ -166,7 +166,7 @@ def fig11(lab: Lab) -> Drawn:
     )
 
 
-def _shares_by_scale(results: Sequence[SimResult]) -> dict[float, list[float]]:
+def _shares_by_scale(results: Sequence[RunLatencies]) -> dict[float, list[float]]:
     """Attainment in % of each seed, by the factor on both targets."""
     scales = [x for x, _ in paper_panel("fig11", "scale").series["vLLM"]]
     return {

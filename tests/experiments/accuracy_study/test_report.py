@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from disagg_jax.calibration.decision_agreement import Agreement
+from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO, interval_across
 from disagg_jax.search.rates import GoodputEstimate
 from disagg_jax.work import StepLoad
@@ -213,6 +215,189 @@ def test_a_cause_is_scheduling_where_little_goes_with_the_durations():
     one = dataclasses.replace(result().systems["vllm"], rates=[scheduled, compared()])
     verdict = report.verdicts(result(systems={"vllm": one}))[0]
     assert "MISSED: 1 by durations, 1 by scheduling;" in verdict
+
+
+def one(**changes):
+    """A result of vllm alone."""
+    return result(
+        systems={"vllm": dataclasses.replace(result().systems["vllm"], **changes)}
+    )
+
+
+def test_a_difference_below_zero_may_miss_too():
+    below = compared(simulated=[run(0.7, 1.0), run(0.7, 1.0)], measured=[0.7, 0.7])
+    (verdict, *_) = report.verdicts(one(rates=[compared(allowed=0.1), below]))
+    assert "1 of 2 points within what is allowed; largest difference 10.0%" in verdict
+    # 70 % simulated, and 70 % with the engine's durations: by scheduling.
+    assert "MISSED: 0 by durations, 1 by scheduling" in verdict
+    fine = one(rates=[compared(allowed=0.0601)] * 2)
+    assert report.verdicts(fine)[0].endswith("difference 6.0%   ok")
+
+
+def test_a_cause_below_zero_is_one_of_durations_too():
+    """10 points too few, 6 of which go with the engine's durations."""
+    below = compared(simulated=[run(0.7, 1.0)] * 2, measured=[0.76, 0.76])
+    (verdict, *_) = report.verdicts(one(rates=[below]))
+    assert "MISSED: 1 by durations, 0 by scheduling" in verdict
+
+
+def test_the_stage_that_differs_most_is_that_of_most_points():
+    """Either way: a shorter transfer by 5 ms, and twice a longer queue by 6."""
+    queue = compared(simulated=[run(0.9, 1.0) | {"mean_prefill_queue_ms": 13.0}] * 2)
+    moved = compared(simulated=[run(0.9, 1.0) | {"mean_transfer_ms": 4.0}] * 2)
+    for rates, worst in (
+        ([moved, queue, queue], "prefill_queue"),
+        ([queue, moved, moved], "transfer"),
+    ):
+        (verdict, *_) = report.verdicts(one(rates=rates))
+        assert verdict.endswith(f"the stage that differs most is mostly {worst}")
+
+
+@pytest.mark.parametrize(
+    ("simulated", "shown", "mark"),
+    [
+        (12.59, "+4.9%", "ok"),
+        (12.7, "+5.8%", "MISSED"),
+        (11.41, "-4.9%", "ok"),
+        (11.3, "-5.8%", "MISSED"),
+    ],
+)
+def test_a_goodput_may_be_off_by_five_percent_either_way(simulated, shown, mark):
+    """Of 12 requests/s."""
+    found = one(engine=goodput(12.0), simulated=goodput(simulated))
+    row = cells("goodput, requests/s per device", report.text(found))[1]
+    assert row[4:6] == [shown, mark]
+    off = report.verdicts(found)[1]
+    assert f"aim 5%   {mark}; as profiled" in off
+
+
+def test_the_worst_goodput_has_to_meet_the_aim():
+    """3 and 6 %: 4.5 % on average is not enough."""
+    systems = {
+        name: dataclasses.replace(
+            result().systems[name], engine=goodput(100.0), simulated=goodput(found)
+        )
+        for name, found in (("vllm", 103.0), ("pair", 106.0))
+    }
+    off = report.verdicts(result(systems=systems))[1]
+    assert "off by 4.5% on average, 6.0% at most; aim 5%   MISSED" in off
+
+
+def sides(engines, simulated):
+    """Systems of one and two devices with goodputs by seed, in requests/s of all."""
+    vllm = result().systems["vllm"]
+    return result(
+        systems={
+            f"x{devices}": dataclasses.replace(
+                vllm, devices=devices, engine=goodput(*e), simulated=goodput(*s)
+            )
+            for devices, e, s in zip((1, 2, 4), engines, simulated, strict=False)
+        }
+    )
+
+
+def test_the_order_is_by_goodput_per_device_on_both_sides():
+    """8, 7 and 3 per device on the engine; 7, 8 and 3 simulated."""
+    engines = [(8.0, 8.0), (14.0, 14.2), (12.0, 12.4)]
+    found = sides(engines, [(7.0, 7.0), (16.0, 16.0), (12.0, 12.0)])
+    assert found.order("engine") == ["x1", "x2", "x4"]
+    assert found.order("simulated") == ["x2", "x1", "x4"]
+    order, pairs = report.verdicts(found)[2:4]
+    assert order == (
+        "order of the systems: engine x1 > x2 > x4; simulated x2 > x1 > x4   MISSED"
+    )
+    assert pairs == (
+        "pairs: the engine tells 3 of 3 apart (95 %, paired by seed); the simulator "
+        "has 2 of these in the same order   MISSED"
+    )
+    assert found.told_apart() == [("x1", "x2"), ("x1", "x4"), ("x2", "x4")]
+
+
+def test_a_pair_that_its_seeds_do_not_tell_apart_may_change_places():
+    """8 and 6 against 7.1 and 7.1 per device."""
+    found = sides([(8.2, 6.2), (14.2, 14.2)], [(7.0, 7.0), (16.0, 16.0)])
+    assert found.told_apart() == []
+    pairs = report.verdicts(found)[3]
+    assert "tells 0 of 1 apart" in pairs and pairs.endswith("order   ok")
+
+
+def test_an_error_that_one_in_ten_exceeds_is_the_ninth_of_ten():
+    """1 % to 11 %: at 90 % of the way it is 10 %."""
+    steps = [step(1.0, 1 + i / 100) for i in range(1, 12)]
+    errors = report._errors(steps)
+    assert errors.p90_error == pytest.approx(0.10)
+    assert errors.mean_error == pytest.approx(0.06)
+    below = report._errors([step(1.0, 0.9), step(1.0, 1.1)])
+    assert below.mean_error == pytest.approx(0.1) and below.ratio == pytest.approx(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """As much of a paired run as a result reads."""
+
+    steps: list
+    name: str = "vllm"
+    slo: SLO = SLO(ttft_s=1.0, tpot_s=0.1)
+
+    @property
+    def server(self):
+        workload = SimpleNamespace(num_requests=33)
+        config = SimpleNamespace(workload=workload, num_seeds=2, clock="virtual")
+        deployment = Deployment.parse("prefill:tp1,decode:tp1")
+        return SimpleNamespace(deployment=deployment, config=config)
+
+    def compare(self, rate):
+        """On the engine it passes up to 8, simulated up to 12, as profiled up to 4."""
+        limits = {"engine": 8.0, "simulated": 12.0, "profiled": 4.0}
+        good = {side: [float(rate <= limit)] * 2 for side, limit in limits.items()}
+        return compared(
+            rate,
+            engine=[run(share, 1.0) for share in good["engine"]],
+            simulated=[run(share, 1.0) for share in good["simulated"]],
+            profiled=good["profiled"],
+            measured=[0.0, 0.0],
+        )
+
+    def points(self, rate):
+        return [rate]
+
+    def predicted_steps(self, points):
+        assert points == [4.0, 8.0, 12.0, 16.0]
+        return self.steps
+
+    def repeated(self, rates):
+        assert rates == [4.0, 8.0, 12.0, 16.0]
+        return 0.125
+
+
+def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
+    decodes = [step(1.0 + i, 2.0) for i in range(5000)]
+    prompt = PredictedStep(0, StepLoad(((0, 9),), 0, 0), 1.0, 3.0)
+    profile = SimpleNamespace(provenance={"model": "tiny"})
+    found = report.compare(
+        [Told([*decodes, prompt])],
+        {"vllm": [4.0, 8.0, 12.0, 16.0]},
+        target=0.9,
+        profile=profile,
+        moved=(1.0, 2.0),
+    )
+    assert (found.num_requests, found.seeds, found.clock) == (33, 2, "virtual")
+    assert (found.moved, found.target, found.profile) == (
+        *((1.0, 2.0), 0.9, {"model": "tiny"}),
+    )
+    vllm = found.systems["vllm"]
+    passing = [vllm.engine.pass_rps, vllm.simulated.pass_rps, vllm.profiled.pass_rps]
+    assert passing == [8.0, 12.0, 4.0]
+    assert (vllm.deployment, vllm.devices) == ("prefill:tp1,decode:tp1", 2)
+    assert vllm.again == 0.125
+    assert {kind: errors.steps for kind, errors in vllm.steps.items()} == {
+        "decode": 5000,
+        "prefill": 1,
+    }
+    # Of the many some are drawn, from the first to the last.
+    drawn = [s.measured_s for s in vllm.shown if s.kind == "decode"]
+    assert len(drawn) <= 2000 and drawn[0] == 1.0 and drawn[-1] > 4990
+    assert [s for s in vllm.shown if s.kind == "prefill"] == [prompt]
 
 
 def test_the_record_has_all_but_the_steps_of_the_picture():

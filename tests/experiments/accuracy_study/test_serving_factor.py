@@ -12,7 +12,7 @@ from experiments.accuracy_study.serving_factor import (
     serve_each,
     with_serving_factors,
 )
-from experiments.configs.config import Workload
+from experiments.configs.config import WorkloadConfig
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Server
 from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
@@ -53,7 +53,7 @@ def machine():
     config = dataclasses.replace(
         CONFIG,
         systems={name: CONFIG.systems[name] for name in ("vllm", "sarathi_serve")},
-        workload=Workload(num_requests=60, prompt_tokens="uniform:8:60"),
+        workload=WorkloadConfig(num_requests=60, prompt_tokens="uniform:8:60"),
         durations="live",
         num_seeds=1,
     )

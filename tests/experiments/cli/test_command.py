@@ -17,6 +17,7 @@ from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
 from experiments.configs.named import get_config
 from experiments.sweep.request_source import RequestSource
+from tests.commands import run_command
 from tests.experiments.calibrating import make_model
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -298,7 +299,7 @@ def test_a_platform_that_is_not_there_is_one_line(platform):
 )
 def test_bad_values_are_one_line(flags, message):
     name, *rest = flags
-    done = shell(f"experiments.{name}", *rest)
+    done = run_command(name, *rest)
     assert done.returncode == 1
     assert done.stderr == f"error: {message}\n"
 

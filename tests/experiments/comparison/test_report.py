@@ -6,8 +6,7 @@ import matplotlib.figure
 import pytest
 
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.run import SimWorkload
-from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload import FixedLengths, RandomWorkload
 from disagg_jax.workload.traces import TraceRow
 from experiments.comparison import report
 from experiments.comparison.comparison import (
@@ -20,7 +19,7 @@ from experiments.comparison.comparison import (
 from experiments.configs.named_simulations import get_simulation
 from experiments.runs.folder import plain
 
-WORKLOAD = SimWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
+WORKLOAD = RandomWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tokens=3))
 
 
 def found(system, *per_seed_rps, needs=0.5, **best):
@@ -140,6 +139,158 @@ def test_the_record_has_the_numbers_of_the_table():
     assert made["sentence"] == report.sentences([MAP], [GRID])[0]
 
 
+# -- runs that are too short, and attainment that rises --------------------------------
+
+RISES = "attainment is not monotone in the rate: 50.0% at 1, 90.0% at 2"
+
+
+def short(cell, needed):
+    return tuple(dataclasses.replace(one, needed_requests=needed) for one in cell)
+
+
+def test_bounded_runs_are_said_with_the_shortest_of_them():
+    """123 requests of 246 are half, of 492 a quarter; the last cell's are enough."""
+    grid = {
+        (0, 0): short(CLEAR, 246),
+        (1, 0): short(CLEAR, 492),
+        (2, 0): short(CLEAR, 123),
+    }
+    said = report.bounded(grid)
+    assert "in 2 of 3 cells runs have 123 requests" in said
+    assert "are as little as 25.0% as long as their targets ask for" in said
+    assert report.bounded({(0, 0): short(CLEAR, 122.9)}) == ""
+    endless = report.bounded({(0, 0): short(CLEAR, float("inf"))})
+    assert "are never as long as their targets" in endless
+    for sentences in (
+        report.sentences([MAP], [grid]),
+        report.sentences([MAP], [{(0, 0): grid[0, 0]}]),
+    ):
+        assert "\nBounded: in " in sentences[0]
+    table = report.text(QUESTION, [MAP], [grid])
+    assert " 123 of 246 " in table and " 123 of 492 " in table
+
+
+def test_bounded_runs_are_marked_in_the_picture_and_the_record():
+    grid = {(0, 0): short(CLEAR, 246), (1, 0): CLEAR}
+    axes = matplotlib.figure.Figure().subplots()
+    report._draw(axes, MAP, grid)
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts[0, 0].splitlines()[1] == "2/s \u2020"
+    assert texts[1, 0].splitlines()[1] == "2/s"
+    assert axes.get_title().endswith(
+        "\n\u2020 runs are shorter than the targets ask for"
+    )
+    report._draw(axes, MAP, GRID)
+    assert "\u2020" not in axes.get_title()
+    cells = report.record(QUESTION, [MAP], [grid])["maps"][0]["cells"]
+    assert [cell["bounded"] for cell in cells] == [True, False]
+    assert [cell["num_requests"] for cell in cells] == [123, 123]
+    assert [cell["notes"] for cell in cells] == [
+        ["runs bounded to 123 of 246 requests"],
+        [],
+    ]
+
+
+def test_attainment_that_rises_is_said_of_its_system():
+    rises = (found("vllm", 1.0, 1.1, 0.9, inversion=RISES), *CLEAR[1:])
+    assert report.answer(rises).endswith(f"\nvllm: {RISES}.")
+    assert RISES not in report.answer(CLEAR)
+    grid = {(0, 0): rises}
+    details = report.text(QUESTION, [MAP], [grid])
+    assert f"  vllm           vllm's: 1/s, {RISES}; vllm's reason" in details
+    (cell,) = report.record(QUESTION, [MAP], [grid])["maps"][0]["cells"]
+    assert cell["notes"] == [f"vllm: {RISES}"]
+
+
+def test_seeds_that_share_requests_give_no_interval_and_say_so():
+    shared = tuple(dataclasses.replace(f, why_dependent="runs share") for f in CLEAR)
+    answer = report.answer(shared)
+    assert " No interval: runs share." in answer and "[" not in answer
+    assert "No interval" not in report.answer(CLEAR)
+    assert report.notes(MAP, {(0, 0): shared}) == ["no interval: runs share"]
+    assert report.notes(MAP, GRID) == []
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (
+            CLEAR,
+            "disaggregated (disaggregated's) serves the most: 2 [1.5, 2.5] requests/s "
+            "per device.\nDisaggregated over vllm, the best colocated system: 2.00 "
+            "[2.00, 2.00]: disaggregate.",
+        ),
+        (
+            (CLEAR[0], found(DISAGGREGATED, 0.5, 0.55, 0.45)),
+            "vllm (vllm's) serves the most: 1 [0.752, 1.25] requests/s per device.\n"
+            "Disaggregated over vllm, the best colocated system: 0.50 [0.50, 0.50]: do "
+            "not disaggregate.",
+        ),
+        (NOBODY, "Nobody: even alone orca needs 1.25 x the targets."),
+    ],
+)
+def test_a_single_cell_has_an_answer(cell, said):
+    assert report.answer(cell) == said
+    assert report.sentences([MAP], [{(0, 0): cell}]) == [said]
+
+
+def test_two_cells_are_a_map_with_a_sentence():
+    (said,) = report.sentences([MAP], [{(0, 0): NOBODY, (1, 0): CLEAR}])
+    assert said.startswith(
+        "No cell says not to disaggregate (of 2 cells, workload mine"
+    )
+
+
+def test_who_has_no_goodput_is_said():
+    """In the table, where one of two systems serves nobody, or not by every seed."""
+    one = (
+        found("vllm", 0.0, 0.0),
+        found("orca", 0.0, 2.0),
+        found(DISAGGREGATED, 3.0, 3.0),
+    )
+    table = report.text(QUESTION, [MAP], [{(0, 0): one}])
+    row = next(line for line in table.splitlines() if line.startswith("0.25 "))
+    assert "some seeds have none: orca" in row
+    two = (found("vllm", 0.0, 0.0), found(DISAGGREGATED, 3.0, 3.0))
+    table = report.text(QUESTION, [MAP], [{(0, 0): two}])
+    assert "only one serves: vllm  only one serves: vllm" in table
+
+
+def test_a_goodput_however_small_is_one():
+    small = (found("vllm", 0.25, 0.25), found(DISAGGREGATED, 0.5, 0.5))
+    table = report.text(QUESTION, [MAP], [{(0, 0): small}])
+    assert "vllm's: 0.25/s; " in table and "no goodput" not in table
+
+
+def test_candidates_are_listed_where_there_are_several():
+    row = {
+        **{"candidate": "2xcolocated:tp1", "devices": 2, "num_requests": 77},
+        **{"seeds": [0, 1], "at_most": 3.0, "goodput": 2.5, "interval": [2.0, 3.0]},
+        **{"steady": True, "bracketed": True, "resolved": True},
+    }
+    tried = tuple(dataclasses.replace(f, candidates=(row,)) for f in CLEAR)
+    assert "2xcolocated:tp1" not in report.text(QUESTION, [MAP], [{(0, 0): tried}])
+    asked = dataclasses.replace(QUESTION, budgets=(1,))
+    lines = report.text(asked, [MAP], [{(0, 0): tried}]).splitlines()
+    shown = [line.split() for line in lines if "2xcolocated:tp1" in line]
+    assert shown == [["2xcolocated:tp1", "2", "2.5", "[2,", "3]", "77", "2"]] * 3
+
+
+def test_a_cluster_without_a_link_is_said_to_have_a_free_one():
+    free = dataclasses.replace(QUESTION.simulation, inside=None)
+    asked = dataclasses.replace(QUESTION, simulation=free)
+    assert "KV over a free link;" in report.text(asked, [MAP], [GRID])
+
+
+def test_letters_are_white_on_dark_colours_and_black_on_others():
+    axes = matplotlib.figure.Figure().subplots()
+    report._draw(axes, MAP, GRID)
+    for patch, text in zip(axes.patches, axes.texts, strict=True):
+        red, green, blue, _ = patch.get_facecolor()
+        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+        assert text.get_color() == ("white" if dark else "black")
+
+
 def test_what_is_infinite_is_none_in_the_record():
     assert plain({"a": (float("inf"), 1.5)}) == {"a": [None, 1.5]}
 
@@ -194,6 +345,11 @@ def test_a_single_cell_is_a_bar_for_each_system(tmp_path, monkeypatch):
     ends = list(axes.lines[0].get_xdata())  # 1 +- 4.303 x 0.1 / sqrt(3)
     assert ends == pytest.approx([0.7516, 1.2484], abs=1e-4)
     assert axes.get_title().endswith("workload mine\nTTFT <= 1 s, TPOT <= 0.04 s")
+    assert axes.get_xlabel().endswith("per device), 95 % intervals over seeds")
+    alone = tuple(dataclasses.replace(f, per_seed_rps=(1.0,)) for f in CLEAR)
+    report.plot(QUESTION, [one], [{(0, 0): alone}], tmp_path / "x.png")
+    (axes,) = drawn[1].axes
+    assert axes.get_xlabel().endswith("per device), no intervals") and not axes.lines
 
 
 @dataclasses.dataclass(frozen=True)

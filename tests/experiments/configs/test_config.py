@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -11,21 +12,20 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.workload.lengths import FixedLengths, LognormalLengths, UniformLengths
 from experiments.configs.config import (
     Config,
     System,
     Targets,
-    override,
-    parse_lengths,
-    to_json,
 )
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import check
+from experiments.configs.override import override
+from experiments.runs.folder import plain
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_named_config_is_valid_json(name):
-    content = to_json(override(get_config(name), []))
+    content = plain(override(get_config(name), []))
     assert json.loads(json.dumps(content)) == content
     assert content["type"] == "Config"
 
@@ -91,24 +91,6 @@ def test_a_bad_override_says_what_was_expected_and_what_came(assignment, message
 def test_an_unknown_config_names_the_known_ones():
     with pytest.raises(ValueError, match="expected one of.*smoke.*got 'nope'"):
         get_config("nope")
-
-
-@pytest.mark.parametrize(
-    ("text", "lengths"),
-    [
-        ("fixed:7", FixedLengths(tokens=7)),
-        ("uniform:3:9", UniformLengths(low=3, high=9)),
-        ("lognormal:20:0.5:99", LognormalLengths(median=20, sigma=0.5, high=99)),
-    ],
-)
-def test_lengths_are_read(text, lengths):
-    assert parse_lengths(text) == lengths
-
-
-@pytest.mark.parametrize("text", ["", "fixed", "fixed:x", "uniform:9:3", "zipf:2"])
-def test_bad_lengths_are_an_error_that_quotes_them(text):
-    with pytest.raises(ValueError, match=f"'{text}'"):
-        parse_lengths(text)
 
 
 def test_a_preset_is_the_slo_where_no_seconds_are_given():
@@ -206,9 +188,92 @@ def test_a_placement_has_the_parameters_of_its_system_or_the_defaults():
     assert named.deployment == answer["deployment"]
 
 
+def test_a_placement_replaces_the_system_that_has_its_name():
+    config = get_config("tiny")
+    old = dataclasses.replace(
+        config, systems={"placed_low": System.of("vllm", "colocated:tp1")}
+    )
+    answer = {"system": "disaggregated", "deployment": "prefill:tp1,decode:tp1"}
+    found = {"flags": {"model": "tiny"}, "low": answer, "skipped": {"tp8": "no room"}}
+    placed = old.with_placements(found).systems
+    assert {name: system.deployment for name, system in placed.items()} == {
+        "placed_low": answer["deployment"]
+    }
+
+
+def test_a_value_is_all_behind_the_first_sign():
+    config = override(get_config("tiny"), ["weights=/models/a=b"])
+    assert config.weights == "/models/a=b"
+
+
+@pytest.mark.parametrize("text", ["true", "True", "false", "FALSE"])
+def test_true_and_false_are_read_in_any_case(text):
+    config = override(get_config("tiny"), [f"workload.ignore_eos={text}"])
+    assert config.workload.ignore_eos is (text.lower() == "true")
+
+
+def test_a_list_has_what_is_between_its_commas_and_may_be_empty():
+    changed = override(get_config("smoke"), ["rates=3,,4,"])
+    assert changed.rates == (3.0, 4.0)
+    assert override(changed, ["rates="]).rates == ()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("slo.ttft_scale=inf", "slo.ttft_scale: expected a finite number, got 'inf'"),
+        ("rates=1,nan", "--set rates: expected a finite number, got 'nan'"),
+        ("workload.ties=mixed", "--set workload.ties: expected one of "),
+        ("workload.too_long=cut", "expected one of drop, clip, got 'cut'"),
+        ("search.max_rates=2.5", "--set search.max_rates: expected int, got '2.5'"),
+        ("durations=measured", "durations: expected one of table, live, modelled"),
+        ("workload.source=file", "expected one of random, human_eval, trace, got"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(assignment, message):
+    with pytest.raises(ValueError) as error:
+        override(get_config("tiny"), [assignment])
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [math.inf, math.nan, 0.0, -1.0])
+def test_a_rate_made_in_python_is_checked_too(rate):
+    made = dataclasses.replace(get_config("tiny"), rates=(1.0, rate))
+    with pytest.raises(ValueError, match="rates: expected > 0 requests/s, and finite"):
+        check(made)
+
+
+def test_a_config_has_a_system():
+    with pytest.raises(ValueError, match="systems: expected at least one, got none"):
+        check(dataclasses.replace(get_config("tiny"), systems={}))
+
+
+def test_the_defaults_are_those_that_the_documents_name():
+    """Another default moves every number that was published without a flag."""
+    config = Config(systems=get_config("tiny").systems)
+    assert (config.slo.ttft_scale, config.slo.tpot_scale) == (5.0, 1.5)
+    assert (config.slo.ttft_s, config.slo.tpot_s, config.slo.preset) == (0, 0, "")
+    memory = config.memory
+    assert (memory.blocks_per_device, memory.block_tokens) == (256, 16)
+    assert memory.max_context == 512
+    workload = config.workload
+    assert (workload.num_requests, workload.source) == (100, "random")
+    assert (workload.prompt_tokens, workload.output_tokens) == (
+        *("uniform:32:256", "uniform:16:48"),
+    )
+    assert (workload.ties, workload.too_long) == ("spread", "drop")
+    assert (workload.ignore_eos, workload.trace_scale) == (True, 1.0)
+    assert (config.num_seeds, config.seed, config.timing_repeats) == (5, 0, 9)
+    assert (config.criterion, config.clock, config.durations) == (
+        *("distserve", "virtual", "table"),
+    )
+    assert (config.tune, config.execute_all, config.streams) == (True, False, False)
+    assert (config.layer_groups, config.link, config.rates) == (1, "", ())
+
+
 def test_the_record_of_a_config_has_every_value_and_type():
     config = override(get_config("tiny"), ["rates=1,2.5", "seed=7"])
-    content = to_json(config)
+    content = plain(config)
     assert content["rates"] == [1.0, 2.5] and content["seed"] == 7
     assert content["cost"] == {
         "type": "LinearCost",

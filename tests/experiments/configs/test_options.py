@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import subprocess
-import sys
 from typing import ClassVar
 
 import pytest
@@ -12,10 +10,13 @@ from absl import flags
 
 from experiments.cli.flags import expect_once, expect_used
 from experiments.configs import options
-from experiments.configs.config import Config, Workload, override
+from experiments.configs.config import Config, WorkloadConfig
 from experiments.configs.named import CONFIGS, get_config
+from experiments.configs.options import check
+from experiments.configs.override import override
 from experiments.papers import FIGURES
 from experiments.papers.figure import Lab
+from tests.commands import run_code
 
 TRACE = ["workload.source=trace", "workload.trace=FILE.csv"]
 CHUNK = "systems.sarathi.policies.colocated.chunk_tokens=64"
@@ -49,7 +50,7 @@ def test_every_field_of_a_config_says_when_it_matters():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_named_config_sets_nothing_that_has_no_effect(name):
-    get_config(name).check()
+    check(get_config(name))
 
 
 def test_arrivals_matter_beside_a_trace_without_times_only(tmp_path):
@@ -158,6 +159,93 @@ def test_an_option_that_matters_is_taken(changes):
     override(get_config("tiny"), changes)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["trace_scale=2", "trace_rows=9", "trace_unit=ms", "ties=keep", "too_long=clip"],
+)
+def test_what_is_about_a_trace_needs_one(change):
+    override(get_config("tiny"), [*TRACE, f"workload.{change}"])
+    for other in ([], ["workload.source=human_eval"]):
+        with pytest.raises(ValueError, match="expected workload.source=trace, got wor"):
+            override(get_config("tiny"), [*other, f"workload.{change}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        (["cost.transfer_base_s=1"], "a system of prefill and decode instances"),
+        (["cost.transfer_token_s=1"], "a system of prefill and decode instances"),
+        (["cost.transfer_parts=2"], "a system of prefill and decode instances"),
+        (["streams=true"], "a system of prefill and decode instances"),
+        (["link=25gb"], "a system of prefill and decode instances"),
+    ],
+)
+def test_what_is_about_transfers_needs_a_system_that_has_them(changes, missing):
+    """One of several is enough; a colocated one alone is not."""
+    config = override(get_config("tiny"), ["durations=modelled"])
+    streams = ["streams=true"] if "parts" in changes[0] else []
+    override(config, [*streams, *changes])
+    only = dataclasses.replace(config, systems={"vllm": config.systems["vllm"]})
+    with pytest.raises(ValueError, match=f"expected {missing}, got 2xcolocated:tp1"):
+        override(only, changes)
+
+
+@pytest.mark.parametrize("key", ["transfer_base_s", "transfer_token_s"])
+def test_a_link_is_in_place_of_the_formula_of_transfers(key):
+    changes = ["durations=modelled", "link=25gb", f"cost.{key}=1"]
+    with pytest.raises(ValueError, match="expected no link, got link=25gb"):
+        override(get_config("tiny"), changes)
+    parts = ["streams=true", "cost.transfer_parts=2", *changes[:2]]
+    with pytest.raises(ValueError, match="transfer_parts: expected no link"):
+        override(get_config("tiny"), parts)
+
+
+def test_a_value_that_a_config_begins_with_was_not_set():
+    """Whatever the default; nor is the default set, whatever the config begins with."""
+    config = override(get_config("tiny"), ["durations=modelled", "cost.step_base_s=2"])
+    table = dataclasses.replace(config, durations="table")
+    override(table, ["seed=1"])  # 2 stays, without effect
+    override(table, ["cost.step_base_s=0.001"])  # the default of the field
+    with pytest.raises(ValueError, match="cost.step_base_s=3.0 has no effect"):
+        override(table, ["cost.step_base_s=3"])
+
+
+def test_a_command_says_what_it_does_not_read():
+    """Of a whole part too; and what it reads is as before."""
+    elsewhere = options.read_by("a command", not_by="another", keys=["slo", "rates"])
+    override(get_config("tiny"), ["num_seeds=2"], elsewhere)
+    for change in ("slo.ttft_s=1", "rates=1"):
+        key = change.partition("=")[0]
+        message = f"^{key}: expected a command, got another, where {key}=1.0 has no eff"
+        with pytest.raises(ValueError, match=message):
+            override(get_config("tiny"), [change], elsewhere)
+
+
+def test_all_that_would_give_an_option_an_effect_is_named():
+    """Either of two values, or another option; and all that is there instead."""
+    changes = ["durations=modelled", "layer_groups=2"]
+    with pytest.raises(ValueError) as error:
+        override(get_config("tiny"), changes)
+    assert str(error.value) == (
+        "layer_groups: expected durations=table or live or a link, got "
+        "durations=modelled and no link, where layer_groups=2 has no effect"
+    )
+
+
+def test_values_are_shown_as_they_are_typed():
+    assert options.shown((1.0, 2.5)) == "1.0,2.5"
+    assert options.shown([True, "a"]) == "true,a"
+
+
+def test_arrivals_are_not_refused_where_the_trace_cannot_be_read():
+    """What is wrong with the file is said by what reads it."""
+    override(get_config("tiny"), [*TRACE, "workload.arrivals.kind=fixed"])
+
+
+def test_step_sizes_need_one_system_that_has_them():
+    override(get_config("tiny"), ["step_tokens=64"])  # vllm has none
+
+
 def test_what_a_named_config_sets_may_lose_its_effect():
     """The user did not set it, and asks for something else."""
     config = override(get_config("smoke"), ["durations=modelled"])
@@ -174,9 +262,9 @@ def test_what_a_named_config_sets_may_lose_its_effect():
 
 def test_a_config_made_in_python_is_compared_with_the_defaults():
     config = get_config("tiny")
-    made = dataclasses.replace(config, workload=Workload(trace="x.csv"))
+    made = dataclasses.replace(config, workload=WorkloadConfig(trace="x.csv"))
     with pytest.raises(ValueError, match="expected workload.source=trace"):
-        made.check()
+        check(made)
 
 
 @pytest.mark.parametrize(
@@ -335,12 +423,12 @@ for line in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.jax
 @pytest.mark.parametrize("module", REFUSED)
 def test_a_command_refuses_a_flag_that_has_no_effect(module, tmp_path):
     required = REQUIRED.get(module, "")
     lines = [f"--out={tmp_path}/out {required} {line}" for line in REFUSED[module]]
-    command = [sys.executable, "-c", RUN, module, json.dumps(lines)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run_code(RUN, module, json.dumps(lines))
     assert done.returncode == 0, done.stderr
     said = [json.loads(line) for line in done.stdout.splitlines()]
     for line, got, message in zip(

@@ -17,8 +17,7 @@ from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment, SimulatedRun
-from disagg_jax.workload.lengths import FixedLengths
-from disagg_jax.workload.requests import POISSON, make_requests
+from disagg_jax.workload import FixedLengths, RandomWorkload
 from experiments.papers.distserve import closed_forms
 from experiments.papers.distserve.closed_forms import ConstantInstance
 from experiments.papers.distserve.published import paper_panel
@@ -53,15 +52,10 @@ def simulated(
 def run(
     system: SimulatedDeployment, rate_rps: float, seed: int, output: int, n: int = 3000
 ) -> SimulatedRun:
-    requests = make_requests(
-        n=n,
-        rate_rps=rate_rps,
-        prompt_lengths=FixedLengths(tokens=512),
-        output_lengths=FixedLengths(tokens=output),
-        seed=seed,
-        arrivals=POISSON,
+    workload = RandomWorkload(
+        prompt=FixedLengths(tokens=512), output=FixedLengths(tokens=output)
     )
-    return system.run(requests)
+    return system.run(workload.requests(n, rate_rps, seed))
 
 
 def mean(values: list[float]) -> float:

@@ -19,6 +19,7 @@ from experiments.placement.placements import parse_slo, problem_of, simulation_o
 from experiments.runs.folder import (
     differences,
     plain,
+    read_json,
     record_start,
     run_folder,
     sole_use,
@@ -149,6 +150,49 @@ def once(path, config, **how):
         (path / "result.txt").write_text(str(config))
 
 
+def test_only_the_records_of_a_run_are_nothing_to_lose(tmp_path):
+    """Any other file is a result, whatever it is called."""
+    for name in ("notes.txt", "points"):
+        folder = tmp_path / name
+        record_start(folder_of(folder), {"a": 1}, {})
+        (folder / name).write_text("kept")
+        with pytest.raises(ValueError, match=r"another config \(a\)"):
+            once(folder, {"a": 2})
+        assert (folder / name).read_text() == "kept"
+        once(folder, {"a": 1})
+
+
+def folder_of(path):
+    path.mkdir()
+    return path
+
+
+def test_a_result_without_a_config_may_be_replaced_where_asked(tmp_path):
+    (tmp_path / "result.txt").write_text("of an older version")
+    once(tmp_path, {"a": 1}, replace=True)
+    assert config_in(tmp_path) == {"a": 1}
+
+
+def test_a_config_that_is_no_json_is_not_recorded(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        record_start(tmp_path, {"a": float("inf")}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_start_is_kept_behind_those_before(tmp_path):
+    for start in (1, 2, 3):
+        record_start(tmp_path, {"a": (1, 2)}, start)
+    assert read(tmp_path / "env.json") == [1, 2, 3]
+
+
+def test_a_refused_config_changes_nothing(tmp_path):
+    record_start(tmp_path, {"a": 1}, "first")
+    with pytest.raises(ValueError, match="another config"):
+        record_start(tmp_path, {"a": 2}, "second")
+    assert config_in(tmp_path) == {"a": 1}
+    assert read(tmp_path / "env.json") == ["first"]
+
+
 def test_results_of_another_config_stay(tmp_path):
     once(tmp_path, {"a": 1, "sizes": (1, 2)})
     once(tmp_path, {"a": 1, "sizes": (1, 2)})  # again, the same
@@ -228,8 +272,31 @@ def test_a_file_that_was_cut_off_leaves_the_one_before(tmp_path):
         assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, float("nan"))
+    assert path.read_text() == "before"
     write_text(path, "after")
     assert path.read_text() == "after"
+
+
+def test_a_json_file_comes_back_and_a_missing_one_is_none(tmp_path):
+    content = {"a": [1, 2.5, None], "b": {"c": "d"}}
+    write_json(tmp_path / "x.json", content)
+    assert (tmp_path / "x.json").read_text().endswith("}\n")
+    assert read_json(tmp_path / "x.json") == content
+    assert read_json(tmp_path / "y.json") is None
+
+
+def test_a_file_is_not_there_before_it_is_whole(tmp_path):
+    with whole(tmp_path / "x") as temporary:
+        temporary.write_text("half")
+        assert not (tmp_path / "x").exists() and temporary.parent == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_an_error_of_another_file_keeps_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        with whole(tmp_path / "x"):
+            (tmp_path / "other").read_text()
+    assert error.value.filename == str(tmp_path / "other")
 
 
 def test_an_error_names_the_file_that_was_to_be_written(tmp_path):

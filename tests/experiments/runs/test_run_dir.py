@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import jax
 import pytest
 
 from disagg_jax.metrics import SLO
@@ -11,6 +13,7 @@ from experiments.runs.request_rows import to_row, to_timeline
 from experiments.runs.run_dir import Point, RunDir, SavedRun
 
 POINT = Point("vllm", 12.5, 0)
+STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
 ROWS = [{"request_id": 0, "ttft_s": 0.1}, {"request_id": 1, "ttft_s": 0.2}]
 
 
@@ -153,6 +156,27 @@ def test_a_system_or_rate_that_did_not_run_is_refused_by_what_there_is(tmp_path)
         run_dir.pick("vllm", None, None)
 
 
+def test_rates_are_told_apart_by_six_digits(tmp_path):
+    """Four were tried for two devices; a rate typed as it is shown finds its point."""
+    rates = (1.2345 / 2, 1.2346 / 2, 1234.0 / 3)
+    run_dir = saved(tmp_path, rates=rates, passing=rates[1])
+    for rate, shown in zip(rates, ("0.61725", "0.6173", "411.333"), strict=True):
+        for asked in (rate, float(shown)):
+            picked = run_dir.pick("vllm", asked, None)
+            assert picked.point == Point("vllm", 2 * rate, 0)
+            assert picked.rate_rps == shown
+    assert run_dir.pick("vllm", None, None).point.rate_rps == 1.2346
+
+
+def test_a_point_of_another_system_is_none_of_its_rates(tmp_path):
+    picked = saved(tmp_path).pick("other", 99.0, 8)
+    assert picked.point == Point("other", 99.0, 5)
+    with pytest.raises(
+        ValueError, match=r"--rate: expected one of \['99'\], got '6.25"
+    ):
+        saved(tmp_path).pick("other", 6.25, None)
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--run: expected a run directory, got"):
         SavedRun(tmp_path).pick("vllm", None, None)
@@ -217,6 +241,31 @@ def vars_of(timeline):
     return {**row, "status": str(timeline.status)}
 
 
+def test_a_row_has_the_stages_and_what_became_of_the_request():
+    """Arrived at 1, taken at 1.25, first token and transfer at 2, dropped at 2.75."""
+    timeline = finished()
+    row = to_row(timeline, SLO(ttft_s=1.0, tpot_s=1.0))
+    stages = ("prefill_queue_s", "prefill_s", "transfer_s")
+    assert [row[name] for name in stages] == [0.25, 0.75, 0.5]
+    assert sum(row[f"{s}_s"] for s in STAGES) == row["e2e_s"] == 3.0
+    assert {name: row[name] for name in ("arrival_s", "transfer_bytes", "tokens")} == {
+        "arrival_s": 1.0,
+        "transfer_bytes": 640,
+        "tokens": [9, 8, 7],
+    }
+    for status in Status:
+        latencies = {"ttft_s", "e2e_s", "meets_slo"} & to_row(
+            dataclasses.replace(timeline, status=status), SLO(ttft_s=1.0, tpot_s=1.0)
+        ).keys()
+        assert bool(latencies) == (status is Status.FINISHED), status
+
+
+def test_a_timeline_keeps_the_lengths_of_its_row():
+    again = to_timeline(to_row(finished(), SLO(ttft_s=1.0, tpot_s=1.0)))
+    assert (again.request.prompt_tokens, again.request.max_tokens) == (4, 3)
+    assert again.preemptions == 1
+
+
 # -- starts ---------------------------------------------------------------------------
 
 
@@ -225,6 +274,16 @@ def test_a_resumed_run_keeps_the_environment_of_every_start(tmp_path):
         env = RunDir(tmp_path, {}).read_json("env.json")
         assert len(env) == starts
     assert all(start["packages"]["jax"] for start in env)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("config.json", "env.json", "points"),
+    }
+
+
+def test_a_start_says_on_what_devices(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind="H1")] * 3)
+    (start,) = RunDir(tmp_path, {}).read_json("env.json")
+    assert (start["backend"], start["devices"]) == ("gpu", ["H1"] * 3)
 
 
 def test_another_config_is_refused_by_the_keys_that_differ(tmp_path):

@@ -51,6 +51,28 @@ def test_a_rate_that_fails_below_one_that_passes_is_marked():
     assert report._ranked(rows[0]).startswith("~!2.0")
 
 
+def test_rates_that_are_apart_by_the_tolerance_are_near_enough():
+    """2 and 2.5 by a quarter, which no binary fraction rounds."""
+    apart = {2.0: [1.0, 1.0], 2.5: [0.9, 0.9]}
+    assert rank(P99, {"a": apart}, tolerance=0.25)[0]["known"] == "yes"
+    assert rank(P99, {"a": apart}, tolerance=0.24)[0]["known"] == "coarsely"
+
+
+@pytest.mark.parametrize(("criterion", "good"), [(P99, 1.0), (Sarathi(), 7.0)])
+def test_dependent_seeds_have_no_interval(criterion, good):
+    scores = {"a": {1.0: [good, good], 2.0: [0.9, 0.8]}}
+    for independent in (True, False):
+        (row,) = rank(criterion, scores, tolerance=0.1, independent=independent)
+        assert (row["low"] is not None) == independent
+        assert (row["high"] is not None) == independent
+
+
+def test_systems_of_one_figure_stay_in_their_order():
+    same = {"b": {1.0: [2.0]}, "a": {1.0: [2.0]}, "c": {1.0: [3.0]}}
+    rows = rank(Sarathi(), same, tolerance=0.1)
+    assert [row["system"] for row in rows] == ["c", "b", "a"]
+
+
 def test_throughputs_are_ordered_by_the_best_score():
     rows = rank(
         Sarathi(),

@@ -166,6 +166,82 @@ def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
     assert legend[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
 
 
+def test_the_picture_names_its_axes_and_cuts_no_point():
+    axes = matplotlib.figure.Figure().subplots()
+    report._plot_scores(axes, summaries.goodput())
+    assert axes.get_xlabel() == "arrival rate (requests/s per device)"
+    assert axes.get_ylabel() == "requests within the SLO (%)"
+    low, high = axes.get_ylim()
+    assert low <= 0 and high >= 100
+    # An interval of shares may reach beyond all of them.
+    summary = summaries.goodput()
+    for point in summary["systems"]["vllm"]["points"]:
+        point["criteria"]["distserve"] |= {"mean": 0.95, "low": -0.2, "high": 1.3}
+    axes = matplotlib.figure.Figure().subplots()
+    report._plot_scores(axes, summary)
+    band = axes.collections[0].get_datalim(axes.transData).intervaly
+    assert list(band) == [0.0, 100.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "95 % intervals"),
+        ({"num_seeds": 1}, "no intervals"),
+        ({"no_intervals": "runs share rows"}, "no intervals"),
+    ],
+)
+def test_the_picture_says_whether_it_has_intervals(changes, said):
+    axes = matplotlib.figure.Figure().subplots()
+    report._plot_scores(axes, summaries.goodput(**changes))
+    assert f" seeds a point, {said}; virtual clock, durations" in axes.get_title()
+
+
+def test_the_picture_of_another_criterion_says_what_it_is():
+    axes = matplotlib.figure.Figure().subplots()
+    report._plot_scores(axes, summaries.goodput(criterion="fastgen"))
+    assert axes.get_title().startswith("tiny; fastgen: good requests\n")
+    assert axes.get_ylabel() == "fastgen: score (%)"
+
+
+def test_the_picture_and_the_table_say_all_that_is_to_be_said_of_a_trace(
+    monkeypatch, tmp_path
+):
+    drawn = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
+    )
+    said = {"trace": {"said": ["first line", "second line"]}, "no_intervals": "a why"}
+    summary = summaries.goodput(**said)
+    report.plot(summary, tmp_path / "x.png")
+    lines = ["first line", "second line", "no intervals, and nothing resolved: a why"]
+    assert drawn[0].get_supxlabel().splitlines() == lines
+    shown = report.table(summary).splitlines()
+    assert shown[2:5] == lines
+    report.plot(summaries.goodput(), tmp_path / "x.png")
+    assert not drawn[1].get_supxlabel()
+
+
+def test_the_stages_of_every_system_that_passed_are_stacked():
+    axes = matplotlib.figure.Figure().subplots()
+    report._plot_stages(axes, summaries.throughput())
+    bottoms = [bar.get_y() for bar in axes.patches]
+    assert len(bottoms) == 10 and bottoms[:4] == [0.0, 0.0, 209.0, 309.0]
+    assert axes.get_ylabel() == "mean time of a request (ms)"
+
+
+def test_an_order_that_is_open_is_marked_wherever_it_is():
+    """By the second criterion, where a lower rate fails."""
+    summary = summaries.goodput()
+    note = "! not monotone: a lower rate fails, or a higher one passes again"
+    assert note not in report.table(summary)
+    summary["criteria"]["fastgen"]["rank"][1]["monotone"] = False
+    lines = report.table(summary).splitlines()
+    assert lines[-1] == note
+    (row,) = [line for line in lines if line.startswith("fastgen, ")]
+    assert row.endswith("pair ~9.5  vllm >= !7.5")
+
+
 def test_the_picture_of_a_throughput_is_per_device():
     axes = matplotlib.figure.Figure().subplots()
     report._plot_scores(axes, summaries.throughput())

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from disagg_jax.deployment import KVMemory
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.override import override
 from experiments.sweep import request_source
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.weights import load_model
@@ -92,6 +92,69 @@ def test_runs_that_share_prompts_are_no_independent_samples(human_eval):
     assert load(*human_eval, "workload.num_requests=1").why_dependent == ""
 
 
+def test_long_outputs_are_cut_too_and_counted(tmp_path):
+    """Half of 512 tokens each; a row that was cut twice counts once."""
+    path = tmp_path / "trace.csv"
+    rows = ["0,300,300", "1,300,9", "2,9,300", "3,256,256"]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows, ""]))
+    changes = [f"workload.trace={path}", "workload.source=trace", "num_seeds=1"]
+    source = load(*changes, "workload.num_requests=4", "workload.too_long=clip")
+    assert lengths(source, 0) == [(256, 256), (256, 9), (9, 256), (256, 256)]
+    counts = [source.trace[key] for key in ("left_out_empty", "left_out_long", "cut")]
+    assert counts == [0, 0, 3]
+
+
+def test_scaled_lengths_are_rounded_and_keep_a_token(tmp_path):
+    """To the nearest, of a half to the even one; nothing stays nothing."""
+    path = tmp_path / "trace.csv"
+    rows = ["0,11,4", "1,10,1", "2,6,5"]
+    path.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows, ""]))
+    changes = [f"workload.trace={path}", "workload.source=trace", "num_seeds=1"]
+    source = load(*changes, "workload.num_requests=3", "workload.trace_scale=0.25")
+    assert lengths(source, 0) == [(3, 1), (2, 1), (2, 1)]
+    assert source.trace["scale"] == 0.25
+    assert "lengths x 0.25" == source.trace["said"][1]
+    plain = load(*changes, "workload.num_requests=3")
+    assert lengths(plain, 0) == [(11, 4), (10, 1), (6, 5)]
+    assert not any("lengths x" in line for line in plain.trace["said"])
+
+
+def test_every_run_is_checked_for_requests_that_no_pool_can_hold(trace):
+    """The long row is one of the second run only."""
+    source = load(*trace, "workload.too_long=clip", "workload.trace_scale=0.5")
+    fits = KVMemory(num_blocks=9, block_tokens=16, max_context=512)
+    with pytest.raises(ValueError, match="request 0 of run 1: a KV pool has 9 KV bloc"):
+        source.check([fits])
+    source = load(*trace, "workload.trace_scale=0.5", "num_seeds=1")
+    source.check([fits])
+
+
+def test_a_run_is_that_of_the_configs_seed_and_its_replica(human_eval):
+    for changes in ([], human_eval):
+        first, second = (load(*changes, f"seed={seed}") for seed in (5, 6))
+        assert work(first(1.0, 1)) == work(second(1.0, 0))
+        assert [r.arrival_s for r in first(1.0, 1)] == [
+            r.arrival_s for r in second(1.0, 0)
+        ]
+        assert work(first(1.0, 0)) != work(first(1.0, 1))
+
+
+def test_prompts_of_human_eval_have_outputs_of_the_config(human_eval):
+    source = load(
+        *human_eval, "workload.output_tokens=uniform:9:12", "workload.num_requests=3"
+    )
+    for replica in (0, 1):
+        assert all(9 <= r.max_tokens <= 12 for r in source(1.0, replica))
+    assert source.longest_prompt() == len("three")
+
+
+def test_runs_share_prompts_by_the_seeds_that_they_have(human_eval):
+    """Of three prompts: those of seeds 1 and 2 at one each, not of 1 to 4."""
+    one = ["workload.num_requests=1", "seed=1"]
+    assert load(*human_eval, *one).why_dependent == ""
+    assert "share the 3 prompts" in load(*human_eval, *one, "num_seeds=4").why_dependent
+
+
 def test_another_seed_takes_another_stretch(trace):
     source, later = (
         load(*trace, "workload.too_long=clip", f"seed={n}") for n in (0, 1)
@@ -100,7 +163,7 @@ def test_another_seed_takes_another_stretch(trace):
 
 
 def test_only_the_rows_asked_for(trace):
-    assert len(load(*trace, "workload.trace_rows=2").rows) == 2
+    assert len(load(*trace, "workload.trace_rows=2").workload.rows) == 2
 
 
 def test_a_trace_without_times_takes_the_arrivals_of_the_workload(tmp_path):

@@ -13,11 +13,12 @@ from disagg_jax.metrics.criteria import Alone, for_slo
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan
-from experiments.configs.config import override
 from experiments.configs.named import get_config
+from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.serving import Run
 from experiments.sweep.sweep import Sweep
+from models.tokenizer import ByteTokenizer, NoText
 
 SLO_S = SLO(ttft_s=1.0, tpot_s=0.1)
 SMALL = ["rates=4,8", "num_seeds=2", "execute_all=false"]
@@ -156,6 +157,9 @@ def test_goodputs_are_per_device_and_ratios_over_vllm_by_seed(tmp_path):
     # 5.6 per device. The other passes at 16, where the rates end: 8 per device.
     vllm = summary["systems"]["vllm"]["goodput"]
     assert vllm["per_seed_rps_per_device"] == pytest.approx([5.6, 5.6])
+    assert vllm["max_goodput_rate_per_device"] == pytest.approx(
+        {"mean": 5.6, "low": 5.6, "high": 5.6}
+    )
     assert (vllm["pass_rps_per_device"], vllm["fail_rps_per_device"]) == (4.0, 8.0)
     assert vllm["bracketed"]
     assert vllm["at_pass_rate"]["attainment"] == 1.0
@@ -310,3 +314,266 @@ def test_a_search_is_for_the_target_of_its_criterion(tmp_path):
     passing, failing = found["pass_rps_per_device"], found["fail_rps_per_device"]
     assert passing <= 10 / 2 < failing <= passing * 1.1
     assert one.run()["target"] == 0.99
+
+
+# -- what a run says of itself ---------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Told(Pretended):
+    """How many requests of a run are late, by its rate and its replica."""
+
+    late: dict = dataclasses.field(default_factory=dict)
+
+    def _timelines(self, asked):
+        rate_rps = round(1 / (asked[1].arrival_s - asked[0].arrival_s), 6)
+        late = self.late[rate_rps][asked[0].id // 100]
+        return [served(r, 5.0 if i < late else 0.5) for i, r in enumerate(asked)]
+
+
+def told(path, late, *changes, **fields):
+    """A sweep of vllm alone, on two devices; the rates are those of `late`."""
+    rates = ",".join(str(rate / 2) for rate in late)
+    whole = sweep(path, f"rates={rates}", *changes)
+    server = Told(Deployment.parse("2xcolocated:tp1"), 0.0, late=late)
+    return dataclasses.replace(whole, servers={"vllm": server}, **fields)
+
+
+def ends(content):
+    """Both ends of every interval in a summary."""
+    parts = content.values() if isinstance(content, dict) else content
+    if isinstance(content, dict) and "low" in content:
+        yield from (content["low"], content["high"])
+    for part in parts:
+        if isinstance(part, dict | list):
+            yield from ends(part)
+
+
+class Shared(Source):
+    """Runs that are no independent samples, of a trace."""
+
+    trace = {"said": ["of a trace"], "rows": 3}
+    why_dependent = "they share rows"
+
+
+@pytest.mark.parametrize("criterion", ["distserve", "sarathi"])
+def test_seeds_that_share_requests_give_no_interval_anywhere(tmp_path, criterion):
+    """Nor is anything resolved; of independent ones each figure has both ends."""
+    one = sweep(tmp_path, f"criterion={criterion}")
+    found = one.run()
+    assert "no_intervals" not in found and "trace" not in found
+    assert None not in ends(found) and len([*ends(found)]) > 20
+    shared = dataclasses.replace(one, source=Shared()).run()
+    assert set(ends(shared)) == {None}
+    assert shared["no_intervals"] == "they share rows"
+    assert shared["trace"] == Shared.trace
+    if criterion == "distserve":
+        resolved = [
+            s["systems"]["vllm"]["goodput"]["resolved"] for s in (found, shared)
+        ]
+        assert resolved == [True, False]
+
+
+def test_a_goodput_may_be_bracketed_and_not_resolved(tmp_path):
+    """Seeds of 75 % and none above, so far apart that they tell nothing."""
+    found = told(tmp_path, {8.0: [0, 0], 16.0: [1, 4]}).run()["systems"]["vllm"]
+    assert found["goodput"]["bracketed"] and not found["goodput"]["resolved"]
+
+
+def test_attainment_that_rises_with_the_rate_is_said_per_device(tmp_path):
+    said = []
+    late = {4.0: [1, 1], 8.0: [0, 0], 16.0: [2, 2]}
+    one = told(tmp_path, late, progress=said.append)
+    inversion = one.run()["systems"]["vllm"]["goodput"]["inversion"]
+    text = (
+        "attainment is not monotone in the rate: 75.0% at 2 requests/s per device, "
+        "100.0% at 4"
+    )
+    assert inversion == {
+        **{"fail_rps_per_device": 2.0, "fail_score": 0.75},
+        **{"pass_rps_per_device": 4.0, "pass_score": 1.0, "text": text},
+    }
+    assert [line for line in said if "monotone" in line] == [f"{'vllm':>14}  {text}"]
+    monotone = told(tmp_path / "b", {8.0: [0, 0], 16.0: [2, 2]}, progress=said.append)
+    assert monotone.run()["systems"]["vllm"]["goodput"]["inversion"] is None
+    assert len([line for line in said if "monotone" in line]) == 1
+
+
+def test_a_throughput_is_bracketed_steady_and_executed_at_its_best_rate(tmp_path):
+    """At 1/s each request is alone, at 8/s they pile up, at 16/s one is late."""
+    one = told(tmp_path, {1.0: [0, 0], 8.0: [0, 0], 16.0: [1, 1]}, "criterion=sarathi")
+    summary = one.run()
+    found = summary["systems"]["vllm"]["throughput"]
+    assert found["best_rps_per_device"] == 4.0
+    assert found["bracketed"] and not found["steady"]
+    assert found["at_best_rate"]["attainment"] == 1.0
+    points = summary["systems"]["vllm"]["points"]
+    assert [point["steady"] for point in points] == [True, False, False]
+    executed = [
+        point.rate_rps
+        for point in one.run_dir.points()
+        if one.run_dir.load(point)["executed"]
+    ]
+    assert executed == [8.0, 8.0]
+    only = told(tmp_path / "b", {1.0: [0, 0], 16.0: [3, 3]}, "criterion=sarathi")
+    found = only.run()["systems"]["vllm"]["throughput"]
+    assert found["best_rps_per_device"] == 0.5
+    assert found["steady"] and not found["bracketed"]
+
+
+def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
+    one = sweep(tmp_path, "criterion=sarathi")
+    # At 16/s on time, and at 8/s: the same tokens in fewer seconds.
+    ratio = (3 / 8 + 0.6) / (3 / 16 + 0.6)
+    found = one.run()["ratios"]["disaggregated/vllm"]
+    assert found["per_seed"] == pytest.approx([ratio] * 2)
+    assert found["mean"] == pytest.approx(ratio)
+    others = {f"{name}@8": server for name, server in one.servers.items()}
+    without = dataclasses.replace(
+        one, servers=others, choices={}, run_dir=RunDir(tmp_path / "b", {})
+    )
+    assert without.run()["ratios"] == {}
+
+
+def test_a_base_that_one_seed_never_passes_gives_no_ratios(tmp_path):
+    one = sweep(tmp_path)
+    base = told(tmp_path / "b", {8.0: [0, 4], 16.0: [0, 4]}).servers["vllm"]
+    summary = dataclasses.replace(one, servers={**one.servers, "vllm": base}).run()
+    assert summary["systems"]["vllm"]["goodput"]["per_seed_rps_per_device"] == [8, 0]
+    assert summary["ratios"] == {}
+
+
+def test_all_searches_begin_where_the_first_systems_does(tmp_path):
+    """Whatever the second's steps take."""
+    one = sweep(tmp_path, "rates=", "search.max_rates=2")
+    slow = one.servers["disaggregated"]
+    slow.prefill_s = lambda tokens, step_times: 9.0
+    said = []
+    dataclasses.replace(one, progress=said.append).run()
+    (first, *_) = [line for line in said if "disaggregated " in line]
+    assert " 7.15 requests/s per device" in first
+
+
+def test_rates_are_tried_with_four_digits_and_once(tmp_path):
+    one = sweep(tmp_path, "rates=1.00004,1.06254,1.00001")
+    found = points(one.run(), "vllm")
+    assert [point["request_rate"] for point in found] == [2.0, 2.125]
+    rows = (tmp_path / "requests.jsonl").read_text().splitlines()
+    assert len(rows) == len(set(rows)) == 2 * 2 * 2 * N
+
+
+def test_progress_is_per_device_and_by_what_is_searched_for(tmp_path):
+    said = []
+    late = {8.0: [0, 0], 16.0: [1, 2]}
+    told(tmp_path / "a", late, progress=said.append).run()
+    assert said[:3] == [
+        f"{'vllm':>14}      4.00 requests/s per device: attainment 100.0%  "
+        "(100.0%, 100.0%)",
+        f"{'vllm':>14}      8.00 requests/s per device: attainment  62.5%  "
+        "(75.0%, 50.0%)",
+        f"{'vllm':>14}      4.00 requests/s per device: running its programs",
+    ]
+    said.clear()
+    told(tmp_path / "b", late, "criterion=sarathi", progress=said.append).run()
+    thousands = f"{28 / (3 / 8 + 0.6) / 1e3:.4g}"
+    assert said[0].endswith(f": sarathi {thousands}  ({thousands}, {thousands})")
+
+
+def test_a_mean_over_the_seeds_is_no_median(tmp_path):
+    summary = told(tmp_path, {8.0: [0, 0, 3]}, "num_seeds=3").run()
+    (point,) = summary["systems"]["vllm"]["points"]
+    assert point["metrics"]["attainment"] == pytest.approx((1 + 1 + 0.25) / 3)
+    assert point["attainment"]["mean"] == pytest.approx((1 + 1 + 0.25) / 3)
+    assert summary["num_seeds"] == 3
+
+
+def test_a_point_says_which_target_was_missed(tmp_path):
+    """Late first tokens; the others come in time."""
+    (point,) = points(told(tmp_path, {8.0: [1, 1]}).run(), "vllm")
+    assert point["attainment_ttft"]["mean"] == 0.75
+    assert point["attainment_tpot"]["mean"] == 1.0
+
+
+def test_the_summary_says_how_it_was_made(tmp_path):
+    one = sweep(tmp_path / "a", "workload.num_requests=11", "criterion=mlperf")
+    found = one.run()
+    assert (found["model"], found["clock"], found["durations"]) == (
+        *("tiny", "virtual", "table"),
+    )
+    assert (found["num_requests"], found["num_seeds"]) == (11, 2)
+    assert (found["criterion"], found["executed"]) == ("mlperf", "passing")
+    assert found["slo"] == {"ttft_s": 1.0, "tpot_s": 0.1}
+    vllm = found["systems"]["vllm"]
+    assert (vllm["deployment"], vllm["devices"]) == ("2xcolocated:tp1", 2)
+    units = {name: each["unit"] for name, each in found["criteria"].items()}
+    assert all(unit.endswith(" per device") for unit in units.values())
+    for name, criterion in one.criteria.items():
+        assert found["criteria"][name]["definition"] == str(criterion)
+        assert found["criteria"][name]["target"] == criterion.target
+    live = sweep(tmp_path / "b", "clock=wall").run()
+    assert (live["clock"], live["durations"], live["executed"]) == (
+        *("wall", "live", "all"),
+    )
+
+
+@dataclasses.dataclass
+class Uneven(Pretended):
+    """Its programs give the second token late, and the first and last in time."""
+
+    def run(self, asked, step_times):
+        run = super().run(asked, step_times)
+        run.timelines[-1].token_s[1] += 1e-3
+        return run
+
+
+def test_a_token_between_two_in_time_is_compared_too(tmp_path):
+    one = sweep(tmp_path)
+    server = Uneven(Deployment.parse("2xcolocated:tp1"), 10.0)
+    with pytest.raises(RuntimeError, match="vllm-8.0rps-0: the programs' timelines"):
+        dataclasses.replace(one, servers={"vllm": server}).run()
+
+
+@dataclasses.dataclass
+class Padded(Pretended):
+    """Its steps have so many tokens of so many that they were compiled for."""
+
+    def run(self, asked, step_times):
+        run = super().run(asked, step_times)
+        totals = {
+            "mixed": StepTotals(steps=2, tokens=30, width=40),
+            "decode": StepTotals(steps=9, tokens=12, width=96),
+        }
+        return dataclasses.replace(run, totals=totals)
+
+
+def test_padding_is_what_the_tokens_leave_of_each_kind_of_step(tmp_path):
+    one = sweep(tmp_path, "rates=4")
+    server = Padded(Deployment.parse("2xcolocated:tp1"), 10.0)
+    dataclasses.replace(one, servers={"vllm": server}).run()
+    found = one.run_dir.load(Point("vllm", 8.0, 0))
+    padding = [found[f"padding_{kind}"] for kind in ("prefill", "mixed", "decode")]
+    assert padding == [None, 0.25, 0.875]
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A model whose tokens are letters, or have no text."""
+
+    tokenizer: object
+
+
+@pytest.mark.parametrize(
+    ("weights", "tokenizer", "text"),
+    [
+        ("trained", ByteTokenizer(), "\x01\x02\x03"),
+        ("trained", NoText(OSError("no tokenizer"), ()), None),
+        ("random", ByteTokenizer(), None),  # noise
+    ],
+)
+def test_requests_have_a_text_where_it_means_something(
+    tmp_path, weights, tokenizer, text
+):
+    one = sweep(tmp_path, f"weights={weights}", "rates=4")
+    dataclasses.replace(one, model=Letters(tokenizer)).run()
+    (row, *_) = one.run_dir.requests(Point("vllm", 8.0, 0))
+    assert row["tokens"] == [1, 2, 3] and row.get("text") == text

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from experiments import goodput_sweep
-from experiments.configs.config import override
 from experiments.configs.named import smoke, tiny
+from experiments.configs.override import override
 from experiments.convert_checkpoint import convert
 from experiments.sweep.weights import load_model
 from models import checkpoint

@@ -22,7 +22,8 @@ from disagg_jax.sim.cost.measured_profile import (
     profile_from_json,
     profile_to_json,
 )
-from disagg_jax.work import StepLoad
+from disagg_jax.work import StepLoad, Transfer
+from tests.serving import make_request
 
 SIZE = 16
 MEMORY = KVMemory(num_blocks=128, block_tokens=SIZE, max_context=256)
@@ -104,6 +105,26 @@ def test_a_decode_is_looked_up_as_a_step_is():
         CalibratedInstance(two, LISTED, SIZE).decode_s(1, 10)
 
 
+def test_in_service_steps_of_a_kind_take_so_much_longer_on_every_way_to_ask():
+    in_service = {"decode": 1.25, "prefill": 2.0}
+    times = dataclasses.replace(TIMES, serving_factor=in_service)
+    alone, serving = (
+        CalibratedInstance(TIMES, LISTED, SIZE),
+        CalibratedInstance(times, LISTED, SIZE),
+    )
+    for load, factor in (
+        (StepLoad((), 1, 10), 1.25),  # measured
+        (StepLoad((), 2, 40), 1.25),  # by the fit
+        (StepLoad(((0, 50),), 0, 0), 2.0),
+    ):
+        (alone_s,) = alone.stages_s(load)
+        assert serving.stages_s(load) == pytest.approx([factor * alone_s])
+        if not load.chunks:
+            assert serving.decode_s(load.decodes, load.context) == pytest.approx(
+                factor * alone_s
+            )
+
+
 def make_profile():
     return CalibratedProfile(
         name="hand",
@@ -114,6 +135,39 @@ def make_profile():
         provenance=dict.fromkeys(PROVENANCE, "x"),
         held_out={"decode": 0.01},
     )
+
+
+def test_each_pair_of_instances_has_the_times_of_its_layouts():
+    """Two layouts, between which transfers take 1, 2, 3 and 4 s, of one block."""
+    one, two = (1, 1), (2, 1)
+    pairs = {(one, one): 1.0, (one, two): 2.0, (two, one): 3.0, (two, two): 4.0}
+    slow = LayoutTimes(1, {LISTED.decode[0]: (0.75,)}, FITS)
+    profile = dataclasses.replace(
+        make_profile(),
+        layouts={one: TIMES, two: slow},
+        transfers={k: TransferTimes({1: s}, 0.0, 0.0) for k, s in pairs.items()},
+    )
+    deployment = Deployment.parse("prefill:tp2,decode:tp1,prefill:tp1,2xdecode:tp2")
+    listed = dataclasses.replace(LISTED, transfer_blocks=(1, 4))
+    cost = profile.cost(deployment, [listed] * 5, [MEMORY] * 5)
+    request = make_request(prompt=9)
+    found = {
+        (src, dst): cost.hop(Transfer(1, request, src, dst, (), (), 9)).duration_s
+        for src in (0, 2)
+        for dst in (1, 3, 4)
+    }
+    assert found == {
+        (0, 1): 3.0,
+        (0, 3): 4.0,
+        (0, 4): 4.0,
+        (2, 1): 1.0,
+        (2, 3): 2.0,
+        (2, 4): 2.0,
+    }
+    load = StepLoad((), 1, 10)
+    for instance, step_s in enumerate((0.75, 0.5, 0.5, 0.75, 0.75)):
+        assert cost.stages_s(instance, load) == (step_s,)
+        assert cost.decoder(instance)(1, 10) == step_s
 
 
 def test_a_profile_comes_back_from_its_text():

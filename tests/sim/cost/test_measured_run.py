@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.runlog.event_log import LoggedStep
-from disagg_jax.runlog.utilisation import Occupancy, StageUse, read_occupancy
+from disagg_jax.runlog.event_log import LoggedStep, LoggedTransfer
+from disagg_jax.runlog.utilisation import LinkUse, Occupancy, StageUse, read_occupancy
 from disagg_jax.sim.cost.measured_run import MeasuredCost, step_load
-from disagg_jax.work import StepLoad
+from disagg_jax.sim.hardware.network import Hop
+from disagg_jax.work import StepLoad, Transfer
+from tests.serving import make_request
 from tests.sim.linear_runs import COST, DEPLOYMENTS, burst, run
 
 
@@ -71,3 +73,62 @@ def test_spans_are_refused():
     cost = MeasuredCost(COST, Occupancy())
     with pytest.raises(ValueError, match="expected a simulation without spans"):
         cost.decoder(0)
+
+
+class Unequal:
+    """A `DeploymentCost`: stages of 1 and 4 s, transfers of `parts` parts of 1 s."""
+
+    def __init__(self, parts=1):
+        self.parts = parts
+
+    def stages_s(self, instance, load):
+        return (1.0, 4.0)
+
+    def hop(self, transfer):
+        return Hop(1.0, parts=self.parts)
+
+
+def logged(id, start, count):
+    slices = ((id, start, count),)
+    return LoggedStep(id=id, instance=0, slices=slices, iterations=1)
+
+
+def test_each_stage_of_a_step_has_its_own_ratio():
+    """Stages of 1 and 4 s took 2 and 12 s, and of the next prompt 3 and 2."""
+    uses = [
+        StageUse(logged(1, 0, 8), 0, 0.0, 2.0),
+        StageUse(logged(1, 0, 8), 1, 2.0, 14.0),
+        StageUse(logged(2, 0, 8), 0, 2.0, 5.0),
+        StageUse(logged(2, 0, 8), 1, 14.0, 16.0),
+    ]
+    cost = MeasuredCost(Unequal(), Occupancy(stages=uses))
+    prompt = StepLoad(((0, 8),), 0, 0)
+    found = [cost.stages_s(0, prompt) for _ in range(3)]
+    assert found == [(2.0, 12.0), (3.0, 2.0), (2.0, 12.0)]
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_each_way_between_two_instances_has_its_own_ratio(parts):
+    """A part is predicted to take 1 s; transfers took 2 and 6 s in all."""
+    links = [
+        LinkUse(
+            LoggedTransfer(id=id, request=0, src=src, dst=dst, context=8, step=1),
+            10.0,
+            10.0 + took_s,
+        )
+        for id, (src, dst, took_s) in enumerate([(0, 1, 2.0), (1, 0, 6.0)])
+    ]
+    cost = MeasuredCost(Unequal(parts), Occupancy(links=links))
+    request = make_request(0, 0.0, prompt=5)
+    for src, dst, expected_s in ((0, 1, 2.0), (1, 0, 6.0), (0, 2, 1.0 * parts)):
+        hop = cost.hop(Transfer(1, request, src, dst, (), (), 5))
+        assert hop.parts == parts
+        assert hop.duration_s * hop.parts == pytest.approx(expected_s)
+
+
+def test_the_load_of_a_logged_step():
+    # A prompt of one token is no decode, nor is a chunk of two after three. The decode
+    # attends to its four cached tokens and to itself.
+    slices = ((0, 0, 1), (1, 4, 1), (2, 3, 2))
+    step = LoggedStep(id=1, instance=0, slices=slices, iterations=1, pool_extent=7)
+    assert step_load(step) == StepLoad(((0, 1), (3, 2)), 1, 5, 7)

@@ -14,8 +14,9 @@ from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.presets import get_hardware
-from disagg_jax.sim.model_shape import ModelShape, get_model_shape
 from disagg_jax.work import StepLoad
+from models.config import ModelConfig, Widths
+from models.lookup import find_model
 
 PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
 
@@ -23,7 +24,7 @@ PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.j
 
 # A layer has 4 * (2*2 + 2*1) * 2 + 2 * 4 * 6 = 96 weights, a table 4 * 10 = 40. KV of
 # a token in a layer: 2 * 1 * 2 * 1 = 4 bytes.
-MODEL = ModelShape(
+MODEL = ModelConfig(
     name="tiny",
     layers=2,
     embed=4,
@@ -31,12 +32,13 @@ MODEL = ModelShape(
     kv_heads=1,
     head_dim=2,
     mlp=6,
-    gated_mlp=False,
-    vocab=10,
+    mlp_kind="relu",
+    vocab_size=10,
     tie_embeddings=False,
-    weight_dtype_bytes=2,
-    kv_dtype_bytes=1,
-    activation_dtype_bytes=2,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="bfloat16",
+    widths=Widths(weight=2, table=2, kv=1, activation=2),
 )
 DEVICE = Hardware(
     name="toy",
@@ -124,8 +126,9 @@ def test_unequal_stages_by_hand(layers, pp, stage_layers):
 
 
 def int8(name):
-    model = get_model_shape(name)
-    return dataclasses.replace(model, weight_dtype_bytes=1, kv_dtype_bytes=1)
+    model = find_model(name)
+    widths = Widths(weight=1, table=1, kv=1, activation=2)
+    return dataclasses.replace(model, widths=widths)
 
 
 def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():
@@ -152,8 +155,8 @@ def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():
         (int8("llama-3-70b"), 32, 17e-3, 0.03),
         # Llama-2-13B in bf16 on 8 chips, 8192 of context. The book streams 26 GB of
         # weights, we leave out the embedding: 0.3 GB of 33 or 240 GB.
-        (get_model_shape("llama-2-13b"), 1, 4.98e-3, 0.01),
-        (get_model_shape("llama-2-13b"), 32, 36.65e-3, 0.01),
+        (find_model("llama-2-13b"), 1, 4.98e-3, 0.01),
+        (find_model("llama-2-13b"), 32, 36.65e-3, 0.01),
     ],
 )
 def test_decode_bounds_of_the_scaling_book(model, batch, book_s, rel):
@@ -176,9 +179,7 @@ def test_prefill_of_the_scaling_book():
     assert prefill_s == pytest.approx(0.97 * 0.91 + 0.070, rel=0.01)
 
 
-A100_13B = RooflineCost(
-    model=get_model_shape("opt-13b"), hardware=get_hardware("a100-80g")
-)
+A100_13B = RooflineCost(model=find_model("opt-13b"), hardware=get_hardware("a100-80g"))
 
 
 def test_a_prompt_of_512_between_the_bound_and_the_measurements():
@@ -239,15 +240,11 @@ def test_no_slower_than_distserves_engine(tp):
 
 COSTS = {
     "13b": A100_13B,
-    "70b": RooflineCost(
-        model=get_model_shape("llama-3-70b"), hardware=get_hardware("h100")
-    ),
+    "70b": RooflineCost(model=find_model("llama-3-70b"), hardware=get_hardware("h100")),
     "v5e": RooflineCost(
-        model=get_model_shape("llama-3-8b"), hardware=get_hardware("tpu-v5e")
+        model=find_model("llama-3-8b"), hardware=get_hardware("tpu-v5e")
     ),
-    "cpu": RooflineCost(
-        model=get_model_shape("smollm2-135m"), hardware=get_hardware("cpu")
-    ),
+    "cpu": RooflineCost(model=find_model("smollm2-135m"), hardware=get_hardware("cpu")),
 }
 WHERE = st.sampled_from(
     [("13b", 1, 1), ("13b", 2, 2), ("70b", 4, 1), ("70b", 8, 3), ("v5e", 4, 1)]

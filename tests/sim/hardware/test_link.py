@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from disagg_jax.sim.hardware.link import LINKS, get_link
-from disagg_jax.sim.model_shape import get_model_shape
+from models.lookup import find_model
 
 NAMES = ("nvlink-a100", "nvlink-h100", "pcie5", "400gb", "100gb", "25gb")
 
@@ -22,7 +22,7 @@ NAMES = ("nvlink-a100", "nvlink-h100", "pcie5", "400gb", "100gb", "25gb")
     ],
 )
 def test_ideal_times_of_a_requests_kv(model, tokens, expected_ms):
-    size_bytes = tokens * get_model_shape(model).kv_bytes_per_token
+    size_bytes = tokens * find_model(model).kv_bytes_per_token
     for name, text in zip(NAMES, expected_ms, strict=True):
         ms = 1000 * get_link(name).ideal().transfer_s(size_bytes)
         digits = len(text.partition(".")[2])

@@ -8,10 +8,11 @@ import pytest
 
 from disagg_jax.sim.cost.distserve_profile import profile_from_json
 from disagg_jax.sim.hardware.memory import Partition
-from disagg_jax.sim.model_shape import ModelShape, get_model_shape
+from models.config import ModelConfig
+from models.lookup import find_model
 
 PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
-TINY = ModelShape(
+TINY = ModelConfig(
     name="tiny",
     layers=5,
     embed=8,
@@ -19,9 +20,11 @@ TINY = ModelShape(
     kv_heads=2,
     head_dim=2,
     mlp=16,
-    gated_mlp=True,
-    vocab=10,
+    vocab_size=10,
     tie_embeddings=True,
+    norm_eps=1e-5,
+    max_length=64,
+    dtype="bfloat16",
 )
 # A layer: 8 * (2*4 + 2*2) * 2 + 3 * 8 * 16 = 192 + 384 = 576. A table: 8 * 10 = 80.
 
@@ -53,6 +56,9 @@ def test_tokens_that_fit():
     assert part.kv_tokens(10_000, 1.0) == 51  # 4080 / 80
     assert part.kv_tokens(12_500, 0.8) == 51
     assert part.kv_tokens(6000, 1.0) == 1
+    for memory_bytes in (5999, 5920, 5000):  # no room for one token, or not for weights
+        with pytest.raises(ValueError, match="tiny with tp=1, pp=1: expected weights"):
+            part.kv_tokens(memory_bytes, 1.0)
 
 
 def test_capacities_are_near_distserves():
@@ -60,7 +66,7 @@ def test_capacities_are_near_distserves():
     # ours is 0-17 % more, most where weights nearly fill the device (66B on 2).
     capacities = profile_from_json(json.loads(PROFILE.read_text())).capacities
     for name in ("opt-13b", "opt-66b", "opt-175b"):
-        model = get_model_shape(name)
+        model = find_model(name)
         checked = 0
         for (tp, pp), tokens in capacities[name].items():
             if tp in (1, 2, 4, 8) and pp in (1, 2, 4, 8):
@@ -81,7 +87,7 @@ def test_capacities_are_near_distserves():
 )
 def test_what_does_not_divide_is_refused(name, tp, pp, message):
     with pytest.raises(ValueError, match=message):
-        Partition(get_model_shape(name), tp, pp)
+        Partition(find_model(name), tp, pp)
 
 
 def test_kv_heads_must_divide_or_be_divided():
@@ -99,7 +105,7 @@ def test_kv_heads_must_divide_or_be_divided():
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers():
     # OPT-66B: 131.4 GB of weights on one device of 80 GiB = 85.9 GB, 90 % of it 77.3
-    part = Partition(get_model_shape("opt-66b"), 1, 1)
+    part = Partition(find_model("opt-66b"), 1, 1)
     with pytest.raises(
         ValueError, match=r"77.31 GB .*0\.9.*, got '131.4 GB of weights"
     ):

@@ -75,9 +75,34 @@ def test_ticks_by_hand(times, expected):
     assert spread(times) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("times", "tick_s"),
+    [
+        # The mean gap is 1 s, and of that the tick is 1 %, which is coarse; or less.
+        ([0, 0, 0, 3.99, 4.0], 0.01),
+        ([0, 0, 0, 4.0, 4.01], None),
+        ([0, 0, 0, 3.9, 4.0], 0.1),
+    ],
+)
+def test_a_tick_is_coarse_from_a_hundredth_of_the_mean_gap_on(times, tick_s):
+    assert tick_of(times) == tick_s
+    # Whenever the trace begins.
+    assert tick_of([time + 64.0 for time in times]) == tick_s
+
+
+@pytest.mark.parametrize("tick_s", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
+def test_clocks_tick_in_up_to_five_decimals(tick_s):
+    times = [0, 0, 0, 3 * tick_s, 4 * tick_s]
+    assert tick_of(times) == pytest.approx(tick_s)
+    assert spread(times)[:4] == pytest.approx([0, tick_s / 3, 2 * tick_s / 3, times[3]])
+
+
 def test_a_third_of_a_second_though_no_gap_is_one():
     times = np.repeat(np.cumsum([2, 3, 2, 5, 3, 2, 2, 4, 3, 5, 2, 3]) / 3, 2)
     assert tick_of(times) == pytest.approx(1 / 3)
+    # Ten times show it, nine do not.
+    assert tick_of(times[:20]) == pytest.approx(1 / 3)
+    assert tick_of(times[:18]) is None
 
 
 def test_a_burst_in_a_fine_clock_stays_a_burst():
@@ -93,4 +118,6 @@ def test_a_clock_that_is_not_quite_regular():
     late = np.random.default_rng(0).uniform(0, 0.005, 40)
     times = np.repeat(3.0 * np.arange(40) + late, 5)
     assert tick_of(times) == pytest.approx(3.0, rel=2e-3)
+    # In whole ms, too, which are a tick of their own, but too fine a one.
+    assert tick_of(np.round(times, 3)) == pytest.approx(3.0, rel=2e-3)
     assert np.diff(spread(times)) == pytest.approx(0.6, abs=0.01)

@@ -3,13 +3,14 @@
 import gzip
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.workload.traces import TraceRow, load_trace, read_trace
+from disagg_jax.workload.traces import TraceRow, load_trace
 from disagg_jax.workload.traces.read import Trace
 
 # Three requests, 2 and 2.5 s apart, as each kind of file writes them.
@@ -259,6 +260,25 @@ def test_a_gap_of_a_millisecond_is_no_error(tmp_path):
     assert rows[-1].arrival_s == pytest.approx(39e-6)
 
 
+@pytest.mark.parametrize("time", [2 * 10**11, 5 * 10**9, -(17 * 10**9)])
+def test_a_time_so_large_that_is_of_no_year_is_no_time_since_1970(tmp_path, time):
+    """2e11 ms are of 1976, and 5e9 s of 2128: no trace is."""
+    row = {"timestamp": time, "input_length": 6, "output_length": 1, "hash_ids": []}
+    with pytest.raises(ValueError, match="unit of a time so large to be known"):
+        load(tmp_path, json_lines(row))
+    assert load(tmp_path, json_lines(row), unit="ms").rows == [TraceRow(0.0, 6, 1)]
+
+
+def test_dates_without_a_zone_are_utc_wherever_they_are_read(tmp_path, monkeypatch):
+    text = f"{HEADER}2023-11-16 18:00:00,1,2\n2023-11-16 18:00:01+00:00,3,4\n"
+    with monkeypatch.context() as patched:
+        patched.setenv("TZ", "XXX+5")
+        time.tzset()
+        rows = load(tmp_path, text).rows
+    time.tzset()
+    assert rows == [TraceRow(0.0, 1, 2), TraceRow(1.0, 3, 4)]
+
+
 def test_a_plain_column_names_its_unit(tmp_path):
     text = (
         "arrival_s,prompt_tokens,output_tokens\n1700000000000,1,1\n1700000002000,1,1\n"
@@ -308,6 +328,14 @@ def test_rows_all_at_one_time_must_be_meant(tmp_path):
     assert {row.arrival_s for row in kept.rows} == {0.0}
 
 
+def test_dates_at_one_time_must_be_meant_too(tmp_path):
+    text = csv_text(HEADER.strip(), *[f"{DAY} 01:00:00,5,1"] * 9)
+    with pytest.raises(ValueError, match="taken to be in dates. If so many") as error:
+        load(tmp_path, text)
+    assert "Name the unit" not in str(error.value)
+    assert len(load(tmp_path, text, ties="keep").rows) == 9
+
+
 def test_most_rows_in_bursts_that_no_tick_explains_must_be_meant(tmp_path):
     text = csv_text(
         "arrival_s,prompt_tokens,output_tokens",
@@ -329,6 +357,10 @@ def test_a_file_with_lengths_only(tmp_path):
     assert all(math.isnan(row.arrival_s) for row in trace.rows)
     with pytest.raises(ValueError, match="unit: expected none, as the trace has no t"):
         load(tmp_path, text, unit="s")
+    with pytest.raises(ValueError, match="ties: expected none, as the trace has no t"):
+        load(tmp_path, text, ties="keep")
+    with pytest.raises(ValueError, match="ties: expected none, as the trace has no t"):
+        load(tmp_path, json.dumps(SHAREGPT), tokens_of=words, ties="keep")
 
 
 def turn(speaker, words):
@@ -356,6 +388,28 @@ def test_sharegpt(tmp_path, indent):
     trace = load(tmp_path, json.dumps(SHAREGPT, indent=indent), tokens_of=words)
     assert [row[1:] for row in trace.rows] == [(10, 20), (7, 8), (1024, 1024)]
     assert "5 of 8 conversations are left out" in str(trace) and not trace.timed
+
+
+@pytest.mark.parametrize(
+    ("conversation", "lengths"),
+    [
+        # 4 to 1024 tokens each, and together at most 2048.
+        ([turn("human", 4), turn("gpt", 4)], (4, 4)),
+        ([turn("human", 3), turn("gpt", 4)], None),
+        ([turn("human", 4), turn("gpt", 3)], None),
+        ([turn("human", 1024), turn("gpt", 1024)], (1024, 1024)),
+        ([turn("human", 4), turn("gpt", 1025)], None),
+        # Only the first question counts, whatever comes later.
+        ([turn("human", 3), turn("gpt", 9), turn("human", 9), turn("gpt", 9)], None),
+        ([turn("human", 9), turn("human", 8), turn("gpt", 7)], None),
+        ([turn("system", 9), turn("human", 8), turn("gpt", 7)], (8, 7)),
+    ],
+)
+def test_which_conversations_have_lengths(tmp_path, conversation, lengths):
+    kept = {"conversations": [turn("human", 5), turn("gpt", 6)]}
+    text = json.dumps([kept, {"conversations": conversation}])
+    found = [row[1:] for row in load(tmp_path, text, tokens_of=words).rows]
+    assert found == [(5, 6)] + ([lengths] if lengths else [])
 
 
 def test_sharegpt_errors(tmp_path):
@@ -414,13 +468,13 @@ def json_error(time="2", prompt="6", output="1"):
 def test_errors_name_file_and_line(tmp_path, text, message):
     path = write(tmp_path, text, "wrong.csv")
     with pytest.raises(ValueError, match=rf"wrong.csv(, |: ).*{message}|{message}"):
-        read_trace(path)
+        load_trace(path)
 
 
 def test_long_lines_are_cut_in_messages(tmp_path):
     path = write(tmp_path, '{"hash_ids": [' + "1, " * 10_000 + "1]")
     with pytest.raises(ValueError, match=r"got .*\.\.\.$") as error:
-        read_trace(path)
+        load_trace(path)
     assert len(str(error.value)) < 400 + len(str(path))
 
 

@@ -55,7 +55,11 @@ def test_the_reason():
         "seeds 0, 3: 2 runs x 100 requests share the 300 rows, so they are no "
         "independent samples"
     )
+    # Just enough for both, but they have the same: 2 x 100 goes round to 0.
+    assert why_shared((0, 2), 100, 200, "rows").startswith("seeds 0, 2: 2 runs")
+    assert why_shared((0, 1), 100, 199, "rows").startswith("2 runs")
 
 
 def test_runs_longer_than_the_trace_begin_at_different_rows():
-    assert len({taken(120, seed, 60)[0] for seed in range(5)}) == 5
+    for n in (60, 120):  # or just as long
+        assert len({taken(n, seed, 60)[0] for seed in range(5)}) == 5

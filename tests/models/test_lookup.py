@@ -8,10 +8,9 @@ import pytest
 from disagg_jax.deployment import InstanceSpec, Role
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.presets import get_hardware
-from disagg_jax.sim.model_shape import MODEL_SHAPES, get_model_shape
 from experiments.configs.named_simulations import roofline_simulation
-from experiments.configs.shapes import get_device, get_shape, shape_of
-from models.config import PRESETS
+from models.config import PRESETS, Widths
+from models.lookup import find_model
 
 _SPEC = InstanceSpec(role=Role.DECODE, tp=1)
 
@@ -22,26 +21,69 @@ def write(path, content):
 
 
 def fields(name):
-    shape = dataclasses.asdict(get_model_shape(name))
-    return {key: value for key, value in shape.items() if key != "name"}
+    """The file of one's own that describes a preset."""
+    model = find_model(name)
+    keys = ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp")
+    return {
+        **{key: getattr(model, key) for key in keys},
+        "vocab": model.vocab_size,
+        "gated_mlp": model.mlp_kind == "swiglu",
+        "tie_embeddings": model.tie_embeddings,
+        "weight_dtype_bytes": model.stored.weight,
+        "table_dtype_bytes": model.stored.table,
+        "kv_dtype_bytes": model.stored.kv,
+        "activation_dtype_bytes": model.stored.activation,
+    }
 
 
-def test_presets_of_the_simulator_come_before_those_of_the_engine():
-    assert get_shape("llama-3-8b") is MODEL_SHAPES["llama-3-8b"]
-    assert get_shape("tiny") == shape_of(PRESETS["tiny"])
+def seen(model):
+    """All that a cost model sees of it."""
+    return (
+        (model.layers, model.embed, model.q_heads, model.kv_heads, model.head_dim),
+        (model.layer_params, model.table_params, model.tie_embeddings),
+        (model.layer_bytes, model.table_bytes, model.weight_bytes),
+        (model.kv_bytes_per_token, model.stored.activation),
+    )
+
+
+def test_models_of_others_are_billed_as_published_and_ours_as_they_run():
+    published = find_model("smollm2-135m")
+    assert PRESETS["smollm2-135m"].dtype == "float32"  # faster on a CPU
+    assert (
+        published.weight_bytes
+        == 2 * 134_479_872
+        == published.stored.weight
+        * (published.layers * published.layer_params + published.table_params)
+    )
+    assert find_model("tiny") is PRESETS["tiny"]
+    assert find_model("tiny").stored.weight == 4
 
 
 def test_a_file_of_sizes(tmp_path):
     path = write(tmp_path / "mine.json", fields("llama-3-8b"))
-    expected = dataclasses.replace(get_model_shape("llama-3-8b"), name="mine")
-    assert get_shape(path) == expected
-    assert roofline_simulation(path, "h100").model_name == "mine"
+    model = find_model(path)
+    assert seen(model) == seen(find_model("llama-3-8b"))
+    assert model.name == roofline_simulation(path, "h100").model_name == "mine"
 
 
 def test_widths_of_numbers_may_be_left_out(tmp_path):
     some = {k: v for k, v in fields("opt-13b").items() if "dtype" not in k}
     path = write(tmp_path / "opt-13b.json", some)
-    assert get_shape(path) == get_model_shape("opt-13b")
+    assert seen(find_model(path)) == seen(find_model("opt-13b"))
+
+
+def test_each_width_of_a_file_is_that_of_its_part(tmp_path):
+    widths = {
+        "weight_dtype_bytes": 0.5,
+        "table_dtype_bytes": 4,
+        "kv_dtype_bytes": 1,
+        "activation_dtype_bytes": 8,
+    }
+    path = write(tmp_path / "m.json", {**fields("opt-13b"), **widths})
+    assert find_model(path).stored == Widths(weight=0.5, table=4, kv=1, activation=8)
+    no_table = {**widths, "table_dtype_bytes": None}
+    path = write(tmp_path / "m.json", {**fields("opt-13b"), **no_table})
+    assert find_model(path).stored == Widths(weight=0.5, table=0.5, kv=1, activation=8)
 
 
 # As in the config.json of meta-llama/Meta-Llama-3-8B and facebook/opt-13b.
@@ -67,7 +109,7 @@ OPT = {
 @pytest.mark.parametrize(("name", "config"), [("llama-3-8b", LLAMA), ("opt-13b", OPT)])
 def test_a_config_of_hugging_face(tmp_path, name, config):
     path = write(tmp_path / f"{name}.json", config)
-    assert get_shape(path) == get_model_shape(name)
+    assert seen(find_model(path)) == seen(find_model(name))
 
 
 # By name: what the config.json of published models says of sizes, and the parameters
@@ -131,9 +173,11 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_parameters(tmp_path, name):
     config, params = PUBLISHED[name]
-    shape = get_shape(write(tmp_path / f"{name}.json", config))
-    assert shape.params == pytest.approx(params, rel=1e-3)  # norms and biases
-    assert shape.weight_bytes == 2 * shape.params
+    model = find_model(write(tmp_path / f"{name}.json", config))
+    tables = 1 if model.tie_embeddings else 2
+    matrices = model.layers * model.layer_params + tables * model.table_params
+    assert matrices == pytest.approx(params, rel=1e-3)  # norms and biases
+    assert model.weight_bytes == 2 * matrices
 
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
@@ -142,10 +186,10 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 @pytest.mark.parametrize(
     ("settings", "weight", "table", "kv", "activation"),
     [
-        ({}, 2, None, 2, 2),
-        ({"torch_dtype": "bfloat16"}, 2, None, 2, 2),
-        ({"dtype": "float16"}, 2, None, 2, 2),
-        ({"torch_dtype": "float32"}, 4, None, 4, 4),
+        ({}, 2, 2, 2, 2),
+        ({"torch_dtype": "bfloat16"}, 2, 2, 2, 2),
+        ({"dtype": "float16"}, 2, 2, 2, 2),
+        ({"torch_dtype": "float32"}, 4, 4, 4, 4),
         ({"quantization_config": FP8}, 1, 2, 2, 2),
         ({"quantization_config": FP8, "dtype": "float32"}, 1, 4, 4, 4),
         ({"quantization_config": FP8, "kv_cache_dtype": "fp8"}, 1, 2, 1, 2),
@@ -153,14 +197,12 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
     ],
 )
 def test_bytes_follow_the_file(tmp_path, settings, weight, table, kv, activation):
-    shape = get_shape(write(tmp_path / "m.json", {**LLAMA, **settings}))
-    assert shape.weight_dtype_bytes == weight
-    assert shape.table_dtype_bytes == table
-    assert shape.kv_dtype_bytes == kv
-    assert shape.activation_dtype_bytes == activation
-    tables = 2 * shape.table_params
-    layers = shape.params - tables
-    assert shape.weight_bytes == layers * weight + tables * (table or weight)
+    model = find_model(write(tmp_path / "m.json", {**LLAMA, **settings}))
+    assert model.stored == Widths(
+        weight=weight, table=table, kv=kv, activation=activation
+    )
+    layers, tables = model.layers * model.layer_params, 2 * model.table_params
+    assert model.weight_bytes == layers * weight + tables * table
 
 
 def test_memory_follows_the_file(tmp_path):
@@ -190,7 +232,7 @@ def test_streaming_follows_the_file(tmp_path):
     def decode_s(**settings):
         path = write(tmp_path / "m.json", {**LLAMA, **settings})
         cost = RooflineCost(
-            model=get_shape(path), hardware=get_hardware("h100").ideal()
+            model=find_model(path), hardware=get_hardware("h100").ideal()
         )
         return cost.instance(1).decode_s(1, 0)
 
@@ -209,8 +251,8 @@ def test_the_file_that_nvidia_lays_beside(tmp_path):
     path = write(tmp_path / "config.json", LLAMA)
     beside = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     write(tmp_path / "hf_quant_config.json", {"quantization": beside, "producer": {}})
-    shape = get_shape(path)
-    assert (shape.weight_dtype_bytes, shape.kv_dtype_bytes) == (1, 1)
+    stored = find_model(path).stored
+    assert (stored.weight, stored.kv) == (1, 1)
 
 
 def test_unknown_keys_make_one_warning(tmp_path):
@@ -218,12 +260,12 @@ def test_unknown_keys_make_one_warning(tmp_path):
     settings = {**LLAMA, "surprise": 1, "quantization_config": fields}
     path = write(tmp_path / "m.json", settings)
     with pytest.warns(UserWarning) as warned:
-        shape = get_shape(path)
-        assert get_shape(path) == shape
+        model = find_model(path)
+        assert find_model(path) == model
     (message,) = (str(warning.message) for warning in warned)
     named = "['surprise', 'quantization_config.novel']"
     assert message == f"{path}: ignores the unknown keys {named}"
-    assert shape.weight_dtype_bytes == 1
+    assert model.stored.weight == 1
 
 
 @pytest.mark.parametrize(
@@ -244,19 +286,19 @@ def test_unknown_keys_make_one_warning(tmp_path):
         ({**LLAMA, "torch_dtype": "int8"}, "torch_dtype: expected one of .*'int8'"),
         ({**fields("opt-13b"), "gated_mlp": "false"}, "gated_mlp: expected bool, got"),
         ({**fields("opt-13b"), "layers": "40"}, "layers: expected int, got '40'"),
-        ({**fields("opt-13b"), "layers": 0}, "layers: expected >= 1, got 0"),
+        ({**fields("opt-13b"), "layers": 0}, "layers: expected > 0, got 0"),
     ],
 )
 def test_bad_files(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
-        get_shape(write(tmp_path / "bad.json", content))
+        find_model(write(tmp_path / "bad.json", content))
 
 
 def test_no_such_file_or_name(tmp_path):
     with pytest.raises(FileNotFoundError):
-        get_shape(str(tmp_path / "none.json"))
+        find_model(str(tmp_path / "none.json"))
     with pytest.raises(ValueError, match="model: expected one of .* or a .json file"):
-        get_shape("llama-9")
+        find_model("llama-9")
 
 
 def test_a_device_like_another(tmp_path):
@@ -264,7 +306,7 @@ def test_a_device_like_another(tmp_path):
     expected = dataclasses.replace(
         get_hardware("h100"), name="h200", hbm_bytes_s=4.8e12
     )
-    assert get_device(path) == expected
+    assert get_hardware(path) == expected
     faster, slower = (
         roofline_simulation("llama-3-8b", name)
         .cost_of(_SPEC)
@@ -273,7 +315,6 @@ def test_a_device_like_another(tmp_path):
         for name in (path, "h100")
     )
     assert faster < slower
-    assert get_device("h100") is get_hardware("h100")
 
 
 @pytest.mark.parametrize(
@@ -281,4 +322,4 @@ def test_a_device_like_another(tmp_path):
 )
 def test_bad_devices(tmp_path, content):
     with pytest.raises(ValueError, match="hardware: .*expected 'like', a preset, and"):
-        get_device(write(tmp_path / "bad.json", content))
+        get_hardware(write(tmp_path / "bad.json", content))

@@ -1,0 +1,130 @@
+"""A model by its name or file, as a cost model takes it. No JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from models import hf_config, quantization
+from models.config import PRESETS, ModelConfig, Widths
+from models.files import read_json
+from models.quantization import QUANTIZATION
+
+# Families of Hugging Face models whose layers have the matrices of `ModelConfig`.
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+# Of no publication: as wide as they run. Others are billed at 16 bits, as published.
+_OURS = ("tiny", "tiny-opt", "tiny-qwen3", "m32", "kv")
+# The keys of a file of one's own, with what each may hold.
+_SIZES = ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp", "vocab")
+_FLAGS = ("gated_mlp", "tie_embeddings")
+_WIDTHS: dict[str, tuple[type, ...]] = {
+    "weight_dtype_bytes": (int, float),
+    "table_dtype_bytes": (int, float, type(None)),
+    "kv_dtype_bytes": (int,),
+    "activation_dtype_bytes": (int,),
+}
+
+
+def find_model(name: str) -> ModelConfig:
+    """Return the preset of that name, or the model that a file describes.
+
+    Args:
+      name: or the path of a .json file: a Hugging Face config.json, or the keys layers,
+        embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp and tie_embeddings,
+        and some of name, weight_dtype_bytes, table_dtype_bytes, kv_dtype_bytes and
+        activation_dtype_bytes. Weights and KV are as wide as it says (16 bits if it
+        does not); compute is billed at the device's one peak, that of 16 bits.
+
+    Raises:
+      ValueError: naming the presets, if there is none of that name; or what is wrong
+        with the file, or in it and not modelled.
+      FileNotFoundError: if there is no such file.
+    """
+    if name.endswith(".json"):
+        return _from_file(pathlib.Path(name))
+    if name not in PRESETS:
+        raise ValueError(
+            f"model: expected one of {sorted(PRESETS)} or a .json file, got {name!r}"
+        )
+    if name in _OURS:
+        return PRESETS[name]
+    return dataclasses.replace(PRESETS[name], dtype="bfloat16")
+
+
+def _from_file(path: pathlib.Path) -> ModelConfig:
+    fields = read_json(path)
+    try:
+        if "model_type" in fields or "architectures" in fields:
+            return _hugging_face(path, fields)
+        return _own(path, fields)
+    except ValueError as error:
+        raise ValueError(f"model: {path}: {error}") from error
+
+
+def _own(path: pathlib.Path, fields: dict[str, Any]) -> ModelConfig:
+    required = {*_SIZES, *_FLAGS}
+    missing = sorted(required - set(fields))
+    unknown = sorted(set(fields) - required - {*_WIDTHS, "name"})
+    if missing or unknown:
+        raise ValueError(
+            f"expected {sorted({*required, *_WIDTHS})}, or a Hugging Face config.json, "
+            f"got no {missing} and unknown {unknown}"
+        )
+    for key, value in fields.items():
+        kinds = _WIDTHS.get(key, (int,))
+        kinds = (bool,) if key in _FLAGS else (str,) if key == "name" else kinds
+        if type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{key}: expected {names}, got {value!r}")
+    weight = fields.get("weight_dtype_bytes", 2)
+    table = fields.get("table_dtype_bytes")
+    return _model(
+        str(fields.get("name", path.stem)),
+        {key: fields[key] for key in (*_SIZES, "tie_embeddings") if key != "vocab"}
+        | {"vocab_size": fields["vocab"]},
+        gated_mlp=fields["gated_mlp"],
+        widths=Widths(
+            weight=weight,
+            table=weight if table is None else table,
+            kv=fields.get("kv_dtype_bytes", 2),
+            activation=fields.get("activation_dtype_bytes", 2),
+        ),
+    )
+
+
+def _hugging_face(path: pathlib.Path, settings: dict[str, Any]) -> ModelConfig:
+    beside = path.parent / QUANTIZATION
+    if path.name == "config.json" and beside.is_file():
+        settings.setdefault("quantization_config", read_json(beside))
+    unknown = hf_config.expect_known(settings, _FAMILIES)
+    unknown += quantization.unknown_keys(settings)
+    hf_config.warn_of_unknown(str(path), tuple(unknown))
+    sizes = hf_config.read_sizes(settings)
+    wide = quantization.activation_bytes(settings)
+    return _model(
+        path.stem,
+        sizes._asdict(),
+        gated_mlp=settings["model_type"] != "opt",
+        widths=Widths(
+            weight=quantization.weight_bytes(settings, sizes),
+            table=wide,
+            kv=quantization.kv_bytes(settings),
+            activation=wide,
+        ),
+    )
+
+
+def _model(
+    name: str, sizes: dict[str, Any], *, gated_mlp: bool, widths: Widths
+) -> ModelConfig:
+    """A model of these sizes; a cost model asks neither for its norm nor its limit."""
+    return ModelConfig(
+        name=name,
+        **sizes,
+        mlp_kind="swiglu" if gated_mlp else "relu",
+        norm_eps=1e-5,
+        max_length=1,
+        dtype="bfloat16",
+        widths=widths,
+    )
