@@ -20,7 +20,6 @@ from setuptools import find_packages, setup
 COMPILED = (
     "disagg_jax/control/[!_]*.py",
     "disagg_jax/scheduling/interface.py",
-    "disagg_jax/sim/clock.py",
     "disagg_jax/work.py",
 )
 MYPY = "mypy>=2,<3"

@@ -56,10 +56,15 @@ from experiments.runs.run_dir import RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
     Progress,
-    Server,
+    build_engine,
+    build_engines,
     check_modelled,
-    devices_needed,
+    compile_engines,
+    most_devices,
     resolve_slo,
+    serve_with,
+    step_durations,
+    tune_systems,
 )
 from experiments.sweep.weights import Model, load_model
 
@@ -109,7 +114,7 @@ def run(
         )
     if len(factors) < 2 or not all(0 < factor < math.inf for factor in factors):
         raise ValueError(f"factors: expected two or more > 0, got {list(factors)}")
-    host_devices.provide(devices_needed(config))
+    host_devices.provide(most_devices(config))
     check_modelled(config)
     model = load_model(config)
     profile = read_profile(profile_path, model.config)
@@ -138,7 +143,12 @@ def _run(
     _serve_all(pairs, rates, progress)
     after = _once(out / "moved_after.json", lambda: _moved(pairs, profile))
     return report.compare(
-        pairs, rates, target=target, profile=profile, moved=(before, after)
+        pairs,
+        rates,
+        target=target,
+        profile=profile,
+        moved=(before, after),
+        config=config,
     )
 
 
@@ -153,24 +163,20 @@ def _pairs(
     if why := source.why_dependent:
         raise ValueError(f"requests: expected independent runs, got {why}")
     shared: dict[Any, PlacedModel] = {}
-    servers = {
-        name: Server(config, system, model, shared)
-        for name, system in config.systems.items()
-    }
-    first = next(iter(servers.values()))
-    for server in servers.values():
-        source.check(server.memory)
-        server.prepare(progress)
-    times = [step_times_of(profile, server.engine) for server in servers.values()]
+    engines = build_engines(config, model, shared)
+    for engine in engines.values():
+        source.check(engine.memory)
+    compile_engines(engines, progress)
+    times = [step_times_of(profile, engine) for engine in engines.values()]
     known = {key: time_s for found in times for key, time_s in found.items()}
-    slo = resolve_slo(config, first, source, known)
-    for server in servers.values():
-        server.tune(slo, source, known)
+    durations = step_durations(config, engines, known)
+    slo = resolve_slo(config, next(iter(durations.values())), source)
+    tuned = tune_systems(config, durations, slo, source)
     live = config.durations == "live" and config.clock == "virtual"
     return [
         PairedRun(
             name=name,
-            server=server,
+            server=serve_with(config, engine, tuned[name][0], known),
             source=source,
             slo=slo,
             seeds=config.num_seeds,
@@ -178,12 +184,12 @@ def _pairs(
             run_dir=run_dir,
             # On an engine with pools of its own: probes write into the blocks.
             probes=choose_probes(
-                [Server(config, config.systems[name], model, shared).engine]
+                [build_engine(config, config.systems[name], model, shared)]
             )
             if live and profile.probes
             else {},
         )
-        for name, server in servers.items()
+        for name, engine in engines.items()
     ]
 
 

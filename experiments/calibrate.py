@@ -36,12 +36,10 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 from disagg_jax.calibration.measure import calibrate, left_out_errors
 from disagg_jax.calibration.profile_keys import device_name
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from experiments.accuracy_study.serving_factor import serve_each, with_serving_factors
@@ -56,7 +54,13 @@ from experiments.report.table import align
 from experiments.runs.folder import sole_use, write_json
 from experiments.runs.run_dir import environment
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server, check_modelled, devices_needed
+from experiments.sweep.serving import (
+    build_engines,
+    check_modelled,
+    compile_engines,
+    most_devices,
+    serve_with,
+)
 from experiments.sweep.weights import load_model
 from models.config import ModelConfig
 
@@ -184,7 +188,7 @@ def run(
       ValueError, FileNotFoundError: on bad input or too little memory, before any work.
     """
     progress = progress_to_stderr()
-    host_devices.provide(devices_needed(config))
+    host_devices.provide(most_devices(config))
     # Its own runs may have modelled durations; here programs are timed anyway.
     config = dataclasses.replace(config, clock="virtual", durations="live")
     check_modelled(config)
@@ -192,16 +196,12 @@ def run(
         raise ValueError("streams: expected false: transfers are measured whole")
     model = load_model(config)
     source = RequestSource.load(config, model)
-    shared: dict[Any, PlacedModel] = {}
-    servers = [
-        Server(config, system, model, shared) for system in config.systems.values()
-    ]
-    for server in servers:
-        source.check(server.memory)
-    for server in servers:
-        server.prepare(progress)
+    engines = build_engines(config, model)
+    for engine in engines.values():
+        source.check(engine.memory)
+    compile_engines(engines, progress)
     profile = calibrate(
-        [server.engine for server in servers],
+        list(engines.values()),
         name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
         provenance=provenance_of(model.config, config, rounds),
         rounds=rounds,
@@ -211,7 +211,11 @@ def run(
         speed_probes=speed_probes,
     )
     progress(f"serving {config.workload.num_requests} requests on each system")
-    return with_serving_factors(profile, serve_each(servers, source, profile))
+    served = [
+        serve_with(config, engine, config.systems[name].policies, {})
+        for name, engine in engines.items()
+    ]
+    return with_serving_factors(profile, serve_each(served, source, profile))
 
 
 def show(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Goodput of every system, side by side: the main job.
+"""Finds the goodput of every system, side by side: the main job.
 
     python -m experiments.goodput_sweep
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
@@ -7,20 +7,20 @@
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,
-it goes on where it was: after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full
-disk. While it runs, no other run may use the directory.
+it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk. While it
+runs, no other run may use the directory.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.calibration.step_times import check_step_times, measure_step_times
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
@@ -35,12 +35,16 @@ from experiments.sweep import report
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
     Progress,
-    Server,
+    build_engines,
     check_modelled,
-    devices_needed,
+    compile_engines,
     instance_memory,
+    most_devices,
     resolve_criteria,
     resolve_slo,
+    serve_with,
+    step_durations,
+    tune_systems,
 )
 from experiments.sweep.sweep import Sweep
 from experiments.sweep.weights import Model, load_model
@@ -64,12 +68,12 @@ _STEP_TIMES = FLAGS.string(
 
 
 def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
-    """Runs a sweep; returns its table.
+    """Run a sweep and return its table.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
-    host_devices.provide(devices_needed(config))
+    host_devices.provide(most_devices(config))
     check_modelled(config)
     if step_times_file and config.durations == "modelled":
         expected, got = "durations=table or live", "durations=modelled"
@@ -83,17 +87,13 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
                 config, Deployment.parse(system.deployment), model.config.layers
             )
         )
-    shared: dict[Any, PlacedModel] = {}
-    servers = {
-        name: Server(config, system, model, shared)
-        for name, system in config.systems.items()
-    }
+    engines = build_engines(config, model)
     record = {**plain(config), "step_times_file": step_times_file}
     if source.trace is not None:
         record["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
         run_dir = RunDir(out, record)
-        return _run(config, run_dir, model, source, servers, given)
+        return _run(config, run_dir, model, source, engines, given)
 
 
 def _run(
@@ -101,30 +101,31 @@ def _run(
     run_dir: RunDir,
     model: Model,
     source: RequestSource,
-    servers: Mapping[str, Server],
+    engines: Mapping[str, Engine],
     given: dict[str, float] | None,
 ) -> str:
     progress = progress_to_stderr()
-    for server in servers.values():
-        server.prepare(progress)
-    step_times = _step_times(config, run_dir, servers, given, progress)
-    first = next(iter(servers.values()))
-    slo = resolve_slo(config, first, source, step_times)
-    tune = config.tune and not config.step_tokens
-    choices = {
-        name: server.tune(slo, source, step_times)
-        for name, server in servers.items()
-        if tune
+    compile_engines(engines, progress)
+    step_times = _step_times(config, run_dir, list(engines.values()), given, progress)
+    durations = step_durations(config, engines, step_times)
+    first = next(iter(durations.values()))
+    slo = resolve_slo(config, first, source)
+    tuned = {name: (system.policies, []) for name, system in config.systems.items()}
+    if config.tune and not config.step_tokens:
+        tuned = tune_systems(config, durations, slo, source)
+    served = {
+        name: serve_with(config, engine, tuned[name][0], step_times)
+        for name, engine in engines.items()
     }
     summary = Sweep(
         config=config,
         model=model,
         source=source,
-        servers=servers,
-        step_times=step_times,
+        served=served,
+        durations=first,
         slo=slo,
-        choices={name: said for name, said in choices.items() if said},
-        criteria=resolve_criteria(config, slo, first, source, step_times),
+        choices={name: reasons for name, (_, reasons) in tuned.items() if reasons},
+        criteria=resolve_criteria(config, slo, first, source),
         run_dir=run_dir,
         progress=progress,
     ).run()
@@ -138,13 +139,13 @@ def _run(
 def _step_times(
     config: Config,
     run_dir: RunDir,
-    servers: Mapping[str, Server],
+    engines: Sequence[Engine],
     given: dict[str, float] | None,
     progress: Progress,
 ) -> dict[str, float]:
-    """The medians to use: given, of the run that is resumed, or taken now.
+    """Return the medians to use: given, of the run that is resumed, or taken now.
 
-    None where a formula says all durations.
+    They are empty if durations are modelled.
     """
     if config.durations == "modelled":
         return {}
@@ -153,10 +154,9 @@ def _step_times(
         return STEP_TIMES.read(saved)["seconds"]
     seconds = given
     if given is not None:
-        for server in servers.values():
-            check_step_times(server.engine, given, streams=config.streams)
+        for engine in engines:
+            check_step_times(engine, given, streams=config.streams)
     if seconds is None:
-        engines = [server.engine for server in servers.values()]
         seconds = measure_step_times(
             engines, config.timing_repeats, progress, streams=config.streams
         )
@@ -188,7 +188,7 @@ def _read_placement(path: str) -> dict[str, Any]:
 
 
 def _unused_options() -> dict[str, tuple[Need, ...]]:
-    """Options of a config that a flag leaves without effect."""
+    """Return options of a config that a flag leaves without effect."""
     if not (path := _STEP_TIMES.value):
         return {}
     need = Need("no --step_times", lambda _: False, lambda _: f"--step_times={path}")

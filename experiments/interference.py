@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax import metrics
+from disagg_jax.control.run import Run
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
@@ -29,7 +30,6 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.sim.cost.interface import InstanceCost
-from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
@@ -112,7 +112,7 @@ class Traits:
     idle: Mapping[str, float]  # by role: the share of the time its devices had no step
 
 
-def traits(deployment: Deployment, run: SimulatedRun, counted: StepCounter) -> Traits:
+def traits(deployment: Deployment, run: Run, counted: StepCounter) -> Traits:
     """Reads a run."""
     done = [t for t in run.timelines if t.token_s]
     stages = [dataclasses.asdict(metrics.stages_s(t)) for t in done]

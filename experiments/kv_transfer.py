@@ -1,20 +1,20 @@
-"""What of a KV transfer is seen: whole, by layer groups, by chunks.
+"""Measures how much of a KV transfer a request sees: whole, by layer groups, by chunks.
 
     python -m experiments.kv_transfer
     python -m experiments.kv_transfer --link=25gb
     python -m experiments.kv_transfer --model=llama-3-8b --pairs=1:1 --prompts=512,4096
 
-First the bandwidth of each way to move KV between two meshes, over a copy's. Then
-requests that are served alone, on a prefill and a decode side: KV leaves when all of a
+First come the bandwidths of each way to move KV between two meshes, over a copy's. Then
+requests are served alone, on a prefill and a decode side. KV leaves when the whole
 prompt is computed (whole), when a group of layers is (groups), when a chunk of the
-prompt is (chunks), or both (chunks, groups). What is seen is the time from the first
-token until the KV is there; DistServe's authors say that it can be less than a
+prompt is (chunks), or both (chunks, groups). A request sees the time from its first
+token until the KV has arrived. DistServe's authors say that this can be less than a
 decode step, which is the line in the picture.
 
 Every program runs alone and is timed; the controller puts the times on the timeline of
-each side's own devices. Gathers stand on the link, as if they took nothing from the
-steps beside them. --link puts a wire's time in the place of the copy between
-devices. Writes kv_transfer.txt and .png.
+each side's own devices. Gathers count on the link, as if they took nothing from the
+steps beside them. --link replaces the copy between devices by a wire's time. Writes
+kv_transfer.txt and .png.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
+from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import (
+    BLOCK,
     OUTPUT_TOKENS,
     Mode,
-    Rate,
     Seen,
     modes,
     parse_sides,
-    rates,
     serve_alone,
 )
 from experiments.cli import host_devices
@@ -110,7 +110,7 @@ def seen_table(found: Sequence[Seen]) -> list[str]:
 
 
 def panels(found: Sequence[Seen]) -> list[Panel]:
-    """What is seen, over a decode step, against the prompt's length."""
+    """Draw the transfer time that is seen, in decode steps, over prompt length."""
     deployments = dict.fromkeys(seen.deployment for seen in found)
     names = dict.fromkeys(seen.mode for seen in found)
     return [
@@ -143,7 +143,7 @@ def panels(found: Sequence[Seen]) -> list[Panel]:
 
 
 def parse_pair(text: str) -> tuple[int, int]:
-    """Reads '4:2'.
+    """Read '4:2'.
 
     Raises:
       ValueError: on anything else.
@@ -168,10 +168,10 @@ def run(
     repeats: int,
     progress: Callable[[str], None],
 ) -> tuple[list[Rate], list[Seen]]:
-    """All that is measured.
+    """Measure everything.
 
     Raises:
-      ValueError: on what does not fit, before any work.
+      ValueError: on prompts or deployments that do not fit, before any work.
     """
     longest = max(prompts, default=0) + OUTPUT_TOKENS
     if longest > config.max_length:
@@ -185,7 +185,7 @@ def run(
     if pairs:
         progress("bandwidths")
         sizes = [n * 2**20 for n in mib]
-        found_rates = rates(config, pairs, sizes, layer_groups, repeats)
+        found_rates = rates(config, pairs, sizes, BLOCK, layer_groups, repeats)
     params = transformer.init_params(config, 0)
     seen: list[Seen] = []
     for deployment in deployments:

@@ -1,27 +1,27 @@
-"""What serving costs on top of the device work: each figure beside its bound.
+"""Measures what serving costs on top of the device work, beside a bound each.
 
     python -m experiments.overhead
     python -m experiments.overhead --parts=host,decode --out=overhead.json
 
 host     Host time of an engine step, from `Engine.start` to the tokens as a tuple, with
-         a program that does nothing in place of the model: it takes the same number of
-         arrays, donates the cache and returns zeros. So packing, copying to the device,
-         dispatch and copying back are all real; what is left of device time is the few
-         microseconds of an empty program. Waiting in threads is in the whole loop only.
+         a no-op program in place of the model: it takes the same number of arrays,
+         donates the cache and returns zeros. Packing, copying to the device, dispatch
+         and copying back are all real; device time is the few microseconds of an empty
+         program. Waiting in threads is in the whole loop only.
 decode   Tokens per second of the whole loop (controller, wall backend, engine) with
          the batch full and only decodes going on, over those of the bare program.
 prefill  The same for full prefill steps back to back.
 handoff  KV from mesh to mesh: gather, move, insert. Over a numpy copy of as many bytes
-         into a new array; over three of them, as it copies all three times; and over
-         the shortest way to write it in JAX: indexing, `jax.device_put` to the other
-         sharding, `.at[].set`.
-m32      32 requests at once, beside what a peer JAX engine reached on two such cores.
+         into a new array; over three such copies, since KV is copied three times; and
+         over the shortest way to write it in JAX: indexing, `jax.device_put` to the
+         other sharding, `.at[].set`.
+m32      32 requests at once, beside the figures of a peer JAX engine on two such cores.
 
 Large blocks of host memory stay with the process when they are freed, as they do on an
 accelerator (`timing.keep_freed_memory`); the copy that is the bound gains from it too.
 
 Warm-up and compilation are outside the timing; figures are medians of rounds that
-alternate between the two sides of a ratio. About 3 minutes on 2 cores. On a busy
+alternate between the two sides of a ratio. Takes about 3 minutes on 2 cores. On a busy
 machine ratios hold better than absolute figures, so the load is printed as well.
 """
 
@@ -30,7 +30,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
 import statistics
 from collections.abc import Callable, Sequence
@@ -39,8 +38,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from disagg_jax.control.backend import serve
-from disagg_jax.engine.wall_clock import WallBackend
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.programs import StepShape
@@ -49,15 +47,15 @@ from disagg_jax.sim.workers import process_pool
 from disagg_jax.work import Event, Step, Work
 from experiments.benchmarks.engines import (
     NamedShape,
-    Rig,
     bare_step_s,
     burst,
-    colocated,
+    burst_deployment,
 )
-from experiments.benchmarks.handoff import handoff_figures, handoff_rig
-from experiments.benchmarks.no_op_programs import HollowGroup, host_step_us
+from experiments.benchmarks.handoff import handoff_figures
+from experiments.benchmarks.no_op_programs import NoOpGroup, host_figure, host_step_us
 from experiments.benchmarks.timing import (
     Figure,
+    check_numbers,
     interleaved,
     keep_freed_memory,
     load_average,
@@ -75,7 +73,7 @@ PAIRS = ((4, 4), (4, 2), (2, 4), (1, 4))  # hand-off: TP of prefill, TP of decod
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the parts measure, and how often."""
+    """Sizes of the measurements, and how often each is taken."""
 
     config: ModelConfig
     batches: Sequence[int] = (16, 64)  # requests in a decode step
@@ -90,46 +88,39 @@ class Options:
 # -- host and decode: a full batch -----------------------------------------------------
 
 
-def _full_batch(options: Options, batch: int) -> tuple[Rig, StepShape, list[Request]]:
-    """An instance, its decode step, and requests that fill it in one prefill step."""
-    prefill = StepShape.prefill(batch * options.prompt, batch)
-    context = options.prompt + options.output
-    rig, shape = colocated(
-        options.config, prefill, context=context, block_tokens=BLOCK_TOKENS
+def _full_batch(
+    options: Options, batch: int
+) -> tuple[ServedDeployment, StepShape, list[Request]]:
+    """Return an instance, its decode step, and requests that fill its batch at once."""
+    config, prompt, output = options.config, options.prompt, options.output
+    deployment, shape = burst_deployment(
+        config,
+        StepShape.prefill(batch * prompt, batch),
+        context=prompt + output,
+        block_tokens=BLOCK_TOKENS,
     )
-    return rig, shape, burst(options.config, batch, options.prompt, options.output)
+    return deployment, shape, burst(config, batch, prompt, output)
 
 
 def host(options: Options) -> list[Figure]:
-    """Host time of a decode step, of the controller, and of all from token to token."""
+    """Measure host time: of a decode step, of the controller, from token to token."""
     figures: list[Figure] = []
     for batch in options.batches:
-        rig, shape, requests = _full_batch(options, batch)
-        (instance,) = rig.engine.instances
-        hollow = HollowGroup.replace(rig.engine, instance.buckets.step_shapes)
-        micros = host_step_us(rig.engine, hollow, shape, 100 * options.repeats)
-        micros |= _host_loop_us(rig, requests, options.repeats)
-        figures += [
-            Figure(
-                part="host",
-                name=f"B{batch} {name}",
-                measured=value,
-                bound=100.0 + batch,
-                unit="us",
-                bound_name="100 us + 1 us per token",
-                better="less",
-                aim=1.0 if name == "step" else None,
-            )
-            for name, value in micros.items()
-        ]
+        deployment, shape, requests = _full_batch(options, batch)
+        engine = deployment.engine
+        shapes = engine.instances[0].buckets.step_shapes
+        no_ops = NoOpGroup.replace(engine, shapes)
+        micros = host_step_us(engine, no_ops, shape, 100 * options.repeats)
+        micros |= _host_loop_us(deployment, requests, options.repeats)
+        figures += [host_figure(batch, name, value) for name, value in micros.items()]
     return figures
 
 
 def _host_loop_us(
-    rig: Rig, requests: Sequence[Request], repeats: int
+    deployment: ServedDeployment, requests: Sequence[Request], repeats: int
 ) -> dict[str, float]:
-    """Medians over decode steps."""
-    runs = [_host_loop_s(rig, requests) for _ in range(repeats + 1)][1:]
+    """Return medians over decode steps."""
+    runs = [_host_loop_s(deployment, requests) for _ in range(repeats + 1)][1:]
     controller_s, loop_s = (sum(part, []) for part in zip(*runs, strict=True))
     return {
         "controller": statistics.median(controller_s) * 1e6,
@@ -138,23 +129,22 @@ def _host_loop_us(
 
 
 def _host_loop_s(
-    rig: Rig, requests: Sequence[Request]
+    deployment: ServedDeployment, requests: Sequence[Request]
 ) -> tuple[list[float], list[float]]:
-    """From each finished decode step to the plan of the next; between the tokens."""
-    backend, plans_s = WallBackend(rig.engine), []
+    """Return seconds from each decode step to the plan of the next, and of gaps."""
+    backend, plans_s = deployment.backend(), []
 
     def watch(now_s: float, events: Sequence[Event], works: Sequence[Work]) -> None:
         steps = [work for work in works if isinstance(work, Step)]
         if any([step.slices[0].is_decode for step in steps]):  # makes them
             plans_s.append(backend.now_s() - now_s)
 
-    with rig.engine.serving():
-        timelines = serve(rig.controller(), backend, requests, observer=watch)
-    return plans_s, np.diff(timelines[0].token_s).tolist()
+    run = deployment.run(requests, observer=watch, backend=backend)
+    return plans_s, np.diff(run.timelines[0].token_s).tolist()
 
 
 def decode(options: Options) -> list[Figure]:
-    """Decode tokens per second of the whole loop and of the bare program."""
+    """Measure decode tokens per second of the whole loop and of the bare program."""
     return [
         _against_bare(
             "decode", f"B{batch}", batch, options, *_full_batch(options, batch)
@@ -164,11 +154,11 @@ def decode(options: Options) -> list[Figure]:
 
 
 def prefill(options: Options) -> list[Figure]:
-    """Prefill tokens per second of the whole loop and of the bare program."""
+    """Measure prefill tokens per second of the whole loop and of the bare program."""
     rows, steps = 4, 12
     prompt = options.prefill_tokens // rows
     shape = StepShape.prefill(rows * prompt, rows)
-    rig, _ = colocated(
+    deployment, _ = burst_deployment(
         options.config,
         shape,
         context=prompt,
@@ -177,7 +167,11 @@ def prefill(options: Options) -> list[Figure]:
     )
     requests = burst(options.config, rows * steps, prompt, 1)
     name = f"{rows} x {prompt}"
-    return [_against_bare("prefill", name, shape.tokens, options, rig, shape, requests)]
+    return [
+        _against_bare(
+            "prefill", name, shape.tokens, options, deployment, shape, requests
+        )
+    ]
 
 
 def _against_bare(
@@ -185,17 +179,17 @@ def _against_bare(
     name: str,
     tokens: int,
     options: Options,
-    rig: Rig,
+    deployment: ServedDeployment,
     shape: StepShape,
     requests: Sequence[Request],
 ) -> Figure:
-    """`tokens` over the time of a step: in the whole loop, and of `shape` alone."""
+    """Return `tokens` over the time of a step: in the whole loop, and `shape` alone."""
     steps = options.output if shape.kind == "decode" else 12
     step_s = interleaved(
         options.repeats,
         {
-            "loop": lambda: _loop_step_s(rig, requests),
-            "bare": lambda: bare_step_s(rig.engine, 0, shape, steps),
+            "loop": lambda: _loop_step_s(deployment, requests),
+            "bare": lambda: bare_step_s(deployment.engine, 0, shape, steps),
         },
     )
     return Figure(
@@ -209,9 +203,9 @@ def _against_bare(
     )
 
 
-def _loop_step_s(rig: Rig, requests: Sequence[Request]) -> float:
-    """Mean seconds from one step's tokens to the next one's, all steps alike."""
-    timelines = rig.serve(requests)
+def _loop_step_s(deployment: ServedDeployment, requests: Sequence[Request]) -> float:
+    """Return the mean seconds from one step's tokens to the next, all steps alike."""
+    timelines = deployment.run(requests).timelines
     ends_s = sorted({stamp for t in timelines for stamp in t.token_s})
     return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
 
@@ -220,24 +214,19 @@ def _loop_step_s(rig: Rig, requests: Sequence[Request]) -> float:
 
 
 def handoff(options: Options) -> list[Figure]:
-    """KV from a prefill to a decode mesh, against a copy and against device_put."""
-    block_bytes = options.config.kv_bytes_per_token * BLOCK_TOKENS
-    sizes = {mib: math.ceil(mib * 2**20 / block_bytes) for mib in options.handoff_mib}
-    figures: list[Figure] = []
-    for src_tp, dst_tp in PAIRS:
-        blocks = sorted(set(sizes.values()))
-        rig = handoff_rig(options.config, src_tp, dst_tp, blocks, BLOCK_TOKENS)
-        for mib in sizes:
-            name = f"TP{src_tp}->TP{dst_tp} {mib} MiB"
-            equal = src_tp == dst_tp
-            figures += handoff_figures(name, rig, sizes[mib], options.repeats, equal)
-    return figures
+    """Measure KV moves from a prefill to a decode mesh, for every pair and size."""
+    config, mib, repeats = options.config, options.handoff_mib, options.repeats
+    return [
+        figure
+        for pair in PAIRS
+        for figure in handoff_figures(config, *pair, mib, BLOCK_TOKENS, repeats)
+    ]
 
 
 # -- the named shape -------------------------------------------------------------------
 
-# What a peer JAX engine reached on two such cores (issue 2): (name, unit, value). Its
-# decode attends to 512 slots for at most 164 tokens of context.
+# What a peer JAX engine reached on two such cores: (name, unit, value). Its decode
+# attends to 512 slots for at most 164 tokens of context.
 PEER = {
     "output_throughput": ("throughput", "tok/s", 1937.0),
     "median_ttft_ms": ("TTFT P50", "ms", 487.0),
@@ -247,14 +236,15 @@ PEER = {
 
 
 def named_shape(options: Options) -> list[Figure]:
-    """A burst on the wall clock beside the peer's figures."""
+    """Measure a burst on the wall clock, beside the peer's figures."""
     shape = options.named or NamedShape(config=get_config("m32"))
-    rig = shape.rig()
+    deployment = shape.deployment()
     requests = burst(shape.config, shape.requests, shape.prompt, shape.output)
     runs: list[dict[str, float]] = []
     for i in range(options.repeats + 1):
-        bare_s = bare_step_s(rig.engine, 1, shape.decode_shape, 50)
-        summary = summarise(rig.serve(requests), SLO(ttft_s=1, tpot_s=1), devices=2)
+        bare_s = bare_step_s(deployment.engine, 1, shape.decode_shape, 50)
+        timelines = deployment.run(requests).timelines
+        summary = summarise(timelines, SLO(ttft_s=1, tpot_s=1), devices=2)
         summary["bare_ms"] = bare_s * 1e3
         if i:
             runs.append({key: summary[key] or 0.0 for key in PEER})
@@ -304,7 +294,7 @@ _READERS = (
 
 
 def run(parts: Sequence[str], options: Options) -> list[Figure]:
-    """Measures `parts`, and prints the figures of each as soon as they are there.
+    """Measure `parts`, and print the figures of each as soon as it is done.
 
     Raises:
       ValueError: on bad options, or a part that needs more devices than there are.
@@ -326,20 +316,17 @@ def run(parts: Sequence[str], options: Options) -> list[Figure]:
 
 
 def check(parts: Sequence[str], options: Options) -> None:
-    """Raises ValueError on what cannot be measured, without asking for devices."""
+    """Raise ValueError on bad parts or options, without asking for devices."""
     if not parts:
         raise ValueError(f"parts: expected some of {list(PARTS)}, got none")
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"parts: expected some of {list(PARTS)}, got '{part}'")
-    numbers = {
-        "batches": options.batches,
-        "handoff_mib": options.handoff_mib,
-        "repeats": [options.repeats],
-    }
-    for name, values in numbers.items():
-        if not values or min(values) < 1:
-            raise ValueError(f"{name}: expected numbers >= 1, got {list(values)}")
+    check_numbers(
+        batches=options.batches,
+        handoff_mib=options.handoff_mib,
+        repeats=[options.repeats],
+    )
     context, limit = options.prompt + options.output, options.config.max_length
     if context > limit:
         name = options.config.name
@@ -349,7 +336,7 @@ def check(parts: Sequence[str], options: Options) -> None:
 
 
 def to_json(figures: Sequence[Any]) -> str:
-    """The figures as JSON values, and what they were measured on."""
+    """Return the figures as JSON, and the machine they were measured on."""
     result = {
         "backend": jax.default_backend(),
         "cpus": os.cpu_count(),
@@ -387,7 +374,7 @@ def main() -> None:
 
 
 def _by_devices(parts: Sequence[str]) -> list[list[str]]:
-    """Parts that can share a process."""
+    """Return groups of parts that can share a process."""
     return [
         [part for part in parts if DEVICES[part] == devices]
         for devices in sorted({DEVICES[part] for part in parts})
@@ -395,14 +382,14 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
 
 
 def _run_apart(parts: Sequence[str], options: Options) -> list[Any]:
-    """Runs `parts` in a process of their own, which prints; their figures."""
+    """Run `parts` in a process of their own, which prints; return their figures."""
     with process_pool(1) as mapper:
         (figures,) = mapper(functools.partial(_run_here, options=options), [parts])
     return figures
 
 
 def _run_here(parts: Sequence[str], options: Options) -> list[Any]:
-    """Splits the host into the devices that `parts` need, and runs them."""
+    """Split the host into the devices that `parts` need, and run them."""
     if "handoff" in parts:
         keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", DEVICES[parts[0]])

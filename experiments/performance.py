@@ -1,4 +1,4 @@
-"""Steps of the engine beside what the device could do at best.
+"""Measures steps of the engine beside the best that the device allows.
 
     python -m experiments.performance --cores=1
     python -m experiments.performance --model=llama-3-8b --batches=1,8,32,64,128 \
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import math
 import os
 import pathlib
 import platform
@@ -40,11 +39,12 @@ from disagg_jax.programs import StepShape
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.dense_baseline import dense_step_s
 from experiments.benchmarks.engines import bare_engine, bare_step_s
-from experiments.benchmarks.handoff import handoff_figures, handoff_rig
-from experiments.benchmarks.no_op_programs import HollowGroup, host_step_us
+from experiments.benchmarks.handoff import handoff_figures
+from experiments.benchmarks.no_op_programs import NoOpGroup, host_figure, host_step_us
 from experiments.benchmarks.peaks import Peaks, StepBound, peak_probes, spec_sheet
 from experiments.benchmarks.timing import (
     Figure,
+    check_numbers,
     interleaved,
     keep_freed_memory,
     load_average,
@@ -58,8 +58,8 @@ from experiments.runs import provenance
 from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config
 
-# What a peer JAX engine with a plain dense cache reached on one pinned core, in tokens
-# per second (issue 6): its decode at a context of 256 tokens.
+# Tokens per second of a peer JAX engine with a plain dense cache, on one pinned core;
+# its decodes are at a context of 256 tokens.
 PEER = {
     ("smollm2-135m", "float32"): {
         "decode": {1: 32.0, 8: 133.0, 16: 126.0},
@@ -70,7 +70,7 @@ PEER = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured, and how often."""
+    """The steps to measure, and how often."""
 
     config: ModelConfig
     batches: Sequence[int] = (1, 8, 16)  # requests in a decode step
@@ -83,16 +83,13 @@ class Options:
     trace: pathlib.Path | None = None  # folder for a jax.profiler trace of the steps
 
     def __post_init__(self) -> None:
-        numbers = {
-            "batches": self.batches,
-            "prompts": self.prompts,
-            "context": [self.context],
-            "block_tokens": [self.block_tokens],
-            "repeats": [self.repeats],
-        }
-        for name, values in numbers.items():
-            if not values or min(values) < 1:
-                raise ValueError(f"{name}: expected numbers >= 1, got {list(values)}")
+        check_numbers(
+            batches=self.batches,
+            prompts=self.prompts,
+            context=[self.context],
+            block_tokens=[self.block_tokens],
+            repeats=[self.repeats],
+        )
         if self.handoff_mib < 0:
             raise ValueError(f"handoff_mib: expected >= 0, got {self.handoff_mib}")
         if self.context % self.block_tokens:
@@ -109,7 +106,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepTime:
-    """One step, what it took, and what it had to do."""
+    """One step, its time, and its least work."""
 
     kind: str  # "decode" or "prefill"
     size: int  # requests of a decode, tokens of a prefill
@@ -143,8 +140,8 @@ _HEAD = (
 
 
 def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
-    """The peaks and the steps, in the same rounds."""
-    config, model = options.config, options.config
+    """Measure the peaks and the steps, in the same rounds."""
+    config = options.config
     loads = step_loads(options)
     probes, once = peak_probes(config.dtype)
     timers = dict(probes)
@@ -164,14 +161,14 @@ def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
             size=shape.tokens,
             seconds=seconds[str(shape)],
             dense_s=seconds.get(f"dense {shape}"),
-            bound=StepBound.of(model, load, peaks),
+            bound=StepBound.of(config, load, peaks),
         )
         for shape, load in loads.items()
     ]
 
 
 def step_loads(options: Options) -> dict[StepShape, StepLoad]:
-    """The steps, and what each computes."""
+    """Return the steps, and the load of each."""
     blocks = options.context // options.block_tokens
     decode = {
         StepShape.decode(n, n * blocks): StepLoad((), n, n * options.context)
@@ -184,7 +181,7 @@ def step_loads(options: Options) -> dict[StepShape, StepLoad]:
 
 
 def trace_steps(options: Options, engine: Engine, folder: pathlib.Path) -> None:
-    """Profiles each step once; it must have run before, so that this is no warm-up."""
+    """Profile each step once; it must have run before, so that this is no warm-up."""
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         for shape in step_loads(options):
             with jax.profiler.TraceAnnotation(f"{shape.kind} {shape.tokens}"):
@@ -192,7 +189,7 @@ def trace_steps(options: Options, engine: Engine, folder: pathlib.Path) -> None:
 
 
 def peak_figures(peaks: Peaks) -> list[str]:
-    """The peaks, beside the spec sheet's where there is one."""
+    """Return the peaks, beside the spec sheet's if there is one."""
     spec = spec_sheet()
     known = (None, None) if spec is None else (spec.hbm_bytes_s, spec.peak_flops)
     rows = (
@@ -207,36 +204,26 @@ def peak_figures(peaks: Peaks) -> list[str]:
 
 
 def handoff(options: Options) -> list[Figure]:
-    """KV of `handoff_mib` from device to device; the model's other sizes are 1."""
+    """Measure KV moves from device to device; the model's other sizes are 1."""
     kv_only = dataclasses.replace(options.config, vocab_size=1, mlp=1)
-    block_bytes = kv_only.kv_bytes_per_token * options.block_tokens
-    blocks = math.ceil(options.handoff_mib * 2**20 / block_bytes)
-    rig = handoff_rig(kv_only, 1, 1, [blocks], options.block_tokens)
-    name = f"TP1->TP1 {options.handoff_mib} MiB"
-    return handoff_figures(name, rig, blocks, options.repeats, equal=True)
+    mib, block_tokens = [options.handoff_mib], options.block_tokens
+    return handoff_figures(kv_only, 1, 1, mib, block_tokens, options.repeats)
 
 
 def host(options: Options, engine: Engine) -> list[Figure]:
-    """Host time of the decode steps. The engine computes nothing afterwards."""
+    """Measure the host time of decode steps. The engine computes nothing afterwards."""
     shapes = [s for s in step_loads(options) if s.kind == "decode"]
-    hollow = HollowGroup.replace(engine, shapes)
+    no_ops, steps = NoOpGroup.replace(engine, shapes), 100 * options.repeats
     return [
-        Figure(
-            part="host",
-            name=f"B{shape.rows} step",
-            measured=host_step_us(engine, hollow, shape, 100 * options.repeats)["step"],
-            bound=100.0 + shape.rows,
-            unit="us",
-            bound_name="100 us + 1 us per token",
-            better="less",
-            aim=1.0,
+        host_figure(
+            shape.rows, "step", host_step_us(engine, no_ops, shape, steps)["step"]
         )
         for shape in shapes
     ]
 
 
 def run(options: Options) -> str:
-    """The report. Every part is printed as soon as it is there."""
+    """Return the report. Every part is printed as soon as it is there."""
     lines: list[str] = []
 
     def say(*some: str) -> None:

@@ -30,14 +30,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from disagg_jax.control.backend import Observer
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.sim.clock import busy_shares
-from disagg_jax.sim.simulated_deployment import SimulatedRun
 from disagg_jax.workload.traces import Trace
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
@@ -92,23 +89,6 @@ COLUMNS = (
     *STAGES,
     "error",
 )
-
-
-def run(
-    trace: str | Trace,
-    simulation: Simulation,
-    deployment: Deployment,
-    observer: Observer | None = None,
-    rate_rps: float | None = None,
-) -> SimulatedRun:
-    """Simulates a trace, at its own times or a rate.
-
-    Raises:
-      ValueError, OSError: on bad input, before any work.
-    """
-    simulated = simulation.build(deployment)
-    requests = trace_requests(trace, simulation, rate_rps)
-    return simulated.run(requests, observer=observer)
 
 
 def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
@@ -180,7 +160,7 @@ def main() -> None:
     print(trace)
     refused = sum(t.status is not Status.FINISHED for t in timelines)
     print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
-    busy = busy_shares(deployment, done.busy_s, done.end_s)
+    busy = done.busy_shares(deployment)
     for i, (spec, stages) in enumerate(zip(deployment.instances, busy, strict=True)):
         shares = ", ".join(f"{share:.1%}" for share in stages)
         print(f"instance {i}, {spec}: busy {shares}")

@@ -1,13 +1,13 @@
-"""What a prompt does to requests that are decoding: measured on this machine.
+"""Measures how long a prompt stalls requests that are decoding, on this machine.
 
     python -m experiments.stalls
     python -m experiments.stalls --model=m32 --prompts=64,128,256
 
 A few requests decode; then a prompt arrives. Colocated, the device computes the prompt
-and the decodes wait, for all of it (vLLM) or beside one part of it after the other
-(Sarathi-Serve). Disaggregated, another device computes it, and only its KV comes in.
-Every program runs and is timed alone, and the times stand on the timeline of each
-instance's own device. Writes stalls.txt and .png.
+in one step, for which the decodes wait (vLLM), or in chunks beside the decodes
+(Sarathi-Serve). Disaggregated, another device computes the prompt; only its KV comes
+in. Every program runs and is timed alone, and its time counts on its instance's own
+device. Writes stalls.txt and .png.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from disagg_jax.engine.place_weights import Weights
-from experiments.benchmarks.stall import Scene, Stall, measure
+from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, integers
@@ -45,7 +45,7 @@ _AROUND = 0.25  # of the prompt's time, shown before and after it
 
 
 def table(found: Sequence[Stall]) -> str:
-    """A row for each system and prompt."""
+    """Return a row for each system and prompt."""
     head = ("system", "prompt", "gap between tokens", "longest gap", "times", "TTFT")
     rows = [
         (
@@ -62,7 +62,7 @@ def table(found: Sequence[Stall]) -> str:
 
 
 def panels(found: Sequence[Stall]) -> list[Panel]:
-    """One request's gaps as the longest prompt arrives, and the longest gap of all."""
+    """Draw one request's gaps as the longest prompt arrives, and the longest gaps."""
     names = list(dict.fromkeys(stall.system for stall in found))
     longest = max(stall.prompt for stall in found)
     by_name = {s.system: s for s in found if s.prompt == longest}
@@ -111,21 +111,21 @@ def panels(found: Sequence[Stall]) -> list[Panel]:
 def run(
     config: ModelConfig,
     params: Weights,
-    scene: Scene,
+    scenario: StallScenario,
     out: pathlib.Path,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[str, list[Stall]]:
-    """Measures, and writes stalls.txt and .png; returns the table too.
+    """Measure, and write stalls.txt and .png; return the table too.
 
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
-    asked = {"model": config.name, "scene": plain(scene)}
+    asked = {"model": config.name, "scene": plain(scenario)}
     with run_folder(out, asked, "stalls.txt", replace=True):
-        found = measure(config, params, scene, progress)
+        found = measure(config, params, scenario, progress)
         kind = jax.devices()[0].device_kind
-        title = f"{config.name} on {kind}: {scene.decodes} requests decode, a prompt "
-        title += "comes"
+        title = f"{config.name} on {kind}: {scenario.decodes} requests decode, a "
+        title += "prompt comes"
         text = table(found)
         head = f"# python -m experiments.stalls   commit {commit()}\n# {title}\n"
         write_text(out / "stalls.txt", f"{head}{text}\n")
@@ -138,7 +138,7 @@ def main() -> None:
     host_devices.one_thread_each()
     host_devices.provide(2)
     out = pathlib.Path(_OUT.value)
-    scene = Scene(
+    scenario = StallScenario(
         decodes=_DECODES.value,
         prompts=tuple(integers("prompts", _PROMPTS.value)),
         chunk=_CHUNK.value,
@@ -146,7 +146,7 @@ def main() -> None:
     )
     config = get_config(_MODEL.value)
     params = transformer.init_params(config, 0)
-    text, _ = run(config, params, scene, out, progress_to_stderr())
+    text, _ = run(config, params, scenario, out, progress_to_stderr())
     print(f"{text}\n\n{out}/stalls.png")
 
 

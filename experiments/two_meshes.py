@@ -1,37 +1,33 @@
-"""Prefill and decode on meshes of their own, cut from the devices that are there.
+"""Cuts the devices of this machine into a prefill mesh and a decode mesh.
 
     python -m experiments.two_meshes
     python -m experiments.two_meshes --model=llama-3-8b --prefill=4 --decode=2
 
-Shows what lies where on the two meshes, with tensor parallelism that may differ; serves
-requests on them and holds the tokens against one device; and measures the hand-off of
-KV from one mesh to the other, beside what bounds it: the link between the devices where
-it is known, and a copy in the host's memory for host devices. Writes two_meshes.txt and
-.png.
+Shows how weights and KV are laid out on the two meshes, whose tensor parallelism may
+differ; serves requests on them and compares the tokens with those of one device; and
+measures the hand-off of KV from one mesh to the other. The hand-off's bound is the link
+between the devices, if it is known, and for host devices a copy in the host's memory.
+Writes two_meshes.txt and .png.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
 
-from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
 from disagg_jax.programs import StepShape
-from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from experiments import machine
-from experiments.benchmarks.engines import NO_STEPS, Rig, burst
+from experiments.benchmarks.engines import burst, burst_deployment
+from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
-from experiments.benchmarks.transfers import Rate, rates
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, integers
 from experiments.papers.figure import Panel, Series
@@ -64,7 +60,7 @@ _LINKS = {"A100": "nvlink-a100", "H100": "nvlink-h100", "H200": "nvlink-h100"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cut:
-    """So many devices for each phase.
+    """Devices for each phase.
 
     Raises:
       ValueError: unless there are that many.
@@ -75,10 +71,10 @@ class Cut:
 
     @classmethod
     def of(cls, devices: int, prefill: int | None, decode: int | None) -> Cut:
-        """What is asked for, or powers of two: decode at most half of prefill.
+        """Return the given numbers, or powers of two: decode at most half of prefill.
 
-        Prompts are bound by arithmetic, of which more devices have more; decodes by
-        memory, and by the all-reduces that more devices need.
+        More devices bring the arithmetic that prompts need. Decodes are bound by memory
+        and by the all-reduces that more devices need.
         """
         require(devices >= 2, "devices: expected two or more", devices)
         p = _power_of_two(devices - (decode or 1)) if prefill is None else prefill
@@ -92,49 +88,28 @@ class Cut:
 
 
 def _power_of_two(most: int) -> int:
-    """The largest that is not above `most`; 1 at least."""
+    """Return the largest power of two up to `most`; 1 at least."""
     return 1 << (max(1, most).bit_length() - 1)
 
 
-def build(config: ModelConfig, cut: Cut) -> Rig:
-    """An engine on the two meshes, with the programs of a few short requests."""
-    return _rig(config, str(cut))
+def build(config: ModelConfig, cut: Cut) -> ServedDeployment:
+    """Build the two meshes, with the programs of a few short requests."""
+    return _deployment(config, str(cut))
 
 
-def _rig(config: ModelConfig, deployment: str) -> Rig:
-    """For `_REQUESTS` requests of `_PROMPT` tokens at once."""
-    blocks = math.ceil((_PROMPT + _OUTPUT) / _BLOCK)
-    memory = KVMemory(
-        num_blocks=_REQUESTS * blocks, block_tokens=_BLOCK, max_context=blocks * _BLOCK
-    )
-    tokens = _REQUESTS * _PROMPT
-    sizes = (math.ceil(_PROMPT / _BLOCK), blocks)
-    prefill = dataclasses.replace(
-        NO_STEPS, prefill=(StepShape.prefill(tokens, _REQUESTS),), transfer_blocks=sizes
-    )
-    decode = dataclasses.replace(
-        NO_STEPS,
-        decode_rows=(_REQUESTS,),
-        pool_blocks=(memory.num_blocks,),
-        transfer_blocks=sizes,
-    )
-    if deployment.startswith("colocated"):
-        policy = PrefillFirst(max_batched_tokens=tokens, max_seqs=_REQUESTS)
-        both = dataclasses.replace(decode, prefill=prefill.prefill, transfer_blocks=())
-        policies = {Role.COLOCATED: policy}
-        return Rig.build(config, deployment, policies, [memory], [both])
-    policies = {
-        Role.PREFILL: PrefillOnly(token_budget=tokens, max_seqs=_REQUESTS),
-        Role.DECODE: DecodeOnly(max_seqs=_REQUESTS),
-    }
-    return Rig.build(config, deployment, policies, [memory] * 2, [prefill, decode])
+def _deployment(config: ModelConfig, deployment: str) -> ServedDeployment:
+    prefill = StepShape.prefill(_REQUESTS * _PROMPT, _REQUESTS)
+    context = _PROMPT + _OUTPUT
+    return burst_deployment(
+        config, prefill, deployment, context=context, block_tokens=_BLOCK
+    )[0]
 
 
 # -- what lies where -------------------------------------------------------------------
 
 
 def layout(engine: Engine) -> str:
-    """The meshes, and how weights and KV lie on them."""
+    """Show the meshes, and how weights and KV are laid out on them."""
     head = ("", *(str(spec.role) for spec in engine.deployment.instances))
     models = [instance.model for instance in engine.instances]
     meshes = [model.stages[0].mesh for model in models]
@@ -154,7 +129,7 @@ def _id(device: Device) -> str:
 
 
 def _leaves(params: Mapping[str, object]) -> list[tuple[str, jax.Array]]:
-    """The arrays of the first layer, and those that no layer has."""
+    """Return the arrays of the first layer, and the arrays outside all layers."""
     found = [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -168,7 +143,7 @@ def _leaves(params: Mapping[str, object]) -> list[tuple[str, jax.Array]]:
 
 
 def _placed(array: jax.Array) -> str:
-    """Shape and mesh axes, as in float32[264, 128] (tensor, -)."""
+    """Return shape and mesh axes, as in float32[264, 128] (tensor, -)."""
     sharding = array.sharding
     assert isinstance(sharding, NamedSharding)
     axes = [*sharding.spec, *[None] * (array.ndim - len(sharding.spec))]
@@ -181,7 +156,7 @@ def _placed(array: jax.Array) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """How many of the tokens are those of one device."""
+    """The number of tokens that are equal to those of one device."""
 
     equal: int
     total: int
@@ -195,14 +170,14 @@ class Tokens:
         )
 
 
-def check_tokens(config: ModelConfig, rig: Rig) -> Tokens:
-    """Serves requests on the two meshes and on one device.
+def check_tokens(config: ModelConfig, meshes: ServedDeployment) -> Tokens:
+    """Serve requests on the two meshes and on one device, and compare the tokens.
 
-    In half precision sums in another order can turn a close choice.
+    In half precision, sums in another order can turn a close choice.
     """
     requests = burst(config, _REQUESTS, _PROMPT, _OUTPUT)
-    split = rig.serve(requests)
-    alone = _rig(config, "colocated:tp1").serve(requests)
+    split = meshes.run(requests).timelines
+    alone = _deployment(config, "colocated:tp1").run(requests).timelines
     pairs = [
         pair
         for ours, theirs in zip(split, alone, strict=True)
@@ -220,7 +195,7 @@ def check_tokens(config: ModelConfig, rig: Rig) -> Tokens:
 
 
 def link_between(kind: str) -> LinkSpec | None:
-    """The link between two devices of a host; None where it is not known."""
+    """Return the link between two devices of a host; None if it is not known."""
     for name, link in _LINKS.items():
         if name in kind:
             return get_link(link)
@@ -228,9 +203,9 @@ def link_between(kind: str) -> LinkSpec | None:
 
 
 def bound_s(rate: Rate, cut: Cut, link: LinkSpec | None) -> float:
-    """The least that a hand-off can take: its bytes over the links there are.
+    """Return the least seconds of a hand-off: its bytes over the links there are.
 
-    Of host devices, a copy of as many bytes in the host's memory.
+    For host devices it is a copy of as many bytes in the host's memory.
     """
     if link is None:
         return rate.copy_s
@@ -238,7 +213,7 @@ def bound_s(rate: Rate, cut: Cut, link: LinkSpec | None) -> float:
 
 
 def handoff_table(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> str:
-    """Each way and size beside the bound."""
+    """Return a row for each way and size, beside the bound."""
     rows = [
         (
             rate.way,
@@ -255,7 +230,7 @@ def handoff_table(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> str
 
 
 def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
-    """Bandwidth over size, and the bound."""
+    """Draw bandwidth over size, and the bound."""
     ways = list(dict.fromkeys(rate.way for rate in found))
 
     def points(way: str) -> list[tuple[float, float]]:
@@ -291,7 +266,7 @@ def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What was found, as text."""
+    """The results, as text."""
 
     layout: str
     tokens: Tokens
@@ -308,41 +283,30 @@ def run(
     mib: Sequence[int] = (1, 4, 16),
     repeats: int = 5,
 ) -> Shown:
-    """Does all of it, and writes two_meshes.txt and .png.
+    """Do all of it, and write two_meshes.txt and .png.
 
     Raises:
-      ValueError, OSError: on bad input, before any work; ValueError too if tokens that
-        have to be equal are not.
+      ValueError, OSError: on bad input, before any work; ValueError too if tokens
+        differ that must be equal.
     """
     require(len(mib) > 0 and min(mib) >= 1, "mib: expected sizes >= 1", list(mib))
     asked = {"model": config.name, "cut": str(cut), "mib": mib, "repeats": repeats}
+    pairs, sizes = [(cut.prefill, cut.decode)], [n * 2**20 for n in mib]
     with run_folder(out, asked, "two_meshes.txt", replace=True):
-        return _run(config, cut, out, mib, repeats)
-
-
-def _run(
-    config: ModelConfig,
-    cut: Cut,
-    out: pathlib.Path,
-    mib: Sequence[int],
-    repeats: int,
-) -> Shown:
-    keep_freed_memory()  # else each hand-off and copy waits for new pages
-    rig = build(config, cut)
-    tokens = check_tokens(config, rig)
-    equal = tokens.equal == tokens.total or not tokens.exact
-    require(equal, "tokens: expected those of one device", str(tokens))
-    kind = jax.devices()[0].device_kind
-    link = link_between(kind)
-    sizes = [n * 2**20 for n in mib]
-    found = rates(config, [(cut.prefill, cut.decode)], sizes, 1, repeats)
-    found = [rate for rate in found if rate.way != "groups"]  # all of it is one group
-    shown = Shown(layout(rig.engine), tokens, handoff_table(found, cut, link))
-    title = f"{config.name} {config.dtype} on {kind}, {cut}"
-    head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
-    write_text(out / "two_meshes.txt", f"{head}{shown}\n")
-    draw([panel(found, cut, link)], title, out / "two_meshes.png")
-    return shown
+        keep_freed_memory()  # else each hand-off and copy waits for new pages
+        meshes = build(config, cut)
+        tokens = check_tokens(config, meshes)
+        equal = tokens.equal == tokens.total or not tokens.exact
+        require(equal, "tokens: expected those of one device", str(tokens))
+        kind = jax.devices()[0].device_kind
+        link = link_between(kind)
+        found = rates(config, pairs, sizes, _BLOCK, None, repeats)
+        shown = Shown(layout(meshes.engine), tokens, handoff_table(found, cut, link))
+        title = f"{config.name} {config.dtype} on {kind}, {cut}"
+        head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
+        write_text(out / "two_meshes.txt", f"{head}{shown}\n")
+        draw([panel(found, cut, link)], title, out / "two_meshes.png")
+        return shown
 
 
 @command(FLAGS)

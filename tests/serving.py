@@ -6,12 +6,12 @@ import math
 from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
 from disagg_jax.control.state import Place
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Done, Down, Step, Transfer
 

@@ -20,6 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.kv_cache import Cache
@@ -69,15 +70,6 @@ class Instance:
         return shape, pack(shape, slices, self.model.memory)
 
 
-@dataclasses.dataclass
-class StepTotals:
-    """Work of the steps of one kind, and how much of it was padding."""
-
-    steps: int = 0
-    tokens: int = 0  # computed
-    width: int = 0  # tokens that went through the layers, padding included
-
-
 class Engine:
     """Runs the work of one deployment. Each instance is on devices of its own.
 
@@ -121,7 +113,7 @@ class Engine:
         models = {} if models is None else models
         self.config = config
         meshes = _meshes(deployment, devices, share_devices)
-        self.deployment = deployment
+        self.deployment, self.memory = deployment, tuple(memory)
         self.instances: list[Instance] = []
         self.totals: dict[str, StepTotals] = {}
         for i, spec in enumerate(deployment.instances):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any, cast
 
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -30,8 +32,15 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
 }
 
 
-def get_system(name: str) -> Mapping[Role, Policy]:
-    """The policies of system `name`, by role."""
+def get_system(name: str, **changes: Mapping[str, object]) -> Mapping[Role, Policy]:
+    """Return the policies of system `name`, by role.
+
+    Args:
+      changes: parameters that a role's policy has instead: `prefill={"max_seqs": 8}`.
+    """
     if name not in SYSTEMS:
         raise ValueError(f"system: expected one of {sorted(SYSTEMS)}, got '{name}'")
-    return SYSTEMS[name]
+    return {
+        role: dataclasses.replace(cast(Any, policy), **changes.get(role.value, {}))
+        for role, policy in SYSTEMS[name].items()
+    }

@@ -9,37 +9,27 @@ from collections.abc import Generator, Iterable, Mapping
 
 from disagg_jax.control.backend import Followers, Intervention, Observer, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.run import Run
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
-from disagg_jax.request import Request, Timeline
+from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, DeploymentCost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SimulatedRun:
-    """What came of one run."""
-
-    timelines: list[Timeline]  # in order of arrival
-    end_s: float
-    # Seconds of work: (instance,) is its first stage, (instance, k) a later one; links
-    # as `Network` names them, or (-3, src, dst).
-    busy_s: Mapping[tuple[int, ...], float]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SimulatedDeployment:
-    """Instances, policies, memory and durations; it runs any requests.
+    """Serves requests on instances whose work takes the time that a cost model says.
 
     Attributes:
       memory: of each instance, in the deployment's order.
       streams: whether KV leaves while the rest of its prompt is computed.
-      spans: whether several decode iterations are taken at once. It changes nothing
-        but the speed.
-      exact_block_placement: whether blocks get their places in the pool, as on an
-        engine, and `StepLoad.pool_extent` tells the cost model. Slow, and not for
-        spans.
+      spans: whether several decode iterations are taken at once. Results are equal;
+        only the speed changes.
+      exact_block_placement: whether each request has blocks of its own in the pool, as
+        on an engine, so that the cost model gets `StepLoad.pool_extent`. This is slow,
+        and needs `spans=False`.
 
     Raises:
       ValueError: on `exact_block_placement` with `spans`.
@@ -58,7 +48,7 @@ class SimulatedDeployment:
         require(ok, "exact_block_placement: expected spans=False", self.spans)
 
     def controller(self) -> Controller:
-        """A new controller of this deployment."""
+        """Return a new controller of this deployment."""
         return Controller(
             self.deployment,
             self.policies,
@@ -72,22 +62,23 @@ class SimulatedDeployment:
         requests: Iterable[Request],
         interventions: Iterable[Intervention] = (),
         observer: Observer | None = None,
-        controller: Controller | None = None,
         followers: Followers | None = None,
-    ) -> SimulatedRun:
-        """Serves `requests` to the end.
+        *,
+        controller: Controller | None = None,
+    ) -> Run:
+        """Serve `requests` to the end, as `ServedDeployment` does; see `serve`.
 
         Args:
           controller: a new one of `self.controller()`, for an observer that reads it.
-          followers: requests that arrive because of what happened, see `serve`.
         """
         controller = controller or self.controller()
-        backend = VirtualBackend(CostExecutor(self.cost, self.exact_block_placement))
+        executor = CostExecutor(self.cost, self.exact_block_placement)
+        backend = VirtualBackend(executor)
         with _no_garbage_collection():
             timelines = serve(
                 controller, backend, requests, interventions, observer, followers
             )
-        return SimulatedRun(
+        return Run(
             timelines=timelines, end_s=backend.now_s(), busy_s=dict(backend.busy_s)
         )
 

@@ -1,4 +1,4 @@
-"""Worker processes for simulations: they share nothing, so they take whole tasks."""
+"""Worker processes for simulations. They share nothing, so each takes whole tasks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ R = TypeVar("R")
 
 
 class Mapper(Protocol):
-    """Applies a function to items and gives the results in their order.
+    """Applies a function to items and yields the results in their order.
 
-    The built-in `map` is one. Another may need a function and items that can be
-    pickled.
+    The built-in `map` is one. A mapper over processes needs a function and items that
+    can be pickled.
     """
 
     def __call__(
@@ -32,7 +32,7 @@ class Mapper(Protocol):
 
 @contextlib.contextmanager
 def worker_pool(workers: int | None = None) -> Generator[Mapper, None, None]:
-    """A mapper over worker processes that live as long as the context.
+    """Yield a mapper over worker processes that live as long as the context.
 
     Args:
       workers: processes; by default one for each core. With 1 nothing is started.
@@ -51,10 +51,10 @@ def worker_pool(workers: int | None = None) -> Generator[Mapper, None, None]:
 
 @contextlib.contextmanager
 def process_pool(workers: int) -> Generator[Mapper, None, None]:
-    """A mapper over new processes, which end with the context or with this process.
+    """Yield a mapper over new processes that end with the context or this process.
 
-    After an error, an interrupt or a kill they leave their tasks undone: nobody would
-    read what comes of them.
+    After an error, an interrupt or a kill they leave their tasks undone, since nobody
+    would read the results.
     """
     # spawn: a fork would copy the threads that JAX may have started.
     context = multiprocessing.get_context("spawn")
@@ -78,9 +78,9 @@ def process_pool(workers: int) -> Generator[Mapper, None, None]:
 
 
 def _end_with(theirs: multiprocessing.connection.Connection) -> None:
-    """Ends this process when the other end of its pipe is closed, or dies with its own.
+    """End this process when the other end of its pipe is closed.
 
-    Only the parent has that end, so it is closed by a kill too.
+    Only the parent has the other end, so a kill of the parent closes it too.
     """
 
     def watch() -> None:
@@ -92,10 +92,10 @@ def _end_with(theirs: multiprocessing.connection.Connection) -> None:
 
 @contextlib.contextmanager
 def _blocked(signum: signal.Signals) -> Generator[None, None, None]:
-    """Delays a signal; processes that start meanwhile never get it.
+    """Delay a signal; processes that start meanwhile never get it.
 
-    A terminal sends an interrupt to every process of a command. It is the parent that
-    acts on it.
+    A terminal sends an interrupt to every process of a command, but only the parent is
+    to act on it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signum})
     try:

@@ -12,6 +12,7 @@ from disagg_jax import metrics
 from disagg_jax.calibration.decision_agreement import Agreement, agreement
 from disagg_jax.calibration.machine_speed import Slowdown, SpeedProbe
 from disagg_jax.calibration.profile_keys import EngineWork, StepKey, cost_of
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Timeline
@@ -26,7 +27,6 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server
 
 # How much attainment may differ, unless it changes more over this much of the rate
 # (DistServe's Table 2: within 2 points).
@@ -111,7 +111,7 @@ class PairedRun:
     """A system on an engine, and simulated by a profile of it."""
 
     name: str
-    server: Server
+    server: ServedDeployment
     source: RequestSource
     slo: SLO
     seeds: int
@@ -133,13 +133,15 @@ class PairedRun:
             return
         requests = self.source(point.rate_rps, point.replica)
         speed = SpeedProbe(self.probes)
-        run = self.server.run(requests, {}, speed.around)
+        log = EventLog()
+        observed = dataclasses.replace(self.server, around=speed.around)
+        run = observed.run(requests, observer=log)
         rows = [
             {"request_id": t.request.id, "token_s": t.token_s} for t in run.timelines
         ]
         slowdown = dataclasses.asdict(speed.slowdown(self.profile))
         found = {**self._summary(run.timelines), "slowdown": slowdown}
-        self.run_dir.save(point, found, rows, run.log.lines)
+        self.run_dir.save(point, found, rows, log.lines)
 
     def slowdown(self, point: Point) -> Slowdown:
         """Return the slowdown of the machine in a run of the engine."""
@@ -181,7 +183,7 @@ class PairedRun:
         return SimulatedDeployment(
             deployment=self.server.deployment,
             policies=self.server.policies,
-            memory=tuple(self.server.memory),
+            memory=self.server.memory,
             cost=self.cost,
             spans=False,
             exact_block_placement=True,

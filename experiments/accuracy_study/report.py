@@ -17,6 +17,7 @@ from disagg_jax.search.rates import GoodputEstimate, estimate
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, PairedRun, PredictedStep
 from experiments.comparison.comparison import margin
+from experiments.configs.config import Config
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
 from experiments.report.table import align
@@ -114,9 +115,9 @@ def compare(
     target: float,
     profile: CalibratedProfile,
     moved: tuple[float, float],
+    config: Config,
 ) -> Result:
     """What the runs, which must be done, show."""
-    config = pairs[0].server.config
     return Result(
         systems={pair.name: _system(pair, rates[pair.name], target) for pair in pairs},
         slo=pairs[0].slo,

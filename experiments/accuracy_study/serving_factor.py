@@ -21,6 +21,7 @@ from disagg_jax.calibration.machine_speed import SpeedProbe, choose_probes
 from disagg_jax.calibration.profile_keys import StepKey, cost_of, key_of
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps
@@ -28,7 +29,6 @@ from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, Task
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server
 
 # Of the capacity, so that steps are neither empty nor as full as they can be.
 _LOAD = 0.6
@@ -62,7 +62,9 @@ def with_serving_factors(
 
 
 def serve_each(
-    servers: Sequence[Server], source: RequestSource, profile: CalibratedProfile
+    servers: Sequence[ServedDeployment],
+    source: RequestSource,
+    profile: CalibratedProfile,
 ) -> Iterator[ServedStep]:
     """Serve requests on each system and yield the steps.
 
@@ -81,14 +83,13 @@ def serve_each(
         probe = SpeedProbe(probes)
         steps: list[tuple[Step, StepKey, float]] = []
         rate_rps = _LOAD * _capacity_rps(server, profile, source(1.0, 0))
-
-        server.run(
-            source(rate_rps, 0),
-            {},
-            lambda executor, probe=probe, engine=server.engine, steps=steps: (
+        observed = dataclasses.replace(
+            server,
+            around=lambda executor, probe=probe, engine=server.engine, steps=steps: (
                 probe.around(_Recorder(executor, engine, steps))
             ),
         )
+        observed.run(source(rate_rps, 0))
         slowdown = probe.slowdown(profile)
         for step, (layout, program), measured_s in steps:
             alone_s = sum(profile.layouts[layout].stages_s(program))
@@ -114,12 +115,12 @@ class _Recorder:
 
 
 def _capacity_rps(
-    server: Server, profile: CalibratedProfile, requests: Sequence[Request]
+    server: ServedDeployment, profile: CalibratedProfile, requests: Sequence[Request]
 ) -> float:
     simulated = SimulatedDeployment(
         deployment=server.deployment,
         policies=server.policies,
-        memory=tuple(server.memory),
+        memory=server.memory,
         cost=cost_of(profile, server.engine),
     )
     slo = SLO(ttft_s=math.inf, tpot_s=math.inf)

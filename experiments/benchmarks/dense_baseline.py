@@ -1,4 +1,4 @@
-"""Decode as one would write it for one device: a plain cache, no blocks, no engine."""
+"""Decode as written for one device: a plain cache, no blocks, no engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dense_step(
     token_B: Array,
     position_B: Array,
 ) -> tuple[DenseCache, Array]:
-    """The likeliest next token of each row, whose context is all S positions so far."""
+    """Return the likeliest next token of each row; its context is all S positions."""
     rows = jnp.arange(token_B.shape[0])
     seen_BS = jnp.arange(cache[0][0].shape[2])[None, :] <= position_B[:, None]
 
@@ -57,10 +57,12 @@ def dense_step(
 def dense_step_s(
     engine: Engine, batch: int, context: int, steps: int
 ) -> Callable[[], float]:
-    """Compiles `dense_step`; mean seconds of it in a tight loop, its cache donated.
+    """Compile `dense_step`; return a timer of its mean seconds in a tight loop.
+
+    The cache is donated.
 
     Args:
-      engine: whose only instance, on one device, has the weights.
+      engine: its only instance, on one device, has the weights.
     """
     config = engine.config
     (group,) = engine.instances[0].model.groups

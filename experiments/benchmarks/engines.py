@@ -1,94 +1,107 @@
-"""Engines with just the programs of one measurement, and what they are held against."""
+"""Engines with only the programs that one measurement needs."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 
-from disagg_jax.control.backend import Observer, serve
-from disagg_jax.control.controller import Controller
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.wall_clock import WallBackend
+from disagg_jax.engine.place_weights import Weights
+from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.served_deployment import ServedDeployment, devices_for
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.slices import full_slices
-from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.request import Request
+from disagg_jax.scheduling import get_system
 from disagg_jax.workload import FixedLengths, RandomWorkload, TokenOptions
 from experiments.benchmarks.timing import timed_s
 from models import transformer
 from models.config import ModelConfig
 
-NO_STEPS = Buckets(prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=())
+# Buckets of the shapes that are named, and no others.
+only = functools.partial(
+    Buckets, prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=()
+)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rig:
-    """A compiled engine, and the policies of the system it serves with."""
+def benchmark_engine(
+    config: ModelConfig,
+    deployment: str,
+    memory: Sequence[KVMemory],
+    buckets: Sequence[Buckets],
+    *,
+    params: Weights | None = None,
+    layer_groups: int = 1,
+    virtual: bool = False,
+    models: dict[Any, PlacedModel] | None = None,
+    shapes: Iterable[StepShape] | None = None,
+) -> Engine:
+    """Build an engine and compile its programs.
 
-    engine: Engine
-    policies: Mapping[Role, Policy]
-
-    @classmethod
-    def build(
-        cls,
-        config: ModelConfig,
-        deployment: str,
-        policies: Mapping[Role, Policy],
-        memory: Sequence[KVMemory],
-        buckets: Sequence[Buckets],
-        layer_groups: int = 1,
-    ) -> Rig:
-        """Compiles every program, for random weights."""
-        parsed = Deployment.parse(deployment)
-        params = transformer.init_params(config, 0)
-        engine = Engine(
-            config,
-            params,
-            parsed,
-            jax.devices(),
-            memory,
-            buckets,
-            layer_groups=layer_groups,
-        )
-        engine.compile()
-        return cls(engine, policies)
-
-    def controller(self) -> Controller:
-        """A new one, for one run."""
-        memory = [instance.model.memory for instance in self.engine.instances]
-        return Controller(self.engine.deployment, self.policies, memory)
-
-    def serve(
-        self, requests: Sequence[Request], observer: Observer | None = None
-    ) -> list[Timeline]:
-        """Serves `requests` on the clock of this machine, guarded as any run is."""
-        backend = WallBackend(self.engine)
-        with self.engine.serving():
-            return serve(self.controller(), backend, requests, observer=observer)
-
-
-def burst(config: ModelConfig, n: int, prompt: int, output: int) -> list[Request]:
-    """`n` requests at once: `prompt` random tokens, then `output` greedy ones."""
-    workload = RandomWorkload(
-        prompt=FixedLengths(tokens=prompt),
-        output=FixedLengths(tokens=output),
-        tokens=TokenOptions(vocab_size=config.vocab_size),
+    Args:
+      params: random weights by default; no duration depends on them.
+      virtual: whether a device may stand for several; see `devices_for`.
+      models: see `Engine`.
+      shapes: of the only instance, to compile instead of all pairs of rows and blocks.
+    """
+    parsed = Deployment.parse(deployment)
+    engine = Engine(
+        config,
+        transformer.init_params(config, 0) if params is None else params,
+        parsed,
+        devices_for(parsed, shared=virtual),
+        memory,
+        buckets,
+        layer_groups=layer_groups,
+        models=models,
+        share_devices=virtual,
     )
-    return workload.requests(n, math.inf, seed=0)
+    if shapes is None:
+        engine.compile(sampled=False)
+    for shape in shapes or ():
+        engine.instances[0].model.compile_step(shape)
+    return engine
+
+
+def pool(config: ModelConfig, blocks: int, block_tokens: int) -> KVMemory:
+    """Return a pool of `blocks` for requests up to the model's longest context."""
+    return KVMemory(
+        num_blocks=blocks, block_tokens=block_tokens, max_context=config.max_length
+    )
+
+
+# -- one program -----------------------------------------------------------------------
+
+
+def bare_engine(
+    config: ModelConfig, shapes: Sequence[StepShape], block_tokens: int
+) -> Engine:
+    """Return one instance with the programs of `shapes`; its pool holds the largest."""
+    prefill = [shape for shape in shapes if shape.kind == "prefill"]
+    decode = [shape for shape in shapes if shape.kind == "decode"]
+    buckets = only(
+        prefill=tuple(prefill),
+        decode_rows=tuple(sorted({shape.rows for shape in decode})),
+        pool_blocks=tuple(sorted({shape.blocks for shape in decode})),
+    )
+    needed = [math.ceil(shape.tokens / block_tokens) for shape in prefill]
+    blocks = max([*needed, *(shape.blocks for shape in decode)])
+    memory = [pool(config, blocks, block_tokens)]
+    return benchmark_engine(config, "colocated:tp1", memory, [buckets], shapes=shapes)
 
 
 def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> float:
-    """Mean seconds of the compiled program in a tight loop, its cache donated.
+    """Return the mean seconds of a program in a tight loop, its cache donated.
 
-    Each step is waited for. Its inputs are on the device before, and the tokens stay.
+    The loop waits for each step. The inputs are on the device before, and the tokens
+    stay there.
     """
     model, cache = engine.instances[instance].model, engine.instances[instance].cache
     (stage,) = model.stages
@@ -102,70 +115,59 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     return timed_s(loop) / steps
 
 
-def bare_engine(
-    config: ModelConfig, shapes: Sequence[StepShape], block_tokens: int
-) -> Engine:
-    """One instance that has the programs of `shapes` and random weights.
+# -- bursts ----------------------------------------------------------------------------
 
-    Its pool just holds the largest of them.
-    """
-    prefill = [shape for shape in shapes if shape.kind == "prefill"]
-    decode = [shape for shape in shapes if shape.kind == "decode"]
-    buckets = dataclasses.replace(
-        NO_STEPS,
-        prefill=tuple(prefill),
-        decode_rows=tuple(sorted({shape.rows for shape in decode})),
-        pool_blocks=tuple(sorted({shape.blocks for shape in decode})),
+
+def burst(config: ModelConfig, n: int, prompt: int, output: int) -> list[Request]:
+    """Return `n` requests at once: `prompt` random and `output` greedy tokens."""
+    workload = RandomWorkload(
+        prompt=FixedLengths(tokens=prompt),
+        output=FixedLengths(tokens=output),
+        tokens=TokenOptions(vocab_size=config.vocab_size),
     )
-    needed = [math.ceil(shape.tokens / block_tokens) for shape in prefill]
-    memory = KVMemory(
-        num_blocks=max([*needed, *(shape.blocks for shape in decode)]),
-        block_tokens=block_tokens,
-        max_context=config.max_length,
-    )
-    params = transformer.init_params(config, 0)
-    deployment = Deployment.parse("colocated:tp1")
-    engine = Engine(config, params, deployment, jax.devices(), [memory], [buckets])
-    # Not all pairs of rows and blocks, as `Engine.compile` would.
-    for shape in shapes:
-        engine.instances[0].model.compile_step(shape)
-    return engine
+    return workload.requests(n, math.inf, seed=0)
 
 
-# -- one colocated instance ------------------------------------------------------------
-
-
-def colocated(
+def burst_deployment(
     config: ModelConfig,
     prefill: StepShape,
+    deployment: str = "colocated:tp1",
     *,
     context: int,
     block_tokens: int,
     decodes: bool = True,
-) -> tuple[Rig, StepShape]:
-    """An instance whose pool holds as many requests of `context` tokens as it prefills.
+) -> tuple[ServedDeployment, StepShape]:
+    """Return a deployment for bursts of as many requests as `prefill` has rows.
 
-    So a burst of that many is one prefill step, and then decode steps of that shape.
+    A pool just holds a burst up to `context` tokens each. So a burst is one prefill
+    step, and then decode steps of the shape that is returned.
+
+    Args:
+      decodes: whether requests have more than one output token.
     """
-    blocks = prefill.rows * math.ceil(context / block_tokens)
-    buckets = dataclasses.replace(
-        NO_STEPS,
-        prefill=(prefill,),
-        decode_rows=(prefill.rows,) if decodes else (),
-        pool_blocks=(blocks,) if decodes else (),
+    rows, tokens = prefill.rows, prefill.tokens
+    blocks = rows * math.ceil(context / block_tokens)
+    steps = only(decode_rows=(rows,), pool_blocks=(blocks,)) if decodes else only()
+    if deployment.startswith("colocated"):
+        step = {"max_batched_tokens": tokens, "max_seqs": rows, "watermark": 0.0}
+        policies = get_system("vllm", colocated=step)
+        buckets = [dataclasses.replace(steps, prefill=(prefill,))]
+    else:
+        policies = get_system(
+            "disaggregated",
+            prefill={"token_budget": tokens, "max_seqs": rows},
+            decode={"max_seqs": rows, "watermark": 0.0},
+        )
+        moves = (math.ceil(tokens // rows / block_tokens),)
+        buckets = [
+            only(prefill=(prefill,), transfer_blocks=moves),
+            dataclasses.replace(steps, transfer_blocks=moves),
+        ]
+    memory = [pool(config, blocks, block_tokens)] * len(buckets)
+    engine = benchmark_engine(config, deployment, memory, buckets)
+    return ServedDeployment(engine=engine, policies=policies), StepShape.decode(
+        rows, blocks
     )
-    policy = PrefillFirst(
-        max_batched_tokens=prefill.tokens, max_seqs=prefill.rows, watermark=0.0
-    )
-    memory = KVMemory(
-        num_blocks=blocks, block_tokens=block_tokens, max_context=config.max_length
-    )
-    policies = {Role.COLOCATED: policy}
-    rig = Rig.build(config, "colocated:tp1", policies, [memory], [buckets])
-    return rig, StepShape.decode(prefill.rows, blocks)
-
-
-# -- the named shape -------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,33 +192,35 @@ class NamedShape:
         blocks = self.batch * math.ceil(context / self.block_tokens)
         return StepShape.decode(self.batch, blocks)
 
-    def rig(self) -> Rig:
+    def deployment(self) -> ServedDeployment:
+        """Build and compile what serves the burst."""
         tokens = self.prefill_rows * self.prompt
         prompt_blocks = math.ceil(self.prompt / self.block_tokens)
-        rows, pool = self.decode_shape.rows, self.decode_shape.blocks
+        rows, blocks = self.decode_shape.rows, self.decode_shape.blocks
         # Room for one step's prompts while another's wait to be pulled. With more, the
         # later prompts take the cores from the decodes, only to wait for a place.
         memory = [
-            KVMemory(
-                num_blocks=blocks,
-                block_tokens=self.block_tokens,
-                max_context=self.config.max_length,
-            )
-            for blocks in (2 * self.prefill_rows * prompt_blocks, pool)
+            pool(self.config, each, self.block_tokens)
+            for each in (2 * self.prefill_rows * prompt_blocks, blocks)
         ]
-        shape = StepShape.prefill(tokens, self.prefill_rows)
-        moves = dataclasses.replace(NO_STEPS, transfer_blocks=(prompt_blocks,))
         buckets = [
-            dataclasses.replace(moves, prefill=(shape,)),
-            dataclasses.replace(
-                moves,
+            only(
+                prefill=(StepShape.prefill(tokens, self.prefill_rows),),
+                transfer_blocks=(prompt_blocks,),
+            ),
+            only(
                 decode_rows=(rows // 2, rows),
-                pool_blocks=(pool // 2, pool * 3 // 4, pool),
+                pool_blocks=(blocks // 2, blocks * 3 // 4, blocks),
+                transfer_blocks=(prompt_blocks,),
             ),
         ]
-        policies = {
-            Role.PREFILL: PrefillOnly(token_budget=tokens, max_seqs=self.prefill_rows),
-            Role.DECODE: DecodeOnly(max_seqs=self.batch, watermark=0.0),
-        }
-        deployment = "prefill:tp1,decode:tp1"
-        return Rig.build(self.config, deployment, policies, memory, buckets)
+        return ServedDeployment(
+            engine=benchmark_engine(
+                self.config, "prefill:tp1,decode:tp1", memory, buckets
+            ),
+            policies=get_system(
+                "disaggregated",
+                prefill={"token_budget": tokens, "max_seqs": self.prefill_rows},
+                decode={"max_seqs": self.batch, "watermark": 0.0},
+            ),
+        )

@@ -1,4 +1,4 @@
-"""Host time of a step: the engine's own, with programs that compute nothing."""
+"""Host time of an engine's step, measured with programs that compute nothing."""
 
 from __future__ import annotations
 
@@ -19,29 +19,33 @@ from disagg_jax.engine.program_table import Compiled
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.slices import full_slices
 from disagg_jax.work import Step
+from experiments.benchmarks.timing import Figure
 
 
-class HollowGroup(LayerGroup):
-    """Programs of the same inputs and outputs that compute nothing, and a stopwatch."""
+class NoOpGroup(LayerGroup):
+    """A layer group whose programs compute nothing, and that times its own calls.
+
+    Inputs, donated caches and outputs are those of the real programs.
+    """
 
     real: LayerGroup
     step_start_s = step_end_s = 0.0
 
     @classmethod
-    def replace(cls, engine: Engine, shapes: Iterable[StepShape]) -> HollowGroup:
-        """Takes the place of the only layer group of the only instance.
+    def replace(cls, engine: Engine, shapes: Iterable[StepShape]) -> NoOpGroup:
+        """Put no-op programs in the place of the only layer group of the only instance.
 
         Args:
-          shapes: compiled before; those of them that steps will have.
+          shapes: of the steps to come; their real programs must be compiled.
         """
         (instance,) = engine.instances
         groups = instance.model.groups
         (real,) = groups
-        hollow = cls(real.stage, real.layers, real.params)
-        hollow.real, groups[0] = real, hollow
+        group = cls(real.stage, real.layers, real.params)
+        group.real, groups[0] = real, group
         for shape in shapes:
-            hollow.compile_step(shape)
-        return hollow
+            group.compile_step(shape)
+        return group
 
     def step(
         self,
@@ -60,19 +64,19 @@ class HollowGroup(LayerGroup):
         args, _ = real.args_info
         _, out = real.out_info
 
-        def hollow(params: Any, cache: Cache, packed: Array) -> Any:
+        def no_op(params: Any, cache: Cache, packed: Array) -> Any:
             del params, packed
             return cache, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
 
         # keep_unused: jax would drop the weights, and the cost of passing them.
-        program = jax.jit(hollow, donate_argnums=1, keep_unused=True)
+        program = jax.jit(no_op, donate_argnums=1, keep_unused=True)
         return program.lower(*args).compile()
 
 
 def host_step_us(
-    engine: Engine, group: HollowGroup, shape: StepShape, steps: int
+    engine: Engine, group: NoOpGroup, shape: StepShape, steps: int
 ) -> dict[str, float]:
-    """Medians of the whole step and of its parts."""
+    """Return the median microseconds of the whole step and of its parts."""
     step = Step.of(0, 0, full_slices(shape, group.stage.memory))
     samples: dict[str, list[float]] = {}
     warm_up = 20
@@ -92,3 +96,17 @@ def host_step_us(
                 if i >= warm_up:
                     samples.setdefault(name, []).append(span_s * 1e6)
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def host_figure(rows: int, name: str, micros: float) -> Figure:
+    """Return a part of the host time of a decode step; only the whole has an aim."""
+    return Figure(
+        part="host",
+        name=f"B{rows} {name}",
+        measured=micros,
+        bound=100.0 + rows,
+        unit="us",
+        bound_name="100 us + 1 us per token",
+        better="less",
+        aim=1.0 if name == "step" else None,
+    )

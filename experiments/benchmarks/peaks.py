@@ -1,4 +1,4 @@
-"""What a device can do at best, measured, and the bound that this sets on a step."""
+"""The measured peaks of a device, and the bound that they set on a step."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SPEC_SHEETS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Peaks:
-    """Of one device."""
+    """Memory bandwidth and arithmetic of one device."""
 
     bytes_s: float  # reading memory
     flops: float  # dense matmul in the model's dtype, FLOP/s
 
     def hardware(self) -> Hardware:
-        """A device that reaches them in full and has no overhead."""
+        """Return a device that reaches these peaks in full and has no overhead."""
         return dataclasses.replace(
             HARDWARE["cpu"].ideal(),
             name="measured",
@@ -46,10 +46,10 @@ class Peaks:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepBound:
-    """What a step must do on one device: nothing that an engine adds is in it.
+    """The least work of a step on one device, without anything an engine adds.
 
-    Weights are read once, and of the KV the context that is there; prompt attention is
-    causal. Decode attention's FLOPs are left out, as the roofline does.
+    Weights are read once, and so is the KV of the cached context; prompt attention is
+    causal. As in the roofline, decode attention has no FLOPs.
     """
 
     size_bytes: float
@@ -58,7 +58,7 @@ class StepBound:
 
     @classmethod
     def of(cls, model: ModelConfig, load: StepLoad, peaks: Peaks) -> StepBound:
-        """By the roofline; its bytes are the seconds at 1 byte/s, its FLOPs alike."""
+        """Apply the roofline. Bytes are its seconds at 1 byte/s, FLOPs at 1 FLOP/s."""
 
         def seconds(bytes_s: float, flops: float) -> float:
             hardware = Peaks(bytes_s=bytes_s, flops=flops).hardware()
@@ -74,16 +74,15 @@ class StepBound:
 
 
 def spec_sheet() -> Hardware | None:
-    """Of the device that JAX finds first, if it is a known accelerator."""
+    """Return the spec sheet of the first device, if it is a known accelerator."""
     name = _SPEC_SHEETS.get(jax.devices()[0].device_kind)
     return None if name is None else HARDWARE[name]
 
 
 def peak_probes(dtype: str) -> tuple[Mapping[str, Callable[[], float]], Peaks]:
-    """Programs whose seconds give the peaks: (timers, bytes and FLOPs of a run each).
+    """Return timers of two programs, and the bytes and FLOPs of one run of each.
 
-    Both are large enough that no cache holds them, and that an accelerator's launch is
-    lost in them.
+    No cache holds their arrays, and beside their time an accelerator's launch is small.
     """
     on_host = jax.default_backend() == "cpu"
     stream_bytes = 2**28 if on_host else 2**32

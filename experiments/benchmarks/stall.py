@@ -1,4 +1,4 @@
-"""Requests that decode when a prompt arrives: the scene of `experiments.stalls`."""
+"""The scenario of `experiments.stalls`: requests decode, and a prompt arrives."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.control.backend import serve
-from disagg_jax.control.controller import Controller
-from disagg_jax.deployment import Deployment, KVMemory, Role
-from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import DurationRule, EngineExecutor, as_measured
+from disagg_jax.deployment import KVMemory, Role
+from disagg_jax.engine.executor import DurationRule, as_measured
 from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.sarathi_serve import SarathiServe
-from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
-from experiments.benchmarks.engines import NO_STEPS
+from experiments.benchmarks.engines import benchmark_engine, only
 from models.config import ModelConfig
 
 _BLOCK = 16  # tokens in a block
@@ -39,11 +32,11 @@ _WARM = 3  # runs before; the first is slow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Scene:
+class StallScenario:
     """Requests that decode, and the prompts of which one arrives.
 
     Raises:
-      ValueError: on what cannot be served.
+      ValueError: on numbers that no system can serve.
     """
 
     decodes: int = 8
@@ -61,7 +54,7 @@ class Scene:
 
     @property
     def memory(self) -> KVMemory:
-        """A pool that just holds them all."""
+        """A pool that just holds all requests."""
         longest = math.ceil((max(self.prompts) + 1) / _BLOCK) * _BLOCK
         each = math.ceil((_SHORT + _TOKENS) / _BLOCK)
         return KVMemory(
@@ -71,7 +64,7 @@ class Scene:
         )
 
     def requests(self, prompt: int, arrival_s: float, vocab: int) -> list[Request]:
-        """Those that decode, and one with `prompt` tokens; ids from 0, it is last."""
+        """Return the requests that decode, and last one with `prompt` tokens."""
         rng = np.random.default_rng(0)
 
         def request(id: int, tokens: int, at_s: float, output: int) -> Request:
@@ -88,64 +81,58 @@ class Scene:
         return [*decoding, request(self.decodes, prompt, arrival_s, 1)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Serving:
-    """A system with just the programs that a scene needs."""
+def systems(
+    scenario: StallScenario,
+) -> dict[str, tuple[str, Mapping[Role, Policy], list[Buckets]]]:
+    """Return the deployment, policies and only programs of each system.
 
-    deployment: str
-    policies: Mapping[Role, Policy]
-    buckets: tuple[Buckets, ...]  # of each instance
-
-
-def systems(scene: Scene) -> dict[str, Serving]:
-    """Two colocated systems on one device, and disaggregation on two."""
-    rows, memory = scene.decodes + 1, scene.memory
-    blocks = tuple(sorted({memory.blocks_for(n) for n in (_SHORT, *scene.prompts)}))
-    decodes = dataclasses.replace(
-        NO_STEPS, decode_rows=(rows,), pool_blocks=(memory.num_blocks,)
-    )
-    sizes = sorted({*scene.prompts, scene.decodes * _SHORT})
+    They are two colocated systems on one device, and disaggregation on two.
+    """
+    rows, chunk, memory = scenario.decodes + 1, scenario.chunk, scenario.memory
+    blocks = tuple(sorted({memory.blocks_for(n) for n in (_SHORT, *scenario.prompts)}))
+    decodes = only(decode_rows=(rows,), pool_blocks=(memory.num_blocks,))
+    sizes = sorted({*scenario.prompts, scenario.decodes * _SHORT})
     prefill = tuple(StepShape.prefill(n, min(rows, max(1, n // 8))) for n in sizes)
     chunks = StepShape.mixed(
-        tokens=scene.chunk,
+        tokens=chunk,
         rows=rows,
-        context=max(blocks) + scene.chunk // _BLOCK,
+        context=max(blocks) + chunk // _BLOCK,
         decodes=rows,
         blocks=memory.num_blocks,
     )
-    most = max(sizes)
     return {
-        "vllm": Serving(
-            deployment="colocated:tp1",
-            policies={
-                Role.COLOCATED: PrefillFirst(max_batched_tokens=most, max_seqs=rows)
-            },
-            buckets=(dataclasses.replace(decodes, prefill=prefill),),
-        ),
-        "sarathi_serve": Serving(
-            deployment="colocated:tp1",
-            policies={
-                Role.COLOCATED: SarathiServe(token_budget=scene.chunk, max_seqs=rows)
-            },
-            buckets=(dataclasses.replace(decodes, mixed=(chunks,)),),
-        ),
-        "disaggregated": Serving(
-            deployment="prefill:tp1,decode:tp1",
-            policies={
-                Role.PREFILL: PrefillOnly(token_budget=most, max_seqs=rows),
-                Role.DECODE: DecodeOnly(max_seqs=rows),
-            },
-            buckets=(
-                dataclasses.replace(NO_STEPS, prefill=prefill, transfer_blocks=blocks),
-                dataclasses.replace(decodes, transfer_blocks=blocks),
+        "vllm": (
+            "colocated:tp1",
+            get_system(
+                "vllm", colocated={"max_batched_tokens": sizes[-1], "max_seqs": rows}
             ),
+            [dataclasses.replace(decodes, prefill=prefill)],
+        ),
+        "sarathi_serve": (
+            "colocated:tp1",
+            get_system(
+                "sarathi_serve", colocated={"token_budget": chunk, "max_seqs": rows}
+            ),
+            [dataclasses.replace(decodes, mixed=(chunks,))],
+        ),
+        "disaggregated": (
+            "prefill:tp1,decode:tp1",
+            get_system(
+                "disaggregated",
+                prefill={"token_budget": sizes[-1], "max_seqs": rows},
+                decode={"max_seqs": rows},
+            ),
+            [
+                only(prefill=prefill, transfer_blocks=blocks),
+                dataclasses.replace(decodes, transfer_blocks=blocks),
+            ],
         ),
     }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stall:
-    """What one prompt did to the requests that were decoding; times in s."""
+    """The effect of one prompt on the requests that were decoding; times in s."""
 
     system: str
     prompt: int  # tokens
@@ -158,76 +145,65 @@ class Stall:
 
     @property
     def times(self) -> float:
-        """The longest gap over the ordinary one."""
+        """Return the longest gap over the ordinary gap."""
         return self.longest_s / self.gap_s
 
 
 def measure(
     config: ModelConfig,
     params: Weights,
-    scene: Scene,
+    scenario: StallScenario,
     progress: Callable[[str], None] = lambda text: None,
     timing: DurationRule = as_measured,
 ) -> list[Stall]:
-    """Every system at every prompt.
+    """Measure every system at every prompt.
 
     Args:
-      timing: what a program took; the default is what was measured.
+      timing: the duration of a program; by default the time it took.
 
     Raises:
       ValueError: if a prompt is longer than the model's context.
     """
-    longest = scene.memory.max_context
+    memory = scenario.memory
     room = f"prompts: expected at most {config.max_length - 1} tokens for {config.name}"
-    require(longest <= config.max_length, room, longest - 1)
+    require(memory.max_context <= config.max_length, room, memory.max_context - 1)
     found: list[Stall] = []
     shared: dict[Any, PlacedModel] = {}
-    for name, serving in systems(scene).items():
-        progress(f"{name}: {serving.deployment}")
-        deployment = Deployment.parse(serving.deployment)
-        count, devices = deployment.devices, jax.devices()
-        engine = Engine(
+    for name, (deployment, policies, buckets) in systems(scenario).items():
+        progress(f"{name}: {deployment}")
+        engine = benchmark_engine(
             config,
-            params,
             deployment,
-            # Programs run one at a time here, so that one device can stand for two.
-            devices if len(devices) >= count else devices * count,
-            [scene.memory] * len(deployment.instances),
-            serving.buckets,
+            [memory] * len(buckets),
+            buckets,
+            params=params,
             models=shared,
-            share_devices=True,
+            virtual=True,
         )
-        engine.compile(sampled=False)
-        found += _stalls(name, engine, serving.policies, scene, timing)
+        served = ServedDeployment(
+            engine=engine, policies=policies, timing=timing, warm_up=True
+        )
+        found += _stalls(name, served, scenario)
     return found
 
 
 def _stalls(
-    name: str,
-    engine: Engine,
-    policies: Mapping[Role, Policy],
-    scene: Scene,
-    timing: DurationRule,
-) -> Iterable[Stall]:
-    vocab = engine.instances[0].model.config.vocab_size
-    memory = [instance.model.memory for instance in engine.instances]
+    name: str, served: ServedDeployment, scenario: StallScenario
+) -> Iterator[Stall]:
+    vocab = served.engine.config.vocab_size
 
     def run(prompt: int, arrival_s: float) -> list[Timeline]:
-        controller = Controller(engine.deployment, policies, memory)
-        backend = VirtualBackend(EngineExecutor(engine, timing, warm_up=True))
-        requests = scene.requests(prompt, arrival_s, vocab)
-        with engine.serving():
-            return serve(controller, backend, requests)
+        return served.run(scenario.requests(prompt, arrival_s, vocab)).timelines
 
-    # Long after the decodes: then none of them has seen it.
+    # The prompt comes so long after the decodes that none of them sees it.
     *decoding, _ = min(
-        (run(scene.prompts[0], 1e6) for _ in range(_WARM)),
+        (run(scenario.prompts[0], 1e6) for _ in range(_WARM)),
         key=lambda timelines: metrics.e2e_s(timelines[0]),
     )
     arrival_s = max(timeline.token_s[_BEFORE] for timeline in decoding)
     gap_s = statistics.median(metrics.pooled_itl_s(decoding).tolist())
-    for prompt in scene.prompts:
-        runs = [run(prompt, arrival_s) for _ in range(scene.repeats)]
+    for prompt in scenario.prompts:
+        runs = [run(prompt, arrival_s) for _ in range(scenario.repeats)]
         runs.sort(key=lambda timelines: _longest_s(timelines, arrival_s))
         middle = runs[len(runs) // 2]
         yield Stall(
@@ -244,7 +220,7 @@ def _stalls(
 
 
 def _longest_s(timelines: Sequence[Timeline], since_s: float) -> float:
-    """Of the gaps that end after `since_s`, of all requests but the last."""
+    """Return the longest gap that ends after `since_s`; the last request has none."""
     return max(
         end - start
         for timeline in timelines[:-1]

@@ -1,4 +1,4 @@
-"""Figures beside their bounds, and medians of things timed side by side."""
+"""Figures beside their bounds, and medians of measurements taken in turn."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Figure:
 
     @property
     def met(self) -> bool | None:
-        """Whether the ratio reaches its aim."""
+        """Return whether the ratio reaches its aim; None without one."""
         if self.aim is None:
             return None
         more = self.better == "more"
@@ -47,16 +47,9 @@ class Figure:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """A line for each figure: measured, bound, ratio, aim."""
+    """Return a line for each figure: measured, bound, ratio, aim."""
     head = (
-        "part",
-        "figure",
-        "measured",
-        "bound",
-        "unit",
-        "ratio",
-        "aim",
-        "",
+        *("part", "figure", "measured", "bound", "unit", "ratio", "aim", ""),
         "bound is",
     )
     rows = [head, *(_row(figure) for figure in figures)]
@@ -79,7 +72,7 @@ def _row(figure: Figure) -> tuple[str, ...]:
 
 
 def _digits(value: float) -> str:
-    """Four digits, so that a reader can check the ratio."""
+    """Return four digits, so that a reader can check the ratio."""
     return f"{value:.{max(0, 3 - math.floor(math.log10(abs(value) or 1)))}f}"
 
 
@@ -87,7 +80,7 @@ def _digits(value: float) -> str:
 
 
 def timed_s(run: Callable[[], object]) -> float:
-    """Seconds until `run` returns, which must wait for its own result."""
+    """Return the seconds that `run` takes; it must wait for its own result."""
     start_s = time.perf_counter()
     run()
     return time.perf_counter() - start_s
@@ -96,7 +89,7 @@ def timed_s(run: Callable[[], object]) -> float:
 def interleaved(
     repeats: int, measures: Mapping[str, Callable[[], float]]
 ) -> dict[str, float]:
-    """The median of each measure. A first round is thrown away: it is the warm-up.
+    """Return the median of each measure, without a first round that is the warm-up.
 
     The rounds go over all measures in turn, so that a slow moment of the machine falls
     on both sides of a ratio.
@@ -110,13 +103,20 @@ def interleaved(
     return {name: statistics.median(found) for name, found in values.items()}
 
 
+def check_numbers(**numbers: Sequence[int]) -> None:
+    """Raise ValueError unless each option has one number or more, all of them >= 1."""
+    for name, values in numbers.items():
+        if not values or min(values) < 1:
+            raise ValueError(f"{name}: expected numbers >= 1, got {list(values)}")
+
+
 def load_average() -> str:
-    """Of the last 1, 5 and 15 minutes."""
+    """Return the load average of the last 1, 5 and 15 minutes."""
     return " ".join(f"{value:.2f}" for value in os.getloadavg())
 
 
 def keep_freed_memory() -> None:
-    """Makes malloc keep large blocks that are freed, as accelerators' allocators do.
+    """Make malloc keep large blocks that are freed, as accelerators' allocators do.
 
     XLA's CPU buffers come from malloc, which by default returns a large block to the
     kernel and faults a new one in page by page: 128 MiB of KV moved at 0.4 GB/s, and

@@ -1,4 +1,4 @@
-"""Measuring KV transfers: how fast they are, and what a request sees of them."""
+"""KV transfers of requests that are served alone, and what a request sees of them."""
 
 from __future__ import annotations
 
@@ -6,82 +6,29 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 
 from disagg_jax.calibration.step_times import measure_step_times
-from disagg_jax.control.backend import Outcome, serve
-from disagg_jax.control.controller import Controller
+from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import TimingExecutor, as_measured, run_alone
+from disagg_jax.engine.executor import as_measured, from_table
+from disagg_jax.engine.place_weights import Weights
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
-from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
-from experiments.benchmarks.engines import NO_STEPS, Rig
-from experiments.benchmarks.handoff import handoff_rig, handoff_s, scattered_transfer
-from models import transformer
+from experiments.benchmarks.engines import benchmark_engine, only
 from models.config import ModelConfig
 
 BLOCK = 16  # tokens in a block
 OUTPUT_TOKENS = 4  # tokens: the second is the one that waits for KV
-
-
-# -- bandwidth of each formulation -----------------------------------------------------
-
-
-class Rate(NamedTuple):
-    """How fast a way to move KV is."""
-
-    pair: str
-    way: str
-    size_bytes: int
-    seconds: float
-    copy_s: float  # of as many bytes, on the host, in the same rounds
-
-
-def rates(
-    config: ModelConfig,
-    pairs: Sequence[tuple[int, int]],
-    sizes_bytes: Sequence[int],
-    layer_groups: int,
-    repeats: int,
-) -> list[Rate]:
-    """Every way, pair of meshes and size."""
-    block_bytes = BLOCK * config.kv_bytes_per_token
-    blocks = sorted({math.ceil(size / block_bytes) for size in sizes_bytes})
-    found: list[Rate] = []
-    for src_tp, dst_tp in pairs:
-        whole, groups = (
-            handoff_rig(config, src_tp, dst_tp, blocks, BLOCK, layer_groups=n)
-            for n in (1, layer_groups)
-        )
-        for n in blocks:
-            found += _rates(f"tp{src_tp}->tp{dst_tp}", whole, groups, n, repeats)
-    return found
-
-
-def _rates(pair: str, whole: Rig, groups: Rig, n: int, repeats: int) -> list[Rate]:
-    transfer = scattered_transfer(whole, n)
-    stream = dataclasses.replace(transfer, step=1)  # of a step that is not going on
-    ways = {
-        "whole": lambda: sum(run_alone(whole.engine, transfer)[0]),
-        "groups": lambda: sum(run_alone(groups.engine, stream)[0]),
-    }
-    seconds = handoff_s(whole, transfer, ways, repeats)
-    size, copy_s = whole.engine.transfer_bytes(transfer), seconds.pop("copy")
-    return [Rate(pair, way, size, time_s, copy_s) for way, time_s in seconds.items()]
-
-
-# -- what is seen of it ----------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,34 +39,34 @@ class Mode:
     layer_groups: int = 1  # of a stage
     streams: bool = True  # while the rest is computed
 
-    def policy(self, prompt: int) -> Policy:
-        """Of the prefill side."""
-        if self.chunks == 1:
-            return PrefillOnly(token_budget=prompt, max_seqs=1)
-        return PrefillChunked(token_budget=self.chunk_tokens(prompt), max_seqs=1)
+    def policies(self, prompt: int) -> Mapping[Role, Policy]:
+        """Return the system for one request at a time."""
+        return get_system(
+            "disaggregated" if self.chunks == 1 else "disaggregated_chunked",
+            prefill={"token_budget": self.chunk_tokens(prompt), "max_seqs": 1},
+            decode={"max_seqs": 1},
+        )
 
     def chunk_tokens(self, prompt: int) -> int:
-        """In whole blocks."""
+        """Return the tokens of a chunk, in whole blocks."""
         return math.ceil(prompt / self.chunks / BLOCK) * BLOCK
 
     def buckets(self, prompt: int) -> Buckets:
-        """The programs of the prefill side: just what is needed."""
+        """Return the only programs that the prefill side needs."""
         blocks, tokens = math.ceil(prompt / BLOCK), self.chunk_tokens(prompt)
         if self.chunks == 1:
-            return dataclasses.replace(
-                NO_STEPS,
-                prefill=(StepShape.prefill(prompt, 1),),
-                transfer_blocks=(blocks,),
+            return only(
+                prefill=(StepShape.prefill(prompt, 1),), transfer_blocks=(blocks,)
             )
         shape = StepShape.mixed(
             tokens=tokens, rows=1, context=blocks, decodes=0, blocks=0
         )
         sizes = tuple(sorted({tokens // BLOCK, blocks}))
-        return dataclasses.replace(NO_STEPS, mixed=(shape,), transfer_blocks=sizes)
+        return only(mixed=(shape,), transfer_blocks=sizes)
 
 
 def modes(chunks: int, layer_groups: int) -> dict[str, Mode]:
-    """Every mode by name."""
+    """Return every mode by name."""
     return {
         "whole": Mode(streams=False),
         "groups": Mode(layer_groups=layer_groups),
@@ -152,7 +99,7 @@ class Seen(NamedTuple):
 
 def serve_alone(
     config: ModelConfig,
-    params: transformer.Params,
+    params: Weights,
     deployment: str,
     name: str,
     mode: Mode,
@@ -160,23 +107,36 @@ def serve_alone(
     link: LinkSpec | None,
     repeats: int,
 ) -> Seen:
-    """Measures the programs that one request needs, and puts it on the timeline."""
-    engine = _engine(config, params, deployment, mode, prompt)
-    engine.compile(sampled=False)
+    """Measure the programs that one request needs, and put it on the timeline."""
+    blocks = math.ceil((prompt + OUTPUT_TOKENS) / BLOCK)
+    memory = KVMemory(
+        num_blocks=blocks, block_tokens=BLOCK, max_context=prompt + OUTPUT_TOKENS
+    )
+    engine = benchmark_engine(
+        config,
+        str(parse_sides(deployment)),
+        [memory] * 2,
+        [mode.buckets(prompt), only(decode_rows=(1,), pool_blocks=(blocks,))],
+        params=params,
+        layer_groups=mode.layer_groups,
+    )
     times = measure_step_times([engine], repeats, streams=mode.streams)
-    phases = _Phases(engine, link, repeats)
+    steps, phases = from_table(engine, times), _Phases(engine, link, repeats)
 
     def timing(work: Task, _: Sequence[float]) -> Outcome:
         if isinstance(work, Step):
-            return as_measured(work, [times[key] for key in engine.part_keys(work)])
+            return steps(work, ())
         return as_measured(work, [sum(part) for part in phases.of(work)])
 
-    policies = {Role.PREFILL: mode.policy(prompt), Role.DECODE: DecodeOnly(max_seqs=1)}
-    memory = [instance.model.memory for instance in engine.instances]
-    controller = Controller(engine.deployment, policies, memory, streams=mode.streams)
+    served = ServedDeployment(
+        engine=engine,
+        policies=mode.policies(prompt),
+        streams=mode.streams,
+        timing=timing,
+        executed=False,
+    )
     request = Request(id=0, arrival_s=0, prompt_tokens=prompt, max_tokens=OUTPUT_TOKENS)
-    backend = VirtualBackend(TimingExecutor(engine, timing))
-    (timeline,) = serve(controller, backend, [request])
+    (timeline,) = served.run([request]).timelines
     first_s, second_s, third_s, _ = timeline.token_s
     assert timeline.transfer_end_s is not None
     totals = Phases(*map(sum, zip(*phases.served, strict=True)))
@@ -193,44 +153,20 @@ def serve_alone(
     )
 
 
-def _engine(
-    config: ModelConfig,
-    params: transformer.Params,
-    deployment: str,
-    mode: Mode,
-    prompt: int,
-) -> Engine:
-    prefill = mode.buckets(prompt)
-    blocks = math.ceil((prompt + OUTPUT_TOKENS) / BLOCK)
-    decode = dataclasses.replace(
-        NO_STEPS, decode_rows=(1,), pool_blocks=(blocks,), transfer_blocks=()
-    )
-    memory = KVMemory(
-        num_blocks=blocks, block_tokens=BLOCK, max_context=prompt + OUTPUT_TOKENS
-    )
-    parsed = parse_sides(deployment)
-    devices = jax.devices()
-    return Engine(
-        config,
-        params,
-        parsed,
-        devices,
-        [memory] * 2,
-        [prefill, decode],
-        layer_groups=mode.layer_groups,
-    )
-
-
 class _Phases:
-    """Medians of the phases of transfers, by size and kind, and what was asked for."""
+    """Measures the phases of transfers, once for each size and kind.
+
+    Attributes:
+      served: the phases of every part of every transfer so far.
+    """
 
     def __init__(self, engine: Engine, link: LinkSpec | None, repeats: int):
         self._engine, self._link, self._repeats = engine, link, repeats
         self._medians: dict[tuple[str, ...], list[Phases]] = {}
-        self.served: list[Phases] = []  # of every part of every transfer so far
+        self.served: list[Phases] = []
 
     def of(self, transfer: Transfer) -> list[Phases]:
-        """Of each part of `transfer`."""
+        """Return the median phases of each part of `transfer`."""
         key = tuple(self._engine.part_keys(transfer))
         if key not in self._medians:
             self._medians[key] = self._measure(transfer)
@@ -265,7 +201,7 @@ class _Phases:
 
 
 def parse_sides(text: str) -> Deployment:
-    """Reads 'tp1pp2:tp1', the prefill and the decode side.
+    """Read 'tp1pp2:tp1', the prefill and the decode side.
 
     Raises:
       ValueError: on anything else.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -85,13 +84,7 @@ class System:
         cls, system: str, deployment: str, **changes: Mapping[str, object]
     ) -> System:
         """Return `system` with changed parameters, like `prefill={"max_seqs": 8}`."""
-        policies = {
-            role: dataclasses.replace(
-                typing.cast(Any, policy), **changes.get(role.value, {})
-            )
-            for role, policy in get_system(system).items()
-        }
-        return cls(deployment=deployment, policies=policies)
+        return cls(deployment=deployment, policies=get_system(system, **changes))
 
     def resized(self, step_tokens: int) -> System:
         """Return this system with steps of that size, where a paper tunes the size."""

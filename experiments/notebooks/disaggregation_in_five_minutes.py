@@ -98,7 +98,7 @@ model = get_config(here.model)
 table, stalled = stalls.run(
     model,
     transformer.init_params(model, 0),
-    stalls.Scene(prompts=(64, 256, 512), repeats=3),
+    stalls.StallScenario(prompts=(64, 256, 512), repeats=3),
     runs / "stalls",
 )
 print(table)

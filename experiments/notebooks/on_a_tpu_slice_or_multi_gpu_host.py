@@ -81,7 +81,7 @@ from models.config import get_config
 
 cut = Cut.of(here.devices, prefill=None, decode=None)
 model = get_config(here.model)
-rig = two_meshes.build(model, cut)
+meshes = two_meshes.build(model, cut)
 print(cut)
 
 # %% [markdown]
@@ -89,7 +89,7 @@ print(cut)
 # layer stands for all.
 
 # %%
-print(two_meshes.layout(rig.engine))
+print(two_meshes.layout(meshes.engine))
 
 # %% [markdown]
 # ## Tokens
@@ -100,7 +100,7 @@ print(two_meshes.layout(rig.engine))
 # must be that of one device.
 
 # %%
-tokens = two_meshes.check_tokens(model, rig)
+tokens = two_meshes.check_tokens(model, meshes)
 print(tokens)
 assert tokens.equal == tokens.total or not tokens.exact
 

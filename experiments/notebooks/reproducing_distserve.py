@@ -75,7 +75,7 @@ import pathlib
 
 from disagg_jax.deployment import Deployment
 from experiments import simulate
-from experiments.configs.named_simulations import get_simulation
+from experiments.configs.named_simulations import get_simulation, trace_requests
 
 out = pathlib.Path("runs/notebooks/distserve")
 out.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,8 @@ three.write_text(
     "arrival_s,prompt_tokens,output_tokens\n0,512,64\n0.01,512,64\n1,128,4\n"
 )
 split = Deployment.parse("prefill:tp1,decode:tp1")
-done = simulate.run(str(three), get_simulation("simdistserve_opt13b"), split)
+simulation = get_simulation("simdistserve_opt13b")
+done = simulation.build(split).run(trace_requests(str(three), simulation))
 simulate.write(out / "requests.csv", done.timelines, extra_tokens=1)
 print((out / "requests.csv").read_text())
 

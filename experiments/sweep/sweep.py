@@ -1,4 +1,4 @@
-"""The goodput sweep: every system at every rate with every seed, and what it shows."""
+"""The goodput sweep: every system at every rate with every seed, and its summary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
+from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.engine.engine import StepTotals
+from disagg_jax.engine.served_deployment import ServedDeployment
+from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import SLO, Interval
 from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
+from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import (
     BestRate,
     GoodputEstimate,
@@ -30,7 +33,7 @@ from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.ranks import rank
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Progress, Server
+from experiments.sweep.serving import Progress
 from experiments.sweep.weights import Model
 from models.tokenizer import NoText
 
@@ -44,13 +47,13 @@ RATIO_BASE = "vllm"  # ratios are over this system, where it takes part
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs points that are not done yet, and reads those that are."""
+    """Runs the points that are not done yet, and summarises all points."""
 
     config: Config
     model: Model
     source: RequestSource
-    servers: Mapping[str, Server]
-    step_times: Mapping[str, float]
+    served: Mapping[str, ServedDeployment]  # by system
+    durations: StepDurations  # of the first system
     slo: SLO
     choices: Mapping[str, Sequence[str]]  # of step sizes, by system: which and why
     criteria: Mapping[str, Criterion]  # by name; `config.criterion` is searched for
@@ -63,8 +66,8 @@ class Sweep:
         return self.criteria[self.config.criterion]
 
     def run(self) -> dict[str, Any]:
-        """Searches each system's goodput and returns the summary."""
-        rates = {name: self._try_rates(name) for name in self.servers}
+        """Search each system's goodput and return the summary."""
+        rates = {name: self._try_rates(name) for name in self.served}
         if self.config.executed == "passing":
             for name, tried in rates.items():
                 self._execute(name, tried)
@@ -77,13 +80,13 @@ class Sweep:
         return self._summary(rates)
 
     def _try_rates(self, name: str) -> list[float]:
-        """Runs a system at the rates asked for, or those of a search; returns them."""
+        """Run a system at the given rates, or at a search's; return the rates."""
         tried: list[float] = []
 
         def scores(rate: float) -> list[float]:
             return self._scores(name, rate, tried)
 
-        devices = self.servers[name].deployment.devices
+        devices = self._devices(name)
         for rate in self.config.rates:
             scores(rate * devices)
         if not self.config.rates:
@@ -100,15 +103,15 @@ class Sweep:
         return sorted(tried)
 
     def _scores_at(self, name: str, rates: Sequence[float]) -> dict[float, list[float]]:
-        """Of the criterion that is searched for; of points that are done."""
+        """Return the scores of finished points, by the criterion of the search."""
         return _scores_of(self.config.criterion, self._runs(name, rates))
 
     def _execute(self, name: str, rates: Sequence[float]) -> None:
-        """Runs the programs at the rate that a system is judged by."""
+        """Run the programs at the rate that a system is judged by."""
         rate = self._judged_at(self._scores_at(name, rates))
         if rate is None:
             return
-        devices = self.servers[name].deployment.devices
+        devices = self._devices(name)
         shown = f"{rate / devices:8.2f} requests/s per device"
         self.progress(f"{name:>14}  {shown}: running its programs")
         for replica in range(self.config.num_seeds):
@@ -117,26 +120,28 @@ class Sweep:
                 self._run(point, execute=True, expected=self.run_dir.requests(point))
 
     def _judged_at(self, scores: Mapping[float, Sequence[float]]) -> float | None:
-        """The highest passing rate, or the best for a throughput."""
+        """Return the highest passing rate, or the best for a throughput."""
         target = self.good.target
         if target is None:
             return best_rate(scores, self.config.search.tolerance).rate_rps
         return estimate(scores, target).pass_rps
 
     def _start_rps(self) -> float:
-        """Where all searches begin: half of what the devices could do if always busy.
+        """Return the first rate of all searches: half of what busy devices could serve.
 
-        The estimate is that of the first system, so that all try the same rates first.
+        It is estimated for the first system, so that all systems try the same rates.
         """
-        server = next(iter(self.servers.values()))
-        requests = self.source(1.0, 0)
-        decode_s, rows = server.decode_s(self.step_times)
+        decode_s, rows = self.durations.decode_s()
         busy_s = statistics.mean(
-            server.prefill_s(request.prompt_tokens, self.step_times)
+            self.durations.prefill_s(request.prompt_tokens)
             + request.max_tokens * decode_s / rows
-            for request in requests
+            for request in self.source(1.0, 0)
         )
-        return float(f"{0.5 * server.deployment.devices / busy_s:.3g}")
+        devices = self._devices(next(iter(self.served)))
+        return float(f"{0.5 * devices / busy_s:.3g}")
+
+    def _devices(self, name: str) -> int:
+        return self.served[name].deployment.devices
 
     def _scores(self, name: str, rate: float, tried: list[float]) -> list[float]:
         rate = float(f"{rate:.4g}")
@@ -145,7 +150,7 @@ class Sweep:
         points = [Point(name, rate, i) for i in range(self.config.num_seeds)]
         criterion = self.config.criterion
         values = [self._point(point)["criteria"][criterion] for point in points]
-        per_device = rate / self.servers[name].deployment.devices
+        per_device = rate / self._devices(name)
         what = "attainment" if criterion == "distserve" else criterion
         form = ".4g" if self.good.target is None else ".1%"
         self.progress(
@@ -167,16 +172,18 @@ class Sweep:
         execute: bool,
         expected: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
-        """Runs a point, and saves it if its timelines are those of `expected` rows."""
-        server = self.servers[point.system]
-        serve = server.run if execute else server.simulate
-        run = serve(self.source(point.rate_rps, point.replica), self.step_times)
+        """Run a point, and save it if its timelines are those of `expected`."""
+        served = dataclasses.replace(self.served[point.system], executed=execute)
+        requests, log = self.source(point.rate_rps, point.replica), EventLog()
+        run = served.run(requests, observer=log)
+        virtual = self.config.clock == "virtual"
+        shares = run.busy_shares(served.deployment) if virtual else None
         found: dict[str, Any] = {
-            **summarise(run.timelines, self.slo, server.deployment.devices),
+            **summarise(run.timelines, self.slo, served.deployment.devices),
             "steady": metrics.is_steady(run.timelines),
             "executed": run.totals is not None,
             **_padding(run.totals or {}),
-            **_busy(server.deployment, run.busy),
+            **_busy(served.deployment, shares),
             "criteria": {
                 name: criterion.score(run.timelines)
                 for name, criterion in self.criteria.items()
@@ -188,7 +195,7 @@ class Sweep:
                 f"{point.name}: the programs' timelines are not those of their "
                 "durations"
             )
-        self.run_dir.save(point, found, rows, run.log.lines)
+        self.run_dir.save(point, found, rows, log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
@@ -227,7 +234,7 @@ class Sweep:
         }
 
     def _interval(self, values: Sequence[float]) -> dict[str, float | None]:
-        """A mean across seeds; its interval, if the seeds' runs can carry one."""
+        """Return the mean across seeds, and an interval if they are independent."""
         independent = not self.source.why_dependent
         found: Interval = metrics.rate_interval(values, independent=independent)
         return dataclasses.asdict(found)
@@ -242,7 +249,7 @@ class Sweep:
         }
 
     def _system(self, name: str, runs: Runs) -> dict[str, Any]:
-        devices = self.servers[name].deployment.devices
+        devices = self._devices(name)
         scores = _scores_of(self.config.criterion, runs)
         independent = not self.source.why_dependent
         if self.good.target is None:
@@ -253,7 +260,7 @@ class Sweep:
             goodput = estimate(scores, self.good.target, independent=independent)
             found = {"goodput": _goodput(goodput, runs, devices)}
         return {
-            "deployment": self.servers[name].system.deployment,
+            "deployment": self.config.systems[name].deployment,
             "devices": devices,
             **found,
             "points": [
@@ -265,10 +272,10 @@ class Sweep:
     def _ranked(
         self, name: str, criterion: Criterion, runs: Mapping[str, Runs]
     ) -> dict[str, Any]:
-        """A criterion's definition, and the order of the systems by it."""
+        """Return a criterion's definition, and the order of the systems by it."""
         scores: dict[str, dict[float, list[float]]] = {}
         for system, found in runs.items():
-            devices = self.servers[system].deployment.devices
+            devices = self._devices(system)
             each = devices if criterion.target is None else 1
             scores[system] = {
                 rate / devices: [score / each for score in values]
@@ -288,7 +295,7 @@ class Sweep:
 
 
 def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
-    """By kind of step the share of the tokens in it that were padding."""
+    """Return the share of tokens that were padding, by kind of step."""
     shares: dict[str, float | None] = {}
     for kind in ("prefill", "mixed", "decode"):
         done = totals.get(kind)
@@ -299,7 +306,7 @@ def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
 def _busy(
     deployment: Deployment, shares: Sequence[Sequence[float]] | None
 ) -> dict[str, float | None]:
-    """By role the share of the time that its devices worked, and the idlest stage's."""
+    """Return the busy share of each role's devices, and of its idlest stage."""
     found: dict[str, float | None] = {}
     for role in Role:
         stages = [s for i in deployment.of(role) for s in shares[i]] if shares else []
@@ -309,7 +316,7 @@ def _busy(
 
 
 def _timelines(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """What of requests' rows does not depend on their tokens, as a file has it."""
+    """Return the parts of requests' rows that do not depend on tokens, as in a file."""
     other = ("tokens", "text", *(field.name for field in dataclasses.fields(Point)))
     kept = [{key: row[key] for key in row if key not in other} for row in rows]
     return json.loads(json.dumps(kept))
@@ -344,7 +351,7 @@ def _goodput(found: GoodputEstimate, runs: Runs, devices: int) -> dict[str, Any]
 
 
 def _inversion(found: Inversion | None, devices: int) -> dict[str, Any] | None:
-    """Where attainment is not monotone; see `GoodputEstimate`."""
+    """Return where attainment is not monotone; see `GoodputEstimate`."""
     if found is None:
         return None
     return {
@@ -390,7 +397,7 @@ def _point_row(
 
 
 def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Each metric's mean over the seeds; None where a run lacks it."""
+    """Return each metric's mean over the seeds; None if a run lacks it."""
     means: dict[str, float | None] = {}
     for key, value in runs[0].items():
         if isinstance(value, bool | dict):
@@ -401,7 +408,7 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
-    """Each system's goodput, or throughput, over the base's, paired by seed."""
+    """Return each system's goodput or throughput over the base's, paired by seed."""
     if RATIO_BASE not in systems:
         return {}
     base = _per_seed(systems[RATIO_BASE])

@@ -23,7 +23,7 @@ from experiments import calibrate
 from experiments.calibrate import on_deployments
 from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
-from experiments.sweep.serving import Server
+from experiments.sweep.serving import build_engine
 from tests.experiments.calibrating import CONFIG, TINY, device, seqs
 
 
@@ -143,7 +143,7 @@ def test_an_engine_is_measured_and_its_profile_used(
     assert set(times.serving_factor) == {"prefill", "decode"}
     assert profile.block_bytes == 16 * TINY.kv_bytes_per_token
     again = read_profile(write(tmp_path / "p.json", profile), TINY)
-    engine = Server(config, pair, random_model, {}).engine
+    engine = build_engine(config, pair, random_model, {})
     step_times = step_times_of(again, engine)
     check_step_times(engine, step_times)
     # A prefill, a decode, and transfers of 1 and 2 blocks.

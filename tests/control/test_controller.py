@@ -12,6 +12,7 @@ import pytest
 from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.control.state import Place
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Status
@@ -20,7 +21,6 @@ from disagg_jax.scheduling.interface import Plan
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Step, Up
 from tests.serving import (

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
 from disagg_jax.control.state import Place
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.metrics import stages_s
 from disagg_jax.request import Request, Status
@@ -27,7 +28,6 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Cancelled, Done, Down, Transfer, Up
 from tests.serving import CheckingEngine, assert_all_free, expected_tokens, with_prompt

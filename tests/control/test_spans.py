@@ -7,11 +7,11 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.work import Cut, Progress, Step
 from tests.control.test_controller_properties import Case, cases, deploy, streamed_cases

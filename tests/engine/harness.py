@@ -12,6 +12,7 @@ import numpy as np
 
 from disagg_jax.control.backend import Outcome, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, as_measured
@@ -21,7 +22,6 @@ from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Down
 from models import transformer
 from models.config import ModelConfig
@@ -90,7 +90,7 @@ POLICIES = {
 
 
 def one_second(work, parts_s) -> Outcome:
-    """A `Timing` by which each stage, and all KV together, takes a second."""
+    """A `DurationRule` by which each stage, and all KV together, takes a second."""
     return as_measured(work, [1.0] * len(parts_s))
 
 

@@ -3,12 +3,12 @@
 import pytest
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.engine.executor import EngineExecutor, as_measured
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import e2e_s
 from disagg_jax.runlog.chrome_trace import chrome_trace
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.sim.clock import VirtualBackend
 from tests.drawings import by_lane, check_trace, lane_names, slices
 from tests.engine.harness import make_config, make_controller, make_request
 

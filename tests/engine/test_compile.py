@@ -11,6 +11,7 @@ import pytest
 
 from disagg_jax.calibration import timing
 from disagg_jax.calibration.step_times import check_step_times, measure_step_times
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.executor import (
     EngineExecutor,
@@ -23,7 +24,6 @@ from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.slices import full_slices
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Step
 from sharding.mesh import make_mesh
 from sharding.rules import RULES

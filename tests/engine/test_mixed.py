@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from disagg_jax.calibration.step_times import measure_step_times
-from disagg_jax.engine.engine import Engine, StepTotals
+from disagg_jax.control.run import StepTotals
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.programs import StepShape
 from disagg_jax.request import Request, Sampling

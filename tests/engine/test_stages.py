@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.engine.executor import EngineExecutor, as_measured, run_alone
 from disagg_jax.engine.kv_transfer.segments import find_segments
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.programs import StepShape
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Done, Slice, StageFree, Step, Transfer
 from tests.engine.harness import (
     BUCKETS,

@@ -9,6 +9,7 @@ import json
 import pytest
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.engine.executor import EngineExecutor
 from disagg_jax.programs import Buckets, StepShape
@@ -17,7 +18,6 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.sim.clock import VirtualBackend
 from tests.engine.harness import (
     MODELS,
     POOL,

@@ -12,7 +12,7 @@ from disagg_jax.calibration.profile_keys import TransferKey, key_of
 from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost import step_time_terms
 from experiments.configs.config import Config, System
-from experiments.sweep.serving import Server
+from experiments.sweep.serving import build_engines
 from experiments.sweep.weights import Model
 from models.config import get_config
 from models.tokenizer import ByteTokenizer
@@ -89,9 +89,7 @@ def make_model() -> Model:
 
 
 def make_engines(model: Model) -> dict[str, Engine]:
-    shared = {}
-    systems = CONFIG.systems.items()
-    return {n: Server(CONFIG, system, model, shared).engine for n, system in systems}
+    return build_engines(CONFIG, model)
 
 
 def calibrated(engines, time_parts, **changes):

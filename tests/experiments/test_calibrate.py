@@ -23,7 +23,7 @@ from experiments import accuracy, calibrate
 from experiments.accuracy_study import report
 from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
-from experiments.sweep.serving import Server
+from experiments.sweep.serving import build_engine, build_engines
 from experiments.sweep.weights import load_model
 from models.config import get_config as get_model
 
@@ -42,7 +42,7 @@ def engines() -> list[Engine]:
     config = get_config("tiny")
     model = load_model(dataclasses.replace(config, weights="random"))
     return [
-        Server(config, system, model, {}).engine for system in config.systems.values()
+        build_engine(config, system, model, {}) for system in config.systems.values()
     ]
 
 
@@ -189,10 +189,7 @@ COMPARED = Config(
 
 def write_profile(path: pathlib.Path, factor: float) -> str:
     model = load_model(COMPARED)
-    engines = [
-        Server(COMPARED, system, model, {}).engine
-        for system in COMPARED.systems.values()
-    ]
+    engines = list(build_engines(COMPARED, model).values())
 
     def time_parts(engine, work):
         constant = CONSTANT.step_base_s if isinstance(work, Step) else 1e-3

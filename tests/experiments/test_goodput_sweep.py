@@ -10,6 +10,8 @@ import pytest
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Role
+from disagg_jax.engine.served_deployment import ServedDeployment
+from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import criteria
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import replay
@@ -135,11 +137,12 @@ def test_every_event_log_replays_to_the_same_decisions(first):
     run_dir = SavedRun(first)
     model = load_model(cfg)
     for name, system in cfg.systems.items():
-        server = serving.Server(cfg, system, model, {})
+        engine = serving.build_engine(cfg, system, model, {})
+        server = serving.serve_with(cfg, engine, system.policies, {})
         for rate in (100.0, 10000.0):
             lines = list(run_dir.events(Point(name, rate, 0)))
             assert lines
-            assert list(replay(lines, server.new_controller())) == []
+            assert list(replay(lines, server.controller())) == []
 
 
 def test_a_run_ranks_its_systems_by_every_criterion(first):
@@ -198,15 +201,16 @@ def test_scores_follow_from_the_token_times(first):
 
 def test_slowdowns_are_over_the_first_systems_steps_alone():
     cfg = config("durations=modelled", "workload.output_tokens=fixed:1")
-    server = serving.Server(cfg, cfg.systems["vllm"], load_model(cfg), {})
+    engine = serving.build_engine(cfg, cfg.systems["vllm"], load_model(cfg), {})
     cost = LinearCost(
         step_base_s=1.0, prefill_token_s=0.1, decode_token_s=0.01, context_token_s=1e-3
     )
-    server.config = dataclasses.replace(cfg, cost=cost)
+    cfg = dataclasses.replace(cfg, cost=cost)
+    durations = StepDurations(engine, serving.known_timing(cfg, engine, {}))
 
     def alone(prompt, output):
         request = Request(id=0, arrival_s=0.0, prompt_tokens=prompt, max_tokens=output)
-        found = server.idle({})(request)
+        found = durations.alone(request)
         return found.ttft_s, found.tpot_s
 
     # 20 prompt tokens; later tokens at a context of 20 + 6 / 2.
@@ -571,12 +575,12 @@ def test_running_every_program_gives_the_same_timelines(six, tmp_path):
 
 def test_a_timeline_unlike_the_durations_is_an_error(six, tmp_path, monkeypatch):
     """Here the run of the programs is another run: of other requests."""
-    served = serving.Server.run
-    monkeypatch.setattr(
-        serving.Server,
-        "run",
-        lambda self, requests, times: served(self, requests[:-1], times),
-    )
+    right = ServedDeployment.run
+
+    def fewer(self, requests, observer):
+        return right(self, requests[: -1 if self.executed else None], observer=observer)
+
+    monkeypatch.setattr(ServedDeployment, "run", fewer)
     changes = [*ALL_SYSTEMS, "rates=2", "slo.ttft_scale=50", "slo.tpot_scale=50"]
     cfg = override(get_config("tiny"), changes)
     with pytest.raises(
@@ -607,13 +611,13 @@ def test_step_times_are_taken_once_or_given(tmp_path, monkeypatch):
     )
     for _ in range(2):
         run_dir = RunDir(tmp_path / "taken", {})
-        assert goodput_sweep._step_times(config(), run_dir, {}, None, print) == {
+        assert goodput_sweep._step_times(config(), run_dir, [], None, print) == {
             "a": 1.0
         }
     assert run_dir.read_json("step_times.json")["measured"]["command"] == sys.argv
     run_dir = RunDir(tmp_path / "given", {})
     given = {"a": 2.0}
-    assert goodput_sweep._step_times(config(), run_dir, {}, given, print) == given
+    assert goodput_sweep._step_times(config(), run_dir, [], given, print) == given
     assert run_dir.read_json("step_times.json") == {
         "format": 1,
         "seconds": given,

@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
+from disagg_jax.deployment import Role
 from disagg_jax.sim.hardware.link import LinkSpec
 from experiments import kv_transfer
-from experiments.benchmarks import transfers
+from experiments.benchmarks.handoff import rates
 from experiments.benchmarks.transfers import BLOCK, Mode, modes, serve_alone
 from models import transformer
 from models.config import get_config
@@ -75,11 +76,11 @@ def test_chunks_are_whole_blocks_and_cover_the_prompt():
     mode = Mode(chunks=3)
     assert mode.chunk_tokens(100) == 48
     assert mode.buckets(100).transfer_blocks == (3, 7)
-    assert mode.policy(100).token_budget == 48
+    assert mode.policies(100)[Role.PREFILL].token_budget == 48
 
 
 def test_rates_are_of_equal_bytes_and_of_every_way():
-    found = transfers.rates(SMALL, [(2, 1)], [2**16], layer_groups=2, repeats=1)
+    found = rates(SMALL, [(2, 1)], [2**16], BLOCK, layer_groups=2, repeats=1)
     assert [rate.way for rate in found] == ["plain device_put", "whole", "groups"]
     assert {rate.pair for rate in found} == {"tp2->tp1"}
     (size,) = {rate.size_bytes for rate in found}

@@ -13,11 +13,11 @@ from disagg_jax.work import Step
 from experiments import overhead
 from experiments.benchmarks.engines import NamedShape
 from experiments.benchmarks.handoff import (
-    handoff_rig,
+    handoff_engine,
     plain_device_put,
     scattered_transfer,
 )
-from experiments.benchmarks.no_op_programs import HollowGroup, host_step_us
+from experiments.benchmarks.no_op_programs import NoOpGroup, host_step_us
 from experiments.benchmarks.timing import Figure, interleaved, table
 from experiments.cli.flags import integers, writable
 from experiments.overhead import Options
@@ -123,25 +123,25 @@ def arguments(program) -> list:
     return [(leaf.shape, leaf.dtype, leaf.donated) for leaf in leaves]
 
 
-def test_a_hollow_group_takes_and_returns_the_same_but_does_no_work():
-    rig, shape, requests = overhead._full_batch(SMALL, 2)
-    shapes = rig.engine.instances[0].buckets.step_shapes
-    hollow = HollowGroup.replace(rig.engine, shapes)
-    real, stub = (group.program(shape) for group in (hollow.real, hollow))
+def test_no_op_programs_take_and_return_the_same_but_do_no_work():
+    deployment, shape, requests = overhead._full_batch(SMALL, 2)
+    engine = deployment.engine
+    no_ops = NoOpGroup.replace(engine, engine.instances[0].buckets.step_shapes)
+    real, stub = (group.program(shape) for group in (no_ops.real, no_ops))
     assert arguments(stub) == arguments(real)
     assert stub.out_tree == real.out_tree
     assert stub.cost_analysis().get("flops", 0) == 0 < real.cost_analysis()["flops"]
-    timelines = rig.serve(requests)
+    timelines = deployment.run(requests).timelines
     assert [t.tokens for t in timelines] == [[0] * SMALL.output] * 2
-    step_us = host_step_us(rig.engine, hollow, shape, steps=1)
+    step_us = host_step_us(engine, no_ops, shape, steps=1)
     assert step_us.pop("step") == pytest.approx(sum(step_us.values()))
 
 
 def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape():
-    rig, shape, requests = overhead._full_batch(SMALL, 2)
+    deployment, shape, requests = overhead._full_batch(SMALL, 2)
     steps = []
-    rig.serve(requests, lambda now_s, events, works: steps.extend(works))
-    (instance,) = rig.engine.instances
+    deployment.run(requests, observer=lambda now_s, events, works: steps.extend(works))
+    (instance,) = deployment.engine.instances
     assert all(isinstance(step, Step) for step in steps)
     shapes = [instance.step_shape(step.slices) for step in steps]
     assert shapes == [instance.buckets.prefill[0]] + [shape] * (SMALL.output - 1)
@@ -149,13 +149,13 @@ def test_a_full_batch_is_one_prefill_step_and_then_decodes_of_the_listed_shape()
 
 @pytest.mark.parametrize("src_tp, dst_tp", [(4, 4), (4, 2), (1, 4)])
 def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
-    rig = handoff_rig(TINY, src_tp, dst_tp, [4], block_tokens=4)
-    src, dst = rig.engine.instances
-    transfer = scattered_transfer(rig, 4)
+    engine = handoff_engine(TINY, src_tp, dst_tp, [4], block_tokens=4)
+    src, dst = engine.instances
+    transfer = scattered_transfer(engine, 4)
     rng = np.random.default_rng(0)
     for run in (
-        lambda: run_alone(rig.engine, transfer),
-        plain_device_put(rig, transfer.src_blocks),
+        lambda: run_alone(engine, transfer),
+        plain_device_put(engine, transfer.src_blocks),
     ):
         shape, sharding = src.cache[0][0].shape, src.model.stages[0].kv_sharding
         sent = rng.normal(size=(2, *shape)).astype(np.float32)  # k, v of the one layer

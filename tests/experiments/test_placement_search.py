@@ -124,7 +124,7 @@ def test_the_answer_of_high_as_a_whole():
 # -- tables and answers, of goodputs that are told -------------------------------------
 
 
-def outcome(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **found):
+def as_measured(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **found):
     """A candidate's; without a goodput by seed it is below its bound."""
     candidate = placement.Candidate(
         name=name,
@@ -153,23 +153,27 @@ def outcome(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **fou
 
 def test_a_row_has_goodputs_per_device():
     """7 +- 12.706 requests/s of two devices, from 0 on."""
-    row = placements.row(outcome(resolved=False))
+    row = placements.row(as_measured(resolved=False))
     assert (row["goodput"], row["at_most"]) == (3.5, 4.5)
     low, high = row["interval"]
     interval = interval_across((6.0, 8.0))
     assert (low, high) == (interval.low / 2, interval.high / 2)
     assert (row["resolved"], row["bracketed"], row["steady"]) == (False, True, False)
     assert (row["num_requests"], row["seeds"], row["devices"]) == (77, [3, 4], 2)
-    assert placements.row(outcome(per_seed=(7.0,)))["interval"] == [None, None]
+    assert placements.row(as_measured(per_seed=(7.0,)))["interval"] == [None, None]
 
 
 @pytest.mark.parametrize(
     ("found", "why", "at_most"),
     [
-        (outcome(per_seed=None), "bound", 5.0),
-        (outcome(pass_rps=None), "beaten", 4.5),
-        (outcome(pass_rps=None, scale=1.0), "beaten", 4.5),
-        (outcome(pass_rps=None, scale=1.5), "alone it needs 1.5 x the targets", 4.5),
+        (as_measured(per_seed=None), "bound", 5.0),
+        (as_measured(pass_rps=None), "beaten", 4.5),
+        (as_measured(pass_rps=None, scale=1.0), "beaten", 4.5),
+        (
+            as_measured(pass_rps=None, scale=1.5),
+            "alone it needs 1.5 x the targets",
+            4.5,
+        ),
     ],
 )
 def test_a_row_without_a_goodput_says_why_and_the_bound_per_device(found, why, at_most):
@@ -184,8 +188,8 @@ def test_a_line_has_the_interval_and_what_is_doubtful():
     rows = [
         placements.row(found)
         for found in (
-            outcome(per_seed=(7.0, 7.0), bracketed=False),
-            outcome(per_seed=(7.0,), resolved=False, inversion=rises),
+            as_measured(per_seed=(7.0, 7.0), bracketed=False),
+            as_measured(per_seed=(7.0,), resolved=False, inversion=rises),
         )
     ]
     rows[1]["steady"] = True
@@ -200,7 +204,7 @@ def test_a_line_has_the_interval_and_what_is_doubtful():
 
 @pytest.mark.parametrize(("number", "more"), [(11, 0), (12, 0), (13, 1), (20, 8)])
 def test_a_dozen_rows_are_shown_and_the_others_counted(number, more):
-    rows = [placements.row(outcome(name=f"no{i}")) for i in range(number)]
+    rows = [placements.row(as_measured(name=f"no{i}")) for i in range(number)]
     shown = placements.lines(rows)[1:]
     last = [f"  ... and {more} more"] if more else []
     assert shown[12:] == last
@@ -227,7 +231,7 @@ def told(monkeypatch, rates, scale=0.5):
         for one in candidates:
             rps = rates.get(one.name, 3.0)
             passing = {} if rps else {"pass_rps": None}
-            goodput = outcome(per_seed=(rps,) * 2, scale=scale, **passing).goodput
+            goodput = as_measured(per_seed=(rps,) * 2, scale=scale, **passing).goodput
             found.append(placement.Outcome(candidate=one, goodput=goodput))
         return sorted(found, key=lambda each: -each.per_device_rps)
 
@@ -317,13 +321,13 @@ def test_joint_searches_phases_in_full_and_names_a_colocated_winner(monkeypatch)
 )
 def test_targets_that_nobody_meets_name_the_fastest(scales, message):
     none = [
-        outcome(name=name, pass_rps=None, scale=scale)
+        as_measured(name=name, pass_rps=None, scale=scale)
         for name, scale in zip("ab", scales, strict=True)
     ]
     with pytest.raises(ValueError) as error:
-        placements.expect_reachable([*none, outcome(per_seed=None)], "decode alone")
+        placements.expect_reachable([*none, as_measured(per_seed=None)], "decode alone")
     assert message in str(error.value) and "that decode alone can" in str(error.value)
-    placements.expect_reachable([outcome(), *none], "decode alone")
+    placements.expect_reachable([as_measured(), *none], "decode alone")
 
 
 def test_a_cost_model_that_was_fitted_for_one_device_is_for_no_other():

@@ -39,7 +39,8 @@ def test_every_request_as_in_simdistserve(name, shared_dir):
     with path.open() as file:
         theirs = list(csv.DictReader(file))
     simulation = get_simulation("simdistserve_opt13b")
-    run = simulate.run(str(path), simulation, Deployment.parse(RUNS[name]))
+    simulated = simulation.build(Deployment.parse(RUNS[name]))
+    run = simulated.run(trace_requests(str(path), simulation))
     assert len(run.timelines) == len(theirs)
     for timeline, row in zip(run.timelines, theirs, strict=True):
         # Theirs has 9 decimals of a ms, and adds up hundreds of times.
@@ -88,9 +89,8 @@ def test_a_row_for_each_request_with_floats_in_full(tmp_path):
         rows = list(csv.DictReader(file))
     simulation = get_simulation("simdistserve_opt13b")
     deployment = Deployment.parse("prefill:tp1,decode:tp1")
-    timelines = simulate.run(
-        str(tmp_path / "trace.csv"), simulation, deployment
-    ).timelines
+    requests = trace_requests(str(tmp_path / "trace.csv"), simulation)
+    timelines = simulation.build(deployment).run(requests).timelines
     assert [float(row["ttft_s"]) for row in rows] == [ttft_s(t) for t in timelines]
     assert [float(row["tpot_s"]) for row in rows] == [tpot_s(t) for t in timelines]
     assert [float(row["arrival_s"]) for row in rows] == [0.0, 0.3]
@@ -276,5 +276,6 @@ def test_every_named_simulation_serves(tmp_path, name):
     if simulation.cost.startswith("fitted"):
         tp = 8 if simulation.model == "opt-66b" else 4
         deployment = Deployment.parse(f"prefill:tp{tp},decode:tp{tp}")
-    run = simulate.run(str(tmp_path / "trace.csv"), simulation, deployment)
+    requests = trace_requests(str(tmp_path / "trace.csv"), simulation)
+    run = simulation.build(deployment).run(requests)
     assert [t.status for t in run.timelines] == [Status.FINISHED] * 2

@@ -7,11 +7,11 @@ import pytest
 from disagg_jax.engine.executor import as_measured
 from disagg_jax.work import Step
 from experiments import stalls
-from experiments.benchmarks.stall import Scene, measure
+from experiments.benchmarks.stall import StallScenario, measure
 from models import transformer
 from models.config import get_config
 
-SCENE = Scene(decodes=3, prompts=(32, 80), chunk=19, repeats=1)
+SCENE = StallScenario(decodes=3, prompts=(32, 80), chunk=19, repeats=1)
 
 
 def timing(work, parts_s):
@@ -75,13 +75,13 @@ def test_the_table_and_the_picture_have_every_system(found, tmp_path):
 )
 def test_bad_scenes(changes, message):
     with pytest.raises(ValueError, match=message):
-        Scene(**changes)
+        StallScenario(**changes)
 
 
 def test_a_prompt_longer_than_the_model_can_hold_is_refused_before_any_work():
     config = get_config("m32")
     with pytest.raises(ValueError, match="expected at most 511 tokens for m32"):
-        measure(config, {}, Scene(prompts=(600,)))
+        measure(config, {}, StallScenario(prompts=(600,)))
 
 
 def test_of_several_runs_the_one_in_the_middle_counts():
@@ -95,7 +95,7 @@ def test_of_several_runs_the_one_in_the_middle_counts():
         return known
 
     config = get_config("tiny")
-    scene = Scene(decodes=1, prompts=(80,), chunk=19, repeats=3)
+    scene = StallScenario(decodes=1, prompts=(80,), chunk=19, repeats=3)
     params = transformer.init_params(config, 0)
     # Each of the warm-up runs has such a prompt as well, so that the cycle starts anew.
     vllm, *_ = measure(config, params, scene, timing=uneven)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments import two_meshes
-from experiments.benchmarks.transfers import Rate
+from experiments.benchmarks.handoff import Rate
 from experiments.two_meshes import Cut
 from models.config import get_config
 from tests.commands import run_command
@@ -43,16 +43,16 @@ def test_bad_cuts(asked, message):
 
 
 @pytest.fixture(scope="module")
-def rig():
+def meshes():
     return two_meshes.build(get_config("tiny"), Cut(prefill=4, decode=2))
 
 
-def test_the_meshes_share_no_device_and_cut_the_heads(rig):
-    text = two_meshes.layout(rig.engine)
+def test_the_meshes_share_no_device_and_cut_the_heads(meshes):
+    text = two_meshes.layout(meshes.engine)
     rows = {line.split()[0]: line for line in text.splitlines()[1:]}
     used = [
         {device.id for device in instance.model.stages[0].mesh.devices.flat}
-        for instance in rig.engine.instances
+        for instance in meshes.engine.instances
     ]
     assert [len(ids) for ids in used] == [4, 2]
     assert not used[0] & used[1]
@@ -62,22 +62,22 @@ def test_the_meshes_share_no_device_and_cut_the_heads(rig):
     assert rows["KV"].count("(-, tensor, -, -)") == 2
 
 
-def test_tokens_are_those_of_one_device_and_a_wrong_one_is_seen(rig, monkeypatch):
+def test_tokens_are_those_of_one_device_and_a_wrong_one_is_seen(meshes, monkeypatch):
     config = get_config("tiny")
-    tokens = two_meshes.check_tokens(config, rig)
+    tokens = two_meshes.check_tokens(config, meshes)
     assert tokens.equal == tokens.total == 4 * 16
     # 3 blocks of each request's 48 prompt tokens.
     assert tokens.moved_bytes == 4 * 48 * config.kv_bytes_per_token
-    right = rig.serve
+    right = type(meshes).run
 
     def wrong(self, requests):
-        timelines = right(requests)
-        if self is rig:
-            timelines[0].tokens[3] += 1
-        return timelines
+        run = right(self, requests)
+        if self is meshes:
+            run.timelines[0].tokens[3] += 1
+        return run
 
-    monkeypatch.setattr(type(rig), "serve", wrong)
-    assert two_meshes.check_tokens(config, rig).equal == tokens.total - 1
+    monkeypatch.setattr(type(meshes), "run", wrong)
+    assert two_meshes.check_tokens(config, meshes).equal == tokens.total - 1
 
 
 def test_the_bound_is_the_links_or_a_copy():

@@ -9,6 +9,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import e2e_s
 from disagg_jax.request import Status
@@ -17,7 +18,6 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Slow, Up
 from tests.control.test_controller_properties import Case, cases, streamed_cases

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from disagg_jax.control.backend import serve
+from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.formats import EVENT_LOG
 from disagg_jax.request import Request, Sampling
@@ -20,7 +21,6 @@ from disagg_jax.runlog.event_log import (
     replay,
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import (
     Arrived,
     Cancelled,

@@ -14,7 +14,6 @@ import pytest
 from disagg_jax.control.state import InstanceState
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import tpot_s, ttft_s
-from experiments import simulate as experiment
 from experiments.configs.named_simulations import get_simulation, trace_requests
 from tests.sim.simdistserve_ring import Asked, Ring, simulate
 
@@ -43,7 +42,8 @@ def ours_and_theirs(path, model: str, text: str):
     """`[2, requests]` TTFT and TPOT in s: ours, and the oracle's."""
     simulation = get_simulation(f"simdistserve_opt{model}")
     deployment = Deployment.parse(text)
-    timelines = experiment.run(str(path), simulation, deployment).timelines
+    requests = trace_requests(str(path), simulation)
+    timelines = simulation.build(deployment).run(requests).timelines
     rings = {
         spec.role: Ring(
             simulation.cost_of(spec).instance(spec.tp, spec.pp),
@@ -53,10 +53,7 @@ def ours_and_theirs(path, model: str, text: str):
         for spec in deployment.instances
     }
     both = rings.get(Role.COLOCATED)
-    asked = [
-        Asked(r.arrival_s, r.prompt_tokens, r.max_tokens - 1)
-        for r in trace_requests(str(path), simulation)
-    ]
+    asked = [Asked(r.arrival_s, r.prompt_tokens, r.max_tokens - 1) for r in requests]
     simulate(asked, both or rings[Role.PREFILL], both or rings[Role.DECODE])
     ours = np.array([[f(t) for t in timelines] for f in (ttft_s, tpot_s)])
     return ours, np.array([[r.ttft_s for r in asked], [r.tpot_s for r in asked]])

@@ -2,21 +2,23 @@
 
 import dataclasses
 import statistics
+import types
 
 import pytest
 
 from disagg_jax import metrics
 from disagg_jax.calibration.machine_speed import Slowdown
+from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
-from disagg_jax.runlog.event_log import EventLog, LoggedStep
+from disagg_jax.runlog.event_log import LoggedStep
 from disagg_jax.runlog.utilisation import Occupancy, StageUse
 from disagg_jax.search.rates import SearchPlan, estimate, search
 from experiments.accuracy_study.paired_runs import PairedRun, predicted_steps
 from experiments.configs.config import WorkloadConfig
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Run, Server
+from experiments.sweep.serving import build_engine
 from tests.experiments.calibrating import CONFIG, calibrated, device
 
 RATES = (60.0, 80.0, 100.0)  # about its goodput
@@ -24,21 +26,20 @@ SLO_S = SLO(ttft_s=0.1, tpot_s=0.02)
 SLOWER = Slowdown(decode=(1.3, 1.5), prompt=(1.2,), works=100)
 
 
-class Pretended(Server):
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretended(ServedDeployment):
     """An engine whose steps take what a profile says, on a slower machine."""
 
-    pair: PairedRun
-    slowdown = SLOWER
-    calls = 0
+    state: types.SimpleNamespace  # pair, slowdown and calls; the same in every copy
 
-    def run(self, requests, step_times, around=None):
-        assert around is not None  # the probes
-        self.calls += 1
-        cost = self.slowdown.of(self.pair.cost)
-        log = EventLog()
-        simulated = dataclasses.replace(self.pair.simulated, cost=cost)
+    def run(self, requests, observer=None):
+        assert self.around is not ServedDeployment.around  # the probes
+        self.state.calls += 1
+        pair = self.state.pair
+        cost = self.state.slowdown.of(pair.cost)
         lengths = [dataclasses.replace(r, prompt=None) for r in requests]
-        return Run(simulated.run(lengths, observer=log).timelines, log)
+        simulated = dataclasses.replace(pair.simulated, cost=cost)
+        return simulated.run(lengths, observer=observer)
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +47,38 @@ def engine_and_profile(random_model):
     """A server of one instance and what is measured of its programs."""
     workload = WorkloadConfig(num_requests=40)
     config = dataclasses.replace(CONFIG, workload=workload, num_seeds=2)
-    server = Pretended(config, CONFIG.systems["vllm"], random_model, {})
-    return server, calibrated([server.engine], device())
+    system = CONFIG.systems["vllm"]
+    server = Pretended(
+        engine=build_engine(config, system, random_model, {}),
+        policies=system.policies,
+        state=types.SimpleNamespace(slowdown=SLOWER, calls=0),
+    )
+    return config, server, calibrated([server.engine], device())
 
 
 @pytest.fixture
 def pair(tmp_path, engine_and_profile, random_model):
-    server, profile = engine_and_profile
-    server.calls = 0
-    source = RequestSource.load(server.config, random_model)
+    config, server, profile = engine_and_profile
+    server.state.calls = 0
+    source = RequestSource.load(config, random_model)
     run_dir = RunDir(tmp_path, {})
     found = PairedRun(
         name="vllm",
         server=server,
         source=source,
         slo=SLO_S,
-        seeds=server.config.num_seeds,
+        seeds=config.num_seeds,
         profile=profile,
         run_dir=run_dir,
         probes={},
     )
-    server.pair = found
+    server.state.pair = found
     return found
 
 
 def served(pair, rates, slowdown=SLOWER):
     """The engine's runs, kept as those of a machine that is slower by so much."""
-    pair.server.slowdown = slowdown
+    pair.server.state.slowdown = slowdown
     for rate in rates:
         for point in pair.points(rate):
             pair.serve(point)
@@ -83,13 +89,14 @@ def served(pair, rates, slowdown=SLOWER):
 
 
 def test_a_run_is_kept_and_not_repeated(pair):
-    pair.server.slowdown = SLOWER
+    pair.server.state.slowdown = SLOWER
     point = Point("vllm", 80.0, 1)
     for _ in range(2):
         pair.serve(point)
-    assert pair.server.calls == 1
+    assert pair.server.state.calls == 1
     kept = pair.run_dir.load(point)
-    timelines = pair.server.run(pair.source(80.0, 1), {}, id).timelines
+    again = dataclasses.replace(pair.server, around=id)
+    timelines = again.run(pair.source(80.0, 1)).timelines
     expected = summarise(timelines, SLO_S, 1)
     assert kept == {
         **expected,
@@ -181,7 +188,7 @@ def test_the_knee_is_the_simulated_goodput_wherever_the_search_begins(pair):
 def test_a_simulation_has_the_policies_and_memory_of_its_server(pair):
     simulated = pair.simulated
     assert simulated.policies == pair.server.policies
-    assert list(simulated.memory) == pair.server.memory
+    assert simulated.memory == pair.server.memory
     requests = pair.requests(9.0, 1)
     assert all(request.prompt is None for request in requests)
     assert [(r.arrival_s, r.max_tokens) for r in requests] == [

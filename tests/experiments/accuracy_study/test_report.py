@@ -341,10 +341,7 @@ class Told:
 
     @property
     def server(self):
-        workload = SimpleNamespace(num_requests=33)
-        config = SimpleNamespace(workload=workload, num_seeds=2, clock="virtual")
-        deployment = Deployment.parse("prefill:tp1,decode:tp1")
-        return SimpleNamespace(deployment=deployment, config=config)
+        return SimpleNamespace(deployment=Deployment.parse("prefill:tp1,decode:tp1"))
 
     def compare(self, rate):
         """On the engine it passes up to 8, simulated up to 12, as profiled up to 4."""
@@ -374,12 +371,14 @@ def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
     decodes = [step(1.0 + i, 2.0) for i in range(5000)]
     prompt = PredictedStep(0, StepLoad(((0, 9),), 0, 0), 1.0, 3.0)
     profile = SimpleNamespace(provenance={"model": "tiny"})
+    workload = SimpleNamespace(num_requests=33)
     found = report.compare(
         [Told([*decodes, prompt])],
         {"vllm": [4.0, 8.0, 12.0, 16.0]},
         target=0.9,
         profile=profile,
         moved=(1.0, 2.0),
+        config=SimpleNamespace(workload=workload, num_seeds=2, clock="virtual"),
     )
     assert (found.num_requests, found.seeds, found.clock) == (33, 2, "virtual")
     assert (found.moved, found.target, found.profile) == (

@@ -14,7 +14,7 @@ from experiments.accuracy_study.serving_factor import (
 )
 from experiments.configs.config import WorkloadConfig
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Server
+from experiments.sweep.serving import build_engine, serve_with
 from tests.experiments.calibrating import CONFIG, calibrated, device, make_model
 
 PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)
@@ -58,7 +58,10 @@ def machine():
         num_seeds=1,
     )
     model = make_model()
-    servers = [Server(config, system, model, {}) for system in config.systems.values()]
+    servers = [
+        serve_with(config, build_engine(config, system, model, {}), system.policies, {})
+        for system in config.systems.values()
+    ]
     profile = calibrated([server.engine for server in servers], device())
     return servers, RequestSource.load(config, model), profile
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from disagg_jax.control.run import Run
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import interval_across, ttft_s
 from disagg_jax.request import Request
@@ -16,7 +17,7 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.simulated_deployment import SimulatedDeployment, SimulatedRun
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload import FixedLengths, RandomWorkload
 from experiments.papers.distserve import closed_forms
 from experiments.papers.distserve.closed_forms import ConstantInstance
@@ -51,7 +52,7 @@ def simulated(
 
 def run(
     system: SimulatedDeployment, rate_rps: float, seed: int, output: int, n: int = 3000
-) -> SimulatedRun:
+) -> Run:
     workload = RandomWorkload(
         prompt=FixedLengths(tokens=512), output=FixedLengths(tokens=output)
     )

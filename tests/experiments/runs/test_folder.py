@@ -100,7 +100,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, inside):
 
 def test_what_writes_several_files_uses_it(tmp_path):
     """One for all: a library's run, as a notebook calls it."""
-    scene = stalls.Scene(decodes=1, prompts=(8,), chunk=8, repeats=1)
+    scene = stalls.StallScenario(decodes=1, prompts=(8,), chunk=8, repeats=1)
     with sole_use(tmp_path):
         with pytest.raises(ValueError, match="in use by process"):
             stalls.run(stalls.get_config("tiny"), {}, scene, tmp_path)
@@ -250,9 +250,9 @@ def test_differences_are_named_by_their_keys():
 
 
 def test_content_of_dataclasses_is_plain():
-    scene = stalls.Scene(decodes=1, prompts=(8, 9), chunk=8, repeats=1)
+    scene = stalls.StallScenario(decodes=1, prompts=(8, 9), chunk=8, repeats=1)
     found = plain({"scene": scene, 3: float("inf"), "nan": [float("nan"), 1.5]})
-    assert found["scene"]["type"] == "Scene"
+    assert found["scene"]["type"] == "StallScenario"
     assert found["scene"]["prompts"] == [8, 9]
     assert found["3"] is None and found["nan"] == [None, 1.5]
 

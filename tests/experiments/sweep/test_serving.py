@@ -1,4 +1,4 @@
-"""What a server says its steps take, by a formula; nothing is compiled."""
+"""Engines of a config and the durations of their steps, by a formula; none compiles."""
 
 import dataclasses
 import types
@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, Role
+from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.scheduling import tuning
@@ -15,10 +16,11 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
 from experiments.configs.config import Config, Memory, System, Targets
 from experiments.sweep.serving import (
-    Server,
+    build_engine,
     check_modelled,
-    devices_needed,
     instance_memory,
+    known_timing,
+    most_devices,
     resolve_criteria,
     resolve_slo,
 )
@@ -42,8 +44,9 @@ TABLE = dataclasses.replace(CONFIG, durations="table")
 MODELLED = dataclasses.replace(CONFIG, durations="modelled", cost=COST)
 
 
-def server(model, system, config=MODELLED):
-    return Server(config, system, model, {})
+def durations(model, system, config=MODELLED, kind=StepDurations):
+    engine = build_engine(config, system, model, {})
+    return kind(engine, known_timing(config, engine, {}))
 
 
 def config_of(*deployments, **fields):
@@ -81,10 +84,10 @@ def test_a_device_has_equally_many_blocks_whatever_its_stage(
 def test_equal_instances_share_devices_on_the_virtual_clock(clock, devices):
     """2 + 1 + 1 of different ones, and 5 in all; the largest deployment counts."""
     deployments = ("3xcolocated:tp1", "prefill:tp2,decode:tp1,decode:tp1pp1")
-    assert devices_needed(config_of(*deployments[:1])) == 1
-    assert devices_needed(config_of(*deployments[:1], clock="wall")) == 3
+    assert most_devices(config_of(*deployments[:1])) == 1
+    assert most_devices(config_of(*deployments[:1], clock="wall")) == 3
     mixed = "prefill:tp2,2xdecode:tp1,prefill:tp1"
-    assert devices_needed(config_of(*deployments, mixed, clock=clock)) == devices
+    assert most_devices(config_of(*deployments, mixed, clock=clock)) == devices
 
 
 def test_one_instance_of_several_devices_makes_measured_durations_contention():
@@ -101,32 +104,33 @@ def test_one_instance_of_several_devices_makes_measured_durations_contention():
 )
 def test_a_prompt_takes_as_few_steps_as_it_can(random_model, tokens, steps):
     """Of 128 tokens; each takes a second and a tenth for each token of the prompt."""
-    one = server(random_model, CHUNKS)
-    assert one.prefill_s(tokens, {}) == pytest.approx(steps + 0.1 * tokens)
+    one = durations(random_model, CHUNKS)
+    assert one.prefill_s(tokens) == pytest.approx(steps + 0.1 * tokens)
 
 
 def test_the_largest_decode_step_has_all_rows_and_blocks(random_model):
     """256 blocks of 16 tokens; of a pair, the decode instance's 4 rows."""
-    seconds, rows = server(random_model, CHUNKS).decode_s({})
+    seconds, rows = durations(random_model, CHUNKS).decode_s()
     assert rows == 16 and seconds == pytest.approx(1 + 0.16 + 4.096)
-    seconds, rows = server(random_model, SPLIT).decode_s({})
+    seconds, rows = durations(random_model, SPLIT).decode_s()
     assert rows == 4 and seconds == pytest.approx(1 + 0.04 + 4.096)
 
 
 def test_a_step_takes_what_its_stages_take_together(random_model):
-    one = server(random_model, STAGES)
+    one = durations(random_model, STAGES)
     load = StepLoad((), 4, 64)
     stages_s = dataclasses.replace(COST, pp=(2,)).stages_s(0, load)
     assert len(stages_s) == 2
-    assert one.step_s(0, load, {}) == pytest.approx(sum(stages_s))
+    assert one.step_s(0, load) == pytest.approx(sum(stages_s))
 
 
 def test_a_step_takes_what_its_programs_took(random_model):
     """A second and two for the two stages, whatever the load."""
-    one = server(random_model, STAGES, TABLE)
     times = Stages()
-    assert one.step_s(0, StepLoad((), 4, 64), times) == 3.0
-    assert one.decode_s(times) == (3.0, 16)
+    engine = build_engine(TABLE, STAGES, random_model, {})
+    one = StepDurations(engine, known_timing(TABLE, engine, times))
+    assert one.step_s(0, StepLoad((), 4, 64)) == 3.0
+    assert one.decode_s() == (3.0, 16)
     assert len(times.asked) == 4
 
 
@@ -143,41 +147,39 @@ class Stages(dict):
 
 
 def test_a_request_alone_decodes_at_its_mean_context(random_model):
-    found = server(random_model, SPLIT).idle({})
-    alone = found(Request(id=0, arrival_s=0.0, prompt_tokens=100, max_tokens=41))
+    found = durations(random_model, SPLIT)
+    alone = found.alone(Request(id=0, arrival_s=0.0, prompt_tokens=100, max_tokens=41))
     assert alone.ttft_s == pytest.approx(1 + 10)
     assert alone.tpot_s == pytest.approx(1 + 0.01 + 0.120)
 
 
-class Asked(Server):
+class Asked(StepDurations):
     """Keeps the loads that it was asked about."""
 
-    def step_s(self, instance, load, step_times):
-        self.loads.append((instance, load))
-        return super().step_s(instance, load, step_times)
+    def step_s(self, instance, load):
+        self.__dict__.setdefault("loads", []).append((instance, load))
+        return super().step_s(instance, load)
 
 
-def source(*lengths):
-    requests = [
+def requests(*lengths):
+    return [
         Request(id=i, arrival_s=0.0, prompt_tokens=prompt, max_tokens=output)
         for i, (prompt, output) in enumerate(lengths)
     ]
-    return lambda rate_rps, replica: requests
 
 
 def test_step_sizes_are_for_the_mean_lengths_and_the_target_of_later_tokens(
     random_model,
 ):
     """Prompts of 40.67 tokens and outputs of 21.67, rounded to the nearest."""
-    one = Asked(MODELLED, CHUNKS, random_model, {})
-    one.loads = []
-    slo = SLO(ttft_s=99.0, tpot_s=7.0)
-    said = one.tune(slo, source((40, 10), (41, 21), (41, 34)), {})
+    one = durations(random_model, CHUNKS, kind=Asked)
+    served = requests((40, 10), (41, 21), (41, 34))
+    policies, reasons = one.tuned(CHUNKS.policies, 7.0, served)
     asked = list(one.loads)
 
     def step_s(load):
         expected.append((0, load))
-        return server(random_model, CHUNKS).step_s(0, load, {})
+        return durations(random_model, CHUNKS).step_s(0, load)
 
     expected = []
     profile = tuning.Profile(
@@ -189,52 +191,49 @@ def test_step_sizes_are_for_the_mean_lengths_and_the_target_of_later_tokens(
     )
     tuned = tuning.tune(CHUNKS.policies[Role.COLOCATED], profile, 7.0)
     assert asked == expected and expected
-    assert said == [f"colocated {tuned.choice}"]
-    assert one.policies == {Role.COLOCATED: tuned.policy}
-    assert one.policies != CHUNKS.policies
-    assert one.new_controller() is not None
+    assert reasons == [f"colocated {tuned.choice}"]
+    assert policies == {Role.COLOCATED: tuned.policy}
+    assert policies != CHUNKS.policies
 
 
 def test_memory_limits_the_decodes_beside_a_prompt(random_model):
     """Of 64 blocks: 1024 tokens are 4 requests of 256."""
     small = dataclasses.replace(MODELLED, memory=Memory(blocks_per_device=64))
-    one = Asked(small, CHUNKS, random_model, {})
-    one.loads = []
-    one.tune(SLO(ttft_s=99.0, tpot_s=7.0), source((206, 100)), {})
+    one = durations(random_model, CHUNKS, small, kind=Asked)
+    one.tuned(CHUNKS.policies, 7.0, requests((206, 100)))
     assert max(load.decodes for _, load in one.loads) == 4
 
 
 def test_only_what_a_paper_has_a_rule_for_is_tuned(random_model):
     """vLLM's step stays, and so does the decode side of a pair."""
-    slo = SLO(ttft_s=99.0, tpot_s=7.0)
-    vllm = server(random_model, CONFIG.systems["vllm"])
-    assert vllm.tune(slo, source((40, 10)), {}) == []
-    assert vllm.policies == CONFIG.systems["vllm"].policies
-    split = server(random_model, SPLIT)
-    (said,) = split.tune(slo, source((40, 10)), {})
-    assert said.startswith("prefill ")
-    assert split.policies[Role.DECODE] == SPLIT.policies[Role.DECODE]
+    vllm, served = CONFIG.systems["vllm"], requests((40, 10))
+    one = durations(random_model, vllm)
+    assert one.tuned(vllm.policies, 7.0, served) == (vllm.policies, [])
+    split = durations(random_model, SPLIT)
+    policies, (reason,) = split.tuned(SPLIT.policies, 7.0, served)
+    assert reason.startswith("prefill ")
+    assert policies[Role.DECODE] == SPLIT.policies[Role.DECODE]
 
 
 def test_on_the_virtual_clock_one_device_stands_for_several(random_model, monkeypatch):
     """Not for the several of one instance, which run one program together."""
     only = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: only)
-    assert len(server(random_model, SPLIT).engine.instances) == 3
+    assert len(durations(random_model, SPLIT).engine.instances) == 3
     wide = dataclasses.replace(SPLIT, deployment="prefill:tp2,decode:tp1")
     wall = dataclasses.replace(MODELLED, clock="wall")
     for system, config in ((wide, MODELLED), (SPLIT, wall)):
         with pytest.raises(ValueError, match="devices, got 1"):
-            server(random_model, system, config)
+            durations(random_model, system, config)
 
 
 def test_targets_are_multiples_of_the_longest_prompt_and_of_the_largest_step(
     random_model,
 ):
     config = dataclasses.replace(MODELLED, slo=Targets(ttft_scale=3.0, tpot_scale=2.0))
-    one = server(random_model, CHUNKS, config)
+    one = durations(random_model, CHUNKS, config)
     longest = types.SimpleNamespace(longest_prompt=lambda: 200)
-    found = resolve_slo(config, one, longest, {})
+    found = resolve_slo(config, one, longest)
     assert found.ttft_s == pytest.approx(3 * (2 + 20))
     assert found.tpot_s == pytest.approx(2 * (1 + 0.16 + 4.096))
 
@@ -243,6 +242,6 @@ def test_criteria_have_the_target_that_is_searched_for(random_model):
     config = dataclasses.replace(MODELLED, search=SearchPlan(target=0.55))
     longest = types.SimpleNamespace(longest_prompt=lambda: 200)
     slo = SLO(ttft_s=1.0, tpot_s=1.0)
-    one = server(random_model, CHUNKS, config)
-    found = resolve_criteria(config, slo, one, longest, {})
+    one = durations(random_model, CHUNKS, config)
+    found = resolve_criteria(config, slo, one, longest)
     assert found["distserve"].target == found["mooncake"].target == 0.55

@@ -2,21 +2,18 @@
 
 import dataclasses
 import json
-import types
 
 import pytest
 
+from disagg_jax.control.run import Run, StepTotals
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.engine import StepTotals
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, for_slo
 from disagg_jax.request import Request, Status, Timeline
-from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named import get_config
 from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir
-from experiments.sweep.serving import Run
 from experiments.sweep.sweep import Sweep
 from models.tokenizer import ByteTokenizer, NoText
 
@@ -58,37 +55,35 @@ class Pretended:
     late_s: float = 0.0  # of the last token of the last request, when programs run
     calls: list = dataclasses.field(default_factory=list)
 
-    @property
-    def system(self):
-        return types.SimpleNamespace(deployment=str(self.deployment))
+    executed: bool = True
 
-    def prefill_s(self, tokens, step_times):
-        return 0.01 * tokens
-
-    def decode_s(self, step_times):
-        return 0.02, 2
-
-    def simulate(self, asked, step_times):
-        self.calls.append("simulate")
-        return Run(self._timelines(asked), EventLog(), busy=self._busy())
-
-    def run(self, asked, step_times):
-        self.calls.append("run")
-        found = self._timelines(asked)
-        found[-1] = served(asked[-1], 0.5, self.late_s)
-        for timeline in found:
-            timeline.tokens = [1, 2, 3]
-        totals = {"prefill": StepTotals(steps=1, tokens=12, width=16)}
-        return Run(found, EventLog(), totals, busy=self._busy())
-
-    def _busy(self):
-        return [(0.25 * (i + 1),) for i in range(len(self.deployment.instances))]
+    def run(self, asked, observer):
+        self.calls.append("run" if self.executed else "simulate")
+        found, totals = self._timelines(asked), None
+        if self.executed:
+            found[-1] = served(asked[-1], 0.5, self.late_s)
+            for timeline in found:
+                timeline.tokens = [1, 2, 3]
+            totals = {"prefill": StepTotals(steps=1, tokens=12, width=16)}
+        instances = range(len(self.deployment.instances))
+        busy_s = {(i,): float(i + 1) for i in instances}
+        return Run(timelines=found, end_s=4.0, busy_s=busy_s, totals=totals)
 
     def _timelines(self, asked):
         rate_rps = 1 / (asked[1].arrival_s - asked[0].arrival_s)
         late = 1 if rate_rps > self.limit_rps else 0
         late = N - 1 if rate_rps > 2 * self.limit_rps else late
         return [served(r, 5.0 if i < late else 0.5) for i, r in enumerate(asked)]
+
+
+class Durations:
+    """10 ms for each token of a prompt; 20 ms for two rows that decode."""
+
+    def prefill_s(self, tokens):
+        return 0.01 * tokens
+
+    def decode_s(self):
+        return 0.02, 2
 
 
 class Source:
@@ -104,13 +99,13 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
     config = override(get_config("smoke"), [*SMALL, *changes])
     first = Pretended(Deployment.parse("2xcolocated:tp1"), limits[0], late_s)
     other = Pretended(Deployment.parse("prefill:tp1,decode:tp1"), limits[1], late_s)
-    slo = SLO_S
+    systems, slo = {"vllm": first, "disaggregated": other}, SLO_S
     return Sweep(
         config=config,
         model=None,
         source=Source(),
-        servers={"vllm": first, "disaggregated": other},
-        step_times={},
+        served=systems,
+        durations=Durations(),
         slo=slo,
         choices={"vllm": ["as told"]},
         criteria=for_slo(
@@ -196,13 +191,13 @@ def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_p
                 assert done["padding_prefill"] == (0.25 if rate == at else None)
                 tokens = [row["tokens"] for row in one.run_dir.requests(point)]
                 assert tokens == [[1, 2, 3] if rate == at else []] * N
-    assert one.servers["vllm"].calls == ["simulate"] * 4 + ["run"] * 2
+    assert one.served["vllm"].calls == ["simulate"] * 4 + ["run"] * 2
 
 
 def test_where_nothing_passes_nothing_is_executed(tmp_path):
     one = sweep(tmp_path, limits=(1.0, 1.0))
     summary = one.run()
-    assert "run" not in one.servers["vllm"].calls
+    assert "run" not in one.served["vllm"].calls
     assert summary["systems"]["vllm"]["goodput"]["pass_rps_per_device"] is None
     assert summary["ratios"] == {}  # over nothing
 
@@ -227,19 +222,19 @@ def test_a_resumed_sweep_runs_what_is_missing_and_nothing_else(tmp_path):
     lost.unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.servers["vllm"].calls == ["simulate"]
-    assert again.servers["disaggregated"].calls == []
+    assert again.served["vllm"].calls == ["simulate"]
+    assert again.served["disaggregated"].calls == []
     # An executed point that was lost is simulated first: its rate has to pass again.
     (resumed / "points" / "vllm-8.0rps-0.json").unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.servers["vllm"].calls == ["simulate", "run"]
+    assert again.served["vllm"].calls == ["simulate", "run"]
 
 
 def test_everything_is_executed_where_that_is_asked_for(tmp_path):
     one = sweep(tmp_path, "execute_all=true")
     one.run()
-    assert one.servers["vllm"].calls == ["run"] * 4
+    assert one.served["vllm"].calls == ["run"] * 4
 
 
 def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
@@ -336,7 +331,7 @@ def told(path, late, *changes, **fields):
     rates = ",".join(str(rate / 2) for rate in late)
     whole = sweep(path, f"rates={rates}", *changes)
     server = Told(Deployment.parse("2xcolocated:tp1"), 0.0, late=late)
-    return dataclasses.replace(whole, servers={"vllm": server}, **fields)
+    return dataclasses.replace(whole, served={"vllm": server}, **fields)
 
 
 def ends(content):
@@ -428,27 +423,28 @@ def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
     found = one.run()["ratios"]["disaggregated/vllm"]
     assert found["per_seed"] == pytest.approx([ratio] * 2)
     assert found["mean"] == pytest.approx(ratio)
-    others = {f"{name}@8": server for name, server in one.servers.items()}
+    others = {f"{name}@8": server for name, server in one.served.items()}
+    systems = {f"{name}@8": system for name, system in one.config.systems.items()}
     without = dataclasses.replace(
-        one, servers=others, choices={}, run_dir=RunDir(tmp_path / "b", {})
+        one,
+        config=dataclasses.replace(one.config, systems=systems),
+        served=others,
+        choices={},
+        run_dir=RunDir(tmp_path / "b", {}),
     )
     assert without.run()["ratios"] == {}
 
 
 def test_a_base_that_one_seed_never_passes_gives_no_ratios(tmp_path):
     one = sweep(tmp_path)
-    base = told(tmp_path / "b", {8.0: [0, 4], 16.0: [0, 4]}).servers["vllm"]
-    summary = dataclasses.replace(one, servers={**one.servers, "vllm": base}).run()
+    base = told(tmp_path / "b", {8.0: [0, 4], 16.0: [0, 4]}).served["vllm"]
+    summary = dataclasses.replace(one, served={**one.served, "vllm": base}).run()
     assert summary["systems"]["vllm"]["goodput"]["per_seed_rps_per_device"] == [8, 0]
     assert summary["ratios"] == {}
 
 
 def test_all_searches_begin_where_the_first_systems_does(tmp_path):
-    """Whatever the second's steps take."""
-    one = sweep(tmp_path, "rates=", "search.max_rates=2")
-    slow = one.servers["disaggregated"]
-    slow.prefill_s = lambda tokens, step_times: 9.0
-    said = []
+    one, said = sweep(tmp_path, "rates=", "search.max_rates=2"), []
     dataclasses.replace(one, progress=said.append).run()
     (first, *_) = [line for line in said if "disaggregated " in line]
     assert " 7.15 requests/s per device" in first
@@ -520,9 +516,10 @@ def test_the_summary_says_how_it_was_made(tmp_path):
 class Uneven(Pretended):
     """Its programs give the second token late, and the first and last in time."""
 
-    def run(self, asked, step_times):
-        run = super().run(asked, step_times)
-        run.timelines[-1].token_s[1] += 1e-3
+    def run(self, asked, observer):
+        run = super().run(asked, observer)
+        if self.executed:
+            run.timelines[-1].token_s[1] += 1e-3
         return run
 
 
@@ -530,26 +527,26 @@ def test_a_token_between_two_in_time_is_compared_too(tmp_path):
     one = sweep(tmp_path)
     server = Uneven(Deployment.parse("2xcolocated:tp1"), 10.0)
     with pytest.raises(RuntimeError, match="vllm-8.0rps-0: the programs' timelines"):
-        dataclasses.replace(one, servers={"vllm": server}).run()
+        dataclasses.replace(one, served={"vllm": server}).run()
 
 
 @dataclasses.dataclass
 class Padded(Pretended):
     """Its steps have so many tokens of so many that they were compiled for."""
 
-    def run(self, asked, step_times):
-        run = super().run(asked, step_times)
+    def run(self, asked, observer):
+        run = super().run(asked, observer)
         totals = {
             "mixed": StepTotals(steps=2, tokens=30, width=40),
             "decode": StepTotals(steps=9, tokens=12, width=96),
         }
-        return dataclasses.replace(run, totals=totals)
+        return dataclasses.replace(run, totals=totals if self.executed else None)
 
 
 def test_padding_is_what_the_tokens_leave_of_each_kind_of_step(tmp_path):
     one = sweep(tmp_path, "rates=4")
     server = Padded(Deployment.parse("2xcolocated:tp1"), 10.0)
-    dataclasses.replace(one, servers={"vllm": server}).run()
+    dataclasses.replace(one, served={"vllm": server}).run()
     found = one.run_dir.load(Point("vllm", 8.0, 0))
     padding = [found[f"padding_{kind}"] for kind in ("prefill", "mixed", "decode")]
     assert padding == [None, 0.25, 0.875]

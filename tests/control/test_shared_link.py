@@ -1,6 +1,6 @@
 """A shared link by itself; `test_clock_properties` has whole runs of it."""
 
-from disagg_jax.sim.hardware.shared_link import SharedLink
+from disagg_jax.control.shared_link import SharedLink
 
 
 def test_no_end_is_before_now():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from disagg_jax.control.backend import Outcome, serve
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.control.virtual_clock import VirtualBackend
+from disagg_jax.deployment import Role
 from disagg_jax.metrics import interval_across
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.work import Done, Slice, Step, Transfer
 from tests.serving import SECOND, assert_all_free, make_controller, make_request
@@ -292,7 +292,9 @@ def test_where_blocks_are_is_told_where_it_is_settled():
         ),  # of a prompt, which attends to itself
     ]
     work, cost = Step.of(1, 0, parts), Fronts(step_base_s=0.0)
-    assert CostExecutor(cost, places=True).run(work).durations_s == (8.0,)
+    assert CostExecutor(cost, exact_block_placement=True).run(work).durations_s == (
+        8.0,
+    )
     assert CostExecutor(cost).run(work).durations_s == (0.0,)
     assert work.load.front == 0  # what was submitted is as it was
 
@@ -347,10 +349,3 @@ def test_two_runs_are_the_same_bytes(deployment):
     log, timelines = one_run()
     assert one_run() == (log, timelines)
     assert sum(len(t["dropped_s"]) for t in timelines) > 0
-
-
-def test_busy_shares_are_by_instance_and_stage():
-    deployment = Deployment.parse("prefill:tp1pp2,decode:tp2")
-    busy_s = {(0,): 1.0, (0, 1): 2.0, (1,): 4.0, (-3, 0, 1): 3.0}
-    assert busy_shares(deployment, busy_s, 4.0) == [(0.25, 0.5), (1.0,)]
-    assert busy_shares(deployment, {}, 0.0) == [(0.0, 0.0), (0.0,)]

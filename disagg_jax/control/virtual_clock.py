@@ -7,58 +7,47 @@ import dataclasses
 import heapq
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from disagg_jax.control.backend import Executor, Outcome
-from disagg_jax.deployment import Deployment
+from disagg_jax.control.fifo_link import FifoLink
+from disagg_jax.control.shared_link import SharedLink
 from disagg_jax.errors import require
-from disagg_jax.sim.hardware.fifo_link import FifoLink
-from disagg_jax.sim.hardware.shared_link import SharedLink
-from disagg_jax.work import (
-    Cut,
-    Done,
-    Report,
-    StageFree,
-    Transfer,
-    Work,
-)
+from disagg_jax.work import Cut, Done, Report, StageFree, Transfer, Work
 
-# Iterations of a span that are timed at first, and then as many as there are already:
-# most spans are cut early.
+# Iterations of a span that are timed at first; each time more are needed, their number
+# doubles. Most spans are cut early.
 _AHEAD = 16
 _INFINITE = math.inf
-_LAST = (sys.maxsize,)  # behind all resources, of what is due at one instant
+_LAST = (sys.maxsize,)  # sorts behind all resources at one instant
 
-# (instance,), (instance, stage) for its later stages, or a link: its name, by default
-# (-3, src, dst). What begins with an instance is a part of it, whatever follows; names
-# of links begin below 0, so that they belong to no instance.
+# (instance,), (instance, stage) for its later stages, or the name of a link, by default
+# (-3, src, dst). Names of links begin below 0, so that no instance has them.
 Resource = tuple[int, ...]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Running:
-    """A step on its way, timed as far as it was needed."""
+    """A step in flight, timed as far as needed."""
 
     work: int
     resource: Resource  # the first stage of its instance
     start_s: float
     outcome: Outcome
-    durations_s: Iterator[float]  # of the iterations that are not timed yet
+    durations_s: Iterator[float]  # of the iterations not timed yet
     iterations: int
     factor: float  # on its durations
     ends_s: list[float] = dataclasses.field(default_factory=list[float])
     reported: int = 0  # iterations
-    due_s: float = math.inf  # of its entry in the heap that counts
-    last_stage_s: float | None = (
-        None  # when the last stage will be done, if it is later
-    )
-    # Of a step on several stages: each one's name, and when it begins and leaves there.
+    due_s: float = math.inf  # of its valid entry in the heap
+    last_stage_s: float | None = None  # end of the last stage, if it is a later one
+    # Of a step on several stages: (name, when the step enters, when it leaves) of each.
     stages_s: Sequence[tuple[Resource, float, float]] = ()
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Wire:
-    """A link, and its one entry in the heap that counts: the next end on it."""
+    """A link. Its one valid entry in the heap is the next end on it."""
 
     resource: Resource
     link: FifoLink | SharedLink
@@ -67,61 +56,44 @@ class _Wire:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Moving:
-    """A transfer on its way, in as many parts as it has durations."""
+    """A transfer in flight, in as many parts as it has durations."""
 
     work: int
     instances: tuple[int, ...]
     wire: _Wire
-    order: Resource  # among all that is due at one instant
+    order: Resource  # among all entries due at one instant
     bytes: int
     durations_s: tuple[float, ...]
-    # Where it goes along with a step: (when it is computed, seconds on the link) of
-    # each part that is still to come to the link.
+    # Of a transfer that goes along with a step: (when it is computed, seconds on the
+    # link) of each part that has not come to the link yet.
     to_come: tuple[tuple[float, float], ...] = ()
     due_s: float = math.inf  # the first of these
     landed: int = 0  # parts
     start_s: float = 0.0
 
 
-def busy_shares(
-    deployment: Deployment, busy_s: Mapping[Resource, float], end_s: float
-) -> list[tuple[float, ...]]:
-    """For each instance, the share of the time until `end_s` its stages worked.
-
-    What is left is waiting: for requests, and in pipeline bubbles.
-    """
-
-    def share(instance: int, stage: int) -> float:
-        resource = (instance, stage) if stage else (instance,)
-        return busy_s.get(resource, 0.0) / end_s if end_s else 0.0
-
-    return [
-        tuple(share(i, stage) for stage in range(spec.pp))
-        for i, spec in enumerate(deployment.instances)
-    ]
-
-
 class VirtualBackend:
-    """A `Backend` whose time is computed.
+    """A `Backend` that computes the time.
 
-    Each instance, and each link from one instance to another, does one thing at a time
-    in order of submission, but for links that are shared; a duration is what the
-    executor says. With a cost model this is a discrete-event simulator. With an engine
-    it is an execution-driven emulator: each program really runs, alone, its tokens are
-    real, and it stands on the timeline of its own devices, so that one machine can
-    measure a deployment of many. That holds for programs whose devices are really there
-    one at a time, not for tensor parallelism over host devices that share the cores.
+    Each instance, and each link that is not shared, does one piece of work at a time,
+    in order of submission; the executor gives the durations. With a cost model this is
+    a discrete-event simulator. With an engine it is an execution-driven emulator:
+    programs run alone, tokens are real, and each duration counts on the instance's own
+    devices, so that one machine can measure a deployment of many devices. This does not
+    hold for tensor parallelism over host devices, which share the cores.
 
-    A pipelined instance has several steps in flight, one on each stage. What ends at
-    one instant is told in a fixed order: links first, then instances, then KV that went
-    along with a step.
+    A pipelined instance has several steps in flight, one on each stage. Completions at
+    one instant are reported in a fixed order: links, instances, KV that went along with
+    a step.
+
+    Attributes:
+      busy_s: seconds of work of each resource.
     """
 
     def __init__(self, executor: Executor):
         self._executor = executor
         self._now_s = 0.0
         self._busy_until_s: dict[Resource, float] = {}
-        # Seconds that an instance (its first stage), a later stage, or a link worked.
         self.busy_s: collections.defaultdict[Resource, float] = collections.defaultdict(
             float
         )
@@ -129,7 +101,7 @@ class VirtualBackend:
         self._spans: dict[int, _Running] = {}
         self._factors: dict[int, float] = {}  # of slow instances
         self._wires: dict[Resource, _Wire] = {}
-        self._moving: dict[int, _Moving] = {}  # transfers that have not landed
+        self._moving: dict[int, _Moving] = {}  # transfers in flight
         self._prompts: dict[int, _Running] = {}  # steps in flight with prompts
 
     def now_s(self) -> float:
@@ -165,7 +137,7 @@ class VirtualBackend:
             self._pass_stages(running, outcome.later_stages_s)
 
     def wait(self, until_s: float) -> list[Report]:
-        """Advances to the next instant with completions, or to `until_s`."""
+        """Advance to the next instant with completions, or to `until_s`."""
         done: list[Report] = []
         while self._heap and self._heap[0][0] <= until_s:
             end_s, _, _, item = heapq.heappop(self._heap)
@@ -225,10 +197,10 @@ class VirtualBackend:
     # -- transfers --------------------------------------------------------------------
 
     def _send(self, work: Transfer, outcome: Outcome) -> None:
-        """Puts a transfer on its link: all of it now, or each part as it is computed.
+        """Put a transfer on its link: all of it now, or each part as it is computed.
 
-        Parts that are there at one instant come to the link behind all else of it, so
-        that the KV lands after it was computed.
+        A part comes to the link behind all other events of its instant, so that KV
+        lands after it was computed.
         """
         wire = self._wire(outcome.link or (-3, work.src, work.dst), outcome.shared)
         durations_s = tuple(outcome.durations_s)
@@ -258,7 +230,7 @@ class VirtualBackend:
         return wire
 
     def _await_part(self, moving: _Moving) -> None:
-        """Has the next part of a transfer come to its link when it is computed."""
+        """Let the next part of a transfer come to its link when it is computed."""
         moving.due_s = moving.to_come[0][0]
         heapq.heappush(self._heap, (moving.due_s, _LAST, moving.work, moving))
 
@@ -270,7 +242,7 @@ class VirtualBackend:
             self._await_part(moving)
 
     def _await_end(self, wire: _Wire) -> None:
-        """Leaves one entry of a wire in the heap that counts, if anything is on it."""
+        """Leave one valid entry of a wire in the heap, if anything is on it."""
         first = wire.link.next_end()
         due_s = math.inf if first is None else first[1]
         if first is not None and due_s != wire.due_s:
@@ -279,7 +251,7 @@ class VirtualBackend:
         wire.due_s = due_s
 
     def _part_landed(self, wire: _Wire) -> Done | None:
-        """Ends what is due on a wire. Returns a Done if its transfer is complete."""
+        """End the part that is due on a wire; return a Done if its transfer is over."""
         end_s, wire.due_s = wire.due_s, math.inf
         work, began_s = wire.link.finish(end_s)
         self._await_end(wire)
@@ -296,7 +268,7 @@ class VirtualBackend:
     # -- steps ------------------------------------------------------------------------
 
     def _pass_stages(self, running: _Running, durations_s: Sequence[float]) -> None:
-        """Later stages: start(b, k) = max(end(b, k - 1), end(b - 1, k)) of steps b."""
+        """Time later stages: step b starts stage k at max(end(b, k-1), end(b-1, k))."""
         end_s = running.due_s
         stages_s = [(running.resource, running.start_s, end_s)]
         for stage, duration_s in enumerate(durations_s, 1):
@@ -310,7 +282,7 @@ class VirtualBackend:
         running.stages_s, running.last_stage_s = stages_s, end_s
 
     def _time(self, running: _Running) -> None:
-        """Times the next iterations and puts the last of them into the heap."""
+        """Time the next iterations and put the last of them into the heap."""
         ends_s, factor = running.ends_s, running.factor
         end_s = ends_s[-1] if ends_s else running.start_s
         most = len(ends_s) + max(_AHEAD, len(ends_s))
@@ -328,7 +300,7 @@ class VirtualBackend:
         heapq.heappush(self._heap, (due_s, running.resource, running.work, running))
 
     def _step_over(self, running: _Running, end_s: float) -> Done | StageFree:
-        """A step is done, or on its way to the later stages."""
+        """Report that a step is done, or has left its first stage."""
         if running.last_stage_s is None:
             return self._done(running, end_s)
         self._push(running, running.last_stage_s)
@@ -353,7 +325,7 @@ class VirtualBackend:
         return done
 
     def _cut(self, running: _Running, iterations: int) -> None:
-        """Leaves `iterations` of a span: those that were told, or one more."""
+        """Keep `iterations` of a span: the reported ones, or one more."""
         del running.ends_s[iterations:]
         running.iterations = iterations
         if running.reported == iterations:
@@ -364,16 +336,16 @@ class VirtualBackend:
             self._push(running, running.ends_s[-1])
 
     def _count_told(self, running: _Running) -> None:
-        """Counts the work of a span of which no Done follows."""
+        """Count the work of a span that gets no Done."""
         if running.reported:
             worked_s = running.ends_s[running.reported - 1] - running.start_s
             self.busy_s[running.resource] += worked_s
 
 
 def _parts_computed_s(step: _Running, parts: int) -> list[float]:
-    """When each of equal parts of the layers of a step is computed.
+    """Return when each of `parts` equal parts of a step's layers is computed.
 
-    Each stage has equally many layers, which take equally long there.
+    Stages have equally many layers, and the layers of a stage take equally long.
     """
     stages_s = step.stages_s or [(step.resource, step.start_s, step.due_s)]
     computed_s: list[float] = []
