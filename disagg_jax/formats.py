@@ -50,7 +50,7 @@ PLACEMENT = Format(
     number=1,
     command="python -m experiments.placement_search --out=FOLDER",
 )
-PROFILE = Format(name="profile", number=1, command="python -m experiments.calibrate")
+PROFILE = Format(name="profile", number=2, command="python -m experiments.calibrate")
 # Of all files in a run directory; it stands in config.json, which is written first and
 # read before any work. So raise it together with those of the files in it.
 RUN = Format(

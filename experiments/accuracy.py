@@ -4,21 +4,22 @@
     python -m experiments.accuracy --profile=runs/profile.json
 
 Every system serves the same requests on the engine, with live durations, and in the
-simulator, with those of a profile that was taken before, in another process. A
-shared machine does not keep its speed; so probes run between the engine's steps, and
-the simulator's machine is slower by as much as those were in that run than when the
-profile was taken ("slower", of decodes and of steps with prompts). "as profiled" is the
-difference without that. Probes say nothing of what the profile is wrong about.
+simulator, with the durations of a profile that was taken before, in another process. A
+shared machine does not keep its speed, so probes run between the engine's steps, and
+the simulated machine is slower by the probes' times in that run over their times in the
+calibration ("slower", of decodes and of steps with prompts). "as profiled" is the
+difference without that. Probes do not show where the profile is wrong, and they run
+only if they ran in the calibration.
 
 At each rate: attainment on both sides, and the errors of the percentiles. Attainment
-may differ by 2 points, or by what it changes over 2 % of the rate. Of a difference,
-"durations" is what goes if the simulator is given the durations that the engine had in
-that run, in place of the profile's; what stays is "scheduling". "alike" are the
-decisions of the two runs that are equal.
+may differ by 2 points, or by its change over 2 % of the rate. The part of a difference
+that goes away with the durations of the engine's run in place of the profile's is
+"durations"; the rest is "scheduling". "alike" is the share of equal decisions.
 
-Below, every step that ran on the engine against its prediction; programs alone, before
-and after all runs, against the profile, which is how far the machine has moved; and
-the engine against itself on the same requests, which is how far live durations repeat.
+Below: every step of the engine's runs against its prediction; programs alone, before
+and after all runs, against the profile, which shows how far the machine has moved; and
+the engine against itself on the same requests, which shows how far live durations
+repeat.
 
 Writes accuracy.txt, accuracy.json and accuracy.png. A killed run goes on where it was.
 """
@@ -34,14 +35,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.calibration.machine_speed import choose_probes
-from disagg_jax.calibration.measure import grid, measure, typical_s
-from disagg_jax.calibration.profile_keys import read_profile, step_times_of
-from disagg_jax.engine.executor import run_alone
+from disagg_jax.calibration.profile_keys import StepKey, read_profile
+from disagg_jax.calibration.step_times import step_times_of
+from disagg_jax.calibration.timing import grid, measure, time_alone, typical_s
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from experiments.accuracy_study import report
-from experiments.accuracy_study.paired_runs import Twin
+from experiments.accuracy_study.paired_runs import PairedRun
 from experiments.accuracy_study.report import Result
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
@@ -97,7 +98,7 @@ _UNREAD = read_by(
 def run(
     config: Config, profile_path: str, factors: Sequence[float], out: pathlib.Path
 ) -> Result:
-    """Serves and simulates all points.
+    """Serve and simulate all points.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
@@ -132,17 +133,17 @@ def _run(
 ) -> Result:
     out = run_dir.path
     progress = progress_to_stderr()
-    twins = _twins(config, model, profile, run_dir, progress)
-    before = _once(out / "moved_before.json", lambda: _moved(twins, profile))
+    pairs = _pairs(config, model, profile, run_dir, progress)
+    before = _once(out / "moved_before.json", lambda: _moved(pairs, profile))
     target = config.search.target
     rates = {
-        twin.name: [_round(twin.knee_rps(target) * f) for f in sorted(factors)]
-        for twin in twins
+        pair.name: [_round(pair.knee_rps(target) * f) for f in sorted(factors)]
+        for pair in pairs
     }
-    _serve_all(twins, rates, progress)
-    after = _once(out / "moved_after.json", lambda: _moved(twins, profile))
+    _serve_all(pairs, rates, progress)
+    after = _once(out / "moved_after.json", lambda: _moved(pairs, profile))
     return report.compare(
-        twins,
+        pairs,
         rates,
         target=target,
         profile=profile,
@@ -151,13 +152,13 @@ def _run(
     )
 
 
-def _twins(
+def _pairs(
     config: Config,
     model: Model,
     profile: CalibratedProfile,
     run_dir: RunDir,
     progress: Progress,
-) -> list[Twin]:
+) -> list[PairedRun]:
     source = RequestSource.load(config, model)
     if why := source.why_dependent:
         raise ValueError(f"requests: expected independent runs, got {why}")
@@ -173,17 +174,19 @@ def _twins(
     tuned = tune_systems(config, durations, slo, source)
     live = config.durations == "live" and config.clock == "virtual"
     return [
-        Twin.of(
-            name,
-            serve_with(config, engine, tuned[name][0], known),
-            source,
-            slo,
-            config.num_seeds,
-            profile,
-            run_dir,
-            # Pools of their own, or the probes would write into the requests' blocks.
-            choose_probes([build_engine(config, config.systems[name], model, shared)])
-            if live
+        PairedRun(
+            name=name,
+            server=serve_with(config, engine, tuned[name][0], known),
+            source=source,
+            slo=slo,
+            seeds=config.num_seeds,
+            profile=profile,
+            run_dir=run_dir,
+            # On an engine with pools of its own: probes write into the blocks.
+            probes=choose_probes(
+                [build_engine(config, config.systems[name], model, shared)]
+            )
+            if live and profile.probes
             else {},
         )
         for name, engine in engines.items()
@@ -191,40 +194,40 @@ def _twins(
 
 
 def _serve_all(
-    twins: Sequence[Twin], rates: Mapping[str, Sequence[float]], progress: Progress
+    pairs: Sequence[PairedRun], rates: Mapping[str, Sequence[float]], progress: Progress
 ) -> None:
-    """Every point, and one of each system once more."""
+    """Run the engine at every point, and once more at one point of each system."""
     points = [
-        (twin, point)
-        for twin in twins
+        (pair, point)
+        for pair in pairs
         for point in [
-            *(point for rate in rates[twin.name] for point in twin.points(rate)),
-            twin.again(rates[twin.name]),
+            *(point for rate in rates[pair.name] for point in pair.points(rate)),
+            pair.again(rates[pair.name]),
         ]
     ]
-    for i, (twin, point) in enumerate(points, 1):
+    for i, (pair, point) in enumerate(points, 1):
         progress(f"{point.name} ({i} of {len(points)})")
-        twin.serve(point)
+        pair.serve(point)
 
 
 def _once(path: pathlib.Path, measure_ratio: Callable[[], float]) -> float:
-    """What was measured when the runs were made, also if they go on later."""
+    """Return the ratio in a file, or measure and write it; runs may go on later."""
     if not path.exists():
         write_json(path, measure_ratio())
     return float(json.loads(path.read_text()))
 
 
-def _moved(twins: Sequence[Twin], profile: CalibratedProfile) -> float:
-    """How long programs take alone now, over the profile; the median of all."""
-    engines = [twin.server.engine for twin in twins]
-    probes = grid(engines)
-    parts = measure(probes, 3, lambda e, w: run_alone(e, w)[0], lambda _: None)
+def _moved(pairs: Sequence[PairedRun], profile: CalibratedProfile) -> float:
+    """Return the median time of programs alone now, over the profile's."""
+    works = grid(pair.server.engine for pair in pairs)
+    measured = measure(works, 3, time_alone, lambda _: None)
     ratios: list[float] = []
-    for key, (engine, work) in probes.items():
-        known = step_times_of(profile, engine)
-        predicted_s = sum(known[part] for part in engine.part_keys(work))
-        measured_s = sum(typical_s(parts[key]))
-        ratios.append(measured_s / predicted_s)
+    for key, turns in measured.items():
+        if isinstance(key, StepKey):
+            profiled_s = sum(profile.layouts[key.layout].stages_s(key.program))
+        else:
+            profiled_s = profile.transfers[key.src, key.dst].time_s(key.blocks)
+        ratios.append(sum(typical_s(turns)) / profiled_s)
     return statistics.median(ratios)
 
 
@@ -244,10 +247,7 @@ def main() -> None:
     config = override(get_config(_CONFIG.value), given)
     config = override(config, _SET.value, _UNREAD)
     config = dataclasses.replace(config, durations="live")
-    factors, out = (
-        [float(text) for text in _FACTORS.value],
-        pathlib.Path(_OUT.value),
-    )
+    factors, out = [float(text) for text in _FACTORS.value], pathlib.Path(_OUT.value)
     result = run(config, _PROFILE.value, factors, out)
     text = report.text(result)
     write_text(out / "accuracy.txt", text + "\n")

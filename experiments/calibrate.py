@@ -1,4 +1,4 @@
-"""Measures the engine's steps and KV transfers, and fits a cost model to them.
+"""Measure the engine's steps and KV transfers, and fit a cost model to them.
 
     python -m experiments.calibrate
     python -m experiments.calibrate --model=smollm2-135m --out=runs/smollm2.json
@@ -11,22 +11,22 @@ decodes, and decodes, by tokens, rows and context; and every size of a transfer 
 two meshes. The simulator takes the measured median of a program, and the fit where a
 program was not measured (`experiments.accuracy`, `sim/cost/measured.py`).
 
-Two errors are printed, and are in the profile. Held out: random loads, on no grid, that
-were timed in the same rounds, against what the simulator predicts for them; with the
-aim. Left out: every fifth program in turn, against a fit of the others; by the form
-that the simulator uses (terms), and by DistServe's and a roofline's
-(`disagg_jax/calibration/fit.py`).
+Two errors are printed. Held out, which the profile keeps: random loads, on no grid,
+that were timed in the same rounds, against the simulator's predictions; with the aim.
+Left out: every fifth program in turn, against a fit of the others by the terms that the
+simulator uses (`disagg_jax/sim/cost/step_time_terms.py`).
 
-A few programs also run now and then between the others: probes, by which a later run
-can tell how much slower the machine has become
-(`disagg_jax/calibration/machine_speed.py`).
+A few programs, the probes, also run now and then between the others; by them a later
+run can tell how much slower the machine has become
+(`disagg_jax/calibration/machine_speed.py`). An accelerator of its own needs none:
+`--nospeed_probes`.
 
-Programs run alone. At the end each system serves `--requests` of the config's lengths:
-what the steps of a kind take there, over what they take alone, is printed as in
-service, and the simulator counts with it
+Programs run alone. At the end each system serves `--requests` of the config's lengths.
+The time of the steps of a kind there, over the time of their programs alone, is printed
+as in service, and the simulator multiplies by it
 (`experiments/accuracy_study/serving_factor.py`).
 
-With tp > 1 on host devices that would be contention, not speed.
+With tp > 1 on host devices the times would be contention, not speed.
 Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
 """
 
@@ -35,29 +35,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import statistics
 from collections.abc import Sequence
 
-from disagg_jax.calibration.fit import FORMS
-from disagg_jax.calibration.machine_speed import Speedometer, choose_probes
-from disagg_jax.calibration.measure import (
-    Progress,
-    drift,
-    fit_profile,
-    grid,
-    left_out_errors,
-    measure,
-    prediction_errors,
-    unseen,
-)
-from disagg_jax.calibration.profile_keys import TimeParts, device_name
+from disagg_jax.calibration.measure import calibrate, left_out_errors
+from disagg_jax.calibration.profile_keys import device_name
 from disagg_jax.deployment import Deployment
-from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import run_alone
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
-from disagg_jax.work import Task
-from experiments.accuracy_study.serving_factor import serve_each, with_service
+from experiments.accuracy_study.serving_factor import serve_each, with_serving_factors
 from experiments.cli import host_devices
 from experiments.cli.command import command, command_line, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once, expect_used
@@ -79,7 +64,7 @@ from experiments.sweep.serving import (
 from experiments.sweep.weights import load_model
 from models.config import ModelConfig
 
-# Mean relative errors for work that was not used (issue 6; facts/latency.md).
+# Mean relative errors for loads that the fit did not have.
 AIMS = {"prefill": 0.05, "decode": 0.03, "mixed": 0.07, "chunk": 0.07}
 
 FLAGS = Flags()
@@ -98,6 +83,9 @@ _REQUESTS = FLAGS.integer(
 )
 _MAX_DRIFT = FLAGS.float(
     "max_drift", 0.3, "How much slower the device may become while it is measured."
+)
+_SPEED_PROBES = FLAGS.boolean(
+    "speed_probes", True, "Run probes, which tell a shared machine's speed."
 )
 _SHOW = FLAGS.string("show", None, "Only print the errors of this profile.")
 _OUT = FLAGS.string("out", None, "The profile; default experiments/profiles/NAME.json.")
@@ -136,60 +124,8 @@ def on_deployments(config: Config, deployments: Sequence[str]) -> Config:
     return dataclasses.replace(config, systems=systems) if systems else config
 
 
-def calibrate(
-    engines: Sequence[Engine],
-    time_parts: TimeParts,
-    *,
-    name: str,
-    provenance: dict[str, str],
-    rounds: int,
-    count: int,
-    max_drift: float,
-    progress: Progress,
-) -> CalibratedProfile:
-    """Measures and fits.
-
-    Args:
-      time_parts: runs work alone; see `run_alone`.
-      count: random loads of each kind and instance that are held out.
-
-    Raises:
-      ValueError: if the device changed while it was measured.
-    """
-    model, memory = engines[0].config, engines[0].instances[0].model.memory
-    speedometer = Speedometer(choose_probes(engines), time_parts)
-
-    def watched(engine: Engine, work: Task) -> Sequence[float]:
-        speedometer.tick()
-        return time_parts(engine, work)
-
-    known, others = grid(engines), unseen(engines, count, seed=0)
-    # In the same rounds, or what the device does meanwhile would be held against the
-    # predictions.
-    everything = {**known, **dict(enumerate(others))}
-    found = measure(everything, rounds, watched, progress)
-    changed = drift(found.values())
-    if abs(changed - 1) > max_drift:
-        raise ValueError(
-            "the device changed while it was measured: expected at most "
-            f"{max_drift:.0%} between the first and the last rounds, got "
-            f"{changed - 1:+.0%}; run it again, or raise --max_drift"
-        )
-    profile = fit_profile(
-        {key: found[key] for key in known},
-        name=name,
-        block_tokens=memory.block_tokens,
-        block_bytes=model.kv_bytes_per_token * memory.block_tokens,
-        provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
-        probes=speedometer.medians_s(),
-    )
-    errors = prediction_errors(profile, others, [found[i] for i in range(len(others))])
-    held_out = {kind: statistics.fmean(map(abs, e)) for kind, e in errors.items()}
-    return dataclasses.replace(profile, held_out=held_out)
-
-
 def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, str]:
-    """What a profile is of, and how it was made."""
+    """Return what a profile is of, and how it was made."""
     now = environment()
     return {
         "model": model.name,
@@ -213,39 +149,43 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
 
 
 def table(profile: CalibratedProfile) -> str:
-    """The errors by kind, beside the aim."""
-    left_out = {form: left_out_errors(profile, form) for form in FORMS}
-    heads = (f"left out: {form}" for form in FORMS)
-    rows = [("kind", "held out", "aim", "", *heads)]
+    """Return the errors by kind, beside the aim."""
+    left_out = left_out_errors(profile)
+    rows = [("kind", "held out", "aim", "", "left out: terms")]
     for kind, error in sorted(profile.held_out.items()):
-        aim = AIMS.get(kind)
-        left = [left_out[form].get(kind) for form in FORMS]
+        aim, left = AIMS.get(kind), left_out.get(kind)
         rows.append(
             (
                 kind,
                 f"{error:.1%}",
                 f"<= {aim:.0%}" if aim else "",
                 "" if aim is None else "ok" if error <= aim else "MISSED",
-                *(f"{each:.1%}" if each is not None else "" for each in left),
+                f"{left:.1%}" if left is not None else "",
             )
         )
-    return "\n".join(align(rows, right=(1, *range(4, 4 + len(FORMS)))))
+    return "\n".join(align(rows, right=(1, 4)))
 
 
 def service_table(profile: CalibratedProfile) -> str:
-    """What steps take in serving over what they take alone, by layout and kind."""
+    """Return the serving factors by layout and kind."""
     rows = [("layout", "kind", "in service")]
     for (tp, pp), times in sorted(profile.layouts.items()):
-        for kind, factor in sorted(times.in_service.items()):
+        for kind, factor in sorted(times.serving_factor.items()):
             rows.append((f"tp{tp}pp{pp}", kind, f"{factor - 1:+.1%}"))
     return "\n".join(align(rows, right=(2,)))
 
 
-def run(config: Config, rounds: int, count: int, max_drift: float) -> CalibratedProfile:
-    """Builds the engines of all systems and measures them.
+def run(
+    config: Config,
+    rounds: int,
+    count: int,
+    max_drift: float,
+    speed_probes: bool = True,
+) -> CalibratedProfile:
+    """Build the engines of all systems and measure them.
 
     Raises:
-      ValueError, FileNotFoundError: on bad input or what does not fit, before any work.
+      ValueError, FileNotFoundError: on bad input or too little memory, before any work.
     """
     progress = progress_to_stderr()
     host_devices.provide(most_devices(config))
@@ -262,27 +202,27 @@ def run(config: Config, rounds: int, count: int, max_drift: float) -> Calibrated
     compile_engines(engines, progress)
     profile = calibrate(
         list(engines.values()),
-        lambda engine, work: run_alone(engine, work)[0],
         name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
         provenance=provenance_of(model.config, config, rounds),
         rounds=rounds,
         count=count,
         max_drift=max_drift,
         progress=progress,
+        speed_probes=speed_probes,
     )
     progress(f"serving {config.workload.num_requests} requests on each system")
     served = [
         serve_with(config, engine, config.systems[name].policies, {})
         for name, engine in engines.items()
     ]
-    return with_service(profile, serve_each(served, source, profile))
+    return with_serving_factors(profile, serve_each(served, source, profile))
 
 
 def show(path: str) -> str:
-    """The tables of a profile that is there.
+    """Return the tables of the profile in a file.
 
     Raises:
-      ValueError: if it is no profile.
+      ValueError: if the file is no profile.
     """
     try:
         profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
@@ -299,7 +239,10 @@ def main() -> None:
     asked = (_CONFIG, _MODEL, _DEPLOYMENT, _SET, _ROUNDS, _UNSEEN, _REQUESTS)
     shown = f"--show={_SHOW.value}"
     expect_used(
-        not _SHOW.value, *asked, _MAX_DRIFT, _OUT, expected="no --show", got=shown
+        not _SHOW.value,
+        *(*asked, _MAX_DRIFT, _SPEED_PROBES, _OUT),
+        expected="no --show",
+        got=shown,
     )
     if _SHOW.value:
         print(show(_SHOW.value))
@@ -321,7 +264,13 @@ def main() -> None:
         raise ValueError(f"--out: expected a file, got the folder '{file}'")
     folder = file.parent if file else pathlib.Path(__file__).parent / "profiles"
     with sole_use(folder):
-        profile = run(config, _ROUNDS.value, _UNSEEN.value, _MAX_DRIFT.value)
+        profile = run(
+            config,
+            _ROUNDS.value,
+            _UNSEEN.value,
+            _MAX_DRIFT.value,
+            _SPEED_PROBES.value,
+        )
         out = file or folder / f"{profile.name}.json"
         write_json(out, profile_to_json(profile))
     print(f"{table(profile)}\n\n{service_table(profile)}")

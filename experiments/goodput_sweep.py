@@ -18,7 +18,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from disagg_jax.calibration.works import check_step_times, measure_step_times
+from disagg_jax.calibration.step_times import check_step_times, measure_step_times
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES

@@ -1,22 +1,30 @@
-"""What `calibrate` does: the grid, the rounds, the fits and what they are off by."""
+"""What is measured for a profile, the profile from it, and how far it is off."""
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from disagg_jax.calibration.fit import fit_line, fit_programs, left_out_error
+from disagg_jax.calibration.machine_speed import SpeedProbe, choose_probes
 from disagg_jax.calibration.profile_keys import (
-    Probe,
+    EngineWork,
     StepKey,
     TimeParts,
     TransferKey,
     cost_of,
-    key_of,
+)
+from disagg_jax.calibration.timing import (
+    Progress,
+    Turn,
+    drift,
+    grid,
+    measure,
+    time_alone,
+    typical_s,
 )
 from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
@@ -30,30 +38,17 @@ from disagg_jax.sim.cost.measured import (
 )
 from disagg_jax.work import Step, Task, Transfer
 
-Key = TypeVar("Key")
-Progress = Callable[[str], None]
-Turn = Sequence[Sequence[float]]  # runs of one piece of work; seconds of its parts
 Parts = Sequence[tuple[int, int]]  # (start, count) of the slices of a step
-
-_TURNS = 3  # of decode steps and transfers in a round
+Samples = Mapping[StepKey | TransferKey, Sequence[Turn]]
 
 
 # -- what is measured ------------------------------------------------------------------
 
 
-def grid(engines: Iterable[Engine]) -> dict[StepKey | TransferKey, Probe]:
-    """Work that needs each program, and each size of a transfer, once."""
-    return {
-        key_of(engine, work): Probe(engine, work)
-        for engine in engines
-        for work in every_work(engine)
-    }
-
-
-def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[Probe]:
-    """`count` random pieces of work of each kind for each instance, on no grid."""
+def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[EngineWork]:
+    """Return `count` random works of each kind for each instance, on no grid."""
     rng = np.random.default_rng(seed)
-    probes: list[Probe] = []
+    works: list[EngineWork] = []
     for engine in engines:
         for i, instance in enumerate(engine.instances):
             memory = instance.model.memory
@@ -61,17 +56,17 @@ def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[Probe]:
             limits = _Limits(min(memory.max_context, most), most, rng)
             for parts in limits.steps(instance.buckets, count):
                 step = Step.of(0, i, slices_of(parts, memory))
-                probes.append(Probe(engine, step))
+                works.append(EngineWork(engine, step))
         transfers = [w for w in every_work(engine) if isinstance(w, Transfer)]
         for i in rng.choice(len(transfers), count) if transfers else ():
-            probes.append(Probe(engine, _shortened(engine, transfers[i], rng)))
-    return probes
+            works.append(EngineWork(engine, _shortened(engine, transfers[i], rng)))
+    return works
 
 
 def _shortened(
     engine: Engine, transfer: Transfer, rng: np.random.Generator
 ) -> Transfer:
-    """A transfer of some of the blocks."""
+    """Return a transfer of some of the blocks."""
     n = int(rng.integers(1, len(transfer.src_blocks), endpoint=True))
     blocks = transfer.src_blocks[:n]
     tokens = n * engine.instances[transfer.src].model.memory.block_tokens
@@ -85,11 +80,11 @@ class _Limits:
     """Random steps of an instance, each as (start, count) of its slices."""
 
     longest: int  # tokens of a request
-    pool: int  # tokens of all
+    pool: int  # tokens of all requests
     rng: np.random.Generator
 
     def steps(self, buckets: Buckets, count: int) -> Iterator[Parts]:
-        """`count` of each kind that there are programs for."""
+        """Yield `count` steps of each kind that there are programs for."""
         mixed = buckets.mixed
         for _ in range(count):
             if buckets.decode:
@@ -110,128 +105,106 @@ class _Limits:
 
     def _decodes(self, most: int) -> Parts:
         n = self._upto(most)
-        # Room for a chunk beside them, where there is any.
+        # Leave room for a chunk beside the decodes, if there is any.
         room = (self.pool - self.longest) // n
         longest = self._upto(max(2, min(self.longest, room)), 2)
         return [(self._upto(longest - 1), 1) for _ in range(n)]
 
     def _prompts(self, tokens: int, most: int) -> Parts:
-        """Prompts of `tokens` tokens together, but none longer than the longest."""
+        """Return prompts of `tokens` in all, or less if some would be too long."""
         rows = self._upto(min(most, tokens))
         cuts = np.sort(self.rng.choice(tokens - 1, rows - 1, replace=False)) + 1
         lengths = np.diff([0, *cuts.tolist(), tokens]).tolist()
         return [(0, min(n, self.longest)) for n in lengths]
 
     def _chunk(self, most: int) -> tuple[int, int]:
-        """(start, count) of a part of a prompt."""
+        """Return (start, count) of a part of a prompt."""
         count = self._upto(min(most, self.longest), 2)
         return self._upto(self.longest - count, 0), count
 
 
-def measure(
-    probes: Mapping[Key, Probe],
-    rounds: int,
-    time_parts: TimeParts,
-    progress: Progress,
-) -> dict[Key, list[Turn]]:
-    """Times each probe in so many rounds; see `typical_s`.
-
-    The rounds go over all probes, so that a slow moment of the machine falls on
-    different ones in different rounds; each in an order of its own, so that what ran
-    before does not stay the same. What is short, and so varies most, has `_TURNS` turns
-    in a round. One round before is the warm-up.
-
-    In its turn a step runs three times: the first finds the caches cold, as a step does
-    that follows one of another kind. A transfer always follows other work, so it runs
-    once: those of m32 take twice as long then, and more.
-    """
-    found: dict[Key, list[Turn]] = {key: [] for key in probes}
-    turns = [key for key, probe in probes.items() for _ in range(_turns(probe.work))]
-    for i in range(rounds + 1):
-        progress(f"timing {len(probes)} pieces of work, round {i} of {rounds}")
-        for n in np.random.default_rng(i).permutation(len(turns)).tolist():
-            probe = probes[turns[n]]
-            times = 3 if isinstance(probe.work, Step) else 1
-            runs = [time_parts(*probe) for _ in range(times)]
-            if i:
-                found[turns[n]].append(runs)
-    return found
+# -- the profile -----------------------------------------------------------------------
 
 
-def _turns(work: Task) -> int:
-    """In a round."""
-    return 1 if isinstance(work, Step) and work.load.chunks else _TURNS
-
-
-def typical_s(turns: Sequence[Turn]) -> tuple[float, ...]:
-    """Seconds of each part: the median over the turns, the mean over a turn's runs.
-
-    In this order: then a slow moment of the machine counts in no run.
-    """
-    return tuple(
-        statistics.fmean(statistics.median(run) for run in zip(*part, strict=True))
-        for part in zip(*(zip(*runs, strict=True) for runs in turns), strict=True)
-    )
-
-
-def drift(samples: Iterable[Sequence[Turn]]) -> float:
-    """How much longer work took in the last third of its turns than in the first.
-
-    The median over all pieces of work; 1 is not at all.
-    """
-    ratios: list[float] = []
-    for turns in samples:
-        n = max(1, len(turns) // 3)
-        first, last = (sum(typical_s(part)) for part in (turns[:n], turns[-n:]))
-        ratios.append(last / first)
-    return statistics.median(ratios)
-
-
-# -- what is made of it ----------------------------------------------------------------
-
-
-def fit_profile(
-    samples: Mapping[StepKey | TransferKey, Sequence[Turn]],
+def calibrate(
+    engines: Sequence[Engine],
+    time_parts: TimeParts = time_alone,
     *,
     name: str,
-    block_tokens: int,
-    block_bytes: int,
     provenance: Mapping[str, str],
-    probes: Mapping[Layout, Mapping[StepShape, float]],
+    rounds: int,
+    count: int,
+    max_drift: float,
+    progress: Progress = lambda _: None,
+    speed_probes: bool = True,
 ) -> CalibratedProfile:
-    """What was measured took typically, and fits for what was not.
+    """Measure the programs and transfers of engines, and fit a profile to them.
 
     Args:
-      probes: what `Speedometer.medians_s` found meanwhile.
+      count: random loads of each kind and instance that are held out.
+      max_drift: share by which the device may change its speed meanwhile.
+      speed_probes: whether probes run between the programs; see `machine_speed`.
+
+    Raises:
+      ValueError: if the device changed its speed by more than `max_drift`.
     """
+    model, memory = engines[0].config, engines[0].instances[0].model.memory
+    probe = SpeedProbe(choose_probes(engines) if speed_probes else {}, time_parts)
+
+    def watched(engine: Engine, work: Task) -> Sequence[float]:
+        probe.tick()
+        return time_parts(engine, work)
+
+    known, others = grid(engines), unseen(engines, count, seed=0)
+    # Time both sets in the same rounds; otherwise machine drift would count as
+    # prediction error.
+    works = {**known, **dict(enumerate(others))}
+    found = measure(works, rounds, watched, progress)
+    changed = drift(found.values())
+    if abs(changed - 1) > max_drift:
+        raise ValueError(
+            "the device changed while it was measured: expected at most "
+            f"{max_drift:.0%} between the first and the last rounds, got "
+            f"{changed - 1:+.0%}; run it again, or raise --max_drift"
+        )
+    samples = {key: found[key] for key in known}
+    profile = CalibratedProfile(
+        name=name,
+        block_tokens=memory.block_tokens,
+        block_bytes=model.kv_bytes_per_token * memory.block_tokens,
+        layouts=_layouts(samples),
+        transfers=_transfers(samples),
+        provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
+        held_out={},
+        probes=probe.medians_s(),
+    )
+    turns = [found[i] for i in range(len(others))]
+    held_out = held_out_errors(profile, others, turns)
+    return dataclasses.replace(profile, held_out=held_out)
+
+
+def _layouts(samples: Samples) -> dict[Layout, LayoutTimes]:
+    """Return the typical time of each measured program, and fits for others."""
     steps: dict[Layout, dict[StepShape, tuple[float, ...]]] = {}
-    moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
     for key, turns in samples.items():
         if isinstance(key, StepKey):
             steps.setdefault(key.layout, {})[key.program] = typical_s(turns)
-        else:
+    return {
+        layout: LayoutTimes(layout[1], measured, _fits(layout[1], measured))
+        for layout, measured in steps.items()
+    }
+
+
+def _transfers(samples: Samples) -> dict[tuple[Layout, Layout], TransferTimes]:
+    """Return the typical time of each size of a transfer, and fits for others."""
+    moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
+    for key, turns in samples.items():
+        if isinstance(key, TransferKey):
             pair = moves.setdefault((key.src, key.dst), {})
             pair[key.blocks] = sum(typical_s(turns))
-    return CalibratedProfile(
-        name=name,
-        block_tokens=block_tokens,
-        block_bytes=block_bytes,
-        layouts={
-            layout: LayoutTimes(
-                layout[1],
-                measured,
-                _fits(layout[1], measured),
-                probes.get(layout, {}),
-            )
-            for layout, measured in steps.items()
-        },
-        transfers={
-            pair: TransferTimes(sizes, *fit_line(sizes))
-            for pair, sizes in moves.items()
-        },
-        provenance=provenance,
-        held_out={},
-    )
+    return {
+        pair: TransferTimes(sizes, *fit_line(sizes)) for pair, sizes in moves.items()
+    }
 
 
 def _fits(
@@ -250,30 +223,29 @@ def _stage(
     return {p: parts[stage] for p, parts in measured.items() if p.kind == kind}
 
 
-# -- what it is off by -----------------------------------------------------------------
+# -- how far it is off -----------------------------------------------------------------
 
 
-def prediction_errors(
+def held_out_errors(
     profile: CalibratedProfile,
-    probes: Sequence[Probe],
+    works: Sequence[EngineWork],
     samples: Sequence[Sequence[Turn]],
-) -> dict[str, list[float]]:
-    """By kind, predicted over measured seconds less 1, of each probe.
+) -> dict[str, float]:
+    """Return by kind the mean relative error of the predicted times.
 
     A kind is prefill, decode, mixed, chunk (of a prompt alone) or transfer.
     """
     errors: dict[str, list[float]] = {}
-    costs = {id(probe.engine): cost_of(profile, probe.engine) for probe in probes}
-    for i, (engine, work) in enumerate(probes):
-        cost = costs[id(engine)]
-        measured_s = sum(typical_s(samples[i]))
+    costs = {id(engine): cost_of(profile, engine) for engine, _ in works}
+    for (engine, work), turns in zip(works, samples, strict=True):
+        cost, measured_s = costs[id(engine)], sum(typical_s(turns))
         if isinstance(work, Transfer):
             kind, predicted_s = "transfer", cost.hop(work).duration_s
         else:
             kind = _kind(engine, work)
             predicted_s = sum(cost.stages_s(work.instance, work.load))
-        errors.setdefault(kind, []).append(predicted_s / measured_s - 1)
-    return errors
+        errors.setdefault(kind, []).append(abs(predicted_s / measured_s - 1))
+    return {kind: statistics.fmean(each) for kind, each in errors.items()}
 
 
 def _kind(engine: Engine, step: Step) -> str:
@@ -284,18 +256,13 @@ def _kind(engine: Engine, step: Step) -> str:
     return "chunk" if kind == "mixed" and not step.load.decodes else kind
 
 
-def left_out_errors(
-    profile: CalibratedProfile, form: str = "terms"
-) -> dict[str, float | None]:
-    """By kind, how far a form of `fit.FORMS` is off for programs it was not given.
-
-    The mean over layouts and stages.
-    """
+def left_out_errors(profile: CalibratedProfile) -> dict[str, float | None]:
+    """Return by kind the mean of `left_out_error` over layouts and stages."""
     found: dict[str, list[float | None]] = {}
     for (_, pp), times in profile.layouts.items():
         for kind in times.fits:
             found.setdefault(kind, []).extend(
-                left_out_error(_stage(times.measured, kind, i), form) for i in range(pp)
+                left_out_error(_stage(times.measured, kind, i)) for i in range(pp)
             )
     means: dict[str, float | None] = {}
     for kind, errors in found.items():

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 
-from disagg_jax.calibration.works import every_work
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import StepShape
@@ -39,8 +38,8 @@ class TransferKey(NamedTuple):
     blocks: int  # padding included
 
 
-class Probe(NamedTuple):
-    """Work to be timed."""
+class EngineWork(NamedTuple):
+    """Work for one engine."""
 
     engine: Engine
     work: Task
@@ -93,26 +92,8 @@ def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
     """Return the durations of an engine's deployment.
 
     Raises:
-      ValueError: on a layout or block size without measurement.
+      ValueError: on a layout, a pair of layouts or a block size without measurement.
     """
     buckets = [instance.buckets for instance in engine.instances]
     memory = [instance.model.memory for instance in engine.instances]
     return profile.cost(engine.deployment, buckets, memory)
-
-
-def step_times_of(profile: CalibratedProfile, engine: Engine) -> dict[str, float]:
-    """Return the seconds of every program of an engine, as `measure_step_times` does.
-
-    Raises:
-      ValueError: on a layout or block size without measurement.
-    """
-    cost_of(profile, engine)  # raises
-    seconds: dict[str, float] = {}
-    for work in every_work(engine):
-        key = key_of(engine, work)
-        if isinstance(key, StepKey):
-            parts_s = profile.layouts[key.layout].stages_s(key.program)
-        else:
-            parts_s = (profile.transfers[key.src, key.dst].time_s(key.blocks),)
-        seconds.update(zip(engine.part_keys(work), parts_s, strict=True))
-    return seconds

@@ -1,0 +1,1 @@
+"""The engine and the simulator on the same requests, and their comparison."""

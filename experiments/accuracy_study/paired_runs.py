@@ -1,34 +1,31 @@
-"""One system twice, on the engine and in the simulator, on the same requests."""
+"""One system on the engine and in the simulator, on the same requests."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from disagg_jax import metrics
-from disagg_jax.calibration.decision_agreement import (
-    Agreement,
-    MeasuredCost,
-    Slowdown,
-    StepTime,
-    agreement,
-    step_times,
-)
-from disagg_jax.calibration.machine_speed import Speedometer
-from disagg_jax.calibration.profile_keys import Probe, StepKey, cost_of
-from disagg_jax.engine.executor import run_alone
+from disagg_jax.calibration.decision_agreement import Agreement, agreement
+from disagg_jax.calibration.machine_speed import Slowdown, SpeedProbe
+from disagg_jax.calibration.profile_keys import EngineWork, StepKey, cost_of
 from disagg_jax.engine.served_deployment import ServedDeployment
-from disagg_jax.metrics import SLO, estimate
+from disagg_jax.metrics.attainment import SLO
+from disagg_jax.metrics.goodput import estimate
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.rates import SearchPlan, search
+from disagg_jax.sim.cost.linear import DeploymentCost
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
+from disagg_jax.sim.cost.measured_run import MeasuredCost, step_kind, step_load
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.work import StepLoad
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
 
@@ -43,7 +40,7 @@ class Compared:
 
     rate_rps: float
     engine: Sequence[Mapping[str, Any]]  # `summarise`, and the machine's `Slowdown`
-    simulated: Sequence[Mapping[str, Any]]  # on a machine that is slowed down so
+    simulated: Sequence[Mapping[str, Any]]  # on a machine with that `Slowdown`
     # Attainment, simulated with the profile's durations as they are.
     profiled: Sequence[float]
     # Attainment, simulated with the durations that the engine had.
@@ -52,22 +49,22 @@ class Compared:
     agreements: Sequence[Agreement]
 
     def mean(self, side: str, key: str) -> float:
-        """A metric's mean over the seeds, on one side."""
+        """Return a metric's mean over the seeds, on one side."""
         return statistics.fmean(run[key] for run in getattr(self, side))
 
     @property
     def difference(self) -> float:
-        """Attainment, simulated less engine."""
+        """Simulated attainment less the engine's."""
         return self.mean("simulated", "attainment") - self.mean("engine", "attainment")
 
     @property
     def difference_as_profiled(self) -> float:
-        """The same without what the machine's speed explains."""
+        """`difference`, if the simulated machine is not slowed down."""
         return statistics.fmean(self.profiled) - self.mean("engine", "attainment")
 
     @property
     def by_durations(self) -> float:
-        """What of `difference` goes with the profile's durations; the rest stays."""
+        """The part of `difference` that the profile's durations cause."""
         with_engines = statistics.fmean(self.measured)
         return self.mean("simulated", "attainment") - with_engines
 
@@ -76,18 +73,42 @@ class Compared:
         return abs(self.difference) <= self.allowed
 
     def slowdown(self, kind: str) -> float:
-        """Of the machine since the profile was taken; kind is decode or prompt."""
+        """Return the machine's mean slowdown for a kind: decode or prompt."""
         return statistics.fmean(
             statistics.fmean(run["slowdown"][kind]) for run in self.engine
         )
 
     def relative(self, key: str) -> float:
-        """How far the simulated metric is off."""
+        """Return the relative error of a simulated metric."""
         return self.mean("simulated", key) / self.mean("engine", key) - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Twin:
+class PredictedStep(NamedTuple):
+    """A step of a run on one pipeline stage, beside its predicted time."""
+
+    instance: int
+    load: StepLoad
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def kind(self) -> str:
+        return step_kind(self.load)
+
+
+def predicted_steps(
+    occupancy: Occupancy, cost: DeploymentCost, slowdown: Slowdown
+) -> Iterator[PredictedStep]:
+    """Yield every step of a run, beside the time that `cost` predicts."""
+    for use in occupancy.stages:
+        load, instance = step_load(use.step), use.step.instance
+        predicted_s = cost.stages_s(instance, load)[use.stage]
+        predicted_s *= slowdown.factor(load, use.step.id - 1)
+        yield PredictedStep(instance, load, use.end_s - use.start_s, predicted_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairedRun:
     """A system on an engine, and simulated by a profile of it."""
 
     name: str
@@ -96,68 +117,57 @@ class Twin:
     slo: SLO
     seeds: int
     profile: CalibratedProfile
-    cost: CalibratedCost
     run_dir: RunDir
-    # That run between the engine's steps and tell the machine's speed.
-    probes: Mapping[StepKey, Probe]
+    # Programs that run between the engine's steps and tell the machine's speed.
+    probes: Mapping[StepKey, EngineWork]
 
-    @classmethod
-    def of(
-        cls,
-        name: str,
-        server: ServedDeployment,
-        source: RequestSource,
-        slo: SLO,
-        seeds: int,
-        profile: CalibratedProfile,
-        run_dir: RunDir,
-        probes: Mapping[StepKey, Probe],
-    ) -> Twin:
-        cost = cost_of(profile, server.engine)
-        return cls(name, server, source, slo, seeds, profile, cost, run_dir, probes)
+    @functools.cached_property
+    def cost(self) -> CalibratedCost:
+        """The durations of the profile."""
+        return cost_of(self.profile, self.server.engine)
 
     # -- engine ---------------------------------------------------------------------
 
     def serve(self, point: Point) -> None:
-        """Runs the engine, unless that was done before."""
+        """Run the engine, unless that was done before."""
         if self.run_dir.has(point):
             return
         requests = self.source(point.rate_rps, point.replica)
-        speedometer = Speedometer(self.probes, lambda e, work: run_alone(e, work)[0])
+        speed = SpeedProbe(self.probes)
         log = EventLog()
-        observed = dataclasses.replace(self.server, around=speedometer.around)
+        observed = dataclasses.replace(self.server, around=speed.around)
         run = observed.run(requests, observer=log)
         rows = [
             {"request_id": t.request.id, "token_s": t.token_s} for t in run.timelines
         ]
-        slowdown = dataclasses.asdict(speedometer.slowdown(self.profile))
+        slowdown = dataclasses.asdict(speed.slowdown(self.profile))
         found = {**self._summary(run.timelines), "slowdown": slowdown}
         self.run_dir.save(point, found, rows, log.lines)
 
     def slowdown(self, point: Point) -> Slowdown:
-        """Of the machine in a run, since the profile was taken."""
+        """Return the slowdown of the machine in a run of the engine."""
         return Slowdown(**self.run_dir.load(point)["slowdown"])
 
     def points(self, rate_rps: float) -> list[Point]:
-        """A run for each seed."""
+        """Return a run for each seed."""
         return [Point(self.name, rate_rps, replica) for replica in range(self.seeds)]
 
     def again(self, rates: Sequence[float]) -> Point:
-        """The first seed's run at the middle rate, once more."""
+        """Return the repetition of the first seed's run at the middle rate."""
         return Point(f"{self.name}-again", rates[len(rates) // 2], 0)
 
     def repeated(self, rates: Sequence[float]) -> float:
-        """How much attainment differs between two runs of the same requests."""
+        """Return the attainment of that repetition less that of the run."""
         again = self.again(rates)
         runs = (again, dataclasses.replace(again, system=self.name))
         second, first = (self.run_dir.load(run)["attainment"] for run in runs)
         return second - first
 
-    def step_times(self, points: Iterable[Point]) -> Iterator[StepTime]:
-        """What every step took in runs of the engine, and what was predicted."""
+    def predicted_steps(self, points: Iterable[Point]) -> Iterator[PredictedStep]:
+        """Yield every step of runs of the engine, beside its predicted time."""
         for point in points:
             occupancy, slowdown = self._occupancy(point), self.slowdown(point)
-            yield from step_times(occupancy, self.cost, slowdown)
+            yield from predicted_steps(occupancy, self.cost, slowdown)
 
     def _occupancy(self, point: Point) -> Occupancy:
         return read_occupancy(self.server.deployment, self.run_dir.events(point))
@@ -166,10 +176,10 @@ class Twin:
 
     @property
     def simulated(self) -> SimulatedDeployment:
-        """The same policies and memory with the profile's durations.
+        """The system with the profile's durations.
 
-        Decisions are compared, and spans would be others. Blocks are where the engine
-        has them, which decides its programs.
+        Without spans, since decisions are compared. Blocks are placed as the engine
+        places them, since placement decides its programs.
         """
         return SimulatedDeployment(
             deployment=self.server.deployment,
@@ -181,17 +191,17 @@ class Twin:
         )
 
     def requests(self, rate_rps: float, replica: int) -> list[Request]:
-        """Those of the engine, without their tokens."""
+        """Return the engine's requests, without their tokens."""
         found = self.source(rate_rps, replica)
         return [dataclasses.replace(request, prompt=None) for request in found]
 
     def attainments(self, rate_rps: float) -> list[float]:
-        """Simulated, of each seed."""
+        """Return the simulated attainment of each seed."""
         runs = (self.simulated.run(self.requests(rate_rps, i)) for i in self._replicas)
         return [metrics.attainment(run.timelines, self.slo).joint for run in runs]
 
     def knee_rps(self, target: float) -> float:
-        """The simulated goodput."""
+        """Return the simulated goodput."""
         tried: dict[float, Sequence[float]] = {}
 
         def evaluate(rate_rps: float) -> Sequence[float]:
@@ -205,7 +215,7 @@ class Twin:
     # -- both -----------------------------------------------------------------------
 
     def compare(self, rate_rps: float) -> Compared:
-        """The runs of the engine at a rate, which must be done, and their twins."""
+        """Compare the engine's runs at a rate, which must be done, with simulations."""
         simulated: list[Mapping[str, Any]] = []
         measured: list[float] = []
         agreements: list[Agreement] = []
@@ -236,7 +246,7 @@ class Twin:
         )
 
     def _change(self, rate_rps: float) -> float:
-        """Of the attainment, simulated, where the rate changes as far as it may."""
+        """Return how much simulated attainment changes over `RATE_CHANGE`."""
         around = (1 - RATE_CHANGE, 1 + RATE_CHANGE)
         low, high = (statistics.fmean(self.attainments(rate_rps * f)) for f in around)
         return abs(high - low)

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from disagg_jax.calibration.decision_agreement import StepTime
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate, estimate
 from disagg_jax.metrics.intervals import margin, rate_interval
 from disagg_jax.sim.cost.measured import CalibratedProfile
-from experiments.accuracy_study.paired_runs import Compared, Twin
+from experiments.accuracy_study.paired_runs import Compared, PairedRun, PredictedStep
 from experiments.configs.config import Config
 from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
@@ -51,7 +50,7 @@ class SystemAccuracy:
     simulated: GoodputEstimate
     profiled: GoodputEstimate  # simulated with the profile's durations as they are
     steps: Mapping[str, StepErrors]
-    shown: Sequence[StepTime]  # some of them
+    shown: Sequence[PredictedStep]  # some of them
     again: float  # attainment of the engine's second run less the first's, same seed
 
     @property
@@ -110,7 +109,7 @@ class Result:
 
 
 def compare(
-    twins: Sequence[Twin],
+    pairs: Sequence[PairedRun],
     rates: Mapping[str, Sequence[float]],
     *,
     target: float,
@@ -120,8 +119,8 @@ def compare(
 ) -> Result:
     """What the runs, which must be done, show."""
     return Result(
-        systems={twin.name: _system(twin, rates[twin.name], target) for twin in twins},
-        slo=twins[0].slo,
+        systems={pair.name: _system(pair, rates[pair.name], target) for pair in pairs},
+        slo=pairs[0].slo,
         target=target,
         num_requests=config.workload.num_requests,
         seeds=config.num_seeds,
@@ -131,19 +130,19 @@ def compare(
     )
 
 
-def _system(twin: Twin, rates: Sequence[float], target: float) -> SystemAccuracy:
-    compared = [twin.compare(rate) for rate in rates]
+def _system(pair: PairedRun, rates: Sequence[float], target: float) -> SystemAccuracy:
+    compared = [pair.compare(rate) for rate in rates]
 
     def goodput(of: Callable[[Compared], Sequence[float]]) -> GoodputEstimate:
         return estimate({c.rate_rps: of(c) for c in compared}, target)
 
-    points = [point for rate in rates for point in twin.points(rate)]
-    by_kind: dict[str, list[StepTime]] = {}
-    for step in twin.step_times(points):
+    points = [point for rate in rates for point in pair.points(rate)]
+    by_kind: dict[str, list[PredictedStep]] = {}
+    for step in pair.predicted_steps(points):
         by_kind.setdefault(step.kind, []).append(step)
     return SystemAccuracy(
-        deployment=str(twin.server.deployment),
-        devices=twin.server.deployment.devices,
+        deployment=str(pair.server.deployment),
+        devices=pair.server.deployment.devices,
         rates=compared,
         engine=goodput(lambda c: [run["attainment"] for run in c.engine]),
         simulated=goodput(lambda c: [run["attainment"] for run in c.simulated]),
@@ -152,11 +151,11 @@ def _system(twin: Twin, rates: Sequence[float], target: float) -> SystemAccuracy
         shown=[
             s for steps in by_kind.values() for s in steps[:: len(steps) // _SHOWN + 1]
         ],
-        again=twin.repeated(rates),
+        again=pair.repeated(rates),
     )
 
 
-def _errors(steps: Sequence[StepTime]) -> StepErrors:
+def _errors(steps: Sequence[PredictedStep]) -> StepErrors:
     measured_s = np.array([step.measured_s for step in steps])
     predicted_s = np.array([step.predicted_s for step in steps])
     errors = np.abs(predicted_s / measured_s - 1)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 
-from disagg_jax.calibration.works import measure_step_times
+from disagg_jax.calibration.step_times import measure_step_times
 from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine

@@ -7,18 +7,16 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from disagg_jax.calibration.fit import (
-    FORMS,
     fit,
     fit_line,
     fit_programs,
-    fit_roofline,
     left_out_error,
 )
 from disagg_jax.deployment import KVMemory
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 
 
 def scipys(rows, seconds):
@@ -61,7 +59,7 @@ def test_the_fit_of_a_grid_predicts_as_the_best_does(policy):
     rng = np.random.default_rng(0)
     for kind in sorted({shape.kind for shape in shapes}):
         programs = [shape for shape in shapes if shape.kind == kind]
-        rows = np.array([terms.values(program) for program in programs])
+        rows = np.array([step_time_terms.values(program) for program in programs])
         seconds = rows @ rng.lognormal(size=rows.shape[1])
         seconds *= rng.lognormal(sigma=0.05, size=len(rows))
         found = fit_programs(dict(zip(programs, seconds, strict=True)))
@@ -86,7 +84,7 @@ def test_a_line_and_terms_that_nothing_has():
 def test_a_program_that_the_form_does_not_fit_shows_when_it_is_left_out():
     sizes = [(B, P) for B in (1, 4, 16) for P in (16, 64, 96, 256)]
     programs = [StepShape("decode", B, B, 0, B, P) for B, P in sizes]
-    exact = {p: terms.time_s(p, (1.0, 0.5, 0.1, 0.01)) for p in programs}
+    exact = {p: step_time_terms.time_s(p, (1.0, 0.5, 0.1, 0.01)) for p in programs}
     assert left_out_error(exact) == pytest.approx(0.0, abs=1e-6)
     outlier = {**exact, programs[5]: 3 * exact[programs[5]]}
     # It alone is two thirds off, a twelfth of all; and the others are because of it.
@@ -94,47 +92,3 @@ def test_a_program_that_the_form_does_not_fit_shows_when_it_is_left_out():
     assert error is not None and error > 0.6 / 12
     assert left_out_error({p: exact[p] for p in programs[:9]}) is None
     assert left_out_error({p: exact[p] for p in programs[:10]}) is not None
-
-
-SIZES = [(B, P) for B in (1, 4, 16, 64) for P in (16, 64, 96, 256)]
-DECODES = [StepShape("decode", B, B, 0, B, P) for B, P in SIZES]
-PROMPTS = [
-    StepShape("prefill", T, 1) for T in (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
-]
-# Each form's own truth, in its own terms; a roofline bends in the middle of the grid.
-TRUTHS = {
-    "terms": lambda p: terms.time_s(p, (1.0, 0.5, 0.1, 0.01)),
-    "distserve": lambda p: 1.0 + 0.5 * p.decodes + 0.1 * p.blocks,
-    "roofline": lambda p: 0.2 + max(0.5 * p.decodes, 4.0 + 0.05 * p.blocks),
-}
-
-
-@pytest.mark.parametrize("truth", TRUTHS)
-def test_the_form_that_is_true_is_the_one_that_fits(truth):
-    seconds = {program: TRUTHS[truth](program) for program in DECODES}
-    errors = {form: left_out_error(seconds, form) for form in FORMS}
-    assert errors[truth] < 2e-3  # descent stops a little short
-    # DistServe's form is one of ours: then both fit.
-    others = set(FORMS) - {truth, *(["terms"] if truth == "distserve" else [])}
-    for other in others:
-        assert errors[other] > 2e-2, other
-
-
-def test_a_roofline_of_prompts_finds_what_streaming_takes():
-    # Weights take 3 until T compute takes longer; the constant is 0.5.
-    seconds = {p: 0.5 + max(3.0, 0.04 * p.tokens) for p in PROMPTS}
-    predict = fit_roofline(seconds)
-    assert predict(StepShape("prefill", 48, 1)) == pytest.approx(3.5, rel=2e-3)
-    assert predict(StepShape("prefill", 1024, 1)) == pytest.approx(41.46, rel=1e-2)
-
-
-def test_every_form_fits_steps_with_chunks():
-    """Of sizes that differ in all terms, a sum that all three have: 1 and T."""
-    rng = np.random.default_rng(0)
-    sizes = rng.integers(1, 64, size=(20, 5)).tolist()
-    mixed = {StepShape("mixed", *each): 1.0 + 0.1 * each[0] for each in sizes}
-    for form in ("terms", "distserve"):
-        assert left_out_error(mixed, form) == pytest.approx(0.0, abs=1e-6)
-    # Which memory hides under the computing is open, so only what it was given.
-    predict = fit_roofline(mixed)
-    assert max(abs(predict(p) / time_s - 1) for p, time_s in mixed.items()) < 5e-3

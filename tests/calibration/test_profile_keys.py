@@ -11,9 +11,9 @@ from disagg_jax.calibration.profile_keys import (
     cost_of,
     key_of,
     read_profile,
-    step_times_of,
 )
-from disagg_jax.calibration.works import check_step_times, every_work
+from disagg_jax.calibration.step_times import check_step_times, step_times_of
+from disagg_jax.calibration.works import every_work
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -140,7 +140,7 @@ def test_an_engine_is_measured_and_its_profile_used(
     assert set(profile.held_out) == {"prefill", "decode", "transfer"}
     (times,) = profile.layouts.values()
     assert all(0 < seconds < 10 for (seconds,) in times.measured.values())
-    assert set(times.in_service) == {"prefill", "decode"}
+    assert set(times.serving_factor) == {"prefill", "decode"}
     assert profile.block_bytes == 16 * TINY.kv_bytes_per_token
     again = read_profile(write(tmp_path / "p.json", profile), TINY)
     engine = build_engine(config, pair, random_model, {})

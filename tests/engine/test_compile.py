@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from disagg_jax.calibration import works
-from disagg_jax.calibration.works import check_step_times, measure_step_times
+from disagg_jax.calibration import timing
+from disagg_jax.calibration.step_times import check_step_times, measure_step_times
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.executor import (
@@ -133,7 +133,7 @@ def test_step_times_cover_all_that_serving_looks_up(world):
     engine = world.engine("prefill:tp1,decode:tp1", buckets=SEVERAL)
     rounds = []
     table = measure_step_times([engine], repeats=2, progress=rounds.append)
-    assert len(rounds) == 2 and all(time_s > 0 for time_s in table.values())
+    assert len(rounds) == 1 + 2 and all(time_s > 0 for time_s in table.values())
     assert set(table) == {
         *(f"tp1/{shape}" for shape in SEVERAL.step_shapes),
         *(f"tp1->tp1/transfer_{size}" for size in SEVERAL.transfer_blocks),
@@ -159,7 +159,7 @@ def test_what_ran_before_is_not_in_a_step_time(world, monkeypatch):
         ran.append(work)
         return [5.0 if cold and isinstance(work, Step) else 1.0], None
 
-    monkeypatch.setattr(works, "run_alone", five_times_as_long_after_another)
+    monkeypatch.setattr(timing, "run_alone", five_times_as_long_after_another)
     table = measure_step_times([engine], repeats=3)
     assert set(table.values()) == {1.0}
     each_once = [work for work, _ in itertools.groupby(ran)]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from disagg_jax.calibration.works import measure_step_times
+from disagg_jax.calibration.step_times import measure_step_times
 from disagg_jax.control.run import StepTotals
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone

@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 
+from disagg_jax.calibration.measure import calibrate
 from disagg_jax.calibration.profile_keys import TransferKey, key_of
 from disagg_jax.engine.engine import Engine
-from disagg_jax.sim.cost import terms
-from experiments import calibrate
+from disagg_jax.sim.cost import step_time_terms
 from experiments.configs.config import Config, System
 from experiments.sweep.serving import build_engines
 from experiments.sweep.weights import Model
@@ -50,7 +50,7 @@ CONFIG = Config(
         "stages": System.of("sarathi", "colocated:tp1pp2", colocated=seqs(16)),
     }
 )
-# Of each stage, by kind; see `terms.TERMS`. No prefill instance has two.
+# Of each stage, by kind; see `step_time_terms.TERMS`. No prefill instance has two.
 TRUE = (
     {
         "prefill": (2e-3, 3e-5, 4e-9, 2e-5, 1e-5, 0.0, 2e-5, 0.0),
@@ -66,7 +66,7 @@ TRUE = (
 
 def true_s(program, pp=1):
     """Seconds on each stage."""
-    return [terms.time_s(program, stage[program.kind]) for stage in TRUE[:pp]]
+    return [step_time_terms.time_s(program, stage[program.kind]) for stage in TRUE[:pp]]
 
 
 def device(noise=0.0):
@@ -104,4 +104,4 @@ def calibrated(engines, time_parts, **changes):
         max_drift=0.3,
         progress=lambda message: None,
     )
-    return calibrate.calibrate(list(engines), time_parts, **{**options, **changes})
+    return calibrate(list(engines), time_parts, **{**options, **changes})

@@ -9,12 +9,12 @@ import pytest
 import scipy.optimize
 
 from disagg_jax.calibration.fit import fit, fit_programs, left_out_error
-from disagg_jax.calibration.measure import drift
 from disagg_jax.calibration.profile_keys import key_of, read_profile
+from disagg_jax.calibration.timing import drift
 from disagg_jax.engine.engine import Engine
 from disagg_jax.metrics import interval_across, rate_interval
 from disagg_jax.programs import StepShape
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
@@ -65,7 +65,7 @@ def calibrated(engines, time_parts) -> CalibratedProfile:
 def true_s(engine, work) -> float:
     key = key_of(engine, work)
     if isinstance(work, Step):
-        return terms.time_s(key.program, TRUE[key.program.kind])
+        return step_time_terms.time_s(key.program, TRUE[key.program.kind])
     return BASE_S + BLOCK_S * key.blocks
 
 
@@ -85,7 +85,7 @@ def test_known_costs_are_recovered(engines):
     }
     for kind, program in unmeasured.items():
         assert program not in times.measured
-        expected = terms.time_s(program, TRUE[kind])
+        expected = step_time_terms.time_s(program, TRUE[kind])
         assert times.stages_s(program)[0] == pytest.approx(expected, rel=0.03)
     (moves,) = profile.transfers.values()
     assert moves.time_s(1000) == pytest.approx(BASE_S + BLOCK_S * 1000, rel=0.03)
@@ -126,7 +126,7 @@ def test_a_wrong_form_shows_in_what_is_left_out():
     programs = [
         StepShape("decode", b, b, 0, b, p) for b in (1, 2, 4, 8) for p in (8, 32, 128)
     ]
-    right = {p: terms.time_s(p, TRUE["decode"]) for p in programs}
+    right = {p: step_time_terms.time_s(p, TRUE["decode"]) for p in programs}
     wrong = {p: 1.0 + 5.0 * (p.tokens % 3) for p in programs}
     assert left_out_error(right) == pytest.approx(0, abs=1e-6)
     error = left_out_error(wrong)

@@ -1,10 +1,10 @@
 """Step and transfer times of an engine, as `experiments.calibrate` measured them.
 
-A step takes what the program that it runs takes (`programs/buckets.py`): the measured
-median where that program was measured, else the fitted form (`sim/cost/terms.py`). So
-does a transfer, by the number of blocks it is padded to. These are of programs that
-run alone, time after time; between others, as in serving, a step of its kind takes so
-much longer or shorter (`LayoutTimes.in_service`).
+The time of a step is that of its program (`programs/buckets.py`): the measured median,
+or the fitted form (`sim/cost/step_time_terms.py`) where the program was not measured.
+The time of a transfer depends likewise on the blocks that it is padded to. Programs
+were measured alone, one after itself; among other steps, as in serving, a step takes
+longer or shorter by the factor of its kind (`LayoutTimes.serving_factor`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.buckets import most_context
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.cost.linear import Decoder
 from disagg_jax.sim.hardware.network import Hop
@@ -30,21 +30,19 @@ Layout = tuple[int, int]  # (tp, pp)
 class LayoutTimes:
     """Seconds of programs on each pipeline stage of one layout.
 
+    Attributes:
+      fits: by kind, for each stage the coefficients of `step_time_terms.TERMS[kind]`.
+      serving_factor: by kind, the time of steps in serving over that of their programs
+        alone; 1 where missing.
+
     Raises:
       ValueError: where stages are missing, or a time is not positive.
     """
 
     pp: int
     measured: Mapping[StepShape, tuple[float, ...]]
-    # By kind, for each stage the coefficients of `terms.TERMS[kind]`, in seconds.
     fits: Mapping[str, tuple[tuple[float, ...], ...]]
-    # What tells a machine's speed, see `agreement.Slowdown`: seconds of some programs
-    # on all stages together, run now and then while the others were measured.
-    probes: Mapping[StepShape, float] = dataclasses.field(
-        default_factory=dict[StepShape, float]
-    )
-    # By kind, what steps took in serving over what they take alone; 1 if not there.
-    in_service: Mapping[str, float] = dataclasses.field(
+    serving_factor: Mapping[str, float] = dataclasses.field(
         default_factory=dict[str, float]
     )
 
@@ -53,42 +51,42 @@ class LayoutTimes:
             expected = f"{program}: expected {self.pp} times > 0"
             ok = len(stages_s) == self.pp and min(stages_s) > 0
             require(ok, expected, stages_s)
-        for program, seconds in self.probes.items():
-            require(seconds > 0, f"{program}: expected a time > 0", seconds)
-        for kind, factor in self.in_service.items():
+        for kind, factor in self.serving_factor.items():
             require(factor > 0, f"{kind}: expected a factor > 0", factor)
         for kind, stages in self.fits.items():
             require(len(stages) == self.pp, f"{kind}: expected {self.pp} fits", stages)
             for fit in stages:
-                n = len(terms.TERMS[kind])
+                n = len(step_time_terms.TERMS[kind])
                 ok = len(fit) == n and min(fit) >= 0
                 require(ok, f"{kind}: expected {n} coefficients >= 0", fit)
 
-    def serving_s(self, program: StepShape) -> tuple[float, ...]:
-        """Seconds on each stage between other steps; see `stages_s`."""
-        factor = self.in_service.get(program.kind, 1.0)
+    def served_s(self, program: StepShape) -> tuple[float, ...]:
+        """Return the seconds on each stage among other steps; see `stages_s`."""
+        factor = self.serving_factor.get(program.kind, 1.0)
         return tuple(factor * time_s for time_s in self.stages_s(program))
 
     def stages_s(self, program: StepShape) -> tuple[float, ...]:
-        """Seconds on each stage, alone.
+        """Return the seconds on each stage, alone.
 
         Raises:
-          ValueError: if nothing of that kind was measured.
+          ValueError: if no program of that kind was measured.
         """
         if program in self.measured:
             return self.measured[program]
         return self.fitted_s(program)
 
     def fitted_s(self, program: StepShape) -> tuple[float, ...]:
-        """The same by the fit, even if it was measured."""
+        """Return `stages_s` by the fit, even if the program was measured."""
         expected = f"{program}: expected one of kind {sorted(self.fits)}"
         require(program.kind in self.fits, expected, program.kind)
-        return tuple(terms.time_s(program, fit) for fit in self.fits[program.kind])
+        return tuple(
+            step_time_terms.time_s(program, fit) for fit in self.fits[program.kind]
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TransferTimes:
-    """Seconds of a transfer by the blocks that it is padded to.
+    """Seconds of a transfer, by the blocks that it is padded to.
 
     Raises:
       ValueError: where a time is not positive, or the fit has a negative coefficient.
@@ -106,7 +104,7 @@ class TransferTimes:
             require(value >= 0, f"{name}: expected >= 0", value)
 
     def time_s(self, blocks: int) -> float:
-        """Seconds of so many blocks, after padding."""
+        """Return the seconds of a transfer of `blocks`, padding included."""
         return self.measured.get(blocks, self.base_s + self.block_s * blocks)
 
 
@@ -127,15 +125,15 @@ class CalibratedInstance:
         self._decodes: dict[int, tuple[list[int], list[float]]] = {}
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
-        """Seconds on each stage."""
-        return self._times.serving_s(self.program(load))
+        """Return the seconds on each stage."""
+        return self._times.served_s(self.program(load))
 
     def program(self, load: StepLoad) -> StepShape:
         """Return the shape whose program the step runs."""
         return self._buckets.load_shape(load, self._block_tokens)
 
     def decode_s(self, decodes: int, context: int) -> float:
-        """Seconds of a decode-only step on the one stage."""
+        """Return the seconds of a decode-only step on the one stage."""
         if decodes not in self._decodes:
             require_one_stage(self._times.pp)
             self._decodes[decodes] = self._steps(decodes)
@@ -149,16 +147,16 @@ class CalibratedInstance:
             context = most_context(decodes, blocks, self._block_tokens)
             program = self.program(StepLoad((), decodes, context))
             most.append(context)
-            seconds.append(self._times.serving_s(program)[0])
+            seconds.append(self._times.served_s(program)[0])
         return most, seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibratedCost:
-    """A `DeploymentCost` of what was measured.
+    """A `DeploymentCost` by the times of a profile.
 
     Raises:
-      ValueError: on transfers that leave while their prompt is computed: they are
+      ValueError: on transfers that leave while their prompt is computed: transfers are
         measured whole.
     """
 
@@ -184,19 +182,31 @@ class CalibratedCost:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibratedProfile:
-    """What was measured of one model on one kind of device.
+    """The times of one model on one kind of device.
 
-    `provenance` says of which model, dtype and device, when and how; `held_out` how far
-    predictions were off for work that was not used, as a share, by kind.
+    Attributes:
+      name: marks the outputs of a simulation.
+      block_bytes: KV of a block, all layers.
+      provenance: the model, dtype and device, and how and when they were measured.
+      held_out: by kind, the mean relative error for loads that the fit did not have.
+      probes: seconds of some programs, all stages together, that ran now and then while
+        the others were measured; see `calibration/machine_speed.py`.
     """
 
-    name: str  # what outputs are marked with
+    name: str
     block_tokens: int
-    block_bytes: int  # KV of all layers
+    block_bytes: int
     layouts: Mapping[Layout, LayoutTimes]
     transfers: Mapping[tuple[Layout, Layout], TransferTimes]
     provenance: Mapping[str, str]
     held_out: Mapping[str, float]
+    probes: Mapping[tuple[Layout, StepShape], float] = dataclasses.field(
+        default_factory=dict[tuple[Layout, StepShape], float]
+    )
+
+    def __post_init__(self) -> None:
+        for (_, program), seconds in self.probes.items():
+            require(seconds > 0, f"probes: {program}: expected a time > 0", seconds)
 
     def cost(
         self,

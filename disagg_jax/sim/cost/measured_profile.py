@@ -1,25 +1,26 @@
-"""Reading and writing what `experiments.calibrate` measured, as JSON.
+"""Read and write the profiles of `experiments.calibrate`, as JSON.
 
-    {"format": 1,                     see `formats.py`; without it, 0
-     "name": "tiny-cpu",              what outputs are marked with
+    {"format": 2,                     see `formats.py`; without it, 0
+     "name": "tiny-cpu",              marks the outputs of a simulation
      "kind": "calibrated",
      "provenance": {...},             texts: "model", "dtype", "device", "commit", ...
      "block_tokens": 16,
      "block_bytes": 65536,            KV of a block, all layers
-     "held_out": {"prefill": 0.02},   mean relative error on work that was not used
+     "held_out": {"prefill": 0.02},   mean relative error for loads not fitted to
      "layouts": [                     one for each (tp, pp) that was measured
        {"tp": 1, "pp": 1,
         "measured": [["prefill", T, R, C, B, P, [seconds on each stage]], ...],
         "fits": {"prefill": [[coefficient of each term], ... of each stage]},
         "probes": [["decode", T, R, C, B, P, [seconds]], ...],
-        "in_service": {"decode": 1.05}}],      in serving over alone, by kind
+        "serving_factor": {"decode": 1.05}}],  time in serving over alone, by kind
      "transfers": [
        {"src": [1, 1], "dst": [1, 1],          (tp, pp)
         "blocks": [1, 16], "seconds": [1e-4, 2e-4],
         "base_s": 1e-4, "block_s": 6e-6}]}
 
-Programs and terms: `programs/shapes.py`, `sim/cost/terms.py`. All times are seconds of
-one step on that stage, or of one transfer, host work included.
+Programs: `programs/shapes.py`; terms: `sim/cost/step_time_terms.py`. All times are
+seconds of one step on that stage, or of one transfer, host work included. Before format
+2 "serving_factor" was "in_service".
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ from disagg_jax.sim.cost.profile_json import (
 Key = TypeVar("Key", bound=Hashable)
 Item = TypeVar("Item")
 
-# What must be there: what it is for, and where it is from.
+# Texts that a profile must have: what it is of, and its origin.
 PROVENANCE = ("model", "dtype", "device", "date", "commit")
 
 
 def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
-    """The record of the form above."""
+    """Return the record of the form above."""
     content: dict[str, object] = {
         "name": profile.name,
         "kind": "calibrated",
@@ -74,8 +75,12 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
                 "fits": {
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
                 },
-                "probes": [[*p, [s]] for p, s in sorted(times.probes.items())],
-                "in_service": dict(times.in_service),
+                "probes": [
+                    [*program, [seconds]]
+                    for (layout, program), seconds in sorted(profile.probes.items())
+                    if layout == (tp, pp)
+                ],
+                "serving_factor": dict(times.serving_factor),
             }
             for (tp, pp), times in sorted(profile.layouts.items())
         ],
@@ -95,22 +100,30 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
 
 
 def profile_from_json(record: object) -> CalibratedProfile:
-    """The profile in a parsed JSON record of the form above.
+    """Return the profile in a parsed JSON record of the form above.
 
     Raises:
-      ValueError: saying where, what was expected and what came.
+      ValueError: naming the place, what was expected and what came.
     """
     top = open_profile(record, "calibrated")
     provenance = get_texts(top, "provenance", "profile")
     for key in PROVENANCE:
         get_text(provenance, key, "provenance")
     held_out = get_mapping(top, "held_out", "profile")
-    items = get_list(top, "layouts", "profile")
-    layouts = [_layout(item, i) for i, item in enumerate(items)]
-    moves = top.get("transfers", [])
-    require(isinstance(moves, list), "profile.transfers: expected a list", moves)
-    items = cast(list[object], moves)
-    transfers = [_transfer(item, i) for i, item in enumerate(items)]
+    items = [
+        (f"layouts[{i}]", as_mapping(item, f"layouts[{i}]"))
+        for i, item in enumerate(get_list(top, "layouts", "profile"))
+    ]
+    layouts = [_layout(item, where) for where, item in items]
+    probes = {
+        (layout, program): sum(seconds)
+        for (layout, _), (where, item) in zip(layouts, items, strict=True)
+        for program, seconds in _times(item, "probes", where).items()
+    }
+    transfers = [
+        _transfer(item, i)
+        for i, item in enumerate(_optional_list(top, "transfers", "profile"))
+    ]
     return CalibratedProfile(
         name=get_text(top, "name", "profile"),
         block_tokens=positive_int(top.get("block_tokens"), "block_tokens"),
@@ -119,7 +132,16 @@ def profile_from_json(record: object) -> CalibratedProfile:
         transfers=_each_once(transfers, "transfers"),
         provenance=provenance,
         held_out={k: as_number(v, f"held_out.{k}") for k, v in held_out.items()},
+        probes=probes,
     )
+
+
+def _optional_list(
+    record: Mapping[str, object], key: str, where: str
+) -> Sequence[object]:
+    found = record.get(key, [])
+    require(isinstance(found, list), f"{where}.{key}: expected a list", found)
+    return cast(list[object], found)
 
 
 def _each_once(items: Sequence[tuple[Key, Item]], where: str) -> dict[Key, Item]:
@@ -128,37 +150,43 @@ def _each_once(items: Sequence[tuple[Key, Item]], where: str) -> dict[Key, Item]
     return dict(items)
 
 
-def _layout(item: object, i: int) -> tuple[Layout, LayoutTimes]:
-    where = f"layouts[{i}]"
-    record = as_mapping(item, where)
+def _layout(record: Mapping[str, object], where: str) -> tuple[Layout, LayoutTimes]:
     tp, pp = (positive_int(record.get(k), f"{where}.{k}") for k in ("tp", "pp"))
+    get_list(record, "measured", where)  # raises where it is missing or empty
+    measured = _times(record, "measured", where)
     fits = get_mapping(record, "fits", where)
-    require(set(fits) <= set(KINDS), f"{where}.fits: expected some of {KINDS}", fits)
-    rows = enumerate(get_list(record, "measured", where))
-    measured = [_measured(row, f"{where}.measured[{n}]") for n, row in rows]
+    factor = record.get("serving_factor", record.get("in_service", {}))  # format 0, 1
+    factors = as_mapping(factor, f"{where}.serving_factor")
+    for key, kinds in (("fits", fits), ("serving_factor", factors)):
+        expected = f"{where}.{key}: expected some of {KINDS}"
+        require(set(kinds) <= set(KINDS), expected, kinds)
     coefficients = {
         kind: tuple(
             get_numbers({kind: fit}, kind, where) for fit in get_list(fits, kind, where)
         )
         for kind in fits
     }
-    programs = _each_once(measured, f"{where}.measured")
-    found = record.get("probes", [])  # older profiles have none
-    require(isinstance(found, list), f"{where}.probes: expected a list", found)
-    rows = enumerate(cast(list[object], found))
-    probes = [_measured(row, f"{where}.probes[{n}]") for n, row in rows]
-    factors = as_mapping(record.get("in_service", {}), f"{where}.in_service")
-    expected = f"{where}.in_service: expected some of {KINDS}"
-    require(set(factors) <= set(KINDS), expected, factors)
     with _inside(where):
-        seconds = {p: sum(s) for p, s in _each_once(probes, "probes").items()}
-        in_service = {k: as_number(v, f"in_service.{k}") for k, v in factors.items()}
-        return (tp, pp), LayoutTimes(pp, programs, coefficients, seconds, in_service)
+        return (tp, pp), LayoutTimes(
+            pp,
+            measured,
+            coefficients,
+            {k: as_number(v, f"serving_factor.{k}") for k, v in factors.items()},
+        )
+
+
+def _times(
+    record: Mapping[str, object], key: str, where: str
+) -> dict[StepShape, tuple[float, ...]]:
+    """Return the seconds of each program in a list that may be missing."""
+    rows = enumerate(_optional_list(record, key, where))
+    times = [_measured(row, f"{where}.{key}[{n}]") for n, row in rows]
+    return _each_once(times, f"{where}.{key}")
 
 
 @contextlib.contextmanager
 def _inside(where: str) -> Generator[None]:
-    """Says where, in errors on values that fit together badly."""
+    """Name the place in errors on values that fit together badly."""
     try:
         yield
     except ValueError as error:

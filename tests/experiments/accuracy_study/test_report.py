@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from disagg_jax.calibration.decision_agreement import Agreement, StepTime
+from disagg_jax.calibration.decision_agreement import Agreement
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate
 from disagg_jax.metrics.intervals import interval_across
 from disagg_jax.work import StepLoad
 from experiments.accuracy_study import report
-from experiments.accuracy_study.paired_runs import Compared
+from experiments.accuracy_study.paired_runs import Compared, PredictedStep
 from experiments.accuracy_study.report import Result, StepErrors, SystemAccuracy
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
@@ -62,7 +62,7 @@ def goodput(*per_seed_rps):
 
 
 def step(measured_s, predicted_s):
-    return StepTime(0, StepLoad((), 1, 8), measured_s, predicted_s)
+    return PredictedStep(0, StepLoad((), 1, 8), measured_s, predicted_s)
 
 
 ERRORS = report._errors([step(1.0, 1.0), step(3.0, 6.0)])
@@ -334,7 +334,7 @@ def test_an_error_that_one_in_ten_exceeds_is_the_ninth_of_ten():
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """As much of a twin as a result reads."""
+    """As much of a paired run as a result reads."""
 
     steps: list
     name: str = "vllm"
@@ -342,10 +342,7 @@ class Told:
 
     @property
     def server(self):
-        workload = SimpleNamespace(num_requests=33)
-        config = SimpleNamespace(workload=workload, num_seeds=2, clock="virtual")
-        deployment = Deployment.parse("prefill:tp1,decode:tp1")
-        return SimpleNamespace(deployment=deployment, config=config)
+        return SimpleNamespace(deployment=Deployment.parse("prefill:tp1,decode:tp1"))
 
     def compare(self, rate):
         """On the engine it passes up to 8, simulated up to 12, as profiled up to 4."""
@@ -362,7 +359,7 @@ class Told:
     def points(self, rate):
         return [rate]
 
-    def step_times(self, points):
+    def predicted_steps(self, points):
         assert points == [4.0, 8.0, 12.0, 16.0]
         return self.steps
 
@@ -373,14 +370,16 @@ class Told:
 
 def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
     decodes = [step(1.0 + i, 2.0) for i in range(5000)]
-    prompt = StepTime(0, StepLoad(((0, 9),), 0, 0), 1.0, 3.0)
+    prompt = PredictedStep(0, StepLoad(((0, 9),), 0, 0), 1.0, 3.0)
     profile = SimpleNamespace(provenance={"model": "tiny"})
+    workload = SimpleNamespace(num_requests=33)
     found = report.compare(
         [Told([*decodes, prompt])],
         {"vllm": [4.0, 8.0, 12.0, 16.0]},
         target=0.9,
         profile=profile,
         moved=(1.0, 2.0),
+        config=SimpleNamespace(workload=workload, num_seeds=2, clock="virtual"),
     )
     assert (found.num_requests, found.seeds, found.clock) == (33, 2, "virtual")
     assert (found.moved, found.target, found.profile) == (

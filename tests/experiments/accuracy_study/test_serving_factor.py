@@ -7,8 +7,11 @@ import pytest
 
 from disagg_jax.calibration.profile_keys import cost_of, key_of
 from disagg_jax.work import StepLoad
-from experiments.accuracy_study import serving_factor
-from experiments.accuracy_study.serving_factor import Served, serve_each, with_service
+from experiments.accuracy_study.serving_factor import (
+    ServedStep,
+    serve_each,
+    with_serving_factors,
+)
 from experiments.configs.config import WorkloadConfig
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import build_engine, serve_with
@@ -19,22 +22,22 @@ PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)
 
 def test_what_steps_took_together_counts_by_layout_and_kind(exact):
     steps = [
-        Served((1, 1), "decode", 1.0, 2.0),
-        Served((1, 1), "decode", 8.0, 4.0),  # longer ones weigh more
-        Served((1, 1), "prefill", 1.1, 1.0),
-        Served((1, 2), "decode", 0.5, 1.0),
+        ServedStep((1, 1), "decode", 1.0, 2.0),
+        ServedStep((1, 1), "decode", 8.0, 4.0),  # longer ones weigh more
+        ServedStep((1, 1), "prefill", 1.1, 1.0),
+        ServedStep((1, 2), "decode", 0.5, 1.0),
     ]
-    found = with_service(exact, steps)
-    assert found.layouts[1, 1].in_service == pytest.approx(
+    found = with_serving_factors(exact, steps)
+    assert found.layouts[1, 1].serving_factor == pytest.approx(
         {"decode": 1.5, "prefill": 1.1}
     )
-    assert found.layouts[1, 2].in_service == {"decode": 0.5}
-    alone = dataclasses.replace(found.layouts[1, 1], in_service={})
+    assert found.layouts[1, 2].serving_factor == {"decode": 0.5}
+    alone = dataclasses.replace(found.layouts[1, 1], serving_factor={})
     assert alone == exact.layouts[1, 1]
 
 
 def test_the_simulator_counts_with_it_and_what_runs_alone_does_not(exact, known):
-    found = with_service(exact, [Served((1, 1), "decode", 1.5, 1.0)])
+    found = with_serving_factors(exact, [ServedStep((1, 1), "decode", 1.5, 1.0)])
     before, after = (cost_of(profile, known["vllm"]) for profile in (exact, found))
     (alone_s,), (serving_s,) = (cost.stages_s(0, DECODE) for cost in (before, after))
     assert serving_s == pytest.approx(1.5 * alone_s)
@@ -81,9 +84,9 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
         tokens = (0,) * sum(part.samples for part in work.slices)
         return [slower * part_s], (tokens, 0)
 
-    monkeypatch.setattr(serving_factor, "run_alone", in_serving)
+    monkeypatch.setattr("disagg_jax.calibration.timing.run_alone", in_serving)
     monkeypatch.setattr("disagg_jax.engine.executor.run_alone", in_serving)
     monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
-    found = with_service(profile, serve_each(servers, source, profile))
+    found = with_serving_factors(profile, serve_each(servers, source, profile))
     assert next(alone) > 10
-    assert found.layouts[1, 1].in_service == pytest.approx(times)
+    assert found.layouts[1, 1].serving_factor == pytest.approx(times)

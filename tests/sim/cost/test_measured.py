@@ -10,7 +10,7 @@ from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.slices import load_slices
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.measured import (
     CalibratedInstance,
     CalibratedProfile,
@@ -34,7 +34,9 @@ LISTED = Buckets(
     transfer_blocks=(),
 )
 FITS = {
-    "prefill": ((1e-3, 1e-5, 1e-8, 0.0, *(0.0,) * len(terms.KNOTS)),),
+    "prefill": (
+        (1e-3, 1e-5, 1e-8, 0.0, *(0.0,) * len(step_time_terms.TOKEN_BREAKPOINTS)),
+    ),
     "decode": ((1e-3, 1e-4, 1e-5, 1e-6),),
 }
 TIMES = LayoutTimes(1, {LISTED.decode[0]: (0.5,)}, FITS)
@@ -105,7 +107,7 @@ def test_a_decode_is_looked_up_as_a_step_is():
 
 def test_in_service_steps_of_a_kind_take_so_much_longer_on_every_way_to_ask():
     in_service = {"decode": 1.25, "prefill": 2.0}
-    times = dataclasses.replace(TIMES, in_service=in_service)
+    times = dataclasses.replace(TIMES, serving_factor=in_service)
     alone, serving = (
         CalibratedInstance(TIMES, LISTED, SIZE),
         CalibratedInstance(times, LISTED, SIZE),

@@ -28,7 +28,7 @@ ROWS = BUCKETS.decode
 MEMORY = KVMemory(num_blocks=16, max_context=256)
 ABOUT = {"model": "toy", "dtype": "float32", "device": "cpu"}
 RECORD = {
-    "format": 1,
+    "format": 2,
     "name": "toy",
     "kind": "calibrated",
     "provenance": {**ABOUT, "date": "today", "commit": "none", "by": "me"},
@@ -45,7 +45,7 @@ RECORD = {
                 "decode": [[2.0, 0.0, 0.25, 0.0]],
             },
             "probes": [[*ROWS[1], [0.7]], [*SMALL, [9.5]]],
-            "in_service": {"decode": 1.25},
+            "serving_factor": {"decode": 1.25},
         },
         {
             "tp": 2,
@@ -53,7 +53,7 @@ RECORD = {
             "measured": [[*SMALL, [4.0, 5.0]]],
             "fits": {"prefill": [[2.0] + [0.0] * 7, [0.0, 0.125] + [0.0] * 6]},
             "probes": [],
-            "in_service": {},
+            "serving_factor": {},
         },
     ],
     "transfers": [
@@ -185,8 +185,13 @@ def test_a_profile_survives_its_json_exactly():
     assert again.layouts[1, 1].measured[ROWS[0]] == (1 / 3,)
 
 
-def test_a_profile_from_before_there_were_formats_is_read_alike():
-    older = {key: value for key, value in RECORD.items() if key != "format"}
+@pytest.mark.parametrize("number", [{}, {"format": 1}])
+def test_a_profile_of_an_older_format_is_read_alike(number):
+    older = {**copy.deepcopy(RECORD), **number}
+    if not number:
+        del older["format"]
+    for layout in older["layouts"]:
+        layout["in_service"] = layout.pop("serving_factor")
     assert profile_from_json(older) == PROFILE
 
 
@@ -197,13 +202,13 @@ def test_a_profile_of_a_newer_format_is_refused_before_its_content():
 
 def test_probes_are_no_measurements_and_older_profiles_have_none():
     layout = PROFILE.layouts[1, 1]
-    assert layout.probes == {ROWS[1]: 0.7, SMALL: 9.5}
+    assert PROFILE.probes == {((1, 1), ROWS[1]): 0.7, ((1, 1), SMALL): 9.5}
     assert layout.stages_s(ROWS[1]) == layout.fitted_s(ROWS[1]) == (2.0 + 0.25 * 16,)
     record = copy.deepcopy(RECORD)
-    del record["layouts"][0]["probes"], record["layouts"][0]["in_service"]
-    older = profile_from_json(record).layouts[1, 1]
-    assert older.probes == older.in_service == {}
-    assert older.serving_s(SMALL) == older.stages_s(SMALL)
+    del record["layouts"][0]["probes"], record["layouts"][0]["serving_factor"]
+    older = profile_from_json(record)
+    assert older.probes == older.layouts[1, 1].serving_factor == {}
+    assert older.layouts[1, 1].served_s(SMALL) == layout.stages_s(SMALL)
 
 
 def test_a_profile_of_colocated_systems_needs_no_transfers():
@@ -254,12 +259,12 @@ MOVE = ("transfers", 0)
         (
             ("layouts", 0, "probes", 1, 6),
             [0.0],
-            r"layouts\[0\]: prefill_T32_R4: .* > 0",
+            r"probes: prefill_T32_R4: .* > 0, got 0.0",
         ),
-        (("layouts", 0, "in_service"), [], r"in_service: expected an object"),
-        (("layouts", 0, "in_service", "train"), 1.0, r"in_service: .* some of"),
+        (("layouts", 0, "serving_factor"), [], r"serving_factor: expected an object"),
+        (("layouts", 0, "serving_factor", "train"), 1.0, r"serving_factor: .* some of"),
         (
-            ("layouts", 0, "in_service", "decode"),
+            ("layouts", 0, "serving_factor", "decode"),
             0.0,
             r"layouts\[0\]: decode: expected a factor > 0, got 0.0",
         ),

@@ -6,10 +6,10 @@
 
 1 is launches and streaming the weights; T the linear layers; T^2, T C and B P the
 products of attention; C and P reading KV; R the unembedding. A bend is the excess of T
-over a knot: a step takes the larger of compute and streaming (SARATHI; see
-facts/latency.md), which bends upwards where the one overtakes the other, and so do
-caches that overflow. With coefficients >= 0 a larger program never takes less time, and
-a least-squares fit cannot make up large terms that cancel.
+over a breakpoint: a step takes the larger of compute and streaming (SARATHI), so its
+time bends upwards where compute overtakes streaming, and where caches overflow. With
+coefficients >= 0 a larger program never takes less time, and a least-squares fit cannot
+make up large terms that cancel.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 
 from disagg_jax.programs import StepShape
 
-KNOTS = (32, 128, 512, 2048)  # tokens
+TOKEN_BREAKPOINTS = (32, 128, 512, 2048)
 
-_BENDS = tuple(f"T>{knot}" for knot in KNOTS)
+_BENDS = tuple(f"T>{tokens}" for tokens in TOKEN_BREAKPOINTS)
 TERMS: dict[str, tuple[str, ...]] = {
     "prefill": ("1", "T", "TT", "R", *_BENDS),
     "decode": ("1", "B", "P", "BP"),
@@ -29,9 +29,9 @@ TERMS: dict[str, tuple[str, ...]] = {
 
 
 def values(program: StepShape) -> tuple[float, ...]:
-    """The value of each of `TERMS[program.kind]`."""
+    """Return the value of each of `TERMS[program.kind]`."""
     _, T, R, C, B, P = program
-    bends = tuple(float(max(0, T - knot)) for knot in KNOTS)
+    bends = tuple(float(max(0, T - tokens)) for tokens in TOKEN_BREAKPOINTS)
     if program.kind == "decode":
         return (1.0, B, P, B * P)
     if program.kind == "prefill":
@@ -40,5 +40,5 @@ def values(program: StepShape) -> tuple[float, ...]:
 
 
 def time_s(program: StepShape, coefficients: Sequence[float]) -> float:
-    """The sum of the terms, in seconds."""
+    """Return the sum of the terms, in seconds."""
     return sum(map(float.__mul__, map(float, values(program)), coefficients))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from disagg_jax.calibration.fit import fit
 from disagg_jax.programs import KINDS, StepShape
-from disagg_jax.sim.cost import terms
+from disagg_jax.sim.cost import step_time_terms
 from tests.sim.splitwise import SYSTEMS, read_runs, splits
 
 
@@ -25,12 +25,12 @@ from tests.sim.splitwise import SYSTEMS, read_runs, splits
     ],
 )
 def test_terms_by_hand(program, expected):
-    assert terms.values(program) == expected
-    assert len(expected) == len(terms.TERMS[program.kind])
+    assert step_time_terms.values(program) == expected
+    assert len(expected) == len(step_time_terms.TERMS[program.kind])
     # Coefficients 1, 2, 3, ...
     coefficients = range(1, len(expected) + 1)
     by_hand = sum(a * b for a, b in zip(coefficients, expected, strict=True))
-    assert terms.time_s(program, coefficients) == by_hand
+    assert step_time_terms.time_s(program, coefficients) == by_hand
 
 
 @given(
@@ -42,8 +42,10 @@ def test_terms_by_hand(program, expected):
 def test_a_larger_program_never_takes_less_time(kind, sizes, more, coefficients):
     smaller = StepShape(kind, *sizes)
     larger = StepShape(kind, *(a + b for a, b in zip(sizes, more, strict=True)))
-    fit = coefficients[: len(terms.TERMS[kind])]
-    assert terms.time_s(smaller, fit) <= terms.time_s(larger, fit) * (1 + 1e-12)
+    fit = coefficients[: len(step_time_terms.TERMS[kind])]
+    assert step_time_terms.time_s(smaller, fit) <= step_time_terms.time_s(
+        larger, fit
+    ) * (1 + 1e-12)
 
 
 # ---- Splitwise's runs ----------------------------------------------------------------
@@ -65,9 +67,9 @@ def held_out_error(runs, program_of):
     errors = []
     for kept, out in splits(runs):
         programs, seconds = zip(*map(program_of, kept), strict=True)
-        found = fit([terms.values(program) for program in programs], seconds)
+        found = fit([step_time_terms.values(program) for program in programs], seconds)
         errors += [
-            abs(terms.time_s(program, found) / time_s - 1)
+            abs(step_time_terms.time_s(program, found) / time_s - 1)
             for program, time_s in map(program_of, out)
         ]
     return statistics.fmean(errors)
