@@ -12,8 +12,8 @@ import pathlib
 
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
-from experiments.sweep.weights import read_tokenizer, read_weights
 from models import checkpoint
+from models.load import read_tokenizer, read_weights
 from models.sentencepiece import SentencePieceTokenizer
 from models.tokenizer import BPETokenizer, NoText, save_tokenizer
 

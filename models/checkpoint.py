@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -78,6 +78,10 @@ class Checkpoint:
     def load(self, device: Any) -> transformer.Params:
         """All weights on one device."""
         return self.restore(SingleDeviceSharding(device))
+
+
+# In memory, or still on disk: then each mesh restores its own shards.
+Weights: TypeAlias = transformer.Params | Checkpoint
 
 
 def _stored_shapes(folder: pathlib.Path) -> Any:

@@ -13,8 +13,9 @@ from disagg_jax.deployment import KVMemory, cut_layers
 from disagg_jax.engine.attention import pool_order
 from disagg_jax.engine.batch import StepShape
 from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.place_weights import Place, Weights, place_groups
+from disagg_jax.engine.place_weights import Place, place_groups
 from disagg_jax.engine.stage import Stage
+from models.checkpoint import Weights
 from models.config import ModelConfig
 from sharding.rules import Rules
 

@@ -20,7 +20,6 @@ from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, Timing, outcome
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
@@ -31,6 +30,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from experiments.benchmarks.engines import NO_STEPS
+from models.checkpoint import Weights
 from models.config import ModelConfig
 
 _BLOCK = 16  # tokens in a block

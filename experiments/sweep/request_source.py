@@ -19,8 +19,8 @@ from disagg_jax.workload.traces import Trace, TraceRow, fit_rows, load_trace
 from disagg_jax.workload.traces.requests import stretch_requests
 from disagg_jax.workload.traces.stretches import first_of, why_shared
 from experiments.configs.config import Config, Workload, parse_lengths
-from experiments.sweep.weights import Model
 from models.config import ModelConfig
+from models.load import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.work import Step, StepLoad, Task
 from experiments.configs.config import Config, System
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.weights import Model
+from models.load import Model
 from sharding.mesh import Device
 
 Progress = Callable[[str], None]

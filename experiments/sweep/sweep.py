@@ -31,7 +31,7 @@ from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.ranks import rank
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Progress, Server
-from experiments.sweep.weights import Model
+from models.load import Model
 from models.tokenizer import NoText
 
 Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed

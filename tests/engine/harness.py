@@ -17,7 +17,6 @@ from disagg_jax.engine.batch import PrefillShape
 from disagg_jax.engine.buckets import Buckets
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, outcome
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -25,6 +24,7 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.work import Arrived, Down
 from models import transformer
+from models.checkpoint import Weights
 from models.config import ModelConfig
 
 

@@ -13,8 +13,8 @@ from disagg_jax.sim.cost import terms
 from experiments import calibrate
 from experiments.configs.config import Config, System
 from experiments.sweep.serving import Server
-from experiments.sweep.weights import Model
 from models.config import get_config
+from models.load import Model
 from models.tokenizer import ByteTokenizer
 from tests.engine.harness import random_params
 

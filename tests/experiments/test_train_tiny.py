@@ -8,10 +8,11 @@ import pytest
 
 from experiments import train_tiny
 from experiments.configs.named import tiny
-from experiments.sweep.weights import find_weights, load_model
+from experiments.sweep.weights import TRAINED, load_model
 from models import transformer
 from models.checkpoint import Checkpoint
 from models.config import get_config
+from models.load import find_weights
 from models.tokenizer import ByteTokenizer
 from tests.engine.harness import random_params
 
@@ -85,6 +86,6 @@ def test_the_committed_model_writes_words(trained):
 
 
 def test_the_committed_files_are_small(trained):
-    folder = find_weights("trained", "tiny")
+    folder = find_weights("tiny", "trained", TRAINED)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 2 * 2**20
