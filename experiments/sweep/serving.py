@@ -37,7 +37,8 @@ from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.tuning import Profile, has_rule, tune
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
-from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.work import Step, StepLoad, Task
 from experiments.configs.config import Config, System

@@ -12,7 +12,8 @@ from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost.linear import LinearCost, ModelledCost
+from disagg_jax.sim.cost.deployment import ModelledCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimPoint, SimWorkload, run_point, run_points

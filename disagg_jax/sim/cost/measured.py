@@ -16,8 +16,7 @@ from collections.abc import Mapping, Sequence
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.sim.cost import terms
-from disagg_jax.sim.cost.interface import require_one_stage
-from disagg_jax.sim.cost.linear import Decoder
+from disagg_jax.sim.cost.interface import Decoder, require_one_stage
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.programs import Program, ProgramList
 from disagg_jax.work import StepLoad, Transfer

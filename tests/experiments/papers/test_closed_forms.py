@@ -13,7 +13,7 @@ from disagg_jax.metrics import interval_across, ttft_s
 from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment, SimulatedRun
