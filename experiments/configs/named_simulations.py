@@ -25,7 +25,7 @@ from disagg_jax.scheduling.simdistserve import (
     RoundRobinDecode,
 )
 from disagg_jax.sim.cost.deployment import ModelledCost
-from disagg_jax.sim.cost.distserve_profile import FittedProfile, profile_from_json
+from disagg_jax.sim.cost.distserve import FittedProfile, profile_from_json
 from disagg_jax.sim.cost.interface import CostModel
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.link import LINKS, get_link

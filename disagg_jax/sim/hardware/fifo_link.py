@@ -1,4 +1,4 @@
-"""A link that carries one transfer at a time, in the order in which they come."""
+"""A link that carries one transfer at a time, in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ import dataclasses
 class FifoLink:
     """A queue of transfers, the first of which is on the link.
 
-    Only that one has an end: the others are timed when it is their turn, since the
-    transfers before them may be dropped.
+    Only the first transfer has an end. The others are timed when it is their turn,
+    since the transfers before them may be dropped.
     """
 
-    began_s: float = 0.0  # the first of the queue
-    # (transfer, seconds that it takes)
+    began_s: float = 0.0  # start of the first transfer in the queue
+    # (transfer, its duration in seconds)
     queue: collections.deque[tuple[int, float]] = dataclasses.field(
         default_factory=collections.deque[tuple[int, float]]
     )
 
     def add(self, now_s: float, transfer: int, alone_s: float) -> None:
-        """Queues a transfer, or a part of one, that takes `alone_s` seconds."""
+        """Queue a transfer, or a part of one, that takes `alone_s` seconds."""
         if not self.queue:
             self.began_s = now_s
         self.queue.append((transfer, alone_s))
 
     def next_end(self) -> tuple[int, float] | None:
-        """Returns the transfer on the link and when it (or its part) ends."""
+        """Return the transfer on the link and the end of it (or of its part)."""
         if not self.queue:
             return None
         transfer, alone_s = self.queue[0]
         return transfer, self.began_s + alone_s
 
     def finish(self, now_s: float) -> tuple[int, float]:
-        """Takes off what `next_end` says ends now. Returns it and when it began."""
+        """Remove the transfer that ends now by `next_end`; return it and its start."""
         began_s, self.began_s = self.began_s, now_s
         transfer, _ = self.queue.popleft()
         return transfer, began_s
 
     def drop(self, now_s: float, transfer: int) -> None:
-        """Takes off all parts of a transfer; the transfers behind it move up."""
+        """Remove all parts of a transfer; the transfers behind it move up."""
         if self.queue and self.queue[0][0] == transfer:
             self.began_s = now_s
         kept = [part for part in self.queue if part[0] != transfer]

@@ -1,4 +1,4 @@
-"""A link whose transfers go on side by side, each at an equal share of its speed."""
+"""A link whose transfers advance side by side, each at an equal share of its speed."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ import dataclasses
 
 @dataclasses.dataclass(slots=True)
 class SharedLink:
-    """Processor sharing: n transfers on it each advance at 1/n of the link's speed.
+    """Processor sharing: each of n transfers advances at 1/n of the link's speed.
 
-    It counts the seconds of the link that each transfer on it was served. A transfer
-    ends at a count that is known when it is added, whatever is added later, so that
-    transfers which are to end together do so exactly.
+    The link counts the seconds of service that every transfer on it has had. A
+    transfer's final count is known when it is added, whatever is added later, so that
+    transfers which should end together do so exactly.
 
     With Poisson arrivals and fixed sizes D at utilisation rho the mean time on the link
     is D / (1 - rho), whatever the sizes' distribution (M/G/1 processor sharing).
     """
 
     now_s: float = 0.0
-    served_s: float = 0.0  # to a transfer that was there since the link was idle
-    # Transfer -> (when it was added, the `served_s` at which it ends), for each of its
-    # parts that are on the link: they follow one another in the transfer's one share.
-    # In order of submission.
+    served_s: float = 0.0  # service of a transfer present since the link was idle
+    # Transfer -> (its start, the `served_s` at its end) of each of its parts, in order
+    # of submission. The parts follow one another in the transfer's one share.
     parts: dict[int, list[tuple[float, float]]] = dataclasses.field(
         default_factory=dict[int, list[tuple[float, float]]]
     )
 
     def add(self, now_s: float, transfer: int, alone_s: float) -> None:
-        """Adds a transfer, or a part of one, that takes `alone_s` on an idle link."""
+        """Add a transfer, or a part of one, that takes `alone_s` on an idle link."""
         self._advance(now_s)
         parts = self.parts.setdefault(transfer, [])
         before_s = parts[-1][1] if parts else self.served_s
         parts.append((now_s, before_s + alone_s))
 
     def next_end(self) -> tuple[int, float] | None:
-        """Returns the transfer that (or whose part) ends first, and when.
+        """Return the transfer that (or whose part) ends first, and its end.
 
-        That changes when a transfer is added or dropped.
+        Adding or dropping a transfer changes both.
         """
         if not self.parts:
             return None
@@ -45,7 +44,7 @@ class SharedLink:
         return transfer, self.now_s + left_s * len(self.parts)
 
     def finish(self, now_s: float) -> tuple[int, float]:
-        """Takes off what `next_end` says ends now. Returns it and when it was added."""
+        """Remove the transfer that ends now by `next_end`; return it and its start."""
         transfer = self._first()
         began_s, self.served_s = self.parts[transfer].pop(0)
         self.now_s = now_s
@@ -54,7 +53,7 @@ class SharedLink:
         return transfer, began_s
 
     def drop(self, now_s: float, transfer: int) -> None:
-        """Takes off all parts of a transfer; the others have its share."""
+        """Remove all parts of a transfer; the others get its share."""
         self._advance(now_s)
         self.parts.pop(transfer, None)
 

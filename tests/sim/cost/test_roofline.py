@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.cost.distserve_profile import profile_from_json
+from disagg_jax.sim.cost.distserve import profile_from_json
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware.link import LinkSpec
