@@ -68,7 +68,6 @@ def link(latency_s=0.0):
         latency_s=latency_s,
         bandwidth_bytes_s=1.0,
         efficiency=1.0,
-        measured=False,
     )
 
 

@@ -102,26 +102,15 @@ class FittedCost:
         return FittedInstance(self, self.fits[tp], pp)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
 class FittedInstance:
     """An `InstanceCost` by `fit` on `pp` stages."""
 
-    cost: FittedCost
-    fit: StepFit
-    pp: int
-    # For decode_s, the hot loop: chains of attributes and named tuples are slower.
-    _first_ms: float = dataclasses.field(init=False)
-    _first_token_ms: float = dataclasses.field(init=False)
-    _large_decodes: int = dataclasses.field(init=False)
-    _small: tuple[float, float, float] = dataclasses.field(init=False)
-    _large: tuple[float, float, float] = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        self._first_ms = self.cost.first_stage_ms
-        self._first_token_ms = self.cost.first_stage_token_ms
-        self._large_decodes = self.fit.large_decodes
-        self._small = self.fit.decode_small[:]
-        self._large = self.fit.decode_large[:]
+    def __init__(self, cost: FittedCost, fit: StepFit, pp: int):
+        self.cost, self.fit, self.pp = cost, fit, pp
+        # For decode_s, the hot loop: chains of attributes and named tuples are slower.
+        self._first_ms, self._token_ms = cost.first_stage_ms, cost.first_stage_token_ms
+        self._large_decodes = fit.large_decodes
+        self._small, self._large = fit.decode_small[:], fit.decode_large[:]
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds on each stage; all but the first take equally long."""
@@ -129,7 +118,7 @@ class FittedInstance:
         context = load.context - load.decodes  # without the tokens decoded now
         for start, count in load.chunks:
             context += start + count
-        first_ms = self._first_ms + self._first_token_ms * context
+        first_ms = self._first_ms + self._token_ms * context
         return ((stage_ms + first_ms) / 1000,) + (stage_ms / 1000,) * (self.pp - 1)
 
     def decode_s(self, decodes: int, context: int) -> float:
@@ -139,7 +128,7 @@ class FittedInstance:
         large = decodes >= self._large_decodes
         base_ms, context_ms, request_ms = self._large if large else self._small
         stage_ms = base_ms + context_ms * context + request_ms * decodes
-        first_ms = self._first_ms + self._first_token_ms * (context - decodes)
+        first_ms = self._first_ms + self._token_ms * (context - decodes)
         return (stage_ms + first_ms) / 1000
 
     def _shared_ms(self, load: StepLoad) -> float:

@@ -2,7 +2,8 @@
 
 A transfer takes latency + bytes / (efficiency * lanes * bandwidth). Queueing for a link
 is the backend's job. Measured latencies and efficiencies are read from the send-recv
-tables that Vidur published (github.com/microsoft/vidur, data/profiling/network).
+tables that Vidur published (github.com/microsoft/vidur, data/profiling/network), and
+comments say which numbers are assumed instead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ class LinkSpec:
     latency_s: float  # of a message of no bytes
     bandwidth_bytes_s: float  # one way, ideal: from the spec sheet
     efficiency: float  # share of the bandwidth that large messages reach
-    measured: bool  # whether the efficiency is a measurement or an assumption
 
     def __post_init__(self) -> None:
         require(self.latency_s >= 0, "latency_s: expected >= 0", self.latency_s)
@@ -57,21 +57,18 @@ _ALL = (
         latency_s=8e-6,  # Vidur's DGX send-recv tables
         bandwidth_bytes_s=300e9,  # A100 datasheet: 600 GB/s both ways together
         efficiency=0.77,  # Vidur's DGX send-recv tables: 230-265 of 300 GB/s
-        measured=True,
     ),
     LinkSpec(
         name="nvlink-h100",
         latency_s=5e-6,  # Vidur's DGX send-recv tables
         bandwidth_bytes_s=450e9,  # H100 SXM datasheet: 900 GB/s both ways together
         efficiency=0.77,  # Vidur's DGX send-recv tables: 348 of 450 GB/s
-        measured=True,
     ),
     LinkSpec(
         name="pcie5",
         latency_s=5e-6,  # assumed: as NVLink between H100s
         bandwidth_bytes_s=64e9,  # PCIe 5.0 x16: 32 GT/s x 16 lanes, before encoding
         efficiency=0.8,  # assumed: no published measurement found
-        measured=False,
     ),
     LinkSpec(
         name="400gb",
@@ -80,14 +77,12 @@ _ALL = (
         # Vidur's H100 inter-node send-recv: 35.9 of 50 GB/s, if its NIC is 400 Gb/s,
         # as aiconfigurator assumes.
         efficiency=0.72,
-        measured=True,
     ),
     LinkSpec(
         name="200gb",  # one of the eight adapters of a DGX A100
         latency_s=17e-6,  # assumed: as 400gb
         bandwidth_bytes_s=25e9,  # DGX A100 datasheet: HDR InfiniBand, 200 Gb/s
         efficiency=0.72,  # assumed: as 400gb
-        measured=False,
     ),
     LinkSpec(
         name="100gb",
@@ -95,21 +90,18 @@ _ALL = (
         bandwidth_bytes_s=12.5e9,  # 100 Gb/s
         # Vidur's A100 inter-node send-recv: 7.8 of 12.5 GB/s, if that link is 100 Gb/s.
         efficiency=0.62,
-        measured=True,
     ),
     LinkSpec(
         name="25gb",  # DistServe's testbed between nodes
         latency_s=24e-6,  # assumed: as 100gb
         bandwidth_bytes_s=3.125e9,  # 25 Gb/s
         efficiency=0.62,  # assumed: as 100gb
-        measured=False,
     ),
     LinkSpec(
         name="ici-v5e",  # one link of a chip; a chip of the 2-D torus has four
         latency_s=1e-6,  # assumed: about 1 us for a hop
         bandwidth_bytes_s=45e9,  # one way; "How to Scale Your Model", chapter on TPUs
         efficiency=1.0,  # assumed: not measured; 45 GB/s is below the 50 of the spec
-        measured=False,
     ),
     LinkSpec(
         name="ici-v5p",  # one link of a chip; a chip of the 3-D torus has six
@@ -117,7 +109,6 @@ _ALL = (
         # Google Cloud, docs/v5p: 1200 GB/s for a chip, both ways, over its six links
         bandwidth_bytes_s=100e9,
         efficiency=0.9,  # assumed: the scaling book counts 45 of v5e's 50 GB/s
-        measured=False,
     ),
     LinkSpec(
         name="ici-v6e",  # one link of a chip; a chip of the 2-D torus has four
@@ -125,14 +116,12 @@ _ALL = (
         # Google Cloud, docs/v6e: 800 GB/s for a chip, both ways, over its four links
         bandwidth_bytes_s=100e9,
         efficiency=0.9,  # assumed: as ici-v5p
-        measured=False,
     ),
     LinkSpec(
         name="dcn-v5e",  # of a host with 8 chips
         latency_s=50e-6,  # assumed: an Ethernet round through the hosts
         bandwidth_bytes_s=25e9,  # Google Cloud: 2 x 100 Gb/s NICs
         efficiency=0.62,  # assumed: as 100gb
-        measured=False,
     ),
 )
 LINKS: Mapping[str, LinkSpec] = types.MappingProxyType({x.name: x for x in _ALL})

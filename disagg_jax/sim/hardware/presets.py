@@ -75,7 +75,6 @@ _A6000 = dataclasses.replace(
         latency_s=5e-6,  # assumed: as pcie5
         bandwidth_bytes_s=32e9,  # PCIe 4.0 x16: 16 GT/s x 16 lanes, before encoding
         efficiency=0.8,  # assumed: as pcie5
-        measured=False,
     ),
 )
 _H100 = Hardware(
@@ -184,7 +183,6 @@ _CPU = Hardware(
         latency_s=50e-6,
         bandwidth_bytes_s=5e9,
         efficiency=1.0,
-        measured=False,
     ),
     step_s=_STEP_S,
     tile_rows=1,

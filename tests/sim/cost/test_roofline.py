@@ -56,7 +56,6 @@ DEVICE = Hardware(
         latency_s=0.5,
         bandwidth_bytes_s=32.0,
         efficiency=0.5,
-        measured=False,
     ),
     step_s=1.0,
     tile_rows=4,
