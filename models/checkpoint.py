@@ -14,7 +14,6 @@ import pathlib
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
 from models import transformer
 from models.config import ModelConfig
@@ -74,10 +73,6 @@ class Checkpoint:
         targets = jax.tree.map(target, shapes, jax.tree.broadcast(shardings, shapes))
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self.folder / _PARAMS, targets)
-
-    def load(self, device: Any) -> transformer.Params:
-        """Restore all weights to one device."""
-        return self.restore(SingleDeviceSharding(device))
 
 
 # In memory, or on disk: each mesh then restores its own shards.

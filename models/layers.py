@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -75,31 +75,23 @@ def _like(vector_D: Array, x: Array) -> Array:
     return jnp.expand_dims(vector_D, range(x.ndim - 1)).astype(jnp.float32)
 
 
-def rope_table(
-    positions_T: Array,
-    head_dim: int,
-    theta: float,
-    divisors: Sequence[float] | None = None,
-    attention_factor: float = 1.0,
-) -> tuple[Array, Array]:
+def rope_table(config: ModelConfig, positions_T: Array) -> tuple[Array, Array]:
     """Return the sine and cosine of every position's rotation angles.
-
-    Args:
-      divisors: `[head_dim / 2]`, of scaled frequencies.
-      attention_factor: of sines and cosines; scores get its square.
 
     Returns:
       Twice `[T, head_dim / 2]` float32. Pair i turns by
-      `position * theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021), over
-      its divisor.
+      `position * rope_theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021),
+      over its divisor. Scores get the square of the factor on sines and cosines.
     """
     # Constants, in float64 up to here: far positions multiply the rounding error.
-    frequencies_D = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    if divisors is not None:
-        frequencies_D = frequencies_D / np.array(divisors)
+    exponents_D = np.arange(0, config.head_dim, 2) / config.head_dim
+    frequencies_D = config.rope_theta**-exponents_D
+    if config.rope_divisors is not None:
+        frequencies_D = frequencies_D / np.array(config.rope_divisors)
     frequencies_1D = jnp.array(frequencies_D[None, :], jnp.float32)
     angles_TD = positions_T[:, None].astype(jnp.float32) * frequencies_1D
-    return jnp.sin(angles_TD) * attention_factor, jnp.cos(angles_TD) * attention_factor
+    factor = config.rope_attention_factor
+    return jnp.sin(angles_TD) * factor, jnp.cos(angles_TD) * factor
 
 
 def rotate(x_TNH: Array, table: tuple[Array, Array]) -> Array:

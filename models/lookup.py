@@ -76,8 +76,7 @@ def _own(path: pathlib.Path, fields: dict[str, Any]) -> ModelConfig:
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{key}: expected {names}, got {value!r}")
-    weight = fields.get("weight_dtype_bytes", 2)
-    table = fields.get("table_dtype_bytes")
+    weight, table = fields.get("weight_dtype_bytes", 2), fields.get("table_dtype_bytes")
     return _model(
         str(fields.get("name", path.stem)),
         {key: fields[key] for key in (*_SIZES, "tie_embeddings") if key != "vocab"}

@@ -155,15 +155,8 @@ def run_layers(
     Returns:
       The residual stream after the last layer, and the cache as `attend` left it.
     """
-    table = None
-    if config.positions == "rotary":
-        table = layers.rope_table(
-            positions_T,
-            config.head_dim,
-            config.rope_theta,
-            config.rope_divisors,
-            config.rope_attention_factor,
-        )
+    rotary = config.positions == "rotary"
+    table = layers.rope_table(config, positions_T) if rotary else None
     for index, params in enumerate(layer_params):
         with jax.named_scope(f"layer_{index}"):
             block = _filled(lambda: layers.Block(config, nnx.Rngs(0)), params)

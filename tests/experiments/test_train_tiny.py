@@ -5,6 +5,7 @@ import json
 
 import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import train_tiny
 from experiments.configs.named import tiny
@@ -66,7 +67,7 @@ def test_the_committed_model_is_trained(trained):
     """On text it never saw, in any release of Python."""
     record = json.loads((trained.folder / "training.json").read_text())
     random = transformer.init_params(TINY, record["seed"])
-    params = trained.load(jax.devices()[0])
+    params = trained.restore(SingleDeviceSharding(jax.devices()[0]))
     before, after = (
         train_tiny.held_out_loss(TINY, weights) for weights in (random, params)
     )
@@ -78,7 +79,7 @@ def test_the_committed_model_is_trained(trained):
 
 
 def test_the_committed_model_writes_words(trained):
-    params = trained.load(jax.devices()[0])
+    params = trained.restore(SingleDeviceSharding(jax.devices()[0]))
     tokenizer = ByteTokenizer()
     prompt = tokenizer.encode(train_tiny.PROMPT)
     text = tokenizer.decode(transformer.greedy(TINY, params, prompt, 48))

@@ -52,12 +52,9 @@ class Network:
     layer_groups: int = 1  # in which the KV of a prompt goes while it is computed
 
     def __post_init__(self) -> None:
-        require(
-            self.layer_groups >= 1, "layer_groups: expected >= 1", self.layer_groups
-        )
-        require(
-            self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices
-        )
+        groups, devices = self.layer_groups, self.node_devices
+        require(groups >= 1, "layer_groups: expected >= 1", groups)
+        require(devices >= 1, "node_devices: expected >= 1", devices)
         size = self.kv_bytes_per_token
         require(size >= 0, "kv_bytes_per_token: expected >= 0", size)
         known = self.sharing in ("fifo", "fair")
