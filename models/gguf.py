@@ -1,4 +1,4 @@
-"""Reads Llama weights from GGUF, llama.cpp's file format.
+"""Read Llama weights from GGUF, llama.cpp's file format.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md names the metadata keys; the
 tensor names are those of llama.cpp's `llama` architecture.

@@ -1,4 +1,4 @@
-"""Reads Hugging Face folders (config.json and safetensors) of Llama, OPT and Qwen3."""
+"""Read Hugging Face folders (config.json and safetensors) of Llama, OPT and Qwen3."""
 
 from __future__ import annotations
 
