@@ -66,7 +66,8 @@ from experiments.sweep.serving import (
     step_durations,
     tune_systems,
 )
-from experiments.sweep.weights import Model, load_model
+from experiments.sweep.weights import load_model
+from models.load import Model
 
 FLAGS = Flags()
 _PROFILE = FLAGS.string("profile", REQUIRED, "What experiments.calibrate wrote.")

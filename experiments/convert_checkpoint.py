@@ -1,4 +1,4 @@
-"""Makes a checkpoint that every instance restores straight into its own sharding.
+"""Make a checkpoint that every instance restores straight into its own sharding.
 
     python -m experiments.convert_checkpoint --from=FILE.gguf --out=checkpoints/smollm2
     python -m experiments.convert_checkpoint --from=HF_FOLDER --out=checkpoints/qwen3
@@ -12,8 +12,8 @@ import pathlib
 
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
-from experiments.sweep.weights import read_tokenizer, read_weights
 from models import checkpoint
+from models.load import read_tokenizer, read_weights
 from models.sentencepiece import SentencePieceTokenizer
 from models.tokenizer import BPETokenizer, NoText, save_tokenizer
 
@@ -23,7 +23,7 @@ _OUT = FLAGS.string("out", REQUIRED, "Folder of the new checkpoint.")
 
 
 def convert(source: pathlib.Path, out: pathlib.Path) -> checkpoint.Checkpoint:
-    """Writes the weights, config and tokenizer of `source` to `out`.
+    """Write the weights, config and tokenizer of `source` to `out`.
 
     Raises:
       ValueError, FileNotFoundError: if `source` cannot be read, or `out` is taken.

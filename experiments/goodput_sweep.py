@@ -47,7 +47,8 @@ from experiments.sweep.serving import (
     tune_systems,
 )
 from experiments.sweep.sweep import Sweep
-from experiments.sweep.weights import Model, load_model
+from experiments.sweep.weights import load_model
+from models.load import Model
 
 FLAGS = Flags()
 _CONFIG = FLAGS.string(

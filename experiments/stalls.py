@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from disagg_jax.engine.place_weights import Weights
 from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
@@ -28,6 +27,7 @@ from experiments.report.table import align
 from experiments.runs.folder import plain, run_folder, write_text
 from experiments.runs.provenance import commit
 from models import transformer
+from models.checkpoint import Weights
 from models.config import ModelConfig, get_config
 
 FLAGS = Flags()

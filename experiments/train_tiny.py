@@ -1,19 +1,20 @@
-"""Trains the `tiny` model on Python's own standard library, bytes as tokens.
+"""Train the `tiny` model on Python's own standard library, bytes as tokens.
 
     python -m experiments.train_tiny
     python -m experiments.train_tiny --steps=50 --out=runs/short
 
-Prints the loss on held-out modules before and after and what the model writes, and
-makes a checkpoint, for `--set weights=trained` or `--set weights=FOLDER`. The one in
-experiments/checkpoints/tiny is of this default; `training.json` in it says from what.
+The command prints the loss on held-out modules before and after, and a text by the
+model. It makes a checkpoint, for `--set weights=trained` or `--set weights=FOLDER`. The
+checkpoint in experiments/checkpoints/tiny is of this default; its `training.json` names
+its sources.
 
 The default takes about 420 CPU-seconds (14 minutes on 2 busy cores) and goes from 6.22
 to 1.66 nats a byte.
 
-The text is the source of a fixed list of modules in a fixed order, which ship with any
-Python since 3.11; it needs no network. With the same release of Python it is the same
-to the byte (`text_sha256` in training.json). Other releases change some of its lines,
-and so the losses a little.
+The training text is the source of a fixed list of modules in a fixed order, which ship
+with any Python since 3.11; no network is needed. One release of Python always gives the
+same bytes (`text_sha256` in training.json). Other releases change some lines, and so
+the losses a little.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _STEPS = FLAGS.integer("steps", 600, "Updates, each of 16 windows.", lower_bound
 _OUT = FLAGS.string("out", "runs/tiny-trained", "Folder of the checkpoint.")
 _SEED = FLAGS.integer("seed", 0, "Of the first weights and the windows.")
 
-# Modules of one Python file each (of a package, its __init__) in 3.11 to 3.13.
+# Modules that are one Python file (in a package its __init__) in 3.11 to 3.13.
 TRAINING = """
 argparse ast asyncio.base_events asyncio.queues asyncio.tasks base64 bdb calendar cmd
 code collections concurrent.futures._base configparser contextlib copy csv dataclasses
@@ -70,7 +71,7 @@ PROMPT = '    def read(self, size=-1):\n        """'
 
 
 def stdlib_tokens(modules: Sequence[str]) -> np.ndarray:
-    """The sources of `modules` as bytes, each followed by the end of a text."""
+    """Return the sources of `modules` as bytes, each followed by the end of a text."""
     tokenizer = ByteTokenizer()
     tokens: list[int] = []
     for name in modules:
@@ -83,7 +84,7 @@ def stdlib_tokens(modules: Sequence[str]) -> np.ndarray:
 
 
 def random_windows(tokens: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Without end `[BATCH, LENGTH + 1]`, from places drawn uniformly."""
+    """Yield `[BATCH, LENGTH + 1]` without end, from places drawn uniformly."""
     rng = np.random.default_rng(seed)
     while True:
         starts = rng.integers(0, len(tokens) - LENGTH, BATCH)
@@ -92,7 +93,7 @@ def random_windows(tokens: np.ndarray, seed: int) -> Iterator[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def mean_loss(config: ModelConfig, params: transformer.Params, BT: Array) -> Array:
-    """Nats for each token of `[B, T]` but the first, given those before it."""
+    """Return the mean nats of a token of `[B, T]`, given the tokens before it."""
     forward = functools.partial(transformer.forward, config, params)
     logits_BTV = jax.vmap(forward)(BT[:, :-1])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, BT[:, 1:])
@@ -102,7 +103,7 @@ def mean_loss(config: ModelConfig, params: transformer.Params, BT: Array) -> Arr
 def held_out_loss(
     config: ModelConfig, params: transformer.Params, windows: int = 64
 ) -> float:
-    """The mean loss over windows evenly spaced in the held-out modules."""
+    """Return the mean loss over windows evenly spaced in the held-out modules."""
     tokens = stdlib_tokens(HELD_OUT)
     starts = np.linspace(0, len(tokens) - LENGTH - 1, windows).astype(int)
     BT = tokens[starts[:, None] + np.arange(LENGTH + 1)]
@@ -116,7 +117,7 @@ def train(
     steps: int,
     progress: Callable[[str], None],
 ) -> transformer.Params:
-    """`params`, which are donated, after `steps` updates by AdamW."""
+    """Return `params` (donated) after `steps` updates by AdamW."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, warmup_steps=min(50, steps // 2), decay_steps=steps
     )

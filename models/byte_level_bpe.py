@@ -1,25 +1,25 @@
 """GPT-2's byte-level BPE, as GGUF files of kind `gpt2` describe it.
 
 A file names its rule for splitting a text before merging, and does not contain it. The
-rules here are those of the tokenizer.json files that the models were published with.
+rules here come from the tokenizer.json files of the published models.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from models.gguf import metadata
+from models.gguf import added_token, metadata
 
 if TYPE_CHECKING:
     import gguf
     import tokenizers
     from tokenizers import pre_tokenizers
 
-# `tokenizer.ggml.token_type` of GGUF: tokens that text must spell out exactly.
+# Values of `tokenizer.ggml.token_type`: tokens that text must spell out exactly.
 _CONTROL, _USER_DEFINED = 3, 4
 
-# Words with the sign or space before them, numbers, signs with the line ends behind
-# them, white space. meta-llama/Meta-Llama-3-8B and Qwen/Qwen2-7B, tokenizer.json.
+# Words with the sign or space before each, numbers, signs with the line ends behind
+# each, white space. meta-llama/Meta-Llama-3-8B and Qwen/Qwen2-7B, tokenizer.json.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,12 +34,12 @@ KINDS = ("smollm", *_SPLITS)
 
 
 def read_byte_level_bpe(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
-    """The tokenizer of a GGUF file whose `tokenizer.ggml.pre` is one of `KINDS`.
+    """Read the tokenizer of a GGUF file whose `tokenizer.ggml.pre` is in `KINDS`.
 
     `smollm` was compared with llama.cpp on 26 texts, equal on all.
 
     Raises:
-      ValueError: if its tokens, their types and merges do not go together.
+      ValueError: if the tokens, their types and merges do not fit each other.
     """
     import tokenizers
     from tokenizers import decoders, models, normalizers
@@ -101,14 +101,12 @@ def _add_specials(
 def _add_ends(
     bpe: tokenizers.Tokenizer, reader: gguf.GGUFReader, *, add_bos: bool
 ) -> None:
-    """What every text begins or ends with; the default is llama.cpp's for the kind."""
+    """Add the tokens that every text begins and ends with."""
     from tokenizers import processors
 
-    def added(which: str, default: bool) -> list[tuple[str, int]]:
-        id = metadata(reader, f"tokenizer.ggml.{which}_token_id", bpe.get_vocab_size())
-        adds = metadata(reader, f"tokenizer.ggml.add_{which}_token", default)
-        token = bpe.id_to_token(id)
-        return [(token, id)] if adds and token else []
+    def added(end: str, default: bool) -> list[tuple[str, int]]:
+        ids = added_token(reader, end, bpe.get_vocab_size(), default=default)
+        return [(token, id) for id in ids if (token := bpe.id_to_token(id))]
 
     before, after = added("bos", add_bos), added("eos", False)
     if before or after:

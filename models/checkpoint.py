@@ -1,4 +1,4 @@
-"""Checkpoints: a model's weights by Orbax, and its config beside them.
+"""Checkpoints: the weights of a model by Orbax, with its config and tokenizer.
 
 FOLDER/model.json   the fields of `ModelConfig`
 FOLDER/params/      Orbax; each device can read its own shards
@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import SingleDeviceSharding
 
 from models import transformer
 from models.config import ModelConfig
@@ -25,14 +24,14 @@ _CONFIG, _PARAMS = "model.json", "params"
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Weights that are still on disk, to be restored once for each mesh."""
+    """Weights on disk, to be restored once for each mesh."""
 
     folder: pathlib.Path
-    config: ModelConfig  # its dtype is restored to; that of the file may be another
+    config: ModelConfig  # weights are restored to its dtype, whatever the file's
 
     @classmethod
     def open(cls, folder: str | pathlib.Path) -> Checkpoint:
-        """The checkpoint in `folder`. Reads its config and the shapes of its weights.
+        """Open the checkpoint in `folder`: read its config and its weights' shapes.
 
         Raises:
           FileNotFoundError: with the command that makes one, if there is none.
@@ -61,11 +60,11 @@ class Checkpoint:
         return cls(folder, config)
 
     def restore(self, shardings: Any) -> transformer.Params:
-        """Weights with `shardings`: one, or a tree of them in the shape of `Params`.
+        """Restore the weights with `shardings`: one, or a tree in the form of `Params`.
 
         Each device reads no more than its shards.
         """
-        import orbax.checkpoint as ocp  # a second, which only checkpoints take
+        import orbax.checkpoint as ocp  # takes a second; only checkpoints need it
 
         def target(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -75,13 +74,13 @@ class Checkpoint:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(self.folder / _PARAMS, targets)
 
-    def load(self, device: Any) -> transformer.Params:
-        """All weights on one device."""
-        return self.restore(SingleDeviceSharding(device))
+
+# In memory, or on disk: each mesh then restores its own shards.
+Weights: TypeAlias = transformer.Params | Checkpoint
 
 
 def _stored_shapes(folder: pathlib.Path) -> Any:
-    """None if Orbax cannot tell."""
+    """Read the shapes of the weights; None if Orbax cannot tell."""
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
@@ -94,16 +93,17 @@ def _shapes(tree: Any) -> Any:
 
 
 def is_checkpoint(folder: str | pathlib.Path) -> bool:
+    """Return whether `folder` has the config of a checkpoint."""
     return (pathlib.Path(folder) / _CONFIG).is_file()
 
 
 def save(
     folder: str | pathlib.Path, config: ModelConfig, params: transformer.Params
 ) -> Checkpoint:
-    """Writes a checkpoint of `params`, arrays of JAX or NumPy.
+    """Write a checkpoint of `params`, arrays of JAX or NumPy.
 
     Raises:
-      ValueError: by Orbax, if there is one already.
+      ValueError: by Orbax, if the folder has one already.
     """
     import orbax.checkpoint as ocp
 

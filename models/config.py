@@ -1,4 +1,4 @@
-"""One description of a model, for the engine and for cost models: numbers, no JAX."""
+"""The one description of a model, for engine and cost models: numbers, no JAX."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _KINDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Widths:
-    """Bytes of one element of what a step reads, keeps and sends.
+    """Bytes of one element of the arrays that a step reads, keeps and sends.
 
     Raises:
       ValueError: if a width is not positive.
     """
 
     weight: float  # in the layers: 2 is float16 or bfloat16, 1 is int8
-    table: float  # in the embedding, which methods of quantisation leave alone
+    table: float  # in the embedding, which quantisation leaves alone
     kv: int  # a cached key or value
-    activation: int  # what devices exchange within a step
+    activation: int  # exchanged between devices within a step
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -44,11 +44,11 @@ class ModelConfig:
 
     Raises:
       ValueError: if a size is not positive, `head_dim` is odd (rotary embedding pairs
-        its halves), query heads do not divide into the kv heads, a kind is unknown, or
-        there is not one positive divisor for each rotary frequency.
+        its halves), `q_heads` is no multiple of `kv_heads`, a kind is unknown, or
+        `rope_divisors` is not one positive divisor for each rotary frequency.
     """
 
-    name: str  # what a report calls it
+    name: str  # in reports
     vocab_size: int  # tokens that have an embedding and a logit
     layers: int  # transformer blocks
     embed: int  # width of the residual stream
@@ -61,8 +61,10 @@ class ModelConfig:
     max_length: int  # context length in tokens: prompt and generated together
     dtype: Literal["float32", "bfloat16"]  # of weights, activations and KV cache
     norm: Literal["rms", "layer"] = "rms"  # RMSNorm, or LayerNorm with a bias
-    positions: Literal["rotary", "learned"] = "rotary"  # of q and k, or added at first
-    rope_theta: float = 10_000.0  # base of the rotary frequencies; else without effect
+    positions: Literal["rotary", "learned"] = (
+        "rotary"  # of q and k, or added before all layers
+    )
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_divisors: tuple[float, ...] | None = None  # of each frequency (see rope.py)
     rope_attention_factor: float = 1.0  # of every rotary sine and cosine
     mlp_kind: Literal["swiglu", "relu"] = "swiglu"  # three matrices, or two and a ReLU
@@ -93,41 +95,41 @@ class ModelConfig:
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of one weight, activation or cache element."""
+        """Return the bytes of one weight, activation or cache element."""
         return _DTYPE_BYTES[self.dtype]
 
     @property
     def stored(self) -> Widths:
-        """Bytes of the elements: `widths`, or else all as wide as `dtype`."""
+        """Return the bytes of the elements: `widths`, by default those of `dtype`."""
         size = self.dtype_bytes
         same = Widths(weight=size, table=size, kv=size, activation=size)
         return self.widths or same
 
     @property
     def layer_kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token keeps in one layer's cache."""
+        """Return the bytes of one token's keys and values in one layer's cache."""
         return 2 * self.kv_heads * self.head_dim * self.stored.kv
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token keeps in the cache, all layers."""
+        """Return the bytes of one token's keys and values in the cache, all layers."""
         return self.layers * self.layer_kv_bytes_per_token
 
     @property
     def layer_params(self) -> int:
-        """Weights in the matrices of one block."""
+        """Return the number of weights in the matrices of one block."""
         heads = 2 * self.q_heads + 2 * self.kv_heads  # query, output, key, value
         attention = self.embed * heads * self.head_dim
         return attention + self._mlp_matrices * self.embed * self.mlp
 
     @property
     def table_params(self) -> int:
-        """Weights of the embedding; the unembedding has as many."""
+        """Return the number of weights of the embedding, as of the unembedding."""
         return self.embed * self.vocab_size
 
     @property
     def num_params(self) -> int:
-        """Weights of the whole model; a tied embedding counts once."""
+        """Return the number of weights of the model; a tied embedding counts once."""
         norm = self.embed if self.norm == "rms" else 2 * self.embed
         vectors = 2 * norm
         if self.biases:
@@ -142,20 +144,20 @@ class ModelConfig:
 
     @property
     def layer_bytes(self) -> float:
-        """Bytes of the matrices of one block."""
+        """Return the bytes of the matrices of one block."""
         return self.layer_params * self.stored.weight
 
     @property
     def table_bytes(self) -> float:
-        """Bytes of the embedding; the unembedding has as many."""
+        """Return the bytes of the embedding; the unembedding has as many."""
         return self.table_params * self.stored.table
 
     @property
     def weight_bytes(self) -> float:
-        """Bytes of all matrices; a tied embedding counts once.
+        """Return the bytes of all matrices; a tied embedding counts once.
 
-        Biases, norms and learned positions are left out: under 0.1 % of each preset
-        that is not of this project.
+        Biases, norms and learned positions are left out (under 0.1 % of every
+        published preset).
         """
         return self.layers * self.layer_bytes + self._tables * self.table_bytes
 
@@ -169,9 +171,10 @@ class ModelConfig:
 
 
 def _opt(name: str, layers: int, embed: int, heads: int) -> ModelConfig:
-    """Zhang et al. (arXiv 2205.01068), Table 1; the rest: facebook/opt-*, config.json.
+    """Describe an OPT of Zhang et al. (arXiv 2205.01068), Table 1.
 
-    Published in float16; bfloat16 is our half precision.
+    The rest is from facebook/opt-*, config.json. The weights were published in float16;
+    bfloat16 is our half precision.
     """
     return ModelConfig(
         name=name,
@@ -205,7 +208,7 @@ def _llama(
     norm_eps: float = 1e-5,
     rope_theta: float = 10_000.0,
 ) -> ModelConfig:
-    """A Llama with heads of 128; `heads` are (q_heads, kv_heads)."""
+    """Describe a Llama with heads of 128; `heads` are (q_heads, kv_heads)."""
     return ModelConfig(
         name=name,
         vocab_size=vocab_size,
@@ -226,22 +229,11 @@ def _llama(
 def _qwen3(
     name: str, layers: int, embed: int, q_heads: int, mlp: int, tie_embeddings: bool
 ) -> ModelConfig:
-    """Hugging Face Qwen/Qwen3-*, config.json."""
-    return ModelConfig(
-        name=name,
-        vocab_size=151_936,
-        layers=layers,
-        embed=embed,
-        q_heads=q_heads,
-        kv_heads=8,
-        head_dim=128,
-        mlp=mlp,
-        rope_theta=1_000_000.0,
-        norm_eps=1e-6,
-        tie_embeddings=tie_embeddings,
-        max_length=40_960,
-        dtype="bfloat16",
-        qk_norm=True,
+    """Describe Hugging Face Qwen/Qwen3-*, config.json."""
+    heads, vocab_size, length = (q_heads, 8), 151_936, 40_960
+    llama = _llama(name, layers, embed, heads, mlp, vocab_size, length, rope_theta=1e6)
+    return dataclasses.replace(
+        llama, norm_eps=1e-6, tie_embeddings=tie_embeddings, qk_norm=True
     )
 
 
@@ -256,7 +248,6 @@ _TINY = ModelConfig(
     kv_heads=4,
     head_dim=16,
     mlp=256,
-    rope_theta=10_000.0,
     norm_eps=1e-5,
     tie_embeddings=False,
     max_length=1024,
@@ -279,52 +270,36 @@ _ALL = (
     # Qwen3's heads are wider than embed / q_heads.
     dataclasses.replace(_TINY, name="tiny-qwen3", head_dim=32, qk_norm=True),
     # Random weights. Large enough that a step's time on a CPU is work, not overhead.
-    ModelConfig(
+    dataclasses.replace(
+        _TINY,
         name="m32",
-        vocab_size=264,
         layers=4,
         embed=256,
-        q_heads=8,
         kv_heads=8,
         head_dim=32,
         mlp=1024,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
         tie_embeddings=True,
         max_length=512,
-        dtype="float32",
     ),
     # Much KV for its weights: 32 KiB a token, as 8 layers of Llama-3-8B in bfloat16.
-    ModelConfig(
+    dataclasses.replace(
+        _TINY,
         name="kv",
         vocab_size=512,
         layers=8,
         embed=256,
-        q_heads=8,
         kv_heads=8,
         head_dim=64,
         mlp=512,
-        rope_theta=10_000.0,
-        norm_eps=1e-5,
         tie_embeddings=True,
         max_length=4096,
-        dtype="float32",
     ),
     # Hugging Face HuggingFaceTB/SmolLM2-135M-Instruct, config.json. float32, because
     # bfloat16 is about 6 times slower on a CPU.
-    ModelConfig(
-        name="smollm2-135m",
-        vocab_size=49_152,
-        layers=30,
-        embed=576,
-        q_heads=9,
-        kv_heads=3,
+    dataclasses.replace(
+        _llama("smollm2-135m", 30, 576, (9, 3), 1536, 49_152, 8192, rope_theta=1e5),
         head_dim=64,
-        mlp=1536,
-        rope_theta=100_000.0,
-        norm_eps=1e-5,
         tie_embeddings=True,
-        max_length=8192,
         dtype="float32",
     ),
     _opt("opt-125m", 12, 768, 12),
@@ -349,19 +324,10 @@ _ALL = (
     _llama("yi-34b", 60, 7168, (56, 8), 20_480, 64_000, 4096, rope_theta=5e6),
     # Hugging Face tiiuae/falcon-180B, config.json. For simulation: its blocks run
     # attention and MLP side by side, with a GELU, which costs as much.
-    ModelConfig(
-        name="falcon-180b",
-        vocab_size=65_024,
-        layers=80,
-        embed=14_848,
-        q_heads=232,
-        kv_heads=8,
+    dataclasses.replace(
+        _llama("falcon-180b", 80, 14_848, (232, 8), 4 * 14_848, 65_024, 2048),
         head_dim=64,
-        mlp=4 * 14_848,
-        norm_eps=1e-5,
         tie_embeddings=True,
-        max_length=2048,
-        dtype="bfloat16",
         norm="layer",
         mlp_kind="relu",
     ),
@@ -374,10 +340,10 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
 
 
 def get_config(name: str) -> ModelConfig:
-    """The preset called `name`.
+    """Return the preset called `name`.
 
     Raises:
-      ValueError: naming the known presets, if there is none of that name.
+      ValueError: naming the presets, if none has that name.
     """
     if name not in PRESETS:
         raise ValueError(f"model: expected one of {sorted(PRESETS)}, got {name!r}")

@@ -1,16 +1,29 @@
-"""What any model file can be instead of itself: a pointer, empty, half of it."""
+"""Checks of any model file: a Git LFS pointer, an empty or damaged file, no reader."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+@contextlib.contextmanager
+def package_needed(package: str, purpose: str) -> Iterator[None]:
+    """Name the extra to install in an ImportError of `package` raised inside."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"{purpose} needs the package {package}: pip install 'disagg-jax[weights]'"
+        ) from error
+
+
 def require_content(path: pathlib.Path) -> None:
-    """Raise a ValueError if `path` is empty, or only says where Git LFS has it."""
+    """Raise a ValueError if `path` is empty or a pointer of Git LFS."""
     with path.open("rb") as file:
         head = file.read(len(_POINTER))
     if head == _POINTER:
@@ -25,7 +38,7 @@ def require_content(path: pathlib.Path) -> None:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Return the object in a JSON file, in any of JSON's encodings, BOM or not.
+    """Return the object in a JSON file of any of JSON's encodings, with a BOM or not.
 
     Raises:
       ValueError: naming the file, if it holds no JSON object.

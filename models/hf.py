@@ -1,4 +1,4 @@
-"""Reads Hugging Face folders (config.json and safetensors) of Llama, OPT and Qwen3."""
+"""Read Hugging Face folders (config.json and safetensors) of Llama, OPT and Qwen3."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 
 from models import hf_config
 from models.config import ModelConfig
-from models.files import read_json, require_content
+from models.files import package_needed, read_json, require_content
 from models.hf_config import Settings
 from models.quantization import QUANTIZATION
 from models.rope import read_scaling
-from models.tensors import Take, check_tensors
+from models.tensors import Take, check_tensors, llama_params, opt_params
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# As safetensors spells them. Others are quantized: they need scales, which we lack.
+# As safetensors spells them. Other dtypes are quantized and need scales, which we lack.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration and the weights of a model that `save_pretrained` wrote.
+    """Read the configuration and the weights of a folder by `save_pretrained`.
 
     Returns:
       The config (float16 becomes bfloat16, our half precision), and NumPy weights of
@@ -34,7 +34,7 @@ def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
       FileNotFoundError: with the command that gets it, if the folder or a file of it is
         missing.
-      ValueError: if the model is of another family or has what ours has not; if a
+      ValueError: if the model is of another family or has a part that ours lacks, or a
         tensor is missing, misshapen or not expected.
       ImportError: naming the extra to install, if `safetensors` is missing.
     """
@@ -46,7 +46,7 @@ def load_hf(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     family = _FAMILIES[settings["model_type"]]
     tensors = _open(folder, config.tie_embeddings)
-    build = functools.partial(_params, family, config)
+    build = functools.partial(family.params, config)
     where = folder / (_WHOLE if (folder / _WHOLE).is_file() else _INDEX)
     check_tensors(where, build, {name: t.shape for name, t in tensors.items()})
     dtype = jnp.dtype(config.dtype)
@@ -67,19 +67,12 @@ def _config(folder: pathlib.Path, settings: Settings) -> ModelConfig:
     return family.config(folder.name, settings)
 
 
-def _params(family: _Family, config: ModelConfig, take: Take) -> dict[str, Any]:
-    params = family.params(config, take)
-    if not config.tie_embeddings:
-        params["unembed"] = take("lm_head.weight", config.vocab_size, config.embed).T
-    return params
-
-
 # -- files ----------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stored:
-    """A tensor that is not read yet."""
+    """A tensor in an open file, not read yet."""
 
     file: Any  # of safetensors, open
     path: pathlib.Path
@@ -87,10 +80,10 @@ class _Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape.
+        """Return the shape of the tensor.
 
         Raises:
-          ValueError: if it is quantized.
+          ValueError: if the tensor is quantized.
         """
         header = self.file.get_slice(self.name)
         if header.get_dtype() not in _DTYPES:
@@ -105,12 +98,12 @@ class _Stored:
 
 
 def _open(folder: pathlib.Path, tied: bool) -> dict[str, _Stored]:
-    """The tensors of a folder by their names in a whole model; nothing is read yet."""
+    """Open the tensors of a folder, by their names in a whole model."""
     index = _index(folder)
     files = [_existing(folder, file) for file in sorted({*index.values()}) or [_WHOLE]]
     found = [tensor for file in files for tensor in _open_part(file)]
     stored = {tensor.name: tensor for tensor in found}
-    # The index only matters where two files have a tensor: all are open anyway.
+    # The index only matters where two files have the same tensor.
     stored |= {t.name: t for t in found if index.get(t.name) == t.path.name}
     # A model that was saved without its head lacks the prefix.
     whole = any(name.startswith("model.") for name in stored)
@@ -124,14 +117,14 @@ def _open(folder: pathlib.Path, tied: bool) -> dict[str, _Stored]:
 
 
 def _is_redundant(name: str, tied: bool) -> bool:
-    """Some files repeat a tied embedding, or keep what is no weight."""
+    """Return whether a file repeats a tied embedding here, or keeps no weight."""
     if name == "lm_head.weight":
         return tied
     return name.endswith((".rotary_emb.inv_freq", ".decoder.version"))
 
 
 def _index(folder: pathlib.Path) -> dict[str, str]:
-    """The file of each tensor, where a folder says it: else all are in one file.
+    """Return the file of each tensor, or {} if all are in one file.
 
     Raises:
       ValueError: if the index has no map.
@@ -145,13 +138,8 @@ def _index(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _open_part(path: pathlib.Path) -> list[_Stored]:
-    try:
+    with package_needed("safetensors", "reading Hugging Face folders"):
         from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ImportError(
-            "reading Hugging Face folders needs the package safetensors: pip install "
-            "'disagg-jax[weights]'"
-        ) from error
     require_content(path)
     try:
         file = safe_open(path, framework="numpy")
@@ -189,7 +177,7 @@ def _existing(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def _shared(name: str, settings: Settings) -> dict[str, Any]:
-    """What config.json calls the same in all families."""
+    """Read the fields that config.json spells alike in all families."""
     dtype = hf_config.read_dtype(settings)
     return {
         "name": name,
@@ -200,7 +188,7 @@ def _shared(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _llama_config(name: str, settings: Settings) -> ModelConfig:
-    """Llama's and Qwen3's, which differ in the norm of queries and keys."""
+    """Read a Llama or Qwen3; they differ in the norm of queries and keys."""
     shared, rope = _shared(name, settings), hf_config.read_rope(settings)
     theta = float(rope["rope_theta"])
     scaling = read_scaling(rope, shared["head_dim"], theta)
@@ -226,88 +214,13 @@ def _opt_config(name: str, settings: Settings) -> ModelConfig:
     )
 
 
-def _llama_params(config: ModelConfig, take: Take) -> dict[str, Any]:
-    E, F = config.embed, config.mlp
-
-    def layer(i: int) -> dict[str, Any]:
-        at = f"model.layers.{i}"
-        return {
-            "attention_norm": {"scale": take(f"{at}.input_layernorm.weight", E)},
-            "attention": _attention(config, take, f"{at}.self_attn", out="o_proj"),
-            "mlp_norm": {"scale": take(f"{at}.post_attention_layernorm.weight", E)},
-            "mlp": {
-                "w_gate": take(f"{at}.mlp.gate_proj.weight", F, E).T,
-                "w_up": take(f"{at}.mlp.up_proj.weight", F, E).T,
-                "w_down": take(f"{at}.mlp.down_proj.weight", E, F).T,
-            },
-        }
-
-    return {
-        "embed": take("model.embed_tokens.weight", config.vocab_size, E),
-        "layers": [layer(i) for i in range(config.layers)],
-        "final_norm": {"scale": take("model.norm.weight", E)},
-    }
-
-
-def _opt_params(config: ModelConfig, take: Take) -> dict[str, Any]:
-    E, F = config.embed, config.mlp
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {"scale": take(f"{name}.weight", E), "bias": take(f"{name}.bias", E)}
-
-    def layer(i: int) -> dict[str, Any]:
-        at = f"model.decoder.layers.{i}"
-        return {
-            "attention_norm": norm(f"{at}.self_attn_layer_norm"),
-            "attention": _attention(config, take, f"{at}.self_attn", out="out_proj"),
-            "mlp_norm": norm(f"{at}.final_layer_norm"),
-            "mlp": {
-                "w_up": take(f"{at}.fc1.weight", F, E).T,
-                "b_up": take(f"{at}.fc1.bias", F),
-                "w_down": take(f"{at}.fc2.weight", E, F).T,
-                "b_down": take(f"{at}.fc2.bias", E),
-            },
-        }
-
-    at = "model.decoder"
-    # Position p is row p + 2: the first two rows are for padding, which we never embed.
-    positions = take(f"{at}.embed_positions.weight", config.max_length + 2, E)[2:]
-    return {
-        "embed": take(f"{at}.embed_tokens.weight", config.vocab_size, E),
-        "positions": positions,
-        "layers": [layer(i) for i in range(config.layers)],
-        "final_norm": norm(f"{at}.final_layer_norm"),
-    }
-
-
-def _attention(
-    config: ModelConfig, take: Take, at: str, *, out: str
-) -> dict[str, np.ndarray | dict[str, np.ndarray]]:
-    """Files keep every matrix as [out, in] and heads flat; ours are [in, out]."""
-    E, N, K, H = config.embed, config.q_heads, config.kv_heads, config.head_dim
-    heads = {"q": N, "k": K, "v": K}
-    weights: dict[str, Any] = {
-        f"w{x}": take(f"{at}.{x}_proj.weight", n * H, E).T.reshape(E, n, H)
-        for x, n in heads.items()
-    }
-    weights["wo"] = take(f"{at}.{out}.weight", E, N * H).T.reshape(N, H, E)
-    if config.biases:
-        for x, n in heads.items():
-            weights[f"b{x}"] = take(f"{at}.{x}_proj.bias", n * H).reshape(n, H)
-        weights["bo"] = take(f"{at}.{out}.bias", E)
-    if config.qk_norm:
-        for x in "qk":
-            weights[f"{x}_norm"] = {"scale": take(f"{at}.{x}_norm.weight", H)}
-    return weights
-
-
 @dataclasses.dataclass(frozen=True)
 class _Family:
-    """How a `model_type` is read."""
+    """The readers of one `model_type`."""
 
     config: Callable[[str, Settings], ModelConfig]
     params: Callable[[ModelConfig, Take], dict[str, Any]]
-    required: Settings  # what config.json must say, unless it is silent
+    required: Settings  # values that config.json must have, or leave out
 
 
 _UNQUANTIZED = {
@@ -317,13 +230,13 @@ _UNQUANTIZED = {
 }
 _GATED = {"hidden_act": "silu", "attention_bias": False}
 _FAMILIES = {
-    "llama": _Family(_llama_config, _llama_params, {**_GATED, "mlp_bias": False}),
+    "llama": _Family(_llama_config, llama_params, {**_GATED, "mlp_bias": False}),
     "qwen3": _Family(
-        _llama_config, _llama_params, {**_GATED, "use_sliding_window": False}
+        _llama_config, llama_params, {**_GATED, "use_sliding_window": False}
     ),
     "opt": _Family(
         _opt_config,
-        _opt_params,
+        opt_params,
         {
             "activation_function": "relu",
             "do_layer_norm_before": True,

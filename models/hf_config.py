@@ -1,9 +1,9 @@
-"""The keys of Hugging Face's config.json: what is read, and what becomes of the others.
+"""The keys of Hugging Face's config.json, of which every one is accounted for.
 
-The simulator and the engine read a model's sizes here and nowhere else, so that no key
-that changes them is missed by one of the two. Every key is either read (`_READ`),
-without effect on a dense decoder's sizes and results (`_HARMLESS`), refused where it
-has an effect (`_REFUSED`), or unknown, of which a warning tells. No JAX.
+The simulator and the engine read a model's sizes here and nowhere else, so that neither
+misses a key that changes them. Every key is read (`_READ`), without effect on a dense
+decoder's sizes and results (`_HARMLESS`), refused where it has an effect (`_REFUSED`),
+or unknown and named in a warning. No JAX.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ _KNOWN = {*_READ.split(), *_HARMLESS.split(), *_REASONS, *_FACTOR_REASONS}
 
 
 class Sizes(NamedTuple):
-    """A dense decoder's, by this project's names."""
+    """The sizes of a dense decoder, by this project's names."""
 
     layers: int
     embed: int
@@ -148,10 +148,10 @@ class Sizes(NamedTuple):
 
 
 def expect_known(settings: Settings, families: Collection[str]) -> list[str]:
-    """The keys that are on no list, if a dense decoder has all that the others say.
+    """Return the unknown keys, after checking that a dense decoder can have the others.
 
     Raises:
-      ValueError: naming all keys that say more, and what they stand for.
+      ValueError: naming all keys that it cannot have, and the feature of each.
     """
     keys: dict[str, list[str]] = {}
     for key, reason in _refused(settings):
@@ -168,13 +168,13 @@ def expect_known(settings: Settings, families: Collection[str]) -> list[str]:
 
 @functools.cache  # some filters of Python's repeat a warning, and files are read again
 def warn_of_unknown(where: str, keys: tuple[str, ...]) -> None:
-    """Warns, once in a process and in none that another started, of unknown keys."""
+    """Warn of unknown keys, once in a process and never in a child process."""
     if keys and multiprocessing.parent_process() is None:
         warnings.warn(f"{where}: ignores the unknown keys {[*keys]}", stacklevel=2)
 
 
 def _refused(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Keys that have an effect which a dense decoder cannot have, with its name."""
+    """Yield the keys of features that a dense decoder lacks, with their names."""
     for key, value in settings.items():
         if key in _REASONS and value not in _WITHOUT_EFFECT:
             yield key, _REASONS[key]
@@ -189,19 +189,19 @@ def _refused(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _has_window(settings: Settings) -> bool:
-    """Whether a layer looks back less far than the context is long."""
+    """Return whether a layer's window of attention is shorter than the context."""
     used, layers = settings.get("use_sliding_window"), settings.get("num_hidden_layers")
-    window = settings.get("sliding_window", used)  # Qwen's have a default
-    if used is None:  # Qwen's configs keep the window that is not used
+    window = settings.get("sliding_window", used)  # Qwen has a default
+    if used is None:  # Qwen's configs keep a window without using it
         used = settings.get("model_type") not in ("qwen2", "qwen3")
     if not window or not used or _exceeds_context(settings):
         return False
-    # Qwen's: only layers from this one on.
+    # In Qwen only layers from `max_window_layers` on have a window.
     return (settings.get("max_window_layers") or 0) < (layers or 1)
 
 
 def _exceeds_context(settings: Settings) -> bool:
-    """Whether there is a window, and it never ends."""
+    """Return whether the window is at least as long as the context."""
     window, context = (
         settings.get(key) for key in ("sliding_window", "max_position_embeddings")
     )
@@ -209,7 +209,7 @@ def _exceeds_context(settings: Settings) -> bool:
 
 
 def read_sizes(settings: Settings) -> Sizes:
-    """The sizes in config.json.
+    """Read the sizes in config.json.
 
     Raises:
       ValueError: naming a key that is missing or no size.
@@ -234,7 +234,7 @@ def read_sizes(settings: Settings) -> Sizes:
 
 
 def read_size(settings: Settings, key: str, default: int | None = None) -> int:
-    """The size that a key says, or if it is silent `default`.
+    """Read the size at `key`, by default `default`.
 
     Raises:
       ValueError: naming the key, if it is missing or no size.
@@ -247,7 +247,7 @@ def read_size(settings: Settings, key: str, default: int | None = None) -> int:
 
 
 def read_dtype(settings: Settings) -> str | None:
-    """What weights are stored in and activations computed in; None: it does not say.
+    """Read the dtype of weights and activations, None if config.json has none.
 
     Raises:
       ValueError: if it is unknown, or `dtype` and `torch_dtype` differ.
@@ -265,10 +265,10 @@ def read_dtype(settings: Settings) -> str | None:
 
 
 def read_rope(settings: Settings) -> dict[str, Any]:
-    """Fields of the rotary embedding from all places where they are kept.
+    """Gather the fields of the rotary embedding from all their places.
 
-    transformers 5 moved the base of the frequencies into `rope_parameters`, which was
-    called `rope_scaling`.
+    transformers 5 moved the base of the frequencies into `rope_parameters`, formerly
+    `rope_scaling`.
 
     Raises:
       ValueError: if two places contradict each other.

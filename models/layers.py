@@ -1,16 +1,16 @@
-"""The modules of one transformer block, and the maths they are made of.
+"""The modules of one transformer block, and the maths inside them.
 
-The modules build the weights and say what is computed with them. The shape letters are
-explained in `transformer.py`. Each weight carries the logical name of every axis
-(metadata `axes`); which mesh axis that is, if any, is decided elsewhere. Head counts
-are read off the weights, because tensor parallelism may pad or replicate heads.
+The modules build the weights and compute with them. `transformer.py` explains the shape
+letters. Each weight carries the logical name of every axis (metadata `axes`); the rules
+of sharding map logical axes to mesh axes. Head counts are read off the weights, because
+tensor parallelism may pad or replicate heads.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -21,11 +21,11 @@ from jax import Array, lax
 
 from models.config import ModelConfig
 
-Cache = TypeVar("Cache")  # any pytree; only `attend` looks inside
+Cache = TypeVar("Cache")  # any pytree; only `attend` reads it
 
 
 def einsum(spec: str, x: Array, y: Array, dtype: jnp.dtype | None = None) -> Array:
-    """`jnp.einsum` of two operands, with the precision this project means by a dtype.
+    """Compute `jnp.einsum` of two operands with this project's precision of a dtype.
 
     float32 is the exact mode, in which different shardings and batchings must choose
     the same tokens: HIGHEST keeps a GPU from TF32 and a TPU from bfloat16 passes.
@@ -33,7 +33,7 @@ def einsum(spec: str, x: Array, y: Array, dtype: jnp.dtype | None = None) -> Arr
     once, and the partial sums that tensor parallelism adds up travel as bfloat16.
 
     Returns:
-      The result in `dtype`, by default that of the operands.
+      The result in `dtype`, by default the operands'.
     """
     exact = x.dtype == jnp.float32
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
@@ -41,15 +41,15 @@ def einsum(spec: str, x: Array, y: Array, dtype: jnp.dtype | None = None) -> Arr
 
 
 def add_bias(y: Array, bias: nnx.Param | None) -> Array:
-    """`y [T, ...]` and a bias for its other dimensions, where there is one.
+    """Add the bias of the other dimensions to `y [T, ...]`, if there is one.
 
-    Added to the whole sum: under tensor parallelism once, not once for each device.
+    It is added to the whole sum: under tensor parallelism once, not on each device.
     """
     return y if bias is None else y + bias[...][None]
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root-mean-square normalisation, in float32 inside (Zhang & Sennrich 2019).
+    """Divide by the root mean square, in float32 inside (Zhang & Sennrich 2019).
 
     Args:
       x: `[..., D]`, normalised over the last dimension.
@@ -62,7 +62,7 @@ def rms_norm(x: Array, scale: Array, eps: float) -> Array:
 
 
 def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
-    """Normalisation to mean 0 and variance 1, in float32 inside (Ba et al. 2016)."""
+    """Normalise to mean 0 and variance 1, in float32 inside (Ba et al. 2016)."""
     x32 = x.astype(jnp.float32)
     centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
@@ -71,39 +71,31 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 
 def _like(vector_D: Array, x: Array) -> Array:
-    """`[D]` with the rank of `x`, in float32."""
+    """Return `[D]` with the rank of `x`, in float32."""
     return jnp.expand_dims(vector_D, range(x.ndim - 1)).astype(jnp.float32)
 
 
-def rope_table(
-    positions_T: Array,
-    head_dim: int,
-    theta: float,
-    divisors: Sequence[float] | None = None,
-    attention_factor: float = 1.0,
-) -> tuple[Array, Array]:
-    """Sine and cosine of every position's rotation angles.
-
-    Args:
-      divisors: `[head_dim / 2]`, of the frequencies, where they are scaled.
-      attention_factor: of sines and cosines, and so squared of the scores.
+def rope_table(config: ModelConfig, positions_T: Array) -> tuple[Array, Array]:
+    """Return the sine and cosine of every position's rotation angles.
 
     Returns:
       Twice `[T, head_dim / 2]` float32. Pair i turns by
-      `position * theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021), over
-      its divisor.
+      `position * rope_theta ** (-2 i / head_dim)` radians (RoFormer, Su et al. 2021),
+      over its divisor. Scores get the square of the factor on sines and cosines.
     """
-    # Constants, in float64 up to here: far positions multiply what is rounded away.
-    frequencies_D = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    if divisors is not None:
-        frequencies_D = frequencies_D / np.array(divisors)
+    # Constants, in float64 up to here: far positions multiply the rounding error.
+    exponents_D = np.arange(0, config.head_dim, 2) / config.head_dim
+    frequencies_D = config.rope_theta**-exponents_D
+    if config.rope_divisors is not None:
+        frequencies_D = frequencies_D / np.array(config.rope_divisors)
     frequencies_1D = jnp.array(frequencies_D[None, :], jnp.float32)
     angles_TD = positions_T[:, None].astype(jnp.float32) * frequencies_1D
-    return jnp.sin(angles_TD) * attention_factor, jnp.cos(angles_TD) * attention_factor
+    factor = config.rope_attention_factor
+    return jnp.sin(angles_TD) * factor, jnp.cos(angles_TD) * factor
 
 
 def rotate(x_TNH: Array, table: tuple[Array, Array]) -> Array:
-    """Rotates each head by its token's position.
+    """Rotate each head by its token's position.
 
     Pair i is (x[i], x[i + H/2]), the convention of Llama checkpoints on Hugging Face;
     the papers, and llama.cpp's weights, pair (x[2i], x[2i + 1]).
@@ -118,10 +110,10 @@ def rotate(x_TNH: Array, table: tuple[Array, Array]) -> Array:
 
 
 def attention(q_TNH: Array, k_SKH: Array, v_SKH: Array, mask_TS: Array) -> Array:
-    """Grouped-query attention of T queries over S keys; softmax in float32.
+    """Attend grouped queries of T tokens over S keys; softmax in float32.
 
-    Query heads `[k * G, (k + 1) * G)` share kv head `k`, where G = N / K; Q is their
-    queries together, G * T.
+    Query heads `[k * G, (k + 1) * G)` share kv head `k`, where G = N / K. The letter Q
+    stands for the queries of one kv head, G * T.
 
     Args:
       mask_TS: True where the query may look at the key. A row without any True gives
@@ -146,7 +138,7 @@ def attention(q_TNH: Array, k_SKH: Array, v_SKH: Array, mask_TS: Array) -> Array
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-    """The length of every logical axis that a weight can have."""
+    """Return the length of every logical axis of a weight."""
     return {
         "embed": config.embed,
         "heads": config.q_heads,
@@ -165,7 +157,7 @@ def weight(
     fan_in: tuple[str, ...],
     gain: float = 1.0,
 ) -> nnx.Param:
-    """A random weight with one dimension for each logical axis named in `axes`.
+    """Draw a random weight with one dimension for each logical axis in `axes`.
 
     Normal with variance gain^2 / (product of the `fan_in` axes): with a gain of 1 a
     matmul over those axes keeps the scale of its input. Nothing is scaled down for
@@ -180,9 +172,9 @@ def weight(
 
 
 def bias(config: ModelConfig, rngs: nnx.Rngs, *axes: str) -> nnx.Param | None:
-    """A random bias, if the model has any.
+    """Draw a random bias, if the model has biases.
 
-    Large enough that leaving it out shows; at 0.5 `tiny-opt` repeats one token.
+    It is so large that a test sees one left out; at 0.5 `tiny-opt` repeats one token.
     """
     if not config.biases:
         return None
@@ -214,7 +206,7 @@ def _constant(config: ModelConfig, axis: str, value: float) -> nnx.Param:
 
 
 class Attention(nnx.Module):
-    """The projections into and out of attention, which itself is the caller's."""
+    """The projections into and out of attention; the caller attends."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         into = functools.partial(weight, config, rngs, "embed")
@@ -229,7 +221,7 @@ class Attention(nnx.Module):
         self.bk = bias(config, rngs, "kv_heads", "head_dim")
         self.bv = bias(config, rngs, "kv_heads", "head_dim")
         self.bo = bias(config, rngs, "embed")
-        # Their norm undoes the gain of wq.
+        # The norm of queries undoes the gain of wq.
         norm = functools.partial(RMSNorm, config, "head_dim")
         self.q_norm = norm(scale=4.0) if config.qk_norm else None
         self.k_norm = norm() if config.qk_norm else None
@@ -237,7 +229,7 @@ class Attention(nnx.Module):
     def qkv(
         self, x_TE: Array, table: tuple[Array, Array] | None
     ) -> tuple[Array, Array, Array]:
-        """Queries `[T, N, H]`, keys and values `[T, K, H]`; with a table rotated."""
+        """Return queries `[T, N, H]`, keys and values `[T, K, H]`, rotated if asked."""
         q_TNH = add_bias(einsum("TE,ENH->TNH", x_TE, self.wq[...]), self.bq)
         k_TKH = add_bias(einsum("TE,EKH->TKH", x_TE, self.wk[...]), self.bk)
         v_TKH = add_bias(einsum("TE,EKH->TKH", x_TE, self.wv[...]), self.bv)
@@ -256,7 +248,7 @@ class Attention(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Shazeer 2020."""
+    """A gated MLP of three matrices (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.w_gate = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
@@ -304,7 +296,10 @@ class Block(nnx.Module):
         attend: Callable[[Array, Array, Array, Cache], tuple[Array, Cache]],
         cache: Cache,
     ) -> tuple[Array, Cache]:
-        """`attend(q_TNH, k_TKH, v_TKH, cache)` gives `[T, N, H]` and the new cache."""
+        """Return the residual stream and the cache after this block.
+
+        `attend(q_TNH, k_TKH, v_TKH, cache)` returns `[T, N, H]` and the new cache.
+        """
         with jax.named_scope("qkv"):
             q_TNH, k_TKH, v_TKH = self.attention.qkv(self.attention_norm(x_TE), table)
         with jax.named_scope("attention"):

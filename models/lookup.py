@@ -1,4 +1,4 @@
-"""A model by its name or file, as a cost model takes it. No JAX."""
+"""A model for cost models, by its name or from a file. No JAX."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from models.quantization import QUANTIZATION
 
 # Families of Hugging Face models whose layers have the matrices of `ModelConfig`.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-# Of no publication: as wide as they run. Others are billed at 16 bits, as published.
+# Our own models are as wide as they run. Published ones are billed at 16 bits.
 _OURS = ("tiny", "tiny-opt", "tiny-qwen3", "m32", "kv")
-# The keys of a file of one's own, with what each may hold.
+# The keys of a file in our form, with the types of some.
 _SIZES = ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp", "vocab")
 _FLAGS = ("gated_mlp", "tie_embeddings")
 _WIDTHS: dict[str, tuple[type, ...]] = {
@@ -30,15 +30,14 @@ def find_model(name: str) -> ModelConfig:
     """Return the preset of that name, or the model that a file describes.
 
     Args:
-      name: or the path of a .json file: a Hugging Face config.json, or the keys layers,
-        embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp and tie_embeddings,
-        and some of name, weight_dtype_bytes, table_dtype_bytes, kv_dtype_bytes and
-        activation_dtype_bytes. Weights and KV are as wide as it says (16 bits if it
-        does not); compute is billed at the device's one peak, that of 16 bits.
+      name: of a preset, or the path of a .json file: a Hugging Face config.json, or the
+        keys layers, embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp and
+        tie_embeddings, and some of name, weight_dtype_bytes, table_dtype_bytes,
+        kv_dtype_bytes and activation_dtype_bytes. Weights and KV have the widths in the
+        file (by default 16 bits); compute is billed at the device's peak for 16 bits.
 
     Raises:
-      ValueError: naming the presets, if there is none of that name; or what is wrong
-        with the file, or in it and not modelled.
+      ValueError: naming the presets, if none has that name, or the fault of the file.
       FileNotFoundError: if there is no such file.
     """
     if name.endswith(".json"):
@@ -77,8 +76,7 @@ def _own(path: pathlib.Path, fields: dict[str, Any]) -> ModelConfig:
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{key}: expected {names}, got {value!r}")
-    weight = fields.get("weight_dtype_bytes", 2)
-    table = fields.get("table_dtype_bytes")
+    weight, table = fields.get("weight_dtype_bytes", 2), fields.get("table_dtype_bytes")
     return _model(
         str(fields.get("name", path.stem)),
         {key: fields[key] for key in (*_SIZES, "tie_embeddings") if key != "vocab"}
@@ -118,7 +116,7 @@ def _hugging_face(path: pathlib.Path, settings: dict[str, Any]) -> ModelConfig:
 def _model(
     name: str, sizes: dict[str, Any], *, gated_mlp: bool, widths: Widths
 ) -> ModelConfig:
-    """A model of these sizes; a cost model asks neither for its norm nor its limit."""
+    """Describe a model of these sizes; cost models ignore its norm and length."""
     return ModelConfig(
         name=name,
         **sizes,

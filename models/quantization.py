@@ -1,9 +1,9 @@
 """Bytes of the weights and of the KV cache of quantised Hugging Face models. No JAX.
 
-A method says how wide a weight is and which matrices are left out. Scales and zero
-points are counted where a group of at most 1,024 weights shares them; those of whole
-rows, matrices and blocks of 128 x 128 are under 0.1 % of the weights, as norms are.
-Embeddings and unembeddings stay as wide as activations.
+A method sets the width of a weight and the matrices it leaves out. Scales and zero
+points are counted if at most 1,024 weights share them. Those of whole rows, matrices
+and blocks of 128 x 128 are under 0.1 % of the weights, as norms are. Embeddings and
+unembeddings stay as wide as activations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _READ = """
     load_in_8bit load_in_4bit bnb_4bit_use_double_quant dynamic quantization
     weight_block_size
 """
-# How numbers are found, and what is done to activations: no byte of a weight.
+# Calibration of a method and treatment of activations: no byte of a weight.
 _HARMLESS = """
     activation_scheme fmt scale_fmt version zero_point sym desc_act true_sequential
     static_groups damp_percent dataset tokenizer model_seqlen block_name_to_quantize
@@ -46,25 +46,25 @@ _HARMLESS = """
 """
 _KNOWN = {*_READ.split(), *_HARMLESS.split(), *_KEPT}
 
-Bits = Callable[[str], float | None]  # of a matrix's weights, by its name; None: kept
+Bits = Callable[[str], float | None]  # name of a matrix -> bits of a weight; None: kept
 
 
 def unknown_keys(settings: Settings) -> list[str]:
-    """Those of `quantization_config` that are on no list."""
+    """Return the keys of `quantization_config` that are on no list."""
     unknown = set(_fields(settings)) - _KNOWN
     return sorted(f"quantization_config.{key}" for key in unknown)
 
 
 def activation_bytes(settings: Settings) -> int:
-    """Bytes of one activation, and of a weight that is not quantised: 2 by default."""
+    """Return the bytes of an activation or an unquantised weight, by default 2."""
     return DTYPE_BYTES[read_dtype(settings) or "bfloat16"]
 
 
 def weight_bytes(settings: Settings, sizes: Sizes) -> float:
-    """Bytes of a weight in the blocks' matrices, on average, with what scales it.
+    """Return the mean bytes of a weight in the blocks' matrices, scales included.
 
     Raises:
-      ValueError: naming what is unknown or not modelled.
+      ValueError: naming the feature that is unknown or not modelled.
     """
     fields, wide = _fields(settings), activation_bytes(settings)
     if not fields:
@@ -83,10 +83,10 @@ def weight_bytes(settings: Settings, sizes: Sizes) -> float:
 
 
 def kv_bytes(settings: Settings) -> int:
-    """Bytes of one cached key or value element.
+    """Return the bytes of one cached key or value element.
 
     Raises:
-      ValueError: if there are two widths, or one that is not modelled.
+      ValueError: if there are two widths, or the width is not modelled.
     """
     fields = _fields(settings)
     given = {
@@ -115,7 +115,7 @@ def _kv_width(key: str, value: Any) -> int:
 
 
 def _fields(settings: Settings) -> dict[str, Any]:
-    """`quantization_config` by either name; NVIDIA nests its own once more."""
+    """Return `quantization_config` by either name; NVIDIA nests it once more."""
     found = [settings.get(key) for key in ("quantization_config", "compression_config")]
     fields = next((value for value in found if value), {})
     if not isinstance(fields, Mapping):
@@ -124,7 +124,7 @@ def _fields(settings: Settings) -> dict[str, Any]:
 
 
 def _matrices(settings: Settings, sizes: Sizes) -> Iterator[tuple[str, int]]:
-    """The name of every matrix in a block, and how many weights it has."""
+    """Yield the name of every matrix in a block, and its number of weights."""
     opt = settings["model_type"] == "opt"
     query = sizes.embed * sizes.q_heads * sizes.head_dim
     kv, mlp = query // sizes.q_heads * sizes.kv_heads, sizes.embed * sizes.mlp
@@ -141,7 +141,7 @@ def _matrices(settings: Settings, sizes: Sizes) -> Iterator[tuple[str, int]]:
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a module, or one that it is part of, is meant.
+    """Return whether a pattern means a module or a parent of it.
 
     Patterns are regular expressions after `re:`, shell patterns, or parts of a name.
     """
@@ -150,9 +150,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
             if re.match(pattern[3:], name):
                 return True
         elif "*" in pattern:
-            if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(
-                name, f"{pattern}.*"
-            ):
+            if any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*")):
                 return True
         elif f".{pattern}." in f".{name}.":
             return True
@@ -181,7 +179,7 @@ def _refusal(key: str, expected: str, got: object) -> ValueError:
 
 
 def _grouped(bits: float, shared_bits: float, group: int | None) -> float:
-    """`bits` of a weight and its part of what a group shares."""
+    """Return `bits` of a weight plus its part of the bits that a group shares."""
     return bits + (shared_bits / group if group and 0 < group <= 1024 else 0)
 
 
@@ -194,7 +192,7 @@ def _integer(fields: Mapping[str, Any], key: str, default: int | None = None) ->
 
 
 def _gptq(fields: Mapping[str, Any]) -> float:
-    """AWQ's too: a 16-bit scale and a zero point for each group."""
+    """Return GPTQ's and AWQ's bits: each group has a 16-bit scale and a zero point."""
     bits = _integer(fields, "bits")
     if bits not in (2, 3, 4, 8):
         raise _refusal("bits", "2, 3, 4 or 8", bits)
@@ -207,7 +205,7 @@ def _bitsandbytes(fields: Mapping[str, Any]) -> float:
     four, eight = (bool(fields.get(key)) for key in ("load_in_4bit", "load_in_8bit"))
     if four == eight:
         raise _refusal("load_in_4bit, load_in_8bit", "one of them", (four, eight))
-    # A float32 for each 64 weights, or 8 bits of it and a float32 for 256 such.
+    # A float32 scale for 64 weights, or 8 bits of one and a float32 for 256 scales.
     double = fields.get("bnb_4bit_use_double_quant")
     return 8 if eight else _grouped(4, 8 + 32 / 256 if double else 32, 64)
 
@@ -244,7 +242,7 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> Bits:
 
 
 def _scheme_bits(scheme: Mapping[str, Any] | None) -> float | None:
-    """Bits of a weight by compressed-tensors; without a scheme it is not quantised."""
+    """Return the bits of a weight by compressed-tensors; None: it is not quantised."""
     if not scheme:
         return None
     bits = _integer(scheme, "num_bits")
@@ -266,7 +264,7 @@ _METHODS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
 }
-# Of Model Optimizer: bits of a weight, of a group's scale, weights of a group.
+# Model Optimizer: bits of a weight, bits of a group's scale, weights of a group.
 _ALGORITHMS = {
     "FP8": (8, 0, -1),
     "FP8_PER_CHANNEL_PER_TOKEN": (8, 0, -1),

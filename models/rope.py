@@ -1,9 +1,9 @@
-"""Scaled rotary frequencies: what a model file says of them, as divisors.
+"""Scaled rotary frequencies of a model file, as divisors.
 
-Every rule here mixes a frequency f with f / factor; rules differ in the share of f.
-Linear (Chen et al. 2023, arXiv 2306.15595) keeps none, YaRN (Peng et al. 2023, arXiv
-2309.00071) and Llama 3.1 more of it the faster a frequency turns. Fields are called as
-in config.json of Hugging Face's transformers. No JAX.
+Every rule mixes a frequency f with f / factor, and rules differ in the share of f.
+Linear scaling (Chen et al. 2023, arXiv 2306.15595) keeps no share. YaRN (Peng et al.
+2023, arXiv 2309.00071) and Llama 3.1 keep more of f the faster it turns. Fields have
+the names of config.json of Hugging Face's transformers. No JAX.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 _ANY_KIND = frozenset(
-    # Only "yarn" and "llama3" use the last, but others are published with it.
+    # Only "yarn" and "llama3" use the last one, but other kinds are published with it.
     ("rope_type", "type", "rope_theta", "original_max_position_embeddings")
 )
 _REQUIRED = {
@@ -40,19 +40,19 @@ _OPTIONAL = {
 
 
 class RopeScaling(NamedTuple):
-    """What scaling makes of a model's rotary embedding."""
+    """The scaling of a model's rotary embedding."""
 
-    divisors: tuple[float, ...] | None = None  # of each frequency, if it is scaled
+    divisors: tuple[float, ...] | None = None  # of each frequency, if scaled
     attention_factor: float = 1.0  # of every sine and cosine
-    context: int = 0  # tokens it stretches the context to; 0: the model's length holds
+    context: int = 0  # tokens of the stretched context; 0: the model's length holds
 
 
 def read_scaling(fields: Mapping[str, Any], head_dim: int, theta: float) -> RopeScaling:
-    """The scaling that `rope_scaling` or `rope_parameters` describes.
+    """Read the scaling that `rope_scaling` or `rope_parameters` describes.
 
     Raises:
-      ValueError: if it is of another kind than those above, or a field is missing,
-        contradicts another, is no such number, or belongs to no rule of that kind.
+      ValueError: if the kind is unknown, or a field is missing, contradicts another, is
+        out of range, or belongs to no rule of that kind.
     """
     given = {key: value for key, value in fields.items() if value is not None}
     kind = _kind(given)
@@ -76,7 +76,7 @@ def _kind(given: Mapping[str, Any]) -> str:
     if kind not in _REQUIRED:
         raise ValueError(f"rope_type: expected one of {[*_REQUIRED]}, got {kind!r}")
     known = {*_ANY_KIND, *_REQUIRED[kind], *_OPTIONAL.get(kind, ())}
-    # Of transformers 5, which keeps it here.
+    # transformers 5 keeps `partial_rotary_factor` here.
     unknown = set(given) - known - {"partial_rotary_factor"}
     if given.get("partial_rotary_factor", 1) != 1:
         unknown.add("partial_rotary_factor")
@@ -99,14 +99,14 @@ def _expect(ok: bool, kind: str, expected: str, got: object) -> None:
 
 
 def _divisors(factor: float, shares: list[float]) -> tuple[float, ...]:
-    """f over the mix of f, of which `shares` are kept, with f / factor."""
+    """Return f over the mix of f (in `shares`) with f / factor."""
     return tuple(1 / ((1 - share) / factor + share) for share in shares)
 
 
 def _llama3_shares(
     numbers: Mapping[str, float], head_dim: int, theta: float
 ) -> list[float]:
-    """1 for wavelengths under original / high, 0 over original / low, else between."""
+    """Return 1 for wavelengths under original / high, 0 over original / low."""
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     expected = f"high_freq_factor: expected > low_freq_factor={low:g}"
     _expect(high > low, "llama3", expected, high)
@@ -116,7 +116,7 @@ def _llama3_shares(
 
 
 def _wavelengths(head_dim: int, theta: float) -> Iterator[float]:
-    """Tokens in which each pair of a head turns once."""
+    """Yield the tokens in which each pair of a head turns once."""
     for i in range(head_dim // 2):
         yield 2 * math.pi * theta ** (2 * i / head_dim)
 
@@ -129,7 +129,7 @@ def _yarn(
     slow = _number("yarn", "beta_slow", given, 1)
     _expect(fast > slow, "yarn", f"beta_fast: expected > beta_slow={slow:g}", fast)
 
-    def pair(turns: float) -> float:  # the pair that turns so often in the original
+    def pair(turns: float) -> float:  # with that many turns in the original
         return (
             head_dim * math.log(original / (turns * 2 * math.pi)) / 2 / math.log(theta)
         )

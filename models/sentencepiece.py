@@ -1,8 +1,8 @@
 """SentencePiece's BPE, as GGUF files of kind `llama` describe it.
 
-Our own, because the `tokenizers` package ranks pairs, while SentencePiece ranks pieces:
-of two pairs that make the same piece, or pieces of one score, it takes the first in the
-text (`bpe_model.cc`, github.com/google/sentencepiece).
+The code is ours, because the `tokenizers` package ranks pairs and SentencePiece ranks
+pieces: of two pairs that make the same piece, or pieces of one score, it merges the
+first in the text (`bpe_model.cc`, github.com/google/sentencepiece).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import heapq
 import re
 from typing import TYPE_CHECKING
 
-from models.gguf import metadata
+from models.gguf import added_token, metadata
 
 if TYPE_CHECKING:
     import gguf
@@ -27,9 +27,9 @@ _SPACE = "\u2581"  # a space inside a piece
 class SentencePieceTokenizer:
     """Pieces with scores: of two neighbours that make a piece, the best merge first.
 
-    A character that is no piece becomes its UTF-8 bytes, if those are pieces, or else
-    the unknown one. Control and user-defined pieces are found in the text as they are
-    spelled; what follows one begins like a text, as in llama.cpp.
+    A character that is no piece becomes its UTF-8 bytes if they are pieces, else the
+    unknown piece. Control and user-defined pieces are found in the text as spelled. The
+    text behind one begins like a new text, as in llama.cpp.
     """
 
     pieces: tuple[str, ...]
@@ -49,14 +49,9 @@ class SentencePieceTokenizer:
                 f"{len(self.pieces)} pieces, got {len(self.scores)}, {len(self.types)}"
             )
 
-    @property
-    def eos_token(self) -> int | None:
-        """The first id that ends a generation."""
-        return next(iter(self.eos_tokens), None)
-
     def encode(self, text: str) -> list[int]:
         ids = list(self.before)
-        # Every second part is one of those in the pattern's group.
+        # Every second part is a special piece, from the pattern's group.
         for i, part in enumerate(self._special_pattern.split(text)):
             if i % 2:
                 ids.append(self._specials[part])
@@ -74,7 +69,7 @@ class SentencePieceTokenizer:
         ids: list[int] = []
         for part in self._merge((prefix + text).replace(" ", _SPACE)):
             found = self._ids_of(part)
-            # SentencePiece takes a run of unknown characters for one.
+            # SentencePiece gives a run of unknown characters one id.
             if found != [self.unknown] or ids[-1:] != found:
                 ids += found
         return ids
@@ -90,10 +85,10 @@ class SentencePieceTokenizer:
         return [self.unknown]
 
     def _merge(self, text: str) -> list[str]:
-        """Characters, merged until no two neighbours make a piece."""
+        """Merge characters until no two neighbours make a piece."""
         parts = [*text]
         before, after = [*range(-1, len(parts) - 1)], [*range(1, len(parts) + 1)]
-        halves: dict[str, tuple[str, str]] = {}  # of each piece that was made
+        halves: dict[str, tuple[str, str]] = {}  # of each merged piece
         heap: list[tuple[float, int, int, str]] = []  # the best, then the leftmost
 
         def offer(left: int, right: int) -> None:
@@ -109,7 +104,7 @@ class SentencePieceTokenizer:
         while heap:
             _, left, right, merged = heapq.heappop(heap)
             if not parts[right] or parts[left] + parts[right] != merged:
-                continue  # one of them has been merged otherwise
+                continue  # a half has been merged otherwise
             parts[left], parts[right] = merged, ""
             after[left] = after[right]
             if after[left] < len(parts):
@@ -119,14 +114,14 @@ class SentencePieceTokenizer:
         return [piece for part in parts if part for piece in self._used(part, halves)]
 
     def _used(self, part: str, halves: dict[str, tuple[str, str]]) -> list[str]:
-        """A part that is an unused piece is taken apart again."""
+        """Take a part apart again if it is an unused piece."""
         id = self._plain.get(part)
         if id is None or self.types[id] != UNUSED or part not in halves:
             return [part]
         return [piece for half in halves[part] for piece in self._used(half, halves)]
 
     def _bytes_of(self, id: int) -> bytes:
-        """Nothing for ids that have embeddings and no pieces."""
+        """Return the bytes of a piece; b"" for an id with an embedding and no piece."""
         if not 0 <= id < len(self.pieces):
             return b""
         piece, kind = self.pieces[id], self.types[id]
@@ -138,12 +133,12 @@ class SentencePieceTokenizer:
 
     @functools.cached_property
     def _plain(self) -> dict[str, int]:
-        """What may be merged."""
+        """Pieces that merging may make."""
         return self._of_types(NORMAL, USER_DEFINED, UNUSED)
 
     @functools.cached_property
     def _specials(self) -> dict[str, int]:
-        """What is found in a text before it is merged."""
+        """Pieces that are found in a text before merging."""
         specials = self._of_types(CONTROL, USER_DEFINED, UNKNOWN)
         return {piece: id for piece, id in specials.items() if piece}
 
@@ -170,14 +165,8 @@ class SentencePieceTokenizer:
 def read_sentencepiece(
     reader: gguf.GGUFReader, eos_tokens: tuple[int, ...]
 ) -> SentencePieceTokenizer:
-    """The tokenizer of kind `llama` in a GGUF file; what it leaves out as llama.cpp."""
+    """Read the tokenizer of kind `llama` in a GGUF file, with llama.cpp's defaults."""
     pieces = metadata(reader, "tokenizer.ggml.tokens")
-
-    def added(which: str, default: bool) -> tuple[int, ...]:
-        id = metadata(reader, f"tokenizer.ggml.{which}_token_id", len(pieces))
-        adds = metadata(reader, f"tokenizer.ggml.add_{which}_token", default)
-        return (id,) if adds and id < len(pieces) else ()
-
     types = metadata(reader, "tokenizer.ggml.token_type", [NORMAL] * len(pieces))
     unknown = metadata(reader, "tokenizer.ggml.unknown_token_id", None)
     if unknown is None and UNKNOWN in types:
@@ -187,8 +176,8 @@ def read_sentencepiece(
         scores=tuple(metadata(reader, "tokenizer.ggml.scores", [0.0] * len(pieces))),
         types=tuple(types),
         eos_tokens=eos_tokens,
-        before=added("bos", True),
-        after=added("eos", False),
+        before=added_token(reader, "bos", len(pieces), default=True),
+        after=added_token(reader, "eos", len(pieces), default=False),
         unknown=unknown,
         add_space_prefix=metadata(reader, "tokenizer.ggml.add_space_prefix", True),
     )

@@ -1,4 +1,4 @@
-"""Text to token ids and back."""
+"""Tokenizers: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from models import byte_level_bpe
 from models.byte_level_bpe import read_byte_level_bpe
-from models.files import read_json, require_content
+from models.files import package_needed, read_json, require_content
 from models.gguf import is_gguf, metadata, open_gguf
 from models.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 
@@ -21,28 +21,23 @@ _JSON, _PIECES = "tokenizer.json", "sentencepiece.json"
 
 
 class Tokenizer(Protocol):
-    """What the engine and the server need of a tokenizer."""
+    """Text to token ids and back, as sources of requests and reports need it."""
 
     @property
     def eos_tokens(self) -> tuple[int, ...]:
-        """The ids that end a generation, the usual one first; none if none is known."""
-        ...
-
-    @property
-    def eos_token(self) -> int | None:
-        """The first of them."""
+        """Return the ids that end a generation, the usual one first, or ()."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """The whole text, however long, and what its file puts around every text.
+        """Return the ids of the whole text, with the tokens around every text.
 
-        That is often a token for the beginning. Special tokens that the text spells out
+        Those are often one for the beginning. Special tokens that the text spells out
         become their ids.
         """
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, special tokens spelled out.
+        """Return the text of `ids`, with special tokens spelled out.
 
         An incomplete character at an end becomes U+FFFD: to stream, decode all ids so
         far and hold back a trailing U+FFFD.
@@ -52,14 +47,14 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0-255, then specials, of which only the first has a use.
+    """UTF-8 bytes as ids 0-255, then special tokens; only the first of them is used.
 
-    For models with random weights. Special tokens have no text: `encode` never gives
-    one and `decode` leaves them out.
+    It is for models with random weights. Special tokens have no text: `encode` never
+    gives one and `decode` leaves them out.
     """
 
     eos_token: int = 256
-    vocab_size: int = 264  # that of `tiny`: divisible by 8, for sharding
+    vocab_size: int = 264  # as in `tiny`: divisible by 8, for sharding
 
     @property
     def eos_tokens(self) -> tuple[int, ...]:
@@ -69,7 +64,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`.
+        """Return the text of `ids`.
 
         Raises:
           ValueError: if an id is not of this vocabulary.
@@ -86,10 +81,6 @@ class BPETokenizer:
     bpe: tokenizers.Tokenizer
     eos_tokens: tuple[int, ...]
 
-    @property
-    def eos_token(self) -> int | None:
-        return next(iter(self.eos_tokens), None)
-
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text).ids
 
@@ -99,14 +90,10 @@ class BPETokenizer:
 
 @dataclasses.dataclass(frozen=True)
 class NoText:
-    """For models whose tokenizer we lack: random prompts need only the end tokens."""
+    """The end tokens of a model without a tokenizer; random prompts need no more."""
 
-    why: OSError | ValueError  # raised when a text is to be encoded or decoded
+    why: OSError | ValueError  # raised where a text is encoded or decoded
     eos_tokens: tuple[int, ...]
-
-    @property
-    def eos_token(self) -> int | None:
-        return next(iter(self.eos_tokens), None)
 
     def encode(self, text: str) -> list[int]:
         raise self.why
@@ -116,11 +103,11 @@ class NoText:
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer of a GGUF file, a `tokenizer.json` or a folder with one.
+    """Read the tokenizer of a GGUF file, a `tokenizer.json` or a folder with one.
 
-    A tokenizer.json does not say which tokens end a text; the files that Hugging Face
-    puts beside it do, and are read too. `NoText` for a folder without a tokenizer, or a
-    GGUF file with one that we cannot rebuild exactly.
+    A tokenizer.json does not say which tokens end a text: the files beside it do, and
+    are read too. A folder without a tokenizer, or a GGUF file with one that we cannot
+    rebuild exactly, gives a `NoText`.
 
     Raises:
       ValueError: if the file is of another kind or damaged.
@@ -128,13 +115,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
       ImportError: naming the extra to install, if a package is missing.
     """
     path = pathlib.Path(path)
-    try:
+    with package_needed("tokenizers", "loading a tokenizer"):
         import tokenizers  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "loading a tokenizer needs the package tokenizers: pip install "
-            "'disagg-jax[weights]'"
-        ) from error
     if not path.exists():
         raise FileNotFoundError(f"expected a tokenizer at {path}, got no file")
     if path.is_dir():
@@ -149,7 +131,7 @@ def load_tokenizer(path: str | pathlib.Path) -> Tokenizer:
 def save_tokenizer(
     tokenizer: BPETokenizer | SentencePieceTokenizer, folder: str | pathlib.Path
 ) -> None:
-    """Writes a tokenizer so that `load_tokenizer(folder)` gives it back."""
+    """Write a tokenizer so that `load_tokenizer(folder)` gives it back."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -190,7 +172,7 @@ def _from_json(path: pathlib.Path) -> BPETokenizer:
         raise ValueError(
             f"{path}: expected a tokenizer, got a damaged file: {error}"
         ) from error
-    # Left over from its training: a prompt is neither cut, nor filled up, nor random.
+    # Settings of the tokenizer's training: no prompt may be cut, padded or random.
     bpe.no_truncation()
     bpe.no_padding()
     if isinstance(bpe.model, tokenizers.models.BPE):
@@ -205,7 +187,7 @@ _GENERATION = "generation_config.json"
 
 
 def _eos_named(folder: pathlib.Path, bpe: tokenizers.Tokenizer) -> list[int]:
-    """The end token that a tokenizer's settings name, if they do."""
+    """Return the end token that a tokenizer's settings name, if any."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         eos = read_json(path).get("eos_token") if path.is_file() else None
@@ -222,7 +204,7 @@ def _eos_named(folder: pathlib.Path, bpe: tokenizers.Tokenizer) -> list[int]:
 
 
 def _eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
-    """The end tokens of a model: as in transformers, generation_config.json's first."""
+    """Return the end tokens of a model. As in transformers, generation_config wins."""
     for name in (_GENERATION, "config.json"):
         path = folder / name
         eos = read_json(path).get("eos_token_id") if path.is_file() else None
@@ -262,7 +244,7 @@ def _from_gguf(path: pathlib.Path) -> Tokenizer:
 
 
 def _gguf_eos(reader: gguf.GGUFReader) -> tuple[int, ...]:
-    """The ends of a text, of a turn and of a message."""
+    """Return the ends of a text, of a turn and of a message."""
     keys = [f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom")]
     ids = [metadata(reader, key, None) for key in keys]
     return tuple(dict.fromkeys(id for id in ids if id is not None))

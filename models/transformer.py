@@ -9,7 +9,7 @@ Shape letters, in names and in einsum:
 
     params = {
         "embed": [V, E],
-        "positions": [max_length, E],  # where they are learned
+        "positions": [max_length, E],  # with learned positions
         "layers": [{  # one for each layer
             "attention_norm": {"scale": [E]},
             "attention": {"wq": [E, N, H], "wk": [E, K, H],
@@ -24,10 +24,10 @@ Shape letters, in names and in einsum:
                     "b_gate": [F], "b_up": [F], "b_down": [E]},  # with biases
         }, ...],
         "final_norm": {"scale": [E]},
-        "unembed": [E, V],  # absent where the embedding is tied
+        "unembed": [E, V],  # absent with a tied embedding
     }
 
-Every norm has a {"bias": [E]} beside its scale where it is a LayerNorm.
+A LayerNorm has a {"bias": [E]} beside its scale.
 
 Flax NNX builds the weights and takes no part in a step. Layers have arrays of their own
 rather than one stacked array: XLA on a CPU copies a layer's cache out of a stack before
@@ -53,8 +53,8 @@ from models.layers import Cache
 Params: TypeAlias = dict[str, Any]  # nested; leaves are arrays, see the top
 Built = TypeVar("Built", bound=nnx.Module)
 
-# attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache): what a request's tokens
-# see of each other is the caller's business.
+# attend(layer, q_TNH, k_TKH, v_TKH, cache) -> (out_TNH, cache): the caller chooses the
+# keys that a query sees.
 Attend: TypeAlias = Callable[[int, Array, Array, Array, Cache], tuple[Array, Cache]]
 
 
@@ -74,10 +74,9 @@ class Ends(nnx.Module):
 
 
 def init_params(config: ModelConfig, seed: int | Array) -> Params:
-    """Random weights, the same for the same seed however they are sharded.
+    """Draw random weights, the same for the same seed however they are sharded.
 
-    May be wrapped in a `jax.jit` with `out_shardings`, and then no device holds more
-    than its shards.
+    Inside a `jax.jit` with `out_shardings` no device holds more than its shards.
     """
     ends_key, layers_key = jax.random.split(jax.random.key(seed))
     layer_keys = jax.random.split(layers_key, config.layers)
@@ -96,12 +95,12 @@ def _init(module: Module, config: ModelConfig, key: Array) -> Params:
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """`Params` of `jax.ShapeDtypeStruct`; nothing is allocated."""
+    """Return `Params` of `jax.ShapeDtypeStruct`; nothing is allocated."""
     return jax.eval_shape(functools.partial(init_params, config), 0)
 
 
 def param_axes(config: ModelConfig) -> Params:
-    """`Params` whose leaves are tuples with the logical name of each dimension."""
+    """Return `Params` of tuples with the logical name of each dimension."""
 
     def axes(module: Module) -> Params:
         abstract = nnx.eval_shape(lambda: module(config, nnx.Rngs(0)))
@@ -113,10 +112,10 @@ def param_axes(config: ModelConfig) -> Params:
 
 
 def part(params: Params, layers: range) -> Params:
-    """What consecutive layers need, of a tree in the shape of `Params`.
+    """Cut the part of consecutive layers out of a tree in the form of `Params`.
 
-    Those with the first layer also have what embeds, and those with the last what
-    unembeds.
+    The part with the first layer also has the embedding, the part with the last layer
+    the final norm and the unembedding.
     """
     names = ["embed", "positions"] if layers.start == 0 else []
     if layers.stop == len(params["layers"]):
@@ -126,9 +125,9 @@ def part(params: Params, layers: range) -> Params:
 
 
 def embed(params: Params, tokens_T: Array, positions_T: Array) -> Array:
-    """Token ids, and their positions where those are learned, to `[T, E]`.
+    """Embed token ids, and positions if the model learned them, as `[T, E]`.
 
-    Needs `params["embed"]`, and `["positions"]` where there is one.
+    Needs `params["embed"]`, and `["positions"]` if there is one.
     """
     with jax.named_scope("embed"):
         x_TE = params["embed"][tokens_T]
@@ -145,26 +144,19 @@ def run_layers(
     attend: Attend[Cache],
     cache: Cache,
 ) -> tuple[Array, Cache]:
-    """Runs a group of consecutive layers.
+    """Run a group of consecutive layers.
 
     Args:
-      layer_params: all of `params["layers"]`, or consecutive ones of them.
+      layer_params: consecutive items of `params["layers"]`.
       positions_T: each token's position in its own request, for the rotary embedding.
       attend: called for each layer; its `layer` counts from 0 within this group.
-      cache: any pytree with what `attend` keeps for the whole group.
+      cache: any pytree, which `attend` keeps for the whole group.
 
     Returns:
       The residual stream after the last layer, and the cache as `attend` left it.
     """
-    table = None
-    if config.positions == "rotary":
-        table = layers.rope_table(
-            positions_T,
-            config.head_dim,
-            config.rope_theta,
-            config.rope_divisors,
-            config.rope_attention_factor,
-        )
+    rotary = config.positions == "rotary"
+    table = layers.rope_table(config, positions_T) if rotary else None
     for index, params in enumerate(layer_params):
         with jax.named_scope(f"layer_{index}"):
             block = _filled(lambda: layers.Block(config, nnx.Rngs(0)), params)
@@ -173,9 +165,9 @@ def run_layers(
 
 
 def unembed(config: ModelConfig, params: Params, x_TE: Array) -> Array:
-    """The residual stream to float32 logits `[T, V]`, final norm included.
+    """Turn the residual stream into float32 logits `[T, V]`, final norm included.
 
-    Needs `params["final_norm"]`, and `params["unembed"]` or, where tied, `["embed"]`.
+    Needs `params["final_norm"]`, and `params["unembed"]` or a tied `["embed"]`.
     """
     with jax.named_scope("unembed"):
         norm = functools.partial(layers.NORMS[config.norm], config)
@@ -187,9 +179,9 @@ def unembed(config: ModelConfig, params: Params, x_TE: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
-    """Logits `[T, V]` of one sequence, all at once and without a cache.
+    """Return the logits `[T, V]` of one sequence, all at once and without a cache.
 
-    The oracle: whatever batching, paging and sharding do, they must agree with this.
+    This is the oracle that batching, paging and sharding must agree with.
     """
     return unembed(config, params, _hidden(config, params, tokens_T))
 
@@ -197,7 +189,7 @@ def forward(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
 def greedy(
     config: ModelConfig, params: Params, prompt: Sequence[int], n: int
 ) -> list[int]:
-    """The `n` tokens that follow `prompt`, each the likeliest, without a cache.
+    """Return the `n` likeliest tokens after `prompt`, one by one, without a cache.
 
     Every token is a full pass over a sequence padded to a multiple of 64 (causality
     hides the padding), so that few lengths compile.
@@ -221,7 +213,7 @@ def greedy(
 def _extend(
     config: ModelConfig, params: Params, tokens_T: Array, start: int, stop: int
 ) -> Array:
-    """Fills positions `start` to `stop` of `tokens_T` with greedy tokens."""
+    """Fill positions `start` to `stop` of `tokens_T` with greedy tokens."""
 
     def step(position: Array, tokens_T: Array) -> Array:
         x_TE = _hidden(config, params, tokens_T)
@@ -234,7 +226,7 @@ def _extend(
 
 
 def _hidden(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
-    """The residual stream `[T, E]` of one sequence after the last layer."""
+    """Return the residual stream `[T, E]` of one sequence after the last layer."""
     positions_T = jnp.arange(tokens_T.shape[0])
     causal_TS = positions_T[:, None] >= positions_T[None, :]
 
@@ -249,7 +241,7 @@ def _hidden(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
 
 
 def _filled(build: Callable[[], Built], params: Params) -> Built:
-    """The module that `build` makes, around the given weights. While tracing only."""
+    """Return the module of `build` with the given weights. Only while tracing."""
     graphdef, state = nnx.split(nnx.eval_shape(build))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state)

@@ -1,8 +1,7 @@
-"""How attention heads are laid out so that they divide over a tensor-parallel mesh.
+"""The layout of attention heads that divides over a tensor-parallel mesh.
 
-The stored heads ("slots") may be more than the model's. The layout names the model's
-head in each slot, which is also what moving KV between two unequal meshes needs to
-know.
+There may be more stored heads ("slots") than the model has. The layout names the
+model's head in each slot. Moving KV between two unequal meshes needs the same names.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class HeadLayout:
-    """Slot -> the model's head; None is a zero head, which adds exactly nothing."""
+    """Slot -> the model's head; None is a zero head and adds exactly nothing."""
 
     kv: tuple[int | None, ...]
-    q: tuple[int | None, ...]  # equally many query slots for each kv slot, in its order
+    q: tuple[int | None, ...]  # equally many for each kv slot, in the order of kv
 
 
 def head_layout(q_heads: int, kv_heads: int, tp: int) -> HeadLayout:
-    """The layout for `tp` devices; every device gets equally many slots.
+    """Return the layout for `tp` devices, with equally many slots on each.
 
-    Where tp does not divide the kv heads, they are repeated if that divides the queries
+    If tp does not divide the kv heads, they are repeated where this divides the queries
     of each evenly (no device is idle), and else padded with zero heads.
     """
     group = q_heads // kv_heads

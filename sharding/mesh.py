@@ -1,4 +1,4 @@
-"""Meshes cut from one list of devices, one per instance."""
+"""Meshes cut from one list of devices, one for each instance."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ TENSOR = "tensor"  # mesh axis of tensor parallelism
 
 
 def make_mesh(devices: Sequence[Device]) -> Mesh:
-    """A mesh [tensor] over `devices`.
+    """Return a mesh [tensor] over `devices`.
 
-    Its axis is Auto: with Explicit axes the KV scatter raises ShardingTypeError, and
+    The axis is Auto: with Explicit axes the KV scatter raises ShardingTypeError, and
     every phase would need its own `jax.set_mesh` context.
     """
     return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
 def cut_meshes(devices: Sequence[Device], sizes: Sequence[int]) -> list[Mesh]:
-    """Disjoint meshes of `sizes` devices each, taken from `devices` in order.
+    """Cut disjoint meshes of `sizes` devices each from `devices`, in order.
 
     Raises:
       ValueError: if there are not enough devices.

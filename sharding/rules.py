@@ -1,4 +1,4 @@
-"""Where each logical axis lives: one rule table per role, each its own to change."""
+"""The mesh axis of each logical axis: one table of rules for each role."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MEGATRON: Rules = {
     "blocks": None,  # of the KV pool
     "length": None,
 }
-# By role. Each role's table is its own to change: the phases need not be sharded alike.
+# Tables by role, because the phases need not be sharded alike.
 RULES: Mapping[str, Rules] = {
     "prefill": _MEGATRON,
     "decode": _MEGATRON,
@@ -30,7 +30,7 @@ RULES: Mapping[str, Rules] = {
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
-    """The mesh axes of an array whose dimensions have the logical `axes`.
+    """Return the mesh axes of an array whose dimensions have the logical `axes`.
 
     Raises:
       ValueError: if an axis has no rule, or two dimensions claim one mesh axis.
@@ -49,14 +49,14 @@ def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
 def named_sharding(
     mesh: Mesh, axes: Sequence[str | None], rules: Rules
 ) -> NamedSharding:
-    """The sharding on `mesh` of an array with logical `axes`."""
+    """Return the sharding on `mesh` of an array with logical `axes`."""
     return NamedSharding(mesh, partition_spec(axes, rules))
 
 
 def check_divisible(
     shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules
 ) -> None:
-    """Raises ValueError if a dimension does not divide over its mesh axis."""
+    """Raise a ValueError if a dimension does not divide over its mesh axis."""
     spec = partition_spec(axes, rules)
     for size, axis, mesh_axis in zip(shape, axes, spec, strict=True):
         if mesh_axis is not None and size % mesh.shape[mesh_axis]:

@@ -20,7 +20,7 @@ from disagg_jax.calibration.timing import grid, time_alone
 from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import StepShape
-from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
+from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Task, Transfer

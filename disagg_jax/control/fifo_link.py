@@ -1,4 +1,4 @@
-"""A link that carries one transfer at a time, in the order in which they come."""
+"""A link that carries one transfer at a time, in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class FifoLink:
     before them may be dropped.
     """
 
-    began_s: float = 0.0  # the first of the queue
-    # (transfer, seconds that it takes)
+    began_s: float = 0.0  # start of the first transfer in the queue
+    # (transfer, its duration in seconds)
     queue: collections.deque[tuple[int, float]] = dataclasses.field(
         default_factory=collections.deque[tuple[int, float]]
     )

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(slots=True)
 class SharedLink:
-    """Processor sharing: n transfers on it each advance at 1/n of the link's speed.
+    """Processor sharing: each of n transfers advances at 1/n of the link's speed.
 
     The link counts the seconds of service to each transfer on it. The count at which a
     transfer ends is known when it is added, whatever is added later. So transfers that
@@ -18,10 +18,9 @@ class SharedLink:
     """
 
     now_s: float = 0.0
-    served_s: float = 0.0  # to a transfer that was there since the link was idle
-    # Transfer -> (when it was added, the `served_s` at which it ends), for each of its
-    # parts that are on the link: they follow one another in the transfer's one share.
-    # In order of submission.
+    served_s: float = 0.0  # service of a transfer present since the link was idle
+    # Transfer -> (its start, the `served_s` at its end) of each of its parts, in order
+    # of submission. The parts follow one another in the transfer's one share.
     parts: dict[int, list[tuple[float, float]]] = dataclasses.field(
         default_factory=dict[int, list[tuple[float, float]]]
     )
@@ -36,7 +35,7 @@ class SharedLink:
     def next_end(self) -> tuple[int, float] | None:
         """Return the transfer that (or whose part) ends first, and when.
 
-        That changes when a transfer is added or dropped.
+        Adding or dropping a transfer changes both.
         """
         if not self.parts:
             return None

@@ -27,11 +27,11 @@ from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
+from models.checkpoint import Weights
 from models.config import ModelConfig
 from sharding.mesh import Device, cut_meshes
 from sharding.rules import RULES

@@ -12,13 +12,11 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import transformer
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, Weights
 from models.config import ModelConfig
 from sharding.heads import HeadLayout
 from sharding.rules import Rules, check_divisible, named_sharding
 
-# In memory, or still on disk: then each mesh restores its own shards.
-Weights: TypeAlias = transformer.Params | Checkpoint
 Slots: TypeAlias = Sequence[int | None]  # the model's head in each; None is a zero head
 
 

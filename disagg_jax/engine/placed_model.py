@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from disagg_jax.deployment import KVMemory, cut_layers
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.place_weights import LayerPlacement, Weights, place_groups
+from disagg_jax.engine.place_weights import LayerPlacement, place_groups
 from disagg_jax.engine.stage import Stage
-from disagg_jax.programs import StepShape
+from disagg_jax.programs.shapes import StepShape
+from models.checkpoint import Weights
 from models.config import ModelConfig
 from sharding.rules import Rules
 

@@ -17,7 +17,7 @@ import math
 from disagg_jax.deployment import Role
 from disagg_jax.metrics import SLO
 from disagg_jax.search.goodput import GoodputSearch
-from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
+from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Transfer
 

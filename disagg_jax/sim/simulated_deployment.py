@@ -15,7 +15,8 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.sim.cost.linear import CostExecutor, DeploymentCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.interface import DeploymentCost
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from disagg_jax.scheduling.simdistserve import (
     PrefillThenDecode,
     RoundRobinDecode,
 )
+from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.cost.interface import CostModel
-from disagg_jax.sim.cost.linear import ModelledCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment

@@ -21,7 +21,7 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.rates import SearchPlan, search
-from disagg_jax.sim.cost.linear import DeploymentCost
+from disagg_jax.sim.cost.interface import DeploymentCost
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.cost.measured_run import MeasuredCost, step_kind, step_load
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment

@@ -13,7 +13,6 @@ import jax
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import ServedDeployment, devices_for
 from disagg_jax.programs import Buckets, StepShape
@@ -23,6 +22,7 @@ from disagg_jax.scheduling import get_system
 from disagg_jax.workload import FixedLengths, RandomWorkload, TokenOptions
 from experiments.benchmarks.timing import timed_s
 from models import transformer
+from models.checkpoint import Weights
 from models.config import ModelConfig
 
 # Buckets of the shapes that are named, and no others.

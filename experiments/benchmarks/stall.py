@@ -14,15 +14,16 @@ import numpy as np
 from disagg_jax import metrics
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.engine.executor import DurationRule, as_measured
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
-from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.buckets import Buckets
+from disagg_jax.programs.shapes import StepShape
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
 from experiments.benchmarks.engines import benchmark_engine, only
+from models.checkpoint import Weights
 from models.config import ModelConfig
 
 _BLOCK = 16  # tokens in a block

@@ -16,7 +16,6 @@ from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import as_measured, from_table
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
@@ -25,6 +24,7 @@ from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
 from experiments.benchmarks.engines import benchmark_engine, only
+from models.checkpoint import Weights
 from models.config import ModelConfig
 
 BLOCK = 16  # tokens in a block

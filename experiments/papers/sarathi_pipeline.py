@@ -18,7 +18,7 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.sim.cost.linear import DeploymentCost
+from disagg_jax.sim.cost.interface import DeploymentCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Event, Step, Work
 from disagg_jax.workload.lengths import HistogramLengths

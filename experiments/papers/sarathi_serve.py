@@ -25,7 +25,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
+from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.run import SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment

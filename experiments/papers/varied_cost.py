@@ -6,7 +6,7 @@ import dataclasses
 import random
 
 from disagg_jax.errors import require
-from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
+from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Transfer
 

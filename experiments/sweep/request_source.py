@@ -10,17 +10,17 @@ from typing import Any
 from disagg_jax.deployment import KVMemory
 from disagg_jax.errors import require
 from disagg_jax.request import Request
-from disagg_jax.workload import (
+from disagg_jax.workload.lengths import parse_lengths
+from disagg_jax.workload.requests import TokenOptions
+from disagg_jax.workload.traces.read import Trace, load_trace
+from disagg_jax.workload.workload import (
     PromptsWorkload,
     RandomWorkload,
-    TokenOptions,
     TraceWorkload,
     Workload,
-    parse_lengths,
 )
-from disagg_jax.workload.traces import Trace, load_trace
 from experiments.configs.config import Config
-from experiments.sweep.weights import Model
+from models.load import Model
 
 
 @dataclasses.dataclass(frozen=True)

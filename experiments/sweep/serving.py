@@ -9,19 +9,9 @@ from typing import Any
 import jax
 
 from disagg_jax.control.backend import Outcome
-from disagg_jax.deployment import (
-    Deployment,
-    InstanceSpec,
-    KVMemory,
-    Role,
-    cut_layers,
-)
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role, cut_layers
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import (
-    DurationRule,
-    as_measured,
-    from_table,
-)
+from disagg_jax.engine.executor import DurationRule, as_measured, from_table
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import (
     ServedDeployment,
@@ -29,16 +19,17 @@ from disagg_jax.engine.served_deployment import (
     devices_needed,
 )
 from disagg_jax.engine.step_durations import StepDurations
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import Criterion, for_slo
-from disagg_jax.programs import Buckets
+from disagg_jax.programs.buckets import Buckets
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.sim.cost.linear import CostExecutor
+from disagg_jax.scheduling.system import System
+from disagg_jax.sim.cost.deployment import CostExecutor
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from disagg_jax.work import Step, Task
-from experiments.configs.config import Config, System
+from experiments.configs.config import Config
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.weights import Model
+from models.load import Model
 
 Progress = Callable[[str], None]
 

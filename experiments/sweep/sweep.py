@@ -34,7 +34,7 @@ from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import Progress
-from experiments.sweep.weights import Model
+from models.load import Model
 from models.tokenizer import NoText
 
 Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed

@@ -21,7 +21,8 @@ from disagg_jax.scheduling.interface import Plan
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Step, Up
 from tests.serving import (
     POLICIES,

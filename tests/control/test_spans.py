@@ -12,7 +12,8 @@ from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Cut, Progress, Step
 from tests.control.test_controller_properties import Case, cases, deploy, streamed_cases
 from tests.serving import assert_all_free, make_request

@@ -12,7 +12,8 @@ from disagg_jax.deployment import Role
 from disagg_jax.metrics import interval_across
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Done, Slice, Step, Transfer
 from tests.serving import SECOND, assert_all_free, make_controller, make_request
 

@@ -21,7 +21,7 @@ from disagg_jax.control.controller import Controller
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
 from disagg_jax.request import Status
-from disagg_jax.sim.cost.linear import CostExecutor, ModelledCost
+from disagg_jax.sim.cost.deployment import CostExecutor, ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.work import Cancelled, Done, Down, Slow, Step, Transfer, Up

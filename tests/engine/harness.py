@@ -16,7 +16,6 @@ from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, as_measured
-from disagg_jax.engine.place_weights import Weights
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request, Status
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -24,6 +23,7 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import Arrived, Down
 from models import transformer
+from models.checkpoint import Weights
 from models.config import ModelConfig
 
 

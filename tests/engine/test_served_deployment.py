@@ -13,7 +13,8 @@ from disagg_jax.engine.served_deployment import (
     devices_needed,
 )
 from disagg_jax.request import Status
-from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Cancelled
 from tests.engine.harness import MODELS, POLICIES, assert_reference, make_request

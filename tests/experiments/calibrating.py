@@ -13,8 +13,8 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost import step_time_terms
 from experiments.configs.config import Config, System
 from experiments.sweep.serving import build_engines
-from experiments.sweep.weights import Model
 from models.config import get_config
+from models.load import Model
 from models.tokenizer import ByteTokenizer
 from tests.engine.harness import random_params
 

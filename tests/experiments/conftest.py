@@ -12,7 +12,7 @@ import pytest
 if TYPE_CHECKING:
     from disagg_jax.engine.engine import Engine
     from disagg_jax.sim.cost.measured import CalibratedProfile
-    from experiments.sweep.weights import Model
+    from models.load import Model
 
 
 @pytest.fixture(scope="session")

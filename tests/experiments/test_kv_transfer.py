@@ -28,7 +28,6 @@ SLOW = LinkSpec(
     latency_s=0.0,
     bandwidth_bytes_s=float(BLOCK * SMALL.kv_bytes_per_token),
     efficiency=1.0,
-    measured=False,
 )
 PROMPT = 8 * BLOCK
 

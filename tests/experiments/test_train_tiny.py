@@ -5,13 +5,15 @@ import json
 
 import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import train_tiny
 from experiments.configs.named import tiny
-from experiments.sweep.weights import find_weights, load_model
+from experiments.sweep.weights import TRAINED, load_model
 from models import transformer
 from models.checkpoint import Checkpoint
 from models.config import get_config
+from models.load import find_weights
 from models.tokenizer import ByteTokenizer
 from tests.engine.harness import random_params
 
@@ -65,7 +67,7 @@ def test_the_committed_model_is_trained(trained):
     """On text it never saw, in any release of Python."""
     record = json.loads((trained.folder / "training.json").read_text())
     random = transformer.init_params(TINY, record["seed"])
-    params = trained.load(jax.devices()[0])
+    params = trained.restore(SingleDeviceSharding(jax.devices()[0]))
     before, after = (
         train_tiny.held_out_loss(TINY, weights) for weights in (random, params)
     )
@@ -77,7 +79,7 @@ def test_the_committed_model_is_trained(trained):
 
 
 def test_the_committed_model_writes_words(trained):
-    params = trained.load(jax.devices()[0])
+    params = trained.restore(SingleDeviceSharding(jax.devices()[0]))
     tokenizer = ByteTokenizer()
     prompt = tokenizer.encode(train_tiny.PROMPT)
     text = tokenizer.decode(transformer.greedy(TINY, params, prompt, 48))
@@ -85,6 +87,6 @@ def test_the_committed_model_writes_words(trained):
 
 
 def test_the_committed_files_are_small(trained):
-    folder = find_weights("trained", "tiny")
+    folder = find_weights("tiny", "trained", TRAINED)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 2 * 2**20

@@ -511,7 +511,6 @@ def test_the_ends_of_a_text_a_turn_and_a_message(
     )
     tokenizer = load_tokenizer(file)
     assert tokenizer.eos_tokens == eos_tokens
-    assert tokenizer.eos_token == (eos_tokens[0] if eos_tokens else None)
     assert isinstance(tokenizer, NoText) == (model in ("rwkv", None))
 
 
@@ -526,7 +525,7 @@ def test_only_text_needs_a_kind_that_we_know(
         tmp_path / "t.gguf", {f"tokenizer.ggml.{k}": keys[k] for k in keys}
     )
     tokenizer = load_tokenizer(file)
-    assert tokenizer.eos_token == 3
+    assert tokenizer.eos_tokens == (3,)
     named = rf"t\.gguf: .*llama-bpe.* got \('{model}', '{pre or 'default'}'\)"
     with pytest.raises(ValueError, match=named):
         tokenizer.encode("a")

@@ -266,4 +266,4 @@ def test_the_tokenizer_of_a_folder() -> None:
     prompt = np.load(GOLDEN / "llama" / "golden.npz")["prompt"].tolist()
     assert tokenizer.decode(prompt) == "def add(a, b):\n    return a"
     assert tokenizer.encode(tokenizer.decode(prompt)) == prompt
-    assert tokenizer.eos_token == 256
+    assert tokenizer.eos_tokens[0] == 256

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax import Array
 
 from models import layers
+from models.config import get_config
 
 
 def normal(seed: int, *shape: int, dtype: str = "float32") -> Array:
@@ -40,7 +43,10 @@ def test_layer_norm_is_the_formula() -> None:
 
 
 def rotated(x_H: Array, position: int, theta: float = 100.0) -> Array:
-    table = layers.rope_table(jnp.array([position]), x_H.shape[0], theta)
+    config = dataclasses.replace(
+        get_config("tiny"), head_dim=x_H.shape[0], rope_theta=theta
+    )
+    table = layers.rope_table(config, jnp.array([position]))
     return layers.rotate(x_H[None, None, :], table)[0, 0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from models import layers, transformer
-from models.config import ModelConfig
+from models.config import ModelConfig, get_config
 from models.rope import read_scaling
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -79,9 +80,14 @@ def yarn(head_dim: int, theta: float, fields: dict[str, Any]) -> np.ndarray:
 
 def table(fields: dict[str, Any], head_dim: int, theta: float) -> tuple[Any, ...]:
     scaling = read_scaling(fields, head_dim, theta)
-    return layers.rope_table(
-        jnp.arange(3), head_dim, theta, scaling.divisors, scaling.attention_factor
+    config = dataclasses.replace(
+        get_config("tiny"),
+        head_dim=head_dim,
+        rope_theta=theta,
+        rope_divisors=scaling.divisors,
+        rope_attention_factor=scaling.attention_factor,
     )
+    return layers.rope_table(config, jnp.arange(3))
 
 
 def frequencies(fields: dict[str, Any], head_dim: int, theta: float) -> np.ndarray:

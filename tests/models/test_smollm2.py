@@ -36,7 +36,7 @@ def test_text_is_split_like_the_original(
         assert tokenizer.encode(case["prompt"]) == case["prompt_ids"]
         assert tokenizer.decode(case["prompt_ids"]) == case["prompt"]
         assert tokenizer.decode(case["greedy_ids"]) == case["text"]
-    assert tokenizer.decode([tokenizer.eos_token]) == "<|im_end|>"
+    assert tokenizer.decode([tokenizer.eos_tokens[0]]) == "<|im_end|>"
 
 
 @pytest.mark.slow

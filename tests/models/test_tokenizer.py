@@ -72,7 +72,7 @@ def test_gguf_tokenizer_merges_splits_digits_and_knows_specials(
 ) -> None:
     tokenizer = load_tokenizer(write_gguf(tmp_path / "t.gguf"))
     assert isinstance(tokenizer, BPETokenizer)
-    assert tokenizer.eos_token == 1
+    assert tokenizer.eos_tokens == (1,)
     text = "<|start|>in the 11th é\n<|end|>"
     ids = tokenizer.encode(text)
     pieces = [tokenizer.bpe.id_to_token(i) for i in ids]
@@ -102,7 +102,7 @@ def test_tokenizer_json_equals_gguf(tmp_path: pathlib.Path, eos: object) -> None
     from_json = load_tokenizer(tmp_path / "tokenizer.json")
     text = "<|start|> the 2011 other"
     assert from_json.encode(text) == from_gguf.encode(text)
-    assert from_json.eos_token == from_gguf.eos_token
+    assert from_json.eos_tokens == from_gguf.eos_tokens
 
     settings.write_text(json.dumps({"eos_token": "</s>"}))
     with pytest.raises(ValueError, match="one of the vocabulary, got '</s>'"):
@@ -207,7 +207,6 @@ def test_end_tokens_are_those_of_the_model_and_its_tokenizer(
             write_json(folder / name, {})
     tokenizer = load_tokenizer(folder)
     assert tokenizer.eos_tokens == eos_tokens
-    assert tokenizer.eos_token == (eos_tokens[0] if eos_tokens else None)
     if named is None:
         (folder / "tokenizer.json").unlink()
         assert load_tokenizer(folder).eos_tokens == eos_tokens
@@ -215,7 +214,7 @@ def test_end_tokens_are_those_of_the_model_and_its_tokenizer(
 
 def test_older_folders_name_the_end_elsewhere(folder: pathlib.Path) -> None:
     write_json(folder / "special_tokens_map.json", {"eos_token": "<|end|>"})
-    assert load_tokenizer(folder).eos_token == 1
+    assert load_tokenizer(folder).eos_tokens == (1,)
 
 
 @pytest.mark.parametrize("eos", ["2", True, [1, None], {"a": 1}, 1.5])
@@ -247,7 +246,7 @@ def test_a_byte_order_mark_is_no_damage(folder: pathlib.Path) -> None:
         text = (folder / name).read_text()
         (folder / name).write_text(text, encoding="utf-8-sig")
     tokenizer = load_tokenizer(folder)
-    assert (tokenizer.encode("the"), tokenizer.eos_token) == (ids, 1)
+    assert (tokenizer.encode("the"), tokenizer.eos_tokens) == (ids, (1,))
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

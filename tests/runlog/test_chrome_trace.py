@@ -18,7 +18,8 @@ from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
+from disagg_jax.sim.cost.deployment import CostExecutor
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Arrived, Cancelled, Done, Down, Slow, Up
 from tests.control.test_controller_properties import Case, cases, streamed_cases
 from tests.control.test_spans import lasting_cases

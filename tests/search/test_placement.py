@@ -24,7 +24,7 @@ from disagg_jax.search.placement import (
     replicas,
 )
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import UniformLengths

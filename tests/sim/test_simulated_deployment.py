@@ -12,7 +12,8 @@ from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.sim.cost.linear import LinearCost, ModelledCost
+from disagg_jax.sim.cost.deployment import ModelledCost
+from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimulationTask, run_task
@@ -68,7 +69,6 @@ def link(latency_s=0.0):
         latency_s=latency_s,
         bandwidth_bytes_s=1.0,
         efficiency=1.0,
-        measured=False,
     )
 
 

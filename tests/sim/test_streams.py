@@ -141,9 +141,7 @@ def test_parts_take_turns_on_a_link():
     # Two prefill instances send to one decode instance over one wire each (src, dst);
     # over the receiver's wire, parts of both are served as they come.
     deployment = Deployment.parse("2xprefill:tp1,decode:tp1")
-    link = LinkSpec(
-        name="toy", latency_s=0.0, bandwidth_bytes_s=1.0, efficiency=1.0, measured=False
-    )
+    link = LinkSpec(name="toy", latency_s=0.0, bandwidth_bytes_s=1.0, efficiency=1.0)
     network = Network(
         deployment=deployment, kv_bytes_per_token=1, inside=link, layer_groups=2
     )
@@ -227,7 +225,6 @@ def over_wires(deployment, *, bytes_s=1.0, policies=POLICIES, **network):
         latency_s=0.0,
         bandwidth_bytes_s=bytes_s,
         efficiency=1.0,
-        measured=False,
     )
     wires = Network(deployment=parsed, kv_bytes_per_token=1, inside=link, **network)
 

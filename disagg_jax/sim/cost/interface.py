@@ -1,30 +1,34 @@
-"""Who predicts how long a step takes: the seam of the cost models.
+"""The seam of the cost models: protocols that predict how long work takes.
 
-A cost model knows neither requests nor blocks, only how much a step computes. It gives
-an `InstanceCost` for each (tp, pp), so that whatever depends on these alone is worked
-out once.
+A `CostModel` knows neither requests nor blocks, only how much a step computes. It makes
+an `InstanceCost` for each (tp, pp), which works out once whatever depends on these
+alone. A `DeploymentCost` puts the instances of a deployment and its transfers together.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
 from disagg_jax.errors import require
-from disagg_jax.work import StepLoad
+from disagg_jax.sim.hardware.network import Hop
+from disagg_jax.work import StepLoad, Transfer
+
+Decoder: TypeAlias = Callable[[int, int], float]  # (decodes, context tokens) -> seconds
 
 
 class InstanceCost(Protocol):
-    """Durations on one instance; the cost model that made it was given tp and pp."""
+    """Durations on one instance, whose tp and pp the cost model was given."""
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
-        """Seconds on each pipeline stage, pp entries."""
+        """Return the seconds of a step on each of the pp pipeline stages."""
         ...
 
     def decode_s(self, decodes: int, context: int) -> float:
-        """Where pp is 1: exactly `stages_s` of that decode-only step, but cheap.
+        """Return `stages_s` of a decode-only step on the one stage, fast.
 
-        The simulator calls it once in each iteration of a span, with counts it has
-        checked; this does not check them again.
+        The simulator calls this for every iteration of a span, with counts that it has
+        checked before.
 
         Raises:
           ValueError: where pp is not 1.
@@ -37,18 +41,37 @@ class CostModel(Protocol):
 
     @property
     def name(self) -> str:
-        """What outputs are marked with."""
+        """The name that outputs are marked with."""
         ...
 
     def instance(self, tp: int, pp: int = 1) -> InstanceCost:
-        """The durations on an instance of tp x pp devices.
+        """Return the durations on an instance of tp x pp devices.
 
         Raises:
-          ValueError: naming what there is, if it has no data for it.
+          ValueError: naming the known sizes, if there is no data for this one.
         """
         ...
 
 
+class DeploymentCost(Protocol):
+    """Durations of the work of one deployment, in seconds."""
+
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
+        """Return the seconds of a step on each pipeline stage of an instance."""
+        ...
+
+    def decoder(self, instance: int) -> Decoder:
+        """Return a fast path for decode-only steps on a single-stage instance.
+
+        It equals `stages_s`.
+        """
+        ...
+
+    def hop(self, transfer: Transfer) -> Hop:
+        """Return the wire that a transfer takes, and for how long."""
+        ...
+
+
 def require_one_stage(pp: int) -> None:
-    """Raises a ValueError unless `decode_s` has a meaning."""
+    """Raise a ValueError unless `decode_s` has a meaning."""
     require(pp == 1, "decode_s: expected pp = 1 (else use stages_s)", pp)

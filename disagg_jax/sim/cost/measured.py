@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
-from disagg_jax.programs import Buckets, StepShape
-from disagg_jax.programs.buckets import most_context
+from disagg_jax.programs.buckets import Buckets, most_context
+from disagg_jax.programs.shapes import StepShape
 from disagg_jax.sim.cost import step_time_terms
-from disagg_jax.sim.cost.interface import require_one_stage
-from disagg_jax.sim.cost.linear import Decoder
+from disagg_jax.sim.cost.interface import Decoder, require_one_stage
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Transfer
 

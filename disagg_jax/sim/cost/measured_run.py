@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from disagg_jax.request import Request
 from disagg_jax.runlog.event_log import LoggedStep, LoggedTransfer
 from disagg_jax.runlog.utilisation import Occupancy
-from disagg_jax.sim.cost.linear import Decoder, DeploymentCost
+from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Transfer
 

@@ -1,4 +1,4 @@
-"""Reading parsed JSON, with errors that say where, what was expected and what came."""
+"""Readers of parsed JSON whose errors say where, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from disagg_jax.formats import PROFILE
 
 
 def get_value(record: Mapping[str, object], key: str, where: str) -> object:
-    """`record[key]`."""
+    """Return `record[key]`."""
     require(key in record, f"{where}: expected the key {key!r}", sorted(record))
     return record[key]
 
 
 def as_mapping(value: object, where: str) -> Mapping[str, object]:
-    """An object."""
+    """Return `value`, an object."""
     require(isinstance(value, Mapping), f"{where}: expected an object", value)
     return cast(Mapping[str, object], value)
 
@@ -25,18 +25,18 @@ def as_mapping(value: object, where: str) -> Mapping[str, object]:
 def get_mapping(
     record: Mapping[str, object], key: str, where: str
 ) -> Mapping[str, object]:
-    """`record[key]`, an object."""
+    """Return `record[key]`, an object."""
     return as_mapping(get_value(record, key, where), f"{where}.{key}")
 
 
 def get_texts(record: Mapping[str, object], key: str, where: str) -> Mapping[str, str]:
-    """`record[key]`, an object of texts."""
+    """Return `record[key]`, an object of texts."""
     inner = get_mapping(record, key, where)
     return {name: get_text(inner, name, key) for name in inner}
 
 
 def open_profile(record: object, kind: str) -> Mapping[str, object]:
-    """`record` without its format number, if it is an object of that "kind"."""
+    """Return `record`, an object of that "kind", without its format number."""
     top = PROFILE.read(as_mapping(record, "profile"))
     came = get_text(top, "kind", "profile")
     require(came == kind, f"profile.kind: expected {kind!r}", came)
@@ -44,7 +44,7 @@ def open_profile(record: object, kind: str) -> Mapping[str, object]:
 
 
 def get_list(record: Mapping[str, object], key: str, where: str) -> list[object]:
-    """`record[key]`, a list that is not empty."""
+    """Return `record[key]`, a list that is not empty."""
     value = get_value(record, key, where)
     require(
         isinstance(value, list) and value != [],
@@ -55,7 +55,7 @@ def get_list(record: Mapping[str, object], key: str, where: str) -> list[object]
 
 
 def get_text(record: Mapping[str, object], key: str, where: str) -> str:
-    """`record[key]`, a text that is not empty."""
+    """Return `record[key]`, a text that is not empty."""
     value = get_value(record, key, where)
     ok = isinstance(value, str) and value != ""
     require(ok, f"{where}.{key}: expected a text, not empty", value)
@@ -63,7 +63,7 @@ def get_text(record: Mapping[str, object], key: str, where: str) -> str:
 
 
 def as_number(value: object, where: str) -> float:
-    """A finite number."""
+    """Return `value`, a finite number."""
     ok = isinstance(value, int | float) and not isinstance(value, bool)
     require(
         ok and math.isfinite(cast(float, value)), f"{where}: expected a number", value
@@ -74,13 +74,13 @@ def as_number(value: object, where: str) -> float:
 def get_numbers(
     record: Mapping[str, object], key: str, where: str
 ) -> tuple[float, ...]:
-    """`record[key]`, a list of finite numbers that is not empty."""
+    """Return `record[key]`, a list of finite numbers that is not empty."""
     values = get_list(record, key, where)
     return tuple(as_number(value, f"{where}.{key}") for value in values)
 
 
 def positive_int(value: object, where: str) -> int:
-    """An integer >= 1; also as text, since JSON's keys are texts."""
+    """Return `value`, an integer >= 1, also as text: JSON's keys are texts."""
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     ok = isinstance(number, int) and not isinstance(number, bool) and number >= 1
     require(ok, f"{where}: expected an integer >= 1", value)

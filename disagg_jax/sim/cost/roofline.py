@@ -1,8 +1,9 @@
 """Step times from a model's sizes and a device's peaks: no measurement of the model.
 
-The form is facts/latency.md's "Step time (recommended)": Sarathi's max of compute and
-weight streaming, DistServe's attention terms, Vidur's split into operators. Seconds on
-a stage with L layers, for n tokens in the pass, on tp devices of F FLOP/s and W byte/s:
+The form joins Sarathi's max of compute and weight streaming (arXiv 2308.16369),
+DistServe's attention terms (OSDI'24, appendix A) and Vidur's split into operators
+(MLSys'24). Seconds on a stage with L layers, for n tokens in the pass, on tp devices of
+F FLOP/s and W byte/s:
 
     t0
     + max(2 P n~ / (tp F eta_f), P s / (tp W eta_w))        linear layers, P weights
@@ -15,12 +16,12 @@ a stage with L layers, for n tokens in the pass, on tp devices of F FLOP/s and W
 
 Decodes and prompt parts share the linear layers of a mixed step, its t0 and its
 communication latency; attention adds. A chunk reads the KV before it once more
-(SARATHI, section 4.2), which takes longer than its FLOPs only if it is short. All of a
-decode-only step but one product depends on the number of decodes alone, so `decode_s`
-is base[decodes] + slope * context.
+(SARATHI, section 4.2), and the read takes longer than the FLOPs only for short chunks.
+All of a decode-only step but one product depends on the number of decodes alone, so
+`decode_s` is base[decodes] + slope * context.
 
-What it leaves out: sampling, the embedding lookup, norms and activations (bandwidth),
-other memory traffic of prefill attention, any overlap of communication with compute.
+The form leaves out sampling, the embedding lookup, norms and activations (bandwidth),
+other memory traffic of prefill attention, and overlap of communication with compute.
 """
 
 from __future__ import annotations
@@ -45,15 +46,15 @@ class RooflineCost:
 
     @property
     def name(self) -> str:
-        """What outputs are marked with."""
+        """Return the name that outputs are marked with."""
         return f"roofline/{self.hardware.name}/{self.model.name}"
 
     def instance(self, tp: int, pp: int = 1) -> RooflineInstance:
-        """The durations on tp x pp devices.
+        """Return the durations on tp x pp devices.
 
         Raises:
-          ValueError: if the model does not divide or fit so (see `kv_tokens`), or the
-            hardware has no all-reduce over tp devices.
+          ValueError: if the model does not divide or fit on them (see `kv_tokens`), or
+            the hardware has no all-reduce over tp devices.
         """
         partition = Partition(self.model, tp, pp)
         known = sorted((1, *self.hardware.all_reduce))
@@ -62,17 +63,17 @@ class RooflineCost:
         return RooflineInstance(partition, self.hardware)
 
     def kv_tokens(self, tp: int, pp: int = 1) -> int:
-        """Tokens of KV that an instance can hold.
+        """Return the tokens of KV that an instance can hold.
 
         Raises:
-          ValueError: with the numbers, if the model does not divide or fit so.
+          ValueError: with the numbers, if the model does not divide or fit.
         """
         partition = Partition(self.model, tp, pp)
         return partition.kv_tokens(self.hardware.memory_bytes, self.memory_utilisation)
 
 
 class RooflineInstance:
-    """An `InstanceCost`; `decode_s` keeps what depends on the number of decodes."""
+    """An `InstanceCost`; `decode_s` caches the part without context by `decodes`."""
 
     __slots__ = ("_bases", "_context_s", "_hardware", "_partition", "_read_s", "_slope")
 
@@ -89,10 +90,10 @@ class RooflineInstance:
         self._bases: dict[int, float] = {}  # decodes -> seconds without context
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
-        """Seconds on each stage."""
+        """Return the seconds on each stage."""
         tokens = load.decodes + load.prompt_tokens
-        # A chunk that does not end its prompt needs no logits, but a load does not say
-        # which do: each is billed for one row.
+        # Only a prompt's last chunk needs logits. A load does not say which chunks are
+        # last: each is billed for one row.
         logits = load.decodes + len(load.chunks)
         attention_s = sum(self._attention_s(*chunk) for chunk in load.chunks)
         return tuple(
@@ -103,7 +104,7 @@ class RooflineInstance:
         )
 
     def decode_s(self, decodes: int, context: int) -> float:
-        """Seconds of a decode-only step on the one stage."""
+        """Return the seconds of a decode-only step on the one stage."""
         base_s = self._bases.get(decodes)
         if base_s is None:
             require_one_stage(self._partition.pp)
@@ -111,7 +112,7 @@ class RooflineInstance:
         return base_s + self._slope * context
 
     def _fixed_s(self, stage: int, tokens: int, logits: int, decodes: bool) -> float:
-        """Seconds of all that no context and no prompt's length changes."""
+        """Return the seconds that depend neither on context nor on prompt lengths."""
         model, hardware = self._partition.model, self._hardware
         layers, tp = self._partition.stage_layers[stage], self._partition.tp
         activation_bytes = tokens * model.embed * model.stored.activation
@@ -128,7 +129,7 @@ class RooflineInstance:
         return time_s + hardware.hop.transfer_s(activation_bytes)
 
     def _linear_s(self, params: int, weight_bytes: float, tokens: int) -> float:
-        """Seconds of matmuls with `params` weights: compute or streaming them."""
+        """Return the seconds of matmuls with `params` weights: compute or streaming."""
         hardware, tp = self._hardware, self._partition.tp
         rows = hardware.rows(tokens)
         flops_s = tp * hardware.peak_flops * hardware.gemm_mfu.at(rows)
@@ -136,7 +137,7 @@ class RooflineInstance:
         return max(2 * params * rows / flops_s, weight_bytes / bytes_s)
 
     def _attention_s(self, start: int, count: int) -> float:
-        """Seconds of one layer's causal attention of a prompt part."""
+        """Return the seconds of one layer's causal attention over a prompt part."""
         model, hardware = self._partition.model, self._hardware
         width = model.q_heads * model.head_dim
         flops = 4 * width * count * (start + count / 2)

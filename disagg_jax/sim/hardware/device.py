@@ -1,7 +1,7 @@
 """A device as a roofline sees it: peaks, memory, and the share of them that is reached.
 
-Efficiencies are measured points, not fits; between the points they are interpolated.
-The presets are in hardware_presets.py.
+Efficiencies are measured points, not fits, and interpolated between the points. The
+presets are in presets.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from disagg_jax.sim.hardware.link import LinkSpec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EfficiencyCurve:
-    """The share of a peak that is reached, by size; constant outside the points.
+    """The share of a peak that is reached, by size.
 
-    Between two points it is linear. size / efficiency must not fall from one point to
-    the next: a larger problem would else take less time. It then falls nowhere,
-    because on a segment it is a ratio of two linear functions, which is monotone.
+    It is linear between two points and constant outside them. size / efficiency must
+    not fall from one point to the next, or a larger problem would take less time. The
+    ratio then falls nowhere: on a segment a ratio of linear functions is monotone.
 
     Raises:
       ValueError: if points are missing, out of order, or not in (0, 1], or if a larger
@@ -34,11 +34,8 @@ class EfficiencyCurve:
         require(len(self.points) > 0, "curve: expected at least one point", self.points)
         for size, efficiency in self.points:
             ok = size > 0 and 0 < efficiency <= 1
-            require(
-                ok,
-                "curve: expected (size > 0, 0 < efficiency <= 1)",
-                (size, efficiency),
-            )
+            expected = "curve: expected (size > 0, 0 < efficiency <= 1)"
+            require(ok, expected, (size, efficiency))
         for (x0, y0), (x1, y1) in itertools.pairwise(self.points):
             require(x0 < x1, "curve: expected increasing sizes", (x0, x1))
             expected = f"curve: expected size / efficiency >= {x0 / y0:g} at {x1:g}"
@@ -46,11 +43,11 @@ class EfficiencyCurve:
 
     @classmethod
     def constant(cls, efficiency: float) -> EfficiencyCurve:
-        """The same efficiency at all sizes."""
+        """Return a curve of the same efficiency at all sizes."""
         return cls(((1.0, efficiency),))
 
     def at(self, size: float) -> float:
-        """The efficiency at `size`."""
+        """Return the efficiency at `size`."""
         points = self.points
         if size <= points[0][0]:
             return points[0][1]
@@ -76,13 +73,13 @@ class AllReduce:
         require(self.bus_bytes_s > 0, "bus_bytes_s: expected > 0", self.bus_bytes_s)
 
     def time_s(self, tp: int, size_bytes: float) -> float:
-        """Seconds for `size_bytes` on each of `tp` devices."""
+        """Return the seconds for `size_bytes` on each of `tp` devices."""
         return self.alpha_s + 2 * (tp - 1) / tp * size_bytes / self.bus_bytes_s
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """One kind of accelerator and how several of them are joined.
+    """One kind of accelerator, and the links that join several.
 
     Raises:
       ValueError: naming the field, on a value that no device has.
@@ -92,14 +89,14 @@ class Hardware:
     peak_flops: float  # dense matmul in the models' activation dtype, FLOP/s
     hbm_bytes_s: float  # memory bandwidth
     memory_bytes: float  # of one device
-    # Shares of the peak that are reached:
+    # Shares of the peaks that are reached:
     gemm_mfu: EfficiencyCurve  # by rows (tokens) of a linear layer's matmul
     weight_mbu: float  # of hbm_bytes_s, streaming weights for few rows
     attention_mfu: EfficiencyCurve  # by tokens attended to, prefill, causal FLOPs
     kv_mbu: float  # of hbm_bytes_s, decode attention, for large KV
     kv_startup_s: float  # of decode attention in one layer, before KV flows at kv_mbu
     # Joining devices:
-    all_reduce: Mapping[int, AllReduce]  # by tp > 1; no other tp can be had
+    all_reduce: Mapping[int, AllReduce]  # by tp > 1; other sizes are refused
     hop: LinkSpec  # takes activations to the next pipeline stage
     # A step:
     step_s: float  # t0: launches and host work of a stage that nothing hides
@@ -117,17 +114,17 @@ class Hardware:
             require(value >= 0, f"{self.name}: {name}: expected >= 0", value)
 
     def rows(self, tokens: int) -> int:
-        """Rows that a matmul over `tokens` is billed for.
+        """Return the rows that a matmul over `tokens` is billed for.
 
         Above one tile whole tiles are computed (Sarathi on an A6000: 256 tokens take
-        69.8 ms, 257 take 92.3 ms). Up to one tile kernels of fewer rows are chosen,
-        and streaming the weights takes longer than they do.
+        69.8 ms, 257 take 92.3 ms). Up to one tile libraries choose kernels of fewer
+        rows, and streaming the weights takes longer than the kernels.
         """
         tile = self.tile_rows
         return tokens if tokens <= tile else -(-tokens // tile) * tile
 
     def ideal(self) -> Hardware:
-        """The same peaks reached in full, with no overhead: a bound.
+        """Return the same peaks reached in full, with no overhead: a bound.
 
         Communication takes no time: it hides behind compute and memory traffic.
         """

@@ -1,8 +1,9 @@
 """Links between devices: how long bytes take when nothing else is on the wire.
 
 A transfer takes latency + bytes / (efficiency * lanes * bandwidth). Queueing for a link
-is the backend's job. Measured efficiencies come from facts/latency.md ("Link
-efficiency", and the send-recv rows of its table of published measurements).
+is the backend's job. Measured latencies and efficiencies are read from the send-recv
+tables that Vidur published (github.com/microsoft/vidur, data/profiling/network), and
+comments say which numbers are assumed instead.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ class LinkSpec:
     name: str
     latency_s: float  # of a message of no bytes
     bandwidth_bytes_s: float  # one way, ideal: from the spec sheet
-    efficiency: float  # share of that which large messages reach
-    measured: bool  # whether the efficiency is a measurement or an assumption
+    efficiency: float  # share of the bandwidth that large messages reach
 
     def __post_init__(self) -> None:
         require(self.latency_s >= 0, "latency_s: expected >= 0", self.latency_s)
@@ -36,7 +36,7 @@ class LinkSpec:
         require(in_range, "efficiency: expected in (0, 1]", self.efficiency)
 
     def transfer_s(self, size_bytes: float, lanes: int = 1) -> float:
-        """Seconds for `size_bytes` spread evenly over `lanes` such links.
+        """Return the seconds for `size_bytes` spread evenly over `lanes` such links.
 
         Between instances that shard KV alike, lanes = min(tp of the source, tp of the
         destination) where each device has a link of its own.
@@ -47,7 +47,7 @@ class LinkSpec:
         return self.latency_s + size_bytes / rate_bytes_s
 
     def ideal(self) -> LinkSpec:
-        """The same wire without latency and loss: a bound."""
+        """Return the same wire without latency and loss: a bound."""
         return dataclasses.replace(self, latency_s=0.0, efficiency=1.0)
 
 
@@ -56,22 +56,19 @@ _ALL = (
         name="nvlink-a100",
         latency_s=8e-6,  # Vidur's DGX send-recv tables
         bandwidth_bytes_s=300e9,  # A100 datasheet: 600 GB/s both ways together
-        efficiency=0.77,  # Vidur's DGX send-recv tables: about 230 of 300 GB/s
-        measured=True,
+        efficiency=0.77,  # Vidur's DGX send-recv tables: 230-265 of 300 GB/s
     ),
     LinkSpec(
         name="nvlink-h100",
         latency_s=5e-6,  # Vidur's DGX send-recv tables
         bandwidth_bytes_s=450e9,  # H100 SXM datasheet: 900 GB/s both ways together
         efficiency=0.77,  # Vidur's DGX send-recv tables: 348 of 450 GB/s
-        measured=True,
     ),
     LinkSpec(
         name="pcie5",
         latency_s=5e-6,  # assumed: as NVLink between H100s
         bandwidth_bytes_s=64e9,  # PCIe 5.0 x16: 32 GT/s x 16 lanes, before encoding
-        efficiency=0.8,  # assumed: facts/latency.md has no measurement
-        measured=False,
+        efficiency=0.8,  # assumed: no published measurement found
     ),
     LinkSpec(
         name="400gb",
@@ -80,14 +77,12 @@ _ALL = (
         # Vidur's H100 inter-node send-recv: 35.9 of 50 GB/s, if its NIC is 400 Gb/s,
         # as aiconfigurator assumes.
         efficiency=0.72,
-        measured=True,
     ),
     LinkSpec(
         name="200gb",  # one of the eight adapters of a DGX A100
         latency_s=17e-6,  # assumed: as 400gb
         bandwidth_bytes_s=25e9,  # DGX A100 datasheet: HDR InfiniBand, 200 Gb/s
         efficiency=0.72,  # assumed: as 400gb
-        measured=False,
     ),
     LinkSpec(
         name="100gb",
@@ -95,21 +90,18 @@ _ALL = (
         bandwidth_bytes_s=12.5e9,  # 100 Gb/s
         # Vidur's A100 inter-node send-recv: 7.8 of 12.5 GB/s, if that link is 100 Gb/s.
         efficiency=0.62,
-        measured=True,
     ),
     LinkSpec(
         name="25gb",  # DistServe's testbed between nodes
         latency_s=24e-6,  # assumed: as 100gb
         bandwidth_bytes_s=3.125e9,  # 25 Gb/s
         efficiency=0.62,  # assumed: as 100gb
-        measured=False,
     ),
     LinkSpec(
         name="ici-v5e",  # one link of a chip; a chip of the 2-D torus has four
         latency_s=1e-6,  # assumed: about 1 us for a hop
-        bandwidth_bytes_s=45e9,  # one way, facts/latency.md (scaling book)
-        efficiency=1.0,  # assumed: no measurement found; the 45 GB/s is below the spec
-        measured=False,
+        bandwidth_bytes_s=45e9,  # one way; "How to Scale Your Model", chapter on TPUs
+        efficiency=1.0,  # assumed: not measured; 45 GB/s is below the 50 of the spec
     ),
     LinkSpec(
         name="ici-v5p",  # one link of a chip; a chip of the 3-D torus has six
@@ -117,7 +109,6 @@ _ALL = (
         # Google Cloud, docs/v5p: 1200 GB/s for a chip, both ways, over its six links
         bandwidth_bytes_s=100e9,
         efficiency=0.9,  # assumed: the scaling book counts 45 of v5e's 50 GB/s
-        measured=False,
     ),
     LinkSpec(
         name="ici-v6e",  # one link of a chip; a chip of the 2-D torus has four
@@ -125,24 +116,22 @@ _ALL = (
         # Google Cloud, docs/v6e: 800 GB/s for a chip, both ways, over its four links
         bandwidth_bytes_s=100e9,
         efficiency=0.9,  # assumed: as ici-v5p
-        measured=False,
     ),
     LinkSpec(
         name="dcn-v5e",  # of a host with 8 chips
         latency_s=50e-6,  # assumed: an Ethernet round through the hosts
-        bandwidth_bytes_s=25e9,  # facts/latency.md; Google Cloud: 2 x 100 Gb/s NICs
+        bandwidth_bytes_s=25e9,  # Google Cloud: 2 x 100 Gb/s NICs
         efficiency=0.62,  # assumed: as 100gb
-        measured=False,
     ),
 )
 LINKS: Mapping[str, LinkSpec] = types.MappingProxyType({x.name: x for x in _ALL})
 
 
 def get_link(name: str) -> LinkSpec:
-    """The preset called `name`.
+    """Return the preset called `name`.
 
     Raises:
-      ValueError: naming the presets, if there is none of that name.
+      ValueError: naming the presets, if none has that name.
     """
     require(name in LINKS, f"link: expected one of {sorted(LINKS)}", name)
     return LINKS[name]

@@ -11,13 +11,13 @@ from models.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Partition:
-    """A model's layers over pp stages and its heads over tp devices each.
+    """A model's layers over pp stages, and its heads over the tp devices of each.
 
-    The first layers % pp stages have a layer more than the others. Where tp is more
-    than kv_heads, each kv head is kept by tp / kv_heads devices.
+    The first layers % pp stages have a layer more than the others. Where tp exceeds
+    kv_heads, tp / kv_heads devices keep each kv head.
 
     Raises:
-      ValueError: with the numbers, if heads or layers do not divide so.
+      ValueError: with the numbers, if heads or layers do not divide.
     """
 
     model: ModelConfig
@@ -36,21 +36,21 @@ class Partition:
 
     @property
     def stage_layers(self) -> tuple[int, ...]:
-        """Layers of each stage."""
+        """Return the number of layers of each stage."""
         stages = cut_layers(range(self.model.layers), self.pp)
         return tuple(len(layers) for layers in stages)
 
     @property
     def kv_shards(self) -> int:
-        """Devices of a stage over which its KV is spread."""
+        """Return the number of devices that share the KV of a stage."""
         return min(self.tp, self.model.kv_heads)
 
     @property
     def weight_bytes_per_device(self) -> float:
-        """Bytes of weights on the fullest device.
+        """Return the bytes of weights on the fullest device, one of the first stage.
 
-        That is one of the first stage, which has the embedding. The last stage has the
-        unembedding, and its own copy of a tied one unless it is also the first.
+        The first stage has the embedding. The last stage has the unembedding, and its
+        own copy of a tied one unless it is also the first.
         """
         model = self.model
         tables = 2 if self.pp == 1 and not model.tie_embeddings else 1
@@ -59,16 +59,16 @@ class Partition:
 
     @property
     def kv_bytes_per_token_per_device(self) -> float:
-        """Bytes of KV of one token on the device that keeps most of it."""
+        """Return the bytes of KV of one token on the device that keeps most."""
         layer_bytes = self.model.layer_kv_bytes_per_token
         return self.stage_layers[0] * layer_bytes / self.kv_shards
 
     def kv_tokens(self, memory_bytes: float, utilisation: float = 0.9) -> int:
-        """Tokens of KV that fit beside the weights.
+        """Return the tokens of KV that fit beside the weights.
 
         Args:
           memory_bytes: of one device.
-          utilisation: the share of it for weights and KV; the rest is for activations.
+          utilisation: share of the memory for weights and KV, not for activations.
 
         Raises:
           ValueError: if the weights leave no room for one token.

@@ -1,9 +1,9 @@
 """The wires between instances: which one a transfer takes, and for how long.
 
 Transfers on one wire queue, first come first served, or share it. Within a node every
-device has links of its own into a switch (NVLink, ICI), so what is shared is the
-receiving instance's end. Between nodes all instances of a node share its NIC; the one
-that sends is the wire. No peer simulator queues transfers (`facts/latency.md`).
+device has links of its own into a switch (NVLink, ICI), so the receiving instance's end
+is the wire. Between nodes all instances of a node share its NIC, and the sending node's
+NIC is the wire. We found no published simulator that queues transfers on a wire.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Hop:
     bytes: int = 0
     link: tuple[int, ...] = ()  # the wire; () is one for each (src, dst)
     shared: bool = False  # with the others on the wire, instead of after them
-    parts: int = 1  # it goes in so many parts, each of which takes `duration_s`
+    parts: int = 1  # of the transfer, each of which takes `duration_s`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """Where the instances are, and the links inside nodes and between them.
+    """The nodes of a deployment, and the links inside nodes and between them.
 
     Raises:
-      ValueError: if a node has no devices, a token less than no bytes, KV no layer
+      ValueError: if a node has no devices, a token fewer than 0 bytes, KV no layer
         group, or `sharing` is unknown.
     """
 
@@ -52,19 +52,16 @@ class Network:
     layer_groups: int = 1  # in which the KV of a prompt goes while it is computed
 
     def __post_init__(self) -> None:
-        require(
-            self.layer_groups >= 1, "layer_groups: expected >= 1", self.layer_groups
-        )
-        require(
-            self.node_devices >= 1, "node_devices: expected >= 1", self.node_devices
-        )
+        groups, devices = self.layer_groups, self.node_devices
+        require(groups >= 1, "layer_groups: expected >= 1", groups)
+        require(devices >= 1, "node_devices: expected >= 1", devices)
         size = self.kv_bytes_per_token
         require(size >= 0, "kv_bytes_per_token: expected >= 0", size)
         known = self.sharing in ("fifo", "fair")
         require(known, "sharing: expected fifo or fair", self.sharing)
 
     def hop(self, transfer: Transfer) -> Hop:
-        """How a transfer goes."""
+        """Return the wire that a transfer takes, and for how long."""
         size = self.kv_bytes_per_token * transfer.context
         ends = transfer.src, transfer.dst
         if ends not in self._routes:
@@ -76,7 +73,7 @@ class Network:
 
     @functools.cached_property
     def _routes(self) -> dict[tuple[int, int], Route]:
-        """Keeps the routes that were asked for, by (src, dst)."""
+        """A cache of the routes asked for, by (src, dst)."""
         return {}
 
     def _route(self, src: int, dst: int) -> Route:
@@ -88,6 +85,6 @@ class Network:
         return self.inside, self.deployment.lanes(src, dst), (-2, dst)
 
     def _node(self, instance: int) -> int:
-        """The node of an instance's first device; instances lie in device order."""
+        """Return the node of an instance's first device. Instances are in order."""
         before = self.deployment.instances[:instance]
         return sum(spec.devices for spec in before) // self.node_devices

@@ -1,8 +1,9 @@
 """Devices with the source of each constant.
 
-"measured" and "spec" below mean facts/latency.md's table "Efficiencies from published
-measurements" and its header; (aic) is aiconfigurator, (Vidur) is Vidur's profiles. For
-the TPUs and the CPU no efficiency has been measured: those are assumed, each with its
+"spec" below means the maker's data sheet. "measured" means read from published kernel
+timings: (aic) those of NVIDIA's aiconfigurator (github.com/ai-dynamo/aiconfigurator),
+the others those of it or of Vidur (github.com/microsoft/vidur, data/profiling). For the
+TPUs and the CPU we found no measured efficiency. Theirs are assumed, each with its
 reason, and results from them are bounds with a guess rather than predictions.
 """
 
@@ -18,9 +19,10 @@ from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from models.files import read_json
 
-# t0 where nothing was measured: about what a stage's launches cost where the host's
-# other work is hidden. Engines differ far more: DistServe's prefill constants are
-# 12-43 ms, and a fit to vLLM of 2023 needs 20-40 ms (facts/latency.md).
+# t0 where nothing was measured: roughly the launches of a stage where the host's other
+# work is hidden. Engines differ far more. DistServe's prefill constants are 12-43 ms
+# (its simulator's fits), and vLLM of 2023 needs 20-40 ms: Splitwise's table
+# (perf_model.csv) has Llama-2-70B decodes at 43-45 ms with tp = 4 as with tp = 8.
 _STEP_S = 1e-3
 
 _A100 = Hardware(
@@ -51,13 +53,16 @@ _A100 = Hardware(
     },
     hop=get_link("nvlink-a100"),
     step_s=_STEP_S,  # assumed
-    tile_rows=128,  # Sarathi (facts/schedulers.md): tiles of 128 rows
+    tile_rows=128,  # Sarathi (arXiv 2308.16369): tiles of 128 rows
 )
-# The same device where the next pipeline stage is on another node.
-_A100_100GB = dataclasses.replace(_A100, name="a100-80g-100gb", hop=get_link("100gb"))
-_A100_200GB = dataclasses.replace(_A100, name="a100-80g-200gb", hop=get_link("200gb"))
-# An A6000 has no published efficiencies here: the A100's are assumed, being of the same
-# generation. Sarathi's step times on it are kept for comparison, so not used.
+# The same device, and twice with the next pipeline stage on another node.
+_A100S = (
+    _A100,
+    dataclasses.replace(_A100, name="a100-80g-100gb", hop=get_link("100gb")),
+    dataclasses.replace(_A100, name="a100-80g-200gb", hop=get_link("200gb")),
+)
+# We have no published efficiencies of an A6000. The A100's, of the same generation, are
+# assumed. Sarathi's step times on it are kept for comparison, so not used.
 _A6000 = dataclasses.replace(
     _A100,
     name="a6000",
@@ -70,7 +75,6 @@ _A6000 = dataclasses.replace(
         latency_s=5e-6,  # assumed: as pcie5
         bandwidth_bytes_s=32e9,  # PCIe 4.0 x16: 16 GT/s x 16 lanes, before encoding
         efficiency=0.8,  # assumed: as pcie5
-        measured=False,
     ),
 )
 _H100 = Hardware(
@@ -111,9 +115,9 @@ def _tpu(
     ici: LinkSpec,
     devices: tuple[int, ...],
 ) -> Hardware:
-    """A TPU chip. What it reaches of its peaks is assumed.
+    """Describe a TPU chip; the shares of its peaks are assumed.
 
-    `devices` are the tensor parallel sizes of one ring: a ring sends both ways, so its
+    `devices` are the tensor parallel sizes of one ring. A ring sends both ways, so its
     bus bandwidth is two links, with one hop's latency for each chip (the scaling
     book's all-reduce, on one axis of the torus).
     """
@@ -140,7 +144,7 @@ def _tpu(
 _V5E = _tpu(
     "tpu-v5e",
     peak_flops=197e12,  # spec (scaling book; Google Cloud, docs/v5e), bf16
-    hbm_bytes_s=0.819e12,  # Google Cloud, docs/v5e; facts/latency.md: 0.81-0.82
+    hbm_bytes_s=0.819e12,  # Google Cloud, docs/v5e; scaling book: 0.81-0.82
     memory_bytes=16e9,  # spec
     ici=get_link("ici-v5e"),
     devices=(2, 4, 8, 16),  # an axis of the 2-D torus has up to 16
@@ -162,7 +166,7 @@ _V6E = _tpu(
     devices=(2, 4, 8, 16),  # as v5e
 )
 _CPU = Hardware(
-    # Two cores of a server, to run examples with: no particular machine. All of it is
+    # Two cores of a server, for examples: no particular machine, and every number is
     # assumed. Devices share nothing, unlike JAX's host devices, which share the cores.
     name="cpu",
     peak_flops=192e9,  # 2 cores x 3 GHz x 32 float32 FLOPs (AVX2, two FMA units)
@@ -179,30 +183,14 @@ _CPU = Hardware(
         latency_s=50e-6,
         bandwidth_bytes_s=5e9,
         efficiency=1.0,
-        measured=False,
     ),
     step_s=_STEP_S,
     tile_rows=1,
 )
 HARDWARE: Mapping[str, Hardware] = types.MappingProxyType(
-    {
-        x.name: x
-        for x in (
-            _A100,
-            _A100_100GB,
-            _A100_200GB,
-            _A6000,
-            _H100,
-            _V5E,
-            _V5P,
-            _V6E,
-            _CPU,
-        )
-    }
+    {x.name: x for x in (*_A100S, _A6000, _H100, _V5E, _V5P, _V6E, _CPU)}
 )
-
-
-# What may differ from the preset that a device of one's own is like.
+# The fields of a device file that may differ from the preset it is like.
 _NUMBERS = ("peak_flops", "hbm_bytes_s", "memory_bytes", "step_s")
 
 
@@ -210,13 +198,12 @@ def get_hardware(name: str) -> Hardware:
     """Return the preset of that name, or the device that a file describes.
 
     Args:
-      name: or the path of a .json file: `like`, a preset, and of peak_flops,
-        hbm_bytes_s, memory_bytes and step_s those that differ from it. The shares of
-        the peaks that are reached are taken to be the preset's.
+      name: of a preset, or the path of a .json file with `like`, a preset, and the
+        numbers that differ from it (peak_flops, hbm_bytes_s, memory_bytes, step_s).
+        The device reaches the same shares of its peaks as the preset.
 
     Raises:
-      ValueError: naming the presets, if there is none of that name; or what is wrong
-        with the file.
+      ValueError: naming the presets, if none has that name, or the fault of the file.
       FileNotFoundError: if there is no such file.
     """
     if not name.endswith(".json"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment

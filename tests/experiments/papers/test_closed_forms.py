@@ -14,7 +14,7 @@ from disagg_jax.metrics import interval_across, ttft_s
 from disagg_jax.request import Request
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.sim.cost.linear import ModelledCost
+from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -141,9 +141,7 @@ def test_filling_and_draining_leaves_the_bubble(batches: int, stages: int):
 @pytest.mark.parametrize("load", [0.3, 0.7])
 def test_transfers_on_a_shared_link_are_an_md1_queue(load: float):
     # Two prefill instances send to one decode instance, whose end is the wire.
-    link = LinkSpec(
-        name="wire", latency_s=0.0, bandwidth_bytes_s=5120, efficiency=1, measured=False
-    )
+    link = LinkSpec(name="wire", latency_s=0.0, bandwidth_bytes_s=5120, efficiency=1)
     system = simulated("2xprefill:tp1,decode:tp1", (INSTANT_S,), link)
     rate = load / TRANSFER_S
     waits, shares = [], []

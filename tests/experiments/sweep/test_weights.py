@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from experiments import goodput_sweep
 from experiments.configs.named import smoke, tiny
@@ -32,6 +33,10 @@ def load(weights, model="auto"):
     return load_model(config)
 
 
+def on_device(i):
+    return SingleDeviceSharding(jax.devices()[i])
+
+
 def same(a, b):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(a, b)
@@ -44,10 +49,10 @@ def test_a_folder_and_its_checkpoint_are_the_same_model(family, tmp_path):
     model = load(tmp_path / "checkpoint")
     assert isinstance(model.params, Checkpoint)
     assert model.config == folder.config == converted.config
-    jax.tree.map(same, folder.params, model.params.load(jax.devices()[3]))
+    jax.tree.map(same, folder.params, model.params.restore(on_device(3)))
     for tokenizer in (folder.tokenizer, model.tokenizer):
         assert tokenizer.encode("a b") == [64, 220, 65]
-        assert tokenizer.eos_token == 256
+        assert tokenizer.eos_tokens[0] == 256
 
 
 def test_a_checkpoint_keeps_scaled_frequencies(tmp_path):
@@ -65,7 +70,7 @@ def test_a_checkpoint_keeps_scaled_frequencies(tmp_path):
 def test_a_folder_is_cast_to_the_preset_and_checked(monkeypatch):
     stored, _ = load_hf(GOLDEN / "qwen3")
     preset = dataclasses.replace(stored, name="preset", dtype="float32")
-    monkeypatch.setattr("experiments.sweep.weights.get_config", lambda name: preset)
+    monkeypatch.setattr("models.load.get_config", lambda name: preset)
     model = load(GOLDEN / "qwen3", "preset")
     assert stored.dtype == "bfloat16" and model.config == preset
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
@@ -82,7 +87,7 @@ def test_a_checkpoint_is_restored_to_the_dtype_of_the_preset(tmp_path):
     model = load(tmp_path / "half", "tiny")
     assert isinstance(model.tokenizer, ByteTokenizer)
     assert isinstance(model.params, Checkpoint)
-    restored = model.params.load(jax.devices()[0])
+    restored = model.params.restore(on_device(0))
     jax.tree.map(same, restored, jax.tree.map(lambda x: x.astype("float32"), params))
 
 

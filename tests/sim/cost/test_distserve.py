@@ -8,8 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.cost.distserve import DecodeFit, FittedCost, PrefillFit, StepFit
-from disagg_jax.sim.cost.distserve_profile import profile_from_json
+from disagg_jax.sim.cost.distserve import (
+    DecodeFit,
+    FittedCost,
+    PrefillFit,
+    StepFit,
+    profile_from_json,
+)
 from disagg_jax.work import StepLoad
 
 PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.cost.distserve_profile import profile_from_json
+from disagg_jax.sim.cost.distserve import profile_from_json
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
 from disagg_jax.sim.hardware.link import LinkSpec
@@ -56,7 +56,6 @@ DEVICE = Hardware(
         latency_s=0.5,
         bandwidth_bytes_s=32.0,
         efficiency=0.5,
-        measured=False,
     ),
     step_s=1.0,
     tile_rows=4,

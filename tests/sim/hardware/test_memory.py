@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_jax.sim.cost.distserve_profile import profile_from_json
+from disagg_jax.sim.cost.distserve import profile_from_json
 from disagg_jax.sim.hardware.memory import Partition
 from models.config import ModelConfig
 from models.lookup import find_model

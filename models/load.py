@@ -1,0 +1,106 @@
+"""A model from any source of weights: random, GGUF, Hugging Face, checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from models import transformer
+from models.checkpoint import Checkpoint, Weights, is_checkpoint
+from models.config import ModelConfig, get_config
+from models.gguf import load_gguf, smollm2_path
+from models.hf import load_hf
+from models.tokenizer import ByteTokenizer, Tokenizer, has_tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model, its weights and the tokenizer that goes with it."""
+
+    config: ModelConfig
+    params: Weights
+    tokenizer: Tokenizer
+
+
+def load_model(name: str, weights: str, *, seed: int, trained: pathlib.Path) -> Model:
+    """Return the model `name` with `weights`.
+
+    Args:
+      name: a preset, or "auto" for the model that the weights describe.
+      weights: "random", or what `find_weights` takes.
+      seed: of random weights.
+      trained: as in `find_weights`.
+
+    Raises:
+      ValueError: if the name is unknown or the weights are another model's.
+      FileNotFoundError: if the weights are missing; says how to get them.
+    """
+    preset = None if name == "auto" else get_config(name)
+    if weights == "random":
+        if preset is None:
+            raise ValueError("model: expected a preset for weights=random, got auto")
+        return Model(preset, transformer.init_params(preset, seed), ByteTokenizer())
+    path = find_weights(name, weights, trained)
+    loaded, params = read_weights(path)
+    preset = preset or loaded
+    sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
+    if sizes != preset:
+        raise ValueError(
+            f"weights: expected those of {name}, {preset}; {path} has {loaded};"
+            " model=auto takes what it has"
+        )
+    return Model(preset, _cast(params, preset), read_tokenizer(path))
+
+
+def find_weights(name: str, weights: str, trained: pathlib.Path) -> pathlib.Path:
+    """Return the file or folder that `weights` stands for.
+
+    Args:
+      name: the preset whose checkpoint is meant by "trained".
+      weights: "smollm2", "trained" or a path.
+      trained: a folder with a checkpoint for each trained preset, under its name.
+
+    Raises:
+      FileNotFoundError: if nothing is there; says how to get it.
+    """
+    if weights == "smollm2":
+        return smollm2_path()
+    path = trained / name if weights == "trained" else pathlib.Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(
+            "weights: expected random, trained, smollm2, a .gguf file, a Hugging Face "
+            f"folder or a checkpoint, got '{path}', which does not exist"
+        )
+    return path
+
+
+def read_weights(path: pathlib.Path) -> tuple[ModelConfig, Weights]:
+    """Read the config and the weights in a file or folder; of a checkpoint the config.
+
+    Raises:
+      ValueError, FileNotFoundError: if it is damaged, incomplete or of another kind.
+    """
+    if path.is_file():
+        return load_gguf(path)
+    if not is_checkpoint(path):
+        return load_hf(path)
+    checkpoint = Checkpoint.open(path)
+    return checkpoint.config, checkpoint
+
+
+def _cast(weights: Weights, preset: ModelConfig) -> Weights:
+    """Return `weights` in the dtype of their preset."""
+    if isinstance(weights, Checkpoint):
+        return dataclasses.replace(weights, config=preset)
+    dtype = jnp.dtype(preset.dtype)
+    return jax.tree.map(lambda leaf: leaf.astype(dtype, copy=False), weights)
+
+
+def read_tokenizer(path: pathlib.Path) -> Tokenizer:
+    """Read the tokenizer of a file or folder; a checkpoint without one has bytes."""
+    if is_checkpoint(path) and not has_tokenizer(path):
+        return ByteTokenizer()
+    return load_tokenizer(path)
