@@ -36,9 +36,9 @@ from disagg_jax.workload.lengths import UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.configs.named_simulations import Simulation, roofline_simulation
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import Panel, Series
+from experiments.report.table import numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 
@@ -214,7 +214,7 @@ def table(found: Mapping[str, Traits]) -> str:
         cells = [t.idle.get(role.value) for t in all_traits]
         shown = ["-" if cell is None else f"{cell:.0%}" for cell in cells]
         row(f"{role.value} devices idle", shown)
-    return "\n".join(align(rows, right=range(1, len(rows[0]))))
+    return "\n".join(numbers(rows))
 
 
 def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:

@@ -39,9 +39,9 @@ from experiments.benchmarks.transfers import (
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import Panel, Series
+from experiments.report.table import numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 from models import transformer
@@ -83,7 +83,7 @@ def rate_table(found: Sequence[Rate]) -> list[str]:
         )
         for rate in found
     ]
-    return align([head, *rows], right=(2, 3, 4, 5))
+    return numbers([head, *rows], labels=2)
 
 
 def seen_table(found: Sequence[Seen]) -> list[str]:
@@ -106,7 +106,7 @@ def seen_table(found: Sequence[Seen]) -> list[str]:
         )
         for seen in found
     ]
-    return align([head, *rows], right=range(2, 12))
+    return numbers([head, *rows], labels=2)
 
 
 def panels(found: Sequence[Seen]) -> list[Panel]:

@@ -25,6 +25,7 @@ from experiments.cli.flags import Flags, expect_used
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
+from experiments.report.table import markdown
 from experiments.runs.folder import sole_use, write_text
 from experiments.runs.provenance import commit
 
@@ -65,7 +66,7 @@ is requests/s; per GPU unless said.
 def run(
     names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
 ) -> list[str]:
-    """Makes figures, their pictures and `out`/reproduction.md; returns its lines.
+    """Make figures, their pictures and `out`/reproduction.md; return its lines.
 
     Raises:
       ValueError: on an unknown figure, before any work.
@@ -104,21 +105,15 @@ def _section(name: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
     lines = ["", f"## {title}", ""]
     if drawn.panels:
         lines += [f"![{title}](figures/{name}.png)", ""]
-    lines += ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
-    for row in drawn.claims:
-        cells = (
-            row.claim,
-            row.paper,
-            row.ours,
-            row.why,
-            f"{row.runs}; `{command}` at {version}",
-        )
-        lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
-    return lines
+    made = f"`{command}` at {version}"
+    rows = [
+        (c.claim, c.paper, c.ours, c.why, f"{c.runs}; {made}") for c in drawn.claims
+    ]
+    return [*lines, *markdown([_COLUMNS, *rows])]
 
 
 def read_search_times(path: str) -> Mapping[str, Mapping[str, float]]:
-    """Seconds of a placement search, by algorithm and number of GPUs.
+    """Read the seconds of a placement search, by algorithm and number of GPUs.
 
     Raises:
       ValueError: naming the file, if it is something else.
@@ -147,7 +142,7 @@ def _progress() -> Callable[[str], None]:
 
 
 def _names() -> list[str]:
-    """The figures that the flags ask for."""
+    """Return the figures that the flags ask for."""
     one: str | None = _FIGURE.value
     if _ALL.value == (one is not None):
         raise ValueError("expected one of --figure=NAME, --all and --list")

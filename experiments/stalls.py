@@ -22,9 +22,9 @@ from experiments.benchmarks.stall import Scene, Stall, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, integers
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import Panel, Series
+from experiments.report.table import numbers
 from experiments.runs.folder import plain, run_folder, write_text
 from experiments.runs.provenance import commit
 from models import transformer
@@ -58,7 +58,7 @@ def table(found: Sequence[Stall]) -> str:
         )
         for stall in found
     ]
-    return "\n".join(align([head, *rows], right=range(1, len(head))))
+    return "\n".join(numbers([head, *rows]))
 
 
 def panels(found: Sequence[Stall]) -> list[Panel]:

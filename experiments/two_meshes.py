@@ -34,9 +34,9 @@ from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import Rate, rates
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, integers
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import Panel, Series
+from experiments.report.table import align, numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 from models.config import ModelConfig, get_config
@@ -251,7 +251,7 @@ def handoff_table(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> str
         for rate in found
     ]
     head = ("way", "MiB", "ms", "GB/s", "bound, GB/s", "of the bound")
-    return "\n".join(align([head, *rows], right=range(1, 6)))
+    return "\n".join(numbers([head, *rows]))
 
 
 def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
@@ -273,7 +273,7 @@ def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
             if rate.way == ways[0]
         ],
         colour=6,
-        dashed=True,
+        style="dashed",
     )
     return Panel(
         title=f"{cut}: KV from mesh to mesh, insert included",

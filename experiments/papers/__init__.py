@@ -1,4 +1,8 @@
-"""Figures of DistServe and others, by the name that `experiments.reproduce` takes."""
+"""Holds the figures of DistServe and others, under the names that `reproduce` takes.
+
+A figure is a `PaperFigure`: a function from a `Lab`, which runs simulations, to panels
+and claims.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,9 @@ from experiments.papers.distserve import (
     simulated,
     toy,
 )
-from experiments.papers.figure import Figure
+from experiments.papers.figure import PaperFigure
 
-FIGURES: Mapping[str, Figure] = {
+FIGURES: Mapping[str, PaperFigure] = {
     **toy.FIGURES,
     **motivation.FIGURES,
     **queueing.FIGURES,

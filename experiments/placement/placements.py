@@ -9,7 +9,7 @@ from typing import Any
 
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, Interval
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search import placement
 from disagg_jax.search.goodput import SimGoodput
@@ -21,6 +21,7 @@ from experiments.configs.named_simulations import (
     link_inside,
 )
 from experiments.configs.shapes import get_shape
+from experiments.report.intervals import interval_text
 
 ALGORITHMS = ("high", "low", "joint")
 _HARDWARE = {"a100": "a100-80g"}  # short names
@@ -311,8 +312,7 @@ def _figure(shown: dict[str, Any]) -> str:
     if shown["goodput"] is None:
         return f"<= {shown['at_most']:.3g} ({shown['why']})"
     low, high = shown["interval"]
-    interval = "" if low is None else f" [{low:.3g}, {high:.3g}]"
-    return f"{shown['goodput']:.3g}{interval}"
+    return interval_text(Interval(mean=shown["goodput"], low=low, high=high), ".3g")
 
 
 def _marks(shown: dict[str, Any]) -> str:

@@ -1,12 +1,9 @@
 """A sweep's table and picture from a summary made by hand: each number in its place."""
 
-import dataclasses
+import itertools
 
-import matplotlib.figure
 import pytest
 
-from disagg_jax.metrics import interval_across
-from experiments.report.table import align
 from experiments.sweep import report
 from tests.experiments import summaries
 
@@ -117,77 +114,66 @@ def test_bytes_are_shown_in_megabytes_of_a_million(moved_bytes, shown):
     assert line.split() == [*"KV moved between instances, MB".split(), shown, "-"]
 
 
-def test_an_interval_is_shown_where_there_is_one():
-    found = dataclasses.asdict(interval_across([1.0, 2.0, 6.0]))
-    for low, high in ((None, None), (None, 3.0), (1.0, None)):
-        unknown = {"mean": 2.0, "low": low, "high": high}
-        assert report.interval_text(unknown, ".2f") == "2.00"
-    # t of two degrees of freedom is 4.303: 3 +- 4.303 * sqrt(7 / 3).
-    assert report.interval_text(found, ".1f").startswith("3.0 [")
-    assert report.interval_text(found, ".1f").endswith(", 9.6]")
-
-
-def test_columns_end_or_begin_together():
-    rows = [("a", "long", "x"), ("bcd", "1", "")]
-    assert align(rows) == ["a    long  x", "bcd  1"]
-    assert align(rows, right=(1,)) == ["a    long  x", "bcd     1"]
-
-
 # -- the picture -----------------------------------------------------------------------
 
 
-def lines_of(axes):
-    """The curves by label and colour: x and y of the points."""
+def drawn(summary):
+    """The curves of the scores: style, x and y of the points."""
+    series = report.scores(summary).series
     return [
-        (line.get_linestyle(), list(line.get_xdata()), list(line.get_ydata()))
-        for line in axes.lines
+        (one.style, [x for x, _ in one.points], [y for _, y in one.points])
+        for one in series
     ]
 
 
 def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.goodput())
-    lines = lines_of(axes)
-    assert ("-", [12.0, 14.0], pytest.approx([70.0, 40.0])) in lines
-    assert (":", [12.0, 14.0], pytest.approx([71.0, 41.0])) in lines  # TTFT only
-    assert ("--", [12.0, 14.0], pytest.approx([72.0, 42.0])) in lines
-    assert ("-", [6.0], pytest.approx([5.0])) in lines  # 24 requests/s on 4 devices
-    assert ([12.34], [90.0]) in [(x, y) for _, x, y in lines]  # the goodput
-    (_, _, target) = next(line for line in lines if line[1] == [0, 1])
-    assert target == [90.0, 90.0]
+    panel, curves = report.scores(summaries.goodput()), drawn(summaries.goodput())
+    assert ("dots", [12.0, 14.0], pytest.approx([70.0, 40.0])) in curves
+    assert ("dotted", [12.0, 14.0], pytest.approx([71.0, 41.0])) in curves  # TTFT only
+    assert ("dashed", [12.0, 14.0], pytest.approx([72.0, 42.0])) in curves
+    # 24 requests/s on 4 devices.
+    assert ("dots", [6.0], pytest.approx([5.0])) in curves
+    assert ("diamond", [12.34], [90.0]) in curves  # the goodput
+    assert panel.line == 90.0
+    vllm, pair = (one for one in panel.series if one.style == "dots")
     # The band is the interval, cut at 0 and 100 %.
-    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
-    assert (low, high) == (pytest.approx(30.0), pytest.approx(90.0))
-    (cut, _) = axes.collections[1].get_datalim(axes.transData).intervaly
-    assert cut == 0.0
-    assert axes.get_title().startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend[:2] == ["vllm (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
-    assert legend[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
+    assert vllm.band == [pytest.approx((60.0, 90.0)), pytest.approx((30.0, 60.0))]
+    assert pair.band == [pytest.approx((0.0, 25.0))]
+    assert (vllm.colour, pair.colour) == (0, 1)
+    labels = [one.label for one in panel.series if one.label]
+    assert labels[:2] == ["vllm (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
+    assert labels[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
 
 
 def test_the_picture_of_a_throughput_is_per_device():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.throughput())
+    panel, curves = report.scores(summaries.throughput()), drawn(summaries.throughput())
     # 40 and 30 times the shares, on 2 devices and on 4.
-    assert ("-", [12.0, 14.0], pytest.approx([14.0, 8.0])) in lines_of(axes)
-    assert ("-", [6.0], pytest.approx([0.5])) in lines_of(axes)
-    assert axes.get_ylabel() == "good requests/s per device"
+    assert ("dots", [12.0, 14.0], pytest.approx([14.0, 8.0])) in curves
+    assert ("dots", [6.0], pytest.approx([0.5])) in curves
+    assert panel.y == "good requests/s per device" and panel.line is None
     # Where one end of an interval is not known the band ends at the mean.
-    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
-    assert (low, high) == (pytest.approx(6.0), pytest.approx(14.0))
+    assert panel.series[0].band == [pytest.approx((10.5, 14.0)), pytest.approx((6, 8))]
 
 
 def test_the_picture_stacks_the_stages_of_what_passed():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_stages(axes, summaries.goodput())
-    bars = [(bar.get_y(), bar.get_height()) for bar in axes.patches]
-    tops = (0.0, 109.0, 219.0, 330.0, 442.0)
-    assert bars == [*zip(tops, (109.0, 110.0, 111.0, 112.0, 113.0), strict=True)]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[::-1] == [
-        *("prefill queue", "prefill", "transfer", "decode queue", "decode")
-    ]
-    assert axes.get_title() == "at each one's highest passing rate"
-    report._plot_stages(axes, summaries.throughput())
-    assert axes.get_title() == "at each one's best rate"
+    bars = report.stages(summaries.goodput())
+    (vllm,) = bars.bars
+    stamps = (0.0, 109.0, 219.0, 330.0, 442.0, 555.0)
+    assert [span[:2] for span in vllm.spans] == list(itertools.pairwise(stamps))
+    labels = ["prefill queue", "prefill", "transfer", "decode queue", "decode"]
+    assert list(bars.legend) == labels
+    assert list(bars.legend.values()) == [colour for *_, colour in vllm.spans]
+    assert bars.title == "at each one's highest passing rate"
+    assert report.stages(summaries.throughput()).title == "at each one's best rate"
+
+
+def test_the_picture_says_what_was_run(monkeypatch, tmp_path):
+    said = {}
+    monkeypatch.setattr(
+        report, "draw", lambda panels, title, path, **more: said.update(title=title)
+    )
+    report.plot(summaries.goodput(), tmp_path / "x.png")
+    assert said["title"].startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
+    assert "95 % intervals; virtual clock" in said["title"]
+    report.plot(summaries.goodput(num_seeds=1), tmp_path / "x.png")
+    assert "no intervals" in said["title"]
