@@ -37,7 +37,7 @@ from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.configs.named_simulations import Simulation, roofline_simulation
 from experiments.report.draw import draw
-from experiments.report.panel import Panel, Series
+from experiments.report.panel import Panel, Series, curves
 from experiments.report.table import numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
@@ -230,10 +230,7 @@ def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
             title="how often a gap between two tokens is longer",
             x="gap (ms)",
             y="share of gaps that are longer",
-            series=[
-                Series(label=name, points=_longer(t.gaps_s), colour=i)
-                for i, (name, t) in enumerate(found.items())
-            ],
+            series=curves({name: _longer(t.gaps_s) for name, t in found.items()}),
             log_x=True,
             log_y=True,
         ),

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -35,7 +35,7 @@ from experiments.benchmarks.transfers import Rate, rates
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, integers
 from experiments.report.draw import draw
-from experiments.report.panel import Panel, Series
+from experiments.report.panel import XY, Panel, Series, curves
 from experiments.report.table import align, numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
@@ -258,20 +258,16 @@ def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
     """Bandwidth over size, and the bound."""
     ways = list(dict.fromkeys(rate.way for rate in found))
 
-    def points(way: str) -> list[tuple[float, float]]:
+    def points(way: str, seconds: Callable[[Rate], float]) -> list[XY]:
         return [
-            (rate.size_bytes / 2**20, rate.size_bytes / rate.seconds / 1e9)
+            (rate.size_bytes / 2**20, rate.size_bytes / seconds(rate) / 1e9)
             for rate in found
             if rate.way == way
         ]
 
     bound = Series(
         label=link.name if link else "a copy in the host's memory",
-        points=[
-            (rate.size_bytes / 2**20, rate.size_bytes / bound_s(rate, cut, link) / 1e9)
-            for rate in found
-            if rate.way == ways[0]
-        ],
+        points=points(ways[0], lambda rate: bound_s(rate, cut, link)),
         colour=6,
         style="dashed",
     )
@@ -279,10 +275,7 @@ def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
         title=f"{cut}: KV from mesh to mesh, insert included",
         x="KV of a hand-off (MiB)",
         y="bandwidth (GB/s)",
-        series=[
-            *(Series(label=w, points=points(w), colour=i) for i, w in enumerate(ways)),
-            bound,
-        ],
+        series=[*curves({w: points(w, lambda r: r.seconds) for w in ways}), bound],
         x_ticks=sorted({x for x, _ in bound.points}),
         log_x=True,
         log_y=True,

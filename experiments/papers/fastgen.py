@@ -24,7 +24,7 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.closed_loop import ClosedLoop
 from disagg_jax.workload.lengths import NormalLengths
 from experiments.papers.colocated import colocated
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import XY, Panel, banded_curves, curves
 
@@ -255,11 +255,3 @@ def _tail_claim(runs: Runs, said: str) -> Claim:
         why=_ENGINE,
         runs=said,
     )
-
-
-FIGURES = {
-    "fastgen": PaperFigure(
-        title="DeepSpeed-FastGen: SplitFuse against vLLM, closed-loop clients",
-        make=make,
-    )
-}

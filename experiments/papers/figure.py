@@ -109,7 +109,7 @@ class Lab:
         return found
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PaperFigure:
     """A figure or table that can be reproduced."""
 

@@ -15,7 +15,7 @@ from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named_simulations import Simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.intervals import across_seeds
 from experiments.report.panel import Panel, banded_curves
 
@@ -91,10 +91,3 @@ def _claim(lab: Lab, bounds: str, found: Found) -> Claim:
         runs=f"{_COLOCATED} or {_SPLIT}, roofline/h100/llama-2-70b, "
         f"{lab.size(_REQUESTS)}",
     )
-
-
-FIGURES = {
-    "mlperf": PaperFigure(
-        title="MLPerf's server bounds: goodput of each system", make=make
-    )
-}

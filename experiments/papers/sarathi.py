@@ -18,7 +18,7 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from experiments.papers.colocated import ROOFLINE, colocated, step_s
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.panel import XY, Panel, Series, curves
 
 CHUNK = 256  # C of Table 4
@@ -36,7 +36,6 @@ class Row:
 
     model: str
     hardware: str
-    _: dataclasses.KW_ONLY
     length: int  # prompt and output tokens of a request
     batch: int  # B
     decode_speedup: float  # published
@@ -52,19 +51,13 @@ class Row:
         return f"{self.model} on {self.hardware}, {self.length} tokens, B={self.batch}"
 
 
-def _row(
-    on: tuple[str, str], length: int, batch: int, speedup: float, gain: float
-) -> Row:
-    return Row(*on, length=length, batch=batch, decode_speedup=speedup, gain=gain)
-
-
 TABLE_4 = (
-    _row(_A6000, 1024, 6, 5.45, 1.33),
-    _row(_A6000, 2048, 6, 3.26, 1.26),
-    _row(_A6000, 3072, 6, 2.51, 1.22),
-    _row(_A100, 1024, 10, 3.83, 1.25),
-    _row(_A100, 2048, 5, 4.25, 1.22),
-    _row(_A100, 3072, 3, 3.51, 1.14),
+    Row(*_A6000, 1024, 6, 5.45, 1.33),
+    Row(*_A6000, 2048, 6, 3.26, 1.26),
+    Row(*_A6000, 3072, 6, 2.51, 1.22),
+    Row(*_A100, 1024, 10, 3.83, 1.25),
+    Row(*_A100, 2048, 5, 4.25, 1.22),
+    Row(*_A100, 3072, 3, 3.51, 1.14),
 )
 
 
@@ -225,7 +218,7 @@ def _claims(lab: Lab, row: Row, curve: Sequence[XY]) -> list[Claim]:
 
 # ---- Orca beside it ------------------------------------------------------------------
 
-_WIDE = _row(_A6000, 1024, 18, 0.0, 1.27)
+_WIDE = Row(*_A6000, 1024, 18, 0.0, 1.27)
 _ORCA_PD = (3.5, 7.0, 10.0, 14.0, 20.0, 28.0, 56.0)
 
 
@@ -412,15 +405,3 @@ def _overhead_claim(chunk: int, said: str) -> Claim:
         "free in the roofline",
         runs="step times",
     )
-
-
-FIGURES = {
-    "sarathi_table4": PaperFigure(
-        title="SARATHI, Table 4: decodes that ride on chunks, and Orca",
-        make=table4,
-        reads=("num_requests",),
-    ),
-    "sarathi_fig8": PaperFigure(
-        title="SARATHI, Fig. 8: decode speed-up, tiles, and chunks", make=fig8, reads=()
-    ),
-}

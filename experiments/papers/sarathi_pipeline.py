@@ -23,7 +23,7 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Event, Step, Work
 from disagg_jax.workload.lengths import HistogramLengths
 from experiments.papers.colocated import colocated
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.varied_cost import VariedCost
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import Panel, curves
@@ -274,11 +274,3 @@ def _with_parts(above_s: Sequence[float], below_s: Sequence[float]) -> str:
     """Write the ratio, and both sides of it."""
     above, below = (across_seeds(side, ".1f", " s") for side in (above_s, below_s))
     return f"{ratio_text(above_s, below_s)} ({above} over {below})"
-
-
-FIGURES = {
-    "sarathi_gpt3": PaperFigure(
-        title="SARATHI: GPT-3 on 64 A100s, with and without pipeline bubbles",
-        make=make,
-    )
-}

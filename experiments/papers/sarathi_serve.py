@@ -32,7 +32,7 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.colocated import colocated
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import Panel, banded_curves, curves
 
@@ -242,15 +242,14 @@ class Testbed:
     model: str
     hardware: str
     deployment: str
-    _: dataclasses.KW_ONLY
-    strict_s: float  # P99 TBT
-    relaxed_s: float
+    tbts_s: tuple[float, float]  # P99 TBT, strict and relaxed
     orca_seqs: int  # Orca's batch, as released; 0: it is not compared
     start_rps: float
     num_requests: int  # of a run; pipelines are simulated step by step, and slowly
 
     def slo_s(self, strict: bool) -> float:
-        return self.strict_s if strict else self.relaxed_s
+        """Return the P99 TBT allowed."""
+        return self.tbts_s[0] if strict else self.tbts_s[1]
 
     def policies(self, strict: bool, longest: int) -> dict[str, Policy]:
         """Return the systems, with the parameters of the paper and its scripts."""
@@ -265,30 +264,14 @@ class Testbed:
         return found
 
 
+_A100, _A100_100GB = "a100-80g", "a100-80g-100gb"
 TESTBEDS = {
     "Mistral-7B": Testbed(
-        *("mistral-7b", "a100-80g", "colocated:tp1"),
-        strict_s=0.1,
-        relaxed_s=0.5,
-        orca_seqs=16,
-        start_rps=2.0,
-        num_requests=512,
+        "mistral-7b", _A100, "colocated:tp1", (0.1, 0.5), 16, 2.0, 512
     ),
-    "Yi-34B": Testbed(
-        *("yi-34b", "a100-80g", "colocated:tp2"),
-        strict_s=0.2,
-        relaxed_s=1.0,
-        orca_seqs=16,
-        start_rps=1.0,
-        num_requests=512,
-    ),
+    "Yi-34B": Testbed("yi-34b", _A100, "colocated:tp2", (0.2, 1.0), 16, 1.0, 512),
     "Falcon-180B": Testbed(
-        *("falcon-180b", "a100-80g-100gb", "colocated:tp4pp2"),
-        strict_s=1.0,
-        relaxed_s=5.0,
-        orca_seqs=0,
-        start_rps=0.5,
-        num_requests=256,
+        "falcon-180b", _A100_100GB, "colocated:tp4pp2", (1.0, 5.0), 0, 0.5, 256
     ),
 }
 Case = tuple[str, str, bool]  # testbed, workload, whether the SLO is strict
@@ -397,13 +380,3 @@ def _ratio(ours: SimGoodput, theirs: SimGoodput) -> str:
     both = f"{across_seeds(above)} over {across_seeds(below)} rps"
     undefined = "no ratio: a seed fails at every rate tried"
     return f"{ratio_text(above, below, undefined)} ({both})"
-
-
-FIGURES = {
-    "sarathi_serve_ablation": PaperFigure(
-        title="Sarathi-Serve: hybrid batches, chunks, and both (Yi-34B)", make=ablation
-    ),
-    "sarathi_serve_capacity": PaperFigure(
-        title="Sarathi-Serve: capacity by P99 TBT and scheduling delay", make=capacity
-    ),
-}

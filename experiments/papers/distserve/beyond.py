@@ -10,7 +10,7 @@ from disagg_jax.metrics import interval_across
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, TARGET
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import Arm, ArmRuns, Goodputs, geometric, run_arms
 from experiments.report.intervals import percent
 from experiments.report.panel import Panel, banded_curves, curves
@@ -167,11 +167,3 @@ def _devices_claim(
         "per GPU does not show",
         runs=found[0].arm.said(lab) if found else "-",
     )
-
-
-FIGURES = {
-    "goodput_n": PaperFigure(
-        title="Goodput against the number of requests of a run", make=goodput_n
-    ),
-    "devices": PaperFigure(title="Devices needed for a demand", make=devices),
-}

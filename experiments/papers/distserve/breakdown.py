@@ -13,7 +13,7 @@ from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.placements import inside_a_node
 from experiments.papers.distserve.published import paper_panel
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import Arm, ArmRuns, run_arms
 from experiments.report.intervals import across_seeds, percent
 from experiments.report.panel import STAGE_LEGEND, XY, Panel, banded_curves, curves
@@ -178,8 +178,3 @@ def _slow_claim(lab: Lab, fast: ArmRuns, slow: ArmRuns) -> Claim:
 
 def _mean_transfer_s(result: SimResult) -> float:
     return sum(each.transfer_s for each in result.stages) / len(result.stages)
-
-
-FIGURES = {
-    "fig10": PaperFigure(title="Fig. 10: latency breakdown and KV transfers", make=make)
-}

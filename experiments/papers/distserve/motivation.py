@@ -13,7 +13,7 @@ from disagg_jax.sim.model_shape import get_model_shape
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import cost_model
 from experiments.papers.distserve.published import paper_panel
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.panel import XY, Panel, Series
 
 MODEL = "opt-13b"
@@ -291,16 +291,3 @@ def _fig5_claim(series: str, name: str) -> Claim:
         "there. The profile has no tp 8, and no communication inside a pipeline",
         runs=_RUNS,
     )
-
-
-FIGURES = {
-    "fig2": PaperFigure(
-        title="Fig. 2: a prompt in a batch of decodes", make=fig2, reads=()
-    ),
-    "fig3": PaperFigure(
-        title="Fig. 3: throughput of the two phases", make=fig3, reads=()
-    ),
-    "fig5": PaperFigure(
-        title="Fig. 5: decode under intra-op and inter-op", make=fig5, reads=()
-    ),
-}

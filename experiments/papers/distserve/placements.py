@@ -122,6 +122,6 @@ _SPECS = {
     ),
 }
 FIGURES: Mapping[str, PaperFigure] = {
-    name: PaperFigure(title=spec.title, make=functools.partial(make, name, spec))
+    name: PaperFigure(spec.title, functools.partial(make, name, spec))
     for name, spec in _SPECS.items()
 }

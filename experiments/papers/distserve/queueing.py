@@ -23,7 +23,7 @@ from experiments.papers.distserve.closed_forms import (
     intra_op_ttft_s,
 )
 from experiments.papers.distserve.published import paper_panel
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.panel import XY, Panel, Series, banded, banded_curves, curves
 
 SERVICE_S = 0.2  # D: 512 tokens of OPT-66B, as the published points have it
@@ -164,10 +164,3 @@ def _simulator_claim(lab: Lab, name: str, values: dict[float, list[float]]) -> C
         "length has not quite settled",
         runs=f"constant stage times, one request a step, {lab.size(_REQUESTS)}",
     )
-
-
-FIGURES = {
-    "fig4": PaperFigure(
-        title="Fig. 4: prefill on two GPUs, by queueing theory", make=make
-    )
-}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, TARGET, paper_panel
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import IDLE, Arm, ArmRuns, run_arms
 from experiments.report.intervals import percent
 from experiments.report.panel import Panel, banded, curves
@@ -227,16 +227,3 @@ def _fig12_claim(name: str, times: Mapping[str, float] | None) -> Claim:
         why="Other machine and other simulator" if times else "Given by --search_times",
         runs="-",
     )
-
-
-FIGURES = {
-    "table2": PaperFigure(title="Table 2: accuracy of the simulator", make=table2),
-    "fig11": PaperFigure(
-        title="Fig. 11: placement with slow and fast networks", make=fig11
-    ),
-    "fig12": PaperFigure(
-        title="Fig. 12: time of the placement search",
-        make=fig12,
-        reads=("search_times",),
-    ),
-}

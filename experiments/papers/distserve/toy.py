@@ -19,7 +19,7 @@ from disagg_jax.metrics import SLO
 from experiments.configs.named_simulations import Simulation, get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, paper_panel
-from experiments.papers.figure import Claim, Drawn, Lab, PaperFigure
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import Arm, ArmRuns, geometric, run_arms
 from experiments.report.panel import Panel, banded, banded_curves
 
@@ -186,12 +186,3 @@ def _toy_panel(engine: str, found: Mapping[str, ArmRuns]) -> Panel:
     ours = banded_curves(shares, colours=(1, 0, 5))
     axes = paper_panel("fig8a", "rate")
     return axes.panel(f"engine: {engine}", ours, line=90.0, ylim=(-3, 103))
-
-
-FIGURES = {
-    "fig1": PaperFigure(title="Fig. 1: each phase alone and both together", make=fig1),
-    "toy": PaperFigure(
-        title="The blog's toy example, and its ratio with one engine for both",
-        make=toy,
-    ),
-}
