@@ -15,12 +15,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from disagg_jax.errors import require
-from experiments.cli.command import command
+from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
@@ -73,26 +71,18 @@ def run(
     """
     for name in names:
         require(name in FIGURES, f"--figure: expected one of {sorted(FIGURES)}", name)
-    pictures = out / "figures"
-    with sole_use(out):
-        pictures.mkdir(exist_ok=True)
-        return _make(names, lab, out, flags_used)
-
-
-def _make(
-    names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
-) -> list[str]:
-    pictures = out / "figures"
     version = commit() or "no checkout"
     lines = _PREAMBLE.format(flags=flags_used).splitlines()
-    for name in names:
-        figure = FIGURES[name]
-        lab.progress(f"{name}: {figure.title}")
-        drawn = figure.make(lab)
-        if drawn.panels:
-            draw(drawn.panels, figure.title, pictures / f"{name}.png")
-        lines += _section(name, drawn, version, lab)
-    write_text(out / "reproduction.md", "\n".join(lines) + "\n")
+    with sole_use(out):
+        (out / "figures").mkdir(exist_ok=True)
+        for name in names:
+            figure = FIGURES[name]
+            lab.progress(f"{name}: {figure.title}")
+            drawn = figure.make(lab)
+            if drawn.panels:
+                draw(drawn.panels, figure.title, out / "figures" / f"{name}.png")
+            lines += _section(name, drawn, version, lab)
+        write_text(out / "reproduction.md", "\n".join(lines) + "\n")
     return lines
 
 
@@ -131,16 +121,6 @@ def read_search_times(path: str) -> Mapping[str, Mapping[str, float]]:
         ) from error
 
 
-def _progress() -> Callable[[str], None]:
-    start_s = time.monotonic()
-
-    def show(message: str) -> None:
-        elapsed_s = time.monotonic() - start_s
-        print(f"[{elapsed_s:6.1f} s] {message}", file=sys.stderr, flush=True)
-
-    return show
-
-
 def _names() -> list[str]:
     """Return the figures that the flags ask for."""
     one: str | None = _FIGURE.value
@@ -166,7 +146,7 @@ def _lab() -> Lab:
         num_requests=_NUM_REQUESTS.value,
         seeds=_SEEDS.value,
         workers=_WORKERS.value,
-        progress=_progress(),
+        progress=progress_to_stderr(),
     )
     if _SEARCH_TIMES.value is None:
         return lab

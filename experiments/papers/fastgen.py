@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 import numpy as np
 
@@ -92,7 +92,7 @@ def run_closed(point: ClosedPoint) -> ClosedRun:
     return ClosedRun(
         throughput_rps=len(asked) / run.end_s,
         effective_rps=SLA.score(run.timelines),
-        latency_s=statistics.mean(metrics.e2e_s(t) for t in run.timelines),
+        latency_s=mean(metrics.e2e_s(t) for t in run.timelines),
         itl_p50_s=float(np.quantile(gaps_s, 0.5)),
         itl_p95_s=float(np.quantile(gaps_s, 0.95)),
     )
@@ -141,16 +141,17 @@ def make(lab: Lab) -> Drawn:
     )
 
 
+def _effective_rps(found: Mapping[int, Sequence[ClosedRun]]) -> dict[int, list[float]]:
+    return {n: [run.effective_rps for run in of] for n, of in found.items()}
+
+
 def _effective_panel(runs: Runs) -> Panel:
     return Panel(
         title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, SLA {TOKENS_PER_S} tokens/s",
         x="clients",
         y="effective throughput (requests/s)",
         series=banded_curves(
-            {
-                name: {n: [r.effective_rps for r in each] for n, each in found.items()}
-                for name, found in runs.items()
-            }
+            {name: _effective_rps(found) for name, found in runs.items()}
         ),
     )
 
@@ -158,10 +159,7 @@ def _effective_panel(runs: Runs) -> Panel:
 def _curve(found: Mapping[int, Sequence[ClosedRun]]) -> list[XY]:
     """Return (throughput, latency) by the number of clients, means over seeds."""
     return [
-        (
-            statistics.mean(r.throughput_rps for r in by_seed),
-            statistics.mean(r.latency_s for r in by_seed),
-        )
+        (mean(r.throughput_rps for r in by_seed), mean(r.latency_s for r in by_seed))
         for by_seed in found.values()
     ]
 
@@ -181,21 +179,12 @@ def _latency_panel(runs: Runs) -> Panel:
 
 
 def _effective_claim(runs: Runs, said: str) -> Claim:
-    best = {
-        name: [
-            max(found[n][seed].effective_rps for n in _CLIENTS)
-            for seed in range(len(found[_CLIENTS[0]]))
-        ]
-        for name, found in runs.items()
-    }
-    ours, theirs = best.values()
-    at = {
-        name: max(
-            _CLIENTS,
-            key=lambda n: statistics.mean(r.effective_rps for r in found[n]),  # noqa: B023
-        )
-        for name, found in runs.items()
-    }
+    rates = {name: _effective_rps(found) for name, found in runs.items()}
+    ours, theirs = (
+        [max(at_seed) for at_seed in zip(*of.values(), strict=True)]
+        for of in rates.values()
+    )
+    at = {name: max(of, key=lambda n: mean(of[n])) for name, of in rates.items()}  # noqa: B023
     return Claim(
         claim=f"Effective throughput, {_PROMPT}/{_OUTPUT} tokens, {TOKENS_PER_S} "
         "tokens/s: the most of any number of clients",

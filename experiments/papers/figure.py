@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from disagg_jax.sim.workers import worker_pool
 from experiments.report.panel import Panel
@@ -14,20 +14,7 @@ from experiments.report.panel import Panel
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Key = TypeVar("Key", bound=Hashable)
-Run = TypeVar("Run", bound="SeededRun")
 _STEPS = 10  # lines of progress for a figure, about
-
-
-class SeededRun(Protocol):
-    """A frozen dataclass that says what a task simulates."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def num_requests(self) -> int: ...
-
-    @property
-    def seed(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,12 +60,12 @@ class Lab:
         return self.num_requests or default
 
     def by_seed(
-        self, task: Callable[[Run], Result], runs: Mapping[Key, Run]
+        self, task: Callable[[Any], Result], runs: Mapping[Key, Any]
     ) -> dict[Key, list[Result]]:
         """Do a task for each run with every seed, the longest first; results by seed.
 
         Args:
-          runs: key -> a run, whose own seed does not count.
+          runs: key -> a dataclass with `num_requests` and a seed, which is replaced.
         """
         asked = {
             (key, seed): dataclasses.replace(run, seed=seed)

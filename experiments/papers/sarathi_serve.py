@@ -211,15 +211,13 @@ def _order_claim(
 ) -> Claim:
     attribute = ("ttft_p50_s", "tbt_p99_s")[field]
     paper = ordering({n: both[field] for n, both in _ABLATION[workload].items()})
-    seeds = len(next(iter(found.values())))
-    same = sum(
-        ordering({n: getattr(r[seed], attribute) for n, r in found.items()}) == paper
-        for seed in range(seeds)
-    )
-    means = {
-        name: statistics.mean(getattr(r, attribute) for r in by_seed)
-        for name, by_seed in found.items()
-    }
+    ours = {n: [getattr(r, attribute) for r in runs] for n, runs in found.items()}
+    by_seed = [
+        ordering(dict(zip(ours, values, strict=True)))
+        for values in zip(*ours.values(), strict=True)
+    ]
+    same, seeds = by_seed.count(paper), len(by_seed)
+    means = {name: statistics.mean(values) for name, values in ours.items()}
     return Claim(
         claim=f"Ablation, {workload}: the order of {('P50 TTFT', 'P99 TBT')[field]}",
         paper=paper,

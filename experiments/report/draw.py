@@ -19,19 +19,18 @@ from experiments.report.panel import Bars, CellMap, Panel, Series
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
 COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#999999",
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#000000", "#999999"),
 )
 _DARK = (0, 2, 6)  # colours that black letters cannot be read on
 _PALETTE = 256  # colours of a file: all that is drawn, at half the bytes
 _MARKERS = "osD^vP*X"
-_STYLE = {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "hatch.linewidth": 0.6}
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "hatch.linewidth": 0.6,
+}
 _LINES: dict[str, dict[str, Any]] = {  # by the style of a series
     "line": {"ls": "-", "lw": 1.4},
     "dots": {"ls": "-", "lw": 1.4, "marker": "o", "ms": 3.5},
@@ -154,8 +153,9 @@ def _bars(axes: Any, panel: Bars) -> dict[str, Any]:
     axes.grid(axis="y", visible=False)
     handles = _patches(panel.legend)
     if panel.ticks:
-        tick = {"marker": "|", "ls": "", "color": "black", "label": panel.ticks}
-        handles[panel.ticks] = Line2D([], [], **tick)
+        handles[panel.ticks] = Line2D(
+            [], [], marker="|", ls="", color="black", label=panel.ticks
+        )
     return handles
 
 

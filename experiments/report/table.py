@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 Row = Sequence[str]
 
@@ -24,10 +24,16 @@ def numbers(rows: Sequence[Row], labels: int = 1) -> list[str]:
     return align(rows, right=range(labels, len(rows[0])))
 
 
-def underlined(rows: Sequence[Row]) -> list[str]:
-    """Align rows of one name and numbers, with a rule under the first."""
-    head, *body = numbers(rows)
-    return [head, "-" * len(head), *body]
+def side_by_side(title: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Align columns of numbers, name -> label -> number, whose labels are equal."""
+    labels = next(iter(columns.values()))
+    rows = [(label, *(of[label] for of in columns.values())) for label in labels]
+    return numbers([(title, *columns), *rows])
+
+
+def underlined(lines: Sequence[str]) -> list[str]:
+    """Put a rule under the first line of a table."""
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:

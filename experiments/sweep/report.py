@@ -6,7 +6,7 @@ import itertools
 import math
 import pathlib
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disagg_jax.metrics import Interval
@@ -23,7 +23,7 @@ from experiments.report.panel import (
     Style,
     ends,
 )
-from experiments.report.table import underlined
+from experiments.report.table import numbers, side_by_side, underlined
 
 _GREY = 7  # the colour of what is no system's
 _TARGETS: Mapping[str, Style] = {
@@ -80,16 +80,16 @@ def _found(summary: Mapping[str, Any]) -> list[str]:
     if summary["target"] is None:
         unit = summary["criteria"][criterion]["unit"]
         title, at = f"throughput by {criterion}", "at its best rate"
-        rows = _throughput_rows(systems, unit)
+        columns = {n: _throughput_column(s, unit) for n, s in systems.items()}
     else:
         title = "goodput" if criterion == "distserve" else f"goodput by {criterion}"
         at = "at its highest passing rate"
-        rows = _goodput_rows(systems)
+        columns = {name: _goodput_column(s) for name, s in systems.items()}
     return [
-        *_grid(title, systems, rows),
+        *_grid(title, columns),
         *_inversions(systems),
         "",
-        *_grid(at, systems, _metric_rows(systems)),
+        *_grid(at, {name: _metric_column(s) for name, s in systems.items()}),
     ]
 
 
@@ -112,24 +112,22 @@ def _inversions(systems: Mapping[str, Any]) -> list[str]:
 
 def _ranks(summary: Mapping[str, Any]) -> list[str]:
     """List the systems in the order of each criterion."""
-    places = [str(i) for i in range(1, len(summary["systems"]) + 1)]
+    head = ["rank by each criterion", *map(str, range(1, len(summary["systems"]) + 1))]
     rows = [
         (
             f"{name}{' *' if name == summary['criterion'] else ''}, {found['unit']}",
-            [f"{row['system']} {_ranked(row)}" for row in found["rank"]],
+            *(f"{row['system']} {_ranked(row)}" for row in found["rank"]),
         )
         for name, found in summary["criteria"].items()
     ]
-    return [
-        *_grid("rank by each criterion", places, rows),
+    lines = [
+        *underlined(numbers([head, *rows])),
         "* searched for; others are read off its points: ~ between rates far apart,",
         ">= and < bounds only, as the rates tried end there: their order is open",
-        *(
-            ["! not monotone: a lower rate fails, or a higher one passes again"]
-            if any("!" in cell for _, cells in rows for cell in cells)
-            else []
-        ),
     ]
+    if any("!" in cell for _, *cells in rows for cell in cells):
+        lines.append("! not monotone: a lower rate fails, or a higher one passes again")
+    return lines
 
 
 def _ranked(row: Mapping[str, Any]) -> str:
@@ -156,43 +154,29 @@ def _executed(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _goodput_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    found = [system["goodput"] for system in systems.values()]
-    return [
-        ("deployment", [system["deployment"] for system in systems.values()]),
-        (
-            "requests/s per device",
-            [_interval(g["max_goodput_rate_per_device"], ".1f") for g in found],
-        ),
-        (
-            "passes at / fails at",
-            [
-                f"{number(g['pass_rps_per_device'], '.1f')} / "
-                f"{number(g['fail_rps_per_device'], '.1f')}"
-                for g in found
-            ],
-        ),
+def _goodput_column(system: Mapping[str, Any]) -> dict[str, str]:
+    found = system["goodput"]
+    ends = (found[f"{end}_rps_per_device"] for end in ("pass", "fail"))
+    return {
+        "deployment": system["deployment"],
+        "requests/s per device": _interval(found["max_goodput_rate_per_device"], ".1f"),
+        "passes at / fails at": " / ".join(number(end, ".1f") for end in ends),
         # Without a pass and a failure of every seed, the figure is a bound only.
-        ("every seed bracketed", [yes_or_no(g["bracketed"]) for g in found]),
-        ("resolved", [yes_or_no(g["resolved"]) for g in found]),
-        ("steady", [yes_or_no(g["steady"]) for g in found]),
-    ]
+        "every seed bracketed": yes_or_no(found["bracketed"]),
+        "resolved": yes_or_no(found["resolved"]),
+        "steady": yes_or_no(found["steady"]),
+    }
 
 
-def _throughput_rows(
-    systems: Mapping[str, Any], unit: str
-) -> list[tuple[str, list[str]]]:
-    found = [system["throughput"] for system in systems.values()]
-    return [
-        ("deployment", [system["deployment"] for system in systems.values()]),
-        (unit, [_interval(t["max_throughput_per_device"], ".4g") for t in found]),
-        (
-            "at requests/s per device",
-            [number(t["best_rps_per_device"], ".1f") for t in found],
-        ),
-        ("bracketed", [yes_or_no(t["bracketed"]) for t in found]),
-        ("steady", [yes_or_no(t["steady"]) for t in found]),
-    ]
+def _throughput_column(system: Mapping[str, Any], unit: str) -> dict[str, str]:
+    found = system["throughput"]
+    return {
+        "deployment": system["deployment"],
+        unit: _interval(found["max_throughput_per_device"], ".4g"),
+        "at requests/s per device": number(found["best_rps_per_device"], ".1f"),
+        "bracketed": yes_or_no(found["bracketed"]),
+        "steady": yes_or_no(found["steady"]),
+    }
 
 
 def _metrics_at(system: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -202,61 +186,41 @@ def _metrics_at(system: Mapping[str, Any]) -> Mapping[str, Any]:
     return system["goodput"]["at_pass_rate"] or {}
 
 
-def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    at = [_metrics_at(system) for system in systems.values()]
+def _metric_column(system: Mapping[str, Any]) -> dict[str, str]:
+    metrics = _metrics_at(system)
 
-    def row(
-        label: str, *keys: str, form: str = ".2f", unit: float = 1.0
-    ) -> tuple[str, list[str]]:
-        values = [
-            " / ".join(number(metrics.get(key), form, unit) for key in keys)
-            for metrics in at
-        ]
-        return label, values
+    def cell(*keys: str, form: str = ".2f", unit: float = 1.0) -> str:
+        return " / ".join(number(metrics.get(key), form, unit) for key in keys)
 
-    names = ("ttft", "tpot", "itl")
-    return [
-        row(
-            "attainment: both / TTFT / TPOT",
-            "attainment",
-            "attainment_ttft",
-            "attainment_tpot",
-            form=".1%",
-        ),
-        *(
-            row(
-                f"{n.upper()} P50 / P90 / P99, ms",
-                *[f"p{p}_{n}_ms" for p in (50, 90, 99)],
+    shares = ("attainment", "attainment_ttft", "attainment_tpot")
+    steps = (f"padding_{kind}" for kind in ("prefill", "mixed", "decode"))
+    return {
+        "attainment: both / TTFT / TPOT": cell(*shares, form=".1%"),
+        **{
+            f"{name.upper()} P50 / P90 / P99, ms": cell(
+                *(f"p{p}_{name}_ms" for p in (50, 90, 99))
             )
-            for n in names
-        ),
-        *(row(f"mean {s.replace('_', ' ')}, ms", f"mean_{s}_ms") for s in STAGES),
-        row("output tokens/s per device", "output_throughput_per_device", form=".0f"),
-        row("preemptions", "preemptions", form=".1f"),
-        row(
-            "padding of prefill / mixed / decode steps",
-            *(f"padding_{kind}" for kind in ("prefill", "mixed", "decode")),
-            form=".0%",
-        ),
-        *(
-            row(
-                f"{role} stages busy, mean / idlest",
-                *(f"busy_{role}", f"busy_{role}_least"),
-                form=".0%",
+            for name in ("ttft", "tpot", "itl")
+        },
+        **{f"mean {s.replace('_', ' ')}, ms": cell(f"mean_{s}_ms") for s in STAGES},
+        "output tokens/s per device": cell("output_throughput_per_device", form=".0f"),
+        "preemptions": cell("preemptions", form=".1f"),
+        "padding of prefill / mixed / decode steps": cell(*steps, form=".0%"),
+        **{
+            f"{role} stages busy, mean / idlest": cell(
+                f"busy_{role}", f"busy_{role}_least", form=".0%"
             )
             for role in ("prefill", "decode", "colocated")
-        ),
-        row("KV moved between instances, MB", "transfer_bytes", unit=1e6),
-    ]
+        },
+        "KV moved between instances, MB": cell("transfer_bytes", unit=1e6),
+    }
 
 
-def _grid(
-    title: str, heads: Iterable[str], rows: Sequence[tuple[str, list[str]]]
-) -> list[str]:
-    return underlined([(title, *heads), *((label, *cells) for label, cells in rows)])
+def _grid(title: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+    return underlined(side_by_side(title, columns))
 
 
-def _interval(values: Mapping[str, float | None], form: str) -> str:
+def _interval(values: Mapping[str, Any], form: str) -> str:
     return interval_text(Interval(**values), form)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import interval_across
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -128,8 +129,7 @@ def _split(rps: float) -> list[str]:
 
 
 def _devices(runs: ArmRuns) -> int:
-    instances = runs.arm.deployment.split(",")
-    return sum(int(item.partition("x")[0]) for item in instances)
+    return Deployment.parse(runs.arm.deployment).devices
 
 
 def _share(runs: ArmRuns) -> list[float]:

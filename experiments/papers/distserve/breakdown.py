@@ -154,22 +154,19 @@ def _quantile(values: Sequence[float], share: float) -> float:
 
 def _slow_claim(lab: Lab, fast: ArmRuns, slow: ArmRuns) -> Claim:
     rate = min(fast.results)
-    parts: list[str] = []
-    measures: tuple[tuple[str, Callable[[SimResult], float]], ...] = (
-        (" % of the latency", lambda result: _share(result, "transfer_s")),
-        (" s mean transfer", _mean_transfer_s),
-    )
-    for unit, measure in measures:
-        near, far = (
+
+    def both(measure: Callable[[SimResult], float]) -> str:
+        return " against ".join(
             across_seeds([measure(result) for result in runs.results[rate]], ".3f")
-            for runs in (fast, slow)
+            for runs in (slow, fast)
         )
-        parts.append(f"{far} against {near}{unit}")
+
+    shares = both(lambda result: _share(result, "transfer_s"))
     return Claim(
         claim=f"Beyond the paper: OPT-175B at {rate:g} rps per GPU with KV over 25 "
         "Gb/s between nodes",
         paper="avoided by placement",
-        ours="; ".join(parts),
+        ours=f"{shares} % of the latency; {both(_mean_transfer_s)} s mean transfer",
         why="One NIC at 62 % of 25 Gb/s cannot carry this KV even at the lowest rate, "
         "so the wait grows with N: segments of a stage must share a node",
         runs=slow.arm.said(lab),

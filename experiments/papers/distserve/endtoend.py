@@ -42,6 +42,9 @@ class EndToEnd:
     other_slo: tuple[str, SLO] | None = None  # where the paper's versions disagree
 
 
+Found = Mapping[str, ArmRuns]  # by label
+
+
 def _run(spec: EndToEnd, lab: Lab, figure: str) -> dict[str, ArmRuns]:
     """Run all arms at the paper's rates, the scale panel's, and without a queue."""
     rates = {x for x, _ in paper_panel(figure, "rate").series["DistServe"]}
@@ -75,27 +78,20 @@ def _panel(
 ) -> Panel:
     """Draw attainments in % over the paper's points."""
     axes = paper_panel(figure, name)
-    ours = [
-        banded(
-            label,
-            of_arm,
-            _COLOURS[_name(label)],
-            "dashed" if "as shipped" in label else "line",
-        )
-        for label, of_arm in shares.items()
-    ]
-    paper = axes.curves({name: _COLOURS[name] for name in axes.series})
-    series = [*paper, *ours]
+    series = axes.curves({name: _COLOURS[name] for name in axes.series})
+    for label, of_arm in shares.items():
+        style = "dashed" if "as shipped" in label else "line"
+        series.append(banded(label, of_arm, _COLOURS[_name(label)], style))
     return axes.panel(title, series, line=100 * TARGET, ylim=(-3, 103))
 
 
-def _rate_panel(figure: str, spec: EndToEnd, found: Mapping[str, ArmRuns]) -> Panel:
+def _rate_panel(figure: str, spec: EndToEnd, found: Found) -> Panel:
     shares = {label: runs.percentages(spec.slo) for label, runs in found.items()}
     slo = f"TTFT <= {spec.slo.ttft_s:g} s, TPOT <= {spec.slo.tpot_s:g} s"
     return _panel(figure, "rate", f"{spec.workload}; {slo}", shares)
 
 
-def _scale_panel(figure: str, spec: EndToEnd, found: Mapping[str, ArmRuns]) -> Panel:
+def _scale_panel(figure: str, spec: EndToEnd, found: Found) -> Panel:
     scales = [x for x, _ in paper_panel(figure, "scale").series["DistServe"]]
     shares = {
         label: runs.by_scale(spec.slo, spec.scale_rate, scales)
@@ -105,31 +101,22 @@ def _scale_panel(figure: str, spec: EndToEnd, found: Mapping[str, ArmRuns]) -> P
     return _panel(figure, "scale", title, shares)
 
 
-def _goodput_claims(
-    figure: str, spec: EndToEnd, found: Mapping[str, ArmRuns], lab: Lab
-) -> list[Claim]:
+def _goodput_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[Claim]:
     crossings = paper_crossings(figure, "rate")
-    claims: list[Claim] = []
-    for label, runs in found.items():
-        name = _name(label)
-        idle = percent(runs.attainments(spec.slo)[IDLE])
-        limit = runs.limit(spec.slo)
-        claims.append(
-            Claim(
-                claim=f"{name} serves this rate per GPU at 90 % ({label})",
-                paper=f"{crossings[name]:g} rps",
-                ours=f"{runs.goodputs(spec.slo)} rps, limited by {limit}; without any "
-                f"queue {idle} attain",
-                why=spec.why_one if "one engine" in label else spec.why,
-                runs=runs.arm.said(lab),
-            )
+    return [
+        Claim(
+            claim=f"{_name(label)} serves this rate per GPU at 90 % ({label})",
+            paper=f"{crossings[_name(label)]:g} rps",
+            ours=f"{runs.goodputs(spec.slo)} rps, limited by {runs.limit(spec.slo)}; "
+            f"without any queue {percent(runs.attainments(spec.slo)[IDLE])} attain",
+            why=spec.why_one if "one engine" in label else spec.why,
+            runs=runs.arm.said(lab),
         )
-    return claims
+        for label, runs in found.items()
+    ]
 
 
-def _ratio_claims(
-    figure: str, spec: EndToEnd, found: Mapping[str, ArmRuns], lab: Lab
-) -> list[Claim]:
+def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[Claim]:
     rate, scale = paper_crossings(figure, "rate"), paper_crossings(figure, "scale")
     claims: list[Claim] = []
     for ours, theirs in spec.compared:
@@ -168,9 +155,7 @@ def _scales(spec: EndToEnd, above: ArmRuns, below: ArmRuns) -> str:
     return f"{ratio_text(loose, tight)} ({both})"
 
 
-def _other_slo_claims(
-    figure: str, spec: EndToEnd, found: Mapping[str, ArmRuns]
-) -> list[Claim]:
+def _other_slo_claims(figure: str, spec: EndToEnd, found: Found) -> list[Claim]:
     if spec.other_slo is None:
         return []
     name, slo = spec.other_slo

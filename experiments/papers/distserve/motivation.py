@@ -58,6 +58,11 @@ def _by_cost(
     ]
 
 
+def _each(value: Callable[[str], str]) -> str:
+    """Write a value of each cost model."""
+    return "; ".join(f"{short} {value(cost)}" for short, cost in _COSTS.items())
+
+
 def _at(points: Sequence[XY], x: float) -> float:
     """Return the published value nearest to x."""
     return min(points, key=lambda point: abs(point[0] - x))[1]
@@ -101,20 +106,19 @@ def _fig2_claim(length: int) -> Claim:
         [_at(series[name], n) for n in (1, most)]
         for name in ("with one prefill", "decode only")
     )
-    ours = "; ".join(
-        f"{short} "
-        + " and ".join(
+
+    def slower(cost: str) -> str:
+        return " and ".join(
             f"{_fig2_ms(cost, length, n, True) / _fig2_ms(cost, length, n, False):.1f}x"
             for n in (1, most)
         )
-        for short, cost in _COSTS.items()
-    )
+
     return Claim(
         claim=f"One {length}-token prompt slows a batch of 1 and of {most} decodes",
         paper=" and ".join(
             f"{a / b:.1f}x" for a, b in zip(with_one, without, strict=True)
         ),
-        ours=ours,
+        ours=_each(slower),
         why="The paper's decode-only steps are too fast for this model (next row), so "
         "its factors are larger; the profile bills each kind of step a constant",
         runs=_RUNS,
@@ -185,15 +189,15 @@ def _fig3_panel(name: str, tokens_s: Callable[[str, int, int], float]) -> Panel:
 def _saturation_claim() -> Claim:
     paper = paper_panel("fig3", "prefill").series["512"]
     best = max(y for _, y in paper)
-    shares = {
-        short: _prefill_tokens_s(cost, 512, 1)
-        / max(_prefill_tokens_s(cost, 512, int(x)) for x, _ in paper)
-        for short, cost in _COSTS.items()
-    }
+
+    def share(cost: str) -> str:
+        most = max(_prefill_tokens_s(cost, 512, int(x)) for x, _ in paper)
+        return f"{100 * (_prefill_tokens_s(cost, 512, 1) / most):.0f} %"
+
     return Claim(
         claim="A prompt of 512 tokens saturates an A100 (L_m)",
         paper=f"{100 * paper[0][1] / best:.0f} % of the best rate with one prompt",
-        ours="; ".join(f"{short} {100 * s:.0f} %" for short, s in shares.items()),
+        ours=_each(share),
         why="The profile's constant of 18 ms (weights and launches) is shared by a "
         "batch; the roofline has 1 ms of it",
         runs=_RUNS,
@@ -203,14 +207,15 @@ def _saturation_claim() -> Claim:
 def _decode_batch_claim() -> Claim:
     paper = paper_panel("fig3", "decode").series["256"]
     most = int(paper[-1][0])
-    gains = {
-        short: _decode_tokens_s(cost, 256, most) / _decode_tokens_s(cost, 256, 1)
-        for short, cost in _COSTS.items()
-    }
+
+    def gain(cost: str) -> str:
+        one = _decode_tokens_s(cost, 256, 1)
+        return f"{_decode_tokens_s(cost, 256, most) / one:.0f}x"
+
     return Claim(
         claim=f"Decode throughput grows with the batch (256 tokens, 1 to {most})",
         paper=f"{paper[-1][1] / paper[0][1]:.0f}x",
-        ours="; ".join(f"{short} {gain:.0f}x" for short, gain in gains.items()),
+        ours=_each(gain),
         why="The paper's times at batch 64 and 128 are longer than its own released "
         "profile's",
         runs=_RUNS,

@@ -1,6 +1,7 @@
 """The tables and labels of a comparison from cells made by hand."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -170,7 +171,7 @@ def drawn(monkeypatch, maps, grids):
     monkeypatch.setattr(
         report, "draw", lambda panels, title, *_, **__: said.append((panels, title))
     )
-    report.plot(QUESTION, maps, grids, "x.png")
+    report.plot(QUESTION, maps, grids, pathlib.Path("x.png"))
     return said[0]
 
 

@@ -1,8 +1,7 @@
 """Pictures: everything that a panel says is on the axes."""
 
-import matplotlib
-import matplotlib.figure
 import pytest
+from matplotlib.colors import to_rgba
 
 from experiments.report import draw
 from experiments.report.panel import (
@@ -92,7 +91,7 @@ def test_bars_have_their_spans_ticks_and_intervals(figure):
     spans = [
         (bar.get_x(), bar.get_width(), bar.get_facecolor()) for bar in axes.patches
     ]
-    colours = [matplotlib.colors.to_rgba(draw.COLOURS[i]) for i in (7, 2, 7)]
+    colours = [to_rgba(draw.COLOURS[i]) for i in (7, 2, 7)]
     assert spans == [(0, 1, colours[0]), (1, 2, colours[1]), (0, 2, colours[2])]
     assert [list(line.get_xdata()) for line in axes.lines] == [[1.5], [1.5, 2.5]]
     assert texts(axes.get_yticklabels()) == ["one", "two"] and axes.yaxis_inverted()
