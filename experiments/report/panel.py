@@ -134,7 +134,7 @@ def banded(
 
 
 def banded_curves(
-    values: Mapping[Any, Mapping[float, Sequence[float]]],
+    values: Mapping[Any, Mapping[Any, Sequence[float]]],
     named: str = "{}",
     colours: Sequence[int] | None = None,
 ) -> list[Series]:
