@@ -220,8 +220,13 @@ def _grid(title: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
     return underlined(side_by_side(title, columns))
 
 
+def _interval_of(values: Mapping[str, Any]) -> Interval:
+    """Return the interval of a summary's values, which may name the seeds' too."""
+    return Interval(mean=values["mean"], low=values["low"], high=values["high"])
+
+
 def _interval(values: Mapping[str, Any], form: str) -> str:
-    return interval_text(Interval(**values), form)
+    return interval_text(_interval_of(values), form)
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
@@ -288,7 +293,7 @@ def _curves(
     points, target = system["points"], summary["target"]
     unit, most = (1 / system["devices"], math.inf) if target is None else (100, 1)
     rates = [point["request_rate_per_device"] for point in points]
-    found = [Interval(**point["criteria"][summary["criterion"]]) for point in points]
+    found = [_interval_of(p["criteria"][summary["criterion"]]) for p in points]
 
     def bounded(end: float) -> float:
         return unit * min(most, max(0, end))
