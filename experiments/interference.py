@@ -32,9 +32,10 @@ from disagg_jax.workload.workload import RandomWorkload
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.configs.named_simulations import roofline_simulation
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.intervals import number
+from experiments.report.panel import Panel, Series, curves
+from experiments.report.table import side_by_side
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 
@@ -183,34 +184,29 @@ def stretch(cost: InstanceCost, chunk: int) -> float:
 
 
 def table(found: Mapping[str, Traits]) -> str:
-    """Return a table with a column for each system."""
-    rows: list[Sequence[str]] = [("", *found)]
+    """Write a column for each system."""
+    columns = {name: _column(traits) for name, traits in found.items()}
+    return "\n".join(side_by_side("", columns))
 
-    def row(label: str, cells: Sequence[str]) -> None:
-        rows.append((label, *cells))
 
-    all_traits = list(found.values())
-    row("mean TTFT, ms", [f"{t.ttft_s * 1e3:.0f}" for t in all_traits])
-    row("mean TPOT, ms", [f"{t.tpot_s * 1e3:.1f}" for t in all_traits])
-    for p in (50, 99, 100):
-        values = [np.percentile(t.gaps_s, p) * 1e3 for t in all_traits]
-        row(f"gap between tokens P{p}, ms", [f"{value:.1f}" for value in values])
-    row(
-        f"requests with a gap > {_STALL:g} x their median",
-        [f"{t.stalls:.0%}" for t in all_traits],
-    )
-    row("decode tokens beside prompts", [f"{t.beside_prompts:.0%}" for t in all_traits])
-    for kind in ("prompts", "mixed", "decodes"):
-        row(f"steps: {kind}", [str(t.steps[kind]) for t in all_traits])
-    for field in dataclasses.fields(metrics.Stages):
-        values = [getattr(t.stages, field.name) * 1e3 for t in all_traits]
-        label = field.name.removesuffix("_s").replace("_", " ")
-        row(f"mean {label}, ms", [f"{value:.1f}" for value in values])
-    for role in Role:
-        cells = [t.idle.get(role.value) for t in all_traits]
-        shown = ["-" if cell is None else f"{cell:.0%}" for cell in cells]
-        row(f"{role.value} devices idle", shown)
-    return "\n".join(align(rows, right=range(1, len(rows[0]))))
+def _column(of: Traits) -> dict[str, str]:
+    gaps_ms = {p: np.percentile(of.gaps_s, p) * 1e3 for p in (50, 99, 100)}
+    stages_ms = {name: s * 1e3 for name, s in dataclasses.asdict(of.stages).items()}
+    return {
+        "mean TTFT, ms": f"{of.ttft_s * 1e3:.0f}",
+        "mean TPOT, ms": f"{of.tpot_s * 1e3:.1f}",
+        **{f"gap between tokens P{p}, ms": f"{ms:.1f}" for p, ms in gaps_ms.items()},
+        f"requests with a gap > {_STALL:g} x their median": f"{of.stalls:.0%}",
+        "decode tokens beside prompts": f"{of.beside_prompts:.0%}",
+        **{f"steps: {k}": str(of.steps[k]) for k in ("prompts", "mixed", "decodes")},
+        **{
+            f"mean {name.removesuffix('_s').replace('_', ' ')}, ms": f"{ms:.1f}"
+            for name, ms in stages_ms.items()
+        },
+        **{
+            f"{r.value} devices idle": number(of.idle.get(r.value), ".0%") for r in Role
+        },
+    }
 
 
 def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
@@ -226,10 +222,7 @@ def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
             title="how often a gap between two tokens is longer",
             x="gap (ms)",
             y="share of gaps that are longer",
-            series=[
-                Series(label=name, points=_longer(t.gaps_s), colour=i)
-                for i, (name, t) in enumerate(found.items())
-            ],
+            series=curves({name: _longer(t.gaps_s) for name, t in found.items()}),
             log_x=True,
             log_y=True,
         ),

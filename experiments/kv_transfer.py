@@ -39,9 +39,9 @@ from experiments.benchmarks.transfers import (
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import XY, Panel, curves
+from experiments.report.table import numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 from models import transformer
@@ -83,7 +83,7 @@ def rate_table(found: Sequence[Rate]) -> list[str]:
         )
         for rate in found
     ]
-    return align([head, *rows], right=(2, 3, 4, 5))
+    return numbers([head, *rows], labels=2)
 
 
 def seen_table(found: Sequence[Seen]) -> list[str]:
@@ -106,30 +106,27 @@ def seen_table(found: Sequence[Seen]) -> list[str]:
         )
         for seen in found
     ]
-    return align([head, *rows], right=range(2, 12))
+    return numbers([head, *rows], labels=2)
 
 
 def panels(found: Sequence[Seen]) -> list[Panel]:
     """Draw the transfer time that is seen, in decode steps, over prompt length."""
     deployments = dict.fromkeys(seen.deployment for seen in found)
     names = dict.fromkeys(seen.mode for seen in found)
+
+    def points(*of: str) -> list[XY]:
+        return [
+            (float(seen.prompt), seen.visible_s / seen.decode_s)
+            for seen in found
+            if (seen.deployment, seen.mode) == of
+        ]
+
     return [
         Panel(
             title=f"prefill:decode = {deployment}",
             x="prompt (tokens)",
             y="KV transfer that is seen (decode steps)",
-            series=[
-                Series(
-                    label=name,
-                    colour=i,
-                    points=[
-                        (float(seen.prompt), seen.visible_s / seen.decode_s)
-                        for seen in found
-                        if (seen.deployment, seen.mode) == (deployment, name)
-                    ],
-                )
-                for i, name in enumerate(names)
-            ],
+            series=curves({name: points(deployment, name) for name in names}),
             line=1.0,
             x_ticks=sorted({float(seen.prompt) for seen in found}),
             log_x=True,

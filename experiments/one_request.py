@@ -1,4 +1,4 @@
-"""The five stages of one request, in each system of a run.
+"""Shows the five stages of one request, in each system of a run.
 
     python -m experiments.one_request --run=runs/tiny
     python -m experiments.one_request --run=runs/tiny --rate=40 --request=12
@@ -16,18 +16,16 @@ import pathlib
 import statistics
 from collections.abc import Mapping
 
-import matplotlib
-import matplotlib.figure
-
 from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.request import Status, Timeline
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
-from experiments.report.table import align
+from experiments.report.draw import draw
+from experiments.report.panel import STAGE_COLOURS, STAGE_LEGEND, STAGES, Bar, Bars
+from experiments.report.table import numbers
 from experiments.runs.request_rows import to_timeline
 from experiments.runs.run_dir import SavedRun
-from experiments.sweep.report import STAGE_COLOURS, STAGES
 
 FLAGS = Flags()
 _RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")
@@ -38,7 +36,7 @@ _REQUEST = FLAGS.integer("request", None, "Its number in the run.")
 def find(
     path: pathlib.Path, rate_rps: float | None = None, request: int | None = None
 ) -> dict[str, Timeline]:
-    """One request's timeline by system and rate, such as "vllm at 40 requests/s".
+    """Return one request's timeline by system and rate, as "vllm at 40 requests/s".
 
     Args:
       rate_rps: per device; None is the highest that each system passes at.
@@ -65,7 +63,7 @@ def find(
 
 
 def table(found: Mapping[str, Timeline]) -> str:
-    """Milliseconds of each stage."""
+    """Write the milliseconds of each stage."""
     request = next(iter(found.values())).request
     rows = [
         (
@@ -79,40 +77,41 @@ def table(found: Mapping[str, Timeline]) -> str:
         )
         for name, timeline in found.items()
     ]
-    head = ("ms", *(stage.replace("_", " ") for stage in STAGES), "TTFT", "TPOT")
+    head = ("ms", *STAGE_LEGEND, "TTFT", "TPOT")
     title = f"request {request.id}, {request.prompt_tokens} prompt tokens"
-    return "\n".join([title, *align([head, *rows], right=range(1, len(head)))])
+    return "\n".join([title, *numbers([head, *rows])])
+
+
+def bars(found: Mapping[str, Timeline]) -> Bars:
+    """Return a bar of stages for each system, with a tick for each token."""
+    request = next(iter(found.values())).request
+
+    def bar(name: str, timeline: Timeline) -> Bar:
+        start_s = timeline.request.arrival_s
+
+        def ms(stamp_s: float) -> float:
+            return (stamp_s - start_s) * 1e3
+
+        spans = [
+            (ms(begin), ms(end), STAGE_COLOURS[stage.removesuffix("_s")])
+            for stage, begin, end in metrics.stage_spans_s(timeline)
+        ]
+        return Bar(label=name, spans=spans, ticks=[*map(ms, timeline.token_s)])
+
+    return Bars(
+        title=f"{request.prompt_tokens} prompt tokens, {request.max_tokens} output "
+        "tokens",
+        x="time since the request arrived (ms)",
+        bars=[bar(name, timeline) for name, timeline in found.items()],
+        legend=STAGE_LEGEND,
+        ticks="a token",
+    )
 
 
 def plot(found: Mapping[str, Timeline], path: pathlib.Path) -> None:
-    """A bar of stages for each system, a tick for each token."""
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = matplotlib.figure.Figure(
-            figsize=(9, 1.4 + 0.7 * len(found)), layout="constrained"
-        )
-        axes = figure.subplots()
-        for i, timeline in enumerate(found.values()):
-            start_s = timeline.request.arrival_s
-            for name, begin, end in metrics.stage_spans_s(timeline):
-                colour = STAGE_COLOURS[STAGES.index(name.removesuffix("_s"))]
-                width = (end - begin) * 1e3
-                axes.barh(i, width, left=(begin - start_s) * 1e3, color=colour)
-            stamps = [(stamp - start_s) * 1e3 for stamp in timeline.token_s]
-            axes.plot(stamps, [i] * len(stamps), "|", color="black", ms=7)
-        for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
-            axes.barh([0], [0], color=colour, label=stage.replace("_", " "))
-        axes.plot([], [], "|", color="black", ms=7, label="a token")
-        axes.set_yticks(range(len(found)), list(found))
-        axes.invert_yaxis()
-        request = next(iter(found.values())).request
-        axes.set(xlabel="time since the request arrived (ms)")
-        axes.set_title(
-            f"request {request.id}: {request.prompt_tokens} prompt tokens, "
-            f"{request.max_tokens} output tokens",
-            fontsize=9,
-        )
-        figure.legend(fontsize=7.5, loc="outside lower center", ncols=6)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+    """Draw the bars."""
+    request = next(iter(found.values())).request
+    draw([bars(found)], f"request {request.id}", path, dpi=110)
 
 
 @command(FLAGS)

@@ -35,7 +35,7 @@ from collections.abc import Sequence
 import jax
 
 from disagg_jax.engine.engine import Engine
-from disagg_jax.programs import StepShape
+from disagg_jax.programs.shapes import StepShape
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.dense_baseline import dense_step_s
 from experiments.benchmarks.engines import bare_engine, bare_step_s
@@ -53,7 +53,7 @@ from experiments.benchmarks.timing import (
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
-from experiments.report.table import align
+from experiments.report.table import numbers
 from experiments.runs import provenance
 from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config
@@ -245,7 +245,7 @@ def run(options: Options) -> str:
     peer = PEER.get((config.name, config.dtype), {})
     rows = [step.row(peaks, peer.get(step.kind, {}).get(step.size)) for step in steps]
     say(*peak_figures(peaks), "")
-    say(*align([_HEAD, *rows], right=range(1, len(_HEAD))), "")
+    say(*numbers([_HEAD, *rows]), "")
     if options.trace is not None:
         trace_steps(options, engine, options.trace)
     figures = host(options, engine)  # the engine computes nothing afterwards

@@ -15,16 +15,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from disagg_jax.errors import require
-from experiments.cli.command import command
+from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
+from experiments.report.table import markdown
 from experiments.runs.folder import sole_use, write_text
 from experiments.runs.provenance import commit
 
@@ -65,33 +64,25 @@ is requests/s; per GPU unless said.
 def run(
     names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
 ) -> list[str]:
-    """Makes figures, their pictures and `out`/reproduction.md; returns its lines.
+    """Make figures, their pictures and `out`/reproduction.md; return its lines.
 
     Raises:
       ValueError: on an unknown figure, before any work.
     """
     for name in names:
         require(name in FIGURES, f"--figure: expected one of {sorted(FIGURES)}", name)
-    pictures = out / "figures"
-    with sole_use(out):
-        pictures.mkdir(exist_ok=True)
-        return _make(names, lab, out, flags_used)
-
-
-def _make(
-    names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
-) -> list[str]:
-    pictures = out / "figures"
     version = commit() or "no checkout"
     lines = _PREAMBLE.format(flags=flags_used).splitlines()
-    for name in names:
-        figure = FIGURES[name]
-        lab.progress(f"{name}: {figure.title}")
-        drawn = figure.make(lab)
-        if drawn.panels:
-            draw(drawn.panels, figure.title, pictures / f"{name}.png")
-        lines += _section(name, drawn, version, lab)
-    write_text(out / "reproduction.md", "\n".join(lines) + "\n")
+    with sole_use(out):
+        (out / "figures").mkdir(exist_ok=True)
+        for name in names:
+            figure = FIGURES[name]
+            lab.progress(f"{name}: {figure.title}")
+            drawn = figure.make(lab)
+            if drawn.panels:
+                draw(drawn.panels, figure.title, out / "figures" / f"{name}.png")
+            lines += _section(name, drawn, version, lab)
+        write_text(out / "reproduction.md", "\n".join(lines) + "\n")
     return lines
 
 
@@ -104,21 +95,15 @@ def _section(name: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
     lines = ["", f"## {title}", ""]
     if drawn.panels:
         lines += [f"![{title}](figures/{name}.png)", ""]
-    lines += ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
-    for row in drawn.claims:
-        cells = (
-            row.claim,
-            row.paper,
-            row.ours,
-            row.why,
-            f"{row.runs}; `{command}` at {version}",
-        )
-        lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
-    return lines
+    made = f"`{command}` at {version}"
+    rows = [
+        (c.claim, c.paper, c.ours, c.why, f"{c.runs}; {made}") for c in drawn.claims
+    ]
+    return [*lines, *markdown([_COLUMNS, *rows])]
 
 
 def read_search_times(path: str) -> Mapping[str, Mapping[str, float]]:
-    """Seconds of a placement search, by algorithm and number of GPUs.
+    """Read the seconds of a placement search, by algorithm and number of GPUs.
 
     Raises:
       ValueError: naming the file, if it is something else.
@@ -136,18 +121,8 @@ def read_search_times(path: str) -> Mapping[str, Mapping[str, float]]:
         ) from error
 
 
-def _progress() -> Callable[[str], None]:
-    start_s = time.monotonic()
-
-    def show(message: str) -> None:
-        elapsed_s = time.monotonic() - start_s
-        print(f"[{elapsed_s:6.1f} s] {message}", file=sys.stderr, flush=True)
-
-    return show
-
-
 def _names() -> list[str]:
-    """The figures that the flags ask for."""
+    """Return the figures that the flags ask for."""
     one: str | None = _FIGURE.value
     if _ALL.value == (one is not None):
         raise ValueError("expected one of --figure=NAME, --all and --list")
@@ -171,7 +146,7 @@ def _lab() -> Lab:
         num_requests=_NUM_REQUESTS.value,
         seeds=_SEEDS.value,
         workers=_WORKERS.value,
-        progress=_progress(),
+        progress=progress_to_stderr(),
     )
     if _SEARCH_TIMES.value is None:
         return lab

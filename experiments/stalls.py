@@ -21,9 +21,9 @@ from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, integers
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import XY, Panel, curves
+from experiments.report.table import numbers
 from experiments.runs.folder import plain, run_folder, write_text
 from experiments.runs.provenance import commit
 from models import transformer
@@ -58,7 +58,7 @@ def table(found: Sequence[Stall]) -> str:
         )
         for stall in found
     ]
-    return "\n".join(align([head, *rows], right=range(1, len(head))))
+    return "\n".join(numbers([head, *rows]))
 
 
 def panels(found: Sequence[Stall]) -> list[Panel]:
@@ -67,39 +67,30 @@ def panels(found: Sequence[Stall]) -> list[Panel]:
     longest = max(stall.prompt for stall in found)
     by_name = {s.system: s for s in found if s.prompt == longest}
     lasts_s = max(stall.ttft_s for stall in by_name.values())
+
+    def gaps(stall: Stall) -> list[XY]:
+        return [
+            (end_s * 1e3, gap_s * 1e3)
+            for end_s, gap_s in stall.gaps
+            if -_AROUND * lasts_s < end_s < (1 + _AROUND) * lasts_s
+        ]
+
+    def times(name: str) -> list[XY]:
+        return [(float(s.prompt), s.times) for s in found if s.system == name]
+
     return [
         Panel(
             title=f"a prompt of {longest} tokens arrives at 0",
             x="time (ms)",
             y="gap between two tokens of a decoding request (ms)",
-            series=[
-                Series(
-                    label=name,
-                    points=[
-                        (end_s * 1e3, gap_s * 1e3)
-                        for end_s, gap_s in by_name[name].gaps
-                        if -_AROUND * lasts_s < end_s < (1 + _AROUND) * lasts_s
-                    ],
-                    colour=i,
-                )
-                for i, name in enumerate(names)
-            ],
+            series=curves({name: gaps(by_name[name]) for name in names}),
             log_y=True,
         ),
         Panel(
             title="the longest gap of a decoding request",
             x="prompt that arrives (tokens)",
             y="longest gap over the ordinary one",
-            series=[
-                Series(
-                    label=name,
-                    points=[
-                        (float(s.prompt), s.times) for s in found if s.system == name
-                    ],
-                    colour=i,
-                )
-                for i, name in enumerate(names)
-            ],
+            series=curves({name: times(name) for name in names}),
             x_ticks=sorted({float(stall.prompt) for stall in found}),
             line=1.0,
             log_x=True,

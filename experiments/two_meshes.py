@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from jax.sharding import NamedSharding
@@ -30,9 +30,9 @@ from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, integers
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.panel import XY, Panel, Series, curves
+from experiments.report.table import align, numbers
 from experiments.runs.folder import run_folder, write_text
 from experiments.runs.provenance import commit
 from models.config import ModelConfig, get_config
@@ -226,38 +226,31 @@ def handoff_table(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> str
         for rate in found
     ]
     head = ("way", "MiB", "ms", "GB/s", "bound, GB/s", "of the bound")
-    return "\n".join(align([head, *rows], right=range(1, 6)))
+    return "\n".join(numbers([head, *rows]))
 
 
 def panel(found: Sequence[Rate], cut: Cut, link: LinkSpec | None) -> Panel:
     """Draw bandwidth over size, and the bound."""
     ways = list(dict.fromkeys(rate.way for rate in found))
 
-    def points(way: str) -> list[tuple[float, float]]:
+    def points(way: str, seconds: Callable[[Rate], float]) -> list[XY]:
         return [
-            (rate.size_bytes / 2**20, rate.size_bytes / rate.seconds / 1e9)
+            (rate.size_bytes / 2**20, rate.size_bytes / seconds(rate) / 1e9)
             for rate in found
             if rate.way == way
         ]
 
     bound = Series(
         label=link.name if link else "a copy in the host's memory",
-        points=[
-            (rate.size_bytes / 2**20, rate.size_bytes / bound_s(rate, cut, link) / 1e9)
-            for rate in found
-            if rate.way == ways[0]
-        ],
+        points=points(ways[0], lambda rate: bound_s(rate, cut, link)),
         colour=6,
-        dashed=True,
+        style="dashed",
     )
     return Panel(
         title=f"{cut}: KV from mesh to mesh, insert included",
         x="KV of a hand-off (MiB)",
         y="bandwidth (GB/s)",
-        series=[
-            *(Series(label=w, points=points(w), colour=i) for i, w in enumerate(ways)),
-            bound,
-        ],
+        series=[*curves({w: points(w, lambda r: r.seconds) for w in ways}), bound],
         x_ticks=sorted({x for x, _ in bound.points}),
         log_x=True,
         log_y=True,

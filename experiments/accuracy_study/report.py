@@ -1,4 +1,4 @@
-"""What the accuracy command shows: tables, verdicts and a picture."""
+"""Writes how accurate the simulator is: tables, verdicts and a picture."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import itertools
 import math
 import pathlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate, estimate
-from disagg_jax.metrics.intervals import margin, rate_interval
+from disagg_jax.metrics.intervals import margin
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, PairedRun, PredictedStep
 from experiments.configs.config import Config
-from experiments.papers.figure import Panel, Series
 from experiments.report.draw import draw
-from experiments.report.table import align
+from experiments.report.intervals import across_seeds
+from experiments.report.panel import STAGES, XY, Panel, Series, Style, curves
+from experiments.report.table import numbers
 from experiments.runs.provenance import commit
-from experiments.sweep.report import interval_text
 
-GOODPUT_AIM = 0.05  # relative error (issue 6)
-STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
+GOODPUT_AIM = 0.05  # relative error
 _SHOWN = 2000  # steps of a kind in the picture
 
 
@@ -55,12 +54,12 @@ class SystemAccuracy:
 
     @property
     def error(self) -> float:
-        """Of the goodput, relative; infinite where the engine passed at no rate."""
+        """Relative error of the goodput; infinite if the engine passed at no rate."""
         return self._off(self.simulated)
 
     @property
     def error_as_profiled(self) -> float:
-        """The same without what the machine's speed explains."""
+        """Relative error of the goodput that the profile's own durations give."""
         return self._off(self.profiled)
 
     def _off(self, goodput: GoodputEstimate) -> float:
@@ -84,7 +83,7 @@ class Result:
     moved: tuple[float, float]
 
     def order(self, side: str) -> list[str]:
-        """The systems by goodput per device, the best first."""
+        """Sort the systems by goodput per device, the best first."""
 
         def goodput(name: str) -> float:
             found = self.systems[name]
@@ -93,9 +92,9 @@ class Result:
         return sorted(self.systems, key=goodput, reverse=True)
 
     def told_apart(self) -> list[tuple[str, str]]:
-        """Pairs whose order the engine's own seeds leave no doubt of, the better first.
+        """Return pairs that the engine's own seeds tell apart, the better first.
 
-        The interval of their goodputs' ratio, paired by seed, excludes 1.
+        The interval of the ratio of their goodputs, paired by seed, excludes 1.
         """
         per_seed = {
             name: [rps / found.devices for rps in found.engine.per_seed_rps]
@@ -117,7 +116,7 @@ def compare(
     moved: tuple[float, float],
     config: Config,
 ) -> Result:
-    """What the runs, which must be done, show."""
+    """Compare the runs, which must be done."""
     return Result(
         systems={pair.name: _system(pair, rates[pair.name], target) for pair in pairs},
         slo=pairs[0].slo,
@@ -172,7 +171,7 @@ def _errors(steps: Sequence[PredictedStep]) -> StepErrors:
 
 
 def text(result: Result) -> str:
-    """The tables and what they say."""
+    """Write the tables and the verdicts."""
     profile = result.profile
     before, after = (f"{moved - 1:+.1%}" for moved in result.moved)
     head = [
@@ -192,7 +191,7 @@ def text(result: Result) -> str:
         ("mean stages at the middle rate, engine -> simulated, ms", _stages(result)),
     ]
     for title, rows in parts:
-        head += ["", f"# {title}", *align(rows, right=range(2, len(rows[0])))]
+        head += ["", f"# {title}", *numbers(rows, labels=2)]
     return "\n".join([*head, "", *verdicts(result)])
 
 
@@ -236,23 +235,16 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
     head = (*head, "as profiled", "again")
     rows: list[tuple[str, ...]] = [head]
     for name, found in result.systems.items():
-        rows.append(
-            (
-                name,
-                found.deployment,
-                *(_per_device(side, found) for side in (found.engine, found.simulated)),
-                f"{found.error:+.1%}",
-                "ok" if abs(found.error) <= GOODPUT_AIM else "MISSED",
-                f"{found.error_as_profiled:+.1%}",
-                f"{found.again:+.1%}",
-            )
-        )
+        sides = (_per_device(side, found) for side in (found.engine, found.simulated))
+        aim = "ok" if abs(found.error) <= GOODPUT_AIM else "MISSED"
+        others = (f"{found.error_as_profiled:+.1%}", f"{found.again:+.1%}")
+        error = f"{found.error:+.1%}"
+        rows.append((name, found.deployment, *sides, error, aim, *others))
     return rows
 
 
 def _per_device(goodput: GoodputEstimate, of: SystemAccuracy) -> str:
-    interval = rate_interval([rps / of.devices for rps in goodput.per_seed_rps])
-    return interval_text(dataclasses.asdict(interval), ".4g")
+    return across_seeds([rps / of.devices for rps in goodput.per_seed_rps], ".4g")
 
 
 def _step_rows(result: Result) -> list[tuple[str, ...]]:
@@ -261,17 +253,9 @@ def _step_rows(result: Result) -> list[tuple[str, ...]]:
     ]
     for name, found in result.systems.items():
         for kind, errors in found.steps.items():
-            rows.append(
-                (
-                    name,
-                    kind,
-                    str(errors.steps),
-                    f"{errors.measured_s:.1f}",
-                    f"{errors.ratio - 1:+.1%}",
-                    f"{errors.mean_error:.1%}",
-                    f"{errors.p90_error:.1%}",
-                )
-            )
+            shares = (f"{errors.mean_error:.1%}", f"{errors.p90_error:.1%}")
+            taken = (str(errors.steps), f"{errors.measured_s:.1f}")
+            rows.append((name, kind, *taken, f"{errors.ratio - 1:+.1%}", *shares))
     return rows
 
 
@@ -289,7 +273,7 @@ def _stages(result: Result) -> list[tuple[str, ...]]:
 
 
 def verdicts(result: Result) -> list[str]:
-    """A line for each aim."""
+    """Write a line for each aim."""
     compared = [c for found in result.systems.values() for c in found.rates]
     missed = [c for c in compared if not c.ok]
     off, off_as_profiled = (
@@ -299,14 +283,9 @@ def verdicts(result: Result) -> list[str]:
     orders = result.order("engine"), result.order("simulated")
     rank, apart = orders[1].index, result.told_apart()
     alike = [(a, b) for a, b in apart if rank(a) < rank(b)]
-    measured_s, predicted_s = (
-        sum(
-            e.measured_s * (e.ratio if predicted else 1.0)
-            for found in result.systems.values()
-            for e in found.steps.values()
-        )
-        for predicted in (False, True)
-    )
+    steps = [e for found in result.systems.values() for e in found.steps.values()]
+    measured_s = sum(e.measured_s for e in steps)
+    predicted_s = sum(e.measured_s * e.ratio for e in steps)
     return [
         f"attainment: {len(compared) - len(missed)} of {len(compared)} points within "
         f"what is allowed; largest difference "
@@ -331,7 +310,7 @@ def _mark(ok: bool) -> str:
 
 
 def _causes(missed: Sequence[Compared]) -> str:
-    """How many points each cause is the larger one of, and the stage that differs."""
+    """Count the points by their larger cause, and name the stage that differs."""
     durations = sum(abs(c.by_durations) >= abs(c.difference) / 2 for c in missed)
     stages = [_worst_stage(c) for c in missed]
     worst = statistics.mode(stages)
@@ -353,7 +332,7 @@ def _worst_stage(compared: Compared) -> str:
 
 
 def to_json(result: Result) -> dict[str, Any]:
-    """All numbers of the tables."""
+    """Return all numbers of the tables."""
     record = dataclasses.asdict(result)
     for found in record["systems"].values():
         del found["shown"]
@@ -364,54 +343,45 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def plot(result: Result, path: pathlib.Path) -> None:
-    """Attainment on both sides, and every kind of step predicted against measured."""
-    draw([*_attainment_panels(result), _scatter(result)], "engine and simulator", path)
+    """Draw attainment on both sides, and steps predicted against measured."""
+    draw([attainment_panel(result), _scatter(result)], "engine and simulator", path)
 
 
-def _attainment_panels(result: Result) -> Iterator[Panel]:
-    series: list[Series] = []
-    for i, (name, found) in enumerate(result.systems.items()):
-        for side, dashed in (("engine", False), ("simulated", True)):
-            series.append(
-                Series(
-                    label=f"{name}, {side}",
-                    colour=i,
-                    dashed=dashed,
-                    points=[
-                        (c.rate_rps / found.devices, c.mean(side, "attainment"))
-                        for c in found.rates
-                    ],
-                )
-            )
-    yield Panel(
+def attainment_panel(result: Result) -> Panel:
+    """Return attainment over the rate, of every system on both sides."""
+    sides: Mapping[str, Style] = {"engine": "line", "simulated": "dashed"}
+    return Panel(
         title="attainment",
         x="requests/s per device",
         y="share of requests within the SLO",
-        series=series,
+        series=[
+            Series(
+                label=f"{name}, {side}",
+                colour=i,
+                style=style,
+                points=[
+                    (c.rate_rps / found.devices, c.mean(side, "attainment"))
+                    for c in found.rates
+                ],
+            )
+            for i, (name, found) in enumerate(result.systems.items())
+            for side, style in sides.items()
+        ],
         line=result.target,
     )
 
 
 def _scatter(result: Result) -> Panel:
-    steps = [s for found in result.systems.values() for s in found.shown]
-    kinds = sorted({step.kind for step in steps})
+    by_kind: dict[str, list[XY]] = {}
+    for found in result.systems.values():
+        for step in found.shown:
+            at = (step.measured_s * 1e3, step.predicted_s * 1e3)
+            by_kind.setdefault(step.kind, []).append(at)
     return Panel(
         title="steps in the runs",
         x="measured (ms)",
         y="predicted (ms)",
-        series=[
-            Series(
-                label=kind,
-                colour=i,
-                paper=True,
-                points=[
-                    (s.measured_s * 1e3, s.predicted_s * 1e3)
-                    for s in steps
-                    if s.kind == kind
-                ],
-            )
-            for i, kind in enumerate(kinds)
-        ],
+        series=curves(dict(sorted(by_kind.items())), style="paper"),
         log_x=True,
         log_y=True,
     )

@@ -1,18 +1,14 @@
-"""What a comparison of systems shows: tables, a picture, a sentence for each map."""
+"""Writes a comparison of systems: tables, a picture, a sentence for each map."""
 
 from __future__ import annotations
 
 import pathlib
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
 import numpy as np
-from matplotlib.patches import Patch, Rectangle
 
-from disagg_jax.metrics.intervals import Interval, Margin
+from disagg_jax.metrics.intervals import Margin
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.search.comparison import (
     POLICIES,
@@ -33,22 +29,21 @@ from disagg_jax.search.maps import (
     regions,
 )
 from disagg_jax.workload.workload import TraceWorkload
-from experiments.papers.figure import Panel, Series, shown_interval
 from experiments.placement.report import lines
-from experiments.report.draw import COLOURS, draw
+from experiments.report.draw import draw
+from experiments.report.intervals import interval_text
+from experiments.report.panel import XY, Bar, Bars, Cell, CellMap, Panel, curves
 from experiments.report.table import align
 from experiments.runs.folder import plain
 
 Grid = Mapping[tuple[int, int], Sequence[SystemResult]]
-_COLOUR_OF = dict(zip(POLICIES, COLOURS, strict=False))
+_COLOUR_OF = {name: colour for colour, name in enumerate(POLICIES)}
 _BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
-_WHITE_ON = ("#0072B2", "#009E73", "#000000")  # colours too dark for black letters
-
 # ---- text ----------------------------------------------------------------------------
 
 
 def text(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
-    """All tables, then the sentences."""
+    """Write all tables, then the sentences."""
     parts = [_header(spec)]
     for each, grid in zip(maps, grids, strict=True):
         parts += [_table(each, grid), _goodputs(each, grid)]
@@ -59,7 +54,7 @@ def text(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> st
 
 
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
-    """When not to disaggregate, for each map; of a single cell, its answer."""
+    """Say when not to disaggregate, for each map; of a single cell, its answer."""
     return [
         sentence(each, {at: judge(found).verdict for at, found in grid.items()})
         + bounded(grid)
@@ -70,7 +65,7 @@ def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
 
 
 def bounded(grid: Grid) -> str:
-    """In how many cells runs are shorter than they should be; '' for none."""
+    """Say in how many cells runs are shorter than they should be; '' for none."""
     short = [found[0] for found in grid.values() if found[0].bounded]
     if not short:
         return ""
@@ -110,7 +105,7 @@ def _header(spec: ComparisonSpec) -> str:
 
 
 def _table(each: Map, grid: Grid) -> str:
-    """A row for each cell."""
+    """Write a row for each cell."""
     head = (
         f"{each.x.name}, {each.x.unit}",
         f"{each.y.name}, {each.y.unit}",
@@ -130,7 +125,7 @@ def _table(each: Map, grid: Grid) -> str:
 
 
 def notes(each: Map, grid: Grid) -> list[str]:
-    """Where a map's requests come from, and why it has no intervals, if it has none."""
+    """Say where a map's requests come from, and why intervals are missing."""
     said: dict[str, None] = {}
     for cell in each.cells.values():
         if isinstance(cell.workload, TraceWorkload):
@@ -147,7 +142,7 @@ def _row(judged: CellVerdict) -> tuple[str, ...]:
     return (
         needed(winner),
         winner.system,
-        shown_interval(winner.goodput, ".3g"),
+        interval_text(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
         f"{_shown(judged.over_colocated)} {judged.best_colocated.system}",
         judged.verdict,
@@ -158,11 +153,11 @@ def _shown(margin: Margin) -> str:
     if margin.ratio is None:
         return "only one serves:" if margin.clear else "some seeds have none:"
     unclear = "" if margin.clear else " (unclear)"
-    return f"{shown_interval(margin.ratio)}{unclear}"
+    return f"{interval_text(margin.ratio)}{unclear}"
 
 
 def _goodputs(each: Map, grid: Grid) -> str:
-    """Mean goodput of every system in every cell."""
+    """Write the mean goodput of every system in every cell."""
     systems = [found.system for found in next(iter(grid.values()))]
     head = (each.x.name, each.y.name, *systems)
     rows = [
@@ -178,7 +173,7 @@ def _goodputs(each: Map, grid: Grid) -> str:
 
 
 def _details(spec: ComparisonSpec, each: Map, grid: Grid) -> str:
-    """Which deployment and which parameters each system had, and why."""
+    """Write each system's deployment and parameters, with reasons."""
     out = [f"parameters, map of {each.name}"]
     for (i, j), found in grid.items():
         x, y = each.x, each.y
@@ -193,7 +188,7 @@ def _details(spec: ComparisonSpec, each: Map, grid: Grid) -> str:
 
 
 def _figure(found: SystemResult) -> str:
-    """The goodput, and what makes it doubtful."""
+    """Write the goodput and its doubts."""
     if found.rps == 0:
         return f"no goodput, alone it needs {found.needs:.3g} x the targets"
     best = found.candidates[0]
@@ -203,14 +198,14 @@ def _figure(found: SystemResult) -> str:
 
 
 def answer(found: Sequence[SystemResult]) -> str:
-    """Who wins one cell, by how much, and how sure that is."""
+    """Say who wins one cell, by how much, and how sure that is."""
     judged = judge(found)
     if judged.verdict == INFEASIBLE:
         return f"Nobody: {judged.why_infeasible}."
     winner, best = judged.winner, judged.best_colocated
     head = (
         f"{winner.system} ({winner.deployment}) serves the most: "
-        f"{shown_interval(winner.goodput, '.3g')} requests/s per device."
+        f"{interval_text(winner.goodput, '.3g')} requests/s per device."
     )
     over = f"Disaggregated over {best.system}, the best colocated system"
     said = {
@@ -219,7 +214,7 @@ def answer(found: Sequence[SystemResult]) -> str:
         UNCLEAR: "no clear winner",
     }[judged.verdict]
     ratio = judged.over_colocated.ratio
-    how_much = shown_interval(ratio) if ratio else "not both meet the targets"
+    how_much = interval_text(ratio) if ratio else "not both meet the targets"
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
     rises = [f"\n{f.system}: {f.inversion}." for f in found if f.inversion]
     return f"{head}\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
@@ -268,7 +263,7 @@ def _side(axis: Axis, part: range) -> str:
 
 
 def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> Any:
-    """All that was asked and found, ready for JSON."""
+    """Return the spec and the results, ready for JSON."""
     return {
         "question": {
             "simulation": plain(spec.simulation),
@@ -330,153 +325,98 @@ def plot(
     grids: Sequence[Grid],
     path: pathlib.Path,
 ) -> None:
-    """A map of winners for each pair of axes; of a single cell, all goodputs."""
-    if len(maps) == 1 and len(maps[0].cells) == 1:
-        ((found,),) = (grid.values() for grid in grids)
-        _plot_cell(spec, maps[0], found, path)
-        return
-    with matplotlib.rc_context({"font.size": 9, "hatch.linewidth": 0.6}):
-        wide = sum(1.75 * len(each.x.values) + 1.2 for each in maps)
-        high = 1.1 * max(len(each.y.values) for each in maps) + 2.2
-        figure = matplotlib.figure.Figure(
-            figsize=(max(wide, 9.0), high), layout="constrained"
-        )
-        axes = figure.subplots(1, len(maps), squeeze=False)[0]
-        for one, each, grid in zip(axes, maps, grids, strict=True):
-            _draw(one, each, grid)
-        figure.legend(
-            handles=_legend(spec), loc="outside lower center", ncols=4, fontsize=8
-        )
-        simulation = spec.simulation
-        figure.suptitle(
-            f"Who serves the most: {simulation.model.name} on {spec.devices} "
-            f"devices, {simulation.cost.name}, {len(spec.seeds)} seeds",
-            fontsize=10,
-        )
-        _caption(figure, maps, grids)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+    """Draw a map of winners for each pair of axes; of a single cell, all goodputs."""
+    simulation, pairs = spec.simulation, list(zip(maps, grids, strict=True))
+    on = f"{simulation.model.name} on {spec.devices} devices, {simulation.cost.name}"
+    if len(pairs) == 1 and len(maps[0].cells) == 1:
+        ((each, grid),) = pairs
+        panels = [_bars(each, *grid.values())]
+        title = f"{on}; {each.fixed}"
+    else:
+        panels = [_cell_map(spec, each, grid) for each, grid in pairs]
+        title = f"Who serves the most: {on}, {len(spec.seeds)} seeds"
+    said = [note for each, grid in pairs for note in notes(each, grid)]
+    draw(panels, title, path, notes=said, dpi=110)
 
 
-def _caption(figure: Any, maps: Sequence[Map], grids: Sequence[Grid]) -> None:
-    """What is to be said of a trace, below everything."""
-    said = [notes(each, grid) for each, grid in zip(maps, grids, strict=True)]
-    lines = [textwrap.fill(line, 120) for part in said for line in part]
-    if lines:
-        figure.supxlabel("\n".join(lines), fontsize=7)
-
-
-def _plot_cell(
-    spec: ComparisonSpec,
-    each: Map,
-    found: Sequence[SystemResult],
-    path: pathlib.Path,
-) -> None:
-    """A bar for each system with its interval."""
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = matplotlib.figure.Figure(
-            figsize=(8, 1.6 + 0.4 * len(found)), layout="constrained"
-        )
-        axes = figure.subplots()
-        for i, one in enumerate(found):
-            goodput = one.goodput
-            axes.barh(i, goodput.mean, color=_COLOUR_OF[one.system], height=0.7)
-            if goodput.low is not None and goodput.high is not None:
-                ends = [goodput.low, goodput.high]
-                axes.plot(ends, [i, i], "|-", color="black", lw=1, ms=8)
-        axes.set_yticks(
-            range(len(found)), [f"{one.system}\n{one.deployment}" for one in found]
-        )
-        axes.invert_yaxis()
-        known = found[0].goodput.low is not None
-        seeds = "95 % intervals over seeds" if known else "no intervals"
-        axes.set(xlabel=f"goodput (requests/s per device), {seeds}")
-        _caption(figure, [each], [{(0, 0): found}])
-        simulation, (cell,) = spec.simulation, each.cells.values()
-        axes.set_title(
-            f"{simulation.model.name} on {spec.devices} devices, "
-            f"{simulation.cost.name}; {each.fixed}\n{cell.slo}{_footnote(found)}",
-            fontsize=9,
-        )
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+def _bars(each: Map, found: Sequence[SystemResult]) -> Bars:
+    """Return a bar for each system, with its interval."""
+    bars: list[Bar] = []
+    for one in found:
+        low, high = one.goodput.low, one.goodput.high
+        known = None if low is None or high is None else (low, high)
+        spans = [(0.0, one.goodput.mean, _COLOUR_OF[one.system])]
+        label = f"{one.system}\n{one.deployment}"
+        bars.append(Bar(label=label, spans=spans, interval=known))
+    known = found[0].goodput.low is not None
+    seeds = "95 % intervals over seeds" if known else "no intervals"
+    (cell,) = each.cells.values()
+    return Bars(
+        title=str(cell.slo) + _footnote(found),
+        x=f"goodput (requests/s per device), {seeds}",
+        bars=bars,
+    )
 
 
 def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
-    """The distributions of a trace's prompts and outputs."""
+    """Draw the distributions of a trace's prompts and outputs."""
     shares = np.linspace(0, 100, 101)
 
-    def curve(label: str, colour: int, tokens: Sequence[int]) -> Series:
-        values = np.percentile(tokens, shares).tolist()
-        points = list(zip(values, shares.tolist(), strict=True))
-        return Series(label=label, points=points, colour=colour)
+    def curve(tokens: Sequence[int]) -> list[XY]:
+        lengths = np.percentile(tokens, shares)
+        return list(zip(lengths.tolist(), shares.tolist(), strict=True))
 
     panel = Panel(
         title=f"{len(workload.rows)} requests",
         x="length (tokens)",
         y="requests that are no longer (%)",
-        series=[
-            curve("prompts", 0, [row.prompt_tokens for row in workload.rows]),
-            curve("outputs", 1, [row.output_tokens for row in workload.rows]),
-        ],
+        series=curves(
+            {
+                "prompts": curve([row.prompt_tokens for row in workload.rows]),
+                "outputs": curve([row.output_tokens for row in workload.rows]),
+            }
+        ),
         log_x=True,
     )
     draw([panel], "Lengths of the trace", path)
 
 
-def _draw(axes: Any, each: Map, grid: Grid) -> None:
-    for at, found in grid.items():
-        _draw_cell(axes, at, judge(found))
-    for axis, set_ticks, set_label in (
-        (each.x, axes.set_xticks, axes.set_xlabel),
-        (each.y, axes.set_yticks, axes.set_ylabel),
-    ):
-        set_ticks(range(len(axis.values)), [f"{value:g}" for value in axis.values])
-        set_label(f"{axis.name} ({axis.unit})")
-    axes.set(
-        xlim=(-0.5, len(each.x.values) - 0.5), ylim=(-0.5, len(each.y.values) - 0.5)
+def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
+    return CellMap(
+        title=each.fixed + _footnote(*grid.values()),
+        x=f"{each.x.name} ({each.x.unit})",
+        y=f"{each.y.name} ({each.y.unit})",
+        columns=[f"{value:g}" for value in each.x.values],
+        rows=[f"{value:g}" for value in each.y.values],
+        cells={at: _map_cell(judge(found)) for at, found in grid.items()},
+        legend={name: _COLOUR_OF[name] for name in spec.systems},
+        hatched=f"{UNCLEAR}: {DISAGGREGATED} or colocated",
+        notes=(
+            "~ not clearly over the runner-up",
+            "/s: goodput per device",
+            "d/c: disaggregated / best colocated",
+        ),
     )
-    axes.tick_params(length=0)
-    axes.set_title(each.fixed + _footnote(*grid.values()), fontsize=8.5)
+
+
+def _map_cell(judged: CellVerdict) -> Cell:
+    infeasible = judged.verdict == INFEASIBLE
+    return Cell(
+        text=_label(judged),
+        colour=None if infeasible else _COLOUR_OF[judged.winner.system],
+        hatched=judged.verdict == UNCLEAR,
+    )
 
 
 def _footnote(*cells: Sequence[SystemResult]) -> str:
-    """What the mark of bounded runs means, where there are any."""
+    """Say what the mark of bounded runs means, where there are any."""
     if not any(found[0].bounded for found in cells):
         return ""
     return f"\n{_BOUNDED} runs are shorter than the targets ask for"
 
 
-def _draw_cell(axes: Any, at: tuple[int, int], judged: CellVerdict) -> None:
-    x, y = at
-    infeasible = judged.verdict == INFEASIBLE
-    colour = "white" if infeasible else _COLOUR_OF[judged.winner.system]
-    letters = "white" if colour in _WHITE_ON else "black"
-    hatch = "///" if judged.verdict == UNCLEAR else None
-    axes.add_patch(
-        Rectangle(
-            (x - 0.5, y - 0.5),
-            1,
-            1,
-            facecolor=colour,
-            edgecolor="white" if hatch else "#444444",
-            hatch=hatch,
-            lw=0.8,
-        )
-    )
-    box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
-    axes.text(
-        x,
-        y,
-        _label(judged),
-        ha="center",
-        va="center",
-        color=letters,
-        fontsize=7.5,
-        bbox=box,
-    )
-
-
 def _label(judged: CellVerdict) -> str:
-    """The winner, its goodput, and disaggregated over the best colocated system."""
+    """Name the winner, its goodput, and disaggregated over the best colocated one."""
     if judged.verdict == INFEASIBLE:
         nearest = min(found.needs for found in judged.ranked)
         why = f"alone: {nearest:.2g} x\nthe targets" if nearest > 1 else "under load"
@@ -486,38 +426,6 @@ def _label(judged: CellVerdict) -> str:
     mark = f" {_BOUNDED}" if judged.winner.bounded else ""
     head = f"{about}{name}\n{goodput:.3g}/s{mark}\n"
     ratio = judged.over_colocated.ratio
-    return head + (_ratio(ratio) if ratio else "only kind that serves")
-
-
-def _ratio(ratio: Interval) -> str:
-    if ratio.low is None or ratio.high is None:
-        return f"d/c {ratio.mean:.2f}"
-    return f"d/c {ratio.mean:.2f}\n[{ratio.low:.2f}, {ratio.high:.2f}]"
-
-
-def _legend(spec: ComparisonSpec) -> list[Patch]:
-    systems = [Patch(facecolor=_COLOUR_OF[name], label=name) for name in spec.systems]
-    return [
-        *systems,
-        Patch(
-            facecolor="#DDDDDD",
-            edgecolor="#444444",
-            hatch="///",
-            label=f"{UNCLEAR}: {DISAGGREGATED} or colocated",
-        ),
-        Patch(
-            facecolor="none",
-            edgecolor="none",
-            label="~ not clearly over the runner-up",
-        ),
-        Patch(
-            facecolor="none",
-            edgecolor="none",
-            label="/s: goodput per device",
-        ),
-        Patch(
-            facecolor="none",
-            edgecolor="none",
-            label="d/c: disaggregated / best colocated",
-        ),
-    ]
+    if ratio is None:
+        return f"{head}only kind that serves"
+    return f"{head}d/c {interval_text(ratio)}".replace(" [", "\n[")

@@ -1,4 +1,4 @@
-"""Colocated systems on a roofline: what the figures of other papers share."""
+"""Builds colocated systems on a roofline, for the figures of papers but DistServe's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def colocated(
     max_context: int,
     kv_memory: bool = True,
 ) -> Simulation:
-    """`policy` serving `model` on `hardware`."""
+    """Return a simulation of `policy` that serves `model` on `hardware`."""
     return named_simulation(
         model,
         f"roofline/{hardware}",
@@ -37,7 +37,7 @@ def step_s(
     decodes: int = 0,
     context: int = 0,
 ) -> float:
-    """Seconds of a step on one device.
+    """Return the seconds of a step on one device.
 
     Args:
       chunks: (tokens cached before, tokens) of each prompt part.

@@ -1,16 +1,16 @@
-"""DeepSpeed-FastGen's blog: Dynamic SplitFuse against vLLM with closed-loop clients.
+"""Reproduces DeepSpeed-FastGen's blog: SplitFuse and vLLM with closed-loop clients.
 
 Llama-2-70B on four A100-80; prompts and outputs are normal with a deviation of 30 %.
-The published numbers are those of facts/schedulers.md 1.5; requests are judged by
-`criteria.FastGen`.
+The published numbers are in the blog's text (DeepSpeed, blogs/deepspeed-fastgen).
+`criteria.FastGen` judges the requests.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 import numpy as np
 
@@ -20,19 +20,13 @@ from disagg_jax.metrics.criteria import FastGen
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload import ClosedLoop, NormalLengths, RandomWorkload
+from disagg_jax.workload.closed_loop import ClosedLoop
+from disagg_jax.workload.lengths import NormalLengths
+from disagg_jax.workload.workload import RandomWorkload
 from experiments.papers.colocated import colocated
-from experiments.papers.distserve.published import XY
-from experiments.papers.figure import (
-    Claim,
-    Drawn,
-    Figure,
-    Lab,
-    Panel,
-    Series,
-    banded,
-    shown,
-)
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.intervals import across_seeds, ratio_text
+from experiments.report.panel import XY, Panel, banded_curves, curves
 
 TOKENS_PER_S = 4  # of generation, by a moving average
 SLA = FastGen(token_s=1 / TOKENS_PER_S)
@@ -50,6 +44,7 @@ _LONG_CLIENTS = 16
 _EFFECTIVE = {"SplitFuse": 1.42, "vLLM": 0.63}
 _AT_LATENCY = {"SplitFuse": 1.36, "vLLM": 0.67}  # requests/s at _LATENCY_S
 _AT_RATE = {"SplitFuse": 7.0, "vLLM": 14.0}  # seconds at _RATE_RPS
+_NO_RATIO = "no ratio: a divisor is 0"
 _ENGINE = (
     "The blog compares two engines; here one roofline runs both policies, without the "
     "tens of ms of host work that a step of vLLM 0.2 took on this model"
@@ -57,7 +52,7 @@ _ENGINE = (
 
 
 def lengths(prompt: int, output: int) -> RandomWorkload:
-    """Normal lengths, with 30 % of the mean as deviation."""
+    """Return normal lengths, with 30 % of the mean as deviation."""
     return RandomWorkload(
         prompt=NormalLengths(mean=prompt, deviation=0.3 * prompt, high=_CONTEXT),
         output=NormalLengths(mean=output, deviation=0.3 * output, high=_CONTEXT),
@@ -78,7 +73,7 @@ class ClosedPoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClosedRun:
-    """What is kept of a run."""
+    """The numbers of a run that claims use."""
 
     throughput_rps: float
     effective_rps: float  # of requests within the SLA
@@ -88,8 +83,8 @@ class ClosedRun:
 
 
 def run_closed(point: ClosedPoint) -> ClosedRun:
-    """Simulates a point."""
-    # The rate is of no use: requests are sent when others end.
+    """Simulate a point."""
+    # The rate does not matter: requests are sent when others end.
     asked = point.workload.requests(point.num_requests, 1.0, point.seed)
     loop = ClosedLoop(asked, point.clients)
     run = point.simulated.run(loop.first(), followers=loop)
@@ -97,7 +92,7 @@ def run_closed(point: ClosedPoint) -> ClosedRun:
     return ClosedRun(
         throughput_rps=len(asked) / run.end_s,
         effective_rps=SLA.score(run.timelines),
-        latency_s=statistics.mean(metrics.e2e_s(t) for t in run.timelines),
+        latency_s=mean(metrics.e2e_s(t) for t in run.timelines),
         itl_p50_s=float(np.quantile(gaps_s, 0.5)),
         itl_p95_s=float(np.quantile(gaps_s, 0.95)),
     )
@@ -113,32 +108,28 @@ def _run(lab: Lab, output: int, clients: Sequence[int]) -> Runs:
         )
         for name, policy in _SYSTEMS.items()
     }
-    points = [
-        ClosedPoint(
+    points = {
+        (name, n): ClosedPoint(
             simulated=simulated,
             workload=lengths(_PROMPT, output),
             clients=n,
             num_requests=lab.requests(_REQUESTS),
-            seed=seed,
+            seed=0,
         )
-        for simulated in built.values()
+        for name, simulated in built.items()
         for n in clients
-        for seed in range(lab.seeds)
-    ]
-    results = iter(lab.map(run_closed, points))
-    return {
-        name: {n: [next(results) for _ in range(lab.seeds)] for n in clients}
-        for name in built
     }
+    found = lab.by_seed(run_closed, points)
+    return {name: {n: found[name, n] for n in clients} for name in built}
 
 
 def make(lab: Lab) -> Drawn:
-    """Effective throughput, throughput against latency, and token latency."""
+    """Draw effective throughput, throughput against latency, and token latency."""
     runs = _run(lab, _OUTPUT, _CLIENTS)
     tails = _run(lab, _LONG_OUTPUT, [_LONG_CLIENTS])
     said = (
         "llama-2-70b, colocated:tp4, roofline/a100-80g, closed loop, "
-        f"N={lab.requests(_REQUESTS)} x {lab.seeds} seeds"
+        f"{lab.size(_REQUESTS)}"
     )
     return Drawn(
         panels=[_effective_panel(runs), _latency_panel(runs)],
@@ -150,91 +141,64 @@ def make(lab: Lab) -> Drawn:
     )
 
 
+def _effective_rps(found: Mapping[int, Sequence[ClosedRun]]) -> dict[int, list[float]]:
+    return {n: [run.effective_rps for run in of] for n, of in found.items()}
+
+
 def _effective_panel(runs: Runs) -> Panel:
     return Panel(
         title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, SLA {TOKENS_PER_S} tokens/s",
         x="clients",
         y="effective throughput (requests/s)",
-        series=[
-            banded(
-                name,
-                {n: [r.effective_rps for r in by_seed] for n, by_seed in found.items()},
-                colour,
-            )
-            for colour, (name, found) in enumerate(runs.items())
-        ],
+        series=banded_curves(
+            {name: _effective_rps(found) for name, found in runs.items()}
+        ),
     )
 
 
 def _curve(found: Mapping[int, Sequence[ClosedRun]]) -> list[XY]:
-    """(throughput, latency) by the number of clients, means over seeds."""
+    """Return (throughput, latency) by the number of clients, means over seeds."""
     return [
-        (
-            statistics.mean(r.throughput_rps for r in by_seed),
-            statistics.mean(r.latency_s for r in by_seed),
-        )
+        (mean(r.throughput_rps for r in by_seed), mean(r.latency_s for r in by_seed))
         for by_seed in found.values()
     ]
 
 
 def _latency_panel(runs: Runs) -> Panel:
-    series = [
-        Series(label=name, points=_curve(found), colour=colour)
-        for colour, (name, found) in enumerate(runs.items())
-    ]
-    paper = [
-        Series(
-            label=f"{name}, blog",
-            points=[(_RATE_RPS, _AT_RATE[name]), (_AT_LATENCY[name], _LATENCY_S)],
-            colour=colour,
-            paper=True,
-        )
-        for colour, name in enumerate(runs)
-    ]
+    series = curves({name: _curve(found) for name, found in runs.items()})
+    paper = {
+        name: [(_RATE_RPS, _AT_RATE[name]), (_AT_LATENCY[name], _LATENCY_S)]
+        for name in runs
+    }
     return Panel(
         title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, 1 to {_CLIENTS[-1]} clients",
         x="throughput (requests/s)",
         y="mean latency (s)",
-        series=[*series, *paper],
+        series=[*series, *curves(paper, "{}, blog", style="paper")],
     )
 
 
 def _effective_claim(runs: Runs, said: str) -> Claim:
-    best = {
-        name: [
-            max(found[n][seed].effective_rps for n in _CLIENTS)
-            for seed in range(len(found[_CLIENTS[0]]))
-        ]
-        for name, found in runs.items()
-    }
-    ours, theirs = best.values()
-    at = {
-        name: max(
-            _CLIENTS,
-            key=lambda n: statistics.mean(r.effective_rps for r in found[n]),  # noqa: B023
-        )
-        for name, found in runs.items()
-    }
+    rates = {name: _effective_rps(found) for name, found in runs.items()}
+    ours, theirs = (
+        [max(at_seed) for at_seed in zip(*of.values(), strict=True)]
+        for of in rates.values()
+    )
+    at = {name: max(of, key=lambda n: mean(of[n])) for name, of in rates.items()}  # noqa: B023
     return Claim(
         claim=f"Effective throughput, {_PROMPT}/{_OUTPUT} tokens, {TOKENS_PER_S} "
         "tokens/s: the most of any number of clients",
         paper="1.42 over 0.63 requests/s = 2.3x",
-        ours=f"{shown(ours)} over {shown(theirs)} requests/s = {_over(ours, theirs)} "
+        ours=f"{across_seeds(ours)} over {across_seeds(theirs)} requests/s = "
+        f"{ratio_text(ours, theirs, _NO_RATIO)} "
         f"(at {at['SplitFuse']} and {at['vLLM']} clients)",
         why=_ENGINE,
         runs=said,
     )
 
 
-def _over(above: Sequence[float], below: Sequence[float]) -> str:
-    """The ratio, paired by seed."""
-    if min(below) == 0:
-        return "no ratio: a divisor is 0"
-    return shown([a / b for a, b in zip(above, below, strict=True)], ".2f", "x")
-
-
 def at_latency(curve: Sequence[XY], latency_s: float) -> float | None:
-    """The throughput at which a curve of (throughput, latency) crosses a latency."""
+    """Return the throughput where a curve of (throughput, latency) has a latency."""
     for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if y0 <= latency_s <= y1:
             return x0 + (x1 - x0) * (latency_s - y0) / (y1 - y0)
@@ -247,7 +211,7 @@ def _latency_claim(runs: Runs, name: str, said: str) -> Claim:
     curves = [_curve({n: [found[n][seed]] for n in _CLIENTS}) for seed in seeds]
     rates = [at_latency(curve, _LATENCY_S) for curve in curves]
     known = [rate for rate in rates if rate is not None]
-    ours = f"{shown(known)} rps" if len(known) == len(rates) else "not reached"
+    ours = f"{across_seeds(known)} rps" if len(known) == len(rates) else "not reached"
     at = [(y, x) for x, y in _curve(found)]
     latency = at_latency(at, _RATE_RPS)
     seconds = "not reached" if latency is None else f"{latency:.1f} s on average"
@@ -263,11 +227,13 @@ def _latency_claim(runs: Runs, name: str, said: str) -> Claim:
 def _tail_claim(runs: Runs, said: str) -> Claim:
     ours, theirs = (runs[name][_LONG_CLIENTS] for name in ("SplitFuse", "vLLM"))
     p95, p50 = (
-        _over([getattr(r, f) for r in theirs], [getattr(r, f) for r in ours])
+        ratio_text(
+            [getattr(r, f) for r in theirs], [getattr(r, f) for r in ours], _NO_RATIO
+        )
         for f in ("itl_p95_s", "itl_p50_s")
     )
     p95_ms = [
-        shown([1000 * r.itl_p95_s for r in by_seed], ".0f", " ms")
+        across_seeds([1000 * r.itl_p95_s for r in by_seed], ".0f", " ms")
         for by_seed in (theirs, ours)
     ]
     return Claim(
@@ -278,11 +244,3 @@ def _tail_claim(runs: Runs, said: str) -> Claim:
         why=_ENGINE,
         runs=said,
     )
-
-
-FIGURES = {
-    "fastgen": Figure(
-        title="DeepSpeed-FastGen: SplitFuse against vLLM, closed-loop clients",
-        make=make,
-    )
-}

@@ -1,7 +1,7 @@
-"""Every system at MLPerf's server and interactive bounds, Llama-2-70B on eight H100s.
+"""Judges every system by MLPerf's bounds, with Llama-2-70B on eight H100s.
 
-MLPerf's submissions are no reference: they are tuned stacks, in lower precision. What
-is of interest is which system its bounds favour.
+MLPerf's submissions are no reference: they are tuned stacks, in lower precision. The
+question is which system its server and interactive bounds favour.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named_simulations import roofline_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.papers.figure import (
-    Claim,
-    Drawn,
-    Figure,
-    Lab,
-    Panel,
-    banded,
-    shown,
-)
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.intervals import across_seeds
+from experiments.report.panel import Panel, banded_curves
 
 _BOUNDS = ("llama2-70b", "llama2-70b-interactive")
 _WORKLOAD = "sharegpt"  # for want of OpenOrca's lengths
@@ -56,28 +50,22 @@ Found = Mapping[tuple[str, str], SimGoodput]  # (system, bounds)
 
 
 def make(lab: Lab) -> Drawn:
-    """Goodput of each system at both bounds."""
+    """Draw goodput of each system at both bounds."""
     keys = [(system, bounds) for system in SYSTEMS for bounds in _BOUNDS]
     results = lab.map(find_goodput, [_search(lab, *key) for key in keys])
     found = dict(zip(keys, results, strict=True))
-    series = [
-        banded(
-            system,
-            {
-                1000 * MLPERF_SLOS[bounds].tpot_s: found[
-                    system, bounds
-                ].found.per_seed_rps
-                for bounds in _BOUNDS
-            },
-            colour,
-        )
-        for colour, system in enumerate(SYSTEMS)
-    ]
+    rates = {
+        system: {
+            1000 * MLPERF_SLOS[bounds].tpot_s: found[system, bounds].found.per_seed_rps
+            for bounds in _BOUNDS
+        }
+        for system in SYSTEMS
+    }
     panel = Panel(
         title="Llama-2-70B, 8 H100; TTFT <= 450 ms (interactive) and 2 s (server)",
         x="P99 TPOT allowed (ms)",
         y="goodput (requests/s of the deployment)",
-        series=series,
+        series=banded_curves(rates),
     )
     return Drawn(
         panels=[panel], claims=[_claim(lab, bounds, found) for bounds in _BOUNDS]
@@ -92,16 +80,11 @@ def _claim(lab: Lab, bounds: str, found: Found) -> Claim:
         claim=f"Beyond the papers: goodput at MLPerf's {bounds} bounds, {mlperf(slo)}",
         paper="-",
         ours="; ".join(
-            f"{name} {shown(rates[name].found.per_seed_rps, '.1f')} rps"
+            f"{name} {across_seeds(rates[name].found.per_seed_rps, '.1f')} rps"
             for name in best
         ),
         why="Default parameters of each system. The benchmark's OpenOrca lengths are "
         f"not at hand: {_WORKLOAD} instead; runs are shorter than its 600 s",
         runs=f"{_COLOCATED} or {_SPLIT}, roofline/h100/llama-2-70b, "
-        f"N={lab.requests(_REQUESTS)} x {lab.seeds} seeds",
+        f"{lab.size(_REQUESTS)}",
     )
-
-
-FIGURES = {
-    "mlperf": Figure(title="MLPerf's server bounds: goodput of each system", make=make)
-}

@@ -1,4 +1,4 @@
-"""Systems over rates, and what the runs say about an SLO."""
+"""Runs the arms of a figure over rates, and judges the runs by an SLO."""
 
 from __future__ import annotations
 
@@ -9,69 +9,87 @@ from collections.abc import Mapping, Sequence
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
-from disagg_jax.sim.run import RunLatencies, SimulationTask
+from disagg_jax.sim.run import RunLatencies, SimulationTask, run_task
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.workload import RandomWorkload
 from experiments.papers.distserve.published import TARGET
-from experiments.papers.figure import Lab, shown, shown_interval
+from experiments.papers.figure import Lab
+from experiments.report.intervals import across_seeds, ratio_text
+
+# Requests/s per GPU so low that none waits: what queueing cannot be blamed for.
+IDLE = 1e-3
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class System:
+@dataclasses.dataclass(frozen=True)
+class Arm:
     """A deployment with its policies and cost model, as a figure's runs need it."""
 
     label: str
     simulation: Simulation
     deployment: str  # as `Deployment.parse` reads it
+    _: dataclasses.KW_ONLY
     num_requests: int  # of a run
     # GPUs that a rate is divided over; None is all of them. A phase studied alone has
     # helpers that do not count.
     devices: int | None = None
 
-    def points(
+    def runs(
         self, lab: Lab, workload: RandomWorkload, rates: Sequence[float]
-    ) -> list[SimulationTask]:
-        """A run for each rate (requests/s per GPU) and seed, seeds innermost."""
+    ) -> dict[float, SimulationTask]:
+        """Return a run for each rate, in requests/s per GPU."""
         deployment = Deployment.parse(self.deployment)
         extra = workload.extra_tokens + self.simulation.extra_tokens
-        return [
-            SimulationTask(
+        return {
+            rate: SimulationTask(
                 simulated=self.simulation.build(deployment),
                 workload=dataclasses.replace(workload, extra_tokens=extra),
                 rate_rps=rate * (self.devices or deployment.devices),
                 num_requests=lab.requests(self.num_requests),
-                seed=seed,
+                seed=0,
             )
             for rate in rates
-            for seed in range(lab.seeds)
-        ]
+        }
 
     def said(self, lab: Lab) -> str:
-        """What was run, for the report."""
+        """Write what was run, for the report."""
         instances = Deployment.parse(self.deployment).instances
         cost = self.simulation.cost_of(instances[0]).name
-        return (
-            f"{self.label}: {self.deployment}, {cost}, "
-            f"N={lab.requests(self.num_requests)} x {lab.seeds} seeds"
-        )
+        size = lab.size(self.num_requests)
+        return f"{self.label}: {self.deployment}, {cost}, {size}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """A system's runs: rate per GPU -> the result of each seed."""
+@dataclasses.dataclass(frozen=True)
+class ArmRuns:
+    """An arm's runs: rate per GPU -> the result of each seed."""
 
-    system: System
+    arm: Arm
     results: Mapping[float, Sequence[RunLatencies]]
 
     def attainments(self, slo: SLO) -> dict[float, list[float]]:
-        """Joint attainment of each seed at each rate."""
+        """Return each seed's joint attainment, by rate."""
         return {
             rate: [result.attainment(slo).joint for result in results]
             for rate, results in self.results.items()
         }
 
+    def percentages(self, slo: SLO) -> dict[float, list[float]]:
+        """Return each seed's joint attainment in %, by rate; without that of `IDLE`."""
+        found = self.attainments(slo)
+        return {r: in_percent(shares) for r, shares in found.items() if r != IDLE}
+
+    def by_scale(
+        self, slo: SLO, rate: float, scales: Sequence[float]
+    ) -> dict[float, list[float]]:
+        """Return each seed's attainment in % at a rate, by the scale of the SLO."""
+        return {
+            x: in_percent(
+                [r.attainment(slo.scaled(x)).joint for r in self.results[rate]]
+            )
+            for x in scales
+        }
+
     def limit(self, slo: SLO) -> str:
-        """Which target breaks the system: at the lowest rate that fails it."""
+        """Name the target that breaks the arm at the lowest failing rate."""
         for results in self.results.values():
             found = [result.attainment(slo) for result in results]
             joint, ttft, tpot = (
@@ -83,7 +101,7 @@ class Sweep:
         return "neither target"
 
     def goodputs(self, slo: SLO) -> Goodputs:
-        """Each seed's crossing of the target, interpolated on the rates that ran."""
+        """Return each seed's crossing of the target, interpolated between rates."""
         by_seed = zip(*self.attainments(slo).values(), strict=True)
         found = [
             metrics.goodput(list(zip(self.results, values, strict=True)), TARGET)
@@ -103,46 +121,38 @@ class Goodputs:
     top: bool  # no seed failed at any rate: bounds from below
 
     def __str__(self) -> str:
-        text = (">= " if self.top else "") + shown(self.rates)
+        text = (">= " if self.top else "") + across_seeds(self.rates)
         failed = sum(rate == 0 for rate in self.rates)
         note = f" ({failed} of {len(self.rates)} seeds fail at the lowest rate)"
         return text + (note if failed else "")
 
     def over(self, other: Goodputs) -> str:
-        """The ratio, paired by seed."""
-        pairs = list(zip(self.rates, other.rates, strict=True))
-        if any(below == 0 for _, below in pairs):
-            return "no ratio: a seed of the divisor fails at the lowest rate"
-        return shown([above / below for above, below in pairs], ".2f", "x")
+        """Write the ratio, paired by seed."""
+        undefined = "no ratio: a seed of the divisor fails at the lowest rate"
+        return ratio_text(self.rates, other.rates, undefined)
 
 
-def run_systems(
-    lab: Lab,
-    systems: Sequence[System],
-    workload: RandomWorkload,
-    rates: Sequence[float],
-) -> dict[str, Sweep]:
-    """Every system at every rate with every seed; all see the same requests."""
-    parts = [system.points(lab, workload, rates) for system in systems]
-    results = iter(lab.run([point for part in parts for point in part]))
+def run_arms(
+    lab: Lab, arms: Sequence[Arm], workload: RandomWorkload, rates: Sequence[float]
+) -> dict[str, ArmRuns]:
+    """Run every arm at every rate with every seed; all see the same requests."""
+    runs = {
+        (arm.label, rate): run
+        for arm in arms
+        for rate, run in arm.runs(lab, workload, rates).items()
+    }
+    found = lab.by_seed(run_task, runs)
     return {
-        system.label: Sweep(
-            system=system,
-            results={rate: [next(results) for _ in range(lab.seeds)] for rate in rates},
-        )
-        for system in systems
+        arm.label: ArmRuns(arm, {rate: found[arm.label, rate] for rate in rates})
+        for arm in arms
     }
 
 
-def percent(shares: Sequence[float]) -> str:
-    """Shares as a percentage with an interval that stays within 0 and 100."""
-    found = metrics.interval_across([100 * share for share in shares])
-    if found.low is not None and found.high is not None:
-        low, high = max(0.0, found.low), min(100.0, found.high)
-        found = dataclasses.replace(found, low=low, high=high)
-    return shown_interval(found, ".1f", " %")
+def in_percent(shares: Sequence[float]) -> list[float]:
+    """Return shares times 100."""
+    return [100 * share for share in shares]
 
 
 def geometric(low: float, high: float, n: int) -> list[float]:
-    """`n` rates from `low` to `high`, each the same factor above the one before."""
+    """Return `n` rates from `low` to `high` in equal factors."""
     return [low * (high / low) ** (i / (n - 1)) for i in range(n)]

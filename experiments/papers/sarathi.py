@@ -1,9 +1,9 @@
-"""SARATHI (arXiv 2308.16369): decodes that ride on prompt chunks.
+"""Reproduces SARATHI (arXiv 2308.16369): decodes that ride on prompt chunks.
 
-Table 4 and Fig. 8, and what Figs. 3 and 4, the chunk overhead and the comparison with
-Orca say. All of it is step times of the roofline, or a run of equal requests that all
-wait from the start: nothing is drawn, so there is no interval. The published numbers
-are those of facts/schedulers.md 1.3.
+Table 4 and Fig. 8 are drawn; claims cover Figs. 3 and 4, the chunk overhead and the
+comparison with Orca. All numbers are step times of the roofline, or come from a run of
+equal requests that all wait from the start: nothing is random, so there is no interval.
+The published numbers are in the paper's Tables 2 and 4, its Fig. 8 and its text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from experiments.papers.colocated import ROOFLINE, colocated, step_s
-from experiments.papers.distserve.published import XY
-from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.panel import XY, Panel, Series, curves
 
 CHUNK = 256  # C of Table 4
 _ROUNDS = 40  # requests of a run, in batches of B: start and end then weigh little
@@ -30,7 +30,7 @@ _A100 = ("llama-33b", "a100-80g")
 _AROUND = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Row:
     """A row of Table 4."""
 
@@ -51,46 +51,33 @@ class Row:
         return f"{self.model} on {self.hardware}, {self.length} tokens, B={self.batch}"
 
 
-def _row(
-    on: tuple[str, str], length: int, batch: int, speedup: float, gain: float
-) -> Row:
-    return Row(
-        model=on[0],
-        hardware=on[1],
-        length=length,
-        batch=batch,
-        decode_speedup=speedup,
-        gain=gain,
-    )
-
-
 TABLE_4 = (
-    _row(_A6000, 1024, 6, 5.45, 1.33),
-    _row(_A6000, 2048, 6, 3.26, 1.26),
-    _row(_A6000, 3072, 6, 2.51, 1.22),
-    _row(_A100, 1024, 10, 3.83, 1.25),
-    _row(_A100, 2048, 5, 4.25, 1.22),
-    _row(_A100, 3072, 3, 3.51, 1.14),
+    Row(*_A6000, 1024, 6, 5.45, 1.33),
+    Row(*_A6000, 2048, 6, 3.26, 1.26),
+    Row(*_A6000, 3072, 6, 2.51, 1.22),
+    Row(*_A100, 1024, 10, 3.83, 1.25),
+    Row(*_A100, 2048, 5, 4.25, 1.22),
+    Row(*_A100, 3072, 3, 3.51, 1.14),
 )
 
 
 def decode_speedup(
     model: str, hardware: str, length: int, batch: int, chunk: int = CHUNK
 ) -> float:
-    """A decode's time in a batch of its own, over what it adds to a chunk."""
+    """Divide a decode's time in a batch of its own by the time it adds to a chunk."""
     riding = piggybacked_s(model, hardware, length, batch, chunk)
     return alone_s(model, hardware, length, batch) / riding
 
 
 def alone_s(model: str, hardware: str, length: int, batch: int) -> float:
-    """Seconds for each token of a step of decodes only."""
+    """Return the seconds for each token of a step of decodes only."""
     return step_s(model, hardware, decodes=batch, context=length) / batch
 
 
 def piggybacked_s(
     model: str, hardware: str, length: int, batch: int, chunk: int = CHUNK
 ) -> float:
-    """Seconds that each of B - 1 decodes adds to a prompt's first chunk."""
+    """Return the seconds that each of B - 1 decodes adds to a prompt's first chunk."""
     decodes = batch - 1
     part = ((0, chunk - decodes),)
     mixed = step_s(model, hardware, chunks=part, decodes=decodes, context=length)
@@ -103,12 +90,12 @@ def piggybacked_s(
 def requests(
     length: int, prompts_per_decode: float, n: int, staggered: int = 0
 ) -> list[Request]:
-    """`n` equal requests that wait from the start.
+    """Return `n` equal requests that wait from the start.
 
     Args:
       prompts_per_decode: P:D, prompt tokens for each output token.
-      staggered: so many first ones end one after the other, so that prompts come one
-        at a time from then on.
+      staggered: the first requests, in this number, end one after the other, so that
+        prompts come one at a time from then on.
     """
     output = max(1, round(length / (1 + prompts_per_decode)))
     return [
@@ -125,7 +112,7 @@ def requests(
 
 
 def tokens_per_s(row: Row, policy: Policy, asked: Sequence[Request]) -> float:
-    """Prompt and output tokens per second of a run."""
+    """Return the prompt and output tokens per second of a run."""
     simulation = colocated(
         row.model,
         row.hardware,
@@ -140,7 +127,7 @@ def tokens_per_s(row: Row, policy: Policy, asked: Sequence[Request]) -> float:
 def gain(
     row: Row, policy: Policy, ratio: float, n: int, stagger: bool = False
 ) -> float:
-    """Throughput over the baseline's: B prompts together, then their decodes."""
+    """Return throughput over the baseline's: B prompts together, then their decodes."""
     baseline = PrefillFirst(max_seqs=row.batch, max_batched_tokens=_NO_CAP)
     before = tokens_per_s(row, baseline, requests(row.length, ratio, n))
     asked = requests(row.length, ratio, n, row.batch if stagger else 0)
@@ -150,7 +137,7 @@ def gain(
 def _gains(
     lab: Lab, row: Row, policy: Policy, ratios: Sequence[float], stagger: bool = False
 ) -> list[XY]:
-    """(P:D, gain) at each ratio."""
+    """Return (P:D, gain) at each ratio."""
     n = lab.requests(_ROUNDS * row.batch)
     return [(ratio, gain(row, policy, ratio, n, stagger)) for ratio in ratios]
 
@@ -167,17 +154,17 @@ def _sarathi(row: Row, chunk: int = CHUNK) -> Sarathi:
 
 
 def table4(lab: Lab) -> Drawn:
-    """Decode speed-up and end-to-end gain, and Orca beside them."""
-    curves = {
+    """Draw decode speed-up and end-to-end gain, and Orca beside them."""
+    gains = {
         row.name: _gains(lab, row, _sarathi(row), [x * row.balanced for x in _AROUND])
         for row in TABLE_4
     }
     orca = _orca_curves(lab)
     panels = [
-        _gain_panel(on, [row for row in TABLE_4 if row.model == on[0]], curves)
+        _gain_panel(on, [row for row in TABLE_4 if row.model == on[0]], gains)
         for on in (_A6000, _A100)
     ]
-    claims = [claim for row in TABLE_4 for claim in _claims(lab, row, curves[row.name])]
+    claims = [claim for row in TABLE_4 for claim in _claims(lab, row, gains[row.name])]
     return Drawn(
         panels=[*panels, _orca_panel(orca)],
         claims=[*claims, *_orca_claims(lab, orca)],
@@ -185,26 +172,20 @@ def table4(lab: Lab) -> Drawn:
 
 
 def _gain_panel(
-    on: tuple[str, str], rows: Sequence[Row], curves: dict[str, list[XY]]
+    on: tuple[str, str], rows: Sequence[Row], gains: dict[str, list[XY]]
 ) -> Panel:
-    ours = [
-        Series(label=f"{r.length} tokens, B={r.batch}", points=curves[r.name], colour=i)
-        for i, r in enumerate(rows)
-    ]
-    paper = [
-        Series(
-            label=f"{r.length} tokens, paper",
-            points=[(r.balanced, r.gain)],
-            colour=i,
-            paper=True,
-        )
-        for i, r in enumerate(rows)
-    ]
+    ours = curves({f"{r.length} tokens, B={r.batch}": gains[r.name] for r in rows})
+    paper = {r.length: [(r.balanced, r.gain)] for r in rows}
+    theirs = curves(paper, "{} tokens, paper", style="paper")
+    return _gain_axes(f"{on[0]} on {on[1]}, C={CHUNK}", [*ours, *theirs])
+
+
+def _gain_axes(title: str, series: Sequence[Series]) -> Panel:
     return Panel(
-        title=f"{on[0]} on {on[1]}, C={CHUNK}",
+        title=title,
         x="prompt tokens per output token (P:D)",
         y="throughput over the baseline",
-        series=[*ours, *paper],
+        series=series,
         line=1.0,
     )
 
@@ -237,12 +218,12 @@ def _claims(lab: Lab, row: Row, curve: Sequence[XY]) -> list[Claim]:
 
 # ---- Orca beside it ------------------------------------------------------------------
 
-_WIDE = _row(_A6000, 1024, 18, 0.0, 1.27)
+_WIDE = Row(*_A6000, 1024, 18, 0.0, 1.27)
 _ORCA_PD = (3.5, 7.0, 10.0, 14.0, 20.0, 28.0, 56.0)
 
 
 def _orca_curves(lab: Lab) -> dict[str, list[XY]]:
-    """Gains over P:D with B=18 and 1K tokens."""
+    """Return gains over P:D with B=18 and 1K tokens."""
     orca = Orca(max_seqs=_WIDE.batch, max_batched_tokens=_NO_CAP)
     return {
         "SARATHI, C=256": _gains(lab, _WIDE, _sarathi(_WIDE, 256), _ORCA_PD),
@@ -261,26 +242,18 @@ _ORCA_PAPER = {
 }
 
 
-def _orca_panel(curves: dict[str, list[XY]]) -> Panel:
-    ours = [
-        Series(label=label, points=points, colour=i)
-        for i, (label, points) in enumerate(curves.items())
-    ]
-    paper = [
-        Series(label=f"{label}, paper", points=[(at, best)], colour=i, paper=True)
-        for i, (label, (at, best)) in enumerate(_ORCA_PAPER.items())
+def _orca_panel(gains: dict[str, list[XY]]) -> Panel:
+    paper = {
+        label: [(at, best)]
+        for label, (at, best) in _ORCA_PAPER.items()
         if at is not None
-    ]
-    return Panel(
-        title=f"{_A6000[0]} on {_A6000[1]}, 1024 tokens, B={_WIDE.batch}",
-        x="prompt tokens per output token (P:D)",
-        y="throughput over the baseline",
-        series=[*ours, *paper],
-        line=1.0,
-    )
+    }
+    theirs = curves(paper, "{}, paper", style="paper")
+    title = f"{_A6000[0]} on {_A6000[1]}, 1024 tokens, B={_WIDE.batch}"
+    return _gain_axes(title, [*curves(gains), *theirs])
 
 
-def _orca_claims(lab: Lab, curves: dict[str, list[XY]]) -> list[Claim]:
+def _orca_claims(lab: Lab, gains: dict[str, list[XY]]) -> list[Claim]:
     why = {
         "SARATHI, C=512": "A chunk of 512 costs our prefill more than the paper's 10 % "
         "at most (sarathi_fig8)",
@@ -289,7 +262,7 @@ def _orca_claims(lab: Lab, curves: dict[str, list[XY]]) -> list[Claim]:
     }
     claims: list[Claim] = []
     for label, (at, best) in _ORCA_PAPER.items():
-        ours_at, ours = _peak(curves[label])
+        ours_at, ours = _peak(gains[label])
         where = "" if at is None else f" at P:D {at:g}"
         claims.append(
             Claim(
@@ -314,7 +287,7 @@ _BATCHES = (2, 3, 4, 6, 8, 10, 12, 15, 18)
 
 
 def fig8(lab: Lab) -> Drawn:
-    """Decode speed-up over B, one step's time over its tokens, the price of chunks."""
+    """Draw decode speed-ups, one step's time over its tokens, the price of chunks."""
     speedups = {
         length: [
             (float(b), decode_speedup(*_A6000, length, b))
@@ -329,18 +302,18 @@ def fig8(lab: Lab) -> Drawn:
     }
     return Drawn(
         panels=[
-            _panel_of(
-                speedups,
+            Panel(
                 title=f"{_A6000[0]} on {_A6000[1]}, C={CHUNK}",
                 x="requests in the batch (B)",
                 y="decode speed-up",
+                series=curves(speedups, "{} tokens"),
             ),
             _tile_panel(),
-            _panel_of(
-                overheads,
+            Panel(
                 title="a prompt in chunks, over the prompt at once",
                 x="chunk (tokens)",
                 y="prefill time in chunks / at once",
+                series=curves(overheads, "{} tokens"),
             ),
         ],
         claims=[_fig8_claim(speedups), _table2_claim(), *_tile_claims()]
@@ -349,20 +322,12 @@ def fig8(lab: Lab) -> Drawn:
 
 
 def chunk_overhead(model: str, hardware: str, prompt: int, chunk: int) -> float:
-    """Time of a prompt in chunks, over that of the prompt in one step."""
+    """Divide the time of a prompt in chunks by its time in one step."""
     parts_s = sum(
         step_s(model, hardware, chunks=((start, min(chunk, prompt - start)),))
         for start in range(0, prompt, chunk)
     )
     return parts_s / step_s(model, hardware, chunks=((0, prompt),))
-
-
-def _panel_of(curves: dict[int, list[XY]], *, title: str, x: str, y: str) -> Panel:
-    series = [
-        Series(label=f"{length} tokens", points=points, colour=i)
-        for i, (length, points) in enumerate(curves.items())
-    ]
-    return Panel(title=title, x=x, y=y, series=series)
 
 
 def _tile_ms(tokens: int) -> float:
@@ -378,7 +343,7 @@ def _tile_panel() -> Panel:
         y="step time (ms)",
         series=[
             Series(label="ours", points=ours, colour=0),
-            Series(label="paper", points=paper, colour=0, paper=True),
+            Series(label="paper", points=paper, colour=0, style="paper"),
         ],
     )
 
@@ -440,15 +405,3 @@ def _overhead_claim(chunk: int, said: str) -> Claim:
         "free in the roofline",
         runs="step times",
     )
-
-
-FIGURES = {
-    "sarathi_table4": Figure(
-        title="SARATHI, Table 4: decodes that ride on chunks, and Orca",
-        make=table4,
-        reads=("num_requests",),
-    ),
-    "sarathi_fig8": Figure(
-        title="SARATHI, Fig. 8: decode speed-up, tiles, and chunks", make=fig8, reads=()
-    ),
-}

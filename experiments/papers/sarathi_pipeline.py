@@ -1,8 +1,8 @@
-"""SARATHI's GPT-3 study: pipeline bubbles with whole prompts and with chunks.
+"""Reproduces SARATHI's GPT-3 study: pipeline bubbles with whole prompts and chunks.
 
 GPT-3 on 64 A100s: 8-way tensor by 8-way pipeline parallelism, a stage to a node, or 8
-replicas of one node each. The published numbers (facts/schedulers.md 1.3) are those of
-a simulation too. All requests wait from the start.
+replicas of one node each. The published numbers (arXiv 2308.16369, its GPT-3
+study) come from a simulation too. All requests wait from the start.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Event, Step, Work
 from disagg_jax.workload.lengths import HistogramLengths
 from experiments.papers.colocated import colocated
-from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series, shown
+from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.varied_cost import VariedCost
+from experiments.report.intervals import across_seeds, ratio_text
+from experiments.report.panel import Panel, curves
 
 _THETA, _SHORTEST, _LONGEST = 0.4, 1024, 4096  # Zipf; tokens of a request
 _PROMPT_PER_OUTPUT = 10  # P:D
@@ -40,7 +42,7 @@ _BUBBLE, _OVER_ORCA, _OVER_REPLICAS, _REPLICAS_OVER_ORCA = 6.29, 1.91, 1.48, 1.2
 
 
 def requests(n: int, seed: int) -> list[Request]:
-    """`n` requests of Zipf lengths, all at time 0."""
+    """Return `n` requests of Zipf lengths, all at time 0."""
     ranks = range(1, _LONGEST - _SHORTEST + 2)
     lengths = HistogramLengths(
         edges=tuple(range(_SHORTEST, _LONGEST + 2)),
@@ -105,14 +107,14 @@ class PipelinePoint:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineRun:
-    """What is kept of a run; all in seconds."""
+    """The numbers of a run that claims use, in seconds."""
 
     bubbles_s: tuple[float, ...]  # of each request, ascending
     ends_s: tuple[float, ...]  # when each completes, ascending
 
 
 def run_pipeline(point: PipelinePoint) -> PipelineRun:
-    """Simulates a point, step by step."""
+    """Simulate a point, step by step."""
     cost = VariedCost(
         cost=point.simulated.cost, deviation=point.deviation, seed=point.seed
     )
@@ -129,23 +131,14 @@ def run_pipeline(point: PipelinePoint) -> PipelineRun:
 def _systems() -> dict[str, tuple[str, Policy]]:
     pipeline, replica = _BATCH[_PIPELINE], _BATCH[_REPLICAS]
     return {
-        _SARATHI: (
-            _PIPELINE,
-            Sarathi(chunk_tokens=_CHUNK, max_seqs=pipeline),
-        ),
-        _ORCA: (
-            _PIPELINE,
-            Orca(max_seqs=pipeline, max_batched_tokens=_NO_CAP),
-        ),
-        _TP_ONLY: (
-            _REPLICAS,
-            Orca(max_seqs=replica, max_batched_tokens=_NO_CAP),
-        ),
+        _SARATHI: (_PIPELINE, Sarathi(chunk_tokens=_CHUNK, max_seqs=pipeline)),
+        _ORCA: (_PIPELINE, Orca(max_seqs=pipeline, max_batched_tokens=_NO_CAP)),
+        _TP_ONLY: (_REPLICAS, Orca(max_seqs=replica, max_batched_tokens=_NO_CAP)),
     }
 
 
 def build(deployment: str, policy: Policy) -> SimulatedDeployment:
-    """GPT-3 with `policy`; spans off, so that every step is seen."""
+    """Build GPT-3 with `policy`; spans are off, so that `Bubbles` sees every step."""
     simulation = colocated("gpt3-175b", "a100-80g-200gb", policy, max_context=_LONGEST)
     built = simulation.build(Deployment.parse(deployment))
     return dataclasses.replace(built, spans=False)
@@ -155,23 +148,21 @@ Runs = Mapping[str, Sequence[PipelineRun]]  # system -> by seed
 
 
 def make(lab: Lab) -> Drawn:
-    """Bubbles of a request and completion of all, by system."""
+    """Draw bubbles of a request and completion of all, by system."""
     built = {name: build(*system) for name, system in _systems().items()}
-    points = [
-        PipelinePoint(
+    points = {
+        (deviation, name): PipelinePoint(
             simulated=simulated,
             num_requests=lab.requests(_REQUESTS),
-            seed=seed,
+            seed=0,
             deviation=deviation,
         )
         for deviation in _DEVIATIONS
-        for simulated in built.values()
-        for seed in range(lab.seeds)
-    ]
-    results = iter(lab.map(run_pipeline, points))
+        for name, simulated in built.items()
+    }
+    results = lab.by_seed(run_pipeline, points)
     runs, *varied = [
-        {name: [next(results) for _ in range(lab.seeds)] for name in built}
-        for _ in _DEVIATIONS
+        {name: results[deviation, name] for name in built} for deviation in _DEVIATIONS
     ]
     said = (
         f"gpt3-175b, roofline/a100-80g-200gb, B={_BATCH[_PIPELINE]} and "
@@ -194,18 +185,14 @@ def _panels(runs: Runs) -> list[Panel]:
 
 
 def _shares(values: Mapping[str, Sequence[float]], title: str, x: str) -> Panel:
-    series = [
-        Series(
-            label=name,
-            points=[
-                (found[round(share / 100 * (len(found) - 1))], float(share))
-                for share in range(101)
-            ],
-            colour=colour,
-        )
-        for colour, (name, found) in enumerate(values.items())
-    ]
-    return Panel(title=title, x=x, y="requests (%)", series=series)
+    points = {
+        name: [
+            (found[round(share / 100 * (len(found) - 1))], float(share))
+            for share in range(101)
+        ]
+        for name, found in values.items()
+    }
+    return Panel(title=title, x=x, y="requests (%)", series=curves(points))
 
 
 def _claims(runs: Runs, said: str) -> list[Claim]:
@@ -253,12 +240,12 @@ def _claims(runs: Runs, said: str) -> list[Claim]:
 
 
 def _varied_claim(deviation: float, runs: Runs, said: str) -> Claim:
-    """The bubbles, and when SARATHI completes all, with varied step times."""
+    """Write the bubbles, and when SARATHI completes all, with varied step times."""
     sarathi_s = _ends_s(runs, _SARATHI)
     ratios = (
-        _ratio(_bubbles_s(runs, _ORCA), _bubbles_s(runs, _SARATHI)),
-        _ratio(_ends_s(runs, _ORCA), sarathi_s),
-        _ratio(_ends_s(runs, _TP_ONLY), sarathi_s),
+        ratio_text(_bubbles_s(runs, _ORCA), _bubbles_s(runs, _SARATHI)),
+        ratio_text(_ends_s(runs, _ORCA), sarathi_s),
+        ratio_text(_ends_s(runs, _TP_ONLY), sarathi_s),
     )
     return Claim(
         claim=f"Step times vary by {100 * deviation:.0f} %: bubbles, Orca's over "
@@ -274,29 +261,16 @@ def _varied_claim(deviation: float, runs: Runs, said: str) -> Claim:
 
 
 def _bubbles_s(runs: Runs, system: str) -> list[float]:
-    """The median bubble time of a request, by seed."""
+    """Return the median bubble time of a request, by seed."""
     return [statistics.median(run.bubbles_s) for run in runs[system]]
 
 
 def _ends_s(runs: Runs, system: str) -> list[float]:
-    """When all are complete, by seed."""
+    """Return the time at which all requests are complete, by seed."""
     return [run.ends_s[-1] for run in runs[system]]
 
 
-def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
-    """The ratio, paired by seed."""
-    return shown([a / b for a, b in zip(above, below, strict=True)], ".2f", "x")
-
-
 def _with_parts(above_s: Sequence[float], below_s: Sequence[float]) -> str:
-    """The ratio, and what it is of."""
-    parts = f"{shown(above_s, '.1f', ' s')} over {shown(below_s, '.1f', ' s')}"
-    return f"{_ratio(above_s, below_s)} ({parts})"
-
-
-FIGURES = {
-    "sarathi_gpt3": Figure(
-        title="SARATHI: GPT-3 on 64 A100s, with and without pipeline bubbles",
-        make=make,
-    )
-}
+    """Write the ratio, and both sides of it."""
+    above, below = (across_seeds(side, ".1f", " s") for side in (above_s, below_s))
+    return f"{ratio_text(above_s, below_s)} ({above} over {below})"

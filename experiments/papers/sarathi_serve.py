@@ -1,8 +1,8 @@
-"""Sarathi-Serve (OSDI'24): what hybrid batches and chunks each do, and capacity.
+"""Reproduces Sarathi-Serve (OSDI'24): hybrid batches, chunks, and capacity.
 
-The published numbers are those of facts/schedulers.md 1.4. Its lengths are not public
-but for the chat ones: ours are log-normals through the published quantiles
-(experiments/configs/paper_workloads.py).
+The published numbers are in the paper's evaluation and its ablation of the two ideas.
+Only its chat lengths are public: ours are log-normals through the quantiles of its
+Table 2 (experiments/configs/paper_workloads.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import sarathi_serve
 from disagg_jax.request import Timeline
 from disagg_jax.scheduling.interface import Policy
@@ -32,16 +32,9 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad, Transfer
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.colocated import colocated
-from experiments.papers.figure import (
-    Claim,
-    Drawn,
-    Figure,
-    Lab,
-    Panel,
-    Series,
-    banded,
-    shown,
-)
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.intervals import across_seeds, ratio_text
+from experiments.report.panel import Panel, banded_curves, curves
 
 _CHAT, _ARXIV = "openchat_sharegpt4", "arxiv_summarization"
 _LONGEST = {_CHAT: 8192, _ARXIV: 16_384}  # tokens of a request
@@ -75,8 +68,9 @@ _ABLATION = {
 class TwoPasses:
     """A `DeploymentCost` in which a step's decodes and its chunks do not share a pass.
 
-    That is chunking without hybrid batches: the decodes' pass and the chunks' take
-    turns, and a decode waits for one budget of prompt tokens as it does in the other.
+    This is chunking without hybrid batches: the pass of the decodes and the pass of the
+    chunks take turns, and a decode waits for one budget of prompt tokens, as it does in
+    a hybrid batch.
     """
 
     cost: DeploymentCost
@@ -96,7 +90,7 @@ class TwoPasses:
 
 
 def variants(workload: str) -> dict[str, SimulatedDeployment]:
-    """Yi-34B on two A100s with one of the two ideas, or both."""
+    """Build Yi-34B on two A100s with one of the two ideas, or both."""
     budgets = {"hybrid-only": _LONGEST[workload], "chunked-only": _TAU, "both": _TAU}
     built = {
         name: _yi(SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS), workload)
@@ -116,14 +110,14 @@ def _yi(policy: Policy, workload: str) -> SimulatedDeployment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latencies:
-    """What the ablation shows of a run, in seconds."""
+    """Latencies of a run, in seconds."""
 
     ttft_p50_s: float
     tbt_p99_s: float  # of all gaps between tokens, pooled
 
 
 def latencies(timelines: Sequence[Timeline]) -> Latencies:
-    """Of requests that all were served."""
+    """Return the latencies of requests that all were served."""
     return Latencies(
         ttft_p50_s=statistics.median(metrics.ttft_s(t) for t in timelines),
         tbt_p99_s=float(np.quantile(metrics.pooled_itl_s(timelines), 0.99)),
@@ -131,30 +125,27 @@ def latencies(timelines: Sequence[Timeline]) -> Latencies:
 
 
 def run_latencies(point: SimulationTask) -> Latencies:
-    """Simulates a point."""
+    """Simulate a point."""
     return latencies(point.simulated.run(point.requests()).timelines)
 
 
 def run_ablation(lab: Lab, workload: str) -> dict[str, list[Latencies]]:
-    """Each variant's latencies, by seed."""
-    built = variants(workload)
-    points = [
-        SimulationTask(
+    """Return each variant's latencies, by seed."""
+    points = {
+        name: SimulationTask(
             simulated=simulated,
             workload=get_workload(workload),
             rate_rps=_ABLATION_RPS[workload],
             num_requests=lab.requests(_ABLATION_REQUESTS),
-            seed=seed,
+            seed=0,
         )
-        for simulated in built.values()
-        for seed in range(lab.seeds)
-    ]
-    results = iter(lab.map(run_latencies, points))
-    return {name: [next(results) for _ in range(lab.seeds)] for name in built}
+        for name, simulated in variants(workload).items()
+    }
+    return lab.by_seed(run_latencies, points)
 
 
 def ablation(lab: Lab) -> Drawn:
-    """P50 TTFT and P99 TBT with hybrid batches, with chunks, and with both."""
+    """Draw P50 TTFT and P99 TBT with hybrid batches, with chunks, and with both."""
     found = {workload: run_ablation(lab, workload) for workload in _ABLATION}
     return Drawn(
         panels=[_ablation_panel(w, by_name) for w, by_name in found.items()],
@@ -163,21 +154,20 @@ def ablation(lab: Lab) -> Drawn:
 
 
 def _ablation_panel(workload: str, found: Mapping[str, Sequence[Latencies]]) -> Panel:
-    series: list[Series] = []
-    for colour, (name, runs) in enumerate(found.items()):
-        at = tuple(
-            statistics.mean(getattr(run, field) for run in runs)
-            for field in ("ttft_p50_s", "tbt_p99_s")
-        )
-        series.append(Series(label=name, points=[(at[0], at[1])], colour=colour))
-        series.append(
-            Series(
-                label=f"{name}, paper",
-                points=[_ABLATION[workload][name]],
-                colour=colour,
-                paper=True,
+    means = {
+        name: [
+            (
+                statistics.mean(run.ttft_p50_s for run in runs),
+                statistics.mean(run.tbt_p99_s for run in runs),
             )
-        )
+        ]
+        for name, runs in found.items()
+    }
+    ours = curves(means)
+    paper = {name: [_ABLATION[workload][name]] for name in found}
+    theirs = curves(paper, "{}, paper", style="paper")
+    # Each system's two points side by side in the legend.
+    series = [one for pair in zip(ours, theirs, strict=True) for one in pair]
     return Panel(
         title=f"{workload}, {_ABLATION_RPS[workload]:g} requests/s; means over seeds",
         x="P50 TTFT (s)",
@@ -192,15 +182,15 @@ def _rows(
 ) -> list[Claim]:
     runs = (
         f"yi-34b, colocated:tp2, roofline/a100-80g, {_ABLATION_RPS[workload]:g} rps, "
-        f"N={lab.requests(_ABLATION_REQUESTS)} x {lab.seeds} seeds; {workload} lengths "
-        "are log-normal through the published median and P90"
+        f"{lab.size(_ABLATION_REQUESTS)}; {workload} lengths are log-normal through "
+        "the published median and P90"
     )
     values = [
         Claim(
             claim=f"Ablation, {workload}, {name}: P50 TTFT, P99 TBT",
             paper="{:.2f} s, {:.2f} s".format(*_ABLATION[workload][name]),
-            ours=f"{shown([r.ttft_p50_s for r in by_seed], '.2f', ' s')}, "
-            f"{shown([r.tbt_p99_s for r in by_seed], '.2f', ' s')}",
+            ours=f"{across_seeds([r.ttft_p50_s for r in by_seed], '.2f', ' s')}, "
+            f"{across_seeds([r.tbt_p99_s for r in by_seed], '.2f', ' s')}",
             why=_TESTBED,
             runs=runs,
         )
@@ -211,7 +201,7 @@ def _rows(
 
 
 def ordering(values: Mapping[str, float]) -> str:
-    """Names by value, smallest first."""
+    """Write the names by value, smallest first."""
     return " < ".join(sorted(values, key=lambda name: values[name]))
 
 
@@ -220,15 +210,13 @@ def _order_claim(
 ) -> Claim:
     attribute = ("ttft_p50_s", "tbt_p99_s")[field]
     paper = ordering({n: both[field] for n, both in _ABLATION[workload].items()})
-    seeds = len(next(iter(found.values())))
-    same = sum(
-        ordering({n: getattr(r[seed], attribute) for n, r in found.items()}) == paper
-        for seed in range(seeds)
-    )
-    means = {
-        name: statistics.mean(getattr(r, attribute) for r in by_seed)
-        for name, by_seed in found.items()
-    }
+    ours = {n: [getattr(r, attribute) for r in runs] for n, runs in found.items()}
+    by_seed = [
+        ordering(dict(zip(ours, values, strict=True)))
+        for values in zip(*ours.values(), strict=True)
+    ]
+    same, seeds = by_seed.count(paper), len(by_seed)
+    means = {name: statistics.mean(values) for name, values in ours.items()}
     return Claim(
         claim=f"Ablation, {workload}: the order of {('P50 TTFT', 'P99 TBT')[field]}",
         paper=paper,
@@ -244,24 +232,24 @@ def _order_claim(
 _PLAN = SearchPlan(growth=1.5, tolerance=0.1, max_rates=12)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Testbed:
     """A model on its devices, with both SLOs."""
 
     model: str
     hardware: str
     deployment: str
-    strict_s: float  # P99 TBT
-    relaxed_s: float
+    tbts_s: tuple[float, float]  # P99 TBT, strict and relaxed
     orca_seqs: int  # Orca's batch, as released; 0: it is not compared
     start_rps: float
     num_requests: int  # of a run; pipelines are simulated step by step, and slowly
 
     def slo_s(self, strict: bool) -> float:
-        return self.strict_s if strict else self.relaxed_s
+        """Return the P99 TBT allowed."""
+        return self.tbts_s[0] if strict else self.tbts_s[1]
 
     def policies(self, strict: bool, longest: int) -> dict[str, Policy]:
-        """The systems, with the parameters of the paper and its scripts."""
+        """Return the systems, with the parameters of the paper and its scripts."""
         budget = 512 if strict else 2048
         found: dict[str, Policy] = {
             "Sarathi-Serve": SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS),
@@ -273,36 +261,14 @@ class Testbed:
         return found
 
 
+_A100, _A100_100GB = "a100-80g", "a100-80g-100gb"
 TESTBEDS = {
     "Mistral-7B": Testbed(
-        model="mistral-7b",
-        hardware="a100-80g",
-        deployment="colocated:tp1",
-        strict_s=0.1,
-        relaxed_s=0.5,
-        orca_seqs=16,
-        start_rps=2.0,
-        num_requests=512,
+        "mistral-7b", _A100, "colocated:tp1", (0.1, 0.5), 16, 2.0, 512
     ),
-    "Yi-34B": Testbed(
-        model="yi-34b",
-        hardware="a100-80g",
-        deployment="colocated:tp2",
-        strict_s=0.2,
-        relaxed_s=1.0,
-        orca_seqs=16,
-        start_rps=1.0,
-        num_requests=512,
-    ),
+    "Yi-34B": Testbed("yi-34b", _A100, "colocated:tp2", (0.2, 1.0), 16, 1.0, 512),
     "Falcon-180B": Testbed(
-        model="falcon-180b",
-        hardware="a100-80g-100gb",
-        deployment="colocated:tp4pp2",
-        strict_s=1.0,
-        relaxed_s=5.0,
-        orca_seqs=0,
-        start_rps=0.5,
-        num_requests=256,
+        "falcon-180b", _A100_100GB, "colocated:tp4pp2", (1.0, 5.0), 0, 0.5, 256
     ),
 }
 Case = tuple[str, str, bool]  # testbed, workload, whether the SLO is strict
@@ -327,7 +293,7 @@ _GAINS = {
 
 
 def capacity(lab: Lab) -> Drawn:
-    """Capacity of three systems by model, SLO and workload."""
+    """Draw capacity of three systems by model, SLO and workload."""
     asked = {
         (*case, system): search
         for case in CASES
@@ -373,22 +339,18 @@ Found = Mapping[tuple[str, str, bool, str], SimGoodput]
 
 def _capacity_panel(name: str, found: Found) -> Panel:
     bed = TESTBEDS[name]
-    series = [
-        banded(
-            system,
-            {
-                bed.slo_s(strict): found[name, _CHAT, strict, system].found.per_seed_rps
-                for strict in (True, False)
-            },
-            colour,
-        )
-        for colour, system in enumerate(("Sarathi-Serve", "vLLM", "Orca"))
-    ]
+    rates = {
+        system: {
+            bed.slo_s(strict): found[name, _CHAT, strict, system].found.per_seed_rps
+            for strict in (True, False)
+        }
+        for system in ("Sarathi-Serve", "vLLM", "Orca")
+    }
     return Panel(
         title=f"{name}, {bed.deployment}, {_CHAT}",
         x="P99 TBT allowed (s): strict and relaxed",
         y="capacity (requests/s of the deployment)",
-        series=series,
+        series=banded_curves(rates),
     )
 
 
@@ -404,26 +366,14 @@ def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
         why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
         runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, "
         f"{sarathi_serve(tbt_s=bed.slo_s(strict))}, "
-        f"N={lab.requests(bed.num_requests)} x {lab.seeds} seeds; lengths "
-        "log-normal through the published quantiles",
+        f"{lab.size(bed.num_requests)}; lengths log-normal through the published "
+        "quantiles",
     )
 
 
 def _ratio(ours: SimGoodput, theirs: SimGoodput) -> str:
-    """The gain, paired by seed, and both capacities."""
+    """Write the gain, paired by seed, and both capacities."""
     above, below = ours.found.per_seed_rps, theirs.found.per_seed_rps
-    both = f"{shown(above)} over {shown(below)} rps"
-    if min(below) == 0:
-        return f"no ratio: a seed fails at every rate tried ({both})"
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    return f"{shown(ratios, '.2f', 'x')} ({both})"
-
-
-FIGURES = {
-    "sarathi_serve_ablation": Figure(
-        title="Sarathi-Serve: hybrid batches, chunks, and both (Yi-34B)", make=ablation
-    ),
-    "sarathi_serve_capacity": Figure(
-        title="Sarathi-Serve: capacity by P99 TBT and scheduling delay", make=capacity
-    ),
-}
+    both = f"{across_seeds(above)} over {across_seeds(below)} rps"
+    undefined = "no ratio: a seed fails at every rate tried"
+    return f"{ratio_text(above, below, undefined)} ({both})"

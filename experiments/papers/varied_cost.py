@@ -1,4 +1,4 @@
-"""Step times that vary about a cost model's, as measured ones do."""
+"""Varies step times about a cost model's, as measured times vary."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from disagg_jax.work import StepLoad, Transfer
 class VariedCost:
     """A `DeploymentCost` whose steps take a Gaussian factor longer or shorter.
 
-    The factor belongs to what a step computes: equal loads take equally long at equal
-    seeds, on all stages and whoever schedules them. Transfers are as they were.
+    The factor belongs to the load: equal loads take equally long at equal seeds, on all
+    stages and under every policy. Transfers do not vary.
 
     Raises:
       ValueError: if `deviation` is below 0.
@@ -43,6 +43,6 @@ class VariedCost:
         return self.cost.hop(transfer)
 
     def _factor(self, load: StepLoad) -> float:
-        """Seeded with the load, so that neither order nor process matters."""
+        """Draw a factor, seeded with the load: order and process do not matter."""
         rng = random.Random(f"{self.seed} {load}")
         return max(0.0, rng.gauss(1.0, self.deviation))

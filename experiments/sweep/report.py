@@ -1,4 +1,4 @@
-"""What a sweep shows: the table and the picture."""
+"""Writes a sweep's result: the table and the picture."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import itertools
 import math
 import pathlib
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import matplotlib
-import matplotlib.figure
+from disagg_jax.metrics import Interval
+from experiments.report.draw import draw
+from experiments.report.intervals import interval_text, number, yes_or_no
+from experiments.report.panel import (
+    STAGE_COLOURS,
+    STAGE_LEGEND,
+    STAGES,
+    Bar,
+    Bars,
+    Panel,
+    Series,
+    Style,
+    ends,
+)
+from experiments.report.table import numbers, side_by_side, underlined
 
-from experiments.report.table import align
-
-# Okabe and Ito's colours, which stay apart for the colour-blind.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
-STAGE_COLOURS = ("#999999", "#E69F00", "#000000", "#56B4E9", "#009E73")
+_GREY = 7  # the colour of what is no system's
+_TARGETS: Mapping[str, Style] = {
+    "attainment_ttft": "dotted",
+    "attainment_tpot": "dashed",
+}
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The result as text."""
+    """Write the result as text."""
     lines = [
         f"model {summary['model']}; {_good(summary)}; "
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point",
@@ -39,12 +51,12 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     kind = "throughput" if summary["target"] is None else "goodput"
     for name, ratio in summary["ratios"].items():
-        lines += ["", f"{kind} {name}, paired by seed: {interval_text(ratio, '.2f')}"]
+        lines += ["", f"{kind} {name}, paired by seed: {_interval(ratio, '.2f')}"]
     return "\n".join([*lines, "", *_ranks(summary)])
 
 
 def caption(summary: Mapping[str, Any]) -> list[str]:
-    """Where requests come from and what became of a trace's other rows; doubts."""
+    """Say where requests come from, which rows a trace lost, and what is in doubt."""
     said = list(summary.get("trace", {}).get("said", []))
     if "no_intervals" in summary:
         said.append(f"no intervals, and nothing resolved: {summary['no_intervals']}")
@@ -52,7 +64,7 @@ def caption(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _good(summary: Mapping[str, Any]) -> str:
-    """What the sweep searched for."""
+    """Name the quantity that the sweep searched for."""
     if summary["criterion"] != "distserve":
         definition = summary["criteria"][summary["criterion"]]["definition"]
         return f"{summary['criterion']}: {definition}"
@@ -68,21 +80,21 @@ def _found(summary: Mapping[str, Any]) -> list[str]:
     if summary["target"] is None:
         unit = summary["criteria"][criterion]["unit"]
         title, at = f"throughput by {criterion}", "at its best rate"
-        rows = _throughput_rows(systems, unit)
+        columns = {n: _throughput_column(s, unit) for n, s in systems.items()}
     else:
         title = "goodput" if criterion == "distserve" else f"goodput by {criterion}"
         at = "at its highest passing rate"
-        rows = _goodput_rows(systems)
+        columns = {name: _goodput_column(s) for name, s in systems.items()}
     return [
-        *_grid(title, systems, rows),
+        *_grid(title, columns),
         *_inversions(systems),
         "",
-        *_grid(at, systems, _metric_rows(systems)),
+        *_grid(at, {name: _metric_column(s) for name, s in systems.items()}),
     ]
 
 
 def _inversions(systems: Mapping[str, Any]) -> list[str]:
-    """Where a rate fails below one that passes, and what the goodput is then."""
+    """Say where a rate fails below one that passes, and what the goodput is then."""
     found = {
         name: system["goodput"]["inversion"]["text"]
         for name, system in systems.items()
@@ -99,25 +111,23 @@ def _inversions(systems: Mapping[str, Any]) -> list[str]:
 
 
 def _ranks(summary: Mapping[str, Any]) -> list[str]:
-    """The systems in the order of each criterion."""
-    places = {str(i): None for i in range(1, len(summary["systems"]) + 1)}
+    """List the systems in the order of each criterion."""
+    head = ["rank by each criterion", *map(str, range(1, len(summary["systems"]) + 1))]
     rows = [
         (
             f"{name}{' *' if name == summary['criterion'] else ''}, {found['unit']}",
-            [f"{row['system']} {_ranked(row)}" for row in found["rank"]],
+            *(f"{row['system']} {_ranked(row)}" for row in found["rank"]),
         )
         for name, found in summary["criteria"].items()
     ]
-    return [
-        *_grid("rank by each criterion", places, rows),
+    lines = [
+        *underlined(numbers([head, *rows])),
         "* searched for; others are read off its points: ~ between rates far apart,",
         ">= and < bounds only, as the rates tried end there: their order is open",
-        *(
-            ["! not monotone: a lower rate fails, or a higher one passes again"]
-            if any("!" in cell for _, cells in rows for cell in cells)
-            else []
-        ),
     ]
+    if any("!" in cell for _, *cells in rows for cell in cells):
+        lines.append("! not monotone: a lower rate fails, or a higher one passes again")
+    return lines
 
 
 def _ranked(row: Mapping[str, Any]) -> str:
@@ -144,162 +154,121 @@ def _executed(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _goodput_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    found = [system["goodput"] for system in systems.values()]
-    return [
-        ("deployment", [system["deployment"] for system in systems.values()]),
-        (
-            "requests/s per device",
-            [interval_text(g["max_goodput_rate_per_device"], ".1f") for g in found],
-        ),
-        (
-            "passes at / fails at",
-            [
-                f"{_number(g['pass_rps_per_device'], '.1f')} / "
-                f"{_number(g['fail_rps_per_device'], '.1f')}"
-                for g in found
-            ],
-        ),
+def _goodput_column(system: Mapping[str, Any]) -> dict[str, str]:
+    found = system["goodput"]
+    ends = (found[f"{end}_rps_per_device"] for end in ("pass", "fail"))
+    return {
+        "deployment": system["deployment"],
+        "requests/s per device": _interval(found["max_goodput_rate_per_device"], ".1f"),
+        "passes at / fails at": " / ".join(number(end, ".1f") for end in ends),
         # Without a pass and a failure of every seed, the figure is a bound only.
-        ("every seed bracketed", [_yes(g["bracketed"]) for g in found]),
-        ("resolved", [_yes(g["resolved"]) for g in found]),
-        ("steady", [_yes(g["steady"]) for g in found]),
-    ]
+        "every seed bracketed": yes_or_no(found["bracketed"]),
+        "resolved": yes_or_no(found["resolved"]),
+        "steady": yes_or_no(found["steady"]),
+    }
 
 
-def _throughput_rows(
-    systems: Mapping[str, Any], unit: str
-) -> list[tuple[str, list[str]]]:
-    found = [system["throughput"] for system in systems.values()]
-    return [
-        ("deployment", [system["deployment"] for system in systems.values()]),
-        (unit, [interval_text(t["max_throughput_per_device"], ".4g") for t in found]),
-        (
-            "at requests/s per device",
-            [_number(t["best_rps_per_device"], ".1f") for t in found],
-        ),
-        ("bracketed", [_yes(t["bracketed"]) for t in found]),
-        ("steady", [_yes(t["steady"]) for t in found]),
-    ]
+def _throughput_column(system: Mapping[str, Any], unit: str) -> dict[str, str]:
+    found = system["throughput"]
+    return {
+        "deployment": system["deployment"],
+        unit: _interval(found["max_throughput_per_device"], ".4g"),
+        "at requests/s per device": number(found["best_rps_per_device"], ".1f"),
+        "bracketed": yes_or_no(found["bracketed"]),
+        "steady": yes_or_no(found["steady"]),
+    }
 
 
 def _metrics_at(system: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Of the rate that a system is judged by; none if it never passed."""
+    """Return the metrics at the rate that judges a system; none if it never passed."""
     if "throughput" in system:
         return system["throughput"]["at_best_rate"]
     return system["goodput"]["at_pass_rate"] or {}
 
 
-def _metric_rows(systems: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    at = [_metrics_at(system) for system in systems.values()]
+def _metric_column(system: Mapping[str, Any]) -> dict[str, str]:
+    metrics = _metrics_at(system)
 
-    def row(
-        label: str, *keys: str, form: str = ".2f", unit: float = 1.0
-    ) -> tuple[str, list[str]]:
-        values = [
-            " / ".join(_number(metrics.get(key), form, unit) for key in keys)
-            for metrics in at
-        ]
-        return label, values
+    def cell(*keys: str, form: str = ".2f", unit: float = 1.0) -> str:
+        return " / ".join(number(metrics.get(key), form, unit) for key in keys)
 
-    names = ("ttft", "tpot", "itl")
-    return [
-        row(
-            "attainment: both / TTFT / TPOT",
-            "attainment",
-            "attainment_ttft",
-            "attainment_tpot",
-            form=".1%",
-        ),
-        *(
-            row(
-                f"{n.upper()} P50 / P90 / P99, ms",
-                *[f"p{p}_{n}_ms" for p in (50, 90, 99)],
+    shares = ("attainment", "attainment_ttft", "attainment_tpot")
+    steps = (f"padding_{kind}" for kind in ("prefill", "mixed", "decode"))
+    return {
+        "attainment: both / TTFT / TPOT": cell(*shares, form=".1%"),
+        **{
+            f"{name.upper()} P50 / P90 / P99, ms": cell(
+                *(f"p{p}_{name}_ms" for p in (50, 90, 99))
             )
-            for n in names
-        ),
-        *(row(f"mean {s.replace('_', ' ')}, ms", f"mean_{s}_ms") for s in STAGES),
-        row("output tokens/s per device", "output_throughput_per_device", form=".0f"),
-        row("preemptions", "preemptions", form=".1f"),
-        row(
-            "padding of prefill / mixed / decode steps",
-            *(f"padding_{kind}" for kind in ("prefill", "mixed", "decode")),
-            form=".0%",
-        ),
-        *(
-            row(
-                f"{role} stages busy, mean / idlest",
-                *(f"busy_{role}", f"busy_{role}_least"),
-                form=".0%",
+            for name in ("ttft", "tpot", "itl")
+        },
+        **{f"mean {s.replace('_', ' ')}, ms": cell(f"mean_{s}_ms") for s in STAGES},
+        "output tokens/s per device": cell("output_throughput_per_device", form=".0f"),
+        "preemptions": cell("preemptions", form=".1f"),
+        "padding of prefill / mixed / decode steps": cell(*steps, form=".0%"),
+        **{
+            f"{role} stages busy, mean / idlest": cell(
+                f"busy_{role}", f"busy_{role}_least", form=".0%"
             )
             for role in ("prefill", "decode", "colocated")
-        ),
-        row("KV moved between instances, MB", "transfer_bytes", unit=1e6),
-    ]
+        },
+        "KV moved between instances, MB": cell("transfer_bytes", unit=1e6),
+    }
 
 
-def _grid(
-    title: str, systems: Mapping[str, Any], rows: Sequence[tuple[str, list[str]]]
-) -> list[str]:
-    table = [(title, *systems), *((label, *cells) for label, cells in rows)]
-    lines = align(table, right=range(1, len(table[0])))
-    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+def _grid(title: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
+    return underlined(side_by_side(title, columns))
 
 
-def interval_text(interval: Mapping[str, float | None], form: str) -> str:
-    """mean [low, high]; the mean alone where one run gives no interval."""
-    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
-    if low is None or high is None:
-        return f"{mean:{form}}"
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+def _interval_of(values: Mapping[str, Any]) -> Interval:
+    """Return the interval of a summary's values, which may name the seeds' too."""
+    return Interval(mean=values["mean"], low=values["low"], high=values["high"])
 
 
-def _number(value: float | None, form: str, unit: float = 1.0) -> str:
-    return "-" if value is None else f"{value / unit:{form}}"
-
-
-def _yes(value: bool | None) -> str:
-    return {True: "yes", False: "no", None: "-"}[value]
+def _interval(values: Mapping[str, Any], form: str) -> str:
+    return interval_text(_interval_of(values), form)
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Scores over rate per device with intervals, and where the time went."""
-    with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3}):
-        figure = matplotlib.figure.Figure(figsize=(11, 5), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        _plot_scores(left, summary)
-        _plot_stages(right, summary)
-        said = [textwrap.fill(line, 170) for line in caption(summary)]
-        if said:
-            figure.supxlabel("\n".join(said), fontsize=7)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-
-
-def _plot_scores(axes: Any, summary: Mapping[str, Any]) -> None:
-    systems = summary["systems"].items()
-    for colour, (name, system) in zip(itertools.cycle(_COLOURS), systems):
-        _plot_system(axes, summary, name, system, colour)
-    what = f"{summary['criterion']}: score (%)"
-    if summary["criterion"] == "distserve":
-        what = "requests within the SLO (%)"
-        axes.plot([], [], ":", color="grey", label="TTFT only")
-        axes.plot([], [], "--", color="grey", label="TPOT only")
-    if summary["target"] is None:
-        what = summary["criteria"][summary["criterion"]]["unit"]
-    else:
-        axes.axhline(100 * summary["target"], color="black", lw=0.8)
-        axes.plot([], [], "D", color="grey", label="goodput at the target")
-        axes.set(ylim=(-3, 103))
-    axes.set(xlabel="arrival rate (requests/s per device)", ylabel=what)
-    axes.set_title(
+    """Draw scores over the rate per device, and the stages of a request."""
+    title = (
         f"{_plot_title(summary)}\n"
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point, "
         f"{_intervals(summary)}; {summary['clock']} clock, "
-        f"durations {summary['durations']}",
-        fontsize=8.5,
+        f"durations {summary['durations']}"
     )
-    # Below the axes, where it hides no point.
-    axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    panels = [scores(summary), stages(summary)]
+    draw(panels, title, path, notes=caption(summary), dpi=150)
+
+
+def scores(summary: Mapping[str, Any]) -> Panel:
+    """Return each system's scores, in % or, of a throughput, per device."""
+    target, systems = summary["target"], summary["systems"].items()
+    series = [
+        one
+        for colour, (name, system) in enumerate(systems)
+        for one in _curves(summary, name, system, colour)
+    ]
+    what = f"{summary['criterion']}: score (%)"
+    if summary["criterion"] == "distserve":
+        what = "requests within the SLO (%)"
+        series += [
+            Series(label="TTFT only", points=[], colour=_GREY, style="dotted"),
+            Series(label="TPOT only", points=[], colour=_GREY, style="dashed"),
+        ]
+    if target is None:
+        what = summary["criteria"][summary["criterion"]]["unit"]
+    else:
+        label = "goodput at the target"
+        series.append(Series(label=label, points=[], colour=_GREY, style="diamond"))
+    return Panel(
+        title="",
+        x="arrival rate (requests/s per device)",
+        y=what,
+        series=series,
+        line=None if target is None else 100 * target,
+        ylim=None if target is None else (-3, 103),
+    )
 
 
 def _intervals(summary: Mapping[str, Any]) -> str:
@@ -317,53 +286,49 @@ def _plot_title(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _plot_system(
-    axes: Any,
-    summary: Mapping[str, Any],
-    name: str,
-    system: Mapping[str, Any],
-    colour: str,
-) -> None:
+def _curves(
+    summary: Mapping[str, Any], name: str, system: Mapping[str, Any], colour: int
+) -> Iterator[Series]:
+    """Yield a system's scores, its attainment of each target, and its goodput."""
     points, target = system["points"], summary["target"]
-    # A share in %, or a throughput per device.
     unit, most = (1 / system["devices"], math.inf) if target is None else (100, 1)
     rates = [point["request_rate_per_device"] for point in points]
-    scores = [point["criteria"][summary["criterion"]] for point in points]
-    label = f"{name} ({system['deployment']})"
-    mean = [unit * score["mean"] for score in scores]
-    axes.plot(rates, mean, "o-", color=colour, ms=3.5, label=label)
-    low, high = (
-        [unit * min(most, max(0, _or(score[end], score["mean"]))) for score in scores]
-        for end in ("low", "high")
+    found = [_interval_of(p["criteria"][summary["criterion"]]) for p in points]
+
+    def bounded(end: float) -> float:
+        return unit * min(most, max(0, end))
+
+    yield Series(
+        label=f"{name} ({system['deployment']})",
+        points=[(r, unit * s.mean) for r, s in zip(rates, found, strict=True)],
+        band=[(bounded(low), bounded(high)) for low, high in map(ends, found)],
+        colour=colour,
+        style="dots",
     )
-    axes.fill_between(rates, low, high, color=colour, alpha=0.15, lw=0)
     if summary["criterion"] == "distserve":
-        for key, style in (("attainment_ttft", ":"), ("attainment_tpot", "--")):
-            values = [100 * point[key]["mean"] for point in points]
-            axes.plot(rates, values, style, color=colour, lw=0.9)
+        for key, style in _TARGETS.items():
+            shares = [100 * point[key]["mean"] for point in points]
+            at = list(zip(rates, shares, strict=True))
+            yield Series(label="", points=at, colour=colour, style=style)
     if target is not None:
         goodput = system["goodput"]["max_goodput_rate_per_device"]["mean"]
-        axes.plot([goodput], [100 * target], "D", color=colour, ms=7)
+        at = [(goodput, 100 * target)]
+        yield Series(label="", points=at, colour=colour, style="diamond")
 
 
-def _or(value: float | None, other: float) -> float:
-    return other if value is None else value
-
-
-def _plot_stages(axes: Any, summary: Mapping[str, Any]) -> None:
-    systems = summary["systems"]
-    names = [name for name, system in systems.items() if _metrics_at(system)]
-    bottom = [0.0] * len(names)
-    for stage, colour in zip(STAGES, STAGE_COLOURS, strict=True):
-        values = [_metrics_at(systems[n])[f"mean_{stage}_ms"] or 0.0 for n in names]
-        label = stage.replace("_", " ")
-        axes.bar(names, values, bottom=bottom, color=colour, label=label, width=0.6)
-        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
-    axes.set(
-        ylabel="mean time of a request (ms)",
-    )
+def stages(summary: Mapping[str, Any]) -> Bars:
+    """Return the mean stages of a request, at the rate each system is judged by."""
+    bars: list[Bar] = []
+    for name, system in summary["systems"].items():
+        if at := _metrics_at(system):
+            times = [at[f"mean_{stage}_ms"] or 0.0 for stage in STAGES]
+            stamps = itertools.pairwise([0.0, *itertools.accumulate(times)])
+            spans = zip(stamps, STAGE_COLOURS.values(), strict=True)
+            bars.append(Bar(label=name, spans=[(*span, c) for span, c in spans]))
     rate = "best" if summary["target"] is None else "highest passing"
-    axes.set_title(f"at each one's {rate} rate", fontsize=8.5)
-    axes.tick_params(axis="x", rotation=25)
-    axes.legend(fontsize=7.5, loc="upper left", bbox_to_anchor=(1, 1), reverse=True)
-    axes.grid(axis="x", visible=False)
+    return Bars(
+        title=f"at each one's {rate} rate",
+        x="mean time of a request (ms)",
+        bars=bars,
+        legend=STAGE_LEGEND,
+    )

@@ -11,11 +11,21 @@ from disagg_jax.metrics import SLO
 from disagg_jax.sim.run import RunLatencies
 from experiments import reproduce
 from experiments.configs.named_simulations import get_simulation
-from experiments.papers import FIGURES, runs
+from experiments.papers import FIGURES
 from experiments.papers.distserve import motivation, published
 from experiments.papers.distserve.published import paper_crossings, paper_panel
-from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
-from experiments.papers.runs import Goodputs, Sweep, System
+from experiments.papers.figure import (
+    Claim,
+    Drawn,
+    Lab,
+    PaperFigure,
+)
+from experiments.papers.runs import (
+    Arm,
+    ArmRuns,
+    Goodputs,
+)
+from experiments.report.panel import Panel, Series
 from tests.commands import run_command
 
 # The list; `toy`, `goodput_n` and `devices` are what the paper does not show.
@@ -59,7 +69,7 @@ def test_a_report_says_what_its_claims_say(tmp_path: pathlib.Path, monkeypatch):
     series = Series(label="s", points=[(1, 2), (2, 3)], colour=0)
     panel = Panel(title="t", x="x (s)", y="y (s)", series=[series])
     made = Drawn(panels=[panel], claims=claims)
-    figure = Figure(title="T", make=lambda lab: made)
+    figure = PaperFigure(title="T", make=lambda lab: made)
     monkeypatch.setitem(reproduce.FIGURES, "mine", figure)
     lines = reproduce.run(["mine"], TINY, tmp_path, "--figure=mine")
     for i in range(3):
@@ -90,7 +100,7 @@ def test_the_papers_numbers_come_from_its_points(monkeypatch):
 
 
 def test_step_times_are_the_cost_models(monkeypatch):
-    # facts/distserve.md 2.1: one 512-token prompt, alone, with DistServe's tp 1.
+    # One 512-token prompt, alone, by the artifact's coefficients of DistServe's tp 1.
     assert motivation.step_ms("fitted/distserve", prompts=(512,)) == [
         pytest.approx(75.19988, abs=1e-5)
     ]
@@ -112,18 +122,13 @@ def result(ttft_s: tuple[float, ...], tpot_s: tuple[float, ...], arrived: int):
 def test_goodputs_ratios_and_limits_are_by_seed():
     slo = SLO(ttft_s=1.0, tpot_s=0.1)
     good, late = result((0.5,), (0.05,), 1), result((2.0,), (0.05,), 1)
-    system = System(
-        label="x",
-        simulation=get_simulation("opt13b_a100"),
-        deployment="colocated:tp1",
-        num_requests=1,
-    )
+    arm = Arm("x", get_simulation("opt13b_a100"), "colocated:tp1", num_requests=1)
     # Seed 0 passes at 1 and fails at 2: 90 % is a tenth of the way. Seed 1 fails at 1.
-    sweep = Sweep(system=system, results={1.0: [good, late], 2.0: [late, late]})
-    found = sweep.goodputs(slo)
+    runs = ArmRuns(arm, {1.0: [good, late], 2.0: [late, late]})
+    found = runs.goodputs(slo)
     assert found.rates == (pytest.approx(1.1), 0.0)
     assert not found.top and "1 of 2 seeds fail at the lowest rate" in str(found)
-    assert sweep.limit(slo) == "TTFT"
+    assert runs.limit(slo) == "TTFT"
     one, two = (
         Goodputs(rates=(1.0, 2.0), top=True),
         Goodputs(rates=(3.0, 8.0), top=False),
@@ -131,10 +136,6 @@ def test_goodputs_ratios_and_limits_are_by_seed():
     assert two.over(one).startswith("3.50x [")  # (3 + 4) / 2
     assert str(one).startswith(">= 1.50")
     assert one.over(found).startswith("no ratio")
-
-
-def test_percentages_stay_within_bounds():
-    assert runs.percent([1.0, 0.9]) == "95.0 % [31.5, 100.0]"
 
 
 def test_the_published_points_are_whole():
@@ -166,7 +167,7 @@ def test_search_times_are_drawn_where_they_are_given(tmp_path: pathlib.Path):
         "1.5 s for 8 GPUs, 9.2 s for 32 GPUs",
         "not run",
     ]
-    (ours,) = [s for s in drawn.panels[0].series if not s.paper]
+    (ours,) = [s for s in drawn.panels[0].series if s.style != "paper"]
     assert list(ours.points) == [(8.0, 1.5), (32.0, 9.25)]
     path.write_text("[1]")
     with pytest.raises(ValueError, match="--search_times: expected"):

@@ -1,4 +1,4 @@
-"""What DistServe's paper does not show: the number of requests, and of devices."""
+"""Varies what DistServe's paper does not: the number of requests, and of devices."""
 
 from __future__ import annotations
 
@@ -6,19 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import interval_across
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, TARGET
-from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
-from experiments.papers.runs import (
-    Goodputs,
-    Sweep,
-    System,
-    geometric,
-    percent,
-    run_systems,
-)
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.papers.runs import Arm, ArmRuns, Goodputs, geometric, run_arms
+from experiments.report.intervals import percent
+from experiments.report.panel import Panel, banded_curves, curves
 
 _ONE_ENGINE = get_simulation("opt13b_a100")
 _SHIPPED = get_simulation("simdistserve_opt13b")
@@ -26,52 +22,40 @@ _SHIPPED = get_simulation("simdistserve_opt13b")
 # ---- goodput against the number of requests ----
 
 _NUMBERS = (100, 300, 1000, 3000)
+_SPLIT = "prefill:tp2,decode:tp1"
 _BY_N = (
-    System(
-        label="DistServe, as shipped",
-        simulation=_SHIPPED,
-        deployment="prefill:tp2,decode:tp1",
-        num_requests=0,
-    ),
-    System(
-        label="DistServe, one engine",
-        simulation=_ONE_ENGINE,
-        deployment="prefill:tp2,decode:tp1",
-        num_requests=0,
-    ),
-    System(
-        label="vLLM policy, one engine",
-        simulation=_ONE_ENGINE,
-        deployment="colocated:tp1",
-        num_requests=0,
-    ),
+    Arm("DistServe, as shipped", _SHIPPED, _SPLIT, num_requests=0),
+    Arm("DistServe, one engine", _ONE_ENGINE, _SPLIT, num_requests=0),
+    Arm("vLLM policy, one engine", _ONE_ENGINE, "colocated:tp1", num_requests=0),
 )
 
 
-def _rates(system: System, n: int) -> Sequence[float]:
-    """Requests/s per GPU around the goodputs; far overload takes long to run."""
+def _rates(arm: Arm, n: int) -> Sequence[float]:
+    """Return requests/s per GPU around the goodputs; far overload takes long to run."""
     if n < 1000:
         return geometric(1.2, 3.0, 8)
-    colocated = system.deployment.startswith("colocated")
+    colocated = arm.deployment.startswith("colocated")
     return geometric(1.6, 2.6, 5) if colocated else geometric(1.25, 1.9, 5)
 
 
 def goodput_n(lab: Lab) -> Drawn:
-    """Goodput of the paper's OPT-13B chatbot by the length of the run."""
+    """Draw goodput of the paper's OPT-13B chatbot by the length of the run."""
     numbers = _NUMBERS
     if lab.num_requests is not None:
         numbers = (lab.num_requests, 3 * lab.num_requests)
-    found: dict[str, dict[float, Goodputs]] = {system.label: {} for system in _BY_N}
+    found: dict[str, dict[float, Goodputs]] = {arm.label: {} for arm in _BY_N}
+    workload = get_workload("sharegpt")
     for n in numbers:
         of_n = dataclasses.replace(lab, num_requests=n)
-        workload = get_workload("sharegpt")
-        for system in _BY_N:
-            sweeps = run_systems(of_n, [system], workload, _rates(system, n))
-            found[system.label][n] = sweeps[system.label].goodputs(SLOS["chat 13B"])
-    series = [
-        banded(label, {n: each.rates for n, each in by_n.items()}, colour)
-        for colour, (label, by_n) in enumerate(found.items())
-    ]
+        for arm in _BY_N:
+            runs = run_arms(of_n, [arm], workload, _rates(arm, n))[arm.label]
+            found[arm.label][n] = runs.goodputs(SLOS["chat 13B"])
+    series = banded_curves(
+        {
+            label: {n: each.rates for n, each in by_n.items()}
+            for label, by_n in found.items()
+        }
+    )
     panel = Panel(
         title="OPT-13B, ShareGPT, TTFT <= 0.25 s, TPOT <= 0.1 s; 95 % over seeds",
         x="requests of a run",
@@ -79,18 +63,18 @@ def goodput_n(lab: Lab) -> Drawn:
         series=series,
         log_x=True,
     )
-    claims = [_number_claim(lab, system, found[system.label]) for system in _BY_N]
+    claims = [_number_claim(lab, arm, found[arm.label]) for arm in _BY_N]
     return Drawn(panels=[panel], claims=claims)
 
 
-def _number_claim(lab: Lab, system: System, by_n: Mapping[float, Goodputs]) -> Claim:
+def _number_claim(lab: Lab, arm: Arm, by_n: Mapping[float, Goodputs]) -> Claim:
     return Claim(
-        claim=f"Beyond the paper: goodput against N ({system.label})",
-        paper="2.30 rps per GPU from N=300" if system is _BY_N[0] else "-",
+        claim=f"Beyond the paper: goodput against N ({arm.label})",
+        paper="2.30 rps per GPU from N=300" if arm is _BY_N[0] else "-",
         ours="; ".join(f"N={n:g}: {each}" for n, each in by_n.items()),
         why="A short run ends before the queue of an overloaded decode GPU has grown: "
         "the published goodput is one of short runs",
-        runs=f"{system.said(lab).rpartition(', ')[0]}, {lab.seeds} seeds, N as given",
+        runs=f"{arm.said(lab).rpartition(', ')[0]}, {lab.seeds} seeds, N as given",
     )
 
 
@@ -104,27 +88,19 @@ _SPLIT_RPS = (3.5, 9.0)
 
 
 def devices(lab: Lab) -> Drawn:
-    """The fewest GPUs that serve a rate within the SLO, by trying deployments."""
+    """Draw the fewest GPUs that serve a rate within the SLO, by trying deployments."""
     colocated = {rps: _fewest(lab, rps, _colocated(rps)) for rps in _DEMANDS_RPS}
     split = {rps: _fewest(lab, rps, _split(rps)) for rps in _DEMANDS_RPS}
     kinds = {"colocated": colocated, "disaggregated": split}
-    series = [
-        Series(
-            label=name,
-            points=[
-                (rps, _devices(sweep))
-                for rps, sweep in by_rate.items()
-                if sweep is not None
-            ],
-            colour=colour,
-        )
-        for (name, by_rate), colour in zip(kinds.items(), (1, 0), strict=True)
-    ]
+    points = {
+        name: [(rps, _devices(runs)) for rps, runs in by_rate.items() if runs]
+        for name, by_rate in kinds.items()
+    }
     panel = Panel(
         title="OPT-13B, 512 prompt and 64 output tokens, 0.4 s / 0.04 s, one engine",
         x="demand (requests/s)",
         y="GPUs needed for 90 % within the SLO",
-        series=series,
+        series=curves(points, colours={"colocated": 1, "disaggregated": 0}),
     )
     claims = [
         _devices_claim(lab, rps, colocated[rps], split[rps]) for rps in _DEMANDS_RPS
@@ -133,7 +109,7 @@ def devices(lab: Lab) -> Drawn:
 
 
 def _between(rps: float, bounds: tuple[float, float]) -> range:
-    """Numbers of GPUs to try for a demand."""
+    """Return the numbers of GPUs to try for a demand."""
     low, high = bounds
     return range(max(1, math.floor(rps / high)), math.ceil(rps / low) + 1)
 
@@ -143,7 +119,7 @@ def _colocated(rps: float) -> list[str]:
 
 
 def _split(rps: float) -> list[str]:
-    """All splits that give each phase at least a third, fewest GPUs first."""
+    """Return all splits that give each phase at least a third, fewest GPUs first."""
     return [
         f"{prefill}xprefill:tp1,{total - prefill}xdecode:tp1"
         for total in _between(rps, _SPLIT_RPS)
@@ -152,41 +128,34 @@ def _split(rps: float) -> list[str]:
     ]
 
 
-def _devices(sweep: Sweep) -> int:
-    instances = sweep.system.deployment.split(",")
-    return sum(int(item.partition("x")[0]) for item in instances)
+def _devices(runs: ArmRuns) -> int:
+    return Deployment.parse(runs.arm.deployment).devices
 
 
-def _share(sweep: Sweep) -> list[float]:
-    (shares,) = sweep.attainments(SLOS["toy"]).values()
+def _share(runs: ArmRuns) -> list[float]:
+    (shares,) = runs.attainments(SLOS["toy"]).values()
     return shares
 
 
-def _fewest(lab: Lab, rps: float, deployments: Sequence[str]) -> Sweep | None:
-    """The first of the deployments, by GPUs and then by attainment, that serves."""
-    systems = [
-        System(
-            label=deployment,
-            simulation=_ONE_ENGINE,
-            deployment=deployment,
-            num_requests=_LONG_RUN,
-            devices=1,  # the rate is the whole demand
-        )
-        for deployment in deployments
+def _fewest(lab: Lab, rps: float, deployments: Sequence[str]) -> ArmRuns | None:
+    """Return the first deployment, by GPUs and then by attainment, that serves."""
+    arms = [  # of one device, as the rate is the whole demand
+        Arm(text, _ONE_ENGINE, text, num_requests=_LONG_RUN, devices=1)
+        for text in deployments
     ]
     workload = get_workload("fixed:512x64")
-    sweeps = run_systems(lab, systems, workload, [rps]).values()
-    means = {id(sweep): interval_across(_share(sweep)).mean for sweep in sweeps}
-    serving = [sweep for sweep in sweeps if means[id(sweep)] >= TARGET]
+    found = run_arms(lab, arms, workload, [rps]).values()
+    means = {id(runs): interval_across(_share(runs)).mean for runs in found}
+    serving = [runs for runs in found if means[id(runs)] >= TARGET]
     return min(serving, key=lambda s: (_devices(s), -means[id(s)]), default=None)
 
 
 def _devices_claim(
-    lab: Lab, rps: float, colocated: Sweep | None, split: Sweep | None
+    lab: Lab, rps: float, colocated: ArmRuns | None, split: ArmRuns | None
 ) -> Claim:
     found = [s for s in (colocated, split) if s is not None]
     ours = " against ".join(
-        f"{_devices(s)} GPUs ({s.system.deployment}: {percent(_share(s))} attain)"
+        f"{_devices(s)} GPUs ({s.arm.deployment}: {percent(_share(s))} attain)"
         for s in found
     )
     return Claim(
@@ -196,13 +165,5 @@ def _devices_claim(
         ours=ours if len(found) == 2 else f"{ours} (the other serves with none tried)",
         why="Whole devices: both are over-provisioned by up to one, which a goodput "
         "per GPU does not show",
-        runs=f"{found[0].system.said(lab)}" if found else "-",
+        runs=found[0].arm.said(lab) if found else "-",
     )
-
-
-FIGURES = {
-    "goodput_n": Figure(
-        title="Goodput against the number of requests of a run", make=goodput_n
-    ),
-    "devices": Figure(title="Devices needed for a demand", make=devices),
-}

@@ -1,4 +1,4 @@
-"""DistServe's Fig. 10: where a request's time goes, and how long its KV travels."""
+"""Reproduces DistServe's Fig. 10: a request's stages, and its KV's travel."""
 
 from __future__ import annotations
 
@@ -8,51 +8,27 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from disagg_jax.metrics import Stages
 from disagg_jax.sim.run import RunLatencies
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.placements import inside_a_node
 from experiments.papers.distserve.published import paper_panel
-from experiments.papers.figure import (
-    Claim,
-    Drawn,
-    Figure,
-    Lab,
-    Panel,
-    Series,
-    banded,
-    shown,
-)
-from experiments.papers.runs import Sweep, System, percent, run_systems
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.papers.runs import Arm, ArmRuns, run_arms
+from experiments.report.intervals import across_seeds, percent
+from experiments.report.panel import STAGE_LEGEND, XY, Panel, banded_curves, curves
 
-_STAGES = tuple(field.name for field in dataclasses.fields(Stages))
-_175B = System(
-    label="opt-175b",
-    simulation=inside_a_node("opt175b_a100"),
-    deployment="prefill:tp3pp3,decode:tp4pp3",
-    num_requests=525,
-)
-# (system, requests/s per GPU): those of the SLO scale panels of Fig. 8.
+
+def _arm(model: str, deployment: str, num_requests: int) -> Arm:
+    simulation = inside_a_node(f"{model.replace('-', '')}_a100")
+    return Arm(model, simulation, deployment, num_requests=num_requests)
+
+
+_175B = _arm("opt-175b", "prefill:tp3pp3,decode:tp4pp3", 525)
+# (arm, requests/s per GPU): the rates of the SLO scale panels of Fig. 8.
 _CDF_RUNS = (
-    (
-        System(
-            label="opt-13b",
-            simulation=inside_a_node("opt13b_a100"),
-            deployment="prefill:tp2,decode:tp1",
-            num_requests=300,
-        ),
-        1.5,
-    ),
-    (
-        System(
-            label="opt-66b",
-            simulation=inside_a_node("opt66b_a100"),
-            deployment="prefill:tp4,decode:tp2pp2",
-            num_requests=200,
-        ),
-        0.75,
-    ),
+    (_arm("opt-13b", "prefill:tp2,decode:tp1", 300), 1.5),
+    (_arm("opt-66b", "prefill:tp4,decode:tp2pp2", 200), 0.75),
     (_175B, 0.125),
 )
 _FAST_S = 0.03
@@ -60,32 +36,31 @@ _PERCENTILES = tuple(range(1, 100))
 
 
 def make(lab: Lab) -> Drawn:
-    """Shares of the five stages over the rate; the CDF of KV transfer times."""
+    """Draw the stages' shares over the rate, and the CDF of KV transfer times."""
     workload = get_workload("sharegpt")
     rates = [x for x, _ in paper_panel("fig10", "share").series["transfer"]]
     across = dataclasses.replace(
         _175B, label="over 25 Gb/s", simulation=get_simulation("opt175b_a100")
     )
-    shares = run_systems(lab, [_175B], workload, rates)[_175B.label]
-    slow = run_systems(lab, [across], workload, rates[:1])[across.label]
-    sweeps = [
-        run_systems(lab, [system], workload, [rate])[system.label]
-        for system, rate in _CDF_RUNS
+    shares = run_arms(lab, [_175B], workload, rates)[_175B.label]
+    slow = run_arms(lab, [across], workload, rates[:1])[across.label]
+    found = [
+        run_arms(lab, [arm], workload, [rate])[arm.label] for arm, rate in _CDF_RUNS
     ]
     return Drawn(
-        panels=[_share_panel(shares), _cdf_panel(sweeps)],
+        panels=[_share_panel(shares), _cdf_panel(found)],
         claims=[
             _share_claim(lab, shares),
-            *(_cdf_claim(lab, sweep) for sweep in sweeps),
+            *(_cdf_claim(lab, runs) for runs in found),
             _slow_claim(lab, shares, slow),
         ],
     )
 
 
 def _share(result: RunLatencies, stage: str) -> float:
-    """A stage's share of a request's latency in %, averaged over requests.
+    """Return a stage's share of a request's latency in %, averaged over requests.
 
-    So does the artifact's script; the text sums the times first, which gives long
+    The artifact's script averages so; the text sums the times first, which gives long
     outputs more weight.
     """
     shares = [
@@ -94,65 +69,51 @@ def _share(result: RunLatencies, stage: str) -> float:
     return 100 * sum(shares) / len(shares)
 
 
-def _shares(sweep: Sweep, stage: str) -> dict[float, list[float]]:
+def _shares(runs: ArmRuns, stage: str) -> dict[float, list[float]]:
     return {
         rate: [_share(result, stage) for result in results]
-        for rate, results in sweep.results.items()
+        for rate, results in runs.results.items()
     }
 
 
-def _share_panel(sweep: Sweep) -> Panel:
+def _share_panel(runs: ArmRuns) -> Panel:
     axes = paper_panel("fig10", "share")
-    paper = [
-        Series(label=f"{name}, paper", points=points, colour=i, paper=True)
-        for i, (name, points) in enumerate(axes.series.items())
-    ]
-    ours = [
-        banded(stage.removesuffix("_s").replace("_", " "), _shares(sweep, stage), i)
-        for i, stage in enumerate(_STAGES)
-    ]
-    return Panel(
-        title="OPT-175B, ShareGPT, prefill 3,3 and decode 4,3 on 21 GPUs; ROOFLINE",
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *ours],
+    ours = {s: _shares(runs, f"{s.replace(' ', '_')}_s") for s in STAGE_LEGEND}
+    return axes.panel(
+        "OPT-175B, ShareGPT, prefill 3,3 and decode 4,3 on 21 GPUs; ROOFLINE",
+        [*axes.curves(), *banded_curves(ours)],
         log_y=True,
         ylim=(0.01, 150),
     )
 
 
-def _transfers_s(sweep: Sweep) -> list[list[float]]:
-    """KV transfer times of each seed's requests."""
-    (results,) = sweep.results.values()
+def _transfers_s(runs: ArmRuns) -> list[list[float]]:
+    """Return the KV transfer times of each seed's requests."""
+    (results,) = runs.results.values()
     return [[each.transfer_s for each in result.stages] for result in results]
 
 
-def _cdf_panel(sweeps: Sequence[Sweep]) -> Panel:
+def _cdf_panel(found: Sequence[ArmRuns]) -> Panel:
     axes = paper_panel("fig10", "kv")
-    paper = [
-        Series(label=f"{name}, paper", points=points, colour=i, paper=True)
-        for i, (name, points) in enumerate(axes.series.items())
-    ]
-    ours: list[Series] = []
-    for i, sweep in enumerate(sweeps):
-        times = [t for of_seed in _transfers_s(sweep) for t in of_seed]
-        points = [(float(np.percentile(times, p)), p / 100) for p in _PERCENTILES]
-        ours.append(
-            Series(label=f"{sweep.system.label}, ours", points=points, colour=i)
-        )
-    return Panel(
-        title="KV inside a node (NVLink 300 GB/s one way, 77 % of it measured)",
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *ours],
+    ours: dict[str, list[XY]] = {}
+    for runs in found:
+        times = [t for of_seed in _transfers_s(runs) for t in of_seed]
+        ours[runs.arm.label] = [
+            (float(np.percentile(times, p)), p / 100) for p in _PERCENTILES
+        ]
+    return axes.panel(
+        "KV inside a node (NVLink 300 GB/s one way, 77 % of it measured)",
+        [*axes.curves(), *curves(ours, "{}, ours")],
         log_x=True,
     )
 
 
-def _share_claim(lab: Lab, sweep: Sweep) -> Claim:
+def _share_claim(lab: Lab, runs: ArmRuns) -> Claim:
     drawn = [y for _, y in paper_panel("fig10", "share").series["transfer"]]
-    ours = _shares(sweep, "transfer_s")
-    first, last = (shown(ours[rate], ".3f", " %") for rate in (min(ours), max(ours)))
+    ours = _shares(runs, "transfer_s")
+    first, last = (
+        across_seeds(ours[rate], ".3f", " %") for rate in (min(ours), max(ours))
+    )
     return Claim(
         claim="KV transmission is less than 0.1 % of the latency (OPT-175B)",
         paper=f"text < 0.1 %; drawn {min(drawn):.2f} to {max(drawn):.2f} %",
@@ -160,17 +121,19 @@ def _share_claim(lab: Lab, sweep: Sweep) -> Claim:
         why="Text and drawing disagree. Ours is the wire alone at its measured "
         "efficiency, with waiting for it; the artifact's includes the decode loop, "
         "which awaits each migration",
-        runs=sweep.system.said(lab),
+        runs=runs.arm.said(lab),
     )
 
 
-def _cdf_claim(lab: Lab, sweep: Sweep) -> Claim:
-    name = sweep.system.label
+def _cdf_claim(lab: Lab, runs: ArmRuns) -> Claim:
+    name = runs.arm.label
     paper = paper_panel("fig10", "kv").series[name]
-    of_seeds = _transfers_s(sweep)
+    of_seeds = _transfers_s(runs)
     fast = [sum(t < _FAST_S for t in times) / len(times) for times in of_seeds]
     median, high = (
-        shown([1000 * _quantile(times, share) for times in of_seeds], ".1f", " ms")
+        across_seeds(
+            [1000 * _quantile(times, share) for times in of_seeds], ".1f", " ms"
+        )
         for share in (0.5, 0.95)
     )
     drawn_fast = max(y for x, y in paper if x < _FAST_S)
@@ -181,7 +144,7 @@ def _cdf_claim(lab: Lab, sweep: Sweep) -> Claim:
         ours=f"{percent(fast)}; P50 {median}, P95 {high}",
         why="Bytes over the link's bandwidth have a short tail; the paper's is that of "
         "a decode engine which is busy when the KV is ready",
-        runs=sweep.system.said(lab),
+        runs=runs.arm.said(lab),
     )
 
 
@@ -189,34 +152,26 @@ def _quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
-def _slow_claim(lab: Lab, fast: Sweep, slow: Sweep) -> Claim:
+def _slow_claim(lab: Lab, fast: ArmRuns, slow: ArmRuns) -> Claim:
     rate = min(fast.results)
-    parts: list[str] = []
-    measures: tuple[tuple[str, Callable[[RunLatencies], float]], ...] = (
-        (" % of the latency", lambda result: _share(result, "transfer_s")),
-        (" s mean transfer", _mean_transfer_s),
-    )
-    for unit, measure in measures:
-        near, far = (
-            shown([measure(result) for result in sweep.results[rate]], ".3f")
-            for sweep in (fast, slow)
+
+    def both(measure: Callable[[RunLatencies], float]) -> str:
+        return " against ".join(
+            across_seeds([measure(result) for result in runs.results[rate]], ".3f")
+            for runs in (slow, fast)
         )
-        parts.append(f"{far} against {near}{unit}")
+
+    shares = both(lambda result: _share(result, "transfer_s"))
     return Claim(
         claim=f"Beyond the paper: OPT-175B at {rate:g} rps per GPU with KV over 25 "
         "Gb/s between nodes",
         paper="avoided by placement",
-        ours="; ".join(parts),
+        ours=f"{shares} % of the latency; {both(_mean_transfer_s)} s mean transfer",
         why="One NIC at 62 % of 25 Gb/s cannot carry this KV even at the lowest rate, "
         "so the wait grows with N: segments of a stage must share a node",
-        runs=slow.system.said(lab),
+        runs=slow.arm.said(lab),
     )
 
 
 def _mean_transfer_s(result: RunLatencies) -> float:
     return sum(each.transfer_s for each in result.stages) / len(result.stages)
-
-
-FIGURES = {
-    "fig10": Figure(title="Fig. 10: latency breakdown and KV transfers", make=make)
-}

@@ -1,7 +1,8 @@
-"""Closed forms of simple systems, which simulations of them must agree with.
+"""Computes closed forms of simple systems, to compare simulations with.
 
-Requests arrive at random (Poisson), are served in order and one at a time, and each
-takes the same time: M/D/1. Source: DistServe (OSDI'24) section 3.1; D is `service_s`.
+The queue is M/D/1: requests arrive at random (Poisson), are served in order and one at
+a time, and each takes the same time. Source: DistServe (OSDI'24) section 3.1, where D
+is `service_s`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from disagg_jax.work import StepLoad
 
 
 def md1_wait_s(rate_rps: float, service_s: float) -> float:
-    """Mean wait before service: R D^2 / (2 (1 - R D)).
+    """Return the mean wait before service: R D^2 / (2 (1 - R D)).
 
     Raises:
       ValueError: unless the server keeps up.
@@ -25,28 +26,28 @@ def md1_wait_s(rate_rps: float, service_s: float) -> float:
 
 
 def ttft_s(rate_rps: float, service_s: float) -> float:
-    """Mean TTFT of one device."""
+    """Return the mean TTFT of one device."""
     return service_s + md1_wait_s(rate_rps, service_s)
 
 
 def inter_op_ttft_s(rate_rps: float, service_s: float, stages: int = 2) -> float:
-    """Mean TTFT of equal pipeline stages: all wait is in front of the first."""
+    """Return the mean TTFT of equal pipeline stages: all wait is before the first."""
     return service_s + md1_wait_s(rate_rps, service_s / stages)
 
 
 def intra_op_ttft_s(rate_rps: float, service_s: float, speedup: float) -> float:
-    """Mean TTFT where tensor parallelism divides the time by `speedup` (K)."""
+    """Return the mean TTFT if tensor parallelism divides the time by `speedup` (K)."""
     return ttft_s(rate_rps, service_s / speedup)
 
 
 def bubble_share(batches: int, stages: int) -> float:
-    """Idle share of a pipeline's stages that fill, pass `batches`, and drain."""
+    """Return the idle share of stages that fill, pass `batches`, and drain."""
     return (stages - 1) / (batches + stages - 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConstantInstance:
-    """An `InstanceCost` that takes the same whatever the step computes."""
+    """An `InstanceCost` whose steps all take the same time."""
 
     seconds: tuple[float, ...]  # on each pipeline stage
 

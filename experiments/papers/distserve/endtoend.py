@@ -1,4 +1,4 @@
-"""DistServe's end-to-end figures: attainment over the rate and over the SLO scale.
+"""Draws DistServe's Figs. 8 and 9: attainment over the rate and the SLO scale.
 
 Where the released profile has the model, each system is simulated twice: as DistServe's
 own simulator does ("as shipped": a slower engine for vLLM, no KV memory, free links,
@@ -10,16 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.search.goodput import slo_scale
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import TARGET, paper_crossings, paper_panel
-from experiments.papers.figure import Claim, Drawn, Lab, Panel, Series, shown
-from experiments.papers.figure import banded as curve_of
-from experiments.papers.runs import Sweep, System, percent, run_systems
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.papers.runs import IDLE, Arm, ArmRuns, run_arms
+from experiments.report.intervals import across_seeds, percent, ratio_text
+from experiments.report.panel import Panel, banded
 
-# Requests/s per GPU so low that none waits: what queueing cannot be blamed for.
-IDLE = 1e-3
 _COLOURS = {"DistServe": 0, "vLLM": 1, "DeepSpeed-MII": 2}
 
 
@@ -37,118 +36,94 @@ class EndToEnd:
     workload: str
     slo: SLO  # the one that the figure was drawn with
     scale_rate: float  # requests/s per GPU of the SLO scale panel
-    systems: Sequence[System]
+    arms: Sequence[Arm]
     compared: Sequence[tuple[str, str]]  # labels: a DistServe, and what to divide by
     why: str  # where the systems' goodputs differ from the paper's
     why_one: str = _ONE_ENGINE  # the same with one engine for both
     other_slo: tuple[str, SLO] | None = None  # where the paper's versions disagree
 
 
-def _sweeps(spec: EndToEnd, lab: Lab, figure: str) -> dict[str, Sweep]:
-    """All systems at the paper's rates, at the scale panel's, and without a queue."""
+Found = Mapping[str, ArmRuns]  # by label
+
+
+def _run(spec: EndToEnd, lab: Lab, figure: str) -> dict[str, ArmRuns]:
+    """Run all arms at the paper's rates, the scale panel's, and without a queue."""
     rates = {x for x, _ in paper_panel(figure, "rate").series["DistServe"]}
     rates |= {IDLE, spec.scale_rate}
-    return run_systems(lab, spec.systems, get_workload(spec.workload), sorted(rates))
+    return run_arms(lab, spec.arms, get_workload(spec.workload), sorted(rates))
 
 
 def make(figure: str, spec: EndToEnd, lab: Lab) -> Drawn:
-    sweeps = _sweeps(spec, lab, figure)
+    """Draw both panels, and state goodputs and their ratios."""
+    found = _run(spec, lab, figure)
     return Drawn(
-        panels=[_rate_panel(figure, spec, sweeps), _scale_panel(figure, spec, sweeps)],
+        panels=[_rate_panel(figure, spec, found), _scale_panel(figure, spec, found)],
         claims=[
-            *_goodput_claims(figure, spec, sweeps, lab),
-            *_ratio_claims(figure, spec, sweeps, lab),
-            *_other_slo_claims(figure, spec, sweeps, lab),
+            *_goodput_claims(figure, spec, found, lab),
+            *_ratio_claims(figure, spec, found, lab),
+            *_other_slo_claims(figure, spec, found),
         ],
     )
 
 
 def _name(label: str) -> str:
-    """The paper's name of the system that `label` begins with."""
+    """Return the paper's name of the system that `label` begins with."""
     return next(name for name in _COLOURS if label.startswith(name))
 
 
-def _paper_series(figure: str, panel: str) -> list[Series]:
+def _panel(
+    figure: str,
+    name: str,
+    title: str,
+    shares: Mapping[str, Mapping[float, list[float]]],
+) -> Panel:
+    """Draw attainments in % over the paper's points."""
+    axes = paper_panel(figure, name)
+    series = axes.curves({name: _COLOURS[name] for name in axes.series})
+    for label, of_arm in shares.items():
+        style = "dashed" if "as shipped" in label else "line"
+        series.append(banded(label, of_arm, _COLOURS[_name(label)], style))
+    return axes.panel(title, series, line=100 * TARGET, ylim=(-3, 103))
+
+
+def _rate_panel(figure: str, spec: EndToEnd, found: Found) -> Panel:
+    shares = {label: runs.percentages(spec.slo) for label, runs in found.items()}
+    slo = f"TTFT <= {spec.slo.ttft_s:g} s, TPOT <= {spec.slo.tpot_s:g} s"
+    return _panel(figure, "rate", f"{spec.workload}; {slo}", shares)
+
+
+def _scale_panel(figure: str, spec: EndToEnd, found: Found) -> Panel:
+    scales = [x for x, _ in paper_panel(figure, "scale").series["DistServe"]]
+    shares = {
+        label: runs.by_scale(spec.slo, spec.scale_rate, scales)
+        for label, runs in found.items()
+    }
+    title = f"both targets times the scale, at {spec.scale_rate:g} requests/s per GPU"
+    return _panel(figure, "scale", title, shares)
+
+
+def _goodput_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[Claim]:
+    crossings = paper_crossings(figure, "rate")
     return [
-        Series(label=f"{n}, paper", points=points, colour=_COLOURS[n], paper=True)
-        for n, points in paper_panel(figure, panel).series.items()
+        Claim(
+            claim=f"{_name(label)} serves this rate per GPU at 90 % ({label})",
+            paper=f"{crossings[_name(label)]:g} rps",
+            ours=f"{runs.goodputs(spec.slo)} rps, limited by {runs.limit(spec.slo)}; "
+            f"without any queue {percent(runs.attainments(spec.slo)[IDLE])} attain",
+            why=spec.why_one if "one engine" in label else spec.why,
+            runs=runs.arm.said(lab),
+        )
+        for label, runs in found.items()
     ]
 
 
-def _curve(sweep: Sweep, values: Mapping[float, Sequence[float]]) -> Series:
-    label = sweep.system.label
-    percent = {x: [100 * share for share in shares] for x, shares in values.items()}
-    colour = _COLOURS[_name(label)]
-    return curve_of(label, percent, colour, dashed="as shipped" in label)
-
-
-def _panel(figure: str, name: str, title: str, ours: Sequence[Series]) -> Panel:
-    axes = paper_panel(figure, name)
-    return Panel(
-        title=title,
-        x=axes.x,
-        y=axes.y,
-        series=[*_paper_series(figure, name), *ours],
-        line=100 * TARGET,
-        ylim=(-3, 103),
-    )
-
-
-def _rate_panel(figure: str, spec: EndToEnd, sweeps: Mapping[str, Sweep]) -> Panel:
-    ours: list[Series] = []
-    for sweep in sweeps.values():
-        shares = sweep.attainments(spec.slo)
-        del shares[IDLE]
-        ours.append(_curve(sweep, shares))
-    slo = f"TTFT <= {spec.slo.ttft_s:g} s, TPOT <= {spec.slo.tpot_s:g} s"
-    return _panel(figure, "rate", f"{spec.workload}; {slo}", ours)
-
-
-def _scale_panel(figure: str, spec: EndToEnd, sweeps: Mapping[str, Sweep]) -> Panel:
-    scales = [x for x, _ in paper_panel(figure, "scale").series["DistServe"]]
-    ours: list[Series] = []
-    for sweep in sweeps.values():
-        results = sweep.results[spec.scale_rate]
-        shares = {
-            scale: [r.attainment(spec.slo.scaled(scale)).joint for r in results]
-            for scale in scales
-        }
-        ours.append(_curve(sweep, shares))
-    title = f"both targets times the scale, at {spec.scale_rate:g} requests/s per GPU"
-    return _panel(figure, "scale", title, ours)
-
-
-def _goodput_claims(
-    figure: str, spec: EndToEnd, sweeps: Mapping[str, Sweep], lab: Lab
-) -> list[Claim]:
-    crossings = paper_crossings(figure, "rate")
-    claims: list[Claim] = []
-    for label, sweep in sweeps.items():
-        name = _name(label)
-        idle = percent(sweep.attainments(spec.slo)[IDLE])
-        limit = sweep.limit(spec.slo)
-        claims.append(
-            Claim(
-                claim=f"{name} serves this rate per GPU at 90 % ({label})",
-                paper=f"{crossings[name]:g} rps",
-                ours=f"{sweep.goodputs(spec.slo)} rps, limited by {limit}; without any "
-                f"queue {idle} attain",
-                why=spec.why_one if "one engine" in label else spec.why,
-                runs=sweep.system.said(lab),
-            )
-        )
-    return claims
-
-
-def _ratio_claims(
-    figure: str, spec: EndToEnd, sweeps: Mapping[str, Sweep], lab: Lab
-) -> list[Claim]:
+def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[Claim]:
     rate, scale = paper_crossings(figure, "rate"), paper_crossings(figure, "scale")
     claims: list[Claim] = []
     for ours, theirs in spec.compared:
-        above, below, other = sweeps[ours], sweeps[theirs], _name(theirs)
-        runs = f"{above.system.said(lab)}; {below.system.said(lab)}"
-        marked = " (UNEQUAL ENGINES)" if above.system.simulation.mark else ""
+        above, below, other = found[ours], found[theirs], _name(theirs)
+        runs = f"{above.arm.said(lab)}; {below.arm.said(lab)}"
+        marked = " (UNEQUAL ENGINES)" if above.arm.simulation.mark else ""
         claims += [
             Claim(
                 claim=f"DistServe's goodput over {other}'s{marked}",
@@ -171,34 +146,34 @@ def _ratio_claims(
     return claims
 
 
-def _scales(spec: EndToEnd, above: Sweep, below: Sweep) -> str:
-    """The tightest scale of both, and their ratio paired by seed."""
-    pairs = [
-        [slo_scale([r], spec.slo, TARGET) for r in sweep.results[spec.scale_rate]]
-        for sweep in (above, below)
-    ]
-    ratios = [loose / tight for tight, loose in zip(*pairs, strict=True)]
-    tight, loose = (shown(values) for values in pairs)
-    return f"{shown(ratios, '.2f', 'x')} ({tight} against {loose})"
+def _scales(spec: EndToEnd, above: ArmRuns, below: ArmRuns) -> str:
+    """Write the ratio of the tightest scales, paired by seed, and both scales."""
+    tight, loose = (
+        [slo_scale([r], spec.slo, TARGET) for r in runs.results[spec.scale_rate]]
+        for runs in (above, below)
+    )
+    both = f"{across_seeds(tight)} against {across_seeds(loose)}"
+    return f"{ratio_text(loose, tight)} ({both})"
 
 
-def _other_slo_claims(
-    figure: str, spec: EndToEnd, sweeps: Mapping[str, Sweep], lab: Lab
-) -> list[Claim]:
+def _other_slo_claims(figure: str, spec: EndToEnd, found: Found) -> list[Claim]:
     if spec.other_slo is None:
         return []
     name, slo = spec.other_slo
     crossings = paper_crossings(figure, "rate")
-    return [
-        Claim(
-            claim=f"The same runs judged by {name}: goodputs per GPU and their ratio",
-            paper=f"{crossings['DistServe']:g} and {crossings[_name(theirs)]:g} rps, "
-            f"{crossings['DistServe'] / crossings[_name(theirs)]:.2f}x",
-            ours=f"{(a := sweeps[ours].goodputs(slo))} and "
-            f"{(b := sweeps[theirs].goodputs(slo))} rps, {a.over(b)}",
-            why="The paper's versions give this chatbot different SLOs; the crossings "
-            "printed are the figure's, whichever it used",
-            runs=f"{ours}; {theirs}: as above",
+    claims: list[Claim] = []
+    for ours, theirs in spec.compared:
+        paper, other = crossings["DistServe"], crossings[_name(theirs)]
+        above, below = found[ours].goodputs(slo), found[theirs].goodputs(slo)
+        claims.append(
+            Claim(
+                claim=f"The same runs judged by {name}: goodputs per GPU and their "
+                "ratio",
+                paper=f"{paper:g} and {other:g} rps, {paper / other:.2f}x",
+                ours=f"{above} and {below} rps, {above.over(below)}",
+                why="The paper's versions give this chatbot different SLOs; the "
+                "crossings printed are the figure's, whichever it used",
+                runs=f"{ours}; {theirs}: as above",
+            )
         )
-        for ours, theirs in spec.compared
-    ]
+    return claims

@@ -1,18 +1,19 @@
-"""DistServe's Figs. 2, 3 and 5: how long single steps take, straight from cost models.
+"""Reproduces DistServe's Figs. 2, 3 and 5: the times of single steps.
 
-Nothing is simulated: a step's time is what a cost model says, for OPT-13B by
-DistServe's released profile (A100-80G) and by the roofline.
+Nothing is simulated. Cost models give the times of OPT-13B's steps: DistServe's
+released profile (A100-80G) and the roofline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import device_cost
-from experiments.papers.distserve.published import XY, paper_panel
-from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series
+from experiments.papers.distserve.published import paper_panel
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.panel import XY, Panel, Series
 from models.lookup import find_model
 
 MODEL = "opt-13b"
@@ -29,25 +30,41 @@ def step_ms(
     tp: int = 1,
     pp: int = 1,
 ) -> list[float]:
-    """Milliseconds of a step on each stage; `context` is of each decode."""
+    """Return a step's milliseconds on each stage; `context` is of each decode."""
     load = StepLoad(tuple((0, n) for n in prompts), decodes, decodes * (context + 1))
     instance = device_cost(cost, MODEL).model.instance(tp, pp)
     return [1000 * seconds for seconds in instance.stages_s(load)]
 
 
-def _published(
-    figure: str, panel: str, colours: Mapping[str, int], named: str = "{}, paper"
+def _by_cost(
+    colours: Mapping[str, int],
+    points: Callable[[str, str], Sequence[XY]],
+    named: str = "{}",
 ) -> list[Series]:
+    """Return a curve for each published series and cost model.
+
+    Args:
+      points: of a series' name and a cost model.
+    """
     return [
         Series(
-            label=named.format(name), points=points, colour=colours[name], paper=True
+            label=f"{named.format(name)}, {short}",
+            points=points(name, cost),
+            colour=colour,
+            style="dashed" if short == "roofline" else "line",
         )
-        for name, points in paper_panel(figure, panel).series.items()
+        for name, colour in colours.items()
+        for short, cost in _COSTS.items()
     ]
 
 
-def _at(points: list[XY] | tuple[XY, ...], x: float) -> float:
-    """The published value nearest to x."""
+def _each(value: Callable[[str], str]) -> str:
+    """Write a value of each cost model."""
+    return "; ".join(f"{short} {value(cost)}" for short, cost in _COSTS.items())
+
+
+def _at(points: Sequence[XY], x: float) -> float:
+    """Return the published value nearest to x."""
     return min(points, key=lambda point: abs(point[0] - x))[1]
 
 
@@ -55,7 +72,7 @@ def _at(points: list[XY] | tuple[XY, ...], x: float) -> float:
 
 
 def fig2(lab: Lab) -> Drawn:
-    """One step of decodes, with and without a prompt in it."""
+    """Draw one step of decodes, with and without a prompt in it."""
     lengths = (128, 1024)
     return Drawn(
         panels=[_fig2_panel(length) for length in lengths],
@@ -71,24 +88,14 @@ def _fig2_ms(cost: str, length: int, decodes: int, prompt: bool) -> float:
 def _fig2_panel(length: int) -> Panel:
     axes = paper_panel("fig2", str(length))
     colours = {"with one prefill": 1, "decode only": 0}
-    ours = [
-        Series(
-            label=f"{name}, {short}",
-            points=[
-                (x, _fig2_ms(cost, length, int(x), name == "with one prefill"))
-                for x, _ in axes.series[name]
-            ],
-            colour=colours[name],
-            dashed=short == "roofline",
-        )
-        for name in colours
-        for short, cost in _COSTS.items()
-    ]
-    return Panel(
-        title=f"OPT-13B on one A100; prompts and contexts of {length} tokens",
-        x=axes.x,
-        y=axes.y,
-        series=[*_published("fig2", str(length), colours), *ours],
+
+    def points(name: str, cost: str) -> list[XY]:
+        prompt, at = name == "with one prefill", axes.series[name]
+        return [(x, _fig2_ms(cost, length, int(x), prompt)) for x, _ in at]
+
+    return axes.panel(
+        f"OPT-13B on one A100; prompts and contexts of {length} tokens",
+        [*axes.curves(colours), *_by_cost(colours, points)],
     )
 
 
@@ -96,23 +103,22 @@ def _fig2_claim(length: int) -> Claim:
     series = paper_panel("fig2", str(length)).series
     most = int(series["decode only"][-1][0])
     with_one, without = (
-        [_at(list(series[name]), n) for n in (1, most)]
+        [_at(series[name], n) for n in (1, most)]
         for name in ("with one prefill", "decode only")
     )
-    ours = "; ".join(
-        f"{short} "
-        + " and ".join(
+
+    def slower(cost: str) -> str:
+        return " and ".join(
             f"{_fig2_ms(cost, length, n, True) / _fig2_ms(cost, length, n, False):.1f}x"
             for n in (1, most)
         )
-        for short, cost in _COSTS.items()
-    )
+
     return Claim(
         claim=f"One {length}-token prompt slows a batch of 1 and of {most} decodes",
         paper=" and ".join(
             f"{a / b:.1f}x" for a, b in zip(with_one, without, strict=True)
         ),
-        ours=ours,
+        ours=_each(slower),
         why="The paper's decode-only steps are too fast for this model (next row), so "
         "its factors are larger; the profile bills each kind of step a constant",
         runs=_RUNS,
@@ -123,11 +129,11 @@ def _weights_claim() -> Claim:
     weights, hardware = find_model(MODEL).weight_bytes, get_hardware("a100-80g")
     bound_ms = 1000 * weights / hardware.hbm_bytes_s
     alone = [
-        _at(list(paper_panel("fig2", panel).series["decode only"]), 1)
+        _at(paper_panel("fig2", panel).series["decode only"], 1)
         for panel in ("128", "1024")
     ]
     fig5 = dict(paper_panel("fig5", "latency").series["intra-op"])[1.0]
-    fig2_128 = _at(list(paper_panel("fig2", "128").series["decode only"]), 128)
+    fig2_128 = _at(paper_panel("fig2", "128").series["decode only"], 128)
     return Claim(
         claim="A decode step of batch 1 takes this long on an A100",
         paper=f"{alone[0]:.1f} ms (a), {alone[1]:.1f} ms (b)",
@@ -144,7 +150,7 @@ def _weights_claim() -> Claim:
 
 
 def fig3(lab: Lab) -> Drawn:
-    """Tokens/s of prefill and decode steps over the batch size."""
+    """Draw tokens/s of prefill and decode steps over the batch size."""
     return Drawn(
         panels=[
             _fig3_panel("prefill", _prefill_tokens_s),
@@ -165,23 +171,16 @@ def _decode_tokens_s(cost: str, length: int, batch: int) -> float:
 def _fig3_panel(name: str, tokens_s: Callable[[str, int, int], float]) -> Panel:
     axes = paper_panel("fig3", name)
     colours = {length: i for i, length in enumerate(axes.series)}
-    ours = [
-        Series(
-            label=f"{length} tokens, {short}",
-            points=[
-                (x, tokens_s(cost, int(length), int(x))) for x, _ in axes.series[length]
-            ],
-            colour=colours[length],
-            dashed=short == "roofline",
-        )
-        for length in colours
-        for short, cost in _COSTS.items()
-    ]
-    return Panel(
-        title=f"{name}, OPT-13B on one A100",
-        x=axes.x,
-        y=axes.y,
-        series=[*_published("fig3", name, colours, "{} tokens, paper"), *ours],
+
+    def points(length: str, cost: str) -> list[XY]:
+        return [
+            (x, tokens_s(cost, int(length), int(x))) for x, _ in axes.series[length]
+        ]
+
+    paper = axes.curves(named="{} tokens, paper")
+    return axes.panel(
+        f"{name}, OPT-13B on one A100",
+        [*paper, *_by_cost(colours, points, "{} tokens")],
         log_x=True,
         log_y=name == "decode",
     )
@@ -190,15 +189,15 @@ def _fig3_panel(name: str, tokens_s: Callable[[str, int, int], float]) -> Panel:
 def _saturation_claim() -> Claim:
     paper = paper_panel("fig3", "prefill").series["512"]
     best = max(y for _, y in paper)
-    shares = {
-        short: _prefill_tokens_s(cost, 512, 1)
-        / max(_prefill_tokens_s(cost, 512, int(x)) for x, _ in paper)
-        for short, cost in _COSTS.items()
-    }
+
+    def share(cost: str) -> str:
+        most = max(_prefill_tokens_s(cost, 512, int(x)) for x, _ in paper)
+        return f"{100 * (_prefill_tokens_s(cost, 512, 1) / most):.0f} %"
+
     return Claim(
         claim="A prompt of 512 tokens saturates an A100 (L_m)",
         paper=f"{100 * paper[0][1] / best:.0f} % of the best rate with one prompt",
-        ours="; ".join(f"{short} {100 * s:.0f} %" for short, s in shares.items()),
+        ours=_each(share),
         why="The profile's constant of 18 ms (weights and launches) is shared by a "
         "batch; the roofline has 1 ms of it",
         runs=_RUNS,
@@ -208,14 +207,15 @@ def _saturation_claim() -> Claim:
 def _decode_batch_claim() -> Claim:
     paper = paper_panel("fig3", "decode").series["256"]
     most = int(paper[-1][0])
-    gains = {
-        short: _decode_tokens_s(cost, 256, most) / _decode_tokens_s(cost, 256, 1)
-        for short, cost in _COSTS.items()
-    }
+
+    def gain(cost: str) -> str:
+        one = _decode_tokens_s(cost, 256, 1)
+        return f"{_decode_tokens_s(cost, 256, most) / one:.0f}x"
+
     return Claim(
         claim=f"Decode throughput grows with the batch (256 tokens, 1 to {most})",
         paper=f"{paper[-1][1] / paper[0][1]:.0f}x",
-        ours="; ".join(f"{short} {gain:.0f}x" for short, gain in gains.items()),
+        ours=_each(gain),
         why="The paper's times at batch 64 and 128 are longer than its own released "
         "profile's",
         runs=_RUNS,
@@ -228,7 +228,7 @@ _BATCH, _CONTEXT = 128, 256
 
 
 def fig5(lab: Lab) -> Drawn:
-    """Decode latency and throughput under tensor and pipeline parallelism."""
+    """Draw decode latency and throughput under tensor and pipeline parallelism."""
     return Drawn(
         panels=[_fig5_panel("latency", sum), _fig5_panel("throughput", _tokens_s)],
         claims=[
@@ -239,12 +239,12 @@ def fig5(lab: Lab) -> Drawn:
 
 
 def _tokens_s(stages_ms: list[float]) -> float:
-    """With every stage at work on a batch of its own, the slowest sets the pace."""
+    """Return tokens/s with a batch in every stage: the slowest sets the pace."""
     return 1000 * _BATCH / max(stages_ms)
 
 
 def _fig5_stages(cost: str, series: str, gpus: int) -> list[float] | None:
-    """None where the cost model has no data."""
+    """Return each stage's milliseconds; None where the cost model has no data."""
     tp, pp = (gpus, 1) if series == "intra-op" else (1, gpus)
     try:
         return step_ms(cost, decodes=_BATCH, context=_CONTEXT, tp=tp, pp=pp)
@@ -255,30 +255,20 @@ def _fig5_stages(cost: str, series: str, gpus: int) -> list[float] | None:
 def _fig5_panel(name: str, value: Callable[[list[float]], float]) -> Panel:
     axes = paper_panel("fig5", name)
     colours = {"intra-op": 0, "inter-op": 1}
-    ours: list[Series] = []
-    for series in colours:
-        for short, cost in _COSTS.items():
-            found = {
-                x: _fig5_stages(cost, series, int(x)) for x, _ in axes.series[series]
-            }
-            ours.append(
-                Series(
-                    label=f"{series}, {short}",
-                    points=[(x, value(ms)) for x, ms in found.items() if ms],
-                    colour=colours[series],
-                    dashed=short == "roofline",
-                )
-            )
-    return Panel(
-        title=f"OPT-13B decode, batch {_BATCH}, {_CONTEXT} tokens of context",
-        x=axes.x,
-        y=axes.y,
-        series=[*_published("fig5", name, colours), *ours],
+
+    def points(series: str, cost: str) -> list[XY]:
+        at = [x for x, _ in axes.series[series]]
+        found = {x: _fig5_stages(cost, series, int(x)) for x in at}
+        return [(x, value(ms)) for x, ms in found.items() if ms]
+
+    return axes.panel(
+        f"OPT-13B decode, batch {_BATCH}, {_CONTEXT} tokens of context",
+        [*axes.curves(colours), *_by_cost(colours, points)],
     )
 
 
 def _slower() -> str:
-    """How the published step on one GPU compares with each cost model's."""
+    """Compare the published step on one GPU with each cost model's."""
     paper_ms = dict(paper_panel("fig5", "latency").series["intra-op"])[1.0]
     return " and ".join(
         f"{paper_ms / sum(step_ms(cost, decodes=_BATCH, context=_CONTEXT)):.2f} "
@@ -306,12 +296,3 @@ def _fig5_claim(series: str, name: str) -> Claim:
         "there. The profile has no tp 8, and no communication inside a pipeline",
         runs=_RUNS,
     )
-
-
-FIGURES = {
-    "fig2": Figure(title="Fig. 2: a prompt in a batch of decodes", make=fig2, reads=()),
-    "fig3": Figure(title="Fig. 3: throughput of the two phases", make=fig3, reads=()),
-    "fig5": Figure(
-        title="Fig. 5: decode under intra-op and inter-op", make=fig5, reads=()
-    ),
-}

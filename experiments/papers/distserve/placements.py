@@ -1,4 +1,4 @@
-"""What DistServe's Figs. 8 and 9 ran: placements, requests, SLOs, and our reasons.
+"""Lists the runs of DistServe's Figs. 8 and 9: placements, requests, SLOs, reasons.
 
 Placements: appendix B, Table 3. Requests of a point: the artifact's scripts.
 """
@@ -14,55 +14,31 @@ from disagg_jax.sim.simulation import Simulation
 from experiments.configs.named_simulations import get_simulation
 from experiments.papers.distserve.endtoend import EndToEnd, make
 from experiments.papers.distserve.published import SLOS
-from experiments.papers.figure import Figure
-from experiments.papers.runs import System
+from experiments.papers.figure import PaperFigure
+from experiments.papers.runs import Arm
 
 LONG_RUN = 1000  # requests of a run of ours, where the paper's are too few
 
 
 def inside_a_node(name: str) -> Simulation:
-    """A named simulation with KV moving inside a node only, as the paper's runs do."""
+    """Return a named simulation whose KV moves inside a node only, as the paper's."""
     return dataclasses.replace(get_simulation(name), between=None)
 
 
 def _profiled(
     model: str, distserve: str, vllm: str, requests: tuple[int, int]
-) -> list[System]:
-    """Both sides as shipped with the paper's N, then with one engine and a larger N."""
+) -> list[Arm]:
+    """Return both sides with the paper's N, then with one engine and a larger N."""
     shipped = inside_a_node(f"simdistserve_{model}")
     one = inside_a_node(f"{model}_a100")
+    # No coefficients of MII's engine were released: its policy, on the one engine.
+    mii, long = dataclasses.replace(one, policies=SYSTEMS["splitfuse"]), LONG_RUN
     return [
-        System(
-            label="DistServe, as shipped",
-            simulation=shipped,
-            deployment=distserve,
-            num_requests=requests[0],
-        ),
-        System(
-            label="vLLM, as shipped",
-            simulation=shipped,
-            deployment=vllm,
-            num_requests=requests[1],
-        ),
-        System(
-            label="DistServe, one engine",
-            simulation=one,
-            deployment=distserve,
-            num_requests=LONG_RUN,
-        ),
-        System(
-            label="vLLM policy, one engine",
-            simulation=one,
-            deployment=vllm,
-            num_requests=LONG_RUN,
-        ),
-        # No coefficients of its engine were released: its policy, on the one engine.
-        System(
-            label="DeepSpeed-MII policy, one engine",
-            simulation=dataclasses.replace(one, policies=SYSTEMS["splitfuse"]),
-            deployment=vllm,
-            num_requests=LONG_RUN,
-        ),
+        Arm("DistServe, as shipped", shipped, distserve, num_requests=requests[0]),
+        Arm("vLLM, as shipped", shipped, vllm, num_requests=requests[1]),
+        Arm("DistServe, one engine", one, distserve, num_requests=long),
+        Arm("vLLM policy, one engine", one, vllm, num_requests=long),
+        Arm("DeepSpeed-MII policy, one engine", mii, vllm, num_requests=long),
     ]
 
 
@@ -74,22 +50,12 @@ _PAIRS = (
 _ON_66B = ("opt66b", "prefill:tp4,decode:tp2pp2", "colocated:tp4")
 
 
-def _opt175b() -> list[System]:
-    """The paper's placements and N, with the roofline: no profile was released."""
-    distserve, vllm = "prefill:tp3pp3,decode:tp4pp3", "colocated:tp8"
+def _opt175b() -> list[Arm]:
+    """Return the paper's placements and N on the roofline: no profile was released."""
+    roofline, distserve = inside_a_node("opt175b_a100"), "prefill:tp3pp3,decode:tp4pp3"
     return [
-        System(
-            label="DistServe, roofline",
-            simulation=inside_a_node("opt175b_a100"),
-            deployment=distserve,
-            num_requests=525,
-        ),
-        System(
-            label="vLLM policy, roofline",
-            simulation=inside_a_node("opt175b_a100"),
-            deployment=vllm,
-            num_requests=200,
-        ),
+        Arm("DistServe, roofline", roofline, distserve, num_requests=525),
+        Arm("vLLM policy, roofline", roofline, "colocated:tp8", num_requests=200),
     ]
 
 
@@ -104,9 +70,7 @@ _SPECS = {
         workload="sharegpt",
         slo=SLOS["chat 13B"],
         scale_rate=1.5,
-        systems=_profiled(
-            "opt13b", "prefill:tp2,decode:tp1", "colocated:tp1", (300, 100)
-        ),
+        arms=_profiled("opt13b", "prefill:tp2,decode:tp1", "colocated:tp1", (300, 100)),
         compared=_PAIRS,
         why=_KNIFE_EDGE,
     ),
@@ -115,7 +79,7 @@ _SPECS = {
         workload="sharegpt",
         slo=SLOS["chat 66B"],
         scale_rate=0.75,
-        systems=_profiled(*_ON_66B, (200, 100)),
+        arms=_profiled(*_ON_66B, (200, 100)),
         compared=_PAIRS,
         why="Its N of 100 and 200; lengths are Fig. 7's histograms, prompt and output "
         "drawn apart. Judged by Table 1's SLO: by the artifact's (the last rows) many "
@@ -128,7 +92,7 @@ _SPECS = {
         workload="sharegpt",
         slo=SLOS["chat 175B"],
         scale_rate=0.125,
-        systems=_opt175b(),
+        arms=_opt175b(),
         compared=(("DistServe, roofline", "vLLM policy, roofline"),),
         why="No 175B profile was released: ROOFLINE times for both sides, which are "
         "bounds with measured efficiencies (no engine's overheads); pipelines run with "
@@ -139,7 +103,7 @@ _SPECS = {
         workload="humaneval",
         slo=SLOS["code 66B"],
         scale_rate=0.875,
-        systems=_profiled(*_ON_66B, (400, 200)),
+        arms=_profiled(*_ON_66B, (400, 200)),
         compared=_PAIRS,
         why="A TTFT of 0.125 s is about one idle prefill of this model, so the result "
         "is decided by the constant of the prefill fit (see the figure without any "
@@ -150,7 +114,7 @@ _SPECS = {
         workload="longbench",
         slo=SLOS["summary 66B"],
         scale_rate=0.375,
-        systems=_profiled(*_ON_66B, (200, 100)),
+        arms=_profiled(*_ON_66B, (200, 100)),
         compared=_PAIRS,
         why="12.6x and 4.3x rest on vLLM at exactly 90.0 % in the paper's first "
         "measured points; here vLLM loses by TPOT, when long prefills stall its "
@@ -158,7 +122,7 @@ _SPECS = {
         "queue)",
     ),
 }
-FIGURES: Mapping[str, Figure] = {
-    name: Figure(title=spec.title, make=functools.partial(make, name, spec))
+FIGURES: Mapping[str, PaperFigure] = {
+    name: PaperFigure(spec.title, functools.partial(make, name, spec))
     for name, spec in _SPECS.items()
 }

@@ -1,4 +1,4 @@
-"""The points of DistServe's figures, and what its evaluation ran."""
+"""Reads the points of DistServe's figures; holds the SLOs of its evaluation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.metrics import SLO
+from experiments.report.panel import XY, Panel, Series, curves
 
 POINTS = pathlib.Path(__file__).parents[2] / "profiles" / "distserve_figures.json"
-
-XY = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +23,22 @@ class PaperPanel:
     y: str
     series: Mapping[str, Sequence[XY]]
 
+    def curves(
+        self, colours: Mapping[str, int] | None = None, named: str = "{}, paper"
+    ) -> list[Series]:
+        """Return the points as hollow markers; without colours each has its own.
+
+        Args:
+          colours: which series to draw, in which colour.
+        """
+        chosen = self.series if colours is None else colours
+        points = {name: self.series[name] for name in self.series if name in chosen}
+        return curves(points, named, colours=colours, style="paper")
+
+    def panel(self, title: str, series: Sequence[Series], **axes: Any) -> Panel:
+        """Draw curves on axes named as the published ones; `axes` is for `Panel`."""
+        return Panel(title=title, x=self.x, y=self.y, series=series, **axes)
+
 
 @functools.cache
 def _figures() -> Mapping[str, Any]:
@@ -31,7 +46,7 @@ def _figures() -> Mapping[str, Any]:
 
 
 def paper_panel(figure: str, panel: str) -> PaperPanel:
-    """The digitised points of a panel."""
+    """Return the digitised points of a panel."""
     data = _figures()[figure]["panels"][panel]
     series = {
         name: [(float(x), float(y)) for x, y in points]
@@ -41,7 +56,7 @@ def paper_panel(figure: str, panel: str) -> PaperPanel:
 
 
 def paper_crossings(figure: str, panel: str) -> Mapping[str, float]:
-    """Where each system's attainment crosses 90 %, by the figure's vertical lines."""
+    """Return where each system crosses 90 %, by the figure's vertical lines."""
     return _figures()[figure]["crossings_at_90"][panel]
 
 

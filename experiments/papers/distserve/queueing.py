@@ -1,4 +1,4 @@
-"""DistServe's Fig. 4: pipeline or tensor parallelism for prefill, by M/D/1.
+"""Reproduces DistServe's Fig. 4: pipeline or tensor parallelism for prefill, by M/D/1.
 
 The published points are the paper's own formulas (D = 0.2 s on two GPUs, R = 2 x the
 rate per GPU), so they are compared with the formulas; and our simulator, which knows
@@ -14,16 +14,18 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.sim.run import SimulationTask
+from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.workload import FixedLengths, RandomWorkload
+from disagg_jax.workload.lengths import FixedLengths
+from disagg_jax.workload.workload import RandomWorkload
 from experiments.papers.distserve.closed_forms import (
     ConstantInstance,
     inter_op_ttft_s,
     intra_op_ttft_s,
 )
-from experiments.papers.distserve.published import XY, paper_panel
-from experiments.papers.figure import Claim, Drawn, Figure, Lab, Panel, Series, banded
+from experiments.papers.distserve.published import paper_panel
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.panel import XY, Panel, Series, banded, banded_curves, curves
 
 SERVICE_S = 0.2  # D: 512 tokens of OPT-66B, as the published points have it
 GPUS = 2
@@ -37,7 +39,7 @@ _ONE_PROMPT = RandomWorkload(
 
 
 def prefill_alone(*stages_s: float) -> SimulatedDeployment:
-    """A prefill instance of constant stages that takes one request at a time."""
+    """Build a prefill instance of constant stages that takes one request at a time."""
     deployment = Deployment.parse(f"prefill:tp1pp{len(stages_s)},decode:tp1")
     memory = KVMemory(num_blocks=10**9, max_context=2048)
     return SimulatedDeployment(
@@ -52,7 +54,7 @@ def prefill_alone(*stages_s: float) -> SimulatedDeployment:
 
 
 def _formula(series: str) -> Callable[[float], float]:
-    """The closed form of a published series, of the rate per GPU."""
+    """Return the closed form of a published series, a function of the rate per GPU."""
     if series == "inter-op":
         return lambda rate: inter_op_ttft_s(GPUS * rate, SERVICE_S)
     speedup = float(series.rpartition(" ")[2])
@@ -60,23 +62,21 @@ def _formula(series: str) -> Callable[[float], float]:
 
 
 def _simulated(lab: Lab, stages_s: Sequence[float]) -> dict[float, list[float]]:
-    """Mean TTFT of each seed, by the rate per GPU."""
+    """Return the mean TTFT of each seed, by the rate per GPU."""
     # Up to 90 % load: beyond it the runs are too short for the mean to settle.
     rates = [r for r in _SIMULATED_RATES if GPUS * r * max(stages_s) <= 0.91]
-    points = [
-        SimulationTask(
+    runs = {
+        rate: SimulationTask(
             simulated=prefill_alone(*stages_s),
             workload=_ONE_PROMPT,
             rate_rps=GPUS * rate,
             num_requests=lab.requests(_REQUESTS),
-            seed=seed,
+            seed=0,
         )
         for rate in rates
-        for seed in range(lab.seeds)
-    ]
-    results = iter(lab.run(points))
-    means = ([_mean(next(results).ttft_s) for _ in range(lab.seeds)] for _ in rates)
-    return dict(zip(rates, means, strict=True))
+    }
+    found = lab.by_seed(run_task, runs)
+    return {rate: [_mean(r.ttft_s) for r in of] for rate, of in found.items()}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -84,48 +84,30 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def make(lab: Lab) -> Drawn:
-    """Both panels, and how far points, formulas and simulator are apart."""
+    """Draw both panels, and say how far points, formulas and simulator are apart."""
     ours = {
         "inter-op": _simulated(lab, (SERVICE_S / 2, SERVICE_S / 2)),
         "intra-op, K = 1.7": _simulated(lab, (SERVICE_S / 1.7,)),
     }
-    simulated = [
-        banded(f"{name}, simulated", values, colour)
-        for colour, (name, values) in enumerate(ours.items())
-    ]
+    simulated = banded_curves(ours, "{}, simulated")
     panels = [_panel("a", simulated), _panel("b", simulated[:1])]
     return Drawn(panels=panels, claims=[_points_claim(), *_claims(lab, ours)])
 
 
 def _panel(name: str, simulated: Sequence[Series]) -> Panel:
     axes = paper_panel("fig4", name)
-    colours = {series: i for i, series in enumerate(axes.series)}
-    paper = [
-        Series(label=f"{s}, paper", points=points, colour=colours[s], paper=True)
-        for s, points in axes.series.items()
-    ]
-    forms = [
-        Series(
-            label=f"{s}, formula",
-            points=[(x, _formula(s)(x)) for x, _ in points],
-            colour=colours[s],
-            dashed=True,
-        )
-        for s, points in axes.series.items()
-    ]
+    forms = {
+        name: [(x, _formula(name)(x)) for x, _ in points]
+        for name, points in axes.series.items()
+    }
+    drawn = [*axes.curves(), *curves(forms, "{}, formula", style="dashed")]
     title = "OPT-66B, 512 tokens, 2 A100" + (", K from 1.5" if name == "b" else "")
-    # The intervals would hide in the legend's way otherwise.
-    return Panel(
-        title=title,
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *forms, *simulated],
-        ylim=(0, 1.4),
-    )
+    # Without limits the legend would hide the intervals.
+    return axes.panel(title, [*drawn, *simulated], ylim=(0, 1.4))
 
 
 def _apart(points: Sequence[XY], form: Callable[[float], float]) -> float:
-    """The largest relative difference of points from a form."""
+    """Return the largest relative difference of points from a form."""
     return max(abs(y / form(x) - 1) for x, y in points)
 
 
@@ -162,7 +144,7 @@ def _claims(lab: Lab, ours: dict[str, dict[float, list[float]]]) -> list[Claim]:
             ours=f"formulas cross at {cross:.2f} rps per GPU; simulated, inter-op "
             f"is ahead {simulated} (steps of 0.5)",
             why="Agrees",
-            runs=f"N={lab.requests(_REQUESTS)} x {lab.seeds} seeds",
+            runs=lab.size(_REQUESTS),
         ),
     ]
 
@@ -181,11 +163,5 @@ def _simulator_claim(lab: Lab, name: str, values: dict[float, list[float]]) -> C
         f"it; {inside} of {len(values)} intervals contain it",
         why="A 95 % interval misses one time in twenty; at 90 % load a run of this "
         "length has not quite settled",
-        runs=f"constant stage times, one request a step, "
-        f"N={lab.requests(_REQUESTS)} x {lab.seeds} seeds",
+        runs=f"constant stage times, one request a step, {lab.size(_REQUESTS)}",
     )
-
-
-FIGURES = {
-    "fig4": Figure(title="Fig. 4: prefill on two GPUs, by queueing theory", make=make)
-}

@@ -1,122 +1,89 @@
-"""DistServe's Table 2 and Figs. 11 and 12: its own simulator and placement search."""
+"""Reproduces DistServe's Table 2 and Figs. 11 and 12: simulator and placement."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from disagg_jax.sim.run import RunLatencies
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.papers.distserve.endtoend import IDLE
 from experiments.papers.distserve.published import SLOS, TARGET, paper_panel
-from experiments.papers.figure import (
-    Claim,
-    Drawn,
-    Figure,
-    Lab,
-    Panel,
-    Series,
-    banded,
-)
-from experiments.papers.runs import Sweep, System, percent, run_systems
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.papers.runs import IDLE, Arm, ArmRuns, run_arms
+from experiments.report.intervals import percent
+from experiments.report.panel import XY, Panel, banded, curves
 
 _SLO = SLOS["chat 66B, artifact"]
 _SIMULATION = get_simulation("simdistserve_opt66b")
-_REQUESTS = 200
 
 
-def _system(label: str, deployment: str, devices: int | None = None) -> System:
-    return System(
-        label=label,
-        simulation=_SIMULATION,
-        deployment=deployment,
-        num_requests=_REQUESTS,
-        devices=devices,
-    )
+def _arm(label: str, deployment: str, devices: int | None = None) -> Arm:
+    return Arm(label, _SIMULATION, deployment, num_requests=200, devices=devices)
 
 
 # ---- Table 2: does the released profile give its rows? ----
 
-_TABLE2 = {
-    "vLLM": _system("vLLM", "colocated:tp4", 1),
-    "DistServe-Low": _system("DistServe-Low", "prefill:tp4,decode:tp2pp2", 1),
-}
+_TABLE2 = (
+    _arm("vLLM", "colocated:tp4", 1),
+    _arm("DistServe-Low", "prefill:tp4,decode:tp2pp2", 1),
+)
 
 
 def table2(lab: Lab) -> Drawn:
-    """Attainment at the table's rates, taken as those of the whole deployment."""
+    """Draw attainment at the table's rates, taken as rates of the whole deployment."""
     axes = paper_panel("table2", "attainment")
     rates = [x for x, _ in axes.series["vLLM, real"]]
     workload = get_workload("sharegpt")
-    sweeps = run_systems(lab, list(_TABLE2.values()), workload, [IDLE, *rates])
+    found = run_arms(lab, _TABLE2, workload, [IDLE, *rates])
     return Drawn(
-        panels=[_table2_panel(sweeps)],
-        claims=[_table2_claim(sweep, lab) for sweep in sweeps.values()],
+        panels=[_table2_panel(found)],
+        claims=[_table2_claim(runs, lab) for runs in found.values()],
     )
 
 
-def _shares(sweep: Sweep) -> dict[float, list[float]]:
-    """Attainment in % of each seed, by rate."""
-    found = sweep.attainments(_SLO)
-    return {
-        rate: [100 * share for share in shares]
-        for rate, shares in found.items()
-        if rate != IDLE
-    }
-
-
-def _table2_panel(sweeps: Mapping[str, Sweep]) -> Panel:
+def _table2_panel(found: Mapping[str, ArmRuns]) -> Panel:
     axes = paper_panel("table2", "attainment")
     colours = {"vLLM": 1, "DistServe-Low": 0}
-    paper = [
-        Series(
-            label=name,
-            points=points,
-            colour=colours[name.partition(",")[0]],
-            paper=True,
-        )
-        for name, points in axes.series.items()
-        if name.endswith("real")
-    ]
+    real = {f"{name}, real": colour for name, colour in colours.items()}
     ours = [
-        banded(f"{n}, ours", _shares(sweep), colours[n]) for n, sweep in sweeps.items()
+        banded(f"{name}, ours", runs.percentages(_SLO), colours[name])
+        for name, runs in found.items()
     ]
-    return Panel(
-        title="OPT-66B, ShareGPT, 0.4 s / 0.1 s [assumed: the table does not say]",
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *ours],
+    return axes.panel(
+        "OPT-66B, ShareGPT, 0.4 s / 0.1 s [assumed: the table does not say]",
+        [*axes.curves(real, named="{}"), *ours],
         line=100 * TARGET,
         ylim=(-3, 103),
     )
 
 
-def _table2_claim(sweep: Sweep, lab: Lab) -> Claim:
-    name = sweep.system.label
+def _table2_claim(runs: ArmRuns, lab: Lab) -> Claim:
+    name = runs.arm.label
     series = paper_panel("table2", "attainment").series
     real, theirs = series[f"{name}, real"], series[f"{name}, their simulator"]
-    ours = banded(name, _shares(sweep), 0).points
-    error = max(abs(a[1] - b[1]) for a, b in zip(real, theirs, strict=True))
-    # Rates of the tail, where queues decide.
-    tail = [abs(a[1] - b[1]) for a, b in zip(real, ours, strict=True) if a[0] >= 2.5]
-    worst = max(abs(a[1] - b[1]) for a, b in zip(real, ours, strict=True))
-    idle = percent(sweep.attainments(_SLO)[IDLE])
+    ours = banded(name, runs.percentages(_SLO), 0).points
+
+    def worst(points: Sequence[XY], from_rps: float = 0.0) -> str:
+        pairs = zip(real, points, strict=True)
+        return f"{max(abs(a[1] - b[1]) for a, b in pairs if a[0] >= from_rps):.1f}"
+
+    idle = percent(runs.attainments(_SLO)[IDLE])
     return Claim(
         claim=f"A simulator predicts {name}'s attainment to 2 points",
-        paper=f"largest error {error:.1f} points",
-        ours=f"largest difference from its real column {worst:.1f} points, from 2.5 "
-        f"rps up {max(tail):.1f}; without any queue {idle} attain",
+        paper=f"largest error {worst(theirs)} points",
+        # From 2.5 rps up queues decide.
+        ours=f"largest difference from its real column {worst(ours)} points, from 2.5 "
+        f"rps up {worst(ours, 2.5)}; without any queue {idle} attain",
         why="Model, SLO, lengths, N and the basis of the rate are not stated. With the "
         "released profile and Fig. 7's lengths too many prompts miss 0.4 s unqueued "
         "for the 97-100 % at its first rates",
-        runs=sweep.system.said(lab),
+        runs=runs.arm.said(lab),
     )
 
 
 # ---- Fig. 11: how much placement without a fast network costs ----
 
-# What stands for the paper's search here: the best of a list, by attainment at the
-# highest rate, which is the artifact's rule.
+# The paper's search is replaced by the best of a list, by attainment at the highest
+# rate, which is the artifact's rule.
 _CANDIDATES: Mapping[str, Sequence[str]] = {
     "DistServe-High": (
         "prefill:tp4,decode:tp2pp2",
@@ -142,21 +109,24 @@ _SCALE_RATES = {
 
 
 def fig11(lab: Lab) -> Drawn:
-    """Attainment over the rate, and over the SLO scale, of the best of each system."""
+    """Draw attainment over the rate and over the SLO scale, of each system's best."""
     axes = paper_panel("fig11", "rate")
     rates = [x for x, _ in axes.series["vLLM"]]
     deployments = dict.fromkeys(d for group in _CANDIDATES.values() for d in group)
-    systems = [_system(deployment, deployment) for deployment in deployments]
-    sweeps = run_systems(lab, systems, get_workload("sharegpt"), [IDLE, *rates])
-    best = {
-        name: max((sweeps[d] for d in group), key=lambda s: sum(_shares(s)[rates[-1]]))
+    arms = [_arm(deployment, deployment) for deployment in deployments]
+    found = run_arms(lab, arms, get_workload("sharegpt"), [IDLE, *rates])
+    by_deployment = {d: runs.percentages(_SLO) for d, runs in found.items()}
+    chosen = {
+        name: max(group, key=lambda d: sum(by_deployment[d][rates[-1]]))
         for name, group in _CANDIDATES.items()
     }
+    best = {name: found[deployment] for name, deployment in chosen.items()}
+    by_rate = {name: by_deployment[d] for name, d in chosen.items()}
+    scales = [x for x, _ in paper_panel("fig11", "scale").series["vLLM"]]
     by_scale = {
-        name: _shares_by_scale(sweep.results[_SCALE_RATES[name]])
-        for name, sweep in best.items()
+        name: runs.by_scale(_SLO, _SCALE_RATES[name], scales)
+        for name, runs in best.items()
     }
-    by_rate = {name: _shares(sweep) for name, sweep in best.items()}
     return Drawn(
         panels=[
             _fig11_panel("rate", "simulated in the paper too", best, by_rate),
@@ -166,44 +136,28 @@ def fig11(lab: Lab) -> Drawn:
     )
 
 
-def _shares_by_scale(results: Sequence[RunLatencies]) -> dict[float, list[float]]:
-    """Attainment in % of each seed, by the factor on both targets."""
-    scales = [x for x, _ in paper_panel("fig11", "scale").series["vLLM"]]
-    return {
-        scale: [100 * result.attainment(_SLO.scaled(scale)).joint for result in results]
-        for scale in scales
-    }
-
-
 def _fig11_panel(
     panel: str,
     title: str,
-    best: Mapping[str, Sweep],
+    best: Mapping[str, ArmRuns],
     shares: Mapping[str, dict[float, list[float]]],
 ) -> Panel:
     axes = paper_panel("fig11", panel)
     colours = {"DistServe-High": 2, "DistServe-Low": 0, "vLLM": 1, "vLLM++": 3}
-    paper = [
-        Series(label=f"{n}, paper", points=points, colour=colours[n], paper=True)
-        for n, points in axes.series.items()
-    ]
     ours = [
-        banded(f"{n}: {best[n].system.label}", values, colours[n])
+        banded(f"{n}: {best[n].arm.label}", values, colours[n])
         for n, values in shares.items()
     ]
-    return Panel(
-        title=f"OPT-66B, ShareGPT, 0.4 s / 0.1 s, {title}",
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *ours],
+    return axes.panel(
+        f"OPT-66B, ShareGPT, 0.4 s / 0.1 s, {title}",
+        [*axes.curves(colours), *ours],
         line=100 * TARGET,
         ylim=(-3, 103),
     )
 
 
-def _fig11_claims(best: Mapping[str, Sweep], lab: Lab) -> list[Claim]:
+def _fig11_claims(best: Mapping[str, ArmRuns], lab: Lab) -> list[Claim]:
     order = "High >= Low > vLLM = vLLM++"
-    rates = {name: sweep.goodputs(_SLO) for name, sweep in best.items()}
     idle = percent(best["vLLM"].attainments(_SLO)[IDLE])
     why = (
         "The published curves start at 99-100 %; with the released profile and Fig. "
@@ -214,28 +168,28 @@ def _fig11_claims(best: Mapping[str, Sweep], lab: Lab) -> list[Claim]:
         Claim(
             claim=f"{name} at {paper[name][3][0]:g} rps per GPU attains ({order})",
             paper=f"{paper[name][3][1]:.1f} %",
-            ours=f"{percent(sweep.attainments(_SLO)[paper[name][3][0]])}; goodput "
-            f"{rates[name]} rps",
+            ours=f"{percent(runs.attainments(_SLO)[paper[name][3][0]])}; goodput "
+            f"{runs.goodputs(_SLO)} rps",
             why=why,
-            runs=sweep.system.said(lab),
+            runs=runs.arm.said(lab),
         )
-        for name, sweep in best.items()
+        for name, runs in best.items()
     ]
     return [*claims, *(_fig11_scale_claim(n, s, lab) for n, s in best.items())]
 
 
-def _fig11_scale_claim(name: str, sweep: Sweep, lab: Lab) -> Claim:
+def _fig11_scale_claim(name: str, runs: ArmRuns, lab: Lab) -> Claim:
     rate, theirs = _SCALE_RATES[name], paper_panel("fig11", "scale").series[name]
     scale, attained = theirs[0]  # the loosest
     slo = _SLO.scaled(scale)
-    shares = [result.attainment(slo).joint for result in sweep.results[rate]]
+    shares = [result.attainment(slo).joint for result in runs.results[rate]]
     return Claim(
         claim=f"{name} at {scale:g} times the SLO attains",
         paper=f"{attained:.1f} %",
         ours=f"{percent(shares)} at {rate:g} rps per GPU",
         why="The paper's panel gives no rate; by its points at scale 1 DistServe's "
         "curves ran at a higher rate than vLLM's",
-        runs=sweep.system.said(lab),
+        runs=runs.arm.said(lab),
     )
 
 
@@ -243,27 +197,18 @@ def _fig11_scale_claim(name: str, sweep: Sweep, lab: Lab) -> Claim:
 
 
 def fig12(lab: Lab) -> Drawn:
-    """The paper's search times, beside those that were measured elsewhere."""
+    """Draw the paper's search times beside times that were measured elsewhere."""
     axes = paper_panel("fig12", "time")
-    paper = [
-        Series(label=f"{name}, paper", points=points, colour=i, paper=True)
-        for i, (name, points) in enumerate(axes.series.items())
-    ]
     given = lab.search_times or {}
-    ours = [
-        Series(
-            label=f"{name}, ours",
-            points=sorted((float(n), s) for n, s in given[name].items()),
-            colour=i,
-        )
-        for i, name in enumerate(axes.series)
+    colours = {name: i for i, name in enumerate(axes.series)}
+    ours = {
+        name: sorted((float(n), s) for n, s in given[name].items())
+        for name in colours
         if name in given
-    ]
-    panel = Panel(
-        title="placement search; the paper's on 96 cores",
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *ours],
+    }
+    panel = axes.panel(
+        "placement search; the paper's on 96 cores",
+        [*axes.curves(), *curves(ours, "{}, ours", colours=colours)],
         log_x=True,
         log_y=True,
     )
@@ -284,14 +229,3 @@ def _fig12_claim(name: str, times: Mapping[str, float] | None) -> Claim:
         why="Other machine and other simulator" if times else "Given by --search_times",
         runs="-",
     )
-
-
-FIGURES = {
-    "table2": Figure(title="Table 2: accuracy of the simulator", make=table2),
-    "fig11": Figure(title="Fig. 11: placement with slow and fast networks", make=fig11),
-    "fig12": Figure(
-        title="Fig. 12: time of the placement search",
-        make=fig12,
-        reads=("search_times",),
-    ),
-}

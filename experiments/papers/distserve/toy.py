@@ -1,8 +1,10 @@
-"""The motivation of DistServe's paper and blog: 512 prompt and 64 output tokens.
+"""Reproduces the motivation of DistServe's paper and blog, on requests of one size.
 
-Fig. 1 is P90 latencies of OPT-13B on one GPU, for both phases together and for each
-alone; the toy example adds two prefill GPUs for one that decodes. What neither shows:
-the ratio with ONE engine on both sides (facts/schedulers.md 2).
+All requests have 512 prompt and 64 output tokens. Fig. 1 is P90 latencies of OPT-13B
+on one GPU, for both phases together and for each alone; the blog's toy example adds two
+prefill GPUs for one that decodes. Neither shows the ratio with ONE engine on both
+sides: the artifact gives its colocated system vLLM's step times, and its own engine's
+to the disaggregated one.
 """
 
 from __future__ import annotations
@@ -13,21 +15,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.sim.simulation import Simulation
 from experiments.configs.named_simulations import device_cost, get_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, paper_panel
-from experiments.papers.figure import (
-    Claim,
-    Drawn,
-    Figure,
-    Lab,
-    Panel,
-    Series,
-    banded,
-)
-from experiments.papers.runs import Sweep, System, geometric, run_systems
+from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.papers.runs import Arm, ArmRuns, geometric, run_arms
+from experiments.report.panel import Panel, banded, banded_curves
 
 _REQUESTS = 800
 _SHIPPED = get_simulation("simdistserve_opt13b")
@@ -39,39 +34,34 @@ _RATES = {  # requests/s
 _DEPLOYMENTS = {
     "colocated": "colocated:tp1",
     "prefill only": "prefill:tp1,decode:tp1",
-    # So many prefill GPUs that a batch of the one that decodes never waits for them.
+    # Prefill GPUs enough that the batch of the decoding one never waits for them.
     "decode only": "16xprefill:tp1,decode:tp1",
 }
 
 
-def _phase(lab: Lab, name: str, engine: str) -> Sweep:
-    """Runs of one phase with one engine's times; rates are of its one GPU."""
+def _phase(lab: Lab, name: str, engine: str) -> ArmRuns:
+    """Run one phase with one engine's times; rates are of its one GPU."""
     cost = device_cost(engine, "opt-13b")
     simulation = dataclasses.replace(_SHIPPED, cost=cost, colocated_cost=None)
     prefill_only = name == "prefill only"
     if prefill_only:  # one token ends with the prefill: then nothing decodes
         simulation = dataclasses.replace(simulation, extra_tokens=0)
-    system = System(
-        label=name,
-        simulation=simulation,
-        deployment=_DEPLOYMENTS[name],
-        num_requests=_REQUESTS,
-        devices=1,
-    )
+    where = _DEPLOYMENTS[name]
+    arm = Arm(name, simulation, where, num_requests=_REQUESTS, devices=1)
     workload = get_workload("fixed:512x1" if prefill_only else "fixed:512x64")
-    return run_systems(lab, [system], workload, _RATES[name])[name]
+    return run_arms(lab, [arm], workload, _RATES[name])[name]
 
 
-def _p90s(sweep: Sweep, metric: str) -> dict[float, list[float]]:
-    """P90 of TTFT or TPOT of each seed, by rate."""
+def _p90s(runs: ArmRuns, metric: str) -> dict[float, list[float]]:
+    """Return the P90 of TTFT or TPOT of each seed, by rate."""
     return {
         rate: [float(np.percentile(getattr(r, metric), 90)) for r in results]
-        for rate, results in sweep.results.items()
+        for rate, results in runs.results.items()
     }
 
 
 def fig1(lab: Lab) -> Drawn:
-    """P90 TTFT and TPOT of each phase alone and of both together."""
+    """Draw P90 TTFT and TPOT of each phase alone and of both together."""
     vllm, distserve = (
         {name: _phase(lab, name, engine) for name in _DEPLOYMENTS}
         for engine in ("fitted/vllm", "fitted/distserve")
@@ -90,7 +80,7 @@ def fig1(lab: Lab) -> Drawn:
             f"{distserve[name].goodputs(target)} with DistServe's",
             why="The figure's engine is not named; vLLM's released fit is nearer. The "
             "paper takes the P90 of each latency, here 90 % must meet both",
-            runs=vllm[name].system.said(lab),
+            runs=vllm[name].arm.said(lab),
         )
         for name, (target, rate) in judged.items()
     ]
@@ -104,34 +94,18 @@ def fig1(lab: Lab) -> Drawn:
 
 
 def _fig1_panel(
-    panel: str, alone: str, sweeps: Mapping[str, Sweep], target_s: float
+    panel: str, alone: str, found: Mapping[str, ArmRuns], target_s: float
 ) -> Panel:
-    axes = paper_panel("fig1", panel)
-    names = ("colocated", alone)
-    colours = {"colocated": 1, alone: 0}
-    paper = [
-        Series(
-            label=f"{name}, paper",
-            points=axes.series[name],
-            colour=colours[name],
-            paper=True,
-        )
-        for name in names
-    ]
+    axes, colours = paper_panel("fig1", panel), {"colocated": 1, alone: 0}
     ours = [
-        banded(
-            f"{name}, vLLM's times", _p90s(sweeps[name], f"{panel}_s"), colours[name]
-        )
-        for name in names
+        banded(f"{name}, vLLM's times", _p90s(found[name], f"{panel}_s"), colour)
+        for name, colour in colours.items()
     ]
-    top = 1.0 if panel == "ttft" else 0.1
-    return Panel(
-        title="OPT-13B, one A100, 512 prompt and 64 output tokens",
-        x=axes.x,
-        y=axes.y,
-        series=[*paper, *ours],
+    return axes.panel(
+        "OPT-13B, one A100, 512 prompt and 64 output tokens",
+        [*axes.curves(colours), *ours],
         line=target_s,
-        ylim=(0, top),
+        ylim=(0, 1.0 if panel == "ttft" else 0.1),
     )
 
 
@@ -158,33 +132,27 @@ _TOY_RATES = {
 
 
 def toy(lab: Lab) -> Drawn:
-    """Goodput of the blog's three deployments under each choice of engines."""
+    """Draw goodput of the blog's three deployments under each choice of engines."""
     workload = get_workload("fixed:512x64")
-    sweeps: dict[str, Sweep] = {}
+    found: dict[str, ArmRuns] = {}
     for name, deployment in _TOY_SYSTEMS.items():
-        systems = [
-            System(
-                label=f"{name}, {engine}",
-                simulation=simulation,
-                deployment=deployment,
-                num_requests=_REQUESTS,
-            )
+        arms = [
+            Arm(f"{name}, {engine}", simulation, deployment, num_requests=_REQUESTS)
             for engine, simulation in _ENGINES.items()
         ]
-        sweeps |= run_systems(lab, systems, workload, _TOY_RATES[name])
+        found |= run_arms(lab, arms, workload, _TOY_RATES[name])
     return Drawn(
-        panels=[_toy_panel(engine, sweeps) for engine in _ENGINES],
+        panels=[_toy_panel(engine, found) for engine in _ENGINES],
         claims=[
-            _blog_claim(sweeps, lab),
-            *(_engine_claim(engine, sweeps, lab) for engine in _ENGINES),
+            _blog_claim(found, lab),
+            *(_engine_claim(engine, found, lab) for engine in _ENGINES),
         ],
     )
 
 
-def _blog_claim(sweeps: Mapping[str, Sweep], lab: Lab) -> Claim:
+def _blog_claim(found: Mapping[str, ArmRuns], lab: Lab) -> Claim:
     slo = SLOS["toy"]
-    colocated = sweeps["colocated, as shipped"]
-    split = sweeps["2P1D, as shipped"]
+    colocated, split = found["colocated, as shipped"], found["2P1D, as shipped"]
     above, below = split.goodputs(slo), colocated.goodputs(slo)
     return Claim(
         claim="The blog: 2 GPUs prefill, 1 decodes, against 1 colocated (UNEQUAL "
@@ -193,54 +161,30 @@ def _blog_claim(sweeps: Mapping[str, Sweep], lab: Lab) -> Claim:
         ours=f"{above} over {below} rps per GPU = {above.over(below)}",
         why="With the released profile one prefill GPU nearly feeds one that decodes, "
         f"so a second is idle: 2P1D is limited by {split.limit(slo)}",
-        runs=f"{split.system.said(lab)}; {colocated.system.said(lab)}",
+        runs=f"{split.arm.said(lab)}; {colocated.arm.said(lab)}",
     )
 
 
-def _engine_claim(engine: str, sweeps: Mapping[str, Sweep], lab: Lab) -> Claim:
+def _engine_claim(engine: str, found: Mapping[str, ArmRuns], lab: Lab) -> Claim:
     slo = SLOS["toy"]
-    split, colocated = (sweeps[f"{name}, {engine}"] for name in ("1P1D", "colocated"))
+    split, colocated = (found[f"{name}, {engine}"] for name in ("1P1D", "colocated"))
     above, below = split.goodputs(slo), colocated.goodputs(slo)
-    mark = " (UNEQUAL ENGINES)" if split.system.simulation.mark else ""
+    mark = " (UNEQUAL ENGINES)" if split.arm.simulation.mark else ""
     return Claim(
         claim=f"Beyond the paper: 1P1D over colocated, engine {engine}{mark}",
         paper="-",
         ours=f"{above.over(below)} ({above} over {below} rps per GPU)",
         why="What is left with one engine is disaggregation; the rest of the shipped "
         "ratio is a faster engine",
-        runs=f"{split.system.said(lab)}; {colocated.system.said(lab)}",
+        runs=f"{split.arm.said(lab)}; {colocated.arm.said(lab)}",
     )
 
 
-def _toy_panel(engine: str, sweeps: Mapping[str, Sweep]) -> Panel:
-    ours = [
-        banded(
-            name,
-            {
-                rate: [100 * share for share in shares]
-                for rate, shares in sweeps[f"{name}, {engine}"]
-                .attainments(SLOS["toy"])
-                .items()
-            },
-            colour,
-        )
-        for name, colour in zip(_TOY_SYSTEMS, (1, 0, 5), strict=True)
-    ]
+def _toy_panel(engine: str, found: Mapping[str, ArmRuns]) -> Panel:
+    shares = {
+        name: found[f"{name}, {engine}"].percentages(SLOS["toy"])
+        for name in _TOY_SYSTEMS
+    }
+    ours = banded_curves(shares, colours=(1, 0, 5))
     axes = paper_panel("fig8a", "rate")
-    return Panel(
-        title=f"engine: {engine}",
-        x=axes.x,
-        y=axes.y,
-        series=ours,
-        line=90.0,
-        ylim=(-3, 103),
-    )
-
-
-FIGURES = {
-    "fig1": Figure(title="Fig. 1: each phase alone and both together", make=fig1),
-    "toy": Figure(
-        title="The blog's toy example, and its ratio with one engine for both",
-        make=toy,
-    ),
-}
+    return axes.panel(f"engine: {engine}", ours, line=90.0, ylim=(-3, 103))

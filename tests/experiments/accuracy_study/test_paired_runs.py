@@ -10,10 +10,11 @@ from disagg_jax import metrics
 from disagg_jax.calibration.machine_speed import Slowdown
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
+from disagg_jax.metrics.goodput import estimate
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.runlog.event_log import LoggedStep
 from disagg_jax.runlog.utilisation import Occupancy, StageUse
-from disagg_jax.search.rates import SearchPlan, estimate, search
+from disagg_jax.search.rates import SearchPlan, search
 from experiments.accuracy_study.paired_runs import PairedRun, predicted_steps
 from experiments.configs.config import WorkloadConfig
 from experiments.runs.run_dir import Point, RunDir

@@ -411,12 +411,12 @@ def test_the_record_has_all_but_the_steps_of_the_picture():
 
 
 def test_the_picture_is_per_device_and_in_ms():
-    (attainment,) = report._attainment_panels(result())
+    attainment = report.attainment_panel(result())
     by_label = {series.label: series for series in attainment.series}
     assert by_label["vllm, engine"].points == [
         (rate, pytest.approx(0.8)) for rate in (2.0, 4.0, 6.0)
     ]
     assert by_label["pair, simulated"].points[0] == (1.0, pytest.approx(0.86))
-    assert by_label["pair, simulated"].dashed and attainment.line == 0.9
+    assert by_label["pair, simulated"].style == "dashed" and attainment.line == 0.9
     (kind,) = report._scatter(result()).series
     assert list(kind.points) == [(1.0, 2.0)] * 2 and kind.label == "decode"

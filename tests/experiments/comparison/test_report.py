@@ -1,8 +1,8 @@
 """The tables and labels of a comparison from cells made by hand."""
 
 import dataclasses
+import pathlib
 
-import matplotlib.figure
 import pytest
 
 from disagg_jax.scheduling import DISAGGREGATED
@@ -166,18 +166,14 @@ def test_bounded_runs_are_said_with_the_shortest_of_them():
     assert " 123 of 246 " in table and " 123 of 492 " in table
 
 
-def test_bounded_runs_are_marked_in_the_picture_and_the_record():
+def test_bounded_runs_are_marked_in_the_picture_and_the_record(monkeypatch):
     grid = {(0, 0): short(CLEAR, 246), (1, 0): CLEAR}
-    axes = matplotlib.figure.Figure().subplots()
-    report._draw(axes, MAP, grid)
-    texts = {text.get_position(): text.get_text() for text in axes.texts}
-    assert texts[0, 0].splitlines()[1] == "2/s \u2020"
-    assert texts[1, 0].splitlines()[1] == "2/s"
-    assert axes.get_title().endswith(
-        "\n\u2020 runs are shorter than the targets ask for"
-    )
-    report._draw(axes, MAP, GRID)
-    assert "\u2020" not in axes.get_title()
+    ((panel,), _) = drawn(monkeypatch, [MAP], [grid])
+    assert panel.cells[0, 0].text.splitlines()[1] == "2/s \u2020"
+    assert panel.cells[1, 0].text.splitlines()[1] == "2/s"
+    assert panel.title.endswith("\n\u2020 runs are shorter than the targets ask for")
+    ((panel,), _) = drawn(monkeypatch, [MAP], [GRID])
+    assert "\u2020" not in panel.title
     cells = report.record(SPEC, [MAP], [grid])["maps"][0]["cells"]
     assert [cell["bounded"] for cell in cells] == [True, False]
     assert [cell["num_requests"] for cell in cells] == [123, 123]
@@ -278,15 +274,6 @@ def test_a_cluster_without_a_link_is_said_to_have_a_free_one():
     assert "KV over a free link;" in report.text(asked, [MAP], [GRID])
 
 
-def test_letters_are_white_on_dark_colours_and_black_on_others():
-    axes = matplotlib.figure.Figure().subplots()
-    report._draw(axes, MAP, GRID)
-    for patch, text in zip(axes.patches, axes.texts, strict=True):
-        red, green, blue, _ = patch.get_facecolor()
-        dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-        assert text.get_color() == ("white" if dark else "black")
-
-
 def test_what_is_infinite_is_none_in_the_record():
     assert plain({"a": (float("inf"), 1.5)}) == {"a": [None, 1.5]}
 
@@ -312,40 +299,42 @@ def test_a_cell_of_the_picture_says_who_and_by_how_much(cell, label):
     assert report._label(judge(cell)) == label
 
 
-def test_the_picture_has_each_cell_at_its_place():
-    axes = matplotlib.figure.Figure().subplots()
-    report._draw(axes, MAP, GRID)
-    texts = {text.get_position(): text.get_text() for text in axes.texts}
-    assert texts[1, 0].startswith("~ orca") and texts[2, 0].startswith(DISAGGREGATED)
-    hatched = [patch.get_hatch() for patch in axes.patches]
-    assert hatched == [None, "///", None]
-    assert [label.get_text() for label in axes.get_xticklabels()] == [
-        "0.25",
-        "0.5",
-        "1",
-    ]
-    assert axes.get_xlabel() == "TTFT target (s)"
-    assert axes.get_ylabel() == "TPOT target (s)"
-
-
-def test_a_single_cell_is_a_bar_for_each_system(tmp_path, monkeypatch):
-    drawn = []
+def drawn(monkeypatch, maps, grids):
+    """The panels and the title of the picture."""
+    said = []
     monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
+        report, "draw", lambda panels, title, *_, **__: said.append((panels, title))
     )
+    report.plot(SPEC, maps, grids, pathlib.Path("x.png"))
+    return said[0]
+
+
+def test_the_picture_has_each_cell_at_its_place(monkeypatch):
+    ((panel,), title) = drawn(monkeypatch, [MAP], [GRID])
+    cells = panel.cells
+    assert cells[0, 0].colour is None and cells[0, 0].text.startswith("infeasible")
+    assert cells[1, 0].text.startswith("~ orca")
+    assert cells[2, 0].text.startswith(DISAGGREGATED)
+    assert [cells[x, 0].hatched for x in range(3)] == [False, True, False]
+    assert cells[1, 0].colour == panel.legend["orca"]
+    assert cells[2, 0].colour == panel.legend[DISAGGREGATED]
+    assert (panel.columns, panel.rows) == (["0.25", "0.5", "1"], ["0.04"])
+    assert (panel.x, panel.y) == ("TTFT target (s)", "TPOT target (s)")
+    assert title.startswith("Who serves the most: opt-13b on 4 devices")
+
+
+def test_a_single_cell_is_a_bar_for_each_system(monkeypatch):
     one = slos_map([1.0], [0.04], WORKLOAD, "mine")
-    report.plot(SPEC, [one], [{(0, 0): CLEAR}], tmp_path / "x.png")
-    (axes,) = drawn[0].axes
-    widths = [bar.get_width() for bar in axes.patches]
-    assert widths == pytest.approx([1.0, 0.5, 2.0])
-    ends = list(axes.lines[0].get_xdata())  # 1 +- 4.303 x 0.1 / sqrt(3)
-    assert ends == pytest.approx([0.7516, 1.2484], abs=1e-4)
-    assert axes.get_title().endswith("workload mine\nTTFT <= 1 s, TPOT <= 0.04 s")
-    assert axes.get_xlabel().endswith("per device), 95 % intervals over seeds")
-    alone = tuple(dataclasses.replace(f, per_seed_rps=(1.0,)) for f in CLEAR)
-    report.plot(SPEC, [one], [{(0, 0): alone}], tmp_path / "x.png")
-    (axes,) = drawn[1].axes
-    assert axes.get_xlabel().endswith("per device), no intervals") and not axes.lines
+    ((panel,), title) = drawn(monkeypatch, [one], [{(0, 0): CLEAR}])
+    ends = [span[:2] for bar in panel.bars for span in bar.spans]
+    assert ends == [(0.0, pytest.approx(1.0)), (0.0, 0.5), (0.0, pytest.approx(2.0))]
+    vllm = panel.bars[0]  # 1 +- 4.303 x 0.1 / sqrt(3)
+    assert vllm.interval == pytest.approx((0.7516, 1.2484), abs=1e-4)
+    assert vllm.label == "vllm\nvllm's"
+    assert title.endswith("workload mine") and panel.x.endswith(
+        "95 % intervals over seeds"
+    )
+    assert panel.title == "TTFT <= 1 s, TPOT <= 0.04 s"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """A sweep's table and picture from a summary made by hand: each number in its place."""
 
-import dataclasses
+import itertools
+import pathlib
 
-import matplotlib.figure
 import pytest
 
-from disagg_jax.metrics import interval_across
-from experiments.report.table import align
 from experiments.sweep import report
 from tests.experiments import summaries
 
@@ -117,70 +115,57 @@ def test_bytes_are_shown_in_megabytes_of_a_million(moved_bytes, shown):
     assert line.split() == [*"KV moved between instances, MB".split(), shown, "-"]
 
 
-def test_an_interval_is_shown_where_there_is_one():
-    found = dataclasses.asdict(interval_across([1.0, 2.0, 6.0]))
-    for low, high in ((None, None), (None, 3.0), (1.0, None)):
-        unknown = {"mean": 2.0, "low": low, "high": high}
-        assert report.interval_text(unknown, ".2f") == "2.00"
-    # t of two degrees of freedom is 4.303: 3 +- 4.303 * sqrt(7 / 3).
-    assert report.interval_text(found, ".1f").startswith("3.0 [")
-    assert report.interval_text(found, ".1f").endswith(", 9.6]")
-
-
-def test_columns_end_or_begin_together():
-    rows = [("a", "long", "x"), ("bcd", "1", "")]
-    assert align(rows) == ["a    long  x", "bcd  1"]
-    assert align(rows, right=(1,)) == ["a    long  x", "bcd     1"]
-
-
 # -- the picture -----------------------------------------------------------------------
 
 
-def lines_of(axes):
-    """The curves by label and colour: x and y of the points."""
+def drawn(summary):
+    """The curves of the scores: style, x and y of the points."""
+    series = report.scores(summary).series
     return [
-        (line.get_linestyle(), list(line.get_xdata()), list(line.get_ydata()))
-        for line in axes.lines
+        (one.style, [x for x, _ in one.points], [y for _, y in one.points])
+        for one in series
     ]
 
 
 def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.goodput())
-    lines = lines_of(axes)
-    assert ("-", [12.0, 14.0], pytest.approx([70.0, 40.0])) in lines
-    assert (":", [12.0, 14.0], pytest.approx([71.0, 41.0])) in lines  # TTFT only
-    assert ("--", [12.0, 14.0], pytest.approx([72.0, 42.0])) in lines
-    assert ("-", [6.0], pytest.approx([5.0])) in lines  # 24 requests/s on 4 devices
-    assert ([12.34], [90.0]) in [(x, y) for _, x, y in lines]  # the goodput
-    (_, _, target) = next(line for line in lines if line[1] == [0, 1])
-    assert target == [90.0, 90.0]
+    panel, curves = report.scores(summaries.goodput()), drawn(summaries.goodput())
+    assert ("dots", [12.0, 14.0], pytest.approx([70.0, 40.0])) in curves
+    assert ("dotted", [12.0, 14.0], pytest.approx([71.0, 41.0])) in curves  # TTFT only
+    assert ("dashed", [12.0, 14.0], pytest.approx([72.0, 42.0])) in curves
+    # 24 requests/s on 4 devices.
+    assert ("dots", [6.0], pytest.approx([5.0])) in curves
+    assert ("diamond", [12.34], [90.0]) in curves  # the goodput
+    assert panel.line == 90.0
+    vllm, pair = (one for one in panel.series if one.style == "dots")
     # The band is the interval, cut at 0 and 100 %.
-    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
-    assert (low, high) == (pytest.approx(30.0), pytest.approx(90.0))
-    (cut, _) = axes.collections[1].get_datalim(axes.transData).intervaly
-    assert cut == 0.0
-    assert axes.get_title().startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend[:2] == ["vllm (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
-    assert legend[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
+    assert vllm.band == [pytest.approx((60.0, 90.0)), pytest.approx((30.0, 60.0))]
+    assert pair.band == [pytest.approx((0.0, 25.0))]
+    assert (vllm.colour, pair.colour) == (0, 1)
+    labels = [one.label for one in panel.series if one.label]
+    assert labels[:2] == ["vllm (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
+    assert labels[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
 
 
 def test_the_picture_names_its_axes_and_cuts_no_point():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.goodput())
-    assert axes.get_xlabel() == "arrival rate (requests/s per device)"
-    assert axes.get_ylabel() == "requests within the SLO (%)"
-    low, high = axes.get_ylim()
-    assert low <= 0 and high >= 100
+    panel = report.scores(summaries.goodput())
+    assert panel.x == "arrival rate (requests/s per device)"
+    assert panel.y == "requests within the SLO (%)"
+    assert panel.ylim is not None and panel.ylim[0] <= 0 and panel.ylim[1] >= 100
     # An interval of shares may reach beyond all of them.
     summary = summaries.goodput()
     for point in summary["systems"]["vllm"]["points"]:
         point["criteria"]["distserve"] |= {"mean": 0.95, "low": -0.2, "high": 1.3}
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summary)
-    band = axes.collections[0].get_datalim(axes.transData).intervaly
-    assert list(band) == [0.0, 100.0]
+    assert set(report.scores(summary).series[0].band or ()) == {(0.0, 100.0)}
+
+
+def picture(monkeypatch, summary):
+    """The title and the notes of the picture."""
+    said = []
+    monkeypatch.setattr(
+        report, "draw", lambda _, title, path, notes, dpi: said.append((title, notes))
+    )
+    report.plot(summary, pathlib.Path("x.png"))
+    return said[0]
 
 
 @pytest.mark.parametrize(
@@ -191,43 +176,32 @@ def test_the_picture_names_its_axes_and_cuts_no_point():
         ({"no_intervals": "runs share rows"}, "no intervals"),
     ],
 )
-def test_the_picture_says_whether_it_has_intervals(changes, said):
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.goodput(**changes))
-    assert f" seeds a point, {said}; virtual clock, durations" in axes.get_title()
+def test_the_picture_says_whether_it_has_intervals(changes, said, monkeypatch):
+    title, _ = picture(monkeypatch, summaries.goodput(**changes))
+    assert f" seeds a point, {said}; virtual clock, durations" in title
 
 
-def test_the_picture_of_another_criterion_says_what_it_is():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.goodput(criterion="fastgen"))
-    assert axes.get_title().startswith("tiny; fastgen: good requests\n")
-    assert axes.get_ylabel() == "fastgen: score (%)"
+def test_the_picture_of_another_criterion_says_what_it_is(monkeypatch):
+    summary = summaries.goodput(criterion="fastgen")
+    title, _ = picture(monkeypatch, summary)
+    assert title.startswith("tiny; fastgen: good requests\n")
+    assert report.scores(summary).y == "fastgen: score (%)"
 
 
-def test_the_picture_and_the_table_say_all_that_is_to_be_said_of_a_trace(
-    monkeypatch, tmp_path
-):
-    drawn = []
-    monkeypatch.setattr(
-        matplotlib.figure.Figure, "savefig", lambda self, *_, **__: drawn.append(self)
-    )
+def test_the_picture_and_the_table_say_all_that_is_to_be_said_of_a_trace(monkeypatch):
     said = {"trace": {"said": ["first line", "second line"]}, "no_intervals": "a why"}
     summary = summaries.goodput(**said)
-    report.plot(summary, tmp_path / "x.png")
     lines = ["first line", "second line", "no intervals, and nothing resolved: a why"]
-    assert drawn[0].get_supxlabel().splitlines() == lines
-    shown = report.table(summary).splitlines()
-    assert shown[2:5] == lines
-    report.plot(summaries.goodput(), tmp_path / "x.png")
-    assert not drawn[1].get_supxlabel()
+    assert picture(monkeypatch, summary)[1] == lines
+    assert report.table(summary).splitlines()[2:5] == lines
+    assert not picture(monkeypatch, summaries.goodput())[1]
 
 
-def test_the_stages_of_every_system_that_passed_are_stacked():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_stages(axes, summaries.throughput())
-    bottoms = [bar.get_y() for bar in axes.patches]
-    assert len(bottoms) == 10 and bottoms[:4] == [0.0, 0.0, 209.0, 309.0]
-    assert axes.get_ylabel() == "mean time of a request (ms)"
+def test_the_stages_of_every_system_that_passed_are_in_a_row():
+    bars = report.stages(summaries.throughput())
+    begins = [[begin for begin, *_ in bar.spans] for bar in bars.bars]
+    assert len(begins) == 2 and begins[0][:4] == [0.0, 0.0, 209.0, 309.0]
+    assert bars.x == "mean time of a request (ms)"
 
 
 def test_an_order_that_is_open_is_marked_wherever_it_is():
@@ -243,30 +217,37 @@ def test_an_order_that_is_open_is_marked_wherever_it_is():
 
 
 def test_the_picture_of_a_throughput_is_per_device():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_scores(axes, summaries.throughput())
+    panel, curves = report.scores(summaries.throughput()), drawn(summaries.throughput())
     # 40 and 30 times the shares, on 2 devices and on 4.
-    assert ("-", [12.0, 14.0], pytest.approx([14.0, 8.0])) in lines_of(axes)
-    assert ("-", [6.0], pytest.approx([0.5])) in lines_of(axes)
-    assert axes.get_ylabel() == "good requests/s per device"
+    assert ("dots", [12.0, 14.0], pytest.approx([14.0, 8.0])) in curves
+    assert ("dots", [6.0], pytest.approx([0.5])) in curves
+    assert panel.y == "good requests/s per device" and panel.line is None
     # Where one end of an interval is not known the band ends at the mean.
-    low, high = axes.collections[0].get_datalim(axes.transData).intervaly
-    assert (low, high) == (pytest.approx(6.0), pytest.approx(14.0))
+    assert panel.series[0].band == [pytest.approx((10.5, 14.0)), pytest.approx((6, 8))]
 
 
 def test_the_picture_stacks_the_stages_of_what_passed():
-    axes = matplotlib.figure.Figure().subplots()
-    report._plot_stages(axes, summaries.goodput())
-    bars = [(bar.get_y(), bar.get_height()) for bar in axes.patches]
-    tops = (0.0, 109.0, 219.0, 330.0, 442.0)
-    assert bars == [*zip(tops, (109.0, 110.0, 111.0, 112.0, 113.0), strict=True)]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[::-1] == [
-        *("prefill queue", "prefill", "transfer", "decode queue", "decode")
-    ]
-    assert axes.get_title() == "at each one's highest passing rate"
-    report._plot_stages(axes, summaries.throughput())
-    assert axes.get_title() == "at each one's best rate"
+    bars = report.stages(summaries.goodput())
+    (vllm,) = bars.bars
+    stamps = (0.0, 109.0, 219.0, 330.0, 442.0, 555.0)
+    assert [span[:2] for span in vllm.spans] == list(itertools.pairwise(stamps))
+    labels = ["prefill queue", "prefill", "transfer", "decode queue", "decode"]
+    assert list(bars.legend) == labels
+    assert list(bars.legend.values()) == [colour for *_, colour in vllm.spans]
+    assert bars.title == "at each one's highest passing rate"
+    assert report.stages(summaries.throughput()).title == "at each one's best rate"
+
+
+def test_the_picture_says_what_was_run(monkeypatch, tmp_path):
+    said = {}
+    monkeypatch.setattr(
+        report, "draw", lambda panels, title, path, **more: said.update(title=title)
+    )
+    report.plot(summaries.goodput(), tmp_path / "x.png")
+    assert said["title"].startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
+    assert "95 % intervals; virtual clock" in said["title"]
+    report.plot(summaries.goodput(num_seeds=1), tmp_path / "x.png")
+    assert "no intervals" in said["title"]
 
 
 def test_a_rank_that_is_coarse_or_not_monotone_is_marked():

@@ -8,7 +8,7 @@ import pytest
 from disagg_jax.control.run import Run, StepTotals
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
-from disagg_jax.metrics.criteria import Alone, for_slo
+from disagg_jax.metrics.criteria import UnloadedLatency, for_slo
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named import get_config
@@ -109,7 +109,7 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
         slo=slo,
         choices={"vllm": ["as told"]},
         criteria=for_slo(
-            slo, target=0.9, prompt_tokens=4, idle=lambda r: Alone(ttft_s=1, tpot_s=1)
+            slo, target=0.9, prompt_tokens=4, idle=lambda r: UnloadedLatency(ttft_s=1, tpot_s=1)
         ),
         run_dir=run_dir or RunDir(path, {}),
         progress=lambda message: None,
