@@ -40,7 +40,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import SLO

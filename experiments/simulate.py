@@ -32,7 +32,7 @@ from typing import Any
 
 from absl import app, flags
 
-from disagg_jax.control.backend import Observer
+from disagg_jax.control.loop import Observer
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from disagg_jax.control.backend import Observer, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import Observer, serve
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import DecodeShape, PrefillShape, StepShape
 from disagg_jax.engine.buckets import Buckets

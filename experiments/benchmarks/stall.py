@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets

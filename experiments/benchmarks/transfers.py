@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import jax
 
-from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.batch import MixedShape, PrefillShape
 from disagg_jax.engine.buckets import Buckets

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from disagg_jax.control.backend import Backend, Executor, Outcome, serve
+from disagg_jax.control.backend import Backend, Executor, Outcome
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import (
     Deployment,
     InstanceSpec,

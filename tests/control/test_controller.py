@@ -9,8 +9,8 @@ import math
 
 import pytest
 
-from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.control.state import Place
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s

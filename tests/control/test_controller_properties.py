@@ -10,8 +10,8 @@ import itertools
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.control.state import Place
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.metrics import stages_s

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.decode_only import DecodeOnly

@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.engine.executor import EngineExecutor, outcome
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.metrics import e2e_s

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import Role
 from disagg_jax.engine.batch import MixedShape
 from disagg_jax.engine.buckets import Buckets

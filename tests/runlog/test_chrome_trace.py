@@ -8,7 +8,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import e2e_s
 from disagg_jax.request import Status

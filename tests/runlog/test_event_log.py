@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import Role
 from disagg_jax.formats import EVENT_LOG
 from disagg_jax.request import Request, Sampling

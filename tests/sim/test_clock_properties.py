@@ -16,8 +16,9 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
 from disagg_jax.request import Status
 from disagg_jax.sim.clock import VirtualBackend
