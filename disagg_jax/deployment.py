@@ -64,7 +64,7 @@ class KVMemory:
         """Blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
-    def why_never(self, prompt_tokens: int, max_tokens: int) -> str:
+    def rejection_reason(self, prompt_tokens: int, max_tokens: int) -> str:
         """Why a request could not be served here even alone; '' if it could."""
         tokens = prompt_tokens + max_tokens
         blocks = self.blocks_for(tokens - 1)  # the KV of the last is never needed

@@ -38,7 +38,7 @@ class DecodeOnly:
     def plan(self, instance: InstanceView) -> Plan:
         return decode_all(instance)
 
-    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+    def admits_pull(self, instance: InstanceView, request: RequestView) -> bool:
         if instance.resident >= self.max_seqs:
             return False
         return fits(instance, request, self.watermark)

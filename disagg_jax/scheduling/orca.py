@@ -48,12 +48,12 @@ class Orca:
         chunks: list[Chunk] = []
         free, tokens = instance.blocks.free, 0
         for request in instance.waiting:
-            free -= instance.blocks.missing(request.id, request.limit)
-            tokens += request.known
+            free -= instance.blocks.missing(request.id, request.max_cached_tokens)
+            tokens += request.num_tokens
             too_long = tokens > self.max_batched_tokens and chunks
             full = len(decodes) + len(chunks) >= self.max_seqs
             if free < 0 or too_long or full:
                 break
-            left = request.known - request.context
-            chunks.append(Chunk(request, left, reserve=request.limit))
+            left = request.num_tokens - request.cached_tokens
+            chunks.append(Chunk(request, left, reserve=request.max_cached_tokens))
         return Plan(chunks, decodes, repeats=FOREVER)

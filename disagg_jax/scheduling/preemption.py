@@ -16,7 +16,7 @@ def decode_all(instance: InstanceView) -> Plan:
     A request whose last block is full needs another. If none is free, the latest
     arrival loses its KV (and is recomputed later), down to the request itself.
     """
-    if instance.growth <= instance.blocks.free:
+    if instance.blocks_for_next_token <= instance.blocks.free:
         return Plan(decodes=instance.running, repeats=FOREVER)
     return _decode_what_fits(instance)
 
@@ -33,7 +33,7 @@ def _decode_what_fits(instance: InstanceView) -> Plan:
     while i < end:
         request = resident[i]
         decodes_next = request.id in running
-        missing = blocks.missing(request.id, request.known) if decodes_next else 0
+        missing = blocks.missing(request.id, request.num_tokens) if decodes_next else 0
         while missing > free and end > i:
             end -= 1
             free += blocks.held(resident[end].id)
@@ -55,7 +55,7 @@ def fits(
     there is nobody to keep it for, and it would lock out a long request for ever.
     """
     blocks = instance.blocks
-    free_after = blocks.free - taken - blocks.missing(request.id, request.known)
+    free_after = blocks.free - taken - blocks.missing(request.id, request.num_tokens)
     others = instance.resident or taken
     reserve = int(watermark * blocks.memory.num_blocks) if others else 0
     return free_after >= reserve

@@ -46,15 +46,15 @@ class PrefillChunked:
 
         def add(request: RequestView) -> None:
             nonlocal left
-            tokens = min(request.known - request.context, left)
-            chunks.append(Chunk(request, tokens, request.known))
+            tokens = min(request.num_tokens - request.cached_tokens, left)
+            chunks.append(Chunk(request, tokens, request.num_tokens))
             left -= tokens
 
         for request in instance.partial:
             if left and len(chunks) < self.max_seqs:
                 add(request)
         for request in instance.waiting:
-            free -= instance.blocks.missing(request.id, request.known)
+            free -= instance.blocks.missing(request.id, request.num_tokens)
             if free < 0 or not left or len(chunks) >= self.max_seqs:
                 break
             add(request)

@@ -44,8 +44,8 @@ class PrefillOnly:
         free, tokens = instance.blocks.free, 0
         chunks: list[Chunk] = []
         for request in instance.waiting:
-            free -= instance.blocks.missing(request.id, request.known)
-            tokens += request.known
+            free -= instance.blocks.missing(request.id, request.num_tokens)
+            tokens += request.num_tokens
             too_long = tokens > self.token_budget and chunks
             if free < 0 or too_long or len(chunks) >= self.max_seqs:
                 break

@@ -51,9 +51,9 @@ class Sarathi:
         prompt = self._prompt(instance)
         if prompt is None or len(decodes) == self.max_seqs:
             return Plan(decodes=decodes, repeats=FOREVER)
-        left = prompt.known - prompt.context
+        left = prompt.num_tokens - prompt.cached_tokens
         tokens = min(left, self.chunk_tokens - len(decodes))
-        return Plan([Chunk(prompt, tokens, prompt.limit)], decodes)
+        return Plan([Chunk(prompt, tokens, prompt.max_cached_tokens)], decodes)
 
     def _prompt(self, instance: InstanceView) -> RequestView | None:
         """The prompt that was begun; else the next one, if it fits to its end."""
@@ -62,5 +62,8 @@ class Sarathi:
         if not instance.waiting:
             return None
         head = instance.waiting[0]
-        fits = instance.blocks.missing(head.id, head.limit) <= instance.blocks.free
+        fits = (
+            instance.blocks.missing(head.id, head.max_cached_tokens)
+            <= instance.blocks.free
+        )
         return head if fits else None

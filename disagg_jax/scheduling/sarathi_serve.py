@@ -54,8 +54,8 @@ class SarathiServe:
         chunks: list[Chunk] = []
         for request in instance.partial:
             if left and request not in plan.preempt:
-                tokens = min(request.known - request.context, left)
-                chunks.append(Chunk(request, tokens, request.known))
+                tokens = min(request.num_tokens - request.cached_tokens, left)
+                chunks.append(Chunk(request, tokens, request.num_tokens))
                 left -= tokens
         chunks += self._admit(instance, left)
         return dataclasses.replace(plan, chunks=chunks)
@@ -67,13 +67,13 @@ class SarathiServe:
         is before all that wait, even if that frees more than they take.
         """
         chunks: list[Chunk] = []
-        taken = instance.growth  # blocks that are promised already
+        taken = instance.blocks_for_next_token  # blocks that are promised already
         for request in instance.waiting:
             full = instance.resident + len(chunks) >= self.max_seqs
             if not left or full or not fits(instance, request, self.watermark, taken):
                 break
-            tokens = min(request.known, left)
-            chunks.append(Chunk(request, tokens, request.known))
+            tokens = min(request.num_tokens, left)
+            chunks.append(Chunk(request, tokens, request.num_tokens))
             left -= tokens
-            taken += instance.blocks.missing(request.id, request.known)
+            taken += instance.blocks.missing(request.id, request.num_tokens)
         return chunks

@@ -46,7 +46,7 @@ class RoundRobinDecode:
             return Plan(decodes=instance.running, repeats=repeats)
         return Plan(decodes=instance.running_within(self.token_cap))
 
-    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+    def admits_pull(self, instance: InstanceView, request: RequestView) -> bool:
         return True
 
 

@@ -61,11 +61,11 @@ class SplitFuse:
         """Those that decode, and the blocks that are free beside them."""
         blocks, free = instance.blocks, instance.blocks.free
         running = instance.running
-        if len(running) <= self.max_seqs and instance.growth <= free:
-            return running, free - instance.growth
+        if len(running) <= self.max_seqs and instance.blocks_for_next_token <= free:
+            return running, free - instance.blocks_for_next_token
         decodes: list[RequestView] = []
         for request in running:
-            missing = blocks.missing(request.id, request.known)
+            missing = blocks.missing(request.id, request.num_tokens)
             if missing <= free and len(decodes) < self.max_seqs:
                 free -= missing
                 decodes.append(request)
@@ -81,10 +81,14 @@ class SplitFuse:
         chunks: list[Chunk] = []
         for request in [*instance.partial, *instance.waiting]:
             full = rows + len(chunks) >= self.max_seqs
-            if not left or full or blocks.missing(request.id, request.known) > free:
+            if (
+                not left
+                or full
+                or blocks.missing(request.id, request.num_tokens) > free
+            ):
                 break
-            tokens = min(request.known - request.context, left)
-            chunk = Chunk(request, tokens, request.context + tokens)
+            tokens = min(request.num_tokens - request.cached_tokens, left)
+            chunk = Chunk(request, tokens, request.cached_tokens + tokens)
             free -= blocks.missing(request.id, chunk.reserve)
             left -= tokens
             chunks.append(chunk)

@@ -54,8 +54,8 @@ class PrefillFirst:
         chunks: list[Chunk] = []
         for request in instance.waiting:
             empty = not chunks and not instance.resident
-            free -= blocks.missing(request.id, request.known)
-            tokens += request.known
+            free -= blocks.missing(request.id, request.num_tokens)
+            tokens += request.num_tokens
             if (
                 free < (0 if empty else reserve)
                 or (tokens > self.max_batched_tokens and chunks)

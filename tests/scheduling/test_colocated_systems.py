@@ -249,7 +249,7 @@ def test_steps_stay_within_the_limits_a_system_states():
         assert 0 < len(plan.chunks) <= limits.prefill_rows
         assert len(plan.decodes) <= limits.decode_rows
         assert limits.mixed or not plan.decodes
-        whole = all(c.tokens == c.request.known for c in plan.chunks)
+        whole = all(c.tokens == c.request.num_tokens for c in plan.chunks)
         assert whole or limits.splits
         total = sum(c.tokens for c in plan.chunks) + len(plan.decodes)
         assert total <= limits.prefill_tokens or not limits.splits

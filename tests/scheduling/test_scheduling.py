@@ -3,7 +3,7 @@
 import pytest
 
 from disagg_jax.control.instance_index import InstanceIndex
-from disagg_jax.control.state import Place
+from disagg_jax.control.request_state import Place
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
@@ -271,7 +271,7 @@ def test_prefill_chunked(places, limits, expected, preempt):
     instance = make_instance(**places)
     assert planned(PrefillChunked(**limits), instance) == (expected, preempt)
     for chunk in PrefillChunked(**limits).plan(instance).chunks:
-        assert chunk.reserve == chunk.request.known
+        assert chunk.reserve == chunk.request.num_tokens
 
 
 # A request of 5 known tokens is pulled into 2 blocks: its KV, and room for one token.
@@ -314,7 +314,9 @@ def test_prefill_chunked(places, limits, expected, preempt):
     ],
 )
 def test_decode_only_pulls(places, limits, pulls):
-    assert DecodeOnly(**limits).pulls(make_instance(**places), state(9, 5)) is pulls
+    assert (
+        DecodeOnly(**limits).admits_pull(make_instance(**places), state(9, 5)) is pulls
+    )
 
 
 @pytest.mark.parametrize(
