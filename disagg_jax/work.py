@@ -161,7 +161,7 @@ class Transfer:
 
 
 @dataclasses.dataclass(slots=True)
-class Cut:
+class TruncateSpan:
     """A span is to end early. If all that is left of it was told, no Done follows."""
 
     work: int  # Step.id
@@ -169,7 +169,7 @@ class Cut:
 
 
 Task = Step | Transfer  # what takes time
-Work = Task | Cut
+Work = Task | TruncateSpan
 
 
 @dataclasses.dataclass(slots=True)
@@ -231,7 +231,7 @@ class Up:
 
 
 @dataclasses.dataclass(slots=True)
-class Slow:
+class Straggle:
     """An instance becomes a straggler, or is one no longer. Only for simulations."""
 
     instance: int
@@ -239,4 +239,4 @@ class Slow:
 
 
 Report = Done | StageFree  # what a backend tells; it tells of Progress when asked
-Event = Arrived | Report | Progress | Cancelled | Down | Up | Slow
+Event = Arrived | Report | Progress | Cancelled | Down | Up | Straggle

@@ -37,8 +37,8 @@ from disagg_jax.work import (
     Down,
     Event,
     Progress,
-    Slow,
     StageFree,
+    Straggle,
     Up,
     Work,
 )
@@ -112,7 +112,7 @@ class Controller:
             StageFree: self._stage_free,
             Cancelled: self._cancelled,
             Down: self._down,
-            Slow: self._slow,
+            Straggle: self._straggle,
             Up: self._up,
         }
 
@@ -325,7 +325,7 @@ class Controller:
                 self._spans.disturb(self.instances[state.instance])
             self._end(state, Status.CANCELLED, now_s)
 
-    def _slow(self, now_s: float, event: Slow) -> None:
+    def _straggle(self, now_s: float, event: Straggle) -> None:
         self._spans.disturb(self.instances[event.instance])
 
     def _up(self, now_s: float, event: Up) -> None:

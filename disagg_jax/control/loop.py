@@ -10,9 +10,18 @@ from disagg_jax.control.backend import Backend
 from disagg_jax.control.controller import Controller
 from disagg_jax.errors import require
 from disagg_jax.request import Request, Timeline
-from disagg_jax.work import Arrived, Cancelled, Down, Event, Progress, Slow, Up, Work
+from disagg_jax.work import (
+    Arrived,
+    Cancelled,
+    Down,
+    Event,
+    Progress,
+    Straggle,
+    Up,
+    Work,
+)
 
-Intervention = tuple[float, Cancelled | Down | Slow | Up]
+Intervention = tuple[float, Cancelled | Down | Straggle | Up]
 Observer = Callable[[float, Sequence[Event], Sequence[Work]], None]
 # (time in seconds, all timelines so far) -> requests that arrive now.
 Followers = Callable[[float, Sequence[Timeline]], Sequence[Request]]
@@ -26,18 +35,18 @@ def serve(
     observer: Observer | None = None,
     followers: Followers | None = None,
 ) -> list[Timeline]:
-    """Serves `requests` to the end and returns their timelines in arrival order.
+    """Serve `requests` to the end and return their timelines in arrival order.
 
     Args:
       interventions: (time in seconds, event) pairs to inject: cancellations, losses,
         stragglers.
-      observer: called once per turn with the time, the events and the work decided on;
-        the event log is such an observer.
-      followers: called once per turn, after it; what it returns arrives at once, but
-        behind the work that was decided on. A closed loop of clients is one.
+      observer: called once per turn with the time, the events and the work decided on.
+        The event log is such an observer.
+      followers: called after each turn; the requests it returns arrive at once, but
+        behind the work of the turn. A closed loop of clients is such a function.
 
     Raises:
-      ValueError: on an intervention that cannot be, before anything is served.
+      ValueError: on an impossible intervention, before anything is served.
     """
     timed: list[tuple[float, Event]] = [(r.arrival_s, Arrived(r)) for r in requests]
     for at_s, change in interventions:
@@ -67,7 +76,7 @@ def serve(
         for event in events[len(done) :]:
             if isinstance(event, Down):
                 backend.drop(event.instance)
-            elif isinstance(event, Slow):
+            elif isinstance(event, Straggle):
                 backend.slow(event.instance, event.factor)
         if observer is not None:
             observer(now_s, [*asked, *events], works)
@@ -81,12 +90,12 @@ def serve(
 
 
 def _check_intervention(
-    at_s: float, change: Cancelled | Down | Slow | Up, instances: int
+    at_s: float, change: Cancelled | Down | Straggle | Up, instances: int
 ) -> None:
     require(math.isfinite(at_s), f"{change}: expected a finite time", at_s)
     if not isinstance(change, Cancelled):
         exists = 0 <= change.instance < instances
         require(exists, f"expected one of the {instances} instances", change)
-    if isinstance(change, Slow):
+    if isinstance(change, Straggle):
         valid = 0 < change.factor < math.inf
         require(valid, "slow: expected a finite factor > 0", change.factor)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax.control.instance_state import InFlight, InstanceState, StepInFlight
-from disagg_jax.work import Cut, Work
+from disagg_jax.work import TruncateSpan, Work
 
 # (Step.id) -> ends of a span's iterations that are over and were not told before.
 SpanProgress = Callable[[int], Sequence[float]]
@@ -102,7 +102,9 @@ class Spans:
         """End a span with the iteration that is going on, or now if none is."""
         work, begun = flight.work, flight.batch.begun
         if begun < flight.until:
-            works.append(Cut(work.id, work.iterations - (flight.until - begun)))
+            works.append(
+                TruncateSpan(work.id, work.iterations - (flight.until - begun))
+            )
             flight.until = begun
         if flight in self.at_boundary:
             self.at_boundary.remove(flight)

@@ -44,7 +44,7 @@ def tile_multiples(tile: int = 128) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
+class TuningInputs:
     """Step times of an instance, and the requests that it is to serve.
 
     Raises:
@@ -115,7 +115,7 @@ class Tuned:
 
 
 def tune(
-    policy: Policy, profile: Profile, tpot_s: float, size: int | None = None
+    policy: Policy, profile: TuningInputs, tpot_s: float, size: int | None = None
 ) -> Tuned:
     """`policy` with the step size that its paper would choose.
 
@@ -165,11 +165,11 @@ _Sized = (
 _Chosen = tuple[int, str]  # the value, and the reason
 
 
-def _default(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+def _default(policy: _Sized, profile: TuningInputs, tpot_s: float) -> _Chosen:
     return policy.limits.prefill_tokens, "the default"
 
 
-def _largest_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+def _largest_in_time(policy: _Sized, profile: TuningInputs, tpot_s: float) -> _Chosen:
     """Sarathi-Serve's budget."""
     times_s = _mixed_s(policy, profile)
     in_time = _in_time(times_s, tpot_s)
@@ -177,7 +177,7 @@ def _largest_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen
     return size, f"the largest step within TPOT{_shown(times_s, size, tpot_s)}"
 
 
-def _best_chunk(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+def _best_chunk(policy: _Sized, profile: TuningInputs, tpot_s: float) -> _Chosen:
     """SARATHI's chunk: all of a prompt, one chunk with decodes at a time."""
 
     def tokens_s(size: int) -> float:
@@ -200,7 +200,7 @@ def _best_chunk(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
     return size, reason + _shown(times_s, size, tpot_s)
 
 
-def _level_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+def _level_in_time(policy: _Sized, profile: TuningInputs, tpot_s: float) -> _Chosen:
     """SplitFuse's budget."""
     times_s = _mixed_s(policy, profile)
     rates = _prompt_tokens_s(profile)
@@ -209,14 +209,14 @@ def _level_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
     return size, reason + _shown(times_s, size, tpot_s)
 
 
-def _saturating_prompt(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+def _saturating_prompt(policy: _Sized, profile: TuningInputs, tpot_s: float) -> _Chosen:
     """DistServe's L_m: no decode waits for it, so the target has no say."""
     rates = _prompt_tokens_s(profile)
     size = _level(rates)
     return size, f"a prompt of it saturates the device: {rates[size]:.4g} tokens/s"
 
 
-_Rule = Callable[[_Sized, Profile, float], _Chosen]
+_Rule = Callable[[_Sized, TuningInputs, float], _Chosen]
 _RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
     PrefillFirst: ("max_batched_tokens", _default),
     Orca: ("max_batched_tokens", _default),
@@ -228,7 +228,7 @@ _RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
 }
 
 
-def _mixed_s(policy: _Sized, profile: Profile) -> dict[int, float]:
+def _mixed_s(policy: _Sized, profile: TuningInputs) -> dict[int, float]:
     """Seconds of a saturated step, by its size."""
     chunks = policy.limits.prefill_rows
     return {
@@ -242,7 +242,7 @@ def _in_time(times_s: Mapping[int, float], tpot_s: float) -> list[int]:
     return [n for n, time_s in times_s.items() if time_s <= tpot_s] or [min(times_s)]
 
 
-def _prompt_tokens_s(profile: Profile) -> dict[int, float]:
+def _prompt_tokens_s(profile: TuningInputs) -> dict[int, float]:
     """Prompt tokens/s of a forward pass of one prompt, by its length."""
     return {
         size: _rate(size, profile.step_s(StepLoad(((0, size),), 0, 0)))

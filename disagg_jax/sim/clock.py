@@ -15,11 +15,11 @@ from disagg_jax.errors import require
 from disagg_jax.sim.hardware.fifo_link import FifoLink
 from disagg_jax.sim.hardware.shared_link import SharedLink
 from disagg_jax.work import (
-    Cut,
     Done,
     Report,
     StageFree,
     Transfer,
+    TruncateSpan,
     Work,
 )
 
@@ -136,7 +136,7 @@ class VirtualBackend:
         return self._now_s
 
     def submit(self, work: Work) -> None:
-        if isinstance(work, Cut):
+        if isinstance(work, TruncateSpan):
             self._cut(self._spans[work.work], work.iterations)
             return
         outcome = self._executor.run(work)

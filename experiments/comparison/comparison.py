@@ -33,7 +33,7 @@ from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.tuning import Profile, tune
+from disagg_jax.scheduling.tuning import TuningInputs, tune
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.search.goodput import DependentSeedsWarning, GoodputSearch
 from disagg_jax.search.placement import Candidate, Layout, Outcome, best_first, pair
@@ -352,10 +352,10 @@ def _tuned(
     return policies, tuple(parameters)
 
 
-def _profile(question: Question, cell: Cell, spec: InstanceSpec) -> Profile:
+def _profile(question: Question, cell: Cell, spec: InstanceSpec) -> TuningInputs:
     cost = question.simulation.cost_of(spec).instance(spec.tp, spec.pp)
     sample = cell.workload.requests(_SAMPLE, 1.0, question.seeds[0])
-    return Profile(
+    return TuningInputs(
         step_s=lambda load: sum(cost.stages_s(load)),
         sizes=question.sizes,
         prompt_tokens=round(statistics.fmean(r.prompt_tokens for r in sample)),

@@ -36,7 +36,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Alone, Criterion, IdleMachine, for_slo
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.scheduling.tuning import Profile, has_rule, tune
+from disagg_jax.scheduling.tuning import TuningInputs, has_rule, tune
 from disagg_jax.sim.clock import VirtualBackend, busy_shares
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
 from disagg_jax.sim.hardware.link import get_link
@@ -298,7 +298,7 @@ class Server:
             if not (found := self.deployment.of(role)) or not has_rule(policy):
                 continue
             i = found[0]
-            profile = Profile(
+            profile = TuningInputs(
                 step_s=lambda load, i=i: self.step_s(i, load, step_times),
                 sizes=self.engine.instances[i].buckets.prompt_sizes,
                 prompt_tokens=_mean(r.prompt_tokens for r in requests),

@@ -13,7 +13,7 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
-from disagg_jax.work import Cut, Progress, Step
+from disagg_jax.work import Progress, Step, TruncateSpan
 from tests.control.test_controller_properties import Case, cases, deploy, streamed_cases
 from tests.serving import assert_all_free, make_request
 
@@ -36,7 +36,7 @@ class Watch:
             if isinstance(work, Step) and work.iterations > 1:
                 self.spans += 1
                 self.left[work.id] = work.iterations
-            self.cuts += isinstance(work, Cut)
+            self.cuts += isinstance(work, TruncateSpan)
 
 
 def lengths_only(case: Case) -> list:

@@ -19,7 +19,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
 from disagg_jax.sim.cost.linear import CostExecutor, LinearCost
-from disagg_jax.work import Arrived, Cancelled, Done, Down, Slow, Up
+from disagg_jax.work import Arrived, Cancelled, Done, Down, Straggle, Up
 from tests.control.test_controller_properties import Case, cases, streamed_cases
 from tests.control.test_spans import lasting_cases
 from tests.drawings import by_lane, check_trace, instants, lane_names, slices
@@ -186,7 +186,7 @@ def test_of_a_step_that_is_lost_on_a_later_stage_only_the_first_is_known():
 
 def test_a_straggler_is_named():
     run = simulated("colocated:tp1")
-    trace = simulate(run, [make_request(out=2)], [(0.5, Slow(0, 1.5))])
+    trace = simulate(run, [make_request(out=2)], [(0.5, Straggle(0, 1.5))])
     assert [name for _, name, _ in instants(trace, "devices")] == ["slow x1.5"]
     assert [end_s for *_, end_s, _ in slices(trace, "devices")] == [1, 2.5]
 
@@ -306,7 +306,9 @@ def test_spans_are_drawn_as_the_steps_they_stand_for(case: Case):
         found = slices(trace, "devices")
         drawn.append(sorted((*at, sorted(args["requests"])) for *at, args in found))
     assert drawn[0] == drawn[1]
-    event(f"cuts: {any(work[0] == 'Cut' for t in turns for work in t['works'])}")
+    event(
+        f"cuts: {any(work[0] == 'TruncateSpan' for t in turns for work in t['works'])}"
+    )
 
 
 @pytest.mark.parametrize("seconds", [1e-9, 1001e-9, 0.1 + 0.2, 1 / 3, 98765.432109876])

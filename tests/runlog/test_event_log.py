@@ -19,7 +19,7 @@ from disagg_jax.runlog.event_log import (
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.work import Arrived, Cancelled, Cut, Done, Down, Up
+from disagg_jax.work import Arrived, Cancelled, Done, Down, TruncateSpan, Up
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
 
 EVENTS = [
@@ -101,7 +101,7 @@ def test_a_log_of_a_newer_format_is_refused_before_its_first_turn():
     newer = json.dumps({"format": EVENT_LOG.number + 1})
     controller = make_controller()
     for read in (read_turns, lambda lines: replay(lines, controller)):
-        with pytest.raises(ValueError, match="event log: expected format 0 to .*got 2"):
+        with pytest.raises(ValueError, match="event log: expected format 0 to .*got 3"):
             next(iter(read([newer, "no turn"])))
 
 
@@ -139,8 +139,8 @@ def test_replay_shows_other_blocks_and_other_tokens():
 
 def test_an_early_end_of_a_span_is_logged_with_what_is_left_of_it():
     log = EventLog()
-    log(0.0, [], [Cut(3, 2)])
-    assert json.loads(log.lines[1])["works"] == [["Cut", 3, 2]]
+    log(0.0, [], [TruncateSpan(3, 2)])
+    assert json.loads(log.lines[1])["works"] == [["TruncateSpan", 3, 2]]
 
 
 def test_a_line_holds_one_turn():
