@@ -19,7 +19,7 @@ from disagg_jax.runlog.event_log import (
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.clock import VirtualBackend
-from disagg_jax.work import Arrived, Cancelled, Done, Down, TruncateSpan, Up
+from disagg_jax.work import Arrived, Cancelled, Done, Down, Straggle, TruncateSpan, Up
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
 
 EVENTS = [
@@ -95,6 +95,16 @@ def test_a_log_from_before_there_were_formats_is_read_alike():
     assert len(list(read_turns(turns))) == len(turns)
     controller = make_controller("2xcolocated:tp1", blocks=6)
     assert list(replay(turns, controller)) == []
+
+
+def test_older_names_of_events_and_work_are_read_as_those_of_today():
+    log = EventLog()
+    log(0.0, [Straggle(0, 2.0)], [TruncateSpan(3, 2)])
+    (turn,) = log.lines[1:]
+    older = turn.replace("Straggle", "Slow").replace("TruncateSpan", "Cut")
+    expected = [(0.0, [Straggle(0, 2.0)], [TruncateSpan(3, 2)])]
+    for lines in ([older], ['{"format":1}', older], log.lines):
+        assert list(read_turns(lines)) == expected
 
 
 def test_a_log_of_a_newer_format_is_refused_before_its_first_turn():
