@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import heapq
 from collections.abc import Collection, Iterable, Sequence
 
 from disagg_jax.control.block_pool import KVBlocks
-from disagg_jax.control.milestones import Milestones
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.work import Slice
 
@@ -181,13 +181,12 @@ class DecodeBatch:
         self._first_step.append(state)
         self.context += context
         if self._milestones:
-            self._add_milestones(self._milestones, state, context)
+            self._milestones.add(state, context)
 
     def leave(self, state: RequestState) -> None:
         """Remove a member, with all its tokens stamped."""
         if self._milestones:
-            most = state.max_cached_tokens
-            self._milestones.remove(state.id, state.base, most)
+            self._milestones.remove(state)
         self.settle(state)
         context = state.cached_tokens
         state.batch = None
@@ -270,7 +269,7 @@ class DecodeBatch:
         self._milestones = None
         if to._milestones:
             for state in states:
-                self._add_milestones(to._milestones, state, state.base + then)
+                to._milestones.add(state, state.base + then)
         first = self._first_step
         if first:
             to._first_step += [state for state in first if state.batch is to]
@@ -308,10 +307,7 @@ class DecodeBatch:
         """Members that have all their tokens, in order of arrival."""
         now = self.iteration
         if self._milestones:
-            ids = self._milestones.ending.get(now)
-            if not ids:
-                return []
-            states = [state for state in self.members if state.id in ids]
+            states = list(self._milestones.ending.get(now, {}).values())
         else:
             states = [s for s in self.members if s.base + now == s.max_cached_tokens]
         return in_order(states) if states else []
@@ -396,10 +392,75 @@ class DecodeBatch:
         if self._milestones is None:
             self._milestones = Milestones(self._blocks)
             for state in self.members:
-                self._add_milestones(self._milestones, state, state.base + self.begun)
+                self._milestones.add(state, state.base + self.begun)
         return self._milestones
 
-    def _add_milestones(
-        self, milestones: Milestones, state: RequestState, context: int
-    ) -> None:
-        milestones.add(state.id, state.base, state.max_cached_tokens, context)
+
+class Milestones:
+    """The iterations of a batch in which its members need a block, or finish.
+
+    Attributes:
+      growing: number of members that can need another block.
+      ending: by iteration, the members that finish with it, by id.
+    """
+
+    def __init__(self, blocks: KVBlocks):
+        self.growing = 0
+        self.ending: dict[int, dict[int, RequestState]] = {}
+        self._end_iterations: list[int] = []  # a heap; some may be outdated
+        self._blocks = blocks
+        self._block_tokens = blocks.memory.block_tokens
+        # Members in phase p cross into another block when p + iteration is a multiple
+        # of the block size. Members that hold all blocks they can need have no phase.
+        self._phases: dict[int, dict[int, None]] = {}
+        self._prepaid: set[int] = set()  # hold the block of their next token already
+
+    def add(self, state: RequestState, context: int) -> None:
+        """Add a member; `context` of its tokens have a block."""
+        size, id = self._block_tokens, state.id
+        held = self._blocks.held(id)
+        if held * size < state.max_cached_tokens:
+            self.growing += 1
+            self._phases.setdefault(state.base % size, {})[id] = None
+            if held > -(-context // size):
+                self._prepaid.add(id)
+        last = state.max_cached_tokens - state.base
+        if last not in self.ending:
+            self.ending[last] = {}
+            heapq.heappush(self._end_iterations, last)
+        self.ending[last][id] = state
+
+    def remove(self, state: RequestState) -> None:
+        """Remove a member."""
+        phase = self._phases.get(state.base % self._block_tokens, {})
+        if state.id in phase:
+            self.growing -= 1
+            del phase[state.id]
+            self._prepaid.discard(state.id)
+        del self.ending[state.max_cached_tokens - state.base][state.id]
+
+    def reserve(self, begun: int, end: int) -> None:
+        """Reserve the blocks of the iterations from `begun` up to `end`."""
+        size, phases = self._block_tokens, self._phases
+        for iteration in range(begun, end):
+            owners: Collection[int] = phases.get(-iteration % size, ())
+            if self._prepaid:  # for the first of the iterations
+                owners = [o for o in owners if o not in self._prepaid]
+                self._prepaid.clear()
+            if owners:
+                self._blocks.add_to_each(owners)
+
+    def missing(self, begun: int, iterations: int) -> int:
+        """Count the blocks that `iterations` iterations from `begun` on need."""
+        size = self._block_tokens
+        cycles, rest = divmod(iterations, size)
+        blocks = cycles * self.growing - len(self._prepaid)
+        for iteration in range(begun, begun + rest):
+            blocks += len(self._phases.get(-iteration % size, ()))
+        return blocks
+
+    def next_end(self) -> int:
+        """Return the iteration with which the first member finishes."""
+        while not self.ending[self._end_iterations[0]]:
+            del self.ending[heapq.heappop(self._end_iterations)]
+        return self._end_iterations[0]
