@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from disagg_jax.deployment import KVMemory
+from disagg_jax.errors import require
 
 
 class RequestView(Protocol):
@@ -129,6 +130,13 @@ class Chunk:
             request, request.num_tokens - request.cached_tokens, request.num_tokens
         )
 
+    @classmethod
+    def up_to(cls, request: RequestView, tokens: int) -> Chunk:
+        """Make a chunk of at most `tokens` tokens, with blocks for all of a prompt."""
+        all_tokens = request.num_tokens
+        left = all_tokens - request.cached_tokens
+        return cls(request, min(left, tokens), all_tokens)
+
 
 @dataclasses.dataclass(slots=True)
 class Plan:
@@ -157,29 +165,38 @@ class StepLimits:
     # and no prompt is an exception.
     splits: bool = False
 
-
-def check_parameters(policy: object, **at_least_one: int) -> None:
-    """Raise a ValueError unless each named parameter of `policy` is at least 1."""
-    for name, value in at_least_one.items():
-        if value < 1:
-            kind = type(policy).__name__
-            raise ValueError(f"{kind}.{name}: expected >= 1, got {value}")
-
-
-def check_share(policy: object, name: str, share: float) -> None:
-    """Raise a ValueError unless `share` is in [0, 1]."""
-    if not 0 <= share <= 1:
-        kind = type(policy).__name__
-        raise ValueError(f"{kind}.{name}: expected in [0, 1], got {share}")
-
-
-def check_budget(policy: object, name: str, tokens: int, max_seqs: int) -> None:
-    """Raise a ValueError unless a step has room for a decode of every request."""
-    if tokens < max_seqs:
-        raise ValueError(
-            f"{type(policy).__name__}.{name}: expected >= max_seqs ({max_seqs}), or "
-            f"decodes alone could exceed it, got {tokens}"
+    @classmethod
+    def of_chunks(cls, tokens: int, rows: int, *, decodes: bool = True) -> StepLimits:
+        """Make the limits of a policy that splits prompts to fill `tokens`."""
+        return cls(
+            prefill_tokens=tokens,
+            prefill_rows=rows,
+            decode_rows=rows if decodes else 0,
+            mixed=True,
+            splits=True,
         )
+
+
+def check_parameters(
+    policy: object, *counts: str, budget: str = "", share: str = ""
+) -> None:
+    """Raise a ValueError unless the named parameters of `policy` are possible.
+
+    Args:
+      counts: parameters that are at least 1.
+      budget: the tokens of a step, at least `max_seqs`, or decodes could exceed it.
+      share: a parameter in [0, 1].
+    """
+    kind, values = type(policy).__name__, vars(policy)
+    for name in counts:
+        require(values[name] >= 1, f"{kind}.{name}: expected >= 1", values[name])
+    if budget:
+        most = values["max_seqs"]
+        expected = f"expected >= max_seqs ({most}), or decodes alone could exceed it"
+        require(values[budget] >= most, f"{kind}.{budget}: {expected}", values[budget])
+    if share:
+        within = 0 <= values[share] <= 1
+        require(within, f"{kind}.{share}: expected in [0, 1]", values[share])
 
 
 class Policy(Protocol):

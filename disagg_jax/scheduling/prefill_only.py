@@ -15,9 +15,9 @@ from disagg_jax.scheduling.interface import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillOnly:
-    """In order of arrival, prompts up to `token_budget` together, a longer one alone.
+    """Every step: prompts in order of arrival, up to the budget; a longer one alone.
 
-    KV that waits to be pulled holds its blocks, so when decode is slow the queue stands
+    KV that waits to be pulled holds its blocks. So when decode is slow, requests queue
     here: this memory is the back-pressure.
     Source: DistServe (OSDI'24) section 4.3, where the budget is called L_m.
     """
@@ -26,11 +26,7 @@ class PrefillOnly:
     max_seqs: int = 64  # prompts in one step
 
     def __post_init__(self) -> None:
-        check_parameters(
-            self,
-            token_budget=self.token_budget,
-            max_seqs=self.max_seqs,
-        )
+        check_parameters(self, "token_budget", "max_seqs")
 
     @property
     def limits(self) -> StepLimits:
