@@ -38,7 +38,7 @@ def make_instance(
     instance.partly = parts
     ready = [state(*item, out) for item in running.items()]
     for request in [*ready, *instance.arriving.values(), *parts.values()]:
-        request.cached_tokens = cached[request.id]
+        request.set_tokens(request.num_tokens, cached[request.id])
         instance.blocks.extend(request.id, request.cached_tokens)
     for request in ready:
         instance.ready.join(request)

@@ -240,7 +240,7 @@ class Controller:
         self, state: RequestState, token: int | None, end_s: float
     ) -> bool:
         """Record the token that a step produced. Return True if the request goes on."""
-        state.num_tokens += 1
+        state.add_token()
         state.timeline.token_s.append(end_s)
         if token is not None:
             self._receive(state, token, end_s)

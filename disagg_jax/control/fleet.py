@@ -173,9 +173,7 @@ class Fleet:
             if instance.blocks.held(state.id):
                 instance.blocks.release(state.id)
             self.touch(instance)
-        state.cached_tokens, state.place = 0, Place.ENDED
-        state.instance = state.pull_target = None
-        state.blocks_sent = state.transfers_in_flight = 0
+        state.clear()
 
     def let_go(self, state: RequestState) -> None:
         """Remove a request that is in no step, once KV that leaves has landed."""
@@ -249,8 +247,7 @@ class Fleet:
         """Count the chunks of a step as cached; their requests need a new place."""
         chunks = flight.work.load.chunks
         for state, (start, count) in zip(flight.prompts, chunks, strict=True):
-            state.place = Place.RUNNING
-            state.cached_tokens = start + count
+            state.finish_chunk(start + count)
 
     def set_aside(self, state: RequestState) -> None:
         """Keep a prompt computed in part for its next chunk."""

@@ -71,20 +71,12 @@ class RequestState:
             return self._num_tokens
         return self.base + self.batch.iteration + 1
 
-    @num_tokens.setter
-    def num_tokens(self, tokens: int) -> None:
-        self._num_tokens = tokens
-
     @property
     def cached_tokens(self) -> int:
         """Tokens whose KV is cached."""
         if self.batch is None:
             return self._cached_tokens
         return self.base + self.batch.iteration
-
-    @cached_tokens.setter
-    def cached_tokens(self, tokens: int) -> None:
-        self._cached_tokens = tokens
 
     @property
     def place(self) -> Place:
@@ -100,17 +92,36 @@ class RequestState:
     @property
     def complete(self) -> bool:
         """Whether all its tokens have KV, so that a new token comes next."""
-        return self.cached_tokens == self.num_tokens
+        return self.batch is None and self._cached_tokens == self._num_tokens
 
     @property
     def generated(self) -> int:
         """Tokens generated so far."""
-        return self.num_tokens - self.request.prompt_tokens
+        tokens = self._num_tokens if self.batch is None else self.num_tokens
+        return tokens - self.request.prompt_tokens
 
     @property
     def active(self) -> bool:
         """Whether it is not finished, cancelled or refused."""
         return self.timeline.status is Status.ACTIVE
+
+    def set_tokens(self, num_tokens: int, cached_tokens: int) -> None:
+        """Set the token counts of a request that is in no batch."""
+        self._num_tokens, self._cached_tokens = num_tokens, cached_tokens
+
+    def add_token(self) -> None:
+        """Count a token that a prefill produced."""
+        self._num_tokens += 1
+
+    def finish_chunk(self, end: int) -> None:
+        """Count the tokens up to `end` as cached; the request needs a new place."""
+        self._cached_tokens, self._place = end, Place.RUNNING
+
+    def clear(self) -> None:
+        """Forget instances and cached tokens of a request that is in no container."""
+        self._cached_tokens, self._place = 0, Place.ENDED
+        self.instance = self.pull_target = None
+        self.blocks_sent = self.transfers_in_flight = 0
 
     def slice(self, start: int, count: int, blocks: tuple[int, ...]) -> Slice:
         """Return the slice of `count` tokens that follow `start` cached tokens."""
@@ -190,7 +201,7 @@ class DecodeBatch:
         self.settle(state)
         context = state.cached_tokens
         state.batch = None
-        state.cached_tokens, state.num_tokens = context, context + 1
+        state.set_tokens(context + 1, context)
         self.context -= context
         self.members.remove(state)
         if state in self._first_step:

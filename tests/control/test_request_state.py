@@ -21,7 +21,7 @@ def member(id: int, context: int, left: int, blocks: KVBlocks, *, ahead: int):
     """
     request = make_request(id, prompt=context, out=left + 1)
     state = RequestState(request, id, Timeline(request=request))
-    state.num_tokens, state.cached_tokens = context + 1, context
+    state.set_tokens(context + 1, context)
     state.timeline.token_s.append(-1.0)
     blocks.extend(id, context + ahead)
     return state
