@@ -223,7 +223,7 @@ class Controller:
                 if instance.spec.role is Role.PREFILL:
                     self._fleet.park(state)
                 else:
-                    self._fleet.keep(state)
+                    instance.ready.join(state)  # it decodes where it is
 
     def _stream_on(self, state: RequestState, token: int | None, end_s: float) -> None:
         """Let a computed prompt wait for its KV, which is on the way.
@@ -246,9 +246,12 @@ class Controller:
             self._receive(state, token, end_s)
         elif state.request.prompt is not None:
             raise RuntimeError(f"request {state.id}: a step returned no token")
-        if state.active and state.generated == state.request.max_tokens:
-            self._end(state, Status.FINISHED, end_s)
-        return state.active
+        if not state.active:
+            return False
+        if state.generated < state.request.max_tokens:
+            return True
+        self._end(state, Status.FINISHED, end_s)
+        return False
 
     def _receive_decoded(
         self, batch: DecodeBatch, tokens: Iterator[int], end_s: float

@@ -254,10 +254,6 @@ class Fleet:
         self.at(state.instance).partly[state.id] = state
         state.place = Place.PARTIAL
 
-    def keep(self, state: RequestState) -> None:
-        """Let a prefilled request decode where it is."""
-        self.at(state.instance).ready.join(state)
-
     # -- transfers ------------------------------------------------------------------
 
     def park(self, state: RequestState) -> None:
@@ -402,9 +398,7 @@ def _take_chunks(
     for state, chunk in zip(prompts, chunks, strict=True):
         parts.append((state.cached_tokens, chunk.tokens))
         instance.blocks.extend(state.id, chunk.reserve)
-        if state.place is Place.PARTIAL:
-            del instance.partly[state.id]
-        else:
+        if instance.partly.pop(state.id, None) is None:
             instance.waiting.remove(state)
         state.place = Place.STEPPING
     return tuple(parts)

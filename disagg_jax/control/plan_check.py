@@ -87,12 +87,7 @@ def _prompt(
 ) -> RequestState:
     """Return the request of a chunk, if it waits here or is computed in part."""
     state = requests.get(chunk.request.id)
-    if (
-        state is None
-        or state.instance != instance.id
-        or state.batch is not None
-        or state.place not in _BEGINS_IN
-    ):
+    if state is None or state.instance != instance.id or state.place not in _BEGINS_IN:
         raise RuntimeError(
             f"request {chunk.request.id}: expected one that waits here or is computed "
             "in part for a chunk"

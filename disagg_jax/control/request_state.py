@@ -199,7 +199,7 @@ class DecodeBatch:
         if self._milestones:
             self._milestones.remove(state)
         self.settle(state)
-        context = state.cached_tokens
+        context = state.base + self.iteration
         state.batch = None
         state.set_tokens(context + 1, context)
         self.context -= context
