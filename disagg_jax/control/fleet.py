@@ -294,9 +294,9 @@ class Fleet:
         del src.parked[state.id]
         dst.pull_queue.remove(state)
         state.place = Place.MOVING
-        self._reserve(dst, state, state.cached_tokens)
-        blocks = src.memory.blocks_for(state.cached_tokens)
-        return self._transfer(work_id, state, state.cached_tokens, blocks)
+        end = state.cached_tokens
+        self._reserve(dst, state, end)
+        return self._transfer(work_id, state, end, src.memory.blocks_for(end))
 
     def stream_target(self, state: RequestState) -> InstanceState | None:
         """Return where a prompt's KV can go while it is computed; None if nowhere now.
