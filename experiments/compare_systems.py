@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from absl import app, flags
 
+from disagg_jax.scheduling import find_system
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.run import TraceWorkload, Workload
@@ -197,7 +198,7 @@ def _question() -> Question:
     return Question(
         simulation=simulation,
         devices=_DEVICES.value,
-        systems=tuple(_SYSTEMS.value),
+        systems=tuple(find_system(name, POLICIES) for name in _SYSTEMS.value),
         sizes=tile_multiples(tile),
         budgets=numbers("budgets", _BUDGETS.value, int),
         plan=SearchPlan(

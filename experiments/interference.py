@@ -79,7 +79,7 @@ def systems(budget: int) -> dict[str, tuple[str, Mapping[Role, Policy]]]:
     }
     return {
         "orca": (COLOCATED, {Role.COLOCATED: Orca(max_seqs=64)}),
-        "vllm": (COLOCATED, SYSTEMS["vllm"]),
+        "vllm_v0": (COLOCATED, SYSTEMS["vllm_v0"]),
         **{n: (COLOCATED, {Role.COLOCATED: policy}) for n, policy in chunked.items()},
         "disaggregated": (APART, SYSTEMS["disaggregated"]),
     }

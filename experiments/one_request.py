@@ -41,7 +41,7 @@ _REQUEST = flags.DEFINE_integer("request", None, "Its number in the run.")
 def find(
     path: pathlib.Path, rate_rps: float | None = None, request: int | None = None
 ) -> dict[str, Timeline]:
-    """One request's timeline by system and rate, such as "vllm at 40 requests/s".
+    """One request's timeline by system and rate, such as "vllm_v0 at 40 requests/s".
 
     Args:
       rate_rps: per device; None is the highest that each system passes at.

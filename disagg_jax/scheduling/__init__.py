@@ -1,8 +1,12 @@
-"""The systems that can be compared. To add one: a policy file, and its line here."""
+"""Who runs next: the policies, and the systems that they make.
+
+A policy plans the next step of an instance, from a view of it. A system is a policy for
+each role of instances. To add a system: a policy file, and its line here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
@@ -15,10 +19,10 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 
-# A system is a policy for each role it uses; the default parameters are the papers'.
+# By role. The default parameters are the papers'.
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "orca": {Role.COLOCATED: Orca()},
-    "vllm": {Role.COLOCATED: PrefillFirst()},
+    "vllm_v0": {Role.COLOCATED: PrefillFirst()},
     "sarathi": {Role.COLOCATED: Sarathi()},
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},
@@ -29,9 +33,28 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     },
 }
 
+# Names of before, in old run directories, placements and command lines.
+_RENAMED = {"vllm": "vllm_v0"}
+
+
+def find_system(name: str, names: Collection[str]) -> str:
+    """Return the one of `names` that is system `name`, by its name of today or before.
+
+    Return `name` itself if there is none.
+    """
+    if name in names:
+        return name
+    today = _RENAMED.get(name, name)
+    return next((n for n in names if _RENAMED.get(n, n) == today), name)
+
 
 def get_system(name: str) -> Mapping[Role, Policy]:
-    """The policies of system `name`, by role."""
-    if name not in SYSTEMS:
+    """Return the policies of system `name`, by role.
+
+    Raises:
+      ValueError: if there is no such system.
+    """
+    found = find_system(name, SYSTEMS)
+    if found not in SYSTEMS:
         raise ValueError(f"system: expected one of {sorted(SYSTEMS)}, got '{name}'")
-    return SYSTEMS[name]
+    return SYSTEMS[found]

@@ -116,7 +116,7 @@ def systems(scene: Scene) -> dict[str, Serving]:
     )
     most = max(sizes)
     return {
-        "vllm": Serving(
+        "vllm_v0": Serving(
             deployment="colocated:tp1",
             policies={
                 Role.COLOCATED: PrefillFirst(max_batched_tokens=most, max_seqs=rows)

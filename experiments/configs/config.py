@@ -13,7 +13,7 @@ from typing import Any
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
-from disagg_jax.scheduling import get_system
+from disagg_jax.scheduling import find_system, get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.tuning import has_rule, resized
 from disagg_jax.search.rates import SearchPlan
@@ -250,7 +250,8 @@ class Config:
             )
         placed = {
             name: dataclasses.replace(
-                self.systems.get(system) or System.of(system, deployment),
+                self.systems.get(find_system(system, self.systems))
+                or System.of(system, deployment),
                 deployment=deployment,
             )
             for name, (system, deployment) in answers.items()
@@ -310,7 +311,7 @@ def override(
     """`config` with `key=value` assignments applied, keys dotted, types checked.
 
     A key goes through fields and mappings: `workload.num_requests=50`,
-    `systems.vllm.policies.colocated.max_seqs=8`.
+    `systems.vllm_v0.policies.colocated.max_seqs=8`.
 
     Args:
       elsewhere: options that do not matter to the command; see `options.read_by`.
@@ -333,6 +334,7 @@ def _assign(node: Any, key: str, path: list[str], text: str) -> Any:
     name, rest = path[0], path[1:]
     if isinstance(node, Mapping):
         known = {str(k): k for k in node}
+        name = find_system(name, known)
         child = node[known[name]] if name in known else None
     else:
         known = {field.name: field.name for field in dataclasses.fields(node)}

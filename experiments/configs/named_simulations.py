@@ -37,7 +37,7 @@ from experiments.configs.shapes import get_device, get_shape
 PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
 _UNLIMITED_BLOCKS = 10**12
-_POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+_POLICIES = {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

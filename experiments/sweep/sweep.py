@@ -15,6 +15,7 @@ from disagg_jax.metrics import SLO, Interval
 from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
+from disagg_jax.scheduling import find_system
 from disagg_jax.search.rates import (
     BestRate,
     GoodputEstimate,
@@ -39,7 +40,7 @@ Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each s
 # values of each seed -> mean, low and high
 Across = Callable[[Sequence[float]], dict[str, float | None]]
 
-RATIO_BASE = "vllm"  # ratios are over this system, where it takes part
+RATIO_BASE = "vllm_v0"  # ratios are over this system, where it takes part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -402,17 +403,18 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
     """Each system's goodput, or throughput, over the base's, paired by seed."""
-    if RATIO_BASE not in systems:
+    over = find_system(RATIO_BASE, systems)
+    if over not in systems:
         return {}
-    base = _per_seed(systems[RATIO_BASE])
+    base = _per_seed(systems[over])
     ratios: dict[str, Any] = {}
     for name, system in systems.items():
-        if name == RATIO_BASE or not all(base):
+        if name == over or not all(base):
             continue
         paired = [
             rate / other for rate, other in zip(_per_seed(system), base, strict=True)
         ]
-        ratios[f"{name}/{RATIO_BASE}"] = {**across(paired), "per_seed": paired}
+        ratios[f"{name}/{over}"] = {**across(paired), "per_seed": paired}
     return ratios
 
 

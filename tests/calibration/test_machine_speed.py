@@ -42,7 +42,7 @@ def run(speedometer, works):
 
 def test_two_programs_of_each_kind_are_probes(engines):
     kinds = {}
-    for layout, program in choose_probes([engines["vllm"]]):
+    for layout, program in choose_probes([engines["vllm_v0"]]):
         assert layout == (1, 1)
         kinds.setdefault(program.kind, []).append(program.tokens)
     assert {kind: len(found) for kind, found in kinds.items()} == {
@@ -56,7 +56,7 @@ def test_two_programs_of_each_kind_are_probes(engines):
 
 
 def test_probes_take_turns_and_their_second_run_counts(engines):
-    probes = choose_probes([engines["vllm"]])
+    probes = choose_probes([engines["vllm_v0"]])
     asked = []
 
     def time_parts(engine, work):
@@ -77,8 +77,8 @@ def test_probes_take_turns_and_their_second_run_counts(engines):
 
 
 def test_a_slower_machine_is_told_from_the_one_of_the_profile(engines):
-    profile = calibrated([engines["vllm"], engines["stages"]], device())
-    for name in ("vllm", "stages"):
+    profile = calibrated([engines["vllm_v0"], engines["stages"]], device())
+    for name in ("vllm_v0", "stages"):
         speedometer = Speedometer(choose_probes([engines[name]]), slower(1.25, 0.9))
         run(speedometer, 3 * machine_speed._EVERY)
         found = speedometer.slowdown(profile)
@@ -89,7 +89,7 @@ def test_a_slower_machine_is_told_from_the_one_of_the_profile(engines):
 
 def test_the_mean_of_a_run_is_held_against_the_profiles_median(engines):
     """A slow moment counts in what a run's steps add up to."""
-    engine = engines["vllm"]
+    engine = engines["vllm_v0"]
     key, probe = next(
         item for item in choose_probes([engine]).items() if item[0][1].kind == "decode"
     )
@@ -108,7 +108,7 @@ def test_the_mean_of_a_run_is_held_against_the_profiles_median(engines):
 
 def test_each_section_of_a_run_has_the_speed_around_it(engines):
     """Means of six probes, three of them to come, as far as there are so many."""
-    profile = calibrated([engines["vllm"]], device())
+    profile = calibrated([engines["vllm_v0"]], device())
     factors = itertools.chain([1.0] * 4, [4.0] * 4)
     calls, steady = itertools.count(), device()
 
@@ -117,7 +117,7 @@ def test_each_section_of_a_run_has_the_speed_around_it(engines):
             time_parts.factor = next(factors)
         return [time_parts.factor * s for s in steady(engine, work)]
 
-    speedometer = Speedometer(choose_probes([engines["vllm"]]), time_parts)
+    speedometer = Speedometer(choose_probes([engines["vllm_v0"]]), time_parts)
     run(speedometer, 8 * machine_speed._EVERY)
     means = [(4 * 1) / 4, (4 + 4) / 5, (4 + 8) / 6, (3 + 12) / 6]
     found = speedometer.slowdown(profile)
@@ -126,23 +126,23 @@ def test_each_section_of_a_run_has_the_speed_around_it(engines):
 
 
 def test_what_a_profile_has_wrong_is_not_taken_for_the_machine(engines):
-    profile = calibrated([engines["vllm"]], device())
+    profile = calibrated([engines["vllm_v0"]], device())
     times = profile.layouts[1, 1]
     halved = {p: tuple(s / 2 for s in parts) for p, parts in times.measured.items()}
     wrong = dataclasses.replace(
         profile, layouts={(1, 1): dataclasses.replace(times, measured=halved)}
     )
-    speedometer = Speedometer(choose_probes([engines["vllm"]]), device())
+    speedometer = Speedometer(choose_probes([engines["vllm_v0"]]), device())
     run(speedometer, 2 * machine_speed._EVERY)
     found = speedometer.slowdown(wrong)
     assert [*found.decode, *found.prompt] == pytest.approx([1.0] * 4)
 
 
 def test_without_probes_nothing_is_said_of_the_machine(engines):
-    profile = calibrated([engines["vllm"]], device())
+    profile = calibrated([engines["vllm_v0"]], device())
     older = dataclasses.replace(profile.layouts[1, 1], probes={})
     unknown = dataclasses.replace(profile, layouts={(1, 1): older})
-    speedometer = Speedometer(choose_probes([engines["vllm"]]), slower(2.0, 2.0))
+    speedometer = Speedometer(choose_probes([engines["vllm_v0"]]), slower(2.0, 2.0))
     run(speedometer, 2 * machine_speed._EVERY)
     for found in (
         speedometer.slowdown(unknown),

@@ -4,7 +4,7 @@ import pytest
 
 from disagg_jax.control.instance_index import InstanceIndex
 from disagg_jax.control.request_state import Place
-from disagg_jax.scheduling import SYSTEMS, get_system
+from disagg_jax.scheduling import SYSTEMS, find_system, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -353,7 +353,15 @@ def test_a_first_prefill_in_progress_counts_as_queued_and_a_decode_does_not():
 
 def test_unknown_system_is_named():
     with pytest.raises(
-        ValueError, match="system: expected one of .*'vllm'.*got 'fastest'"
+        ValueError, match="system: expected one of .*'vllm_v0'.*got 'fastest'"
     ):
         get_system("fastest")
     assert all(get_system(name) is SYSTEMS[name] for name in SYSTEMS)
+
+
+def test_a_system_is_found_by_its_name_of_today_or_before():
+    assert get_system("vllm") is get_system("vllm_v0") is SYSTEMS["vllm_v0"]
+    assert find_system("vllm", ["orca", "vllm_v0"]) == "vllm_v0"
+    assert find_system("vllm_v0", ["orca", "vllm"]) == "vllm"
+    assert find_system("vllm", ["vllm_v0", "vllm"]) == "vllm"
+    assert find_system("vllm", ["orca"]) == "vllm"

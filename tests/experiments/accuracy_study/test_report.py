@@ -86,7 +86,7 @@ def result(**changes):
         steps={"prefill": StepErrors(7, 2.0, 0.5, 0.031, 0.042)},
     )
     fields = {
-        "systems": {"vllm": vllm, "pair": pair},
+        "systems": {"vllm_v0": vllm, "pair": pair},
         "slo": SLO(ttft_s=0.0123, tpot_s=0.00456),
         "target": 0.9,
         "num_requests": 70,
@@ -114,7 +114,7 @@ def test_a_ratio_of_steps_is_of_their_sums():
     """A mean of the ratios, 1 and 2, would be 1.5."""
     assert ERRORS == StepErrors(2, 4.0, 7 / 4, 0.5, pytest.approx(0.9))
     (row,) = cells("steps in the runs, predicted against measured", TEXT)[1:2]
-    assert row == ["vllm", "decode", "2", "4.0", "+75.0%", "50.0%", "90.0%"]
+    assert row == ["vllm_v0", "decode", "2", "4.0", "+75.0%", "50.0%", "90.0%"]
 
 
 def test_all_steps_together_are_weighted_by_their_seconds():
@@ -129,7 +129,7 @@ def test_a_rate_has_each_number_in_its_place():
     title = "attainment and latency, simulated against engine"
     rows = cells(title, TEXT)
     assert rows[1] == [
-        *("vllm", "2", "80.0%", "86.0%", "+6.0%", "3.0%", "MISSED"),
+        *("vllm_v0", "2", "80.0%", "86.0%", "+6.0%", "3.0%", "MISSED"),
         "+4.0%",  # as profiled: 84 %
         *("+10%", "+30%"),  # the machine: decodes, prompts
         *("+5.0%", "+1.0%"),  # 86 against 81 % with the engine's durations; the rest
@@ -142,11 +142,11 @@ def test_a_rate_has_each_number_in_its_place():
 @pytest.mark.parametrize(("allowed", "mark"), [(0.0601, "ok"), (0.0599, "MISSED")])
 def test_a_difference_may_be_as_large_as_is_allowed(allowed, mark):
     one = dataclasses.replace(
-        result().systems["vllm"], rates=[compared(allowed=allowed)]
+        result().systems["vllm_v0"], rates=[compared(allowed=allowed)]
     )
     rows = cells(
         "attainment and latency, simulated against engine",
-        report.text(result(systems={"vllm": one})),
+        report.text(result(systems={"vllm_v0": one})),
     )
     assert rows[1][6] == mark
 
@@ -156,7 +156,7 @@ def test_goodputs_are_per_device_and_their_errors_relative():
     # 10 and 14 requests/s on 2 devices: 6 +- 12.706 x 1, from 0 on; 12 and 15: 6.75 +-
     # 9.53.
     assert rows[1] == [
-        *("vllm", "2xcolocated:tp1", "6", "[0,", "18.71]"),
+        *("vllm_v0", "2xcolocated:tp1", "6", "[0,", "18.71]"),
         *("6.75", "[0,", "16.28]", "+12.5%", "MISSED", "-25.0%", "-3.2%"),
     ]
     assert rows[2][2:] == [
@@ -166,7 +166,7 @@ def test_goodputs_are_per_device_and_their_errors_relative():
 
 
 def test_an_engine_that_never_passed_gives_no_error_to_divide_by():
-    never = dataclasses.replace(result().systems["vllm"], engine=goodput(0.0, 0.0))
+    never = dataclasses.replace(result().systems["vllm_v0"], engine=goodput(0.0, 0.0))
     assert never.error == never.error_as_profiled == math.inf
 
 
@@ -174,7 +174,7 @@ def test_stages_are_those_of_the_middle_rate():
     title = "mean stages at the middle rate, engine -> simulated, ms"
     rows = cells(title, TEXT)
     assert rows[1] == [
-        *("vllm", "4", "7.00", "->", "7.49", "8.00", "->", "8.64", "9.00", "->"),
+        *("vllm_v0", "4", "7.00", "->", "7.49", "8.00", "->", "8.64", "9.00", "->"),
         *("9.81", "10.00", "->", "11.00", "11.00", "->", "12.21"),
     ]
     assert rows[0][2:] == list(STAGES)
@@ -203,21 +203,23 @@ def test_the_verdicts_count_and_name_causes():
         "40.0% on average"
     )
     # Per device: 6 against 5, and 6.75 against 5.125.
-    assert order.endswith("engine vllm > pair; simulated vllm > pair   ok")
+    assert order.endswith("engine vllm_v0 > pair; simulated vllm_v0 > pair   ok")
     assert "the engine tells 0 of 1 apart" in pairs
 
 
 def test_a_cause_is_scheduling_where_little_goes_with_the_durations():
     """Of a difference of 6 points, 2 go with the engine's durations."""
     scheduled = compared(measured=[0.84, 0.84])
-    one = dataclasses.replace(result().systems["vllm"], rates=[scheduled, compared()])
-    verdict = report.verdicts(result(systems={"vllm": one}))[0]
+    one = dataclasses.replace(
+        result().systems["vllm_v0"], rates=[scheduled, compared()]
+    )
+    verdict = report.verdicts(result(systems={"vllm_v0": one}))[0]
     assert "MISSED: 1 by durations, 1 by scheduling;" in verdict
 
 
 def test_the_record_has_all_but_the_steps_of_the_picture():
     record = report.to_json(result())
-    vllm = record["systems"]["vllm"]
+    vllm = record["systems"]["vllm_v0"]
     assert "shown" not in vllm
     assert vllm["steps"]["decode"] == ERRORS._asdict()
     assert vllm["engine"]["per_seed_rps"] == (10.0, 14.0)
@@ -228,7 +230,7 @@ def test_the_record_has_all_but_the_steps_of_the_picture():
 def test_the_picture_is_per_device_and_in_ms():
     (attainment,) = report._attainment_panels(result())
     by_label = {series.label: series for series in attainment.series}
-    assert by_label["vllm, engine"].points == [
+    assert by_label["vllm_v0, engine"].points == [
         (rate, pytest.approx(0.8)) for rate in (2.0, 4.0, 6.0)
     ]
     assert by_label["pair, simulated"].points[0] == (1.0, pytest.approx(0.86))

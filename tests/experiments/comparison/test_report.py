@@ -35,26 +35,26 @@ def found(system, *per_seed_rps, needs=0.5, **best):
     )
 
 
-# Apart is the best; of the colocated ones, vllm. Three seeds each.
+# Apart is the best; of the colocated ones, vllm_v0. Three seeds each.
 CLEAR = (
-    found("vllm", 1.0, 1.1, 0.9),
+    found("vllm_v0", 1.0, 1.1, 0.9),
     found("orca", 0.5, 0.5, 0.5, resolved=False, steady=False),
     found(DISAGGREGATED, 2.0, 2.2, 1.8),
 )
 # One seed says otherwise.
 CLOSE = (
-    found("vllm", 1.0, 1.1, 0.9),
+    found("vllm_v0", 1.0, 1.1, 0.9),
     found("orca", 3.0, 3.1, 2.9),
     found(DISAGGREGATED, 2.9, 3.2, 2.75),
 )
 NOBODY = tuple(
     found(name, 0.0, 0.0, 0.0, needs=needs)
-    for name, needs in (("vllm", 2.5), ("orca", 1.25), (DISAGGREGATED, 3.0))
+    for name, needs in (("vllm_v0", 2.5), ("orca", 1.25), (DISAGGREGATED, 3.0))
 )
 QUESTION = Question(
     simulation=get_simulation("opt13b_a100"),
     devices=4,
-    systems=("vllm", "orca", DISAGGREGATED),
+    systems=("vllm_v0", "orca", DISAGGREGATED),
     sizes=(128,),
     plan=SearchPlan(target=0.8),
     seeds=(0, 1, 2),
@@ -82,14 +82,14 @@ def test_a_cell_has_its_winner_its_goodput_and_both_ratios():
     ]
     assert clear == [
         *("1", "0.04", "123", DISAGGREGATED, "2", "[1.5,", "2.5]"),
-        *("2.00", "[2.00,", "2.00]", "vllm", "2.00", "[2.00,", "2.00]", "vllm"),
+        *("2.00", "[2.00,", "2.00]", "vllm_v0", "2.00", "[2.00,", "2.00]", "vllm_v0"),
         DISAGGREGATED,
     ]
 
 
 def test_goodputs_are_means_over_the_seeds_by_system():
     assert rows("goodput, requests/s per device") == [
-        [*("TTFT", "target", "TPOT", "target", "vllm", "orca"), DISAGGREGATED],
+        [*("TTFT", "target", "TPOT", "target", "vllm_v0", "orca"), DISAGGREGATED],
         ["0.25", "0.04", "0", "0", "0"],
         ["0.5", "0.04", "1", "3", "2.95"],
         ["1", "0.04", "1", "0.5", "2"],
@@ -103,8 +103,8 @@ def test_parameters_are_shown_with_reasons_and_doubts():
         "  orca           orca's: 0.5/s, not steady, not resolved; orca's reason; "
         "another",
         "  disaggregated  disaggregated's: 2/s; disaggregated's reason; another",
-        "  vllm           vllm's: no goodput, alone it needs 2.5 x the targets; vllm's "
-        "reason; another",
+        "  vllm_v0        vllm_v0's: no goodput, alone it needs 2.5 x the targets; "
+        "vllm_v0's reason; another",
     ):
         assert line in details.splitlines()
 
@@ -114,7 +114,7 @@ def test_the_head_says_what_was_asked():
         "opt-13b on 4 devices, fitted/distserve, KV over nvlink-a100; simulated",
         "requests/s per device at which 80% of the requests meet both targets",
         "seeds 0, 1, 2; N requests a run",
-        "at once, at most: vllm 256, orca 128, disaggregated 256;",
+        "at once, at most: vllm_v0 256, orca 128, disaggregated 256;",
     ):
         assert said in TEXT.split("\n\n")[0]
 
@@ -126,12 +126,12 @@ def test_the_record_has_the_numbers_of_the_table():
     assert (nobody["winner"], nobody["over_runner_up"]["ratio"]) == (None, None)
     assert nobody["why_infeasible"] == "even alone orca needs 1.25 x the targets"
     assert (close["winner"], close["why_infeasible"]) == ("orca", None)
-    assert close["best_colocated"] == "orca" and clear["best_colocated"] == "vllm"
+    assert close["best_colocated"] == "orca" and clear["best_colocated"] == "vllm_v0"
     assert (clear["TTFT target"], clear["TPOT target"]) == (1.0, 0.04)
     assert clear["over_colocated"]["ratio"]["mean"] == pytest.approx(2.0)
     assert clear["over_runner_up"]["clear"] and not close["over_runner_up"]["clear"]
     assert [one["system"] for one in clear["systems"]] == [
-        *(DISAGGREGATED, "vllm", "orca")
+        *(DISAGGREGATED, "vllm_v0", "orca")
     ]
     assert clear["systems"][1]["goodput"]["mean"] == pytest.approx(1.0)
     asked = content["question"]
@@ -152,12 +152,12 @@ def test_what_is_infinite_is_none_in_the_record():
         (NOBODY, "infeasible\nalone: 1.2 x\nthe targets"),
         ([found(f.system, 0.0, needs=0.9) for f in CLEAR], "infeasible\nunder load"),
         (
-            [found("vllm", 0.0, 0.0), found(DISAGGREGATED, 2.5, 2.5)],
+            [found("vllm_v0", 0.0, 0.0), found(DISAGGREGATED, 2.5, 2.5)],
             "disaggregated\n2.5/s\nonly kind that serves",
         ),
         (
-            [found("vllm", 2.0), found(DISAGGREGATED, 1.0)],
-            "~ vllm\n2/s\nd/c 0.50",
+            [found("vllm_v0", 2.0), found(DISAGGREGATED, 1.0)],
+            "~ vllm_v0\n2/s\nd/c 0.50",
         ),
     ],
 )

@@ -15,15 +15,15 @@ model tiny; SLO: TTFT <= 12.30 ms and TPOT <= 4.56 ms for 90% of requests; \
 70 requests x 3 seeds a point
 clock: virtual, durations: table (each program timed alone; valid for devices that \
 are really separate)
-vllm: colocated max_batched_tokens = 64: the default
-goodput                             vllm                    pair
+vllm_v0: colocated max_batched_tokens = 64: the default
+goodput                          vllm_v0                    pair
 deployment               2xcolocated:tp1  prefill:tp1,decode:tp3
 requests/s per device  12.3 [11.0, 13.5]                     5.0
 passes at / fails at         12.0 / 14.0                 - / 6.0
 every seed bracketed                 yes                      no
 resolved                              no                     yes
 steady                               yes                       -
-at its highest passing rate                                    vllm       pair
+at its highest passing rate                                 vllm_v0       pair
 attainment: both / TTFT / TPOT                10.0% / 11.0% / 12.0%  - / - / -
 TTFT P50 / P90 / P99, ms                   100.00 / 101.00 / 102.00  - / - / -
 TPOT P50 / P90 / P99, ms                   103.00 / 104.00 / 105.00  - / - / -
@@ -40,26 +40,26 @@ prefill stages busy, mean / idlest                          - / 50%      - / -
 decode stages busy, mean / idlest                         61% / 51%      - / -
 colocated stages busy, mean / idlest                      62% / 52%      - / -
 KV moved between instances, MB                                 2.50          -
-goodput pair/vllm, paired by seed: 0.40 [0.30, 0.50]
-rank by each criterion                        1            2
-distserve *, requests/s per device   vllm 12.35     pair < 6
-fastgen, good requests/s per device   pair ~9.5  vllm >= 7.5"""
+goodput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
+rank by each criterion                           1               2
+distserve *, requests/s per device   vllm_v0 12.35        pair < 6
+fastgen, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""
 
 THROUGHPUT = """\
 model tiny; fastgen: good requests; 70 requests x 3 seeds a point
-throughput by fastgen                  vllm                    pair
+throughput by fastgen               vllm_v0                    pair
 deployment                  2xcolocated:tp1  prefill:tp1,decode:tp3
 good requests/s per device     2.123 [1, 9]            3.123 [1, 9]
 at requests/s per device               20.0                    30.0
 bracketed                               yes                      no
 steady                                   no                     yes
-at its best rate                                               vllm                      pair
+at its best rate                                            vllm_v0                      pair
 attainment: both / TTFT / TPOT                20.0% / 21.0% / 22.0%     30.0% / 31.0% / 32.0%
 mean transfer, ms                                            211.00                    311.00
 KV moved between instances, MB                                 2.50                      2.50
-throughput pair/vllm, paired by seed: 0.40 [0.30, 0.50]
-distserve, requests/s per device       vllm 12.35     pair < 6
-fastgen *, good requests/s per device   pair ~9.5  vllm >= 7.5"""  # noqa: E501
+throughput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
+distserve, requests/s per device       vllm_v0 12.35        pair < 6
+fastgen *, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""  # noqa: E501
 
 
 def expect_lines(expected: str, summary) -> None:
@@ -109,7 +109,7 @@ def test_the_table_says_where_programs_ran():
 )
 def test_bytes_are_shown_in_megabytes_of_a_million(moved_bytes, shown):
     summary = summaries.goodput()
-    at = summary["systems"]["vllm"]["goodput"]
+    at = summary["systems"]["vllm_v0"]["goodput"]
     at["at_pass_rate"] = summaries.metrics(1.0, transfer_bytes=moved_bytes)
     (line,) = [
         x for x in report.table(summary).splitlines() if x.startswith("KV moved")
@@ -162,7 +162,7 @@ def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
     assert cut == 0.0
     assert axes.get_title().startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
     legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend[:2] == ["vllm (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
+    assert legend[:2] == ["vllm_v0 (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
     assert legend[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
 
 

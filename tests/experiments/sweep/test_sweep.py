@@ -108,10 +108,10 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
         config=config,
         model=None,
         source=Source(),
-        servers={"vllm": first, "disaggregated": other},
+        servers={"vllm_v0": first, "disaggregated": other},
         step_times={},
         slo=slo,
-        choices={"vllm": ["as told"]},
+        choices={"vllm_v0": ["as told"]},
         criteria=for_slo(
             slo, target=0.9, prompt_tokens=4, idle=lambda r: Alone(ttft_s=1, tpot_s=1)
         ),
@@ -126,7 +126,7 @@ def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
     rates = [8.0, 16.0]  # of two devices
     assert one.run_dir.points() == [
         Point(name, rate, replica)
-        for name in ("disaggregated", "vllm")
+        for name in ("disaggregated", "vllm_v0")
         for rate in rates
         for replica in (0, 1)
     ]
@@ -135,15 +135,18 @@ def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
         for line in (tmp_path / "requests.jsonl").read_text().splitlines()
     ]
     assert len(rows) == 2 * 2 * 2 * N
-    assert [row["system"] for row in rows[:16]] == ["vllm"] * 16
+    assert [row["system"] for row in rows[:16]] == ["vllm_v0"] * 16
     first = rows[0]
     assert (first["rate_rps"], first["replica"], first["request_id"]) == (8.0, 0, 0)
     assert {row["request_id"] // 100 for row in rows if row["replica"] == 1} == {1}
     assert summary["num_seeds"] == 2
     # One of four requests is late at 16/s on the system whose limit is 10.
-    assert [p["attainment"]["mean"] for p in points(summary, "vllm")] == [1.0, 0.75]
-    assert [p["request_rate"] for p in points(summary, "vllm")] == rates
-    assert [p["request_rate_per_device"] for p in points(summary, "vllm")] == [4.0, 8.0]
+    assert [p["attainment"]["mean"] for p in points(summary, "vllm_v0")] == [1.0, 0.75]
+    assert [p["request_rate"] for p in points(summary, "vllm_v0")] == rates
+    assert [p["request_rate_per_device"] for p in points(summary, "vllm_v0")] == [
+        4.0,
+        8.0,
+    ]
 
 
 def points(summary, name):
@@ -152,9 +155,9 @@ def points(summary, name):
 
 def test_goodputs_are_per_device_and_ratios_over_vllm_by_seed(tmp_path):
     summary = sweep(tmp_path).run()
-    # vllm crosses 0.9 between 8 (1.0) and 16/s (0.75): 8 + 8 x 0.1 / 0.25 = 11.2,
+    # vllm_v0 crosses 0.9 between 8 (1.0) and 16/s (0.75): 8 + 8 x 0.1 / 0.25 = 11.2,
     # 5.6 per device. The other passes at 16, where the rates end: 8 per device.
-    vllm = summary["systems"]["vllm"]["goodput"]
+    vllm = summary["systems"]["vllm_v0"]["goodput"]
     assert vllm["per_seed_rps_per_device"] == pytest.approx([5.6, 5.6])
     assert (vllm["pass_rps_per_device"], vllm["fail_rps_per_device"]) == (4.0, 8.0)
     assert vllm["bracketed"]
@@ -163,16 +166,16 @@ def test_goodputs_are_per_device_and_ratios_over_vllm_by_seed(tmp_path):
     assert other["per_seed_rps_per_device"] == pytest.approx([8.0, 8.0])
     assert other["fail_rps_per_device"] is None and not other["bracketed"]
     ratios = summary["ratios"]
-    assert list(ratios) == ["disaggregated/vllm"]
-    assert ratios["disaggregated/vllm"]["per_seed"] == pytest.approx([8 / 5.6] * 2)
+    assert list(ratios) == ["disaggregated/vllm_v0"]
+    assert ratios["disaggregated/vllm_v0"]["per_seed"] == pytest.approx([8 / 5.6] * 2)
 
 
 def test_a_throughput_is_per_device_at_its_best_rate(tmp_path):
     one = sweep(tmp_path, "criterion=sarathi")
-    found = one.run()["systems"]["vllm"]["throughput"]
+    found = one.run()["systems"]["vllm_v0"]["throughput"]
     # 4 requests of 7 tokens: at 8/s from 0 to 3/8 + 0.6 s; at 16/s one takes 5.1 s.
     thousands = 28 / (3 / 8 + 0.6) / 1e3
-    score = one.run_dir.load(Point("vllm", 8.0, 0))["criteria"]["sarathi"]
+    score = one.run_dir.load(Point("vllm_v0", 8.0, 0))["criteria"]["sarathi"]
     assert score == pytest.approx(thousands)
     assert found["best_rps_per_device"] == 4.0
     assert found["per_seed_per_device"] == pytest.approx([thousands / 2] * 2)
@@ -183,7 +186,7 @@ def test_a_throughput_is_per_device_at_its_best_rate(tmp_path):
 def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_path):
     one = sweep(tmp_path)
     one.run()
-    for name, at in (("vllm", 8.0), ("disaggregated", 16.0)):
+    for name, at in (("vllm_v0", 8.0), ("disaggregated", 16.0)):
         for rate in (8.0, 16.0):
             for replica in (0, 1):
                 point = Point(name, rate, replica)
@@ -192,24 +195,24 @@ def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_p
                 assert done["padding_prefill"] == (0.25 if rate == at else None)
                 tokens = [row["tokens"] for row in one.run_dir.requests(point)]
                 assert tokens == [[1, 2, 3] if rate == at else []] * N
-    assert one.servers["vllm"].calls == ["simulate"] * 4 + ["run"] * 2
+    assert one.servers["vllm_v0"].calls == ["simulate"] * 4 + ["run"] * 2
 
 
 def test_where_nothing_passes_nothing_is_executed(tmp_path):
     one = sweep(tmp_path, limits=(1.0, 1.0))
     summary = one.run()
-    assert "run" not in one.servers["vllm"].calls
-    assert summary["systems"]["vllm"]["goodput"]["pass_rps_per_device"] is None
+    assert "run" not in one.servers["vllm_v0"].calls
+    assert summary["systems"]["vllm_v0"]["goodput"]["pass_rps_per_device"] is None
     assert summary["ratios"] == {}  # over nothing
 
 
 @pytest.mark.parametrize("late_s", [1e-3, -1e-3, 1e-9])
 def test_a_token_at_another_time_than_its_duration_says_is_an_error(tmp_path, late_s):
     """As many requests and tokens; one token a little off."""
-    with pytest.raises(RuntimeError, match="vllm-8.0rps-0: the programs' timelines"):
+    with pytest.raises(RuntimeError, match="vllm_v0-8.0rps-0: the programs' timelines"):
         sweep(tmp_path, late_s=late_s).run()
     saved = RunDir(tmp_path, {})
-    assert not saved.load(Point("vllm", 8.0, 0))["executed"]
+    assert not saved.load(Point("vllm_v0", 8.0, 0))["executed"]
     # The resumed run does not take the wrong timelines for those of the durations.
     with pytest.raises(RuntimeError, match="timelines are not those"):
         sweep(tmp_path, late_s=late_s).run()
@@ -219,23 +222,23 @@ def test_a_resumed_sweep_runs_what_is_missing_and_nothing_else(tmp_path):
     whole = sweep(tmp_path / "whole").run()
     resumed = tmp_path / "resumed"
     sweep(resumed).run()
-    lost = resumed / "points" / "vllm-16.0rps-1.json"
+    lost = resumed / "points" / "vllm_v0-16.0rps-1.json"
     lost.unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.servers["vllm"].calls == ["simulate"]
+    assert again.servers["vllm_v0"].calls == ["simulate"]
     assert again.servers["disaggregated"].calls == []
     # An executed point that was lost is simulated first: its rate has to pass again.
-    (resumed / "points" / "vllm-8.0rps-0.json").unlink()
+    (resumed / "points" / "vllm_v0-8.0rps-0.json").unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.servers["vllm"].calls == ["simulate", "run"]
+    assert again.servers["vllm_v0"].calls == ["simulate", "run"]
 
 
 def test_everything_is_executed_where_that_is_asked_for(tmp_path):
     one = sweep(tmp_path, "execute_all=true")
     one.run()
-    assert one.servers["vllm"].calls == ["run"] * 4
+    assert one.servers["vllm_v0"].calls == ["run"] * 4
 
 
 def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
@@ -245,7 +248,7 @@ def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
     # A request takes 4 x 0.01 s of prefill and 3 x 0.02 / 2 s of decode on a device:
     # 0.5 x 2 / 0.07 = 14.3/s of two devices.
     assert "7.15 requests/s per device" in tried[0]
-    rates = [point["request_rate"] for point in points(summary, "vllm")]
+    rates = [point["request_rate"] for point in points(summary, "vllm_v0")]
     assert 14.3 in rates
     assert rates == sorted(rates)
     assert all(rate == float(f"{rate:.4g}") for rate in rates)
@@ -256,7 +259,7 @@ def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
 def test_busy_shares_are_by_role_with_the_idlest_stage(tmp_path):
     one = sweep(tmp_path)
     one.run()
-    both = one.run_dir.load(Point("vllm", 8.0, 0))  # 0.25 and 0.5
+    both = one.run_dir.load(Point("vllm_v0", 8.0, 0))  # 0.25 and 0.5
     assert (both["busy_colocated"], both["busy_colocated_least"]) == (0.375, 0.25)
     assert both["busy_prefill"] is both["busy_decode_least"] is None
     split = one.run_dir.load(Point("disaggregated", 8.0, 0))
@@ -267,38 +270,38 @@ def test_means_are_over_seeds_and_none_where_a_run_lacks_one(tmp_path):
     one = sweep(tmp_path)
     one.run()
     for replica, value in ((0, 1.0), (1, 3.0)):
-        path = tmp_path / "points" / f"vllm-8.0rps-{replica}.json"
+        path = tmp_path / "points" / f"vllm_v0-8.0rps-{replica}.json"
         content = json.loads(path.read_text())
         content |= {"mean_e2e_ms": value, "preemptions": None if replica else 1.0}
         content["steady"] = replica == 0
         path.write_text(json.dumps(content))
     summary = sweep(tmp_path).run()
-    found = points(summary, "vllm")[0]
+    found = points(summary, "vllm_v0")[0]
     assert found["metrics"]["mean_e2e_ms"] == 2.0
     assert found["metrics"]["preemptions"] is None
     assert not found["steady"]
-    assert not summary["systems"]["vllm"]["goodput"]["steady"]
+    assert not summary["systems"]["vllm_v0"]["goodput"]["steady"]
 
 
 def test_every_criterion_ranks_by_requests_per_device(tmp_path):
     summary = sweep(tmp_path).run()
     (first, second) = summary["criteria"]["distserve"]["rank"]
     assert (first["system"], first["bound"]) == ("disaggregated", 8.0)
-    assert second["system"] == "vllm"
+    assert second["system"] == "vllm_v0"
     assert summary["criteria"]["distserve"]["unit"].endswith("per device")
-    assert summary["choices"] == {"vllm": ["as told"]}
+    assert summary["choices"] == {"vllm_v0": ["as told"]}
 
 
 def test_throughputs_are_ranked_per_device(tmp_path):
     summary = sweep(tmp_path).run()
     ranked = summary["criteria"]["sarathi"]["rank"]
     # 4 requests of 7 tokens from 0 to 3 / rate + 0.6 s on two devices, the other system
-    # at 16/s, where vllm's late request makes 8/s its best.
+    # at 16/s, where vllm_v0's late request makes 8/s its best.
     thousands = {
         "disaggregated": 28 / (3 / 16 + 0.6) / 1e3,
-        "vllm": 28 / (3 / 8 + 0.6) / 1e3,
+        "vllm_v0": 28 / (3 / 8 + 0.6) / 1e3,
     }
-    assert [row["system"] for row in ranked] == ["disaggregated", "vllm"]
+    assert [row["system"] for row in ranked] == ["disaggregated", "vllm_v0"]
     for row in ranked:
         assert row["mean"] == pytest.approx(thousands[row["system"]] / 2)
 
@@ -306,7 +309,7 @@ def test_throughputs_are_ranked_per_device(tmp_path):
 def test_a_search_is_for_the_target_of_its_criterion(tmp_path):
     """MLPerf's 99 %, not the 50 % of the plan: three of four pass above 10/s."""
     one = sweep(tmp_path, "rates=", "criterion=mlperf", "search.target=0.5")
-    found = one.run()["systems"]["vllm"]["goodput"]
+    found = one.run()["systems"]["vllm_v0"]["goodput"]
     passing, failing = found["pass_rps_per_device"], found["fail_rps_per_device"]
     assert passing <= 10 / 2 < failing <= passing * 1.1
     assert one.run()["target"] == 0.99
