@@ -1,4 +1,4 @@
-"""Which instances serve: their roles, their parallelism, their KV memory."""
+"""A deployment: its instances, their roles, parallelism and KV memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ITEM = re.compile(r"(?:([1-9]\d*)x)?(prefill|decode|colocated):tp(\d+)(?:pp(\d+
 
 
 class Role(enum.StrEnum):
-    """What an instance does with a request."""
+    """The part of serving that an instance does."""
 
-    PREFILL = "prefill"  # prompts only; hands the KV over
+    PREFILL = "prefill"  # computes prompts and hands their KV over
     DECODE = "decode"  # pulls KV, then generates
     COLOCATED = "colocated"  # both
 
@@ -42,14 +42,14 @@ class InstanceSpec:
         return self.tp * self.pp
 
     def __str__(self) -> str:
-        """Its item in the text that `Deployment.parse` reads."""
+        """Return its item in the text that `Deployment.parse` reads."""
         stages = f"pp{self.pp}" if self.pp > 1 else ""
         return f"{self.role}:tp{self.tp}{stages}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVMemory:
-    """How much context an instance can hold."""
+    """The KV memory of an instance."""
 
     num_blocks: int  # KV blocks in the pool
     block_tokens: int = 16  # tokens in a block
@@ -61,13 +61,13 @@ class KVMemory:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` tokens."""
+        """Return the number of blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
-    def why_never(self, prompt_tokens: int, max_tokens: int) -> str:
-        """Why a request could not be served here even alone; '' if it could."""
+    def rejection_reason(self, prompt_tokens: int, max_tokens: int) -> str:
+        """Return why a request could not be served even alone; '' if it could."""
         tokens = prompt_tokens + max_tokens
-        blocks = self.blocks_for(tokens - 1)  # the KV of the last is never needed
+        blocks = self.blocks_for(tokens - 1)  # the last token's KV is never needed
         if tokens <= self.max_context and blocks <= self.num_blocks:
             return ""
         request = f"{prompt_tokens} prompt + {max_tokens} output tokens"
@@ -80,8 +80,8 @@ class KVMemory:
 class Deployment:
     """The instances that serve together, in device order.
 
-    Data parallelism is several instances of a role. Prefill instances need decode
-    instances to hand over to, and the reverse; colocated ones stand alone.
+    Data parallelism is several instances of a role. Prefill and decode instances need
+    each other; colocated instances stand alone.
 
     Raises:
       ValueError: on a deployment that cannot serve a request from end to end.
@@ -101,7 +101,7 @@ class Deployment:
 
     @classmethod
     def parse(cls, text: str) -> Deployment:
-        """Reads `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp2pp2`, ..."""
+        """Read `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp2pp2`, ..."""
         instances: list[InstanceSpec] = []
         for item in text.replace(" ", "").split(","):
             match = _ITEM.fullmatch(item)
@@ -113,7 +113,7 @@ class Deployment:
         return cls(tuple(instances))
 
     def of(self, *roles: Role) -> tuple[int, ...]:
-        """Indices of the instances with one of `roles`."""
+        """Return the indices of the instances with one of `roles`."""
         return tuple(i for i, spec in enumerate(self.instances) if spec.role in roles)
 
     @property
@@ -122,11 +122,11 @@ class Deployment:
         return sum(spec.devices for spec in self.instances)
 
     def lanes(self, src: int, dst: int) -> int:
-        """As many wires at once as the smaller side of a transfer has devices."""
+        """Return the parallel wires of a transfer: the devices of its smaller side."""
         return min(self.instances[i].devices for i in (src, dst))
 
     def __str__(self) -> str:
-        """The text that `parse` reads, equal neighbours counted."""
+        """Return the text that `parse` reads, with equal neighbours counted."""
         items: list[str] = []
         i = 0
         while i < len(self.instances):
@@ -140,7 +140,7 @@ class Deployment:
 
 
 def cut_layers(layers: range, parts: int) -> list[range]:
-    """Consecutive layers in `parts`, as even as can be; the first have one more.
+    """Cut consecutive layers into even `parts`; the first may have one layer more.
 
     Raises:
       ValueError: if a part would have no layer.

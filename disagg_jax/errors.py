@@ -4,6 +4,6 @@ from __future__ import annotations
 
 
 def require(ok: bool, expected: str, got: object) -> None:
-    """Raises a ValueError of both unless `ok`."""
+    """Raise a ValueError of what was expected and what came unless `ok`."""
     if not ok:
         raise ValueError(f"{expected}, got {got!r}")

@@ -43,7 +43,7 @@ class Format:
 
 
 EVENT_LOG = Format(
-    name="event log", number=1, command="python -m experiments.goodput_sweep"
+    name="event log", number=2, command="python -m experiments.goodput_sweep"
 )
 PLACEMENT = Format(
     name="placement.json",

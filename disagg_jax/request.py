@@ -1,4 +1,4 @@
-"""What a client asks for (`Request`) and what happened to it (`Timeline`)."""
+"""A client's request (`Request`) and what happened to it (`Timeline`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import math
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How the next token is drawn from the logits. The default is greedy.
+    """The rule that draws the next token from the logits. The default is greedy.
 
-    The n-th token of a request is drawn with `fold_in(key(seed), n)`, so recompute
+    The n-th token of a request is drawn with `fold_in(key(seed), n)`. So recompute
     after a preemption, and a replay, draw the same tokens.
     """
 
@@ -36,7 +36,7 @@ GREEDY = Sampling()
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One prompt and how much to generate for it.
+    """One prompt and the number of tokens to generate.
 
     A simulation needs lengths only; the engine needs `prompt` as well.
 
@@ -49,7 +49,7 @@ class Request:
     arrival_s: float  # seconds since the start of the run
     prompt_tokens: int  # length of the prompt
     max_tokens: int  # tokens to generate at most (exactly, if nothing stops it earlier)
-    prompt: tuple[int, ...] | None = None  # token ids; None where only lengths matter
+    prompt: tuple[int, ...] | None = None  # token ids; None if only lengths matter
     sampling: Sampling = GREEDY
     eos_token: int | None = None  # ends generation, unless `ignore_eos`
     ignore_eos: bool = False  # benchmarks: every system then does the same work
@@ -77,14 +77,14 @@ class Request:
             )
 
     def stops_at(self, token: int) -> bool:
-        """Whether generating `token` ends the request (the token itself is kept)."""
+        """Return whether `token` ends the request (the token itself is kept)."""
         if token in self.stop_tokens:
             return True
         return token == self.eos_token and not self.ignore_eos
 
 
 class Status(enum.StrEnum):
-    """Where a request ended; ACTIVE until then."""
+    """How a request ended; ACTIVE until then."""
 
     ACTIVE = "active"
     FINISHED = "finished"
@@ -94,27 +94,27 @@ class Status(enum.StrEnum):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Timeline:
-    """When each thing happened to one request, in seconds; None means not yet.
+    """The stamps of one request, in seconds; None means not yet.
 
-    The stamps mark the *first* time through each stage. Work that is repeated after a
-    preemption or the loss of an instance therefore counts in the stage it interrupted.
+    The stamps mark the *first* time through each stage. So work that is repeated after
+    a preemption or the loss of an instance counts in the stage it interrupted.
     """
 
     request: Request
     status: Status = Status.ACTIVE
-    prefill_start_s: float | None = None  # its first prompt token goes to a device
+    prefill_start_s: float | None = None  # the first step with its prompt starts
     transfer_start_s: float | None = None  # the decode side starts to pull its KV
     transfer_end_s: float | None = None  # the KV is in the decode side's blocks
     decode_start_s: float | None = None  # first decode step after the first token
     end_s: float | None = None  # finished, cancelled or refused
     token_s: list[float] = dataclasses.field(default_factory=list[float])  # per token
     tokens: list[int] = dataclasses.field(default_factory=list[int])  # [] in simulation
-    # When its KV was dropped to make room, or lost.
+    # Times at which its KV was dropped to make room, or lost.
     dropped_s: list[float] = dataclasses.field(default_factory=list[float])
     transfer_bytes: int = 0  # KV bytes moved between instances for it, in all
-    error: str = ""  # why it was refused
+    error: str = ""  # the reason if it was refused
 
     @property
     def preemptions(self) -> int:
-        """Times its KV was dropped to make room, or lost."""
+        """Number of times its KV was dropped to make room, or lost."""
         return len(self.dropped_s)

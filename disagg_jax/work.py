@@ -1,7 +1,8 @@
-"""What the controller asks for (work) and what it is told (events).
+"""Work that the controller asks for, and events that it is told.
 
-Nobody changes one. Yet they are not frozen, because a simulation makes many: a frozen
-dataclass takes five times as long to make, and a named tuple half as long again.
+No code changes a record once it is made. Yet they are not frozen, since a simulation
+makes many: a frozen dataclass takes five times as long to make, a named tuple 1.5
+times.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Item = TypeVar("Item")
 
 
 class OnRead(Sequence[Item]):
-    """A sequence that is made, by `make(*args)`, when it is first read.
+    """A sequence that `make(*args)` makes when it is first read.
 
-    Details of work that an engine reads when the work is submitted, and a cost model
-    never: making them takes longer than simulating the work.
+    It holds details of work for an engine, which reads them on submission. A cost model
+    never does, and making them takes longer than simulating the work.
     """
 
     __slots__ = ("_make", "_args", "_items")
@@ -51,25 +52,25 @@ class OnRead(Sequence[Item]):
 class Slice:
     """The part of one request that a step computes: tokens [start, start + count).
 
-    Prefill, a chunk of one, a decode and recompute are all this. It is complete in
-    itself, so that an executor needs no memory of requests.
+    Prefill, a chunk of a prompt, a decode and recompute are all slices. A slice is
+    complete in itself, so that an executor needs no memory of requests.
     """
 
     request: Request
-    start: int  # tokens of the request that are in the cache already
+    start: int  # tokens of the request that are cached already
     count: int  # tokens to compute
-    samples: bool  # whether a new token comes out: the last known token is computed
+    samples: bool  # whether the last token is computed, so that a new one comes out
     blocks: tuple[int, ...]  # KV blocks covering [0, start + count), and no others
-    tokens: tuple[int, ...]  # `count` token ids; () where only lengths matter
+    tokens: tuple[int, ...]  # `count` token ids; () if only lengths matter
 
     @property
     def sample_index(self) -> int:
-        """Which generated token comes out: 0 for the first."""
+        """Index of the generated token that comes out: 0 for the first."""
         return self.start + self.count - self.request.prompt_tokens
 
     @property
     def is_decode(self) -> bool:
-        """Whether this is one token on top of cached context."""
+        """Whether the slice is one token after cached tokens."""
         return self.count == 1 and self.start > 0
 
 
@@ -80,31 +81,31 @@ def pool_extent(slices: Sequence[Slice]) -> int:
 
 @dataclasses.dataclass(slots=True)
 class StepLoad:
-    """What a step computes, as far as its duration depends on it."""
+    """The amount of work in a step, as far as its duration depends on it."""
 
     chunks: tuple[tuple[int, int], ...]  # (start, count) of each prompt part
     decodes: int  # requests that decode one token each
-    context: int  # tokens that those attend to together, the new ones included
-    # Blocks of the pool up to the last one that decodes have; 0 where nobody looked.
+    context: int  # tokens that the decodes attend to together, new ones included
+    # Blocks of the pool up to the last one that decodes have; 0 if nothing asked.
     pool_extent: int = 0
 
     @property
     def prompt_tokens(self) -> int:
-        """Prompt tokens computed."""
+        """Prompt tokens that the step computes."""
         return sum([count for _, count in self.chunks])
 
     @property
     def prompt_squares(self) -> int:
         """The sum over chunks of (start + count)^2 - start^2.
 
-        Whole prompts have their length squared. Prompt attention grows with it, and the
-        chunks of a prompt add up to the prompt's.
+        Prompt attention grows with it. A whole prompt counts its length squared, and
+        the chunks of a prompt add up to that.
         """
         return sum([(start + n) ** 2 - start**2 for start, n in self.chunks])
 
     @classmethod
     def of(cls, slices: Sequence[Slice]) -> StepLoad:
-        """The load of given slices."""
+        """Return the load of given slices."""
         decodes = [part for part in slices if part.is_decode]
         return cls(
             tuple((p.start, p.count) for p in slices if not p.is_decode),
@@ -115,10 +116,10 @@ class StepLoad:
 
 @dataclasses.dataclass(slots=True)
 class Step:
-    """One forward pass of one instance; or a span: several decode passes in a row.
+    """One forward pass of one instance, or a span: several decode passes in a row.
 
-    Each iteration of a span is the one before with every context a token longer. Only a
-    cost model can run spans: they have no tokens.
+    Each iteration of a span repeats the one before with every context a token longer.
+    Only a cost model can run spans: they have no tokens.
     """
 
     id: int
@@ -129,7 +130,7 @@ class Step:
 
     @classmethod
     def of(cls, id: int, instance: int, slices: Sequence[Slice]) -> Step:
-        """A step of given slices."""
+        """Make a step of given slices."""
         return cls(id, instance, slices, StepLoad.of(slices))
 
     @property
@@ -154,8 +155,8 @@ class Transfer:
     src_blocks: Sequence[int]
     dst_blocks: Sequence[int]  # as many as src_blocks, in the same order
     context: int  # tokens whose KV is in those blocks
-    # The step that computes the last of them: each layer group's KV leaves when it is
-    # there. 0: all of it is there already.
+    # The step that computes the last of these tokens: each layer group's KV leaves when
+    # it is computed. 0: all KV is computed already.
     step: int = 0
     start: int = 0  # tokens of the request before those in the blocks
 
@@ -166,15 +167,15 @@ class Transfer:
 
 
 @dataclasses.dataclass(slots=True)
-class Cut:
-    """A span is to end early. If all that is left of it was told, no Done follows."""
+class TruncateSpan:
+    """An order to end a span early. If all its ends were told, no Done follows."""
 
     work: int  # Step.id
-    iterations: int  # that it is to have, instead of those it was planned with
+    iterations: int  # in all, instead of the planned number
 
 
-Task = Step | Transfer  # what takes time
-Work = Task | Cut
+Task = Step | Transfer  # work that takes time
+Work = Task | TruncateSpan
 
 
 @dataclasses.dataclass(slots=True)
@@ -186,29 +187,29 @@ class Arrived:
 
 @dataclasses.dataclass(slots=True)
 class Done:
-    """A step or a transfer is complete; sent once for each."""
+    """A step or a transfer is complete. Sent once for each."""
 
     work: int  # Step.id or Transfer.id
     start_s: float  # when it began on its device or link
     end_s: float  # when its result was there
-    tokens: tuple[int, ...] = ()  # step: one per sampling slice, where there are tokens
+    tokens: tuple[int, ...] = ()  # step: one per sampling slice; () in simulation
     bytes: int = 0  # transfer: KV bytes moved
     ends_s: tuple[float, ...] = ()  # span: ends of iterations not reported before
-    # Step: when it left each pipeline stage but the last. A stage takes steps in their
-    # order, each as soon as it has left the stage before.
+    # Step: when it left each pipeline stage but the last. A stage takes steps in order,
+    # each when it has left the stage before.
     stage_ends_s: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(slots=True)
 class StageFree:
-    """A step has left the first pipeline stage and goes on: another may start."""
+    """A step has left the first pipeline stage, so another may start."""
 
     work: int  # Step.id
 
 
 @dataclasses.dataclass(slots=True)
 class Progress:
-    """Iterations of a span are over; it goes on."""
+    """Iterations of a span are over, and it goes on."""
 
     work: int  # Step.id
     ends_s: tuple[float, ...]  # of the iterations not reported before; the last <= now
@@ -236,12 +237,12 @@ class Up:
 
 
 @dataclasses.dataclass(slots=True)
-class Slow:
-    """An instance becomes a straggler, or is one no longer. Only for simulations."""
+class Straggle:
+    """An instance becomes a straggler, or stops being one. Only for simulations."""
 
     instance: int
     factor: float  # on the durations of its steps from now on; 1 is its usual speed
 
 
-Report = Done | StageFree  # what a backend tells; it tells of Progress when asked
-Event = Arrived | Report | Progress | Cancelled | Down | Up | Slow
+Report = Done | StageFree  # told by a backend, which tells Progress when asked
+Event = Arrived | Report | Progress | Cancelled | Down | Up | Straggle

@@ -1,7 +1,7 @@
 """A run of a sweep as a timeline that opens in Perfetto (ui.perfetto.dev).
 
     python -m experiments.chrome_trace --run=runs/tiny --system=disaggregated
-    python -m experiments.chrome_trace --run=runs/tiny --system=vllm --rate=20 --seed=1
+    python -m experiments.chrome_trace --run=runs/tiny --system=vllm_v0 --rate=20
 
 One lane for each device, each link and each request. Without --rate it is the run at
 the highest rate that passes.
@@ -45,7 +45,7 @@ def draw(
     config = run.config()
     about = {
         "run": str(path),
-        "system": system,
+        "system": picked.point.system,
         "rate_rps_per_device": float(picked.rate_rps),
         "seed": picked.seed,
         "clock": config["clock"],

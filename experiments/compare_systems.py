@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from disagg_jax.metrics.attainment import SLO
+from disagg_jax.scheduling import find_system
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.comparison import POLICIES, ComparisonSpec, compare
 from disagg_jax.search.maps import Map, lengths_map, slos_map
@@ -166,7 +167,7 @@ def _spec() -> ComparisonSpec:
     return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
-        systems=tuple(_SYSTEMS.value),
+        systems=tuple(find_system(name, POLICIES) for name in _SYSTEMS.value),
         sizes=tile_multiples(tile),
         budgets=numbers("budgets", _BUDGETS.value, int),
         plan=SearchPlan(

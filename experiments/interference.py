@@ -62,7 +62,7 @@ def systems(budget: int) -> dict[str, System]:
     """Return each system on two devices, with steps of `budget` tokens."""
     colocated = {
         "orca": {"max_seqs": 64},
-        "vllm": {},
+        "vllm_v0": {},
         "sarathi": {"chunk_tokens": budget, "max_seqs": 64},
         "sarathi_serve": {"token_budget": budget},
         "splitfuse": {"token_budget": budget, "max_seqs": min(budget, 512)},

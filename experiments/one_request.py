@@ -36,7 +36,7 @@ _REQUEST = FLAGS.integer("request", None, "Its number in the run.")
 def find(
     path: pathlib.Path, rate_rps: float | None = None, request: int | None = None
 ) -> dict[str, Timeline]:
-    """Return one request's timeline by system and rate, as "vllm at 40 requests/s".
+    """Return one request's timeline by system and rate, as "vllm_v0 at 40 requests/s".
 
     Args:
       rate_rps: per device; None is the highest that each system passes at.

@@ -39,9 +39,9 @@ import jax
 import numpy as np
 
 from disagg_jax.engine.served_deployment import ServedDeployment
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.summary import summarise
-from disagg_jax.programs import StepShape
+from disagg_jax.programs.shapes import StepShape
 from disagg_jax.request import Request
 from disagg_jax.sim.workers import process_pool
 from disagg_jax.work import Event, Step, Work

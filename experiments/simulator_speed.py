@@ -117,7 +117,7 @@ def fleets(sizes: Sequence[int]) -> Iterator[SpeedWorkload]:
         half = size // 2
         for system, text in (
             ("disaggregated", f"{half}xprefill:tp1,{size - half}xdecode:tp1"),
-            ("vllm", f"{size}xcolocated:tp1"),
+            ("vllm_v0", f"{size}xcolocated:tp1"),
         ):
             deployment = Deployment.parse(text)
             yield SpeedWorkload(

@@ -2,7 +2,8 @@
 
 import pytest
 
-from disagg_jax.control.state import InstanceState, RequestState
+from disagg_jax.control.instance_state import InstanceState
+from disagg_jax.control.request_state import RequestState
 from disagg_jax.deployment import InstanceSpec, KVMemory, Role
 from disagg_jax.request import Timeline
 from tests.serving import make_request
@@ -13,7 +14,7 @@ ROWS = ("places", "limits", "expected", "preempt")
 
 def state(id: int, known: int, out: int = 1) -> RequestState:
     request = make_request(id, prompt=known, out=out)
-    return RequestState(request, id, Timeline(request=request), known)
+    return RequestState(request, id, Timeline(request=request))
 
 
 def make_instance(
@@ -37,8 +38,8 @@ def make_instance(
     instance.partly = parts
     ready = [state(*item, out) for item in running.items()]
     for request in [*ready, *instance.arriving.values(), *parts.values()]:
-        request.settled_context = cached[request.id]
-        instance.blocks.extend(request.id, request.context)
+        request.set_tokens(request.num_tokens, cached[request.id])
+        instance.blocks.extend(request.id, request.cached_tokens)
     for request in ready:
         instance.ready.join(request)
     assert instance.blocks.free == free

@@ -5,7 +5,7 @@ import math
 
 from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
-from disagg_jax.control.state import Place
+from disagg_jax.control.request_state import Place
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Request, Status

@@ -131,7 +131,7 @@ def test_blocks_for_is_the_least_that_holds(tokens: int, block_tokens: int):
 )
 def test_why_never(prompt: int, out: int, max_context: int, reason: str):
     memory = KVMemory(num_blocks=4, block_tokens=4, max_context=max_context)
-    assert memory.why_never(prompt, out) == reason
+    assert memory.rejection_reason(prompt, out) == reason
 
 
 @pytest.mark.parametrize(

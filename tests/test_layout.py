@@ -382,6 +382,10 @@ def test_rooms_import_only_rooms_below():
     assert upward(graph) == []
 
 
+def test_files_do_not_import_each_other_in_a_circle():
+    assert circle(import_graph()) == []
+
+
 def test_every_package_of_the_library_and_of_experiments_is_in_the_order():
     folders = [*(ROOT / "disagg_jax").iterdir(), *(ROOT / "experiments").iterdir()]
     packages = [f"{f.parent.name}.{f.name}" for f in folders if list(f.glob("*.py"))]

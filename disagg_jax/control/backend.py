@@ -1,167 +1,70 @@
-"""The seam between deciding and doing: backends, executors, and the serving loop."""
+"""Backends and executors: they do the work that the controller decides on."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from disagg_jax.control.controller import Controller
-from disagg_jax.errors import require
-from disagg_jax.request import Request, Timeline
-from disagg_jax.work import (
-    Arrived,
-    Cancelled,
-    Down,
-    Event,
-    Progress,
-    Report,
-    Slow,
-    Task,
-    Up,
-    Work,
-)
+from disagg_jax.work import Report, Task, Work
 
 
 @dataclasses.dataclass(slots=True)
 class Outcome:
-    """What came of one piece of work that was run alone."""
+    """The result of one piece of work that was run alone."""
 
-    # Of each iteration, or of each part of a transfer that goes along with a step; may
-    # be made when it is needed.
+    # Of each iteration, or of each part of a transfer that goes along with a step. May
+    # be an iterator that makes them when they are needed.
     durations_s: Iterable[float]
     tokens: tuple[int, ...] = ()  # step: one per sampling slice; () in simulation
     bytes: int = 0  # transfer: KV bytes moved
-    later_stages_s: Sequence[float] = ()  # step: on the pipeline stages after the first
+    later_stages_s: Sequence[float] = ()  # step: on pipeline stages after the first
     link: tuple[int, ...] = ()  # transfer: the wire; () is one for each (src, dst)
-    shared: bool = False  # transfer: all on that wire at once, instead of in turn
+    shared: bool = False  # whether transfers share the wire instead of taking turns
 
 
 class Executor(Protocol):
     """Does one piece of work from start to end: a cost model, or a real engine."""
 
-    def run(self, work: Task) -> Outcome: ...
+    def run(self, work: Task) -> Outcome:
+        """Run `work` and return its result."""
+        ...
 
 
 class Backend(Protocol):
     """Owns time and order. Work is submitted, completions come back."""
 
     def now_s(self) -> float:
-        """Seconds since the start of the run."""
+        """Return the seconds since the start of the run."""
         ...
 
     def submit(self, work: Work) -> None:
-        """Starts `work` as soon as its device or link is free; a Cut at once."""
+        """Start `work` when its device or link is free; a TruncateSpan at once."""
         ...
 
     def wait(self, until_s: float) -> list[Report]:
-        """Returns the next completions; none if there are none until `until_s`.
+        """Return the next completions, [] if there are none until `until_s`.
 
-        With nothing submitted and `until_s` infinite it returns [] at once.
+        With no work submitted and `until_s` infinite it returns [] at once.
         """
         ...
 
     def progress(self, work: int) -> Sequence[float]:
-        """Return when iterations of span `work` ended, of those not told before.
-
-        Those that end later than now are not told yet.
-        """
+        """Return the ends of iterations of span `work` up to now, each only once."""
         ...
 
     def slow(self, instance: int, factor: float) -> None:
-        """Lets the steps of `instance` that start from now on take `factor` as long.
+        """Make steps of `instance` that start from now on take `factor` as long.
 
         Raises:
-          ValueError: where time is not simulated.
+          ValueError: if time is not simulated.
         """
         ...
 
     def drop(self, instance: int) -> None:
-        """Forgets all work that touches `instance`: no Done follows for it.
+        """Forget all work that touches `instance`: no Done follows for it.
 
-        The blocks it was to write may be given to others at once, so nothing of it may
-        be written after work that is submitted later.
+        Other requests may get its blocks at once, so it may write nothing after work
+        that is submitted later.
         """
         ...
-
-
-Intervention = tuple[float, Cancelled | Down | Slow | Up]
-Observer = Callable[[float, Sequence[Event], Sequence[Work]], None]
-# (time in seconds, all timelines so far) -> requests that arrive now.
-Followers = Callable[[float, Sequence[Timeline]], Sequence[Request]]
-
-
-def serve(
-    controller: Controller,
-    backend: Backend,
-    requests: Iterable[Request],
-    interventions: Iterable[Intervention] = (),
-    observer: Observer | None = None,
-    followers: Followers | None = None,
-) -> list[Timeline]:
-    """Serves `requests` to the end and returns their timelines in arrival order.
-
-    Args:
-      interventions: (time in seconds, event) pairs to inject: cancellations, losses,
-        stragglers.
-      observer: called once per turn with the time, the events and the work decided on;
-        the event log is such an observer.
-      followers: called once per turn, after it; what it returns arrives at once, but
-        behind the work that was decided on. A closed loop of clients is one.
-
-    Raises:
-      ValueError: on an intervention that cannot be, before anything is served.
-    """
-    timed: list[tuple[float, Event]] = [(r.arrival_s, Arrived(r)) for r in requests]
-    for at_s, change in interventions:
-        _check_intervention(at_s, change, len(controller.instances))
-        timed.append((at_s, change))
-    external = collections.deque(sorted(timed, key=lambda item: item[0]))
-    asked: list[Event] = []
-
-    def logged_progress(work: int) -> Sequence[float]:
-        if ends_s := backend.progress(work):
-            asked.append(Progress(work, tuple(ends_s)))
-        return ends_s
-
-    progress = backend.progress if observer is None else logged_progress
-    while external or controller.in_flight:
-        done = backend.wait(external[0][0] if external else math.inf)
-        if not done and not external:
-            raise RuntimeError(
-                f"the backend lost {controller.in_flight} pieces of work: it waits for "
-                "nothing, but they are not done"
-            )
-        now_s = backend.now_s()
-        events: list[Event] = [*done]
-        while external and external[0][0] <= now_s:
-            events.append(external.popleft()[1])
-        works = controller.step(now_s, events, progress)
-        for event in events[len(done) :]:
-            if isinstance(event, Down):
-                backend.drop(event.instance)
-            elif isinstance(event, Slow):
-                backend.slow(event.instance, event.factor)
-        if observer is not None:
-            observer(now_s, [*asked, *events], works)
-            asked.clear()
-        for work in works:
-            backend.submit(work)
-        if followers is not None:
-            following = followers(now_s, controller.timelines)
-            external.extendleft([(now_s, Arrived(r)) for r in reversed(following)])
-    return controller.timelines
-
-
-def _check_intervention(
-    at_s: float, change: Cancelled | Down | Slow | Up, instances: int
-) -> None:
-    require(math.isfinite(at_s), f"{change}: expected a finite time", at_s)
-    if not isinstance(change, Cancelled):
-        exists = 0 <= change.instance < instances
-        require(exists, f"expected one of the {instances} instances", change)
-    if isinstance(change, Slow):
-        valid = 0 < change.factor < math.inf
-        require(valid, "slow: expected a finite factor > 0", change.factor)

@@ -11,48 +11,48 @@ from disagg_jax.deployment import KVMemory
 class KVBlocks:
     """The block tables of one instance's pool.
 
-    Which blocks somebody holds is settled when a table is first read: a simulation only
-    counts them. So equal reads in equal order give equal blocks. It raises on anything
-    impossible (more blocks than are free, a release of what is not held) and repairs
-    nothing: such a call is a bug in whoever made it.
+    Blocks are counted at once and get an identity when a table is first read, since a
+    simulation only counts them. So equal reads in equal order give equal blocks. An
+    impossible call (more blocks than are free, a release of blocks not held) raises and
+    repairs nothing: it is a bug of the caller.
     """
 
     def __init__(self, memory: KVMemory):
         self.memory = memory
-        self.free = memory.num_blocks  # blocks that nobody holds
+        self.free = memory.num_blocks  # blocks that no request holds
         self._held: dict[int, int] = {}
         self._tables: dict[int, list[int]] = {}
-        # The lowest free blocks are used first, which keeps the used part of the pool
-        # short: a decode step reads the pool up to its last used block.
+        # Lowest free blocks first keeps the used part of the pool short: a decode step
+        # reads the pool up to its last used block.
         self._returned: list[int] = []  # a heap; all below `_untouched`
         self._untouched = 0  # the first block that was never in a table
 
     @property
     def held_by(self) -> dict[int, int]:
-        """Blocks held, by request id."""
+        """Number of blocks held, by request id."""
         return dict(self._held)
 
     def held(self, owner: int) -> int:
-        """Blocks that request `owner` holds."""
+        """Count the blocks that request `owner` holds."""
         return self._held.get(owner, 0)
 
     def missing(self, owner: int, tokens: int) -> int:
-        """Blocks that `owner` must still get before it can hold `tokens` tokens."""
+        """Count the blocks that `owner` must still get to hold `tokens` tokens."""
         return max(0, self.memory.blocks_for(tokens) - self.held(owner))
 
     def table(self, owner: int) -> tuple[int, ...]:
-        """The blocks of `owner`, in the order of its tokens."""
+        """Return the blocks of `owner`, in the order of its tokens."""
         table = self._tables.setdefault(owner, [])
         for _ in range(self._held[owner] - len(table)):
             table.append(self._lowest())
         return tuple(table)
 
     def extend(self, owner: int, tokens: int) -> None:
-        """Gives `owner` the blocks it is missing to hold `tokens` tokens."""
+        """Give `owner` the blocks it is missing to hold `tokens` tokens."""
         self.add(owner, self.missing(owner, tokens))
 
     def add(self, owner: int, count: int) -> None:
-        """Gives `owner` `count` more blocks."""
+        """Give `owner` `count` more blocks."""
         if count > self.free:
             raise RuntimeError(
                 f"request {owner} needs {count} more KV blocks, but only {self.free} "
@@ -62,7 +62,7 @@ class KVBlocks:
         self._held[owner] = self._held.get(owner, 0) + count
 
     def add_to_each(self, owners: Collection[int]) -> None:
-        """Gives each of `owners`, who hold some, one block more."""
+        """Give each of `owners`, all of which hold blocks, one block more."""
         if len(owners) > self.free:
             raise RuntimeError(
                 f"{len(owners)} requests need a KV block more each, but only "
@@ -73,7 +73,7 @@ class KVBlocks:
             self._held[owner] += 1
 
     def release(self, owner: int) -> None:
-        """Takes all blocks of `owner` back."""
+        """Take all blocks of `owner` back."""
         if owner not in self._held:
             raise RuntimeError(f"request {owner} holds no KV blocks to release")
         self.free += self._held.pop(owner)

@@ -1,8 +1,8 @@
 """The controller: events in, work out. No clock, no I/O, no JAX.
 
-What it hears (events), what it decides (plans) and every stamp on a timeline is here;
-how a request moves among the instances is in `cluster`. The same events always lead to
-the same decisions, whatever executes them.
+Here are the events it hears, the plans it makes, and every stamp on a timeline. The
+moves of a request among the instances are in `fleet`. Equal events always lead to equal
+decisions, whatever executes them.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.control.decode_batch import DecodeBatch
-from disagg_jax.control.fleet import Cluster
-from disagg_jax.control.plan_check import check_plan
-from disagg_jax.control.spans import SpanProgress, Spans, no_progress
-from disagg_jax.control.state import (
+from disagg_jax.control.fleet import Fleet
+from disagg_jax.control.instance_state import (
     InFlight,
     InstanceState,
-    Place,
-    RequestState,
     StepInFlight,
     TransferInFlight,
+)
+from disagg_jax.control.plan_check import check_plan
+from disagg_jax.control.request_state import (
+    DecodeBatch,
+    Place,
+    RequestState,
     in_order,
 )
+from disagg_jax.control.spans import SpanProgress, Spans, no_progress
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.request import Status, Timeline
 from disagg_jax.scheduling.interface import Policy, PullPolicy
@@ -35,8 +37,8 @@ from disagg_jax.work import (
     Down,
     Event,
     Progress,
-    Slow,
     StageFree,
+    Straggle,
     Up,
     Work,
 )
@@ -54,12 +56,12 @@ class Controller:
       policies: a policy for every role in the deployment; the decode role's must be a
         `PullPolicy`.
       memory: KV memory of each instance, in the deployment's order.
-      prefill_router: picks where an arrival goes: a prefill or colocated instance.
+      prefill_router: picks the prefill or colocated instance of an arrival.
       decode_router: picks the decode instance that pulls a prefilled request.
-      streams: have KV leave while the rest of its prompt is computed, chunk by chunk
-        and layer group by layer group, where the decode side has room then.
-      spans: plan as many decode iterations at once as nothing can change the plan for.
-        The results are the same and come faster, but need a backend that simulates.
+      streams: send KV while the rest of its prompt is computed, chunk by chunk and
+        layer group by layer group, if the decode side has room then.
+      spans: plan all decode iterations at once until something can change the plan. The
+        results are the same and come faster, but need a backend that simulates.
 
     Raises:
       ValueError: if a role has no policy, or `memory` does not match the deployment,
@@ -79,10 +81,10 @@ class Controller:
     ):
         self._in_flight: dict[int, InFlight] = {}
         self._spans = Spans(self._in_flight, self._end_span)
-        self._cluster = Cluster(
+        self._fleet = Fleet(
             deployment, memory, prefill_router, decode_router, self._spans.catch_up
         )
-        self.instances: Sequence[InstanceState] = self._cluster.instances
+        self.instances: Sequence[InstanceState] = self._fleet.instances
         for spec in deployment.instances:
             if spec.role not in policies:
                 raise ValueError(
@@ -91,7 +93,9 @@ class Controller:
                 )
         self._decodes_apart = bool(deployment.of(Role.DECODE))
         if self._decodes_apart:
-            self._pulls = typing.cast(PullPolicy, policies[Role.DECODE]).pulls
+            self._admits_pull = typing.cast(
+                PullPolicy, policies[Role.DECODE]
+            ).admits_pull
         self._policies = [policies[i.spec.role] for i in self.instances]
         self._limits = [policy.limits for policy in self._policies]
         self._plans_spans, self._streams = spans, streams
@@ -100,7 +104,7 @@ class Controller:
         self._last_work_id = 0
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
-        # A table instead of a match: with several events a turn it is felt.
+        # A table is faster than a match, which is felt with several events a turn.
         self._on: dict[type[Event], Callable[[float, Any], None]] = {
             Arrived: self._arrived,
             Done: self._done,
@@ -108,13 +112,13 @@ class Controller:
             StageFree: self._stage_free,
             Cancelled: self._cancelled,
             Down: self._down,
-            Slow: self._slow,
+            Straggle: self._straggle,
             Up: self._up,
         }
 
     @property
     def in_flight(self) -> int:
-        """Pieces of work that were submitted and are not done."""
+        """Number of pieces of work that were submitted and are not done."""
         return len(self._in_flight)
 
     def step(
@@ -123,11 +127,11 @@ class Controller:
         events: Sequence[Event],
         progress: SpanProgress = no_progress,
     ) -> list[Work]:
-        """Applies all `events` in their order, then plans all work that can start.
+        """Apply `events` in their order, then plan all work that can start.
 
         Args:
-          progress: tells how far a span is, when the controller comes to look at its
-            instance. Without it that must be among `events`, before all else.
+          progress: tells how far a span is when the controller looks at its instance.
+            Without it, `events` must begin with the progress of every span.
 
         Raises:
           RuntimeError: on an impossible state: an unknown or repeated Done, a block
@@ -140,8 +144,8 @@ class Controller:
         works: list[Work] = []
         if spans.disturbed:
             spans.cut(works)
-        # Plans only take room, but for preemption: it frees blocks that a pull waits
-        # for, and fills a queue. So go round in a fixed order until nobody makes room.
+        # Only preemption makes room: it frees blocks that a pull waits for, and fills a
+        # queue. So go round in a fixed order until no instance makes room.
         made_room = True
         while made_room:
             if self._decodes_apart:
@@ -162,11 +166,10 @@ class Controller:
         if request.id in self._requests:
             raise RuntimeError(f"request {request.id} arrived twice")
         timeline = Timeline(request=request)
-        order, known = len(self.timelines), request.prompt_tokens
-        state = RequestState(request, order, timeline, known)
+        state = RequestState(request, len(self.timelines), timeline)
         self._requests[request.id] = state
         self.timelines.append(timeline)
-        timeline.error = self._cluster.why_never(request)
+        timeline.error = self._fleet.rejection_reason(request)
         if timeline.error:
             timeline.status, timeline.end_s = Status.REFUSED, now_s
             return
@@ -183,10 +186,10 @@ class Controller:
             self._step_done(flight, event)
 
     def _step_done(self, flight: StepInFlight, event: Done) -> None:
-        """The last iteration of a step is over."""
+        """End a step: cache its chunks, stamp its tokens, free its stage."""
         batch, end_s = flight.batch, event.end_s
         if flight.prompts:
-            self._cluster.finish_chunks(flight)
+            self._fleet.finish_chunks(flight)
         if event.tokens:
             _check_tokens(flight, event)
         tokens = iter(event.tokens)
@@ -194,7 +197,7 @@ class Controller:
             self._place_prompts(flight, tokens, end_s)
         if batch.members:
             batch.advance(event.ends_s or (end_s,))
-            batch.stepping = False  # so that whoever ends now leaves it at once
+            batch.stepping = False  # so that requests that end leave it at once
             if event.tokens:
                 self._receive_decoded(batch, tokens, end_s)
             for state in batch.finished:
@@ -205,29 +208,29 @@ class Controller:
     def _place_prompts(
         self, flight: StepInFlight, tokens: Iterator[int], end_s: float
     ) -> None:
-        """Chunks of prompts are computed: each prompt goes where it belongs now."""
+        """Move each prompt of a finished step to its next place."""
         instance = self.instances[flight.work.instance]
         for state in flight.prompts:
             complete = state.complete
             token = next(tokens, None) if complete else None
-            if complete and state.target is not None:
+            if complete and state.pull_target is not None:
                 self._stream_on(state, token, end_s)
             elif not state.active:  # cancelled meanwhile
-                self._cluster.let_go(state)
+                self._fleet.let_go(state)
             elif not complete:
-                self._cluster.set_aside(state)
+                self._fleet.set_aside(state)
             elif self._first_token(state, token, end_s):
                 if instance.spec.role is Role.PREFILL:
-                    self._cluster.park(state)
+                    self._fleet.park(state)
                 else:
-                    self._cluster.keep(state)
+                    instance.ready.join(state)  # it decodes where it is
 
     def _stream_on(self, state: RequestState, token: int | None, end_s: float) -> None:
-        """A prompt is computed whose KV is on the way; from now on that is waited for.
+        """Let a computed prompt wait for its KV, which is on the way.
 
-        If nobody wants it any more, it is dropped when it has landed.
+        A request that was cancelled is dropped when its KV has landed.
         """
-        self._cluster.stream_on(state)
+        self._fleet.stream_on(state)
         if state.active:
             if state.timeline.decode_start_s is None:
                 state.timeline.transfer_start_s = end_s
@@ -236,16 +239,19 @@ class Controller:
     def _first_token(
         self, state: RequestState, token: int | None, end_s: float
     ) -> bool:
-        """A step computed the last known token of a request; whether it goes on."""
-        state.settled_known += 1
+        """Record the token that a step produced. Return True if the request goes on."""
+        state.add_token()
         state.timeline.token_s.append(end_s)
         if token is not None:
             self._receive(state, token, end_s)
         elif state.request.prompt is not None:
             raise RuntimeError(f"request {state.id}: a step returned no token")
-        if state.active and state.generated == state.request.max_tokens:
-            self._end(state, Status.FINISHED, end_s)
-        return state.active
+        if not state.active:
+            return False
+        if state.generated < state.request.max_tokens:
+            return True
+        self._end(state, Status.FINISHED, end_s)
+        return False
 
     def _receive_decoded(
         self, batch: DecodeBatch, tokens: Iterator[int], end_s: float
@@ -256,19 +262,19 @@ class Controller:
                 self._receive(state, token, end_s)
 
     def _step_over(self, flight: StepInFlight) -> None:
-        """Those that go on decoding are ready for the next step."""
+        """Free the stage of a step and return its decodes to the ready queue."""
         for state in flight.cancelled:
-            self._cluster.remove(state)
+            self._fleet.remove(state)
         instance = self.instances[flight.work.instance]
         if instance.step is flight:
             instance.step = None
         else:
             del instance.downstream[flight.work.id]
-        instance.take_back(flight.batch)
-        self._cluster.touch(instance)
+        instance.rejoin_ready(flight.batch)
+        self._fleet.touch(instance)
 
     def _end_span(self, flight: StepInFlight) -> None:
-        """A span ends before the time it was planned for; no Done of it follows."""
+        """End a span before its planned end; no Done of it follows."""
         del self._in_flight[flight.work.id]
         self._step_over(flight)
 
@@ -286,7 +292,7 @@ class Controller:
         if instance.step is not flight:
             raise RuntimeError(f"step {work} leaves the first stage twice")
         instance.step, instance.downstream[work] = None, flight
-        self._cluster.touch(instance)
+        self._fleet.touch(instance)
 
     def _progress(self, now_s: float, event: Progress) -> None:
         flight = self._in_flight.get(event.work)
@@ -301,42 +307,43 @@ class Controller:
         if flight.work.step in self._in_flight:
             raise RuntimeError(f"request {state.id}: KV landed before it was computed")
         timeline.transfer_bytes += event.bytes
-        state.landing -= 1
-        if state.landing or state.place is not Place.MOVING:
-            return  # more of it is on the way, or to be computed
+        state.transfers_in_flight -= 1
+        if state.transfers_in_flight or state.place is not Place.MOVING:
+            return  # more KV is on the way, or to be computed
         if not state.active:  # cancelled meanwhile
             _stamp_broken_transfer(timeline)
-            self._cluster.remove(state)
+            self._fleet.remove(state)
             return
         if timeline.decode_start_s is None:
             timeline.transfer_end_s = event.end_s
-        self._cluster.finish_transfer(state)
-        self._spans.disturb(state.holder)
+        self._fleet.finish_transfer(state)
+        self._spans.disturb(self._fleet.at(state.instance))
 
     def _cancelled(self, now_s: float, event: Cancelled) -> None:
         state = self._requests.get(event.request)
         if state is None:
             raise RuntimeError(f"cancelled request {event.request} never arrived")
         if state.active:
-            self._spans.disturb(state.holder)
+            if state.instance is not None:
+                self._spans.disturb(self.instances[state.instance])
             self._end(state, Status.CANCELLED, now_s)
 
-    def _slow(self, now_s: float, event: Slow) -> None:
+    def _straggle(self, now_s: float, event: Straggle) -> None:
         self._spans.disturb(self.instances[event.instance])
 
     def _up(self, now_s: float, event: Up) -> None:
-        self._cluster.set_up(self.instances[event.instance], True)
-        self._cluster.route_stranded()
+        self._fleet.set_up(self.instances[event.instance], True)
+        self._fleet.route_stranded()
 
     def _down(self, now_s: float, event: Down) -> None:
-        """Its KV and its work are gone; every request it touched goes on elsewhere."""
+        """Drop the KV and the work of an instance; its requests go on elsewhere."""
         lost = self.instances[event.instance]
         self._spans.catch_up(lost)
         lost.step = None
         lost.downstream.clear()
-        self._cluster.set_up(lost, False)
+        self._fleet.set_up(lost, False)
         touched = {*lost.waiting, *lost.running, *lost.partial}
-        touched |= {*lost.parked.values(), *lost.pulls, *lost.arriving.values()}
+        touched |= {*lost.parked.values(), *lost.pull_queue, *lost.arriving.values()}
         for work_id, flight in list(self._in_flight.items()):
             if lost.id in flight.work.instances:
                 del self._in_flight[work_id]
@@ -344,38 +351,38 @@ class Controller:
                 if isinstance(flight, TransferInFlight):
                     _stamp_broken_transfer(flight.state.timeline)
         earliest_first = in_order(touched)
-        # Where only the receiving side is lost, the KV can go elsewhere; a prompt that
-        # is still being computed is parked when it is done.
+        # If only the receiving side is lost, the KV can go elsewhere; a prompt that is
+        # still being computed is parked when it is done.
         for state in earliest_first:
             stepping = state.place is Place.STEPPING
-            if state.holder is not lost and (state.active or stepping):
-                self._cluster.drop_target(state)
+            if state.instance != lost.id and (state.active or stepping):
+                self._fleet.drop_target(state)
                 if state.place is Place.PARKED:
-                    self._cluster.assign_target(state)
-        # Latest first: each goes to the front of a queue, where the earliest ends up.
+                    self._fleet.assign_target(state)
+        # Latest first: each goes to the front of a queue, where the earliest ends.
         for state in reversed(earliest_first):
             wanted = state.active or state.place is Place.STEPPING
-            if state.holder is lost or not wanted:
+            if state.instance == lost.id or not wanted:
                 self._lose(now_s, state)
         if lost.blocks.held_by:
             raise RuntimeError(f"lost instance {lost.id} still has KV of requests")
 
     def _lose(self, now_s: float, state: RequestState) -> None:
-        """Its KV is gone, or nobody wants it any more."""
+        """Remove a request without its KV; queue it again unless it was cancelled."""
         had_kv = state.place is not Place.WAITING
-        self._cluster.remove(state)
+        self._fleet.remove(state)
         if state.active:
             if had_kv:
                 state.timeline.dropped_s.append(now_s)
             self._enqueue(state, front=True)
 
     def _end(self, state: RequestState, status: Status, now_s: float) -> None:
-        """The request is over. What is in flight for it keeps its blocks until done."""
+        """End a request; work in flight for it keeps its blocks until done."""
         if state.place not in (Place.STEPPING, Place.MOVING):
-            self._cluster.let_go(state)
-        elif state.batch is not None and state.holder is not None:
+            self._fleet.let_go(state)
+        elif state.batch is not None and state.instance is not None:
             state.batch.settle(state)
-            flights = state.holder.steps
+            flights = self.instances[state.instance].steps
             flight = next(f for f in flights if f.batch is state.batch)
             flight.cancelled += (state,)
         state.timeline.status, state.timeline.end_s = status, now_s
@@ -384,15 +391,17 @@ class Controller:
     # -- plans ----------------------------------------------------------------------
 
     def _start_transfers(self, now_s: float, works: list[Work]) -> None:
-        touched = self._cluster.touched
+        touched = self._fleet.touched
         for id in sorted(touched) if len(touched) > 1 else tuple(touched):
             dst = self.instances[id]
-            if not dst.pulls:
+            if not dst.pull_queue:
                 continue
             self._spans.catch_up(dst)
-            while dst.up and dst.pulls and self._pulls(dst, dst.pulls[0]):
-                state = dst.pulls[0]
-                transfer = self._cluster.start_transfer(self._next_work_id(), state)
+            while (
+                dst.up and dst.pull_queue and self._admits_pull(dst, dst.pull_queue[0])
+            ):
+                state = dst.pull_queue[0]
+                transfer = self._fleet.start_transfer(self._next_work_id(), state)
                 self._in_flight[transfer.id] = TransferInFlight(transfer, state)
                 works.append(transfer)
                 if state.timeline.decode_start_s is None:
@@ -402,11 +411,11 @@ class Controller:
             self._spans.cut(works)
 
     def _start_steps(self, now_s: float, works: list[Work]) -> bool:
-        """Starts what can start; whether anybody made room for it."""
+        """Start all steps that can start. Return True if a plan preempted requests."""
         if self._spans.at_boundary:
             self._spans.go_on(self.instances, works)
         self._spans.gone_on = True
-        made_room, touched = False, self._cluster.touched
+        made_room, touched = False, self._fleet.touched
         ids = list(touched)
         if len(ids) > 1:
             ids.sort(reverse=True)
@@ -418,7 +427,7 @@ class Controller:
                 continue
             if self._start_step(now_s, instance, works):
                 made_room = True
-                # Those behind it that this touched come in this round, in their order.
+                # Instances behind it that this touched join this round, in order.
                 later = {other for other in touched if other > id}
                 touched -= later
                 ids = sorted(later.union(ids), reverse=True)
@@ -437,9 +446,9 @@ class Controller:
                 self._preempt(now_s, instance, self._requests[victim.id], plan.to_back)
             if not plan.chunks and not plan.decodes:
                 return bool(plan.preempt)
-            # What a policy saw of the running requests is their states themselves.
+            # The policy's views of running requests are the states themselves.
             decodes = typing.cast(Sequence[RequestState], plan.decodes)
-            flight = self._cluster.start_step(
+            flight = self._fleet.start_step(
                 self._next_work_id(),
                 instance,
                 prompts,
@@ -455,18 +464,21 @@ class Controller:
         works.append(flight.work)
         for state in flight.prompts:
             _stamp_start(state, now_s)
-        for state in flight.batch.take_fresh():
+        for state in flight.batch.take_first_steps():
             _stamp_start(state, now_s)
         if self._streams and instance.spec.role is Role.PREFILL:
             self._to_stream.append(flight)
         return bool(plan.preempt)
 
     def _start_streams(self, works: list[Work]) -> None:
-        """Has the KV of prompts that new steps compute leave as it is computed."""
+        """Send the KV of prompts in new steps as it is computed.
+
+        Skip requests with one token left: they finish with prefill.
+        """
         for flight in self._to_stream:
             chunks = flight.work.load.chunks
             for state, (start, count) in zip(flight.prompts, chunks, strict=True):
-                if state.known < state.limit:  # what has but one token to come stays
+                if state.num_tokens < state.max_cached_tokens:
                     self._start_stream(state, start + count, flight.work.id, works)
         self._to_stream.clear()
         if self._spans.disturbed:
@@ -475,16 +487,16 @@ class Controller:
     def _start_stream(
         self, state: RequestState, end: int, step: int, works: list[Work]
     ) -> None:
-        """Sends what `step`, which computes a prompt's tokens up to `end`, adds."""
-        if not self._cluster.to_send(state, end):
+        """Send the KV that `step` adds by computing a prompt's tokens up to `end`."""
+        if not self._fleet.to_send(state, end):
             return
-        if state.target is None:
-            target = self._cluster.stream_target(state)
-            if target is None or not self._pulls(target, state):
-                return  # another chunk may try; else it is parked when it is computed
-            self._cluster.begin_stream(state, target)
+        if state.pull_target is None:
+            target = self._fleet.stream_target(state)
+            if target is None or not self._admits_pull(target, state):
+                return  # the next chunk tries again; at last the request is parked
+            self._fleet.begin_stream(state, target)
             self._spans.check(target)
-        transfer = self._cluster.start_stream(self._next_work_id(), state, end, step)
+        transfer = self._fleet.start_stream(self._next_work_id(), state, end, step)
         self._in_flight[transfer.id] = TransferInFlight(transfer, state)
         works.append(transfer)
 
@@ -495,16 +507,16 @@ class Controller:
         victim: RequestState,
         to_back: bool,
     ) -> None:
-        """Drops its KV; prompt and generated tokens are to be computed again.
+        """Drop a request's KV and queue it to compute all its tokens again.
 
         A decode instance cannot prefill, so its victims go back to a prefill instance.
         """
-        if victim.landing:
+        if victim.transfers_in_flight:
             raise RuntimeError(
                 f"request {victim.id}: its KV is leaving and cannot be dropped; a "
                 "prefill policy must reserve all of a prompt before its first chunk"
             )
-        self._cluster.remove(victim)
+        self._fleet.remove(victim)
         victim.timeline.dropped_s.append(now_s)
         stays = instance.spec.role is not Role.DECODE
         self._enqueue(victim, instance if stays else None, front=not to_back)
@@ -516,10 +528,11 @@ class Controller:
         *,
         front: bool = False,
     ) -> None:
-        self._cluster.enqueue(state, instance, front=front)
-        holder = state.holder
-        if holder is not None and holder.waiting[0] is state:
-            self._spans.disturb(holder)
+        self._fleet.enqueue(state, instance, front=front)
+        if state.instance is not None:
+            queued_at = self.instances[state.instance]
+            if queued_at.waiting[0] is state:
+                self._spans.disturb(queued_at)
 
     def _check_alive(self) -> None:
         if all(instance.up for instance in self.instances):
@@ -546,6 +559,6 @@ def _stamp_start(state: RequestState, now_s: float) -> None:
 
 
 def _stamp_broken_transfer(timeline: Timeline) -> None:
-    """A transfer that did not arrive leaves no stamp; an earlier one keeps its own."""
+    """Clear the stamp of a transfer that did not arrive; keep an earlier transfer's."""
     if timeline.transfer_end_s is None:
         timeline.transfer_start_s = None

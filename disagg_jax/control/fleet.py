@@ -1,4 +1,4 @@
-"""Where requests are: the instances, and every move of a request among them."""
+"""The fleet: the instances, and every move of a request among them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import typing
 from collections.abc import Callable, Sequence
 
 from disagg_jax.control.block_pool import KVBlocks
-from disagg_jax.control.decode_batch import DecodeBatch
 from disagg_jax.control.instance_index import InstanceIndex
-from disagg_jax.control.state import (
-    InstanceState,
+from disagg_jax.control.instance_state import InstanceState, StepInFlight
+from disagg_jax.control.request_state import (
+    DecodeBatch,
     Place,
     RequestState,
-    StepInFlight,
     in_order,
 )
 from disagg_jax.deployment import Deployment, KVMemory, Role
@@ -22,16 +21,22 @@ from disagg_jax.scheduling.routing import Router
 from disagg_jax.work import OnRead, Slice, Step, StepLoad, Transfer
 
 
-class Cluster:
+class Fleet:
     """The instances of a deployment, with each request in exactly one place.
 
-    A request's `place` names the container it is in, `holder` and `target` say of which
-    instances. Only the moves below write these, together with the container and the KV
-    blocks, so that they cannot disagree; an impossible move raises. When and why a
-    request moves, and the stamps on its timeline, are the controller's.
+    A request's `place` names its container; `instance` and `pull_target` name the
+    instances that have this container. Only the moves below write these, together with
+    the container and the KV blocks, so that they cannot disagree. An impossible move
+    raises. The controller decides when and why a request moves, and stamps its
+    timeline.
 
-    Every move also touches the instances that it changes, so that only these are asked
-    for their next step, and nothing costs a visit to all instances.
+    A move also touches the instances that it changes. Only touched instances are asked
+    for their next step, so no event costs a visit to all instances.
+
+    Attributes:
+      instances: in the deployment's order.
+      touched: ids of instances that may have something to start.
+      unrouted: requests that found no instance up.
 
     Args:
       deployment: the instances.
@@ -74,37 +79,47 @@ class Cluster:
         self._decoders = InstanceIndex(
             [instance for instance in self.instances if instance.id in decoders], look
         )
-        self.touched: set[int] = set()  # instances that may have something to start
-        # By instance: where its index takes note that its rank may be another.
+        self.touched: set[int] = set()
+        # By instance: the set in which its index notes that its rank may have changed.
         self._stale = [
             (self._decoders if i in decoders else self._entries).touched
             for i in range(len(self.instances))
         ]
-        self._first_with: dict[KVMemory, int] = {}  # instance, by its memory
+        self._first_with: dict[KVMemory, int] = {}  # the first instance with a memory
         for instance in self.instances:
             self._first_with.setdefault(instance.memory, instance.id)
         self.unrouted: list[RequestState] = []
         self._prefill_router, self._decode_router = prefill_router, decode_router
         self._look = look
 
-    def why_never(self, request: Request) -> str:
-        """Why `request` could not be served even alone; '' if it could."""
+    def rejection_reason(self, request: Request) -> str:
+        """Return why `request` could not be served even alone; '' if it could."""
         for memory, instance in self._first_with.items():
-            limit = memory.why_never(request.prompt_tokens, request.max_tokens)
-            if limit:
-                return f"instance {instance}: {limit}"
+            reason = memory.rejection_reason(request.prompt_tokens, request.max_tokens)
+            if reason:
+                return f"instance {instance}: {reason}"
         return ""
+
+    def at(self, instance: int | None) -> InstanceState:
+        """Return the instance with this id, which must be one.
+
+        Raises:
+          RuntimeError: on None: the request has no instance where it must have one.
+        """
+        if instance is None:
+            raise RuntimeError("a request has no instance where it must have one")
+        return self.instances[instance]
 
     # -- instances ------------------------------------------------------------------
 
     def touch(self, instance: InstanceState) -> None:
-        """Take note that an instance may have another step to start or another rank."""
+        """Note that an instance may have another step to start, or another rank."""
         id = instance.id
         self.touched.add(id)
         self._stale[id].add(id)
 
     def set_up(self, instance: InstanceState, up: bool) -> None:
-        """Take note that an instance is lost, or back."""
+        """Mark an instance as up or lost."""
         instance.up = up
         self._entries.find_up()
         self._decoders.find_up()
@@ -119,14 +134,14 @@ class Cluster:
         *,
         front: bool = False,
     ) -> None:
-        """Puts a request that has no KV into a queue: `instance`'s, or as routed."""
+        """Queue a request without KV at `instance`, or where the router says."""
         if instance is None:
             if not self._entries.up:
-                state.settled_place = Place.UNROUTED
+                state.place = Place.UNROUTED
                 self.unrouted.append(state)
                 return
             instance = _pick(self._prefill_router, state, self._entries)
-        state.settled_place, state.holder = Place.WAITING, instance
+        state.place, state.instance = Place.WAITING, instance.id
         if front:
             instance.waiting.appendleft(state)
         else:
@@ -134,58 +149,60 @@ class Cluster:
         self.touch(instance)
 
     def route_stranded(self) -> None:
-        """Routes again, in order of arrival, what found no instance up."""
+        """Route requests that found no instance up, in order of arrival."""
         unrouted, self.unrouted = self.unrouted, []
         for state in in_order(unrouted):
             self.enqueue(state)
         parked = [
-            s for i in self.instances for s in i.parked.values() if s.target is None
+            s
+            for i in self.instances
+            for s in i.parked.values()
+            if s.pull_target is None
         ]
         for state in in_order(parked):
             self.assign_target(state)
 
     def remove(self, state: RequestState) -> None:
-        """Takes a request out of where it is and frees all its blocks."""
+        """Take a request out of its container and free all its blocks."""
         if state.batch is not None:
             state.batch.leave(state)
         else:
             self._take_out(state)
-        holder = state.holder
-        if holder is not None:
-            if holder.blocks.held(state.id):
-                holder.blocks.release(state.id)
-            self.touch(holder)
-        state.settled_context, state.settled_place = 0, Place.ENDED
-        state.holder = state.target = None
-        state.sent = state.landing = 0
+        if state.instance is not None:
+            instance = self.instances[state.instance]
+            if instance.blocks.held(state.id):
+                instance.blocks.release(state.id)
+            self.touch(instance)
+        state.clear()
 
     def let_go(self, state: RequestState) -> None:
-        """Removes a request that is in no step, once KV that leaves has landed."""
-        if not state.landing:
+        """Remove a request that is in no step, once KV that leaves has landed."""
+        if not state.transfers_in_flight:
             self.remove(state)
             return
         if state.place is Place.PARTIAL:
-            holder = _some(state.holder)
-            del holder.partly[state.id]
-            self.touch(holder)
-        state.settled_place = Place.MOVING
+            instance = self.at(state.instance)
+            del instance.partly[state.id]
+            self.touch(instance)
+        state.place = Place.MOVING
 
     def _take_out(self, state: RequestState) -> None:
-        """Takes a request that does not decode out of its container."""
-        if state.target is not None and state.place is not Place.PARKED:
+        """Take a request that does not decode out of its container."""
+        if state.pull_target is not None and state.place is not Place.PARKED:
             self.drop_target(state)
-        holder, place = state.holder, state.place
+        place = state.place
         if place is Place.UNROUTED:
             self.unrouted.remove(state)
         elif place is Place.WAITING:
-            _some(holder).waiting.remove(state)
+            self.at(state.instance).waiting.remove(state)
         elif place is Place.PARTIAL:
-            del _some(holder).partly[state.id]
+            del self.at(state.instance).partly[state.id]
         elif place is Place.PARKED:
-            del _some(holder).parked[state.id]
-            if state.target is not None:
-                state.target.pulls.remove(state)
-                self.touch(state.target)
+            del self.at(state.instance).parked[state.id]
+            if state.pull_target is not None:
+                target = self.at(state.pull_target)
+                target.pull_queue.remove(state)
+                self.touch(target)
         elif place not in (Place.STEPPING, Place.RUNNING):  # a prompt in a step
             raise RuntimeError(f"request {state.id} cannot leave {place}")
 
@@ -200,22 +217,24 @@ class Cluster:
         decodes: Sequence[RequestState],
         repeats: int,
     ) -> StepInFlight:
-        """Reserves blocks for a step and puts requests into it.
+        """Reserve blocks for a step and put its requests into it.
 
         Args:
           prompts: waiting and partly computed requests.
-          chunks: what to compute of each of `prompts`.
+          chunks: the chunk to compute of each of `prompts`.
           decodes: the ready requests that decode.
-          repeats: how many decode iterations may be one span.
+          repeats: decode iterations that may be one span.
         """
         parts = _take_chunks(instance, prompts, chunks) if prompts else ()
-        if prompts:  # one that is computed again no longer queues
+        if prompts:  # a prompt that is computed again no longer queues
             self._stale[instance.id].add(instance.id)
-        batch, decoding, iterations = instance.nobody, len(decodes), 1
+        batch, decoding, iterations = instance.no_decodes, len(decodes), 1
         if decoding:
             batch = _take_ready(instance, decodes)
             if repeats > 1 and not prompts:
-                iterations = min(repeats, batch.lasting(instance.blocks.free))
+                iterations = min(
+                    repeats, batch.iterations_until_change(instance.blocks.free)
+                )
             batch.start()
         load = StepLoad(parts, decoding, batch.context + decoding)
         slices = OnRead(_slices, prompts, load, batch, instance.blocks)
@@ -225,98 +244,97 @@ class Cluster:
         return instance.step
 
     def finish_chunks(self, flight: StepInFlight) -> None:
-        """The chunks of a step are cached; their requests are to be placed anew."""
+        """Count the chunks of a step as cached; their requests need a new place."""
         chunks = flight.work.load.chunks
         for state, (start, count) in zip(flight.prompts, chunks, strict=True):
-            state.settled_place = Place.RUNNING
-            state.settled_context = start + count
+            state.finish_chunk(start + count)
 
     def set_aside(self, state: RequestState) -> None:
-        """A request computed in part is ready for its next chunk."""
-        _some(state.holder).partly[state.id] = state
-        state.settled_place = Place.PARTIAL
-
-    def keep(self, state: RequestState) -> None:
-        """A request that was just prefilled decodes where it is."""
-        _some(state.holder).ready.join(state)
+        """Keep a prompt computed in part for its next chunk."""
+        self.at(state.instance).partly[state.id] = state
+        state.place = Place.PARTIAL
 
     # -- transfers ------------------------------------------------------------------
 
     def park(self, state: RequestState) -> None:
-        """Prefilled: the KV stays here until a decode instance pulls it."""
-        _some(state.holder).parked[state.id] = state
-        state.settled_place = Place.PARKED
+        """Keep the KV of a prefilled request until a decode instance pulls it."""
+        self.at(state.instance).parked[state.id] = state
+        state.place = Place.PARKED
         self.assign_target(state)
 
     def assign_target(self, state: RequestState) -> None:
-        """Picks the decode instance that is to pull a parked request's KV."""
+        """Pick the decode instance that is to pull a parked request's KV."""
         if self._decoders.up:
-            state.target = _pick(self._decode_router, state, self._decoders)
-            state.target.pulls.append(state)
-            self.touch(state.target)
+            target = _pick(self._decode_router, state, self._decoders)
+            state.pull_target = target.id
+            target.pull_queue.append(state)
+            self.touch(target)
 
     def drop_target(self, state: RequestState) -> None:
-        """No target any more; where a transfer broke off, back to parked."""
-        target = _some(state.target)
+        """Clear the pull target; a request whose transfer broke off is parked again."""
+        target = self.at(state.pull_target)
         if state.id in target.arriving:
             del target.arriving[state.id]
             target.blocks.release(state.id)
         else:
-            target.pulls.remove(state)
+            target.pull_queue.remove(state)
         if state.place is Place.MOVING:
-            state.settled_place = Place.PARKED
-            _some(state.holder).parked[state.id] = state
+            state.place = Place.PARKED
+            self.at(state.instance).parked[state.id] = state
         self.touch(target)
-        state.target = None
-        state.sent = state.landing = 0
+        state.pull_target = None
+        state.blocks_sent = state.transfers_in_flight = 0
 
     def start_transfer(self, work_id: int, state: RequestState) -> Transfer:
-        """Reserves blocks at the target; the source keeps its own until it is over."""
-        src, dst = _some(state.holder), _some(state.target)
+        """Reserve blocks at the pull target and make the transfer to it.
+
+        The source keeps its own blocks until the transfer is over.
+        """
+        src, dst = self.at(state.instance), self.at(state.pull_target)
         del src.parked[state.id]
-        dst.pulls.remove(state)
-        state.settled_place = Place.MOVING
-        self._reserve(dst, state, state.context)
-        blocks = src.memory.blocks_for(state.context)
-        return self._transfer(work_id, state, state.context, blocks)
+        dst.pull_queue.remove(state)
+        state.place = Place.MOVING
+        end = state.cached_tokens
+        self._reserve(dst, state, end)
+        return self._transfer(work_id, state, end, src.memory.blocks_for(end))
 
     def stream_target(self, state: RequestState) -> InstanceState | None:
-        """Where the KV of a prompt can go while it is computed; None if nowhere now.
+        """Return where a prompt's KV can go while it is computed; None if nowhere now.
 
-        Not past those who wait for their KV to be pulled.
+        It may not overtake requests that wait for their KV to be pulled.
         """
         if not self._decoders.up:
             return None
         target = _pick(self._decode_router, state, self._decoders)
-        if target.pulls:
+        if target.pull_queue:
             return None
         self._look(target)
-        missing = target.blocks.missing(state.id, state.known + 1)
+        missing = target.blocks.missing(state.id, state.num_tokens + 1)
         return target if missing <= target.blocks.free else None
 
     def begin_stream(self, state: RequestState, target: InstanceState) -> None:
-        """Reserves blocks at `target` for a prompt that is being computed."""
-        state.target = target
-        self._reserve(target, state, state.known)
+        """Reserve blocks at `target` for a prompt that is being computed."""
+        state.pull_target = target.id
+        self._reserve(target, state, state.num_tokens)
 
     def to_send(self, state: RequestState, end: int) -> int:
-        """Blocks that can leave when tokens up to `end` have KV, and have not left.
+        """Count the unsent blocks that can leave when tokens up to `end` have KV.
 
-        One that is not full yet is full later, but for the last.
+        A block that is not full leaves later, except the last of the prompt.
         """
-        memory = _some(state.holder).memory
-        last = end == state.known
+        memory = self.at(state.instance).memory
+        last = end == state.num_tokens
         full = memory.blocks_for(end) if last else end // memory.block_tokens
-        return full - state.sent
+        return full - state.blocks_sent
 
     def start_stream(
         self, work_id: int, state: RequestState, end: int, step: int
     ) -> Transfer:
-        """Sends the blocks that are there when `step` has computed tokens to `end`."""
+        """Make the transfer of blocks that `step`, which computes to `end`, fills."""
         return self._transfer(work_id, state, end, self.to_send(state, end), step)
 
     def _reserve(self, dst: InstanceState, state: RequestState, context: int) -> None:
-        """Gives a request that is to arrive room for a token more than its context."""
+        """Reserve blocks at `dst` for `context` tokens of a request and one more."""
         dst.blocks.extend(state.id, context + 1)
         dst.arriving[state.id] = state
         self._stale[dst.id].add(dst.id)  # it has no more to start than before
@@ -324,34 +342,34 @@ class Cluster:
     def _transfer(
         self, work_id: int, state: RequestState, end: int, blocks: int, step: int = 0
     ) -> Transfer:
-        """A transfer of the next `blocks` blocks; tokens up to `end` have KV."""
-        src, dst = _some(state.holder), _some(state.target)
-        first = state.sent
-        state.sent += blocks
-        state.landing += 1
+        """Make a transfer of the next `blocks` blocks; tokens up to `end` have KV."""
+        src, dst = self.at(state.instance), self.at(state.pull_target)
+        first = state.blocks_sent
+        state.blocks_sent += blocks
+        state.transfers_in_flight += 1
         start = first * src.memory.block_tokens
         return Transfer(
             id=work_id,
             request=state.request,
             src=src.id,
             dst=dst.id,
-            src_blocks=OnRead(_blocks, src, state, first, state.sent),
-            dst_blocks=OnRead(_blocks, dst, state, first, state.sent),
+            src_blocks=OnRead(_blocks, src, state, first, state.blocks_sent),
+            dst_blocks=OnRead(_blocks, dst, state, first, state.blocks_sent),
             context=min(end - start, blocks * src.memory.block_tokens),
             start=start,
             step=step,
         )
 
     def stream_on(self, state: RequestState) -> None:
-        """A prompt is computed; what is left of its KV is on the way."""
-        state.settled_place = Place.MOVING
+        """Let a computed prompt wait for the rest of its KV to land."""
+        state.place = Place.MOVING
 
     def finish_transfer(self, state: RequestState) -> None:
-        """The KV has landed: the target holds the request, the source is free of it."""
-        src, dst = _some(state.holder), _some(state.target)
+        """Let a request whose KV has landed decode at its target; free the source."""
+        src, dst = self.at(state.instance), self.at(state.pull_target)
         src.blocks.release(state.id)
         del dst.arriving[state.id]
-        state.holder, state.target = dst, None
+        state.instance, state.pull_target = dst.id, None
         dst.ready.join(state)
         self.touch(src)
         self.touch(dst)
@@ -360,7 +378,7 @@ class Cluster:
 def _pick(
     router: Router, state: RequestState, instances: InstanceIndex
 ) -> InstanceState:
-    """The instance that `router` picks; it is asked only where there is a choice."""
+    """Return the instance that `router` picks; with one instance, do not ask it."""
     if len(instances.up) == 1:
         return instances.up[0]
     picked = typing.cast(InstanceState, router(state, instances))
@@ -375,24 +393,22 @@ def _pick(
 def _take_chunks(
     instance: InstanceState, prompts: Sequence[RequestState], chunks: Sequence[Chunk]
 ) -> tuple[tuple[int, int], ...]:
-    """Takes prompts out of where they wait: (start, count) of each one's chunk."""
+    """Take prompts out of their containers; return (start, count) of each chunk."""
     parts: list[tuple[int, int]] = []
     for state, chunk in zip(prompts, chunks, strict=True):
-        parts.append((state.settled_context, chunk.tokens))
+        parts.append((state.cached_tokens, chunk.tokens))
         instance.blocks.extend(state.id, chunk.reserve)
-        if state.settled_place is Place.PARTIAL:
-            del instance.partly[state.id]
-        else:
+        if instance.partly.pop(state.id, None) is None:
             instance.waiting.remove(state)
-        state.settled_place = Place.STEPPING
+        state.place = Place.STEPPING
     return tuple(parts)
 
 
 def _take_ready(
     instance: InstanceState, decodes: Sequence[RequestState]
 ) -> DecodeBatch:
-    """Takes those that decode out of the ready ones."""
-    ready, other = instance.ready, instance.spare_batch()
+    """Split the requests that decode in this step off the ready batch."""
+    ready, other = instance.ready, instance.reuse_batch()
     if len(decodes) == len(ready.members):  # all
         instance.ready = other
         return ready
@@ -407,12 +423,12 @@ def _slices(
     batch: DecodeBatch,
     blocks: KVBlocks,
 ) -> list[Slice]:
-    """The slices of a step that begins now, each with the blocks it needs only."""
+    """Make the slices of a step that begins now, each with only the blocks it needs."""
     parts = [
         (state, start, count)
         for state, (start, count) in zip(prompts, load.chunks, strict=True)
     ]
-    parts += [(state, state.context, 1) for state in batch.members]
+    parts += [(state, state.cached_tokens, 1) for state in batch.members]
     size = blocks.memory.block_tokens
     return [
         state.slice(start, count, blocks.table(state.id)[: -(-(start + count) // size)])
@@ -424,10 +440,3 @@ def _blocks(
     instance: InstanceState, state: RequestState, first: int, end: int
 ) -> tuple[int, ...]:
     return instance.blocks.table(state.id)[first:end]
-
-
-def _some(value: InstanceState | None) -> InstanceState:
-    """`value`, which the state machine guarantees to be there."""
-    if value is None:
-        raise RuntimeError("a request has no instance where it must have one")
-    return value

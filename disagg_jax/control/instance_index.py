@@ -1,11 +1,11 @@
-"""The instances of one side that are up, and the least of them at no visit to all."""
+"""The instances of one side that are up, ranked without a visit to all."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from disagg_jax.control.state import InstanceState
+from disagg_jax.control.instance_state import InstanceState
 from disagg_jax.scheduling.routing import Rank
 
 
@@ -13,12 +13,12 @@ class InstanceIndex:
     """The `Instances` that a router sees.
 
     Attributes:
-      up: those that are up, for who does not mind that they are not up to date.
-      touched: to be told the ids of instances whose counts may have changed.
+      up: the instances that are up; their records may lag behind their spans.
+      touched: ids of instances whose counts may have changed; others add to it.
 
     Args:
-      instances: all of one side, in the deployment's order.
-      look: called with each instance that is read one by one, before it is read.
+      instances: all instances of one side, in the deployment's order.
+      look: brings an instance up to date; called before one is handed out for reading.
     """
 
     def __init__(
@@ -50,12 +50,12 @@ class InstanceIndex:
         )
 
     def find_up(self) -> None:
-        """Take note that an instance was lost or is back."""
+        """Find the instances that are up again, after a loss or a return."""
         self.up = [instance for instance in self._all.values() if instance.up]
         self._by.clear()
 
     def least(self, rank: Rank) -> InstanceState:
-        """See `Instances.least`."""
+        """Return the instance of the lowest rank, as `Instances.least` says."""
         for ranking in self._by.values():
             for id in self.touched:
                 if self._all[id].up:
@@ -69,12 +69,12 @@ class InstanceIndex:
 class _Ranking:
     """Instances by a rank: a heap with an entry at or below each one's present rank.
 
-    One that rises is found out when it comes to the top, which most never do.
+    A risen rank is noticed when its entry comes to the top, which most never do.
     """
 
     def __init__(self, rank: Rank, instances: Sequence[InstanceState]):
         self._rank = rank
-        # By instance: its entry in the heap that counts, its rank and then its id.
+        # By instance: its valid entry in the heap, its rank and then its id.
         self._entered = {i.id: (*rank(i), i.id) for i in instances}
         self._heap = list(self._entered.values())
         heapq.heapify(self._heap)
@@ -87,11 +87,11 @@ class _Ranking:
             heapq.heappush(self._heap, entry)
 
     def first(self, instances: Mapping[int, InstanceState]) -> InstanceState:
-        """The first instance of the lowest rank."""
+        """Return the first instance of the lowest rank."""
         heap, entered = self._heap, self._entered
         while True:
             id = heap[0][-1]
-            if entered[id] is not heap[0]:  # it was entered again
+            if entered[id] is not heap[0]:  # the instance was entered again
                 heapq.heappop(heap)
                 continue
             entry = (*self._rank(instances[id]), id)

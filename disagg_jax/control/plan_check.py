@@ -1,10 +1,11 @@
-"""What a policy may plan: within its limits, requests that are there, in parts."""
+"""Checks of a plan: requests that the instance has, in steps within the limits."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from disagg_jax.control.state import InstanceState, Place, RequestState
+from disagg_jax.control.instance_state import InstanceState
+from disagg_jax.control.request_state import Place, RequestState
 from disagg_jax.scheduling.interface import Chunk, Plan, RequestView, StepLimits
 
 _BEGINS_IN = (Place.WAITING, Place.PARTIAL)
@@ -16,16 +17,17 @@ def check_plan(
     limits: StepLimits,
     requests: Mapping[int, RequestState],
 ) -> list[RequestState]:
-    """Return the requests of the plan's chunks.
+    """Check a plan and return the requests of its chunks.
 
-    An engine has programs for steps up to the limits only; a simulation would run any.
+    An engine has programs for steps up to the limits only; a simulation would run any
+    step.
 
     Args:
-      instance: that the plan is for, as the policy saw it.
-      requests: all that arrived, by id.
+      instance: the instance of the plan, as the policy saw it.
+      requests: all requests that arrived, by id.
 
     Raises:
-      RuntimeError: on what a policy must not ask for, saying what was expected.
+      RuntimeError: on a plan that is not allowed, with what was expected.
     """
     if not isinstance(plan, Plan):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RuntimeError(f"expected a Plan, got {type(plan).__name__}")
@@ -83,29 +85,24 @@ def _check_victims(plan: Plan, instance: InstanceState) -> None:
 def _prompt(
     chunk: Chunk, instance: InstanceState, requests: Mapping[int, RequestState]
 ) -> RequestState:
-    """The request of a chunk, which must be one that the instance can begin with."""
+    """Return the request of a chunk, if it waits here or is computed in part."""
     state = requests.get(chunk.request.id)
-    if (
-        state is None
-        or state.holder is not instance
-        or state.batch is not None
-        or state.settled_place not in _BEGINS_IN
-    ):
+    if state is None or state.instance != instance.id or state.place not in _BEGINS_IN:
         raise RuntimeError(
             f"request {chunk.request.id}: expected one that waits here or is computed "
             "in part for a chunk"
         )
-    start, known, reserve = state.settled_context, state.settled_known, chunk.reserve
+    start, tokens, reserve = state.cached_tokens, state.num_tokens, chunk.reserve
     end = start + chunk.tokens
-    if not start < end <= known:
+    if not start < end <= tokens:
         raise RuntimeError(
-            f"request {state.id}: expected a chunk of 1 to {known - start} tokens, "
+            f"request {state.id}: expected a chunk of 1 to {tokens - start} tokens, "
             f"got {chunk.tokens}"
         )
-    if not (end <= reserve <= known or reserve == state.limit):
+    if not (end <= reserve <= tokens or reserve == state.max_cached_tokens):
         raise RuntimeError(
-            f"request {state.id}: expected to reserve {end} to {known} tokens, "
-            f"or its limit of {state.limit}, got {reserve}"
+            f"request {state.id}: expected to reserve {end} to {tokens} tokens, "
+            f"or its limit of {state.max_cached_tokens}, got {reserve}"
         )
     return state
 
@@ -113,7 +110,7 @@ def _prompt(
 def _check_chunks(
     plan: Plan, prompts: Sequence[RequestState], limits: StepLimits
 ) -> None:
-    """Compare a step with prompts with what the policy says of its steps."""
+    """Check a step with prompts against the policy's limits."""
     chunks, rows = plan.chunks, len(plan.decodes)
     tokens = sum([chunk.tokens for chunk in chunks])
     if len(chunks) > limits.prefill_rows:
@@ -130,6 +127,6 @@ def _check_chunks(
         got = f"{tokens} tokens of {len(chunks)} prompts"
         raise _over("prefill_tokens", limits.prefill_tokens, got)
     for chunk, state in zip(chunks, prompts, strict=True):
-        if chunk.tokens < state.settled_known:
-            got = f"{chunk.tokens} of the {state.settled_known} tokens of request "
+        if chunk.tokens < state.num_tokens:
+            got = f"{chunk.tokens} of the {state.num_tokens} tokens of request "
             raise _over("splits", False, f"{got}{state.id}")

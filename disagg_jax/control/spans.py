@@ -1,8 +1,8 @@
-"""Spans: several decode iterations that were planned at once.
+"""Spans: several decode iterations planned at once.
 
-Whatever may change an instance's next plan ends its span with the iteration that is
-going on, so that a run with spans is the run without them, only faster. How far a span
-is, is asked when somebody looks at its instance: told of all of them, every event would
+An event that may change an instance's next plan ends its span with the iteration that
+is going on. So a run with spans equals the run without them, only faster. The progress
+of a span is read when its instance is looked at: progress told at every event would
 cost a visit to all instances.
 """
 
@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from disagg_jax.control.state import InFlight, InstanceState, StepInFlight
-from disagg_jax.work import Cut, Work
+from disagg_jax.control.instance_state import InFlight, InstanceState, StepInFlight
+from disagg_jax.work import TruncateSpan, Work
 
-# (Step.id) -> ends of the iterations of a span that are over and were not told before.
+# (Step.id) -> ends of a span's iterations that are over and were not told before.
 SpanProgress = Callable[[int], Sequence[float]]
 
 
 def no_progress(work: int) -> Sequence[float]:
-    """Tell of no progress: of spans that are not asked about."""
+    """Return no ends: for a controller without spans to ask about."""
     return ()
 
 
@@ -26,16 +26,16 @@ class Spans:
     """The spans in flight that must end early, or are between two iterations.
 
     Attributes:
-      disturbed: those that must end early.
-      at_boundary: those of which an iteration ends right now.
-      now_s: of this turn.
-      progress_of: who tells how far a span is by then.
-      gone_on: whether, in this turn, those at a boundary went on: one that is looked at
-        later goes on at once.
+      disturbed: spans that must end early.
+      at_boundary: spans with an iteration that ends right now.
+      now_s: time of this turn.
+      progress_of: tells how far a span is at that time.
+      gone_on: whether the spans at a boundary went on in this turn. A span that reaches
+        its boundary later in the turn goes on at once.
 
     Args:
       in_flight: all work in flight, by id.
-      end: takes a span out of flight that ends between two iterations.
+      end: takes a span that ends between two iterations out of flight.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Spans:
         self.gone_on = False
 
     def catch_up(self, instance: InstanceState) -> None:
-        """Bring what is known of an instance up to now, if a span goes on there."""
+        """Bring the record of an instance up to now, if a span runs there."""
         flight = instance.step
         if flight is not None and flight.work.iterations > 1:
             if ends_s := self.progress_of(flight.work.id):
@@ -58,16 +58,16 @@ class Spans:
     def progress(
         self, flight: StepInFlight, now_s: float, ends_s: Sequence[float]
     ) -> None:
-        """Iterations of a span are over."""
+        """Advance a span by the iterations that ended at `ends_s`."""
         goes_on = ends_s[-1] < now_s
         flight.batch.advance(ends_s, goes_on or self.gone_on)
         if not (goes_on or self.gone_on):
             self.at_boundary.append(flight)
 
-    def disturb(self, instance: InstanceState | None) -> None:
-        """Something happened at `instance` that may change its next plan."""
-        flight = instance.step if instance else None
-        if instance is None or flight is None or flight.work.iterations == 1:
+    def disturb(self, instance: InstanceState) -> None:
+        """Mark the span of an instance to end early: its next plan may change."""
+        flight = instance.step
+        if flight is None or flight.work.iterations == 1:
             return
         self.catch_up(instance)
         if not flight.cut:
@@ -75,7 +75,7 @@ class Spans:
             self.disturbed.append(flight)
 
     def check(self, instance: InstanceState) -> None:
-        """Disturb a span, up to date, that lost the blocks for its last iteration."""
+        """Disturb a span, up to date, that no longer has blocks to its planned end."""
         flight = instance.step
         if flight is not None and flight.work.iterations > 1:
             left = flight.until - flight.batch.begun
@@ -83,26 +83,28 @@ class Spans:
                 self.disturb(instance)
 
     def cut(self, works: list[Work]) -> None:
-        """Ends what was disturbed, if it did not end by itself."""
+        """End the disturbed spans that did not end by themselves."""
         for flight in self.disturbed:
             if flight.work.id in self._in_flight:
                 self._cut(flight, works)
         self.disturbed.clear()
 
     def go_on(self, instances: Sequence[InstanceState], works: list[Work]) -> None:
-        """Spans between two iterations reserve blocks for the next one, or end."""
+        """Reserve blocks for the next iteration of spans at a boundary, or end them."""
         for flight in list(self.at_boundary):
             if flight.batch.fits(1, instances[flight.work.instance].blocks.free):
-                flight.batch.charge()
+                flight.batch.reserve()
             else:
                 self._cut(flight, works)
         self.at_boundary.clear()
 
     def _cut(self, flight: StepInFlight, works: list[Work]) -> None:
-        """Ends a span with the iteration that is going on, or now if none is."""
+        """End a span with the iteration that is going on, or now if none is."""
         work, begun = flight.work, flight.batch.begun
         if begun < flight.until:
-            works.append(Cut(work.id, work.iterations - (flight.until - begun)))
+            works.append(
+                TruncateSpan(work.id, work.iterations - (flight.until - begun))
+            )
             flight.until = begun
         if flight in self.at_boundary:
             self.at_boundary.remove(flight)

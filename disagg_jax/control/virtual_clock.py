@@ -13,7 +13,7 @@ from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.control.fifo_link import FifoLink
 from disagg_jax.control.shared_link import SharedLink
 from disagg_jax.errors import require
-from disagg_jax.work import Cut, Done, Report, StageFree, Transfer, Work
+from disagg_jax.work import Done, Report, StageFree, Transfer, TruncateSpan, Work
 
 # Iterations of a span that are timed at first; each time more are needed, their number
 # doubles. Most spans are cut early.
@@ -108,7 +108,7 @@ class VirtualBackend:
         return self._now_s
 
     def submit(self, work: Work) -> None:
-        if isinstance(work, Cut):
+        if isinstance(work, TruncateSpan):
             self._cut(self._spans[work.work], work.iterations)
             return
         outcome = self._executor.run(work)

@@ -8,15 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 
-from disagg_jax.control.backend import (
-    Backend,
-    Executor,
-    Followers,
-    Intervention,
-    Observer,
-    serve,
-)
+from disagg_jax.control.backend import Backend, Executor
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import Followers, Intervention, Observer, serve
 from disagg_jax.control.run import Run
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role

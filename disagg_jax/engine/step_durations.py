@@ -17,7 +17,7 @@ from disagg_jax.metrics.criteria import UnloadedLatency
 from disagg_jax.programs.slices import full_slices, load_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.tuning import Profile, has_rule, tune
+from disagg_jax.scheduling.tuning import TuningInputs, has_rule, tune
 from disagg_jax.work import Slice, Step, StepLoad
 
 
@@ -81,7 +81,7 @@ class StepDurations:
             if not instances or not has_rule(policy):
                 continue
             i, memory = instances[0], self.engine.memory[instances[0]]
-            profile = Profile(
+            profile = TuningInputs(
                 step_s=lambda load, i=i: self.step_s(i, load),
                 sizes=self.engine.instances[i].buckets.prompt_sizes,
                 prompt_tokens=prompt_tokens,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from disagg_jax.engine.engine import Engine, Pause, Running
-from disagg_jax.work import Cut, Done, Report, StageFree, Step, Task, Work
+from disagg_jax.work import Done, Report, StageFree, Step, Task, TruncateSpan, Work
 
 
 @dataclasses.dataclass(eq=False)
@@ -49,7 +49,7 @@ class WallBackend:
         return time.perf_counter() - self._zero_s
 
     def submit(self, work: Work) -> None:
-        if isinstance(work, Cut):
+        if isinstance(work, TruncateSpan):
             raise ValueError("spans need a backend that simulates")
         pending = _Pending(work, self.now_s(), self._engine.start(work))
         self._pending.add(pending)

@@ -1,4 +1,4 @@
-"""A run as a picture: Trace Event Format, which Perfetto and chrome://tracing open.
+"""A run as a picture, in the Trace Event Format of Perfetto and chrome://tracing.
 
 The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
@@ -16,7 +16,7 @@ from disagg_jax.metrics import stage_spans_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog.event_log import LoggedStep
 from disagg_jax.runlog.utilisation import LinkUse, Occupancy, StageUse, read_occupancy
-from disagg_jax.work import Slow
+from disagg_jax.work import Straggle
 
 TraceEvent = dict[str, Any]
 
@@ -29,20 +29,20 @@ def chrome_trace(
     timelines: Sequence[Timeline],
     about: Mapping[str, Any] | None = None,
 ) -> TraceEvent:
-    """A run as a JSON object: a lane for every device, link and request.
+    """Return a run as a JSON object with a lane for every device, link and request.
 
-    A device shows the steps on it, a span as its iterations; a link the transfers on
-    it, in as many lanes as there were at once; a request its five stages. An arrow goes
+    A device shows its steps, a span as its iterations. A link shows its transfers, in
+    as many lanes as there were at once. A request shows its five stages. An arrow goes
     from a transfer to its request.
 
     Args:
       lines: the run's event log.
-      timelines: of all its requests, each of which has ended.
-      about: what the run was: it stands in the file, for who opens it later.
+      timelines: of all requests of the run, each of which has ended.
+      about: describes the run in the file, for a reader who opens it later.
 
     Raises:
-      ValueError: if the log is not of a whole run of `deployment`, or is of others than
-        these requests.
+      ValueError: if the log is not of a whole run of `deployment`, or has requests
+        without a timeline.
     """
     occupancy = read_occupancy(deployment, lines)
     found = {id for use in occupancy.stages for id, _, _ in use.step.slices}
@@ -58,7 +58,7 @@ def chrome_trace(
         *_request_events(lanes, timelines),
         *_link_events(lanes, occupancy.links, timelines),
     ]
-    # At one instant: what takes no time, the slice after it, what is inside of that.
+    # At one instant: events without duration, then a slice, then slices inside it.
     events.sort(key=lambda event: (event["ts"], event.get("dur", math.inf)))
     return {
         "traceEvents": lanes.names + events,
@@ -68,7 +68,7 @@ def chrome_trace(
 
 
 class _Lanes:
-    """The lanes so far: numbers by what they are of, and the events that name them."""
+    """The lanes so far: their numbers, and the events that name them."""
 
     def __init__(self) -> None:
         self.names: list[TraceEvent] = []
@@ -79,7 +79,7 @@ class _Lanes:
             self._name("process", {"pid": pid}, process, pid)
 
     def place(self, process: str, of: object, name: str) -> TraceEvent:
-        """The "pid" and "tid" of a lane; a new one is below those of its process."""
+        """Return the "pid" and "tid" of a lane; add a new lane below its process's."""
         place = self._places.get((process, of))
         if place is None:
             pid = PROCESSES.index(process) + 1
@@ -103,7 +103,7 @@ class _Lanes:
 def _device_lanes(
     lanes: _Lanes, deployment: Deployment
 ) -> dict[tuple[int, int], list[TraceEvent]]:
-    """By (instance, stage) the lanes of its devices."""
+    """Return the lanes of the devices of each (instance, stage)."""
     found: dict[tuple[int, int], list[TraceEvent]] = {}
     for i, spec in enumerate(deployment.instances):
         for stage in range(spec.pp):
@@ -129,8 +129,8 @@ def _device_events(
             yield _slice(lane, name, use.start_s, use.end_s, args)
     for at_s, change in occupancy.changes:
         name = type(change).__name__.lower()
-        if isinstance(change, Slow):
-            name = f"{name} x{change.factor:g}"
+        if isinstance(change, Straggle):
+            name = f"slow x{change.factor:g}"
         for stage in range(deployment.instances[change.instance].pp):
             for lane in devices[change.instance, stage]:
                 yield _instant(lane, name, at_s)
@@ -139,7 +139,7 @@ def _device_events(
 def _describe(
     use: StageUse, prompts: Mapping[int, int]
 ) -> tuple[str, Mapping[str, Any]]:
-    """The name of a slice and what it says when it is selected."""
+    """Return the name of a slice and the details shown when it is selected."""
     step, slices = use.step, use.step.slices
     decodes = sum(
         count == 1 and start >= prompts[request] for request, start, count in slices
@@ -213,7 +213,7 @@ def _link_events(
             if use.start_s < ends_s[request]:
                 of = lanes.place("requests", request, "")
                 yield _arrow("s", lane, use)
-                yield {**_arrow("f", of, use), "bp": "e"}  # to what it is inside of
+                yield {**_arrow("f", of, use), "bp": "e"}  # to the slice around it
 
 
 def _link_lane(lanes: _Lanes, link: tuple[int, ...], i: int) -> TraceEvent:
@@ -239,7 +239,7 @@ def _about_use(use: LinkUse) -> Mapping[str, Any]:
 def _slice(
     lane: TraceEvent, name: str, start_s: float, end_s: float, args: Mapping[str, Any]
 ) -> TraceEvent:
-    # The end is rounded, not the duration: what follows at once must not overlap.
+    # The end is rounded, not the duration: a slice that follows must not overlap.
     dur = _us(_ns(end_s) - _ns(start_s))
     event = {"ph": "X", "name": name, **lane, "ts": _us(_ns(start_s)), "dur": dur}
     return {**event, "args": args}
@@ -262,10 +262,10 @@ def _ns(seconds: float) -> int:
 
 
 def _us(nanoseconds: int) -> float:
-    """Microseconds that are as many nanoseconds when they are multiplied and cut off.
+    """Return microseconds that Perfetto reads as exactly `nanoseconds`.
 
-    So Perfetto reads them (`static_cast<int64_t>(value * 1000)`). 1.001 would become
-    1000 ns, and an event that seems to overlap another by 1 ns is not shown.
+    Perfetto truncates (`static_cast<int64_t>(value * 1000)`): 1.001 would become 1000
+    ns, and an event that seems to overlap another by 1 ns is not shown.
     """
     us = nanoseconds / 1e3
     return us if int(us * 1e3) == nanoseconds else math.nextafter(us, math.inf)

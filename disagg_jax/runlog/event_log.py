@@ -1,7 +1,7 @@
 """The event log: everything the controller was told, and what it decided.
 
-Replaying the events through a fresh controller must give the same decisions, which is
-how a log, or a change to the scheduling code, is checked.
+A replay of the events through a fresh controller must give the same decisions. That
+checks a log, or a change to the scheduling code.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from disagg_jax.request import Request, Sampling
 from disagg_jax.work import (
     Arrived,
     Cancelled,
-    Cut,
     Done,
     Down,
     Event,
     Progress,
-    Slow,
     StageFree,
     Step,
+    Straggle,
+    TruncateSpan,
     Up,
     Work,
 )
 
-_PLAIN_EVENTS = {kind.__name__: kind for kind in (Cancelled, Down, Slow, StageFree, Up)}
+_PLAIN_EVENTS = {
+    kind.__name__: kind for kind in (Cancelled, Down, Straggle, StageFree, Up)
+}
+_RENAMED = {"Slow": "Straggle", "Cut": "TruncateSpan"}  # since format 2
 
 
 @dataclasses.dataclass
@@ -58,7 +61,7 @@ class EventLog:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggedStep:
-    """What the log keeps of a `Step`."""
+    """The part of a `Step` that is logged."""
 
     id: int
     instance: int
@@ -74,7 +77,7 @@ class LoggedStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggedTransfer:
-    """What the log keeps of a `Transfer`."""
+    """The part of a `Transfer` that is logged."""
 
     id: int
     request: int
@@ -89,13 +92,13 @@ class LoggedTransfer:
         return (self.src, self.dst)
 
 
-LoggedWork = LoggedStep | LoggedTransfer | Cut
+LoggedWork = LoggedStep | LoggedTransfer | TruncateSpan
 
 
 def read_turns(
     lines: Iterable[str],
 ) -> Iterator[tuple[float, list[Event], list[LoggedWork]]]:
-    """The turns of a log, as (now_s, what was told, what was decided)."""
+    """Yield the turns of a log, each as (now_s, events, works)."""
     for turn in _turns(lines):
         yield (
             turn["now_s"],
@@ -105,7 +108,7 @@ def read_turns(
 
 
 def replay(lines: Iterable[str], controller: Controller) -> Iterator[int]:
-    """Feeds the logged events to `controller`; yields each turn whose work differs."""
+    """Feed the logged events to `controller`; yield each turn whose work differs."""
     for number, turn in enumerate(_turns(lines)):
         events = [_event_from_json(event) for event in turn["events"]]
         works = controller.step(turn["now_s"], events)
@@ -114,12 +117,15 @@ def replay(lines: Iterable[str], controller: Controller) -> Iterator[int]:
 
 
 def _turns(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the turns of a log whose format is known."""
+    """Yield the turns of a log, with all kinds under the names of today."""
     for number, line in enumerate(lines):
         # A log from before there were numbers begins with a turn.
         turn = EVENT_LOG.read(json.loads(line)) if number == 0 else json.loads(line)
-        if turn:
-            yield turn
+        if not turn:
+            continue
+        for record in (*turn["events"], *turn["works"]):
+            record[0] = _RENAMED.get(record[0], record[0])
+        yield turn
 
 
 def _event_to_json(event: Event) -> list[Any]:
@@ -150,14 +156,14 @@ def _event_from_json(record: list[Any]) -> Event:
 
 
 def _work_to_json(work: Work) -> list[Any]:
-    """Readable decisions, and a checksum of the blocks and tokens that go with them."""
+    """Return a readable decision, with a checksum of its blocks and tokens."""
     if isinstance(work, Step):
         slices = [[part.request.id, part.start, part.count] for part in work.slices]
         details = [ids for part in work.slices for ids in (part.blocks, part.tokens)]
         span = [work.iterations, _checksum(details), work.pool_extent]
         return ["Step", work.id, work.instance, slices, *span]
-    if isinstance(work, Cut):
-        return ["Cut", work.work, work.iterations]
+    if isinstance(work, TruncateSpan):
+        return ["TruncateSpan", work.work, work.iterations]
     blocks = _checksum([work.src_blocks, work.dst_blocks])
     ends = [work.src, work.dst]
     size = [work.context, work.step, blocks]
@@ -175,8 +181,8 @@ def _work_from_json(record: list[Any]) -> LoggedWork:
             iterations=iterations,
             pool_extent=pool_extent,
         )
-    if kind == "Cut":
-        return Cut(*values)
+    if kind == "TruncateSpan":
+        return TruncateSpan(*values)
     id, request, src, dst, context, step, _ = values
     return LoggedTransfer(
         id=id, request=request, src=src, dst=dst, context=context, step=step

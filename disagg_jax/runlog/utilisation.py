@@ -1,4 +1,4 @@
-"""What every device and link was busy with, read from an event log."""
+"""Utilisation: the work of every device and link, read from an event log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,16 @@ from disagg_jax.runlog.event_log import (
     LoggedWork,
     read_turns,
 )
-from disagg_jax.work import Cut, Done, Down, Event, Progress, Slow, StageFree, Up
+from disagg_jax.work import (
+    Done,
+    Down,
+    Event,
+    Progress,
+    StageFree,
+    Straggle,
+    TruncateSpan,
+    Up,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,41 +35,40 @@ class StageUse:
     start_s: float
     end_s: float
     iteration: int = 0
-    lost: bool = False  # its instance was, before the step was done
+    lost: bool = False  # whether its instance was lost before the step was done
 
 
 @dataclasses.dataclass(frozen=True)
 class LinkUse:
     """A transfer from the first byte to the last.
 
-    Where it goes along with its step, waits for what is not computed yet are in it.
+    A transfer that goes along with its step includes waits for KV not yet computed.
     """
 
     transfer: LoggedTransfer
     start_s: float
     end_s: float
     bytes: int = 0
-    # With one of its instances, at `end_s`. Nobody knows when it began then: it may
-    # have waited for the link. So `start_s` is `end_s`.
+    # Whether one of its instances was lost, at `end_s`. Its beginning is unknown then,
+    # since it may have waited for the link, so `start_s` is `end_s`.
     lost: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Occupancy:
-    """All that happened to the devices and links of a deployment in one run."""
+    """The work and the changes of a deployment's devices and links in one run."""
 
     stages: list[StageUse] = dataclasses.field(default_factory=list[StageUse])
     links: list[LinkUse] = dataclasses.field(default_factory=list[LinkUse])
-    changes: list[tuple[float, Down | Slow | Up]] = dataclasses.field(
-        default_factory=list[tuple[float, Down | Slow | Up]]
+    changes: list[tuple[float, Down | Straggle | Up]] = dataclasses.field(
+        default_factory=list[tuple[float, Down | Straggle | Up]]
     )
 
 
 def read_occupancy(deployment: Deployment, lines: Iterable[str]) -> Occupancy:
-    """Reads the event log of a whole run.
+    """Read the occupancy of a deployment from the event log of a whole run.
 
-    Where an instance was lost, what its steps did on later stages is not known, and
-    left out.
+    Work of a lost instance's steps on later stages is unknown and left out.
 
     Raises:
       ValueError: if the log is not of `deployment`, or work in it never ends.
@@ -92,7 +100,7 @@ class _Reader:
         self._free_s: dict[tuple[int, int], float] = {}  # by (instance, stage)
 
     def start(self, now_s: float, work: LoggedWork) -> None:
-        if isinstance(work, Cut):
+        if isinstance(work, TruncateSpan):
             flight = self.in_flight[work.work]
             if len(flight.ends_s) == work.iterations:  # no Done follows
                 self._end_span(self.in_flight.pop(work.work))
@@ -109,7 +117,7 @@ class _Reader:
             self.in_flight[event.work].ends_s += event.ends_s
         elif isinstance(event, StageFree):
             self.in_flight[event.work].freed_s = now_s
-        elif isinstance(event, Down | Slow | Up):
+        elif isinstance(event, Down | Straggle | Up):
             self.found.changes.append((now_s, event))
             if isinstance(event, Down):
                 self._lose(now_s, event.instance)
@@ -126,7 +134,7 @@ class _Reader:
             self._pass_stages(work, event)
 
     def _pass_stages(self, step: LoggedStep, event: Done) -> None:
-        """It was on each stage as soon as it had left the one before, in turn."""
+        """Add a step to each stage, from its end on the stage before, in turn."""
         ends_s, start_s = (*event.stage_ends_s, event.end_s), event.start_s
         stages = self._deployment.instances[step.instance].pp
         expected = f"event log: expected step {step.id} to pass {stages} stages"
@@ -156,7 +164,7 @@ class _Reader:
                 continue
             self._end_span(flight)
             if flight.ends_s and flight.ends_s[-1] == now_s:
-                continue  # its next iteration had not begun
+                continue  # the next iteration had not begun
             start_s = flight.ends_s[-1] if flight.ends_s else flight.start_s
             end_s = now_s if flight.freed_s is None else flight.freed_s
             iteration = len(flight.ends_s)

@@ -1,9 +1,13 @@
-"""The systems that can be compared. To add one: a policy file, and its line here."""
+"""Who runs next: the policies, and the systems that they make.
+
+A policy plans the next step of an instance, from a view of it. A system is a policy for
+each role of instances. To add a system: a policy file, and its line here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from disagg_jax.deployment import Role
@@ -22,7 +26,7 @@ DISAGGREGATED = "disaggregated"  # the system of prefill and decode instances
 # A system is a policy for each role it uses; the default parameters are the papers'.
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "orca": {Role.COLOCATED: Orca()},
-    "vllm": {Role.COLOCATED: PrefillFirst()},
+    "vllm_v0": {Role.COLOCATED: PrefillFirst()},
     "sarathi": {Role.COLOCATED: Sarathi()},
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},
@@ -32,6 +36,20 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
         Role.DECODE: DecodeOnly(),
     },
 }
+
+# Names of before, in old run directories, placements and command lines.
+_RENAMED = {"vllm": "vllm_v0"}
+
+
+def find_system(name: str, names: Collection[str]) -> str:
+    """Return the one of `names` that is system `name`, by its name of today or before.
+
+    Return `name` itself if there is none.
+    """
+    if name in names:
+        return name
+    today = _RENAMED.get(name, name)
+    return next((n for n in names if _RENAMED.get(n, n) == today), name)
 
 
 def get_system(name: str, **changes: Mapping[str, object]) -> Mapping[Role, Policy]:
@@ -43,9 +61,12 @@ def get_system(name: str, **changes: Mapping[str, object]) -> Mapping[Role, Poli
     Raises:
       ValueError: on an unknown name.
     """
-    if name not in SYSTEMS:
+    found = find_system(name, SYSTEMS)
+    if found not in SYSTEMS:
         raise ValueError(f"system: expected one of {sorted(SYSTEMS)}, got '{name}'")
+    if not changes:
+        return SYSTEMS[found]
     return {
         role: dataclasses.replace(cast(Any, policy), **changes.get(role.value, {}))
-        for role, policy in SYSTEMS[name].items()
+        for role, policy in SYSTEMS[found].items()
     }

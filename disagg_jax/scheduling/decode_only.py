@@ -1,4 +1,4 @@
-"""The decode side of disaggregation: pulls what fits, decodes everything it has."""
+"""The decode side of disaggregation: pull KV that fits, decode every request."""
 
 from __future__ import annotations
 
@@ -10,26 +10,24 @@ from disagg_jax.scheduling.interface import (
     RequestView,
     StepLimits,
     check_parameters,
-    check_share,
 )
 from disagg_jax.scheduling.preemption import decode_all, fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeOnly:
-    """Reserves blocks for a request's KV before fetching it; preempts like vLLM.
+    """Reserve blocks for a request's KV before it is fetched; preempt as vLLM does.
 
     A preempted request goes back to a prefill instance, which computes prompt and
     generated tokens again and hands them over once more.
-    Source: DistServe (OSDI'24) section 4.3 (pull); it does not describe preemption.
+    Source: DistServe (OSDI'24) section 4.3 (pull), which does not describe preemption.
     """
 
     max_seqs: int = 256  # requests with KV at the same time
     watermark: float = 0.01  # share of the blocks that a pull leaves free
 
     def __post_init__(self) -> None:
-        check_parameters(self, max_seqs=self.max_seqs)
-        check_share(self, "watermark", self.watermark)
+        check_parameters(self, "max_seqs", share="watermark")
 
     @property
     def limits(self) -> StepLimits:
@@ -38,7 +36,7 @@ class DecodeOnly:
     def plan(self, instance: InstanceView) -> Plan:
         return decode_all(instance)
 
-    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+    def admits_pull(self, instance: InstanceView, request: RequestView) -> bool:
         if instance.resident >= self.max_seqs:
             return False
         return fits(instance, request, self.watermark)

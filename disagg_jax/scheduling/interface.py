@@ -1,4 +1,4 @@
-"""What a policy sees of an instance, and what it answers."""
+"""The interface of policies: views of instances and requests in, plans out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from disagg_jax.deployment import KVMemory
+from disagg_jax.errors import require
 
 
 class RequestView(Protocol):
     """One request, as a policy sees it.
 
-    Prefill, a chunk, a decode and recompute are one thing here: `known - context`
-    tokens are to be computed, and a new token comes out when the last of them is.
+    Prefill, a chunk, a decode and recompute are one thing here: `num_tokens -
+    cached_tokens` tokens are to be computed, and the last of them yields a new token.
+    vLLM calls the cached tokens `num_computed_tokens`.
     """
 
     @property
@@ -25,17 +27,17 @@ class RequestView(Protocol):
         ...
 
     @property
-    def known(self) -> int:
+    def num_tokens(self) -> int:
         """Prompt tokens plus generated tokens."""
         ...
 
     @property
-    def context(self) -> int:
+    def cached_tokens(self) -> int:
         """Tokens whose KV is cached."""
         ...
 
     @property
-    def limit(self) -> int:
+    def max_cached_tokens(self) -> int:
         """Tokens whose KV it can ever need: all but the last one it may generate."""
         ...
 
@@ -67,7 +69,7 @@ class InstanceView(Protocol):
 
     @property
     def partial(self) -> Sequence[RequestView]:
-        """Prompts computed in part, in order of arrival; not in a step right now."""
+        """Requests prefilled in part, in order of arrival; not in a step right now."""
         ...
 
     @property
@@ -81,15 +83,15 @@ class InstanceView(Protocol):
         ...
 
     def running_within(self, tokens: int) -> Sequence[RequestView]:
-        """The longest head of `running` that attends to at most `tokens` tokens.
+        """Return the longest head of `running` that attends to at most `tokens` tokens.
 
         Each request attends to its cached tokens and the one it computes.
         """
         ...
 
     @property
-    def growth(self) -> int:
-        """Blocks that are missing for each of `running` to decode one token."""
+    def blocks_for_next_token(self) -> int:
+        """Blocks that `running` must still get to decode one token each."""
         ...
 
     @property
@@ -116,29 +118,38 @@ class Chunk:
     """The next tokens of a request that does not decode yet."""
 
     request: RequestView  # waiting or partial
-    tokens: int  # of its known ones, to compute in this step
-    # Tokens that its blocks are to hold from now on: `context + tokens` at least, and
-    # what is known at most, or else `limit`.
+    tokens: int  # to compute in this step
+    # Tokens that its blocks hold from now on: from `cached_tokens + tokens` up to
+    # `num_tokens`, or else `max_cached_tokens`.
     reserve: int
 
     @classmethod
     def whole(cls, request: RequestView) -> Chunk:
-        """All known tokens at once."""
-        return cls(request, request.known - request.context, request.known)
+        """Make a chunk of all tokens of a request that have no KV."""
+        return cls(
+            request, request.num_tokens - request.cached_tokens, request.num_tokens
+        )
+
+    @classmethod
+    def up_to(cls, request: RequestView, tokens: int) -> Chunk:
+        """Make a chunk of at most `tokens` tokens, with blocks for all of a prompt."""
+        all_tokens = request.num_tokens
+        left = all_tokens - request.cached_tokens
+        return cls(request, min(left, tokens), all_tokens)
 
 
 @dataclasses.dataclass(slots=True)
 class Plan:
-    """The next step of an instance, and who must make room for it."""
+    """The next step of an instance, and the requests that make room for it."""
 
     chunks: Sequence[Chunk] = ()
     decodes: Collection[RequestView] = ()  # running: one token each
-    # Running or partial: their KV is dropped before the step, and they queue again, the
-    # last of them in front.
+    # Running or partial requests: their KV is dropped before the step, and they queue
+    # again, the last of them in front.
     preempt: Sequence[RequestView] = ()
-    to_back: bool = False  # the preempted go to the end of the queue, not to its front
-    # Steps for which this plan holds, while no request comes or goes and no block runs
-    # out. A simulation takes that many at once.
+    to_back: bool = False  # preempted requests queue at the end, not in front
+    # Steps for which this plan holds while no request comes or goes and blocks last. A
+    # simulation takes that many at once.
     repeats: int = 1
 
 
@@ -146,37 +157,46 @@ class Plan:
 class StepLimits:
     """How large a step a policy can ask for; an engine compiles programs up to this."""
 
-    prefill_tokens: int  # prompt tokens in one step, but for one longer prompt
+    prefill_tokens: int  # prompt tokens in one step, unless one prompt alone is longer
     prefill_rows: int  # prompts in one step; 0 where it never prefills
     decode_rows: int  # requests that decode in one step; 0 where it never decodes
-    mixed: bool = False  # whether prompts come beside decodes
-    # Whether prompts come in parts. Then `prefill_tokens` bounds a step with its
-    # decodes, and no prompt is an exception.
+    mixed: bool = False  # whether a step has prompts beside decodes
+    # Whether prompts are split. Then `prefill_tokens` bounds a step with its decodes,
+    # and no prompt is an exception.
     splits: bool = False
 
-
-def check_parameters(policy: object, **at_least_one: int) -> None:
-    """Raises ValueError unless each named parameter of `policy` is at least 1."""
-    for name, value in at_least_one.items():
-        if value < 1:
-            kind = type(policy).__name__
-            raise ValueError(f"{kind}.{name}: expected >= 1, got {value}")
-
-
-def check_share(policy: object, name: str, share: float) -> None:
-    """Raises ValueError unless `share` can be one."""
-    if not 0 <= share <= 1:
-        kind = type(policy).__name__
-        raise ValueError(f"{kind}.{name}: expected in [0, 1], got {share}")
-
-
-def check_budget(policy: object, name: str, tokens: int, max_seqs: int) -> None:
-    """Raises ValueError unless a step has room for a token of every running request."""
-    if tokens < max_seqs:
-        raise ValueError(
-            f"{type(policy).__name__}.{name}: expected >= max_seqs ({max_seqs}), or "
-            f"decodes alone could exceed it, got {tokens}"
+    @classmethod
+    def of_chunks(cls, tokens: int, rows: int, *, decodes: bool = True) -> StepLimits:
+        """Make the limits of a policy that splits prompts to fill `tokens`."""
+        return cls(
+            prefill_tokens=tokens,
+            prefill_rows=rows,
+            decode_rows=rows if decodes else 0,
+            mixed=True,
+            splits=True,
         )
+
+
+def check_parameters(
+    policy: object, *counts: str, budget: str = "", share: str = ""
+) -> None:
+    """Raise a ValueError unless the named parameters of `policy` are possible.
+
+    Args:
+      counts: parameters that are at least 1.
+      budget: the tokens of a step, at least `max_seqs`, or decodes could exceed it.
+      share: a parameter in [0, 1].
+    """
+    kind, values = type(policy).__name__, vars(policy)
+    for name in counts:
+        require(values[name] >= 1, f"{kind}.{name}: expected >= 1", values[name])
+    if budget:
+        most = values["max_seqs"]
+        expected = f"expected >= max_seqs ({most}), or decodes alone could exceed it"
+        require(values[budget] >= most, f"{kind}.{budget}: {expected}", values[budget])
+    if share:
+        within = 0 <= values[share] <= 1
+        require(within, f"{kind}.{share}: expected in [0, 1]", values[share])
 
 
 class Policy(Protocol):
@@ -186,13 +206,13 @@ class Policy(Protocol):
     def limits(self) -> StepLimits: ...
 
     def plan(self, instance: InstanceView) -> Plan:
-        """The next step; an empty one means nothing can run now."""
+        """Return the next step; an empty plan if nothing can run now."""
         ...
 
 
 class PullPolicy(Policy, Protocol):
     """A policy of instances that receive KV from others."""
 
-    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
-        """Whether to reserve blocks for `request` and fetch its KV now."""
+    def admits_pull(self, instance: InstanceView, request: RequestView) -> bool:
+        """Return whether to reserve blocks for `request` and fetch its KV now."""
         ...

@@ -17,22 +17,20 @@ from disagg_jax.scheduling.preemption import FOREVER
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Orca:
-    """Every step: all that run, then whole prompts in order of arrival beside them.
+    """Every step: all running requests, and whole prompts in order of arrival.
 
-    A request is admitted if blocks for its prompt and all it may generate are free, and
-    holds them to its end: nothing is preempted, little runs at a time. The paper has no
-    bound on the tokens of a step; an engine's buffers need one, and a longer prompt
-    comes without other prompts.
-    Source: Orca (OSDI'22), `facts/schedulers.md` 1.1.
+    A request is admitted if blocks for its prompt and its longest output are free, and
+    holds them to its end. So no request is preempted, and few run at a time. The paper
+    has no bound on the tokens of a step, but an engine's buffers need one; a longer
+    prompt comes without other prompts.
+    Source: Orca (OSDI'22), Algorithm 1.
     """
 
     max_seqs: int = 16  # requests in a step; the paper's max_bs
     max_batched_tokens: int = 4096  # prompt tokens in a step; Vidur's cap
 
     def __post_init__(self) -> None:
-        check_parameters(
-            self, max_seqs=self.max_seqs, max_batched_tokens=self.max_batched_tokens
-        )
+        check_parameters(self, "max_seqs", "max_batched_tokens")
 
     @property
     def limits(self) -> StepLimits:
@@ -48,12 +46,12 @@ class Orca:
         chunks: list[Chunk] = []
         free, tokens = instance.blocks.free, 0
         for request in instance.waiting:
-            free -= instance.blocks.missing(request.id, request.limit)
-            tokens += request.known
+            free -= instance.blocks.missing(request.id, request.max_cached_tokens)
+            tokens += request.num_tokens
             too_long = tokens > self.max_batched_tokens and chunks
             full = len(decodes) + len(chunks) >= self.max_seqs
             if free < 0 or too_long or full:
                 break
-            left = request.known - request.context
-            chunks.append(Chunk(request, left, reserve=request.limit))
+            left = request.num_tokens - request.cached_tokens
+            chunks.append(Chunk(request, left, reserve=request.max_cached_tokens))
         return Plan(chunks, decodes, repeats=FOREVER)

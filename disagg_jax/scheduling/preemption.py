@@ -1,6 +1,6 @@
-"""What paged decode policies share: one token for each, the latest makes room.
+"""Rules that paged decode policies share: all decode, the latest arrival makes room.
 
-Source: vLLM v0's recompute preemption, as described for the sarathi-serve fork.
+Source: vLLM v0's preemption by recompute, as in microsoft/sarathi-serve @ 96f9911.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ FOREVER = 1 << 60  # `Plan.repeats` of a plan that never changes by itself
 
 
 def decode_all(instance: InstanceView) -> Plan:
-    """One token for every running request.
+    """Plan one token for every running request.
 
     A request whose last block is full needs another. If none is free, the latest
-    arrival loses its KV (and is recomputed later), down to the request itself.
+    arrival loses its KV and is recomputed later, at last the request itself.
     """
-    if instance.growth <= instance.blocks.free:
+    if instance.blocks_for_next_token <= instance.blocks.free:
         return Plan(decodes=instance.running, repeats=FOREVER)
     return _decode_what_fits(instance)
 
 
 def _decode_what_fits(instance: InstanceView) -> Plan:
-    """First come, first served; the latest arrivals make room."""
+    """Plan decodes first come, first served; the latest arrivals make room."""
     running = {request.id for request in instance.running}
     resident = sorted(
         [*instance.running, *instance.partial], key=lambda request: request.order
@@ -33,7 +33,7 @@ def _decode_what_fits(instance: InstanceView) -> Plan:
     while i < end:
         request = resident[i]
         decodes_next = request.id in running
-        missing = blocks.missing(request.id, request.known) if decodes_next else 0
+        missing = blocks.missing(request.id, request.num_tokens) if decodes_next else 0
         while missing > free and end > i:
             end -= 1
             free += blocks.held(resident[end].id)
@@ -47,15 +47,16 @@ def _decode_what_fits(instance: InstanceView) -> Plan:
 def fits(
     instance: InstanceView, request: RequestView, watermark: float, taken: int = 0
 ) -> bool:
-    """Whether `request` can come in and leave a share `watermark` of all blocks free.
+    """Return whether `request` fits and leaves a share `watermark` of blocks free.
 
-    `taken` blocks are promised already and not to be counted as free.
+    The reserve keeps new requests from being preempted at once. On an empty instance
+    there is no reserve: it would lock out a long request for ever.
 
-    The reserve keeps newcomers from being preempted at once. With nobody else here
-    there is nobody to keep it for, and it would lock out a long request for ever.
+    Args:
+      taken: free blocks that are promised to others.
     """
     blocks = instance.blocks
-    free_after = blocks.free - taken - blocks.missing(request.id, request.known)
+    free_after = blocks.free - taken - blocks.missing(request.id, request.num_tokens)
     others = instance.resident or taken
     reserve = int(watermark * blocks.memory.num_blocks) if others else 0
     return free_after >= reserve

@@ -1,4 +1,4 @@
-"""The prefill side of disaggregation in chunks, so that KV can leave by chunks."""
+"""The prefill side of disaggregation in chunks: KV can leave chunk by chunk."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from disagg_jax.scheduling.interface import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillChunked:
-    """In order of arrival, chunks of prompts that fill the budget of a step.
+    """Every step: chunks of prompts in order of arrival, up to the budget.
 
-    A prompt is begun when there are blocks for all of it, and no later one before it.
-    Steps of one length keep pipeline stages even; and where KV leaves while its prompt
-    is computed, all but the last chunk's is gone by the time of the first token.
+    A prompt begins when there are blocks for all of it, and none overtakes another.
+    Steps of equal length keep pipeline stages even. If KV leaves while its prompt is
+    computed, only the last chunk's KV is left at the time of the first token.
     Source: the chunked prefill instances of Mooncake (FAST'25), section 5.1.
     """
 
@@ -28,17 +28,11 @@ class PrefillChunked:
     max_seqs: int = 64  # prompts in a step
 
     def __post_init__(self) -> None:
-        check_parameters(self, token_budget=self.token_budget, max_seqs=self.max_seqs)
+        check_parameters(self, "token_budget", "max_seqs")
 
     @property
     def limits(self) -> StepLimits:
-        return StepLimits(
-            prefill_tokens=self.token_budget,
-            prefill_rows=self.max_seqs,
-            decode_rows=0,
-            mixed=True,
-            splits=True,
-        )
+        return StepLimits.of_chunks(self.token_budget, self.max_seqs, decodes=False)
 
     def plan(self, instance: InstanceView) -> Plan:
         left, free = self.token_budget, instance.blocks.free
@@ -46,15 +40,14 @@ class PrefillChunked:
 
         def add(request: RequestView) -> None:
             nonlocal left
-            tokens = min(request.known - request.context, left)
-            chunks.append(Chunk(request, tokens, request.known))
-            left -= tokens
+            chunks.append(Chunk.up_to(request, left))
+            left -= chunks[-1].tokens
 
         for request in instance.partial:
             if left and len(chunks) < self.max_seqs:
                 add(request)
         for request in instance.waiting:
-            free -= instance.blocks.missing(request.id, request.known)
+            free -= instance.blocks.missing(request.id, request.num_tokens)
             if free < 0 or not left or len(chunks) >= self.max_seqs:
                 break
             add(request)

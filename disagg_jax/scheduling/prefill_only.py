@@ -15,9 +15,9 @@ from disagg_jax.scheduling.interface import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillOnly:
-    """In order of arrival, prompts up to `token_budget` together, a longer one alone.
+    """Every step: prompts in order of arrival, up to the budget; a longer one alone.
 
-    KV that waits to be pulled holds its blocks, so when decode is slow the queue stands
+    KV that waits to be pulled holds its blocks. So when decode is slow, requests queue
     here: this memory is the back-pressure.
     Source: DistServe (OSDI'24) section 4.3, where the budget is called L_m.
     """
@@ -26,11 +26,7 @@ class PrefillOnly:
     max_seqs: int = 64  # prompts in one step
 
     def __post_init__(self) -> None:
-        check_parameters(
-            self,
-            token_budget=self.token_budget,
-            max_seqs=self.max_seqs,
-        )
+        check_parameters(self, "token_budget", "max_seqs")
 
     @property
     def limits(self) -> StepLimits:
@@ -44,8 +40,8 @@ class PrefillOnly:
         free, tokens = instance.blocks.free, 0
         chunks: list[Chunk] = []
         for request in instance.waiting:
-            free -= instance.blocks.missing(request.id, request.known)
-            tokens += request.known
+            free -= instance.blocks.missing(request.id, request.num_tokens)
+            tokens += request.num_tokens
             too_long = tokens > self.token_budget and chunks
             if free < 0 or too_long or len(chunks) >= self.max_seqs:
                 break

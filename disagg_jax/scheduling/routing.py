@@ -1,4 +1,4 @@
-"""Which instance a request goes to. Ties go to the first instance."""
+"""Routers: which instance a request goes to. Ties go to the first instance."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from typing import Protocol
 
 from disagg_jax.scheduling.interface import InstanceView, RequestView
 
-# What a router looks for the least of; equal instances are taken in their order.
+# The key that a router minimises; ties go to the first instance.
 Rank = Callable[[InstanceView], tuple[int, ...]]
 
 
 class Instances(Protocol):
     """The instances that a request can go to: all of one side that are up.
 
-    Reading them one by one costs a visit to each. `least` costs the same for any number
-    of instances.
+    Iteration visits each instance. `least` costs the same for any number of instances.
     """
 
     def __len__(self) -> int: ...
@@ -29,8 +28,8 @@ class Instances(Protocol):
 
         Args:
           rank: a function of an instance's counts of requests (`queued`, `load`,
-            `resident`); blocks and contexts change without the index being told. It
-            must be the same object in every call: an index is kept for each.
+            `resident`) only; the index does not notice changes of blocks and contexts.
+            Pass the same object in every call: each gets an index of its own.
         """
         ...
 
@@ -41,7 +40,7 @@ Router = Callable[[RequestView, Instances], InstanceView]
 def shortest_queue(request: RequestView, instances: Instances) -> InstanceView:
     """Pick the instance with the fewest requests before their first token.
 
-    Among equals it is the one with the least load.
+    Break ties by the least load.
     Source: DistServe (OSDI'24) section 4.3, for prefill.
     """
     return instances.least(_queue)

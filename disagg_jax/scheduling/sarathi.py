@@ -1,4 +1,4 @@
-"""SARATHI: decode-maximal batches, one prompt chunk and the decodes there are."""
+"""SARATHI: decode-maximal batches of one prompt chunk and all decodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from disagg_jax.scheduling.interface import (
     Plan,
     RequestView,
     StepLimits,
-    check_budget,
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import FOREVER
@@ -21,9 +20,10 @@ from disagg_jax.scheduling.preemption import FOREVER
 class Sarathi:
     """Every step: exactly one chunk, of one prompt at a time, and up to B - 1 decodes.
 
-    The chunk is made smaller by the decodes, so that the step has `chunk_tokens` tokens
-    and fills the device's tiles. Like Orca it holds memory for the longest case.
-    Source: SARATHI (arXiv 2308.16369), `facts/schedulers.md` 1.3.
+    The decodes ride along ("piggybacking") and make the chunk smaller, so that the step
+    has `chunk_tokens` tokens and fills the device's tiles. Like Orca it holds memory
+    for the longest output.
+    Source: SARATHI (arXiv 2308.16369), section 4.
 
     Raises:
       ValueError: if the decodes alone could fill the chunk.
@@ -33,8 +33,7 @@ class Sarathi:
     max_seqs: int = 16  # B: requests in a step
 
     def __post_init__(self) -> None:
-        check_parameters(self, chunk_tokens=self.chunk_tokens, max_seqs=self.max_seqs)
-        check_budget(self, "chunk_tokens", self.chunk_tokens, self.max_seqs)
+        check_parameters(self, "chunk_tokens", "max_seqs", budget="chunk_tokens")
 
     @property
     def limits(self) -> StepLimits:
@@ -51,16 +50,19 @@ class Sarathi:
         prompt = self._prompt(instance)
         if prompt is None or len(decodes) == self.max_seqs:
             return Plan(decodes=decodes, repeats=FOREVER)
-        left = prompt.known - prompt.context
+        left = prompt.num_tokens - prompt.cached_tokens
         tokens = min(left, self.chunk_tokens - len(decodes))
-        return Plan([Chunk(prompt, tokens, prompt.limit)], decodes)
+        return Plan([Chunk(prompt, tokens, prompt.max_cached_tokens)], decodes)
 
     def _prompt(self, instance: InstanceView) -> RequestView | None:
-        """The prompt that was begun; else the next one, if it fits to its end."""
+        """Return the prompt that was begun, or else the next, if it fits to its end."""
         if instance.partial:
             return instance.partial[0]
         if not instance.waiting:
             return None
         head = instance.waiting[0]
-        fits = instance.blocks.missing(head.id, head.limit) <= instance.blocks.free
+        fits = (
+            instance.blocks.missing(head.id, head.max_cached_tokens)
+            <= instance.blocks.free
+        )
         return head if fits else None

@@ -9,21 +9,20 @@ from disagg_jax.scheduling.interface import (
     InstanceView,
     Plan,
     StepLimits,
-    check_budget,
     check_parameters,
-    check_share,
 )
 from disagg_jax.scheduling.preemption import decode_all, fits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SarathiServe:
-    """Every step: all decodes; then prompts that were begun; then new ones.
+    """Every step: all decodes; then prompts that were begun; then new prompts.
 
-    Prompts get what the decodes leave of the budget, several if they are short, so that
-    no decode waits for more than a budget's worth of tokens. A prompt is admitted if
-    its blocks are free above the watermark; preemption is vLLM's.
-    Source: Sarathi-Serve (OSDI'24) Algorithm 3, `facts/schedulers.md` 1.4.
+    Prompts share the rest of the budget, several if they are short, so that no decode
+    waits for more than a budget of tokens. That bounds the time between tokens (the
+    paper's TBT). A prompt is admitted if its blocks are free above the watermark.
+    Preemption is vLLM's.
+    Source: Sarathi-Serve (OSDI'24), Algorithm 3.
 
     Raises:
       ValueError: if the decodes alone could exceed the budget.
@@ -34,19 +33,12 @@ class SarathiServe:
     watermark: float = 0.01  # share of the blocks that admission leaves free
 
     def __post_init__(self) -> None:
-        check_parameters(self, token_budget=self.token_budget, max_seqs=self.max_seqs)
-        check_budget(self, "token_budget", self.token_budget, self.max_seqs)
-        check_share(self, "watermark", self.watermark)
+        counts = ("token_budget", "max_seqs")
+        check_parameters(self, *counts, budget="token_budget", share="watermark")
 
     @property
     def limits(self) -> StepLimits:
-        return StepLimits(
-            prefill_tokens=self.token_budget,
-            prefill_rows=self.max_seqs,
-            decode_rows=self.max_seqs,
-            mixed=True,
-            splits=True,
-        )
+        return StepLimits.of_chunks(self.token_budget, self.max_seqs)
 
     def plan(self, instance: InstanceView) -> Plan:
         plan = decode_all(instance)
@@ -54,26 +46,25 @@ class SarathiServe:
         chunks: list[Chunk] = []
         for request in instance.partial:
             if left and request not in plan.preempt:
-                tokens = min(request.known - request.context, left)
-                chunks.append(Chunk(request, tokens, request.known))
-                left -= tokens
+                chunks.append(Chunk.up_to(request, left))
+                left -= chunks[-1].tokens
         chunks += self._admit(instance, left)
         return dataclasses.replace(plan, chunks=chunks)
 
     def _admit(self, instance: InstanceView, left: int) -> list[Chunk]:
-        """Chunks of waiting prompts, `left` tokens in all.
+        """Make chunks of waiting prompts, `left` tokens in all.
 
-        None where the decodes take more blocks than are free: who makes room for them
-        is before all that wait, even if that frees more than they take.
+        Admit no prompt if the decodes need more blocks than are free. Requests that
+        make room for them come before all waiting ones, even if they free more blocks
+        than the decodes take.
         """
         chunks: list[Chunk] = []
-        taken = instance.growth  # blocks that are promised already
+        taken = instance.blocks_for_next_token  # blocks that are promised already
         for request in instance.waiting:
             full = instance.resident + len(chunks) >= self.max_seqs
             if not left or full or not fits(instance, request, self.watermark, taken):
                 break
-            tokens = min(request.known, left)
-            chunks.append(Chunk(request, tokens, request.known))
-            left -= tokens
-            taken += instance.blocks.missing(request.id, request.known)
+            chunks.append(Chunk.up_to(request, left))
+            left -= chunks[-1].tokens
+            taken += instance.blocks.missing(request.id, request.num_tokens)
         return chunks

@@ -1,8 +1,8 @@
 """The rules of DistServe's own simulator, to reproduce its numbers request by request.
 
-They differ from what the paper describes: no L_m, no KV memory, free transfers, and a
-decode batch capped at 50,000 tokens whatever the device holds.
-Source: LLMServe/DistServe @ 82831f16, `facts/distserve.md` 2.2.
+They differ from the paper: no L_m, no KV memory, free transfers, and a decode batch of
+at most 50,000 tokens on any device.
+Source: LLMServe/DistServe @ 82831f16, folder `simdistserve`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ NO_LIMIT = 1_000_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundRobinDecode:
-    """Decodes from the head of its queue, up to a cap of tokens; takes all KV at once.
+    """Decode from the head of the queue, up to a cap of tokens; pull all KV at once.
 
-    Those that decoded go to the tail, behind what came meanwhile.
+    Requests that decoded go to the tail, behind requests that came meanwhile.
     """
 
-    token_cap: int = 50_000  # sum of (context + 1) over a batch
+    token_cap: int = 50_000  # sum of (cached tokens + 1) over a batch
 
     def __post_init__(self) -> None:
-        check_parameters(self, token_cap=self.token_cap)
+        check_parameters(self, "token_cap")
 
     @property
     def limits(self) -> StepLimits:
@@ -46,13 +46,13 @@ class RoundRobinDecode:
             return Plan(decodes=instance.running, repeats=repeats)
         return Plan(decodes=instance.running_within(self.token_cap))
 
-    def pulls(self, instance: InstanceView, request: RequestView) -> bool:
+    def admits_pull(self, instance: InstanceView, request: RequestView) -> bool:
         return True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillThenDecode:
-    """A colocated instance: all that waits is prefilled first, then decodes go on."""
+    """Prefill all waiting requests first, then decode, on a colocated instance."""
 
     prefill: PrefillOnly = PrefillOnly(token_budget=66_144, max_seqs=NO_LIMIT)
     decode: RoundRobinDecode = RoundRobinDecode()

@@ -1,4 +1,4 @@
-"""Dynamic SplitFuse: forward passes of one size, from decodes and pieces of prompts."""
+"""Dynamic SplitFuse: forward passes of one size, of decodes and pieces of prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from disagg_jax.scheduling.interface import (
     Plan,
     RequestView,
     StepLimits,
-    check_budget,
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import FOREVER
@@ -19,13 +18,13 @@ from disagg_jax.scheduling.preemption import FOREVER
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitFuse:
-    """Every step: a token of each that runs, then prompts until the budget is hit.
+    """Every step: one token of each running request, and prompts up to the budget.
 
-    Long prompts are split and short ones composed, the last one split too if need be.
-    The budget is a target, the same for any load: throughput has levelled off there. A
-    decode without a free block sits out a step; if nothing can run at all, the last one
-    in the queue drops its KV and starts again behind everybody.
-    Source: DeepSpeed-FastGen, `facts/schedulers.md` 1.5; defaults of DeepSpeed-MII.
+    Long prompts are split and short ones composed; the last of a step may be split too.
+    The budget is a target, equal for any load: throughput has levelled off there. A
+    decode without a free block skips a step. If no request can run, the last one in the
+    queue drops its KV and starts again at the end of the queue.
+    Source: the DeepSpeed-FastGen blog; rules and defaults of DeepSpeed-MII @ d100a85.
 
     Raises:
       ValueError: if the decodes alone could exceed the budget.
@@ -35,18 +34,11 @@ class SplitFuse:
     max_seqs: int = 512  # requests in a step; max_ragged_sequence_count
 
     def __post_init__(self) -> None:
-        check_parameters(self, token_budget=self.token_budget, max_seqs=self.max_seqs)
-        check_budget(self, "token_budget", self.token_budget, self.max_seqs)
+        check_parameters(self, "token_budget", "max_seqs", budget="token_budget")
 
     @property
     def limits(self) -> StepLimits:
-        return StepLimits(
-            prefill_tokens=self.token_budget,
-            prefill_rows=self.max_seqs,
-            decode_rows=self.max_seqs,
-            mixed=True,
-            splits=True,
-        )
+        return StepLimits.of_chunks(self.token_budget, self.max_seqs)
 
     def plan(self, instance: InstanceView) -> Plan:
         decodes, free = self._decodes(instance)
@@ -58,33 +50,37 @@ class SplitFuse:
         return Plan(chunks, decodes, repeats=FOREVER if lasts else 1)
 
     def _decodes(self, instance: InstanceView) -> tuple[Collection[RequestView], int]:
-        """Those that decode, and the blocks that are free beside them."""
+        """Return the requests that decode, and the blocks that they leave free."""
         blocks, free = instance.blocks, instance.blocks.free
         running = instance.running
-        if len(running) <= self.max_seqs and instance.growth <= free:
-            return running, free - instance.growth
+        if len(running) <= self.max_seqs and instance.blocks_for_next_token <= free:
+            return running, free - instance.blocks_for_next_token
         decodes: list[RequestView] = []
         for request in running:
-            missing = blocks.missing(request.id, request.known)
+            missing = blocks.missing(request.id, request.num_tokens)
             if missing <= free and len(decodes) < self.max_seqs:
                 free -= missing
                 decodes.append(request)
         return decodes, free
 
     def _prompts(self, instance: InstanceView, rows: int, free: int) -> list[Chunk]:
-        """Pieces of prompts for what `rows` decodes leave of the budget.
+        """Make pieces of prompts for the budget that `rows` decodes leave.
 
-        Not even a part of a prompt is taken before there are blocks for the rest of it,
-        but only those of the part are used up.
+        A prompt begins only if there are blocks for all of it, but a piece uses up only
+        its own.
         """
         blocks, left = instance.blocks, self.token_budget - rows
         chunks: list[Chunk] = []
         for request in [*instance.partial, *instance.waiting]:
             full = rows + len(chunks) >= self.max_seqs
-            if not left or full or blocks.missing(request.id, request.known) > free:
+            if (
+                not left
+                or full
+                or blocks.missing(request.id, request.num_tokens) > free
+            ):
                 break
-            tokens = min(request.known - request.context, left)
-            chunk = Chunk(request, tokens, request.context + tokens)
+            tokens = min(request.num_tokens - request.cached_tokens, left)
+            chunk = Chunk(request, tokens, request.cached_tokens + tokens)
             free -= blocks.missing(request.id, chunk.reserve)
             left -= tokens
             chunks.append(chunk)

@@ -1,18 +1,18 @@
-"""Parameters of policies from step times, chosen as their papers say.
+"""Tuning: the step size of each policy, chosen from step times as its paper says.
 
-Each system is only as good as its step size. The papers choose it by profiling, so this
-asks a function for the seconds of a step: a cost model's, or what an engine measured.
+Each system is only as good as its step size. The papers choose it by profiling, so
+tuning asks a function for the seconds of a step: a cost model, or an engine's profile.
 
 * Sarathi-Serve (OSDI'24, section 4.3): the largest step within the time per token.
-* SARATHI (2308.16369, section 4.2): the chunk with which chunk and decodes have the
-  highest throughput.
-* Dynamic SplitFuse (the FastGen blog): where the throughput of a forward pass levels
-  off.
+* SARATHI (2308.16369, section 4.2): the chunk size with the highest throughput of chunk
+  and decodes together.
+* Dynamic SplitFuse (the FastGen blog): the size at which the throughput of a forward
+  pass levels off.
 * DistServe (OSDI'24, section 4.3): L_m, the length of a prompt that fills the device.
 * Orca and vLLM: no rule; their defaults.
 
-SARATHI and SplitFuse know no targets. Here they choose among the steps that keep the
-TPOT target, as anybody would who is judged by it.
+SARATHI and SplitFuse know no targets. Here they choose among the steps within the TPOT
+target, since they are judged by it.
 """
 
 from __future__ import annotations
@@ -33,40 +33,40 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import StepLoad
 
 StepSeconds = Callable[[StepLoad], float]
-# Of the best throughput: more of it costs latency, and the curves of devices are flat.
+# Share of the best throughput: more costs latency, and the curves of devices are flat.
 _LEVEL = 0.9
 _TILES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def tile_multiples(tile: int = 128) -> tuple[int, ...]:
-    """Step sizes to choose from; matmuls compute whole tiles of rows."""
+    """Return step sizes to choose from; matmuls compute whole tiles of rows."""
     return tuple(tile * n for n in _TILES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
-    """Step times of an instance, and the requests that it is to serve.
+class TuningInputs:
+    """Step times of an instance, and the requests it will serve.
 
     Raises:
-      ValueError: on no sizes, or lengths and memory below 1.
+      ValueError: on no sizes, or on sizes, lengths or memory below 1.
     """
 
     step_s: StepSeconds  # of one step on the instance, all its stages
     sizes: tuple[int, ...]  # tokens of a step to choose from, such as an engine's
     prompt_tokens: int  # of a typical request
     output_tokens: int
-    kv_tokens: int  # that the instance has memory for
+    kv_tokens: int  # tokens that the instance has memory for
 
     def __post_init__(self) -> None:
         require(len(self.sizes) >= 1, "sizes: expected at least one", self.sizes)
         least = min(*self.sizes, self.prompt_tokens, self.output_tokens, self.kv_tokens)
-        require(least >= 1, "profile: expected tokens >= 1", least)
+        require(least >= 1, "tuning: expected tokens >= 1", least)
 
     def decodes(self, size: int, max_seqs: int) -> int:
-        """Requests that decode in a step of `size` tokens, when requests never end.
+        """Return the requests that decode in a step of `size` tokens in steady state.
 
-        Then steps have prompt and decode tokens as the requests do, unless the limit or
-        the memory allows fewer decodes. It is less than `size`.
+        Steps then mix prompt and decode tokens as the requests do, unless `max_seqs` or
+        the memory allows fewer decodes. The result is less than `size`.
         """
         steps = self.output_tokens - 1
         share = steps / (self.prompt_tokens + steps)
@@ -74,13 +74,13 @@ class Profile:
 
     @property
     def context(self) -> int:
-        """Cached tokens of a request, halfway through its output."""
+        """Cached tokens of a request halfway through its output."""
         return self.prompt_tokens + self.output_tokens // 2
 
     def mixed(self, size: int, max_seqs: int, max_chunks: int) -> StepLoad:
-        """A step of `size` tokens: whole prompts and the last part of one, decodes.
+        """Return a step of `size` tokens: whole prompts, a last part of one, decodes.
 
-        Where that would be more than `max_chunks`, the last is of a longer prompt.
+        With more than `max_chunks` chunks, the last is of a longer prompt instead.
         """
         decodes = self.decodes(size, max_seqs)
         left, prompt = size - decodes, self.prompt_tokens
@@ -96,7 +96,7 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The value of a policy's parameter, and why it is this one."""
+    """The value of a policy's parameter, and the reason for it."""
 
     parameter: str
     value: int
@@ -115,21 +115,21 @@ class Tuned:
 
 
 def tune(
-    policy: Policy, profile: Profile, tpot_s: float, size: int | None = None
+    policy: Policy, inputs: TuningInputs, tpot_s: float, size: int | None = None
 ) -> Tuned:
-    """`policy` with the step size that its paper would choose.
+    """Return `policy` with the step size that its paper would choose.
 
-    Where decodes share the step, and it is smaller than `max_seqs`, that is lowered to
-    it. A policy that only decodes has no step size and stays as it was.
+    If decodes share the step, `max_seqs` is lowered to a smaller step size. A policy
+    that only decodes has no step size and stays as it was.
 
     Args:
       tpot_s: the target; a step should not take longer while requests decode.
-      size: take this one instead.
+      size: a step size to take instead of the paper's.
     """
     if not isinstance(policy, _Sized):
         return Tuned(policy=policy, choice=None)
     parameter, rule = _RULES[type(policy)]
-    value, reason = (size, "given") if size else rule(policy, profile, tpot_s)
+    value, reason = (size, "given") if size else rule(policy, inputs, tpot_s)
     return Tuned(
         policy=resized(policy, value),
         choice=Choice(parameter=parameter, value=value, reason=reason),
@@ -137,12 +137,12 @@ def tune(
 
 
 def has_rule(policy: Policy) -> bool:
-    """Whether the policy's paper says how to choose its step size."""
+    """Return whether the policy's paper says how to choose its step size."""
     return isinstance(policy, _Sized) and _RULES[type(policy)][1] is not _default
 
 
 def resized(policy: Policy, size: int) -> Policy:
-    """`policy` with steps of `size` tokens; one without a step size as it is."""
+    """Return `policy` with steps of `size` tokens, or itself if it has no step size."""
     if not isinstance(policy, _Sized):
         return policy
     changes = {_RULES[type(policy)][0]: size}
@@ -165,58 +165,58 @@ _Sized = (
 _Chosen = tuple[int, str]  # the value, and the reason
 
 
-def _default(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
+def _default(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
     return policy.limits.prefill_tokens, "the default"
 
 
-def _largest_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
-    """Sarathi-Serve's budget."""
-    times_s = _mixed_s(policy, profile)
+def _largest_in_time(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
+    """Choose Sarathi-Serve's budget."""
+    times_s = _mixed_s(policy, inputs)
     in_time = _in_time(times_s, tpot_s)
     size = max(in_time)
     return size, f"the largest step within TPOT{_shown(times_s, size, tpot_s)}"
 
 
-def _best_chunk(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
-    """SARATHI's chunk: all of a prompt, one chunk with decodes at a time."""
+def _best_chunk(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
+    """Choose SARATHI's chunk for whole prompts, a chunk with decodes at a time."""
 
     def tokens_s(size: int) -> float:
-        decodes = profile.decodes(size, policy.max_seqs)
-        count, prompt = size - decodes, profile.prompt_tokens
+        decodes = inputs.decodes(size, policy.max_seqs)
+        count, prompt = size - decodes, inputs.prompt_tokens
         loads = [
             StepLoad(
                 ((start, min(count, prompt - start)),),
                 decodes,
-                decodes * profile.context,
+                decodes * inputs.context,
             )
             for start in range(0, prompt, count)
         ]
         tokens = prompt + len(loads) * decodes
-        return _rate(tokens, sum(map(profile.step_s, loads)))
+        return _rate(tokens, sum(map(inputs.step_s, loads)))
 
-    times_s = _mixed_s(policy, profile)
+    times_s = _mixed_s(policy, inputs)
     size = _level({n: tokens_s(n) for n in _in_time(times_s, tpot_s)})
     reason = "throughput of chunk and decodes levels off"
     return size, reason + _shown(times_s, size, tpot_s)
 
 
-def _level_in_time(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
-    """SplitFuse's budget."""
-    times_s = _mixed_s(policy, profile)
-    rates = _prompt_tokens_s(profile)
+def _level_in_time(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
+    """Choose SplitFuse's budget."""
+    times_s = _mixed_s(policy, inputs)
+    rates = _prompt_tokens_s(inputs)
     size = _level({n: rates[n] for n in _in_time(times_s, tpot_s)})
     reason = "throughput of a forward pass levels off"
     return size, reason + _shown(times_s, size, tpot_s)
 
 
-def _saturating_prompt(policy: _Sized, profile: Profile, tpot_s: float) -> _Chosen:
-    """DistServe's L_m: no decode waits for it, so the target has no say."""
-    rates = _prompt_tokens_s(profile)
+def _saturating_prompt(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
+    """Choose DistServe's L_m; no decode waits for prompts, so the target is ignored."""
+    rates = _prompt_tokens_s(inputs)
     size = _level(rates)
     return size, f"a prompt of it saturates the device: {rates[size]:.4g} tokens/s"
 
 
-_Rule = Callable[[_Sized, Profile, float], _Chosen]
+_Rule = Callable[[_Sized, TuningInputs, float], _Chosen]
 _RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
     PrefillFirst: ("max_batched_tokens", _default),
     Orca: ("max_batched_tokens", _default),
@@ -228,30 +228,30 @@ _RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
 }
 
 
-def _mixed_s(policy: _Sized, profile: Profile) -> dict[int, float]:
-    """Seconds of a saturated step, by its size."""
+def _mixed_s(policy: _Sized, inputs: TuningInputs) -> dict[int, float]:
+    """Return the seconds of a saturated step, by its size."""
     chunks = policy.limits.prefill_rows
     return {
-        size: profile.step_s(profile.mixed(size, policy.max_seqs, chunks))
-        for size in profile.sizes
+        size: inputs.step_s(inputs.mixed(size, policy.max_seqs, chunks))
+        for size in inputs.sizes
     }
 
 
 def _in_time(times_s: Mapping[int, float], tpot_s: float) -> list[int]:
-    """The sizes within the target; if none is, the smallest, which misses it least."""
+    """Return the sizes within the target, or the smallest if none is."""
     return [n for n, time_s in times_s.items() if time_s <= tpot_s] or [min(times_s)]
 
 
-def _prompt_tokens_s(profile: Profile) -> dict[int, float]:
-    """Prompt tokens/s of a forward pass of one prompt, by its length."""
+def _prompt_tokens_s(inputs: TuningInputs) -> dict[int, float]:
+    """Return the prompt tokens/s of a forward pass of one prompt, by its length."""
     return {
-        size: _rate(size, profile.step_s(StepLoad(((0, size),), 0, 0)))
-        for size in profile.sizes
+        size: _rate(size, inputs.step_s(StepLoad(((0, size),), 0, 0)))
+        for size in inputs.sizes
     }
 
 
 def _level(tokens_s: Mapping[int, float]) -> int:
-    """The smallest size from which a larger one gains little."""
+    """Return the smallest size near the best throughput."""
     best = max(tokens_s.values())
     return min(size for size, rate in tokens_s.items() if rate >= _LEVEL * best)
 

@@ -10,18 +10,17 @@ from disagg_jax.scheduling.interface import (
     Plan,
     StepLimits,
     check_parameters,
-    check_share,
 )
 from disagg_jax.scheduling.preemption import decode_all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillFirst:
-    """If waiting prompts can be admitted, a prefill-only step; else a decode-only step.
+    """A prefill-only step if waiting prompts can be admitted; else a decode-only step.
 
-    Prompts come from the head of the queue until the first that does not fit; decodes
-    stall meanwhile. One prompt longer than the cap runs alone (vLLM would refuse it).
-    Source: vLLM v0, `facts/schedulers.md` 1.2.
+    Prompts come from the head of the queue up to the first that does not fit; decodes
+    stall meanwhile. A prompt longer than the cap runs alone (vLLM would refuse it).
+    Source: vLLM v0 without chunked prefill, as in microsoft/sarathi-serve @ 96f9911.
     """
 
     max_batched_tokens: int = 2048  # prompt tokens in one prefill step
@@ -29,12 +28,8 @@ class PrefillFirst:
     watermark: float = 0.01  # share of the blocks that admission leaves free
 
     def __post_init__(self) -> None:
-        check_parameters(
-            self,
-            max_batched_tokens=self.max_batched_tokens,
-            max_seqs=self.max_seqs,
-        )
-        check_share(self, "watermark", self.watermark)
+        counts = ("max_batched_tokens", "max_seqs")
+        check_parameters(self, *counts, share="watermark")
 
     @property
     def limits(self) -> StepLimits:
@@ -54,8 +49,8 @@ class PrefillFirst:
         chunks: list[Chunk] = []
         for request in instance.waiting:
             empty = not chunks and not instance.resident
-            free -= blocks.missing(request.id, request.known)
-            tokens += request.known
+            free -= blocks.missing(request.id, request.num_tokens)
+            tokens += request.num_tokens
             if (
                 free < (0 if empty else reserve)
                 or (tokens > self.max_batched_tokens and chunks)

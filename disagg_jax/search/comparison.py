@@ -31,7 +31,7 @@ from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Interval, Margin, margin, rate_interval
 from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.tuning import Profile, tune
+from disagg_jax.scheduling.tuning import TuningInputs, tune
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
@@ -244,10 +244,10 @@ def _tuned(
     return policies, tuple(parameters)
 
 
-def _profile(spec: ComparisonSpec, cell: Cell, instance: InstanceSpec) -> Profile:
+def _profile(spec: ComparisonSpec, cell: Cell, instance: InstanceSpec) -> TuningInputs:
     cost = spec.simulation.cost_of(instance).instance(instance.tp, instance.pp)
     sample = cell.workload.requests(_SAMPLE, 1.0, spec.seeds[0])
-    return Profile(
+    return TuningInputs(
         step_s=lambda load: sum(cost.stages_s(load)),
         sizes=spec.sizes,
         prompt_tokens=round(statistics.fmean(r.prompt_tokens for r in sample)),

@@ -7,8 +7,8 @@ import dataclasses
 import gc
 from collections.abc import Generator, Iterable, Mapping
 
-from disagg_jax.control.backend import Followers, Intervention, Observer, serve
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import Followers, Intervention, Observer, serve
 from disagg_jax.control.run import Run
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role

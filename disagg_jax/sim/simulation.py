@@ -50,7 +50,7 @@ class Simulation:
     # compares engines too, so its results are marked.
     colocated_cost: DeviceCost | None = None
     policies: Mapping[Role, Policy] = dataclasses.field(
-        default_factory=lambda: {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+        default_factory=lambda: {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
     )
     prefill_budget_is_memory: bool = False  # simdistserve: L_m is the KV capacity
     kv_memory: bool = True  # False: unlimited

@@ -102,10 +102,10 @@ def systems(
         blocks=memory.num_blocks,
     )
     return {
-        "vllm": (
+        "vllm_v0": (
             "colocated:tp1",
             get_system(
-                "vllm", colocated={"max_batched_tokens": sizes[-1], "max_seqs": rows}
+                "vllm_v0", colocated={"max_batched_tokens": sizes[-1], "max_seqs": rows}
             ),
             [dataclasses.replace(decodes, prefill=prefill)],
         ),

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
+from disagg_jax.scheduling import find_system
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.workload.requests import Arrivals
-from disagg_jax.workload.traces import Ties, TooLong, Unit
+from disagg_jax.workload.traces.clock import Ties
+from disagg_jax.workload.traces.fit import TooLong
+from disagg_jax.workload.traces.rows import Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +202,8 @@ class Config:
             )
         placed = {
             name: dataclasses.replace(
-                self.systems.get(system) or System.of(system, deployment),
+                self.systems.get(find_system(system, self.systems))
+                or System.of(system, deployment),
                 deployment=deployment,
             )
             for name, (system, deployment) in answers.items()

@@ -18,7 +18,7 @@ def _colocated(system: str, **parameters: int) -> System:
 
 
 _TWO_DEVICES = {
-    "vllm": _colocated("vllm", max_batched_tokens=512),
+    "vllm_v0": _colocated("vllm_v0", max_batched_tokens=512),
     "orca": _colocated("orca", max_batched_tokens=512),
     "sarathi": _colocated("sarathi", chunk_tokens=256),
     "sarathi_serve": _colocated("sarathi_serve", token_budget=256),
@@ -30,7 +30,7 @@ _TWO_DEVICES = {
         decode=_SEQS,
     ),
 }
-_TWO_SYSTEMS = {name: _TWO_DEVICES[name] for name in ("vllm", "disaggregated")}
+_TWO_SYSTEMS = {name: _TWO_DEVICES[name] for name in ("vllm_v0", "disaggregated")}
 
 
 def tiny() -> Config:
@@ -78,10 +78,10 @@ def tiny_tp2() -> Config:
     Host devices share the cores, so measured times would be contention, not speed. The
     tokens are real; the formula's coefficients are made up. 48 s on 2 cores.
     """
-    vllm, disaggregated = (_TWO_DEVICES[name] for name in ("vllm", "disaggregated"))
+    vllm, disaggregated = (_TWO_DEVICES[name] for name in ("vllm_v0", "disaggregated"))
     return Config(
         systems={
-            "vllm": dataclasses.replace(vllm, deployment="2xcolocated:tp2"),
+            "vllm_v0": dataclasses.replace(vllm, deployment="2xcolocated:tp2"),
             "disaggregated": dataclasses.replace(
                 disaggregated, deployment="prefill:tp2,decode:tp2"
             ),
@@ -152,8 +152,8 @@ def smollm2_humaneval() -> Config:
         model="smollm2-135m",
         weights="smollm2",
         systems={
-            "vllm": System.of(
-                "vllm",
+            "vllm_v0": System.of(
+                "vllm_v0",
                 "2xcolocated:tp1",
                 colocated={**limits, "max_batched_tokens": 512},
             ),

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from disagg_jax.scheduling import find_system
 from experiments.configs.config import Config, require_one_of
 from experiments.configs.options import Need, check
 
@@ -20,7 +21,7 @@ def override(
     """Return `config` with `key=value` assignments applied and checked.
 
     A key goes through fields and mappings: `workload.num_requests=50`,
-    `systems.vllm.policies.colocated.max_seqs=8`.
+    `systems.vllm_v0.policies.colocated.max_seqs=8`.
 
     Args:
       elsewhere: needs of options, by key, of the command that asks; see `check`.
@@ -43,6 +44,7 @@ def _assign(node: Any, key: str, path: list[str], text: str) -> Any:
     name, rest = path[0], path[1:]
     if isinstance(node, Mapping):
         known = {str(k): k for k in node}
+        name = find_system(name, known)
         child = node[known[name]] if name in known else None
     else:
         known = {field.name: field.name for field in dataclasses.fields(node)}

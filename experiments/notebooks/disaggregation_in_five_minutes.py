@@ -115,9 +115,9 @@ Image(filename=runs / "stalls" / "stalls.png")
 
 # %%
 longest = {stall.system: stall for stall in stalled if stall.prompt == 512}
-assert longest["disaggregated"].longest_s < longest["vllm"].longest_s
-assert longest["sarathi_serve"].ttft_s > longest["vllm"].ttft_s
-print(f"longest gap: {longest['vllm'].times:.1f} times the ordinary one with vLLM,")
+assert longest["disaggregated"].longest_s < longest["vllm_v0"].longest_s
+assert longest["sarathi_serve"].ttft_s > longest["vllm_v0"].ttft_s
+print(f"longest gap: {longest['vllm_v0'].times:.1f} times the ordinary one with vLLM,")
 print(f"{longest['disaggregated'].times:.1f} times with a device for each phase")
 
 # %% [markdown]

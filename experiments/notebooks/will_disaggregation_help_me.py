@@ -193,7 +193,7 @@ Image(filename=out / "maps.png")
 print(report)
 
 # %%
-assert {one.system for one in found} >= {"vllm", "sarathi_serve", "disaggregated"}
+assert {one.system for one in found} >= {"vllm_v0", "sarathi_serve", "disaggregated"}
 assert all(one.rps >= 0 for one in found)
 
 # %% [markdown]

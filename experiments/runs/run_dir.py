@@ -15,6 +15,7 @@ import jax
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
 from disagg_jax.formats import RUN
+from disagg_jax.scheduling import find_system
 from experiments.runs import folder
 from experiments.runs.folder import (
     read_json,
@@ -108,6 +109,7 @@ class SavedRun:
         """
         config = self.config()
         names = sorted(config["systems"])
+        system = find_system(system, names)
         require(system in names, f"--system: expected one of {names}", system)
         deployment = Deployment.parse(config["systems"][system]["deployment"])
         rates: dict[str, list[Point]] = {}  # by the rate per device

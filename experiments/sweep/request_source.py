@@ -60,7 +60,9 @@ class RequestSource:
         for replica in range(self.config.num_seeds):
             for request in self(1.0, replica):
                 for pool in memory:
-                    why = pool.why_never(request.prompt_tokens, request.max_tokens)
+                    why = pool.rejection_reason(
+                        request.prompt_tokens, request.max_tokens
+                    )
                     if why:
                         raise ValueError(
                             f"request {request.id} of run {replica}: a KV pool {why}; "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax import metrics
+from disagg_jax.calibration.timing import Progress
 from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.served_deployment import ServedDeployment
@@ -28,12 +29,12 @@ from disagg_jax.metrics.ranking import rank
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
 from disagg_jax.runlog.event_log import EventLog
+from disagg_jax.scheduling import find_system
 from disagg_jax.search.rates import climb, search
 from experiments.configs.config import Config
 from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.serving import Progress
 from models.load import Model
 from models.tokenizer import NoText
 
@@ -42,7 +43,7 @@ Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each s
 # values of each seed -> mean, low and high
 Across = Callable[[Sequence[float]], dict[str, float | None]]
 
-RATIO_BASE = "vllm"  # ratios are over this system, where it takes part
+RATIO_BASE = "vllm_v0"  # ratios are over this system, where it takes part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,17 +410,18 @@ def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 
 def _ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
     """Return each system's goodput or throughput over the base's, paired by seed."""
-    if RATIO_BASE not in systems:
+    over = find_system(RATIO_BASE, systems)
+    if over not in systems:
         return {}
-    base = _per_seed(systems[RATIO_BASE])
+    base = _per_seed(systems[over])
     ratios: dict[str, Any] = {}
     for name, system in systems.items():
-        if name == RATIO_BASE or not all(base):
+        if name == over or not all(base):
             continue
         paired = [
             rate / other for rate, other in zip(_per_seed(system), base, strict=True)
         ]
-        ratios[f"{name}/{RATIO_BASE}"] = {**across(paired), "per_seed": paired}
+        ratios[f"{name}/{over}"] = {**across(paired), "per_seed": paired}
     return ratios
 
 

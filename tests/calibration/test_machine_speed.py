@@ -45,7 +45,7 @@ def tick(speed_probe, works):
 
 def test_two_programs_of_each_kind_are_probes(engines):
     kinds = {}
-    for layout, program in choose_probes([engines["vllm"]]):
+    for layout, program in choose_probes([engines["vllm_v0"]]):
         assert layout == (1, 1)
         kinds.setdefault(program.kind, []).append(program.tokens)
     assert {kind: len(found) for kind, found in kinds.items()} == {
@@ -59,7 +59,7 @@ def test_two_programs_of_each_kind_are_probes(engines):
 
 
 def test_probes_take_turns_and_their_second_run_counts(engines):
-    probes = choose_probes([engines["vllm"]])
+    probes = choose_probes([engines["vllm_v0"]])
     asked = []
 
     def time_parts(engine, work):
@@ -80,8 +80,8 @@ def test_probes_take_turns_and_their_second_run_counts(engines):
 
 
 def test_a_slower_machine_is_told_from_the_one_of_the_profile(engines):
-    profile = calibrated([engines["vllm"], engines["stages"]], device())
-    for name in ("vllm", "stages"):
+    profile = calibrated([engines["vllm_v0"], engines["stages"]], device())
+    for name in ("vllm_v0", "stages"):
         speed_probe = SpeedProbe(choose_probes([engines[name]]), slower(1.25, 0.9))
         tick(speed_probe, 3 * machine_speed._EVERY)
         found = speed_probe.slowdown(profile)
@@ -92,7 +92,7 @@ def test_a_slower_machine_is_told_from_the_one_of_the_profile(engines):
 
 def test_the_mean_of_a_run_is_held_against_the_profiles_median(engines):
     """A slow moment counts in what a run's steps add up to."""
-    engine = engines["vllm"]
+    engine = engines["vllm_v0"]
     key, probe = next(
         item for item in choose_probes([engine]).items() if item[0][1].kind == "decode"
     )
@@ -109,7 +109,7 @@ def test_the_mean_of_a_run_is_held_against_the_profiles_median(engines):
 
 def test_each_section_of_a_run_has_the_speed_around_it(engines):
     """Means of six probes, three of them to come, as far as there are so many."""
-    profile = calibrated([engines["vllm"]], device())
+    profile = calibrated([engines["vllm_v0"]], device())
     factors = itertools.chain([1.0] * 4, [4.0] * 4)
     calls, steady = itertools.count(), device()
 
@@ -118,7 +118,7 @@ def test_each_section_of_a_run_has_the_speed_around_it(engines):
             time_parts.factor = next(factors)
         return [time_parts.factor * s for s in steady(engine, work)]
 
-    speed_probe = SpeedProbe(choose_probes([engines["vllm"]]), time_parts)
+    speed_probe = SpeedProbe(choose_probes([engines["vllm_v0"]]), time_parts)
     tick(speed_probe, 8 * machine_speed._EVERY)
     means = [(4 * 1) / 4, (4 + 4) / 5, (4 + 8) / 6, (3 + 12) / 6]
     found = speed_probe.slowdown(profile)
@@ -127,22 +127,22 @@ def test_each_section_of_a_run_has_the_speed_around_it(engines):
 
 
 def test_what_a_profile_has_wrong_is_not_taken_for_the_machine(engines):
-    profile = calibrated([engines["vllm"]], device())
+    profile = calibrated([engines["vllm_v0"]], device())
     times = profile.layouts[1, 1]
     halved = {p: tuple(s / 2 for s in parts) for p, parts in times.measured.items()}
     wrong = dataclasses.replace(
         profile, layouts={(1, 1): dataclasses.replace(times, measured=halved)}
     )
-    speed_probe = SpeedProbe(choose_probes([engines["vllm"]]), device())
+    speed_probe = SpeedProbe(choose_probes([engines["vllm_v0"]]), device())
     tick(speed_probe, 2 * machine_speed._EVERY)
     found = speed_probe.slowdown(wrong)
     assert [*found.decode, *found.prompt] == pytest.approx([1.0] * 4)
 
 
 def test_without_probes_nothing_is_said_of_the_machine(engines):
-    profile = calibrated([engines["vllm"]], device())
+    profile = calibrated([engines["vllm_v0"]], device())
     unknown = dataclasses.replace(profile, probes={})
-    speed_probe = SpeedProbe(choose_probes([engines["vllm"]]), slower(2.0, 2.0))
+    speed_probe = SpeedProbe(choose_probes([engines["vllm_v0"]]), slower(2.0, 2.0))
     tick(speed_probe, 2 * machine_speed._EVERY)
     for found in (
         speed_probe.slowdown(unknown),
@@ -160,7 +160,7 @@ def test_a_calibration_without_probes_finds_the_same_times(engines):
             return device()(engine, work)
 
         changes = {"speed_probes": speed_probes, "count": 1}
-        return calibrated([engines["vllm"]], time_parts, **changes)
+        return calibrated([engines["vllm_v0"]], time_parts, **changes)
 
     probed, alone = profile(True), profile(False)
     assert probed.probes and alone == dataclasses.replace(probed, probes={})

@@ -128,7 +128,7 @@ def test_times_that_the_program_does_not_decide_miss_the_aim(known):
         (part_s,) = device()(engine, work)
         return [part_s * (1 + work.load.context)]
 
-    profile = calibrated([known["vllm"]], by_context)
+    profile = calibrated([known["vllm_v0"]], by_context)
     lines = {line.split()[0]: line for line in table(profile).splitlines()}
     assert " MISSED " in lines["decode"] and " ok " in lines["prefill"]
     assert profile.held_out["decode"] > 0.2
@@ -269,8 +269,8 @@ def test_a_device_that_changes_its_speed_is_refused(known, rate, sign):
 
     message = rf"the device changed .* at most 20% .*, got {sign}\d\d+%; run it again"
     with pytest.raises(ValueError, match=message):
-        calibrated([known["vllm"]], changing(), max_drift=0.2)
-    profile = calibrated([known["vllm"]], changing(), max_drift=math.inf)
+        calibrated([known["vllm_v0"]], changing(), max_drift=0.2)
+    profile = calibrated([known["vllm_v0"]], changing(), max_drift=math.inf)
     assert profile.provenance["drift"][0] == sign[-1]
 
 

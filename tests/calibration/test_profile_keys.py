@@ -46,7 +46,7 @@ def test_a_profile_has_the_step_times_of_its_engines(known, exact):
             {"transfers": {}},
             r"known: expected transfers between \[\], got \(\(1, 1\), \(1, 1\)\)",
         ),
-        ("vllm", {"block_tokens": 8}, "known: expected blocks of 8 tokens, got 16"),
+        ("vllm_v0", {"block_tokens": 8}, "known: expected blocks of 8 tokens, got 16"),
     ],
 )
 def test_what_was_not_measured_is_refused(known, exact, use, name, changes, message):
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_profile_is_named(tmp_path, text, message):
 def test_systems_move_to_deployments_that_have_their_roles():
     assert on_deployments(CONFIG, []) == CONFIG
     moved = on_deployments(CONFIG, ["colocated:tp4", "2xprefill:tp1,decode:tp2"])
-    colocated = ("vllm", "orca", "sarathi_serve", "stages")
+    colocated = ("vllm_v0", "orca", "sarathi_serve", "stages")
     assert {name: system.deployment for name, system in moved.systems.items()} == {
         **{f"{name}@colocated:tp4": "colocated:tp4" for name in colocated},
         **{
@@ -120,7 +120,7 @@ def test_systems_move_to_deployments_that_have_their_roles():
 def test_tensor_parallel_host_devices_are_not_timed(clock, durations):
     config = get_config("tiny_tp2")
     config = dataclasses.replace(config, clock=clock, durations=durations)
-    with pytest.raises(ValueError, match="vllm: .*expected durations=modelled"):
+    with pytest.raises(ValueError, match="vllm_v0: .*expected durations=modelled"):
         calibrate.run(config, 3, 2, math.inf)
 
 
@@ -165,7 +165,9 @@ class Asked(LinearCost):
         return super().stages_s(instance, load)
 
 
-@pytest.mark.parametrize("system", ["vllm", "orca", "sarathi_serve", "disaggregated"])
+@pytest.mark.parametrize(
+    "system", ["vllm_v0", "orca", "sarathi_serve", "disaggregated"]
+)
 def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
     """Without, it is a guess; requests come and go, so that it is often wrong."""
     engine, policies = known[system], CONFIG.systems[system].policies

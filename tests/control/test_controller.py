@@ -9,9 +9,9 @@ import math
 
 import pytest
 
-from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
-from disagg_jax.control.state import Place
+from disagg_jax.control.loop import serve
+from disagg_jax.control.request_state import Place
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import stages_s
@@ -391,9 +391,9 @@ def test_cancelling_a_parked_request_leaves_the_queue_of_its_target():
     run = Run(controller)
     run.turn(*(Arrived(with_prompt(i, prompt=4, out=3)) for i in range(3)))
     run.until(1, Place.PARKED)
-    assert [s.id for s in controller.instances[1].pulls] == [1, 2]
+    assert [s.id for s in controller.instances[1].pull_queue] == [1, 2]
     run.turn(Cancelled(1))
-    assert [s.id for s in controller.instances[1].pulls] == [2]
+    assert [s.id for s in controller.instances[1].pull_queue] == [2]
     run.finish()
     assert_served(run.timeline(2))
     assert_all_free(controller)
@@ -462,9 +462,9 @@ def test_pulls_of_a_lost_destination_go_to_another_in_order():
     run.turn(*(Arrived(with_prompt(i, prompt=4, out=3)) for i in range(6)))
     run.until(0, Place.MOVING)
     _, one, two = controller.instances
-    assert [s.id for s in one.pulls] == [2, 4]
+    assert [s.id for s in one.pull_queue] == [2, 4]
     run.turn(Down(1))
-    assert [s.id for s in two.pulls] == [3, 5, 0, 2, 4]
+    assert [s.id for s in two.pull_queue] == [3, 5, 0, 2, 4]
     run.finish()
     for i in range(6):
         assert_served(run.timeline(i))
@@ -669,7 +669,7 @@ def test_a_target_is_lost_while_its_prompt_is_computed(decoders, landed):
     cost = LinearCost(step_base_s=1.0, transfer_base_s=0.0 if landed else 10.0)
     run = streaming(f"prefill:tp1,{decoders}xdecode:tp1", cost=cost)
     state = run.controller._requests[0]
-    while state.target is None or bool(state.landing) is landed:
+    while state.pull_target is None or bool(state.transfers_in_flight) is landed:
         run.turn()
     assert state.place is Place.STEPPING
     (target, *_) = {transfer.dst for transfer in run.transfers}
@@ -685,7 +685,8 @@ def test_a_target_is_lost_while_its_prompt_is_computed(decoders, landed):
 
 def test_a_cancelled_prompt_keeps_its_blocks_until_its_kv_has_landed():
     run = streaming(PAIR)
-    while run.place(0) is not Place.STEPPING or not run.controller._requests[0].landing:
+    state = run.controller._requests[0]
+    while state.place is not Place.STEPPING or not state.transfers_in_flight:
         run.turn()
     run.turn(Cancelled(0))
     held = [i.blocks.held(0) for i in run.controller.instances]

@@ -10,9 +10,9 @@ import itertools
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import serve
 from disagg_jax.control.controller import Controller
-from disagg_jax.control.state import Place
+from disagg_jax.control.loop import serve
+from disagg_jax.control.request_state import Place
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.metrics import stages_s
@@ -196,7 +196,7 @@ def check_blocks(controller: Controller) -> None:
             s
             for other in controller.instances
             for s in other.arriving.values()
-            if s.holder is instance
+            if s.instance == instance.id
         ]
         holders = {s.id for s in [*here, *leaving]}
         assert set(blocks.held_by) == holders
@@ -213,8 +213,8 @@ def _landing(instance) -> list:
 
 def check_places(controller: Controller, case: Case) -> None:
     """Every request is in one container: the one of its place, at its holder."""
-    found = [(s.id, Place.UNROUTED) for s in controller._cluster.unrouted]
-    assert all(s.holder is s.target is None for s in controller._cluster.unrouted)
+    found = [(s.id, Place.UNROUTED) for s in controller._fleet.unrouted]
+    assert all(s.instance is s.pull_target is None for s in controller._fleet.unrouted)
     for instance in controller.instances:
         for states, place in (
             (instance.waiting, Place.WAITING),
@@ -226,18 +226,20 @@ def check_places(controller: Controller, case: Case) -> None:
         ):
             found += [(s.id, place) for s in states]
             for s in states:
-                at = s.target if place is Place.MOVING else s.holder
-                assert at is instance
+                at = s.pull_target if place is Place.MOVING else s.instance
+                assert at == instance.id
                 leaving = (Place.PARKED, Place.MOVING)
                 if case.streams:
                     leaving += (Place.STEPPING, Place.PARTIAL)
-                assert s.target is None or place in leaving
-                assert s.landing == sum(
+                assert s.pull_target is None or place in leaving
+                assert s.transfers_in_flight == sum(
                     isinstance(flight.work, Transfer) and flight.state is s
                     for flight in controller._in_flight.values()
                 )
-        to_pull = {s.id for s in controller._requests.values() if s.target is instance}
-        pulls = [s.id for s in instance.pulls]
+        to_pull = {
+            s.id for s in controller._requests.values() if s.pull_target == instance.id
+        }
+        pulls = [s.id for s in instance.pull_queue]
         assert sorted([*pulls, *instance.arriving]) == sorted(to_pull)
         assert bool(instance.step) == bool(instance.stepping)
     in_flight = (Place.STEPPING, Place.MOVING)  # cancelled ones stay until it is done
@@ -258,8 +260,8 @@ def check_no_idle(controller: Controller, policies: dict) -> None:
         if instance.step is None:
             plan = policy.plan(instance)
             assert not plan.chunks and not plan.decodes and not plan.preempt
-        if instance.pulls:
-            assert not policy.pulls(instance, instance.pulls[0])
+        if instance.pull_queue:
+            assert not policy.admits_pull(instance, instance.pull_queue[0])
 
 
 class Watch:

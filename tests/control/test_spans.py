@@ -6,7 +6,7 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.runlog.event_log import EventLog, replay
@@ -14,7 +14,7 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.deployment import CostExecutor
 from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.work import Cut, Progress, Step
+from disagg_jax.work import Progress, Step, TruncateSpan
 from tests.control.test_controller_properties import Case, cases, deploy, streamed_cases
 from tests.serving import assert_all_free, make_request
 
@@ -37,7 +37,7 @@ class Watch:
             if isinstance(work, Step) and work.iterations > 1:
                 self.spans += 1
                 self.left[work.id] = work.iterations
-            self.cuts += isinstance(work, Cut)
+            self.cuts += isinstance(work, TruncateSpan)
 
 
 def lengths_only(case: Case) -> list:

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.backend import Outcome
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.metrics import interval_across

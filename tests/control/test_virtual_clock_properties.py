@@ -16,15 +16,16 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
 from disagg_jax.request import Status
 from disagg_jax.sim.cost.deployment import CostExecutor, ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
-from disagg_jax.work import Cancelled, Done, Down, Slow, Step, Transfer, Up
+from disagg_jax.work import Cancelled, Done, Down, Step, Straggle, Transfer, Up
 from tests.control.test_controller_properties import (
     BACK_UP_S,
     BLOCK,
@@ -124,8 +125,8 @@ def simulations(draw, most_stages=3) -> Simulation:
         (r.arrival_s + draw(times), Cancelled(r.id))
         for r in draw(st.lists(st.sampled_from(asked), max_size=2, unique=True))
     ]
-    for kind in draw(st.lists(st.sampled_from([Down, Down, Up, Slow]), max_size=6)):
-        factor = [draw(st.sampled_from([0.5, 1.0, 3.0]))] if kind is Slow else []
+    for kind in draw(st.lists(st.sampled_from([Down, Down, Up, Straggle]), max_size=6)):
+        factor = [draw(st.sampled_from([0.5, 1.0, 3.0]))] if kind is Straggle else []
         changes.append((draw(times), kind(draw(instances), *factor)))
     changes += [(BACK_UP_S, Up(i)) for i in range(len(roles))]
     memory = [

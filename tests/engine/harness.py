@@ -10,8 +10,9 @@ import math
 import jax
 import numpy as np
 
-from disagg_jax.control.backend import Outcome, serve
+from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine

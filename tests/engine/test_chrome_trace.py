@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.engine.executor import EngineExecutor, as_measured
 from disagg_jax.engine.wall_clock import WallBackend

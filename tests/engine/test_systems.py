@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.engine.executor import EngineExecutor

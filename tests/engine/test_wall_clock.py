@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.engine.engine import Pause
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.request import Status

@@ -2,7 +2,7 @@
 
 import itertools
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.engine.executor import EngineExecutor
 from disagg_jax.work import Step

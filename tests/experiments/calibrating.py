@@ -28,7 +28,7 @@ def seqs(n, **more):
 # Several `max_seqs`, and two layouts.
 CONFIG = Config(
     systems={
-        "vllm": System.of("vllm", "colocated:tp1", colocated=seqs(16)),
+        "vllm_v0": System.of("vllm_v0", "colocated:tp1", colocated=seqs(16)),
         "orca": System.of(
             "orca", "colocated:tp1", colocated=seqs(8, max_batched_tokens=512)
         ),

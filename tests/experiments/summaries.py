@@ -62,9 +62,9 @@ def goodput(**changes: Any) -> dict[str, Any]:
         "num_requests": 70,
         "num_seeds": 3,
         "executed": "all",
-        "choices": {"vllm": ["colocated max_batched_tokens = 64: the default"]},
+        "choices": {"vllm_v0": ["colocated max_batched_tokens = 64: the default"]},
         "systems": {
-            "vllm": {
+            "vllm_v0": {
                 "deployment": "2xcolocated:tp1",
                 "devices": 2,
                 "goodput": {
@@ -95,20 +95,20 @@ def goodput(**changes: Any) -> dict[str, Any]:
                 "points": [point(24.0, 4, 0.05)],
             },
         },
-        "ratios": {"pair/vllm": interval(0.4049, 0.3, 0.5)},
+        "ratios": {"pair/vllm_v0": interval(0.4049, 0.3, 0.5)},
         "criteria": {
             "distserve": {
                 "definition": "90% of requests",
                 "unit": "requests/s per device",
                 "rank": rank(
-                    ("vllm", 12.3456, "yes", None), ("pair", 5.0, "below", 6.0)
+                    ("vllm_v0", 12.3456, "yes", None), ("pair", 5.0, "below", 6.0)
                 ),
             },
             "fastgen": {
                 "definition": "good requests",
                 "unit": "good requests/s per device",
                 "rank": rank(
-                    ("pair", 9.5, "coarsely", None), ("vllm", 8.5, "at least", 7.5)
+                    ("pair", 9.5, "coarsely", None), ("vllm_v0", 8.5, "at least", 7.5)
                 ),
             },
         },
@@ -124,8 +124,8 @@ def throughput() -> dict[str, Any]:
         system["throughput"] = {
             "max_throughput_per_device": interval(first + 0.12345, 1.0, 9.0),
             "best_rps_per_device": 10.0 * first,
-            "bracketed": name == "vllm",
-            "steady": name != "vllm",
+            "bracketed": name == "vllm_v0",
+            "steady": name != "vllm_v0",
             "at_best_rate": metrics(100.0 * first),
         }
     return summary

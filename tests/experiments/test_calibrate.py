@@ -155,7 +155,7 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
         read_profile(str(tmp_path / "none.json"), get_model("tiny"))
     with pytest.raises(ValueError, match="--deployment: expected the roles"):
         calibrate.on_deployments(
-            dataclasses.replace(SMOKE, systems={"vllm": SMOKE.systems["vllm"]}),
+            dataclasses.replace(SMOKE, systems={"vllm_v0": SMOKE.systems["vllm_v0"]}),
             ["prefill:tp1,decode:tp1"],
         )
     streams = dataclasses.replace(SMOKE, streams=True)
@@ -173,7 +173,7 @@ VLLM = {"max_seqs": 4, "max_batched_tokens": 128}
 PREFILL, DECODE = {"max_seqs": 4, "token_budget": 128}, {"max_seqs": 4}
 COMPARED = Config(
     systems={
-        "vllm": System.of("vllm", "2xcolocated:tp1", colocated=VLLM),
+        "vllm_v0": System.of("vllm_v0", "2xcolocated:tp1", colocated=VLLM),
         "disaggregated": System.of(
             "disaggregated", "prefill:tp1,decode:tp1", prefill=PREFILL, decode=DECODE
         ),
@@ -243,7 +243,7 @@ def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):
 
 def with_goodputs(result, **per_seed_rps):
     """`result` with systems of these goodputs: engine's, and simulated."""
-    system = result.systems["vllm"]
+    system = result.systems["vllm_v0"]
 
     def estimate_of(rates):
         return dataclasses.replace(
@@ -282,7 +282,7 @@ def test_what_the_machine_explains_is_not_held_against_the_profile(
     results, tmp_path_factory
 ):
     """A machine that takes twice as long as the profile, and is known to."""
-    assert results["wrong"].systems["vllm"].error != 0
+    assert results["wrong"].systems["vllm_v0"].error != 0
     folder = tmp_path_factory.getbasetemp() / "wrong0"
     for path in (folder / "out/points").glob("*.json"):
         found = json.loads(path.read_text())
@@ -292,9 +292,9 @@ def test_what_the_machine_explains_is_not_held_against_the_profile(
     factors = (0.5, 0.8, 0.95, 1.05, 1.3)
     profile = str(folder / "profile.json")
     again = accuracy.run(COMPARED, profile, factors, folder / "out")
-    vllm = again.systems["vllm"]  # no transfers, which probes say nothing of
+    vllm = again.systems["vllm_v0"]  # no transfers, which probes say nothing of
     assert vllm.error == pytest.approx(0)
-    assert vllm.error_as_profiled == results["wrong"].systems["vllm"].error
+    assert vllm.error_as_profiled == results["wrong"].systems["vllm_v0"].error
     for compared in vllm.rates:
         assert compared.difference == pytest.approx(0)
         assert compared.slowdown("decode") == 2.0

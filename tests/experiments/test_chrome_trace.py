@@ -25,7 +25,7 @@ def rows_of(run, point):
 
 
 @pytest.mark.parametrize("rate_rps", [0.5, 5000.0])
-@pytest.mark.parametrize("system", ["vllm", "disaggregated"])
+@pytest.mark.parametrize("system", ["vllm_v0", "disaggregated"])
 def test_a_point(run, system, rate_rps):
     trace = draw(run, system, rate_rps, seed=1)
     check_trace(trace)
@@ -45,38 +45,41 @@ def test_a_point(run, system, rate_rps):
 
 
 def test_by_default_the_highest_rate_that_passes_and_the_first_seed(run):
-    assert draw(run, "vllm", None, None) == draw(run, "vllm", 0.5, 0)
-    assert draw(run, "vllm", None, None) != draw(run, "vllm", 0.5, 1)
-    about = draw(run, "vllm", None, None)["otherData"]
-    assert (about["system"], about["rate_rps_per_device"]) == ("vllm", 0.5)
+    assert draw(run, "vllm_v0", None, None) == draw(run, "vllm_v0", 0.5, 0)
+    assert draw(run, "vllm_v0", None, None) != draw(run, "vllm_v0", 0.5, 1)
+    about = draw(run, "vllm_v0", None, None)["otherData"]
+    assert (about["system"], about["rate_rps_per_device"]) == ("vllm_v0", 0.5)
     assert (about["clock"], about["durations"]) == ("virtual", "modelled")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"system": "vlm"}, r"--system: expected one of \['disaggregated', 'vllm'\]"),
+        (
+            {"system": "vlm"},
+            r"--system: expected one of \['disaggregated', 'vllm_v0'\]",
+        ),
         ({"rate_rps": 1.0}, r"--rate: expected one of \['0.5', '5000'\], got '1'"),
         ({"seed": 7}, r"--seed: expected one of \[0, 1\], got 7"),
     ],
 )
 def test_what_is_there_is_said(run, change, message):
-    asked = {"system": "vllm", "rate_rps": None, "seed": None, **change}
+    asked = {"system": "vllm_v0", "rate_rps": None, "seed": None, **change}
     with pytest.raises(ValueError, match=message):
         draw(run, **asked)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="--run: expected a run directory, got"):
-        draw(tmp_path, "vllm", None, None)
+        draw(tmp_path, "vllm_v0", None, None)
 
 
 def test_a_run_that_did_not_end_needs_a_rate(run, tmp_path):
     for name in ("config.json", "points"):
         (tmp_path / name).symlink_to(run / name)
     with pytest.raises(ValueError, match=r"'5000'\], or .* got 'no summary.json'"):
-        draw(tmp_path, "vllm", None, None)
-    check_trace(draw(tmp_path, "vllm", 5000.0, None))
+        draw(tmp_path, "vllm_v0", None, None)
+    check_trace(draw(tmp_path, "vllm_v0", 5000.0, None))
 
 
 def test_the_command_line(run, tmp_path):

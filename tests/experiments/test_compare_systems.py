@@ -92,7 +92,7 @@ def linear_spec(**changes):
     fields = {
         "simulation": LINEAR,
         "devices": 2,
-        "systems": ("vllm", DISAGGREGATED),
+        "systems": ("vllm_v0", DISAGGREGATED),
         "sizes": (100, 200),
         "num_requests": 150,
     }
@@ -115,7 +115,7 @@ def test_without_decodes_half_of_the_devices_of_a_pair_is_idle():
     # pair as many with one device of two. Queues are shorter where two take from one.
     cell = judged(output=1, slo=SLO(ttft_s=0.5, tpot_s=1.0))
     assert cell.verdict == COLOCATED
-    assert cell.winner.system == "vllm" and 6 < cell.winner.rps < 10
+    assert cell.winner.system == "vllm_v0" and 6 < cell.winner.rps < 10
     assert 0.35 < cell.over_colocated.ratio.mean < 0.5
     assert cell.over_colocated.ratio.high < 1
     # The winner's margin is over the only other system: the inverse.
@@ -141,7 +141,7 @@ def test_targets_below_the_unloaded_latency_make_a_cell_infeasible():
     # A prompt takes 0.1 s, twice the target.
     cell = judged(output=11, slo=SLO(ttft_s=0.05, tpot_s=0.1))
     assert cell.verdict == INFEASIBLE
-    assert cell.why_infeasible == "even alone vllm needs 2 x the targets"
+    assert cell.why_infeasible == "even alone vllm_v0 needs 2 x the targets"
     assert [found.rps for found in cell.ranked] == [0, 0]
     assert cell.over_colocated.ratio is None and not cell.over_colocated.clear
 
@@ -150,7 +150,7 @@ def test_targets_below_the_unloaded_latency_make_a_cell_infeasible():
 
 
 def test_all_devices_are_used_in_all_ways():
-    assert [str(d) for d in deployments("vllm", 4, (1, 2, 3, 4))] == [
+    assert [str(d) for d in deployments("vllm_v0", 4, (1, 2, 3, 4))] == [
         "4xcolocated:tp1",
         "2xcolocated:tp2",
         "colocated:tp4",
@@ -205,7 +205,7 @@ def test_the_step_size_follows_the_tpot_target():
 
 
 def test_given_budgets_are_all_tried():
-    spec = small_spec(systems=("vllm", DISAGGREGATED), budgets=(256, 512))
+    spec = small_spec(systems=("vllm_v0", DISAGGREGATED), budgets=(256, 512))
     cell = Cell(workload=get_workload("fixed:512x64"), slo=SLO(ttft_s=1.0, tpot_s=0.1))
     vllm, pair = system_searches(spec, cell)
     assert [o.candidate.name for o in vllm.options] == [
@@ -285,14 +285,14 @@ def test_a_bound_below_the_least_is_refused():
 def test_the_kinds_are_compared_and_not_only_the_first_two():
     # Two colocated systems are first; the spec is disaggregation's place.
     found = [
-        made_up("vllm", 2.0, 2.2, 2.4),
+        made_up("vllm_v0", 2.0, 2.2, 2.4),
         made_up("orca", 2.0, 2.2, 2.4),
         made_up(DISAGGREGATED, 1.0, 1.1, 1.2),
     ]
     cell = judge(found)
     assert cell.verdict == COLOCATED and not cell.over_runner_up.clear
     assert cell.over_colocated.ratio.mean == pytest.approx(0.5)
-    even = judge([made_up("vllm", 2.0, 1.0), made_up(DISAGGREGATED, 1.0, 2.1)])
+    even = judge([made_up("vllm_v0", 2.0, 1.0), made_up(DISAGGREGATED, 1.0, 2.1)])
     assert even.verdict == UNCLEAR and even.winner.system == DISAGGREGATED
 
 
@@ -357,8 +357,11 @@ def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"systems": ("vllm", "vllmm")}, r"systems: expected of .* got \['vllmm'\]"),
-        ({"systems": ("vllm", "orca")}, "expected disaggregated and a colocated one"),
+        ({"systems": ("vllm_v0", "vllmm")}, r"systems: expected of .* got \['vllmm'\]"),
+        (
+            {"systems": ("vllm_v0", "orca")},
+            "expected disaggregated and a colocated one",
+        ),
         ({"systems": (DISAGGREGATED,)}, "expected disaggregated and a colocated one"),
         ({"devices": 1}, "devices: expected >= 2"),
         ({"seeds": ()}, "seeds: expected >= 1"),
@@ -413,7 +416,7 @@ def test_a_map_from_end_to_end():
     content = json.loads(json.dumps(record(spec, [each], [grid]), allow_nan=False))
     (made,) = content["maps"]
     assert [cell["verdict"] for cell in made["cells"]] == [INFEASIBLE, COLOCATED]
-    assert [cell["winner"] for cell in made["cells"]] == [None, "vllm"]
+    assert [cell["winner"] for cell in made["cells"]] == [None, "vllm_v0"]
 
 
 def command(*arguments):
@@ -422,7 +425,7 @@ def command(*arguments):
 
 def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     done = command(
-        *("--model=opt-13b", "--devices=2", "--systems=vllm,disaggregated"),
+        *("--model=opt-13b", "--devices=2", "--systems=vllm_v0,disaggregated"),
         *("--map=targets", "--ttfts=0.01,0.5", "--tpots=0.05", "--seeds=2"),
         *("--workload=fixed:512x8", "--num_requests=20", "--workers=1"),
         f"--out={tmp_path}",
@@ -430,7 +433,7 @@ def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     assert done.returncode == 0, done.stderr
     shown = (tmp_path / "maps.txt").read_text()
     assert shown in done.stdout + "\n" and "with 1 workers" in done.stdout
-    assert "infeasible: even alone vllm needs" in shown
+    assert "infeasible: even alone vllm_v0 needs" in shown
     assert "seeds 0, 1;" in shown and "max_batched_tokens = 2048: the default" in shown
     assert "2/2: TTFT target 0.5" in done.stderr
     content = json.loads((tmp_path / "maps.json").read_text())
@@ -469,7 +472,7 @@ def found_of(system, *per_seed_rps, needs=0.5):
 
 
 def test_a_winner_whose_attainment_is_not_monotone_says_so():
-    one = found_of("vllm", 2.0, 2.0)
+    one = found_of("vllm_v0", 2.0, 2.0)
     best = {**one.candidates[0], "inversion": "46.0% at 10, 98.0% at 100"}
     cell = [
         dataclasses.replace(one, candidates=(best,)),
@@ -488,32 +491,35 @@ def test_a_winner_whose_attainment_is_not_monotone_says_so():
     ],
 )
 def test_the_answer_of_a_cell(disaggregated, colocated, said):
-    cell = [found_of("vllm", *colocated), found_of(DISAGGREGATED, *disaggregated)]
+    cell = [found_of("vllm_v0", *colocated), found_of(DISAGGREGATED, *disaggregated)]
     text = answer(cell)
     assert text.endswith(said)
-    better = DISAGGREGATED if sum(disaggregated) > sum(colocated) else "vllm"
+    better = DISAGGREGATED if sum(disaggregated) > sum(colocated) else "vllm_v0"
     assert text.startswith(f"{better} (2xcolocated:tp1) serves the most: ")
 
 
 def test_the_answer_of_a_cell_that_nobody_can_serve():
-    cell = [found_of(n, 0.0, needs=3.0) for n in ("vllm", DISAGGREGATED)]
-    assert answer(cell) == "Nobody: even alone vllm needs 3 x the targets."
+    cell = [found_of(n, 0.0, needs=3.0) for n in ("vllm_v0", DISAGGREGATED)]
+    assert answer(cell) == "Nobody: even alone vllm_v0 needs 3 x the targets."
 
 
 def test_without_independent_seeds_there_is_no_interval_and_no_winner():
-    clear = [found_of("vllm", 1.0, 1.1, 1.05), found_of(DISAGGREGATED, 2.0, 2.1, 2.2)]
+    clear = [
+        found_of("vllm_v0", 1.0, 1.1, 1.05),
+        found_of(DISAGGREGATED, 2.0, 2.1, 2.2),
+    ]
     assert judge(clear).verdict == DISAGGREGATED
     shared = [dataclasses.replace(one, why_dependent="rows are few") for one in clear]
     assert judge(shared).verdict == UNCLEAR
     assert answer(shared) == (
         "disaggregated (2xcolocated:tp1) serves the most: 2.1 requests/s per device.\n"
-        "Disaggregated over vllm, the best colocated system: 2.00: no clear winner. "
+        "Disaggregated over vllm_v0, the best colocated system: 2.00: no clear winner. "
         "No interval: rows are few."
     )
 
 
 def test_a_goodput_does_not_begin_below_0():
-    assert found_of("vllm", 1.0, 0.0, 0.0).goodput.low == 0.0
+    assert found_of("vllm_v0", 1.0, 0.0, 0.0).goodput.low == 0.0
 
 
 def test_a_single_cell_from_a_trace_and_files(tmp_path):
@@ -532,7 +538,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     (tmp_path / "trace.csv").write_text("\n".join([head, *rows]) + "\n")
     done = command(
         *("--map=targets", "--ttfts=0.05", "--tpots=0.02", "--devices=2", "--seeds=2"),
-        *("--num_requests=40", "--systems=vllm,disaggregated", "--workers=1"),
+        *("--num_requests=40", "--systems=vllm_v0,disaggregated", "--workers=1"),
         *(f"--model={tmp_path}/mine.json", f"--trace={tmp_path}/trace.csv"),
         f"--out={tmp_path}/out",
     )
@@ -544,7 +550,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     assert all(f"\n{line}\n" in done.stdout for line in said)
     assert "Warning" not in done.stderr
     assert "mine on 2 devices" in done.stdout
-    assert "Disaggregated over vllm, the best colocated system: " in done.stdout
+    assert "Disaggregated over vllm_v0, the best colocated system: " in done.stdout
     content = json.loads((tmp_path / "out" / "maps.json").read_text())
     (made,) = content["maps"]
     assert made["sentence"] in done.stdout

@@ -33,8 +33,8 @@ SMALL = [
     "memory.max_context=32",
     "memory.blocks_per_device=16",
     "rates=50,5000",
-    "systems.vllm.policies.colocated.max_seqs=2",
-    "systems.vllm.policies.colocated.max_batched_tokens=32",
+    "systems.vllm_v0.policies.colocated.max_seqs=2",
+    "systems.vllm_v0.policies.colocated.max_batched_tokens=32",
     "systems.disaggregated.policies.prefill.max_seqs=2",
     "systems.disaggregated.policies.prefill.token_budget=32",
     "systems.disaggregated.policies.decode.max_seqs=2",
@@ -113,8 +113,8 @@ def test_systems_see_the_same_requests_and_generate_the_same_tokens(first):
             if row["system"] == system
         ]
 
-    assert of("vllm") == of("disaggregated")
-    assert any(row["transfer_bytes"] for row in rows if row["system"] != "vllm")
+    assert of("vllm_v0") == of("disaggregated")
+    assert any(row["transfer_bytes"] for row in rows if row["system"] != "vllm_v0")
 
 
 def test_metrics_of_a_request_follow_from_its_token_times(first):
@@ -149,7 +149,7 @@ def test_a_run_ranks_its_systems_by_every_criterion(first):
     assert tuple(summary["criteria"]) == criteria.NAMES
     table = (first / "table.txt").read_text()
     for name, found in summary["criteria"].items():
-        assert {row["system"] for row in found["rank"]} == {"vllm", "disaggregated"}
+        assert {row["system"] for row in found["rank"]} == {"vllm_v0", "disaggregated"}
         assert f"\n{name}" in table
     for system in summary["systems"].values():
         for point in system["points"]:
@@ -163,7 +163,7 @@ def test_a_run_ranks_its_systems_by_every_criterion(first):
 
 def test_attainment_that_is_not_monotone_is_in_the_table(first):
     summary = json.loads((first / "summary.json").read_text())
-    vllm, apart = (summary["systems"][n] for n in ("vllm", "disaggregated"))
+    vllm, apart = (summary["systems"][n] for n in ("vllm_v0", "disaggregated"))
     found = find_inversion({20.0: [0.5, 0.42], 200.0: [1.0, 0.96]}, 0.9)
     vllm["goodput"]["inversion"] = inversion = sweep._inversion(found, 2)
     apart["goodput"]["inversion"] = None
@@ -171,7 +171,7 @@ def test_attainment_that_is_not_monotone_is_in_the_table(first):
     said = "attainment is not monotone in the rate: 46.0% at 10 requests/s per device"
     lines = report.table(summary).splitlines()
     (line,) = (line for line in lines if "not monotone in the rate" in line)
-    assert line == f"vllm: {said}, 98.0% at 100"
+    assert line == f"vllm_v0: {said}, 98.0% at 100"
     vllm["goodput"]["inversion"] = None
     assert "not monotone in the rate" not in report.table(summary)
 
@@ -200,7 +200,7 @@ def test_scores_follow_from_the_token_times(first):
 
 def test_slowdowns_are_over_the_first_systems_steps_alone():
     cfg = config("durations=modelled", "workload.output_tokens=fixed:1")
-    engine = serving.build_engine(cfg, cfg.systems["vllm"], load_model(cfg), {})
+    engine = serving.build_engine(cfg, cfg.systems["vllm_v0"], load_model(cfg), {})
     cost = LinearCost(
         step_base_s=1.0, prefill_token_s=0.1, decode_token_s=0.01, context_token_s=1e-3
     )
@@ -260,7 +260,7 @@ def test_the_wall_clock_serves_too(tmp_path):
 
 
 def test_tensor_parallel_host_devices_must_be_modelled(tmp_path):
-    deployment = "systems.vllm.deployment=2xcolocated:tp2"
+    deployment = "systems.vllm_v0.deployment=2xcolocated:tp2"
     with pytest.raises(ValueError, match="must be modelled"):
         goodput_sweep.run(config(deployment), tmp_path / "a", None)
     assert not (tmp_path / "a").exists()
@@ -389,8 +389,8 @@ ALL_SYSTEMS = [
     "memory.max_context=24",
     "memory.blocks_per_device=16",
     "workload.prompt_tokens=uniform:2:16",
-    "systems.vllm.policies.colocated.max_seqs=2",
-    "systems.vllm.policies.colocated.max_batched_tokens=24",
+    "systems.vllm_v0.policies.colocated.max_seqs=2",
+    "systems.vllm_v0.policies.colocated.max_batched_tokens=24",
     "systems.orca.policies.colocated.max_seqs=2",
     "systems.orca.policies.colocated.max_batched_tokens=24",
     "systems.sarathi.policies.colocated.max_seqs=2",
@@ -419,7 +419,7 @@ def test_the_answer_of_a_placement_search_runs_beside_the_systems(tmp_path):
     """On pipeline stages too: the same tokens, with the parameters of its system."""
     placed = config("rates=20").with_placements(FOUND)
     assert list(placed.systems) == [
-        *("vllm", "disaggregated", "placed_high", "placed_joint")
+        *("vllm_v0", "disaggregated", "placed_high", "placed_joint")
     ]
     own = placed.systems["disaggregated"]
     assert placed.systems["placed_high"].policies == own.policies
@@ -592,7 +592,7 @@ def test_step_sizes_become_systems():
     cfg = override(get_config("tiny"), ["step_tokens=64,128"]).by_step_tokens()
     sized = ("sarathi", "sarathi_serve", "splitfuse", "disaggregated")
     assert list(cfg.systems) == [
-        "vllm",
+        "vllm_v0",
         "orca",
         *(f"{name}@{size}" for name in sized for size in (64, 128)),
     ]

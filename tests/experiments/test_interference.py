@@ -51,12 +51,12 @@ def test_each_systems_failure_shows(found):
     longest_s = {name: traits.gaps_s.max() for name, traits in found.items()}
     chunked = ("sarathi", "sarathi_serve", "splitfuse")
     # Whole prompts stall decodes for longer than chunks do.
-    assert min(longest_s["vllm"], longest_s["orca"]) > 1.5 * max(
+    assert min(longest_s["vllm_v0"], longest_s["orca"]) > 1.5 * max(
         longest_s[name] for name in chunked
     )
     # Chunks are paid for by the prompts.
     for name in chunked:
-        assert found[name].stages.prefill_s > found["vllm"].stages.prefill_s
+        assert found[name].stages.prefill_s > found["vllm_v0"].stages.prefill_s
     # Only disaggregation moves KV, and its prefill device waits for work.
     apart = found["disaggregated"]
     moves = {name: traits.stages.transfer_s > 0 for name, traits in found.items()}

@@ -20,12 +20,12 @@ def run(tmp_path_factory):
 def test_by_default_it_is_the_one_in_the_middle(run):
     found = one_request.find(run)
     assert list(found) == [
-        "vllm at 0.5 requests/s",
+        "vllm_v0 at 0.5 requests/s",
         "disaggregated at 0.5 requests/s",
     ]
-    rows = SavedRun(run).requests(Point("vllm", 1.0, 0))
+    rows = SavedRun(run).requests(Point("vllm_v0", 1.0, 0))
     middle = sorted(row["e2e_s"] for row in rows)[(len(rows) - 1) // 2]
-    assert metrics.e2e_s(found["vllm at 0.5 requests/s"]) == middle
+    assert metrics.e2e_s(found["vllm_v0 at 0.5 requests/s"]) == middle
     assert len({timeline.request.id for timeline in found.values()}) == 1
 
 
@@ -53,7 +53,7 @@ def test_a_rate_and_a_request(run):
     ("rate", "request_id", "message"),
     [
         (1.0, None, r"--rate: expected one of \['0.5', '5000'\], got '1'"),
-        (0.5, 10**6, "--request: expected one that vllm finished, got 1000000"),
+        (0.5, 10**6, "--request: expected one that vllm_v0 finished, got 1000000"),
     ],
 )
 def test_what_is_not_there(run, rate, request_id, message):

@@ -102,7 +102,7 @@ def test_targets_below_the_unloaded_latency_say_by_how_much():
 
 def test_one_device_has_only_colocated_systems():
     found = search(devices=1).run(["joint"])
-    assert found["joint"]["winner"] == "vllm colocated:tp1"
+    assert found["joint"]["winner"] == "vllm_v0 colocated:tp1"
     for algorithm in ("high", "low"):
         with pytest.raises(ValueError, match=f"{algorithm}: expected devices for"):
             search(devices=1).run([algorithm])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import e2e_s
@@ -20,7 +20,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost.deployment import CostExecutor
 from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.work import Arrived, Cancelled, Done, Down, Slow, Up
+from disagg_jax.work import Arrived, Cancelled, Done, Down, Straggle, Up
 from tests.control.test_controller_properties import Case, cases, streamed_cases
 from tests.control.test_spans import lasting_cases
 from tests.drawings import by_lane, check_trace, instants, lane_names, slices
@@ -228,14 +228,14 @@ def test_of_a_step_that_is_lost_on_a_later_stage_only_the_first_is_known():
 
 def test_a_straggler_is_named():
     run = simulated("colocated:tp1")
-    trace = simulate(run, [make_request(out=2)], [(0.5, Slow(0, 1.5))])
+    trace = simulate(run, [make_request(out=2)], [(0.5, Straggle(0, 1.5))])
     assert [name for _, name, _ in instants(trace, "devices")] == ["slow x1.5"]
     assert [end_s for *_, end_s, _ in slices(trace, "devices")] == [1, 2.5]
 
 
 def test_what_happens_to_an_instance_happens_to_all_its_devices():
     run = simulated("colocated:tp1,colocated:tp2pp2", (1.0,), (1.0, 1.0))
-    changes = [(0.5, Slow(1, 2.0)), (3.0, Down(1)), (4.0, Up(1))]
+    changes = [(0.5, Straggle(1, 2.0)), (3.0, Down(1)), (4.0, Up(1))]
     trace = simulate(run, [make_request(0, 0.25, out=1)], changes)
     of_instance = [
         f"1 colocated tp2 stage {stage} device {device}"
@@ -362,7 +362,9 @@ def test_spans_are_drawn_as_the_steps_they_stand_for(case: Case):
         found = slices(trace, "devices")
         drawn.append(sorted((*at, sorted(args["requests"])) for *at, args in found))
     assert drawn[0] == drawn[1]
-    event(f"cuts: {any(work[0] == 'Cut' for t in turns for work in t['works'])}")
+    event(
+        f"cuts: {any(work[0] == 'TruncateSpan' for t in turns for work in t['works'])}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from disagg_jax.control.backend import serve
+from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.formats import EVENT_LOG
@@ -24,16 +24,16 @@ from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import (
     Arrived,
     Cancelled,
-    Cut,
     Done,
     Down,
     Progress,
     Slice,
-    Slow,
     StageFree,
     Step,
     StepLoad,
+    Straggle,
     Transfer,
+    TruncateSpan,
     Up,
 )
 from tests.serving import CheckingEngine, make_controller, make_request, with_prompt
@@ -61,7 +61,7 @@ EVENTS = [
     Cancelled(0),
     Down(0),
     Up(3),
-    Slow(2, 1.5),
+    Straggle(2, 1.5),
     StageFree(6),
     Progress(7, (0.1, 0.2)),
 ]
@@ -116,11 +116,21 @@ def test_a_log_from_before_there_were_formats_is_read_alike():
     assert list(replay(turns, controller)) == []
 
 
+def test_older_names_of_events_and_work_are_read_as_those_of_today():
+    log = EventLog()
+    log(0.0, [Straggle(0, 2.0)], [TruncateSpan(3, 2)])
+    (turn,) = log.lines[1:]
+    older = turn.replace("Straggle", "Straggle").replace("TruncateSpan", "TruncateSpan")
+    expected = [(0.0, [Straggle(0, 2.0)], [TruncateSpan(3, 2)])]
+    for lines in ([older], ['{"format":1}', older], log.lines):
+        assert list(read_turns(lines)) == expected
+
+
 def test_a_log_of_a_newer_format_is_refused_before_its_first_turn():
     newer = json.dumps({"format": EVENT_LOG.number + 1})
     controller = make_controller()
     for read in (read_turns, lambda lines: replay(lines, controller)):
-        with pytest.raises(ValueError, match="event log: expected format 0 to .*got 2"):
+        with pytest.raises(ValueError, match="event log: expected format 0 to .*got 3"):
             next(iter(read([newer, "no turn"])))
 
 
@@ -164,14 +174,14 @@ def test_what_was_decided_is_read_as_it_was_logged():
     step = Step(8, 2, slices, StepLoad.of(slices), iterations=4)
     moved = Transfer(9, make_request(5, prompt=9), 1, 3, (0,), (2,), 7, step=8)
     log = EventLog()
-    log(0.25, [Up(1)], [step, moved, Cut(8, 3)])
+    log(0.25, [Up(1)], [step, moved, TruncateSpan(8, 3)])
     ((now_s, events, works),) = read_turns(log.lines)
     assert (now_s, events) == (0.25, [Up(1)])
     # Of the blocks there is left how far in the pool those that decode have them: 8.
     parts = [(5, 2, 3), (6, 9, 1)]
     logged_step = LoggedStep(id=8, instance=2, slices=parts, iterations=4, front=8)
     logged_transfer = LoggedTransfer(id=9, request=5, src=1, dst=3, context=7, step=8)
-    assert works == [logged_step, logged_transfer, Cut(8, 3)]
+    assert works == [logged_step, logged_transfer, TruncateSpan(8, 3)]
     assert logged_step.instances == step.instances == (2,)
     assert logged_transfer.instances == moved.instances == (1, 3)
 
@@ -226,8 +236,8 @@ def test_equal_requests_are_equal_lines_whatever_the_order_of_their_stop_tokens(
 
 def test_an_early_end_of_a_span_is_logged_with_what_is_left_of_it():
     log = EventLog()
-    log(0.0, [], [Cut(3, 2)])
-    assert json.loads(log.lines[1])["works"] == [["Cut", 3, 2]]
+    log(0.0, [], [TruncateSpan(3, 2)])
+    assert json.loads(log.lines[1])["works"] == [["TruncateSpan", 3, 2]]
 
 
 def test_a_line_holds_one_turn():

@@ -6,16 +6,16 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.runlog.event_log import EventLog
 from disagg_jax.runlog.utilisation import read_occupancy
 from disagg_jax.work import (
-    Cut,
     Done,
     Down,
     Progress,
     Slice,
-    Slow,
     StageFree,
     Step,
     StepLoad,
+    Straggle,
     Transfer,
+    TruncateSpan,
     Up,
 )
 from tests.serving import make_request
@@ -93,7 +93,7 @@ def test_a_span_that_is_cut_ends_with_what_is_left_of_it(left):
     stages, _ = read(
         "colocated:tp1",
         (0.0, [], [step(4, iterations=9)]),
-        (2.0, [Progress(4, (1.0, 2.0))], [Cut(4, left)]),
+        (2.0, [Progress(4, (1.0, 2.0))], [TruncateSpan(4, left)]),
         (3.0, more, []),
     )
     assert stages == [(4, 0, i, i + 1.0, i, False) for i in range(left)]
@@ -106,7 +106,7 @@ def test_what_an_instance_had_in_flight_is_lost_with_it(lost):
         "2xcolocated:tp1",
         (0.0, [], [step(1, 0), step(2, 1), moved(3, 0, 1), moved(4, 1, 0)]),
         (2.5, [Down(lost)], []),
-        (3.0, [Up(lost), Slow(0, 2.0), Done(2 - lost, 0.0, 3.0)], []),
+        (3.0, [Up(lost), Straggle(0, 2.0), Done(2 - lost, 0.0, 3.0)], []),
     )
     # Steps 1 and 2 are on instances 0 and 1.
     assert stages == [
@@ -115,7 +115,11 @@ def test_what_an_instance_had_in_flight_is_lost_with_it(lost):
     ]
     uses = [(u.transfer.id, u.start_s, u.end_s, u.bytes, u.lost) for u in found.links]
     assert uses == [(3, 2.5, 2.5, 0, True), (4, 2.5, 2.5, 0, True)]
-    assert found.changes == [(2.5, Down(lost)), (3.0, Up(lost)), (3.0, Slow(0, 2.0))]
+    assert found.changes == [
+        (2.5, Down(lost)),
+        (3.0, Up(lost)),
+        (3.0, Straggle(0, 2.0)),
+    ]
 
 
 @pytest.mark.parametrize(

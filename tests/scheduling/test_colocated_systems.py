@@ -18,7 +18,7 @@ from tests.serving import Run, make_controller, with_prompt
 # Steps of 8 tokens, blocks of 4, at most 4 requests.
 POLICIES = {
     "orca": Orca(max_batched_tokens=8, max_seqs=4),
-    "vllm": PrefillFirst(max_batched_tokens=8, max_seqs=4),
+    "vllm_v0": PrefillFirst(max_batched_tokens=8, max_seqs=4),
     "sarathi": Sarathi(chunk_tokens=8, max_seqs=4),
     "sarathi_serve": SarathiServe(token_budget=8, max_seqs=4),
     "splitfuse": SplitFuse(token_budget=8, max_seqs=4),
@@ -30,7 +30,7 @@ SITUATIONS = {
         {"running": {0: 2, 1: 2}, "waiting": {2: 20}},
         {
             "orca": {0: 1, 1: 1, 2: 20},
-            "vllm": {2: 20},
+            "vllm_v0": {2: 20},
             "sarathi": {0: 1, 1: 1, 2: 6},
             "sarathi_serve": {0: 1, 1: 1, 2: 6},
             "splitfuse": {0: 1, 1: 1, 2: 6},
@@ -40,7 +40,7 @@ SITUATIONS = {
         {"running": {0: 2}, "waiting": {1: 3, 2: 3}},
         {
             "orca": {0: 1, 1: 3, 2: 3},
-            "vllm": {1: 3, 2: 3},
+            "vllm_v0": {1: 3, 2: 3},
             "sarathi": {0: 1, 1: 3},
             "sarathi_serve": {0: 1, 1: 3, 2: 3},
             "splitfuse": {0: 1, 1: 3, 2: 3},
@@ -50,7 +50,7 @@ SITUATIONS = {
         {"running": {0: 2}, "waiting": {1: 3, 2: 9}},
         {
             "orca": {0: 1, 1: 3},
-            "vllm": {1: 3},
+            "vllm_v0": {1: 3},
             "sarathi": {0: 1, 1: 3},
             "sarathi_serve": {0: 1, 1: 3, 2: 4},
             "splitfuse": {0: 1, 1: 3, 2: 4},
@@ -76,7 +76,7 @@ SITUATIONS = {
         {"running": {0: 2}, "waiting": {1: 4}, "free": 2, "out": 9},
         {
             "orca": {0: 1},
-            "vllm": {1: 4},
+            "vllm_v0": {1: 4},
             "sarathi": {0: 1},
             "sarathi_serve": {0: 1, 1: 4},
             "splitfuse": {0: 1, 1: 4},
@@ -87,7 +87,7 @@ SITUATIONS = {
         {"running": {0: 2}, "waiting": {1: 4}, "free": 3, "out": 9},
         {
             "orca": {0: 1, 1: 4},
-            "vllm": {1: 4},
+            "vllm_v0": {1: 4},
             "sarathi": {0: 1, 1: 4},
             "sarathi_serve": {0: 1, 1: 4},
             "splitfuse": {0: 1, 1: 4},
@@ -97,7 +97,7 @@ SITUATIONS = {
         {"running": {0: 2}, "waiting": {1: 8}, "free": 2},
         {
             "orca": {0: 1, 1: 8},
-            "vllm": {1: 8},
+            "vllm_v0": {1: 8},
             "sarathi": {0: 1, 1: 7},
             "sarathi_serve": {0: 1, 1: 7},
             "splitfuse": {0: 1, 1: 7},
@@ -109,12 +109,12 @@ SITUATIONS = {
     ),
     "decodes take the block that a prompt would need": (
         {"running": {0: 5}, "waiting": {1: 4}, "free": 1},
-        {"vllm": {1: 4}, "sarathi_serve": {0: 1}, "splitfuse": {0: 1}},
+        {"vllm_v0": {1: 4}, "sarathi_serve": {0: 1}, "splitfuse": {0: 1}},
     ),
     "a block for one of two decodes": (
         {"running": {0: 5, 1: 5}, "waiting": {2: 3}, "free": 1, "out": 9},
         {
-            "vllm": {2: 3},
+            "vllm_v0": {2: 3},
             "sarathi_serve": ({0: 1}, [1]),
             "splitfuse": {0: 1},
         },
@@ -122,7 +122,7 @@ SITUATIONS = {
     "no block for any decode": (
         {"running": {0: 5, 1: 5}, "free": 0, "out": 9},
         {
-            "vllm": ({0: 1}, [1]),
+            "vllm_v0": ({0: 1}, [1]),
             "sarathi_serve": ({0: 1}, [1]),
             "splitfuse": ({}, [1]),
         },
@@ -130,7 +130,7 @@ SITUATIONS = {
     "who makes room frees the block that a prompt would need too": (
         {"running": {0: 5, 1: 8}, "waiting": {2: 3}, "free": 0, "out": 9},
         {
-            "vllm": ({0: 1}, [1]),
+            "vllm_v0": ({0: 1}, [1]),
             "sarathi_serve": ({0: 1}, [1]),
             "splitfuse": {1: 1},
         },
@@ -151,7 +151,7 @@ SITUATIONS = {
         {"running": {0: 2, 1: 2, 2: 2}, "waiting": {3: 1, 4: 1}},
         {
             "orca": {0: 1, 1: 1, 2: 1, 3: 1},
-            "vllm": {3: 1},
+            "vllm_v0": {3: 1},
             "sarathi": {0: 1, 1: 1, 2: 1, 3: 1},
             "sarathi_serve": {0: 1, 1: 1, 2: 1, 3: 1},
             "splitfuse": {0: 1, 1: 1, 2: 1, 3: 1},
@@ -200,11 +200,11 @@ def test_reservations():
     Orca and SARATHI hold its longest case; Sarathi-Serve its prompt; SplitFuse what the
     chunk needs.
     """
-    expected = {"orca": 14, "vllm": 6, "sarathi": 14, "sarathi_serve": 6}
+    expected = {"orca": 14, "vllm_v0": 6, "sarathi": 14, "sarathi_serve": 6}
     expected |= {"splitfuse": 4}
     for system, reserve in expected.items():
         policy = dict(POLICIES)[system]
-        if system not in ("orca", "vllm"):
+        if system not in ("orca", "vllm_v0"):
             name = "chunk_tokens" if system == "sarathi" else "token_budget"
             policy = dataclasses.replace(policy, **{name: 4})
         (chunk,) = policy.plan(make_instance(waiting={0: 6}, out=9)).chunks
@@ -234,7 +234,7 @@ def test_only_splitfuse_sends_its_victim_to_the_back():
 
 @pytest.mark.parametrize(
     ("system", "queue"),
-    [("vllm", [1, 2]), ("sarathi_serve", [1, 2]), ("splitfuse", [2, 1])],
+    [("vllm_v0", [1, 2]), ("sarathi_serve", [1, 2]), ("splitfuse", [2, 1])],
 )
 def test_where_a_victim_queues(system, queue):
     # Prompts 0 and 1 fill the 2 blocks and the step, 2 waits. To go on, 0 needs the
@@ -288,7 +288,7 @@ def test_steps_stay_within_the_limits_a_system_states():
         assert 0 < len(plan.chunks) <= limits.prefill_rows
         assert len(plan.decodes) <= limits.decode_rows
         assert limits.mixed or not plan.decodes
-        whole = all(c.tokens == c.request.known for c in plan.chunks)
+        whole = all(c.tokens == c.request.num_tokens for c in plan.chunks)
         assert whole or limits.splits
         total = sum(c.tokens for c in plan.chunks) + len(plan.decodes)
         assert total <= limits.prefill_tokens or not limits.splits

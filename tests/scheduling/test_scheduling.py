@@ -3,9 +3,9 @@
 import pytest
 
 from disagg_jax.control.instance_index import InstanceIndex
-from disagg_jax.control.state import Place
+from disagg_jax.control.request_state import Place
 from disagg_jax.deployment import Role
-from disagg_jax.scheduling import SYSTEMS, get_system
+from disagg_jax.scheduling import SYSTEMS, find_system, get_system
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -284,7 +284,7 @@ def test_prefill_chunked(places, limits, expected, preempt):
     instance = make_instance(**places)
     assert planned(PrefillChunked(**limits), instance) == (expected, preempt)
     for chunk in PrefillChunked(**limits).plan(instance).chunks:
-        assert chunk.reserve == chunk.request.known
+        assert chunk.reserve == chunk.request.num_tokens
 
 
 # A request of 5 known tokens is pulled into 2 blocks: its KV, and room for one token.
@@ -327,7 +327,9 @@ def test_prefill_chunked(places, limits, expected, preempt):
     ],
 )
 def test_decode_only_pulls(places, limits, pulls):
-    assert DecodeOnly(**limits).pulls(make_instance(**places), state(9, 5)) is pulls
+    assert (
+        DecodeOnly(**limits).admits_pull(make_instance(**places), state(9, 5)) is pulls
+    )
 
 
 @pytest.mark.parametrize(
@@ -393,7 +395,15 @@ def test_which_disaggregated_system_computes_prompts_in_parts():
 
 def test_unknown_system_is_named():
     with pytest.raises(
-        ValueError, match="system: expected one of .*'vllm'.*got 'fastest'"
+        ValueError, match="system: expected one of .*'vllm_v0'.*got 'fastest'"
     ):
         get_system("fastest")
     assert all(get_system(name) is SYSTEMS[name] for name in SYSTEMS)
+
+
+def test_a_system_is_found_by_its_name_of_today_or_before():
+    assert get_system("vllm") is get_system("vllm_v0") is SYSTEMS["vllm_v0"]
+    assert find_system("vllm", ["orca", "vllm_v0"]) == "vllm_v0"
+    assert find_system("vllm_v0", ["orca", "vllm"]) == "vllm"
+    assert find_system("vllm", ["vllm_v0", "vllm"]) == "vllm"
+    assert find_system("vllm", ["orca"]) == "vllm"

@@ -11,7 +11,12 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.tuning import Profile, has_rule, tile_multiples, tune
+from disagg_jax.scheduling.tuning import (
+    TuningInputs,
+    has_rule,
+    tile_multiples,
+    tune,
+)
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
@@ -26,7 +31,7 @@ def linear(load, cost=COST):
 
 def profile(step_s=linear, sizes=(128, 256, 512, 1024), **changes):
     fields = {"prompt_tokens": 300, "output_tokens": 101, "kv_tokens": 10**6}
-    return Profile(step_s=step_s, sizes=sizes, **(fields | changes))
+    return TuningInputs(step_s=step_s, sizes=sizes, **(fields | changes))
 
 
 # ---- the steps that are timed --------------------------------------------------------

@@ -54,7 +54,7 @@ from disagg_jax.workload import (
 from disagg_jax.workload.traces import TraceRow
 from tests.serving import make_request
 
-POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+POLICIES = {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
 MEMORY = KVMemory(num_blocks=4000, max_context=4096)
 COST = LinearCost(
     step_base_s=0.01, prefill_token_s=2e-4, decode_token_s=1e-4, transfer_token_s=1e-6
@@ -136,7 +136,7 @@ def test_the_goodput_of_an_m_d_1_queue():
 
 
 def one_at_a_time():
-    (role,) = SYSTEMS["vllm"]
+    (role,) = SYSTEMS["vllm_v0"]
     return {role: PrefillFirst(max_batched_tokens=1, max_seqs=1)}
 
 

@@ -30,7 +30,7 @@ from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload.lengths import UniformLengths
 from disagg_jax.workload.workload import RandomWorkload
 
-POLICIES = {**SYSTEMS["vllm"], **SYSTEMS["disaggregated"]}
+POLICIES = {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
 SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))
 
 
@@ -70,7 +70,7 @@ def build(deployment):
 def problem(**changes):
     given = PlacementProblem(
         build=build,
-        colocated={"vllm": build},
+        colocated={"vllm_v0": build},
         layouts=SMALL,
         devices=3,
         workload=RandomWorkload(
@@ -319,12 +319,12 @@ def test_colocation_wins_where_there_is_next_to_nothing_to_decode():
     workload = dataclasses.replace(given.workload, output=short)
     # The decode instance would idle.
     assert winner(dataclasses.replace(given, workload=workload)) == (
-        "vllm colocated:tp1"
+        "vllm_v0 colocated:tp1"
     )
 
 
 def test_one_device_is_not_disaggregated():
-    assert winner(problem(devices=1, layouts=SMALL[:1])) == "vllm colocated:tp1"
+    assert winner(problem(devices=1, layouts=SMALL[:1])) == "vllm_v0 colocated:tp1"
 
 
 # ---- what is tried -------------------------------------------------------------------

@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from disagg_jax.control.state import InstanceState
+from disagg_jax.control.instance_state import InstanceState
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import tpot_s, ttft_s
 from experiments.configs.named_simulations import get_simulation, trace_requests

@@ -19,7 +19,7 @@ from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.work import Done, Down, Slow, StageFree, Step, Transfer, Up
+from disagg_jax.work import Done, Down, StageFree, Step, Straggle, Transfer, Up
 from disagg_jax.workload import FixedLengths, RandomWorkload, UniformLengths
 from tests.serving import make_request
 
@@ -306,8 +306,8 @@ def test_kv_that_takes_no_time(size, sharing, streams):
     [
         (Down(2), r"one of the 2 instances, got Down\(instance=2\)"),
         (Up(-1), r"one of the 2 instances, got Up\(instance=-1\)"),
-        (Slow(7, 2.0), "one of the 2 instances, got Slow"),
-        (Slow(0, 0.0), "finite factor > 0, got 0.0"),
+        (Straggle(7, 2.0), "one of the 2 instances, got Straggle"),
+        (Straggle(0, 0.0), "finite factor > 0, got 0.0"),
     ],
 )
 def test_interventions_that_cannot_be_are_refused_before_the_run(event, message):
@@ -359,7 +359,7 @@ def test_stages_and_links_have_times_of_their_own():
 @pytest.mark.parametrize("spans", [False, True])
 def test_a_slow_instance_takes_longer_from_the_next_step_on(spans):
     run = dataclasses.replace(simulated("colocated:tp1", (1.0,)), spans=spans)
-    slow = [(2.5, Slow(0, 3.0)), (7.0, Slow(0, 1.0))]
+    slow = [(2.5, Straggle(0, 3.0)), (7.0, Straggle(0, 1.0))]
     result = run.run([make_request(0, prompt=4, out=7)], slow)
     # 0-1 prefill, 1-2, 2-3 as usual; 3-6, 6-9 three times as long; then as usual.
     assert result.timelines[0].token_s == [1, 2, 3, 6, 9, 10, 11]
@@ -369,7 +369,7 @@ def test_all_stages_of_a_slow_instance_are_slow():
     # Stages of 1 and 2 s, three times as long: 0-3, 3-9; 9-12, 12-18. From then on as
     # usual; what is on its way keeps its pace.
     run = simulated("colocated:tp1pp2", (1.0, 2.0))
-    slow = [(0.0, Slow(0, 3.0)), (10.0, Slow(0, 1.0))]
+    slow = [(0.0, Straggle(0, 3.0)), (10.0, Straggle(0, 1.0))]
     result = run.run([make_request(0, prompt=4, out=3)], slow)
     assert result.timelines[0].token_s == [9, 18, 21]
     assert result.busy_s == {(0,): 3 + 3 + 1, (0, 1): 6 + 6 + 2}
@@ -377,7 +377,7 @@ def test_all_stages_of_a_slow_instance_are_slow():
 
 def test_only_slow_instances_are_slow():
     run = simulated("prefill:tp1pp2,decode:tp1", (1.0, 2.0), (1.0,))
-    slow = [(0.0, Slow(1, 2.0)), (4.0, Slow(0, 3.0))]
+    slow = [(0.0, Straggle(1, 2.0)), (4.0, Straggle(0, 3.0))]
     requests = [make_request(i, 5.0 * i, prompt=4, out=3) for i in range(2)]
     result = run.run(requests, slow)
     # 1 is slow from the start and stays so; 0 is when the second request comes at 5.
@@ -388,7 +388,7 @@ def test_a_factor_is_positive_and_finite():
     run = simulated("colocated:tp1", (1.0,))
     for factor in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(ValueError, match=f"finite factor > 0, got {factor}"):
-            run.run([make_request(0)], [(0.0, Slow(0, factor))])
+            run.run([make_request(0)], [(0.0, Straggle(0, factor))])
 
 
 # ---- tasks ---------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def engine_and_profile(random_model):
     """A server of one instance and what is measured of its programs."""
     workload = WorkloadConfig(num_requests=40)
     config = dataclasses.replace(CONFIG, workload=workload, num_seeds=2)
-    system = CONFIG.systems["vllm"]
+    system = CONFIG.systems["vllm_v0"]
     server = Pretended(
         engine=build_engine(config, system, random_model, {}),
         policies=system.policies,
@@ -64,7 +64,7 @@ def pair(tmp_path, engine_and_profile, random_model):
     source = RequestSource.load(config, random_model)
     run_dir = RunDir(tmp_path, {})
     found = PairedRun(
-        name="vllm",
+        name="vllm_v0",
         server=server,
         source=source,
         slo=SLO_S,
@@ -91,7 +91,7 @@ def served(pair, rates, slowdown=SLOWER):
 
 def test_a_run_is_kept_and_not_repeated(pair):
     pair.server.state.slowdown = SLOWER
-    point = Point("vllm", 80.0, 1)
+    point = Point("vllm_v0", 80.0, 1)
     for _ in range(2):
         pair.serve(point)
     assert pair.server.state.calls == 1
@@ -161,11 +161,11 @@ def test_attainment_may_differ_as_it_does_over_two_percent_of_the_rate(pair):
 
 def test_the_middle_rate_is_run_again_for_the_first_seed(pair):
     again = pair.again(RATES)
-    assert again == Point("vllm-again", 80.0, 0)
+    assert again == Point("vllm_v0-again", 80.0, 0)
     assert pair.again(RATES[:2]).rate_rps == 80.0
     summary = {"attainment": 0.9}
-    pair.run_dir.save(Point("vllm", 80.0, 0), summary, [], [])
-    pair.run_dir.save(Point("vllm", 80.0, 1), {"attainment": 0.1}, [], [])
+    pair.run_dir.save(Point("vllm_v0", 80.0, 0), summary, [], [])
+    pair.run_dir.save(Point("vllm_v0", 80.0, 1), {"attainment": 0.1}, [], [])
     pair.run_dir.save(again, {"attainment": 0.75}, [], [])
     assert pair.repeated(RATES) == pytest.approx(0.75 - 0.9)
 

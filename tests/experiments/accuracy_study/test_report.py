@@ -89,7 +89,7 @@ def result(**changes):
         steps={"prefill": StepErrors(7, 2.0, 0.5, 0.031, 0.042)},
     )
     fields = {
-        "systems": {"vllm": vllm, "pair": pair},
+        "systems": {"vllm_v0": vllm, "pair": pair},
         "slo": SLO(ttft_s=0.0123, tpot_s=0.00456),
         "target": 0.9,
         "num_requests": 70,
@@ -117,7 +117,7 @@ def test_a_ratio_of_steps_is_of_their_sums():
     """A mean of the ratios, 1 and 2, would be 1.5."""
     assert ERRORS == StepErrors(2, 4.0, 7 / 4, 0.5, pytest.approx(0.9))
     (row,) = cells("steps in the runs, predicted against measured", TEXT)[1:2]
-    assert row == ["vllm", "decode", "2", "4.0", "+75.0%", "50.0%", "90.0%"]
+    assert row == ["vllm_v0", "decode", "2", "4.0", "+75.0%", "50.0%", "90.0%"]
 
 
 def test_all_steps_together_are_weighted_by_their_seconds():
@@ -132,7 +132,7 @@ def test_a_rate_has_each_number_in_its_place():
     title = "attainment and latency, simulated against engine"
     rows = cells(title, TEXT)
     assert rows[1] == [
-        *("vllm", "2", "80.0%", "86.0%", "+6.0%", "3.0%", "MISSED"),
+        *("vllm_v0", "2", "80.0%", "86.0%", "+6.0%", "3.0%", "MISSED"),
         "+4.0%",  # as profiled: 84 %
         *("+10%", "+30%"),  # the machine: decodes, prompts
         *("+5.0%", "+1.0%"),  # 86 against 81 % with the engine's durations; the rest
@@ -145,11 +145,11 @@ def test_a_rate_has_each_number_in_its_place():
 @pytest.mark.parametrize(("allowed", "mark"), [(0.0601, "ok"), (0.0599, "MISSED")])
 def test_a_difference_may_be_as_large_as_is_allowed(allowed, mark):
     one = dataclasses.replace(
-        result().systems["vllm"], rates=[compared(allowed=allowed)]
+        result().systems["vllm_v0"], rates=[compared(allowed=allowed)]
     )
     rows = cells(
         "attainment and latency, simulated against engine",
-        report.text(result(systems={"vllm": one})),
+        report.text(result(systems={"vllm_v0": one})),
     )
     assert rows[1][6] == mark
 
@@ -159,7 +159,7 @@ def test_goodputs_are_per_device_and_their_errors_relative():
     # 10 and 14 requests/s on 2 devices: 6 +- 12.706 x 1, from 0 on; 12 and 15: 6.75 +-
     # 9.53.
     assert rows[1] == [
-        *("vllm", "2xcolocated:tp1", "6", "[0,", "18.71]"),
+        *("vllm_v0", "2xcolocated:tp1", "6", "[0,", "18.71]"),
         *("6.75", "[0,", "16.28]", "+12.5%", "MISSED", "-25.0%", "-3.2%"),
     ]
     assert rows[2][2:] == [
@@ -169,7 +169,7 @@ def test_goodputs_are_per_device_and_their_errors_relative():
 
 
 def test_an_engine_that_never_passed_gives_no_error_to_divide_by():
-    never = dataclasses.replace(result().systems["vllm"], engine=goodput(0.0, 0.0))
+    never = dataclasses.replace(result().systems["vllm_v0"], engine=goodput(0.0, 0.0))
     assert never.error == never.error_as_profiled == math.inf
 
 
@@ -177,7 +177,7 @@ def test_stages_are_those_of_the_middle_rate():
     title = "mean stages at the middle rate, engine -> simulated, ms"
     rows = cells(title, TEXT)
     assert rows[1] == [
-        *("vllm", "4", "7.00", "->", "7.49", "8.00", "->", "8.64", "9.00", "->"),
+        *("vllm_v0", "4", "7.00", "->", "7.49", "8.00", "->", "8.64", "9.00", "->"),
         *("9.81", "10.00", "->", "11.00", "11.00", "->", "12.21"),
     ]
     assert rows[0][2:] == list(STAGES)
@@ -206,22 +206,24 @@ def test_the_verdicts_count_and_name_causes():
         "40.0% on average"
     )
     # Per device: 6 against 5, and 6.75 against 5.125.
-    assert order.endswith("engine vllm > pair; simulated vllm > pair   ok")
+    assert order.endswith("engine vllm_v0 > pair; simulated vllm_v0 > pair   ok")
     assert "the engine tells 0 of 1 apart" in pairs
 
 
 def test_a_cause_is_scheduling_where_little_goes_with_the_durations():
     """Of a difference of 6 points, 2 go with the engine's durations."""
     scheduled = compared(measured=[0.84, 0.84])
-    one = dataclasses.replace(result().systems["vllm"], rates=[scheduled, compared()])
-    verdict = report.verdicts(result(systems={"vllm": one}))[0]
+    one = dataclasses.replace(
+        result().systems["vllm_v0"], rates=[scheduled, compared()]
+    )
+    verdict = report.verdicts(result(systems={"vllm_v0": one}))[0]
     assert "MISSED: 1 by durations, 1 by scheduling;" in verdict
 
 
 def one(**changes):
     """A result of vllm alone."""
     return result(
-        systems={"vllm": dataclasses.replace(result().systems["vllm"], **changes)}
+        systems={"vllm_v0": dataclasses.replace(result().systems["vllm_v0"], **changes)}
     )
 
 
@@ -278,7 +280,7 @@ def test_the_worst_goodput_has_to_meet_the_aim():
         name: dataclasses.replace(
             result().systems[name], engine=goodput(100.0), simulated=goodput(found)
         )
-        for name, found in (("vllm", 103.0), ("pair", 106.0))
+        for name, found in (("vllm_v0", 103.0), ("pair", 106.0))
     }
     off = report.verdicts(result(systems=systems))[1]
     assert "off by 4.5% on average, 6.0% at most; aim 5%   MISSED" in off
@@ -286,7 +288,7 @@ def test_the_worst_goodput_has_to_meet_the_aim():
 
 def sides(engines, simulated):
     """Systems of one and two devices with goodputs by seed, in requests/s of all."""
-    vllm = result().systems["vllm"]
+    vllm = result().systems["vllm_v0"]
     return result(
         systems={
             f"x{devices}": dataclasses.replace(
@@ -337,7 +339,7 @@ class Told:
     """As much of a paired run as a result reads."""
 
     steps: list
-    name: str = "vllm"
+    name: str = "vllm_v0"
     slo: SLO = SLO(ttft_s=1.0, tpot_s=0.1)
 
     @property
@@ -375,7 +377,7 @@ def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
     workload = SimpleNamespace(num_requests=33)
     found = report.compare(
         [Told([*decodes, prompt])],
-        {"vllm": [4.0, 8.0, 12.0, 16.0]},
+        {"vllm_v0": [4.0, 8.0, 12.0, 16.0]},
         target=0.9,
         profile=profile,
         moved=(1.0, 2.0),
@@ -385,7 +387,7 @@ def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
     assert (found.moved, found.target, found.profile) == (
         *((1.0, 2.0), 0.9, {"model": "tiny"}),
     )
-    vllm = found.systems["vllm"]
+    vllm = found.systems["vllm_v0"]
     passing = [vllm.engine.pass_rps, vllm.simulated.pass_rps, vllm.profiled.pass_rps]
     assert passing == [8.0, 12.0, 4.0]
     assert (vllm.deployment, vllm.devices) == ("prefill:tp1,decode:tp1", 2)
@@ -402,7 +404,7 @@ def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
 
 def test_the_record_has_all_but_the_steps_of_the_picture():
     record = report.to_json(result())
-    vllm = record["systems"]["vllm"]
+    vllm = record["systems"]["vllm_v0"]
     assert "shown" not in vllm
     assert vllm["steps"]["decode"] == ERRORS._asdict()
     assert vllm["engine"]["per_seed_rps"] == (10.0, 14.0)
@@ -413,7 +415,7 @@ def test_the_record_has_all_but_the_steps_of_the_picture():
 def test_the_picture_is_per_device_and_in_ms():
     attainment = report.attainment_panel(result())
     by_label = {series.label: series for series in attainment.series}
-    assert by_label["vllm, engine"].points == [
+    assert by_label["vllm_v0, engine"].points == [
         (rate, pytest.approx(0.8)) for rate in (2.0, 4.0, 6.0)
     ]
     assert by_label["pair, simulated"].points[0] == (1.0, pytest.approx(0.86))

@@ -38,7 +38,7 @@ def test_what_steps_took_together_counts_by_layout_and_kind(exact):
 
 def test_the_simulator_counts_with_it_and_what_runs_alone_does_not(exact, known):
     found = with_serving_factors(exact, [ServedStep((1, 1), "decode", 1.5, 1.0)])
-    before, after = (cost_of(profile, known["vllm"]) for profile in (exact, found))
+    before, after = (cost_of(profile, known["vllm_v0"]) for profile in (exact, found))
     (alone_s,), (serving_s,) = (cost.stages_s(0, DECODE) for cost in (before, after))
     assert serving_s == pytest.approx(1.5 * alone_s)
     assert after.decoder(0)(2, 20) == serving_s
@@ -52,7 +52,7 @@ def machine():
     """Servers whose engines run nothing, and a profile of their programs."""
     config = dataclasses.replace(
         CONFIG,
-        systems={name: CONFIG.systems[name] for name in ("vllm", "sarathi_serve")},
+        systems={name: CONFIG.systems[name] for name in ("vllm_v0", "sarathi_serve")},
         workload=WorkloadConfig(num_requests=60, prompt_tokens="uniform:8:60"),
         durations="live",
         num_seeds=1,

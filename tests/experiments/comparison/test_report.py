@@ -30,26 +30,26 @@ def found(system, *per_seed_rps, needs=0.5, **best):
     )
 
 
-# Apart is the best; of the colocated ones, vllm. Three seeds each.
+# Apart is the best; of the colocated ones, vllm_v0. Three seeds each.
 CLEAR = (
-    found("vllm", 1.0, 1.1, 0.9),
+    found("vllm_v0", 1.0, 1.1, 0.9),
     found("orca", 0.5, 0.5, 0.5, resolved=False, steady=False),
     found(DISAGGREGATED, 2.0, 2.2, 1.8),
 )
 # One seed says otherwise.
 CLOSE = (
-    found("vllm", 1.0, 1.1, 0.9),
+    found("vllm_v0", 1.0, 1.1, 0.9),
     found("orca", 3.0, 3.1, 2.9),
     found(DISAGGREGATED, 2.9, 3.2, 2.75),
 )
 NOBODY = tuple(
     found(name, 0.0, 0.0, 0.0, needs=needs)
-    for name, needs in (("vllm", 2.5), ("orca", 1.25), (DISAGGREGATED, 3.0))
+    for name, needs in (("vllm_v0", 2.5), ("orca", 1.25), (DISAGGREGATED, 3.0))
 )
 SPEC = ComparisonSpec(
     simulation=get_simulation("opt13b_a100"),
     devices=4,
-    systems=("vllm", "orca", DISAGGREGATED),
+    systems=("vllm_v0", "orca", DISAGGREGATED),
     sizes=(128,),
     plan=SearchPlan(target=0.8),
     seeds=(0, 1, 2),
@@ -77,14 +77,14 @@ def test_a_cell_has_its_winner_its_goodput_and_both_ratios():
     ]
     assert clear == [
         *("1", "0.04", "123", DISAGGREGATED, "2", "[1.5,", "2.5]"),
-        *("2.00", "[2.00,", "2.00]", "vllm", "2.00", "[2.00,", "2.00]", "vllm"),
+        *("2.00", "[2.00,", "2.00]", "vllm_v0", "2.00", "[2.00,", "2.00]", "vllm_v0"),
         DISAGGREGATED,
     ]
 
 
 def test_goodputs_are_means_over_the_seeds_by_system():
     assert rows("goodput, requests/s per device") == [
-        [*("TTFT", "target", "TPOT", "target", "vllm", "orca"), DISAGGREGATED],
+        [*("TTFT", "target", "TPOT", "target", "vllm_v0", "orca"), DISAGGREGATED],
         ["0.25", "0.04", "0", "0", "0"],
         ["0.5", "0.04", "1", "3", "2.95"],
         ["1", "0.04", "1", "0.5", "2"],
@@ -98,8 +98,8 @@ def test_parameters_are_shown_with_reasons_and_doubts():
         "  orca           orca's: 0.5/s, not steady, not resolved; orca's reason; "
         "another",
         "  disaggregated  disaggregated's: 2/s; disaggregated's reason; another",
-        "  vllm           vllm's: no goodput, alone it needs 2.5 x the targets; vllm's "
-        "reason; another",
+        "  vllm_v0        vllm_v0's: no goodput, alone it needs 2.5 x the targets; "
+        "vllm_v0's reason; another",
     ):
         assert line in details.splitlines()
 
@@ -109,7 +109,7 @@ def test_the_head_says_what_was_asked():
         "opt-13b on 4 devices, fitted/distserve, KV over nvlink-a100; simulated",
         "requests/s per device at which 80% of the requests meet both targets",
         "seeds 0, 1, 2; N requests a run",
-        "at once, at most: vllm 256, orca 128, disaggregated 256;",
+        "at once, at most: vllm_v0 256, orca 128, disaggregated 256;",
     ):
         assert said in TEXT.split("\n\n")[0]
 
@@ -121,12 +121,12 @@ def test_the_record_has_the_numbers_of_the_table():
     assert (nobody["winner"], nobody["over_runner_up"]["ratio"]) == (None, None)
     assert nobody["why_infeasible"] == "even alone orca needs 1.25 x the targets"
     assert (close["winner"], close["why_infeasible"]) == ("orca", None)
-    assert close["best_colocated"] == "orca" and clear["best_colocated"] == "vllm"
+    assert close["best_colocated"] == "orca" and clear["best_colocated"] == "vllm_v0"
     assert (clear["TTFT target"], clear["TPOT target"]) == (1.0, 0.04)
     assert clear["over_colocated"]["ratio"]["mean"] == pytest.approx(2.0)
     assert clear["over_runner_up"]["clear"] and not close["over_runner_up"]["clear"]
     assert [one["system"] for one in clear["systems"]] == [
-        *(DISAGGREGATED, "vllm", "orca")
+        *(DISAGGREGATED, "vllm_v0", "orca")
     ]
     assert clear["systems"][1]["goodput"]["mean"] == pytest.approx(1.0)
     asked = content["question"]
@@ -184,14 +184,14 @@ def test_bounded_runs_are_marked_in_the_picture_and_the_record(monkeypatch):
 
 
 def test_attainment_that_rises_is_said_of_its_system():
-    rises = (found("vllm", 1.0, 1.1, 0.9, inversion=RISES), *CLEAR[1:])
+    rises = (found("vllm_v0", 1.0, 1.1, 0.9, inversion=RISES), *CLEAR[1:])
     assert report.answer(rises).endswith(f"\nvllm: {RISES}.")
     assert RISES not in report.answer(CLEAR)
     grid = {(0, 0): rises}
     details = report.text(SPEC, [MAP], [grid])
-    assert f"  vllm           vllm's: 1/s, {RISES}; vllm's reason" in details
+    assert f"  vllm_v0           vllm_v0's: 1/s, {RISES}; vllm_v0's reason" in details
     (cell,) = report.record(SPEC, [MAP], [grid])["maps"][0]["cells"]
-    assert cell["notes"] == [f"vllm: {RISES}"]
+    assert cell["notes"] == [f"vllm_v0: {RISES}"]
 
 
 def test_seeds_that_share_requests_give_no_interval_and_say_so():
@@ -209,13 +209,13 @@ def test_seeds_that_share_requests_give_no_interval_and_say_so():
         (
             CLEAR,
             "disaggregated (disaggregated's) serves the most: 2 [1.5, 2.5] requests/s "
-            "per device.\nDisaggregated over vllm, the best colocated system: 2.00 "
+            "per device.\nDisaggregated over vllm_v0, the best colocated system: 2.00 "
             "[2.00, 2.00]: disaggregate.",
         ),
         (
             (CLEAR[0], found(DISAGGREGATED, 0.5, 0.55, 0.45)),
-            "vllm (vllm's) serves the most: 1 [0.752, 1.25] requests/s per device.\n"
-            "Disaggregated over vllm, the best colocated system: 0.50 [0.50, 0.50]: do "
+            "vllm_v0 (vllm_v0's) serves the most: 1 [0.752, 1.25] requests/s per device.\n"
+            "Disaggregated over vllm_v0, the best colocated system: 0.50 [0.50, 0.50]: do "
             "not disaggregate.",
         ),
         (NOBODY, "Nobody: even alone orca needs 1.25 x the targets."),
@@ -236,22 +236,22 @@ def test_two_cells_are_a_map_with_a_sentence():
 def test_who_has_no_goodput_is_said():
     """In the table, where one of two systems serves nobody, or not by every seed."""
     one = (
-        found("vllm", 0.0, 0.0),
+        found("vllm_v0", 0.0, 0.0),
         found("orca", 0.0, 2.0),
         found(DISAGGREGATED, 3.0, 3.0),
     )
     table = report.text(SPEC, [MAP], [{(0, 0): one}])
     row = next(line for line in table.splitlines() if line.startswith("0.25 "))
     assert "some seeds have none: orca" in row
-    two = (found("vllm", 0.0, 0.0), found(DISAGGREGATED, 3.0, 3.0))
+    two = (found("vllm_v0", 0.0, 0.0), found(DISAGGREGATED, 3.0, 3.0))
     table = report.text(SPEC, [MAP], [{(0, 0): two}])
-    assert "only one serves: vllm  only one serves: vllm" in table
+    assert "only one serves: vllm_v0  only one serves: vllm_v0" in table
 
 
 def test_a_goodput_however_small_is_one():
-    small = (found("vllm", 0.25, 0.25), found(DISAGGREGATED, 0.5, 0.5))
+    small = (found("vllm_v0", 0.25, 0.25), found(DISAGGREGATED, 0.5, 0.5))
     table = report.text(SPEC, [MAP], [{(0, 0): small}])
-    assert "vllm's: 0.25/s; " in table and "no goodput" not in table
+    assert "vllm_v0's: 0.25/s; " in table and "no goodput" not in table
 
 
 def test_candidates_are_listed_where_there_are_several():
@@ -286,12 +286,12 @@ def test_what_is_infinite_is_none_in_the_record():
         (NOBODY, "infeasible\nalone: 1.2 x\nthe targets"),
         ([found(f.system, 0.0, needs=0.9) for f in CLEAR], "infeasible\nunder load"),
         (
-            [found("vllm", 0.0, 0.0), found(DISAGGREGATED, 2.5, 2.5)],
+            [found("vllm_v0", 0.0, 0.0), found(DISAGGREGATED, 2.5, 2.5)],
             "disaggregated\n2.5/s\nonly kind that serves",
         ),
         (
-            [found("vllm", 2.0), found(DISAGGREGATED, 1.0)],
-            "~ vllm\n2/s\nd/c 0.50",
+            [found("vllm_v0", 2.0), found(DISAGGREGATED, 1.0)],
+            "~ vllm_v0\n2/s\nd/c 0.50",
         ),
     ],
 )
@@ -328,9 +328,9 @@ def test_a_single_cell_is_a_bar_for_each_system(monkeypatch):
     ((panel,), title) = drawn(monkeypatch, [one], [{(0, 0): CLEAR}])
     ends = [span[:2] for bar in panel.bars for span in bar.spans]
     assert ends == [(0.0, pytest.approx(1.0)), (0.0, 0.5), (0.0, pytest.approx(2.0))]
-    vllm = panel.bars[0]  # 1 +- 4.303 x 0.1 / sqrt(3)
-    assert vllm.interval == pytest.approx((0.7516, 1.2484), abs=1e-4)
-    assert vllm.label == "vllm\nvllm's"
+    vllm_v0 = panel.bars[0]  # 1 +- 4.303 x 0.1 / sqrt(3)
+    assert vllm_v0.interval == pytest.approx((0.7516, 1.2484), abs=1e-4)
+    assert vllm_v0.label == "vllm_v0\nvllm's"
     assert title.endswith("workload mine") and panel.x.endswith(
         "95 % intervals over seeds"
     )

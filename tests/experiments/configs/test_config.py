@@ -36,18 +36,19 @@ def test_both_systems_of_the_main_job_have_equally_many_devices_and_limits():
     assert {limit.decode_rows for limit in limits} == {16, 0}  # 0: never decodes
 
 
-def test_an_override_reaches_through_mappings_into_a_policy():
+@pytest.mark.parametrize("system", ["vllm_v0", "vllm"])
+def test_an_override_reaches_through_mappings_into_a_policy(system):
     config = override(
         get_config("tiny"),
         [
-            "systems.vllm.policies.colocated.max_seqs=3",
+            f"systems.{system}.policies.colocated.max_seqs=3",
             "workload.arrivals.kind=gamma",
             "workload.arrivals.burstiness=0.5",
             "rates=1,2.5",
             "workload.ignore_eos=false",
         ],
     )
-    policy = config.systems["vllm"].policies[Role.COLOCATED]
+    policy = config.systems["vllm_v0"].policies[Role.COLOCATED]
     assert isinstance(policy, PrefillFirst)
     assert policy.max_seqs == 3
     assert config.workload.arrivals.burstiness == 0.5
@@ -73,8 +74,8 @@ def test_an_override_reaches_through_mappings_into_a_policy():
         ("clock=sundial", "clock: expected one of virtual, wall, got 'sundial'"),
         ("workload.num_requests=0", "workload.num_requests: expected >= 1, got 0"),
         ("workload.arrivals.kind=odd", "expected one of poisson, gamma, fixed"),
-        ("systems.vllm.policies.colocated.max_seqs=0", "max_seqs: expected >= 1"),
-        ("systems.vllm.deployment=prefill:tp1,decode:tp1", "has prefill instances"),
+        ("systems.vllm_v0.policies.colocated.max_seqs=0", "max_seqs: expected >= 1"),
+        ("systems.vllm_v0.deployment=prefill:tp1,decode:tp1", "has prefill instances"),
         ("workload.source=trace", "workload.trace: expected the path of a trace"),
         ("slo.ttft_s=-1", "slo.ttft_s: expected >= 0, got -1.0"),
         ("criterion=best", "expected one of distserve, sarathi_serve, vidur_search"),
@@ -171,17 +172,17 @@ def test_a_step_size_is_one_of_the_policy_and_caps_what_decodes_in_it():
     )
     assert system.resized(64).policies[Role.COLOCATED].limits.decode_rows == 16
     # vLLM's paper has no rule, so its step stays.
-    vllm = System.of("vllm", "2xcolocated:tp1")
+    vllm = System.of("vllm_v0", "2xcolocated:tp1")
     assert vllm.resized(8) == vllm
 
 
 def test_a_placement_has_the_parameters_of_its_system_or_the_defaults():
     config = get_config("tiny")
-    only = dataclasses.replace(config, systems={"vllm": config.systems["vllm"]})
+    only = dataclasses.replace(config, systems={"vllm_v0": config.systems["vllm_v0"]})
     answer = {"system": "disaggregated", "deployment": "prefill:tp1,2xdecode:tp1"}
     found = {"flags": {"model": "tiny"}, "low": answer, "wall_s": 3.0}
     placed = only.with_placements(found).systems
-    assert list(placed) == ["vllm", "placed_low"]
+    assert list(placed) == ["vllm_v0", "placed_low"]
     assert placed["placed_low"] == System.of("disaggregated", answer["deployment"])
     named = config.with_placements(found).systems["placed_low"]
     assert named.policies == config.systems["disaggregated"].policies

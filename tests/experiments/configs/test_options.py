@@ -145,7 +145,7 @@ def test_an_option_without_effect_says_what_would_give_it_one(changes, message):
         ["rates=1,2", "search.target=0.5", "search.tolerance=0.2"],
         ["search.growth=2", "search.max_rates=5"],
         ["tune=false", CHUNK],
-        ["step_tokens=64", "systems.vllm.policies.colocated.max_batched_tokens=64"],
+        ["step_tokens=64", "systems.vllm_v0.policies.colocated.max_batched_tokens=64"],
         ["step_tokens=64", "systems.sarathi.policies.colocated.max_seqs=4"],
         # With one layer group a chunk leaves while the next is computed.
         ["streams=true", "link=25gb"],
@@ -185,7 +185,7 @@ def test_what_is_about_transfers_needs_a_system_that_has_them(changes, missing):
     config = override(get_config("tiny"), ["durations=modelled"])
     streams = ["streams=true"] if "parts" in changes[0] else []
     override(config, [*streams, *changes])
-    only = dataclasses.replace(config, systems={"vllm": config.systems["vllm"]})
+    only = dataclasses.replace(config, systems={"vllm_v0": config.systems["vllm_v0"]})
     with pytest.raises(ValueError, match=f"expected {missing}, got 2xcolocated:tp1"):
         override(only, changes)
 
@@ -270,10 +270,14 @@ def test_a_config_made_in_python_is_compared_with_the_defaults():
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("vllm", "streams=true", "streams: expected a system of prefill and decode"),
-        ("vllm", "link=25gb", "instances, got 2xcolocated:tp1, where link=25gb has"),
-        ("vllm", "step_tokens=64", "whose paper chooses a step size, got vllm, where"),
-        ("vllm", "tune=false", "tune: expected a system whose paper chooses"),
+        ("vllm_v0", "streams=true", "streams: expected a system of prefill and decode"),
+        ("vllm_v0", "link=25gb", "instances, got 2xcolocated:tp1, where link=25gb has"),
+        (
+            "vllm_v0",
+            "step_tokens=64",
+            "whose paper chooses a step size, got vllm_v0, where",
+        ),
+        ("vllm_v0", "tune=false", "tune: expected a system whose paper chooses"),
     ],
 )
 def test_an_option_may_have_no_effect_on_the_systems(name, change, message):
@@ -286,12 +290,12 @@ def test_an_option_may_have_no_effect_on_the_systems(name, change, message):
 
 def test_parameters_of_a_role_need_an_instance_of_it():
     config = get_config("tiny")
-    vllm, apart = (config.systems[name] for name in ("vllm", "disaggregated"))
+    vllm, apart = (config.systems[name] for name in ("vllm_v0", "disaggregated"))
     both = dataclasses.replace(vllm, policies={**vllm.policies, **apart.policies})
-    config = dataclasses.replace(config, systems={"vllm": both})
-    override(config, ["systems.vllm.policies.colocated.max_seqs=3"])
+    config = dataclasses.replace(config, systems={"vllm_v0": both})
+    override(config, ["systems.vllm_v0.policies.colocated.max_seqs=3"])
     with pytest.raises(ValueError, match="decode instances, got 2xcolocated:tp1"):
-        override(config, ["systems.vllm.policies.decode.max_seqs=3"])
+        override(config, ["systems.vllm_v0.policies.decode.max_seqs=3"])
 
 
 # -- flags -----------------------------------------------------------------------------

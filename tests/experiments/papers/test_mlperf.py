@@ -12,14 +12,14 @@ def test_tighter_bounds_cost_goodput_and_reserving_memory_costs_more():
     lab = Lab(num_requests=150, seeds=1)
     found = {
         (system, bounds): find_goodput(mlperf._search(lab, system, bounds)).rps
-        for system in ("sarathi_serve", "vllm", "orca")
+        for system in ("sarathi_serve", "vllm_v0", "orca")
         for bounds in mlperf._BOUNDS
     }
     server, interactive = mlperf._BOUNDS
-    for system in ("sarathi_serve", "vllm", "orca"):
+    for system in ("sarathi_serve", "vllm_v0", "orca"):
         assert found[system, interactive] < found[system, server]
     assert found["sarathi_serve", interactive] > found["orca", interactive]
-    assert found["vllm", server] > found["orca", server]
+    assert found["vllm_v0", server] > found["orca", server]
 
 
 def test_all_systems_have_as_many_devices():

@@ -12,7 +12,7 @@ from disagg_jax.request import Request, Status, Timeline
 from experiments.runs.request_rows import to_row, to_timeline
 from experiments.runs.run_dir import Point, RunDir, SavedRun
 
-POINT = Point("vllm", 12.5, 0)
+POINT = Point("vllm_v0", 12.5, 0)
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
 ROWS = [{"request_id": 0, "ttft_s": 0.1}, {"request_id": 1, "ttft_s": 0.2}]
 
@@ -33,7 +33,7 @@ def test_a_saved_point_comes_back(tmp_path):
 
 def test_requests_of_all_points_become_one_file(tmp_path):
     run_dir = RunDir(tmp_path, {})
-    other = Point("vllm", 12.5, 1)
+    other = Point("vllm_v0", 12.5, 1)
     save(run_dir)
     save(run_dir, other)
     run_dir.write_requests([POINT, other])
@@ -45,7 +45,7 @@ def test_requests_of_all_points_become_one_file(tmp_path):
         (1, 0),
         (1, 1),
     ]
-    assert rows[3] == {"system": "vllm", "rate_rps": 12.5, "replica": 1, **ROWS[1]}
+    assert rows[3] == {"system": "vllm_v0", "rate_rps": 12.5, "replica": 1, **ROWS[1]}
 
 
 def test_a_point_that_was_cut_off_while_saving_does_not_count(tmp_path):
@@ -89,7 +89,7 @@ def test_points_are_found_by_their_names(tmp_path):
         Point("a-b", 1e-05, 0),
         Point("a-b", 0.5, 3),
         Point("sarathi@64", 1e22, 12),
-        Point("vllm", 12.5, 1),
+        Point("vllm_v0", 12.5, 1),
     ]
     for point in reversed(points):
         save(run_dir, point)
@@ -104,23 +104,23 @@ def test_points_are_found_by_their_names(tmp_path):
 def saved(tmp_path, passing=6.25, rates=(6.25, 12.5), replicas=(0, 1), **found):
     """A run of two devices; rates are per device."""
     systems = {
-        "vllm": {"deployment": "2xcolocated:tp1"},
+        "vllm_v0": {"deployment": "2xcolocated:tp1"},
         "other": {"deployment": "colocated:tp1"},
     }
     run_dir = RunDir(tmp_path, {"seed": 3, "systems": systems})
     for rate in rates:
         for replica in replicas:
-            save(run_dir, Point("vllm", 2 * rate, replica))
+            save(run_dir, Point("vllm_v0", 2 * rate, replica))
     save(run_dir, Point("other", 99.0, 5))
     found = found or {"goodput": {"pass_rps_per_device": passing}}
-    run_dir.write_json("summary.json", {"systems": {"vllm": found}})
+    run_dir.write_json("summary.json", {"systems": {"vllm_v0": found}})
     return run_dir
 
 
 @pytest.mark.parametrize(("seed", "replica"), [(None, 0), (3, 0), (4, 1)])
 def test_a_seed_is_the_configs_and_the_replica(tmp_path, seed, replica):
-    picked = saved(tmp_path).pick("vllm", 12.5, seed)
-    assert picked.point == Point("vllm", 25.0, replica)
+    picked = saved(tmp_path).pick("vllm_v0", 12.5, seed)
+    assert picked.point == Point("vllm_v0", 25.0, replica)
     assert picked.seed == 3 + replica
     assert (picked.rate_rps, str(picked.deployment)) == ("12.5", "2xcolocated:tp1")
 
@@ -130,7 +130,7 @@ def test_a_seed_that_did_not_run_is_refused(tmp_path, seed):
     with pytest.raises(
         ValueError, match=rf"--seed: expected one of \[3, 4\], .* {seed}"
     ):
-        saved(tmp_path).pick("vllm", 12.5, seed)
+        saved(tmp_path).pick("vllm_v0", 12.5, seed)
 
 
 def test_without_a_rate_it_is_the_one_that_the_system_is_judged_by(tmp_path):
@@ -139,21 +139,24 @@ def test_without_a_rate_it_is_the_one_that_the_system_is_judged_by(tmp_path):
         ("passing", saved(tmp_path / "passing"), 12.5),
         ("best", saved(tmp_path / "best", **best), 25.0),
     ):
-        assert run_dir.pick("vllm", None, None).point.rate_rps == rate, name
+        assert run_dir.pick("vllm_v0", None, None).point.rate_rps == rate, name
 
 
 def test_a_system_or_rate_that_did_not_run_is_refused_by_what_there_is(tmp_path):
     run_dir = saved(tmp_path, passing=None)
-    with pytest.raises(ValueError, match="--system: expected one of .'other', 'vllm'."):
+    with pytest.raises(
+        ValueError, match="--system: expected one of .'other', 'vllm_v0'."
+    ):
         run_dir.pick("orca", None, None)
+    assert run_dir.pick("vllm", 12.5, None) == run_dir.pick("vllm_v0", 12.5, None)
     rates = r"--rate: expected one of \['6.25', '12.5'\]"
     with pytest.raises(ValueError, match=rf"{rates}, got '25'"):
-        run_dir.pick("vllm", 25.0, None)
+        run_dir.pick("vllm_v0", 25.0, None)
     with pytest.raises(ValueError, match=rf"{rates}, or a run with one that passes"):
-        run_dir.pick("vllm", None, None)
+        run_dir.pick("vllm_v0", None, None)
     (tmp_path / "summary.json").unlink()
     with pytest.raises(ValueError, match="got 'no summary.json'"):
-        run_dir.pick("vllm", None, None)
+        run_dir.pick("vllm_v0", None, None)
 
 
 def test_rates_are_told_apart_by_six_digits(tmp_path):
@@ -162,10 +165,10 @@ def test_rates_are_told_apart_by_six_digits(tmp_path):
     run_dir = saved(tmp_path, rates=rates, passing=rates[1])
     for rate, shown in zip(rates, ("0.61725", "0.6173", "411.333"), strict=True):
         for asked in (rate, float(shown)):
-            picked = run_dir.pick("vllm", asked, None)
-            assert picked.point == Point("vllm", 2 * rate, 0)
+            picked = run_dir.pick("vllm_v0", asked, None)
+            assert picked.point == Point("vllm_v0", 2 * rate, 0)
             assert picked.rate_rps == shown
-    assert run_dir.pick("vllm", None, None).point.rate_rps == 1.2346
+    assert run_dir.pick("vllm_v0", None, None).point.rate_rps == 1.2346
 
 
 def test_a_point_of_another_system_is_none_of_its_rates(tmp_path):
@@ -179,7 +182,7 @@ def test_a_point_of_another_system_is_none_of_its_rates(tmp_path):
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--run: expected a run directory, got"):
-        SavedRun(tmp_path).pick("vllm", None, None)
+        SavedRun(tmp_path).pick("vllm_v0", None, None)
 
 
 # -- requests as rows -----------------------------------------------------------------

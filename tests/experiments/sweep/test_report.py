@@ -13,15 +13,15 @@ model tiny; SLO: TTFT <= 12.30 ms and TPOT <= 4.56 ms for 90% of requests; \
 70 requests x 3 seeds a point
 clock: virtual, durations: table (each program timed alone; valid for devices that \
 are really separate)
-vllm: colocated max_batched_tokens = 64: the default
-goodput                             vllm                    pair
+vllm_v0: colocated max_batched_tokens = 64: the default
+goodput                          vllm_v0                    pair
 deployment               2xcolocated:tp1  prefill:tp1,decode:tp3
 requests/s per device  12.3 [11.0, 13.5]                     5.0
 passes at / fails at         12.0 / 14.0                 - / 6.0
 every seed bracketed                 yes                      no
 resolved                              no                     yes
 steady                               yes                       -
-at its highest passing rate                                    vllm       pair
+at its highest passing rate                                 vllm_v0       pair
 attainment: both / TTFT / TPOT                10.0% / 11.0% / 12.0%  - / - / -
 TTFT P50 / P90 / P99, ms                   100.00 / 101.00 / 102.00  - / - / -
 TPOT P50 / P90 / P99, ms                   103.00 / 104.00 / 105.00  - / - / -
@@ -38,26 +38,26 @@ prefill stages busy, mean / idlest                          - / 50%      - / -
 decode stages busy, mean / idlest                         61% / 51%      - / -
 colocated stages busy, mean / idlest                      62% / 52%      - / -
 KV moved between instances, MB                                 2.50          -
-goodput pair/vllm, paired by seed: 0.40 [0.30, 0.50]
-rank by each criterion                        1            2
-distserve *, requests/s per device   vllm 12.35     pair < 6
-fastgen, good requests/s per device   pair ~9.5  vllm >= 7.5"""
+goodput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
+rank by each criterion                           1               2
+distserve *, requests/s per device   vllm_v0 12.35        pair < 6
+fastgen, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""
 
 THROUGHPUT = """\
 model tiny; fastgen: good requests; 70 requests x 3 seeds a point
-throughput by fastgen                  vllm                    pair
+throughput by fastgen               vllm_v0                    pair
 deployment                  2xcolocated:tp1  prefill:tp1,decode:tp3
 good requests/s per device     2.123 [1, 9]            3.123 [1, 9]
 at requests/s per device               20.0                    30.0
 bracketed                               yes                      no
 steady                                   no                     yes
-at its best rate                                               vllm                      pair
+at its best rate                                            vllm_v0                      pair
 attainment: both / TTFT / TPOT                20.0% / 21.0% / 22.0%     30.0% / 31.0% / 32.0%
 mean transfer, ms                                            211.00                    311.00
 KV moved between instances, MB                                 2.50                      2.50
-throughput pair/vllm, paired by seed: 0.40 [0.30, 0.50]
-distserve, requests/s per device       vllm 12.35     pair < 6
-fastgen *, good requests/s per device   pair ~9.5  vllm >= 7.5"""  # noqa: E501
+throughput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
+distserve, requests/s per device       vllm_v0 12.35        pair < 6
+fastgen *, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""  # noqa: E501
 
 
 def expect_lines(expected: str, summary) -> None:
@@ -107,7 +107,7 @@ def test_the_table_says_where_programs_ran():
 )
 def test_bytes_are_shown_in_megabytes_of_a_million(moved_bytes, shown):
     summary = summaries.goodput()
-    at = summary["systems"]["vllm"]["goodput"]
+    at = summary["systems"]["vllm_v0"]["goodput"]
     at["at_pass_rate"] = summaries.metrics(1.0, transfer_bytes=moved_bytes)
     (line,) = [
         x for x in report.table(summary).splitlines() if x.startswith("KV moved")
@@ -142,7 +142,7 @@ def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
     assert pair.band == [pytest.approx((0.0, 25.0))]
     assert (vllm.colour, pair.colour) == (0, 1)
     labels = [one.label for one in panel.series if one.label]
-    assert labels[:2] == ["vllm (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
+    assert labels[:2] == ["vllm_v0 (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
     assert labels[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
 
 
@@ -153,7 +153,7 @@ def test_the_picture_names_its_axes_and_cuts_no_point():
     assert panel.ylim is not None and panel.ylim[0] <= 0 and panel.ylim[1] >= 100
     # An interval of shares may reach beyond all of them.
     summary = summaries.goodput()
-    for point in summary["systems"]["vllm"]["points"]:
+    for point in summary["systems"]["vllm_v0"]["points"]:
         point["criteria"]["distserve"] |= {"mean": 0.95, "low": -0.2, "high": 1.3}
     assert set(report.scores(summary).series[0].band or ()) == {(0.0, 100.0)}
 
@@ -213,7 +213,7 @@ def test_an_order_that_is_open_is_marked_wherever_it_is():
     lines = report.table(summary).splitlines()
     assert lines[-1] == note
     (row,) = [line for line in lines if line.startswith("fastgen, ")]
-    assert row.endswith("pair ~9.5  vllm >= !7.5")
+    assert row.endswith("pair ~9.5  vllm_v0 >= !7.5")
 
 
 def test_the_picture_of_a_throughput_is_per_device():

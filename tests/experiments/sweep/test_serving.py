@@ -206,7 +206,7 @@ def test_memory_limits_the_decodes_beside_a_prompt(random_model):
 
 def test_only_what_a_paper_has_a_rule_for_is_tuned(random_model):
     """vLLM's step stays, and so does the decode side of a pair."""
-    vllm, served = CONFIG.systems["vllm"], requests((40, 10))
+    vllm, served = CONFIG.systems["vllm_v0"], requests((40, 10))
     one = durations(random_model, vllm)
     assert one.tuned(vllm.policies, 7.0, served) == (vllm.policies, [])
     split = durations(random_model, SPLIT)

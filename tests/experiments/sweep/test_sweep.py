@@ -99,7 +99,7 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
     config = override(get_config("smoke"), [*SMALL, *changes])
     first = Pretended(Deployment.parse("2xcolocated:tp1"), limits[0], late_s)
     other = Pretended(Deployment.parse("prefill:tp1,decode:tp1"), limits[1], late_s)
-    systems, slo = {"vllm": first, "disaggregated": other}, SLO_S
+    systems, slo = {"vllm_v0": first, "disaggregated": other}, SLO_S
     return Sweep(
         config=config,
         model=None,
@@ -107,9 +107,12 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
         served=systems,
         durations=Durations(),
         slo=slo,
-        choices={"vllm": ["as told"]},
+        choices={"vllm_v0": ["as told"]},
         criteria=for_slo(
-            slo, target=0.9, prompt_tokens=4, idle=lambda r: UnloadedLatency(ttft_s=1, tpot_s=1)
+            slo,
+            target=0.9,
+            prompt_tokens=4,
+            idle=lambda r: UnloadedLatency(ttft_s=1, tpot_s=1),
         ),
         run_dir=run_dir or RunDir(path, {}),
         progress=lambda message: None,
@@ -122,7 +125,7 @@ def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
     rates = [8.0, 16.0]  # of two devices
     assert one.run_dir.points() == [
         Point(name, rate, replica)
-        for name in ("disaggregated", "vllm")
+        for name in ("disaggregated", "vllm_v0")
         for rate in rates
         for replica in (0, 1)
     ]
@@ -131,15 +134,18 @@ def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
         for line in (tmp_path / "requests.jsonl").read_text().splitlines()
     ]
     assert len(rows) == 2 * 2 * 2 * N
-    assert [row["system"] for row in rows[:16]] == ["vllm"] * 16
+    assert [row["system"] for row in rows[:16]] == ["vllm_v0"] * 16
     first = rows[0]
     assert (first["rate_rps"], first["replica"], first["request_id"]) == (8.0, 0, 0)
     assert {row["request_id"] // 100 for row in rows if row["replica"] == 1} == {1}
     assert summary["num_seeds"] == 2
     # One of four requests is late at 16/s on the system whose limit is 10.
-    assert [p["attainment"]["mean"] for p in points(summary, "vllm")] == [1.0, 0.75]
-    assert [p["request_rate"] for p in points(summary, "vllm")] == rates
-    assert [p["request_rate_per_device"] for p in points(summary, "vllm")] == [4.0, 8.0]
+    assert [p["attainment"]["mean"] for p in points(summary, "vllm_v0")] == [1.0, 0.75]
+    assert [p["request_rate"] for p in points(summary, "vllm_v0")] == rates
+    assert [p["request_rate_per_device"] for p in points(summary, "vllm_v0")] == [
+        4.0,
+        8.0,
+    ]
 
 
 def points(summary, name):
@@ -148,9 +154,9 @@ def points(summary, name):
 
 def test_goodputs_are_per_device_and_ratios_over_vllm_by_seed(tmp_path):
     summary = sweep(tmp_path).run()
-    # vllm crosses 0.9 between 8 (1.0) and 16/s (0.75): 8 + 8 x 0.1 / 0.25 = 11.2,
+    # vllm_v0 crosses 0.9 between 8 (1.0) and 16/s (0.75): 8 + 8 x 0.1 / 0.25 = 11.2,
     # 5.6 per device. The other passes at 16, where the rates end: 8 per device.
-    vllm = summary["systems"]["vllm"]["goodput"]
+    vllm = summary["systems"]["vllm_v0"]["goodput"]
     assert vllm["per_seed_rps_per_device"] == pytest.approx([5.6, 5.6])
     assert vllm["max_goodput_rate_per_device"] == pytest.approx(
         {"mean": 5.6, "low": 5.6, "high": 5.6}
@@ -162,16 +168,16 @@ def test_goodputs_are_per_device_and_ratios_over_vllm_by_seed(tmp_path):
     assert other["per_seed_rps_per_device"] == pytest.approx([8.0, 8.0])
     assert other["fail_rps_per_device"] is None and not other["bracketed"]
     ratios = summary["ratios"]
-    assert list(ratios) == ["disaggregated/vllm"]
-    assert ratios["disaggregated/vllm"]["per_seed"] == pytest.approx([8 / 5.6] * 2)
+    assert list(ratios) == ["disaggregated/vllm_v0"]
+    assert ratios["disaggregated/vllm_v0"]["per_seed"] == pytest.approx([8 / 5.6] * 2)
 
 
 def test_a_throughput_is_per_device_at_its_best_rate(tmp_path):
     one = sweep(tmp_path, "criterion=sarathi")
-    found = one.run()["systems"]["vllm"]["throughput"]
+    found = one.run()["systems"]["vllm_v0"]["throughput"]
     # 4 requests of 7 tokens: at 8/s from 0 to 3/8 + 0.6 s; at 16/s one takes 5.1 s.
     thousands = 28 / (3 / 8 + 0.6) / 1e3
-    score = one.run_dir.load(Point("vllm", 8.0, 0))["criteria"]["sarathi"]
+    score = one.run_dir.load(Point("vllm_v0", 8.0, 0))["criteria"]["sarathi"]
     assert score == pytest.approx(thousands)
     assert found["best_rps_per_device"] == 4.0
     assert found["per_seed_per_device"] == pytest.approx([thousands / 2] * 2)
@@ -182,7 +188,7 @@ def test_a_throughput_is_per_device_at_its_best_rate(tmp_path):
 def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_path):
     one = sweep(tmp_path)
     one.run()
-    for name, at in (("vllm", 8.0), ("disaggregated", 16.0)):
+    for name, at in (("vllm_v0", 8.0), ("disaggregated", 16.0)):
         for rate in (8.0, 16.0):
             for replica in (0, 1):
                 point = Point(name, rate, replica)
@@ -191,24 +197,24 @@ def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_p
                 assert done["padding_prefill"] == (0.25 if rate == at else None)
                 tokens = [row["tokens"] for row in one.run_dir.requests(point)]
                 assert tokens == [[1, 2, 3] if rate == at else []] * N
-    assert one.served["vllm"].calls == ["simulate"] * 4 + ["run"] * 2
+    assert one.served["vllm_v0"].calls == ["simulate"] * 4 + ["run"] * 2
 
 
 def test_where_nothing_passes_nothing_is_executed(tmp_path):
     one = sweep(tmp_path, limits=(1.0, 1.0))
     summary = one.run()
-    assert "run" not in one.served["vllm"].calls
-    assert summary["systems"]["vllm"]["goodput"]["pass_rps_per_device"] is None
+    assert "run" not in one.served["vllm_v0"].calls
+    assert summary["systems"]["vllm_v0"]["goodput"]["pass_rps_per_device"] is None
     assert summary["ratios"] == {}  # over nothing
 
 
 @pytest.mark.parametrize("late_s", [1e-3, -1e-3, 1e-9])
 def test_a_token_at_another_time_than_its_duration_says_is_an_error(tmp_path, late_s):
     """As many requests and tokens; one token a little off."""
-    with pytest.raises(RuntimeError, match="vllm-8.0rps-0: the programs' timelines"):
+    with pytest.raises(RuntimeError, match="vllm_v0-8.0rps-0: the programs' timelines"):
         sweep(tmp_path, late_s=late_s).run()
     saved = RunDir(tmp_path, {})
-    assert not saved.load(Point("vllm", 8.0, 0))["executed"]
+    assert not saved.load(Point("vllm_v0", 8.0, 0))["executed"]
     # The resumed run does not take the wrong timelines for those of the durations.
     with pytest.raises(RuntimeError, match="timelines are not those"):
         sweep(tmp_path, late_s=late_s).run()
@@ -218,23 +224,23 @@ def test_a_resumed_sweep_runs_what_is_missing_and_nothing_else(tmp_path):
     whole = sweep(tmp_path / "whole").run()
     resumed = tmp_path / "resumed"
     sweep(resumed).run()
-    lost = resumed / "points" / "vllm-16.0rps-1.json"
+    lost = resumed / "points" / "vllm_v0-16.0rps-1.json"
     lost.unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.served["vllm"].calls == ["simulate"]
+    assert again.served["vllm_v0"].calls == ["simulate"]
     assert again.served["disaggregated"].calls == []
     # An executed point that was lost is simulated first: its rate has to pass again.
-    (resumed / "points" / "vllm-8.0rps-0.json").unlink()
+    (resumed / "points" / "vllm_v0-8.0rps-0.json").unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.served["vllm"].calls == ["simulate", "run"]
+    assert again.served["vllm_v0"].calls == ["simulate", "run"]
 
 
 def test_everything_is_executed_where_that_is_asked_for(tmp_path):
     one = sweep(tmp_path, "execute_all=true")
     one.run()
-    assert one.served["vllm"].calls == ["run"] * 4
+    assert one.served["vllm_v0"].calls == ["run"] * 4
 
 
 def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
@@ -244,7 +250,7 @@ def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
     # A request takes 4 x 0.01 s of prefill and 3 x 0.02 / 2 s of decode on a device:
     # 0.5 x 2 / 0.07 = 14.3/s of two devices.
     assert "7.15 requests/s per device" in tried[0]
-    rates = [point["request_rate"] for point in points(summary, "vllm")]
+    rates = [point["request_rate"] for point in points(summary, "vllm_v0")]
     assert 14.3 in rates
     assert rates == sorted(rates)
     assert all(rate == float(f"{rate:.4g}") for rate in rates)
@@ -255,7 +261,7 @@ def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
 def test_busy_shares_are_by_role_with_the_idlest_stage(tmp_path):
     one = sweep(tmp_path)
     one.run()
-    both = one.run_dir.load(Point("vllm", 8.0, 0))  # 0.25 and 0.5
+    both = one.run_dir.load(Point("vllm_v0", 8.0, 0))  # 0.25 and 0.5
     assert (both["busy_colocated"], both["busy_colocated_least"]) == (0.375, 0.25)
     assert both["busy_prefill"] is both["busy_decode_least"] is None
     split = one.run_dir.load(Point("disaggregated", 8.0, 0))
@@ -266,38 +272,38 @@ def test_means_are_over_seeds_and_none_where_a_run_lacks_one(tmp_path):
     one = sweep(tmp_path)
     one.run()
     for replica, value in ((0, 1.0), (1, 3.0)):
-        path = tmp_path / "points" / f"vllm-8.0rps-{replica}.json"
+        path = tmp_path / "points" / f"vllm_v0-8.0rps-{replica}.json"
         content = json.loads(path.read_text())
         content |= {"mean_e2e_ms": value, "preemptions": None if replica else 1.0}
         content["steady"] = replica == 0
         path.write_text(json.dumps(content))
     summary = sweep(tmp_path).run()
-    found = points(summary, "vllm")[0]
+    found = points(summary, "vllm_v0")[0]
     assert found["metrics"]["mean_e2e_ms"] == 2.0
     assert found["metrics"]["preemptions"] is None
     assert not found["steady"]
-    assert not summary["systems"]["vllm"]["goodput"]["steady"]
+    assert not summary["systems"]["vllm_v0"]["goodput"]["steady"]
 
 
 def test_every_criterion_ranks_by_requests_per_device(tmp_path):
     summary = sweep(tmp_path).run()
     (first, second) = summary["criteria"]["distserve"]["rank"]
     assert (first["system"], first["bound"]) == ("disaggregated", 8.0)
-    assert second["system"] == "vllm"
+    assert second["system"] == "vllm_v0"
     assert summary["criteria"]["distserve"]["unit"].endswith("per device")
-    assert summary["choices"] == {"vllm": ["as told"]}
+    assert summary["choices"] == {"vllm_v0": ["as told"]}
 
 
 def test_throughputs_are_ranked_per_device(tmp_path):
     summary = sweep(tmp_path).run()
     ranked = summary["criteria"]["sarathi"]["rank"]
     # 4 requests of 7 tokens from 0 to 3 / rate + 0.6 s on two devices, the other system
-    # at 16/s, where vllm's late request makes 8/s its best.
+    # at 16/s, where vllm_v0's late request makes 8/s its best.
     thousands = {
         "disaggregated": 28 / (3 / 16 + 0.6) / 1e3,
-        "vllm": 28 / (3 / 8 + 0.6) / 1e3,
+        "vllm_v0": 28 / (3 / 8 + 0.6) / 1e3,
     }
-    assert [row["system"] for row in ranked] == ["disaggregated", "vllm"]
+    assert [row["system"] for row in ranked] == ["disaggregated", "vllm_v0"]
     for row in ranked:
         assert row["mean"] == pytest.approx(thousands[row["system"]] / 2)
 
@@ -305,7 +311,7 @@ def test_throughputs_are_ranked_per_device(tmp_path):
 def test_a_search_is_for_the_target_of_its_criterion(tmp_path):
     """MLPerf's 99 %, not the 50 % of the plan: three of four pass above 10/s."""
     one = sweep(tmp_path, "rates=", "criterion=mlperf", "search.target=0.5")
-    found = one.run()["systems"]["vllm"]["goodput"]
+    found = one.run()["systems"]["vllm_v0"]["goodput"]
     passing, failing = found["pass_rps_per_device"], found["fail_rps_per_device"]
     assert passing <= 10 / 2 < failing <= passing * 1.1
     assert one.run()["target"] == 0.99
@@ -331,7 +337,7 @@ def told(path, late, *changes, **fields):
     rates = ",".join(str(rate / 2) for rate in late)
     whole = sweep(path, f"rates={rates}", *changes)
     server = Told(Deployment.parse("2xcolocated:tp1"), 0.0, late=late)
-    return dataclasses.replace(whole, served={"vllm": server}, **fields)
+    return dataclasses.replace(whole, served={"vllm_v0": server}, **fields)
 
 
 def ends(content):
@@ -364,14 +370,14 @@ def test_seeds_that_share_requests_give_no_interval_anywhere(tmp_path, criterion
     assert shared["trace"] == Shared.trace
     if criterion == "distserve":
         resolved = [
-            s["systems"]["vllm"]["goodput"]["resolved"] for s in (found, shared)
+            s["systems"]["vllm_v0"]["goodput"]["resolved"] for s in (found, shared)
         ]
         assert resolved == [True, False]
 
 
 def test_a_goodput_may_be_bracketed_and_not_resolved(tmp_path):
     """Seeds of 75 % and none above, so far apart that they tell nothing."""
-    found = told(tmp_path, {8.0: [0, 0], 16.0: [1, 4]}).run()["systems"]["vllm"]
+    found = told(tmp_path, {8.0: [0, 0], 16.0: [1, 4]}).run()["systems"]["vllm_v0"]
     assert found["goodput"]["bracketed"] and not found["goodput"]["resolved"]
 
 
@@ -379,7 +385,7 @@ def test_attainment_that_rises_with_the_rate_is_said_per_device(tmp_path):
     said = []
     late = {4.0: [1, 1], 8.0: [0, 0], 16.0: [2, 2]}
     one = told(tmp_path, late, progress=said.append)
-    inversion = one.run()["systems"]["vllm"]["goodput"]["inversion"]
+    inversion = one.run()["systems"]["vllm_v0"]["goodput"]["inversion"]
     text = (
         "attainment is not monotone in the rate: 75.0% at 2 requests/s per device, "
         "100.0% at 4"
@@ -390,7 +396,7 @@ def test_attainment_that_rises_with_the_rate_is_said_per_device(tmp_path):
     }
     assert [line for line in said if "monotone" in line] == [f"{'vllm':>14}  {text}"]
     monotone = told(tmp_path / "b", {8.0: [0, 0], 16.0: [2, 2]}, progress=said.append)
-    assert monotone.run()["systems"]["vllm"]["goodput"]["inversion"] is None
+    assert monotone.run()["systems"]["vllm_v0"]["goodput"]["inversion"] is None
     assert len([line for line in said if "monotone" in line]) == 1
 
 
@@ -398,11 +404,11 @@ def test_a_throughput_is_bracketed_steady_and_executed_at_its_best_rate(tmp_path
     """At 1/s each request is alone, at 8/s they pile up, at 16/s one is late."""
     one = told(tmp_path, {1.0: [0, 0], 8.0: [0, 0], 16.0: [1, 1]}, "criterion=sarathi")
     summary = one.run()
-    found = summary["systems"]["vllm"]["throughput"]
+    found = summary["systems"]["vllm_v0"]["throughput"]
     assert found["best_rps_per_device"] == 4.0
     assert found["bracketed"] and not found["steady"]
     assert found["at_best_rate"]["attainment"] == 1.0
-    points = summary["systems"]["vllm"]["points"]
+    points = summary["systems"]["vllm_v0"]["points"]
     assert [point["steady"] for point in points] == [True, False, False]
     executed = [
         point.rate_rps
@@ -411,7 +417,7 @@ def test_a_throughput_is_bracketed_steady_and_executed_at_its_best_rate(tmp_path
     ]
     assert executed == [8.0, 8.0]
     only = told(tmp_path / "b", {1.0: [0, 0], 16.0: [3, 3]}, "criterion=sarathi")
-    found = only.run()["systems"]["vllm"]["throughput"]
+    found = only.run()["systems"]["vllm_v0"]["throughput"]
     assert found["best_rps_per_device"] == 0.5
     assert found["steady"] and not found["bracketed"]
 
@@ -437,9 +443,9 @@ def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
 
 def test_a_base_that_one_seed_never_passes_gives_no_ratios(tmp_path):
     one = sweep(tmp_path)
-    base = told(tmp_path / "b", {8.0: [0, 4], 16.0: [0, 4]}).served["vllm"]
-    summary = dataclasses.replace(one, served={**one.served, "vllm": base}).run()
-    assert summary["systems"]["vllm"]["goodput"]["per_seed_rps_per_device"] == [8, 0]
+    base = told(tmp_path / "b", {8.0: [0, 4], 16.0: [0, 4]}).served["vllm_v0"]
+    summary = dataclasses.replace(one, served={**one.served, "vllm_v0": base}).run()
+    assert summary["systems"]["vllm_v0"]["goodput"]["per_seed_rps_per_device"] == [8, 0]
     assert summary["ratios"] == {}
 
 
@@ -452,7 +458,7 @@ def test_all_searches_begin_where_the_first_systems_does(tmp_path):
 
 def test_rates_are_tried_with_four_digits_and_once(tmp_path):
     one = sweep(tmp_path, "rates=1.00004,1.06254,1.00001")
-    found = points(one.run(), "vllm")
+    found = points(one.run(), "vllm_v0")
     assert [point["request_rate"] for point in found] == [2.0, 2.125]
     rows = (tmp_path / "requests.jsonl").read_text().splitlines()
     assert len(rows) == len(set(rows)) == 2 * 2 * 2 * N
@@ -477,7 +483,7 @@ def test_progress_is_per_device_and_by_what_is_searched_for(tmp_path):
 
 def test_a_mean_over_the_seeds_is_no_median(tmp_path):
     summary = told(tmp_path, {8.0: [0, 0, 3]}, "num_seeds=3").run()
-    (point,) = summary["systems"]["vllm"]["points"]
+    (point,) = summary["systems"]["vllm_v0"]["points"]
     assert point["metrics"]["attainment"] == pytest.approx((1 + 1 + 0.25) / 3)
     assert point["attainment"]["mean"] == pytest.approx((1 + 1 + 0.25) / 3)
     assert summary["num_seeds"] == 3
@@ -485,7 +491,7 @@ def test_a_mean_over_the_seeds_is_no_median(tmp_path):
 
 def test_a_point_says_which_target_was_missed(tmp_path):
     """Late first tokens; the others come in time."""
-    (point,) = points(told(tmp_path, {8.0: [1, 1]}).run(), "vllm")
+    (point,) = points(told(tmp_path, {8.0: [1, 1]}).run(), "vllm_v0")
     assert point["attainment_ttft"]["mean"] == 0.75
     assert point["attainment_tpot"]["mean"] == 1.0
 
@@ -499,7 +505,7 @@ def test_the_summary_says_how_it_was_made(tmp_path):
     assert (found["num_requests"], found["num_seeds"]) == (11, 2)
     assert (found["criterion"], found["executed"]) == ("mlperf", "passing")
     assert found["slo"] == {"ttft_s": 1.0, "tpot_s": 0.1}
-    vllm = found["systems"]["vllm"]
+    vllm = found["systems"]["vllm_v0"]
     assert (vllm["deployment"], vllm["devices"]) == ("2xcolocated:tp1", 2)
     units = {name: each["unit"] for name, each in found["criteria"].items()}
     assert all(unit.endswith(" per device") for unit in units.values())
@@ -527,7 +533,7 @@ def test_a_token_between_two_in_time_is_compared_too(tmp_path):
     one = sweep(tmp_path)
     server = Uneven(Deployment.parse("2xcolocated:tp1"), 10.0)
     with pytest.raises(RuntimeError, match="vllm-8.0rps-0: the programs' timelines"):
-        dataclasses.replace(one, served={"vllm": server}).run()
+        dataclasses.replace(one, served={"vllm_v0": server}).run()
 
 
 @dataclasses.dataclass
@@ -546,8 +552,8 @@ class Padded(Pretended):
 def test_padding_is_what_the_tokens_leave_of_each_kind_of_step(tmp_path):
     one = sweep(tmp_path, "rates=4")
     server = Padded(Deployment.parse("2xcolocated:tp1"), 10.0)
-    dataclasses.replace(one, served={"vllm": server}).run()
-    found = one.run_dir.load(Point("vllm", 8.0, 0))
+    dataclasses.replace(one, served={"vllm_v0": server}).run()
+    found = one.run_dir.load(Point("vllm_v0", 8.0, 0))
     padding = [found[f"padding_{kind}"] for kind in ("prefill", "mixed", "decode")]
     assert padding == [None, 0.25, 0.875]
 
@@ -572,5 +578,5 @@ def test_requests_have_a_text_where_it_means_something(
 ):
     one = sweep(tmp_path, f"weights={weights}", "rates=4")
     dataclasses.replace(one, model=Letters(tokenizer)).run()
-    (row, *_) = one.run_dir.requests(Point("vllm", 8.0, 0))
+    (row, *_) = one.run_dir.requests(Point("vllm_v0", 8.0, 0))
     assert row["tokens"] == [1, 2, 3] and row.get("text") == text

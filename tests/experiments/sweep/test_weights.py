@@ -155,10 +155,10 @@ def test_random_prompts_need_no_tokenizer(tmp_path):
         "workload.output_tokens=fixed:3",
         "memory.max_context=32",
         "memory.blocks_per_device=16",
-        "systems.vllm.policies.colocated.max_seqs=2",
-        "systems.vllm.policies.colocated.max_batched_tokens=32",
+        "systems.vllm_v0.policies.colocated.max_seqs=2",
+        "systems.vllm_v0.policies.colocated.max_batched_tokens=32",
     ]
-    one = dataclasses.replace(smoke(), systems={"vllm": smoke().systems["vllm"]})
+    one = dataclasses.replace(smoke(), systems={"vllm_v0": smoke().systems["vllm_v0"]})
     config = override(one, changes)
     goodput_sweep.run(config, tmp_path / "run", None)
     lines = (tmp_path / "run" / "requests.jsonl").read_text().splitlines()

@@ -140,7 +140,9 @@ def test_a_deployment_that_was_not_measured_is_refused(
 # ---- the shortcut of decodes ---------------------------------------------------------
 
 
-@pytest.mark.parametrize("system", ["vllm", "orca", "sarathi_serve", "disaggregated"])
+@pytest.mark.parametrize(
+    "system", ["vllm_v0", "orca", "sarathi_serve", "disaggregated"]
+)
 @pytest.mark.parametrize(
     "memory",
     [

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax.control.block_pool import KVBlocks
-from disagg_jax.control.decode_batch import DecodeBatch
-from disagg_jax.control.state import RequestState
+from disagg_jax.control.request_state import DecodeBatch, RequestState
 from disagg_jax.deployment import KVMemory
 from disagg_jax.request import Timeline
 from tests.serving import make_request
@@ -21,7 +20,8 @@ def member(id: int, context: int, left: int, blocks: KVBlocks, *, ahead: int):
     that are left if its memory was reserved.
     """
     request = make_request(id, prompt=context, out=left + 1)
-    state = RequestState(request, id, Timeline(request=request), context + 1, context)
+    state = RequestState(request, id, Timeline(request=request))
+    state.set_tokens(context + 1, context)
     state.timeline.token_s.append(-1.0)
     blocks.extend(id, context + ahead)
     return state
@@ -54,7 +54,7 @@ def needed(states, blocks, iterations: int) -> int:
     """Blocks for so many more tokens of each, counted one by one."""
     memory = blocks.memory
     return sum(
-        max(0, memory.blocks_for(s.context + iterations) - blocks.held(s.id))
+        max(0, memory.blocks_for(s.cached_tokens + iterations) - blocks.held(s.id))
         for s in states
     )
 
@@ -67,7 +67,7 @@ def test_blocks_of_the_next_iterations(members, iterations, free):
     assert batch.missing(iterations) == needed(states, blocks, iterations)
     lasting = [n for n in range(1, first_end + 1) if needed(states, blocks, n) <= free]
     if lasting:
-        assert batch.lasting(free) == max(lasting)
+        assert batch.iterations_until_change(free) == max(lasting)
 
 
 @given(MEMBERS, st.data())
@@ -89,9 +89,12 @@ def test_members_know_what_they_went_through(first, data):
             assert passed[state.id] == state.request.max_tokens - 1
     for state, (context, _, _) in zip(states, first, strict=True):
         done = passed[state.id]
-        assert (state.context, state.known) == (context + done, context + 1 + done)
-        assert blocks.held(state.id) >= blocks.memory.blocks_for(state.context)
-    assert batch.context == sum(s.context for s in batch.members)
+        assert (state.cached_tokens, state.num_tokens) == (
+            context + done,
+            context + 1 + done,
+        )
+        assert blocks.held(state.id) >= blocks.memory.blocks_for(state.cached_tokens)
+    assert batch.context == sum(s.cached_tokens for s in batch.members)
     for state in list(batch.members):
         batch.leave(state)
     for state in states:
@@ -113,7 +116,7 @@ def test_absorbed_members_come_behind_whichever_batch_is_larger(a, b, step_first
     whole, empty = front.absorb(back)
     assert [s.id for s in whole.members] == list(range(a + b))
     assert not empty.members and empty.context == 0
-    assert whole.context == sum(s.context for s in whole.members)
+    assert whole.context == sum(s.cached_tokens for s in whole.members)
 
 
 @given(MEMBERS, st.data())
@@ -137,7 +140,7 @@ def test_any_part_can_step_alone(members, data):
         other = spare if batch is ready else ready
         assert batch.members == chosen
         for s in chosen:
-            held[s.id] = max(held[s.id], blocks.memory.blocks_for(s.context + 1))
+            held[s.id] = max(held[s.id], blocks.memory.blocks_for(s.cached_tokens + 1))
         batch.start()
         assert blocks.held_by == held
         batch.advance((float(turn),))
@@ -152,12 +155,12 @@ def test_any_part_can_step_alone(members, data):
         queue += [s for s in chosen if s not in ended]
         ready, spare = other.absorb(batch)
         assert ready.members == queue
-        assert ready.context == sum(s.context for s in queue)
+        assert ready.context == sum(s.cached_tokens for s in queue)
     for s in list(queue):
         ready.leave(s)
     for s, (context, _, _) in zip(states, members, strict=True):
         assert s.timeline.token_s == stamps[s.id]
-        assert s.context == context + len(stamps[s.id]) - 1
+        assert s.cached_tokens == context + len(stamps[s.id]) - 1
 
 
 def test_only_members_can_step():
