@@ -282,7 +282,7 @@ class Fronts(LinearCost):
     """Takes as long as the front of the pool has blocks."""
 
     def stages_s(self, instance, load):
-        return (float(load.front),)
+        return (float(load.pool_extent),)
 
 
 def test_where_blocks_are_is_told_where_it_is_settled():
@@ -298,7 +298,7 @@ def test_where_blocks_are_is_told_where_it_is_settled():
         8.0,
     )
     assert CostExecutor(cost).run(work).durations_s == (0.0,)
-    assert work.load.front == 0  # what was submitted is as it was
+    assert work.load.pool_extent == 0  # what was submitted is as it was
 
 
 # ---- against a closed form -----------------------------------------------------------

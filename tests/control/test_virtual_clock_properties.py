@@ -81,7 +81,6 @@ def links(draw) -> LinkSpec:
         latency_s=draw(st.sampled_from([0.0, 0.5, 1 / 3])),
         bandwidth_bytes_s=draw(st.sampled_from([0.5, 1.0, 3.0])),
         efficiency=1.0,
-        measured=False,
     )
 
 

@@ -179,7 +179,9 @@ def test_what_was_decided_is_read_as_it_was_logged():
     assert (now_s, events) == (0.25, [Up(1)])
     # Of the blocks there is left how far in the pool those that decode have them: 8.
     parts = [(5, 2, 3), (6, 9, 1)]
-    logged_step = LoggedStep(id=8, instance=2, slices=parts, iterations=4, front=8)
+    logged_step = LoggedStep(
+        id=8, instance=2, slices=parts, iterations=4, pool_extent=8
+    )
     logged_transfer = LoggedTransfer(id=9, request=5, src=1, dst=3, context=7, step=8)
     assert works == [logged_step, logged_transfer, TruncateSpan(8, 3)]
     assert logged_step.instances == step.instances == (2,)
@@ -194,7 +196,7 @@ def checksums(*works):
 
 
 def logged_works(log):
-    return json.loads(log.lines[0])["works"]
+    return json.loads(log.lines[1])["works"]
 
 
 def test_transfers_between_other_blocks_are_other_decisions():
@@ -231,7 +233,7 @@ def test_equal_requests_are_equal_lines_whatever_the_order_of_their_stop_tokens(
         log(0.0, [Arrived(request)], [])
         lines.append(log.lines)
     assert lines[0] == lines[1]
-    assert json.loads(lines[0][0])["events"][0][1]["stop_tokens"] == [1, 9, 17]
+    assert json.loads(lines[0][1])["events"][0][1]["stop_tokens"] == [1, 9, 17]
 
 
 def test_an_early_end_of_a_span_is_logged_with_what_is_left_of_it():

@@ -214,8 +214,9 @@ def test_seeds_that_share_requests_give_no_interval_and_say_so():
         ),
         (
             (CLEAR[0], found(DISAGGREGATED, 0.5, 0.55, 0.45)),
-            "vllm_v0 (vllm_v0's) serves the most: 1 [0.752, 1.25] requests/s per device.\n"
-            "Disaggregated over vllm_v0, the best colocated system: 0.50 [0.50, 0.50]: do "
+            "vllm_v0 (vllm_v0's) serves the most: 1 [0.752, 1.25] requests/s per "
+            "device.\nDisaggregated over vllm_v0, the best colocated system: 0.50 "
+            "[0.50, 0.50]: do "
             "not disaggregate.",
         ),
         (NOBODY, "Nobody: even alone orca needs 1.25 x the targets."),
