@@ -302,7 +302,7 @@ def test_victims_of_decode_are_prefilled_and_moved_again():
 @pytest.mark.parametrize("deployment", SYSTEMS)
 @pytest.mark.parametrize("watermark", [0.0, 0.01, 0.5, 1.0])
 def test_a_pool_of_one_batch_does_not_livelock(deployment, watermark):
-    """sglang-jax's reserve could defer every request for ever (facts/peers.md 1.3)."""
+    """sglang-jax's reserve of KV could defer every request for ever."""
     policies = {
         Role.COLOCATED: PrefillFirst(watermark=watermark),
         Role.DECODE: DecodeOnly(watermark=watermark),

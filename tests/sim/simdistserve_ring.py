@@ -1,9 +1,9 @@
 """DistServe's simulator with pipeline stages, restated from its rules as an oracle.
 
-Only the queues are here (`facts/distserve.md` 2.2); step times are the cost model's. An
-instance is a ring of workers, one for each stage. A worker that is free takes a prompt
-batch that waits for it, or else whatever decodes wait for it: requests have no
-micro-batch that they stay in.
+Only the queues are here (LLMServe/DistServe @ 82831f16); step times are the cost
+model's. An instance is a ring of workers, one for each stage. A worker that is free
+takes a prompt batch that waits for it, or else whatever decodes wait for it: requests
+have no micro-batch that they stay in.
 """
 
 import collections

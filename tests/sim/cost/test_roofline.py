@@ -149,7 +149,7 @@ def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():
 @pytest.mark.parametrize(
     ("model", "batch", "book_s", "rel"),
     [
-        # Scaling book (facts/latency.md): Llama-3-70B in int8 on 4x2 v5e, batch 32,
+        # Scaling book, "Inference": Llama-3-70B in int8 on 4x2 v5e, batch 32,
         # 8192 of context: "17 ms".
         (int8("llama-3-70b"), 32, 17e-3, 0.03),
         # Llama-2-13B in bf16 on 8 chips, 8192 of context. The book streams 26 GB of

@@ -75,7 +75,7 @@ def held_out_error(runs, program_of):
     return statistics.fmean(errors)
 
 
-# The aims of facts/latency.md, and what is reached where one is missed.
+# Our aims, and what is reached where one is missed.
 AIMS = {prefill: 0.05, decode: 0.03}
 MISSED = {
     ("llama2-70b", "h100-80gb", 8, prefill): 0.051,
@@ -85,7 +85,7 @@ MISSED = {
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_the_form_fits_what_splitwise_measured(shared_dir, system):
-    """5 splits of 80:20. Printed, beside what facts/latency.md says that others reach
+    """5 splits of 80:20. Printed, beside what others reach
     (piecewise linear or DistServe's 3 terms; 3 terms):
 
                                     prefill       decode

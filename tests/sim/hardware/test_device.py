@@ -58,8 +58,8 @@ def test_rows_come_in_tiles_above_the_first():
     ("name", "mbus"), [("a100-80g", (0.49, 0.68, 0.75)), ("h100", (0.48, 0.77, 0.90))]
 )
 def test_the_kv_line_goes_through_the_measured_bins(name, mbus):
-    # facts/latency.md: decode attention MBU where 64-256 MB, .25-1 GB, 1-4 GB are read;
-    # taken at the bins' geometric middles.
+    # aiconfigurator's tables: decode attention MBU where 64-256 MB, .25-1 GB, 1-4 GB
+    # are read; taken at the bins' geometric middles.
     hardware = get_hardware(name)
     for size_bytes, mbu in zip((128e6, 512e6, 2048e6), mbus, strict=True):
         flow_s = size_bytes / (hardware.kv_mbu * hardware.hbm_bytes_s)

@@ -1,4 +1,4 @@
-"""Links against the ideal transfer times of facts/latency.md."""
+"""Links against ideal transfer times."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ NAMES = ("nvlink-a100", "nvlink-h100", "pcie5", "400gb", "100gb", "25gb")
 @pytest.mark.parametrize(
     ("model", "tokens", "expected_ms"),
     [
-        # facts/latency.md, "ideal one-way ms", as printed there
+        # Ideal one-way ms: bytes of KV over the bandwidth of the wire.
         ("opt-66b", 512, ("4.0", "2.7", "18.9", "24.2", "96.6", "387")),
         ("opt-175b", 2048, ("32.2", "21.5", "151", "193", "773", "3092")),
         ("llama-2-70b", 2048, ("2.2", "1.5", "10.5", "13.4", "53.7", "215")),
