@@ -112,7 +112,7 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
             slo,
             target=0.9,
             prompt_tokens=4,
-            idle=lambda r: UnloadedLatency(ttft_s=1, tpot_s=1),
+            unloaded=lambda r: UnloadedLatency(ttft_s=1, tpot_s=1),
         ),
         run_dir=run_dir or RunDir(path, {}),
         progress=lambda message: None,
@@ -426,7 +426,7 @@ def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
     one = sweep(tmp_path, "criterion=sarathi")
     # At 16/s on time, and at 8/s: the same tokens in fewer seconds.
     ratio = (3 / 8 + 0.6) / (3 / 16 + 0.6)
-    found = one.run()["ratios"]["disaggregated/vllm"]
+    found = one.run()["ratios"]["disaggregated/vllm_v0"]
     assert found["per_seed"] == pytest.approx([ratio] * 2)
     assert found["mean"] == pytest.approx(ratio)
     others = {f"{name}@8": server for name, server in one.served.items()}
@@ -532,7 +532,7 @@ class Uneven(Pretended):
 def test_a_token_between_two_in_time_is_compared_too(tmp_path):
     one = sweep(tmp_path)
     server = Uneven(Deployment.parse("2xcolocated:tp1"), 10.0)
-    with pytest.raises(RuntimeError, match="vllm-8.0rps-0: the programs' timelines"):
+    with pytest.raises(RuntimeError, match="vllm_v0-8.0rps-0: the programs' timelines"):
         dataclasses.replace(one, served={"vllm_v0": server}).run()
 
 
