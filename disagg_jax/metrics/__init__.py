@@ -25,13 +25,8 @@ from disagg_jax.metrics.attainment import (
     is_steady,
     meets,
     meets_tpot,
-    meets_ttft,
 )
 from disagg_jax.metrics.goodput import (
-    BestRate,
-    Goodput,
-    GoodputEstimate,
-    Inversion,
     best_rate,
     estimate,
     find_inversion,
@@ -59,11 +54,7 @@ from disagg_jax.metrics.latency import (
 __all__ = [
     "SLO",
     "Attainment",
-    "BestRate",
-    "Goodput",
-    "GoodputEstimate",
     "Interval",
-    "Inversion",
     "Margin",
     "Stages",
     "attainment",
@@ -79,7 +70,6 @@ __all__ = [
     "margin",
     "meets",
     "meets_tpot",
-    "meets_ttft",
     "pooled_itl_s",
     "rate_interval",
     "stage_spans_s",
