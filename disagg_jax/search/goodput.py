@@ -29,7 +29,7 @@ from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
-from disagg_jax.metrics.goodput import BestRate, GoodputEstimate, best_rate, estimate
+from disagg_jax.metrics.goodput import GoodputEstimate, estimate
 from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps, load_helps, unloaded
 from disagg_jax.search.early_stop import (
@@ -38,7 +38,7 @@ from disagg_jax.search.early_stop import (
     decisive_misses,
     score_run,
 )
-from disagg_jax.search.rates import SearchPlan, climb, search
+from disagg_jax.search.rates import SearchPlan, search
 from disagg_jax.sim.run import RunLatencies, SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
@@ -170,7 +170,8 @@ class _Runs:
         scores = self.by_rate[rate_rps]
         cut = [i for i, score in enumerate(scores) if score.cut]
         points = self._asked.points(rate_rps)
-        full = self._run([points[i] for i in cut], _never(self._asked))
+        never = self._asked.num_requests + 1  # more misses than there are requests
+        full = self._run([points[i] for i in cut], never)
         for i, score in zip(cut, full, strict=True):
             scores[i] = score
 
@@ -184,11 +185,6 @@ class _Runs:
         return list(self._mapper(score_run, runs))
 
 
-def _never(asked: GoodputSearch) -> int:
-    """Return more misses than there are requests."""
-    return asked.num_requests + 1
-
-
 def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
     """Search the goodput of a deployment.
 
@@ -196,7 +192,7 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
       mapper: runs the seeds of a rate, see `sim/workers.py`.
 
     Raises:
-      ValueError: if the criterion is a throughput; see `find_throughput`.
+      ValueError: if the criterion is a throughput.
     """
     target = asked.good.target
     if target is None:
@@ -224,17 +220,6 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
         runs=runs.count,
         unloaded_scale=scale,
     )
-
-
-def find_throughput(asked: GoodputSearch, mapper: Mapper = map) -> BestRate:
-    """Search the rate with the highest score, by a criterion without a target.
-
-    Every run is simulated in full.
-    """
-    runs = _Runs(asked, mapper, cut_at=_never(asked))
-    climb(runs.scores, asked.first_rps(), asked.plan)
-    independent = _independent(asked)
-    return best_rate(runs.all_scores(), asked.plan.tolerance, independent=independent)
 
 
 def _independent(asked: GoodputSearch) -> bool:
