@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import math
 import statistics
 import sys
@@ -284,7 +283,8 @@ def slo_scale(results: Sequence[RunLatencies], slo: SLO, target: float) -> float
     Returns:
       inf if no factor passes: too few requests finished.
     """
-    factors = sorted({f for result in results for f in _factors(result, slo)})
+    latencies = (zip(r.ttft_s, r.tpot_s, strict=True) for r in results)
+    factors = sorted({_covering(*both, slo) for run in latencies for both in run})
 
     def passes(factor: float) -> bool:
         scaled = slo.scaled(factor)
@@ -294,19 +294,10 @@ def slo_scale(results: Sequence[RunLatencies], slo: SLO, target: float) -> float
     return factors[at] if at < len(factors) else math.inf
 
 
-def _factors(result: RunLatencies, slo: SLO) -> list[float]:
-    latencies = zip(result.ttft_s, result.tpot_s, strict=True)
-    return [_covering(ttft, tpot, slo) for ttft, tpot in latencies]
-
-
 def _covering(ttft_s: float, tpot_s: float, slo: SLO) -> float:
     """Return the smallest factor, to a rounding, at which such a request is good."""
     ratio = max(ttft_s / slo.ttft_s, tpot_s / slo.tpot_s, sys.float_info.min)
-    good = functools.partial(_is_good, ttft_s, tpot_s, slo)
-    while not good(ratio):  # rounding: at most a step or two
+    # Rounding: at most a step or two.
+    while ttft_s > slo.ttft_s * ratio or tpot_s > slo.tpot_s * ratio:
         ratio = math.nextafter(ratio, math.inf)
     return ratio
-
-
-def _is_good(ttft_s: float, tpot_s: float, slo: SLO, factor: float) -> bool:
-    return ttft_s <= slo.ttft_s * factor and tpot_s <= slo.tpot_s * factor
