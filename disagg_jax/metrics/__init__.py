@@ -26,13 +26,7 @@ from disagg_jax.metrics.attainment import (
     meets,
     meets_tpot,
 )
-from disagg_jax.metrics.goodput import (
-    best_rate,
-    estimate,
-    find_inversion,
-    goodput,
-    is_resolved,
-)
+from disagg_jax.metrics.goodput import goodput, is_resolved
 from disagg_jax.metrics.intervals import (
     Interval,
     Margin,
@@ -58,10 +52,7 @@ __all__ = [
     "Margin",
     "Stages",
     "attainment",
-    "best_rate",
     "e2e_s",
-    "estimate",
-    "find_inversion",
     "goodput",
     "interval_across",
     "is_resolved",
