@@ -32,9 +32,7 @@ class InstanceSpec:
     pp: int = 1  # pipeline parallelism: stages
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        require_parallelism(self.tp, self.pp)
 
     @property
     def devices(self) -> int:
@@ -57,8 +55,8 @@ class KVMemory:
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_tokens", "max_context"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: expected >= 1", value)
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold `tokens` tokens."""

@@ -198,14 +198,11 @@ def _config(
     llama = functools.partial(_llama_metadata, reader)
     embed, q_heads = llama("embedding_length"), llama("attention.head_count")
     head_dim = llama("attention.key_length", embed // q_heads)
-    rotated = llama("rope.dimension_count", head_dim)
-    if rotated != head_dim:
-        raise ValueError(f"rope.dimension_count: expected {head_dim}, got {rotated}")
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if (got := llama(key, head_dim)) != head_dim:
+            raise ValueError(f"{key}: expected {head_dim}, got {got}")
     theta = llama("rope.freq_base", 10_000.0)
     scaling = _rope_scaling(reader, head_dim, theta)
-    values = llama("attention.value_length", head_dim)
-    if values != head_dim:
-        raise ValueError(f"attention.value_length: expected {head_dim}, got {values}")
     rows, *_ = shapes.get("token_embd.weight", (0,))
     vocab_size = llama("vocab_size", rows)  # absent from older files
     tokens = reader.get_field("tokenizer.ggml.tokens")

@@ -247,39 +247,32 @@ class Attention(nnx.Module):
         return add_bias(einsum("TM,ME->TE", out_TM, wo_ME), self.bo)
 
 
-class SwiGLU(nnx.Module):
-    """A gated MLP of three matrices (Shazeer 2020)."""
+class MLP(nnx.Module):
+    """A gated MLP of three matrices (SwiGLU, Shazeer 2020), or a ReLU between two."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.w_gate = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
-        self.w_up = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
+        gated = config.mlp_kind == "swiglu"
+        into = functools.partial(
+            weight, config, rngs, "embed", "mlp", fan_in=("embed",)
+        )
+        self.w_gate = into() if gated else None
+        self.w_up = into()
         self.w_down = weight(config, rngs, "mlp", "embed", fan_in=("mlp",))
-        self.b_gate = bias(config, rngs, "mlp")
-        self.b_up = bias(config, rngs, "mlp")
-        self.b_down = bias(config, rngs, "embed")
-
-    def __call__(self, x_TE: Array) -> Array:
-        gate_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_gate[...]), self.b_gate)
-        up_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_up[...]), self.b_up)
-        hidden_TF = jax.nn.silu(gate_TF) * up_TF
-        return add_bias(einsum("TF,FE->TE", hidden_TF, self.w_down[...]), self.b_down)
-
-
-class ReluMLP(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        self.w_up = weight(config, rngs, "embed", "mlp", fan_in=("embed",))
-        self.w_down = weight(config, rngs, "mlp", "embed", fan_in=("mlp",))
+        self.b_gate = bias(config, rngs, "mlp") if gated else None
         self.b_up = bias(config, rngs, "mlp")
         self.b_down = bias(config, rngs, "embed")
 
     def __call__(self, x_TE: Array) -> Array:
         up_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_up[...]), self.b_up)
-        hidden_TF = jax.nn.relu(up_TF)
+        if self.w_gate is None:
+            hidden_TF = jax.nn.relu(up_TF)
+        else:
+            gate_TF = add_bias(einsum("TE,EF->TF", x_TE, self.w_gate[...]), self.b_gate)
+            hidden_TF = jax.nn.silu(gate_TF) * up_TF
         return add_bias(einsum("TF,FE->TE", hidden_TF, self.w_down[...]), self.b_down)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}  # by ModelConfig.norm
-MLPS = {"swiglu": SwiGLU, "relu": ReluMLP}  # by ModelConfig.mlp_kind
 
 
 class Block(nnx.Module):
@@ -287,7 +280,7 @@ class Block(nnx.Module):
         self.attention_norm = NORMS[config.norm](config)
         self.attention = Attention(config, rngs)
         self.mlp_norm = NORMS[config.norm](config)
-        self.mlp = MLPS[config.mlp_kind](config, rngs)
+        self.mlp = MLP(config, rngs)
 
     def __call__(
         self,

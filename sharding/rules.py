@@ -22,11 +22,9 @@ _MEGATRON: Rules = {
     "length": None,
 }
 # Tables by role, because the phases need not be sharded alike.
-RULES: Mapping[str, Rules] = {
-    "prefill": _MEGATRON,
-    "decode": _MEGATRON,
-    "colocated": _MEGATRON,
-}
+RULES: Mapping[str, Rules] = dict.fromkeys(
+    ("prefill", "decode", "colocated"), _MEGATRON
+)
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:

@@ -15,6 +15,7 @@ from disagg_jax.control.request_state import (
     in_order,
 )
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Chunk
 from disagg_jax.scheduling.routing import Router
@@ -58,17 +59,13 @@ class Fleet:
         decode_router: Router,
         look: Callable[[InstanceState], None],
     ):
-        if len(memory) != len(deployment.instances):
-            raise ValueError(
-                f"memory: expected one KVMemory for each of the "
-                f"{len(deployment.instances)} instances, got {len(memory)}"
-            )
+        n = len(deployment.instances)
+        expected = f"memory: expected one KVMemory for each of the {n} instances"
+        require(len(memory) == n, expected, len(memory))
         moved = deployment.of(Role.PREFILL, Role.DECODE)
-        if len({memory[i].block_tokens for i in moved}) > 1:
-            raise ValueError(
-                "block_tokens: expected one size on all prefill and decode instances, "
-                f"got {[memory[i].block_tokens for i in moved]}"
-            )
+        sizes = [memory[i].block_tokens for i in moved]
+        expected = "block_tokens: expected one size on all prefill and decode instances"
+        require(len(set(sizes)) <= 1, expected, sizes)
         self.instances = [
             InstanceState(i, spec, memory[i])
             for i, spec in enumerate(deployment.instances)

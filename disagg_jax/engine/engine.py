@@ -6,13 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-from collections.abc import (
-    Generator,
-    Hashable,
-    Iterable,
-    Iterator,
-    Sequence,
-)
+from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +22,7 @@ from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.errors import require
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
@@ -170,10 +165,8 @@ class Engine:
                 raise ValueError(
                     f"{what}: expected token ids in [0, {vocab}), got {wrong[0]}"
                 )
-            if request.sampling.top_k >= 2**31:
-                raise ValueError(
-                    f"{what}: expected top_k < 2**31, got {request.sampling.top_k}"
-                )
+            top_k = request.sampling.top_k
+            require(top_k < 2**31, f"{what}: expected top_k < 2**31", top_k)
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -339,16 +332,11 @@ def _check_pools(
 ) -> None:
     n = len(deployment.instances)
     for name, values in (("memory", memory), ("buckets", buckets)):
-        if len(values) != n:
-            raise ValueError(
-                f"{name}: expected one for each of the {n} instances, got {len(values)}"
-            )
-    longest = max(pool.max_context for pool in memory)
-    if longest > config.max_length:
-        raise ValueError(
-            f"max_context: expected at most the {config.max_length} tokens of model "
-            f"{config.name}, got {longest}"
-        )
+        expected = f"{name}: expected one for each of the {n} instances"
+        require(len(values) == n, expected, len(values))
+    longest, most = max(pool.max_context for pool in memory), config.max_length
+    expected = f"max_context: expected at most the {most} tokens of model {config.name}"
+    require(longest <= most, expected, longest)
 
 
 def _meshes(

@@ -14,6 +14,7 @@ from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.place_weights import LayerPlacement, place_groups
 from disagg_jax.engine.stage import Stage
+from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
 from models.checkpoint import Weights
 from models.config import ModelConfig
@@ -136,14 +137,10 @@ def _cut_layers(config: ModelConfig, pp: int, layer_groups: int) -> list[list[ra
       ValueError: if a stage, or a group, would have no layer.
     """
     layers = config.layers
-    if pp > layers:
-        raise ValueError(
-            f"pp: expected at most {layers}, the layers of {config.name}, got {pp}"
-        )
+    expected = f"pp: expected at most {layers}, the layers of {config.name}"
+    require(pp <= layers, expected, pp)
     most = layers // pp  # of the smallest stage
-    if not 1 <= layer_groups <= most:
-        raise ValueError(
-            f"layer_groups: expected 1 to {most}, the layers of the smallest of {pp} "
-            f"stages of {config.name}, got {layer_groups}"
-        )
+    expected = f"layer_groups: expected 1 to {most}, the layers of the smallest of {pp}"
+    in_range = 1 <= layer_groups <= most
+    require(in_range, f"{expected} stages of {config.name}", layer_groups)
     return [cut_layers(stage, layer_groups) for stage in cut_layers(range(layers), pp)]

@@ -25,19 +25,8 @@ from disagg_jax.metrics.attainment import (
     is_steady,
     meets,
     meets_tpot,
-    meets_ttft,
 )
-from disagg_jax.metrics.goodput import (
-    BestRate,
-    Goodput,
-    GoodputEstimate,
-    Inversion,
-    best_rate,
-    estimate,
-    find_inversion,
-    goodput,
-    is_resolved,
-)
+from disagg_jax.metrics.goodput import goodput, is_resolved
 from disagg_jax.metrics.intervals import (
     Interval,
     Margin,
@@ -59,18 +48,11 @@ from disagg_jax.metrics.latency import (
 __all__ = [
     "SLO",
     "Attainment",
-    "BestRate",
-    "Goodput",
-    "GoodputEstimate",
     "Interval",
-    "Inversion",
     "Margin",
     "Stages",
     "attainment",
-    "best_rate",
     "e2e_s",
-    "estimate",
-    "find_inversion",
     "goodput",
     "interval_across",
     "is_resolved",
@@ -79,7 +61,6 @@ __all__ = [
     "margin",
     "meets",
     "meets_tpot",
-    "meets_ttft",
     "pooled_itl_s",
     "rate_interval",
     "stage_spans_s",

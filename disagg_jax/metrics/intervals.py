@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.special import stdtrit  # pyright: ignore  # scipy ships no types
 
+from disagg_jax.errors import require
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
@@ -43,7 +45,11 @@ def interval_across(values: Sequence[float], confidence: float = 0.95) -> Interv
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Interval(mean=mean, low=None, high=None)
-    half = _half_width(values, confidence)
+    require(0 < confidence < 1, "confidence: expected in (0, 1)", confidence)
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    # scipy.special, as scipy.stats takes most of a second to import.
+    t = float(stdtrit(len(values) - 1, (1 + confidence) / 2))  # pyright: ignore
+    half = t * error
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
@@ -91,15 +97,3 @@ def margin(
         return Margin(ratio=ratio, clear=low > 0 or high < 0)
     alone = min(ours) > 0 == max(theirs) or min(theirs) > 0 == max(ours)
     return Margin(ratio=None, clear=alone)
-
-
-def _half_width(values: Sequence[float], confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected in (0, 1), got {confidence}")
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return _t_quantile((1 + confidence) / 2, len(values) - 1) * error
-
-
-def _t_quantile(probability: float, degrees: int) -> float:
-    # scipy.special, as scipy.stats takes most of a second to import.
-    return float(stdtrit(degrees, probability))  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from disagg_jax.metrics import (
     SLO,
+    Stages,
     attainment,
     e2e_s,
     meets,
@@ -128,13 +130,11 @@ def _latencies_ms(finished: Sequence[Timeline]) -> dict[str, float | None]:
 
 def _mean_stages_ms(finished: Sequence[Timeline]) -> dict[str, float | None]:
     stages = [stages_s(t) for t in finished]
-    return {
-        "mean_prefill_queue_ms": _ms(_mean([s.prefill_queue_s for s in stages])),
-        "mean_prefill_ms": _ms(_mean([s.prefill_s for s in stages])),
-        "mean_transfer_ms": _ms(_mean([s.transfer_s for s in stages])),
-        "mean_decode_queue_ms": _ms(_mean([s.decode_queue_s for s in stages])),
-        "mean_decode_ms": _ms(_mean([s.decode_s for s in stages])),
+    means_s = {
+        field.name: _mean([getattr(s, field.name) for s in stages])
+        for field in dataclasses.fields(Stages)
     }
+    return {f"mean_{k.removesuffix('_s')}_ms": _ms(s) for k, s in means_s.items()}
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -239,6 +239,7 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[StepShape, ...]
     else:  # chunks attend to their own blocks only
         every = min(every, memory.blocks_for(budget) + limits.prefill_rows)
     whole = memory.num_blocks if limits.decode_rows else 0
+    rows = -(-(limits.prefill_rows + limits.decode_rows) // _ROWS) * _ROWS
     sizes = [
         (tokens, min(context, every), blocks)
         for tokens in _mixed_tokens(budget, most)
@@ -247,17 +248,13 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[StepShape, ...]
     return tuple(
         StepShape.mixed(
             tokens=T,
-            rows=min(T, _round_up(limits.prefill_rows + limits.decode_rows, _ROWS)),
+            rows=min(T, rows),
             context=C,
             decodes=min(T, limits.decode_rows),
             blocks=P,
         )
         for T, C, P in dict.fromkeys([*sizes, (most, every, whole)])
     )
-
-
-def _round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
 
 
 def _mixed_tokens(budget: int, most: int) -> list[int]:

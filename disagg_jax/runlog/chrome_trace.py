@@ -204,7 +204,8 @@ def _link_events(
                 i = len(free_s)
                 free_s.append(0.0)
             free_s[i] = use.end_s
-            lane = _link_lane(lanes, link, i)
+            name = "{} -> {}".format(*link) + (f" ({i + 1})" if i else "")
+            lane = lanes.place("links", (*link, i), name)
             if use.lost:
                 yield _instant(lane, "transfer lost", use.end_s, _about_use(use))
                 continue
@@ -214,12 +215,6 @@ def _link_events(
                 of = lanes.place("requests", request, "")
                 yield _arrow("s", lane, use)
                 yield {**_arrow("f", of, use), "bp": "e"}  # to the slice around it
-
-
-def _link_lane(lanes: _Lanes, link: tuple[int, ...], i: int) -> TraceEvent:
-    src, dst = link
-    name = f"{src} -> {dst} ({i + 1})" if i else f"{src} -> {dst}"
-    return lanes.place("links", (*link, i), name)
 
 
 def _about_use(use: LinkUse) -> Mapping[str, Any]:

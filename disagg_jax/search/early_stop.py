@@ -132,14 +132,11 @@ class _Watch:
     def _judge_tpot(self, now_s: float) -> None:
         while self._started and self._started[0][0] < now_s:
             timeline = self._timelines[self._started[0][1]]
+            gaps = timeline.request.max_tokens - 1
             if timeline.status is Status.FINISHED:
                 self.missed += not metrics.meets_tpot(timeline, self._slo)
-            elif self._is_late(timeline, now_s):
+            elif (now_s - timeline.token_s[0]) / gaps > self._slo.tpot_s:
                 self.missed += 1
             else:  # within rounding of the deadline
                 return
             heapq.heappop(self._started)
-
-    def _is_late(self, timeline: Timeline, now_s: float) -> bool:
-        gaps = timeline.request.max_tokens - 1
-        return (now_s - timeline.token_s[0]) / gaps > self._slo.tpot_s

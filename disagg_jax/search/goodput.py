@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import functools
 import math
 import statistics
 import sys
@@ -29,7 +28,7 @@ from disagg_jax import metrics
 from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
-from disagg_jax.metrics.goodput import BestRate, GoodputEstimate, best_rate, estimate
+from disagg_jax.metrics.goodput import GoodputEstimate, estimate
 from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps, load_helps, unloaded
 from disagg_jax.search.early_stop import (
@@ -38,7 +37,7 @@ from disagg_jax.search.early_stop import (
     decisive_misses,
     score_run,
 )
-from disagg_jax.search.rates import SearchPlan, climb, search
+from disagg_jax.search.rates import SearchPlan, search
 from disagg_jax.sim.run import RunLatencies, SimulationTask
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper
@@ -170,7 +169,8 @@ class _Runs:
         scores = self.by_rate[rate_rps]
         cut = [i for i, score in enumerate(scores) if score.cut]
         points = self._asked.points(rate_rps)
-        full = self._run([points[i] for i in cut], _never(self._asked))
+        never = self._asked.num_requests + 1  # more misses than there are requests
+        full = self._run([points[i] for i in cut], never)
         for i, score in zip(cut, full, strict=True):
             scores[i] = score
 
@@ -184,11 +184,6 @@ class _Runs:
         return list(self._mapper(score_run, runs))
 
 
-def _never(asked: GoodputSearch) -> int:
-    """Return more misses than there are requests."""
-    return asked.num_requests + 1
-
-
 def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
     """Search the goodput of a deployment.
 
@@ -196,7 +191,7 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
       mapper: runs the seeds of a rate, see `sim/workers.py`.
 
     Raises:
-      ValueError: if the criterion is a throughput; see `find_throughput`.
+      ValueError: if the criterion is a throughput.
     """
     target = asked.good.target
     if target is None:
@@ -224,17 +219,6 @@ def find_goodput(asked: GoodputSearch, mapper: Mapper = map) -> SimGoodput:
         runs=runs.count,
         unloaded_scale=scale,
     )
-
-
-def find_throughput(asked: GoodputSearch, mapper: Mapper = map) -> BestRate:
-    """Search the rate with the highest score, by a criterion without a target.
-
-    Every run is simulated in full.
-    """
-    runs = _Runs(asked, mapper, cut_at=_never(asked))
-    climb(runs.scores, asked.first_rps(), asked.plan)
-    independent = _independent(asked)
-    return best_rate(runs.all_scores(), asked.plan.tolerance, independent=independent)
 
 
 def _independent(asked: GoodputSearch) -> bool:
@@ -299,7 +283,8 @@ def slo_scale(results: Sequence[RunLatencies], slo: SLO, target: float) -> float
     Returns:
       inf if no factor passes: too few requests finished.
     """
-    factors = sorted({f for result in results for f in _factors(result, slo)})
+    latencies = (zip(r.ttft_s, r.tpot_s, strict=True) for r in results)
+    factors = sorted({_covering(*both, slo) for run in latencies for both in run})
 
     def passes(factor: float) -> bool:
         scaled = slo.scaled(factor)
@@ -309,19 +294,10 @@ def slo_scale(results: Sequence[RunLatencies], slo: SLO, target: float) -> float
     return factors[at] if at < len(factors) else math.inf
 
 
-def _factors(result: RunLatencies, slo: SLO) -> list[float]:
-    latencies = zip(result.ttft_s, result.tpot_s, strict=True)
-    return [_covering(ttft, tpot, slo) for ttft, tpot in latencies]
-
-
 def _covering(ttft_s: float, tpot_s: float, slo: SLO) -> float:
     """Return the smallest factor, to a rounding, at which such a request is good."""
     ratio = max(ttft_s / slo.ttft_s, tpot_s / slo.tpot_s, sys.float_info.min)
-    good = functools.partial(_is_good, ttft_s, tpot_s, slo)
-    while not good(ratio):  # rounding: at most a step or two
+    # Rounding: at most a step or two.
+    while ttft_s > slo.ttft_s * ratio or tpot_s > slo.tpot_s * ratio:
         ratio = math.nextafter(ratio, math.inf)
     return ratio
-
-
-def _is_good(ttft_s: float, tpot_s: float, slo: SLO, factor: float) -> bool:
-    return ttft_s <= slo.ttft_s * factor and tpot_s <= slo.tpot_s * factor

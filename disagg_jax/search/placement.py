@@ -475,12 +475,14 @@ class PlacementSearch:
         _require_reachable(results, name)
         best = results[0]
         unit = best.candidate.search.simulated.deployment
+        named = best.candidate.name.split()[0]  # of a colocated one, the system
+        system = named if unit.of(Role.COLOCATED) else DISAGGREGATED
         copies = best.candidate.copies
         if self.problem.rate_rps is not None:
             copies = math.ceil(self.problem.rate_rps / best.rps)
         return {
             "winner": best.candidate.name,
-            "system": _system_of(best.candidate, unit),
+            "system": system,
             "deployment": str(Deployment(copies * unit.instances)),
             "copies": copies,
             "devices": copies * unit.devices,
@@ -488,11 +490,6 @@ class PlacementSearch:
             "goodput_per_device_rps": best.per_device_rps,
             "candidates": [candidate_row(result) for result in results],
         }
-
-
-def _system_of(candidate: Candidate, unit: Deployment) -> str:
-    """Return the system of a unit, by its name in `scheduling.SYSTEMS`."""
-    return candidate.name.split()[0] if unit.of(Role.COLOCATED) else DISAGGREGATED
 
 
 def _require_reachable(results: Sequence[CandidateResult], name: str) -> None:

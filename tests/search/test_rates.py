@@ -2,7 +2,7 @@
 
 import pytest
 
-from disagg_jax.metrics import best_rate, estimate, find_inversion
+from disagg_jax.metrics.goodput import best_rate, estimate, find_inversion
 from disagg_jax.search.rates import SearchPlan, climb, search
 
 PLAN = SearchPlan(target=0.9, growth=2.0, tolerance=0.05, max_rates=30)

@@ -106,6 +106,9 @@ _H100 = Hardware(
 )
 
 
+_RING = (2, 4, 8, 16)  # tensor parallel sizes of a ring of TPU chips
+
+
 def _tpu(
     name: str,
     *,
@@ -113,13 +116,12 @@ def _tpu(
     hbm_bytes_s: float,
     memory_bytes: float,
     ici: LinkSpec,
-    devices: tuple[int, ...],
 ) -> Hardware:
     """Describe a TPU chip; the shares of its peaks are assumed.
 
-    `devices` are the tensor parallel sizes of one ring. A ring sends both ways, so its
-    bus bandwidth is two links, with one hop's latency for each chip (the scaling
-    book's all-reduce, on one axis of the torus).
+    A ring of chips sends both ways, so its bus bandwidth is two links, with one hop's
+    latency for each chip (the scaling book's all-reduce, on one axis of the torus). An
+    axis of the 2-D torus (v5e, v6e) has up to 16 chips, one of the 3-D torus (v5p) 24.
     """
     ring_bytes_s = 2 * ici.efficiency * ici.bandwidth_bytes_s
     return Hardware(
@@ -134,7 +136,7 @@ def _tpu(
         weight_mbu=0.8,
         kv_mbu=0.8,
         kv_startup_s=0.0,  # assumed: one compiled program has no launch per layer
-        all_reduce={tp: AllReduce(tp * ici.latency_s, ring_bytes_s) for tp in devices},
+        all_reduce={tp: AllReduce(tp * ici.latency_s, ring_bytes_s) for tp in _RING},
         hop=ici,
         step_s=_STEP_S,  # assumed
         tile_rows=8,  # a bf16 operand enters the MXU in groups of 8 rows
@@ -147,7 +149,6 @@ _V5E = _tpu(
     hbm_bytes_s=0.819e12,  # Google Cloud, docs/v5e; scaling book: 0.81-0.82
     memory_bytes=16e9,  # spec
     ici=get_link("ici-v5e"),
-    devices=(2, 4, 8, 16),  # an axis of the 2-D torus has up to 16
 )
 _V5P = _tpu(
     "tpu-v5p",
@@ -155,7 +156,6 @@ _V5P = _tpu(
     hbm_bytes_s=2.765e12,  # Google Cloud, docs/v5p
     memory_bytes=95e9,  # Google Cloud, docs/v5p: 95 GB (later pages: GiB)
     ici=get_link("ici-v5p"),
-    devices=(2, 4, 8, 16),  # an axis of the 3-D torus has up to 24
 )
 _V6E = _tpu(
     "tpu-v6e",
@@ -163,7 +163,6 @@ _V6E = _tpu(
     hbm_bytes_s=1.64e12,  # Google Cloud, docs/v6e, 2025 (later pages: 1600 GB/s)
     memory_bytes=32e9,  # Google Cloud, docs/v6e
     ici=get_link("ici-v6e"),
-    devices=(2, 4, 8, 16),  # as v5e
 )
 _CPU = Hardware(
     # Two cores of a server, for examples: no particular machine, and every number is
