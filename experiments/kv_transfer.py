@@ -42,8 +42,7 @@ from experiments.cli.flags import Flags
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
-from experiments.runs.folder import run_folder, write_text
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, run_folder, write_text
 from models import transformer
 from models.config import ModelConfig, get_config
 

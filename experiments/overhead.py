@@ -39,11 +39,12 @@ import jax
 import numpy as np
 
 from disagg_jax.engine.served_deployment import ServedDeployment
+from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.request import Request
-from disagg_jax.sim.workers import process_pool
+from disagg_jax.sim.workers import process_pool, worker_pool
 from disagg_jax.work import Event, Step, Work
 from experiments.benchmarks.engines import (
     NamedShape,
@@ -317,11 +318,11 @@ def run(parts: Sequence[str], options: Options) -> list[Figure]:
 
 def check(parts: Sequence[str], options: Options) -> None:
     """Raise ValueError on bad parts or options, without asking for devices."""
+    known = f"parts: expected some of {list(PARTS)}"
     if not parts:
-        raise ValueError(f"parts: expected some of {list(PARTS)}, got none")
+        raise ValueError(f"{known}, got none")
     for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"parts: expected some of {list(PARTS)}, got '{part}'")
+        require(part in PARTS, known, part)
     check_numbers(
         batches=options.batches,
         handoff_mib=options.handoff_mib,
@@ -365,10 +366,11 @@ def main() -> None:
             got=f"--parts={','.join(parts)}",
         )
     groups = _by_devices(parts)
-    if len(groups) > 1:
-        figures = [f for group in groups for f in _run_apart(group, options)]
-    else:
-        figures = _run_here(parts, options)
+    run_here = functools.partial(_run_here, options=options)
+    figures: list[Any] = []
+    for group in groups:  # several: in a process of its own each, which prints
+        with process_pool(1) if len(groups) > 1 else worker_pool(1) as mapper:
+            figures += next(mapper(run_here, [group]))
     if out is not None:
         write_text(out, to_json(figures))
 
@@ -379,13 +381,6 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
         [part for part in parts if DEVICES[part] == devices]
         for devices in sorted({DEVICES[part] for part in parts})
     ]
-
-
-def _run_apart(parts: Sequence[str], options: Options) -> list[Any]:
-    """Run `parts` in a process of their own, which prints; return their figures."""
-    with process_pool(1) as mapper:
-        (figures,) = mapper(functools.partial(_run_here, options=options), [parts])
-    return figures
 
 
 def _run_here(parts: Sequence[str], options: Options) -> list[Any]:

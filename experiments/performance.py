@@ -35,6 +35,7 @@ from collections.abc import Sequence
 import jax
 
 from disagg_jax.engine.engine import Engine
+from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.dense_baseline import dense_step_s
@@ -54,8 +55,7 @@ from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.report.table import numbers
-from experiments.runs import provenance
-from experiments.runs.folder import write_text
+from experiments.runs.folder import commit, write_text
 from models.config import ModelConfig, get_config
 
 # Tokens per second of a peer JAX engine with a plain dense cache, on one pinned core;
@@ -90,18 +90,12 @@ class Options:
             block_tokens=[self.block_tokens],
             repeats=[self.repeats],
         )
-        if self.handoff_mib < 0:
-            raise ValueError(f"handoff_mib: expected >= 0, got {self.handoff_mib}")
-        if self.context % self.block_tokens:
-            raise ValueError(
-                f"context: expected a multiple of block_tokens={self.block_tokens}, "
-                f"got {self.context}"
-            )
+        require(self.handoff_mib >= 0, "handoff_mib: expected >= 0", self.handoff_mib)
+        whole = f"context: expected a multiple of block_tokens={self.block_tokens}"
+        require(self.context % self.block_tokens == 0, whole, self.context)
         longest, limit = max(self.context, *self.prompts), self.config.max_length
-        if longest > limit:
-            raise ValueError(
-                f"{self.config.name}: expected at most {limit} tokens, got {longest}"
-            )
+        most = f"{self.config.name}: expected at most {limit} tokens"
+        require(longest <= limit, most, longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -235,7 +229,7 @@ def run(options: Options) -> str:
         f"# {config.name} {config.dtype}, context {options.context}, blocks of "
         f"{options.block_tokens} tokens, {options.repeats} rounds, on "
         f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores",
-        f"# commit {provenance.commit()}, {datetime.date.today()}, Python "
+        f"# commit {commit()}, {datetime.date.today()}, Python "
         f"{platform.python_version()}, jax {jax.__version__}, load average "
         f"{load_average()} before",
         "",
