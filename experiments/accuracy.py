@@ -60,13 +60,13 @@ from experiments.sweep.serving import (
     build_engines,
     check_modelled,
     compile_engines,
+    load_model,
     most_devices,
     resolve_slo,
     serve_with,
     step_durations,
     tune_systems,
 )
-from experiments.sweep.weights import load_model
 from models.load import Model
 
 FLAGS = Flags()

@@ -73,7 +73,7 @@ PAIRS = ((4, 4), (4, 2), (2, 4), (1, 4))  # hand-off: TP of prefill, TP of decod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class OverheadOptions:
     """Sizes of the measurements, and how often each is taken."""
 
     config: ModelConfig
@@ -90,7 +90,7 @@ class Options:
 
 
 def _full_batch(
-    options: Options, batch: int
+    options: OverheadOptions, batch: int
 ) -> tuple[ServedDeployment, StepShape, list[Request]]:
     """Return an instance, its decode step, and requests that fill its batch at once."""
     config, prompt, output = options.config, options.prompt, options.output
@@ -103,7 +103,7 @@ def _full_batch(
     return deployment, shape, burst(config, batch, prompt, output)
 
 
-def host(options: Options) -> list[Figure]:
+def host(options: OverheadOptions) -> list[Figure]:
     """Measure host time: of a decode step, of the controller, from token to token."""
     figures: list[Figure] = []
     for batch in options.batches:
@@ -144,7 +144,7 @@ def _host_loop_s(
     return plans_s, np.diff(run.timelines[0].token_s).tolist()
 
 
-def decode(options: Options) -> list[Figure]:
+def decode(options: OverheadOptions) -> list[Figure]:
     """Measure decode tokens per second of the whole loop and of the bare program."""
     return [
         _against_bare(
@@ -154,7 +154,7 @@ def decode(options: Options) -> list[Figure]:
     ]
 
 
-def prefill(options: Options) -> list[Figure]:
+def prefill(options: OverheadOptions) -> list[Figure]:
     """Measure prefill tokens per second of the whole loop and of the bare program."""
     rows, steps = 4, 12
     prompt = options.prefill_tokens // rows
@@ -179,7 +179,7 @@ def _against_bare(
     part: str,
     name: str,
     tokens: int,
-    options: Options,
+    options: OverheadOptions,
     deployment: ServedDeployment,
     shape: StepShape,
     requests: Sequence[Request],
@@ -214,7 +214,7 @@ def _loop_step_s(deployment: ServedDeployment, requests: Sequence[Request]) -> f
 # -- hand-off --------------------------------------------------------------------------
 
 
-def handoff(options: Options) -> list[Figure]:
+def handoff(options: OverheadOptions) -> list[Figure]:
     """Measure KV moves from a prefill to a decode mesh, for every pair and size."""
     config, mib, repeats = options.config, options.handoff_mib, options.repeats
     return [
@@ -236,7 +236,7 @@ PEER = {
 }
 
 
-def named_shape(options: Options) -> list[Figure]:
+def named_shape(options: OverheadOptions) -> list[Figure]:
     """Measure a burst on the wall clock, beside the peer's figures."""
     shape = options.named or NamedShape(config=get_config("m32"))
     deployment = shape.deployment()
@@ -266,7 +266,7 @@ def named_shape(options: Options) -> list[Figure]:
 
 # -- command line ----------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[Options], list[Figure]]] = {
+PARTS: dict[str, Callable[[OverheadOptions], list[Figure]]] = {
     "host": host,
     "decode": decode,
     "prefill": prefill,
@@ -294,7 +294,7 @@ _READERS = (
 )
 
 
-def run(parts: Sequence[str], options: Options) -> list[Figure]:
+def run(parts: Sequence[str], options: OverheadOptions) -> list[Figure]:
     """Measure `parts`, and print the figures of each as soon as it is done.
 
     Raises:
@@ -316,7 +316,7 @@ def run(parts: Sequence[str], options: Options) -> list[Figure]:
     return figures
 
 
-def check(parts: Sequence[str], options: Options) -> None:
+def check(parts: Sequence[str], options: OverheadOptions) -> None:
     """Raise ValueError on bad parts or options, without asking for devices."""
     known = f"parts: expected some of {list(PARTS)}"
     if not parts:
@@ -351,7 +351,7 @@ def to_json(figures: Sequence[Any]) -> str:
 def main() -> None:
     host_devices.one_thread_each()
     parts, out = _PARTS.value, writable(_OUT.value)
-    options = Options(
+    options = OverheadOptions(
         config=get_config(_MODEL.value),
         batches=integers("batches", _BATCHES.value),
         handoff_mib=integers("handoff_mib", _MIB.value),
@@ -383,7 +383,7 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _run_here(parts: Sequence[str], options: Options) -> list[Any]:
+def _run_here(parts: Sequence[str], options: OverheadOptions) -> list[Any]:
     """Split the host into the devices that `parts` need, and run them."""
     if "handoff" in parts:
         keep_freed_memory()

@@ -69,7 +69,7 @@ PEER = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class StepOptions:
     """The steps to measure, and how often."""
 
     config: ModelConfig
@@ -133,7 +133,7 @@ _HEAD = (
 )
 
 
-def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
+def measure(options: StepOptions, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     """Measure the peaks and the steps, in the same rounds."""
     config = options.config
     loads = step_loads(options)
@@ -161,7 +161,7 @@ def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     ]
 
 
-def step_loads(options: Options) -> dict[StepShape, StepLoad]:
+def step_loads(options: StepOptions) -> dict[StepShape, StepLoad]:
     """Return the steps, and the load of each."""
     blocks = options.context // options.block_tokens
     decode = {
@@ -174,7 +174,7 @@ def step_loads(options: Options) -> dict[StepShape, StepLoad]:
     return {**decode, **prefill}
 
 
-def trace_steps(options: Options, engine: Engine, folder: pathlib.Path) -> None:
+def trace_steps(options: StepOptions, engine: Engine, folder: pathlib.Path) -> None:
     """Profile each step once; it must have run before, so that this is no warm-up."""
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         for shape in step_loads(options):
@@ -197,14 +197,14 @@ def peak_figures(peaks: Peaks) -> list[str]:
     ]
 
 
-def handoff(options: Options) -> list[Figure]:
+def handoff(options: StepOptions) -> list[Figure]:
     """Measure KV moves from device to device; the model's other sizes are 1."""
     kv_only = dataclasses.replace(options.config, vocab_size=1, mlp=1)
     mib, block_tokens = [options.handoff_mib], options.block_tokens
     return handoff_figures(kv_only, 1, 1, mib, block_tokens, options.repeats)
 
 
-def host(options: Options, engine: Engine) -> list[Figure]:
+def host(options: StepOptions, engine: Engine) -> list[Figure]:
     """Measure the host time of decode steps. The engine computes nothing afterwards."""
     shapes = [s for s in step_loads(options) if s.kind == "decode"]
     no_ops, steps = NoOpGroup.replace(engine, shapes), 100 * options.repeats
@@ -216,7 +216,7 @@ def host(options: Options, engine: Engine) -> list[Figure]:
     ]
 
 
-def run(options: Options) -> str:
+def run(options: StepOptions) -> str:
     """Return the report. Every part is printed as soon as it is there."""
     lines: list[str] = []
 
@@ -271,7 +271,7 @@ def main() -> None:
     out, config = writable(_OUT.value), get_config(_MODEL.value)
     if _DTYPE.value is not None:
         config = dataclasses.replace(config, dtype=_DTYPE.value)
-    options = Options(
+    options = StepOptions(
         config=config,
         batches=integers("batches", _BATCHES.value),
         context=_CONTEXT.value,

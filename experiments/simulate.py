@@ -79,14 +79,8 @@ _CHROME_TRACE = FLAGS.string(
 
 STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 COLUMNS = (
-    "request_id",
-    "arrival_s",
-    "prompt_tokens",
-    "output_tokens",
-    "ttft_s",
-    "tpot_s",
-    *STAGES,
-    "error",
+    *("request_id", "arrival_s", "prompt_tokens", "output_tokens"),
+    *("ttft_s", "tpot_s", *STAGES, "error"),
 )
 
 

@@ -200,10 +200,9 @@ class Sweep:
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
-        if self.config.weights == "random":
-            return row
-        if not isinstance(self.model.tokenizer, NoText):
-            row["text"] = self.model.tokenizer.decode(timeline.tokens)
+        tokenizer = self.model.tokenizer
+        if self.config.weights != "random" and not isinstance(tokenizer, NoText):
+            row["text"] = tokenizer.decode(timeline.tokens)
         return row
 
     # -- summary ------------------------------------------------------------------
