@@ -284,7 +284,6 @@ _MODEL = FLAGS.string("model", "m32", "Model of all parts but m32.")
 _BATCHES = FLAGS.list("batches", ["16", "64"], "Requests in a decode step.")
 _MIB = FLAGS.list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off.")
 _REPEATS = FLAGS.integer("repeats", 7, "Rounds that a median is taken over.")
-# Other experiments have an --out as well, and a test may import several.
 _OUT = FLAGS.string("out", None, "JSON file to write.")
 # The parts that read a flag; --repeats is for all.
 _READERS = (

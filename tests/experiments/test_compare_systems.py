@@ -34,9 +34,8 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulation import DeviceCost, Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
-from experiments.accuracy_study.report import plot, text
 from experiments.compare_systems import numbers
-from experiments.comparison.report import answer, record, sentence
+from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation, roofline_simulation
 from experiments.configs.paper_workloads import get_workload
 from models.lookup import find_model
