@@ -477,7 +477,7 @@ def test_a_winner_whose_attainment_is_not_monotone_says_so():
         dataclasses.replace(one, candidates=(best,)),
         found_of(DISAGGREGATED, 1.0, 1.0),
     ]
-    assert answer(cell).endswith("\nvllm: 46.0% at 10, 98.0% at 100.")
+    assert answer(cell).endswith("\nvllm_v0: 46.0% at 10, 98.0% at 100.")
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_step_sizes_are_for_the_mean_lengths_and_the_target_of_later_tokens(
         return durations(random_model, CHUNKS).step_s(0, load)
 
     expected = []
-    profile = tuning.Profile(
+    profile = tuning.TuningInputs(
         step_s=step_s,
         sizes=one.engine.instances[0].buckets.prompt_sizes,
         prompt_tokens=41,
