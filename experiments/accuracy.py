@@ -60,13 +60,13 @@ from experiments.sweep.serving import (
     build_engines,
     check_modelled,
     compile_engines,
+    load_model,
     most_devices,
     resolve_slo,
     serve_with,
     step_durations,
     tune_systems,
 )
-from experiments.sweep.weights import load_model
 from models.load import Model
 
 FLAGS = Flags()
@@ -138,7 +138,9 @@ def _run(
     before = _once(out / "moved_before.json", lambda: _moved(pairs, profile))
     target = config.search.target
     rates = {
-        pair.name: [_round(pair.knee_rps(target) * f) for f in sorted(factors)]
+        pair.name: [
+            float(f"{pair.knee_rps(target) * factor:.4g}") for factor in sorted(factors)
+        ]
         for pair in pairs
     }
     _serve_all(pairs, rates, progress)
@@ -232,17 +234,10 @@ def _moved(pairs: Sequence[PairedRun], profile: CalibratedProfile) -> float:
     return statistics.median(ratios)
 
 
-def _round(rate_rps: float) -> float:
-    return float(f"{rate_rps:.4g}")
-
-
 @command(FLAGS)
 def main() -> None:
     host_devices.one_thread_each()
-    given = [
-        f"workload.num_requests={_REQUESTS.value}",
-        f"num_seeds={_SEEDS.value}",
-    ]
+    given = [f"workload.num_requests={_REQUESTS.value}", f"num_seeds={_SEEDS.value}"]
     expect_once(_REQUESTS, "workload.num_requests", _SET.value)
     expect_once(_SEEDS, "num_seeds", _SET.value)
     config = override(get_config(_CONFIG.value), given)

@@ -58,10 +58,10 @@ from experiments.sweep.serving import (
     build_engines,
     check_modelled,
     compile_engines,
+    load_model,
     most_devices,
     serve_with,
 )
-from experiments.sweep.weights import load_model
 from models.config import ModelConfig
 
 # Mean relative errors for loads that the fit did not have.

@@ -59,18 +59,22 @@ def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Mistake]:
       path: of the document.
     """
     text = _tables_spelt_out(_joined(path.read_text()))
-    for match in _COMMAND.finditer(text):
-        for what in _wrong_command(root, *match.groups()):
-            yield Mistake(path.relative_to(root), _line(text, match.start()), what)
+    found = [
+        (match.start(), what)
+        for match in _COMMAND.finditer(text)
+        for what in _wrong_command(root, *match.groups())
+    ]
     for match in _PATH.finditer(text):
         if not (root / match[1]).exists():
             what = f"expected a file or folder of the project, got '{match[1]}'"
-            yield Mistake(path.relative_to(root), _line(text, match.start()), what)
+            found.append((match.start(), what))
     for match in _LINK.finditer(text):
         target = _target(root, path, match[1])
         if target is not None and not target.exists():
             what = f"expected a link to something that exists, got '{match[1]}'"
-            yield Mistake(path.relative_to(root), _line(text, match.start()), what)
+            found.append((match.start(), what))
+    for at, what in found:
+        yield Mistake(path.relative_to(root), text.count("\n", 0, at) + 1, what)
 
 
 def _joined(text: str) -> str:
@@ -91,10 +95,6 @@ def _tables_spelt_out(text: str) -> str:
         if inside and not line.startswith(_TABLE):
             lines[i] = line.replace("| `", "| `python -m experiments.", 1)
     return "\n".join(lines)
-
-
-def _line(text: str, at: int) -> int:
-    return text.count("\n", 0, at) + 1
 
 
 def _wrong_command(root: pathlib.Path, module: str, arguments: str) -> Iterator[str]:

@@ -36,7 +36,6 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import worker_pool
-from disagg_jax.workload.traces.read import Trace, load_trace
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
@@ -207,20 +206,8 @@ def _workload(simulation: Simulation) -> tuple[Workload, str]:
         return get_workload(_WORKLOAD.value), _WORKLOAD.value
     longest = min(_MAX_TOKENS.value, simulation.max_context)
     trace = _TRACE_FILE.open(_TRACE.value)
-    return trace_workload(trace, longest), pathlib.Path(_TRACE.value).name
-
-
-def trace_workload(
-    trace: str | os.PathLike[str] | Trace, max_total_tokens: int
-) -> TraceWorkload:
-    """The rows of a trace whose requests have at most so many tokens.
-
-    Raises:
-      ValueError, OSError: on a trace that cannot be read, or too few such rows.
-    """
-    if not isinstance(trace, Trace):
-        trace = load_trace(trace)
-    return TraceWorkload.fitting(trace, max_total_tokens)
+    workload = TraceWorkload.fitting(trace, longest)
+    return workload, pathlib.Path(_TRACE.value).name
 
 
 def run(

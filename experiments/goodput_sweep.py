@@ -39,6 +39,7 @@ from experiments.sweep.serving import (
     check_modelled,
     compile_engines,
     instance_memory,
+    load_model,
     most_devices,
     resolve_criteria,
     resolve_slo,
@@ -47,7 +48,6 @@ from experiments.sweep.serving import (
     tune_systems,
 )
 from experiments.sweep.sweep import Sweep
-from experiments.sweep.weights import load_model
 from models.load import Model
 
 FLAGS = Flags()

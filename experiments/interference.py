@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -27,8 +27,7 @@ from disagg_jax.scheduling.system import System
 from disagg_jax.sim.cost.interface import InstanceCost
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.work import Event, Step, StepLoad, Work
-from disagg_jax.workload.lengths import UniformLengths
-from disagg_jax.workload.workload import RandomWorkload
+from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.configs.named_simulations import roofline_simulation
@@ -36,8 +35,7 @@ from experiments.report.draw import draw
 from experiments.report.intervals import number
 from experiments.report.panel import Panel, Series, curves
 from experiments.report.table import side_by_side
-from experiments.runs.folder import run_folder, write_text
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, run_folder, write_text
 
 FLAGS = Flags()
 _MODEL = FLAGS.string("model", "opt-13b", "A name of models/config.py.")
@@ -212,11 +210,20 @@ def _column(of: Traits) -> dict[str, str]:
 def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
     """Return the gaps of all systems, and the cost of chunks without a queue."""
     whole_s = chunked_prompt_s(cost, _LONG_PROMPT, _LONG_PROMPT)
-    slower = [
-        (float(chunk), chunked_prompt_s(cost, _LONG_PROMPT, chunk) / whole_s)
-        for chunk in _CHUNKS
-    ]
-    beside = [(float(chunk), stretch(cost, chunk)) for chunk in _CHUNKS]
+
+    def over_chunks(
+        title: str, y: str, label: str, colour: int, value: Callable[[int], float]
+    ) -> Panel:
+        points = [(float(chunk), value(chunk)) for chunk in _CHUNKS]
+        return Panel(
+            title=title,
+            x="chunk (tokens)",
+            y=y,
+            series=[Series(label=label, points=points, colour=colour)],
+            line=1.0,
+            log_x=True,
+        )
+
     return [
         Panel(
             title="how often a gap between two tokens is longer",
@@ -226,21 +233,19 @@ def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
             log_x=True,
             log_y=True,
         ),
-        Panel(
-            title=f"a prompt of {_LONG_PROMPT} tokens alone, in chunks",
-            x="chunk (tokens)",
-            y="TTFT over that of the whole prompt",
-            series=[Series(label="re-read KV and weights", points=slower, colour=0)],
-            line=1.0,
-            log_x=True,
+        over_chunks(
+            f"a prompt of {_LONG_PROMPT} tokens alone, in chunks",
+            "TTFT over that of the whole prompt",
+            "re-read KV and weights",
+            0,
+            lambda chunk: chunked_prompt_s(cost, _LONG_PROMPT, chunk) / whole_s,
         ),
-        Panel(
-            title=f"{_DECODES} decodes at context {_CONTEXT} with a chunk beside them",
-            x="chunk (tokens)",
-            y="step over that of the decodes alone",
-            series=[Series(label="gap of every decode", points=beside, colour=1)],
-            line=1.0,
-            log_x=True,
+        over_chunks(
+            f"{_DECODES} decodes at context {_CONTEXT} with a chunk beside them",
+            "step over that of the decodes alone",
+            "gap of every decode",
+            1,
+            lambda chunk: stretch(cost, chunk),
         ),
     ]
 

@@ -19,18 +19,19 @@ kv_transfer.txt and .png.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 
+from disagg_jax.errors import require
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
 from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import (
     BLOCK,
     OUTPUT_TOKENS,
-    Mode,
     Seen,
     modes,
     parse_sides,
@@ -42,8 +43,7 @@ from experiments.cli.flags import Flags
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
-from experiments.runs.folder import run_folder, write_text
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, run_folder, write_text
 from models import transformer
 from models.config import ModelConfig, get_config
 
@@ -152,48 +152,40 @@ def parse_pair(text: str) -> tuple[int, int]:
     return src, dst
 
 
-def run(
-    config: ModelConfig,
-    *,
-    pairs: Sequence[tuple[int, int]],
-    mib: Sequence[int],
-    deployments: Sequence[str],
-    prompts: Sequence[int],
-    by_name: Mapping[str, Mode],
-    layer_groups: int,
-    link: LinkSpec | None,
-    repeats: int,
-    progress: Callable[[str], None],
+def measure(
+    config: ModelConfig, link: LinkSpec | None
 ) -> tuple[list[Rate], list[Seen]]:
-    """Measure everything.
+    """Measure everything that the flags ask for.
 
     Raises:
       ValueError: on prompts or deployments that do not fit, before any work.
     """
-    longest = max(prompts, default=0) + OUTPUT_TOKENS
-    if longest > config.max_length:
-        raise ValueError(
-            f"prompts: expected at most {config.max_length - OUTPUT_TOKENS} tokens for "
-            f"{config.name}, got {longest - OUTPUT_TOKENS}"
-        )
-    for text in deployments:
+    pairs = [parse_pair(text) for text in _PAIRS.value]
+    sizes = [int(text) * 2**20 for text in _MIB.value]
+    prompts = [int(text) for text in _PROMPTS.value]
+    groups, repeats, progress = _GROUPS.value, _REPEATS.value, progress_to_stderr()
+    longest, most = max(prompts, default=0), config.max_length - OUTPUT_TOKENS
+    require(
+        longest <= most,
+        f"prompts: expected at most {most} tokens for {config.name}",
+        longest,
+    )
+    for text in _DEPLOYMENTS.value:
         parse_sides(text)
     found_rates: list[Rate] = []
     if pairs:
         progress("bandwidths")
-        sizes = [n * 2**20 for n in mib]
-        found_rates = rates(config, pairs, sizes, BLOCK, layer_groups, repeats)
+        found_rates = rates(config, pairs, sizes, BLOCK, groups, repeats)
     params = transformer.init_params(config, 0)
     seen: list[Seen] = []
-    for deployment in deployments:
-        for prompt in prompts:
-            for name, mode in by_name.items():
-                progress(f"{deployment}, {prompt} tokens, {name}")
-                seen.append(
-                    serve_alone(
-                        config, params, deployment, name, mode, prompt, link, repeats
-                    )
-                )
+    cases = itertools.product(
+        _DEPLOYMENTS.value, prompts, modes(_CHUNKS.value, groups).items()
+    )
+    for sides, prompt, (name, mode) in cases:
+        progress(f"{sides}, {prompt} tokens, {name}")
+        seen.append(
+            serve_alone(config, params, sides, name, mode, prompt, link, repeats)
+        )
     return found_rates, seen
 
 
@@ -202,36 +194,13 @@ def main() -> None:
     host_devices.one_thread_each()
     keep_freed_memory()
     host_devices.provide(8)
-
     config = get_config(_MODEL.value)
     link = get_link(_LINK.value) if _LINK.value else None
     out = pathlib.Path(_OUT.value)
     with run_folder(out, FLAGS.asked(), "kv_transfer.txt", replace=True):
-        found_rates, seen = run(
-            config,
-            pairs=[parse_pair(text) for text in _PAIRS.value],
-            mib=[int(text) for text in _MIB.value],
-            deployments=_DEPLOYMENTS.value,
-            prompts=[int(text) for text in _PROMPTS.value],
-            by_name=modes(_CHUNKS.value, _GROUPS.value),
-            layer_groups=_GROUPS.value,
-            link=link,
-            repeats=_REPEATS.value,
-            progress=progress_to_stderr(),
-        )
-        _write(config, link, found_rates, seen, out)
-
-
-def _write(
-    config: ModelConfig,
-    link: LinkSpec | None,
-    found_rates: Sequence[Rate],
-    seen: Sequence[Seen],
-    out: pathlib.Path,
-) -> None:
-    wire = f"the wire {link.name}" if link else "the copy between devices"
-    text = "\n".join(
-        [
+        found_rates, seen = measure(config, link)
+        wire = f"the wire {link.name}" if link else "the copy between devices"
+        lines = [
             f"# python -m experiments.kv_transfer   commit {commit()}",
             f"# {config.name} {config.dtype} on {jax.devices()[0].device_kind}, "
             f"medians of {_REPEATS.value} rounds",
@@ -241,12 +210,11 @@ def _write(
             "",
             f"# Requests served alone; move is {wire}; times in ms",
             *seen_table(seen),
-            "",
         ]
-    )
-    write_text(out / "kv_transfer.txt", text)
-    title = f"{config.name} {config.dtype}, {wire}; the line is one decode step"
-    draw(panels(seen), title, out / "kv_transfer.png")
+        text = "\n".join(lines) + "\n"
+        write_text(out / "kv_transfer.txt", text)
+        title = f"{config.name} {config.dtype}, {wire}; the line is one decode step"
+        draw(panels(seen), title, out / "kv_transfer.png")
     print(f"{text}\n{out}/kv_transfer.png")
 
 

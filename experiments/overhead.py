@@ -39,11 +39,12 @@ import jax
 import numpy as np
 
 from disagg_jax.engine.served_deployment import ServedDeployment
+from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.request import Request
-from disagg_jax.sim.workers import process_pool
+from disagg_jax.sim.workers import process_pool, worker_pool
 from disagg_jax.work import Event, Step, Work
 from experiments.benchmarks.engines import (
     NamedShape,
@@ -72,7 +73,7 @@ PAIRS = ((4, 4), (4, 2), (2, 4), (1, 4))  # hand-off: TP of prefill, TP of decod
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class OverheadOptions:
     """Sizes of the measurements, and how often each is taken."""
 
     config: ModelConfig
@@ -89,7 +90,7 @@ class Options:
 
 
 def _full_batch(
-    options: Options, batch: int
+    options: OverheadOptions, batch: int
 ) -> tuple[ServedDeployment, StepShape, list[Request]]:
     """Return an instance, its decode step, and requests that fill its batch at once."""
     config, prompt, output = options.config, options.prompt, options.output
@@ -102,7 +103,7 @@ def _full_batch(
     return deployment, shape, burst(config, batch, prompt, output)
 
 
-def host(options: Options) -> list[Figure]:
+def host(options: OverheadOptions) -> list[Figure]:
     """Measure host time: of a decode step, of the controller, from token to token."""
     figures: list[Figure] = []
     for batch in options.batches:
@@ -143,7 +144,7 @@ def _host_loop_s(
     return plans_s, np.diff(run.timelines[0].token_s).tolist()
 
 
-def decode(options: Options) -> list[Figure]:
+def decode(options: OverheadOptions) -> list[Figure]:
     """Measure decode tokens per second of the whole loop and of the bare program."""
     return [
         _against_bare(
@@ -153,7 +154,7 @@ def decode(options: Options) -> list[Figure]:
     ]
 
 
-def prefill(options: Options) -> list[Figure]:
+def prefill(options: OverheadOptions) -> list[Figure]:
     """Measure prefill tokens per second of the whole loop and of the bare program."""
     rows, steps = 4, 12
     prompt = options.prefill_tokens // rows
@@ -178,7 +179,7 @@ def _against_bare(
     part: str,
     name: str,
     tokens: int,
-    options: Options,
+    options: OverheadOptions,
     deployment: ServedDeployment,
     shape: StepShape,
     requests: Sequence[Request],
@@ -213,7 +214,7 @@ def _loop_step_s(deployment: ServedDeployment, requests: Sequence[Request]) -> f
 # -- hand-off --------------------------------------------------------------------------
 
 
-def handoff(options: Options) -> list[Figure]:
+def handoff(options: OverheadOptions) -> list[Figure]:
     """Measure KV moves from a prefill to a decode mesh, for every pair and size."""
     config, mib, repeats = options.config, options.handoff_mib, options.repeats
     return [
@@ -235,7 +236,7 @@ PEER = {
 }
 
 
-def named_shape(options: Options) -> list[Figure]:
+def named_shape(options: OverheadOptions) -> list[Figure]:
     """Measure a burst on the wall clock, beside the peer's figures."""
     shape = options.named or NamedShape(config=get_config("m32"))
     deployment = shape.deployment()
@@ -265,7 +266,7 @@ def named_shape(options: Options) -> list[Figure]:
 
 # -- command line ----------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[Options], list[Figure]]] = {
+PARTS: dict[str, Callable[[OverheadOptions], list[Figure]]] = {
     "host": host,
     "decode": decode,
     "prefill": prefill,
@@ -283,7 +284,6 @@ _MODEL = FLAGS.string("model", "m32", "Model of all parts but m32.")
 _BATCHES = FLAGS.list("batches", ["16", "64"], "Requests in a decode step.")
 _MIB = FLAGS.list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off.")
 _REPEATS = FLAGS.integer("repeats", 7, "Rounds that a median is taken over.")
-# Other experiments have an --out as well, and a test may import several.
 _OUT = FLAGS.string("out", None, "JSON file to write.")
 # The parts that read a flag; --repeats is for all.
 _READERS = (
@@ -293,7 +293,7 @@ _READERS = (
 )
 
 
-def run(parts: Sequence[str], options: Options) -> list[Figure]:
+def run(parts: Sequence[str], options: OverheadOptions) -> list[Figure]:
     """Measure `parts`, and print the figures of each as soon as it is done.
 
     Raises:
@@ -315,13 +315,13 @@ def run(parts: Sequence[str], options: Options) -> list[Figure]:
     return figures
 
 
-def check(parts: Sequence[str], options: Options) -> None:
+def check(parts: Sequence[str], options: OverheadOptions) -> None:
     """Raise ValueError on bad parts or options, without asking for devices."""
+    known = f"parts: expected some of {list(PARTS)}"
     if not parts:
-        raise ValueError(f"parts: expected some of {list(PARTS)}, got none")
+        raise ValueError(f"{known}, got none")
     for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"parts: expected some of {list(PARTS)}, got '{part}'")
+        require(part in PARTS, known, part)
     check_numbers(
         batches=options.batches,
         handoff_mib=options.handoff_mib,
@@ -350,7 +350,7 @@ def to_json(figures: Sequence[Any]) -> str:
 def main() -> None:
     host_devices.one_thread_each()
     parts, out = _PARTS.value, writable(_OUT.value)
-    options = Options(
+    options = OverheadOptions(
         config=get_config(_MODEL.value),
         batches=integers("batches", _BATCHES.value),
         handoff_mib=integers("handoff_mib", _MIB.value),
@@ -365,10 +365,11 @@ def main() -> None:
             got=f"--parts={','.join(parts)}",
         )
     groups = _by_devices(parts)
-    if len(groups) > 1:
-        figures = [f for group in groups for f in _run_apart(group, options)]
-    else:
-        figures = _run_here(parts, options)
+    run_here = functools.partial(_run_here, options=options)
+    figures: list[Any] = []
+    for group in groups:  # several: in a process of its own each, which prints
+        with process_pool(1) if len(groups) > 1 else worker_pool(1) as mapper:
+            figures += next(mapper(run_here, [group]))
     if out is not None:
         write_text(out, to_json(figures))
 
@@ -381,14 +382,7 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _run_apart(parts: Sequence[str], options: Options) -> list[Any]:
-    """Run `parts` in a process of their own, which prints; return their figures."""
-    with process_pool(1) as mapper:
-        (figures,) = mapper(functools.partial(_run_here, options=options), [parts])
-    return figures
-
-
-def _run_here(parts: Sequence[str], options: Options) -> list[Any]:
+def _run_here(parts: Sequence[str], options: OverheadOptions) -> list[Any]:
     """Split the host into the devices that `parts` need, and run them."""
     if "handoff" in parts:
         keep_freed_memory()

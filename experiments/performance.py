@@ -35,6 +35,7 @@ from collections.abc import Sequence
 import jax
 
 from disagg_jax.engine.engine import Engine
+from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.dense_baseline import dense_step_s
@@ -54,8 +55,7 @@ from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.report.table import numbers
-from experiments.runs import provenance
-from experiments.runs.folder import write_text
+from experiments.runs.folder import commit, write_text
 from models.config import ModelConfig, get_config
 
 # Tokens per second of a peer JAX engine with a plain dense cache, on one pinned core;
@@ -69,7 +69,7 @@ PEER = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class StepOptions:
     """The steps to measure, and how often."""
 
     config: ModelConfig
@@ -90,18 +90,12 @@ class Options:
             block_tokens=[self.block_tokens],
             repeats=[self.repeats],
         )
-        if self.handoff_mib < 0:
-            raise ValueError(f"handoff_mib: expected >= 0, got {self.handoff_mib}")
-        if self.context % self.block_tokens:
-            raise ValueError(
-                f"context: expected a multiple of block_tokens={self.block_tokens}, "
-                f"got {self.context}"
-            )
+        require(self.handoff_mib >= 0, "handoff_mib: expected >= 0", self.handoff_mib)
+        whole = f"context: expected a multiple of block_tokens={self.block_tokens}"
+        require(self.context % self.block_tokens == 0, whole, self.context)
         longest, limit = max(self.context, *self.prompts), self.config.max_length
-        if longest > limit:
-            raise ValueError(
-                f"{self.config.name}: expected at most {limit} tokens, got {longest}"
-            )
+        most = f"{self.config.name}: expected at most {limit} tokens"
+        require(longest <= limit, most, longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +133,7 @@ _HEAD = (
 )
 
 
-def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
+def measure(options: StepOptions, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     """Measure the peaks and the steps, in the same rounds."""
     config = options.config
     loads = step_loads(options)
@@ -167,7 +161,7 @@ def measure(options: Options, engine: Engine) -> tuple[Peaks, list[StepTime]]:
     ]
 
 
-def step_loads(options: Options) -> dict[StepShape, StepLoad]:
+def step_loads(options: StepOptions) -> dict[StepShape, StepLoad]:
     """Return the steps, and the load of each."""
     blocks = options.context // options.block_tokens
     decode = {
@@ -180,7 +174,7 @@ def step_loads(options: Options) -> dict[StepShape, StepLoad]:
     return {**decode, **prefill}
 
 
-def trace_steps(options: Options, engine: Engine, folder: pathlib.Path) -> None:
+def trace_steps(options: StepOptions, engine: Engine, folder: pathlib.Path) -> None:
     """Profile each step once; it must have run before, so that this is no warm-up."""
     with jax.profiler.trace(folder, create_perfetto_trace=True):
         for shape in step_loads(options):
@@ -203,14 +197,14 @@ def peak_figures(peaks: Peaks) -> list[str]:
     ]
 
 
-def handoff(options: Options) -> list[Figure]:
+def handoff(options: StepOptions) -> list[Figure]:
     """Measure KV moves from device to device; the model's other sizes are 1."""
     kv_only = dataclasses.replace(options.config, vocab_size=1, mlp=1)
     mib, block_tokens = [options.handoff_mib], options.block_tokens
     return handoff_figures(kv_only, 1, 1, mib, block_tokens, options.repeats)
 
 
-def host(options: Options, engine: Engine) -> list[Figure]:
+def host(options: StepOptions, engine: Engine) -> list[Figure]:
     """Measure the host time of decode steps. The engine computes nothing afterwards."""
     shapes = [s for s in step_loads(options) if s.kind == "decode"]
     no_ops, steps = NoOpGroup.replace(engine, shapes), 100 * options.repeats
@@ -222,7 +216,7 @@ def host(options: Options, engine: Engine) -> list[Figure]:
     ]
 
 
-def run(options: Options) -> str:
+def run(options: StepOptions) -> str:
     """Return the report. Every part is printed as soon as it is there."""
     lines: list[str] = []
 
@@ -235,7 +229,7 @@ def run(options: Options) -> str:
         f"# {config.name} {config.dtype}, context {options.context}, blocks of "
         f"{options.block_tokens} tokens, {options.repeats} rounds, on "
         f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores",
-        f"# commit {provenance.commit()}, {datetime.date.today()}, Python "
+        f"# commit {commit()}, {datetime.date.today()}, Python "
         f"{platform.python_version()}, jax {jax.__version__}, load average "
         f"{load_average()} before",
         "",
@@ -277,7 +271,7 @@ def main() -> None:
     out, config = writable(_OUT.value), get_config(_MODEL.value)
     if _DTYPE.value is not None:
         config = dataclasses.replace(config, dtype=_DTYPE.value)
-    options = Options(
+    options = StepOptions(
         config=config,
         batches=integers("batches", _BATCHES.value),
         context=_CONTEXT.value,

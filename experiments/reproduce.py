@@ -24,8 +24,7 @@ from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
 from experiments.report.table import markdown
-from experiments.runs.folder import sole_use, write_text
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, sole_use, write_text
 
 FLAGS = Flags()
 _FIGURE = FLAGS.string("figure", None, "One of --list.")

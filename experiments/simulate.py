@@ -33,8 +33,7 @@ from typing import Any
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics.latency import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
-from disagg_jax.runlog.chrome_trace import chrome_trace
-from disagg_jax.runlog.event_log import EventLog
+from disagg_jax.runlog import EventLog, chrome_trace
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.traces.read import Trace
 from experiments.cli.command import command
@@ -80,14 +79,8 @@ _CHROME_TRACE = FLAGS.string(
 
 STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 COLUMNS = (
-    "request_id",
-    "arrival_s",
-    "prompt_tokens",
-    "output_tokens",
-    "ttft_s",
-    "tpot_s",
-    *STAGES,
-    "error",
+    *("request_id", "arrival_s", "prompt_tokens", "output_tokens"),
+    *("ttft_s", "tpot_s", *STAGES, "error"),
 )
 
 

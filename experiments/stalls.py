@@ -24,8 +24,7 @@ from experiments.cli.flags import Flags, integers
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
-from experiments.runs.folder import plain, run_folder, write_text
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, plain, run_folder, write_text
 from models import transformer
 from models.checkpoint import Weights
 from models.config import ModelConfig, get_config

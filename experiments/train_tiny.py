@@ -37,8 +37,7 @@ from jax import Array
 
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
-from experiments.runs.folder import write_json
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, write_json
 from models import checkpoint, transformer
 from models.config import ModelConfig, get_config
 from models.tokenizer import ByteTokenizer

@@ -33,8 +33,7 @@ from experiments.cli.flags import Flags, integers
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, Series, curves
 from experiments.report.table import align, numbers
-from experiments.runs.folder import run_folder, write_text
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit, run_folder, write_text
 from models.config import ModelConfig, get_config
 from sharding.mesh import Device
 
@@ -92,16 +91,12 @@ def _power_of_two(most: int) -> int:
     return 1 << (max(1, most).bit_length() - 1)
 
 
-def build(config: ModelConfig, cut: Cut) -> ServedDeployment:
-    """Build the two meshes, with the programs of a few short requests."""
-    return _deployment(config, str(cut))
-
-
-def _deployment(config: ModelConfig, deployment: str) -> ServedDeployment:
+def build(config: ModelConfig, cut: Cut | str) -> ServedDeployment:
+    """Build the two meshes of a cut, or a deployment, for a few short requests."""
     prefill = StepShape.prefill(_REQUESTS * _PROMPT, _REQUESTS)
     context = _PROMPT + _OUTPUT
     return burst_deployment(
-        config, prefill, deployment, context=context, block_tokens=_BLOCK
+        config, prefill, str(cut), context=context, block_tokens=_BLOCK
     )[0]
 
 
@@ -177,7 +172,7 @@ def check_tokens(config: ModelConfig, meshes: ServedDeployment) -> Tokens:
     """
     requests = burst(config, _REQUESTS, _PROMPT, _OUTPUT)
     split = meshes.run(requests).timelines
-    alone = _deployment(config, "colocated:tp1").run(requests).timelines
+    alone = build(config, "colocated:tp1").run(requests).timelines
     pairs = [
         pair
         for ours, theirs in zip(split, alone, strict=True)

@@ -22,7 +22,7 @@ from experiments.report.draw import draw
 from experiments.report.intervals import across_seeds
 from experiments.report.panel import STAGES, XY, Panel, Series, Style, curves
 from experiments.report.table import numbers
-from experiments.runs.provenance import commit
+from experiments.runs.folder import commit
 
 GOODPUT_AIM = 0.05  # relative error
 _SHOWN = 2000  # steps of a kind in the picture

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from disagg_jax.engine import sampling
-from disagg_jax.engine.engine import Engine
+from disagg_jax.engine import Engine, sampling
 from experiments.benchmarks.timing import timed_s
 from models import transformer
 from models.config import ModelConfig

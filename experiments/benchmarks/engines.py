@@ -15,14 +15,11 @@ from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import ServedDeployment, devices_for
-from disagg_jax.programs.buckets import Buckets
-from disagg_jax.programs.shapes import StepShape
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.slices import full_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling import get_system
-from disagg_jax.workload.lengths import FixedLengths
-from disagg_jax.workload.requests import TokenOptions
-from disagg_jax.workload.workload import RandomWorkload
+from disagg_jax.workload import FixedLengths, RandomWorkload, TokenOptions
 from experiments.benchmarks.timing import timed_s
 from models import transformer
 from models.checkpoint import Weights

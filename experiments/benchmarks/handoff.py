@@ -12,9 +12,8 @@ import jax
 import numpy as np
 from jax import Array
 
+from disagg_jax.engine import Engine, run_alone
 from disagg_jax.engine.attention.kv_cache import Cache
-from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.executor import run_alone
 from disagg_jax.request import Request
 from disagg_jax.work import Transfer
 from experiments.benchmarks.engines import benchmark_engine, only, pool

@@ -10,9 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from disagg_jax.sim.cost.roofline import RooflineInstance
-from disagg_jax.sim.hardware.device import Hardware
-from disagg_jax.sim.hardware.memory import Partition
-from disagg_jax.sim.hardware.presets import HARDWARE
+from disagg_jax.sim.hardware import HARDWARE, Hardware, Partition
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.timing import timed_s
 from models.config import ModelConfig

@@ -17,11 +17,9 @@ from disagg_jax.engine.executor import DurationRule, as_measured
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
-from disagg_jax.programs.buckets import Buckets
-from disagg_jax.programs.shapes import StepShape
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling import Policy, get_system
 from experiments.benchmarks.engines import benchmark_engine, only
 from models.checkpoint import Weights
 from models.config import ModelConfig

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from disagg_jax.errors import require
 from experiments.report.table import align
 
 # -- figures ---------------------------------------------------------------------------
@@ -106,8 +107,8 @@ def interleaved(
 def check_numbers(**numbers: Sequence[int]) -> None:
     """Raise ValueError unless each option has one number or more, all of them >= 1."""
     for name, values in numbers.items():
-        if not values or min(values) < 1:
-            raise ValueError(f"{name}: expected numbers >= 1, got {list(values)}")
+        enough = min(values, default=0) >= 1
+        require(enough, f"{name}: expected numbers >= 1", list(values))
 
 
 def load_average() -> str:

@@ -17,11 +17,9 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import as_measured, from_table
 from disagg_jax.engine.served_deployment import ServedDeployment
-from disagg_jax.programs.buckets import Buckets
-from disagg_jax.programs.shapes import StepShape
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
-from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling import Policy, get_system
 from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.work import Step, Task, Transfer
 from experiments.benchmarks.engines import benchmark_engine, only

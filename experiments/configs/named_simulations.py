@@ -14,11 +14,9 @@ from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.sim.cost.distserve import FittedProfile, profile_from_json
 from disagg_jax.sim.cost.roofline import RooflineCost
-from disagg_jax.sim.hardware.link import LINKS
-from disagg_jax.sim.hardware.presets import get_hardware
+from disagg_jax.sim.hardware import LINKS, get_hardware
 from disagg_jax.sim.simulation import DeviceCost, Simulation
-from disagg_jax.workload.traces.fit import fit_rows
-from disagg_jax.workload.traces.read import Trace, load_trace
+from disagg_jax.workload.traces import Trace, fit_rows, load_trace
 from disagg_jax.workload.workload import requests_of_rows
 from models.lookup import find_model
 

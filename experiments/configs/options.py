@@ -175,42 +175,37 @@ ALWAYS: tuple[Need, ...] = ()
 
 # By key. A row of a part holds for all that is in it.
 CONFIG: Mapping[str, tuple[Need, ...]] = {
-    "model": ALWAYS,
-    "weights": ALWAYS,
-    "systems": ALWAYS,  # and see `_policy_needs`
-    "workload.source": ALWAYS,
-    "workload.trace": (_TRACE,),
-    "workload.trace_scale": (_TRACE,),
-    "workload.num_requests": ALWAYS,
-    "workload.trace_unit": (_TRACE,),
-    "workload.trace_rows": (_TRACE,),
-    "workload.ties": (_TRACE,),
-    "workload.too_long": (_TRACE,),
+    # The parameters of systems: see `_policy_needs`. Systems are ranked by every
+    # criterion, whatever rates are tried.
+    **dict.fromkeys(
+        (
+            *("model", "weights", "systems", "memory", "num_seeds", "seed", "clock"),
+            *("workload.source", "workload.num_requests", "workload.ignore_eos"),
+            *("slo.ttft_s", "slo.tpot_s", "criterion", "rates"),
+            *("search.target", "search.tolerance"),
+        ),
+        ALWAYS,
+    ),
+    **dict.fromkeys(
+        (
+            *("workload.trace", "workload.trace_scale", "workload.trace_unit"),
+            *("workload.trace_rows", "workload.ties", "workload.too_long"),
+        ),
+        (_TRACE,),
+    ),
     # A trace has lengths of its own, and mostly arrivals; HumanEval has prompts.
     "workload.arrivals": (
         _either(_is("workload.source", "random", "human_eval"), _UNTIMED),
     ),
     "workload.prompt_tokens": (_is("workload.source", "random"),),
     "workload.output_tokens": (_is("workload.source", "random", "human_eval"),),
-    "workload.ignore_eos": ALWAYS,
-    "slo.ttft_s": ALWAYS,
-    "slo.tpot_s": ALWAYS,
     "slo.ttft_scale": (_without("slo.ttft_s"), _without("slo.preset")),
     "slo.tpot_scale": (_without("slo.tpot_s"), _without("slo.preset")),
     "slo.preset": (_either(_without("slo.ttft_s"), _without("slo.tpot_s")),),
-    "memory": ALWAYS,
-    "criterion": ALWAYS,
-    # Systems are ranked by every criterion, whatever rates are tried.
-    "search.target": ALWAYS,
-    "search.tolerance": ALWAYS,
     "search.growth": (_SEARCH,),
     "search.max_rates": (_SEARCH,),
-    "rates": ALWAYS,
     "step_tokens": (_STEP_SIZE,),
     "tune": (_without("step_tokens"), _STEP_SIZE),
-    "num_seeds": ALWAYS,
-    "seed": ALWAYS,
-    "clock": ALWAYS,
     "durations": (_VIRTUAL,),
     # The SLO and the step sizes follow from medians, also where durations are live.
     "timing_repeats": (_MEASURED,),

@@ -144,10 +144,12 @@ trace = "runs/notebooks/will_it_help/my-trace.csv"  # @param {type: "string"}
 # %%
 from IPython.display import Image
 
+from disagg_jax.workload import TraceWorkload
+from disagg_jax.workload.traces import load_trace
 from experiments import compare_systems
 from experiments.comparison.report import plot_lengths
 
-workload = compare_systems.trace_workload(trace, max_total_tokens=8192)
+workload = TraceWorkload.fitting(load_trace(trace), 8192)
 plot_lengths(workload, out / "lengths.png")
 Image(filename=out / "lengths.png")
 

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 from disagg_jax.formats import RUN
 from disagg_jax.sim.simulation import DeviceCost, Simulation
 from experiments.cli.command import command_line
-from experiments.runs.provenance import commit
 
 _RECORDS = {".lock", "config.json", "env.json"}
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "scipy")
@@ -56,15 +56,12 @@ def sole_use(path: pathlib.Path) -> Iterator[None]:
                 file=sys.stderr,
             )
         file.truncate(0)
-        file.write(_holder())
+        file.write(
+            f"process {os.getpid()} on {platform.node()} since {_now()} "
+            f"({command_line()})"
+        )
         file.flush()
         yield
-
-
-def _holder() -> str:
-    return (
-        f"process {os.getpid()} on {platform.node()} since {_now()} ({command_line()})"
-    )
 
 
 @contextlib.contextmanager
@@ -136,6 +133,21 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "load_average": os.getloadavg(),
     }
+
+
+def commit() -> str | None:
+    """Return the checkout's commit, marked where files differ; None outside git."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return described.stdout.strip()
 
 
 def _now() -> str:

@@ -12,16 +12,8 @@ from disagg_jax.request import Request, Status, Timeline
 
 # Attributes of a timeline that a row copies.
 _STAMPS = (
-    "prefill_start_s",
-    "transfer_start_s",
-    "transfer_end_s",
-    "decode_start_s",
-    "end_s",
-    "dropped_s",
-    "token_s",
-    "tokens",
-    "transfer_bytes",
-    "error",
+    *("prefill_start_s", "transfer_start_s", "transfer_end_s", "decode_start_s"),
+    *("end_s", "dropped_s", "token_s", "tokens", "transfer_bytes", "error"),
 )
 
 

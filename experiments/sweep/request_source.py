@@ -10,15 +10,15 @@ from typing import Any
 from disagg_jax.deployment import KVMemory
 from disagg_jax.errors import require
 from disagg_jax.request import Request
-from disagg_jax.workload.lengths import parse_lengths
-from disagg_jax.workload.requests import TokenOptions
-from disagg_jax.workload.traces.read import Trace, load_trace
-from disagg_jax.workload.workload import (
+from disagg_jax.workload import (
     PromptsWorkload,
     RandomWorkload,
+    TokenOptions,
     TraceWorkload,
     Workload,
+    parse_lengths,
 )
+from disagg_jax.workload.traces.read import Trace, load_trace
 from experiments.configs.config import Config
 from models.load import Model
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
+from disagg_jax.calibration.timing import Progress
 from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role, cut_layers
 from disagg_jax.engine.engine import Engine
@@ -29,12 +31,20 @@ from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from disagg_jax.work import Step, Task
 from experiments.configs.config import Config
 from experiments.sweep.request_source import RequestSource
-from models.load import Model
+from models import load
 
-Progress = Callable[[str], None]
+# One checkpoint for each preset that `experiments.train_tiny` was run for.
+TRAINED = pathlib.Path(__file__).parents[1] / "checkpoints"
 
 
 # -- engines ---------------------------------------------------------------------------
+
+
+def load_model(config: Config) -> load.Model:
+    """Load the model of `config`; see `models.load.load_model` for the errors."""
+    return load.load_model(
+        config.model, config.weights, seed=config.seed, trained=TRAINED
+    )
 
 
 def most_devices(config: Config) -> int:
@@ -92,7 +102,7 @@ def instance_memory(
 
 
 def build_engine(
-    config: Config, system: System, model: Model, shared: dict[Any, PlacedModel]
+    config: Config, system: System, model: load.Model, shared: dict[Any, PlacedModel]
 ) -> Engine:
     """Return the engine of a system; nothing is compiled.
 
@@ -122,7 +132,7 @@ def build_engine(
 
 
 def build_engines(
-    config: Config, model: Model, shared: dict[Any, PlacedModel] | None = None
+    config: Config, model: load.Model, shared: dict[Any, PlacedModel] | None = None
 ) -> dict[str, Engine]:
     """Return the engine of each system; they share weights and programs."""
     shared = {} if shared is None else shared

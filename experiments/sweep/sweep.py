@@ -14,17 +14,17 @@ from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
-from disagg_jax.metrics.attainment import SLO
-from disagg_jax.metrics.criteria import Criterion
-from disagg_jax.metrics.goodput import (
+from disagg_jax.metrics import (
+    SLO,
     BestRate,
     GoodputEstimate,
+    Interval,
     Inversion,
     best_rate,
     estimate,
     find_inversion,
 )
-from disagg_jax.metrics.intervals import Interval
+from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.metrics.ranking import rank
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
@@ -200,10 +200,9 @@ class Sweep:
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
-        if self.config.weights == "random":
-            return row
-        if not isinstance(self.model.tokenizer, NoText):
-            row["text"] = self.model.tokenizer.decode(timeline.tokens)
+        tokenizer = self.model.tokenizer
+        if self.config.weights != "random" and not isinstance(tokenizer, NoText):
+            row["text"] = tokenizer.decode(timeline.tokens)
         return row
 
     # -- summary ------------------------------------------------------------------

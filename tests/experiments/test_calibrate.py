@@ -23,8 +23,7 @@ from experiments import accuracy, calibrate
 from experiments.accuracy_study import report
 from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
-from experiments.sweep.serving import build_engine, build_engines
-from experiments.sweep.weights import load_model
+from experiments.sweep.serving import build_engine, build_engines, load_model
 from models.config import get_config as get_model
 
 SMOKE = get_config("smoke")

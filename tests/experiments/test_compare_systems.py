@@ -34,9 +34,8 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulation import DeviceCost, Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
-from experiments.accuracy_study.report import plot, text
 from experiments.compare_systems import numbers
-from experiments.comparison.report import answer, record, sentence
+from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation, roofline_simulation
 from experiments.configs.paper_workloads import get_workload
 from models.lookup import find_model
@@ -478,7 +477,7 @@ def test_a_winner_whose_attainment_is_not_monotone_says_so():
         dataclasses.replace(one, candidates=(best,)),
         found_of(DISAGGREGATED, 1.0, 1.0),
     ]
-    assert answer(cell).endswith("\nvllm: 46.0% at 10, 98.0% at 100.")
+    assert answer(cell).endswith("\nvllm_v0: 46.0% at 10, 98.0% at 100.")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from experiments.configs.named import get_config
 from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir, SavedRun
 from experiments.sweep import report, serving, sweep
-from experiments.sweep.weights import load_model
+from experiments.sweep.serving import load_model
 from tests.commands import run_command
 
 # As few programs as possible: compiling is most of the time.

@@ -20,12 +20,12 @@ from experiments.benchmarks.handoff import (
 from experiments.benchmarks.no_op_programs import NoOpGroup, host_step_us
 from experiments.benchmarks.timing import Figure, interleaved, table
 from experiments.cli.flags import integers, writable
-from experiments.overhead import Options
+from experiments.overhead import OverheadOptions
 from models.config import get_config
 from tests.commands import run_command
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)  # quick to compile
-SMALL = Options(
+SMALL = OverheadOptions(
     config=TINY,
     batches=[2],
     handoff_mib=[1],

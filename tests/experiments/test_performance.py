@@ -15,14 +15,14 @@ from experiments.benchmarks.dense_baseline import dense_step
 from experiments.benchmarks.engines import bare_engine
 from experiments.benchmarks.peaks import Peaks, StepBound
 from experiments.cli import host_devices
-from experiments.performance import Options, StepTime
+from experiments.performance import StepOptions, StepTime
 from models import transformer
 from models.config import ModelConfig, get_config
 from models.transformer import forward
 from tests.commands import run_command
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
-SMALL = Options(
+SMALL = StepOptions(
     config=TINY,
     batches=[1, 2],
     context=32,

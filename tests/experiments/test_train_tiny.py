@@ -9,7 +9,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments import train_tiny
 from experiments.configs.named import tiny
-from experiments.sweep.weights import TRAINED, load_model
+from experiments.sweep.serving import TRAINED, load_model
 from models import transformer
 from models.checkpoint import Checkpoint
 from models.config import get_config

@@ -11,7 +11,7 @@ from experiments.configs.named import get_config
 from experiments.configs.override import override
 from experiments.sweep import request_source
 from experiments.sweep.request_source import RequestSource
-from experiments.sweep.weights import load_model
+from experiments.sweep.serving import load_model
 from models.tokenizer import ByteTokenizer
 
 

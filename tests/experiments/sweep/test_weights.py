@@ -14,7 +14,7 @@ from experiments import goodput_sweep
 from experiments.configs.named import smoke, tiny
 from experiments.configs.override import override
 from experiments.convert_checkpoint import convert
-from experiments.sweep.weights import load_model
+from experiments.sweep.serving import load_model
 from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.config import get_config
