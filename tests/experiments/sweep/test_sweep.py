@@ -394,7 +394,7 @@ def test_attainment_that_rises_with_the_rate_is_said_per_device(tmp_path):
         **{"fail_rps_per_device": 2.0, "fail_score": 0.75},
         **{"pass_rps_per_device": 4.0, "pass_score": 1.0, "text": text},
     }
-    assert [line for line in said if "monotone" in line] == [f"{'vllm':>14}  {text}"]
+    assert [line for line in said if "monotone" in line] == [f"{'vllm_v0':>14}  {text}"]
     monotone = told(tmp_path / "b", {8.0: [0, 0], 16.0: [2, 2]}, progress=said.append)
     assert monotone.run()["systems"]["vllm_v0"]["goodput"]["inversion"] is None
     assert len([line for line in said if "monotone" in line]) == 1
@@ -469,11 +469,11 @@ def test_progress_is_per_device_and_by_what_is_searched_for(tmp_path):
     late = {8.0: [0, 0], 16.0: [1, 2]}
     told(tmp_path / "a", late, progress=said.append).run()
     assert said[:3] == [
-        f"{'vllm':>14}      4.00 requests/s per device: attainment 100.0%  "
+        f"{'vllm_v0':>14}      4.00 requests/s per device: attainment 100.0%  "
         "(100.0%, 100.0%)",
-        f"{'vllm':>14}      8.00 requests/s per device: attainment  62.5%  "
+        f"{'vllm_v0':>14}      8.00 requests/s per device: attainment  62.5%  "
         "(75.0%, 50.0%)",
-        f"{'vllm':>14}      4.00 requests/s per device: running its programs",
+        f"{'vllm_v0':>14}      4.00 requests/s per device: running its programs",
     ]
     said.clear()
     told(tmp_path / "b", late, "criterion=sarathi", progress=said.append).run()
