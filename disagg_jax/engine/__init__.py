@@ -4,3 +4,9 @@ Here jax, models and sharding meet. An `Engine` runs steps and transfers of a
 deployment; an `EngineExecutor` puts them on the virtual clock, a `WallBackend` on the
 clock of this machine.
 """
+
+from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.executor import EngineExecutor, TimingExecutor, run_alone
+from disagg_jax.engine.wall_clock import WallBackend
+
+__all__ = ["Engine", "EngineExecutor", "TimingExecutor", "WallBackend", "run_alone"]

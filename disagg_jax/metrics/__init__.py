@@ -25,8 +25,16 @@ from disagg_jax.metrics.attainment import (
     is_steady,
     meets,
     meets_tpot,
+    meets_ttft,
 )
-from disagg_jax.metrics.goodput import goodput, is_resolved
+from disagg_jax.metrics.goodput import (
+    BestRate,
+    Goodput,
+    GoodputEstimate,
+    Inversion,
+    goodput,
+    is_resolved,
+)
 from disagg_jax.metrics.intervals import (
     Interval,
     Margin,
@@ -48,7 +56,11 @@ from disagg_jax.metrics.latency import (
 __all__ = [
     "SLO",
     "Attainment",
+    "BestRate",
+    "Goodput",
+    "GoodputEstimate",
     "Interval",
+    "Inversion",
     "Margin",
     "Stages",
     "attainment",
@@ -61,6 +73,7 @@ __all__ = [
     "margin",
     "meets",
     "meets_tpot",
+    "meets_ttft",
     "pooled_itl_s",
     "rate_interval",
     "stage_spans_s",

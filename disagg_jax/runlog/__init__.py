@@ -4,3 +4,16 @@
 as the log says. `read_occupancy` gives the work of each device and link, and
 `chrome_trace` draws it.
 """
+
+from disagg_jax.runlog.chrome_trace import chrome_trace
+from disagg_jax.runlog.event_log import EventLog, read_turns, replay
+from disagg_jax.runlog.utilisation import Occupancy, read_occupancy
+
+__all__ = [
+    "EventLog",
+    "Occupancy",
+    "chrome_trace",
+    "read_occupancy",
+    "read_turns",
+    "replay",
+]

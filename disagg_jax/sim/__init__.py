@@ -4,3 +4,8 @@
 from a cost model (`sim.cost`) for devices, links and memory as data sheets describe
 them (`sim.hardware`).
 """
+
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.sim.workers import Mapper, process_pool, worker_pool
+
+__all__ = ["Mapper", "SimulatedDeployment", "process_pool", "worker_pool"]

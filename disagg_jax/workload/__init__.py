@@ -5,13 +5,17 @@ distributions of prompt and output lengths, `requests` arrivals and common rando
 numbers, `traces` the files of published traces, and `closed_loop` clients that wait.
 """
 
+from disagg_jax.workload.closed_loop import ClosedLoop
 from disagg_jax.workload.lengths import (
     FixedLengths,
     HistogramLengths,
+    Lengths,
     LognormalLengths,
+    NormalLengths,
     UniformLengths,
+    parse_lengths,
 )
-from disagg_jax.workload.requests import Arrivals, TokenOptions
+from disagg_jax.workload.requests import POISSON, Arrivals, TokenOptions
 from disagg_jax.workload.workload import (
     PromptsWorkload,
     RandomWorkload,
@@ -21,15 +25,20 @@ from disagg_jax.workload.workload import (
 )
 
 __all__ = [
+    "POISSON",
     "Arrivals",
+    "ClosedLoop",
     "FixedLengths",
     "HistogramLengths",
+    "Lengths",
     "LognormalLengths",
+    "NormalLengths",
     "PromptsWorkload",
     "RandomWorkload",
     "TokenOptions",
     "TraceWorkload",
     "UniformLengths",
     "Workload",
+    "parse_lengths",
     "requests_of_rows",
 ]

@@ -6,11 +6,12 @@ ties, `read` puts the three together, `fit` leaves out rows that cannot be serve
 """
 
 from disagg_jax.workload.traces.clock import Ties
-from disagg_jax.workload.traces.fit import TooLong, fit_rows
+from disagg_jax.workload.traces.fit import FittedRows, TooLong, fit_rows
 from disagg_jax.workload.traces.read import Trace, has_times, load_trace
 from disagg_jax.workload.traces.rows import TraceRow, Unit
 
 __all__ = [
+    "FittedRows",
     "Ties",
     "TooLong",
     "Trace",
