@@ -52,8 +52,7 @@ Found = Mapping[tuple[str, str], SimGoodput]  # (system, bounds)
 def make(lab: Lab) -> Drawn:
     """Draw goodput of each system at both bounds."""
     keys = [(system, bounds) for system in SYSTEMS for bounds in _BOUNDS]
-    results = lab.map(find_goodput, [_search(lab, *key) for key in keys])
-    found = dict(zip(keys, results, strict=True))
+    found = lab.map(find_goodput, {key: _search(lab, *key) for key in keys})
     rates = {
         system: {
             1000 * MLPERF_SLOS[bounds].tpot_s: found[system, bounds].found.per_seed_rps

@@ -51,16 +51,11 @@ _ABLATION_RPS = {_CHAT: 1.0, _ARXIV: 0.5}  # of the released script
 _ABLATION_REQUESTS = 128
 # Published: seconds of (P50 TTFT, P99 TBT).
 _ABLATION = {
-    _CHAT: {
-        "hybrid-only": (0.53, 0.68),
-        "chunked-only": (1.04, 0.17),
-        "both": (0.76, 0.14),
-    },
-    _ARXIV: {
-        "hybrid-only": (3.78, 1.38),
-        "chunked-only": (5.38, 0.20),
-        "both": (3.90, 0.17),
-    },
+    workload: dict(zip(("hybrid-only", "chunked-only", "both"), rows, strict=True))
+    for workload, rows in (
+        (_CHAT, ((0.53, 0.68), (1.04, 0.17), (0.76, 0.14))),
+        (_ARXIV, ((3.78, 1.38), (5.38, 0.20), (3.90, 0.17))),
+    )
 }
 
 
@@ -91,21 +86,18 @@ class TwoPasses:
 
 def variants(workload: str) -> dict[str, SimulatedDeployment]:
     """Build Yi-34B on two A100s with one of the two ideas, or both."""
-    budgets = {"hybrid-only": _LONGEST[workload], "chunked-only": _TAU, "both": _TAU}
-    built = {
-        name: _yi(SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS), workload)
-        for name, budget in budgets.items()
-    }
-    chunked = built["chunked-only"]
-    built["chunked-only"] = dataclasses.replace(
-        chunked, cost=TwoPasses(cost=chunked.cost)
+    longest = _LONGEST[workload]
+    whole, chunked = (
+        colocated(
+            "yi-34b",
+            "a100-80g",
+            SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS),
+            max_context=longest,
+        ).build(Deployment.parse("colocated:tp2"))
+        for budget in (longest, _TAU)
     )
-    return built
-
-
-def _yi(policy: Policy, workload: str) -> SimulatedDeployment:
-    simulation = colocated("yi-34b", "a100-80g", policy, max_context=_LONGEST[workload])
-    return simulation.build(Deployment.parse("colocated:tp2"))
+    apart = dataclasses.replace(chunked, cost=TwoPasses(cost=chunked.cost))
+    return {"hybrid-only": whole, "chunked-only": apart, "both": chunked}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,8 +293,7 @@ def capacity(lab: Lab) -> Drawn:
     }
     # The longest first: pipelines are simulated step by step.
     order = sorted(asked, key=lambda key: ("Falcon" not in key[0], key))
-    results = lab.map(find_goodput, [asked[key] for key in order])
-    found = dict(zip(order, results, strict=True))
+    found = lab.map(find_goodput, {key: asked[key] for key in order})
     return Drawn(
         panels=[_capacity_panel(name, found) for name in _DRAWN],
         claims=[
