@@ -128,12 +128,9 @@ def _fig2_claim(length: int) -> Claim:
 def _weights_claim() -> Claim:
     weights, hardware = find_model(MODEL).weight_bytes, get_hardware("a100-80g")
     bound_ms = 1000 * weights / hardware.hbm_bytes_s
-    alone = [
-        _at(paper_panel("fig2", panel).series["decode only"], 1)
-        for panel in ("128", "1024")
-    ]
+    fig2 = [paper_panel("fig2", n).series["decode only"] for n in ("128", "1024")]
+    alone, fig2_128 = [_at(points, 1) for points in fig2], _at(fig2[0], 128)
     fig5 = dict(paper_panel("fig5", "latency").series["intra-op"])[1.0]
-    fig2_128 = _at(paper_panel("fig2", "128").series["decode only"], 128)
     return Claim(
         claim="A decode step of batch 1 takes this long on an A100",
         paper=f"{alone[0]:.1f} ms (a), {alone[1]:.1f} ms (b)",

@@ -186,5 +186,4 @@ def _toy_panel(engine: str, found: Mapping[str, ArmRuns]) -> Panel:
         for name in _TOY_SYSTEMS
     }
     ours = banded_curves(shares, colours=(1, 0, 5))
-    axes = paper_panel("fig8a", "rate")
-    return axes.panel(f"engine: {engine}", ours, line=90.0, ylim=(-3, 103))
+    return paper_panel("fig8a", "rate").attainment(f"engine: {engine}", ours)

@@ -185,7 +185,7 @@ def test_bounded_runs_are_marked_in_the_picture_and_the_record(monkeypatch):
 
 def test_attainment_that_rises_is_said_of_its_system():
     rises = (found("vllm_v0", 1.0, 1.1, 0.9, inversion=RISES), *CLEAR[1:])
-    assert report.answer(rises).endswith(f"\nvllm: {RISES}.")
+    assert report.answer(rises).endswith(f"\nvllm_v0: {RISES}.")
     assert RISES not in report.answer(CLEAR)
     grid = {(0, 0): rises}
     details = report.text(SPEC, [MAP], [grid])
@@ -331,7 +331,7 @@ def test_a_single_cell_is_a_bar_for_each_system(monkeypatch):
     assert ends == [(0.0, pytest.approx(1.0)), (0.0, 0.5), (0.0, pytest.approx(2.0))]
     vllm_v0 = panel.bars[0]  # 1 +- 4.303 x 0.1 / sqrt(3)
     assert vllm_v0.interval == pytest.approx((0.7516, 1.2484), abs=1e-4)
-    assert vllm_v0.label == "vllm_v0\nvllm's"
+    assert vllm_v0.label == "vllm_v0\nvllm_v0's"
     assert title.endswith("workload mine") and panel.x.endswith(
         "95 % intervals over seeds"
     )

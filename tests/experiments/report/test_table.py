@@ -24,7 +24,7 @@ def test_numbers_end_together_behind_the_labels():
 
 
 def test_columns_stand_side_by_side():
-    columns = {"vllm_v0": {"ms": "1.5", "rps": "12"}, "pair": {"rps": "7", "ms": "2"}}
+    columns = {"vllm": {"ms": "1.5", "rps": "12"}, "pair": {"rps": "7", "ms": "2"}}
     assert side_by_side("", columns) == [
         "     vllm  pair",
         "ms    1.5     2",
