@@ -243,11 +243,7 @@ _ORCA_PAPER = {
 
 
 def _orca_panel(gains: dict[str, list[XY]]) -> Panel:
-    paper = {
-        label: [(at, best)]
-        for label, (at, best) in _ORCA_PAPER.items()
-        if at is not None
-    }
+    paper = {label: [(at, y)] for label, (at, y) in _ORCA_PAPER.items() if at}
     theirs = curves(paper, "{}, paper", style="paper")
     title = f"{_A6000[0]} on {_A6000[1]}, 1024 tokens, B={_WIDE.batch}"
     return _gain_axes(title, [*curves(gains), *theirs])

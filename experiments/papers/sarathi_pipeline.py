@@ -208,19 +208,16 @@ def make(lab: Lab) -> Drawn:
         f"{_BATCH[_REPLICAS]}, C={_CHUNK}, P:D={_PROMPT_PER_OUTPUT}, "
         f"N={lab.requests(_REQUESTS)} (paper: 10,000) x {lab.seeds} seeds"
     )
-    claims = _claims(runs, said)
-    for deviation, found in zip(_DEVIATIONS[1:], varied, strict=True):
-        claims.append(_varied_claim(deviation, found, said))
-    return Drawn(panels=_panels(runs), claims=claims)
-
-
-def _panels(runs: Runs) -> list[Panel]:
     waits = {name: runs[name][0].bubbles_s for name in (_SARATHI, _ORCA)}
     ends = {name: by_seed[0].ends_s for name, by_seed in runs.items()}
-    return [
+    panels = [
         _shares(waits, "of one seed", "pipeline bubbles of a request, all stages (s)"),
         _shares(ends, "of one seed, all waiting from the start", "time (s)"),
     ]
+    claims = _claims(runs, said)
+    for deviation, found in zip(_DEVIATIONS[1:], varied, strict=True):
+        claims.append(_varied_claim(deviation, found, said))
+    return Drawn(panels=panels, claims=claims)
 
 
 def _shares(values: Mapping[str, Sequence[float]], title: str, x: str) -> Panel:

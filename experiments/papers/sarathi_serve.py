@@ -188,8 +188,7 @@ def _rows(
         )
         for name, by_seed in found.items()
     ]
-    orders = [_order_claim(workload, found, field, runs) for field in (0, 1)]
-    return [*values, *orders]
+    return [*values, *(_order_claim(workload, found, i, runs) for i in (0, 1))]
 
 
 def ordering(values: Mapping[str, float]) -> str:
@@ -254,26 +253,24 @@ class Testbed:
 
 
 _A100, _A100_100GB = "a100-80g", "a100-80g-100gb"
+_TP1, _TP2, _TP4PP2 = (f"colocated:{layout}" for layout in ("tp1", "tp2", "tp4pp2"))
 TESTBEDS = {
-    "Mistral-7B": Testbed(
-        "mistral-7b", _A100, "colocated:tp1", (0.1, 0.5), 16, 2.0, 512
-    ),
-    "Yi-34B": Testbed("yi-34b", _A100, "colocated:tp2", (0.2, 1.0), 16, 1.0, 512),
+    "Mistral-7B": Testbed("mistral-7b", _A100, _TP1, (0.1, 0.5), 16, 2.0, 512),
+    "Yi-34B": Testbed("yi-34b", _A100, _TP2, (0.2, 1.0), 16, 1.0, 512),
     "Falcon-180B": Testbed(
-        "falcon-180b", _A100_100GB, "colocated:tp4pp2", (1.0, 5.0), 0, 0.5, 256
+        "falcon-180b", _A100_100GB, _TP4PP2, (1.0, 5.0), 0, 0.5, 256
     ),
 }
+_DRAWN = ("Mistral-7B", "Yi-34B")  # with both SLOs
 Case = tuple[str, str, bool]  # testbed, workload, whether the SLO is strict
 CASES: tuple[Case, ...] = (
-    ("Mistral-7B", _CHAT, True),
-    ("Mistral-7B", _CHAT, False),
-    ("Mistral-7B", _ARXIV, True),
-    ("Yi-34B", _CHAT, True),
-    ("Yi-34B", _CHAT, False),
-    ("Yi-34B", _ARXIV, True),
+    *(
+        (name, workload, strict)
+        for name in _DRAWN
+        for workload, strict in ((_CHAT, True), (_CHAT, False), (_ARXIV, True))
+    ),
     ("Falcon-180B", _CHAT, True),
 )
-_DRAWN = ("Mistral-7B", "Yi-34B")  # with both SLOs
 # (testbed, strict, system divided by) -> published gain of Sarathi-Serve.
 _GAINS = {
     ("Mistral-7B", True, "vLLM"): "2.6x; 3.5x at 100 ms",

@@ -50,11 +50,6 @@ def md1_wait_s(rate_rps: float, service_s: float) -> float:
     return load * service_s / (2 * (1 - load))
 
 
-def ttft_s(rate_rps: float, service_s: float) -> float:
-    """Return the mean TTFT of one device."""
-    return service_s + md1_wait_s(rate_rps, service_s)
-
-
 def inter_op_ttft_s(rate_rps: float, service_s: float, stages: int = 2) -> float:
     """Return the mean TTFT of equal pipeline stages: all wait is before the first."""
     return service_s + md1_wait_s(rate_rps, service_s / stages)
@@ -62,7 +57,7 @@ def inter_op_ttft_s(rate_rps: float, service_s: float, stages: int = 2) -> float
 
 def intra_op_ttft_s(rate_rps: float, service_s: float, speedup: float) -> float:
     """Return the mean TTFT if tensor parallelism divides the time by `speedup` (K)."""
-    return ttft_s(rate_rps, service_s / speedup)
+    return inter_op_ttft_s(rate_rps, service_s / speedup, stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +164,6 @@ def _points_claim() -> Claim:
 
 
 def _claims(lab: Lab, ours: dict[str, dict[float, list[float]]]) -> list[Claim]:
-    claims = [_simulator_claim(lab, name, values) for name, values in ours.items()]
     inter, intra = (_formula(name) for name in ours)
     rates = [i / 1000 for i in range(1, 4200)]
     cross = next(rate for rate in rates if inter(rate) < intra(rate))
@@ -178,7 +172,7 @@ def _claims(lab: Lab, ours: dict[str, dict[float, list[float]]]) -> list[Claim]:
     above = [rate for rate in shared if means[0][rate] < means[1][rate]]
     simulated = f"from {above[0]:g} rps" if above else "not up to 3.5 rps"
     return [
-        *claims,
+        *(_simulator_claim(lab, name, values) for name, values in ours.items()),
         Claim(
             claim="Intra-op is better at low rates, inter-op at high ones",
             paper="they cross just above 3 rps per GPU",

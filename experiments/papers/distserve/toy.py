@@ -151,24 +151,22 @@ def toy(lab: Lab) -> Drawn:
 
 
 def _blog_claim(found: Mapping[str, ArmRuns], lab: Lab) -> Claim:
-    slo = SLOS["toy"]
-    colocated, split = found["colocated, as shipped"], found["2P1D, as shipped"]
-    above, below = split.goodputs(slo), colocated.goodputs(slo)
+    split, colocated = found["2P1D, as shipped"], found["colocated, as shipped"]
+    above, below = split.goodputs(SLOS["toy"]), colocated.goodputs(SLOS["toy"])
     return Claim(
         claim="The blog: 2 GPUs prefill, 1 decodes, against 1 colocated (UNEQUAL "
         "ENGINES)",
         paper="3.3 over 1.6 rps per GPU = 2.1x",
         ours=f"{above} over {below} rps per GPU = {above.over(below)}",
         why="With the released profile one prefill GPU nearly feeds one that decodes, "
-        f"so a second is idle: 2P1D is limited by {split.limit(slo)}",
+        f"so a second is idle: 2P1D is limited by {split.limit(SLOS['toy'])}",
         runs=f"{split.arm.said(lab)}; {colocated.arm.said(lab)}",
     )
 
 
 def _engine_claim(engine: str, found: Mapping[str, ArmRuns], lab: Lab) -> Claim:
-    slo = SLOS["toy"]
     split, colocated = (found[f"{name}, {engine}"] for name in ("1P1D", "colocated"))
-    above, below = split.goodputs(slo), colocated.goodputs(slo)
+    above, below = split.goodputs(SLOS["toy"]), colocated.goodputs(SLOS["toy"])
     mark = " (UNEQUAL ENGINES)" if split.arm.simulation.mark else ""
     return Claim(
         claim=f"Beyond the paper: 1P1D over colocated, engine {engine}{mark}",

@@ -189,7 +189,7 @@ def test_attainment_that_rises_is_said_of_its_system():
     assert RISES not in report.answer(CLEAR)
     grid = {(0, 0): rises}
     details = report.text(SPEC, [MAP], [grid])
-    assert f"  vllm_v0           vllm_v0's: 1/s, {RISES}; vllm_v0's reason" in details
+    assert f"  vllm_v0        vllm_v0's: 1/s, {RISES}; vllm_v0's reason" in details
     (cell,) = report.record(SPEC, [MAP], [grid])["maps"][0]["cells"]
     assert cell["notes"] == [f"vllm_v0: {RISES}"]
 

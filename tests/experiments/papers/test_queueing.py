@@ -82,7 +82,7 @@ def mean_ttfts(system: SimulatedDeployment, rate_rps: float) -> list[float]:
 def test_one_device_is_an_md1_queue(load: float):
     system = simulated("prefill:tp1,decode:tp1", (D,))
     rate = load / D
-    expect_inside(queueing.ttft_s(rate, D), mean_ttfts(system, rate))
+    expect_inside(queueing.inter_op_ttft_s(rate, D, stages=1), mean_ttfts(system, rate))
 
 
 @pytest.mark.parametrize("rate_per_gpu", [1.0, 4.0])
