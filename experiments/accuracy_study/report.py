@@ -196,16 +196,13 @@ def text(result: Result) -> str:
 
 
 def _rate_rows(result: Result) -> list[tuple[str, ...]]:
-    rows = [
-        (
-            *("system", "rate/device", "engine", "simulated", "difference", "allowed"),
-            *("", "as profiled", "slower", "durations", "scheduling", "alike"),
-            *("TTFT P50", "P90", "P99", "TPOT P50", "P90", "P99"),
-        )
-    ]
-    for name, found in result.systems.items():
-        rows += [(name, *_rate_row(c, found.devices)) for c in found.rates]
-    return rows
+    head = (
+        *("system", "rate/device", "engine", "simulated", "difference", "allowed"),
+        *("", "as profiled", "slower", "durations", "scheduling", "alike"),
+        *("TTFT P50", "P90", "P99", "TPOT P50", "P90", "P99"),
+    )
+    systems = result.systems.items()
+    return [head, *((n, *_rate_row(c, s.devices)) for n, s in systems for c in s.rates)]
 
 
 def _rate_row(compared: Compared, devices: int) -> tuple[str, ...]:
@@ -220,9 +217,7 @@ def _rate_row(compared: Compared, devices: int) -> tuple[str, ...]:
         f"{compared.allowed:.1%}",
         "ok" if compared.ok else "MISSED",
         f"{compared.difference_as_profiled:+.1%}",
-        " ".join(
-            f"{compared.slowdown(kind) - 1:+.0%}" for kind in ("decode", "prompt")
-        ),
+        " ".join(f"{compared.slowdown(k) - 1:+.0%}" for k in ("decode", "prompt")),
         f"{compared.by_durations:+.1%}",
         f"{compared.difference - compared.by_durations:+.1%}",
         f"{shared / decided:.0%}",
@@ -312,8 +307,7 @@ def _mark(ok: bool) -> str:
 def _causes(missed: Sequence[Compared]) -> str:
     """Count the points by their larger cause, and name the stage that differs."""
     durations = sum(abs(c.by_durations) >= abs(c.difference) / 2 for c in missed)
-    stages = [_worst_stage(c) for c in missed]
-    worst = statistics.mode(stages)
+    worst = statistics.mode(_worst_stage(c) for c in missed)
     return (
         f"{durations} by durations, {len(missed) - durations} by scheduling; the stage "
         f"that differs most is mostly {worst}"
@@ -334,11 +328,10 @@ def _worst_stage(compared: Compared) -> str:
 def to_json(result: Result) -> dict[str, Any]:
     """Return all numbers of the tables."""
     record = dataclasses.asdict(result)
-    for found in record["systems"].values():
+    for name, found in record["systems"].items():
         del found["shown"]
-        found["steps"] = {
-            k: StepErrors(*e)._asdict() for k, e in found["steps"].items()
-        }
+        steps = result.systems[name].steps
+        found["steps"] = {kind: errors._asdict() for kind, errors in steps.items()}
     return {**record, "verdicts": verdicts(result)}
 
 
@@ -350,23 +343,18 @@ def plot(result: Result, path: pathlib.Path) -> None:
 def attainment_panel(result: Result) -> Panel:
     """Return attainment over the rate, of every system on both sides."""
     sides: Mapping[str, Style] = {"engine": "line", "simulated": "dashed"}
+    series: list[Series] = []
+    for i, (name, found) in enumerate(result.systems.items()):
+        for side, style in sides.items():
+            at = [(c.rate_rps / found.devices, c) for c in found.rates]
+            points = [(rate, c.mean(side, "attainment")) for rate, c in at]
+            label = f"{name}, {side}"
+            series.append(Series(label=label, points=points, colour=i, style=style))
     return Panel(
         title="attainment",
         x="requests/s per device",
         y="share of requests within the SLO",
-        series=[
-            Series(
-                label=f"{name}, {side}",
-                colour=i,
-                style=style,
-                points=[
-                    (c.rate_rps / found.devices, c.mean(side, "attainment"))
-                    for c in found.rates
-                ],
-            )
-            for i, (name, found) in enumerate(result.systems.items())
-            for side, style in sides.items()
-        ],
+        series=series,
         line=result.target,
     )
 

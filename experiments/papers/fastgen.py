@@ -221,10 +221,11 @@ def _latency_claim(runs: Runs, name: str, said: str) -> Claim:
 
 def _tail_claim(runs: Runs, said: str) -> Claim:
     ours, theirs = (runs[name][_LONG_CLIENTS] for name in ("SplitFuse", "vLLM"))
-    p50s, p95s = (
-        [[getattr(run, field) for run in by_seed] for by_seed in (theirs, ours)]
-        for field in ("itl_p50_s", "itl_p95_s")
-    )
+
+    def both(field: str) -> tuple[list[float], list[float]]:
+        return [getattr(r, field) for r in theirs], [getattr(r, field) for r in ours]
+
+    p50s, p95s = both("itl_p50_s"), both("itl_p95_s")
     p95_ms = [across_seeds([1000 * s for s in of], ".0f", " ms") for of in p95s]
     return Claim(
         claim=f"Token latency of vLLM over SplitFuse's, {_PROMPT}/{_LONG_OUTPUT} "

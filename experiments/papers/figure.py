@@ -87,7 +87,7 @@ class Lab:
         workers = min(self.workers or os.cpu_count() or 1, max(1, len(items)))
         found: list[Result] = []
         with worker_pool(workers) as mapper:
-            for result in mapper(task, items.values()):
+            for result in mapper(task, list(items.values())):
                 found.append(result)
                 if len(found) % every == 0 or len(found) == len(items):
                     self.progress(f"{len(found)} of {len(items)} runs")

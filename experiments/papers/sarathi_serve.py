@@ -50,7 +50,7 @@ _TAU = 1024
 _ABLATION_RPS = {_CHAT: 1.0, _ARXIV: 0.5}  # of the released script
 _ABLATION_REQUESTS = 128
 # Published: seconds of (P50 TTFT, P99 TBT).
-_ABLATION = {
+_ABLATION: Mapping[str, Mapping[str, tuple[float, float]]] = {
     workload: dict(zip(("hybrid-only", "chunked-only", "both"), rows, strict=True))
     for workload, rows in (
         (_CHAT, ((0.53, 0.68), (1.04, 0.17), (0.76, 0.14))),
