@@ -15,7 +15,6 @@ from statistics import mean
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.criteria import FastGen
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
@@ -103,8 +102,8 @@ Runs = Mapping[str, Mapping[int, Sequence[ClosedRun]]]  # system -> clients -> b
 
 def _run(lab: Lab, output: int, clients: Sequence[int]) -> Runs:
     built = {
-        name: colocated("llama-2-70b", "a100-80g", policy, max_context=_CONTEXT).build(
-            Deployment.parse("colocated:tp4")
+        name: colocated(
+            "llama-2-70b", "a100-80g", policy, "colocated:tp4", max_context=_CONTEXT
         )
         for name, policy in _SYSTEMS.items()
     }

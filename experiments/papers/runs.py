@@ -75,16 +75,15 @@ class ArmRuns:
     def percentages(self, slo: SLO) -> dict[float, list[float]]:
         """Return each seed's joint attainment in %, by rate; without that of `IDLE`."""
         found = self.attainments(slo)
-        return {r: in_percent(shares) for r, shares in found.items() if r != IDLE}
+        return {r: [100 * s for s in found[r]] for r in found if r != IDLE}
 
     def by_scale(
         self, slo: SLO, rate: float, scales: Sequence[float]
     ) -> dict[float, list[float]]:
         """Return each seed's attainment in % at a rate, by the scale of the SLO."""
+        results = self.results[rate]
         return {
-            x: in_percent(
-                [r.attainment(slo.scaled(x)).joint for r in self.results[rate]]
-            )
+            x: [100 * r.attainment(slo.scaled(x)).joint for r in results]
             for x in scales
         }
 
@@ -146,11 +145,6 @@ def run_arms(
         arm.label: ArmRuns(arm, {rate: found[arm.label, rate] for rate in rates})
         for arm in arms
     }
-
-
-def in_percent(shares: Sequence[float]) -> list[float]:
-    """Return shares times 100."""
-    return [100 * share for share in shares]
 
 
 def geometric(low: float, high: float, n: int) -> list[float]:

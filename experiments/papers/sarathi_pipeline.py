@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
@@ -178,8 +177,8 @@ def _systems() -> dict[str, tuple[str, Policy]]:
 
 def build(deployment: str, policy: Policy) -> SimulatedDeployment:
     """Build GPT-3 with `policy`; spans are off, so that `Bubbles` sees every step."""
-    simulation = colocated("gpt3-175b", "a100-80g-200gb", policy, max_context=_LONGEST)
-    built = simulation.build(Deployment.parse(deployment))
+    on = "a100-80g-200gb"
+    built = colocated("gpt3-175b", on, policy, deployment, max_context=_LONGEST)
     return dataclasses.replace(built, spans=False)
 
 

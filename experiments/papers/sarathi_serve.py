@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import sarathi_serve
 from disagg_jax.request import Timeline
@@ -92,8 +91,9 @@ def variants(workload: str) -> dict[str, SimulatedDeployment]:
             "yi-34b",
             "a100-80g",
             SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS),
+            "colocated:tp2",
             max_context=longest,
-        ).build(Deployment.parse("colocated:tp2"))
+        )
         for budget in (longest, _TAU)
     )
     apart = dataclasses.replace(chunked, cost=TwoPasses(cost=chunked.cost))
@@ -308,8 +308,8 @@ def _searches(lab: Lab, case: Case) -> dict[str, GoodputSearch]:
     return {
         system: GoodputSearch(
             simulated=colocated(
-                bed.model, bed.hardware, policy, max_context=longest
-            ).build(Deployment.parse(bed.deployment)),
+                bed.model, bed.hardware, policy, bed.deployment, max_context=longest
+            ),
             workload=get_workload(workload),
             slo=SLO(ttft_s=math.inf, tpot_s=bed.slo_s(strict)),
             criterion=sarathi_serve(tbt_s=bed.slo_s(strict)),
@@ -345,23 +345,18 @@ def _capacity_panel(name: str, found: Found) -> Panel:
 def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
     name, workload, strict = case
     bed = TESTBEDS[name]
-    ours, theirs = (found[*case, system] for system in ("Sarathi-Serve", below))
+    rates, others = (
+        found[*case, system].found.per_seed_rps for system in ("Sarathi-Serve", below)
+    )
+    ratio = ratio_text(rates, others, "no ratio: a seed fails at every rate tried")
     slo = f"{'strict' if strict else 'relaxed'}, {bed.slo_s(strict):g} s"
     return Claim(
         claim=f"Capacity over {below}: {name}, {workload}, {slo}",
         paper=_GAINS.get((name, strict, below), "(not in the facts)"),
-        ours=_ratio(ours, theirs),
+        ours=f"{ratio} ({across_seeds(rates)} over {across_seeds(others)} rps)",
         why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
         runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, "
         f"{sarathi_serve(tbt_s=bed.slo_s(strict))}, "
         f"{lab.size(bed.num_requests)}; lengths log-normal through the published "
         "quantiles",
     )
-
-
-def _ratio(ours: SimGoodput, theirs: SimGoodput) -> str:
-    """Write the gain, paired by seed, and both capacities."""
-    above, below = ours.found.per_seed_rps, theirs.found.per_seed_rps
-    both = f"{across_seeds(above)} over {across_seeds(below)} rps"
-    undefined = "no ratio: a seed fails at every rate tried"
-    return f"{ratio_text(above, below, undefined)} ({both})"

@@ -50,17 +50,15 @@ def goodput_n(lab: Lab) -> Drawn:
         for arm in _BY_N:
             runs = run_arms(of_n, [arm], workload, _rates(arm, n))[arm.label]
             found[arm.label][n] = runs.goodputs(SLOS["chat 13B"])
-    series = banded_curves(
-        {
-            label: {n: each.rates for n, each in by_n.items()}
-            for label, by_n in found.items()
-        }
-    )
+    rates = {
+        label: {n: each.rates for n, each in by_n.items()}
+        for label, by_n in found.items()
+    }
     panel = Panel(
         title="OPT-13B, ShareGPT, TTFT <= 0.25 s, TPOT <= 0.1 s; 95 % over seeds",
         x="requests of a run",
         y="goodput at 90 % (requests/s per GPU)",
-        series=series,
+        series=banded_curves(rates),
         log_x=True,
     )
     claims = [_number_claim(lab, arm, found[arm.label]) for arm in _BY_N]

@@ -26,16 +26,15 @@ from experiments.report.panel import Panel, banded, banded_curves
 
 _REQUESTS = 800
 _SHIPPED = get_simulation("simdistserve_opt13b")
-_RATES = {  # requests/s
-    "colocated": [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
-    "prefill only": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0],
-    "decode only": [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 16.0, 20.0, 24.0],
-}
-_DEPLOYMENTS = {
-    "colocated": "colocated:tp1",
-    "prefill only": "prefill:tp1,decode:tp1",
+_COLOCATED, _SPLIT = "colocated:tp1", "prefill:tp1,decode:tp1"
+_PHASES = {  # deployment and requests/s
+    "colocated": (_COLOCATED, (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)),
+    "prefill only": (_SPLIT, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)),
     # Prefill GPUs enough that the batch of the decoding one never waits for them.
-    "decode only": "16xprefill:tp1,decode:tp1",
+    "decode only": (
+        f"16x{_SPLIT}",
+        (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 16.0, 20.0, 24.0),
+    ),
 }
 
 
@@ -46,10 +45,10 @@ def _phase(lab: Lab, name: str, engine: str) -> ArmRuns:
     prefill_only = name == "prefill only"
     if prefill_only:  # one token ends with the prefill: then nothing decodes
         simulation = dataclasses.replace(simulation, extra_tokens=0)
-    where = _DEPLOYMENTS[name]
+    where, rates = _PHASES[name]
     arm = Arm(name, simulation, where, num_requests=_REQUESTS, devices=1)
     workload = get_workload("fixed:512x1" if prefill_only else "fixed:512x64")
-    return run_arms(lab, [arm], workload, _RATES[name])[name]
+    return run_arms(lab, [arm], workload, rates)[name]
 
 
 def _p90s(runs: ArmRuns, metric: str) -> dict[float, list[float]]:
@@ -63,7 +62,7 @@ def _p90s(runs: ArmRuns, metric: str) -> dict[float, list[float]]:
 def fig1(lab: Lab) -> Drawn:
     """Draw P90 TTFT and TPOT of each phase alone and of both together."""
     vllm, distserve = (
-        {name: _phase(lab, name, engine) for name in _DEPLOYMENTS}
+        {name: _phase(lab, name, engine) for name in _PHASES}
         for engine in ("fitted/vllm", "fitted/distserve")
     )
     slo, no = SLOS["toy"], math.inf
@@ -118,16 +117,11 @@ _ENGINES: Mapping[str, Simulation] = {
     ),
     "DistServe's for both": dataclasses.replace(_SHIPPED, colocated_cost=None),
 }
+# Deployment and requests/s per GPU, near the goodputs: far overload is slow to run.
 _TOY_SYSTEMS = {
-    "colocated": "colocated:tp1",
-    "1P1D": "prefill:tp1,decode:tp1",
-    "2P1D": "2xprefill:tp1,decode:tp1",
-}
-# Requests/s per GPU: those around the goodputs, as far overload takes long to run.
-_TOY_RATES = {
-    "colocated": geometric(1.2, 4.0, 10),
-    "1P1D": geometric(2.8, 8.0, 10),
-    "2P1D": geometric(2.0, 6.0, 10),
+    "colocated": (_COLOCATED, geometric(1.2, 4.0, 10)),
+    "1P1D": (_SPLIT, geometric(2.8, 8.0, 10)),
+    "2P1D": (f"2x{_SPLIT}", geometric(2.0, 6.0, 10)),
 }
 
 
@@ -135,12 +129,12 @@ def toy(lab: Lab) -> Drawn:
     """Draw goodput of the blog's three deployments under each choice of engines."""
     workload = get_workload("fixed:512x64")
     found: dict[str, ArmRuns] = {}
-    for name, deployment in _TOY_SYSTEMS.items():
+    for name, (deployment, rates) in _TOY_SYSTEMS.items():
         arms = [
             Arm(f"{name}, {engine}", simulation, deployment, num_requests=_REQUESTS)
             for engine, simulation in _ENGINES.items()
         ]
-        found |= run_arms(lab, arms, workload, _TOY_RATES[name])
+        found |= run_arms(lab, arms, workload, rates)
     return Drawn(
         panels=[_toy_panel(engine, found) for engine in _ENGINES],
         claims=[
