@@ -377,11 +377,8 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
 
 def _map_cell(judged: CellVerdict) -> Cell:
     infeasible = judged.verdict == INFEASIBLE
-    return Cell(
-        text=_label(judged),
-        colour=None if infeasible else _COLOUR_OF[judged.winner.system],
-        hatched=judged.verdict == UNCLEAR,
-    )
+    colour = None if infeasible else _COLOUR_OF[judged.winner.system]
+    return Cell(text=_label(judged), colour=colour, hatched=judged.verdict == UNCLEAR)
 
 
 def _footnote(*cells: Sequence[SystemResult]) -> str:

@@ -33,22 +33,17 @@ class Arm:
     # helpers that do not count.
     devices: int | None = None
 
-    def runs(
-        self, lab: Lab, workload: RandomWorkload, rates: Sequence[float]
-    ) -> dict[float, SimulationTask]:
-        """Return a run for each rate, in requests/s per GPU."""
+    def run(self, lab: Lab, workload: RandomWorkload, rate: float) -> SimulationTask:
+        """Return the run at a rate, in requests/s per GPU."""
         deployment = Deployment.parse(self.deployment)
         extra = workload.extra_tokens + self.simulation.extra_tokens
-        return {
-            rate: SimulationTask(
-                simulated=self.simulation.build(deployment),
-                workload=dataclasses.replace(workload, extra_tokens=extra),
-                rate_rps=rate * (self.devices or deployment.devices),
-                num_requests=lab.requests(self.num_requests),
-                seed=0,
-            )
-            for rate in rates
-        }
+        return SimulationTask(
+            simulated=self.simulation.build(deployment),
+            workload=dataclasses.replace(workload, extra_tokens=extra),
+            rate_rps=rate * (self.devices or deployment.devices),
+            num_requests=lab.requests(self.num_requests),
+            seed=0,
+        )
 
     def said(self, lab: Lab) -> str:
         """Write what was run, for the report."""
@@ -136,9 +131,9 @@ def run_arms(
 ) -> dict[str, ArmRuns]:
     """Run every arm at every rate with every seed; all see the same requests."""
     runs = {
-        (arm.label, rate): run
+        (arm.label, rate): arm.run(lab, workload, rate)
         for arm in arms
-        for rate, run in arm.runs(lab, workload, rates).items()
+        for rate in rates
     }
     found = lab.by_seed(run_task, runs)
     return {

@@ -97,16 +97,12 @@ def requests(
         prompts come one at a time from then on.
     """
     output = max(1, round(length / (1 + prompts_per_decode)))
+    prompt = length - output
+    outputs = [max(1, output * (i + 1) // staggered) for i in range(min(n, staggered))]
+    outputs += [output] * (n - len(outputs))
     return [
-        Request(
-            id=i,
-            arrival_s=0.0,
-            prompt_tokens=length - output,
-            max_tokens=max(1, output * (i + 1) // staggered)
-            if i < staggered
-            else output,
-        )
-        for i in range(n)
+        Request(id=i, arrival_s=0.0, prompt_tokens=prompt, max_tokens=tokens)
+        for i, tokens in enumerate(outputs)
     ]
 
 

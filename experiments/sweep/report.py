@@ -229,9 +229,18 @@ def _interval(values: Mapping[str, Any], form: str) -> str:
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draw scores over the rate per device, and the stages of a request."""
+    slo, what = (
+        summary["slo"],
+        textwrap.fill(f"{summary['model']}; {_good(summary)}", 90),
+    )
+    if summary["criterion"] == "distserve":
+        what = (
+            f"{summary['model']}: TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
+            f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"
+        )
     none = "no_intervals" in summary or summary["num_seeds"] == 1
     title = (
-        f"{_plot_title(summary)}\n"
+        f"{what}\n"
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point, "
         f"{'no' if none else '95 %'} intervals; {summary['clock']} clock, "
         f"durations {summary['durations']}"
@@ -264,16 +273,6 @@ def scores(summary: Mapping[str, Any]) -> Panel:
         series=series,
         line=None if target is None else 100 * target,
         ylim=None if target is None else (-3, 103),
-    )
-
-
-def _plot_title(summary: Mapping[str, Any]) -> str:
-    slo = summary["slo"]
-    if summary["criterion"] != "distserve":
-        return textwrap.fill(f"{summary['model']}; {_good(summary)}", 90)
-    return (
-        f"{summary['model']}: TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
-        f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import interval_across
@@ -40,9 +40,8 @@ def _rates(arm: Arm, n: int) -> Sequence[float]:
 
 def goodput_n(lab: Lab) -> Drawn:
     """Draw goodput of the paper's OPT-13B chatbot by the length of the run."""
-    numbers = _NUMBERS
-    if lab.num_requests is not None:
-        numbers = (lab.num_requests, 3 * lab.num_requests)
+    few = lab.num_requests
+    numbers = _NUMBERS if few is None else (few, 3 * few)
     found: dict[str, dict[float, Goodputs]] = {arm.label: {} for arm in _BY_N}
     workload = get_workload("sharegpt")
     for n in numbers:
@@ -61,19 +60,18 @@ def goodput_n(lab: Lab) -> Drawn:
         series=banded_curves(rates),
         log_x=True,
     )
-    claims = [_number_claim(lab, arm, found[arm.label]) for arm in _BY_N]
+    claims = [
+        Claim(
+            claim=f"Beyond the paper: goodput against N ({arm.label})",
+            paper="2.30 rps per GPU from N=300" if arm is _BY_N[0] else "-",
+            ours="; ".join(f"N={n:g}: {each}" for n, each in found[arm.label].items()),
+            why="A short run ends before the queue of an overloaded decode GPU has "
+            "grown: the published goodput is one of short runs",
+            runs=f"{arm.said(lab).rpartition(', ')[0]}, {lab.seeds} seeds, N as given",
+        )
+        for arm in _BY_N
+    ]
     return Drawn(panels=[panel], claims=claims)
-
-
-def _number_claim(lab: Lab, arm: Arm, by_n: Mapping[float, Goodputs]) -> Claim:
-    return Claim(
-        claim=f"Beyond the paper: goodput against N ({arm.label})",
-        paper="2.30 rps per GPU from N=300" if arm is _BY_N[0] else "-",
-        ours="; ".join(f"N={n:g}: {each}" for n, each in by_n.items()),
-        why="A short run ends before the queue of an overloaded decode GPU has grown: "
-        "the published goodput is one of short runs",
-        runs=f"{arm.said(lab).rpartition(', ')[0]}, {lab.seeds} seeds, N as given",
-    )
 
 
 # ---- devices that a rate needs ----

@@ -115,6 +115,11 @@ def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[C
     for ours, theirs in spec.compared:
         above, below, other = found[ours], found[theirs], _name(theirs)
         runs = f"{above.arm.said(lab)}; {below.arm.said(lab)}"
+        tight, loose = (
+            [slo_scale([r], spec.slo, TARGET) for r in side.results[spec.scale_rate]]
+            for side in (above, below)
+        )
+        both = f"{across_seeds(tight)} against {across_seeds(loose)}"
         marked = " (UNEQUAL ENGINES)" if above.arm.simulation.mark else ""
         claims += [
             Claim(
@@ -128,7 +133,7 @@ def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[C
                 claim=f"DistServe meets tighter SLOs than {other}{marked}",
                 paper=f"{scale[other] / scale['DistServe']:.2f}x "
                 f"({scale['DistServe']:g} against {scale[other]:g})",
-                ours=_scales(spec, above, below),
+                ours=f"{ratio_text(loose, tight)} ({both})",
                 why=f"At {spec.scale_rate:g} rps per GPU. Ours is exact, the paper's "
                 "interpolated; a system over capacity at this rate has a scale that "
                 "grows with N",
@@ -136,16 +141,6 @@ def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[C
             ),
         ]
     return claims
-
-
-def _scales(spec: EndToEnd, above: ArmRuns, below: ArmRuns) -> str:
-    """Write the ratio of the tightest scales, paired by seed, and both scales."""
-    tight, loose = (
-        [slo_scale([r], spec.slo, TARGET) for r in runs.results[spec.scale_rate]]
-        for runs in (above, below)
-    )
-    both = f"{across_seeds(tight)} against {across_seeds(loose)}"
-    return f"{ratio_text(loose, tight)} ({both})"
 
 
 def _other_slo_claims(figure: str, spec: EndToEnd, found: Found) -> list[Claim]:
