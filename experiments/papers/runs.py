@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
@@ -60,12 +60,15 @@ class ArmRuns:
     arm: Arm
     results: Mapping[float, Sequence[RunLatencies]]
 
+    def each(
+        self, measure: Callable[[RunLatencies], float]
+    ) -> dict[float, list[float]]:
+        """Return the measure of each seed's run, by rate."""
+        return {rate: [*map(measure, runs)] for rate, runs in self.results.items()}
+
     def attainments(self, slo: SLO) -> dict[float, list[float]]:
         """Return each seed's joint attainment, by rate."""
-        return {
-            rate: [result.attainment(slo).joint for result in results]
-            for rate, results in self.results.items()
-        }
+        return self.each(lambda result: result.attainment(slo).joint)
 
     def percentages(self, slo: SLO) -> dict[float, list[float]]:
         """Return each seed's joint attainment in %, by rate; without that of `IDLE`."""

@@ -229,11 +229,9 @@ def _interval(values: Mapping[str, Any], form: str) -> str:
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draw scores over the rate per device, and the stages of a request."""
-    slo, what = (
-        summary["slo"],
-        textwrap.fill(f"{summary['model']}; {_good(summary)}", 90),
-    )
+    what = textwrap.fill(f"{summary['model']}; {_good(summary)}", 90)
     if summary["criterion"] == "distserve":
+        slo = summary["slo"]
         what = (
             f"{summary['model']}: TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
             f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"

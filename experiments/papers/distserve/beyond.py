@@ -85,9 +85,10 @@ _SPLIT_RPS = (3.5, 9.0)
 
 def devices(lab: Lab) -> Drawn:
     """Draw the fewest GPUs that serve a rate within the SLO, by trying deployments."""
-    colocated = {rps: _fewest(lab, rps, _colocated(rps)) for rps in _DEMANDS_RPS}
-    split = {rps: _fewest(lab, rps, _split(rps)) for rps in _DEMANDS_RPS}
-    kinds = {"colocated": colocated, "disaggregated": split}
+    kinds = {
+        "colocated": {rps: _fewest(lab, rps, _colocated(rps)) for rps in _DEMANDS_RPS},
+        "disaggregated": {rps: _fewest(lab, rps, _split(rps)) for rps in _DEMANDS_RPS},
+    }
     points = {
         name: [(rps, _devices(runs)) for rps, runs in by_rate.items() if runs]
         for name, by_rate in kinds.items()
@@ -99,7 +100,8 @@ def devices(lab: Lab) -> Drawn:
         series=curves(points, colours={"colocated": 1, "disaggregated": 0}),
     )
     claims = [
-        _devices_claim(lab, rps, colocated[rps], split[rps]) for rps in _DEMANDS_RPS
+        _devices_claim(lab, rps, [by_rate[rps] for by_rate in kinds.values()])
+        for rps in _DEMANDS_RPS
     ]
     return Drawn(panels=[panel], claims=claims)
 
@@ -146,10 +148,8 @@ def _fewest(lab: Lab, rps: float, deployments: Sequence[str]) -> ArmRuns | None:
     return min(serving, key=lambda s: (_devices(s), -means[id(s)]), default=None)
 
 
-def _devices_claim(
-    lab: Lab, rps: float, colocated: ArmRuns | None, split: ArmRuns | None
-) -> Claim:
-    found = [s for s in (colocated, split) if s is not None]
+def _devices_claim(lab: Lab, rps: float, both: Sequence[ArmRuns | None]) -> Claim:
+    found = [runs for runs in both if runs is not None]
     ours = " against ".join(
         f"{_devices(s)} GPUs ({s.arm.deployment}: {percent(_share(s))} attain)"
         for s in found

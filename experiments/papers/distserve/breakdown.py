@@ -78,10 +78,7 @@ def _share(result: RunLatencies, stage: str) -> float:
 
 
 def _shares(runs: ArmRuns, stage: str) -> dict[float, list[float]]:
-    return {
-        rate: [_share(result, stage) for result in results]
-        for rate, results in runs.results.items()
-    }
+    return runs.each(lambda result: _share(result, stage))
 
 
 def _transfers_s(runs: ArmRuns) -> list[list[float]]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from disagg_jax.metrics.attainment import SLO
+from disagg_jax.sim.run import RunLatencies
 from disagg_jax.sim.simulation import Simulation
 from experiments.configs.named_simulations import device_cost, get_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -49,14 +50,6 @@ def _phase(lab: Lab, name: str, engine: str) -> ArmRuns:
     arm = Arm(name, simulation, where, num_requests=_REQUESTS, devices=1)
     workload = get_workload("fixed:512x1" if prefill_only else "fixed:512x64")
     return run_arms(lab, [arm], workload, rates)[name]
-
-
-def _p90s(runs: ArmRuns, metric: str) -> dict[float, list[float]]:
-    """Return the P90 of TTFT or TPOT of each seed, by rate."""
-    return {
-        rate: [float(np.percentile(getattr(r, metric), 90)) for r in results]
-        for rate, results in runs.results.items()
-    }
 
 
 def fig1(lab: Lab) -> Drawn:
@@ -96,8 +89,12 @@ def _fig1_panel(
     panel: str, alone: str, found: Mapping[str, ArmRuns], target_s: float
 ) -> Panel:
     axes, colours = paper_panel("fig1", panel), {"colocated": 1, alone: 0}
+
+    def p90(result: RunLatencies) -> float:
+        return float(np.percentile(getattr(result, f"{panel}_s"), 90))
+
     ours = [
-        banded(f"{name}, vLLM's times", _p90s(found[name], f"{panel}_s"), colour)
+        banded(f"{name}, vLLM's times", found[name].each(p90), colour)
         for name, colour in colours.items()
     ]
     return axes.panel(
