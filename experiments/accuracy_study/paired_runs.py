@@ -197,7 +197,9 @@ class PairedRun:
 
     def attainments(self, rate_rps: float) -> list[float]:
         """Return the simulated attainment of each seed."""
-        runs = (self.simulated.run(self.requests(rate_rps, i)) for i in self._replicas)
+        runs = (
+            self.simulated.run(self.requests(rate_rps, i)) for i in range(self.seeds)
+        )
         return [metrics.attainment(run.timelines, self.slo).joint for run in runs]
 
     def knee_rps(self, target: float) -> float:
@@ -253,7 +255,3 @@ class PairedRun:
 
     def _summary(self, timelines: Sequence[Timeline]) -> dict[str, float | None]:
         return summarise(timelines, self.slo, self.server.deployment.devices)
-
-    @property
-    def _replicas(self) -> range:
-        return range(self.seeds)

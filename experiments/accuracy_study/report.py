@@ -52,17 +52,8 @@ class SystemAccuracy:
     shown: Sequence[PredictedStep]  # some of them
     again: float  # attainment of the engine's second run less the first's, same seed
 
-    @property
-    def error(self) -> float:
-        """Relative error of the goodput; infinite if the engine passed at no rate."""
-        return self._off(self.simulated)
-
-    @property
-    def error_as_profiled(self) -> float:
-        """Relative error of the goodput that the profile's own durations give."""
-        return self._off(self.profiled)
-
-    def _off(self, goodput: GoodputEstimate) -> float:
+    def error(self, goodput: GoodputEstimate) -> float:
+        """Return its relative error; infinite if the engine passed at no rate."""
         if not self.engine.interval.mean:
             return math.inf
         return goodput.interval.mean / self.engine.interval.mean - 1
@@ -196,16 +187,13 @@ def text(result: Result) -> str:
 
 
 def _rate_rows(result: Result) -> list[tuple[str, ...]]:
-    rows = [
-        (
-            *("system", "rate/device", "engine", "simulated", "difference", "allowed"),
-            *("", "as profiled", "slower", "durations", "scheduling", "alike"),
-            *("TTFT P50", "P90", "P99", "TPOT P50", "P90", "P99"),
-        )
-    ]
-    for name, found in result.systems.items():
-        rows += [(name, *_rate_row(c, found.devices)) for c in found.rates]
-    return rows
+    head = (
+        *("system", "rate/device", "engine", "simulated", "difference", "allowed"),
+        *("", "as profiled", "slower", "durations", "scheduling", "alike"),
+        *("TTFT P50", "P90", "P99", "TPOT P50", "P90", "P99"),
+    )
+    systems = result.systems.items()
+    return [head, *((n, *_rate_row(c, s.devices)) for n, s in systems for c in s.rates)]
 
 
 def _rate_row(compared: Compared, devices: int) -> tuple[str, ...]:
@@ -220,9 +208,7 @@ def _rate_row(compared: Compared, devices: int) -> tuple[str, ...]:
         f"{compared.allowed:.1%}",
         "ok" if compared.ok else "MISSED",
         f"{compared.difference_as_profiled:+.1%}",
-        " ".join(
-            f"{compared.slowdown(kind) - 1:+.0%}" for kind in ("decode", "prompt")
-        ),
+        " ".join(f"{compared.slowdown(k) - 1:+.0%}" for k in ("decode", "prompt")),
         f"{compared.by_durations:+.1%}",
         f"{compared.difference - compared.by_durations:+.1%}",
         f"{shared / decided:.0%}",
@@ -232,19 +218,17 @@ def _rate_row(compared: Compared, devices: int) -> tuple[str, ...]:
 
 def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
     head = ("system", "deployment", "engine", "simulated", "error", "")
-    head = (*head, "as profiled", "again")
-    rows: list[tuple[str, ...]] = [head]
+    rows: list[tuple[str, ...]] = [(*head, "as profiled", "again")]
     for name, found in result.systems.items():
-        sides = (_per_device(side, found) for side in (found.engine, found.simulated))
-        aim = "ok" if abs(found.error) <= GOODPUT_AIM else "MISSED"
-        others = (f"{found.error_as_profiled:+.1%}", f"{found.again:+.1%}")
-        error = f"{found.error:+.1%}"
-        rows.append((name, found.deployment, *sides, error, aim, *others))
+        sides = (
+            across_seeds([rps / found.devices for rps in side.per_seed_rps], ".4g")
+            for side in (found.engine, found.simulated)
+        )
+        error = found.error(found.simulated)
+        aim = "ok" if abs(error) <= GOODPUT_AIM else "MISSED"
+        others = (f"{found.error(found.profiled):+.1%}", f"{found.again:+.1%}")
+        rows.append((name, found.deployment, *sides, f"{error:+.1%}", aim, *others))
     return rows
-
-
-def _per_device(goodput: GoodputEstimate, of: SystemAccuracy) -> str:
-    return across_seeds([rps / of.devices for rps in goodput.per_seed_rps], ".4g")
 
 
 def _step_rows(result: Result) -> list[tuple[str, ...]]:
@@ -274,16 +258,15 @@ def _stages(result: Result) -> list[tuple[str, ...]]:
 
 def verdicts(result: Result) -> list[str]:
     """Write a line for each aim."""
-    compared = [c for found in result.systems.values() for c in found.rates]
+    systems = result.systems.values()
+    compared = [c for found in systems for c in found.rates]
     missed = [c for c in compared if not c.ok]
-    off, off_as_profiled = (
-        [abs(getattr(found, key)) for found in result.systems.values()]
-        for key in ("error", "error_as_profiled")
-    )
+    off = [abs(found.error(found.simulated)) for found in systems]
+    off_as_profiled = [abs(found.error(found.profiled)) for found in systems]
     orders = result.order("engine"), result.order("simulated")
     rank, apart = orders[1].index, result.told_apart()
     alike = [(a, b) for a, b in apart if rank(a) < rank(b)]
-    steps = [e for found in result.systems.values() for e in found.steps.values()]
+    steps = [errors for found in systems for errors in found.steps.values()]
     measured_s = sum(e.measured_s for e in steps)
     predicted_s = sum(e.measured_s * e.ratio for e in steps)
     return [
@@ -312,8 +295,7 @@ def _mark(ok: bool) -> str:
 def _causes(missed: Sequence[Compared]) -> str:
     """Count the points by their larger cause, and name the stage that differs."""
     durations = sum(abs(c.by_durations) >= abs(c.difference) / 2 for c in missed)
-    stages = [_worst_stage(c) for c in missed]
-    worst = statistics.mode(stages)
+    worst = statistics.mode(_worst_stage(c) for c in missed)
     return (
         f"{durations} by durations, {len(missed) - durations} by scheduling; the stage "
         f"that differs most is mostly {worst}"
@@ -334,11 +316,10 @@ def _worst_stage(compared: Compared) -> str:
 def to_json(result: Result) -> dict[str, Any]:
     """Return all numbers of the tables."""
     record = dataclasses.asdict(result)
-    for found in record["systems"].values():
+    for name, found in record["systems"].items():
         del found["shown"]
-        found["steps"] = {
-            k: StepErrors(*e)._asdict() for k, e in found["steps"].items()
-        }
+        steps = result.systems[name].steps
+        found["steps"] = {kind: errors._asdict() for kind, errors in steps.items()}
     return {**record, "verdicts": verdicts(result)}
 
 
@@ -350,23 +331,18 @@ def plot(result: Result, path: pathlib.Path) -> None:
 def attainment_panel(result: Result) -> Panel:
     """Return attainment over the rate, of every system on both sides."""
     sides: Mapping[str, Style] = {"engine": "line", "simulated": "dashed"}
+    series: list[Series] = []
+    for i, (name, found) in enumerate(result.systems.items()):
+        for side, style in sides.items():
+            at = [(c.rate_rps / found.devices, c) for c in found.rates]
+            points = [(rate, c.mean(side, "attainment")) for rate, c in at]
+            label = f"{name}, {side}"
+            series.append(Series(label=label, points=points, colour=i, style=style))
     return Panel(
         title="attainment",
         x="requests/s per device",
         y="share of requests within the SLO",
-        series=[
-            Series(
-                label=f"{name}, {side}",
-                colour=i,
-                style=style,
-                points=[
-                    (c.rate_rps / found.devices, c.mean(side, "attainment"))
-                    for c in found.rates
-                ],
-            )
-            for i, (name, found) in enumerate(result.systems.items())
-            for side, style in sides.items()
-        ],
+        series=series,
         line=result.target,
     )
 

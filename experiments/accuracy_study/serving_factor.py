@@ -23,7 +23,6 @@ from disagg_jax.control.backend import Executor, Outcome
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
-from disagg_jax.request import Request
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -79,10 +78,17 @@ def serve_each(
     """
     engines = [server.engine for server in servers]
     probes = choose_probes(engines) if profile.probes else {}
+    slo = SLO(ttft_s=math.inf, tpot_s=math.inf)
     for server in servers:
         probe = SpeedProbe(probes)
         steps: list[tuple[Step, StepKey, float]] = []
-        rate_rps = _LOAD * _capacity_rps(server, profile, source(1.0, 0))
+        simulated = SimulatedDeployment(
+            deployment=server.deployment,
+            policies=server.policies,
+            memory=server.memory,
+            cost=cost_of(profile, server.engine),
+        )
+        rate_rps = _LOAD * capacity_rps(simulated, source(1.0, 0), slo)
         observed = dataclasses.replace(
             server,
             around=lambda executor, probe=probe, engine=server.engine, steps=steps: (
@@ -112,16 +118,3 @@ class _Recorder:
             measured_s = sum(outcome.durations_s) + sum(outcome.later_stages_s)
             self.steps.append((work, key, measured_s))
         return outcome
-
-
-def _capacity_rps(
-    server: ServedDeployment, profile: CalibratedProfile, requests: Sequence[Request]
-) -> float:
-    simulated = SimulatedDeployment(
-        deployment=server.deployment,
-        policies=server.policies,
-        memory=server.memory,
-        cost=cost_of(profile, server.engine),
-    )
-    slo = SLO(ttft_s=math.inf, tpot_s=math.inf)
-    return capacity_rps(simulated, requests, slo)

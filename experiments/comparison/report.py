@@ -39,6 +39,7 @@ from experiments.runs.folder import plain
 Grid = Mapping[tuple[int, int], Sequence[SystemResult]]
 _COLOUR_OF = {name: colour for colour, name in enumerate(POLICIES)}
 _BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
+
 # ---- text ----------------------------------------------------------------------------
 
 
@@ -80,46 +81,38 @@ def bounded(grid: Grid) -> str:
 
 
 def _header(spec: ComparisonSpec) -> str:
-    simulation = spec.simulation
-    link = simulation.inside or "a free link"
+    link = spec.simulation.inside or "a free link"
     limits = ", ".join(
         f"{name} {policy.limits.decode_rows}"
         for name in spec.systems
         for policy in POLICIES[name].values()
         if policy.limits.decode_rows
     )
-    return "\n".join(
-        [
-            f"{simulation.model.name} on {spec.devices} devices, "
-            f"{simulation.cost.name}, KV over {link}; simulated",
-            f"goodput: requests/s per device at which {spec.plan.target:.0%} of "
-            "the requests meet both targets",
-            f"seeds {', '.join(map(str, spec.seeds))}; N requests a run; 95 % "
-            "intervals over seeds; ratios are paired by seed",
-            f"requests that decode at once, at most: {limits}; fewer if a step is "
-            "smaller",
-            "the best of several candidates is a little too good, as they are compared "
-            "on the runs by which they were chosen",
-        ]
+    return (
+        f"{_on(spec)}, KV over {link}; simulated\n"
+        f"goodput: requests/s per device at which {spec.plan.target:.0%} of the "
+        f"requests meet both targets\nseeds {', '.join(map(str, spec.seeds))}; N "
+        "requests a run; 95 % intervals over seeds; ratios are paired by seed\n"
+        f"requests that decode at once, at most: {limits}; fewer if a step is smaller\n"
+        "the best of several candidates is a little too good, as they are compared on "
+        "the runs by which they were chosen"
     )
+
+
+def _on(spec: ComparisonSpec) -> str:
+    """Name the model, the devices and the cost model."""
+    cost = spec.simulation.cost.name
+    return f"{spec.simulation.model.name} on {spec.devices} devices, {cost}"
 
 
 def _table(each: Map, grid: Grid) -> str:
     """Write a row for each cell."""
     head = (
-        f"{each.x.name}, {each.x.unit}",
-        f"{each.y.name}, {each.y.unit}",
-        "N",
-        "winner",
-        "goodput",
-        "over the runner-up",
-        "disaggregated / best colocated",
-        "verdict",
+        *(f"{axis.name}, {axis.unit}" for axis in (each.x, each.y)),
+        *("N", "winner", "goodput", "over the runner-up"),
+        *("disaggregated / best colocated", "verdict"),
     )
-    rows = [
-        (f"{each.x.values[i]:g}", f"{each.y.values[j]:g}", *_row(judge(found)))
-        for (i, j), found in grid.items()
-    ]
+    rows = [(*_at(each, at), *_row(judge(found))) for at, found in grid.items()]
     title = f"map of {each.name}: {each.fixed}"
     return "\n".join([title, *notes(each, grid), *align([head, *rows])])
 
@@ -161,26 +154,25 @@ def _goodputs(each: Map, grid: Grid) -> str:
     systems = [found.system for found in next(iter(grid.values()))]
     head = (each.x.name, each.y.name, *systems)
     rows = [
-        (
-            f"{each.x.values[i]:g}",
-            f"{each.y.values[j]:g}",
-            *(f"{one.rps:.3g}" for one in found),
-        )
-        for (i, j), found in grid.items()
+        (*_at(each, at), *(f"{one.rps:.3g}" for one in found))
+        for at, found in grid.items()
     ]
-    title = "goodput, requests/s per device"
-    return "\n".join([title, *align([head, *rows])])
+    return "\n".join(["goodput, requests/s per device", *align([head, *rows])])
+
+
+def _at(each: Map, at: tuple[int, int]) -> tuple[str, str]:
+    """Write the values of a cell's axes."""
+    return f"{each.x.values[at[0]]:g}", f"{each.y.values[at[1]]:g}"
 
 
 def _details(spec: ComparisonSpec, each: Map, grid: Grid) -> str:
     """Write each system's deployment and parameters, with reasons."""
     out = [f"parameters, map of {each.name}"]
-    for (i, j), found in grid.items():
-        x, y = each.x, each.y
-        out.append(f"{x.name} {x.values[i]:g}, {y.name} {y.values[j]:g} {y.unit}")
+    for at, found in grid.items():
+        x, y = _at(each, at)
+        out.append(f"{each.x.name} {x}, {each.y.name} {y} {each.y.unit}")
         for one in found:
-            reasons = "; ".join(one.parameters)
-            got = f"{one.deployment}: {_figure(one)}; {reasons}"
+            got = "; ".join([f"{one.deployment}: {_figure(one)}", *one.parameters])
             out.append(f"  {one.system:<14} {got}")
             if spec.budgets:
                 out += [f"    {line}" for line in lines(one.candidates)]
@@ -203,10 +195,7 @@ def answer(found: Sequence[SystemResult]) -> str:
     if judged.verdict == INFEASIBLE:
         return f"Nobody: {judged.why_infeasible}."
     winner, best = judged.winner, judged.best_colocated
-    head = (
-        f"{winner.system} ({winner.deployment}) serves the most: "
-        f"{interval_text(winner.goodput, '.3g')} requests/s per device."
-    )
+    goodput = interval_text(winner.goodput, ".3g")
     over = f"Disaggregated over {best.system}, the best colocated system"
     said = {
         DISAGGREGATED: "disaggregate",
@@ -217,15 +206,17 @@ def answer(found: Sequence[SystemResult]) -> str:
     how_much = interval_text(ratio) if ratio else "not both meet the targets"
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
     rises = [f"\n{f.system}: {f.inversion}." for f in found if f.inversion]
-    return f"{head}\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
+    return (
+        f"{winner.system} ({winner.deployment}) serves the most: {goodput} requests/s "
+        f"per device.\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
+    )
 
 
 def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
     """Say when not to disaggregate, by the cells of a map."""
-    counts = ", ".join(
-        f"{name} {list(verdicts.values()).count(name)}"
-        for name in (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
-    )
+    found = list(verdicts.values())
+    kinds = (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
+    counts = ", ".join(f"{name} {found.count(name)}" for name in kinds)
     cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
     tried = f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
     if not cases:
@@ -234,12 +225,9 @@ def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
 
 
 def _case(each: Map, region: Region) -> str:
-    sides = [
-        side
-        for axis, part in zip((each.x, each.y), region, strict=True)
-        if (side := _side(axis, part))
-    ]
-    return " and ".join(sides) or f"any {each.x.name} and {each.y.name} that was tried"
+    sides = map(_side, (each.x, each.y), region)
+    whole = f"any {each.x.name} and {each.y.name} that was tried"
+    return " and ".join(side for side in sides if side) or whole
 
 
 def _side(axis: Axis, part: range) -> str:
@@ -266,15 +254,7 @@ def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> 
     """Return the spec and the results, ready for JSON."""
     return {
         "question": {
-            "simulation": plain(spec.simulation),
-            "devices": spec.devices,
-            "systems": spec.systems,
-            "sizes": spec.sizes,
-            "budgets": spec.budgets,
-            "plan": plain(spec.plan),
-            "num_requests": spec.num_requests,
-            "max_requests": spec.max_requests,
-            "seeds": spec.seeds,
+            **{key: value for key, value in plain(spec).items() if key != "type"},
             "policies": {name: plain(POLICIES[name]) for name in spec.systems},
         },
         "maps": [
@@ -295,15 +275,14 @@ def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> 
 
 
 def _cell(each: Map, at: tuple[int, int], judged: CellVerdict) -> dict[str, Any]:
+    infeasible = judged.verdict == INFEASIBLE
     return {
         each.x.name: each.x.values[at[0]],
         each.y.name: each.y.values[at[1]],
         "cell": plain(each.cells[at]),
         "verdict": judged.verdict,
         "winner": judged.winner.system if judged.winner.rps else None,
-        "why_infeasible": judged.why_infeasible
-        if judged.verdict == INFEASIBLE
-        else None,
+        "why_infeasible": judged.why_infeasible if infeasible else None,
         "over_runner_up": plain(judged.over_runner_up),
         "best_colocated": judged.best_colocated.system,
         "over_colocated": plain(judged.over_colocated),
@@ -326,15 +305,14 @@ def plot(
     path: pathlib.Path,
 ) -> None:
     """Draw a map of winners for each pair of axes; of a single cell, all goodputs."""
-    simulation, pairs = spec.simulation, list(zip(maps, grids, strict=True))
-    on = f"{simulation.model.name} on {spec.devices} devices, {simulation.cost.name}"
+    pairs = list(zip(maps, grids, strict=True))
     if len(pairs) == 1 and len(maps[0].cells) == 1:
         ((each, grid),) = pairs
         panels = [_bars(each, *grid.values())]
-        title = f"{on}; {each.fixed}"
+        title = f"{_on(spec)}; {each.fixed}"
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
-        title = f"Who serves the most: {on}, {len(spec.seeds)} seeds"
+        title = f"Who serves the most: {_on(spec)}, {len(spec.seeds)} seeds"
     said = [note for each, grid in pairs for note in notes(each, grid)]
     draw(panels, title, path, notes=said, dpi=110)
 
@@ -348,8 +326,7 @@ def _bars(each: Map, found: Sequence[SystemResult]) -> Bars:
         spans = [(0.0, one.goodput.mean, _COLOUR_OF[one.system])]
         label = f"{one.system}\n{one.deployment}"
         bars.append(Bar(label=label, spans=spans, interval=known))
-    known = found[0].goodput.low is not None
-    seeds = "95 % intervals over seeds" if known else "no intervals"
+    seeds = "no intervals" if bars[0].interval is None else "95 % intervals over seeds"
     (cell,) = each.cells.values()
     return Bars(
         title=str(cell.slo) + _footnote(found),
@@ -366,16 +343,15 @@ def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
         lengths = np.percentile(tokens, shares)
         return list(zip(lengths.tolist(), shares.tolist(), strict=True))
 
+    lengths = {
+        "prompts": curve([row.prompt_tokens for row in workload.rows]),
+        "outputs": curve([row.output_tokens for row in workload.rows]),
+    }
     panel = Panel(
         title=f"{len(workload.rows)} requests",
         x="length (tokens)",
         y="requests that are no longer (%)",
-        series=curves(
-            {
-                "prompts": curve([row.prompt_tokens for row in workload.rows]),
-                "outputs": curve([row.output_tokens for row in workload.rows]),
-            }
-        ),
+        series=curves(lengths),
         log_x=True,
     )
     draw([panel], "Lengths of the trace", path)
@@ -401,11 +377,8 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
 
 def _map_cell(judged: CellVerdict) -> Cell:
     infeasible = judged.verdict == INFEASIBLE
-    return Cell(
-        text=_label(judged),
-        colour=None if infeasible else _COLOUR_OF[judged.winner.system],
-        hatched=judged.verdict == UNCLEAR,
-    )
+    colour = None if infeasible else _COLOUR_OF[judged.winner.system]
+    return Cell(text=_label(judged), colour=colour, hatched=judged.verdict == UNCLEAR)
 
 
 def _footnote(*cells: Sequence[SystemResult]) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from disagg_jax.deployment import Role
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.sim.simulation import Simulation
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import device_cost, named_simulation
 
@@ -15,18 +15,20 @@ def colocated(
     model: str,
     hardware: str,
     policy: Policy,
+    deployment: str,
     *,
     max_context: int,
     kv_memory: bool = True,
-) -> Simulation:
-    """Return a simulation of `policy` that serves `model` on `hardware`."""
-    return named_simulation(
+) -> SimulatedDeployment:
+    """Build a `deployment` that serves `model` on `hardware` with `policy`."""
+    simulation = named_simulation(
         model,
         f"roofline/{hardware}",
         policies={Role.COLOCATED: policy},
         max_context=max_context,
         kv_memory=kv_memory,
     )
+    return simulation.build(Deployment.parse(deployment))
 
 
 def step_s(

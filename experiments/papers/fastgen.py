@@ -15,7 +15,6 @@ from statistics import mean
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.criteria import FastGen
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
@@ -103,8 +102,8 @@ Runs = Mapping[str, Mapping[int, Sequence[ClosedRun]]]  # system -> clients -> b
 
 def _run(lab: Lab, output: int, clients: Sequence[int]) -> Runs:
     built = {
-        name: colocated("llama-2-70b", "a100-80g", policy, max_context=_CONTEXT).build(
-            Deployment.parse("colocated:tp4")
+        name: colocated(
+            "llama-2-70b", "a100-80g", policy, "colocated:tp4", max_context=_CONTEXT
         )
         for name, policy in _SYSTEMS.items()
     }
@@ -131,8 +130,14 @@ def make(lab: Lab) -> Drawn:
         "llama-2-70b, colocated:tp4, roofline/a100-80g, closed loop, "
         f"{lab.size(_REQUESTS)}"
     )
+    effective = Panel(
+        title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, SLA {TOKENS_PER_S} tokens/s",
+        x="clients",
+        y="effective throughput (requests/s)",
+        series=banded_curves({name: _effective_rps(of) for name, of in runs.items()}),
+    )
     return Drawn(
-        panels=[_effective_panel(runs), _latency_panel(runs)],
+        panels=[effective, _latency_panel(runs)],
         claims=[
             _effective_claim(runs, said),
             *(_latency_claim(runs, name, said) for name in _SYSTEMS),
@@ -143,17 +148,6 @@ def make(lab: Lab) -> Drawn:
 
 def _effective_rps(found: Mapping[int, Sequence[ClosedRun]]) -> dict[int, list[float]]:
     return {n: [run.effective_rps for run in of] for n, of in found.items()}
-
-
-def _effective_panel(runs: Runs) -> Panel:
-    return Panel(
-        title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, SLA {TOKENS_PER_S} tokens/s",
-        x="clients",
-        y="effective throughput (requests/s)",
-        series=banded_curves(
-            {name: _effective_rps(found) for name, found in runs.items()}
-        ),
-    )
 
 
 def _curve(found: Mapping[int, Sequence[ClosedRun]]) -> list[XY]:
@@ -226,21 +220,18 @@ def _latency_claim(runs: Runs, name: str, said: str) -> Claim:
 
 def _tail_claim(runs: Runs, said: str) -> Claim:
     ours, theirs = (runs[name][_LONG_CLIENTS] for name in ("SplitFuse", "vLLM"))
-    p95, p50 = (
-        ratio_text(
-            [getattr(r, f) for r in theirs], [getattr(r, f) for r in ours], _NO_RATIO
-        )
-        for f in ("itl_p95_s", "itl_p50_s")
-    )
-    p95_ms = [
-        across_seeds([1000 * r.itl_p95_s for r in by_seed], ".0f", " ms")
-        for by_seed in (theirs, ours)
-    ]
+
+    def both(field: str) -> tuple[list[float], list[float]]:
+        return [getattr(r, field) for r in theirs], [getattr(r, field) for r in ours]
+
+    p50s, p95s = both("itl_p50_s"), both("itl_p95_s")
+    p95_ms = [across_seeds([1000 * s for s in of], ".0f", " ms") for of in p95s]
     return Claim(
         claim=f"Token latency of vLLM over SplitFuse's, {_PROMPT}/{_LONG_OUTPUT} "
         f"tokens, {_LONG_CLIENTS} clients: P95, P50",
         paper="3.7x, 1x",
-        ours=f"{p95} ({p95_ms[0]} over {p95_ms[1]}), {p50}",
+        ours=f"{ratio_text(*p95s, _NO_RATIO)} ({p95_ms[0]} over {p95_ms[1]}), "
+        f"{ratio_text(*p50s, _NO_RATIO)}",
         why=_ENGINE,
         runs=said,
     )

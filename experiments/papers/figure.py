@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from disagg_jax.errors import require
 from disagg_jax.sim.workers import worker_pool
 from experiments.report.panel import Panel
 
@@ -48,12 +49,10 @@ class Lab:
     search_times: Mapping[str, Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_requests is not None and self.num_requests < 4:
-            raise ValueError(f"num_requests: expected >= 4, got {self.num_requests}")
-        if self.seeds < 1:
-            raise ValueError(f"seeds: expected >= 1, got {self.seeds}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers: expected >= 1, got {self.workers}")
+        for name, least in (("num_requests", 4), ("seeds", 1), ("workers", 1)):
+            value = getattr(self, name)
+            if value is not None:
+                require(value >= least, f"{name}: expected >= {least}", value)
 
     def requests(self, default: int) -> int:
         """Return the requests of a run for which the figure says `default`."""
@@ -73,8 +72,7 @@ class Lab:
             for seed in range(self.seeds)
         }
         order = sorted(asked, key=lambda at: -asked[at].num_requests)
-        results = self.map(task, [asked[at] for at in order])
-        found = dict(zip(order, results, strict=True))
+        found = self.map(task, {at: asked[at] for at in order})
         return {key: [found[key, seed] for seed in range(self.seeds)] for key in runs}
 
     def size(self, default: int) -> str:
@@ -82,18 +80,18 @@ class Lab:
         return f"N={self.requests(default)} x {self.seeds} seeds"
 
     def map(
-        self, task: Callable[[Item], Result], items: Sequence[Item]
-    ) -> list[Result]:
+        self, task: Callable[[Item], Result], items: Mapping[Key, Item]
+    ) -> dict[Key, Result]:
         """Do a task for each item in worker processes, and show the progress."""
         every = max(1, math.ceil(len(items) / _STEPS))
         workers = min(self.workers or os.cpu_count() or 1, max(1, len(items)))
         found: list[Result] = []
         with worker_pool(workers) as mapper:
-            for result in mapper(task, items):
+            for result in mapper(task, list(items.values())):
                 found.append(result)
                 if len(found) % every == 0 or len(found) == len(items):
                     self.progress(f"{len(found)} of {len(items)} runs")
-        return found
+        return dict(zip(items, found, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

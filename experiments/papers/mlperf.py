@@ -52,8 +52,7 @@ Found = Mapping[tuple[str, str], SimGoodput]  # (system, bounds)
 def make(lab: Lab) -> Drawn:
     """Draw goodput of each system at both bounds."""
     keys = [(system, bounds) for system in SYSTEMS for bounds in _BOUNDS]
-    results = lab.map(find_goodput, [_search(lab, *key) for key in keys])
-    found = dict(zip(keys, results, strict=True))
+    found = lab.map(find_goodput, {key: _search(lab, *key) for key in keys})
     rates = {
         system: {
             1000 * MLPERF_SLOS[bounds].tpot_s: found[system, bounds].found.per_seed_rps
@@ -67,20 +66,18 @@ def make(lab: Lab) -> Drawn:
         y="goodput (requests/s of the deployment)",
         series=banded_curves(rates),
     )
-    return Drawn(
-        panels=[panel], claims=[_claim(lab, bounds, found) for bounds in _BOUNDS]
-    )
+    claims = [_claim(lab, bounds, found) for bounds in _BOUNDS]
+    return Drawn(panels=[panel], claims=claims)
 
 
 def _claim(lab: Lab, bounds: str, found: Found) -> Claim:
-    rates = {system: found[system, bounds] for system in SYSTEMS}
-    best = sorted(rates, key=lambda system: -rates[system].rps)
+    best = sorted(SYSTEMS, key=lambda system: -found[system, bounds].rps)
     slo = MLPERF_SLOS[bounds]
     return Claim(
         claim=f"Beyond the papers: goodput at MLPerf's {bounds} bounds, {mlperf(slo)}",
         paper="-",
         ours="; ".join(
-            f"{name} {across_seeds(rates[name].found.per_seed_rps, '.1f')} rps"
+            f"{name} {across_seeds(found[name, bounds].found.per_seed_rps, '.1f')} rps"
             for name in best
         ),
         why="Default parameters of each system. The benchmark's OpenOrca lengths are "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment
@@ -33,22 +33,17 @@ class Arm:
     # helpers that do not count.
     devices: int | None = None
 
-    def runs(
-        self, lab: Lab, workload: RandomWorkload, rates: Sequence[float]
-    ) -> dict[float, SimulationTask]:
-        """Return a run for each rate, in requests/s per GPU."""
+    def run(self, lab: Lab, workload: RandomWorkload, rate: float) -> SimulationTask:
+        """Return the run at a rate, in requests/s per GPU."""
         deployment = Deployment.parse(self.deployment)
         extra = workload.extra_tokens + self.simulation.extra_tokens
-        return {
-            rate: SimulationTask(
-                simulated=self.simulation.build(deployment),
-                workload=dataclasses.replace(workload, extra_tokens=extra),
-                rate_rps=rate * (self.devices or deployment.devices),
-                num_requests=lab.requests(self.num_requests),
-                seed=0,
-            )
-            for rate in rates
-        }
+        return SimulationTask(
+            simulated=self.simulation.build(deployment),
+            workload=dataclasses.replace(workload, extra_tokens=extra),
+            rate_rps=rate * (self.devices or deployment.devices),
+            num_requests=lab.requests(self.num_requests),
+            seed=0,
+        )
 
     def said(self, lab: Lab) -> str:
         """Write what was run, for the report."""
@@ -65,26 +60,28 @@ class ArmRuns:
     arm: Arm
     results: Mapping[float, Sequence[RunLatencies]]
 
+    def each(
+        self, measure: Callable[[RunLatencies], float]
+    ) -> dict[float, list[float]]:
+        """Return the measure of each seed's run, by rate."""
+        return {rate: [*map(measure, runs)] for rate, runs in self.results.items()}
+
     def attainments(self, slo: SLO) -> dict[float, list[float]]:
         """Return each seed's joint attainment, by rate."""
-        return {
-            rate: [result.attainment(slo).joint for result in results]
-            for rate, results in self.results.items()
-        }
+        return self.each(lambda result: result.attainment(slo).joint)
 
     def percentages(self, slo: SLO) -> dict[float, list[float]]:
         """Return each seed's joint attainment in %, by rate; without that of `IDLE`."""
         found = self.attainments(slo)
-        return {r: in_percent(shares) for r, shares in found.items() if r != IDLE}
+        return {r: [100 * s for s in found[r]] for r in found if r != IDLE}
 
     def by_scale(
         self, slo: SLO, rate: float, scales: Sequence[float]
     ) -> dict[float, list[float]]:
         """Return each seed's attainment in % at a rate, by the scale of the SLO."""
+        results = self.results[rate]
         return {
-            x: in_percent(
-                [r.attainment(slo.scaled(x)).joint for r in self.results[rate]]
-            )
+            x: [100 * r.attainment(slo.scaled(x)).joint for r in results]
             for x in scales
         }
 
@@ -137,20 +134,15 @@ def run_arms(
 ) -> dict[str, ArmRuns]:
     """Run every arm at every rate with every seed; all see the same requests."""
     runs = {
-        (arm.label, rate): run
+        (arm.label, rate): arm.run(lab, workload, rate)
         for arm in arms
-        for rate, run in arm.runs(lab, workload, rates).items()
+        for rate in rates
     }
     found = lab.by_seed(run_task, runs)
     return {
         arm.label: ArmRuns(arm, {rate: found[arm.label, rate] for rate in rates})
         for arm in arms
     }
-
-
-def in_percent(shares: Sequence[float]) -> list[float]:
-    """Return shares times 100."""
-    return [100 * share for share in shares]
 
 
 def geometric(low: float, high: float, n: int) -> list[float]:

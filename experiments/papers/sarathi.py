@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from disagg_jax.deployment import Deployment
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
@@ -98,29 +97,26 @@ def requests(
         prompts come one at a time from then on.
     """
     output = max(1, round(length / (1 + prompts_per_decode)))
+    prompt = length - output
+    outputs = [max(1, output * (i + 1) // staggered) for i in range(min(n, staggered))]
+    outputs += [output] * (n - len(outputs))
     return [
-        Request(
-            id=i,
-            arrival_s=0.0,
-            prompt_tokens=length - output,
-            max_tokens=max(1, output * (i + 1) // staggered)
-            if i < staggered
-            else output,
-        )
-        for i in range(n)
+        Request(id=i, arrival_s=0.0, prompt_tokens=prompt, max_tokens=tokens)
+        for i, tokens in enumerate(outputs)
     ]
 
 
 def tokens_per_s(row: Row, policy: Policy, asked: Sequence[Request]) -> float:
     """Return the prompt and output tokens per second of a run."""
-    simulation = colocated(
+    simulated = colocated(
         row.model,
         row.hardware,
         policy,
+        "colocated:tp1",
         max_context=row.length,
         kv_memory=False,  # B says what fits
     )
-    run = simulation.build(Deployment.parse("colocated:tp1")).run(asked)
+    run = simulated.run(asked)
     return sum(r.prompt_tokens + r.max_tokens for r in asked) / run.end_s
 
 
@@ -160,20 +156,15 @@ def table4(lab: Lab) -> Drawn:
         for row in TABLE_4
     }
     orca = _orca_curves(lab)
-    panels = [
-        _gain_panel(on, [row for row in TABLE_4 if row.model == on[0]], gains)
-        for on in (_A6000, _A100)
-    ]
     claims = [claim for row in TABLE_4 for claim in _claims(lab, row, gains[row.name])]
     return Drawn(
-        panels=[*panels, _orca_panel(orca)],
+        panels=[*(_gain_panel(on, gains) for on in (_A6000, _A100)), _orca_panel(orca)],
         claims=[*claims, *_orca_claims(lab, orca)],
     )
 
 
-def _gain_panel(
-    on: tuple[str, str], rows: Sequence[Row], gains: dict[str, list[XY]]
-) -> Panel:
+def _gain_panel(on: tuple[str, str], gains: dict[str, list[XY]]) -> Panel:
+    rows = [row for row in TABLE_4 if row.model == on[0]]
     ours = curves({f"{r.length} tokens, B={r.batch}": gains[r.name] for r in rows})
     paper = {r.length: [(r.balanced, r.gain)] for r in rows}
     theirs = curves(paper, "{} tokens, paper", style="paper")
@@ -243,11 +234,7 @@ _ORCA_PAPER = {
 
 
 def _orca_panel(gains: dict[str, list[XY]]) -> Panel:
-    paper = {
-        label: [(at, best)]
-        for label, (at, best) in _ORCA_PAPER.items()
-        if at is not None
-    }
+    paper = {label: [(at, y)] for label, (at, y) in _ORCA_PAPER.items() if at}
     theirs = curves(paper, "{}, paper", style="paper")
     title = f"{_A6000[0]} on {_A6000[1]}, 1024 tokens, B={_WIDE.batch}"
     return _gain_axes(title, [*curves(gains), *theirs])
@@ -316,8 +303,12 @@ def fig8(lab: Lab) -> Drawn:
                 series=curves(overheads, "{} tokens"),
             ),
         ],
-        claims=[_fig8_claim(speedups), _table2_claim(), *_tile_claims()]
-        + [_overhead_claim(c, said) for c, said in _OVERHEADS.items()],
+        claims=[
+            _fig8_claim(speedups),
+            _table2_claim(),
+            *(_tile_claim(*pair) for pair in ((128, 256), (256, 257))),
+            *(_overhead_claim(c, said) for c, said in _OVERHEADS.items()),
+        ],
     )
 
 
@@ -374,21 +365,17 @@ def _table2_claim() -> Claim:
     )
 
 
-def _tile_claims() -> list[Claim]:
-    ms = {n: _tile_ms(n) for n in _TILE_MS}
-    pairs = ((128, 256), (256, 257))
-    return [
-        Claim(
-            claim=f"Tiles: a step of {b} tokens against one of {a}",
-            paper=f"{_TILE_MS[a]:g} -> {_TILE_MS[b]:g} ms, "
-            f"+{100 * (_TILE_MS[b] / _TILE_MS[a] - 1):.0f} %",
-            ours=f"{ms[a]:.1f} -> {ms[b]:.1f} ms, +{100 * (ms[b] / ms[a] - 1):.0f} %",
-            why="The A6000's efficiencies are assumed to be the A100's; one token more "
-            "is billed a tile of 128 rows",
-            runs="step times",
-        )
-        for a, b in pairs
-    ]
+def _tile_claim(few: int, more: int) -> Claim:
+    a, b = _TILE_MS[few], _TILE_MS[more]
+    x, y = _tile_ms(few), _tile_ms(more)
+    return Claim(
+        claim=f"Tiles: a step of {more} tokens against one of {few}",
+        paper=f"{a:g} -> {b:g} ms, +{100 * (b / a - 1):.0f} %",
+        ours=f"{x:.1f} -> {y:.1f} ms, +{100 * (y / x - 1):.0f} %",
+        why="The A6000's efficiencies are assumed to be the A100's; one token more is "
+        "billed a tile of 128 rows",
+        runs="step times",
+    )
 
 
 _OVERHEADS = {64: "about 5x", 256: "at most 1.20x", 512: "at most 1.10x"}

@@ -8,23 +8,24 @@ study) come from a simulation too. All requests wait from the start.
 from __future__ import annotations
 
 import dataclasses
+import random
 import statistics
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from disagg_jax.deployment import Deployment
+from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.sim.cost.interface import DeploymentCost
+from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
+from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.work import Event, Step, Work
+from disagg_jax.work import Event, Step, StepLoad, Transfer, Work
 from disagg_jax.workload.lengths import HistogramLengths
 from experiments.papers.colocated import colocated
 from experiments.papers.figure import Claim, Drawn, Lab
-from experiments.papers.varied_cost import VariedCost
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import Panel, curves
 
@@ -54,6 +55,43 @@ def requests(n: int, seed: int) -> list[Request]:
         Request(id=i, arrival_s=0.0, prompt_tokens=total - output, max_tokens=output)
         for i, (total, output) in enumerate(zip(totals, outputs, strict=True))
     ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariedCost:
+    """A `DeploymentCost` whose steps take a Gaussian factor longer or shorter.
+
+    The factor belongs to the load: equal loads take equally long at equal seeds, on all
+    stages and under every policy. Transfers do not vary.
+
+    Raises:
+      ValueError: if `deviation` is below 0.
+    """
+
+    cost: DeploymentCost
+    deviation: float  # standard deviation of the factor, which is 1 on average
+    seed: int
+
+    def __post_init__(self) -> None:
+        require(self.deviation >= 0, "deviation: expected >= 0", self.deviation)
+
+    def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
+        factor = self._factor(load)
+        return tuple(factor * s for s in self.cost.stages_s(instance, load))
+
+    def decoder(self, instance: int) -> Decoder:
+        def decode_s(decodes: int, context: int) -> float:
+            return self.stages_s(instance, StepLoad((), decodes, context))[0]
+
+        return decode_s
+
+    def hop(self, transfer: Transfer) -> Hop:
+        return self.cost.hop(transfer)
+
+    def _factor(self, load: StepLoad) -> float:
+        """Draw a factor, seeded with the load: order and process do not matter."""
+        rng = random.Random(f"{self.seed} {load}")
+        return max(0.0, rng.gauss(1.0, self.deviation))
 
 
 class Bubbles:
@@ -139,8 +177,8 @@ def _systems() -> dict[str, tuple[str, Policy]]:
 
 def build(deployment: str, policy: Policy) -> SimulatedDeployment:
     """Build GPT-3 with `policy`; spans are off, so that `Bubbles` sees every step."""
-    simulation = colocated("gpt3-175b", "a100-80g-200gb", policy, max_context=_LONGEST)
-    built = simulation.build(Deployment.parse(deployment))
+    on = "a100-80g-200gb"
+    built = colocated("gpt3-175b", on, policy, deployment, max_context=_LONGEST)
     return dataclasses.replace(built, spans=False)
 
 
@@ -169,19 +207,16 @@ def make(lab: Lab) -> Drawn:
         f"{_BATCH[_REPLICAS]}, C={_CHUNK}, P:D={_PROMPT_PER_OUTPUT}, "
         f"N={lab.requests(_REQUESTS)} (paper: 10,000) x {lab.seeds} seeds"
     )
-    claims = _claims(runs, said)
-    for deviation, found in zip(_DEVIATIONS[1:], varied, strict=True):
-        claims.append(_varied_claim(deviation, found, said))
-    return Drawn(panels=_panels(runs), claims=claims)
-
-
-def _panels(runs: Runs) -> list[Panel]:
     waits = {name: runs[name][0].bubbles_s for name in (_SARATHI, _ORCA)}
     ends = {name: by_seed[0].ends_s for name, by_seed in runs.items()}
-    return [
+    panels = [
         _shares(waits, "of one seed", "pipeline bubbles of a request, all stages (s)"),
         _shares(ends, "of one seed, all waiting from the start", "time (s)"),
     ]
+    claims = _claims(runs, said)
+    for deviation, found in zip(_DEVIATIONS[1:], varied, strict=True):
+        claims.append(_varied_claim(deviation, found, said))
+    return Drawn(panels=panels, claims=claims)
 
 
 def _shares(values: Mapping[str, Sequence[float]], title: str, x: str) -> Panel:

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from disagg_jax import metrics
-from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import sarathi_serve
 from disagg_jax.request import Timeline
@@ -50,17 +49,12 @@ _TAU = 1024
 _ABLATION_RPS = {_CHAT: 1.0, _ARXIV: 0.5}  # of the released script
 _ABLATION_REQUESTS = 128
 # Published: seconds of (P50 TTFT, P99 TBT).
-_ABLATION = {
-    _CHAT: {
-        "hybrid-only": (0.53, 0.68),
-        "chunked-only": (1.04, 0.17),
-        "both": (0.76, 0.14),
-    },
-    _ARXIV: {
-        "hybrid-only": (3.78, 1.38),
-        "chunked-only": (5.38, 0.20),
-        "both": (3.90, 0.17),
-    },
+_ABLATION: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    workload: dict(zip(("hybrid-only", "chunked-only", "both"), rows, strict=True))
+    for workload, rows in (
+        (_CHAT, ((0.53, 0.68), (1.04, 0.17), (0.76, 0.14))),
+        (_ARXIV, ((3.78, 1.38), (5.38, 0.20), (3.90, 0.17))),
+    )
 }
 
 
@@ -91,21 +85,19 @@ class TwoPasses:
 
 def variants(workload: str) -> dict[str, SimulatedDeployment]:
     """Build Yi-34B on two A100s with one of the two ideas, or both."""
-    budgets = {"hybrid-only": _LONGEST[workload], "chunked-only": _TAU, "both": _TAU}
-    built = {
-        name: _yi(SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS), workload)
-        for name, budget in budgets.items()
-    }
-    chunked = built["chunked-only"]
-    built["chunked-only"] = dataclasses.replace(
-        chunked, cost=TwoPasses(cost=chunked.cost)
+    longest = _LONGEST[workload]
+    whole, chunked = (
+        colocated(
+            "yi-34b",
+            "a100-80g",
+            SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS),
+            "colocated:tp2",
+            max_context=longest,
+        )
+        for budget in (longest, _TAU)
     )
-    return built
-
-
-def _yi(policy: Policy, workload: str) -> SimulatedDeployment:
-    simulation = colocated("yi-34b", "a100-80g", policy, max_context=_LONGEST[workload])
-    return simulation.build(Deployment.parse("colocated:tp2"))
+    apart = dataclasses.replace(chunked, cost=TwoPasses(cost=chunked.cost))
+    return {"hybrid-only": whole, "chunked-only": apart, "both": chunked}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,8 +188,7 @@ def _rows(
         )
         for name, by_seed in found.items()
     ]
-    orders = [_order_claim(workload, found, field, runs) for field in (0, 1)]
-    return [*values, *orders]
+    return [*values, *(_order_claim(workload, found, i, runs) for i in (0, 1))]
 
 
 def ordering(values: Mapping[str, float]) -> str:
@@ -262,26 +253,24 @@ class Testbed:
 
 
 _A100, _A100_100GB = "a100-80g", "a100-80g-100gb"
+_TP1, _TP2, _TP4PP2 = (f"colocated:{layout}" for layout in ("tp1", "tp2", "tp4pp2"))
 TESTBEDS = {
-    "Mistral-7B": Testbed(
-        "mistral-7b", _A100, "colocated:tp1", (0.1, 0.5), 16, 2.0, 512
-    ),
-    "Yi-34B": Testbed("yi-34b", _A100, "colocated:tp2", (0.2, 1.0), 16, 1.0, 512),
+    "Mistral-7B": Testbed("mistral-7b", _A100, _TP1, (0.1, 0.5), 16, 2.0, 512),
+    "Yi-34B": Testbed("yi-34b", _A100, _TP2, (0.2, 1.0), 16, 1.0, 512),
     "Falcon-180B": Testbed(
-        "falcon-180b", _A100_100GB, "colocated:tp4pp2", (1.0, 5.0), 0, 0.5, 256
+        "falcon-180b", _A100_100GB, _TP4PP2, (1.0, 5.0), 0, 0.5, 256
     ),
 }
+_DRAWN = ("Mistral-7B", "Yi-34B")  # with both SLOs
 Case = tuple[str, str, bool]  # testbed, workload, whether the SLO is strict
 CASES: tuple[Case, ...] = (
-    ("Mistral-7B", _CHAT, True),
-    ("Mistral-7B", _CHAT, False),
-    ("Mistral-7B", _ARXIV, True),
-    ("Yi-34B", _CHAT, True),
-    ("Yi-34B", _CHAT, False),
-    ("Yi-34B", _ARXIV, True),
+    *(
+        (name, workload, strict)
+        for name in _DRAWN
+        for workload, strict in ((_CHAT, True), (_CHAT, False), (_ARXIV, True))
+    ),
     ("Falcon-180B", _CHAT, True),
 )
-_DRAWN = ("Mistral-7B", "Yi-34B")  # with both SLOs
 # (testbed, strict, system divided by) -> published gain of Sarathi-Serve.
 _GAINS = {
     ("Mistral-7B", True, "vLLM"): "2.6x; 3.5x at 100 ms",
@@ -301,8 +290,7 @@ def capacity(lab: Lab) -> Drawn:
     }
     # The longest first: pipelines are simulated step by step.
     order = sorted(asked, key=lambda key: ("Falcon" not in key[0], key))
-    results = lab.map(find_goodput, [asked[key] for key in order])
-    found = dict(zip(order, results, strict=True))
+    found = lab.map(find_goodput, {key: asked[key] for key in order})
     return Drawn(
         panels=[_capacity_panel(name, found) for name in _DRAWN],
         claims=[
@@ -320,8 +308,8 @@ def _searches(lab: Lab, case: Case) -> dict[str, GoodputSearch]:
     return {
         system: GoodputSearch(
             simulated=colocated(
-                bed.model, bed.hardware, policy, max_context=longest
-            ).build(Deployment.parse(bed.deployment)),
+                bed.model, bed.hardware, policy, bed.deployment, max_context=longest
+            ),
             workload=get_workload(workload),
             slo=SLO(ttft_s=math.inf, tpot_s=bed.slo_s(strict)),
             criterion=sarathi_serve(tbt_s=bed.slo_s(strict)),
@@ -357,23 +345,18 @@ def _capacity_panel(name: str, found: Found) -> Panel:
 def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
     name, workload, strict = case
     bed = TESTBEDS[name]
-    ours, theirs = (found[*case, system] for system in ("Sarathi-Serve", below))
+    rates, others = (
+        found[*case, system].found.per_seed_rps for system in ("Sarathi-Serve", below)
+    )
+    ratio = ratio_text(rates, others, "no ratio: a seed fails at every rate tried")
     slo = f"{'strict' if strict else 'relaxed'}, {bed.slo_s(strict):g} s"
     return Claim(
         claim=f"Capacity over {below}: {name}, {workload}, {slo}",
         paper=_GAINS.get((name, strict, below), "(not in the facts)"),
-        ours=_ratio(ours, theirs),
+        ours=f"{ratio} ({across_seeds(rates)} over {across_seeds(others)} rps)",
         why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
         runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, "
         f"{sarathi_serve(tbt_s=bed.slo_s(strict))}, "
         f"{lab.size(bed.num_requests)}; lengths log-normal through the published "
         "quantiles",
     )
-
-
-def _ratio(ours: SimGoodput, theirs: SimGoodput) -> str:
-    """Write the gain, paired by seed, and both capacities."""
-    above, below = ours.found.per_seed_rps, theirs.found.per_seed_rps
-    both = f"{across_seeds(above)} over {across_seeds(below)} rps"
-    undefined = "no ratio: a seed fails at every rate tried"
-    return f"{ratio_text(above, below, undefined)} ({both})"

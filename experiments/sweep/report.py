@@ -86,10 +86,12 @@ def _found(summary: Mapping[str, Any]) -> list[str]:
         at = "at its highest passing rate"
         columns = {name: _goodput_column(s) for name, s in systems.items()}
     return [
-        *_grid(title, columns),
+        *underlined(side_by_side(title, columns)),
         *_inversions(systems),
         "",
-        *_grid(at, {name: _metric_column(s) for name, s in systems.items()}),
+        *underlined(
+            side_by_side(at, {n: _metric_column(s) for n, s in systems.items()})
+        ),
     ]
 
 
@@ -216,10 +218,6 @@ def _metric_column(system: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _grid(title: str, columns: Mapping[str, Mapping[str, str]]) -> list[str]:
-    return underlined(side_by_side(title, columns))
-
-
 def _interval_of(values: Mapping[str, Any]) -> Interval:
     """Return the interval of a summary's values, which may name the seeds' too."""
     return Interval(mean=values["mean"], low=values["low"], high=values["high"])
@@ -231,10 +229,18 @@ def _interval(values: Mapping[str, Any], form: str) -> str:
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draw scores over the rate per device, and the stages of a request."""
+    what = textwrap.fill(f"{summary['model']}; {_good(summary)}", 90)
+    if summary["criterion"] == "distserve":
+        slo = summary["slo"]
+        what = (
+            f"{summary['model']}: TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
+            f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"
+        )
+    none = "no_intervals" in summary or summary["num_seeds"] == 1
     title = (
-        f"{_plot_title(summary)}\n"
+        f"{what}\n"
         f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point, "
-        f"{_intervals(summary)}; {summary['clock']} clock, "
+        f"{'no' if none else '95 %'} intervals; {summary['clock']} clock, "
         f"durations {summary['durations']}"
     )
     panels = [scores(summary), stages(summary)]
@@ -243,19 +249,16 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
 
 def scores(summary: Mapping[str, Any]) -> Panel:
     """Return each system's scores, in % or, of a throughput, per device."""
-    target, systems = summary["target"], summary["systems"].items()
-    series = [
-        one
-        for colour, (name, system) in enumerate(systems)
-        for one in _curves(summary, name, system, colour)
-    ]
+    target = summary["target"]
+    series: list[Series] = []
+    for colour, (name, system) in enumerate(summary["systems"].items()):
+        series += _curves(summary, name, system, colour)
     what = f"{summary['criterion']}: score (%)"
     if summary["criterion"] == "distserve":
         what = "requests within the SLO (%)"
-        series += [
-            Series(label="TTFT only", points=[], colour=_GREY, style="dotted"),
-            Series(label="TPOT only", points=[], colour=_GREY, style="dashed"),
-        ]
+        for key, style in _TARGETS.items():
+            label = f"{key.removeprefix('attainment_').upper()} only"
+            series.append(Series(label=label, points=[], colour=_GREY, style=style))
     if target is None:
         what = summary["criteria"][summary["criterion"]]["unit"]
     else:
@@ -268,21 +271,6 @@ def scores(summary: Mapping[str, Any]) -> Panel:
         series=series,
         line=None if target is None else 100 * target,
         ylim=None if target is None else (-3, 103),
-    )
-
-
-def _intervals(summary: Mapping[str, Any]) -> str:
-    none = "no_intervals" in summary or summary["num_seeds"] == 1
-    return "no intervals" if none else "95 % intervals"
-
-
-def _plot_title(summary: Mapping[str, Any]) -> str:
-    slo = summary["slo"]
-    if summary["criterion"] != "distserve":
-        return textwrap.fill(f"{summary['model']}; {_good(summary)}", 90)
-    return (
-        f"{summary['model']}: TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
-        f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"
     )
 
 
@@ -307,8 +295,7 @@ def _curves(
     )
     if summary["criterion"] == "distserve":
         for key, style in _TARGETS.items():
-            shares = [100 * point[key]["mean"] for point in points]
-            at = list(zip(rates, shares, strict=True))
+            at = [(r, 100 * p[key]["mean"]) for r, p in zip(rates, points, strict=True)]
             yield Series(label="", points=at, colour=colour, style=style)
     if target is not None:
         goodput = system["goodput"]["max_goodput_rate_per_device"]["mean"]

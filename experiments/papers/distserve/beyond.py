@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import interval_across
@@ -40,9 +40,8 @@ def _rates(arm: Arm, n: int) -> Sequence[float]:
 
 def goodput_n(lab: Lab) -> Drawn:
     """Draw goodput of the paper's OPT-13B chatbot by the length of the run."""
-    numbers = _NUMBERS
-    if lab.num_requests is not None:
-        numbers = (lab.num_requests, 3 * lab.num_requests)
+    few = lab.num_requests
+    numbers = _NUMBERS if few is None else (few, 3 * few)
     found: dict[str, dict[float, Goodputs]] = {arm.label: {} for arm in _BY_N}
     workload = get_workload("sharegpt")
     for n in numbers:
@@ -50,32 +49,29 @@ def goodput_n(lab: Lab) -> Drawn:
         for arm in _BY_N:
             runs = run_arms(of_n, [arm], workload, _rates(arm, n))[arm.label]
             found[arm.label][n] = runs.goodputs(SLOS["chat 13B"])
-    series = banded_curves(
-        {
-            label: {n: each.rates for n, each in by_n.items()}
-            for label, by_n in found.items()
-        }
-    )
+    rates = {
+        label: {n: each.rates for n, each in by_n.items()}
+        for label, by_n in found.items()
+    }
     panel = Panel(
         title="OPT-13B, ShareGPT, TTFT <= 0.25 s, TPOT <= 0.1 s; 95 % over seeds",
         x="requests of a run",
         y="goodput at 90 % (requests/s per GPU)",
-        series=series,
+        series=banded_curves(rates),
         log_x=True,
     )
-    claims = [_number_claim(lab, arm, found[arm.label]) for arm in _BY_N]
+    claims = [
+        Claim(
+            claim=f"Beyond the paper: goodput against N ({arm.label})",
+            paper="2.30 rps per GPU from N=300" if arm is _BY_N[0] else "-",
+            ours="; ".join(f"N={n:g}: {each}" for n, each in found[arm.label].items()),
+            why="A short run ends before the queue of an overloaded decode GPU has "
+            "grown: the published goodput is one of short runs",
+            runs=f"{arm.said(lab).rpartition(', ')[0]}, {lab.seeds} seeds, N as given",
+        )
+        for arm in _BY_N
+    ]
     return Drawn(panels=[panel], claims=claims)
-
-
-def _number_claim(lab: Lab, arm: Arm, by_n: Mapping[float, Goodputs]) -> Claim:
-    return Claim(
-        claim=f"Beyond the paper: goodput against N ({arm.label})",
-        paper="2.30 rps per GPU from N=300" if arm is _BY_N[0] else "-",
-        ours="; ".join(f"N={n:g}: {each}" for n, each in by_n.items()),
-        why="A short run ends before the queue of an overloaded decode GPU has grown: "
-        "the published goodput is one of short runs",
-        runs=f"{arm.said(lab).rpartition(', ')[0]}, {lab.seeds} seeds, N as given",
-    )
 
 
 # ---- devices that a rate needs ----
@@ -89,9 +85,10 @@ _SPLIT_RPS = (3.5, 9.0)
 
 def devices(lab: Lab) -> Drawn:
     """Draw the fewest GPUs that serve a rate within the SLO, by trying deployments."""
-    colocated = {rps: _fewest(lab, rps, _colocated(rps)) for rps in _DEMANDS_RPS}
-    split = {rps: _fewest(lab, rps, _split(rps)) for rps in _DEMANDS_RPS}
-    kinds = {"colocated": colocated, "disaggregated": split}
+    kinds = {
+        "colocated": {rps: _fewest(lab, rps, _colocated(rps)) for rps in _DEMANDS_RPS},
+        "disaggregated": {rps: _fewest(lab, rps, _split(rps)) for rps in _DEMANDS_RPS},
+    }
     points = {
         name: [(rps, _devices(runs)) for rps, runs in by_rate.items() if runs]
         for name, by_rate in kinds.items()
@@ -103,7 +100,8 @@ def devices(lab: Lab) -> Drawn:
         series=curves(points, colours={"colocated": 1, "disaggregated": 0}),
     )
     claims = [
-        _devices_claim(lab, rps, colocated[rps], split[rps]) for rps in _DEMANDS_RPS
+        _devices_claim(lab, rps, [by_rate[rps] for by_rate in kinds.values()])
+        for rps in _DEMANDS_RPS
     ]
     return Drawn(panels=[panel], claims=claims)
 
@@ -150,10 +148,8 @@ def _fewest(lab: Lab, rps: float, deployments: Sequence[str]) -> ArmRuns | None:
     return min(serving, key=lambda s: (_devices(s), -means[id(s)]), default=None)
 
 
-def _devices_claim(
-    lab: Lab, rps: float, colocated: ArmRuns | None, split: ArmRuns | None
-) -> Claim:
-    found = [s for s in (colocated, split) if s is not None]
+def _devices_claim(lab: Lab, rps: float, both: Sequence[ArmRuns | None]) -> Claim:
+    found = [runs for runs in both if runs is not None]
     ours = " against ".join(
         f"{_devices(s)} GPUs ({s.arm.deployment}: {percent(_share(s))} attain)"
         for s in found

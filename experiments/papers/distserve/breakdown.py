@@ -38,7 +38,8 @@ _PERCENTILES = tuple(range(1, 100))
 def make(lab: Lab) -> Drawn:
     """Draw the stages' shares over the rate, and the CDF of KV transfer times."""
     workload = get_workload("sharegpt")
-    rates = [x for x, _ in paper_panel("fig10", "share").series["transfer"]]
+    axes = paper_panel("fig10", "share")
+    rates = [x for x, _ in axes.series["transfer"]]
     across = dataclasses.replace(
         _175B, label="over 25 Gb/s", simulation=get_simulation("opt175b_a100")
     )
@@ -47,8 +48,15 @@ def make(lab: Lab) -> Drawn:
     found = [
         run_arms(lab, [arm], workload, [rate])[arm.label] for arm, rate in _CDF_RUNS
     ]
+    ours = {s: _shares(shares, f"{s.replace(' ', '_')}_s") for s in STAGE_LEGEND}
+    share_panel = axes.panel(
+        "OPT-175B, ShareGPT, prefill 3,3 and decode 4,3 on 21 GPUs; ROOFLINE",
+        [*axes.curves(), *banded_curves(ours)],
+        log_y=True,
+        ylim=(0.01, 150),
+    )
     return Drawn(
-        panels=[_share_panel(shares), _cdf_panel(found)],
+        panels=[share_panel, _cdf_panel(found)],
         claims=[
             _share_claim(lab, shares),
             *(_cdf_claim(lab, runs) for runs in found),
@@ -70,21 +78,7 @@ def _share(result: RunLatencies, stage: str) -> float:
 
 
 def _shares(runs: ArmRuns, stage: str) -> dict[float, list[float]]:
-    return {
-        rate: [_share(result, stage) for result in results]
-        for rate, results in runs.results.items()
-    }
-
-
-def _share_panel(runs: ArmRuns) -> Panel:
-    axes = paper_panel("fig10", "share")
-    ours = {s: _shares(runs, f"{s.replace(' ', '_')}_s") for s in STAGE_LEGEND}
-    return axes.panel(
-        "OPT-175B, ShareGPT, prefill 3,3 and decode 4,3 on 21 GPUs; ROOFLINE",
-        [*axes.curves(), *banded_curves(ours)],
-        log_y=True,
-        ylim=(0.01, 150),
-    )
+    return runs.each(lambda result: _share(result, stage))
 
 
 def _transfers_s(runs: ArmRuns) -> list[list[float]]:
@@ -130,11 +124,12 @@ def _cdf_claim(lab: Lab, runs: ArmRuns) -> Claim:
     paper = paper_panel("fig10", "kv").series[name]
     of_seeds = _transfers_s(runs)
     fast = [sum(t < _FAST_S for t in times) / len(times) for times in of_seeds]
+    ranked = [sorted(times) for times in of_seeds]
     median, high = (
         across_seeds(
-            [1000 * _quantile(times, share) for times in of_seeds], ".1f", " ms"
+            [1000 * t[math.ceil(q * len(t)) - 1] for t in ranked], ".1f", " ms"
         )
-        for share in (0.5, 0.95)
+        for q in (0.5, 0.95)
     )
     drawn_fast = max(y for x, y in paper if x < _FAST_S)
     p50, p95 = (1000 * next(x for x, y in paper if y >= q) for q in (0.5, 0.95))
@@ -148,10 +143,6 @@ def _cdf_claim(lab: Lab, runs: ArmRuns) -> Claim:
     )
 
 
-def _quantile(values: Sequence[float], share: float) -> float:
-    return sorted(values)[math.ceil(share * len(values)) - 1]
-
-
 def _slow_claim(lab: Lab, fast: ArmRuns, slow: ArmRuns) -> Claim:
     rate = min(fast.results)
 
@@ -162,16 +153,13 @@ def _slow_claim(lab: Lab, fast: ArmRuns, slow: ArmRuns) -> Claim:
         )
 
     shares = both(lambda result: _share(result, "transfer_s"))
+    mean = both(lambda r: sum(each.transfer_s for each in r.stages) / len(r.stages))
     return Claim(
         claim=f"Beyond the paper: OPT-175B at {rate:g} rps per GPU with KV over 25 "
         "Gb/s between nodes",
         paper="avoided by placement",
-        ours=f"{shares} % of the latency; {both(_mean_transfer_s)} s mean transfer",
+        ours=f"{shares} % of the latency; {mean} s mean transfer",
         why="One NIC at 62 % of 25 Gb/s cannot carry this KV even at the lowest rate, "
         "so the wait grows with N: segments of a stage must share a node",
         runs=slow.arm.said(lab),
     )
-
-
-def _mean_transfer_s(result: RunLatencies) -> float:
-    return sum(each.transfer_s for each in result.stages) / len(result.stages)

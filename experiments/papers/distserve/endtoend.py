@@ -20,8 +20,6 @@ from experiments.report.intervals import across_seeds, percent, ratio_text
 from experiments.report.panel import Panel, banded
 
 _COLOURS = {"DistServe": 0, "vLLM": 1, "DeepSpeed-MII": 2}
-
-
 _ONE_ENGINE = (
     "Not the paper's comparison: one engine for both sides, KV memory, links, and runs "
     "long enough to fill the queues"
@@ -37,27 +35,37 @@ class EndToEnd:
     slo: SLO  # the one that the figure was drawn with
     scale_rate: float  # requests/s per GPU of the SLO scale panel
     arms: Sequence[Arm]
-    compared: Sequence[tuple[str, str]]  # labels: a DistServe, and what to divide by
     why: str  # where the systems' goodputs differ from the paper's
-    why_one: str = _ONE_ENGINE  # the same with one engine for both
+    # Labels: a DistServe, and what to divide by.
+    compared: Sequence[tuple[str, str]] = (
+        ("DistServe, as shipped", "vLLM, as shipped"),
+        ("DistServe, one engine", "vLLM policy, one engine"),
+        ("DistServe, one engine", "DeepSpeed-MII policy, one engine"),
+    )
     other_slo: tuple[str, SLO] | None = None  # where the paper's versions disagree
 
 
 Found = Mapping[str, ArmRuns]  # by label
 
 
-def _run(spec: EndToEnd, lab: Lab, figure: str) -> dict[str, ArmRuns]:
-    """Run all arms at the paper's rates, the scale panel's, and without a queue."""
-    rates = {x for x, _ in paper_panel(figure, "rate").series["DistServe"]}
-    rates |= {IDLE, spec.scale_rate}
-    return run_arms(lab, spec.arms, get_workload(spec.workload), sorted(rates))
-
-
 def make(figure: str, spec: EndToEnd, lab: Lab) -> Drawn:
     """Draw both panels, and state goodputs and their ratios."""
-    found = _run(spec, lab, figure)
+    slo, rate = spec.slo, spec.scale_rate
+    rates, scales = (
+        [x for x, _ in paper_panel(figure, name).series["DistServe"]]
+        for name in ("rate", "scale")
+    )
+    workload = get_workload(spec.workload)
+    found = run_arms(lab, spec.arms, workload, sorted({IDLE, rate, *rates}))
+    by_rate = {label: runs.percentages(slo) for label, runs in found.items()}
+    by_scale = {label: r.by_scale(slo, rate, scales) for label, r in found.items()}
+    targets = f"TTFT <= {slo.ttft_s:g} s, TPOT <= {slo.tpot_s:g} s"
+    scaled = f"both targets times the scale, at {rate:g} requests/s per GPU"
     return Drawn(
-        panels=[_rate_panel(figure, spec, found), _scale_panel(figure, spec, found)],
+        panels=[
+            _panel(figure, "rate", f"{spec.workload}; {targets}", by_rate),
+            _panel(figure, "scale", scaled, by_scale),
+        ],
         claims=[
             *_goodput_claims(figure, spec, found, lab),
             *_ratio_claims(figure, spec, found, lab),
@@ -83,23 +91,7 @@ def _panel(
     for label, of_arm in shares.items():
         style = "dashed" if "as shipped" in label else "line"
         series.append(banded(label, of_arm, _COLOURS[_name(label)], style))
-    return axes.panel(title, series, line=100 * TARGET, ylim=(-3, 103))
-
-
-def _rate_panel(figure: str, spec: EndToEnd, found: Found) -> Panel:
-    shares = {label: runs.percentages(spec.slo) for label, runs in found.items()}
-    slo = f"TTFT <= {spec.slo.ttft_s:g} s, TPOT <= {spec.slo.tpot_s:g} s"
-    return _panel(figure, "rate", f"{spec.workload}; {slo}", shares)
-
-
-def _scale_panel(figure: str, spec: EndToEnd, found: Found) -> Panel:
-    scales = [x for x, _ in paper_panel(figure, "scale").series["DistServe"]]
-    shares = {
-        label: runs.by_scale(spec.slo, spec.scale_rate, scales)
-        for label, runs in found.items()
-    }
-    title = f"both targets times the scale, at {spec.scale_rate:g} requests/s per GPU"
-    return _panel(figure, "scale", title, shares)
+    return axes.attainment(title, series)
 
 
 def _goodput_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[Claim]:
@@ -110,7 +102,7 @@ def _goodput_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list
             paper=f"{crossings[_name(label)]:g} rps",
             ours=f"{runs.goodputs(spec.slo)} rps, limited by {runs.limit(spec.slo)}; "
             f"without any queue {percent(runs.attainments(spec.slo)[IDLE])} attain",
-            why=spec.why_one if "one engine" in label else spec.why,
+            why=_ONE_ENGINE if "one engine" in label else spec.why,
             runs=runs.arm.said(lab),
         )
         for label, runs in found.items()
@@ -123,6 +115,11 @@ def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[C
     for ours, theirs in spec.compared:
         above, below, other = found[ours], found[theirs], _name(theirs)
         runs = f"{above.arm.said(lab)}; {below.arm.said(lab)}"
+        tight, loose = (
+            [slo_scale([r], spec.slo, TARGET) for r in side.results[spec.scale_rate]]
+            for side in (above, below)
+        )
+        both = f"{across_seeds(tight)} against {across_seeds(loose)}"
         marked = " (UNEQUAL ENGINES)" if above.arm.simulation.mark else ""
         claims += [
             Claim(
@@ -136,7 +133,7 @@ def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[C
                 claim=f"DistServe meets tighter SLOs than {other}{marked}",
                 paper=f"{scale[other] / scale['DistServe']:.2f}x "
                 f"({scale['DistServe']:g} against {scale[other]:g})",
-                ours=_scales(spec, above, below),
+                ours=f"{ratio_text(loose, tight)} ({both})",
                 why=f"At {spec.scale_rate:g} rps per GPU. Ours is exact, the paper's "
                 "interpolated; a system over capacity at this rate has a scale that "
                 "grows with N",
@@ -144,16 +141,6 @@ def _ratio_claims(figure: str, spec: EndToEnd, found: Found, lab: Lab) -> list[C
             ),
         ]
     return claims
-
-
-def _scales(spec: EndToEnd, above: ArmRuns, below: ArmRuns) -> str:
-    """Write the ratio of the tightest scales, paired by seed, and both scales."""
-    tight, loose = (
-        [slo_scale([r], spec.slo, TARGET) for r in runs.results[spec.scale_rate]]
-        for runs in (above, below)
-    )
-    both = f"{across_seeds(tight)} against {across_seeds(loose)}"
-    return f"{ratio_text(loose, tight)} ({both})"
 
 
 def _other_slo_claims(figure: str, spec: EndToEnd, found: Found) -> list[Claim]:

@@ -128,12 +128,9 @@ def _fig2_claim(length: int) -> Claim:
 def _weights_claim() -> Claim:
     weights, hardware = find_model(MODEL).weight_bytes, get_hardware("a100-80g")
     bound_ms = 1000 * weights / hardware.hbm_bytes_s
-    alone = [
-        _at(paper_panel("fig2", panel).series["decode only"], 1)
-        for panel in ("128", "1024")
-    ]
+    fig2 = [paper_panel("fig2", n).series["decode only"] for n in ("128", "1024")]
+    alone, fig2_128 = [_at(points, 1) for points in fig2], _at(fig2[0], 128)
     fig5 = dict(paper_panel("fig5", "latency").series["intra-op"])[1.0]
-    fig2_128 = _at(paper_panel("fig2", "128").series["decode only"], 128)
     return Claim(
         claim="A decode step of batch 1 takes this long on an A100",
         paper=f"{alone[0]:.1f} ms (a), {alone[1]:.1f} ms (b)",
@@ -152,30 +149,25 @@ def _weights_claim() -> Claim:
 def fig3(lab: Lab) -> Drawn:
     """Draw tokens/s of prefill and decode steps over the batch size."""
     return Drawn(
-        panels=[
-            _fig3_panel("prefill", _prefill_tokens_s),
-            _fig3_panel("decode", _decode_tokens_s),
-        ],
+        panels=[_fig3_panel(name) for name in ("prefill", "decode")],
         claims=[_saturation_claim(), _decode_batch_claim()],
     )
 
 
-def _prefill_tokens_s(cost: str, length: int, batch: int) -> float:
-    return 1000 * length * batch / sum(step_ms(cost, prompts=(length,) * batch))
-
-
-def _decode_tokens_s(cost: str, length: int, batch: int) -> float:
+def _step_tokens_s(name: str, cost: str, length: int, batch: int) -> float:
+    """Return the tokens/s of a step of one phase alone."""
+    if name == "prefill":
+        return 1000 * length * batch / sum(step_ms(cost, prompts=(length,) * batch))
     return 1000 * batch / sum(step_ms(cost, decodes=batch, context=length))
 
 
-def _fig3_panel(name: str, tokens_s: Callable[[str, int, int], float]) -> Panel:
+def _fig3_panel(name: str) -> Panel:
     axes = paper_panel("fig3", name)
     colours = {length: i for i, length in enumerate(axes.series)}
 
     def points(length: str, cost: str) -> list[XY]:
-        return [
-            (x, tokens_s(cost, int(length), int(x))) for x, _ in axes.series[length]
-        ]
+        at = [x for x, _ in axes.series[length]]
+        return [(x, _step_tokens_s(name, cost, int(length), int(x))) for x in at]
 
     paper = axes.curves(named="{} tokens, paper")
     return axes.panel(
@@ -191,8 +183,8 @@ def _saturation_claim() -> Claim:
     best = max(y for _, y in paper)
 
     def share(cost: str) -> str:
-        most = max(_prefill_tokens_s(cost, 512, int(x)) for x, _ in paper)
-        return f"{100 * (_prefill_tokens_s(cost, 512, 1) / most):.0f} %"
+        most = max(_step_tokens_s("prefill", cost, 512, int(x)) for x, _ in paper)
+        return f"{100 * (_step_tokens_s('prefill', cost, 512, 1) / most):.0f} %"
 
     return Claim(
         claim="A prompt of 512 tokens saturates an A100 (L_m)",
@@ -209,8 +201,8 @@ def _decode_batch_claim() -> Claim:
     most = int(paper[-1][0])
 
     def gain(cost: str) -> str:
-        one = _decode_tokens_s(cost, 256, 1)
-        return f"{_decode_tokens_s(cost, 256, most) / one:.0f}x"
+        many, one = (_step_tokens_s("decode", cost, 256, n) for n in (most, 1))
+        return f"{many / one:.0f}x"
 
     return Claim(
         claim=f"Decode throughput grows with the batch (256 tokens, 1 to {most})",
@@ -267,16 +259,6 @@ def _fig5_panel(name: str, value: Callable[[list[float]], float]) -> Panel:
     )
 
 
-def _slower() -> str:
-    """Compare the published step on one GPU with each cost model's."""
-    paper_ms = dict(paper_panel("fig5", "latency").series["intra-op"])[1.0]
-    return " and ".join(
-        f"{paper_ms / sum(step_ms(cost, decodes=_BATCH, context=_CONTEXT)):.2f} "
-        f"({short}) times"
-        for short, cost in _COSTS.items()
-    )
-
-
 def _fig5_claim(series: str, name: str) -> Claim:
     paper = dict(paper_panel("fig5", name).series[series])
     value = sum if name == "latency" else _tokens_s
@@ -287,12 +269,18 @@ def _fig5_claim(series: str, name: str) -> Claim:
             many = _fig5_stages(cost, series, gpus)
             if one and many:
                 gains.append(f"{short} {value(many) / value(one):.2f}x on {gpus}")
+    paper_ms = dict(paper_panel("fig5", "latency").series["intra-op"])[1.0]
+    slower = " and ".join(
+        f"{paper_ms / sum(step_ms(cost, decodes=_BATCH, context=_CONTEXT)):.2f} "
+        f"({short}) times"
+        for short, cost in _COSTS.items()
+    )
     what = "lowers latency" if name == "latency" else "scales throughput"
     return Claim(
         claim=f"{series} parallelism {what}",
         paper=", ".join(f"{paper[n] / paper[1.0]:.2f}x on {n:g}" for n in (4.0, 8.0)),
         ours=", ".join(gains),
-        why=f"The paper's step on one GPU takes {_slower()} ours: its gains start from "
+        why=f"The paper's step on one GPU takes {slower} ours: its gains start from "
         "there. The profile has no tp 8, and no communication inside a pipeline",
         runs=_RUNS,
     )

@@ -42,21 +42,8 @@ def _profiled(
     ]
 
 
-_PAIRS = (
-    ("DistServe, as shipped", "vLLM, as shipped"),
-    ("DistServe, one engine", "vLLM policy, one engine"),
-    ("DistServe, one engine", "DeepSpeed-MII policy, one engine"),
-)
+_175B = inside_a_node("opt175b_a100")
 _ON_66B = ("opt66b", "prefill:tp4,decode:tp2pp2", "colocated:tp4")
-
-
-def _opt175b() -> list[Arm]:
-    """Return the paper's placements and N on the roofline: no profile was released."""
-    roofline, distserve = inside_a_node("opt175b_a100"), "prefill:tp3pp3,decode:tp4pp3"
-    return [
-        Arm("DistServe, roofline", roofline, distserve, num_requests=525),
-        Arm("vLLM policy, roofline", roofline, "colocated:tp8", num_requests=200),
-    ]
 
 
 _KNIFE_EDGE = (
@@ -71,7 +58,6 @@ _SPECS = {
         slo=SLOS["chat 13B"],
         scale_rate=1.5,
         arms=_profiled("opt13b", "prefill:tp2,decode:tp1", "colocated:tp1", (300, 100)),
-        compared=_PAIRS,
         why=_KNIFE_EDGE,
     ),
     "fig8b": EndToEnd(
@@ -80,7 +66,6 @@ _SPECS = {
         slo=SLOS["chat 66B"],
         scale_rate=0.75,
         arms=_profiled(*_ON_66B, (200, 100)),
-        compared=_PAIRS,
         why="Its N of 100 and 200; lengths are Fig. 7's histograms, prompt and output "
         "drawn apart. Judged by Table 1's SLO: by the artifact's (the last rows) many "
         "prompts miss 0.4 s even alone, so the paper's first points cannot come from "
@@ -92,7 +77,16 @@ _SPECS = {
         workload="sharegpt",
         slo=SLOS["chat 175B"],
         scale_rate=0.125,
-        arms=_opt175b(),
+        # The paper's placements and N on the roofline: no profile was released.
+        arms=[
+            Arm(
+                "DistServe, roofline",
+                _175B,
+                "prefill:tp3pp3,decode:tp4pp3",
+                num_requests=525,
+            ),
+            Arm("vLLM policy, roofline", _175B, "colocated:tp8", num_requests=200),
+        ],
         compared=(("DistServe, roofline", "vLLM policy, roofline"),),
         why="No 175B profile was released: ROOFLINE times for both sides, which are "
         "bounds with measured efficiencies (no engine's overheads); pipelines run with "
@@ -104,7 +98,6 @@ _SPECS = {
         slo=SLOS["code 66B"],
         scale_rate=0.875,
         arms=_profiled(*_ON_66B, (400, 200)),
-        compared=_PAIRS,
         why="A TTFT of 0.125 s is about one idle prefill of this model, so the result "
         "is decided by the constant of the prefill fit (see the figure without any "
         "queue), not by scheduling",
@@ -115,7 +108,6 @@ _SPECS = {
         slo=SLOS["summary 66B"],
         scale_rate=0.375,
         arms=_profiled(*_ON_66B, (200, 100)),
-        compared=_PAIRS,
         why="12.6x and 4.3x rest on vLLM at exactly 90.0 % in the paper's first "
         "measured points; here vLLM loses by TPOT, when long prefills stall its "
         "decodes, and by how much depends on N (100 requests never reach the steady "

@@ -39,6 +39,10 @@ class PaperPanel:
         """Draw curves on axes named as the published ones; `axes` is for `Panel`."""
         return Panel(title=title, x=self.x, y=self.y, series=series, **axes)
 
+    def attainment(self, title: str, series: Sequence[Series]) -> Panel:
+        """Draw attainments in %, with a line at the target."""
+        return self.panel(title, series, line=100 * TARGET, ylim=(-3, 103))
+
 
 @functools.cache
 def _figures() -> Mapping[str, Any]:

@@ -2,27 +2,28 @@
 
 The published points are the paper's own formulas (D = 0.2 s on two GPUs, R = 2 x the
 rate per GPU), so they are compared with the formulas; and our simulator, which knows
-none of them, is compared with both.
+none of them, is compared with both. The queue is M/D/1: requests arrive at random
+(Poisson), are served in order and one at a time, and each takes the same time. Source:
+DistServe (OSDI'24) section 3.1, where D is `service_s`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.errors import require
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.deployment import ModelledCost
+from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.work import StepLoad
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
-from experiments.papers.distserve.closed_forms import (
-    ConstantInstance,
-    inter_op_ttft_s,
-    intra_op_ttft_s,
-)
 from experiments.papers.distserve.published import paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.panel import XY, Panel, Series, banded, banded_curves, curves
@@ -36,6 +37,41 @@ _SIMULATED_RATES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5)
 _ONE_PROMPT = RandomWorkload(
     prompt=FixedLengths(tokens=512), output=FixedLengths(tokens=1)
 )
+
+
+def md1_wait_s(rate_rps: float, service_s: float) -> float:
+    """Return the mean wait before service: R D^2 / (2 (1 - R D)).
+
+    Raises:
+      ValueError: unless the server keeps up.
+    """
+    load = rate_rps * service_s
+    require(0 <= load < 1, "rate_rps * service_s: expected in [0, 1)", load)
+    return load * service_s / (2 * (1 - load))
+
+
+def inter_op_ttft_s(rate_rps: float, service_s: float, stages: int = 2) -> float:
+    """Return the mean TTFT of equal pipeline stages: all wait is before the first."""
+    return service_s + md1_wait_s(rate_rps, service_s / stages)
+
+
+def intra_op_ttft_s(rate_rps: float, service_s: float, speedup: float) -> float:
+    """Return the mean TTFT if tensor parallelism divides the time by `speedup` (K)."""
+    return inter_op_ttft_s(rate_rps, service_s / speedup, stages=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantInstance:
+    """An `InstanceCost` whose steps all take the same time."""
+
+    seconds: tuple[float, ...]  # on each pipeline stage
+
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        return self.seconds
+
+    def decode_s(self, decodes: int, context: int) -> float:
+        require_one_stage(len(self.seconds))
+        return self.seconds[0]
 
 
 def prefill_alone(*stages_s: float) -> SimulatedDeployment:
@@ -128,7 +164,6 @@ def _points_claim() -> Claim:
 
 
 def _claims(lab: Lab, ours: dict[str, dict[float, list[float]]]) -> list[Claim]:
-    claims = [_simulator_claim(lab, name, values) for name, values in ours.items()]
     inter, intra = (_formula(name) for name in ours)
     rates = [i / 1000 for i in range(1, 4200)]
     cross = next(rate for rate in rates if inter(rate) < intra(rate))
@@ -137,7 +172,7 @@ def _claims(lab: Lab, ours: dict[str, dict[float, list[float]]]) -> list[Claim]:
     above = [rate for rate in shared if means[0][rate] < means[1][rate]]
     simulated = f"from {above[0]:g} rps" if above else "not up to 3.5 rps"
     return [
-        *claims,
+        *(_simulator_claim(lab, name, values) for name, values in ours.items()),
         Claim(
             claim="Intra-op is better at low rates, inter-op at high ones",
             paper="they cross just above 3 rps per GPU",

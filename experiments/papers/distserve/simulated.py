@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from experiments.papers.distserve.published import SLOS, TARGET, paper_panel
+from experiments.papers.distserve.published import SLOS, paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import IDLE, Arm, ArmRuns, run_arms
 from experiments.report.intervals import percent
@@ -34,26 +34,18 @@ def table2(lab: Lab) -> Drawn:
     rates = [x for x, _ in axes.series["vLLM, real"]]
     workload = get_workload("sharegpt")
     found = run_arms(lab, _TABLE2, workload, [IDLE, *rates])
-    return Drawn(
-        panels=[_table2_panel(found)],
-        claims=[_table2_claim(runs, lab) for runs in found.values()],
-    )
-
-
-def _table2_panel(found: Mapping[str, ArmRuns]) -> Panel:
-    axes = paper_panel("table2", "attainment")
     colours = {"vLLM": 1, "DistServe-Low": 0}
     real = {f"{name}, real": colour for name, colour in colours.items()}
     ours = [
         banded(f"{name}, ours", runs.percentages(_SLO), colours[name])
         for name, runs in found.items()
     ]
-    return axes.panel(
+    panel = axes.attainment(
         "OPT-66B, ShareGPT, 0.4 s / 0.1 s [assumed: the table does not say]",
         [*axes.curves(real, named="{}"), *ours],
-        line=100 * TARGET,
-        ylim=(-3, 103),
     )
+    claims = [_table2_claim(runs, lab) for runs in found.values()]
+    return Drawn(panels=[panel], claims=claims)
 
 
 def _table2_claim(runs: ArmRuns, lab: Lab) -> Claim:
@@ -101,10 +93,8 @@ _CANDIDATES: Mapping[str, Sequence[str]] = {
 # The rate of each curve of the scale panel, requests/s per GPU. The paper does not say;
 # at scale 1 its points are those of the rate panel at these rates, and at no others.
 _SCALE_RATES = {
-    "DistServe-High": 0.5,
-    "DistServe-Low": 0.5,
-    "vLLM": 0.375,
-    "vLLM++": 0.375,
+    **dict.fromkeys(("DistServe-High", "DistServe-Low"), 0.5),
+    **dict.fromkeys(("vLLM", "vLLM++"), 0.375),
 }
 
 
@@ -148,12 +138,8 @@ def _fig11_panel(
         banded(f"{n}: {best[n].arm.label}", values, colours[n])
         for n, values in shares.items()
     ]
-    return axes.panel(
-        f"OPT-66B, ShareGPT, 0.4 s / 0.1 s, {title}",
-        [*axes.curves(colours), *ours],
-        line=100 * TARGET,
-        ylim=(-3, 103),
-    )
+    series = [*axes.curves(colours), *ours]
+    return axes.attainment(f"OPT-66B, ShareGPT, 0.4 s / 0.1 s, {title}", series)
 
 
 def _fig11_claims(best: Mapping[str, ArmRuns], lab: Lab) -> list[Claim]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from disagg_jax.metrics.attainment import SLO
+from disagg_jax.sim.run import RunLatencies
 from disagg_jax.sim.simulation import Simulation
 from experiments.configs.named_simulations import device_cost, get_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -26,16 +27,15 @@ from experiments.report.panel import Panel, banded, banded_curves
 
 _REQUESTS = 800
 _SHIPPED = get_simulation("simdistserve_opt13b")
-_RATES = {  # requests/s
-    "colocated": [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
-    "prefill only": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0],
-    "decode only": [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 16.0, 20.0, 24.0],
-}
-_DEPLOYMENTS = {
-    "colocated": "colocated:tp1",
-    "prefill only": "prefill:tp1,decode:tp1",
+_COLOCATED, _SPLIT = "colocated:tp1", "prefill:tp1,decode:tp1"
+_PHASES = {  # deployment and requests/s
+    "colocated": (_COLOCATED, (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)),
+    "prefill only": (_SPLIT, (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)),
     # Prefill GPUs enough that the batch of the decoding one never waits for them.
-    "decode only": "16xprefill:tp1,decode:tp1",
+    "decode only": (
+        f"16x{_SPLIT}",
+        (1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 16.0, 20.0, 24.0),
+    ),
 }
 
 
@@ -46,24 +46,16 @@ def _phase(lab: Lab, name: str, engine: str) -> ArmRuns:
     prefill_only = name == "prefill only"
     if prefill_only:  # one token ends with the prefill: then nothing decodes
         simulation = dataclasses.replace(simulation, extra_tokens=0)
-    where = _DEPLOYMENTS[name]
+    where, rates = _PHASES[name]
     arm = Arm(name, simulation, where, num_requests=_REQUESTS, devices=1)
     workload = get_workload("fixed:512x1" if prefill_only else "fixed:512x64")
-    return run_arms(lab, [arm], workload, _RATES[name])[name]
-
-
-def _p90s(runs: ArmRuns, metric: str) -> dict[float, list[float]]:
-    """Return the P90 of TTFT or TPOT of each seed, by rate."""
-    return {
-        rate: [float(np.percentile(getattr(r, metric), 90)) for r in results]
-        for rate, results in runs.results.items()
-    }
+    return run_arms(lab, [arm], workload, rates)[name]
 
 
 def fig1(lab: Lab) -> Drawn:
     """Draw P90 TTFT and TPOT of each phase alone and of both together."""
     vllm, distserve = (
-        {name: _phase(lab, name, engine) for name in _DEPLOYMENTS}
+        {name: _phase(lab, name, engine) for name in _PHASES}
         for engine in ("fitted/vllm", "fitted/distserve")
     )
     slo, no = SLOS["toy"], math.inf
@@ -97,8 +89,12 @@ def _fig1_panel(
     panel: str, alone: str, found: Mapping[str, ArmRuns], target_s: float
 ) -> Panel:
     axes, colours = paper_panel("fig1", panel), {"colocated": 1, alone: 0}
+
+    def p90(result: RunLatencies) -> float:
+        return float(np.percentile(getattr(result, f"{panel}_s"), 90))
+
     ours = [
-        banded(f"{name}, vLLM's times", _p90s(found[name], f"{panel}_s"), colour)
+        banded(f"{name}, vLLM's times", found[name].each(p90), colour)
         for name, colour in colours.items()
     ]
     return axes.panel(
@@ -118,16 +114,11 @@ _ENGINES: Mapping[str, Simulation] = {
     ),
     "DistServe's for both": dataclasses.replace(_SHIPPED, colocated_cost=None),
 }
+# Deployment and requests/s per GPU, near the goodputs: far overload is slow to run.
 _TOY_SYSTEMS = {
-    "colocated": "colocated:tp1",
-    "1P1D": "prefill:tp1,decode:tp1",
-    "2P1D": "2xprefill:tp1,decode:tp1",
-}
-# Requests/s per GPU: those around the goodputs, as far overload takes long to run.
-_TOY_RATES = {
-    "colocated": geometric(1.2, 4.0, 10),
-    "1P1D": geometric(2.8, 8.0, 10),
-    "2P1D": geometric(2.0, 6.0, 10),
+    "colocated": (_COLOCATED, geometric(1.2, 4.0, 10)),
+    "1P1D": (_SPLIT, geometric(2.8, 8.0, 10)),
+    "2P1D": (f"2x{_SPLIT}", geometric(2.0, 6.0, 10)),
 }
 
 
@@ -135,12 +126,12 @@ def toy(lab: Lab) -> Drawn:
     """Draw goodput of the blog's three deployments under each choice of engines."""
     workload = get_workload("fixed:512x64")
     found: dict[str, ArmRuns] = {}
-    for name, deployment in _TOY_SYSTEMS.items():
+    for name, (deployment, rates) in _TOY_SYSTEMS.items():
         arms = [
             Arm(f"{name}, {engine}", simulation, deployment, num_requests=_REQUESTS)
             for engine, simulation in _ENGINES.items()
         ]
-        found |= run_arms(lab, arms, workload, _TOY_RATES[name])
+        found |= run_arms(lab, arms, workload, rates)
     return Drawn(
         panels=[_toy_panel(engine, found) for engine in _ENGINES],
         claims=[
@@ -151,24 +142,22 @@ def toy(lab: Lab) -> Drawn:
 
 
 def _blog_claim(found: Mapping[str, ArmRuns], lab: Lab) -> Claim:
-    slo = SLOS["toy"]
-    colocated, split = found["colocated, as shipped"], found["2P1D, as shipped"]
-    above, below = split.goodputs(slo), colocated.goodputs(slo)
+    split, colocated = found["2P1D, as shipped"], found["colocated, as shipped"]
+    above, below = split.goodputs(SLOS["toy"]), colocated.goodputs(SLOS["toy"])
     return Claim(
         claim="The blog: 2 GPUs prefill, 1 decodes, against 1 colocated (UNEQUAL "
         "ENGINES)",
         paper="3.3 over 1.6 rps per GPU = 2.1x",
         ours=f"{above} over {below} rps per GPU = {above.over(below)}",
         why="With the released profile one prefill GPU nearly feeds one that decodes, "
-        f"so a second is idle: 2P1D is limited by {split.limit(slo)}",
+        f"so a second is idle: 2P1D is limited by {split.limit(SLOS['toy'])}",
         runs=f"{split.arm.said(lab)}; {colocated.arm.said(lab)}",
     )
 
 
 def _engine_claim(engine: str, found: Mapping[str, ArmRuns], lab: Lab) -> Claim:
-    slo = SLOS["toy"]
     split, colocated = (found[f"{name}, {engine}"] for name in ("1P1D", "colocated"))
-    above, below = split.goodputs(slo), colocated.goodputs(slo)
+    above, below = split.goodputs(SLOS["toy"]), colocated.goodputs(SLOS["toy"])
     mark = " (UNEQUAL ENGINES)" if split.arm.simulation.mark else ""
     return Claim(
         claim=f"Beyond the paper: 1P1D over colocated, engine {engine}{mark}",
@@ -186,5 +175,4 @@ def _toy_panel(engine: str, found: Mapping[str, ArmRuns]) -> Panel:
         for name in _TOY_SYSTEMS
     }
     ours = banded_curves(shares, colours=(1, 0, 5))
-    axes = paper_panel("fig8a", "rate")
-    return axes.panel(f"engine: {engine}", ours, line=90.0, ylim=(-3, 103))
+    return paper_panel("fig8a", "rate").attainment(f"engine: {engine}", ours)

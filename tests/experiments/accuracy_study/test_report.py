@@ -170,7 +170,7 @@ def test_goodputs_are_per_device_and_their_errors_relative():
 
 def test_an_engine_that_never_passed_gives_no_error_to_divide_by():
     never = dataclasses.replace(result().systems["vllm_v0"], engine=goodput(0.0, 0.0))
-    assert never.error == never.error_as_profiled == math.inf
+    assert never.error(never.simulated) == never.error(never.profiled) == math.inf
 
 
 def test_stages_are_those_of_the_middle_rate():

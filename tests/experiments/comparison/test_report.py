@@ -130,7 +130,7 @@ def test_the_record_has_the_numbers_of_the_table():
     ]
     assert clear["systems"][1]["goodput"]["mean"] == pytest.approx(1.0)
     asked = content["question"]
-    assert (asked["devices"], asked["seeds"], asked["sizes"]) == (4, (0, 1, 2), (128,))
+    assert (asked["devices"], asked["seeds"], asked["sizes"]) == (4, [0, 1, 2], [128])
     assert asked["plan"]["target"] == 0.8
     assert made["sentence"] == report.sentences([MAP], [GRID])[0]
 

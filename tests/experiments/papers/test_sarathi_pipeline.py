@@ -14,8 +14,7 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Slice, Step, StepLoad
 from experiments.papers import sarathi_pipeline
 from experiments.papers.figure import Lab
-from experiments.papers.sarathi_pipeline import Bubbles
-from experiments.papers.varied_cost import VariedCost
+from experiments.papers.sarathi_pipeline import Bubbles, VariedCost
 from tests.serving import make_request
 
 

@@ -19,9 +19,9 @@ from disagg_jax.sim.hardware.link import LinkSpec
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload import FixedLengths, RandomWorkload
-from experiments.papers.distserve import closed_forms
-from experiments.papers.distserve.closed_forms import ConstantInstance
+from experiments.papers.distserve import queueing
 from experiments.papers.distserve.published import paper_panel
+from experiments.papers.distserve.queueing import ConstantInstance
 
 D = 0.2  # seconds: DistServe's Fig. 4
 SEEDS = range(8)
@@ -82,7 +82,7 @@ def mean_ttfts(system: SimulatedDeployment, rate_rps: float) -> list[float]:
 def test_one_device_is_an_md1_queue(load: float):
     system = simulated("prefill:tp1,decode:tp1", (D,))
     rate = load / D
-    expect_inside(closed_forms.ttft_s(rate, D), mean_ttfts(system, rate))
+    expect_inside(queueing.inter_op_ttft_s(rate, D, stages=1), mean_ttfts(system, rate))
 
 
 @pytest.mark.parametrize("rate_per_gpu", [1.0, 4.0])
@@ -90,7 +90,7 @@ def test_two_pipeline_stages_follow_the_inter_op_form(rate_per_gpu: float):
     system = simulated("prefill:tp1pp2,decode:tp1", (D / 2, D / 2))
     rate = 2 * rate_per_gpu
     expected = D + rate * D**2 / (4 * (2 - rate * D))  # the paper's way to write it
-    assert closed_forms.inter_op_ttft_s(rate, D) == pytest.approx(expected, rel=1e-12)
+    assert queueing.inter_op_ttft_s(rate, D) == pytest.approx(expected, rel=1e-12)
     expect_inside(expected, mean_ttfts(system, rate))
 
 
@@ -100,14 +100,14 @@ def test_a_faster_device_follows_the_intra_op_form(rate_per_gpu: float):
     system = simulated("prefill:tp2,decode:tp1", (D / speedup,))
     rate = 2 * rate_per_gpu
     expected = D / speedup + rate * D**2 / (2 * speedup * (speedup - rate * D))
-    form = closed_forms.intra_op_ttft_s(rate, D, speedup)
+    form = queueing.intra_op_ttft_s(rate, D, speedup)
     assert form == pytest.approx(expected, rel=1e-12)
     expect_inside(expected, mean_ttfts(system, rate))
 
 
 def test_a_server_that_cannot_keep_up_has_no_mean():
     with pytest.raises(ValueError, match=r"expected in \[0, 1\), got 1.0"):
-        closed_forms.md1_wait_s(5.0, D)
+        queueing.md1_wait_s(5.0, D)
 
 
 @pytest.mark.parametrize("panel", ["a", "b"])
@@ -115,10 +115,10 @@ def test_the_published_points_of_fig_4_are_the_forms(panel: str):
     for name, points in paper_panel("fig4", panel).series.items():
         for rate_per_gpu, ttft in points:
             if name == "inter-op":
-                form = closed_forms.inter_op_ttft_s(2 * rate_per_gpu, D)
+                form = queueing.inter_op_ttft_s(2 * rate_per_gpu, D)
             else:
                 speedup = float(name.split("K = ")[1])
-                form = closed_forms.intra_op_ttft_s(2 * rate_per_gpu, D, speedup)
+                form = queueing.intra_op_ttft_s(2 * rate_per_gpu, D, speedup)
             assert ttft == pytest.approx(form, rel=5e-4), (name, rate_per_gpu)
 
 
@@ -134,8 +134,9 @@ def test_filling_and_draining_leaves_the_bubble(batches: int, stages: int):
     assert done.end_s == (batches + stages - 1) * stage_s
     busy_s = [done.busy_s[(0, k) if k else (0,)] for k in range(stages)]
     assert busy_s == [batches * stage_s] * stages
+    bubble = (stages - 1) / (batches + stages - 1)
     idle = 1 - sum(busy_s) / (stages * done.end_s)
-    assert idle == pytest.approx(closed_forms.bubble_share(batches, stages), abs=1e-12)
+    assert idle == pytest.approx(bubble, abs=1e-12)
 
 
 @pytest.mark.parametrize("load", [0.3, 0.7])
@@ -149,7 +150,7 @@ def test_transfers_on_a_shared_link_are_an_md1_queue(load: float):
         done = run(system, rate, seed, output=2)
         waits.append(mean([_wait_s(t) for t in done.timelines]))
         shares.append(done.busy_s[(-2, 2)] / done.end_s)
-    expect_inside(closed_forms.md1_wait_s(rate, TRANSFER_S), waits)
+    expect_inside(queueing.md1_wait_s(rate, TRANSFER_S), waits)
     expect_inside(load, shares)
 
 
