@@ -32,6 +32,9 @@ from disagg_jax.metrics.goodput import (
     Goodput,
     GoodputEstimate,
     Inversion,
+    best_rate,
+    estimate,
+    find_inversion,
     goodput,
     is_resolved,
 )
@@ -54,7 +57,6 @@ from disagg_jax.metrics.latency import (
 )
 
 __all__ = [
-    "SLO",
     "Attainment",
     "BestRate",
     "Goodput",
@@ -62,9 +64,13 @@ __all__ = [
     "Interval",
     "Inversion",
     "Margin",
+    "SLO",
     "Stages",
     "attainment",
+    "best_rate",
     "e2e_s",
+    "estimate",
+    "find_inversion",
     "goodput",
     "interval_across",
     "is_resolved",
