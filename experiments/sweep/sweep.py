@@ -200,9 +200,10 @@ class Sweep:
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
         row = to_row(timeline, self.slo)
-        tokenizer = self.model.tokenizer
-        if self.config.weights != "random" and not isinstance(tokenizer, NoText):
-            row["text"] = tokenizer.decode(timeline.tokens)
+        if self.config.weights == "random":
+            return row
+        if not isinstance(self.model.tokenizer, NoText):
+            row["text"] = self.model.tokenizer.decode(timeline.tokens)
         return row
 
     # -- summary ------------------------------------------------------------------

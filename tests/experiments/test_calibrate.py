@@ -214,7 +214,7 @@ def results(tmp_path_factory):
 def test_a_simulation_with_the_engines_durations_is_the_engine(results):
     result = results["right"]
     for system in result.systems.values():
-        assert system.error == 0 and system.again == 0
+        assert system.error(system.simulated) == 0 and system.again == 0
         for compared in system.rates:
             assert compared.difference == compared.by_durations == 0
             assert all(a.decided == a.shared for a in compared.agreements)
@@ -281,7 +281,8 @@ def test_what_the_machine_explains_is_not_held_against_the_profile(
     results, tmp_path_factory
 ):
     """A machine that takes twice as long as the profile, and is known to."""
-    assert results["wrong"].systems["vllm_v0"].error != 0
+    wrong = results["wrong"].systems["vllm_v0"]
+    assert wrong.error(wrong.simulated) != 0
     folder = tmp_path_factory.getbasetemp() / "wrong0"
     for path in (folder / "out/points").glob("*.json"):
         found = json.loads(path.read_text())
@@ -292,8 +293,8 @@ def test_what_the_machine_explains_is_not_held_against_the_profile(
     profile = str(folder / "profile.json")
     again = accuracy.run(COMPARED, profile, factors, folder / "out")
     vllm = again.systems["vllm_v0"]  # no transfers, which probes say nothing of
-    assert vllm.error == pytest.approx(0)
-    assert vllm.error_as_profiled == results["wrong"].systems["vllm_v0"].error
+    assert vllm.error(vllm.simulated) == pytest.approx(0)
+    assert vllm.error(vllm.profiled) == wrong.error(wrong.simulated)
     for compared in vllm.rates:
         assert compared.difference == pytest.approx(0)
         assert compared.slowdown("decode") == 2.0

@@ -85,7 +85,10 @@ def test_there_may_be_fewer_tokens_than_embeddings_and_not_more(
         ({"llama.expert_count": 8}, "expert_count: expected none, got 8"),
         ({"llama.attention.sliding_window": 32}, "sliding_window: expected none"),
         ({"llama.block_count": None}, "expected metadata 'llama.block_count', got no"),
-        ({"llama.block_count": 3}, "expected a tensor 'blk.2.attn_q.weight', got none"),
+        (
+            {"llama.block_count": 3},
+            "expected a tensor 'blk.2.attn_norm.weight', got none",
+        ),
         ({"llama.block_count": 1}, r"got also \['blk.1.attn_k.weight'"),
         ({"split.count": 3}, "one of 3 parts; .*llama-gguf-split --merge"),
     ],
