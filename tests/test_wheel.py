@@ -93,7 +93,7 @@ def test_wheel_holds_nothing_else(site: Path):
 # Every system, and a policy of one's own that is a subclass: here, and in workers.
 SIMULATIONS = """
 import dataclasses, json
-from disagg_jax import controller
+from disagg_jax.control import controller
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.orca import Orca
