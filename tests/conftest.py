@@ -17,10 +17,10 @@ from models.gguf import smollm2_path
 # The machine's speed is no property of the code, so no example has a deadline. CI draws
 # the same examples every time; elsewhere each run draws new ones.
 # No test sets a number of examples: --hypothesis-profile=thorough holds for all.
-hypothesis.settings.register_profile("local", deadline=None, max_examples=100)
+hypothesis.settings.register_profile("local", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=10_000)
 hypothesis.settings.register_profile(
-    "fixed", deadline=None, derandomize=True, max_examples=300
+    "fixed", deadline=None, derandomize=True, max_examples=100
 )
 hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
 
