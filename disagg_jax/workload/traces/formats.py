@@ -18,7 +18,7 @@ from disagg_jax.workload.traces.rows import UNITS_PER_S, Unit
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Format:
+class TraceFormat:
     """The names of a format's columns or keys, and the unit of its times."""
 
     name: str
@@ -55,24 +55,24 @@ _COLUMNS = itertools.product(
 # The first format that matches counts.
 FORMATS = (
     # Image tokens are inside ContextTokens.
-    Format("azure 2025", *_AZURE, marks=["NumImages"]),
-    Format("azure", *_AZURE),
-    Format("burstgpt 2", *_BURSTGPT, "s", marks=["Session ID"]),
-    Format("burstgpt", *_BURSTGPT, "s"),
-    Format("vidur", "arrived_at", *_VIDUR, "s"),
-    Format("vidur, lengths only", None, *_VIDUR),
-    Format("splitwise-sim", "arrival_timestamp", "prompt_size", "token_size", "s"),
-    Format("bailian", *_LENGTHS, "s", marks=["chat_id", "parent_chat_id", "turn"]),
-    Format("mooncake", *_LENGTHS, "ms", marks=["hash_ids"]),
-    Format("input_length and output_length", *_LENGTHS),
+    TraceFormat("azure 2025", *_AZURE, marks=["NumImages"]),
+    TraceFormat("azure", *_AZURE),
+    TraceFormat("burstgpt 2", *_BURSTGPT, "s", marks=["Session ID"]),
+    TraceFormat("burstgpt", *_BURSTGPT, "s"),
+    TraceFormat("vidur", "arrived_at", *_VIDUR, "s"),
+    TraceFormat("vidur, lengths only", None, *_VIDUR),
+    TraceFormat("splitwise-sim", "arrival_timestamp", "prompt_size", "token_size", "s"),
+    TraceFormat("bailian", *_LENGTHS, "s", marks=["chat_id", "parent_chat_id", "turn"]),
+    TraceFormat("mooncake", *_LENGTHS, "ms", marks=["hash_ids"]),
+    TraceFormat("input_length and output_length", *_LENGTHS),
     *(
-        Format("columns", time, prompt, output, unit)
+        TraceFormat("columns", time, prompt, output, unit)
         for (time, unit), prompt, output in _COLUMNS
     ),
 )
 
 
-def find_format(path: Path, where: str, names: frozenset[str]) -> Format:
+def find_format(path: Path, where: str, names: frozenset[str]) -> TraceFormat:
     """Return the format of a file with these names.
 
     Raises:
@@ -106,7 +106,7 @@ _EPOCH = 10**9  # a first time of at least this number counts from 1970
 _YEARS_S = (1e9, 4.2e9)  # 2001 to 2103
 
 
-def time_cells(form: Format, unit: Unit, first: object) -> TimeCells:
+def time_cells(form: TraceFormat, unit: Unit, first: object) -> TimeCells:
     """Return how to read the times of a file, by its format and its first time.
 
     Raises:
@@ -134,7 +134,7 @@ ASK = (
 )
 
 
-def _dates(form: Format, unit: Unit, first: object) -> TimeCells:
+def _dates(form: TraceFormat, unit: Unit, first: object) -> TimeCells:
     try:
         _microseconds(first)
     except ValueError:

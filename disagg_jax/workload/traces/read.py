@@ -31,7 +31,7 @@ from disagg_jax.workload.traces.formats import (
     DATES,
     SHAREGPT,
     SHAREGPT_FILTER,
-    Format,
+    TraceFormat,
     count,
     find_format,
     sharegpt_lengths,
@@ -164,7 +164,7 @@ def _expect_no_times(unit: Unit, ties: Ties) -> None:
 
 def _read_lengths(
     path: Path,
-    form: Format,
+    form: TraceFormat,
     records: Records,
     unit: Unit,
     ties: Ties,
@@ -193,7 +193,7 @@ def _read_lengths(
 
 
 def _read_rows(
-    path: Path, form: Format, records: Records, unit: Unit, max_rows: int
+    path: Path, form: TraceFormat, records: Records, unit: Unit, max_rows: int
 ) -> tuple[list[TraceRow], str]:
     """Return the rows, and the unit of the file's times to show."""
     rows, cells, first = list[TraceRow](), None, 0.0
@@ -222,7 +222,7 @@ def _read_rows(
     return rows, cells.unit if cells else "none"
 
 
-def _counts(path: Path, form: Format, record: Record) -> tuple[int, int]:
+def _counts(path: Path, form: TraceFormat, record: Record) -> tuple[int, int]:
     prompt, output = record.cells.get(form.prompt), record.cells.get(form.output)
     try:
         return count(prompt), count(output)
