@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_library_readme import GENERATE
+
 pytestmark = pytest.mark.jax
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("disagg_jax", "models", "sharding")
@@ -100,6 +102,17 @@ def test_wheel_has_the_weights_of_tiny(site: Path):
     assert ROOT / "models/trained/tiny/model.json" in weights()
     for path in weights():
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", GENERATE)
+def test_text_is_generated_with_the_wheel_alone(site: Path, tmp_path: Path, code: str):
+    """As README prints it, with no checkout in sight."""
+    script = tmp_path / "generate.py"
+    script.write_text(code + "\nimport models; print(models.__file__)\n")
+    printed = run(sys.executable, script, cwd=tmp_path, PYTHONPATH=str(site))
+    *texts, home = printed.splitlines()
+    assert texts and home == str(site / "models/__init__.py")
 
 
 # Every system, and a policy of one's own that is a subclass: here, and in workers.

@@ -5,7 +5,7 @@ steps and transfers of a deployment; an `EngineExecutor` puts them on the virtua
 a `WallBackend` on the clock of this machine.
 """
 
-import disagg_jax.own_packages  # noqa: F401
+from disagg_jax import own_packages as own_packages  # first: it checks the path
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import EngineExecutor, TimingExecutor, run_alone
 from disagg_jax.engine.llm import LLM, Generation, Piece

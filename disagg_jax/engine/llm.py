@@ -80,6 +80,9 @@ class LLM:
         whose host is split into enough if JAX has not started yet.
       progress: told what is done while one waits; by default a line to stderr each.
 
+    Attributes:
+      served: the engine and its policies, for runs of one's own.
+
     Raises:
       ValueError: if the deployment needs more devices, or more of their memory, or
         another system; before weights are placed.
@@ -123,12 +126,12 @@ class LLM:
             memory,
             buckets or [_NO_SHAPES] * len(memory),
         )
-        self._served = ServedDeployment(engine=engine, policies=policies)
+        self.served = ServedDeployment(engine=engine, policies=policies)
 
     @property
     def max_context(self) -> int:
         """The longest prompt and output together, in tokens."""
-        return min(pool.max_context for pool in self._served.memory)
+        return min(pool.max_context for pool in self.served.memory)
 
     def generate(
         self,
@@ -166,7 +169,7 @@ class LLM:
             return []
         self._compile(requests)
         texts = _Texts(requests, self.tokenizer, on_piece)
-        run = self._served.run(requests, followers=texts.follow)
+        run = self.served.run(requests, followers=texts.follow)
         return [
             Generation(prompt=prompt, text=text, timeline=timeline)
             for prompt, text, timeline in zip(
@@ -187,14 +190,14 @@ class LLM:
             sampling=sampling,
             stop_tokens=frozenset(self.tokenizer.eos_tokens),
         )
-        for pool in self._served.memory:
+        for pool in self.served.memory:
             if reason := pool.rejection_reason(len(tokens), max_tokens):
                 raise ValueError(f"request {id}: {reason}")
         return request
 
     def _compile(self, requests: Sequence[Request]) -> None:
         """Compile the programs that `requests` need, unless done before."""
-        engine, policies = self._served.engine, self._served.policies
+        engine, policies = self.served.engine, self.served.policies
         engine.check(requests)
         if self._listed is None:
             each = zip(engine.deployment.instances, engine.memory, strict=True)

@@ -5,7 +5,7 @@ from a cost model (`sim.cost`) for devices, links and memory as data sheets desc
 them (`sim.hardware`).
 """
 
-import disagg_jax.own_packages  # noqa: F401
+from disagg_jax import own_packages as own_packages  # first: it checks the path
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.workers import Mapper, process_pool, worker_pool
 
