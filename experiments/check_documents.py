@@ -2,10 +2,11 @@
 
     python -m experiments.check_documents
 
-Reads the four documents, the reports and the notebooks. A command `python -m experiments.NAME`
-has to be a module that runs, its flags have to be that module's; a path below one of
-the project's folders has to exist, and so does what a link or picture points to, with
-the heading after a #. Prints each thing that does not hold as file:line, and fails.
+Reads the four documents, the reports and the notebooks. A command
+`python -m experiments.NAME` has to be a module that runs, its flags have to be that
+module's. A path below one of the project's folders has to exist, and so does what a
+link or picture points to, with the heading after a #. Prints each thing that does not
+hold as file:line, and fails.
 """
 
 from __future__ import annotations
