@@ -32,7 +32,7 @@ from disagg_jax.workload.workload import TraceWorkload
 from experiments.placement.report import lines
 from experiments.report.draw import draw
 from experiments.report.intervals import interval_text
-from experiments.report.panel import XY, Bar, Bars, Cell, CellMap, Panel, curves
+from experiments.report.panel import XY, Bar, Bars, CellMap, ColouredCell, Panel, curves
 from experiments.report.table import align
 from experiments.runs.folder import plain
 
@@ -375,10 +375,12 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
     )
 
 
-def _map_cell(judged: CellVerdict) -> Cell:
+def _map_cell(judged: CellVerdict) -> ColouredCell:
     infeasible = judged.verdict == INFEASIBLE
     colour = None if infeasible else _COLOUR_OF[judged.winner.system]
-    return Cell(text=_label(judged), colour=colour, hatched=judged.verdict == UNCLEAR)
+    return ColouredCell(
+        text=_label(judged), colour=colour, hatched=judged.verdict == UNCLEAR
+    )
 
 
 def _footnote(*cells: Sequence[SystemResult]) -> str:
