@@ -239,8 +239,8 @@ def _tuned(
         profile = _profile(spec, cell, instance)
         tuned = tune(policy, profile, cell.slo.tpot_s, size)
         policies[role] = tuned.policy
-        if tuned.choice is not None:
-            parameters.append(str(tuned.choice))
+        if tuned.note:
+            parameters.append(tuned.note)
     return policies, tuple(parameters)
 
 
