@@ -32,8 +32,13 @@ class Rule:
 # The rooms of the library that may import jax; all others are its core.
 WITH_JAX = ("disagg_jax.engine", "disagg_jax.calibration")
 
-# What a cost model needs to know of a model.
-MODELS_WITHOUT_JAX = ("models.config", "models.files", "models.lookup")
+# What a cost model needs to know of a model, and helpers that models need too.
+MODELS_WITHOUT_JAX = (
+    "models.config",
+    "models.files",
+    "models.lookup",
+    "models.named",
+)
 
 # Each row may import the rows above it. Rooms of one row do not know each other.
 ORDER = (
