@@ -13,15 +13,46 @@ from typing import Any, cast
 
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
-from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.interface import (
+    Chunk,
+    InstanceView,
+    Plan,
+    Policy,
+    PullPolicy,
+    RequestView,
+    StepLimits,
+)
 from disagg_jax.scheduling.orca import Orca
+from disagg_jax.scheduling.preemption import decode_all, fits
 from disagg_jax.scheduling.prefill_chunked import PrefillChunked
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.routing import ROUTERS, Router, get_router
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.tuning import StepSize
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from models.named import find_named
+
+__all__ = [
+    "DISAGGREGATED",
+    "ROUTERS",
+    "SYSTEMS",
+    "Chunk",
+    "InstanceView",
+    "Plan",
+    "Policy",
+    "PullPolicy",
+    "RequestView",
+    "Router",
+    "StepLimits",
+    "StepSize",
+    "decode_all",
+    "find_system",
+    "fits",
+    "get_router",
+    "get_system",
+]
 
 DISAGGREGATED = "disaggregated"  # the system of prefill and decode instances
 

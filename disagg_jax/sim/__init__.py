@@ -7,6 +7,7 @@ them (`sim.hardware`).
 """
 
 from disagg_jax.sim.device_cost import DeviceCost
+from disagg_jax.sim.policy_check import check_system
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import Mapper, process_pool, worker_pool
@@ -16,6 +17,7 @@ __all__ = [
     "Mapper",
     "SimulatedDeployment",
     "Simulation",
+    "check_system",
     "process_pool",
     "worker_pool",
 ]

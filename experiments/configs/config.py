@@ -220,16 +220,9 @@ class Config:
         Raises:
           ValueError: on an unknown name, or roles that no system of the config has.
         """
-        return dataclasses.replace(
-            self,
-            systems={
-                find_system(name, self.systems): self.systems.get(
-                    find_system(name, self.systems)
-                )
-                or self._new_system(name)
-                for name in names
-            },
-        )
+        found = [find_system(name, self.systems) for name in names]
+        systems = {n: self.systems.get(n) or self._new_system(n) for n in found}
+        return dataclasses.replace(self, systems=systems)
 
     def _new_system(self, name: str) -> System:
         policies = get_system(name)
