@@ -55,6 +55,9 @@ _CONFIG = FLAGS.string(
     "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."
 )
 _SET = FLAGS.multi_string("set", [], "Overrides, key=value; may be repeated.")
+_SYSTEMS = FLAGS.list(
+    "systems", None, "To compare; one of your own is module:attribute."
+)
 _OUT = FLAGS.string("out", None, "Run directory; default runs/CONFIG.")
 _SEED = FLAGS.integer("seed", None, "Short for --set seed=N.")
 _STEP_TOKENS = FLAGS.list(
@@ -206,7 +209,10 @@ def main() -> None:
         changes.append(f"seed={_SEED.value}")
     if _STEP_TOKENS.value:
         changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
-    config = override(get_config(_CONFIG.value), changes, _unused_options())
+    base = get_config(_CONFIG.value)
+    if _SYSTEMS.value is not None:
+        base = base.with_systems(_SYSTEMS.value)
+    config = override(base, changes, _unused_options())
     if _PLACEMENT.value:
         config = config.with_placements(_read_placement(_PLACEMENT.value))
     config = config.by_step_tokens()

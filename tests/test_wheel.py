@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import snippets
+
 pytestmark = pytest.mark.jax
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("disagg_jax", "models", "sharding")
@@ -83,6 +85,15 @@ def test_every_module_imports_from_the_wheel(site: Path, tmp_path: Path):
     files = json.loads(printed)
     elsewhere = {n: f for n, f in files.items() if not f or site not in Path(f).parents}
     assert not elsewhere
+
+
+EXAMPLES = snippets.sections(ROOT / "disagg_jax" / "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_the_librarys_examples_need_only_the_wheel(title: str, site: Path, tmp_path):
+    assert snippets.run(EXAMPLES[title], tmp_path, site)
 
 
 def test_wheel_holds_nothing_else(site: Path):
