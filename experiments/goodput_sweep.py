@@ -4,6 +4,7 @@
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
     python -m experiments.goodput_sweep --set workload.num_requests=300 --seed=7
     python -m experiments.goodput_sweep --set criterion=sarathi_serve
+    python -m experiments.goodput_sweep --systems=vllm_v0,my_systems:mine
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,

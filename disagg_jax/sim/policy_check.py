@@ -79,7 +79,9 @@ def check_run(
         spans=False,
     )
     controller = simulated.controller()
-    watch = _Watch(controller, sum(r.max_tokens + r.prompt_tokens for r in requests))
+    watch = _IdleWatch(
+        controller, sum(r.max_tokens + r.prompt_tokens for r in requests)
+    )
     timelines = simulated.run(requests, observer=watch, controller=controller).timelines
     for timeline in timelines:
         _check_end(timeline)
@@ -91,7 +93,7 @@ def check_run(
     return timelines
 
 
-class _Watch:
+class _IdleWatch:
     """An observer that looks for idle instances, and for a run without an end."""
 
     def __init__(self, controller: Controller, tokens: int):

@@ -162,12 +162,12 @@ _APART = Need(
     _has_prefill,
     lambda config: ", ".join(s.deployment for s in config.systems.values()),
 )
-_CHOICE = Need(
+_SEVERAL_ENTRIES = Need(
     "a system with several instances that a request can go to",
     lambda config: _several(config, Role.PREFILL, Role.COLOCATED),
     lambda config: ", ".join(s.deployment for s in config.systems.values()),
 )
-_DECODE_CHOICE = Need(
+_SEVERAL_DECODES = Need(
     "a system with several decode instances",
     lambda config: _several(config, Role.DECODE),
     lambda config: ", ".join(s.deployment for s in config.systems.values()),
@@ -230,8 +230,8 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
         _is("durations", "table", "modelled"),
         _is("workload.ignore_eos", True),
     ),
-    "prefill_router": (_CHOICE,),
-    "decode_router": (_DECODE_CHOICE,),
+    "prefill_router": (_SEVERAL_ENTRIES,),
+    "decode_router": (_SEVERAL_DECODES,),
     "cost": (_MODELLED,),
     "cost.transfer_base_s": (_APART, _without("link")),
     "cost.transfer_token_s": (_APART, _without("link")),
