@@ -74,6 +74,8 @@ setup(
             "sharding.*",
         ]
     ),
+    # The weights of `tiny`, 1.4 MB: text can be generated with no download.
+    package_data={"models": ["trained/**"]},
     ext_modules=extensions(),
     setup_requires=[MYPY] if COMPILE else [],
     install_requires=[

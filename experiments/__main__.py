@@ -6,6 +6,9 @@ python -m experiments
 from __future__ import annotations
 
 COMMANDS = {
+    "see it work": {
+        "generate": "generate text from my prompts, with the stages of each",
+    },
     "compare systems": {
         "goodput_sweep": "find the goodput of every system on this machine",
         "compare_systems": "know who wins for my model, targets and traffic",

@@ -22,8 +22,8 @@ from disagg_jax.request import Status, Timeline
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
 from experiments.report.draw import draw
-from experiments.report.panel import STAGE_COLOURS, STAGE_LEGEND, STAGES, Bar, Bars
-from experiments.report.table import numbers
+from experiments.report.panel import STAGE_COLOURS, STAGE_LEGEND, Bar, Bars
+from experiments.report.stages import stage_table
 from experiments.runs.request_rows import to_timeline
 from experiments.runs.run_dir import SavedRun
 
@@ -65,21 +65,8 @@ def find(
 def table(found: Mapping[str, Timeline]) -> str:
     """Write the milliseconds of each stage."""
     request = next(iter(found.values())).request
-    rows = [
-        (
-            name,
-            *(
-                f"{getattr(metrics.stages_s(timeline), f'{stage}_s') * 1e3:.2f}"
-                for stage in STAGES
-            ),
-            f"{metrics.ttft_s(timeline) * 1e3:.2f}",
-            f"{metrics.tpot_s(timeline) * 1e3:.2f}",
-        )
-        for name, timeline in found.items()
-    ]
-    head = ("ms", *STAGE_LEGEND, "TTFT", "TPOT")
     title = f"request {request.id}, {request.prompt_tokens} prompt tokens"
-    return "\n".join([title, *numbers([head, *rows])])
+    return "\n".join([title, *stage_table(found)])
 
 
 def bars(found: Mapping[str, Timeline]) -> Bars:

@@ -4,9 +4,9 @@
     python -m experiments.train_tiny --steps=50 --out=runs/short
 
 The command prints the loss on held-out modules before and after, and a text by the
-model. It makes a checkpoint, for `--set weights=trained` or `--set weights=FOLDER`. The
-checkpoint in experiments/checkpoints/tiny is of this default; its `training.json` names
-its sources.
+model. It makes a checkpoint, for `--set weights=FOLDER`. The checkpoint in
+models/trained/tiny (`--set weights=trained`) is of this default; its `training.json`
+names its sources.
 
 The default takes about 420 CPU-seconds (14 minutes on 2 busy cores) and goes from 6.22
 to 1.66 nats a byte.

@@ -10,10 +10,14 @@ import jax.numpy as jnp
 
 from models import transformer
 from models.checkpoint import Checkpoint, Weights, is_checkpoint
-from models.config import ModelConfig, get_config
+from models.config import PRESETS, ModelConfig, get_config
 from models.gguf import load_gguf, smollm2_path
 from models.hf import load_hf
 from models.tokenizer import ByteTokenizer, Tokenizer, has_tokenizer, load_tokenizer
+
+# Checkpoints that come with this package, each under the name of its preset. They are
+# made by `experiments.train_tiny`.
+TRAINED = pathlib.Path(__file__).parent / "trained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +29,13 @@ class Model:
     tokenizer: Tokenizer
 
 
-def load_model(name: str, weights: str, *, seed: int, trained: pathlib.Path) -> Model:
+def load_model(name: str, weights: str, *, seed: int = 0) -> Model:
     """Return the model `name` with `weights`.
 
     Args:
       name: a preset, or "auto" for the model that the weights describe.
       weights: "random", or what `find_weights` takes.
       seed: of random weights.
-      trained: as in `find_weights`.
 
     Raises:
       ValueError: if the name is unknown or the weights are another model's.
@@ -43,7 +46,7 @@ def load_model(name: str, weights: str, *, seed: int, trained: pathlib.Path) -> 
         if preset is None:
             raise ValueError("model: expected a preset for weights=random, got auto")
         return Model(preset, transformer.init_params(preset, seed), ByteTokenizer())
-    path = find_weights(name, weights, trained)
+    path = find_weights(name, weights)
     loaded, params = read_weights(path)
     preset = preset or loaded
     sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
@@ -55,24 +58,27 @@ def load_model(name: str, weights: str, *, seed: int, trained: pathlib.Path) -> 
     return Model(preset, _cast(params, preset), read_tokenizer(path))
 
 
-def find_weights(name: str, weights: str, trained: pathlib.Path) -> pathlib.Path:
+def find_weights(name: str, weights: str) -> pathlib.Path:
     """Return the file or folder that `weights` stands for.
 
     Args:
       name: the preset whose checkpoint is meant by "trained".
-      weights: "smollm2", "trained" or a path.
-      trained: a folder with a checkpoint for each trained preset, under its name.
+      weights: "trained", the preset of a checkpoint in `TRAINED` ("tiny"), "smollm2" or
+        a path.
 
     Raises:
       FileNotFoundError: if nothing is there; says how to get it.
     """
     if weights == "smollm2":
         return smollm2_path()
-    path = trained / name if weights == "trained" else pathlib.Path(weights)
+    path = TRAINED / (name if weights == "trained" else weights)
+    comes_with_us = weights in PRESETS and path.is_dir()
+    if weights != "trained" and not comes_with_us:
+        path = pathlib.Path(weights)
     if not path.exists():
         raise FileNotFoundError(
-            "weights: expected random, trained, smollm2, a .gguf file, a Hugging Face "
-            f"folder or a checkpoint, got '{path}', which does not exist"
+            "weights: expected random, trained, tiny, smollm2, a .gguf file, a Hugging "
+            f"Face folder or a checkpoint, got '{path}', which does not exist"
         )
     return path
 

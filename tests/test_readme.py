@@ -15,6 +15,7 @@ EXAMPLES = {
 }
 # What the examples of a section print.
 PRINTED = {
+    "Generate text": r"(?ms)^def read\(self\):.* Stages\(prefill_queue_s=.*^[01] '",
     "Simulate": r"goodput [\d.]+ requests/s, 95 % interval [\d.]+ to [\d.]+ \(3 seeds",
     "Add a system": r"vllm_v0: mean TTFT [\d.]+ s\nmy_systems:mine: mean TTFT [\d.]+ s",
     "Add a router": r"least_loaded: .* [\d.]+ s\nmy_routers:most_free: .* [\d.]+ s",

@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("disagg_jax", "models", "sharding")
 
 
+def weights() -> list[Path]:
+    """The files of the checkpoint that the wheel carries."""
+    return [path for path in (ROOT / "models/trained").rglob("*") if path.is_file()]
+
+
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     result = subprocess.run(
         [str(part) for part in command],
@@ -40,12 +45,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy)
-    for name in (*PACKAGES, "experiments", "tests"):
-        # Source alone decides what goes in; run directories can be large.
-        for path in (ROOT / name).rglob("*.py"):
-            target = copy / path.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, target)
+    # Source and weights decide what goes in; run directories can be large.
+    rooms = (*PACKAGES, "experiments", "tests")
+    source = [path for name in rooms for path in (ROOT / name).rglob("*.py")]
+    for path in [*source, *weights()]:
+        target = copy / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     return copy
 
 
@@ -99,6 +105,12 @@ def test_the_librarys_examples_need_only_the_wheel(title: str, site: Path, tmp_p
 def test_wheel_holds_nothing_else(site: Path):
     packages = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
     assert packages == set(PACKAGES)
+
+
+def test_wheel_has_the_weights_of_tiny(site: Path):
+    assert ROOT / "models/trained/tiny/model.json" in weights()
+    for path in weights():
+        assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 
 # Every system, and a policy of one's own that is a subclass: here, and in workers.

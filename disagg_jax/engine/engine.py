@@ -6,7 +6,14 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-from collections.abc import Generator, Hashable, Iterable, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +29,7 @@ from disagg_jax.engine.attention.packing import pack
 from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
@@ -43,6 +51,7 @@ class Pause(NamedTuple):
 
 Result = tuple[tuple[int, ...], int]  # the tokens of a step, the bytes of a transfer
 Running = Generator[Pause, None, Result]
+Progress = Callable[[str], None]  # told what is done next
 # The inputs of programs: model, layer groups, rule table, device ids, KV pool.
 ModelKey = tuple[Hashable, ...]
 
@@ -137,21 +146,36 @@ class Engine:
 
     # -- before serving -------------------------------------------------------------
 
-    def compile(self, *, sampled: bool = True) -> None:
-        """Compile every program that the deployment can need.
+    def compile(
+        self, *, sampled: bool = True, progress: Progress = lambda text: None
+    ) -> None:
+        """Compile every program of the listed shapes, unless done before.
 
         Args:
           sampled: whether some requests may not be greedy.
+          progress: told which program is next, and how many there are.
         """
+        listed = {(p.table, p.key): p for p in self._programs(sampled)}
+        missing = [program for program in listed.values() if not program.is_compiled]
+        for i, program in enumerate(missing, 1):
+            progress(f"compiling {program.name} ({i} of {len(missing)})")
+            program.compile()
+
+    def _programs(self, sampled: bool) -> Iterator[Program]:
         for instance in self.instances:
             for shape in instance.buckets.step_shapes:
-                instance.model.compile_step(shape)
+                yield from instance.model.step_programs(shape)
                 if sampled:
-                    instance.model.groups[-1].compile_draw(shape.rows)
+                    yield instance.model.groups[-1].draw_program(shape.rows)
         for (src, _), parts in self._segments.items():
             for blocks in self.instances[src].buckets.transfer_blocks:
                 for segment in parts:
-                    segment.compile(blocks)
+                    yield from segment.programs(blocks)
+
+    def list_shapes(self, buckets: Sequence[Buckets]) -> None:
+        """Replace the listed shapes of each instance; `compile` those that are new."""
+        for instance, listed in zip(self.instances, buckets, strict=True):
+            instance.buckets = listed
 
     def check(self, requests: Iterable[Request]) -> None:
         """Raise ValueError on a request that would break a step, or its own output."""

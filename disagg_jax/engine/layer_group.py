@@ -18,7 +18,7 @@ from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.attention.packing import fields_of
 from disagg_jax.engine.attention.pool_order import step_attend
-from disagg_jax.engine.program_table import Compiled, Programs
+from disagg_jax.engine.program_table import Compiled, Program, Programs
 from disagg_jax.engine.stage import Stage
 from disagg_jax.programs import StepShape
 from models import transformer
@@ -60,9 +60,10 @@ class LayerGroup:
         """
         return self._programs[shape]
 
-    def compile_step(self, shape: StepShape) -> None:
-        """Compile the group's part of the step of `shape`, unless done before."""
-        self._programs.compile(shape, self._step_program, shape)
+    def step_program(self, shape: StepShape) -> Program:
+        """Return the group's part of the step of `shape`, to be compiled."""
+        build = functools.partial(self._compile_step, shape)
+        return Program(str(shape), self._programs, shape, build)
 
     def step(
         self,
@@ -86,9 +87,10 @@ class LayerGroup:
         """
         return self.program(shape)(self._weights, cache, packed, *x_TE)
 
-    def compile_draw(self, rows: int) -> None:
-        """Compile the draw for steps of `rows` rows, unless done before."""
-        self._programs.compile(("draw", rows), self._draw_program, rows)
+    def draw_program(self, rows: int) -> Program:
+        """Return the draw for steps of `rows` rows, to be compiled."""
+        build = functools.partial(self._compile_draw, rows)
+        return Program(f"draw_R{rows}", self._programs, ("draw", rows), build)
 
     def draw(self, logits: Array, packed: np.ndarray) -> Array:
         """Return next tokens by each row's sampling parameters; see `sampling.draw`.
@@ -98,13 +100,13 @@ class LayerGroup:
         program = self._programs["draw", logits.shape[0]]
         return program(logits, self.stage.put(packed))
 
-    def _draw_program(self, rows: int) -> Compiled:
+    def _compile_draw(self, rows: int) -> Compiled:
         vocab = self.stage.config.vocab_size
         logits = self.stage.spec((rows, vocab), jnp.float32)
         packed = self.stage.spec((sampling.PARAMETERS, rows), jnp.int32)
         return jax.jit(sampling.draw).lower(logits, packed).compile()
 
-    def _step_program(self, shape: StepShape) -> Compiled:
+    def _compile_step(self, shape: StepShape) -> Compiled:
         stage, config, tree = self.stage, self.stage.config, self._tree
         packed = stage.spec((fields_of(shape).size,), jnp.int32)
         x_spec = stage.spec((shape.tokens, config.embed), config.dtype)

@@ -1,7 +1,8 @@
-"""A check that an instance fits in its devices' memory, before it is placed."""
+"""The memory of an instance's devices: whether it fits, and how large a pool may be."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 
 from disagg_jax.deployment import InstanceSpec, KVMemory, cut_layers
+from disagg_jax.errors import require
 from models import transformer
 from models.config import ModelConfig
 from sharding.heads import head_layout
@@ -16,6 +18,11 @@ from sharding.mesh import Device
 from sharding.rules import Rules
 
 _GIB = 2**30
+# Of a default pool. A usual request is much shorter than the longest one, so these many
+# blocks hold hundreds of requests. Steps need memory too, beside weights and pool.
+_LONGEST_AT_ONCE = 16
+_POOL_SHARE = 0.8
+_HOST_POOL_BYTES = 2**29
 
 
 def memory_bytes(device: Device) -> int | None:
@@ -39,11 +46,7 @@ def check_fits(
     """
     if limit_bytes is None:
         return
-    stages = cut_layers(range(config.layers), spec.pp)
-    weights = max(_weight_bytes(config, spec.tp, rules, layers) for layers in stages)
-    slots = len(head_layout(config.q_heads, config.kv_heads, spec.tp).kv)
-    token_bytes = 2 * slots // spec.tp * config.head_dim * config.dtype_bytes
-    block_bytes = len(stages[0]) * memory.block_tokens * token_bytes
+    weights, block_bytes = _fullest_device(config, spec, memory.block_tokens, rules)
     kv = (memory.num_blocks + 1) * block_bytes  # and the scratch block
     if weights + kv > limit_bytes:
         fitting = max(0, (limit_bytes - weights) // block_bytes - 1)
@@ -52,6 +55,51 @@ def check_fits(
             f"on a device, got {weights / _GIB:.4g} of weights and {kv / _GIB:.4g} of "
             f"{memory.num_blocks} KV blocks; {fitting} blocks would fit"
         )
+
+
+def default_memory(
+    config: ModelConfig,
+    spec: InstanceSpec,
+    rules: Rules,
+    limit_bytes: int | None,
+    max_context: int | None = None,
+) -> KVMemory:
+    """Return a KV pool for an instance: `_LONGEST_AT_ONCE` requests of `max_context`.
+
+    It is smaller where a device has less room: `_POOL_SHARE` of what the weights leave
+    free, or `_HOST_POOL_BYTES` where the device does not say what it has.
+
+    Args:
+      max_context: by default the model's, or what the pool has room for.
+
+    Raises:
+      ValueError: if the pool has no room for a request of `max_context`.
+    """
+    memory = KVMemory(num_blocks=1, max_context=max_context or config.max_length)
+    weights, block_bytes = _fullest_device(config, spec, memory.block_tokens, rules)
+    room_bytes = _HOST_POOL_BYTES
+    if limit_bytes is not None:
+        room_bytes = int(_POOL_SHARE * (limit_bytes - weights))
+    # Beside the scratch block. `check_fits` says so if there is no room for one.
+    most = max(1, room_bytes // block_bytes - 1)
+    held = most * memory.block_tokens
+    expected = f"max_context: expected at most {held}, what a KV pool of "
+    expected += f"{room_bytes / _GIB:.4g} GiB on a device of '{spec}' has room for"
+    require(held >= (max_context or 1), expected, memory.max_context)
+    longest = min(memory.max_context, held)
+    blocks = min(most, _LONGEST_AT_ONCE * memory.blocks_for(longest))
+    return dataclasses.replace(memory, num_blocks=blocks, max_context=longest)
+
+
+def _fullest_device(
+    config: ModelConfig, spec: InstanceSpec, block_tokens: int, rules: Rules
+) -> tuple[int, int]:
+    """Return the bytes of weights and of a KV block on the device with the most."""
+    stages = cut_layers(range(config.layers), spec.pp)
+    weights = max(_weight_bytes(config, spec.tp, rules, layers) for layers in stages)
+    slots = len(head_layout(config.q_heads, config.kv_heads, spec.tp).kv)
+    token_bytes = 2 * slots // spec.tp * config.head_dim * config.dtype_bytes
+    return weights, len(stages[0]) * block_tokens * token_bytes
 
 
 def _weight_bytes(config: ModelConfig, tp: int, rules: Rules, layers: range) -> int:

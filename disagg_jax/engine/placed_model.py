@@ -13,6 +13,7 @@ from disagg_jax.deployment import KVMemory, cut_layers
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.place_weights import LayerPlacement, place_groups
+from disagg_jax.engine.program_table import Program
 from disagg_jax.engine.stage import Stage
 from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
@@ -87,10 +88,14 @@ class PlacedModel:
         """Make an empty pool: the cache of every layer, on its stage."""
         return [layer for stage in self.stages for layer in stage.new_cache()]
 
+    def step_programs(self, shape: StepShape) -> list[Program]:
+        """Return the programs of the step of `shape`, one for each layer group."""
+        return [group.step_program(shape) for group in self.groups]
+
     def compile_step(self, shape: StepShape) -> None:
         """Compile the step of `shape`, unless done before."""
-        for group in self.groups:
-            group.compile_step(shape)
+        for program in self.step_programs(shape):
+            program.compile()
 
     def forward(
         self, shape: StepShape, cache: Cache, packed: np.ndarray | Array

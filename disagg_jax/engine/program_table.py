@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
 Compiled = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A program that a table has, or is to have."""
+
+    name: str
+    table: Programs
+    key: Hashable
+    build: Callable[[], Compiled]
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.key in self.table
+
+    def compile(self) -> None:
+        """Compile it, unless done before."""
+        if not self.is_compiled:
+            self.table.add(self.key, self.build())
 
 
 class Programs:
@@ -14,12 +34,12 @@ class Programs:
     def __init__(self) -> None:
         self._compiled: dict[Hashable, Compiled] = {}
 
-    def compile(
-        self, key: Hashable, build: Callable[..., Compiled], *args: object
-    ) -> None:
-        """Keep `build(*args)` under `key`, unless done before."""
-        if key not in self._compiled:
-            self._compiled[key] = build(*args)
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._compiled
+
+    def add(self, key: Hashable, compiled: Compiled) -> None:
+        """Keep a program under `key`."""
+        self._compiled[key] = compiled
 
     def __getitem__(self, key: Hashable) -> Compiled:
         """Return the program under `key`.

@@ -101,9 +101,9 @@ class ServedDeployment:
             self.engine.check(requests)
         else:
             requests = [dataclasses.replace(r, prompt=None) for r in requests]
-        backend = backend or self.backend()
         controller = self.controller()
         with self.engine.serving() if self.executed else contextlib.nullcontext():
+            backend = backend or self.backend()  # its clock begins when all is ready
             timelines = serve(
                 controller, backend, requests, interventions, observer, followers
             )

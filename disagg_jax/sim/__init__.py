@@ -6,6 +6,7 @@ from a cost model (`sim.cost`) for devices, links and memory as data sheets desc
 them (`sim.hardware`).
 """
 
+from disagg_jax import own_packages as own_packages  # first: it checks the path
 from disagg_jax.sim.device_cost import DeviceCost
 from disagg_jax.sim.policy_check import check_system
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment

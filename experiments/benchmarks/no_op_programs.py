@@ -44,7 +44,7 @@ class NoOpGroup(LayerGroup):
         group = cls(real.stage, real.layers, real.params)
         group.real, groups[0] = real, group
         for shape in shapes:
-            group.compile_step(shape)
+            group.step_program(shape).compile()
         return group
 
     def step(
@@ -59,7 +59,7 @@ class NoOpGroup(LayerGroup):
         self.step_end_s = time.perf_counter()
         return out
 
-    def _step_program(self, shape: StepShape) -> Compiled:
+    def _compile_step(self, shape: StepShape) -> Compiled:
         real = self.real.program(shape)
         args, _ = real.args_info
         _, out = real.out_info

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-import jax
+from disagg_jax.engine.devices import provide_host_devices as provide
 
+__all__ = ["one_thread_each", "pin", "provide"]
 _ONE_THREAD = "--xla_cpu_multi_thread_eigen=false"
 
 
@@ -17,13 +18,6 @@ def one_thread_each() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if "xla_cpu_multi_thread_eigen" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_ONE_THREAD}".strip()
-
-
-def provide(needed: int) -> None:
-    """Split the host into at least `needed` devices; accelerators stay as they are."""
-    name = "jax_num_cpu_devices"
-    if jax.config.values[name] < needed:
-        jax.config.update(name, needed)
 
 
 def pin(cores: int) -> None:

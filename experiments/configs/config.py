@@ -87,7 +87,7 @@ class Config:
     """All options that decide a run's result."""
 
     model: str = "tiny"  # a preset of models.config; auto: what the weights are of
-    # random | trained (experiments.train_tiny) | smollm2 | the path of a .gguf file, a
+    # random | trained (models/trained) | smollm2 | the path of a .gguf file, a
     # Hugging Face folder or a checkpoint (experiments.convert_checkpoint)
     weights: str = "random"
     systems: Mapping[str, System]  # by the name used in tables and pictures

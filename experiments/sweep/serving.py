@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,18 +33,12 @@ from experiments.configs.config import Config
 from experiments.sweep.request_source import RequestSource
 from models import load
 
-# One checkpoint for each preset that `experiments.train_tiny` was run for.
-TRAINED = pathlib.Path(__file__).parents[1] / "checkpoints"
-
-
 # -- engines ---------------------------------------------------------------------------
 
 
 def load_model(config: Config) -> load.Model:
     """Load the model of `config`; see `models.load.load_model` for the errors."""
-    return load.load_model(
-        config.model, config.weights, seed=config.seed, trained=TRAINED
-    )
+    return load.load_model(config.model, config.weights, seed=config.seed)
 
 
 def most_devices(config: Config) -> int:

@@ -200,7 +200,7 @@ def test_a_query_is_rotated_once_and_not_for_each_block(world):
     (group,) = model.groups
     for rows in (1, 2, 4):
         shape = StepShape.decode(rows, POOL.num_blocks)
-        group.compile_step(shape)
+        group.step_program(shape).compile()
         computations = group.program(shape).as_text().split("\n}\n")
         rotations = [text for text in computations if " sine(" in text]
         assert rotations

@@ -4,8 +4,9 @@ import jax
 import pytest
 
 from disagg_jax.deployment import InstanceSpec, KVMemory, Role
-from disagg_jax.engine.memory_check import check_fits
+from disagg_jax.engine.memory_check import check_fits, default_memory
 from disagg_jax.engine.placed_model import PlacedModel
+from models.config import get_config
 from sharding.mesh import make_mesh
 from sharding.rules import RULES
 from tests.engine.harness import FAMILIES, MODELS, make_config, random_params
@@ -51,3 +52,46 @@ def test_weights_alone_may_be_too_large():
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
     with pytest.raises(ValueError, match="large on 'decode:tp1'.* 0 blocks would fit"):
         check_fits(config, spec, memory, RULE_TABLE, 2**20)
+
+
+def default(model: str, limit_bytes: int | None, *max_context: int, tp: int = 1):
+    spec = InstanceSpec(role=Role.DECODE, tp=tp)
+    config = get_config(model)
+    return default_memory(config, spec, RULE_TABLE, limit_bytes, *max_context)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "max_context", "blocks"),
+    [
+        ("tiny", 1, 1024, 16 * 64),  # 16 longest requests
+        # 512 MiB in blocks of 16 tokens of 46,080 bytes: 728, one of them scratch.
+        ("smollm2-135m", 1, 8192, 727),
+        # In blocks of 2 MiB, or of 1 MiB on each of two devices.
+        ("llama-3-8b", 1, 255 * 16, 255),
+        ("llama-3-8b", 2, 511 * 16, 511),
+    ],
+)
+def test_a_host_has_room_for_a_modest_pool(model, tp, max_context, blocks):
+    memory = default(model, None, tp=tp)
+    assert (memory.max_context, memory.num_blocks) == (max_context, blocks)
+
+
+def test_a_pool_takes_its_share_of_what_weights_leave():
+    """24 GiB, less 14.957 GiB of weights: 0.8 of it is 3,702 blocks of 2 MiB."""
+    spec, limit_bytes = InstanceSpec(role=Role.DECODE), 24 * 2**30
+    memory = default("llama-3-8b", limit_bytes)
+    assert memory == KVMemory(num_blocks=3702, max_context=8192)
+    check_fits(get_config("llama-3-8b"), spec, memory, RULE_TABLE, limit_bytes)
+
+
+def test_a_context_that_is_asked_for_must_fit():
+    assert default("llama-3-8b", None, 4000).max_context == 4000
+    with pytest.raises(ValueError, match="max_context: expected at most 4080, .* 5000"):
+        default("llama-3-8b", None, 5000)
+
+
+def test_where_the_weights_do_not_fit_the_check_says_so():
+    config, limit_bytes = get_config("llama-3-8b"), 2**30
+    spec, memory = InstanceSpec(role=Role.DECODE), default("llama-3-8b", limit_bytes)
+    with pytest.raises(ValueError, match="GiB on a device, got 14.96 of weights"):
+        check_fits(config, spec, memory, RULE_TABLE, limit_bytes)

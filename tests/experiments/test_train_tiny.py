@@ -9,7 +9,7 @@ from jax.sharding import SingleDeviceSharding
 
 from experiments import train_tiny
 from experiments.configs.named import tiny
-from experiments.sweep.serving import TRAINED, load_model
+from experiments.sweep.serving import load_model
 from models import transformer
 from models.checkpoint import Checkpoint
 from models.config import get_config
@@ -87,6 +87,6 @@ def test_the_committed_model_writes_words(trained):
 
 
 def test_the_committed_files_are_small(trained):
-    folder = find_weights("tiny", "trained", TRAINED)
+    folder = find_weights("tiny", "trained")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert size < 2 * 2**20

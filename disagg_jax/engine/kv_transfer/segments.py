@@ -19,7 +19,7 @@ from disagg_jax.engine.kv_transfer.device_put import move
 from disagg_jax.engine.kv_transfer.piece_plan import PiecePlan, piece_plan
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.program_table import Compiled
+from disagg_jax.engine.program_table import Compiled, Program
 from disagg_jax.engine.stage import Stage
 
 # For each piece of a shard its arrays, sharded along the last axis (the kv heads): the
@@ -40,14 +40,24 @@ class Segment(NamedTuple):
     layers: range
     plan: PiecePlan
 
-    def compile(self, blocks: int) -> None:
-        """Compile both ends for transfers of `blocks` blocks.
+    def programs(self, blocks: int) -> list[Program]:
+        """Return the programs of both ends for transfers of `blocks` blocks.
 
         Segments with equal ends share their programs: the stages keep them.
         """
-        source, key = self.src.stage.programs, self._key(blocks)
-        source.compile(("gather", *key), self._gather_program, blocks)
-        self.dst.programs.compile(("insert", *key), self._insert_program, blocks)
+        ends = (
+            ("gather", self.src.stage.programs, self._gather_program),
+            ("insert", self.dst.programs, self._insert_program),
+        )
+        return [
+            Program(
+                f"{end}_{blocks}",
+                table,
+                (end, *self._key(blocks)),
+                functools.partial(build, blocks),
+            )
+            for end, table, build in ends
+        ]
 
     def gather(self, cache: Cache, ids: np.ndarray) -> Pieces:
         """Copy the blocks `ids` out of the source's cache, cut into pieces."""

@@ -19,6 +19,7 @@ from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.config import get_config
 from models.hf import load_hf
+from models.load import find_weights, read_weights
 from models.tokenizer import ByteTokenizer
 from tests.engine.harness import random_params
 
@@ -89,6 +90,19 @@ def test_a_checkpoint_is_restored_to_the_dtype_of_the_preset(tmp_path):
     assert isinstance(model.params, Checkpoint)
     restored = model.params.restore(on_device(0))
     jax.tree.map(same, restored, jax.tree.map(lambda x: x.astype("float32"), params))
+
+
+def test_the_checkpoint_of_tiny_has_its_name(tmp_path, monkeypatch):
+    """Elsewhere a folder of a preset's name is a folder like any other."""
+    assert find_weights("auto", "tiny") == find_weights("tiny", "trained")
+    assert read_weights(find_weights("auto", "tiny"))[0] == get_config("tiny")
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "m32"):
+        (tmp_path / name).mkdir()
+    assert find_weights("auto", "m32").resolve() == tmp_path / "m32"
+    assert find_weights("auto", "./tiny").resolve() == tmp_path / "tiny"
+    with pytest.raises(FileNotFoundError, match="trained/m32'"):
+        find_weights("m32", "trained")
 
 
 def test_what_is_missing_is_named(tmp_path):
