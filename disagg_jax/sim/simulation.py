@@ -96,11 +96,11 @@ class Simulation:
         Raises:
           ValueError: on an unknown name.
         """
-        if system is not None:
-            fields["policies"] = get_system(system)
         found, device = find_model(model), get_hardware(hardware)
+        named = {"policies": get_system(system)} if system is not None else {}
         fields.setdefault("inside", device.hop.name)
-        return cls(model=found, cost=get_cost(cost, found, device, costs), **fields)
+        made = get_cost(cost, found, device, costs)
+        return cls(model=found, cost=made, **named, **fields)
 
     @property
     def mark(self) -> str:
