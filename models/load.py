@@ -45,7 +45,8 @@ def load_model(name: str, weights: str, *, seed: int = 0) -> Model:
     if weights == "random":
         if preset is None:
             raise ValueError("model: expected a preset for weights=random, got auto")
-        return Model(preset, transformer.init_params(preset, seed), ByteTokenizer())
+        params = transformer.init_params(preset, seed)
+        return Model(preset, params, ByteTokenizer(vocab_size=preset.vocab_size))
     path = find_weights(name, weights)
     loaded, params = read_weights(path)
     preset = preset or loaded

@@ -32,6 +32,14 @@ class Letters:
         return "".join(chr(64 + id) for id in ids)
 
 
+class Pairs(Letters):
+    """A character takes two tokens."""
+
+    def decode(self, ids: list[int]) -> str:
+        whole = super().decode(ids[1::2])
+        return whole + "\ufffd" if len(ids) % 2 else whole
+
+
 def make(world, *args, eos: tuple[int, ...] = (), **options) -> LLM:
     model = Model(CONFIG, world.params(CONFIG), Letters(eos))
     return LLM(model, *args, progress=lambda text: None, **options)
@@ -98,6 +106,15 @@ def test_pieces_come_as_the_tokens_do(llm):
         assert [piece.is_last for piece in mine] == [False] * (len(mine) - 1) + [True]
     # The long one is not told after the short ones have ended.
     assert [p.index for p in pieces].index(2) < len(pieces) - 9
+
+
+def test_a_character_is_told_when_it_is_whole(apart, monkeypatch):
+    monkeypatch.setattr(apart, "tokenizer", Pairs())
+    pieces: list[Piece] = []
+    (one,) = apart.generate("Once", max_tokens=5, on_piece=pieces.append)
+    assert one.text == Pairs().decode(one.tokens)
+    assert [piece.text for piece in pieces] == [*one.text]
+    assert one.text.index("\ufffd") == 2  # the fifth token has no second half
 
 
 def test_a_call_compiles_what_it_needs_and_once(world):

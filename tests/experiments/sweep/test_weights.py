@@ -105,6 +105,12 @@ def test_the_checkpoint_of_tiny_has_its_name(tmp_path, monkeypatch):
         find_weights("m32", "trained")
 
 
+def test_whatever_a_model_with_random_weights_generates_has_a_text():
+    model = load("random", "kv")
+    assert model.config.vocab_size == 512
+    assert model.tokenizer.decode([104, 105, 511]) == "hi"
+
+
 def test_what_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected random, trained.*/nowhere'"):
         load("/nowhere")
