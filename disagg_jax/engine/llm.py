@@ -19,6 +19,7 @@ from disagg_jax.programs import Buckets, needed_buckets
 from disagg_jax.request import GREEDY, Request, Sampling, Status, Timeline
 from disagg_jax.scheduling import DISAGGREGATED, get_system
 from disagg_jax.scheduling.interface import Policy
+from models.config import ModelConfig
 from models.load import Model, load_model
 from models.text_stream import TextStream
 from models.tokenizer import Tokenizer
@@ -81,6 +82,7 @@ class LLM:
       progress: told what is done while one waits; by default a line to stderr each.
 
     Attributes:
+      config, tokenizer: the model's.
       served: the engine and its policies, for runs of one's own.
 
     Raises:
@@ -103,29 +105,20 @@ class LLM:
     ):
         instances = Deployment.parse(deployment)
         policies = _policies(system, instances)
+        if memory is not None:
+            expected = "max_context: expected none beside memory, which says it"
+            require(max_context is None, expected, max_context)
         devices = find_devices(instances) if devices is None else devices
-        self._progress = progress or _to_stderr
+        self._progress, self._listed = progress or _to_stderr, buckets
         if not isinstance(weights, Model):
             self._progress(f"loading {weights}")
             weights = load_model("auto", str(weights))
         self.config, self.tokenizer = weights.config, weights.tokenizer
         if memory is None:
-            limit_bytes = memory_bytes(devices[0])
-            memory = [
-                default_memory(
-                    self.config, spec, RULES[spec.role], limit_bytes, max_context
-                )
-                for spec in instances.instances
-            ]
-        self._listed = buckets
-        engine = Engine(
-            self.config,
-            weights.params,
-            instances,
-            devices,
-            memory,
-            buckets or [_NO_SHAPES] * len(memory),
-        )
+            memory = _memory(self.config, instances, devices, max_context)
+        listed = buckets or [_NO_SHAPES] * len(memory)
+        params = weights.params
+        engine = Engine(self.config, params, instances, devices, memory, listed)
         self.served = ServedDeployment(engine=engine, policies=policies)
 
     @property
@@ -257,6 +250,20 @@ def _policies(
         expected += f"'{deployment}'"
         require(spec.role in policies, expected, sorted(policies))
     return policies
+
+
+def _memory(
+    config: ModelConfig,
+    deployment: Deployment,
+    devices: Sequence[Device],
+    max_context: int | None,
+) -> list[KVMemory]:
+    """Return the default KV pool of each instance."""
+    limit_bytes = memory_bytes(devices[0])
+    return [
+        default_memory(config, spec, RULES[spec.role], limit_bytes, max_context)
+        for spec in deployment.instances
+    ]
 
 
 def _for_each(name: str, value: T | Sequence[T], kind: type[T], n: int) -> Sequence[T]:

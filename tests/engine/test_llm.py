@@ -168,6 +168,10 @@ def test_what_is_given_is_used(world):
         ({"deployment": "9xcolocated:tp1"}, "expected 9 devices for .*, got 8 of kind"),
         ({"system": "vllm_v0"}, "system: expected a policy for the prefill instances"),
         ({"system": "none"}, "system: expected one of .*, got 'none'"),
+        (
+            {"max_context": 9, "memory": [KVMemory(num_blocks=9, max_context=9)] * 2},
+            "max_context: expected none beside memory, which says it, got 9",
+        ),
         ({"max_context": 65}, "max_context: expected at most the 64 tokens of model"),
     ],
 )

@@ -6,11 +6,11 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.engine import Engine
+from disagg_jax.engine import LLM, Engine
 from disagg_jax.programs import Buckets, StepShape
 from models.gguf import load_gguf
 from models.tokenizer import load_tokenizer
-from tests.engine.harness import make_request, serve_virtual
+from tests.engine.harness import make_request, serve_virtual, until_stop
 
 pytestmark = pytest.mark.slow
 
@@ -70,3 +70,17 @@ def test_greedy_tokens_are_the_original(smollm2_cases, smollm2_file, model, depl
         assert timelines[id].tokens == case["greedy_ids"], case["min_top2_margin"]
         assert tokenizer.decode(timelines[id].tokens) == case["text"]
         assert timelines[id].transfer_bytes > 0
+
+
+@pytest.mark.parametrize("deployment", ["prefill:tp1,decode:tp1", "2xcolocated:tp1"])
+def test_generated_texts_are_the_original(smollm2_cases, smollm2_file, deployment):
+    llm = LLM(smollm2_file, deployment)
+    prompts = [case["prompt"] for case in smollm2_cases]
+    found = llm.generate(prompts, max_tokens=48)
+    ended = 0
+    for one, case in zip(found, smollm2_cases, strict=True):
+        assert one.tokens == until_stop(one.timeline.request, case["greedy_ids"])
+        ended += len(one.tokens) < 48
+        assert case["text"].startswith(one.text) and one.text
+        assert one.text == case["text"] or len(one.tokens) < 48
+    assert ended == 1  # the original went on behind its end token
