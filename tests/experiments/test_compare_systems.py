@@ -244,21 +244,21 @@ def made_up(system, *per_seed_rps):
 def test_one_token_each_way_ends_and_says_what_was_bounded(tmp_path):
     """Requests/s times a target have no end; the runs do."""
     cells = lengths_map((1,), (1, 2), 0, SLO(ttft_s=5.0, tpot_s=5.0), 64)
-    spec = linear_spec(num_requests=50, max_requests=300)
+    spec = linear_spec(num_requests=20, max_requests=80)
     for at, cell in cells.cells.items():
         for one in system_searches(spec, cell):
-            assert one.needed_requests > 300, at
+            assert one.needed_requests > 80, at
             sizes = {o.candidate.search.num_requests for o in one.options}
-            assert sizes == {300}
+            assert sizes == {80}
     said = []
     grids = compare(spec, [cells], map, said.append)
     shown = text(spec, [cells], grids)
-    assert "Bounded: in 2 of 2 cells runs have 300 requests" in shown
-    assert " 300 of " in shown and "runs bounded to 300 of " in said[1]
+    assert "Bounded: in 2 of 2 cells runs have 80 requests" in shown
+    assert " 80 of " in shown and "runs bounded to 80 of " in said[1]
     (found,) = record(spec, [cells], grids)["maps"]
     assert [cell["bounded"] for cell in found["cells"]] == [True, True]
     assert found["sentence"] in shown and "--max_requests" in found["sentence"]
-    assert all(cell["num_requests"] == 300 for cell in found["cells"])
+    assert all(cell["num_requests"] == 80 for cell in found["cells"])
     plot(spec, [cells], grids, tmp_path / "maps.png")
     assert (tmp_path / "maps.png").stat().st_size > 1000
 
