@@ -4,7 +4,7 @@
     DISAGG_JAX_COMPILE=1 pip install .
 
 The second compiles `COMPILED` with mypyc, which needs a C compiler: simulations have
-the same results, 1.6 to 2 times as fast. The extension modules are in what is
+the same results, 1.6 to 1.9 times as fast. The extension modules are in what is
 installed, never beside the source: a checkout always runs its source.
 """
 

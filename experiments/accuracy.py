@@ -137,11 +137,10 @@ def _run(
     pairs = _pairs(config, model, profile, run_dir, progress)
     before = _once(out / "moved_before.json", lambda: _moved(pairs, profile))
     target = config.search.target
+    knees = {pair.name: pair.knee_rps(target) for pair in pairs}
     rates = {
-        pair.name: [
-            float(f"{pair.knee_rps(target) * factor:.4g}") for factor in sorted(factors)
-        ]
-        for pair in pairs
+        name: [float(f"{knee_rps * factor:.4g}") for factor in sorted(factors)]
+        for name, knee_rps in knees.items()
     }
     _serve_all(pairs, rates, progress)
     after = _once(out / "moved_after.json", lambda: _moved(pairs, profile))

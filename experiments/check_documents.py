@@ -2,10 +2,11 @@
 
     python -m experiments.check_documents
 
-Reads README.md, the reports and the notebooks. A command `python -m experiments.NAME`
-has to be a module that runs, its flags have to be that module's; a path below one of
-the project's folders has to exist, and so does what a link or picture points to. Prints
-each thing that does not hold as file:line, and fails.
+Reads the four documents, the reports and the notebooks. A command
+`python -m experiments.NAME` has to be a module that runs, its flags have to be that
+module's. A path below one of the project's folders has to exist, and so does what a
+link or picture points to, with the heading after a #. Prints each thing that does not
+hold as file:line, and fails.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from experiments.cli.command import command
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCUMENTS = (
     "README.md",
+    "disagg_jax/README.md",
+    "experiments/README.md",
+    "experiments/RESULTS.md",
     "experiments/reports/*.md",
     "experiments/reports/*.txt",
     "experiments/notebooks/*.py",
@@ -32,6 +36,7 @@ _FOLDERS = "disagg_jax|models|sharding|experiments|tests"
 _COMMAND = re.compile(r"python -m (experiments(?:\.\w+)+)((?: +[^\s`|]+)*)")
 _FLAG = re.compile(r"--(?:no)?([a-zA-Z]\w*)")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 _PATH = re.compile(rf"`((?:{_FOLDERS})/[\w./-]*)`")
 _TABLE = "| `python -m experiments.` |"
 _COLAB = "https://colab.research.google.com/github/disagg-jax/disagg-jax/blob/main/"
@@ -70,7 +75,7 @@ def check(root: pathlib.Path, path: pathlib.Path) -> Iterator[Mistake]:
             found.append((match.start(), what))
     for match in _LINK.finditer(text):
         target = _target(root, path, match[1])
-        if target is not None and not target.exists():
+        if target is not None and not _leads_to(target, match[1]):
             what = f"expected a link to something that exists, got '{match[1]}'"
             found.append((match.start(), what))
     for at, what in found:
@@ -138,9 +143,23 @@ def _target(root: pathlib.Path, path: pathlib.Path, link: str) -> pathlib.Path |
     """The file of the project that a link is to; None if it is to something else."""
     if link.startswith(_COLAB):
         return root / link.removeprefix(_COLAB)
-    if "://" in link or link.startswith("#"):
+    if "://" in link:
         return None
-    return path.parent / link.partition("#")[0]
+    file = link.partition("#")[0]
+    return path.parent / file if file else path
+
+
+def _leads_to(target: pathlib.Path, link: str) -> bool:
+    """Return whether a file is there and, in Markdown, the heading that is named."""
+    heading = link.partition("#")[2]
+    if not (target.exists() and heading and target.suffix == ".md"):
+        return target.exists()
+    return heading in map(_anchor, _HEADING.findall(target.read_text()))
+
+
+def _anchor(heading: str) -> str:
+    """Return how GitHub names a heading in a link."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def documents(root: pathlib.Path) -> list[pathlib.Path]:

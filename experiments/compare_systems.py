@@ -10,8 +10,9 @@ colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
 
 Durations are a roofline's of --model on --hardware, or those of the simulation that
 --config names (experiments/configs/named_simulations.py). A model or a device of your
-own is a .json file (models/lookup.py). One pair of targets gives one
-answer, and bars as picture:
+own is a .json file (models/lookup.py); a system, a router, a model or a cost model of
+your own is named by module:attribute. One pair of targets gives one answer, and bars as
+picture:
 
     python -m experiments.compare_systems --map=targets --ttfts=0.5 --tpots=0.04 \\
         --model=config.json --hardware=h100 --trace=FILE.csv --out=runs/answer
@@ -19,7 +20,6 @@ answer, and bars as picture:
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -28,25 +28,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from disagg_jax.metrics.attainment import SLO
-from disagg_jax.scheduling import find_system
+from disagg_jax.scheduling import find_system, get_system
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.comparison import POLICIES, ComparisonSpec, compare
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
+from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
 from experiments.comparison import report
 from experiments.comparison.report import Grid
-from experiments.configs.named_simulations import (
-    SIMULATIONS,
-    get_simulation,
-    roofline_simulation,
-)
 from experiments.configs.paper_workloads import get_workload
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
@@ -55,16 +50,11 @@ _COMMAND = "python -m experiments.compare_systems"
 _TILE = 128  # rows of a matmul's tile, where the hardware is not asked
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "llama-3-8b", "A name of models/config.py.")
-_HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
-_CONFIG = FLAGS.enum(
-    "config",
-    None,
-    sorted(SIMULATIONS),
-    "A simulation, instead of a model and hardware.",
-)
+_SIMULATED = SimulationFlags(FLAGS)
 _DEVICES = FLAGS.integer("devices", 4, "For each system.")
-_SYSTEMS = FLAGS.list("systems", list(POLICIES), "To compare.")
+_SYSTEMS = FLAGS.list(
+    "systems", list(POLICIES), "To compare; one of your own is module:attribute."
+)
 _BUDGETS = FLAGS.list(
     "budgets",
     [],
@@ -141,24 +131,19 @@ def _check_flags() -> None:
     used(targets, *of_targets, expected="--map=targets or both", got=got)
     trace = f"--trace={_TRACE.value}"
     used(_TRACE.value is None, _WORKLOAD, expected="no --trace", got=trace)
-    caps = lengths or _TRACE.value is not None or _CONFIG.value is None
+    config = _SIMULATED.config
+    caps = lengths or _TRACE.value is not None or config is None
     expected = "a map of lengths, a trace, or no --config"
-    got = f"{got} and --config={_CONFIG.value}"
+    got = f"{got} and --config={config}"
     used(caps, _MAX_TOKENS, expected=expected, got=got)
 
 
 def _simulation() -> tuple[Simulation, int]:
     """What is simulated, and the rows of a tile."""
-    if _CONFIG.value is None:
-        model, hardware = _MODEL.value, _HARDWARE.value
-        simulation = roofline_simulation(model, hardware, _MAX_TOKENS.value)
-        return simulation, max(_TILE, get_hardware(hardware).tile_rows)
-    if FLAGS.values["model"].present or FLAGS.values["hardware"].present:
-        raise ValueError("config: expected neither --model nor --hardware beside it")
-    simulation = get_simulation(_CONFIG.value)
-    if FLAGS.values["max_tokens"].present:
-        simulation = dataclasses.replace(simulation, max_context=_MAX_TOKENS.value)
-    return simulation, _TILE
+    given = _SIMULATED.config is None or FLAGS.values["max_tokens"].present
+    simulation = _SIMULATED.read(_MAX_TOKENS.value if given else None)
+    hardware = _SIMULATED.hardware
+    return simulation, max(_TILE, hardware.tile_rows) if hardware else _TILE
 
 
 def _spec() -> ComparisonSpec:
@@ -166,7 +151,10 @@ def _spec() -> ComparisonSpec:
     return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
-        systems=tuple(find_system(name, POLICIES) for name in _SYSTEMS.value),
+        systems={
+            find_system(name, POLICIES): get_system(name, POLICIES)
+            for name in _SYSTEMS.value
+        },
         sizes=tile_multiples(tile),
         budgets=numbers("budgets", _BUDGETS.value, int),
         plan=SearchPlan(

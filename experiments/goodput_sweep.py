@@ -4,6 +4,7 @@
     python -m experiments.goodput_sweep --config=smollm2_humaneval --out=runs/smollm2
     python -m experiments.goodput_sweep --set workload.num_requests=300 --seed=7
     python -m experiments.goodput_sweep --set criterion=sarathi_serve
+    python -m experiments.goodput_sweep --systems=vllm_v0,my_systems:mine
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
 Writes a run directory and prints a table. Started again with the same --out and config,
@@ -55,6 +56,9 @@ _CONFIG = FLAGS.string(
     "config", "tiny", f"A named config: {', '.join(sorted(CONFIGS))}."
 )
 _SET = FLAGS.multi_string("set", [], "Overrides, key=value; may be repeated.")
+_SYSTEMS = FLAGS.list(
+    "systems", None, "To compare; one of your own is module:attribute."
+)
 _OUT = FLAGS.string("out", None, "Run directory; default runs/CONFIG.")
 _SEED = FLAGS.integer("seed", None, "Short for --set seed=N.")
 _STEP_TOKENS = FLAGS.list(
@@ -206,7 +210,10 @@ def main() -> None:
         changes.append(f"seed={_SEED.value}")
     if _STEP_TOKENS.value:
         changes.append(f"step_tokens={','.join(_STEP_TOKENS.value)}")
-    config = override(get_config(_CONFIG.value), changes, _unused_options())
+    base = get_config(_CONFIG.value)
+    if _SYSTEMS.value is not None:
+        base = base.with_systems(_SYSTEMS.value)
+    config = override(base, changes, _unused_options())
     if _PLACEMENT.value:
         config = config.with_placements(_read_placement(_PLACEMENT.value))
     config = config.by_step_tokens()

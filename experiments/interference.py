@@ -30,7 +30,6 @@ from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
-from experiments.configs.named_simulations import roofline_simulation
 from experiments.report.draw import draw
 from experiments.report.intervals import number
 from experiments.report.panel import Panel, Series, curves
@@ -261,13 +260,13 @@ def _longer(gaps_s: np.ndarray) -> list[tuple[float, float]]:
 
 @command(FLAGS)
 def main() -> None:
-    simulation = roofline_simulation(_MODEL.value, _HARDWARE.value)
+    simulation = Simulation.of(_MODEL.value, _HARDWARE.value)
     rate = 2 * _RATE.value  # of both devices
     requests = WORKLOAD.requests(_REQUESTS.value, rate, _SEED.value)
     found = simulate(simulation, requests, _BUDGET.value)
     out = pathlib.Path(_OUT.value)
     deployment = Deployment.parse(COLOCATED)
-    cost = simulation.cost_of(deployment.instances[0]).instance(1)
+    cost = simulation.cost_of(deployment.instances[0]).instance(1, 1)
     title = (
         f"{_MODEL.value} on 2 x {_HARDWARE.value}, {_RATE.value:g} requests/s per "
         f"device, prompts of 256-1024 tokens, outputs of 64-192, steps of "

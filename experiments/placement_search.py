@@ -6,7 +6,7 @@
 --slo is TTFT_S,TPOT_S. Algorithms: high and low are DistServe's two (OSDI'24, section
 4); joint takes any numbers of instances, and colocated systems too. Durations are
 DistServe's measured coefficients where its profile has the model on an a100, and a
-roofline otherwise; KV moves over the links inside a node.
+roofline otherwise, or those of --cost; KV moves over the links inside a node.
 
 OPT-66B with high and low takes 22.0 and 82.5 s on 96 cores in the paper (Fig. 12).
 """
@@ -20,14 +20,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from disagg_jax.deployment import Role
+from disagg_jax.errors import require
 from disagg_jax.formats import PLACEMENT
 from disagg_jax.metrics import SLO
+from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
-from experiments.configs.named_simulations import placement_simulation
+from experiments.configs.named_simulations import COSTS, placement_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.placement.report import report
 from experiments.runs.folder import plain, run_folder, write_text
@@ -35,6 +38,9 @@ from experiments.runs.folder import plain, run_folder, write_text
 FLAGS = Flags()
 _MODEL = FLAGS.string("model", REQUIRED, "A name of models/config.py.")
 _DEVICE = FLAGS.string("hardware", "a100", "A device, such as a100 or h100.")
+_COST = FLAGS.string(
+    "cost", None, f"Step times: {', '.join(COSTS)}, or module:attribute."
+)
 _DEVICES = FLAGS.integer("devices", REQUIRED, "How many there are.")
 _SLO = FLAGS.string("slo", REQUIRED, "TTFT_S,TPOT_S: targets in seconds.")
 _WORKLOAD = FLAGS.string(
@@ -42,6 +48,12 @@ _WORKLOAD = FLAGS.string(
 )
 _ALGORITHM = FLAGS.enum(
     "algorithm", "all", [*ALGORITHMS, "all"], "Which search; all is high and low."
+)
+_SYSTEMS = FLAGS.list(
+    "systems",
+    [name for name in SYSTEMS if name != "disaggregated_chunked"],
+    "One of prefill and decode instances; those of colocated ones take part in joint. "
+    "One of your own is module:attribute.",
 )
 _RATE = FLAGS.float("rate", None, "Requests/s to serve; else the devices count.")
 _TARGET = FLAGS.float("target", 0.9, "Joint attainment to reach.")
@@ -113,9 +125,15 @@ def _check_flags() -> None:
 @command(FLAGS)
 def main() -> None:
     _check_flags()
+    systems = {name: get_system(name) for name in _SYSTEMS.value}
+    apart = [name for name, roles in systems.items() if Role.COLOCATED not in roles]
+    expected = "--systems: expected one of prefill and decode instances"
+    require(len(apart) == 1, expected, _SYSTEMS.value)
     problem = PlacementProblem.of(
-        placement_simulation(_MODEL.value, _DEVICE.value),
+        placement_simulation(_MODEL.value, _DEVICE.value, _COST.value),
         _DEVICES.value,
+        systems,
+        apart[0],
         workload=get_workload(_WORKLOAD.value),
         slo=SLO.parse(_SLO.value),
         plan=SearchPlan(

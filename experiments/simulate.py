@@ -9,8 +9,9 @@ Azure, BurstGPT, Mooncake, Bailian, splitwise-sim, Vidur or ShareGPT, which may 
 gzipped. Rows of one tick of a coarse clock are spread over it, but with --ties=keep.
 A file without times needs --rate. Requests over the simulation's context limit are
 refused: --max_context raises it. A deployment reads like prefill:tp2,decode:tp1 or
-2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. Configs:
-experiments/configs/named_simulations.py.
+2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. What is simulated is a --config of
+experiments/configs/named_simulations.py, or --model on --hardware by a --cost model;
+--system names whose policies serve.
 
 OUT/trace.json says how the trace was read. OUT must hold no other run; it gets
 config.json and env.json too.
@@ -34,21 +35,22 @@ from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics.latency import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
 from disagg_jax.runlog import EventLog, chrome_trace
+from disagg_jax.scheduling import get_system
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.traces.read import Trace
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
-from experiments.configs.named_simulations import (
-    SIMULATIONS,
-    get_simulation,
-    trace_requests,
-)
+from experiments.configs.named_simulations import trace_requests
 from experiments.runs.folder import plain, run_folder, whole, write_json, write_text
 
 FLAGS = Flags()
 _TRACE = FLAGS.string("trace", REQUIRED, "Arrivals and lengths.")
-_CONFIG = FLAGS.enum("config", REQUIRED, sorted(SIMULATIONS), "What is simulated.")
+_SIMULATED = SimulationFlags(FLAGS)
+_SYSTEM = FLAGS.string(
+    "system", None, "Whose policies serve; one of your own is module:attribute."
+)
 _DEPLOYMENT = FLAGS.string("deployment", REQUIRED, "Which instances serve.")
 _OUT = FLAGS.string("out", REQUIRED, "Folder for requests.csv.")
 
@@ -112,7 +114,8 @@ def _record(
         "trace": trace.facts,
         "trace_sha256": hashlib.sha256(file).hexdigest(),
         "rate_rps": _RATE.value,
-        "config": _CONFIG.value,
+        "config": _SIMULATED.config,
+        "system": _SYSTEM.value,
         "simulation": plain(simulation),
         "deployment": str(deployment),
     }
@@ -120,7 +123,10 @@ def _record(
 
 @command(FLAGS)
 def main() -> None:
-    simulation = get_simulation(_CONFIG.value)
+    simulation = _SIMULATED.read(_MAX_CONTEXT.value)
+    if _SYSTEM.value is not None:
+        policies = get_system(_SYSTEM.value)
+        simulation = dataclasses.replace(simulation, policies=policies)
     deployment = Deployment.parse(_DEPLOYMENT.value)
     if _STREAMED.value is not None:
         same = _STREAMED.value == simulation.streamed_groups
@@ -131,8 +137,6 @@ def main() -> None:
             got=f"--deployment={deployment}",
         )
         simulation = dataclasses.replace(simulation, streamed_groups=_STREAMED.value)
-    if _MAX_CONTEXT.value is not None:
-        simulation = dataclasses.replace(simulation, max_context=_MAX_CONTEXT.value)
     simulated = simulation.build(deployment)
     trace = _TRACE_FILE.open(_TRACE.value)
     requests = trace_requests(trace, simulation, _RATE.value)

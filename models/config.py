@@ -7,6 +7,8 @@ import types
 from collections.abc import Mapping
 from typing import Literal
 
+from models.named import find_named
+
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 _KINDS = {
     "dtype": _DTYPE_BYTES,
@@ -339,12 +341,19 @@ PRESETS: Mapping[str, ModelConfig] = types.MappingProxyType(
 )
 
 
-def get_config(name: str) -> ModelConfig:
-    """Return the preset called `name`.
+def get_config(name: str, presets: Mapping[str, ModelConfig] = PRESETS) -> ModelConfig:
+    """Return the model of that name.
+
+    Args:
+      name: a key of `presets`, or what `find_named` finds.
 
     Raises:
-      ValueError: naming the presets, if none has that name.
+      ValueError: naming the presets, if there is no such model.
     """
-    if name not in PRESETS:
-        raise ValueError(f"model: expected one of {sorted(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    return find_named(
+        name,
+        presets,
+        kind="model",
+        what="a ModelConfig",
+        is_one=lambda found: isinstance(found, ModelConfig),
+    )

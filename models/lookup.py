@@ -7,13 +7,13 @@ import pathlib
 from typing import Any
 
 from models import hf_config, quantization
-from models.config import PRESETS, ModelConfig, Widths
+from models.config import PRESETS, ModelConfig, Widths, get_config
 from models.files import read_json
 from models.quantization import QUANTIZATION
 
 # Families of Hugging Face models whose layers have the matrices of `ModelConfig`.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-# Our own models are as wide as they run. Published ones are billed at 16 bits.
+# These and users' models are as wide as they run. Published ones are billed at 16 bits.
 _OURS = ("tiny", "tiny-opt", "tiny-qwen3", "m32", "kv")
 # The keys of a file in our form, with the types of some.
 _SIZES = ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp", "vocab")
@@ -27,12 +27,12 @@ _WIDTHS: dict[str, tuple[type, ...]] = {
 
 
 def find_model(name: str) -> ModelConfig:
-    """Return the preset of that name, or the model that a file describes.
+    """Return the model of that name, or the one that a file describes.
 
     Args:
-      name: of a preset, or the path of a .json file: a Hugging Face config.json, or the
-        keys layers, embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp and
-        tie_embeddings, and some of name, weight_dtype_bytes, table_dtype_bytes,
+      name: as in `get_config`, or the path of a .json file: a Hugging Face config.json,
+        or the keys layers, embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp
+        and tie_embeddings, and some of name, weight_dtype_bytes, table_dtype_bytes,
         kv_dtype_bytes and activation_dtype_bytes. Weights and KV have the widths in the
         file (by default 16 bits); compute is billed at the device's peak for 16 bits.
 
@@ -42,13 +42,12 @@ def find_model(name: str) -> ModelConfig:
     """
     if name.endswith(".json"):
         return _from_file(pathlib.Path(name))
-    if name not in PRESETS:
-        raise ValueError(
-            f"model: expected one of {sorted(PRESETS)} or a .json file, got {name!r}"
-        )
-    if name in _OURS:
-        return PRESETS[name]
-    return dataclasses.replace(PRESETS[name], dtype="bfloat16")
+    try:
+        model = get_config(name)
+    except ValueError as error:
+        raise ValueError(f"{error}; a .json file may describe one too") from error
+    published = name in PRESETS and name not in _OURS
+    return dataclasses.replace(model, dtype="bfloat16") if published else model
 
 
 def _from_file(path: pathlib.Path) -> ModelConfig:

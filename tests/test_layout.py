@@ -1,6 +1,7 @@
 """Who may import whom, and what stands at the top: design rules as tests."""
 
 import ast
+import collections
 import subprocess
 import sys
 import tomllib
@@ -31,8 +32,13 @@ class Rule:
 # The rooms of the library that may import jax; all others are its core.
 WITH_JAX = ("disagg_jax.engine", "disagg_jax.calibration")
 
-# What a cost model needs to know of a model.
-MODELS_WITHOUT_JAX = ("models.config", "models.files", "models.lookup")
+# What a cost model needs to know of a model, and helpers that models need too.
+MODELS_WITHOUT_JAX = (
+    "models.config",
+    "models.files",
+    "models.lookup",
+    "models.named",
+)
 
 # Each row may import the rows above it. Rooms of one row do not know each other.
 ORDER = (
@@ -446,6 +452,18 @@ def test_top_level_holds_only_the_fixed_names():
     tops = {Path(name).parts[0] for name in git_files()}
     present = {name for name in tops if (ROOT / name).exists()}
     assert present <= TOP_LEVEL, f"not of the layout: {sorted(present - TOP_LEVEL)}"
+
+
+def test_a_class_has_a_name_of_its_own():
+    """A reader who meets a name need not know the file to know the word."""
+    found = collections.Counter(
+        node.name
+        for path in source_files()
+        if not path.is_relative_to(ROOT / "tests")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not [name for name, times in found.items() if times > 1]
 
 
 @pytest.mark.jax

@@ -19,6 +19,7 @@ from disagg_jax.engine.executor import DurationRule, EngineExecutor, TimingExecu
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from sharding.mesh import Device
 
 
@@ -28,6 +29,8 @@ class ServedDeployment:
 
     Attributes:
       engine: compiled, unless `executed` is False.
+      prefill_router: picks the instance that computes a prompt; `decode_router` the one
+        that pulls its KV.
       streams: whether KV leaves while the rest of its prompt is computed.
       timing: durations of work on the virtual clock; None is the wall clock.
       warm_up: whether a step that finds the caches cold runs once before it is timed;
@@ -39,6 +42,8 @@ class ServedDeployment:
 
     engine: Engine
     policies: Mapping[Role, Policy]
+    prefill_router: Router = shortest_queue
+    decode_router: Router = least_loaded
     streams: bool = False
     timing: DurationRule | None = None
     warm_up: bool = False
@@ -57,7 +62,12 @@ class ServedDeployment:
     def controller(self) -> Controller:
         """Return a new controller of this deployment."""
         return Controller(
-            self.deployment, self.policies, self.memory, streams=self.streams
+            self.deployment,
+            self.policies,
+            self.memory,
+            prefill_router=self.prefill_router,
+            decode_router=self.decode_router,
+            streams=self.streams,
         )
 
     def backend(self) -> Backend:

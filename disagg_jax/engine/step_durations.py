@@ -17,7 +17,7 @@ from disagg_jax.metrics.criteria import UnloadedLatency
 from disagg_jax.programs.slices import full_slices, load_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.tuning import TuningInputs, has_rule, tune
+from disagg_jax.scheduling.tuning import TuningInputs, has_rule, tune, untuned
 from disagg_jax.work import Slice, Step, StepLoad
 
 
@@ -71,13 +71,16 @@ class StepDurations:
     ) -> tuple[dict[Role, Policy], list[str]]:
         """Return policies with the step sizes their papers would choose, and why.
 
-        The sizes to choose from are those that programs were compiled for.
+        The sizes to choose from are those that programs were compiled for. A policy
+        that declares no step size stays as it is, and is said to be not tuned.
         """
         found, reasons = dict(policies), list[str]()
         prompt_tokens = round(statistics.fmean(r.prompt_tokens for r in requests))
         output_tokens = round(statistics.fmean(r.max_tokens for r in requests))
         for role, policy in policies.items():
             instances = self.engine.deployment.of(role)
+            if instances and (why := untuned(policy)):
+                reasons.append(f"{role.value} {why}")
             if not instances or not has_rule(policy):
                 continue
             i, memory = instances[0], self.engine.memory[instances[0]]
@@ -88,9 +91,9 @@ class StepDurations:
                 output_tokens=output_tokens,
                 kv_tokens=memory.num_blocks * memory.block_tokens,
             )
-            choice = tune(policy, profile, tpot_s)
-            found[role] = choice.policy
-            reasons.append(f"{role.value} {choice.choice}")
+            tuned = tune(policy, profile, tpot_s)
+            found[role] = tuned.policy
+            reasons.append(f"{role.value} {tuned.note}")
         return found, reasons
 
     @property

@@ -316,7 +316,7 @@ def moving_averages(values: Iterable[float], span: int) -> Iterator[float]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sarathi:
+class SarathiThroughput:
     """Tokens per ms of a saturated system (SARATHI, arXiv 2308.16369); no SLO.
 
     Prompt and generated tokens of finished requests, from the first arrival to the last
@@ -382,6 +382,6 @@ def for_slo(
         Mooncake(ttft_s=slo.ttft_s, tbt_s=slo.tpot_s, target=target),
         splitwise(unloaded),
         FastGen(prompt_token_s=slo.ttft_s / prompt_tokens, token_s=slo.tpot_s),
-        Sarathi(),
+        SarathiThroughput(),
     )
     return dict(zip(NAMES, criteria, strict=True))

@@ -200,7 +200,10 @@ def check_parameters(
 
 
 class Policy(Protocol):
-    """Plans the next step of one instance."""
+    """Plans the next step of one instance.
+
+    It may declare the parameter that is its step size, see `tuning.StepSize`.
+    """
 
     @property
     def limits(self) -> StepLimits: ...

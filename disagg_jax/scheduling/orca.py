@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -13,6 +14,7 @@ from disagg_jax.scheduling.interface import (
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import FOREVER
+from disagg_jax.scheduling.tuning import StepSize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class Orca:
     prompt comes without other prompts.
     Source: Orca (OSDI'22), Algorithm 1.
     """
+
+    step_size: ClassVar = StepSize("max_batched_tokens")
 
     max_seqs: int = 16  # requests in a step; the paper's max_bs
     max_batched_tokens: int = 4096  # prompt tokens in a step; Vidur's cap

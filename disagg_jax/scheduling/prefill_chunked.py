@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -12,6 +13,7 @@ from disagg_jax.scheduling.interface import (
     StepLimits,
     check_parameters,
 )
+from disagg_jax.scheduling.tuning import StepSize, saturating_prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,8 @@ class PrefillChunked:
     computed, only the last chunk's KV is left at the time of the first token.
     Source: the chunked prefill instances of Mooncake (FAST'25), section 5.1.
     """
+
+    step_size: ClassVar = StepSize("token_budget", saturating_prompt)
 
     token_budget: int = 512  # prompt tokens in a step
     max_seqs: int = 64  # prompts in a step

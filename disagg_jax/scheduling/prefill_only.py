@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -11,6 +12,7 @@ from disagg_jax.scheduling.interface import (
     StepLimits,
     check_parameters,
 )
+from disagg_jax.scheduling.tuning import StepSize, saturating_prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,8 @@ class PrefillOnly:
     here: this memory is the back-pressure.
     Source: DistServe (OSDI'24) section 4.3, where the budget is called L_m.
     """
+
+    step_size: ClassVar = StepSize("token_budget", saturating_prompt)
 
     token_budget: int = 512  # L_m: the prompt length that saturates the device
     max_seqs: int = 64  # prompts in one step

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from disagg_jax.scheduling.interface import InstanceView, RequestView
+from models.named import find_named
 
 # The key that a router minimises; ties go to the first instance.
 Rank = Callable[[InstanceView], tuple[int, ...]]
@@ -52,6 +53,30 @@ def least_loaded(request: RequestView, instances: Instances) -> InstanceView:
     Source: DistServe (OSDI'24) section 4.3, for decode.
     """
     return instances.least(_load)
+
+
+ROUTERS: Mapping[str, Router] = {
+    "shortest_queue": shortest_queue,
+    "least_loaded": least_loaded,
+}
+
+
+def get_router(name: str, routers: Mapping[str, Router] = ROUTERS) -> Router:
+    """Return the router of that name.
+
+    Args:
+      name: a key of `routers`, or what `find_named` finds, such as `my_module:mine`.
+
+    Raises:
+      ValueError: on an unknown name.
+    """
+    return find_named(
+        name,
+        routers,
+        kind="router",
+        what="a function of a request and instances",
+        is_one=callable,
+    )
 
 
 def _queue(instance: InstanceView) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -14,6 +15,7 @@ from disagg_jax.scheduling.interface import (
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import FOREVER
+from disagg_jax.scheduling.tuning import StepSize, best_chunk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Sarathi:
     Raises:
       ValueError: if the decodes alone could fill the chunk.
     """
+
+    step_size: ClassVar = StepSize("chunk_tokens", best_chunk)
 
     chunk_tokens: int = 256  # C: tokens in a step, decodes included
     max_seqs: int = 16  # B: requests in a step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -12,6 +13,7 @@ from disagg_jax.scheduling.interface import (
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import decode_all, fits
+from disagg_jax.scheduling.tuning import StepSize, largest_in_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,8 @@ class SarathiServe:
     Raises:
       ValueError: if the decodes alone could exceed the budget.
     """
+
+    step_size: ClassVar = StepSize("token_budget", largest_in_time)
 
     token_budget: int = 512  # tau: tokens in a step, decodes included
     max_seqs: int = 128  # requests with KV at the same time

@@ -44,7 +44,8 @@ class RoundRobinDecode:
             spare = self.token_cap - tokens - rows
             repeats = spare // rows + 1 if rows else FOREVER
             return Plan(decodes=instance.running, repeats=repeats)
-        return Plan(decodes=instance.running_within(self.token_cap))
+        alone = instance.running[:1]  # the head, if it is longer than the cap
+        return Plan(decodes=instance.running_within(self.token_cap) or alone)
 
     def admits_pull(self, instance: InstanceView, request: RequestView) -> bool:
         return True

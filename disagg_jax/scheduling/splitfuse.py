@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -14,6 +15,7 @@ from disagg_jax.scheduling.interface import (
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import FOREVER
+from disagg_jax.scheduling.tuning import StepSize, level_in_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class SplitFuse:
     Raises:
       ValueError: if the decodes alone could exceed the budget.
     """
+
+    step_size: ClassVar = StepSize("token_budget", level_in_time)
 
     token_budget: int = 768  # tokens in a step; max_ragged_batch_size
     max_seqs: int = 512  # requests in a step; max_ragged_sequence_count

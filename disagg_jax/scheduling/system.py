@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from disagg_jax.deployment import Role
-from disagg_jax.scheduling import get_system
+from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.tuning import has_rule, resized
 
@@ -23,7 +23,9 @@ class System:
         cls, system: str, deployment: str, **changes: Mapping[str, object]
     ) -> System:
         """Put a system of `scheduling.SYSTEMS` on a deployment; see `get_system`."""
-        return cls(deployment=deployment, policies=get_system(system, **changes))
+        return cls(
+            deployment=deployment, policies=get_system(system, SYSTEMS, **changes)
+        )
 
     def resized(self, step_tokens: int) -> System:
         """Return it with steps of that size, for policies whose papers tune it."""

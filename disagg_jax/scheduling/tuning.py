@@ -1,7 +1,8 @@
 """Tuning: the step size of each policy, chosen from step times as its paper says.
 
-Each system is only as good as its step size. The papers choose it by profiling, so
-tuning asks a function for the seconds of a step: a cost model, or an engine's profile.
+Each system is only as good as its step size. A policy declares which of its parameters
+that is, and the rule that chooses it (`StepSize`). The papers choose by profiling, so a
+rule asks a function for the seconds of a step: a cost model, or an engine's profile.
 
 * Sarathi-Serve (OSDI'24, section 4.3): the largest step within the time per token.
 * SARATHI (2308.16369, section 4.2): the chunk size with the highest throughput of chunk
@@ -10,6 +11,7 @@ tuning asks a function for the seconds of a step: a cost model, or an engine's p
   pass levels off.
 * DistServe (OSDI'24, section 4.3): L_m, the length of a prompt that fills the device.
 * Orca and vLLM: no rule; their defaults.
+* A policy that declares no step size is not tuned, and results say so.
 
 SARATHI and SplitFuse know no targets. Here they choose among the steps within the TPOT
 target, since they are judged by it.
@@ -20,16 +22,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from disagg_jax.errors import require
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.orca import Orca
-from disagg_jax.scheduling.prefill_chunked import PrefillChunked
-from disagg_jax.scheduling.prefill_only import PrefillOnly
-from disagg_jax.scheduling.sarathi import Sarathi
-from disagg_jax.scheduling.sarathi_serve import SarathiServe
-from disagg_jax.scheduling.splitfuse import SplitFuse
-from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.work import StepLoad
 
 StepSeconds = Callable[[StepLoad], float]
@@ -94,6 +90,25 @@ class TuningInputs:
         return StepLoad(chunks, decodes, decodes * self.context)
 
 
+Rule = Callable[[Policy, TuningInputs, float], tuple[int, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSize:
+    """A policy's declaration of its step size, as its class attribute `step_size`.
+
+        step_size: ClassVar[StepSize] = StepSize("token_budget", largest_in_time)
+
+    Attributes:
+      parameter: the field of the policy that holds the tokens of a step.
+      rule: takes the policy, its inputs and the TPOT target in seconds, and returns the
+        value and the reason in words. None: the default stays.
+    """
+
+    parameter: str
+    rule: Rule | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
     """The value of a policy's parameter, and the reason for it."""
@@ -111,7 +126,12 @@ class Tuned:
     """A policy with parameters for an instance, requests and targets."""
 
     policy: Policy
-    choice: Choice | None  # None: it has no step size
+    choice: Choice | None  # None: it declares no step size
+
+    @property
+    def note(self) -> str:
+        """Say what was chosen and why, or what `untuned` says."""
+        return str(self.choice or untuned(self.policy))
 
 
 def tune(
@@ -120,68 +140,85 @@ def tune(
     """Return `policy` with the step size that its paper would choose.
 
     If decodes share the step, `max_seqs` is lowered to a smaller step size. A policy
-    that only decodes has no step size and stays as it was.
+    without a step size stays as it was.
 
     Args:
       tpot_s: the target; a step should not take longer while requests decode.
       size: a step size to take instead of the paper's.
     """
-    if not isinstance(policy, _Sized):
+    declared = step_size(policy)
+    if declared is None:
         return Tuned(policy=policy, choice=None)
-    parameter, rule = _RULES[type(policy)]
-    value, reason = (size, "given") if size else rule(policy, inputs, tpot_s)
+    value, reason = getattr(policy, declared.parameter), "the default"
+    if size:
+        value, reason = size, "given"
+    elif declared.rule:
+        value, reason = declared.rule(policy, inputs, tpot_s)
     return Tuned(
         policy=resized(policy, value),
-        choice=Choice(parameter=parameter, value=value, reason=reason),
+        choice=Choice(parameter=declared.parameter, value=value, reason=reason),
     )
+
+
+def step_size(policy: Policy) -> StepSize | None:
+    """Return the step size that a policy declares; None if it declares none.
+
+    Raises:
+      ValueError: if the policy has no field of that name.
+    """
+    declared: StepSize | None = getattr(policy, "step_size", None)
+    if declared is not None:
+        expected = f"{type(policy).__name__}.step_size: expected one of its fields"
+        require(declared.parameter in _fields(policy), expected, declared.parameter)
+    return declared
 
 
 def has_rule(policy: Policy) -> bool:
     """Return whether the policy's paper says how to choose its step size."""
-    return isinstance(policy, _Sized) and _RULES[type(policy)][1] is not _default
+    declared = step_size(policy)
+    return declared is not None and declared.rule is not None
+
+
+def untuned(policy: Policy) -> str:
+    """Say that a policy declares no step size; '' if its steps have no prompts."""
+    if step_size(policy) is not None or not policy.limits.prefill_rows:
+        return ""
+    return f"not tuned: {type(policy).__name__} declares no step size"
 
 
 def resized(policy: Policy, size: int) -> Policy:
     """Return `policy` with steps of `size` tokens, or itself if it has no step size."""
-    if not isinstance(policy, _Sized):
+    declared = step_size(policy)
+    if declared is None:
         return policy
-    changes = {_RULES[type(policy)][0]: size}
-    if policy.limits.splits:
-        changes["max_seqs"] = min(policy.max_seqs, size)
-    return dataclasses.replace(policy, **changes)
+    changes = {declared.parameter: size}
+    if policy.limits.splits and "max_seqs" in _fields(policy):
+        changes["max_seqs"] = min(cast(Any, policy).max_seqs, size)
+    return dataclasses.replace(cast(Any, policy), **changes)
+
+
+def _fields(policy: Policy) -> set[str]:
+    return set(getattr(policy, "__dataclass_fields__", ()))
 
 
 # ---- the rules -----------------------------------------------------------------------
 
-_Sized = (
-    PrefillFirst
-    | Orca
-    | Sarathi
-    | SarathiServe
-    | SplitFuse
-    | PrefillOnly
-    | PrefillChunked
-)
-_Chosen = tuple[int, str]  # the value, and the reason
 
-
-def _default(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
-    return policy.limits.prefill_tokens, "the default"
-
-
-def _largest_in_time(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
-    """Choose Sarathi-Serve's budget."""
+def largest_in_time(
+    policy: Policy, inputs: TuningInputs, tpot_s: float
+) -> tuple[int, str]:
+    """Choose the largest step within the target: Sarathi-Serve's budget."""
     times_s = _mixed_s(policy, inputs)
     in_time = _in_time(times_s, tpot_s)
     size = max(in_time)
     return size, f"the largest step within TPOT{_shown(times_s, size, tpot_s)}"
 
 
-def _best_chunk(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
+def best_chunk(policy: Policy, inputs: TuningInputs, tpot_s: float) -> tuple[int, str]:
     """Choose SARATHI's chunk for whole prompts, a chunk with decodes at a time."""
 
     def tokens_s(size: int) -> float:
-        decodes = inputs.decodes(size, policy.max_seqs)
+        decodes = inputs.decodes(size, policy.limits.decode_rows)
         count, prompt = size - decodes, inputs.prompt_tokens
         loads = [
             StepLoad(
@@ -200,8 +237,10 @@ def _best_chunk(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
     return size, reason + _shown(times_s, size, tpot_s)
 
 
-def _level_in_time(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
-    """Choose SplitFuse's budget."""
+def level_in_time(
+    policy: Policy, inputs: TuningInputs, tpot_s: float
+) -> tuple[int, str]:
+    """Choose the step at which throughput levels off: SplitFuse's budget."""
     times_s = _mixed_s(policy, inputs)
     rates = _prompt_tokens_s(inputs)
     size = _level({n: rates[n] for n in _in_time(times_s, tpot_s)})
@@ -209,30 +248,20 @@ def _level_in_time(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chos
     return size, reason + _shown(times_s, size, tpot_s)
 
 
-def _saturating_prompt(policy: _Sized, inputs: TuningInputs, tpot_s: float) -> _Chosen:
+def saturating_prompt(
+    policy: Policy, inputs: TuningInputs, tpot_s: float
+) -> tuple[int, str]:
     """Choose DistServe's L_m; no decode waits for prompts, so the target is ignored."""
     rates = _prompt_tokens_s(inputs)
     size = _level(rates)
     return size, f"a prompt of it saturates the device: {rates[size]:.4g} tokens/s"
 
 
-_Rule = Callable[[_Sized, TuningInputs, float], _Chosen]
-_RULES: Mapping[type[Policy], tuple[str, _Rule]] = {
-    PrefillFirst: ("max_batched_tokens", _default),
-    Orca: ("max_batched_tokens", _default),
-    Sarathi: ("chunk_tokens", _best_chunk),
-    SarathiServe: ("token_budget", _largest_in_time),
-    SplitFuse: ("token_budget", _level_in_time),
-    PrefillOnly: ("token_budget", _saturating_prompt),
-    PrefillChunked: ("token_budget", _saturating_prompt),
-}
-
-
-def _mixed_s(policy: _Sized, inputs: TuningInputs) -> dict[int, float]:
+def _mixed_s(policy: Policy, inputs: TuningInputs) -> dict[int, float]:
     """Return the seconds of a saturated step, by its size."""
     chunks = policy.limits.prefill_rows
     return {
-        size: inputs.step_s(inputs.mixed(size, policy.max_seqs, chunks))
+        size: inputs.step_s(inputs.mixed(size, policy.limits.decode_rows, chunks))
         for size in inputs.sizes
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from disagg_jax.scheduling.interface import (
     Chunk,
@@ -12,6 +13,7 @@ from disagg_jax.scheduling.interface import (
     check_parameters,
 )
 from disagg_jax.scheduling.preemption import decode_all
+from disagg_jax.scheduling.tuning import StepSize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,8 @@ class PrefillFirst:
     stall meanwhile. A prompt longer than the cap runs alone (vLLM would refuse it).
     Source: vLLM v0 without chunked prefill, as in microsoft/sarathi-serve @ 96f9911.
     """
+
+    step_size: ClassVar = StepSize("max_batched_tokens")
 
     max_batched_tokens: int = 2048  # prompt tokens in one prefill step
     max_seqs: int = 256  # requests with KV at the same time

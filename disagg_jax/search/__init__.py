@@ -5,3 +5,7 @@ deployment, with runs cut short by `early_stop` and a first rate from `capacity`
 `candidates` finds the best of several deployments; `placement` (DistServe's algorithms)
 and `comparison` (which system wins a workload with its targets, over `maps`) use it.
 """
+
+from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
+
+__all__ = ["GoodputSearch", "SimGoodput", "find_goodput"]

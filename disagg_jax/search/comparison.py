@@ -23,7 +23,7 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
@@ -74,7 +74,9 @@ class ComparisonSpec:
 
     simulation: Simulation
     devices: int
-    systems: tuple[str, ...] = tuple(POLICIES)
+    systems: Mapping[str, Mapping[Role, Policy]] = dataclasses.field(
+        default_factory=lambda: POLICIES
+    )
     sizes: tuple[int, ...]  # steps to choose from, in tokens
     budgets: tuple[int, ...] = ()  # if given, all are tried and the best is taken
     plan: SearchPlan = SearchPlan(growth=1.2, tolerance=0.08, max_rates=30)
@@ -90,11 +92,9 @@ class ComparisonSpec:
         expected = f"max_requests: expected >= num_requests ({self.num_requests})"
         require(self.max_requests >= self.num_requests, expected, self.max_requests)
         require(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
-        unknown = [name for name in self.systems if name not in POLICIES]
-        require(not unknown, f"systems: expected of {sorted(POLICIES)}", unknown)
-        both = DISAGGREGATED in self.systems and len(set(self.systems)) > 1
-        expected = f"systems: expected {DISAGGREGATED} and a colocated one"
-        require(both, expected, list(self.systems))
+        kinds = {Role.COLOCATED in policies for policies in self.systems.values()}
+        expected = "systems: expected a colocated one and one of prefill and decode"
+        require(len(kinds) == 2, expected, list(self.systems))
         sizes = min((1, *self.sizes, *self.budgets))
         require(sizes >= 1, "budgets: expected >= 1", list(self.budgets))
         mark = self.simulation.mark
@@ -111,7 +111,7 @@ class ComparisonSpec:
         for tp in range(1, self.devices + 1):
             try:
                 instance = InstanceSpec(role=Role.COLOCATED, tp=tp)
-                self.simulation.cost_of(instance).instance(tp)
+                self.simulation.cost_of(instance).instance(tp, instance.pp)
                 self.simulation.memory_of(instance)
                 fitting.append(tp)
             except ValueError as error:
@@ -146,10 +146,10 @@ class SystemSearch:
 
 
 def deployments(
-    system: str, devices: int, tensor_parallel: Sequence[int]
+    roles: Collection[Role], devices: int, tensor_parallel: Sequence[int]
 ) -> list[Deployment]:
     """Return all ways to use all devices with equal instances of each role."""
-    if system != DISAGGREGATED:
+    if Role.COLOCATED in roles:
         return [
             Deployment((InstanceSpec(role=Role.COLOCATED, tp=tp),) * (devices // tp))
             for tp in tensor_parallel
@@ -210,9 +210,10 @@ def _drafts(
     spec: ComparisonSpec, cell: Cell, system: str
 ) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
     """Yield candidates that lack a number of requests, and their parameters."""
-    for deployment in deployments(system, spec.devices, spec.tensor_parallel()):
+    given = spec.systems[system]
+    for deployment in deployments(given, spec.devices, spec.tensor_parallel()):
         for size in spec.budgets or (None,):
-            policies, parameters = _tuned(spec, cell, system, deployment, size)
+            policies, parameters = _tuned(spec, cell, given, deployment, size)
             simulation = dataclasses.replace(spec.simulation, policies=policies)
             name = f"{deployment}" if size is None else f"{deployment} {size} tokens"
             search = GoodputSearch(
@@ -229,18 +230,18 @@ def _drafts(
 def _tuned(
     spec: ComparisonSpec,
     cell: Cell,
-    system: str,
+    given: Mapping[Role, Policy],
     deployment: Deployment,
     size: int | None,
 ) -> tuple[dict[Role, Policy], tuple[str, ...]]:
     policies, parameters = dict[Role, Policy](), list[str]()
-    for role, policy in POLICIES[system].items():
+    for role, policy in given.items():
         instance = deployment.instances[deployment.of(role)[0]]
         profile = _profile(spec, cell, instance)
         tuned = tune(policy, profile, cell.slo.tpot_s, size)
         policies[role] = tuned.policy
-        if tuned.choice is not None:
-            parameters.append(str(tuned.choice))
+        if tuned.note:
+            parameters.append(tuned.note)
     return policies, tuple(parameters)
 
 
@@ -264,6 +265,7 @@ class SystemResult:
     """The best option of a system in a cell; goodputs are per device."""
 
     system: str
+    colocated: bool  # whether its instances do both prefill and decode
     deployment: str  # with its step size if several are tried
     parameters: tuple[str, ...]
     per_seed_rps: tuple[float, ...]  # zeros if it never met the target
@@ -305,6 +307,7 @@ def search_system(search: SystemSearch) -> SystemResult:
     tried = [r.goodput for r in results if r.goodput is not None]
     return SystemResult(
         system=search.system,
+        colocated=bool(best.candidate.search.simulated.deployment.of(Role.COLOCATED)),
         deployment=best.candidate.name,
         parameters=parameters[best.candidate.name],
         per_seed_rps=_per_seed(best),
@@ -378,7 +381,7 @@ class CellVerdict:
     ranked: tuple[SystemResult, ...]  # the highest goodput first
     over_runner_up: Margin
     best_colocated: SystemResult
-    disaggregated: SystemResult
+    disaggregated: SystemResult  # the best one
     over_colocated: Margin  # of disaggregated
     verdict: str  # DISAGGREGATED, COLOCATED, UNCLEAR or INFEASIBLE
 
@@ -412,8 +415,8 @@ def judge(results: Sequence[SystemResult]) -> CellVerdict:
     compared on the runs that chose them.
     """
     ranked = tuple(sorted(results, key=lambda f: -f.rps))
-    (disaggregated,) = (f for f in results if f.system == DISAGGREGATED)
-    colocated = next(f for f in ranked if f.system != DISAGGREGATED)
+    disaggregated = next(f for f in ranked if not f.colocated)
+    colocated = next(f for f in ranked if f.colocated)
     over = _margin(disaggregated, colocated)
     verdict = UNCLEAR
     if ranked[0].rps == 0:

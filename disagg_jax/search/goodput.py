@@ -144,6 +144,24 @@ class SimGoodput:
         """Return the mean over seeds."""
         return self.found.interval.mean
 
+    def __str__(self) -> str:
+        """Return the goodput with its interval, and how far it can be trusted."""
+        seeds = "1 seed" if len(self.seeds) == 1 else f"{len(self.seeds)} seeds"
+        runs = f"{seeds} of {self.num_requests} requests"
+        if self.unloaded_scale > 1 and not self.runs:
+            return (
+                f"no goodput: even alone it needs {self.unloaded_scale:.3g} x the SLO"
+            )
+        if self.found.pass_rps is None:
+            return f"goodput below {self.found.fail_rps:.4g} requests/s ({runs})"
+        mean, low, high = dataclasses.astuple(self.found.interval)
+        known = (
+            "no interval" if low is None else f"95 % interval {low:.4g} to {high:.4g}"
+        )
+        resolved = "resolved" if self.found.resolved else "not resolved"
+        steady = "" if self.steady else ", not steady"
+        return f"goodput {mean:.4g} requests/s, {known} ({runs}, {resolved}{steady})"
+
 
 class _Runs:
     """The runs of a search, by rate."""

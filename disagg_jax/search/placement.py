@@ -31,6 +31,7 @@ from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
+from disagg_jax.scheduling.interface import Policy
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
@@ -59,6 +60,7 @@ class PlacementProblem:
       build: simulates a disaggregated deployment; raises ValueError if a model does not
         fit.
       colocated: simulates a deployment of each colocated system.
+      apart: the name of the system of prefill and decode instances.
       layouts: to choose from, for each instance.
       rate_rps: to serve with as many replicas as it takes: goodput counts per device
         used. Without a rate all `devices` count, also the ones left over.
@@ -70,6 +72,7 @@ class PlacementProblem:
 
     build: Build
     colocated: Mapping[str, Build]
+    apart: str = DISAGGREGATED
     layouts: tuple[Layout, ...]
     devices: int
     rate_rps: float | None = None
@@ -83,7 +86,12 @@ class PlacementProblem:
 
     @classmethod
     def of(
-        cls, simulation: Simulation, devices: int, **fields: Any
+        cls,
+        simulation: Simulation,
+        devices: int,
+        systems: Mapping[str, Mapping[Role, Policy]] = SYSTEMS,
+        apart: str = DISAGGREGATED,
+        **fields: Any,
     ) -> PlacementProblem:
         """Place the model of a simulation on `devices` devices.
 
@@ -91,17 +99,24 @@ class PlacementProblem:
         DistServe's own search.
 
         Args:
+          systems: the colocated ones take part in the joint search.
+          apart: the one of `systems` that prefill and decode instances have.
           fields: other fields of the problem.
         """
+
+        def build(policies: Mapping[Role, Policy]) -> Build:
+            return dataclasses.replace(simulation, policies=policies).build
+
         colocated = {
-            name: dataclasses.replace(simulation, policies=policies).build
-            for name, policies in SYSTEMS.items()
+            name: build(policies)
+            for name, policies in systems.items()
             if set(policies) == {Role.COLOCATED}
         }
         nodes = simulation.node_devices
         return cls(
-            build=simulation.build,
+            build=build(systems[apart]),
             colocated=colocated,
+            apart=apart,
             layouts=layouts_of(simulation.model.layers, devices, nodes),
             devices=devices,
             node_devices=nodes,
@@ -422,7 +437,7 @@ class PlacementSearch:
         deployment = f"{n}x{p.candidate.name},{m}x{d.candidate.name}"
         return {
             "winner": deployment,
-            "system": DISAGGREGATED,
+            "system": self.problem.apart,
             "deployment": deployment,
             "devices": devices,
             "goodput_rps": served,
@@ -476,7 +491,7 @@ class PlacementSearch:
         best = results[0]
         unit = best.candidate.search.simulated.deployment
         named = best.candidate.name.split()[0]  # of a colocated one, the system
-        system = named if unit.of(Role.COLOCATED) else DISAGGREGATED
+        system = named if unit.of(Role.COLOCATED) else self.problem.apart
         copies = best.candidate.copies
         if self.problem.rate_rps is not None:
             copies = math.ceil(self.problem.rate_rps / best.rps)

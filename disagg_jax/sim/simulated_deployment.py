@@ -15,6 +15,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.sim.cost.deployment import CostExecutor
 from disagg_jax.sim.cost.interface import DeploymentCost
 
@@ -25,6 +26,8 @@ class SimulatedDeployment:
 
     Attributes:
       memory: of each instance, in the deployment's order.
+      prefill_router: picks the instance that computes a prompt; `decode_router` the one
+        that pulls its KV.
       streams: whether KV leaves while the rest of its prompt is computed.
       spans: whether several decode iterations are taken at once. Results are equal;
         only the speed changes.
@@ -40,6 +43,8 @@ class SimulatedDeployment:
     policies: Mapping[Role, Policy]
     memory: tuple[KVMemory, ...]
     cost: DeploymentCost
+    prefill_router: Router = shortest_queue
+    decode_router: Router = least_loaded
     streams: bool = False
     spans: bool = True
     exact_block_placement: bool = False
@@ -54,6 +59,8 @@ class SimulatedDeployment:
             self.deployment,
             self.policies,
             self.memory,
+            prefill_router=self.prefill_router,
+            decode_router=self.decode_router,
             streams=self.streams,
             spans=self.spans,
         )

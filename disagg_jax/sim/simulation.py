@@ -1,47 +1,43 @@
-"""A model, cost models, links and policies that simulate any deployment."""
+"""A model, cost models, links, policies and routers that simulate any deployment."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.errors import require
-from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.routing import get_router
 from disagg_jax.scheduling.simdistserve import (
     NO_LIMIT,
     PrefillThenDecode,
     RoundRobinDecode,
 )
 from disagg_jax.sim.cost.deployment import ModelledCost
-from disagg_jax.sim.cost.interface import CostModel
+from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost, get_cost
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.hardware.network import Network
+from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from models.config import ModelConfig
+from models.lookup import find_model
 
 _UNLIMITED_BLOCKS = 10**12
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceCost:
-    """Durations and KV capacity of one model on one kind of device."""
-
-    name: str  # printed beside results, such as roofline/h100
-    model: CostModel
-    kv_tokens: Callable[[int, int], int]  # (tp, pp) -> tokens that fit beside weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Simulation:
     """All of a simulation but its deployment and its requests.
 
-    To vary one: `dataclasses.replace(simulation, between="100gb")`.
+    `Simulation.of` makes one by names. To vary one:
+    `dataclasses.replace(simulation, between="100gb")`.
 
     Raises:
-      ValueError: on an unknown link, or more streamed groups than layers.
+      ValueError: on an unknown link or router, or more streamed groups than layers.
     """
 
     model: ModelConfig
@@ -52,6 +48,8 @@ class Simulation:
     policies: Mapping[Role, Policy] = dataclasses.field(
         default_factory=lambda: {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
     )
+    prefill_router: str = "shortest_queue"  # see `get_router`
+    decode_router: str = "least_loaded"
     prefill_budget_is_memory: bool = False  # simdistserve: L_m is the KV capacity
     kv_memory: bool = True  # False: unlimited
     inside: str | None = None  # link inside a node; None takes no time
@@ -70,6 +68,39 @@ class Simulation:
         for link in (self.inside, self.between):
             if link is not None:
                 get_link(link)
+        for router in (self.prefill_router, self.decode_router):
+            get_router(router)
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        hardware: str,
+        *,
+        system: str | None = None,
+        cost: str = "roofline",
+        costs: Mapping[str, MakeCost] = COST_MODELS,
+        **fields: Any,
+    ) -> Simulation:
+        """Simulate a named model on named devices; KV moves over the devices' own link.
+
+        Args:
+          model: of `find_model`: a preset, a .json file such as a Hugging Face
+            config.json, or `module:attribute`.
+          hardware: of `get_hardware`: a preset or a .json file.
+          system: of `get_system`; by default vLLM's policy for colocated instances, and
+            DistServe's for others.
+          cost: of `get_cost`, which looks in `costs`.
+          fields: other fields, such as `max_context=8192`.
+
+        Raises:
+          ValueError: on an unknown name.
+        """
+        found, device = find_model(model), get_hardware(hardware)
+        named = {"policies": get_system(system)} if system is not None else {}
+        fields.setdefault("inside", device.hop.name)
+        made = get_cost(cost, found, device, costs)
+        return cls(model=found, cost=made, **named, **fields)
 
     @property
     def mark(self) -> str:
@@ -79,11 +110,11 @@ class Simulation:
             return ""
         return f"unequal engines: colocated {other.name}, others {self.cost.name}"
 
-    def cost_of(self, spec: InstanceSpec) -> CostModel:
+    def cost_of(self, spec: InstanceSpec) -> DeviceCost:
         """Return the cost model of an instance."""
         if spec.role is Role.COLOCATED and self.colocated_cost is not None:
-            return self.colocated_cost.model
-        return self.cost.model
+            return self.colocated_cost
+        return self.cost
 
     def memory_of(self, spec: InstanceSpec) -> KVMemory:
         """Return the KV memory of an instance.
@@ -104,13 +135,18 @@ class Simulation:
         """Return the tokens of KV that fit on an instance beside the weights."""
         return self.cost.kv_tokens(spec.tp, spec.pp)
 
-    def build(self, deployment: Deployment) -> SimulatedDeployment:
+    def build(self, deployment: Deployment | str) -> SimulatedDeployment:
         """Return the simulated deployment.
+
+        Args:
+          deployment: or the text that `Deployment.parse` reads.
 
         Raises:
           ValueError: if the model does not fit, or the cost model has no data for a tp,
             or KV is to be streamed and no instance sends any.
         """
+        if isinstance(deployment, str):
+            deployment = Deployment.parse(deployment)
         sends = self.streamed_groups == 0 or deployment.of(Role.PREFILL)
         expected = (
             f"streamed_groups: expected 0, as no instance of {deployment} sends KV"
@@ -120,6 +156,8 @@ class Simulation:
             deployment=deployment,
             policies=self._policies(deployment),
             memory=tuple(self.memory_of(spec) for spec in deployment.instances),
+            prefill_router=get_router(self.prefill_router),
+            decode_router=get_router(self.decode_router),
             streams=self.streamed_groups > 0,
             cost=ModelledCost(
                 instances=tuple(

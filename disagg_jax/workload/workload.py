@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from disagg_jax.errors import require
 from disagg_jax.request import Request
-from disagg_jax.workload.lengths import FixedLengths, Lengths
+from disagg_jax.workload.lengths import FixedLengths, Lengths, parse_lengths
 from disagg_jax.workload.requests import (
     LENGTHS_ONLY,
     POISSON,
@@ -55,6 +55,15 @@ class RandomWorkload:
     max_total_tokens: int | None = None  # longer requests lose output, then prompt
     extra_tokens: int = 0  # generated beyond the output length
     tokens: TokenOptions = LENGTHS_ONLY
+
+    @classmethod
+    def parse(cls, prompt: str, output: str, **fields: Any) -> RandomWorkload:
+        """Return one whose lengths are texts that `parse_lengths` reads.
+
+        Args:
+          fields: other fields.
+        """
+        return cls(prompt=parse_lengths(prompt), output=parse_lengths(output), **fields)
 
     def requests(self, n: int, rate_rps: float, seed: int) -> list[Request]:
         """Draw `n` requests at `rate_rps`.

@@ -184,6 +184,8 @@ class PairedRun:
         return SimulatedDeployment(
             deployment=self.server.deployment,
             policies=self.server.policies,
+            prefill_router=self.server.prefill_router,
+            decode_router=self.server.decode_router,
             memory=self.server.memory,
             cost=self.cost,
             spans=False,

@@ -219,10 +219,20 @@ def _stalls(
 
 
 def _longest_s(timelines: Sequence[Timeline], since_s: float) -> float:
-    """Return the longest gap that ends after `since_s`; the last request has none."""
-    return max(
+    """Return the longest gap that ends after `since_s`; the last request has none.
+
+    Raises:
+      ValueError: if there is no such gap, as the machine became faster by far.
+    """
+    gaps_s = [
         end - start
         for timeline in timelines[:-1]
         for start, end in itertools.pairwise(timeline.token_s)
         if end > since_s
-    )
+    ]
+    if not gaps_s:
+        raise ValueError(
+            "expected requests that decode when the prompt comes, but all ended before "
+            "the prompt came: the machine's speed changed; run again when it is quiet"
+        )
+    return max(gaps_s)

@@ -30,14 +30,13 @@ from disagg_jax.search.maps import (
 )
 from disagg_jax.workload.workload import TraceWorkload
 from experiments.placement.report import lines
-from experiments.report.draw import draw
+from experiments.report.draw import COLOURS, draw
 from experiments.report.intervals import interval_text
-from experiments.report.panel import XY, Bar, Bars, Cell, CellMap, Panel, curves
+from experiments.report.panel import XY, Bar, Bars, CellMap, ColouredCell, Panel, curves
 from experiments.report.table import align
 from experiments.runs.folder import plain
 
 Grid = Mapping[tuple[int, int], Sequence[SystemResult]]
-_COLOUR_OF = {name: colour for colour, name in enumerate(POLICIES)}
 _BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
 
 # ---- text ----------------------------------------------------------------------------
@@ -85,7 +84,7 @@ def _header(spec: ComparisonSpec) -> str:
     limits = ", ".join(
         f"{name} {policy.limits.decode_rows}"
         for name in spec.systems
-        for policy in POLICIES[name].values()
+        for policy in spec.systems[name].values()
         if policy.limits.decode_rows
     )
     return (
@@ -255,7 +254,8 @@ def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> 
     return {
         "question": {
             **{key: value for key, value in plain(spec).items() if key != "type"},
-            "policies": {name: plain(POLICIES[name]) for name in spec.systems},
+            "systems": list(spec.systems),
+            "policies": plain(spec.systems),
         },
         "maps": [
             {
@@ -320,10 +320,11 @@ def plot(
 def _bars(each: Map, found: Sequence[SystemResult]) -> Bars:
     """Return a bar for each system, with its interval."""
     bars: list[Bar] = []
+    colours = _colours([one.system for one in found])
     for one in found:
         low, high = one.goodput.low, one.goodput.high
         known = None if low is None or high is None else (low, high)
-        spans = [(0.0, one.goodput.mean, _COLOUR_OF[one.system])]
+        spans = [(0.0, one.goodput.mean, colours[one.system])]
         label = f"{one.system}\n{one.deployment}"
         bars.append(Bar(label=label, spans=spans, interval=known))
     seeds = "no intervals" if bars[0].interval is None else "95 % intervals over seeds"
@@ -358,14 +359,15 @@ def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
 
 
 def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
+    colours = _colours(list(spec.systems))
     return CellMap(
         title=each.fixed + _footnote(*grid.values()),
         x=f"{each.x.name} ({each.x.unit})",
         y=f"{each.y.name} ({each.y.unit})",
         columns=[f"{value:g}" for value in each.x.values],
         rows=[f"{value:g}" for value in each.y.values],
-        cells={at: _map_cell(judge(found)) for at, found in grid.items()},
-        legend={name: _COLOUR_OF[name] for name in spec.systems},
+        cells={at: _map_cell(judge(found), colours) for at, found in grid.items()},
+        legend={name: colours[name] for name in spec.systems},
         hatched=f"{UNCLEAR}: {DISAGGREGATED} or colocated",
         notes=(
             "~ not clearly over the runner-up",
@@ -375,10 +377,18 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
     )
 
 
-def _map_cell(judged: CellVerdict) -> Cell:
+def _colours(systems: Sequence[str]) -> dict[str, int]:
+    """Return the colour of each system; own ones have those that the listed leave."""
+    own = [name for name in systems if name not in POLICIES]
+    return {name: i % len(COLOURS) for i, name in enumerate([*POLICIES, *own])}
+
+
+def _map_cell(judged: CellVerdict, colours: Mapping[str, int]) -> ColouredCell:
     infeasible = judged.verdict == INFEASIBLE
-    colour = None if infeasible else _COLOUR_OF[judged.winner.system]
-    return Cell(text=_label(judged), colour=colour, hatched=judged.verdict == UNCLEAR)
+    colour = None if infeasible else colours[judged.winner.system]
+    return ColouredCell(
+        text=_label(judged), colour=colour, hatched=judged.verdict == UNCLEAR
+    )
 
 
 def _footnote(*cells: Sequence[SystemResult]) -> str:

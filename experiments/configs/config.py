@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
-from disagg_jax.scheduling import find_system
+from disagg_jax.scheduling import find_system, get_system
+from disagg_jax.scheduling.routing import get_router
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule
 from disagg_jax.search.rates import SearchPlan
@@ -113,6 +114,8 @@ class Config:
     # the durations alone then make equal timelines, which is checked at that rate.
     execute_all: bool = False
     cost: LinearCost = LinearCost(step_base_s=1e-3)
+    prefill_router: str = "shortest_queue"  # picks the instance of a prompt
+    decode_router: str = "least_loaded"  # picks the instance that pulls KV
     layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
     # Virtual clock: a preset of sim.hardware.link, whose time transfers take.
     link: str = ""
@@ -142,6 +145,8 @@ class Config:
             require_one_of("slo.preset", self.slo.preset, MLPERF_SLOS)
         if self.workload.source == "trace" and not self.workload.trace:
             raise ValueError("workload.trace: expected the path of a trace, got none")
+        for router in (self.prefill_router, self.decode_router):
+            get_router(router)
         if not self.systems:
             raise ValueError("systems: expected at least one, got none")
         require(self.num_seeds >= 1, "num_seeds: expected >= 1", self.num_seeds)
@@ -204,6 +209,27 @@ class Config:
             for name, (system, deployment) in answers.items()
         }
         return dataclasses.replace(self, systems={**self.systems, **placed})
+
+    def with_systems(self, names: Sequence[str]) -> Config:
+        """Return the config with these systems only.
+
+        One that the config has keeps its deployment and parameters. Another is found by
+        `get_system`, and served by the instances of the config's first system that has
+        the same roles.
+
+        Raises:
+          ValueError: on an unknown name, or roles that no system of the config has.
+        """
+        found = [find_system(name, self.systems) for name in names]
+        systems = {n: self.systems.get(n) or self._new_system(n) for n in found}
+        return dataclasses.replace(self, systems=systems)
+
+    def _new_system(self, name: str) -> System:
+        policies = get_system(name)
+        alike = [s for s in self.systems.values() if set(s.policies) == set(policies)]
+        expected = f"systems: expected {name} to have the roles of one of the config's"
+        require(bool(alike), expected, [str(role) for role in policies])
+        return System(deployment=alike[0].deployment, policies=policies)
 
     def by_step_tokens(self) -> Config:
         """Return a system for each of `step_tokens`, named like sarathi@128.

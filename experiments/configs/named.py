@@ -123,8 +123,8 @@ def azure_trace() -> Config:
 
     Needs the CSV (AzurePublicDataset, CC-BY 4.0): `--set workload.trace=FILE`. Its
     lengths are scaled by 1/8, its times stretched to the rate in question; rows that
-    are still over the context are left out and counted. 47 s on 2 cores; vLLM was
-    ahead, as prompts are short beside what the decodes take.
+    are still over the context are left out and counted. A minute on 2 cores; neither
+    system was clearly ahead (experiments/RESULTS.md).
     """
     return Config(
         systems=_TWO_SYSTEMS,

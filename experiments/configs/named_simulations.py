@@ -13,12 +13,12 @@ from typing import Any
 from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.sim.cost.distserve import FittedProfile, profile_from_json
-from disagg_jax.sim.cost.roofline import RooflineCost
-from disagg_jax.sim.hardware import LINKS, get_hardware
-from disagg_jax.sim.simulation import DeviceCost, Simulation
+from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost
+from disagg_jax.sim.hardware import Hardware
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.traces import Trace, fit_rows, load_trace
 from disagg_jax.workload.workload import requests_of_rows
-from models.lookup import find_model
+from models.config import ModelConfig
 
 PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
@@ -30,54 +30,31 @@ def distserve_profile() -> FittedProfile:
     return profile_from_json(json.loads(DISTSERVE.read_text()))
 
 
-def device_cost(name: str, model: str) -> DeviceCost:
-    """Return the durations of a model by name.
-
-    Args:
-      name: fitted/ENGINE, DistServe's A100 coefficients of one engine, or
-        roofline/HARDWARE.
-
-    Raises:
-      ValueError: on an unknown name, or a model that was not measured.
-    """
-    kind, _, rest = name.partition("/")
-    kinds = "'fitted/ENGINE' or 'roofline/HARDWARE'"
-    known = kind in ("fitted", "roofline") and rest != ""
-    require(known, f"cost: expected {kinds}", name)
-    if kind == "fitted":
-        fitted = distserve_profile()
-        cost = fitted.cost_model(rest, model)
-        tokens = functools.partial(fitted.kv_tokens, model)
-        return DeviceCost(name=name, model=cost, kv_tokens=tokens)
-    roofline = RooflineCost(model=find_model(model), hardware=get_hardware(rest))
-    return DeviceCost(name=name, model=roofline, kv_tokens=roofline.kv_tokens)
-
-
-def named_simulation(
-    model: str, cost: str, colocated_cost: str | None = None, **fields: Any
-) -> Simulation:
-    """Return a simulation whose model and costs have these names.
-
-    Args:
-      fields: other fields of `Simulation`.
-
-    Raises:
-      ValueError: on an unknown name.
-    """
-    return Simulation(
-        model=find_model(model),
-        cost=device_cost(cost, model),
-        colocated_cost=device_cost(colocated_cost, model) if colocated_cost else None,
-        **fields,
+def _fitted(engine: str, model: ModelConfig, hardware: Hardware) -> DeviceCost:
+    """Return the times of `engine` by DistServe's coefficients."""
+    measured = hardware.name.startswith("a100-80g")
+    require(measured, f"fitted/{engine}: expected hardware a100-80g", hardware.name)
+    fitted = distserve_profile()
+    return DeviceCost(
+        name=f"fitted/{engine}",
+        instance=fitted.cost_model(engine, model.name).instance,
+        kv_tokens=functools.partial(fitted.kv_tokens, model.name),
     )
+
+
+# The library's, and DistServe's measured coefficients of two engines.
+COSTS: Mapping[str, MakeCost] = {
+    **COST_MODELS,
+    "fitted/distserve": functools.partial(_fitted, "distserve"),
+    "fitted/vllm": functools.partial(_fitted, "vllm"),
+}
 
 
 def _simdistserve(model: str) -> Simulation:
     """Return DistServe's own simulator: free links, no KV memory, unequal engines."""
-    return named_simulation(
-        model,
-        "fitted/distserve",
-        "fitted/vllm",
+    return dataclasses.replace(
+        on_a100s(model, "fitted/distserve", inside=None),
+        colocated_cost=on_a100s(model, "fitted/vllm").cost,
         prefill_budget_is_memory=True,
         kv_memory=False,
         max_context=10**9,
@@ -85,22 +62,21 @@ def _simdistserve(model: str) -> Simulation:
     )
 
 
-def _on_a100s(model: str, cost: str = "fitted/distserve") -> Simulation:
-    """Return one engine for all systems, with KV memory and links."""
-    return named_simulation(model, cost, inside="nvlink-a100", between="25gb")
+def on_a100s(model: str, cost: str, **fields: Any) -> Simulation:
+    """Simulate a model on A100s by a cost model of `COSTS`."""
+    return Simulation.of(model, "a100-80g", cost=cost, costs=COSTS, **fields)
 
 
 def _on_h100s(model: str) -> Simulation:
-    links = {"inside": "nvlink-h100", "between": "400gb"}
-    return named_simulation(model, "roofline/h100", max_context=8192, **links)
+    return Simulation.of(model, "h100", between="400gb", max_context=8192)
 
 
 SIMULATIONS: Mapping[str, Callable[[], Simulation]] = {
     "simdistserve_opt13b": lambda: _simdistserve("opt-13b"),
     "simdistserve_opt66b": lambda: _simdistserve("opt-66b"),
-    "opt13b_a100": lambda: _on_a100s("opt-13b"),
-    "opt66b_a100": lambda: _on_a100s("opt-66b"),
-    "opt175b_a100": lambda: _on_a100s("opt-175b", "roofline/a100-80g"),
+    "opt13b_a100": lambda: on_a100s("opt-13b", "fitted/distserve", between="25gb"),
+    "opt66b_a100": lambda: on_a100s("opt-66b", "fitted/distserve", between="25gb"),
+    "opt175b_a100": lambda: on_a100s("opt-175b", "roofline", between="25gb"),
     "llama3_8b_h100": lambda: _on_h100s("llama-3-8b"),
     "llama3_70b_h100": lambda: _on_h100s("llama-3-70b"),
 }
@@ -112,33 +88,14 @@ def get_simulation(name: str) -> Simulation:
     return SIMULATIONS[name]()
 
 
-def link_inside(hardware: str) -> str | None:
-    """Return the link between two devices in a node; None if `hardware` has none."""
-    link = get_hardware(hardware).hop.name
-    return link if link in LINKS else None
-
-
-def roofline_simulation(
-    model: str, hardware: str, max_context: int = 2048
+def placement_simulation(
+    model: str, hardware: str, cost: str | None = None
 ) -> Simulation:
-    """Simulate a model on a device by a roofline; KV moves over the device's own link.
-
-    Raises:
-      ValueError: on an unknown name, or a device without such a link.
-    """
-    link = link_inside(hardware)
-    expected = "hardware: expected a device with a link to others"
-    require(link is not None, expected, hardware)
-    return named_simulation(
-        model, f"roofline/{hardware}", inside=link, max_context=max_context
-    )
-
-
-def placement_simulation(model: str, hardware: str) -> Simulation:
     """Simulate a model on a device with one cost model for all systems.
 
-    Durations are DistServe's measured coefficients where its profile has the model on
-    an a100, and a roofline otherwise.
+    Args:
+      cost: by default DistServe's measured coefficients where its profile has the model
+        on an a100, and a roofline otherwise.
 
     Raises:
       ValueError: on an unknown name.
@@ -146,8 +103,8 @@ def placement_simulation(model: str, hardware: str) -> Simulation:
     device = {"a100": "a100-80g"}.get(hardware, hardware)
     measured = distserve_profile().fits["distserve"]
     fitted = device == "a100-80g" and model in measured
-    cost = "fitted/distserve" if fitted else f"roofline/{device}"
-    return named_simulation(model, cost, inside=link_inside(device))
+    cost = cost or ("fitted/distserve" if fitted else "roofline")
+    return Simulation.of(model, device, cost=cost, costs=COSTS)
 
 
 def trace_requests(

@@ -135,6 +135,11 @@ def _has_prefill(config: Config) -> bool:
     return any(deployment.of(Role.PREFILL) for deployment in deployments)
 
 
+def _several(config: Config, *roles: Role) -> bool:
+    deployments = [Deployment.parse(s.deployment) for s in config.systems.values()]
+    return any(len(deployment.of(*roles)) > 1 for deployment in deployments)
+
+
 def _has_step_size(config: Config) -> bool:
     systems = config.systems.values()
     return any(has_rule(policy) for s in systems for policy in s.policies.values())
@@ -155,6 +160,16 @@ _SEARCH = _without("rates")
 _APART = Need(
     "a system of prefill and decode instances",
     _has_prefill,
+    lambda config: ", ".join(s.deployment for s in config.systems.values()),
+)
+_SEVERAL_ENTRIES = Need(
+    "a system with several instances that a request can go to",
+    lambda config: _several(config, Role.PREFILL, Role.COLOCATED),
+    lambda config: ", ".join(s.deployment for s in config.systems.values()),
+)
+_SEVERAL_DECODES = Need(
+    "a system with several decode instances",
+    lambda config: _several(config, Role.DECODE),
     lambda config: ", ".join(s.deployment for s in config.systems.values()),
 )
 _STEP_SIZE = Need(
@@ -215,6 +230,8 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
         _is("durations", "table", "modelled"),
         _is("workload.ignore_eos", True),
     ),
+    "prefill_router": (_SEVERAL_ENTRIES,),
+    "decode_router": (_SEVERAL_DECODES,),
     "cost": (_MODELLED,),
     "cost.transfer_base_s": (_APART, _without("link")),
     "cost.transfer_token_s": (_APART, _without("link")),

@@ -44,7 +44,7 @@ def _assign(node: Any, key: str, path: list[str], text: str) -> Any:
     name, rest = path[0], path[1:]
     if isinstance(node, Mapping):
         known = {str(k): k for k in node}
-        name = find_system(name, known)
+        name, rest = _split(path, known)
         child = node[known[name]] if name in known else None
     else:
         known = {field.name: field.name for field in dataclasses.fields(node)}
@@ -64,6 +64,18 @@ def _assign(node: Any, key: str, path: list[str], text: str) -> Any:
     if isinstance(node, Mapping):
         return {**node, known[name]: value}
     return dataclasses.replace(node, **{name: value})
+
+
+def _split(path: list[str], known: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the one of `known` that a path begins with, and the rest.
+
+    The name of a system may have dots: package.module:attribute.
+    """
+    for end in range(len(path), 0, -1):
+        name = find_system(".".join(path[:end]), known)
+        if name in known:
+            return name, path[end:]
+    return path[0], path[1:]
 
 
 def _parse(key: str, kind: Any, text: str) -> Any:

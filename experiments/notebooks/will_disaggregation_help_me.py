@@ -170,11 +170,11 @@ Image(filename=out / "lengths.png")
 from disagg_jax.scheduling.tuning import tile_multiples
 from disagg_jax.search.comparison import ComparisonSpec
 from disagg_jax.search.maps import slos_map
+from disagg_jax.sim import Simulation
 from experiments.comparison.report import answer
-from experiments.configs.named_simulations import roofline_simulation
 
 spec = ComparisonSpec(
-    simulation=roofline_simulation(model, hardware, max_context=8192),
+    simulation=Simulation.of(model, hardware, max_context=8192),
     devices=devices,
     sizes=tile_multiples(max(128, device.tile_rows)),
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Role
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.sim.simulated_deployment import SimulatedDeployment
+from disagg_jax.sim import SimulatedDeployment, Simulation
 from disagg_jax.work import StepLoad
-from experiments.configs.named_simulations import device_cost, named_simulation
 
 ROOFLINE = "Ours is a roofline of data-sheet peaks, not fitted to the paper's engine"
 
@@ -21,14 +20,14 @@ def colocated(
     kv_memory: bool = True,
 ) -> SimulatedDeployment:
     """Build a `deployment` that serves `model` on `hardware` with `policy`."""
-    simulation = named_simulation(
+    simulation = Simulation.of(
         model,
-        f"roofline/{hardware}",
+        hardware,
         policies={Role.COLOCATED: policy},
         max_context=max_context,
         kv_memory=kv_memory,
     )
-    return simulation.build(Deployment.parse(deployment))
+    return simulation.build(deployment)
 
 
 def step_s(
@@ -45,6 +44,6 @@ def step_s(
       chunks: (tokens cached before, tokens) of each prompt part.
       context: tokens that each decode attends to.
     """
-    instance = device_cost(f"roofline/{hardware}", model).model.instance(1)
+    instance = Simulation.of(model, hardware).cost.instance(1, 1)
     (seconds,) = instance.stages_s(StepLoad(chunks, decodes, decodes * context))
     return seconds

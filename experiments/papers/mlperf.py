@@ -6,15 +6,14 @@ question is which system its server and interactive bounds favour.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Role
 from disagg_jax.metrics.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
-from experiments.configs.named_simulations import roofline_simulation
+from disagg_jax.sim import Simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.intervals import across_seeds
@@ -28,14 +27,11 @@ _PLAN = SearchPlan(growth=1.5, tolerance=0.1, max_rates=12)
 
 
 def _search(lab: Lab, system: str, bounds: str) -> GoodputSearch:
-    policies = SYSTEMS[system]
-    simulation = dataclasses.replace(
-        roofline_simulation("llama-2-70b", "h100", 4096), policies=policies
-    )
-    deployment = _COLOCATED if Role.COLOCATED in policies else _SPLIT
+    simulation = Simulation.of("llama-2-70b", "h100", system=system, max_context=4096)
+    deployment = _COLOCATED if Role.COLOCATED in SYSTEMS[system] else _SPLIT
     slo = MLPERF_SLOS[bounds]
     return GoodputSearch(
-        simulated=simulation.build(Deployment.parse(deployment)),
+        simulated=simulation.build(deployment),
         workload=get_workload(_WORKLOAD),
         slo=slo,
         criterion=mlperf(slo),

@@ -70,7 +70,7 @@ class Bars:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
+class ColouredCell:
     """A rectangle of a `CellMap`."""
 
     text: str
@@ -87,7 +87,7 @@ class CellMap:
     y: str
     columns: Sequence[str]  # values of x
     rows: Sequence[str]  # values of y, from the bottom
-    cells: Mapping[tuple[int, int], Cell]  # (column, row)
+    cells: Mapping[tuple[int, int], ColouredCell]  # (column, row)
     legend: Mapping[str, int]
     hatched: str  # what hatching means, for the legend
     notes: Sequence[str] = ()  # more of the legend

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disagg_jax.formats import RUN
-from disagg_jax.sim.simulation import DeviceCost, Simulation
+from disagg_jax.sim import DeviceCost, Simulation
 from experiments.cli.command import command_line
 
 _RECORDS = {".lock", "config.json", "env.json"}

@@ -106,12 +106,10 @@ def load_workload(config: Config, model: Model) -> Workload:
             arrivals=arrivals,
             tokens=tokens,
         )
-    output = parse_lengths(options.output_tokens)
     if options.source == "random":
-        prompt = parse_lengths(options.prompt_tokens)
-        return RandomWorkload(
-            prompt=prompt, output=output, arrivals=arrivals, tokens=tokens
-        )
+        lengths = (options.prompt_tokens, options.output_tokens)
+        return RandomWorkload.parse(*lengths, arrivals=arrivals, tokens=tokens)
+    output = parse_lengths(options.output_tokens)
     prompts = tuple(tuple(tokenizer.encode(text)) for text in human_eval_prompts())
     if (largest := max(map(max, prompts))) >= vocab_size:
         raise ValueError(

@@ -24,6 +24,7 @@ from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import Criterion, for_slo
 from disagg_jax.programs.buckets import Buckets
 from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.routing import get_router
 from disagg_jax.scheduling.system import System
 from disagg_jax.sim.cost.deployment import CostExecutor
 from disagg_jax.sim.hardware.link import LinkSpec, get_link
@@ -171,6 +172,8 @@ def serve_with(
     return ServedDeployment(
         engine=engine,
         policies=policies,
+        prefill_router=get_router(config.prefill_router),
+        decode_router=get_router(config.decode_router),
         streams=config.streams,
         timing=timing,
         warm_up=live,

@@ -78,6 +78,20 @@ def test_equal_durations_are_equal_runs(world, deployment):
         assert any(t.tokens for t in run.timelines) == executed
 
 
+@pytest.mark.parametrize(
+    ("side", "deployment", "idle"),
+    [
+        ("prefill_router", "2xcolocated:tp1", 0),
+        ("decode_router", "prefill:tp1,2xdecode:tp1", 1),
+    ],
+)
+def test_a_router_picks_the_instances(world, side, deployment, idle):
+    routers = {side: lambda request, instances: instances[len(instances) - 1]}
+    runner = served(world, deployment, timing=modelled, executed=False, **routers)
+    shares = runner.run(requests()).busy_shares(runner.deployment)
+    assert [i for i, (share,) in enumerate(shares) if not share] == [idle]
+
+
 def test_the_wall_clock_serves_the_reference_tokens(world):
     runner = served(world, "prefill:tp1,decode:tp1")
     assert not isinstance(runner.backend(), VirtualBackend)

@@ -43,7 +43,8 @@ def found(root, text, name="README.md"):
         "| `python -m experiments.` | |\n|---|---|\n| `sweep --out=a` | `b` |",
         "| `python -m experiments.` | |\n|---|---|\n\n| `not a command` |",
         "`experiments/sweep.py`, `experiments/reports/`, `runs/none.txt`, `a/b`",
-        "[a](experiments/sweep.py) [b](experiments/library.py#part) [c](#here)",
+        "[a](experiments/sweep.py) [b](experiments/library.py#part)",
+        "## It's here: `A`\n[c](#its-here-a) [d](README.md#its-here-a)",
         "[d](https://example.org/none) ![e](experiments/library.py)",
     ],
 )
@@ -86,6 +87,10 @@ def test_what_holds(root, text):
             "README.md:2: expected a link to something that exists, got "
             "'experiments/none.png'",
         ),
+        (
+            "# Here\n[a](#there)",
+            "README.md:2: expected a link to something that exists, got '#there'",
+        ),
     ],
 )
 def test_what_does_not(root, text, expected):
@@ -107,7 +112,7 @@ def test_a_badge_has_to_open_a_notebook_that_is_there(root):
 
 def test_a_kind_of_document_that_is_missing(root):
     (root / "README.md").write_text("")
-    with pytest.raises(ValueError, match="expected documents like experiments/reports"):
+    with pytest.raises(ValueError, match="expected documents like disagg_jax/README"):
         documents(root)
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 import json
+import pathlib
+import re
 import sys
 
 import jax
@@ -25,6 +27,7 @@ from experiments.sweep import report, serving, sweep
 from experiments.sweep.serving import load_model
 from tests.commands import run_command
 
+ROOT = pathlib.Path(__file__).parents[2]
 # As few programs as possible: compiling is most of the time.
 SMALL = [
     "workload.num_requests=6",
@@ -70,6 +73,16 @@ def test_the_run_directory_is_complete(first):
     # 2 systems x 2 rates x 2 seeds x 6 requests
     assert len(rows) == 48
     assert {row["status"] for row in rows} == {"finished"}
+
+
+def test_the_documents_example_reads_it(first, tmp_path, monkeypatch):
+    """experiments/README.md, "Results into numpy", as it is printed."""
+    text = (ROOT / "experiments" / "README.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "smoke").symlink_to(first)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
 
 
 def test_equal_step_times_give_equal_bytes(first, tmp_path):

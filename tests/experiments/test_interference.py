@@ -2,8 +2,8 @@
 
 import pytest
 
+from disagg_jax.sim import Simulation
 from experiments import interference
-from experiments.configs.named_simulations import roofline_simulation
 from experiments.interference import WORKLOAD, chunked_prompt_s, simulate, stretch
 from tests.commands import run_command
 from tests.timelines import served
@@ -36,7 +36,7 @@ def test_a_stall_is_longer_than_twice_the_median_gap(token_s, stalled):
 
 @pytest.fixture(scope="module")
 def found():
-    simulation = roofline_simulation("opt-13b", "a100-80g")
+    simulation = Simulation.of("opt-13b", "a100-80g")
     return simulate(simulation, WORKLOAD.requests(120, 6.0, 0), budget=512)
 
 

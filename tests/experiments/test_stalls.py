@@ -1,5 +1,6 @@
 """What a prompt does to decodes, with durations that are known."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -95,10 +96,26 @@ def test_of_several_runs_the_one_in_the_middle_counts():
         return known
 
     config = get_config("tiny")
-    scene = StallScenario(decodes=1, prompts=(80,), chunk=19, repeats=3)
+    scene = dataclasses.replace(SCENE, prompts=(80,), repeats=3)
     params = transformer.init_params(config, 0)
     # Each of the warm-up runs has such a prompt as well, so that the cycle starts anew.
     vllm, *_ = measure(config, params, scene, timing=uneven)
     assert vllm.longest_s == pytest.approx(1.0 + 1.0 + 80 * 2)
     assert vllm.ttft_s == pytest.approx(1.0 + 80 * 2)
     assert max(gap_s for _, gap_s in vllm.gaps) == vllm.longest_s
+
+
+def test_a_machine_that_became_too_fast_is_named():
+    """All decodes end before the prompt comes, as a step takes a hundredth by then."""
+    runs = itertools.count()
+
+    def faster(work, parts_s):
+        known = timing(work, parts_s)
+        if next(runs) < 3 * 65:  # steps of the runs that say when the prompt comes
+            return known
+        return as_measured(work, [s / 100 for s in known.durations_s])
+
+    config = get_config("tiny")
+    scene = dataclasses.replace(SCENE, prompts=(80,))
+    with pytest.raises(ValueError, match="ended before the prompt came"):
+        measure(config, transformer.init_params(config, 0), scene, timing=faster)

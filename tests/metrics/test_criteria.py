@@ -14,7 +14,7 @@ from disagg_jax.metrics.criteria import (
     DistServe,
     FastGen,
     Mooncake,
-    Sarathi,
+    SarathiThroughput,
     UnloadedLatency,
     for_slo,
     mlperf,
@@ -265,12 +265,12 @@ def test_fastgens_defaults_are_the_blogs_rates():
 def test_sarathi_counts_tokens_per_ms():
     run = [with_gaps(1.0, 1.0), with_gaps(3.5), unserved(7)]
     # 2 prompts of 10 and 5 tokens, until 4 s.
-    assert Sarathi().score(run) == pytest.approx(25 / 4000)
-    assert Sarathi().score([unserved(7)]) == 0.0  # nothing took any time
+    assert SarathiThroughput().score(run) == pytest.approx(25 / 4000)
+    assert SarathiThroughput().score([unserved(7)]) == 0.0  # nothing took any time
     # One that ended early counts with the tokens that it has.
     ended = with_gaps(3.5)
     ended.request = dataclasses.replace(ended.request, max_tokens=7)
-    assert Sarathi().score([ended]) == pytest.approx((10 + 2) / 4000)
+    assert SarathiThroughput().score([ended]) == pytest.approx((10 + 2) / 4000)
 
 
 # ---- all of them ---------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 
 from disagg_jax.metrics import SLO
-from disagg_jax.metrics.criteria import Sarathi, mlperf
+from disagg_jax.metrics.criteria import SarathiThroughput, mlperf
 from disagg_jax.metrics.ranking import rank
 
 P99 = mlperf(SLO(ttft_s=1.0, tpot_s=1.0))  # its target is 0.99
@@ -56,7 +56,9 @@ def test_rates_that_are_apart_by_the_tolerance_are_near_enough():
     assert rank(P99, {"a": apart}, tolerance=0.24)[0]["known"] == "coarsely"
 
 
-@pytest.mark.parametrize(("criterion", "good"), [(P99, 1.0), (Sarathi(), 7.0)])
+@pytest.mark.parametrize(
+    ("criterion", "good"), [(P99, 1.0), (SarathiThroughput(), 7.0)]
+)
 def test_dependent_seeds_have_no_interval(criterion, good):
     scores = {"a": {1.0: [good, good], 2.0: [0.9, 0.8]}}
     for independent in (True, False):
@@ -67,13 +69,13 @@ def test_dependent_seeds_have_no_interval(criterion, good):
 
 def test_systems_of_one_figure_stay_in_their_order():
     same = {"b": {1.0: [2.0]}, "a": {1.0: [2.0]}, "c": {1.0: [3.0]}}
-    rows = rank(Sarathi(), same, tolerance=0.1)
+    rows = rank(SarathiThroughput(), same, tolerance=0.1)
     assert [row["system"] for row in rows] == ["c", "b", "a"]
 
 
 def test_throughputs_are_ordered_by_the_best_score():
     rows = rank(
-        Sarathi(),
+        SarathiThroughput(),
         {
             "peak": {1.0: [2.0], 2.0: [3.0], 4.0: [1.0]},
             "grows": {1.0: [2.0], 2.0: [4.0]},

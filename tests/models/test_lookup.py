@@ -6,9 +6,9 @@ import json
 import pytest
 
 from disagg_jax.deployment import InstanceSpec, Role
+from disagg_jax.sim import Simulation
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.presets import get_hardware
-from experiments.configs.named_simulations import roofline_simulation
 from models.config import PRESETS, Widths
 from models.lookup import find_model
 
@@ -63,7 +63,7 @@ def test_a_file_of_sizes(tmp_path):
     path = write(tmp_path / "mine.json", fields("llama-3-8b"))
     model = find_model(path)
     assert seen(model) == seen(find_model("llama-3-8b"))
-    assert model.name == roofline_simulation(path, "h100").model.name == "mine"
+    assert model.name == Simulation.of(path, "h100").model.name == "mine"
 
 
 def test_widths_of_numbers_may_be_left_out(tmp_path):
@@ -212,7 +212,7 @@ def test_memory_follows_the_file(tmp_path):
     def kv_tokens(tp, **settings):
         path = write(tmp_path / "m.json", {**config, **settings})
         spec = InstanceSpec(role=Role.DECODE, tp=tp)
-        return roofline_simulation(path, "h100").kv_tokens(spec)
+        return Simulation.of(path, "h100").kv_tokens(spec)
 
     with pytest.raises(ValueError, match="expected weights and KV in 77.31 GB"):
         kv_tokens(1)
@@ -297,7 +297,7 @@ def test_bad_files(tmp_path, content, message):
 def test_no_such_file_or_name(tmp_path):
     with pytest.raises(FileNotFoundError):
         find_model(str(tmp_path / "none.json"))
-    with pytest.raises(ValueError, match="model: expected one of .* or a .json file"):
+    with pytest.raises(ValueError, match="model: expected one of .*; a .json file may"):
         find_model("llama-9")
 
 
@@ -308,7 +308,7 @@ def test_a_device_like_another(tmp_path):
     )
     assert get_hardware(path) == expected
     faster, slower = (
-        roofline_simulation("llama-3-8b", name)
+        Simulation.of("llama-3-8b", name)
         .cost_of(_SPEC)
         .instance(1)
         .decode_s(8, 8 * 1000)

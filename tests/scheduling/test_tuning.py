@@ -1,19 +1,24 @@
 """Step sizes of policies from step times that are known by arithmetic."""
 
+import dataclasses
 import math
+from typing import ClassVar
 
 import pytest
 
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.interface import StepLimits
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.tuning import (
+    StepSize,
     TuningInputs,
     has_rule,
+    resized,
     tile_multiples,
     tune,
 )
@@ -264,6 +269,45 @@ def test_orca_and_vllm_have_defaults():
 def test_what_only_decodes_stays_as_it_is():
     tuned = tune(DecodeOnly(), profile(), 0.05, size=7)
     assert (tuned.policy, tuned.choice) == (DecodeOnly(), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Declares:
+    """A policy of one's own with a step size, a rule of its own, and no `max_seqs`."""
+
+    step_size: ClassVar[StepSize] = StepSize(
+        "chunk", lambda policy, inputs, tpot_s: (inputs.prompt_tokens, "a prompt")
+    )
+    chunk: int = 64
+    limits: ClassVar[StepLimits] = StepLimits.of_chunks(64, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeclaresNone:
+    limits: ClassVar[StepLimits] = StepLimits.of_chunks(64, 8)
+
+
+def test_an_own_policy_is_tuned_by_the_rule_that_it_declares():
+    tuned = tune(Declares(), profile(), 0.05)
+    assert tuned.policy == Declares(chunk=300)
+    assert tuned.note == "chunk = 300: a prompt"
+    assert resized(Declares(), 7) == Declares(chunk=7)
+    assert has_rule(Declares())
+
+
+def test_a_policy_that_declares_no_step_size_is_not_tuned_and_says_so():
+    tuned = tune(DeclaresNone(), profile(), 0.05, size=7)
+    assert (tuned.policy, tuned.choice) == (DeclaresNone(), None)
+    assert tuned.note == "not tuned: DeclaresNone declares no step size"
+    assert tune(DecodeOnly(), profile(), 0.05).note == ""  # nothing to tune
+
+
+def test_a_step_size_that_is_no_field_is_refused():
+    class Wrong(Declares):
+        step_size = StepSize("budget")
+
+    with pytest.raises(ValueError, match="Wrong.step_size: .* of its fields, got 'bu"):
+        tune(Wrong(), profile(), 0.05)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import statistics
 
 import numpy as np
@@ -732,6 +733,19 @@ def test_slo_scale_by_hand():
 def test_bad_searches_are_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}: expected"):
         asked("colocated:tp1", **change)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, r"goodput [\d.]+ requests/s, 95 % interval [\d.]+ to [\d.]+ \(2 seeds of"),
+        ({"seeds": (0,)}, r".* requests/s, no interval \(1 seed of .*, not resolved"),
+        ({"slo": SLO(ttft_s=1e-9, tpot_s=1.0)}, "no goodput: even alone it needs .* x"),
+    ],
+)
+def test_a_goodput_reads_as_a_sentence(changes, said):
+    search = dataclasses.replace(slow_alone(LinearCost), **changes)
+    assert re.match(said, str(find_goodput(search)))
 
 
 # ---- attainment that rises with the rate ---------------------------------------------

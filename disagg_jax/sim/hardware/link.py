@@ -71,6 +71,18 @@ _ALL = (
         efficiency=0.8,  # assumed: no published measurement found
     ),
     LinkSpec(
+        name="pcie4",
+        latency_s=5e-6,  # assumed: as pcie5
+        bandwidth_bytes_s=32e9,  # PCIe 4.0 x16: 16 GT/s x 16 lanes, before encoding
+        efficiency=0.8,  # assumed: as pcie5
+    ),
+    LinkSpec(
+        name="memory",  # of a host, between devices that are its cores; all assumed
+        latency_s=50e-6,
+        bandwidth_bytes_s=5e9,
+        efficiency=1.0,
+    ),
+    LinkSpec(
         name="400gb",
         latency_s=17e-6,  # Vidur's H100 inter-node send-recv
         bandwidth_bytes_s=50e9,  # 400 Gb/s

@@ -70,12 +70,7 @@ _A6000 = dataclasses.replace(
     hbm_bytes_s=768e9,  # datasheet: 48 GB GDDR6, 384 bits
     memory_bytes=48 * 2**30,  # datasheet, read as for the A100
     all_reduce={},  # none is known
-    hop=LinkSpec(
-        name="pcie4",
-        latency_s=5e-6,  # assumed: as pcie5
-        bandwidth_bytes_s=32e9,  # PCIe 4.0 x16: 16 GT/s x 16 lanes, before encoding
-        efficiency=0.8,  # assumed: as pcie5
-    ),
+    hop=get_link("pcie4"),
 )
 _H100 = Hardware(
     name="h100",
@@ -177,12 +172,7 @@ _CPU = Hardware(
     kv_mbu=0.5,
     kv_startup_s=0.0,
     all_reduce={tp: AllReduce(50e-6, 5e9) for tp in (2, 4, 8)},
-    hop=LinkSpec(
-        name="memory",
-        latency_s=50e-6,
-        bandwidth_bytes_s=5e9,
-        efficiency=1.0,
-    ),
+    hop=get_link("memory"),
     step_s=_STEP_S,
     tile_rows=1,
 )

@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.work import StepLoad
-from experiments.configs.named_simulations import device_cost
+from experiments.configs.named_simulations import on_a100s
 from experiments.papers.distserve.published import paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.panel import XY, Panel, Series
 from models.lookup import find_model
 
 MODEL = "opt-13b"
-_COSTS = {"profile": "fitted/distserve", "roofline": "roofline/a100-80g"}
+_COSTS = {"profile": "fitted/distserve", "roofline": "roofline"}
 _RUNS = "step times of fitted/distserve and roofline/a100-80g, OPT-13B; no runs"
 
 
@@ -32,7 +32,7 @@ def step_ms(
 ) -> list[float]:
     """Return a step's milliseconds on each stage; `context` is of each decode."""
     load = StepLoad(tuple((0, n) for n in prompts), decodes, decodes * (context + 1))
-    instance = device_cost(cost, MODEL).model.instance(tp, pp)
+    instance = on_a100s(MODEL, cost).cost.instance(tp, pp)
     return [1000 * seconds for seconds in instance.stages_s(load)]
 
 

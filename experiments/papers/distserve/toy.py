@@ -18,7 +18,7 @@ import numpy as np
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.sim.run import RunLatencies
 from disagg_jax.sim.simulation import Simulation
-from experiments.configs.named_simulations import device_cost, get_simulation
+from experiments.configs.named_simulations import get_simulation, on_a100s
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
@@ -41,7 +41,7 @@ _PHASES = {  # deployment and requests/s
 
 def _phase(lab: Lab, name: str, engine: str) -> ArmRuns:
     """Run one phase with one engine's times; rates are of its one GPU."""
-    cost = device_cost(engine, "opt-13b")
+    cost = on_a100s("opt-13b", engine).cost
     simulation = dataclasses.replace(_SHIPPED, cost=cost, colocated_cost=None)
     prefill_only = name == "prefill only"
     if prefill_only:  # one token ends with the prefill: then nothing decodes
@@ -110,7 +110,7 @@ def _fig1_panel(
 _ENGINES: Mapping[str, Simulation] = {
     "as shipped": _SHIPPED,
     "vLLM's for both": dataclasses.replace(
-        _SHIPPED, cost=device_cost("fitted/vllm", "opt-13b"), colocated_cost=None
+        _SHIPPED, cost=on_a100s("opt-13b", "fitted/vllm").cost, colocated_cost=None
     ),
     "DistServe's for both": dataclasses.replace(_SHIPPED, colocated_cost=None),
 }

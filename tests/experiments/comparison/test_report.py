@@ -6,7 +6,12 @@ import pathlib
 import pytest
 
 from disagg_jax.scheduling import DISAGGREGATED
-from disagg_jax.search.comparison import ComparisonSpec, SystemResult, judge
+from disagg_jax.search.comparison import (
+    POLICIES,
+    ComparisonSpec,
+    SystemResult,
+    judge,
+)
 from disagg_jax.search.maps import slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.workload import FixedLengths, RandomWorkload
@@ -21,6 +26,7 @@ WORKLOAD = RandomWorkload(prompt=FixedLengths(tokens=9), output=FixedLengths(tok
 def found(system, *per_seed_rps, needs=0.5, **best):
     return SystemResult(
         system=system,
+        colocated=system != DISAGGREGATED,
         deployment=f"{system}'s",
         parameters=(f"{system}'s reason", "another"),
         per_seed_rps=per_seed_rps,
@@ -49,7 +55,7 @@ NOBODY = tuple(
 SPEC = ComparisonSpec(
     simulation=get_simulation("opt13b_a100"),
     devices=4,
-    systems=("vllm_v0", "orca", DISAGGREGATED),
+    systems={name: POLICIES[name] for name in ("vllm_v0", "orca", DISAGGREGATED)},
     sizes=(128,),
     plan=SearchPlan(target=0.8),
     seeds=(0, 1, 2),

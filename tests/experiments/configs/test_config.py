@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import sys
+import types
 
 import pytest
 
@@ -200,6 +202,46 @@ def test_a_placement_replaces_the_system_that_has_its_name():
     assert {name: system.deployment for name, system in placed.items()} == {
         "placed_low": answer["deployment"]
     }
+
+
+OWN = {Role.COLOCATED: SarathiServe(max_seqs=8)}
+
+
+def test_systems_are_chosen_by_name_and_own_ones_get_a_deployment(monkeypatch):
+    monkeypatch.setitem(sys.modules, "a.mine", types.SimpleNamespace(own=OWN))
+    monkeypatch.setitem(sys.modules, "a", types.SimpleNamespace(mine=None))
+    monkeypatch.setattr(sys.modules["a"], "mine", sys.modules["a.mine"])
+    config = get_config("tiny")
+    chosen = config.with_systems(["a.mine:own", "vllm", "disaggregated_chunked"])
+    assert list(chosen.systems) == ["a.mine:own", "vllm_v0", "disaggregated_chunked"]
+    assert chosen.systems["vllm_v0"] == config.systems["vllm_v0"]
+    own = chosen.systems["a.mine:own"]
+    assert own == System(deployment="2xcolocated:tp1", policies=OWN)
+    apart = chosen.systems["disaggregated_chunked"]
+    assert apart.deployment == "prefill:tp1,decode:tp1"
+    # Its name has a dot, as keys have.
+    key = "systems.a.mine:own.policies.colocated.max_seqs"
+    changed = override(chosen, [f"{key}=4"]).systems["a.mine:own"]
+    assert changed.policies == {Role.COLOCATED: SarathiServe(max_seqs=4)}
+
+
+def test_an_unknown_system_or_one_without_instances_is_refused():
+    config = get_config("tiny")
+    with pytest.raises(ValueError, match="system: expected one of .* got 'vllmm'"):
+        config.with_systems(["vllmm"])
+    only = config.with_systems(["vllm_v0"])
+    with pytest.raises(ValueError, match="expected disaggregated to have the roles of"):
+        only.with_systems(["disaggregated"])
+
+
+def test_a_router_is_one_that_is_found():
+    config = get_config("tiny")
+    found = override(config, ["prefill_router=least_loaded"])
+    assert found.prefill_router == "least_loaded"
+    with pytest.raises(ValueError, match="router: expected one of .* got 'random'"):
+        override(config, ["prefill_router=random"])
+    with pytest.raises(ValueError, match="decode_router: .* several decode instances"):
+        override(config, ["decode_router=shortest_queue"])
 
 
 def test_a_value_is_all_behind_the_first_sign():

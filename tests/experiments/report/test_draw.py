@@ -7,8 +7,8 @@ from experiments.report import draw
 from experiments.report.panel import (
     Bar,
     Bars,
-    Cell,
     CellMap,
+    ColouredCell,
     Panel,
     Series,
     banded,
@@ -44,8 +44,8 @@ MAP = CellMap(
     columns=["1", "2"],
     rows=["3"],
     cells={
-        (0, 0): Cell(text="orca", colour=2, hatched=True),
-        (1, 0): Cell(text="nobody", colour=None),
+        (0, 0): ColouredCell(text="orca", colour=2, hatched=True),
+        (1, 0): ColouredCell(text="nobody", colour=None),
     },
     legend={"orca": 2},
     hatched="unclear",

@@ -1,5 +1,6 @@
 """Folders of runs: one run at a time, another's results stay, files are whole."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -13,6 +14,7 @@ import pytest
 
 from disagg_jax.formats import RUN
 from disagg_jax.metrics import SLO
+from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.placement import PlacementProblem
 from disagg_jax.search.rates import SearchPlan
 from experiments import stalls
@@ -331,5 +333,9 @@ def test_what_a_search_builds_with_is_recorded_by_its_name_and_owner():
     )
     record = json.loads(json.dumps(plain(problem), allow_nan=False))
     assert record["build"]["function"] == "Simulation.build"
-    assert record["build"]["of"] == plain(placement_simulation("opt-13b", "a100"))
-    assert record["build"]["of"] != plain(placement_simulation("opt-66b", "a100"))
+    apart = {"policies": SYSTEMS["disaggregated"]}
+    same, other = (
+        plain(dataclasses.replace(placement_simulation(model, "a100"), **apart))
+        for model in ("opt-13b", "opt-66b")
+    )
+    assert record["build"]["of"] == same != other

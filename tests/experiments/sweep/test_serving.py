@@ -2,6 +2,7 @@
 
 import dataclasses
 import types
+from typing import ClassVar
 
 import jax
 import pytest
@@ -11,6 +12,7 @@ from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request
 from disagg_jax.scheduling import tuning
+from disagg_jax.scheduling.interface import StepLimits
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
@@ -213,6 +215,22 @@ def test_only_what_a_paper_has_a_rule_for_is_tuned(random_model):
     policies, (reason,) = split.tuned(SPLIT.policies, 7.0, served)
     assert reason.startswith("prefill ")
     assert policies[Role.DECODE] == SPLIT.policies[Role.DECODE]
+
+
+@dataclasses.dataclass(frozen=True)
+class DeclaresNone:
+    """A policy of one's own that says nothing about its step size."""
+
+    limits: ClassVar[StepLimits] = StepLimits.of_chunks(64, 8)
+
+
+def test_a_policy_without_a_step_size_is_said_to_be_not_tuned(random_model):
+    own = System(deployment="colocated:tp1", policies={Role.COLOCATED: DeclaresNone()})
+    policies, reasons = durations(random_model, own).tuned(
+        own.policies, 7.0, requests((40, 10))
+    )
+    assert policies == own.policies
+    assert reasons == ["colocated not tuned: DeclaresNone declares no step size"]
 
 
 def test_on_the_virtual_clock_one_device_stands_for_several(random_model, monkeypatch):

@@ -1,0 +1,63 @@
+"""What a model costs on a kind of device: step times and KV capacity, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from disagg_jax.sim.cost.interface import InstanceCost
+from disagg_jax.sim.cost.roofline import RooflineCost
+from disagg_jax.sim.hardware.device import Hardware
+from models.config import ModelConfig
+from models.named import find_named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceCost:
+    """A `CostModel` of one model on one kind of device, and its KV capacity."""
+
+    name: str  # printed beside results, such as roofline/h100
+    # (tp, pp) -> durations on an instance; raises ValueError where there are none
+    instance: Callable[[int, int], InstanceCost]
+    kv_tokens: Callable[[int, int], int]  # (tp, pp) -> tokens that fit beside weights
+
+
+MakeCost = Callable[[ModelConfig, Hardware], DeviceCost]
+
+
+def roofline(model: ModelConfig, hardware: Hardware) -> DeviceCost:
+    """Return the times that follow from data sheets; see `cost.roofline`."""
+    cost = RooflineCost(model=model, hardware=hardware)
+    name = f"roofline/{hardware.name}"
+    return DeviceCost(name=name, instance=cost.instance, kv_tokens=cost.kv_tokens)
+
+
+COST_MODELS: Mapping[str, MakeCost] = {"roofline": roofline}
+
+
+def get_cost(
+    name: str,
+    model: ModelConfig,
+    hardware: Hardware,
+    costs: Mapping[str, MakeCost] = COST_MODELS,
+) -> DeviceCost:
+    """Return what a model costs on hardware by the cost model of that name.
+
+    Args:
+      name: a key of `costs`, or what `find_named` finds, such as `my_module:my_cost`:
+        a function of the model and the hardware.
+
+    Raises:
+      ValueError: on an unknown name, or a model that the cost model does not know.
+    """
+    make = find_named(
+        name,
+        costs,
+        kind="cost model",
+        what="a function of a ModelConfig and a Hardware",
+        is_one=callable,
+    )
+    cost = make(model, hardware)
+    if not isinstance(cost, DeviceCost):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"cost model: expected a DeviceCost of '{name}', got {cost!r}")
+    return cost

@@ -1,0 +1,76 @@
+"""The flags of commands that simulate a model on devices: what is simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from disagg_jax.sim import Simulation
+from disagg_jax.sim.hardware import Hardware, get_hardware
+from experiments.cli.flags import Flags, expect_used
+from experiments.configs.named_simulations import COSTS, SIMULATIONS, get_simulation
+
+
+class SimulationFlags:
+    """Flags that name a model, devices and routers, in a command's namespace `own`."""
+
+    def __init__(self, own: Flags):
+        self._model = own.string(
+            "model",
+            "llama-3-8b",
+            "A name of models/config.py, a .json file, or module:attribute.",
+        )
+        self._hardware = own.string(
+            "hardware",
+            "a100-80g",
+            "A name of sim/hardware/presets.py, or a .json file.",
+        )
+        self._cost = own.string(
+            "cost", "roofline", f"Step times: {', '.join(COSTS)}, or module:attribute."
+        )
+        self._config = own.enum(
+            "config",
+            None,
+            sorted(SIMULATIONS),
+            "A simulation, instead of a model, hardware and cost model.",
+        )
+        self._prefill_router = own.string(
+            "prefill_router", None, "Picks the instance of a prompt; see get_router."
+        )
+        self._decode_router = own.string(
+            "decode_router", None, "Picks the instance that pulls KV; see get_router."
+        )
+
+    @property
+    def config(self) -> str | None:
+        """Return the name of the simulation that replaces the other flags."""
+        return self._config.value
+
+    @property
+    def hardware(self) -> Hardware | None:
+        """Return the device, if the flags name one."""
+        return None if self.config else get_hardware(self._hardware.value)
+
+    def read(self, max_context: int | None = None) -> Simulation:
+        """Return the simulation that the flags name.
+
+        Args:
+          max_context: of a request, in tokens, instead of the simulation's.
+
+        Raises:
+          ValueError: on an unknown name, or a flag without effect beside --config.
+        """
+        replaced = (self._model, self._hardware, self._cost)
+        got = f"--config={self.config}"
+        expect_used(self.config is None, *replaced, expected="no --config", got=got)
+        if self.config:
+            simulation = get_simulation(self.config)
+        else:
+            model, hardware, cost = (flag.value for flag in replaced)
+            simulation = Simulation.of(model, hardware, cost=cost, costs=COSTS)
+        changes = {
+            "max_context": max_context,
+            "prefill_router": self._prefill_router.value,
+            "decode_router": self._decode_router.value,
+        }
+        given = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(simulation, **given)
