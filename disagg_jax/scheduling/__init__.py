@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, cast
 
+from disagg_jax import own_packages as own_packages  # first: it checks the path
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.interface import (
