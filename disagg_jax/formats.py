@@ -59,5 +59,5 @@ RUN = Format(
     command="the command in its env.json, with another --out",
 )
 STEP_TIMES = Format(
-    name="step_times.json", number=1, command="python -m experiments.goodput_sweep"
+    name="step_times.json", number=2, command="python -m experiments.goodput_sweep"
 )

@@ -92,6 +92,7 @@ _UNREAD = read_by(
         *("durations", "cost", "timing_repeats", "execute_all", "criterion"),
         *("rates", "search.growth", "search.tolerance", "search.max_rates"),
         *("step_tokens", "tune"),
+        *("first_seeds", "relaxed", "executed_requests"),
     ),
 )
 

@@ -97,6 +97,7 @@ _UNREAD = read_by(
     keys=(
         *("clock", "durations", "cost", "timing_repeats", "execute_all", "criterion"),
         *("rates", "search", "slo", "num_seeds", "step_tokens", "tune"),
+        *("first_seeds", "relaxed", "executed_requests"),
     ),
 )
 

@@ -23,29 +23,36 @@ from experiments.runs.run_dir import SavedRun
 FLAGS = Flags()
 _RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")
 _SYSTEM = FLAGS.string("system", REQUIRED, "Which of its systems.")
+_TARGET = FLAGS.string("target", None, "tight or relaxed; by default the run's first.")
 _RATE = FLAGS.float("rate", None, "Requests/s per device, as in table.txt.")
 _SEED = FLAGS.integer("seed", None, "Of the run; by default the first.")
 _OUT = FLAGS.string("out", "trace.json", "File to write.")
 
 
 def draw(
-    path: pathlib.Path, system: str, rate_rps: float | None, seed: int | None
+    path: pathlib.Path,
+    system: str,
+    rate_rps: float | None,
+    seed: int | None,
+    target: str | None = None,
 ) -> dict[str, Any]:
     """The trace of one run in a run directory; see `chrome_trace`.
 
     Args:
       rate_rps: per device; None is the highest that passes.
       seed: None is the first.
+      target: of the run, tight or relaxed; None is the first.
 
     Raises:
       ValueError: if there is no such run; says what there is.
     """
     run = SavedRun(path)
-    picked = run.pick(system, rate_rps, seed)
+    picked = run.pick(system, rate_rps, seed, target)
     config = run.config()
     about = {
         "run": str(path),
         "system": picked.point.system,
+        **({"target": picked.point.target} if picked.point.target else {}),
         "rate_rps_per_device": float(picked.rate_rps),
         "seed": picked.seed,
         "clock": config["clock"],
@@ -60,7 +67,7 @@ def draw(
 @command(FLAGS)
 def main() -> None:
     path = pathlib.Path(_RUN.value)
-    trace = draw(path, _SYSTEM.value, _RATE.value, _SEED.value)
+    trace = draw(path, _SYSTEM.value, _RATE.value, _SEED.value, _TARGET.value)
     write_text(pathlib.Path(_OUT.value), json.dumps(trace))
     print(f"{trace['otherData']}\n{_OUT.value}: open it in https://ui.perfetto.dev")
 

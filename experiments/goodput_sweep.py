@@ -7,6 +7,18 @@
     python -m experiments.goodput_sweep --systems=vllm_v0,my_systems:mine
     python -m experiments.goodput_sweep --placement=runs/placement/placement.json
 
+By a tight and a relaxed target side by side (`Config.relaxed`), each with step sizes of
+its own. Programs are timed in alternating rounds until their medians are steady; runs
+are simulated from these medians, in a process for each core. Programs run on the first
+100 requests of the first seed at each system's highest passing rate, which must give
+the timelines of the medians; of these runs the requests (`requests.jsonl`, with tokens)
+and the event logs are kept, of all others the metrics (`points/`). `--set
+execute_all=true` runs programs, and keeps requests, everywhere.
+
+After 4, 8 and 16 seeds (`Config.first_seeds`) it looks whether every system is
+resolved, and stops. The search is repeated by each half of the rounds of timing: if
+another system is ahead, the table says that these timings do not settle it.
+
 Writes a run directory and prints a table. Started again with the same --out and config,
 it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk. While it
 runs, no other run may use the directory.
@@ -14,15 +26,22 @@ runs, no other run may use the directory.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.calibration.step_times import check_step_times, measure_step_times
+from disagg_jax.calibration.step_times import (
+    StepTimes,
+    check_step_times,
+    measure_step_times,
+)
+from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
+from disagg_jax.sim.workers import Mapper, worker_pool
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once
@@ -35,20 +54,16 @@ from experiments.runs.run_dir import RunDir, environment
 from experiments.sweep import report
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
-    Progress,
     build_engines,
     check_modelled,
     compile_engines,
     instance_memory,
     load_model,
     most_devices,
-    resolve_criteria,
-    resolve_slo,
-    serve_with,
-    step_durations,
-    tune_systems,
 )
+from experiments.sweep.settled import goodputs, verdict
 from experiments.sweep.sweep import Sweep
+from experiments.sweep.targets import resolve_targets
 from models.load import Model
 
 FLAGS = Flags()
@@ -93,6 +108,9 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
             )
         )
     engines = build_engines(config, model)
+    if given is not None:
+        for engine in engines.values():
+            check_step_times(engine, given.seconds, streams=config.streams)
     record = {**plain(config), "step_times_file": step_times_file}
     if source.trace is not None:
         record["trace"] = source.trace  # a resumed run must find the same
@@ -107,33 +125,38 @@ def _run(
     model: Model,
     source: RequestSource,
     engines: Mapping[str, Engine],
-    given: dict[str, float] | None,
+    given: StepTimes | None,
 ) -> str:
     progress = progress_to_stderr()
     compile_engines(engines, progress)
-    step_times = _step_times(config, run_dir, list(engines.values()), given, progress)
-    durations = step_durations(config, engines, step_times)
-    first = next(iter(durations.values()))
-    slo = resolve_slo(config, first, source)
-    tuned = {name: (system.policies, []) for name, system in config.systems.items()}
-    if config.tune and not config.step_tokens:
-        tuned = tune_systems(config, durations, slo, source)
-    served = {
-        name: serve_with(config, engine, tuned[name][0], step_times)
-        for name, engine in engines.items()
-    }
-    summary = Sweep(
-        config=config,
-        model=model,
-        source=source,
-        served=served,
-        durations=first,
-        slo=slo,
-        choices={name: reasons for name, (_, reasons) in tuned.items() if reasons},
-        criteria=resolve_criteria(config, slo, first, source),
-        run_dir=run_dir,
-        progress=progress,
-    ).run()
+    times = _step_times(config, run_dir, list(engines.values()), given, progress)
+    with _workers(config) as mapper:
+        sweeps = [
+            Sweep(
+                config=config,
+                model=model,
+                source=source,
+                served=target.served,
+                timed=target.timed,
+                durations=target.durations,
+                slo=target.slo,
+                choices=target.choices,
+                criteria=target.criteria,
+                too_slow_s=target.too_slow_s,
+                run_dir=run_dir,
+                progress=progress,
+                target=target.name,
+                mapper=mapper,
+            )
+            for target in resolve_targets(config, engines, times.seconds, source)
+        ]
+        found = {sweep.target: sweep.run() for sweep in sweeps}
+        timing = _timing(times)
+        settled = _settled(config, engines, times, sweeps, mapper, progress)
+    for name, summary in found.items():
+        summary |= {"step_times": timing, "settled": settled.get(name)}
+    run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
+    summary = found[""] if "" in found else {"targets": found}
     run_dir.write_json("summary.json", summary)
     report.plot(summary, run_dir.path / "attainment.png")
     text = report.table(summary)
@@ -141,40 +164,93 @@ def _run(
     return text
 
 
+@contextlib.contextmanager
+def _workers(config: Config) -> Iterator[Mapper]:
+    """Yield a mapper over processes where runs need no engine, else over this one."""
+    if config.executed == "all" or config.durations != "table":
+        yield map
+        return
+    with worker_pool() as mapper:
+        yield mapper
+
+
+def _settled(
+    config: Config,
+    engines: Mapping[str, Engine],
+    times: StepTimes,
+    sweeps: Sequence[Sweep],
+    mapper: Mapper,
+    progress: Progress,
+) -> dict[str, dict[str, Any]]:
+    """Return whether two halves of the timings have the same winner, by target.
+
+    It is empty where a half cannot say: rates are given, or programs run everywhere.
+    """
+    searched = not config.rates and config.executed == "passing"
+    if not searched or times.halves is None or sweeps[0].good.target is None:
+        return {}
+    halves: dict[str, list[dict[str, float]]] = {sweep.target: [] for sweep in sweeps}
+    for i, half in enumerate(times.halves, 1):
+        progress(f"searching by the seconds of half {i} of the rounds of timing")
+        targets = resolve_targets(config, engines, half.seconds, sweeps[0].source)
+        for sweep, target in zip(sweeps, targets, strict=True):
+            begin = {name: sweep.goodput_rps(name) for name in target.timed}
+            found = goodputs(config, target, sweep.source, begin, mapper)
+            halves[target.name].append(found)
+    return {name: verdict(found) for name, found in halves.items()}
+
+
+def _timing(times: StepTimes) -> dict[str, Any] | None:
+    """Return how the step times were taken; None where there are none."""
+    if not times.rounds:
+        return None
+    return {
+        "rounds": min(map(len, times.rounds.values())),
+        "unsteady_share": times.unsteady,
+        "steady": times.is_steady,
+    }
+
+
 def _step_times(
     config: Config,
     run_dir: RunDir,
     engines: Sequence[Engine],
-    given: dict[str, float] | None,
+    given: StepTimes | None,
     progress: Progress,
-) -> dict[str, float]:
-    """Return the medians to use: given, of the run that is resumed, or taken now.
+) -> StepTimes:
+    """Return the times to use: given, of the run that is resumed, or taken now.
 
     They are empty if durations are modelled.
     """
     if config.durations == "modelled":
-        return {}
+        return StepTimes(rounds={})
     saved = run_dir.read_json("step_times.json")
     if saved is not None:
-        return STEP_TIMES.read(saved)["seconds"]
-    seconds = given
+        return _parse_step_times(saved)
     if given is not None:
-        for engine in engines:
-            check_step_times(engine, given, streams=config.streams)
-    if seconds is None:
-        seconds = measure_step_times(
-            engines, config.timing_repeats, progress, streams=config.streams
-        )
-    content = {"seconds": seconds, "measured": environment() if not given else None}
+        times, measured = given, None
+    else:
+        repeats = config.timing_repeats
+        times = measure_step_times(engines, repeats, progress, streams=config.streams)
+        measured = environment()
+    content = {"seconds": times.seconds, "rounds": times.rounds, "measured": measured}
     run_dir.write_json("step_times.json", STEP_TIMES.write(content))
-    return seconds
+    return times
 
 
-def _read_step_times(path: str) -> dict[str, float]:
+def _parse_step_times(record: Mapping[str, Any]) -> StepTimes:
+    """Return the times in a `step_times.json`; format 1 has medians only."""
+    content = STEP_TIMES.read(record)
+    if "rounds" in content:
+        rounds = {key: [*map(float, each)] for key, each in content["rounds"].items()}
+    else:
+        rounds = {key: [float(time_s)] for key, time_s in content["seconds"].items()}
+    return StepTimes(rounds=rounds)
+
+
+def _read_step_times(path: str) -> StepTimes:
     try:
-        record = json.loads(pathlib.Path(path).read_text())
-        seconds = STEP_TIMES.read(record)["seconds"]
-        return {str(key): float(value) for key, value in seconds.items()}
+        return _parse_step_times(json.loads(pathlib.Path(path).read_text()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--step_times: expected the step_times.json of a run, got '{path}': "

@@ -29,18 +29,23 @@ from experiments.runs.run_dir import SavedRun
 
 FLAGS = Flags()
 _RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")
+_TARGET = FLAGS.string("target", None, "tight or relaxed; by default the run's first.")
 _RATE = FLAGS.float("rate", None, "Requests/s per device, as in table.txt.")
 _REQUEST = FLAGS.integer("request", None, "Its number in the run.")
 
 
 def find(
-    path: pathlib.Path, rate_rps: float | None = None, request: int | None = None
+    path: pathlib.Path,
+    rate_rps: float | None = None,
+    request: int | None = None,
+    target: str | None = None,
 ) -> dict[str, Timeline]:
     """Return one request's timeline by system and rate, as "vllm_v0 at 40 requests/s".
 
     Args:
       rate_rps: per device; None is the highest that each system passes at.
       request: its id; None is one that took the median time in the first system.
+      target: of the run, tight or relaxed; None is the first.
 
     Raises:
       ValueError: if there is no such run or request; says what there is.
@@ -49,7 +54,7 @@ def find(
     config = run.config()
     found: dict[str, Timeline] = {}
     for system in config["systems"]:
-        picked = run.pick(system, rate_rps, seed=None)
+        picked = run.pick(system, rate_rps, None, target)
         rows = map(to_timeline, run.requests(picked.point))
         done = {t.request.id: t for t in rows if t.status is Status.FINISHED}
         if request is None:
@@ -104,7 +109,7 @@ def plot(found: Mapping[str, Timeline], path: pathlib.Path) -> None:
 @command(FLAGS)
 def main() -> None:
     path = pathlib.Path(_RUN.value)
-    found = find(path, _RATE.value, _REQUEST.value)
+    found = find(path, _RATE.value, _REQUEST.value, _TARGET.value)
     plot(found, path / "one_request.png")
     print(f"{table(found)}\n\n{path}/one_request.png")
 

@@ -2,6 +2,7 @@
 
     timing             time work of engines, each piece alone
     step_times         the table of a sweep: measured, of a profile, checked
+    program_times      a deployment as such a table, without its engine
     measure            calibrate: programs and held-out loads -> a profile
     fit                coefficients for programs that were not measured
     profile_keys       the keys of an engine's work in a profile

@@ -2,27 +2,88 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.calibration.profile_keys import EngineWork, StepKey, cost_of, key_of
-from disagg_jax.calibration.timing import Progress, measure, time_alone, typical_s
+from disagg_jax.calibration.timing import Progress, Turn, measure, time_alone
 from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
+from disagg_jax.errors import require
 from disagg_jax.sim.cost.measured import CalibratedProfile
+
+# Step times are steady if at most this share of programs has medians in the two halves
+# of the rounds that differ by more. A half needs some rounds for a median.
+_UNSTEADY_SHARE, _UNSTEADY, _LEAST_ROUNDS = 0.1, 0.05, 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """The seconds of every program in each round of timing.
+
+    Raises:
+      ValueError: on a program without rounds.
+    """
+
+    rounds: Mapping[str, Sequence[float]]
+
+    def __post_init__(self) -> None:
+        for key, times_s in self.rounds.items():
+            require(len(times_s) >= 1, f"{key}: expected a time", times_s)
+
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """Return the median of each program."""
+        return {key: statistics.median(each) for key, each in self.rounds.items()}
+
+    @property
+    def halves(self) -> tuple[StepTimes, StepTimes] | None:
+        """Return the first and the second half of the rounds; None of a single one.
+
+        They are halves in time, so that they differ if the machine's speed changed.
+        """
+        middle = min(map(len, self.rounds.values()), default=0) // 2
+        if not middle:
+            return None
+        first = {key: each[:middle] for key, each in self.rounds.items()}
+        second = {key: each[-middle:] for key, each in self.rounds.items()}
+        return StepTimes(rounds=first), StepTimes(rounds=second)
+
+    @property
+    def unsteady(self) -> float | None:
+        """Return the share of programs whose medians differ between the halves.
+
+        None where there is one round only.
+        """
+        if self.halves is None:
+            return None
+        first, second = (half.seconds for half in self.halves)
+        ratios = [second[key] / first[key] for key in first]
+        far = [ratio for ratio in ratios if abs(math.log(ratio)) > _UNSTEADY]
+        return len(far) / len(ratios)
+
+    @property
+    def is_steady(self) -> bool:
+        """Return whether the halves agree within 5 % for 90 % of the programs."""
+        return self.unsteady is not None and self.unsteady <= _UNSTEADY_SHARE
 
 
 def measure_step_times(
     engines: Sequence[Engine],
-    repeats: int = 5,
+    repeats: int = 16,
     progress: Progress = lambda _: None,
     *,
     streams: bool = False,
-) -> dict[str, float]:
-    """Return the median seconds of every program that the deployments can need.
+) -> StepTimes:
+    """Time every program that the deployments can need, until the times are steady.
 
     A step runs once before each timed run, so that it finds its own data in the caches.
 
     Args:
+      repeats: rounds at most; less than 6 are all taken.
       streams: whether KV leaves in parts while its prompt is computed.
     """
     works = {
@@ -30,12 +91,32 @@ def measure_step_times(
         for engine in engines
         for work in every_work(engine, streams=streams)
     }
-    found = measure(works, repeats, time_alone, progress, turns=1, runs=2)
-    seconds: dict[str, float] = {}
-    for keys, turns in found.items():
-        last_s = typical_s([runs[-1:] for runs in turns])
-        seconds.update(zip(keys, last_s, strict=True))
-    return seconds
+    found = measure(
+        works,
+        repeats,
+        time_alone,
+        progress,
+        turns=1,
+        runs=2,
+        enough=_is_enough,
+    )
+    return _by_program(found)
+
+
+def _is_enough(found: Mapping[tuple[str, ...], Sequence[Turn]]) -> bool:
+    taken = min(map(len, found.values()), default=0)
+    return taken >= _LEAST_ROUNDS and _by_program(found).is_steady
+
+
+def _by_program(found: Mapping[tuple[str, ...], Sequence[Turn]]) -> StepTimes:
+    """Return the last run of each turn, by the key of its part."""
+    return StepTimes(
+        rounds={
+            key: [runs[-1][part] for runs in turns]
+            for keys, turns in found.items()
+            for part, key in enumerate(keys)
+        }
+    )
 
 
 def step_times_of(profile: CalibratedProfile, engine: Engine) -> dict[str, float]:

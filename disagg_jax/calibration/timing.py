@@ -47,6 +47,7 @@ def measure(
     *,
     turns: int = 3,
     runs: int = 3,
+    enough: Callable[[Mapping[Key, list[Turn]]], bool] = lambda _: False,
 ) -> dict[Key, list[Turn]]:
     """Time each piece of work in every round; see `typical_s`.
 
@@ -65,6 +66,7 @@ def measure(
     Args:
       turns: in a round, of decode steps and transfers: they are short, so vary most.
       runs: of a step in its turn.
+      enough: asked after each round; `rounds` are the most.
     """
     found: dict[Key, list[Turn]] = {key: [] for key in works}
     listed = [
@@ -73,13 +75,15 @@ def measure(
         for _ in range(1 if isinstance(work, Step) and work.load.chunks else turns)
     ]
     for i in range(rounds + 1):
-        progress(f"timing {len(works)} programs, round {i} of {rounds}")
+        progress(f"timing {len(works)} programs, round {i} of at most {rounds}")
         for at in np.random.default_rng(i).permutation(len(listed)).tolist():
             engine, work = works[listed[at]]
             times = runs if isinstance(work, Step) else 1
             turn = [time_parts(engine, work) for _ in range(times)]
             if i:
                 found[listed[at]].append(turn)
+        if i and enough(found):
+            break
     return found
 
 

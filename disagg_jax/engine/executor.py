@@ -97,5 +97,9 @@ class TimingExecutor:
     duration: DurationRule  # given () for the times of the parts
 
     def run(self, work: Task) -> Outcome:
-        size = self.engine.transfer_bytes(work) if isinstance(work, Transfer) else 0
+        size = 0
+        if isinstance(work, Transfer):
+            # Reading settles which blocks: an engine reads both lists as it starts.
+            assert len(work.src_blocks) == len(work.dst_blocks)
+            size = self.engine.transfer_bytes(work)
         return dataclasses.replace(self.duration(work, ()), bytes=size)

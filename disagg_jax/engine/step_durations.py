@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from disagg_jax.deployment import Role
 from disagg_jax.engine.engine import Engine
@@ -19,6 +19,24 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.tuning import TuningInputs, has_rule, tune, untuned
 from disagg_jax.work import Slice, Step, StepLoad
+
+
+@dataclasses.dataclass(frozen=True)
+class UnloadedTable:
+    """`StepDurations.alone` of known lengths, without an engine."""
+
+    ttft_s: Mapping[int, float]  # by prompt tokens
+    tpot_s: Mapping[int, float]  # by mean context
+
+    def __call__(self, request: Request) -> UnloadedLatency:
+        return UnloadedLatency(
+            ttft_s=self.ttft_s[request.prompt_tokens],
+            tpot_s=self.tpot_s[_mean_context(request)],
+        )
+
+
+def _mean_context(request: Request) -> int:
+    return request.prompt_tokens + max(1, request.max_tokens // 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +75,17 @@ class StepDurations:
 
         Every decode step counts as one at the request's mean context.
         """
-        context = request.prompt_tokens + max(1, request.max_tokens // 2)
-        return UnloadedLatency(
-            ttft_s=self.prefill_s(request.prompt_tokens),
-            tpot_s=self.step_s(self._decode, StepLoad((), 1, context)),
+        return self.unloaded([request])(request)
+
+    def unloaded(self, requests: Iterable[Request]) -> UnloadedTable:
+        """Return `alone` for these requests."""
+        lengths = {(r.prompt_tokens, _mean_context(r)) for r in requests}
+        return UnloadedTable(
+            ttft_s={n: self.prefill_s(n) for n in {n for n, _ in lengths}},
+            tpot_s={
+                context: self.step_s(self._decode, StepLoad((), 1, context))
+                for context in {context for _, context in lengths}
+            },
         )
 
     def tuned(
@@ -75,26 +100,52 @@ class StepDurations:
         that declares no step size stays as it is, and is said to be not tuned.
         """
         found, reasons = dict(policies), list[str]()
-        prompt_tokens = round(statistics.fmean(r.prompt_tokens for r in requests))
-        output_tokens = round(statistics.fmean(r.max_tokens for r in requests))
         for role, policy in policies.items():
             instances = self.engine.deployment.of(role)
             if instances and (why := untuned(policy)):
                 reasons.append(f"{role.value} {why}")
             if not instances or not has_rule(policy):
                 continue
-            i, memory = instances[0], self.engine.memory[instances[0]]
-            profile = TuningInputs(
-                step_s=lambda load, i=i: self.step_s(i, load),
-                sizes=self.engine.instances[i].buckets.prompt_sizes,
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                kv_tokens=memory.num_blocks * memory.block_tokens,
-            )
-            tuned = tune(policy, profile, tpot_s)
+            tuned = tune(policy, self._tuning_inputs(instances[0], requests), tpot_s)
             found[role] = tuned.policy
             reasons.append(f"{role.value} {tuned.note}")
         return found, reasons
+
+    def smallest_mixed_s(
+        self, policies: Mapping[Role, Policy], requests: Sequence[Request]
+    ) -> float:
+        """Return the seconds of the shortest full step with a prompt beside decodes.
+
+        A policy that splits prompts has a part of one in it, others a typical prompt at
+        least. It is 0 where no step has both.
+        """
+        shortest_s: list[float] = []
+        for role, policy in policies.items():
+            limits, instances = policy.limits, self.engine.deployment.of(role)
+            if not instances or not (limits.mixed and limits.decode_rows):
+                continue
+            inputs = self._tuning_inputs(instances[0], requests)
+            least = 0 if limits.splits else inputs.prompt_tokens
+            shortest_s += [
+                inputs.step_s(
+                    inputs.mixed(size, limits.decode_rows, limits.prefill_rows)
+                )
+                for size in inputs.sizes
+                if size > least
+            ]
+        return min(shortest_s, default=0.0)
+
+    def _tuning_inputs(
+        self, instance: int, requests: Sequence[Request]
+    ) -> TuningInputs:
+        memory = self.engine.memory[instance]
+        return TuningInputs(
+            step_s=lambda load: self.step_s(instance, load),
+            sizes=self.engine.instances[instance].buckets.prompt_sizes,
+            prompt_tokens=round(statistics.fmean(r.prompt_tokens for r in requests)),
+            output_tokens=round(statistics.fmean(r.max_tokens for r in requests)),
+            kv_tokens=memory.num_blocks * memory.block_tokens,
+        )
 
     @property
     def _decode(self) -> int:

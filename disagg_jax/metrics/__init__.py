@@ -42,6 +42,7 @@ from disagg_jax.metrics.intervals import (
     Interval,
     Margin,
     interval_across,
+    look_confidence,
     margin,
     rate_interval,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "is_resolved",
     "is_steady",
     "itl_s",
+    "look_confidence",
     "margin",
     "meets",
     "meets_tpot",

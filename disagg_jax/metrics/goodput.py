@@ -110,7 +110,9 @@ class GoodputEstimate:
     pass_rps: float | None  # highest rate tried at which the mean attainment passes
     fail_rps: float | None  # the rate above it, at which it fails
     bracketed: bool  # both ends were seen for every seed
-    resolved: bool  # the intervals at both ends lie on their side of the target
+    # Whether a rate that passes and one that fails are known, near to one another: the
+    # interval at each lies on its side of the target. See `estimate`.
+    resolved: bool
     # Where attainment is not monotone in the rate. The goodput is then read off the
     # lowest passing rate and the rates that pass in a row above it.
     inversion: Inversion | None = None
@@ -178,6 +180,8 @@ def estimate(
     target: float,
     *,
     independent: bool = True,
+    confidence: float = 0.95,
+    apart: float = 1.0,
 ) -> GoodputEstimate:
     """Estimate the goodput from the attainments at the rates that were tried.
 
@@ -185,6 +189,10 @@ def estimate(
       attainments: rate -> joint attainment of each seed, the same seeds at each rate.
       independent: whether the seeds' runs are independent samples; if not, there is no
         interval, and the goodput is not resolved.
+      confidence: of all intervals.
+      apart: a goodput is resolved if its highest passing and lowest failing rate are
+        decided. If they are too near to it for that, so are two other rates around
+        them, of which the higher is at most this many times the lower.
     """
     seeds = len(next(iter(attainments.values())))
     per_seed = [
@@ -192,23 +200,36 @@ def estimate(
         for i in range(seeds)
     ]
     passing, failing = bracket(attainments, target)
-    resolved = bool(passing) and failing is not None
-    if resolved and failing is not None:
-        resolved = is_resolved(
-            rate_interval(attainments[passing], independent=independent),
-            rate_interval(attainments[failing], independent=independent),
-            target,
-        )
+
+    def of(values: Sequence[float]) -> Interval:
+        return rate_interval(values, independent=independent, confidence=confidence)
+
     rates = tuple(found.rate_rps for found in per_seed)
     return GoodputEstimate(
         per_seed_rps=rates,
-        interval=rate_interval(rates, independent=independent),
+        interval=of(rates),
         pass_rps=passing or None,
         fail_rps=failing,
         bracketed=all(found.bracketed and found.rate_rps > 0 for found in per_seed),
-        resolved=resolved,
+        resolved=any(
+            is_resolved(of(attainments[low]), of(attainments[high]), target)
+            for low, high in _ends(attainments, passing, failing, apart)
+        ),
         inversion=find_inversion(attainments, target),
     )
+
+
+def _ends(
+    rates: Iterable[float], passing: float, failing: float | None, apart: float
+) -> list[tuple[float, float]]:
+    """Return the bracket, and pairs of rates around it that are not far `apart`."""
+    if not passing or failing is None:
+        return []
+    lower = [rate for rate in rates if rate <= passing]
+    higher = [rate for rate in rates if rate >= failing]
+    pairs = itertools.product(lower, higher)
+    near = [(low, high) for low, high in pairs if high <= apart * low]
+    return [(passing, failing), *near]
 
 
 # ---- throughputs ---------------------------------------------------------------------

@@ -66,6 +66,24 @@ def search(evaluate: Evaluate, start_rps: float, plan: SearchPlan) -> None:
         attainments(math.sqrt(passing * failing))
 
 
+def refine(evaluate: Evaluate, goodput_rps: float, plan: SearchPlan) -> None:
+    """Evaluate rates around a goodput that is roughly known, by more seeds.
+
+    They lie half a tolerance beside it and then a tolerance apart, outwards until every
+    seed has passed and failed. So equal arguments give equal rates, and a call with
+    more seeds needs only the runs of these.
+    """
+    step = 1 + plan.tolerance
+    for factor in (1 / step, step):
+        rate = goodput_rps * math.sqrt(factor)
+        for _ in range(plan.max_rates // 2):
+            scores = evaluate(rate)
+            passed, failed = min(scores) >= plan.target, max(scores) < plan.target
+            if passed if factor < 1 else failed:
+                break
+            rate *= factor
+
+
 def _most_down(tried: Scores, plan: SearchPlan) -> int:
     """Return how many rates to try before looking above the first."""
     passed = bool(bracket(tried, plan.target)[0])

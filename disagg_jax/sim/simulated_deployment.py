@@ -82,7 +82,7 @@ class SimulatedDeployment:
         controller = controller or self.controller()
         executor = CostExecutor(self.cost, self.exact_block_placement)
         backend = VirtualBackend(executor)
-        with _no_garbage_collection():
+        with no_garbage_collection():
             timelines = serve(
                 controller, backend, requests, interventions, observer, followers
             )
@@ -92,7 +92,7 @@ class SimulatedDeployment:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Generator[None]:
+def no_garbage_collection() -> Generator[None]:
     """Keep the collector of reference cycles out of a run.
 
     A run makes next to none, and a collection visits every object there is: with 2,048

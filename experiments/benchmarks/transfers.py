@@ -119,7 +119,7 @@ def serve_alone(
         params=params,
         layer_groups=mode.layer_groups,
     )
-    times = measure_step_times([engine], repeats, streams=mode.streams)
+    times = measure_step_times([engine], repeats, streams=mode.streams).seconds
     steps, phases = from_table(engine, times), _Phases(engine, link, repeats)
 
     def timing(work: Task, _: Sequence[float]) -> Outcome:

@@ -63,6 +63,11 @@ class Targets:
             value = getattr(self, name)
             require(value >= 0, f"slo.{name}: expected >= 0", value)
 
+    @property
+    def explicit(self) -> bool:
+        """Return whether the targets are named seconds, not multiples of a step."""
+        return bool(self.ttft_s or self.tpot_s or self.preset)
+
     def resolve(self, prefill_s: float, decode_s: float) -> SLO:
         """Return the SLO in seconds, given the durations that the scales multiply."""
         if self.preset:
@@ -103,16 +108,28 @@ class Config:
     # (`tune`).
     step_tokens: tuple[int, ...] = ()
     tune: bool = True  # False: step sizes stay as the policies have them
-    num_seeds: int = 5  # runs of each point; intervals are across them
+    # > 0: beside `slo`, the tight target, a relaxed one. It is the tight one times the
+    # smallest factor >= 1 that makes TPOT this many times the smallest full step with a
+    # prompt, or a part of one, beside decodes, on the slowest system. So every system
+    # has a step that meets it. An `slo` in seconds stays alone.
+    relaxed: float = 0.0
+    num_seeds: int = 5  # runs of each point, at most; intervals are across them
+    # > 0: look at so many runs first, then at twice as many, up to `num_seeds`, and
+    # stop when every system is resolved; see `looks`.
+    first_seeds: int = 0
     seed: int = 0  # the runs use seed, seed + 1, ...; weights use seed
     clock: str = "virtual"  # virtual | wall
     # Virtual clock: table (medians taken first), live, or modelled (`cost`, no tokens).
     durations: str = "table"
-    timing_repeats: int = 9  # runs of each program behind a median
-    # Whether programs run at every point. Otherwise they run only at each system's
-    # highest passing rate, if durations are known before and no token ends a request:
-    # the durations alone then make equal timelines, which is checked at that rate.
+    # Timed runs of each program, at most: they end when medians are steady; see
+    # `calibration.step_times`.
+    timing_repeats: int = 16
+    # Whether programs run at every point. Otherwise the durations alone make the
+    # timelines, if they are known before and no token ends a request. Programs then run
+    # at each system's highest passing rate, for the first `executed_requests` of the
+    # first seed, which must give the timelines of the durations.
     execute_all: bool = False
+    executed_requests: int = 100
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     prefill_router: str = "shortest_queue"  # picks the instance of a prompt
     decode_router: str = "least_loaded"  # picks the instance that pulls KV
@@ -150,6 +167,14 @@ class Config:
         if not self.systems:
             raise ValueError("systems: expected at least one, got none")
         require(self.num_seeds >= 1, "num_seeds: expected >= 1", self.num_seeds)
+        for name, least in (
+            ("first_seeds", 0),
+            ("relaxed", 0),
+            ("executed_requests", 1),
+            ("timing_repeats", 1),
+        ):
+            value = getattr(self, name)
+            require(value >= least, f"{name}: expected >= {least}", value)
         n = self.workload.num_requests
         require(n >= 1, "workload.num_requests: expected >= 1", n)
         for rate in self.rates:
@@ -171,6 +196,24 @@ class Config:
         known = self.clock == "virtual" and self.durations != "live"
         passing = known and self.workload.ignore_eos and not self.execute_all
         return "passing" if passing else "all"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The names of the targets that systems are judged by; "" of a single one."""
+        alone = not self.relaxed or self.slo.explicit
+        return ("",) if alone else ("tight", "relaxed")
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of seeds after which a run looks whether it may stop.
+
+        With `first_seeds` = 4 and `num_seeds` = 16 these are 4, 8 and 16. Intervals are
+        corrected for their number; see `metrics.look_confidence`.
+        """
+        looks = [self.first_seeds or self.num_seeds]
+        while looks[-1] < self.num_seeds:
+            looks.append(2 * looks[-1])
+        return (*looks[:-1], self.num_seeds)
 
     def with_placements(self, found: Mapping[str, Any]) -> Config:
         """Return the systems and, beside them, each answer of a placement search.

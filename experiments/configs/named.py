@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.errors import require
+from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.cost.linear import LinearCost
 from experiments.configs.config import Config, Memory, System, WorkloadConfig
 
@@ -39,10 +40,18 @@ def tiny() -> Config:
     """The main job: `python -m experiments.goodput_sweep`.
 
     The `tiny` model as `experiments.train_tiny` left it; five colocated systems on two
-    devices against one prefill and one decode device. About 2 minutes on 2 cores; no
-    network, no accelerator.
+    devices against one prefill and one decode device, by a tight and a relaxed target.
+    About 2 minutes on 2 cores; no network, no accelerator.
     """
-    return Config(weights="trained", systems=_TWO_DEVICES)
+    return Config(
+        weights="trained",
+        systems=_TWO_DEVICES,
+        workload=WorkloadConfig(num_requests=1000),
+        search=SearchPlan(growth=1.4, tolerance=0.15),
+        relaxed=1.25,
+        num_seeds=16,
+        first_seeds=4,
+    )
 
 
 def smoke() -> Config:

@@ -185,6 +185,16 @@ _UNTIMED = Need(
     _is_untimed,
     lambda config: f"trace {config.workload.trace}",
 )
+_SCALED = Need(
+    "an slo in multiples of a step",
+    lambda config: not config.slo.explicit,
+    lambda config: f"slo {config.slo}",
+)
+_DURATIONS_ALONE = Need(
+    "durations that are known before, and no token that ends a request",
+    lambda config: config.executed == "passing",
+    lambda _: "runs that execute all programs",
+)
 _LINK = Need("a link", lambda config: config.link != "", lambda _: "no link")
 ALWAYS: tuple[Need, ...] = ()
 
@@ -195,6 +205,7 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
     **dict.fromkeys(
         (
             *("model", "weights", "systems", "memory", "num_seeds", "seed", "clock"),
+            *("first_seeds",),
             *("workload.source", "workload.num_requests", "workload.ignore_eos"),
             *("slo.ttft_s", "slo.tpot_s", "criterion", "rates"),
             *("search.target", "search.tolerance"),
@@ -217,6 +228,7 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
     "slo.ttft_scale": (_without("slo.ttft_s"), _without("slo.preset")),
     "slo.tpot_scale": (_without("slo.tpot_s"), _without("slo.preset")),
     "slo.preset": (_either(_without("slo.ttft_s"), _without("slo.tpot_s")),),
+    "relaxed": (_SCALED,),
     "search.growth": (_SEARCH,),
     "search.max_rates": (_SEARCH,),
     "step_tokens": (_STEP_SIZE,),
@@ -232,6 +244,7 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
     ),
     "prefill_router": (_SEVERAL_ENTRIES,),
     "decode_router": (_SEVERAL_DECODES,),
+    "executed_requests": (_DURATIONS_ALONE,),
     "cost": (_MODELLED,),
     "cost.transfer_base_s": (_APART, _without("link")),
     "cost.transfer_token_s": (_APART, _without("link")),

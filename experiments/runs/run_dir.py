@@ -7,7 +7,7 @@ import gzip
 import json
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +33,20 @@ class Point:
     system: str
     rate_rps: float  # of the whole deployment
     replica: int  # 0, 1, ...: the run's seed is the config's plus this
+    target: str = ""  # whose step sizes the system has; "" where there is one target
 
     @property
     def name(self) -> str:
-        return f"{self.system}-{self.rate_rps!r}rps-{self.replica}"
+        """The path of its files below `points/`, without their endings."""
+        folder = f"{self.target}/" if self.target else ""
+        return f"{folder}{self.system}-{self.rate_rps!r}rps-{self.replica}"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a row of `requests.jsonl` says of its run."""
+        fields = dataclasses.asdict(self)
+        target = fields.pop("target")
+        return {"target": target, **fields} if target else fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +59,8 @@ class PickedPoint:
     seed: int
 
 
-_POINT = re.compile(r"(.+?)-([0-9.]+(?:e[+-][0-9]+)?)rps-([0-9]+)")  # `Point.name`
+# `Point.name`
+_POINT = re.compile(r"(?:(.+?)/)?(.+?)-([0-9.]+(?:e[+-][0-9]+)?)rps-([0-9]+)")
 
 
 class SavedRun:
@@ -78,31 +89,44 @@ class SavedRun:
 
     def points(self) -> list[Point]:
         """Return the points that are done."""
-        names = [path.stem for path in self._points.glob("*.json")]
+        paths = [path.relative_to(self._points) for path in self._points.rglob("*")]
+        names = [str(path)[:-5] for path in paths if path.suffix == ".json"]
         found = [match.groups() for name in names if (match := _POINT.fullmatch(name))]
-        return sorted(Point(name, float(rate), int(i)) for name, rate, i in found)
+        return sorted(
+            Point(name, float(rate), int(i), target or "")
+            for target, name, rate, i in found
+        )
 
     def load(self, point: Point) -> dict[str, Any]:
         """Return the metrics of a point that is done."""
         return json.loads((self._points / f"{point.name}.json").read_text())
 
+    def has_requests(self, point: Point) -> bool:
+        """Return whether a point's requests and events were kept."""
+        return (self._points / f"{point.name}.requests.jsonl.gz").exists()
+
     def requests(self, point: Point) -> list[dict[str, Any]]:
-        """Return the requests of a point that is done."""
+        """Return the requests that were kept of a point."""
         path = self._points / f"{point.name}.requests.jsonl.gz"
         return [json.loads(line) for line in _read_gz(path)]
 
     def events(self, point: Point) -> Iterator[str]:
-        """Return the event log of a point that is done."""
+        """Return the event log that was kept of a point."""
         return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
 
     def pick(
-        self, system: str, rate_rps: float | None, seed: int | None
+        self,
+        system: str,
+        rate_rps: float | None,
+        seed: int | None,
+        target: str | None = None,
     ) -> PickedPoint:
-        """Return the point of `system` at a rate and a seed.
+        """Return the point of `system` at a rate and a seed, if its requests are kept.
 
         Args:
           rate_rps: per device; None is the highest that passes.
           seed: None is the first.
+          target: None is the first of the run's.
 
         Raises:
           ValueError: naming the runs there are, if there is no such run.
@@ -112,12 +136,17 @@ class SavedRun:
         system = find_system(system, names)
         require(system in names, f"--system: expected one of {names}", system)
         deployment = Deployment.parse(config["systems"][system]["deployment"])
+        kept = [p for p in self.points() if self.has_requests(p)]
+        targets = sorted({p.target for p in kept}, reverse=True) or [""]
+        target = targets[0] if target is None else target
+        require(target in targets, f"--target: expected one of {targets}", target)
         rates: dict[str, list[Point]] = {}  # by the rate per device
-        for point in self.points():
-            if point.system == system:
+        for point in kept:
+            if (point.system, point.target) == (system, target):
                 shown = _shown(point.rate_rps / deployment.devices)
                 rates.setdefault(shown, []).append(point)
-        asked = self._passing(system, rates) if rate_rps is None else _shown(rate_rps)
+        asked = _shown(rate_rps) if rate_rps is not None else None
+        asked = asked or self._passing(system, rates, target)
         require(asked in rates, f"--rate: expected one of {list(rates)}", asked)
         seeds = {config["seed"] + point.replica: point for point in rates[asked]}
         asked_seed: int = config["seed"] if seed is None else seed
@@ -126,12 +155,12 @@ class SavedRun:
         )
         return PickedPoint(seeds[asked_seed], deployment, asked, asked_seed)
 
-    def _passing(self, system: str, rates: Iterable[str]) -> str:
+    def _passing(self, system: str, rates: Iterable[str], target: str) -> str:
         """Return the rate per device that a system is judged by."""
         known = f"--rate: expected one of {list(rates)}, or a run with one that passes"
         summary = self.read_json("summary.json")
         require(summary is not None, known, "no summary.json")
-        found = summary["systems"][system]
+        found = by_target(summary)[target]["systems"][system]
         if "throughput" in found:
             return _shown(found["throughput"]["best_rps_per_device"])
         rate = found["goodput"]["pass_rps_per_device"]
@@ -139,11 +168,17 @@ class SavedRun:
         return _shown(rate)
 
 
+def by_target(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary of each target by its name; "" of a single one."""
+    return summary["targets"] if "targets" in summary else {"": summary}
+
+
 class RunDir(SavedRun):
     """Writes a run directory; a killed run goes on where it was.
 
     `config.json`, `env.json` and `step_times.json` are written first; each point's
-    files appear whole or not at all; `requests.jsonl` and `summary.json` come last.
+    files appear whole or not at all; `requests.jsonl` and `summary.json` come last. The
+    requests and events of a point are kept where its programs ran.
 
     Raises:
       ValueError: if `path` cannot be written, or holds a run of another config.
@@ -166,22 +201,27 @@ class RunDir(SavedRun):
         self,
         point: Point,
         metrics: dict[str, Any],
-        requests: Sequence[dict[str, Any]],
-        events: Iterable[str],
+        requests: Sequence[dict[str, Any]] = (),
+        events: Iterable[str] = (),
     ) -> None:
-        """Save a point's requests, event log and metrics; the metrics mark it done."""
+        """Save a point's requests, event log and metrics; the metrics mark it done.
+
+        Without requests there are files of neither.
+        """
         marker = self._points / f"{point.name}.json"
+        marker.parent.mkdir(exist_ok=True)
         marker.unlink(missing_ok=True)  # while its files are replaced it is not done
-        lines = (json.dumps({**dataclasses.asdict(point), **row}) for row in requests)
-        _write_gz(marker.with_name(f"{point.name}.requests.jsonl.gz"), lines)
-        _write_gz(marker.with_name(f"{point.name}.events.jsonl.gz"), events)
+        if requests:
+            lines = (json.dumps({**point.fields, **row}) for row in requests)
+            _write_gz(self._points / f"{point.name}.requests.jsonl.gz", lines)
+            _write_gz(self._points / f"{point.name}.events.jsonl.gz", events)
         write_text(marker, json.dumps(metrics, indent=1, allow_nan=False))
 
     def write_requests(self, points: Iterable[Point]) -> None:
-        """Write `requests.jsonl`: one line for each request of `points`."""
+        """Write `requests.jsonl`: a line for each request that is kept of `points`."""
         with whole(self.path / "requests.jsonl") as temporary:
             with temporary.open("w") as file:
-                for point in points:
+                for point in filter(self.has_requests, points):
                     path = self._points / f"{point.name}.requests.jsonl.gz"
                     file.writelines(_read_gz(path))
 

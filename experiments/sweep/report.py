@@ -24,6 +24,8 @@ from experiments.report.panel import (
     ends,
 )
 from experiments.report.table import numbers, side_by_side, underlined
+from experiments.runs.run_dir import by_target
+from experiments.sweep.headline import good, headline, notes, timings, too_slow
 
 _GREY = 7  # the colour of what is no system's
 _TARGETS: Mapping[str, Style] = {
@@ -33,26 +35,31 @@ _TARGETS: Mapping[str, Style] = {
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """Write the result as text."""
+    """Write the result as text: of one target, or of several side by side."""
+    targets = by_target(summary)
+    first = next(iter(targets.values()))
     lines = [
-        f"model {summary['model']}; {_good(summary)}; "
-        f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point",
-        f"clock: {summary['clock']}, durations: {summary['durations']}"
-        + _validity(summary),
-        *caption(summary),
-        *_executed(summary),
-        *(
-            f"{name}: {said}"
-            for name, choices in summary["choices"].items()
-            for said in choices
-        ),
+        *itertools.chain(*(headline(*item) for item in targets.items())),
+        f"model {first['model']}; {_sizes(targets)}",
+        f"clock: {first['clock']}, durations: {first['durations']}" + _validity(first),
+        *timings(first),
+        *caption(first),
+        *_executed(first),
         "",
-        *_found(summary),
+        *_found(targets),
     ]
-    kind = "throughput" if summary["target"] is None else "goodput"
-    for name, ratio in summary["ratios"].items():
-        lines += ["", f"{kind} {name}, paired by seed: {_interval(ratio, '.2f')}"]
-    return "\n".join([*lines, "", *_ranks(summary)])
+    for name, found in targets.items():
+        lines += ["", *_details(name, found)]
+    return "\n".join([*lines, "", *_ranks(targets), "", *notes(first)])
+
+
+def _sizes(targets: Mapping[str, Any]) -> str:
+    first = next(iter(targets.values()))
+    seeds = [
+        f"{found['num_seeds']}{f' ({name})' if name else ''}"
+        for name, found in targets.items()
+    ]
+    return f"{first['num_requests']} requests x {' or '.join(seeds)} seeds a point"
 
 
 def caption(summary: Mapping[str, Any]) -> list[str]:
@@ -63,35 +70,53 @@ def caption(summary: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _good(summary: Mapping[str, Any]) -> str:
-    """Name the quantity that the sweep searched for."""
-    if summary["criterion"] != "distserve":
-        definition = summary["criteria"][summary["criterion"]]["definition"]
-        return f"{summary['criterion']}: {definition}"
-    slo = summary["slo"]
-    return (
-        f"SLO: TTFT <= {slo['ttft_s'] * 1e3:.2f} ms and TPOT "
-        f"<= {slo['tpot_s'] * 1e3:.2f} ms for {summary['target']:.0%} of requests"
-    )
-
-
-def _found(summary: Mapping[str, Any]) -> list[str]:
-    systems, criterion = summary["systems"], summary["criterion"]
-    if summary["target"] is None:
-        unit = summary["criteria"][criterion]["unit"]
-        title, at = f"throughput by {criterion}", "at its best rate"
-        columns = {n: _throughput_column(s, unit) for n, s in systems.items()}
+def _found(targets: Mapping[str, Any]) -> list[str]:
+    """Return the goodput or throughput of each system, a block a target."""
+    first = next(iter(targets.values()))
+    criterion = first["criterion"]
+    if first["target"] is None:
+        title = f"throughput by {criterion}"
     else:
         title = "goodput" if criterion == "distserve" else f"goodput by {criterion}"
-        at = "at its highest passing rate"
-        columns = {name: _goodput_column(s) for name, s in systems.items()}
+    columns: dict[str, dict[str, str]] = {
+        name: {"deployment": system["deployment"]}
+        for name, system in first["systems"].items()
+    }
+    for target, found in targets.items():
+        prefix = f"{target}: " if target else ""
+        unit = found["criteria"][criterion]["unit"]
+        for name, system in found["systems"].items():
+            if found["target"] is None:
+                column = _throughput_column(system, unit)
+            else:
+                column = _goodput_column(system)
+            columns[name] |= {prefix + key: value for key, value in column.items()}
+    lines = underlined(side_by_side(title, columns))
+    kind = "throughput" if first["target"] is None else "goodput"
+    for pair in first["ratios"]:
+        each = [
+            f"{f'{target} ' if target else ''}{_interval(found['ratios'][pair], '.2f')}"
+            for target, found in targets.items()
+            if pair in found["ratios"]
+        ]
+        lines += ["", f"{kind} {pair}, paired by seed: {', '.join(each)}"]
+    return lines
+
+
+def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
+    """Return the step sizes by one target, and the metrics where systems are judged."""
+    at = "best" if summary["target"] is None else "highest passing"
+    title = f"{f'{name}: ' if name else ''}at its {at} rate"
+    columns = {n: _metric_column(s) for n, s in summary["systems"].items()}
     return [
-        *underlined(side_by_side(title, columns)),
-        *_inversions(systems),
-        "",
-        *underlined(
-            side_by_side(at, {n: _metric_column(s) for n, s in systems.items()})
+        *(
+            f"{system}: {said}"
+            for system, choices in summary["choices"].items()
+            for said in choices
         ),
+        *too_slow(summary),
+        *_inversions(summary["systems"]),
+        *underlined(side_by_side(title, columns)),
     ]
 
 
@@ -112,16 +137,17 @@ def _inversions(systems: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ranks(summary: Mapping[str, Any]) -> list[str]:
-    """List the systems in the order of each criterion."""
-    head = ["rank by each criterion", *map(str, range(1, len(summary["systems"]) + 1))]
-    rows = [
-        (
-            f"{name}{' *' if name == summary['criterion'] else ''}, {found['unit']}",
-            *(f"{row['system']} {_ranked(row)}" for row in found["rank"]),
-        )
-        for name, found in summary["criteria"].items()
-    ]
+def _ranks(targets: Mapping[str, Any]) -> list[str]:
+    """List the systems in the order of each criterion, a block a target."""
+    first = next(iter(targets.values()))
+    rows: list[list[str]] = []
+    for target, summary in targets.items():
+        prefix = f"{target}: " if target else ""
+        for name, found in summary["criteria"].items():
+            star = " *" if name == summary["criterion"] else ""
+            cells = [f"{row['system']} {_ranked(row)}" for row in found["rank"]]
+            rows.append([f"{prefix}{name}{star}, {found['unit']}", *cells])
+    head = ["rank by each criterion", *map(str, range(1, len(first["systems"]) + 1))]
     lines = [
         *underlined(numbers([head, *rows])),
         "* searched for; others are read off its points: ~ between rates far apart,",
@@ -150,9 +176,10 @@ def _executed(summary: Mapping[str, Any]) -> list[str]:
     if summary["executed"] == "all":
         return []
     return [
-        "programs ran at the rates of the second table; elsewhere their durations "
-        "alone made",
-        "the timelines, which were equal where both were done",
+        f"programs ran on the first {summary['executed_requests']} requests of the "
+        "first seed at each system's judged rate",
+        "(padding is theirs); elsewhere their durations alone made the timelines, "
+        "which were equal where both were done",
     ]
 
 
@@ -160,7 +187,6 @@ def _goodput_column(system: Mapping[str, Any]) -> dict[str, str]:
     found = system["goodput"]
     ends = (found[f"{end}_rps_per_device"] for end in ("pass", "fail"))
     return {
-        "deployment": system["deployment"],
         "requests/s per device": _interval(found["max_goodput_rate_per_device"], ".1f"),
         "passes at / fails at": " / ".join(number(end, ".1f") for end in ends),
         # Without a pass and a failure of every seed, the figure is a bound only.
@@ -173,7 +199,6 @@ def _goodput_column(system: Mapping[str, Any]) -> dict[str, str]:
 def _throughput_column(system: Mapping[str, Any], unit: str) -> dict[str, str]:
     found = system["throughput"]
     return {
-        "deployment": system["deployment"],
         unit: _interval(found["max_throughput_per_device"], ".4g"),
         "at requests/s per device": number(found["best_rps_per_device"], ".1f"),
         "bracketed": yes_or_no(found["bracketed"]),
@@ -228,26 +253,44 @@ def _interval(values: Mapping[str, Any], form: str) -> str:
 
 
 def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
-    """Draw scores over the rate per device, and the stages of a request."""
-    what = textwrap.fill(f"{summary['model']}; {_good(summary)}", 90)
-    if summary["criterion"] == "distserve":
-        slo = summary["slo"]
-        what = (
-            f"{summary['model']}: TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
-            f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"
-        )
-    none = "no_intervals" in summary or summary["num_seeds"] == 1
-    title = (
-        f"{what}\n"
-        f"{summary['num_requests']} requests x {summary['num_seeds']} seeds a point, "
-        f"{'no' if none else '95 %'} intervals; {summary['clock']} clock, "
-        f"durations {summary['durations']}"
+    """Draw scores over the rate per device, a panel a target.
+
+    Beside a single one are the stages of a request.
+    """
+    targets = by_target(summary)
+    first = next(iter(targets.values()))
+    what = [
+        textwrap.fill(f"{found['model']}: {_short(name, found)}", 90)
+        for name, found in targets.items()
+    ]
+    none = "no_intervals" in first or first["num_seeds"] == 1
+    intervals = "no" if none else f"{100 * first['confidence']:.3g} %"
+    title = "\n".join(
+        [
+            *what,
+            f"{_sizes(targets)}, {intervals} intervals; {first['clock']} clock, "
+            f"durations {first['durations']}",
+        ]
     )
-    panels = [scores(summary), stages(summary)]
-    draw(panels, title, path, notes=caption(summary), dpi=150)
+    panels: list[Panel | Bars] = [
+        scores(found, name) for name, found in targets.items()
+    ]
+    if len(targets) == 1:
+        panels.append(stages(first))
+    draw(panels, title, path, notes=caption(first), dpi=150)
 
 
-def scores(summary: Mapping[str, Any]) -> Panel:
+def _short(name: str, summary: Mapping[str, Any]) -> str:
+    if summary["criterion"] != "distserve":
+        return f"{name} {good(summary)}".strip()
+    slo = summary["slo"]
+    return (
+        f"{name} TTFT <= {slo['ttft_s'] * 1e3:.0f} ms, "
+        f"TPOT <= {slo['tpot_s'] * 1e3:.3g} ms"
+    ).strip()
+
+
+def scores(summary: Mapping[str, Any], title: str = "") -> Panel:
     """Return each system's scores, in % or, of a throughput, per device."""
     target = summary["target"]
     series: list[Series] = []
@@ -265,7 +308,7 @@ def scores(summary: Mapping[str, Any]) -> Panel:
         label = "goodput at the target"
         series.append(Series(label=label, points=[], colour=_GREY, style="diamond"))
     return Panel(
-        title="",
+        title=title,
         x="arrival rate (requests/s per device)",
         y=what,
         series=series,
@@ -282,6 +325,12 @@ def _curves(
     unit, most = (1 / system["devices"], math.inf) if target is None else (100, 1)
     rates = [point["request_rate_per_device"] for point in points]
     found = [_interval_of(p["criteria"][summary["criterion"]]) for p in points]
+    # A band only where all seeds ran: of the two that scouted it would fill the panel.
+    least = summary["num_seeds"]
+    found = [
+        score if p.get("num_seeds", least) == least else _alone(score)
+        for p, score in zip(points, found, strict=True)
+    ]
 
     def bounded(end: float) -> float:
         return unit * min(most, max(0, end))
@@ -301,6 +350,10 @@ def _curves(
         goodput = system["goodput"]["max_goodput_rate_per_device"]["mean"]
         at = [(goodput, 100 * target)]
         yield Series(label="", points=at, colour=colour, style="diamond")
+
+
+def _alone(interval: Interval) -> Interval:
+    return Interval(mean=interval.mean, low=None, high=None)
 
 
 def stages(summary: Mapping[str, Any]) -> Bars:

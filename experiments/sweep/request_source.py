@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import KVMemory
@@ -69,6 +69,11 @@ class RequestSource:
                             "change the lengths, or memory.max_context and "
                             "memory.blocks_per_device"
                         )
+
+    def every(self) -> Iterator[Request]:
+        """Yield the requests of all runs at one rate."""
+        for replica in range(self.config.num_seeds):
+            yield from self(1.0, replica)
 
     def longest_prompt(self) -> int:
         """Return the tokens of the longest prompt in the first run."""

@@ -21,7 +21,6 @@ from disagg_jax.engine.served_deployment import (
 )
 from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics.attainment import SLO
-from disagg_jax.metrics.criteria import Criterion, for_slo
 from disagg_jax.programs.buckets import Buckets
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.routing import get_router
@@ -221,22 +220,6 @@ def tune_systems(
 
 
 def resolve_slo(config: Config, durations: StepDurations, source: RequestSource) -> SLO:
-    """Return the SLO in seconds; see `Targets`."""
+    """Return the (tight) SLO in seconds; see `Targets`."""
     prefill_s = durations.prefill_s(source.longest_prompt())
     return config.slo.resolve(prefill_s, durations.decode_s()[0])
-
-
-def resolve_criteria(
-    config: Config, slo: SLO, durations: StepDurations, source: RequestSource
-) -> dict[str, Criterion]:
-    """Return every criterion by name, with the SLO's seconds.
-
-    Args:
-      durations: of the system that slowdowns refer to, whatever system is judged.
-    """
-    return for_slo(
-        slo,
-        target=config.search.target,
-        prompt_tokens=source.longest_prompt(),
-        unloaded=durations.alone,
-    )

@@ -1,131 +1,188 @@
-"""The goodput sweep: every system at every rate with every seed, and its summary."""
+"""The goodput sweep: every system at every rate with every seed, by one target."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from disagg_jax import metrics
 from disagg_jax.calibration.timing import Progress
-from disagg_jax.control.run import StepTotals
-from disagg_jax.deployment import Deployment, Role
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
-from disagg_jax.metrics import (
-    SLO,
-    BestRate,
-    GoodputEstimate,
-    Interval,
-    Inversion,
-    best_rate,
-    estimate,
-    find_inversion,
-)
+from disagg_jax.metrics import SLO, find_inversion, look_confidence
 from disagg_jax.metrics.criteria import Criterion
-from disagg_jax.metrics.ranking import rank
-from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Timeline
 from disagg_jax.runlog.event_log import EventLog
-from disagg_jax.scheduling import find_system
-from disagg_jax.search.rates import climb, search
+from disagg_jax.search.rates import SearchPlan, climb, refine, search
+from disagg_jax.sim.workers import Mapper
 from experiments.configs.config import Config
 from experiments.runs.request_rows import to_row
 from experiments.runs.run_dir import Point, RunDir
+from experiments.sweep.point import (
+    PointTask,
+    Serving,
+    padding,
+    point_metrics,
+    run_point,
+)
 from experiments.sweep.request_source import RequestSource
+from experiments.sweep.summary import (
+    Judge,
+    Runs,
+    pairs,
+    ranked,
+    ratios,
+    scores_of,
+    system_summary,
+    with_most_seeds,
+)
 from models.load import Model
 from models.tokenizer import NoText
 
-Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each seed
-
-# values of each seed -> mean, low and high
-Across = Callable[[Sequence[float]], dict[str, float | None]]
-
-RATIO_BASE = "vllm_v0"  # ratios are over this system, where it takes part
+_SCOUTS = 2  # seeds that find the rates to look at, where there are several looks
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Runs the points that are not done yet, and summarises all points."""
+    """Runs the points that are not done yet, and summarises all points.
+
+    Attributes:
+      served: engines by system, which run programs.
+      timed: the same by the durations of programs alone.
+      durations: of the first system.
+      choices: of step sizes, by system: which and why.
+      too_slow_s: the smallest full step with a prompt beside decodes, of systems in
+        which it takes longer than TPOT may.
+      criteria: by name; `config.criterion` is searched for.
+      target: the name of the target; "" of a single one.
+      mapper: runs the seeds of a rate by `timed`.
+      tried: by system, the rates and the seeds that each was run with.
+      scouted_rps: by system, the goodput that few seeds gave; see `Config.looks`. The
+        first search of a system begins at the last of them.
+    """
 
     config: Config
     model: Model
     source: RequestSource
-    served: Mapping[str, ServedDeployment]  # by system
-    durations: StepDurations  # of the first system
+    served: Mapping[str, ServedDeployment]
+    timed: Mapping[str, Serving]
+    durations: StepDurations
     slo: SLO
-    choices: Mapping[str, Sequence[str]]  # of step sizes, by system: which and why
-    criteria: Mapping[str, Criterion]  # by name; `config.criterion` is searched for
+    choices: Mapping[str, Sequence[str]]
+    criteria: Mapping[str, Criterion]
+    too_slow_s: Mapping[str, float]
     run_dir: RunDir
     progress: Progress
+    target: str = ""
+    mapper: Mapper = map
+    tried: dict[str, dict[float, int]] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(dict)
+    )
+    scouted_rps: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def good(self) -> Criterion:
         """The criterion that rates are searched for, and systems compared by."""
         return self.criteria[self.config.criterion]
 
+    @property
+    def looks(self) -> Sequence[int]:
+        """See `Config.looks`; a throughput is never resolved, so it has one look."""
+        looks = self.config.looks
+        return looks if self.good.target is not None else looks[:1]
+
+    @property
+    def judge(self) -> Judge:
+        return Judge(
+            name=self.config.criterion,
+            criterion=self.good,
+            tolerance=self.config.search.tolerance,
+            independent=not self.source.why_dependent,
+            confidence=look_confidence(len(self.looks)),
+        )
+
     def run(self) -> dict[str, Any]:
         """Search each system's goodput and return the summary."""
-        rates = {name: self._try_rates(name) for name in self.served}
-        if self.config.executed == "passing":
-            for name, tried in rates.items():
-                self._execute(name, tried)
-        self.run_dir.write_requests(
-            Point(name, rate, replica)
-            for name, tried in rates.items()
-            for rate in tried
-            for replica in range(self.config.num_seeds)
-        )
-        return self._summary(rates)
+        for seeds in self.looks:
+            for name in self.served:
+                self._look(name, seeds)
+            if len(self.looks) == 1 or self._all_resolved():
+                break
+        for name in self.served:
+            self._report_inversion(name)
+            if self.config.executed == "passing":
+                self._execute(name)
+        return self._summary()
 
-    def _try_rates(self, name: str) -> list[float]:
-        """Run a system at the given rates, or at a search's; return the rates."""
-        tried: list[float] = []
+    def points(self) -> list[Point]:
+        """Return the points of the sweep, in the order of its systems and rates."""
+        return [
+            self._at(name, rate, replica)
+            for name in self.served
+            for rate, seeds in sorted(self.tried[name].items())
+            for replica in range(seeds)
+        ]
+
+    def goodput_rps(self, name: str) -> float:
+        """Return the goodput of a system so far; the lowest rate if none passed."""
+        found = self.judge.goodput(with_most_seeds(self._runs(name)))
+        return found.interval.mean or min(self.tried[name])
+
+    # -- looks --------------------------------------------------------------------
+
+    def _look(self, name: str, seeds: int) -> None:
+        """Run a system with so many seeds at the given rates, or at a search's."""
 
         def scores(rate: float) -> list[float]:
-            return self._scores(name, rate, tried)
+            return self._scores(name, rate, seeds)
 
-        devices = self._devices(name)
-        for rate in self.config.rates:
-            scores(rate * devices)
-        if not self.config.rates:
-            plan, target = self.config.search, self.good.target
-            if target is None:
-                climb(scores, self._start_rps(), plan)
-            else:
-                plan = dataclasses.replace(plan, target=target)
-                search(scores, self._start_rps(), plan)
-        if self.good.target is not None:
-            found = self._scores_at(name, tried)
-            if inversion := find_inversion(found, self.good.target):
-                self.progress(f"{name:>14}  {inversion.text(devices)}")
-        return sorted(tried)
+        def scout(rate: float) -> list[float]:
+            return self._scores(name, rate, _SCOUTS)
 
-    def _scores_at(self, name: str, rates: Sequence[float]) -> dict[float, list[float]]:
-        """Return the scores of finished points, by the criterion of the search."""
-        return _scores_of(self.config.criterion, self._runs(name, rates))
+        devices, several = self._devices(name), len(self.looks) > 1
+        if self.config.rates:
+            for rate in self.config.rates:
+                scores(rate * devices)
+        elif self.good.target is None:
+            climb(scores, self._start_rps(), self.config.search)
+        elif not several:
+            search(scores, self._start_rps(), self._plan)
+        else:
+            if name not in self.scouted_rps:
+                search(scout, self._scout_from(), self._scouting)
+                self.scouted_rps[name] = self.goodput_rps(name)
+            refine(scores, self.scouted_rps[name], self._plan)
 
-    def _execute(self, name: str, rates: Sequence[float]) -> None:
-        """Run the programs at the rate that a system is judged by."""
-        rate = self._judged_at(self._scores_at(name, rates))
-        if rate is None:
+    @property
+    def _plan(self) -> SearchPlan:
+        assert self.good.target is not None
+        return dataclasses.replace(self.config.search, target=self.good.target)
+
+    @property
+    def _scouting(self) -> SearchPlan:
+        """The plan of a first search: any bracket will do."""
+        return dataclasses.replace(self._plan, tolerance=self._plan.growth - 1)
+
+    def _scout_from(self) -> float:
+        """Return the rate to scout from: near what the system before got."""
+        before = next(reversed(self.scouted_rps.values()), None)
+        return before or self._start_rps()
+
+    def _all_resolved(self) -> bool:
+        return all(
+            self.judge.goodput(with_most_seeds(self._runs(name))).resolved
+            for name in self.served
+        )
+
+    def _report_inversion(self, name: str) -> None:
+        if self.good.target is None:
             return
-        devices = self._devices(name)
-        shown = f"{rate / devices:8.2f} requests/s per device"
-        self.progress(f"{name:>14}  {shown}: running its programs")
-        for replica in range(self.config.num_seeds):
-            point = Point(name, rate, replica)
-            if not self.run_dir.load(point)["executed"]:  # by a run that is resumed
-                self._run(point, execute=True, expected=self.run_dir.requests(point))
-
-    def _judged_at(self, scores: Mapping[float, Sequence[float]]) -> float | None:
-        """Return the highest passing rate, or the best for a throughput."""
-        target = self.good.target
-        if target is None:
-            return best_rate(scores, self.config.search.tolerance).rate_rps
-        return estimate(scores, target).pass_rps
+        scores = scores_of(self.config.criterion, self._runs(name))
+        if inversion := find_inversion(scores, self.good.target):
+            self.progress(f"{name:>14}  {inversion.text(self._devices(name))}")
 
     def _start_rps(self) -> float:
         """Return the first rate of all searches: half of what busy devices could serve.
@@ -144,58 +201,88 @@ class Sweep:
     def _devices(self, name: str) -> int:
         return self.served[name].deployment.devices
 
-    def _scores(self, name: str, rate: float, tried: list[float]) -> list[float]:
+    def _at(self, name: str, rate: float, replica: int) -> Point:
+        return Point(name, rate, replica, self.target)
+
+    # -- points -------------------------------------------------------------------
+
+    def _scores(self, name: str, rate: float, seeds: int) -> list[float]:
         rate = float(f"{rate:.4g}")
-        if rate not in tried:
-            tried.append(rate)
-        points = [Point(name, rate, i) for i in range(self.config.num_seeds)]
+        self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
+        points = [self._at(name, rate, i) for i in range(seeds)]
+        missing = [point for point in points if not self.run_dir.has(point)]
+        if self.config.executed == "all":
+            for point in missing:
+                self._run(point)
+        else:
+            self._run_timed(missing)
         criterion = self.config.criterion
-        values = [self._point(point)["criteria"][criterion] for point in points]
-        per_device = rate / self._devices(name)
+        values = [self.run_dir.load(point)["criteria"][criterion] for point in points]
+        self._report_scores(name, rate, values)
+        return values
+
+    def _report_scores(self, name: str, rate: float, values: Sequence[float]) -> None:
+        criterion, per_device = self.config.criterion, rate / self._devices(name)
         what = "attainment" if criterion == "distserve" else criterion
         form = ".4g" if self.good.target is None else ".1%"
+        target = f"{self.target}: " if self.target else ""
         self.progress(
-            f"{name:>14}  {per_device:8.2f} requests/s per device: "
+            f"{target}{name:>14}  {per_device:8.2f} requests/s per device: "
             f"{what} {statistics.mean(values):6{form}}  "
             f"({', '.join(f'{value:{form}}' for value in values)})"
         )
-        return values
 
-    def _point(self, point: Point) -> dict[str, Any]:
-        if not self.run_dir.has(point):
-            self._run(point, execute=self.config.executed == "all")
-        return self.run_dir.load(point)
+    def _task(self, point: Point, served: Serving) -> PointTask:
+        return PointTask(
+            served=served,
+            source=self.source,
+            point=point,
+            slo=self.slo,
+            criteria=self.criteria,
+            virtual=self.config.clock == "virtual",
+        )
 
-    def _run(
-        self,
-        point: Point,
-        *,
-        execute: bool,
-        expected: Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Run a point, and save it if its timelines are those of `expected`."""
-        served = dataclasses.replace(self.served[point.system], executed=execute)
-        requests, log = self.source(point.rate_rps, point.replica), EventLog()
-        run = served.run(requests, observer=log)
-        virtual = self.config.clock == "virtual"
-        shares = run.busy_shares(served.deployment) if virtual else None
-        found: dict[str, Any] = {
-            **summarise(run.timelines, self.slo, served.deployment.devices),
-            "steady": metrics.is_steady(run.timelines),
-            "executed": run.totals is not None,
-            **_padding(run.totals or {}),
-            **_busy(served.deployment, shares),
-            "criteria": {
-                name: criterion.score(run.timelines)
-                for name, criterion in self.criteria.items()
-            },
-        }
+    def _run_timed(self, points: Sequence[Point]) -> None:
+        """Run points by durations alone; of these only metrics are kept."""
+        tasks = [self._task(point, self.timed[point.system]) for point in points]
+        found = self.mapper(run_point, tasks)
+        for point, values in zip(points, found, strict=True):
+            self.run_dir.save(point, values)
+
+    def _run(self, point: Point) -> None:
+        """Run a point with its programs, and keep its requests and events."""
+        served, log = self.served[point.system], EventLog()
+        run = served.run(self.source(point.rate_rps, point.replica), observer=log)
+        found = point_metrics(self._task(point, served), run)
         rows = [self._request_row(timeline) for timeline in run.timelines]
-        if expected is not None and _timelines(rows) != _timelines(expected):
+        self.run_dir.save(point, found, rows, log.lines)
+
+    def _execute(self, name: str) -> None:
+        """Run programs at the rate that a system is judged by, and keep their requests.
+
+        Raises:
+          RuntimeError: if their timelines are not those of their durations.
+        """
+        rate = self.judge.judged_rps(with_most_seeds(self._runs(name)))
+        if rate is None:
+            return
+        point = self._at(name, rate, 0)
+        found = self.run_dir.load(point)
+        if found["executed"]:  # by a run that is resumed
+            return
+        shown = f"{rate / self._devices(name):8.2f} requests/s per device"
+        self.progress(f"{name:>14}  {shown}: running its programs")
+        requests = self.source(rate, 0)[: self.config.executed_requests]
+        log = EventLog()
+        run = self.served[name].run(requests, observer=log)
+        rows = [self._request_row(timeline) for timeline in run.timelines]
+        expected = self.timed[name].run(requests, observer=None).timelines
+        if _timelines(rows) != _timelines([to_row(t, self.slo) for t in expected]):
             raise RuntimeError(
                 f"{point.name}: the programs' timelines are not those of their "
                 "durations"
             )
+        found |= {"executed": True, **padding(run.totals or {})}
         self.run_dir.save(point, found, rows, log.lines)
 
     def _request_row(self, timeline: Timeline) -> dict[str, Any]:
@@ -206,226 +293,55 @@ class Sweep:
             row["text"] = self.model.tokenizer.decode(timeline.tokens)
         return row
 
+    def _runs(self, name: str) -> Runs:
+        return {
+            rate: [self.run_dir.load(self._at(name, rate, i)) for i in range(seeds)]
+            for rate, seeds in sorted(self.tried[name].items())
+        }
+
     # -- summary ------------------------------------------------------------------
 
-    def _summary(self, rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        runs = {name: self._runs(name, tried) for name, tried in rates.items()}
-        systems = {name: self._system(name, found) for name, found in runs.items()}
+    def _summary(self) -> dict[str, Any]:
+        judge, runs = self.judge, {name: self._runs(name) for name in self.served}
+        devices = {name: self._devices(name) for name in self.served}
+        systems = {
+            name: system_summary(
+                judge, self.config.systems[name].deployment, devices[name], found
+            )
+            for name, found in runs.items()
+        }
+        wall = self.config.clock == "wall"
         return {
             "model": self.config.model,
             "clock": self.config.clock,
-            "durations": "live"
-            if self.config.clock == "wall"
-            else self.config.durations,
+            "durations": "live" if wall else self.config.durations,
             "slo": dataclasses.asdict(self.slo),
             "criterion": self.config.criterion,
             "target": self.good.target,
             "num_requests": self.config.workload.num_requests,
-            "num_seeds": self.config.num_seeds,
+            "num_seeds": max(max(tried.values()) for tried in self.tried.values()),
+            "looks": list(self.looks),
+            "confidence": judge.confidence,
+            "apart": judge.apart,
             "executed": self.config.executed,
+            "executed_requests": self.config.executed_requests,
             **({"trace": self.source.trace} if self.source.trace else {}),
             **({"no_intervals": why} if (why := self.source.why_dependent) else {}),
             "choices": {name: list(said) for name, said in self.choices.items()},
+            "too_slow_s": dict(self.too_slow_s),
             "systems": systems,
-            "ratios": _ratios(systems, self._interval),
+            "ratios": ratios(systems, judge.across),
+            "pairs": pairs(judge, systems),
             "criteria": {
-                name: self._ranked(name, criterion, runs)
+                name: ranked(judge, (name, criterion), runs, devices)
                 for name, criterion in self.criteria.items()
             },
         }
 
-    def _interval(self, values: Sequence[float]) -> dict[str, float | None]:
-        """Return the mean across seeds, and an interval if they are independent."""
-        independent = not self.source.why_dependent
-        found: Interval = metrics.rate_interval(values, independent=independent)
-        return dataclasses.asdict(found)
-
-    def _runs(self, name: str, rates: Sequence[float]) -> Runs:
-        return {
-            rate: [
-                self.run_dir.load(Point(name, rate, replica))
-                for replica in range(self.config.num_seeds)
-            ]
-            for rate in rates
-        }
-
-    def _system(self, name: str, runs: Runs) -> dict[str, Any]:
-        devices = self._devices(name)
-        scores = _scores_of(self.config.criterion, runs)
-        independent = not self.source.why_dependent
-        if self.good.target is None:
-            tolerance = self.config.search.tolerance
-            best = best_rate(scores, tolerance, independent=independent)
-            found = {"throughput": _throughput(best, runs, devices)}
-        else:
-            goodput = estimate(scores, self.good.target, independent=independent)
-            found = {"goodput": _goodput(goodput, runs, devices)}
-        return {
-            "deployment": self.config.systems[name].deployment,
-            "devices": devices,
-            **found,
-            "points": [
-                _point_row(rate, points, self._interval)
-                for rate, points in runs.items()
-            ],
-        }
-
-    def _ranked(
-        self, name: str, criterion: Criterion, runs: Mapping[str, Runs]
-    ) -> dict[str, Any]:
-        """Return a criterion's definition, and the order of the systems by it."""
-        scores: dict[str, dict[float, list[float]]] = {}
-        for system, found in runs.items():
-            devices = self._devices(system)
-            each = devices if criterion.target is None else 1
-            scores[system] = {
-                rate / devices: [score / each for score in values]
-                for rate, values in _scores_of(name, found).items()
-            }
-        return {
-            "definition": str(criterion),
-            "target": criterion.target,
-            "unit": f"{criterion.unit} per device",
-            "rank": rank(
-                criterion,
-                scores,
-                self.config.search.tolerance,
-                independent=not self.source.why_dependent,
-            ),
-        }
-
-
-def _padding(totals: Mapping[str, StepTotals]) -> dict[str, float | None]:
-    """Return the share of tokens that were padding, by kind of step."""
-    shares: dict[str, float | None] = {}
-    for kind in ("prefill", "mixed", "decode"):
-        done = totals.get(kind)
-        shares[f"padding_{kind}"] = 1 - done.tokens / done.width if done else None
-    return shares
-
-
-def _busy(
-    deployment: Deployment, shares: Sequence[Sequence[float]] | None
-) -> dict[str, float | None]:
-    """Return the busy share of each role's devices, and of its idlest stage."""
-    found: dict[str, float | None] = {}
-    for role in Role:
-        stages = [s for i in deployment.of(role) for s in shares[i]] if shares else []
-        found[f"busy_{role}"] = statistics.mean(stages) if stages else None
-        found[f"busy_{role}_least"] = min(stages, default=None)
-    return found
-
 
 def _timelines(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Return the parts of requests' rows that do not depend on tokens, as in a file."""
-    other = ("tokens", "text", *(field.name for field in dataclasses.fields(Point)))
-    kept = [{key: row[key] for key in row if key not in other} for row in rows]
+    kept = [
+        {key: row[key] for key in row if key not in ("tokens", "text")} for row in rows
+    ]
     return json.loads(json.dumps(kept))
-
-
-def _scores_of(criterion: str, runs: Runs) -> dict[float, list[float]]:
-    return {
-        rate: [run["criteria"][criterion] for run in points]
-        for rate, points in runs.items()
-    }
-
-
-def _goodput(found: GoodputEstimate, runs: Runs, devices: int) -> dict[str, Any]:
-    def per_device(value: float | None) -> float | None:
-        return None if value is None else value / devices
-
-    at_pass = runs[found.pass_rps] if found.pass_rps else None
-    return {
-        "max_goodput_rate_per_device": {
-            key: per_device(value)
-            for key, value in dataclasses.asdict(found.interval).items()
-        },
-        "per_seed_rps_per_device": [rate / devices for rate in found.per_seed_rps],
-        "pass_rps_per_device": per_device(found.pass_rps),
-        "fail_rps_per_device": per_device(found.fail_rps),
-        "bracketed": found.bracketed,
-        "resolved": found.resolved,
-        "inversion": _inversion(found.inversion, devices),
-        "steady": all(run["steady"] for run in at_pass) if at_pass else None,
-        "at_pass_rate": _mean_metrics(at_pass) if at_pass else None,
-    }
-
-
-def _inversion(found: Inversion | None, devices: int) -> dict[str, Any] | None:
-    """Return where attainment is not monotone; see `GoodputEstimate`."""
-    if found is None:
-        return None
-    return {
-        "fail_rps_per_device": found.fail_rps / devices,
-        "fail_score": found.fail_score,
-        "pass_rps_per_device": found.pass_rps / devices,
-        "pass_score": found.pass_score,
-        "text": found.text(devices),
-    }
-
-
-def _throughput(found: BestRate, runs: Runs, devices: int) -> dict[str, Any]:
-    return {
-        "max_throughput_per_device": {
-            key: None if value is None else value / devices
-            for key, value in dataclasses.asdict(found.interval).items()
-        },
-        "per_seed_per_device": [value / devices for value in found.per_seed],
-        "best_rps_per_device": found.rate_rps / devices,
-        "bracketed": found.bracketed,
-        "steady": all(run["steady"] for run in runs[found.rate_rps]),
-        "at_best_rate": _mean_metrics(runs[found.rate_rps]),
-    }
-
-
-def _point_row(
-    rate: float, runs: Sequence[dict[str, Any]], across: Across
-) -> dict[str, Any]:
-    return {
-        "request_rate": rate,
-        "request_rate_per_device": rate / runs[0]["devices"],
-        **{
-            key: across([run[key] for run in runs])
-            for key in ("attainment", "attainment_ttft", "attainment_tpot")
-        },
-        "criteria": {
-            name: across([run["criteria"][name] for run in runs])
-            for name in runs[0]["criteria"]
-        },
-        "steady": all(run["steady"] for run in runs),
-        "metrics": _mean_metrics(runs),
-    }
-
-
-def _mean_metrics(runs: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return each metric's mean over the seeds; None if a run lacks it."""
-    means: dict[str, float | None] = {}
-    for key, value in runs[0].items():
-        if isinstance(value, bool | dict):
-            continue
-        values = [run[key] for run in runs]
-        means[key] = None if None in values else statistics.mean(values)
-    return means
-
-
-def _ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
-    """Return each system's goodput or throughput over the base's, paired by seed."""
-    over = find_system(RATIO_BASE, systems)
-    if over not in systems:
-        return {}
-    base = _per_seed(systems[over])
-    ratios: dict[str, Any] = {}
-    for name, system in systems.items():
-        if name == over or not all(base):
-            continue
-        paired = [
-            rate / other for rate, other in zip(_per_seed(system), base, strict=True)
-        ]
-        ratios[f"{name}/{over}"] = {**across(paired), "per_seed": paired}
-    return ratios
-
-
-def _per_seed(system: Mapping[str, Any]) -> list[float]:
-    if "throughput" in system:
-        return system["throughput"]["per_seed_per_device"]
-    return system["goodput"]["per_seed_rps_per_device"]

@@ -132,7 +132,7 @@ def test_step_times_cover_all_that_serving_looks_up(world):
     """With the table a run is a function of it alone: every time is one of a sum."""
     engine = world.engine("prefill:tp1,decode:tp1", buckets=SEVERAL)
     rounds = []
-    table = measure_step_times([engine], repeats=2, progress=rounds.append)
+    table = measure_step_times([engine], repeats=2, progress=rounds.append).seconds
     assert len(rounds) == 1 + 2 and all(time_s > 0 for time_s in table.values())
     assert set(table) == {
         *(f"tp1/{shape}" for shape in SEVERAL.step_shapes),
@@ -160,7 +160,7 @@ def test_what_ran_before_is_not_in_a_step_time(world, monkeypatch):
         return [5.0 if cold and isinstance(work, Step) else 1.0], None
 
     monkeypatch.setattr(timing, "run_alone", five_times_as_long_after_another)
-    table = measure_step_times([engine], repeats=3)
+    table = measure_step_times([engine], repeats=3).seconds
     assert set(table.values()) == {1.0}
     each_once = [work for work, _ in itertools.groupby(ran)]
     n = len(table)

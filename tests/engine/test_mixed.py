@@ -275,7 +275,7 @@ def test_totals_say_how_much_was_padding(world):
 
 def test_step_times_cover_mixed_steps(world):
     engine = world.engine("colocated:tp1", buckets=MIXED)
-    table = measure_step_times([engine], repeats=1)
+    table = measure_step_times([engine], repeats=1).seconds
     assert set(table) == {"tp1/mixed_T32_C16_P16", "tp1/decode_B4_P16"}
 
 

@@ -61,7 +61,11 @@ def goodput(**changes: Any) -> dict[str, Any]:
         "target": 0.9,
         "num_requests": 70,
         "num_seeds": 3,
+        "looks": [3],
+        "confidence": 0.95,
+        "apart": 1.21,
         "executed": "all",
+        "executed_requests": 50,
         "choices": {"vllm_v0": ["colocated max_batched_tokens = 64: the default"]},
         "systems": {
             "vllm_v0": {
@@ -96,6 +100,15 @@ def goodput(**changes: Any) -> dict[str, Any]:
             },
         },
         "ratios": {"pair/vllm_v0": interval(0.4049, 0.3, 0.5)},
+        "pairs": [
+            {
+                "ahead": "vllm_v0",
+                "behind": "pair",
+                "ratio": interval(2.5, 2.0, 3.3),
+                "told_apart": True,
+            }
+        ],
+        "too_slow_s": {},
         "criteria": {
             "distserve": {
                 "definition": "90% of requests",
@@ -129,3 +142,15 @@ def throughput() -> dict[str, Any]:
             "at_best_rate": metrics(100.0 * first),
         }
     return summary
+
+
+def two_targets() -> dict[str, Any]:
+    """Two targets: by the relaxed one no pair is told apart, and nothing is settled."""
+    relaxed = goodput(slo={"ttft_s": 0.02, "tpot_s": 0.008}, num_seeds=6)
+    relaxed["pairs"][0] |= {"ahead": "pair", "behind": "vllm_v0", "told_apart": False}
+    tight = goodput(too_slow_s={"pair": 0.0051})
+    for found, winners in ((tight, ["vllm_v0"] * 2), (relaxed, ["pair", "vllm_v0"])):
+        found |= {"looks": [3, 6], "confidence": 0.975}
+        found["settled"] = {"settled": len(set(winners)) == 1, "winners": winners}
+        found["step_times"] = {"rounds": 8, "unsteady_share": 0.05, "steady": True}
+    return {"targets": {"tight": tight, "relaxed": relaxed}}

@@ -481,3 +481,40 @@ def test_a_margin_is_clear_where_its_interval_excludes_1(ours, theirs, clear):
 def test_without_goodput_there_is_no_ratio(ours, theirs, clear):
     found = metrics.margin(ours, theirs)
     assert found.ratio is None and found.clear is clear
+
+
+# Three seeds that differ by 0.02 about their means.
+NOISY = {
+    rate: [mean - 0.02, mean, mean + 0.02]
+    for rate, mean in ((80.0, 0.97), (100.0, 0.91), (110.0, 0.89), (120.0, 0.8))
+}
+
+
+@pytest.mark.parametrize(
+    ("apart", "confidence", "resolved"),
+    [
+        (1.0, 0.95, False),  # 0.91 and 0.89 are too near to the target
+        (1.4, 0.95, False),  # 80 and 120 are decided, but 1.5 times apart
+        (1.5, 0.95, True),
+        # The interval at 80 reaches down to 0.97 - 9.9 x 0.0115.
+        (1.5, 0.99, False),
+    ],
+)
+def test_a_goodput_is_resolved_by_rates_that_are_decided_and_near(
+    apart, confidence, resolved
+):
+    found = metrics.estimate(NOISY, 0.9, apart=apart, confidence=confidence)
+    assert (found.pass_rps, found.fail_rps) == (100.0, 110.0)
+    assert found.resolved is resolved
+
+
+def test_a_higher_confidence_widens_every_interval():
+    narrow, wide = (
+        metrics.estimate(NOISY, 0.9, confidence=c).interval for c in (0.95, 0.99)
+    )
+    assert narrow.mean == wide.mean
+    ratio = (wide.high - wide.mean) / (narrow.high - narrow.mean)
+    assert ratio == pytest.approx(9.925 / 4.303, rel=1e-3)  # t of 2 degrees
+    ours, theirs = (1.0, 1.1, 1.2), (1.0, 1.0, 1.0)
+    assert not metrics.margin(ours, theirs, confidence=0.95).clear
+    assert metrics.margin(ours, theirs, confidence=0.5).clear

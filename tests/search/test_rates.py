@@ -1,9 +1,11 @@
 """The goodput search on attainment curves that are known."""
 
+import math
+
 import pytest
 
 from disagg_jax.metrics.goodput import best_rate, estimate, find_inversion
-from disagg_jax.search.rates import SearchPlan, climb, search
+from disagg_jax.search.rates import SearchPlan, climb, refine, search
 
 PLAN = SearchPlan(target=0.9, growth=2.0, tolerance=0.05, max_rates=30)
 
@@ -319,3 +321,36 @@ def test_a_gain_of_just_the_tolerance_is_no_gain():
 def test_the_best_of_rates_at_the_edge_is_only_a_bound():
     assert not best_rate({1.0: [1.0], 2.0: [2.0]}, 0.1).bracketed
     assert not best_rate({1.0: [2.0], 2.0: [1.0]}, 0.1).bracketed
+
+
+# -- around a goodput that is roughly known --------------------------------------------
+
+
+def refined(crossings, goodput_rps=100.0, **plan):
+    """The rates that `refine` evaluates, by seeds that cross at these rates."""
+    rates = []
+
+    def evaluate(rate):
+        rates.append(rate)
+        return [1.0 if rate <= crossing else 0.0 for crossing in crossings]
+
+    refine(evaluate, goodput_rps, SearchPlan(tolerance=0.21, **plan))
+    return rates
+
+
+def test_a_goodput_is_refined_outwards_until_every_seed_has_passed_and_failed():
+    assert refined([100.0, 100.0]) == pytest.approx([100 / 1.1, 110.0])
+    below = [100 / 1.1, 100 / 1.1 / 1.21]
+    assert refined([80.0, 100.0]) == pytest.approx([*below, 110.0])
+    above = [110.0, 110 * 1.21]
+    assert refined([120.0, 100.0]) == pytest.approx([100 / 1.1, *above])
+
+
+def test_more_seeds_are_run_at_rates_that_fewer_were():
+    few, many = refined([100.0] * 2), refined([100.0, 80.0, 120.0])
+    assert set(few) <= set(many)
+
+
+def test_refining_ends_where_a_seed_never_passes_or_fails():
+    rates = refined([0.0, math.inf], max_rates=6)
+    assert len(rates) == 6

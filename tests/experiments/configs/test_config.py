@@ -306,7 +306,7 @@ def test_the_defaults_are_those_that_the_documents_name():
     )
     assert (workload.ties, workload.too_long) == ("spread", "drop")
     assert (workload.ignore_eos, workload.trace_scale) == (True, 1.0)
-    assert (config.num_seeds, config.seed, config.timing_repeats) == (5, 0, 9)
+    assert (config.num_seeds, config.seed, config.timing_repeats) == (5, 0, 16)
     assert (config.criterion, config.clock, config.durations) == (
         *("distserve", "virtual", "table"),
     )
@@ -328,3 +328,47 @@ def test_the_record_of_a_config_has_every_value_and_type():
     assert decode == {"type": "DecodeOnly", "max_seqs": 16, "watermark": 0.01}
     # All of them, so that two configs with equal records are equal.
     assert content.keys() == {"type", *(f.name for f in dataclasses.fields(Config))}
+
+
+@pytest.mark.parametrize(
+    ("first", "most", "looks"),
+    [
+        (0, 5, (5,)),
+        (4, 16, (4, 8, 16)),
+        (3, 10, (3, 6, 10)),
+        (4, 2, (2,)),
+        (4, 4, (4,)),
+    ],
+)
+def test_looks_double_the_seeds_up_to_all(first, most, looks):
+    changes = [f"first_seeds={first}", f"num_seeds={most}"]
+    assert override(get_config("tiny"), changes).looks == looks
+
+
+@pytest.mark.parametrize(
+    ("changes", "targets"),
+    [
+        ([], ("tight", "relaxed")),
+        (["slo.tpot_scale=2"], ("tight", "relaxed")),
+        (["relaxed=0"], ("",)),
+        (["slo.tpot_s=0.01"], ("",)),
+        (["slo.ttft_s=0.01"], ("",)),
+        (["slo.preset=llama3.1-8b"], ("",)),
+    ],
+)
+def test_an_slo_in_seconds_is_the_only_target(changes, targets):
+    assert override(get_config("tiny"), changes).targets == targets
+
+
+def test_a_relaxed_target_beside_an_slo_in_seconds_has_no_effect():
+    with pytest.raises(ValueError, match="relaxed: expected an slo in multiples of a"):
+        override(get_config("tiny"), ["relaxed=2", "slo.tpot_s=0.01"])
+
+
+@pytest.mark.parametrize(
+    "assignment", ["first_seeds=-1", "relaxed=-1", "executed_requests=0"]
+)
+def test_less_than_nothing_is_refused(assignment):
+    name = assignment.partition("=")[0]
+    with pytest.raises(ValueError, match=f"{name}: expected >= "):
+        override(get_config("tiny"), [assignment])

@@ -180,6 +180,43 @@ def test_a_point_of_another_system_is_none_of_its_rates(tmp_path):
         saved(tmp_path).pick("other", 6.25, None)
 
 
+def test_a_run_without_requests_keeps_none_and_is_not_picked(tmp_path):
+    run_dir = saved(tmp_path)
+    bare = Point("vllm_v0", 50.0, 0)
+    run_dir.save(bare, {"attainment": 0.5})
+    assert run_dir.has(bare) and not run_dir.has_requests(bare)
+    assert run_dir.has_requests(Point("vllm_v0", 25.0, 0))
+    with pytest.raises(
+        ValueError, match=r"expected one of \['6.25', '12.5'\], got '25"
+    ):
+        run_dir.pick("vllm_v0", 25.0, None)
+    run_dir.write_requests([bare, Point("vllm_v0", 25.0, 0)])
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == len(ROWS)
+
+
+def test_each_target_has_points_of_its_own(tmp_path):
+    """The first is the tight one; each is judged at a rate of its own."""
+    run_dir = RunDir(
+        tmp_path, {"seed": 3, "systems": {"a": {"deployment": "colocated:tp1"}}}
+    )
+    targets = {}
+    for target, rate in (("relaxed", 8.0), ("tight", 4.0)):
+        point = Point("a", rate, 0, target)
+        save(run_dir, point)
+        assert next(iter(run_dir.requests(point)))["target"] == target
+        found = {"goodput": {"pass_rps_per_device": rate}}
+        targets[target] = {"systems": {"a": found}}
+    run_dir.write_json("summary.json", {"targets": targets})
+    assert run_dir.points() == [
+        Point("a", 4.0, 0, "tight"),
+        Point("a", 8.0, 0, "relaxed"),
+    ]
+    assert run_dir.pick("a", None, None).point == Point("a", 4.0, 0, "tight")
+    assert run_dir.pick("a", None, None, "relaxed").point.rate_rps == 8.0
+    with pytest.raises(ValueError, match=r"--target: expected one of \['tight', 'rel"):
+        run_dir.pick("a", None, None, "loose")
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--run: expected a run directory, got"):
         SavedRun(tmp_path).pick("vllm_v0", None, None)

@@ -9,11 +9,11 @@ from experiments.sweep import report
 from tests.experiments import summaries
 
 GOODPUT = """\
-model tiny; SLO: TTFT <= 12.30 ms and TPOT <= 4.56 ms for 90% of requests; \
-70 requests x 3 seeds a point
+SLO: TTFT <= 12.30 ms and TPOT <= 4.56 ms for 90% of requests: vllm_v0 > pair
+  told apart, paired by seed: 1 of 1 pairs
+model tiny; 70 requests x 3 seeds a point
 clock: virtual, durations: table (each program timed alone; valid for devices that \
 are really separate)
-vllm_v0: colocated max_batched_tokens = 64: the default
 goodput                          vllm_v0                    pair
 deployment               2xcolocated:tp1  prefill:tp1,decode:tp3
 requests/s per device  12.3 [11.0, 13.5]                     5.0
@@ -21,6 +21,8 @@ passes at / fails at         12.0 / 14.0                 - / 6.0
 every seed bracketed                 yes                      no
 resolved                              no                     yes
 steady                               yes                       -
+goodput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
+vllm_v0: colocated max_batched_tokens = 64: the default
 at its highest passing rate                                 vllm_v0       pair
 attainment: both / TTFT / TPOT                10.0% / 11.0% / 12.0%  - / - / -
 TTFT P50 / P90 / P99, ms                   100.00 / 101.00 / 102.00  - / - / -
@@ -38,24 +40,24 @@ prefill stages busy, mean / idlest                          - / 50%      - / -
 decode stages busy, mean / idlest                         61% / 51%      - / -
 colocated stages busy, mean / idlest                      62% / 52%      - / -
 KV moved between instances, MB                                 2.50          -
-goodput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
 rank by each criterion                           1               2
 distserve *, requests/s per device   vllm_v0 12.35        pair < 6
 fastgen, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""
 
 THROUGHPUT = """\
-model tiny; fastgen: good requests; 70 requests x 3 seeds a point
+fastgen: good requests: vllm_v0 > pair
+model tiny; 70 requests x 3 seeds a point
 throughput by fastgen               vllm_v0                    pair
 deployment                  2xcolocated:tp1  prefill:tp1,decode:tp3
 good requests/s per device     2.123 [1, 9]            3.123 [1, 9]
 at requests/s per device               20.0                    30.0
 bracketed                               yes                      no
 steady                                   no                     yes
+throughput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
 at its best rate                                            vllm_v0                      pair
 attainment: both / TTFT / TPOT                20.0% / 21.0% / 22.0%     30.0% / 31.0% / 32.0%
 mean transfer, ms                                            211.00                    311.00
 KV moved between instances, MB                                 2.50                      2.50
-throughput pair/vllm_v0, paired by seed: 0.40 [0.30, 0.50]
 distserve, requests/s per device       vllm_v0 12.35        pair < 6
 fastgen *, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""  # noqa: E501
 
@@ -77,7 +79,7 @@ def test_a_throughput_has_each_number_in_its_place():
 
 def test_another_criterions_goodput_is_called_by_it():
     table = report.table(summaries.goodput(criterion="fastgen"))
-    assert table.startswith("model tiny; fastgen: good requests; 70 requests")
+    assert table.startswith("fastgen: good requests: vllm_v0 > pair")
     assert "\ngoodput by fastgen " in table and "\nfastgen *, " in table
 
 
@@ -96,7 +98,7 @@ def test_the_table_says_what_durations_are_worth(changes, said):
 
 
 def test_the_table_says_where_programs_ran():
-    said = "programs ran at the rates of the second table"
+    said = "programs ran on the first 50 requests of the first seed"
     assert said not in report.table(summaries.goodput())
     assert said in report.table(summaries.goodput(executed="passing"))
 
@@ -184,7 +186,7 @@ def test_the_picture_says_whether_it_has_intervals(changes, said, monkeypatch):
 def test_the_picture_of_another_criterion_says_what_it_is(monkeypatch):
     summary = summaries.goodput(criterion="fastgen")
     title, _ = picture(monkeypatch, summary)
-    assert title.startswith("tiny; fastgen: good requests\n")
+    assert title.startswith("tiny: fastgen: good requests\n")
     assert report.scores(summary).y == "fastgen: score (%)"
 
 
@@ -193,7 +195,7 @@ def test_the_picture_and_the_table_say_all_that_is_to_be_said_of_a_trace(monkeyp
     summary = summaries.goodput(**said)
     lines = ["first line", "second line", "no intervals, and nothing resolved: a why"]
     assert picture(monkeypatch, summary)[1] == lines
-    assert report.table(summary).splitlines()[2:5] == lines
+    assert report.table(summary).splitlines()[4:7] == lines
     assert not picture(monkeypatch, summaries.goodput())[1]
 
 
@@ -213,7 +215,7 @@ def test_an_order_that_is_open_is_marked_wherever_it_is():
     assert note not in report.table(summary)
     summary["criteria"]["fastgen"]["rank"][1]["monotone"] = False
     lines = report.table(summary).splitlines()
-    assert lines[-1] == note
+    assert note in lines
     (row,) = [line for line in lines if line.startswith("fastgen, ")]
     assert row.endswith("pair ~9.5  vllm_v0 >= !7.5")
 
@@ -255,3 +257,93 @@ def test_the_picture_says_what_was_run(monkeypatch, tmp_path):
 def test_a_rank_that_is_coarse_or_not_monotone_is_marked():
     row = {"mean": 2.0, "bound": None, "known": "coarsely", "monotone": False}
     assert report._ranked(row) == "~!2"
+
+
+# -- two targets -----------------------------------------------------------------------
+
+TWO = """\
+tight SLO: TTFT <= 12.30 ms and TPOT <= 4.56 ms for 90% of requests: vllm_v0 > pair
+  told apart, paired by seed: 1 of 1 pairs
+  settled by these timings: vllm_v0 is ahead by either half of them
+relaxed SLO: TTFT <= 20.00 ms and TPOT <= 8.00 ms for 90% of requests: pair ~ vllm_v0
+  told apart, paired by seed: 0 of 1 pairs
+  not settled by these timings: pair is ahead by the first half of them, vllm_v0 by \
+the second
+model tiny; 70 requests x 3 (tight) or 6 (relaxed) seeds a point
+step times: 8 rounds, steady: the medians of their halves differ by over 5 % for 5% of \
+programs
+deployment                        2xcolocated:tp1  prefill:tp1,decode:tp3
+tight: requests/s per device    12.3 [11.0, 13.5]                     5.0
+relaxed: requests/s per device  12.3 [11.0, 13.5]                     5.0
+goodput pair/vllm_v0, paired by seed: tight 0.40 [0.30, 0.50], relaxed 0.40 [0.30, 0.50]
+pair: no step size meets TPOT <= 4.56 ms: its smallest full step with a prompt beside \
+decodes takes 5.10 ms
+relaxed: fastgen, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5
+intervals: 97.5% each, so that they hold with 95 % together over 2 looks, after 3, 6 \
+seeds"""
+
+
+def test_two_targets_stand_side_by_side_below_who_is_ahead():
+    expect_lines(TWO, summaries.two_targets())
+    table = report.table(summaries.two_targets())
+    assert table.startswith(TWO.splitlines()[0])
+    assert table.count("no step size meets") == 1  # the relaxed one every system meets
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("resolved", "--set num_seeds=32"),
+        ("steady", "--set workload.num_requests=3000"),
+        ("settled", "--set timing_repeats=40"),
+    ],
+)
+def test_a_word_of_the_table_is_explained_below_it_with_what_to_do(word, remedy):
+    lines = report.table(summaries.two_targets()).splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{word}: ")]
+    assert remedy in line
+
+
+def test_pairs_that_are_not_told_apart_are_named():
+    summary = summaries.goodput()
+    (first,) = summary["pairs"]
+    summary["pairs"] = [
+        {**first, "ahead": "a", "behind": "b", "told_apart": False},
+        {**first, "ahead": "a", "behind": "c"},
+        {**first, "ahead": "b", "behind": "c"},
+    ]
+    lines = report.table(summary).splitlines()
+    assert lines[0].endswith(": a ~ b > c")
+    assert lines[1] == "  told apart, paired by seed: 2 of 3 pairs, all but a ~ b"
+
+
+def test_step_times_of_one_round_say_nothing_of_their_steadiness():
+    taken = {"rounds": 1, "unsteady_share": None, "steady": False}
+    table = report.table(summaries.goodput(step_times=taken))
+    assert "step times: one median a program, so nothing says how steady" in table
+
+
+def test_the_picture_has_a_panel_of_each_target(monkeypatch):
+    said = {}
+    monkeypatch.setattr(
+        report,
+        "draw",
+        lambda panels, title, path, **more: said.update(panels=panels, title=title),
+    )
+    report.plot(summaries.two_targets(), pathlib.Path("x.png"))
+    assert [panel.title for panel in said["panels"]] == ["tight", "relaxed"]
+    assert said["title"].splitlines()[:2] == [
+        "tiny: tight TTFT <= 12 ms, TPOT <= 4.56 ms",
+        "tiny: relaxed TTFT <= 20 ms, TPOT <= 8 ms",
+    ]
+    assert "97.5 % intervals" in said["title"]
+
+
+def test_a_point_of_fewer_seeds_has_no_band():
+    summary = summaries.goodput()
+    for seeds, point in zip(
+        (2, 3), summary["systems"]["vllm_v0"]["points"], strict=True
+    ):
+        point["num_seeds"] = seeds
+    bands = report.scores(summary).series[0].band
+    assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((30.0, 60.0))]

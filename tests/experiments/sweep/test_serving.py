@@ -23,9 +23,9 @@ from experiments.sweep.serving import (
     instance_memory,
     known_timing,
     most_devices,
-    resolve_criteria,
     resolve_slo,
 )
+from experiments.sweep.targets import resolve_criteria
 from tests.experiments.calibrating import CONFIG, seqs
 
 # Seconds of a step, of each prompt token, decode and token of its context.
@@ -261,5 +261,5 @@ def test_criteria_have_the_target_that_is_searched_for(random_model):
     longest = types.SimpleNamespace(longest_prompt=lambda: 200)
     slo = SLO(ttft_s=1.0, tpot_s=1.0)
     one = durations(random_model, CHUNKS, config)
-    found = resolve_criteria(config, slo, one, longest)
+    found = resolve_criteria(config, slo, one.unloaded([]), longest)
     assert found["distserve"].target == found["mooncake"].target == 0.55

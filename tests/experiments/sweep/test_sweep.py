@@ -1,5 +1,6 @@
 """Sweeps over servers that only pretend: which points run, and what they add up to."""
 
+import collections
 import dataclasses
 import json
 
@@ -14,6 +15,7 @@ from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named import get_config
 from experiments.configs.override import override
 from experiments.runs.run_dir import Point, RunDir
+from experiments.sweep.summary import pairs
 from experiments.sweep.sweep import Sweep
 from models.tokenizer import ByteTokenizer, NoText
 
@@ -57,7 +59,7 @@ class Pretended:
 
     executed: bool = True
 
-    def run(self, asked, observer):
+    def run(self, asked, *, observer=None):
         self.calls.append("run" if self.executed else "simulate")
         found, totals = self._timelines(asked), None
         if self.executed:
@@ -95,12 +97,25 @@ class Source:
         return requests(rate_rps, replica)
 
 
+def without_programs(systems):
+    return {n: dataclasses.replace(one, executed=False) for n, one in systems.items()}
+
+
+def of_systems(one, **systems):
+    """The sweep with other systems."""
+    timed = without_programs(systems)
+    fresh = {"tried": collections.defaultdict(dict), "scouted_rps": {}}
+    return dataclasses.replace(one, served=systems, timed=timed, **fresh)
+
+
 def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
     config = override(get_config("smoke"), [*SMALL, *changes])
     first = Pretended(Deployment.parse("2xcolocated:tp1"), limits[0], late_s)
     other = Pretended(Deployment.parse("prefill:tp1,decode:tp1"), limits[1], late_s)
     systems, slo = {"vllm_v0": first, "disaggregated": other}, SLO_S
     return Sweep(
+        timed=without_programs(systems),
+        too_slow_s={},
         config=config,
         model=None,
         source=Source(),
@@ -120,8 +135,9 @@ def sweep(path, *changes, late_s=0.0, limits=(10.0, 20.0), run_dir=None):
 
 
 def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
-    one = sweep(tmp_path)
+    one = sweep(tmp_path, "execute_all=true")
     summary = one.run()
+    one.run_dir.write_requests(one.points())
     rates = [8.0, 16.0]  # of two devices
     assert one.run_dir.points() == [
         Point(name, rate, replica)
@@ -185,19 +201,24 @@ def test_a_throughput_is_per_device_at_its_best_rate(tmp_path):
     assert mean == pytest.approx(thousands / 2)
 
 
-def test_only_the_highest_passing_rate_is_executed_and_its_tokens_are_kept(tmp_path):
-    one = sweep(tmp_path)
+def test_the_first_seed_is_executed_at_the_highest_passing_rate(tmp_path):
+    one = sweep(tmp_path, "executed_requests=3")
     one.run()
     for name, at in (("vllm_v0", 8.0), ("disaggregated", 16.0)):
         for rate in (8.0, 16.0):
             for replica in (0, 1):
-                point = Point(name, rate, replica)
+                point, ran = Point(name, rate, replica), (rate, replica) == (at, 0)
                 done = one.run_dir.load(point)
-                assert done["executed"] == (rate == at)
-                assert done["padding_prefill"] == (0.25 if rate == at else None)
-                tokens = [row["tokens"] for row in one.run_dir.requests(point)]
-                assert tokens == [[1, 2, 3] if rate == at else []] * N
-    assert one.served["vllm_v0"].calls == ["simulate"] * 4 + ["run"] * 2
+                assert done["num_prompts"] == N
+                assert done["executed"] == one.run_dir.has_requests(point) == ran
+                assert done["padding_prefill"] == (0.25 if ran else None)
+        tokens = [row["tokens"] for row in one.run_dir.requests(Point(name, at, 0))]
+        assert tokens == [[1, 2, 3]] * 3
+    calls = one.served["vllm_v0"].calls
+    # Four points, and then both ways the first requests of one of them.
+    assert calls == ["simulate"] * 4 + ["run", "simulate"]
+    padding = one.run()["systems"]["vllm_v0"]["goodput"]["at_pass_rate"]
+    assert padding["padding_prefill"] == 0.25  # of the seed that ran
 
 
 def test_where_nothing_passes_nothing_is_executed(tmp_path):
@@ -234,7 +255,7 @@ def test_a_resumed_sweep_runs_what_is_missing_and_nothing_else(tmp_path):
     (resumed / "points" / "vllm_v0-8.0rps-0.json").unlink()
     again = sweep(resumed)
     assert json.dumps(again.run()) == json.dumps(whole)
-    assert again.served["vllm_v0"].calls == ["simulate", "run"]
+    assert again.served["vllm_v0"].calls == ["simulate", "run", "simulate"]
 
 
 def test_everything_is_executed_where_that_is_asked_for(tmp_path):
@@ -337,7 +358,7 @@ def told(path, late, *changes, **fields):
     rates = ",".join(str(rate / 2) for rate in late)
     whole = sweep(path, f"rates={rates}", *changes)
     server = Told(Deployment.parse("2xcolocated:tp1"), 0.0, late=late)
-    return dataclasses.replace(whole, served={"vllm_v0": server}, **fields)
+    return dataclasses.replace(of_systems(whole, vllm_v0=server), **fields)
 
 
 def ends(content):
@@ -415,7 +436,7 @@ def test_a_throughput_is_bracketed_steady_and_executed_at_its_best_rate(tmp_path
         for point in one.run_dir.points()
         if one.run_dir.load(point)["executed"]
     ]
-    assert executed == [8.0, 8.0]
+    assert executed == [8.0]
     only = told(tmp_path / "b", {1.0: [0, 0], 16.0: [3, 3]}, "criterion=sarathi")
     found = only.run()["systems"]["vllm_v0"]["throughput"]
     assert found["best_rps_per_device"] == 0.5
@@ -432,9 +453,8 @@ def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
     others = {f"{name}@8": server for name, server in one.served.items()}
     systems = {f"{name}@8": system for name, system in one.config.systems.items()}
     without = dataclasses.replace(
-        one,
+        of_systems(one, **others),
         config=dataclasses.replace(one.config, systems=systems),
-        served=others,
         choices={},
         run_dir=RunDir(tmp_path / "b", {}),
     )
@@ -444,7 +464,7 @@ def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
 def test_a_base_that_one_seed_never_passes_gives_no_ratios(tmp_path):
     one = sweep(tmp_path)
     base = told(tmp_path / "b", {8.0: [0, 4], 16.0: [0, 4]}).served["vllm_v0"]
-    summary = dataclasses.replace(one, served={**one.served, "vllm_v0": base}).run()
+    summary = of_systems(one, **{**one.served, "vllm_v0": base}).run()
     assert summary["systems"]["vllm_v0"]["goodput"]["per_seed_rps_per_device"] == [8, 0]
     assert summary["ratios"] == {}
 
@@ -457,8 +477,10 @@ def test_all_searches_begin_where_the_first_systems_does(tmp_path):
 
 
 def test_rates_are_tried_with_four_digits_and_once(tmp_path):
-    one = sweep(tmp_path, "rates=1.00004,1.06254,1.00001")
+    rates = "rates=1.00004,1.06254,1.00001"
+    one = sweep(tmp_path, "execute_all=true", rates)
     found = points(one.run(), "vllm_v0")
+    one.run_dir.write_requests(one.points())
     assert [point["request_rate"] for point in found] == [2.0, 2.125]
     rows = (tmp_path / "requests.jsonl").read_text().splitlines()
     assert len(rows) == len(set(rows)) == 2 * 2 * 2 * N
@@ -522,8 +544,8 @@ def test_the_summary_says_how_it_was_made(tmp_path):
 class Uneven(Pretended):
     """Its programs give the second token late, and the first and last in time."""
 
-    def run(self, asked, observer):
-        run = super().run(asked, observer)
+    def run(self, asked, *, observer=None):
+        run = super().run(asked, observer=observer)
         if self.executed:
             run.timelines[-1].token_s[1] += 1e-3
         return run
@@ -533,15 +555,15 @@ def test_a_token_between_two_in_time_is_compared_too(tmp_path):
     one = sweep(tmp_path)
     server = Uneven(Deployment.parse("2xcolocated:tp1"), 10.0)
     with pytest.raises(RuntimeError, match="vllm_v0-8.0rps-0: the programs' timelines"):
-        dataclasses.replace(one, served={"vllm_v0": server}).run()
+        of_systems(one, vllm_v0=server).run()
 
 
 @dataclasses.dataclass
 class Padded(Pretended):
     """Its steps have so many tokens of so many that they were compiled for."""
 
-    def run(self, asked, observer):
-        run = super().run(asked, observer)
+    def run(self, asked, *, observer=None):
+        run = super().run(asked, observer=observer)
         totals = {
             "mixed": StepTotals(steps=2, tokens=30, width=40),
             "decode": StepTotals(steps=9, tokens=12, width=96),
@@ -552,7 +574,7 @@ class Padded(Pretended):
 def test_padding_is_what_the_tokens_leave_of_each_kind_of_step(tmp_path):
     one = sweep(tmp_path, "rates=4")
     server = Padded(Deployment.parse("2xcolocated:tp1"), 10.0)
-    dataclasses.replace(one, served={"vllm_v0": server}).run()
+    of_systems(one, vllm_v0=server).run()
     found = one.run_dir.load(Point("vllm_v0", 8.0, 0))
     padding = [found[f"padding_{kind}"] for kind in ("prefill", "mixed", "decode")]
     assert padding == [None, 0.25, 0.875]
@@ -580,3 +602,75 @@ def test_requests_have_a_text_where_it_means_something(
     dataclasses.replace(one, model=Letters(tokenizer)).run()
     (row, *_) = one.run_dir.requests(Point("vllm_v0", 8.0, 0))
     assert row["tokens"] == [1, 2, 3] and row.get("text") == text
+
+
+# -- looks -----------------------------------------------------------------------------
+
+LOOKS = ["rates=", "first_seeds=2", "num_seeds=8"]
+
+
+@dataclasses.dataclass
+class EachItsOwn(Pretended):
+    """Every second seed has a limit that is 1.4 times as high."""
+
+    def _timelines(self, asked):
+        limit_rps = self.limit_rps * (1.4 if asked[0].id // 100 % 2 else 1.0)
+        return dataclasses.replace(self, limit_rps=limit_rps)._even(asked)
+
+    def _even(self, asked):
+        return super()._timelines(asked)
+
+
+def test_a_sweep_stops_at_the_first_look_that_resolves_every_system(tmp_path):
+    """All seeds are alike, so two resolve; the interval has no width."""
+    summary = sweep(tmp_path, *LOOKS).run()
+    assert (summary["num_seeds"], summary["looks"]) == (2, [2, 4, 8])
+    assert summary["confidence"] == pytest.approx(1 - 0.05 / 3)
+    assert all(s["goodput"]["resolved"] for s in summary["systems"].values())
+
+
+def test_a_sweep_goes_on_to_all_seeds_while_a_system_is_not_resolved(tmp_path):
+    one = sweep(tmp_path, *LOOKS)
+    uneven = EachItsOwn(Deployment.parse("2xcolocated:tp1"), 10.0)
+    one = of_systems(one, **{**one.served, "vllm_v0": uneven})
+    summary = one.run()
+    assert summary["num_seeds"] == 8
+    vllm, other = (summary["systems"][n] for n in ("vllm_v0", "disaggregated"))
+    assert not vllm["goodput"]["resolved"] and other["goodput"]["resolved"]
+    # Two seeds looked for the rates; all runs of a look are of the same rates.
+    assert {p["num_seeds"] for p in vllm["points"]} == {2, 8}
+    for system in (vllm, other):
+        assert len(system["goodput"]["per_seed_rps_per_device"]) == 8
+        assert system["goodput"]["bracketed"]
+    # A resumed run finds every point.
+    again = of_systems(sweep(tmp_path, *LOOKS), **{**one.served, "vllm_v0": uneven})
+    uneven.calls.clear()
+    assert json.dumps(again.run()) == json.dumps(summary)
+    assert uneven.calls == []
+
+
+def test_pairs_are_told_apart_by_seed(tmp_path):
+    (pair,) = sweep(tmp_path, *LOOKS).run()["pairs"]
+    assert (pair["ahead"], pair["behind"]) == ("disaggregated", "vllm_v0")
+    assert pair["told_apart"] and pair["ratio"]["mean"] == pytest.approx(2, rel=0.1)
+
+
+def test_a_pair_whose_order_changes_with_the_seed_is_not_told_apart(tmp_path):
+    found = {"a": [1.0, 2.0, 3.0], "b": [1.1, 1.9, 3.1], "c": [0.5, 1.0, 1.5]}
+    systems = {n: {"goodput": {"per_seed_rps_per_device": x}} for n, x in found.items()}
+    told = {
+        (pair["ahead"], pair["behind"]): pair["told_apart"]
+        for pair in pairs(sweep(tmp_path).judge, systems)
+    }
+    assert told == {("b", "a"): False, ("b", "c"): True, ("a", "c"): True}
+
+
+def test_the_points_of_a_target_are_its_own(tmp_path):
+    tight, relaxed = (
+        dataclasses.replace(sweep(tmp_path), target=name)
+        for name in ("tight", "relaxed")
+    )
+    tight.run()
+    assert {point.target for point in tight.points()} == {"tight"}
+    relaxed.run()
+    assert len(tight.run_dir.points()) == 2 * len(tight.points())

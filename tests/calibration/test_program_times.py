@@ -1,0 +1,78 @@
+"""A deployment by the table of its programs' times: the engine's timelines."""
+
+import dataclasses
+import pickle
+
+import pytest
+
+from disagg_jax.calibration.program_times import without_engine
+from disagg_jax.calibration.works import every_work
+from disagg_jax.engine.executor import TimingExecutor, from_table
+from disagg_jax.engine.served_deployment import ServedDeployment
+from disagg_jax.work import OnRead, Transfer
+from disagg_jax.workload import RandomWorkload, parse_lengths
+from tests.experiments.calibrating import CONFIG
+
+WORKLOAD = RandomWorkload(
+    prompt=parse_lengths("uniform:2:200"), output=parse_lengths("uniform:1:20")
+)
+
+
+def table(engine, streams=False):
+    """Every program takes another time."""
+    keys = {k for w in every_work(engine, streams=streams) for k in engine.part_keys(w)}
+    return {key: (1 + i / 7) * 1e-3 for i, key in enumerate(sorted(keys))}
+
+
+def stamps(run):
+    return [
+        dataclasses.replace(timeline, request=None) for timeline in run.timelines
+    ], run.busy_s
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("name", CONFIG.systems)
+def test_it_serves_as_the_engine_does_in_another_process_too(known, name, streams):
+    """Pipeline stages, transfers and streams included."""
+    engine = known[name]
+    served = ServedDeployment(
+        engine=engine,
+        policies=CONFIG.systems[name].policies,
+        streams=streams,
+        timing=from_table(engine, table(engine, streams)),
+        executed=False,
+    )
+    timed = pickle.loads(pickle.dumps(without_engine(served)))
+    requests = WORKLOAD.requests(60, 60.0, seed=3)
+    assert stamps(timed.run(requests)) == stamps(served.run(requests))
+
+
+def test_on_the_wall_clock_there_is_no_such_table(known):
+    policies = CONFIG.systems["orca"].policies
+    served = ServedDeployment(engine=known["orca"], policies=policies)
+    with pytest.raises(ValueError, match="expected that of a virtual clock"):
+        without_engine(served)
+
+
+def test_a_transfer_settles_its_blocks_on_both_sides_when_it_starts(known):
+    """As on an engine: who reads blocks first gets the lowest ones."""
+    engine = known["chunked"]
+    served = ServedDeployment(
+        engine=engine,
+        policies=CONFIG.systems["chunked"].policies,
+        timing=from_table(engine, table(engine)),
+    )
+    request = WORKLOAD.requests(1, 1.0, seed=0)[0]
+    for executor in (
+        TimingExecutor(engine, from_table(engine, table(engine))),
+        without_engine(served).times,
+    ):
+        read = []
+
+        def make(side, read=read):
+            read.append(side)
+            return (0, 1)
+
+        blocks = [OnRead(make, side) for side in ("src", "dst")]
+        executor.run(Transfer(0, request, 0, 1, *blocks, 32))
+        assert read == ["src", "dst"]
