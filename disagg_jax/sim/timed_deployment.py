@@ -19,8 +19,8 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.programs.buckets import Buckets
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.request import Request
-from disagg_jax.scheduling.interface import Policy, Router
-from disagg_jax.scheduling.routing import least_loaded, shortest_queue
+from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.sim.simulated_deployment import no_garbage_collection
 from disagg_jax.work import Task, Transfer
 
