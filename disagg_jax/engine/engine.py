@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
 import itertools
+import os
 from collections.abc import (
     Callable,
     Generator,
@@ -151,15 +153,22 @@ class Engine:
     ) -> None:
         """Compile every program of the listed shapes, unless done before.
 
+        As many are compiled at a time as the host has cores.
+
         Args:
           sampled: whether some requests may not be greedy.
-          progress: told which program is next, and how many there are.
+          progress: told which program is next, and how many there are, in any thread.
         """
         listed = {(p.table, p.key): p for p in self._programs(sampled)}
         missing = [program for program in listed.values() if not program.is_compiled]
-        for i, program in enumerate(missing, 1):
+
+        def compile_next(i: int, program: Program) -> None:
             progress(f"compiling {program.name} ({i} of {len(missing)})")
             program.compile()
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            # A list, since only reading the results raises what a thread raised.
+            list(threads.map(compile_next, range(1, len(missing) + 1), missing))
 
     def _programs(self, sampled: bool) -> Iterator[Program]:
         for instance in self.instances:
