@@ -168,8 +168,8 @@ def test_what_cannot_be_calibrated_is_refused(tmp_path):
 
 CONSTANT = LinearCost(step_base_s=2e-3, transfer_base_s=1e-3)
 # Few programs, and small ones.
-VLLM = {"max_seqs": 2, "max_batched_tokens": 64}
-PREFILL, DECODE = {"max_seqs": 2, "token_budget": 64}, {"max_seqs": 2}
+VLLM = {"max_seqs": 2, "max_batched_tokens": 32}
+PREFILL, DECODE = {"max_seqs": 2, "token_budget": 32}, {"max_seqs": 2}
 COMPARED = Config(
     systems={
         "vllm_v0": System.of("vllm_v0", "2xcolocated:tp1", colocated=VLLM),
@@ -178,9 +178,9 @@ COMPARED = Config(
         ),
     },
     workload=WorkloadConfig(
-        num_requests=40, prompt_tokens="uniform:8:40", output_tokens="uniform:4:12"
+        num_requests=40, prompt_tokens="uniform:8:20", output_tokens="uniform:4:12"
     ),
-    memory=Memory(blocks_per_device=8, max_context=64),
+    memory=Memory(blocks_per_device=4, max_context=32),
     num_seeds=2,
     durations="modelled",  # so that the engine's durations are known
     cost=CONSTANT,
