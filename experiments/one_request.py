@@ -42,6 +42,8 @@ def find(
 ) -> dict[str, Timeline]:
     """Return one request's timeline by system and rate, as "vllm_v0 at 40 requests/s".
 
+    A system that passes at no rate is left out, as its programs did not run.
+
     Args:
       rate_rps: per device; None is the highest that each system passes at.
       request: its id; None is one that took the median time in the first system.
@@ -51,9 +53,9 @@ def find(
       ValueError: if there is no such run or request; says what there is.
     """
     run = SavedRun(path)
-    config = run.config()
+    systems = {point.system for point in run.kept(target)[1]}
     found: dict[str, Timeline] = {}
-    for system in config["systems"]:
+    for system in filter(systems.__contains__, run.config()["systems"]):
         picked = run.pick(system, rate_rps, None, target)
         rows = map(to_timeline, run.requests(picked.point))
         done = {t.request.id: t for t in rows if t.status is Status.FINISHED}

@@ -114,6 +114,18 @@ class SavedRun:
         """Return the event log that was kept of a point."""
         return _read_gz(self._points / f"{point.name}.events.jsonl.gz")
 
+    def kept(self, target: str | None) -> tuple[str, list[Point]]:
+        """Return a target, by default the first, and its points with requests.
+
+        Raises:
+          ValueError: naming the targets there are, if it is none of them.
+        """
+        kept = [p for p in self.points() if self.has_requests(p)]
+        targets = sorted({p.target for p in kept}, reverse=True) or [""]
+        target = targets[0] if target is None else target
+        require(target in targets, f"--target: expected one of {targets}", target)
+        return target, [point for point in kept if point.target == target]
+
     def pick(
         self,
         system: str,
@@ -136,13 +148,10 @@ class SavedRun:
         system = find_system(system, names)
         require(system in names, f"--system: expected one of {names}", system)
         deployment = Deployment.parse(config["systems"][system]["deployment"])
-        kept = [p for p in self.points() if self.has_requests(p)]
-        targets = sorted({p.target for p in kept}, reverse=True) or [""]
-        target = targets[0] if target is None else target
-        require(target in targets, f"--target: expected one of {targets}", target)
+        target, kept = self.kept(target)
         rates: dict[str, list[Point]] = {}  # by the rate per device
         for point in kept:
-            if (point.system, point.target) == (system, target):
+            if point.system == system:
                 shown = _shown(point.rate_rps / deployment.devices)
                 rates.setdefault(shown, []).append(point)
         asked = _shown(rate_rps) if rate_rps is not None else None

@@ -658,7 +658,7 @@ def test_step_times_of_the_first_format_are_one_round(tmp_path):
 def test_two_targets_stand_side_by_side(six, tmp_path):
     """With looks and halves; the commands that read a run find either target."""
     changes = [change for change in ALL_SYSTEMS if change != "relaxed=0"]
-    searched = ["num_seeds=4", "first_seeds=2", "search.max_rates=6"]
+    searched = ["num_seeds=4", "first_seeds=2", "workload.num_requests=40"]
     cfg = override(get_config("tiny"), [*changes, *searched])
     for name in ("a", "b"):
         text = goodput_sweep.run(cfg, tmp_path / name, str(six / "step_times.json"))
