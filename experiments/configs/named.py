@@ -41,7 +41,7 @@ def tiny() -> Config:
 
     The `tiny` model as `experiments.train_tiny` left it; five colocated systems on two
     devices against one prefill and one decode device, by a tight and a relaxed target.
-    About 2 minutes on 2 cores; no network, no accelerator.
+    8 minutes on 2 slow cores; no network, no accelerator.
     """
     return Config(
         weights="trained",
