@@ -55,7 +55,7 @@ def find(
     run = SavedRun(path)
     systems = {point.system for point in run.kept(target)[1]}
     found: dict[str, Timeline] = {}
-    for system in filter(systems.__contains__, run.config()["systems"]):
+    for system in (name for name in run.config()["systems"] if name in systems):
         picked = run.pick(system, rate_rps, None, target)
         rows = map(to_timeline, run.requests(picked.point))
         done = {t.request.id: t for t in rows if t.status is Status.FINISHED}
