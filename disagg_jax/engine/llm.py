@@ -51,12 +51,12 @@ class Generation:
 
     @property
     def tokens(self) -> list[int]:
-        """The generated token ids, with one that ended it."""
+        """Return the generated token ids, with the one that ended the text."""
         return self.timeline.tokens
 
     @property
     def stages(self) -> metrics.Stages:
-        """The five stages that its time went to, in seconds."""
+        """Return the five stages of its time, in seconds."""
         return metrics.stages_s(self.timeline)
 
 
@@ -123,7 +123,7 @@ class LLM:
 
     @property
     def max_context(self) -> int:
-        """The longest prompt and output together, in tokens."""
+        """Return the longest prompt and output together, in tokens."""
         return min(pool.max_context for pool in self.served.memory)
 
     def generate(

@@ -20,6 +20,7 @@ class Program:
 
     @property
     def is_compiled(self) -> bool:
+        """Return whether the table has the program."""
         return self.key in self.table
 
     def compile(self) -> None:

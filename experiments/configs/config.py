@@ -199,13 +199,13 @@ class Config:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The names of the targets that systems are judged by; "" of a single one."""
+        """Return the names of the targets that systems are judged by; "" of one."""
         alone = not self.relaxed or self.slo.explicit
         return ("",) if alone else ("tight", "relaxed")
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """The numbers of seeds after which a run looks whether it may stop.
+        """Return the numbers of seeds after which a run looks whether it may stop.
 
         With `first_seeds` = 4 and `num_seeds` = 16 these are 4, 8 and 16. Intervals are
         corrected for their number; see `metrics.look_confidence`.

@@ -37,13 +37,13 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The path of its files below `points/`, without their endings."""
+        """Return the path of its files below `points/`, without their endings."""
         folder = f"{self.target}/" if self.target else ""
         return f"{folder}{self.system}-{self.rate_rps!r}rps-{self.replica}"
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a row of `requests.jsonl` says of its run."""
+        """Return what a row of `requests.jsonl` says of its run."""
         fields = dataclasses.asdict(self)
         target = fields.pop("target")
         return {"target": target, **fields} if target else fields

@@ -41,7 +41,7 @@ class Judge:
 
     @property
     def apart(self) -> float:
-        """How far apart the ends of a resolved goodput are at most, as a factor."""
+        """Return how far apart the ends of a resolved goodput may be, as a factor."""
         return (1 + self.tolerance) ** 2
 
     def goodput(self, runs: Runs) -> GoodputEstimate:
@@ -163,6 +163,7 @@ def pairs(judge: Judge, systems: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def scores_of(criterion: str, runs: Runs) -> dict[float, list[float]]:
+    """Return the scores of each seed by one criterion, by rate."""
     return {
         rate: [run["criteria"][criterion] for run in points]
         for rate, points in runs.items()
@@ -276,6 +277,7 @@ def ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
 
 
 def per_seed(system: Mapping[str, Any]) -> list[float]:
+    """Return the goodput or throughput per device of each seed."""
     if "throughput" in system:
         return system["throughput"]["per_seed_per_device"]
     return system["goodput"]["per_seed_rps_per_device"]

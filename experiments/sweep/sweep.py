@@ -90,7 +90,7 @@ class Sweep:
 
     @property
     def looks(self) -> Sequence[int]:
-        """See `Config.looks`; a throughput is never resolved, so it has one look."""
+        """Return `Config.looks`; a throughput is never resolved, so it has one."""
         looks = self.config.looks
         return looks if self.good.target is not None else looks[:1]
 
@@ -163,7 +163,7 @@ class Sweep:
 
     @property
     def _scouting(self) -> SearchPlan:
-        """The plan of a first search: any bracket will do."""
+        """Return the plan of a first search: any bracket will do."""
         return dataclasses.replace(self._plan, tolerance=self._plan.growth - 1)
 
     def _scout_from(self) -> float:
