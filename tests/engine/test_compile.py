@@ -21,6 +21,7 @@ from disagg_jax.engine.executor import (
 )
 from disagg_jax.engine.kv_transfer.piece_plan import piece_plan
 from disagg_jax.engine.kv_transfer.segments import Segment
+from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.slices import full_slices
@@ -82,6 +83,18 @@ def test_nothing_is_compiled_or_traced_while_serving(world, compiles):
     timelines = serve_virtual(engine, requests)
     assert len(compiles) == before
     assert_reference(world, CONFIG, timelines)
+
+
+def test_what_a_compile_raises_is_raised_by_the_engine(world, monkeypatch):
+    """Programs are compiled in threads, which would keep an error to themselves."""
+
+    def fail(group, shape):
+        raise RuntimeError(f"no memory for {shape}")
+
+    monkeypatch.setattr(LayerGroup, "_compile_step", fail)
+    listed = dataclasses.replace(BUCKETS, decode_rows=(7,))
+    with pytest.raises(RuntimeError, match="no memory for decode_B7"):
+        world.engine("colocated:tp1", buckets=listed)
 
 
 def test_a_shape_that_was_not_compiled_is_an_error(world):
