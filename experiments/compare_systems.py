@@ -34,12 +34,12 @@ from disagg_jax.search.comparison import POLICIES, ComparisonSpec, compare
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
-from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
+from experiments.cli.workers import Workers, open_workers
 from experiments.comparison import report
 from experiments.comparison.report import Grid
 from experiments.configs.paper_workloads import get_workload
@@ -101,7 +101,7 @@ _MOST_REQUESTS = FLAGS.integer(
     "that would need more are marked, and their goodputs are too high.",
 )
 _SEEDS = FLAGS.integer("seeds", 3, "Runs at each rate.")
-_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_WORKERS = FLAGS.workers()
 _OUT = FLAGS.string("out", None, "Folder for maps.{txt,png,json}.")
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ def run(
     spec: ComparisonSpec,
     maps: Sequence[Map],
     command: str = _COMMAND,
-    workers: int | None = None,
+    workers: Workers | None = None,
     out: pathlib.Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
     about: Mapping[str, Any] | None = None,
@@ -218,12 +218,12 @@ def run(
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
-    workers = os.cpu_count() or 1 if workers is None else workers
+    workers = workers or os.cpu_count() or 1
     start = time.perf_counter()
     ran_in = environment()  # now, as files may change while this runs
     asked = about or plain(spec)
     with run_folder(out, asked, "maps.json", replace=about is None):
-        with worker_pool(workers) as mapper:
+        with open_workers(workers) as mapper:
             grids = compare(spec, maps, mapper, progress)
         seconds = time.perf_counter() - start
         text = "\n\n".join(

@@ -9,6 +9,7 @@ from typing import Any, Never, TypeVar, cast
 
 from absl import flags
 
+from experiments.cli.workers import Workers, parse_workers
 from experiments.configs.options import no_effect
 
 T = TypeVar("T")
@@ -63,6 +64,17 @@ class Flags:
     ) -> flags.FlagHolder[list[str] | T]:
         return self._define(flags.DEFINE_multi_string, name, default, about)
 
+    def workers(self) -> flags.FlagHolder[Workers | None]:
+        """Define --workers: where simulations run."""
+        about = (
+            "Processes; one a core by default. Or ray: the cluster of RAY_ADDRESS, or "
+            "a new one on this machine. Or HOST:PORT, or ray://HOST:PORT, of a cluster."
+        )
+        holder = flags.DEFINE(
+            _WorkersParser(), "workers", None, about, flag_values=self.values
+        )
+        return cast("flags.FlagHolder[Workers | None]", holder)
+
     def asked(self) -> dict[str, Any]:
         """Return the values of the flags by name, but for where and how fast."""
         left_out = ("out", "workers")
@@ -85,6 +97,11 @@ class Flags:
             flag_values=self.values,
             **options,
         )
+
+
+class _WorkersParser(flags.ArgumentParser[Any]):
+    def parse(self, argument: Any) -> Workers:
+        return parse_workers(str(argument))
 
 
 def expect_used(
