@@ -27,6 +27,6 @@ def expect_numbers(
     complete = set(required) <= set(fields) <= set(known)
     require(complete, f"{where}: expected {expected}", sorted(fields))
     for name, value in fields.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        finite = number and math.isfinite(value)
-        require(finite, f"{where}: {name}: expected a finite number", value)
+        number = isinstance(value, int | float) and math.isfinite(value)
+        number = number and not isinstance(value, bool)
+        require(number, f"{where}: {name}: expected a finite number", value)

@@ -1,0 +1,93 @@
+"""Runs every case of a study, writes the files of each, and says what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from disagg_jax.control.loop import Observer
+from disagg_jax.metrics import SLO
+from disagg_jax.sim import Simulation
+from experiments.report.draw import draw
+from experiments.report.intervals import number
+from experiments.runs.folder import write_text
+from experiments.simulated.files import write_run
+from experiments.simulated.report import (
+    NO_TARGETS,
+    curve_panels,
+    refusals,
+    table,
+    text,
+)
+from experiments.simulated.served import Case, Served
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Deployments that are simulated with the same traffic at one or several rates."""
+
+    simulation: Simulation
+    cases: Sequence[Case]
+    slo: SLO
+    traffic: str  # where the requests come from
+
+    @property
+    def result(self) -> str:
+        """Return the file that tells that a folder has results."""
+        return "requests.csv" if len(self.cases) == 1 else "table.txt"
+
+    def serve(
+        self,
+        out: pathlib.Path,
+        log: Observer | None = None,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> list[Served]:
+        """Simulate all cases, and write the files of each when it is done.
+
+        Args:
+          out: an existing folder. Of several cases each has a folder in it.
+          log: another observer of the runs.
+        """
+        if len(self.cases) == 1:
+            return [self._serve(self.cases[0], out, log)]
+        found: list[Served] = []
+        for case in self.cases:
+            found.append(self._serve(case, out / case.name, log))
+            progress(f"{_title(case)}: {refusals(found[-1])}")
+        write_text(out / "table.txt", self.text(found) + "\n")
+        draw(curve_panels(found, self.slo), self.title, out / "curves.png")
+        return found
+
+    def _serve(self, case: Case, out: pathlib.Path, log: Observer | None) -> Served:
+        served = case.serve(log)
+        title = f"{self.title}\n{_title(case)}"
+        write_run(out, served, self.slo, title, self.simulation.extra_tokens)
+        return served
+
+    def text(self, found: Sequence[Served]) -> str:
+        """Write the result of one case in full, or a table of several."""
+        one = len(found) == 1
+        body = text(found[0], self.slo) if one else table(found, self.slo)
+        mark = [self.simulation.mark] if self.simulation.mark else []
+        said = [_title(found[0].case)] if one else []
+        return "\n".join([self.title, *said, "", body, *mark])
+
+    @property
+    def title(self) -> str:
+        """Say what all cases have in common."""
+        simulation = self.simulation
+        link = simulation.inside or "a free link"
+        if simulation.between:
+            link += f", between nodes over {simulation.between}"
+        targets = "" if self.slo == NO_TARGETS else f"\n{self.slo}"
+        requests = len(self.cases[0].requests)
+        return (
+            f"{simulation.model.name} by {simulation.cost.name}, KV over {link}\n"
+            f"{self.traffic}; N={requests}{targets}"
+        )
+
+
+def _title(case: Case) -> str:
+    deployment, rate = case.deployment, number(case.offered_rps, ".4g")
+    return f"{deployment} ({deployment.devices} devices) at {rate} requests/s"
