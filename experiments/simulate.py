@@ -53,10 +53,10 @@ from disagg_jax.sim.hardware import get_link
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.simulation_flags import SimulationFlags
-from experiments.cli.traffic_flags import Traffic, TrafficFlags
-from experiments.runs.folder import plain, run_folder, write_json, write_text
+from experiments.cli.traffic_flags import TrafficFlags
+from experiments.runs.folder import plain, run_folder, write_text
 from experiments.simulated.report import NO_TARGETS
-from experiments.simulated.served import Case, Served, list_cases
+from experiments.simulated.served import Served, list_cases
 from experiments.simulated.study import Study
 
 _MOST_REFUSED = 0.01  # share of a run's requests
@@ -131,9 +131,21 @@ def _policies(names: Sequence[str]) -> Mapping[Role, Policy]:
     return policies
 
 
-def _record(study: Study, traffic: Traffic) -> dict[str, Any]:
+def _study() -> Study:
+    deployments = _deployments()
+    simulation = _simulation(deployments)
+    traffic = _TRAFFIC.read(simulation)
+    return Study(
+        simulation=simulation,
+        cases=list_cases(simulation, deployments, traffic.requests),
+        slo=SLO.parse(_SLO.value) if _SLO.value else NO_TARGETS,
+        traffic=traffic,
+    )
+
+
+def _record(study: Study) -> dict[str, Any]:
     """Return what the results follow from."""
-    simulation = study.simulation
+    simulation, traffic = study.simulation, study.traffic
     links = {"inside": simulation.inside, "between": simulation.between}
     deployments = dict.fromkeys(str(case.deployment) for case in study.cases)
     return {
@@ -143,31 +155,43 @@ def _record(study: Study, traffic: Traffic) -> dict[str, Any]:
         "config": _SIMULATED.config,
         "system": _SYSTEM.value,
         "simulation": plain(simulation),
+        # Beside the names: a file of one's own may change.
+        "model": plain(simulation.model),
+        "hardware": plain(_SIMULATED.hardware),
         "links": {where: plain(get_link(n)) for where, n in links.items() if n},
         "deployment": ";".join(deployments),
     }
 
 
-def _chrome_trace(cases: Sequence[Case]) -> pathlib.Path | None:
+# -- what is done --------------------------------------------------------------------
+
+
+def _timeline_file(study: Study) -> pathlib.Path | None:
     """Return the file for the timeline of one run, which can be written."""
     if _CHROME_TRACE.value is None:
         return None
-    got = f"{len(cases)} runs"
-    one = "one rate and one deployment"
-    expect_used(len(cases) == 1, _CHROME_TRACE, expected=one, got=got)
+    one, got = "one rate and one deployment", f"{len(study.cases)} runs"
+    expect_used(len(study.cases) == 1, _CHROME_TRACE, expected=one, got=got)
     path = pathlib.Path(_CHROME_TRACE.value)
     path.touch()  # fails now rather than after the run
     return path
 
 
-def _check_refused(found: Sequence[Served]) -> None:
+def _write_timeline(path: pathlib.Path, served: Served, log: EventLog) -> None:
+    timelines = served.run.timelines
+    drawn = chrome_trace(served.case.deployment, log.lines, timelines)
+    write_text(path, json.dumps(drawn))
+
+
+def _check_refused(study: Study, found: Sequence[Served]) -> None:
     """Exit with `_TOO_MANY_REFUSED` if a run refused too many, unless it may."""
     most = max(served.refused_share for served in found)
     if most > _MOST_REFUSED and not _ALLOW_REFUSED.value:
         print(
             f"{most:.1%} of the requests of a run were refused: expected at most "
-            f"{_MOST_REFUSED:.0%}. --max_context raises the limit of the context, more "
-            "devices that of the KV memory, and --allow_refused lets it be",
+            f"{_MOST_REFUSED:.0%}. --max_context={study.longest_tokens} has room for "
+            "the longest, more devices have more KV memory, and --allow_refused lets "
+            "it be",
             file=sys.stderr,
         )
         sys.exit(_TOO_MANY_REFUSED)
@@ -175,27 +199,15 @@ def _check_refused(found: Sequence[Served]) -> None:
 
 @command(FLAGS)
 def main() -> None:
-    deployments = _deployments()
-    simulation = _simulation(deployments)
-    traffic = _TRAFFIC.read(simulation)
-    study = Study(
-        simulation=simulation,
-        cases=list_cases(simulation, deployments, traffic.requests),
-        slo=SLO.parse(_SLO.value) if _SLO.value else NO_TARGETS,
-        traffic=traffic.said,
-    )
-    picture = _chrome_trace(study.cases)
-    log = EventLog() if picture else None
-    out = pathlib.Path(_OUT.value)
-    with run_folder(out, _record(study, traffic), study.result):
-        if "trace" in traffic.record:
-            write_json(out / "trace.json", traffic.record["trace"])
+    study = _study()
+    timeline, out = _timeline_file(study), pathlib.Path(_OUT.value)
+    log = EventLog() if timeline else None
+    with run_folder(out, _record(study), study.result):
         found = study.serve(out, log, progress_to_stderr())
-    if picture and log:
-        drawn = chrome_trace(deployments[0], log.lines, found[0].run.timelines)
-        write_text(picture, json.dumps(drawn))
-    print(f"{study.text(found)}\n\n{out}")
-    _check_refused(found)
+    if timeline and log:
+        _write_timeline(timeline, found[0], log)
+    print(f"{study.text(found)}\n\n{out}: {study.files}")
+    _check_refused(study, found)
 
 
 if __name__ == "__main__":

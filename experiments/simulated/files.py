@@ -15,6 +15,7 @@ from experiments.runs.folder import whole, write_json
 from experiments.simulated.report import latency_panels
 from experiments.simulated.served import Served
 
+FILES = ("requests.csv", "summary.json", "latencies.png")  # of a run
 STAGES = tuple(field.name for field in dataclasses.fields(Stages))
 COLUMNS = (
     *("request_id", "arrival_s", "prompt_tokens", "output_tokens"),
@@ -50,8 +51,9 @@ def _latencies_s(timeline: Timeline) -> tuple[float | str, ...]:
 def write_run(
     out: pathlib.Path, served: Served, slo: SLO, title: str, extra_tokens: int
 ) -> None:
-    """Write requests.csv, summary.json and latencies.png into the folder `out`."""
+    """Write `FILES` into the folder `out`."""
     out.mkdir(exist_ok=True)
-    write_requests(out / "requests.csv", served.run.timelines, extra_tokens)
-    write_json(out / "summary.json", served.summary(slo))
-    draw(latency_panels(served, slo), title, out / "latencies.png")
+    requests, summary, picture = (out / name for name in FILES)
+    write_requests(requests, served.run.timelines, extra_tokens)
+    write_json(summary, served.summary(slo))
+    draw(latency_panels(served, slo), title, picture)

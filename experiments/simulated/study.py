@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from disagg_jax.control.loop import Observer
 from disagg_jax.metrics import SLO
 from disagg_jax.sim import Simulation
+from experiments.cli.traffic_flags import Traffic
 from experiments.report.draw import draw
 from experiments.report.intervals import number
-from experiments.runs.folder import write_text
-from experiments.simulated.files import write_run
+from experiments.runs.folder import write_json, write_text
+from experiments.simulated.files import FILES, write_run
 from experiments.simulated.report import (
     NO_TARGETS,
     curve_panels,
@@ -30,12 +31,29 @@ class Study:
     simulation: Simulation
     cases: Sequence[Case]
     slo: SLO
-    traffic: str  # where the requests come from
+    traffic: Traffic
 
     @property
     def result(self) -> str:
         """Return the file that tells that a folder has results."""
         return "requests.csv" if len(self.cases) == 1 else "table.txt"
+
+    @property
+    def files(self) -> str:
+        """Name the files with results."""
+        if len(self.cases) == 1:
+            return ", ".join(FILES)
+        return f"table.txt, curves.png; for each run a folder with {', '.join(FILES)}"
+
+    @property
+    def longest_tokens(self) -> int:
+        """Return the prompt and output of the longest request, in tokens."""
+        added = self.simulation.extra_tokens
+        return max(
+            request.prompt_tokens + request.max_tokens - added
+            for case in self.cases
+            for request in case.requests
+        )
 
     def serve(
         self,
@@ -45,10 +63,14 @@ class Study:
     ) -> list[Served]:
         """Simulate all cases, and write the files of each when it is done.
 
+        Of a trace, trace.json says how it was read.
+
         Args:
           out: an existing folder. Of several cases each has a folder in it.
           log: another observer of the runs.
         """
+        if "trace" in self.traffic.record:
+            write_json(out / "trace.json", self.traffic.record["trace"])
         if len(self.cases) == 1:
             return [self._serve(self.cases[0], out, log)]
         found: list[Served] = []
@@ -84,7 +106,7 @@ class Study:
         requests = len(self.cases[0].requests)
         return (
             f"{simulation.model.name} by {simulation.cost.name}, KV over {link}\n"
-            f"{self.traffic}; N={requests}{targets}"
+            f"{self.traffic.said}; N={requests}{targets}"
         )
 
 

@@ -253,7 +253,7 @@ def test_more_than_one_in_a_hundred_refused_is_an_exit_code(tmp_path, short, cod
     flags = {"trace": path, "config": "opt13b_a100", "slo": "0.5,0.1"}
     done = command(tmp_path, **flags)
     assert done.returncode == code, done.stderr
-    assert ("--allow_refused" in done.stderr) == (code == 3)
+    assert ("--max_context=3002 has room" in done.stderr) == (code == 3)
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["completed"], summary["failed"]) == (short, 100 - short)
@@ -329,6 +329,22 @@ def test_a_link_of_ones_own_is_what_kv_takes(tmp_path):
     path.write_text(json.dumps(link | {"efficiency": 1}))
     other = command(tmp_path, config=None, model="opt-13b", link=path)
     assert "another config (links.inside.efficiency)" in other.stderr
+
+
+def test_a_device_of_ones_own_is_kept_with_the_run(tmp_path):
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps({"like": "h100", "peak_flops": 1e14}))
+    flags = {"config": None, "hardware": path}
+    done = command(tmp_path, **flags)
+    assert done.returncode == 0, done.stderr
+    assert "llama-3-8b by roofline/slow, KV over nvlink-h100" in done.stdout
+    path.write_text(json.dumps({"like": "h100", "peak_flops": 2e14}))
+    other = command(tmp_path, **flags)
+    assert "another config (hardware.peak_flops)" in other.stderr
+    path.write_text(json.dumps({"like": "h100", "flops": 2e14}))
+    wrong = command(tmp_path, **flags)
+    assert "expected 'like', a preset, and some of the numbers ['peak" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
 
 
 def test_of_several_systems_each_serves_its_roles(tmp_path):
