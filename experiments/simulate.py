@@ -153,7 +153,7 @@ def _record(study: Study) -> dict[str, Any]:
         "rates_rps": list(traffic.requests),
         "slo": plain(study.slo),
         "config": _SIMULATED.config,
-        "system": _SYSTEM.value,
+        "system": ",".join(_SYSTEM.value or []) or None,
         "simulation": plain(simulation),
         # Beside the names: a file of one's own may change.
         "model": plain(simulation.model),
