@@ -36,7 +36,6 @@ each device, link and request.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -45,7 +44,6 @@ from typing import Any
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
-from disagg_jax.runlog import EventLog, chrome_trace
 from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim import Simulation
@@ -54,9 +52,9 @@ from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.traffic_flags import TrafficFlags
-from experiments.runs.folder import plain, run_folder, write_text
-from experiments.simulated.report import NO_TARGETS
-from experiments.simulated.served import Served, list_cases
+from experiments.runs.folder import plain, run_folder
+from experiments.simulated.report import Summary, refused_share
+from experiments.simulated.served import NO_TARGETS, list_cases
 from experiments.simulated.study import Study
 
 _MOST_REFUSED = 0.01  # share of a run's requests
@@ -177,15 +175,9 @@ def _timeline_file(study: Study) -> pathlib.Path | None:
     return path
 
 
-def _write_timeline(path: pathlib.Path, served: Served, log: EventLog) -> None:
-    timelines = served.run.timelines
-    drawn = chrome_trace(served.case.deployment, log.lines, timelines)
-    write_text(path, json.dumps(drawn))
-
-
-def _check_refused(study: Study, found: Sequence[Served]) -> None:
+def _check_refused(study: Study, found: Sequence[Summary]) -> None:
     """Exit with `_TOO_MANY_REFUSED` if a run refused too many, unless it may."""
-    most = max(served.refused_share for served in found)
+    most = max(map(refused_share, found))
     if most > _MOST_REFUSED and not _ALLOW_REFUSED.value:
         print(
             f"{most:.1%} of the requests of a run were refused: expected at most "
@@ -201,11 +193,8 @@ def _check_refused(study: Study, found: Sequence[Served]) -> None:
 def main() -> None:
     study = _study()
     timeline, out = _timeline_file(study), pathlib.Path(_OUT.value)
-    log = EventLog() if timeline else None
     with run_folder(out, _record(study), study.result):
-        found = study.serve(out, log, progress_to_stderr())
-    if timeline and log:
-        _write_timeline(timeline, found[0], log)
+        found = study.serve(out, progress_to_stderr(), timeline)
     print(f"{study.text(found)}\n\n{out}: {study.files}")
     _check_refused(study, found)
 

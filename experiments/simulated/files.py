@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.latency import Stages, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Status, Timeline
+from disagg_jax.runlog import EventLog, chrome_trace
 from experiments.report.draw import draw
-from experiments.runs.folder import whole, write_json
+from experiments.runs.folder import whole, write_json, write_text
 from experiments.simulated.report import latency_panels
 from experiments.simulated.served import Served
 
@@ -50,10 +53,19 @@ def _latencies_s(timeline: Timeline) -> tuple[float | str, ...]:
 
 def write_run(
     out: pathlib.Path, served: Served, slo: SLO, title: str, extra_tokens: int
-) -> None:
-    """Write `FILES` into the folder `out`."""
+) -> dict[str, Any]:
+    """Write `FILES` into the folder `out`; return the summary."""
     out.mkdir(exist_ok=True)
     requests, summary, picture = (out / name for name in FILES)
     write_requests(requests, served.run.timelines, extra_tokens)
-    write_json(summary, served.summary(slo))
+    found = served.summary(slo)
+    write_json(summary, found)
     draw(latency_panels(served, slo), title, picture)
+    return found
+
+
+def write_timeline(path: pathlib.Path, served: Served, log: EventLog) -> None:
+    """Write a run as a timeline that Perfetto opens."""
+    timelines = served.run.timelines
+    drawn = chrome_trace(served.case.deployment, log.lines, timelines)
+    write_text(path, json.dumps(drawn))

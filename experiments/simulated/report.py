@@ -1,4 +1,7 @@
-"""Writes simulated runs: the text of one, the table of several, and pictures."""
+"""Writes simulated runs: the text of one, the table of several, and pictures.
+
+All but the picture of one run is made from the summaries, `Served.summary`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO, tpot_s, ttft_s
 from disagg_jax.request import Timeline
-from disagg_jax.runlog import StageShares
 from experiments.report.intervals import number
 from experiments.report.panel import (
     STAGE_COLOURS,
@@ -24,75 +25,74 @@ from experiments.report.table import align, numbers, underlined
 from experiments.simulated.over_time import counts_over_time, percentile_over_time
 from experiments.simulated.served import Served
 
-NO_TARGETS = SLO(ttft_s=math.inf, tpot_s=math.inf)
+Summary = Mapping[str, Any]
 _POINTS = (50, 90, 99)
 _ATTAINMENT = ("attainment", "attainment_ttft", "attainment_tpot")
+_KINDS = ("prefill", "mixed", "decode")
 
 
 # -- one run -------------------------------------------------------------------------
 
 
-def text(served: Served, slo: SLO) -> str:
-    """Write one run: latencies, stages, what devices and links did, who was refused."""
-    lines = [refusals(served), "", *align(_latencies(served.summary(slo), slo)), ""]
-    return "\n".join([*lines, *busy_table(served)])
+def text(summary: Summary) -> str:
+    """Write one run: who was refused, latencies, stages, what was busy."""
+    latencies = align([*_latencies(summary)])
+    return "\n".join([refusals(summary), "", *latencies, "", *busy_table(summary)])
 
 
-def refusals(served: Served) -> str:
+def refusals(summary: Summary) -> str:
     """Say how many requests were refused, and why."""
-    refused, arrived = served.refused, len(served.run.timelines)
-    why = ", ".join(f"{count} by {limit}" for limit, count in refused.items() if count)
-    return f"{arrived} requests, {sum(refused.values())} refused{why and f': {why}'}"
+    found = {limit: count for limit, count in summary["refused"].items() if count}
+    why = ", ".join(f"{count} by {limit}" for limit, count in found.items())
+    refused = f"{sum(found.values())} refused{why and f': {why}'}"
+    return f"{summary['num_prompts']} requests, {refused}"
 
 
-def _latencies(summary: Mapping[str, Any], slo: SLO) -> list[tuple[str, str]]:
-    rows = [
-        (f"{name.upper()} P50 / P90 / P99, ms", _percentiles(summary, name))
-        for name in ("ttft", "tpot", "itl")
-    ]
-    if slo != NO_TARGETS:
-        rows.append(("attainment: both / TTFT / TPOT", _attainment(summary)))
-    rows += [
-        (f"mean {label}, ms", number(summary[f"mean_{stage}_ms"], ".2f"))
-        for label, stage in zip(STAGE_LEGEND, STAGES, strict=True)
-    ]
-    return [
-        *rows,
-        ("output tokens/s", number(summary["output_throughput"], ".0f")),
-        ("preemptions", str(summary["preemptions"])),
-    ]
+def refused_share(summary: Summary) -> float:
+    """Return the share of the requests that were refused."""
+    return sum(summary["refused"].values()) / summary["num_prompts"]
 
 
-def _attainment(summary: Mapping[str, Any]) -> str:
+def _latencies(summary: Summary) -> Iterator[tuple[str, str]]:
+    for name in ("ttft", "tpot", "itl"):
+        yield f"{name.upper()} P50 / P90 / P99, ms", _percentiles(summary, name)
+    if _has_targets(summary):
+        yield "attainment: both / TTFT / TPOT", _attainment(summary)
+    for label, stage in zip(STAGE_LEGEND, STAGES, strict=True):
+        yield f"mean {label}, ms", number(summary[f"mean_{stage}_ms"], ".2f")
+    yield "output tokens/s", number(summary["output_throughput"], ".0f")
+    yield "preemptions", str(summary["preemptions"])
+
+
+def _has_targets(summary: Summary) -> bool:
+    return any(summary["slo"][name] is not None for name in ("ttft_s", "tpot_s"))
+
+
+def _attainment(summary: Summary) -> str:
     return " / ".join(f"{summary[key]:.1%}" for key in _ATTAINMENT)
 
 
-def _percentiles(summary: Mapping[str, Any], latency: str) -> str:
+def _percentiles(summary: Summary, latency: str) -> str:
     keys = (f"p{point}_{latency}_ms" for point in _POINTS)
     return " / ".join(number(summary[key], ".2f") for key in keys)
 
 
-def busy_table(served: Served) -> list[str]:
+def busy_table(summary: Summary) -> list[str]:
     """Return a line for each stage of each instance, and for each link."""
-    head = ("share of the time", "prefill", "mixed", "decode", "busy")
-    links = served.run.busy_links().items()
-    rows = [
-        *(
-            (name, *(f"{s:.1%}" for s in (of.prefill, of.mixed, of.decode, of.busy)))
-            for name, of in _stages(served.case.deployment, served.stages)
-        ),
-        *((f"link: {name}", "", "", "", f"{share:.1%}") for name, share in links),
-    ]
-    return underlined(numbers([head, *rows]))
+    rows: list[tuple[str, ...]] = [("share of the time", *_KINDS, "busy")]
+    for name, stage in _stages(summary):
+        shares = (*(stage[kind] for kind in _KINDS), sum(stage.values()))
+        rows.append((name, *(f"{share:.1%}" for share in shares)))
+    for name, share in summary["busy_links"].items():
+        rows.append((f"link: {name}", "", "", "", f"{share:.1%}"))
+    return underlined(numbers(rows))
 
 
-def _stages(
-    deployment: Deployment, shares: Sequence[Sequence[StageShares]]
-) -> Iterator[tuple[str, StageShares]]:
-    for i, (spec, stages) in enumerate(zip(deployment.instances, shares, strict=True)):
-        for k, of in enumerate(stages):
-            stage = f", stage {k}" if spec.pp > 1 else ""
-            yield f"instance {i}, {spec}{stage}", of
+def _stages(summary: Summary) -> Iterator[tuple[str, Mapping[str, float]]]:
+    for i, instance in enumerate(summary["busy_instances"]):
+        for k, stage in enumerate(instance["stages"]):
+            which = f", stage {k}" if len(instance["stages"]) > 1 else ""
+            yield f"instance {i}, {instance['instance']}{which}", stage
 
 
 def latency_panels(served: Served, slo: SLO) -> list[Panel]:
@@ -138,52 +138,53 @@ def _over_arrivals(
 # -- several runs --------------------------------------------------------------------
 
 
-def table(found: Sequence[Served], slo: SLO) -> str:
+def table(summaries: Sequence[Summary]) -> str:
     """Write a row for each run."""
     head = ("deployment", "devices", "requests/s", "refused", "both / TTFT / TPOT met")
     latencies = [f"{name} P50 / P90 / P99, ms" for name in ("TTFT", "TPOT")]
-    rows = [_row(served, slo) for served in found]
-    return "\n".join(underlined(numbers([(*head, *latencies, "busiest"), *rows])))
+    rows = [(*head, *latencies, "busiest"), *map(_row, summaries)]
+    return "\n".join(underlined(numbers(rows)))
 
 
-def _row(served: Served, slo: SLO) -> tuple[str, ...]:
-    summary, deployment = served.summary(slo), served.case.deployment
-    shares = [of.busy for stages in served.stages for of in stages]
-    busiest = max([*shares, *served.run.busy_links().values()])
-    targets = slo != NO_TARGETS
+def _row(summary: Summary) -> tuple[str, ...]:
+    stages = (sum(stage.values()) for _, stage in _stages(summary))
     return (
-        *(str(deployment), str(deployment.devices)),
-        number(served.case.offered_rps, ".4g"),
-        f"{served.refused_share:.1%}",
-        _attainment(summary) if targets else "-",
+        *(summary["deployment"], str(summary["devices"])),
+        number(summary["request_rate"], ".4g"),
+        f"{refused_share(summary):.1%}",
+        _attainment(summary) if _has_targets(summary) else "-",
         *(_percentiles(summary, name) for name in ("ttft", "tpot")),
-        f"{busiest:.0%}",
+        f"{max([*stages, *summary['busy_links'].values()]):.0%}",
     )
 
 
-def curve_panels(found: Sequence[Served], slo: SLO) -> list[Panel]:
+def curve_panels(summaries: Sequence[Summary]) -> list[Panel]:
     """Draw attainment, where there are targets, and P90 latencies over the rate."""
-    summaries = [(served.case, served.summary(slo)) for served in found]
+    targets, panels = summaries[0]["slo"], list[Panel]()
+    if _has_targets(summaries[0]):
+        y, shares = "requests within both targets (%)", ("attainment", 100)
+        panels.append(_over_rate(y, summaries, *shares, ylim=(-3, 103)))
+    for name in ("ttft", "tpot"):
+        y, line = f"P90 {name.upper()} (s)", targets[f"{name}_s"]
+        panels.append(_over_rate(y, summaries, f"p90_{name}_ms", 1e-3, line=line))
+    return panels
 
-    def panel(y: str, key: str, unit: float, line: float | None = None) -> Panel:
-        points: dict[str, list[XY]] = {}
-        for case, summary in summaries:
-            value, rate = summary[key], case.offered_rps
-            if value is not None and rate is not None:
-                of = points.setdefault(str(case.deployment), [])
-                of.append((rate, value * unit))
-        series = curves({name: sorted(of) for name, of in points.items()}, style="dots")
-        title = "" if line is None else "the line is the target"
-        ylim = (-3, 103) if key == "attainment" else None
-        return Panel(
-            title=title, x="requests/s", y=y, series=series, line=line, ylim=ylim
-        )
 
-    def seconds(name: str, target_s: float) -> Panel:
-        line = target_s if target_s < math.inf else None
-        return panel(f"P90 {name.upper()} (s)", f"p90_{name}_ms", 1e-3, line)
-
-    latencies = [seconds("ttft", slo.ttft_s), seconds("tpot", slo.tpot_s)]
-    if slo == NO_TARGETS:
-        return latencies
-    return [panel("requests within both targets (%)", "attainment", 100), *latencies]
+def _over_rate(
+    y: str,
+    summaries: Sequence[Summary],
+    key: str,
+    unit: float,
+    *,
+    line: float | None = None,
+    ylim: XY | None = None,
+) -> Panel:
+    """Return a curve for each deployment, of `unit` times the value at `key`."""
+    points: dict[str, list[XY]] = {}
+    for summary in summaries:
+        value, rate = summary[key], summary["request_rate"]
+        if value is not None and rate is not None:
+            points.setdefault(summary["deployment"], []).append((rate, value * unit))
+    series = curves({name: sorted(of) for name, of in points.items()}, style="dots")
+    title = "" if line is None else "the line is the target"
+    return Panel(title=title, x="requests/s", y=y, series=series, line=line, ylim=ylim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from disagg_jax.runlog import StageShares, StepKinds
 from disagg_jax.sim import SimulatedDeployment, Simulation
 from disagg_jax.work import Event, Work
 from experiments.runs.folder import plain
+
+NO_TARGETS = SLO(ttft_s=math.inf, tpot_s=math.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +115,6 @@ class Served:
                 limits = (memory.exceeded(*sizes) for memory in memories)
                 found[next(limit for limit in limits if limit)] += 1
         return {limit.value: found[limit] for limit in RequestLimit}
-
-    @property
-    def refused_share(self) -> float:
-        """Return the share of the requests that were refused."""
-        return sum(self.refused.values()) / len(self.run.timelines)
 
     def summary(self, slo: SLO) -> dict[str, Any]:
         """Return the run as JSON, under vLLM's keys where it has them."""

@@ -6,22 +6,16 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 
-from disagg_jax.control.loop import Observer
 from disagg_jax.metrics import SLO
+from disagg_jax.runlog import EventLog
 from disagg_jax.sim import Simulation
 from experiments.cli.traffic_flags import Traffic
 from experiments.report.draw import draw
 from experiments.report.intervals import number
 from experiments.runs.folder import write_json, write_text
-from experiments.simulated.files import FILES, write_run
-from experiments.simulated.report import (
-    NO_TARGETS,
-    curve_panels,
-    refusals,
-    table,
-    text,
-)
-from experiments.simulated.served import Case, Served
+from experiments.simulated.files import FILES, write_run, write_timeline
+from experiments.simulated.report import Summary, curve_panels, refusals, table, text
+from experiments.simulated.served import NO_TARGETS, Case
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,42 +52,48 @@ class Study:
     def serve(
         self,
         out: pathlib.Path,
-        log: Observer | None = None,
         progress: Callable[[str], None] = lambda text: None,
-    ) -> list[Served]:
-        """Simulate all cases, and write the files of each when it is done.
+        timeline: pathlib.Path | None = None,
+    ) -> list[Summary]:
+        """Simulate all cases, write the files of each when it is done, and sum it up.
 
-        Of a trace, trace.json says how it was read.
+        Of a run no more than its summary is kept: runs are long, and may be many.
 
         Args:
           out: an existing folder. Of several cases each has a folder in it.
-          log: another observer of the runs.
+          timeline: a file for the last run as a timeline.
         """
         if "trace" in self.traffic.record:
             write_json(out / "trace.json", self.traffic.record["trace"])
         if len(self.cases) == 1:
-            return [self._serve(self.cases[0], out, log)]
-        found: list[Served] = []
+            return [self._serve(self.cases[0], out, timeline)]
+        found: list[Summary] = []
         for case in self.cases:
-            found.append(self._serve(case, out / case.name, log))
+            found.append(self._serve(case, out / case.name, timeline))
             progress(f"{_title(case)}: {refusals(found[-1])}")
         write_text(out / "table.txt", self.text(found) + "\n")
-        draw(curve_panels(found, self.slo), self.title, out / "curves.png")
+        draw(curve_panels(found), self.title, out / "curves.png")
         return found
 
-    def _serve(self, case: Case, out: pathlib.Path, log: Observer | None) -> Served:
+    def _serve(
+        self, case: Case, out: pathlib.Path, timeline: pathlib.Path | None
+    ) -> Summary:
+        log = EventLog() if timeline else None
         served = case.serve(log)
-        title = f"{self.title}\n{_title(case)}"
-        write_run(out, served, self.slo, title, self.simulation.extra_tokens)
-        return served
+        title, extra = f"{self.title}\n{_title(case)}", self.simulation.extra_tokens
+        summary = write_run(out, served, self.slo, title, extra)
+        if timeline and log:
+            write_timeline(timeline, served, log)
+        return summary
 
-    def text(self, found: Sequence[Served]) -> str:
+    def text(self, found: Sequence[Summary]) -> str:
         """Write the result of one case in full, or a table of several."""
-        one = len(found) == 1
-        body = text(found[0], self.slo) if one else table(found, self.slo)
-        mark = [self.simulation.mark] if self.simulation.mark else []
-        said = [_title(found[0].case)] if one else []
-        return "\n".join([self.title, *said, "", body, *mark])
+        lines = [self.title]
+        if len(found) == 1:
+            lines += [_title(self.cases[0]), "", text(found[0])]
+        else:
+            lines += ["", table(found)]
+        return "\n".join([*lines, *filter(None, [self.simulation.mark])])
 
     @property
     def title(self) -> str:

@@ -8,13 +8,13 @@ from disagg_jax.metrics.summary import percentiles
 from disagg_jax.sim import Simulation
 from experiments.report.panel import STAGE_LEGEND
 from experiments.simulated.report import (
-    NO_TARGETS,
     curve_panels,
     latency_panels,
+    refused_share,
     table,
     text,
 )
-from experiments.simulated.served import list_cases
+from experiments.simulated.served import NO_TARGETS, list_cases
 from tests.serving import make_request
 
 TARGETS = SLO(ttft_s=0.5, tpot_s=1e-6)  # everybody misses the second
@@ -37,7 +37,7 @@ def found():
 
 def test_the_text_of_one_run(found):
     served = found[0]
-    lines = text(served, TARGETS).splitlines()
+    lines = text(served.summary(TARGETS)).splitlines()
     assert lines[0] == "10 requests, 1 refused: 1 by context"
     rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in lines[2:]}
     done = [ttft_s(t) for t in served.run.timelines if t.token_s]
@@ -59,19 +59,20 @@ def test_the_text_of_one_run(found):
 
 
 def test_without_targets_nothing_is_said_of_them(found):
-    assert "attainment" not in text(found[0], NO_TARGETS)
-    assert "instance 0, colocated:tp1pp2, stage 1 " in text(found[2], NO_TARGETS)
-    *_, row = table(found, NO_TARGETS).splitlines()
+    summaries = [served.summary(NO_TARGETS) for served in found]
+    assert "attainment" not in text(summaries[0])
+    assert "instance 0, colocated:tp1pp2, stage 1 " in text(summaries[2])
+    *_, row = table(summaries).splitlines()
     assert row.split()[:5] == ["colocated:tp1pp2", "2", "1", "10.0%", "-"]
-    assert [panel.y for panel in curve_panels(found, NO_TARGETS)] == [
-        "P90 TTFT (s)",
-        "P90 TPOT (s)",
-    ]
-    assert all(panel.line is None for panel in latency_panels(found[0], NO_TARGETS))
+    panels = curve_panels(summaries)
+    assert [panel.y for panel in panels] == ["P90 TTFT (s)", "P90 TPOT (s)"]
+    panels += latency_panels(found[0], NO_TARGETS)
+    assert all(panel.line is None for panel in panels)
 
 
 def test_a_row_for_each_run(found):
-    head, _, *rows = table(found, TARGETS).splitlines()
+    summaries = [served.summary(TARGETS) for served in found]
+    head, _, *rows = table(summaries).splitlines()
     assert head.split()[:3] == ["deployment", "devices", "requests/s"]
     assert [row.split()[:4] for row in rows] == [
         ["prefill:tp1,decode:tp1", "2", "2", "10.0%"],
@@ -80,18 +81,20 @@ def test_a_row_for_each_run(found):
         ["colocated:tp1pp2", "2", "1", "10.0%"],
     ]
     assert all("0.0% / 90.0% / 0.0%" in row for row in rows)
+    assert [refused_share(summary) for summary in summaries] == [0.1] * 4
 
 
 def test_curves_over_the_rate_have_a_line_for_each_deployment(found):
-    attainment, ttft, tpot = curve_panels(found, TARGETS)
-    assert (ttft.line, tpot.line) == (0.5, 1e-6)
+    summaries = [served.summary(TARGETS) for served in found]
+    attainment, ttft, tpot = curve_panels(summaries)
+    assert (attainment.line, ttft.line, tpot.line) == (None, 0.5, 1e-6)
     for panel in (attainment, ttft, tpot):
         assert [series.label for series in panel.series] == [
             "prefill:tp1,decode:tp1",
             "colocated:tp1pp2",
         ]
         assert all([x for x, _ in s.points] == [1.0, 2.0] for s in panel.series)
-    p90_s = found[1].summary(TARGETS)["p90_ttft_ms"] / 1e3
+    p90_s = summaries[1]["p90_ttft_ms"] / 1e3
     assert ttft.series[0].points[0] == (1.0, pytest.approx(p90_s))
 
 
