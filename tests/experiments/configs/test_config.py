@@ -376,11 +376,11 @@ def test_less_than_nothing_is_refused(assignment):
 
 def test_a_link_may_be_a_file(tmp_path):
     path = tmp_path / "mine.json"
-    config = override(get_config("smoke"), [f"link={path}"])
+    asked = [f"link={path}"]
     with pytest.raises(FileNotFoundError, match="mine.json"):
-        config.check_values()
-    path.write_text('{"latency_s": 0, "bandwidth_bytes_s": 1e9, "efficiency": 1}')
-    config.check_values()
+        override(get_config("smoke"), asked)
     path.write_text('{"latency_s": 0, "gbit": 10}')
     with pytest.raises(ValueError, match="link: .*mine.json: expected the numbers"):
-        config.check_values()
+        override(get_config("smoke"), asked)
+    path.write_text('{"latency_s": 0, "bandwidth_bytes_s": 1e9, "efficiency": 1}')
+    assert override(get_config("smoke"), asked).link == str(path)
