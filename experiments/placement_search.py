@@ -29,6 +29,7 @@ from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementS
 from disagg_jax.search.rates import SearchPlan
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.names import DEVICE, MODEL
 from experiments.cli.workers import Workers, open_workers
 from experiments.configs.named_simulations import COSTS, placement_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -36,8 +37,8 @@ from experiments.placement.report import report
 from experiments.runs.folder import plain, run_folder, write_text
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", REQUIRED, "A name of models/config.py.")
-_DEVICE = FLAGS.string("hardware", "a100", "A device, such as a100 or h100.")
+_MODEL = FLAGS.string("model", REQUIRED, MODEL)
+_DEVICE = FLAGS.string("hardware", "a100", f"a100 is a100-80g. {DEVICE}")
 _COST = FLAGS.string(
     "cost", None, f"Step times: {', '.join(COSTS)}, or module:attribute."
 )

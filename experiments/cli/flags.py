@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any, Never, TypeVar, cast
 
 from absl import flags
 
+from disagg_jax.errors import require
 from experiments.cli.workers import Workers, parse_workers
 from experiments.configs.options import no_effect
 
@@ -142,6 +144,18 @@ def integers(name: str, texts: Sequence[str]) -> list[int]:
         return [int(text) for text in texts]
     except ValueError as error:
         raise ValueError(f"{name}: expected integers, got {list(texts)}") from error
+
+
+def rates_rps(name: str, texts: Sequence[str]) -> list[float]:
+    """Return the rates of a list flag, in requests/s; a ValueError names the flag."""
+    expected = f"{name}: expected different rates above 0 requests/s"
+    try:
+        found = [float(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {list(texts)}") from error
+    valid = all(0 < rate < math.inf for rate in found)
+    require(valid and len(set(found)) == len(found), expected, list(texts))
+    return found
 
 
 def writable(path: str | None) -> pathlib.Path | None:
