@@ -10,7 +10,9 @@ rule asks a function for the seconds of a step: a cost model, or an engine's pro
 * Dynamic SplitFuse (the FastGen blog): the size at which the throughput of a forward
   pass levels off.
 * DistServe (OSDI'24, section 4.3): L_m, the length of a prompt that fills the device.
-* Orca and vLLM: no rule; their defaults.
+* vLLM V1 (its page "Optimization and Tuning"): advice, which for a target means the
+  largest step within it too.
+* Orca and vLLM V0: no rule; their defaults.
 * A policy that declares no step size is not tuned, and results say so.
 
 SARATHI and SplitFuse know no targets. Here they choose among the steps within the TPOT
