@@ -199,6 +199,20 @@ def resized(policy: Policy, size: int) -> Policy:
     return dataclasses.replace(cast(Any, policy), **changes)
 
 
+def capped(policy: Policy, tokens: int, rows: int) -> Policy:
+    """Return `policy` with steps of `tokens` tokens and `max_seqs` of `rows` at most.
+
+    A parameter that is smaller, or that the policy does not have, stays.
+    """
+    declared = step_size(policy)
+    if declared is not None:
+        policy = resized(policy, min(getattr(policy, declared.parameter), tokens))
+    if "max_seqs" not in _fields(policy):
+        return policy
+    most = min(cast(Any, policy).max_seqs, rows)
+    return dataclasses.replace(cast(Any, policy), max_seqs=most)
+
+
 def _fields(policy: Policy) -> set[str]:
     return set(getattr(policy, "__dataclass_fields__", ()))
 

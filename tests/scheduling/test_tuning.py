@@ -17,6 +17,7 @@ from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.tuning import (
     StepSize,
     TuningInputs,
+    capped,
     has_rule,
     resized,
     tile_multiples,
@@ -338,6 +339,26 @@ def test_a_given_size_is_taken_and_the_step_has_room_for_all_decodes(policy, exp
     tuned = tune(policy, profile(), 0.05, size=64)
     assert tuned.policy == expected
     assert str(tuned.choice).endswith("= 64: given")
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (SarathiServe(), SarathiServe(token_budget=64, max_seqs=16)),
+        (SplitFuse(), SplitFuse(token_budget=64, max_seqs=16)),
+        (RunningFirst(max_seqs=4), RunningFirst(max_batched_tokens=64, max_seqs=4)),
+        (PrefillOnly(token_budget=8), PrefillOnly(token_budget=8, max_seqs=16)),
+        (DecodeOnly(), DecodeOnly(max_seqs=16)),
+        (Declares(), Declares()),  # has no max_seqs
+        (DeclaresNone(), DeclaresNone()),
+    ],
+)
+def test_a_policy_within_other_sizes_keeps_what_is_smaller(policy, expected):
+    assert capped(policy, tokens=64, rows=16) == expected
+
+
+def test_rows_are_no_more_than_the_tokens_of_a_capped_step():
+    assert capped(RunningFirst(), tokens=64, rows=100).max_seqs == 64
 
 
 def test_profiles_of_nothing_are_refused():
