@@ -30,6 +30,7 @@ from experiments.sweep.point import (
 )
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.summary import (
+    RATE_DIGITS,
     Judge,
     Runs,
     pairs,
@@ -207,7 +208,7 @@ class Sweep:
     # -- points -------------------------------------------------------------------
 
     def _scores(self, name: str, rate: float, seeds: int) -> list[float]:
-        rate = float(f"{rate:.4g}")
+        rate = float(f"{rate:.{RATE_DIGITS}g}")
         self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
         points = [self._at(name, rate, i) for i in range(seeds)]
         missing = [point for point in points if not self.run_dir.has(point)]
