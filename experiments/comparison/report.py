@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from disagg_jax.metrics.intervals import Margin
+from disagg_jax.metrics.intervals import Margin, runs_to_tell
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.search.comparison import (
     POLICIES,
@@ -29,6 +30,8 @@ from disagg_jax.search.maps import (
     regions,
 )
 from disagg_jax.workload.workload import TraceWorkload
+from experiments.comparison import serving
+from experiments.comparison.serving import Served
 from experiments.placement.report import lines
 from experiments.report.draw import COLOURS, draw
 from experiments.report.intervals import interval_text
@@ -37,27 +40,49 @@ from experiments.report.table import align
 from experiments.runs.folder import plain
 
 Grid = Mapping[tuple[int, int], Sequence[SystemResult]]
+_MOST_SEEDS = 1000  # beyond which nobody would go
 _BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
 
 # ---- text ----------------------------------------------------------------------------
 
 
-def text(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
-    """Write all tables, then the sentences."""
+def text(
+    spec: ComparisonSpec,
+    maps: Sequence[Map],
+    grids: Sequence[Grid],
+    served: Served | None = None,
+    left_out: Sequence[str] = (),
+) -> str:
+    """Write all tables, then the sentences.
+
+    Args:
+      served: of a single cell, the devices that its rate needs.
+      left_out: what the time did not suffice for.
+    """
     parts = [_header(spec)]
     for each, grid in zip(maps, grids, strict=True):
         parts += [_table(each, grid), _goodputs(each, grid)]
     for each, grid in zip(maps, grids, strict=True):
         parts.append(_details(spec, each, grid))
+    if is_single(maps, grids):
+        parts.append(serving.layouts(next(iter(grids[0].values()))))
+    if served is not None:
+        parts.append(serving.fewest(served))
     parts += sentences(maps, grids)
-    return "\n\n".join(parts)
+    if served is not None:
+        parts.append(serving.sentence(served))
+    return "\n\n".join([*parts, *filter(None, [serving.left_out(left_out)])])
+
+
+def is_single(maps: Sequence[Map], grids: Sequence[Grid]) -> bool:
+    """Return whether there is one cell: an answer instead of maps."""
+    return len(maps) == 1 and len(maps[0].cells) == 1 == len(grids[0])
 
 
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
     """Say when not to disaggregate, for each map; of a single cell, its answer."""
     return [
-        sentence(each, {at: judge(found).verdict for at, found in grid.items()})
-        + bounded(grid)
+        sentence(each, {at: judge(found) for at, found in grid.items()}) + bounded(grid)
         if len(grid) > 1
         else answer(*grid.values()) + bounded(grid)
         for each, grid in zip(maps, grids, strict=True)
@@ -90,11 +115,24 @@ def _header(spec: ComparisonSpec) -> str:
     return (
         f"{_on(spec)}, KV over {link}; simulated\n"
         f"goodput: requests/s per device at which {spec.plan.target:.0%} of the "
-        f"requests meet both targets\nseeds {', '.join(map(str, spec.seeds))}; N "
-        "requests a run; 95 % intervals over seeds; ratios are paired by seed\n"
+        f"requests meet both targets\n{_seeds(spec)}; N requests a run; ratios are "
+        "paired by seed\n"
         f"requests that decode at once, at most: {limits}; fewer if a step is smaller\n"
         "the best of several candidates is a little too good, as they are compared on "
         "the runs by which they were chosen"
+    )
+
+
+def _seeds(spec: ComparisonSpec) -> str:
+    """Say how many seeds there are, and how sure intervals are."""
+    first, *more = spec.looks
+    if not more:
+        return f"{first} seeds; 95 % intervals over seeds"
+    steps = " or ".join(map(str, more))
+    return (
+        f"{first} seeds, and {steps} of the best disaggregated and the best colocated "
+        "system until these are told apart; 95 % intervals over seeds, corrected for "
+        f"{len(spec.looks)} looks"
     )
 
 
@@ -108,7 +146,7 @@ def _table(each: Map, grid: Grid) -> str:
     """Write a row for each cell."""
     head = (
         *(f"{axis.name}, {axis.unit}" for axis in (each.x, each.y)),
-        *("N", "winner", "goodput", "over the runner-up"),
+        *("N", "seeds", "winner", "goodput", "over the runner-up"),
         *("disaggregated / best colocated", "verdict"),
     )
     rows = [(*_at(each, at), *_row(judge(found))) for at, found in grid.items()]
@@ -122,6 +160,8 @@ def notes(each: Map, grid: Grid) -> list[str]:
     for cell in each.cells.values():
         if isinstance(cell.workload, TraceWorkload):
             said |= dict.fromkeys(cell.workload.notes)
+            if rate := cell.workload.rate_rps:
+                said[f"the trace's own rate: {rate:.4g} requests/s"] = None
     why = {one.why_dependent: None for found in grid.values() for one in found}
     return [*said, *(f"no interval: {reason}" for reason in why if reason)]
 
@@ -130,9 +170,10 @@ def _row(judged: CellVerdict) -> tuple[str, ...]:
     winner = judged.winner
     if judged.verdict == INFEASIBLE:
         why = f"{INFEASIBLE}: {judged.why_infeasible}"
-        return (needed(winner), "-", "-", "-", "-", why)
+        return (needed(winner), f"{judged.seeds}", "-", "-", "-", "-", why)
     return (
         needed(winner),
+        f"{judged.seeds}",
         winner.system,
         interval_text(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
@@ -203,24 +244,69 @@ def answer(found: Sequence[SystemResult]) -> str:
     }[judged.verdict]
     ratio = judged.over_colocated.ratio
     how_much = interval_text(ratio) if ratio else "not both meet the targets"
+    more = f" {more_seeds([judged])}" if judged.verdict == UNCLEAR else ""
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
     rises = [f"\n{f.system}: {f.inversion}." for f in found if f.inversion]
     return (
         f"{winner.system} ({winner.deployment}) serves the most: {goodput} requests/s "
-        f"per device.\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
+        f"per device.\n{over}: {how_much}: {said}.{more.rstrip()}{why}"
+        f"{''.join(rises)}"
     )
 
 
-def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
-    """Say when not to disaggregate, by the cells of a map."""
+def more_seeds(undecided: Sequence[CellVerdict]) -> str:
+    """Say how many seeds would probably tell the pairs apart; '' if nobody knows."""
+    needed = [
+        (runs_to_tell(ratio, one.seeds), one.seeds)
+        for one in undecided
+        if (ratio := one.over_colocated.ratio) is not None and ratio.low is not None
+    ]
+    if not needed:
+        return ""
+    few = sorted(max(math.ceil(n), k + 1) for n, k in needed if n <= _MOST_SEEDS)
+    had = max(k for _, k in needed)
+    if not few:
+        return f"Even {_MOST_SEEDS} seeds would probably not tell, after {had}."
+    counts = f"{few[0]}" if few[0] == few[-1] else f"{few[0]} to {few[-1]}"
+    others = len(needed) - len(few)
+    but = f", but in {others} not even {_MOST_SEEDS}" if others else ""
+    return f"After {had} seeds, about {counts} would probably tell{but}."
+
+
+def _undecided(judged: Sequence[CellVerdict], cells: int) -> str:
+    """Say how many cells nobody knows, and between what the ratio is; '' for none."""
+    open_ = [one for one in judged if one.verdict == UNCLEAR]
+    if not open_:
+        return ""
+    ratios = [one.over_colocated.ratio for one in open_ if one.over_colocated.ratio]
+    lows = [r.mean if r.low is None else r.low for r in ratios]
+    highs = [r.mean if r.high is None else r.high for r in ratios]
+    between = (
+        f": disaggregated over the best colocated system is {min(lows):.2f} to "
+        f"{max(highs):.2f} there"
+        if ratios
+        else ": not every seed has a goodput there"
+    )
+    said = f"Undecided in {len(open_)} of {cells} cells{between}."
+    return " ".join(filter(None, [said, more_seeds(open_)]))
+
+
+def sentence(each: Map, judged: Mapping[tuple[int, int], CellVerdict]) -> str:
+    """Say when not to disaggregate, by the cells of a map, and what is undecided."""
+    verdicts = {at: one.verdict for at, one in judged.items()}
     found = list(verdicts.values())
     kinds = (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
     counts = ", ".join(f"{name} {found.count(name)}" for name in kinds)
     cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
     tried = f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
-    if not cases:
-        return f"No cell says not to disaggregate {tried}."
-    return f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
+    unclear = _undecided(list(judged.values()), len(judged))
+    if cases:
+        said = f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
+    elif unclear:
+        said = f"No decided cell says not to disaggregate {tried}."
+    else:
+        said = f"No cell says not to disaggregate {tried}."
+    return " ".join(filter(None, [said, unclear]))
 
 
 def _case(each: Map, region: Region) -> str:
@@ -249,9 +335,17 @@ def _side(axis: Axis, part: range) -> str:
 # ---- JSON ----------------------------------------------------------------------------
 
 
-def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> Any:
-    """Return the spec and the results, ready for JSON."""
+def record(
+    spec: ComparisonSpec,
+    maps: Sequence[Map],
+    grids: Sequence[Grid],
+    served: Served | None = None,
+    left_out: Sequence[str] = (),
+) -> Any:
+    """Return the spec and the results, ready for JSON; for arguments see `text`."""
     return {
+        "served": None if served is None else serving.record(served),
+        "left_out": list(left_out),
         "question": {
             **{key: value for key, value in plain(spec).items() if key != "type"},
             "systems": list(spec.systems),
@@ -287,6 +381,7 @@ def _cell(each: Map, at: tuple[int, int], judged: CellVerdict) -> dict[str, Any]
         "best_colocated": judged.best_colocated.system,
         "over_colocated": plain(judged.over_colocated),
         "num_requests": judged.winner.num_requests,
+        "seeds": judged.seeds,
         "bounded": judged.winner.bounded,
         "notes": cell_notes(judged.ranked),
         "systems": [
@@ -306,13 +401,17 @@ def plot(
 ) -> None:
     """Draw a map of winners for each pair of axes; of a single cell, all goodputs."""
     pairs = list(zip(maps, grids, strict=True))
-    if len(pairs) == 1 and len(maps[0].cells) == 1:
+    if is_single(maps, grids):
         ((each, grid),) = pairs
         panels = [_bars(each, *grid.values())]
         title = f"{_on(spec)}; {each.fixed}"
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
-        title = f"Who serves the most: {_on(spec)}, {len(spec.seeds)} seeds"
+        seeds = sorted(
+            {judge(found).seeds for grid in grids for found in grid.values()}
+        )
+        counts = " or ".join(map(str, seeds))
+        title = f"Who serves the most: {_on(spec)}, {counts} seeds"
     said = [note for each, grid in pairs for note in notes(each, grid)]
     draw(panels, title, path, notes=said, dpi=110)
 

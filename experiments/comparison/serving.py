@@ -1,0 +1,148 @@
+"""Writes what a single cell asks besides its winner: layouts, and how many devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from disagg_jax.metrics import Interval
+from disagg_jax.search.comparison import SystemResult
+from disagg_jax.search.fewest import FewestDevices, Traffic
+from experiments.report.intervals import interval_text, number
+from experiments.report.table import align
+from experiments.runs.folder import plain
+
+_POINTS = ("p50", "p90", "p99")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Served:
+    """On how many devices each system serves a rate."""
+
+    traffic: Traffic
+    own: bool  # whether the rate is the trace's own
+    found: Sequence[FewestDevices]
+
+    @property
+    def rate(self) -> str:
+        """Write the rate and whose it is."""
+        whose = ", the trace's own rate" if self.own else ""
+        return f"{self.traffic.rate_rps:.4g} requests/s{whose}"
+
+
+def layouts(found: Sequence[SystemResult]) -> str:
+    """Write a row for every layout of every system."""
+    head = ("system", "layout", "requests/s per device", "seeds", "")
+    rows = [
+        (one.system, row["candidate"], *_goodput(row))
+        for one in found
+        for row in one.candidates
+    ]
+    return "\n".join(
+        [
+            "all layouts that were tried; 95 % intervals over the first seeds",
+            *align([head, *rows]),
+        ]
+    )
+
+
+def _goodput(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    seeds = f"{len(row['seeds'])}"
+    if row["goodput"] is None:
+        return f"<= {row['at_most']:.3g}", seeds, row["why"]
+    low, high = row["interval"]
+    interval = Interval(mean=row["goodput"], low=low, high=high)
+    return interval_text(interval, ".3g"), seeds, ""
+
+
+def fewest(served: Served) -> str:
+    """Write on how many devices a system serves the rate, and its latencies there."""
+    traffic = served.traffic
+    head = ("system", "devices", "deployment", "good", "TTFT P50, P90, P99 (s)")
+    rows = [_fewest_row(one, traffic.max_devices) for one in served.found]
+    runs = f"{len(traffic.seeds)} run{'s' if len(traffic.seeds) > 1 else ''}"
+    return "\n".join(
+        [
+            f"the fewest devices that serve {served.rate}; at most "
+            f"{traffic.max_devices} are tried\n"
+            f"whole deployments simulated at that rate: {runs} of "
+            f"{traffic.num_requests} requests",
+            *align([(*head, "TPOT P50, P90, P99 (ms)", "fewer"), *rows]),
+        ]
+    )
+
+
+def _fewest_row(one: FewestDevices, most: int) -> tuple[str, ...]:
+    best = one.best
+    if best is None:
+        return (one.system, f"> {most}", "-", "-", "-", "-", why_none(one, most))
+    return (
+        one.system,
+        f"{best.devices}",
+        best.deployment,
+        f"{best.attainment:.1%}",
+        _latencies(best.ttft_s, ".3g", 1.0),
+        _latencies(best.tpot_s, ".3g", 1e-3),
+        why_not_fewer(one),
+    )
+
+
+def _latencies(values: Mapping[str, float | None], form: str, unit: float) -> str:
+    return ", ".join(number(values.get(point), form, unit) for point in _POINTS)
+
+
+def why_not_fewer(one: FewestDevices) -> str:
+    """Say what is known of fewer devices."""
+    assert one.best is not None
+    if one.best.devices == one.least:
+        return "there is no smaller deployment"
+    if one.below is None:
+        return f"bound: fewer than {one.bound} cannot, by capacity"
+    return _at_most(one)
+
+
+def why_none(one: FewestDevices, most: int) -> str:
+    """Say why no number of devices was found."""
+    if one.below is not None:
+        return _at_most(one)
+    if one.least == 0:
+        return "no layout meets the targets, even alone"
+    return f"bound: {most} cannot, by capacity"
+
+
+def _at_most(one: FewestDevices) -> str:
+    """Write the share that is good on fewer devices; runs end once it is too low."""
+    assert one.below is not None
+    return f"{one.below.devices}: at most {one.below.attainment:.1%} good"
+
+
+def sentence(served: Served) -> str:
+    """Say on how many devices each system serves the rate."""
+    found = sorted(served.found, key=_devices)
+    counts = ", ".join(_count(one, served.traffic.max_devices) for one in found)
+    return f"For {served.rate}, devices needed: {counts}."
+
+
+def _devices(one: FewestDevices) -> float:
+    return one.best.devices if one.best else float("inf")
+
+
+def _count(one: FewestDevices, most: int) -> str:
+    return f"{one.system} {one.best.devices if one.best else f'more than {most}'}"
+
+
+def record(served: Served) -> dict[str, Any]:
+    """Return what was found, ready for JSON."""
+    return {
+        "rate_rps": served.traffic.rate_rps,
+        "own_rate": served.own,
+        "traffic": plain(served.traffic),
+        "systems": [{**plain(one), "below": plain(one.below)} for one in served.found],
+    }
+
+
+def left_out(parts: Iterable[str]) -> str:
+    """Say what the time did not suffice for; '' for nothing."""
+    said = "; ".join(parts)
+    return f"Left out, as the time of --minutes was spent: {said}." if said else ""
