@@ -82,7 +82,9 @@ def is_single(maps: Sequence[Map], grids: Sequence[Grid]) -> bool:
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
     """Say when not to disaggregate, for each map; of a single cell, its answer."""
     return [
-        sentence(each, {at: judge(found) for at, found in grid.items()}) + bounded(grid)
+        sentence(each, {at: judge(found).verdict for at, found in grid.items()})
+        + undecided([judge(found) for found in grid.values()])
+        + bounded(grid)
         if len(grid) > 1
         else answer(*grid.values()) + bounded(grid)
         for each, grid in zip(maps, grids, strict=True)
@@ -254,11 +256,11 @@ def answer(found: Sequence[SystemResult]) -> str:
     )
 
 
-def more_seeds(undecided: Sequence[CellVerdict]) -> str:
+def more_seeds(cells: Sequence[CellVerdict]) -> str:
     """Say how many seeds would probably tell the pairs apart; '' if nobody knows."""
     needed = [
         (runs_to_tell(ratio, one.seeds), one.seeds)
-        for one in undecided
+        for one in cells
         if (ratio := one.over_colocated.ratio) is not None and ratio.low is not None
     ]
     if not needed:
@@ -273,7 +275,7 @@ def more_seeds(undecided: Sequence[CellVerdict]) -> str:
     return f"After {had} seeds, about {counts} would probably tell{but}."
 
 
-def _undecided(judged: Sequence[CellVerdict], cells: int) -> str:
+def undecided(judged: Sequence[CellVerdict]) -> str:
     """Say how many cells nobody knows, and between what the ratio is; '' for none."""
     open_ = [one for one in judged if one.verdict == UNCLEAR]
     if not open_:
@@ -287,26 +289,21 @@ def _undecided(judged: Sequence[CellVerdict], cells: int) -> str:
         if ratios
         else ": not every seed has a goodput there"
     )
-    said = f"Undecided in {len(open_)} of {cells} cells{between}."
+    said = f"\nUndecided: {len(open_)} of {len(judged)} cells{between}."
     return " ".join(filter(None, [said, more_seeds(open_)]))
 
 
-def sentence(each: Map, judged: Mapping[tuple[int, int], CellVerdict]) -> str:
-    """Say when not to disaggregate, by the cells of a map, and what is undecided."""
-    verdicts = {at: one.verdict for at, one in judged.items()}
+def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
+    """Say when not to disaggregate, by the cells of a map."""
     found = list(verdicts.values())
     kinds = (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
     counts = ", ".join(f"{name} {found.count(name)}" for name in kinds)
     cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
     tried = f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
-    unclear = _undecided(list(judged.values()), len(judged))
-    if cases:
-        said = f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
-    elif unclear:
-        said = f"No decided cell says not to disaggregate {tried}."
-    else:
-        said = f"No cell says not to disaggregate {tried}."
-    return " ".join(filter(None, [said, unclear]))
+    if not cases:
+        cell = "decided cell" if UNCLEAR in found else "cell"
+        return f"No {cell} says not to disaggregate {tried}."
+    return f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
 
 
 def _case(each: Map, region: Region) -> str:

@@ -8,8 +8,10 @@ import math
 import pytest
 
 from disagg_jax.deployment import Role
+from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.search.candidates import silent
 from disagg_jax.search.comparison import (
     POLICIES,
     ComparisonSpec,
@@ -42,10 +44,6 @@ from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
 from models.lookup import find_model
 from tests.commands import run_command
-
-
-def silent(message):
-    pass
 
 
 # ---- durations by hand ---------------------------------------------------------------
@@ -103,6 +101,7 @@ def linear_spec(**changes):
         "systems": of("vllm_v0", DISAGGREGATED),
         "sizes": (100, 200),
         "num_requests": 150,
+        "looks": (3,),
     }
     return ComparisonSpec(**(fields | changes))
 
@@ -181,6 +180,7 @@ def test_all_devices_are_used_in_all_ways():
 def small_spec(**changes):
     simulation = Simulation.of("opt-13b", "a100-80g", max_context=4096)
     fields = {"simulation": simulation, "devices": 2, "sizes": (128, 256, 512, 1024)}
+    fields["looks"] = (3,)
     return ComparisonSpec(**(fields | changes))
 
 
@@ -251,10 +251,13 @@ def test_one_token_each_way_ends_and_says_what_was_bounded(tmp_path):
             sizes = {o.candidate.search.num_requests for o in one.options}
             assert sizes == {80}
     said = []
-    grids = compare(spec, [cells], map, said.append)
+    grids = compare(spec, [cells], map, lambda *step: said.append(step))
     shown = text(spec, [cells], grids)
     assert "Bounded: in 2 of 2 cells runs have 80 requests" in shown
-    assert " 80 of " in shown and "runs bounded to 80 of " in said[1]
+    assert " 80 of " in shown
+    part = "goodputs (2 cells x 2 systems)"
+    assert [step[:3] for step in said] == [(part, done, 4) for done in range(5)]
+    assert said[1][3].startswith("vllm_v0 ")
     (found,) = record(spec, [cells], grids)["maps"]
     assert [cell["bounded"] for cell in found["cells"]] == [True, True]
     assert found["sentence"] in shown and "--max_requests" in found["sentence"]
@@ -369,7 +372,9 @@ def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
         ({"systems": of("vllm_v0", "orca")}, "systems: expected a colocated one and"),
         ({"systems": of(DISAGGREGATED)}, "systems: expected a colocated one and one"),
         ({"devices": 1}, "devices: expected >= 2"),
-        ({"seeds": ()}, "seeds: expected >= 1"),
+        ({"looks": ()}, "seeds: expected 1 to 3 numbers that rise from above 0, got"),
+        ({"looks": (4, 4)}, "seeds: expected 1 to 3 numbers that rise from above 0"),
+        ({"looks": (1, 2, 3, 4)}, "seeds: expected 1 to 3 numbers that rise"),
         ({"budgets": (0,)}, "budgets: expected >= 1"),
         (
             {"simulation": get_simulation("opt175b_a100"), "devices": 5},
@@ -437,9 +442,11 @@ def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     shown = (tmp_path / "maps.txt").read_text()
     assert shown in done.stdout + "\n" and "with 1 workers" in done.stdout
     assert "infeasible: even alone vllm_v0 needs" in shown
-    assert "seeds 0, 1;" in shown and "max_batched_tokens = 2048: the default" in shown
-    assert "2/2: TTFT target 0.5" in done.stderr
-    content = json.loads((tmp_path / "maps.json").read_text())
+    assert (
+        "2 seeds; 95 %" in shown and "max_batched_tokens = 2048: the default" in shown
+    )
+    assert "4/4 goodputs (2 cells x 2 systems)" in done.stderr
+    content = MAPS.read(json.loads((tmp_path / "maps.json").read_text()))
     assert content["flags"]["ttfts"] == ["0.01", "0.5"]
     assert content["environment"]["commit"] and content["wall_s"] > 0
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
@@ -490,7 +497,19 @@ def test_a_winner_whose_attainment_is_not_monotone_says_so():
     [
         ((2.0, 2.02, 1.98), (1.0, 1.0, 1.0), "2.00 [1.95, 2.05]: disaggregate."),
         ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0), "0.50 [0.50, 0.50]: do not disaggregate."),
-        ((1.0, 2.0, 1.5), (1.5, 1.6, 1.4), ": no clear winner."),
+        (
+            (1.0, 2.0, 1.5),
+            (1.5, 1.6, 1.4),
+            # Logarithms of the ratios: -0.405, 0.223, 0.069. Their mean is -0.038, and
+            # half of the interval 0.812, so 3 x (0.812 / 0.038)^2 seeds and more.
+            ": no clear winner. Even 1000 seeds would probably not tell, after 3.",
+        ),
+        (
+            (1.0, 2.0, 1.5),
+            (1.2, 1.2, 1.2),
+            # -0.182, 0.511 and 0.223: 0.184 and 0.865, so 3 x 22.2 = 66.5.
+            ": no clear winner. After 3 seeds, about 67 would probably tell.",
+        ),
         ((2.0, 2.0, 2.0), (0.0, 0.0, 0.0), "not both meet the targets: disaggregate."),
     ],
 )
@@ -550,6 +569,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     said = [
         f"trace {tmp_path}/trace.csv: columns format, 61 rows, times in s",
         "1 of 61 rows are left out: over 8192 tokens",
+        "the trace's own rate: 1 requests/s",
     ]
     assert all(f"\n{line}\n" in done.stdout for line in said)
     assert "Warning" not in done.stderr

@@ -16,6 +16,7 @@ from disagg_jax.search.candidates import (
     CandidateResult,
     Layout,
     candidate_row,
+    silent,
 )
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
@@ -43,7 +44,7 @@ def search(model="opt-13b", devices=2, slo="0.25,0.1", **changes):
         num_requests=100,
         **changes,
     )
-    return PlacementSearch(problem=problem, mapper=map, progress=lambda text: None)
+    return PlacementSearch(problem=problem, mapper=map, progress=silent)
 
 
 def command(*arguments):
@@ -229,7 +230,7 @@ def told(monkeypatch, rates, scale=0.5):
     """Searches find these goodputs, by name; others 3 for a unit. Returns the calls."""
     calls = []
 
-    def best_first(candidates, mapper, progress, *, prune):
+    def best_first(candidates, mapper, progress, *, part, prune, stop):
         del mapper, progress
         calls.append(prune)
         found = []

@@ -58,7 +58,7 @@ SPEC = ComparisonSpec(
     systems={name: POLICIES[name] for name in ("vllm_v0", "orca", DISAGGREGATED)},
     sizes=(128,),
     plan=SearchPlan(target=0.8),
-    seeds=(0, 1, 2),
+    looks=(3,),
 )
 MAP = slos_map([0.25, 0.5, 1.0], [0.04], WORKLOAD, "mine")
 GRID = {(0, 0): NOBODY, (1, 0): CLOSE, (2, 0): CLEAR}
@@ -73,16 +73,16 @@ def rows(title):
 def test_a_cell_has_its_winner_its_goodput_and_both_ratios():
     nobody, close, clear = rows("map of targets: workload mine")[1:]
     assert nobody == [
-        *("0.25", "0.04", "123", "-", "-", "-", "-", "infeasible:", "even", "alone"),
-        *("orca", "needs", "1.25", "x", "the", "targets"),
+        *("0.25", "0.04", "123", "3", "-", "-", "-", "-", "infeasible:", "even"),
+        *("alone", "orca", "needs", "1.25", "x", "the", "targets"),
     ]
     assert close == [
-        *("0.5", "0.04", "123", "orca", "3", "[2.75,", "3.25]"),
+        *("0.5", "0.04", "123", "3", "orca", "3", "[2.75,", "3.25]"),
         *("1.02", "[0.91,", "1.14]", "(unclear)", DISAGGREGATED),
         *("0.98", "[0.88,", "1.10]", "(unclear)", "orca", "no", "clear", "winner"),
     ]
     assert clear == [
-        *("1", "0.04", "123", DISAGGREGATED, "2", "[1.5,", "2.5]"),
+        *("1", "0.04", "123", "3", DISAGGREGATED, "2", "[1.5,", "2.5]"),
         *("2.00", "[2.00,", "2.00]", "vllm_v0", "2.00", "[2.00,", "2.00]", "vllm_v0"),
         DISAGGREGATED,
     ]
@@ -114,7 +114,7 @@ def test_the_head_says_what_was_asked():
     for said in (
         "opt-13b on 4 devices, fitted/distserve, KV over nvlink-a100; simulated",
         "requests/s per device at which 80% of the requests meet both targets",
-        "seeds 0, 1, 2; N requests a run",
+        "3 seeds; 95 % intervals over seeds; N requests a run",
         "at once, at most: vllm_v0 256, orca 128, disaggregated 256;",
     ):
         assert said in TEXT.split("\n\n")[0]
@@ -136,7 +136,7 @@ def test_the_record_has_the_numbers_of_the_table():
     ]
     assert clear["systems"][1]["goodput"]["mean"] == pytest.approx(1.0)
     asked = content["question"]
-    assert (asked["devices"], asked["seeds"], asked["sizes"]) == (4, [0, 1, 2], [128])
+    assert (asked["devices"], asked["looks"], asked["sizes"]) == (4, [3], [128])
     assert asked["plan"]["target"] == 0.8
     assert made["sentence"] == report.sentences([MAP], [GRID])[0]
 
