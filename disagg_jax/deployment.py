@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import itertools
 import re
+from collections.abc import Collection
 
 from disagg_jax.errors import require
 
@@ -113,6 +114,33 @@ class Deployment:
     def of(self, *roles: Role) -> tuple[int, ...]:
         """Return the indices of the instances with one of `roles`."""
         return tuple(i for i, spec in enumerate(self.instances) if spec.role in roles)
+
+    def in_roles(self, roles: Collection[Role]) -> Deployment:
+        """Return the same instances for a system that has policies for `roles`.
+
+        They are colocated, or else half of them prefill and the others decode.
+
+        Raises:
+          ValueError: on roles that cannot serve a request, or too few instances.
+        """
+        apart, count = Role.COLOCATED not in roles, len(self.instances)
+        if apart:
+            expected = "expected policies for colocated, or for prefill and decode"
+            pair = set(roles) == {Role.PREFILL, Role.DECODE}
+            require(pair, expected, sorted(map(str, roles)))
+            expected = "expected instances for both prefill and decode"
+            require(count > 1, expected, str(self))
+
+        def role(i: int) -> Role:
+            if apart:
+                return Role.PREFILL if i < count // 2 else Role.DECODE
+            return Role.COLOCATED
+
+        moved = [
+            dataclasses.replace(spec, role=role(i))
+            for i, spec in enumerate(self.instances)
+        ]
+        return Deployment(tuple(moved))
 
     @property
     def devices(self) -> int:

@@ -6,9 +6,15 @@ Simulates every system on equal devices with equal arrivals in each cell of two 
 prompt length x output length at fixed targets, and TTFT target x TPOT target for a
 fixed workload, and prints the winner, its goodput per device, its margin with a 95 %
 interval, the parameters that each system was given and why, and the cells in which
-colocated systems clearly win. The best disaggregated and the best colocated system get
-more seeds until they are told apart (--seeds). OUT gets maps.txt, maps.png and
-maps.json.
+colocated systems clearly win. The two systems that are compared, the best
+disaggregated and the best colocated one, get more seeds until they are told apart
+(--seeds). OUT gets maps.txt, maps.png and maps.json.
+
+Any two systems can be compared. If all are colocated, or all disaggregated, it says
+which of them wins where:
+
+    python -m experiments.compare_systems --systems=vllm_v1,sarathi_serve --devices=2 \\
+        --set systems.vllm_v1.deployment=colocated:tp2
 
 Durations are a roofline's of --model on --hardware, or those of the simulation that
 --config names (experiments/configs/named_simulations.py). A model or a device of your
@@ -33,13 +39,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
-from disagg_jax.scheduling import find_system, get_system
-from disagg_jax.scheduling.tuning import tile_multiples
-from disagg_jax.search.candidates import Progress as Steps
-from disagg_jax.search.candidates import Stop, never, silent
+from disagg_jax.scheduling import Policy, find_system, get_system
+from disagg_jax.scheduling.system import System
+from disagg_jax.scheduling.tuning import has_rule, step_size, tile_multiples
+from disagg_jax.search.candidates import Progress, Stop, never, silent
 from disagg_jax.search.comparison import (
+    KNOWN,
     POLICIES,
     ComparisonSpec,
     compare,
@@ -57,12 +65,14 @@ from disagg_jax.sim.workers import Mapper, worker_pool
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used
-from experiments.cli.progress import MinutesFlag, Progress
+from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
 from experiments.comparison import report
 from experiments.comparison.report import Grid
 from experiments.comparison.serving import Served
+from experiments.configs.options import no_effect, shown
+from experiments.configs.override import assign
 from experiments.configs.paper_workloads import get_workload
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
@@ -75,6 +85,12 @@ _SIMULATED = SimulationFlags(FLAGS)
 _DEVICES = FLAGS.integer("devices", 4, "For each system.")
 _SYSTEMS = FLAGS.list(
     "systems", list(POLICIES), "To compare; one of your own is module:attribute."
+)
+_SET = FLAGS.multi_string(
+    "set",
+    [],
+    "systems.NAME.deployment=DEPLOYMENT, instead of all ways to use the devices, or "
+    "systems.NAME.policies.ROLE.PARAMETER=VALUE; may be repeated.",
 )
 _BUDGETS = FLAGS.list(
     "budgets",
@@ -185,17 +201,57 @@ def _simulation() -> tuple[Simulation, int]:
     return simulation, max(_TILE, hardware.tile_rows) if hardware else _TILE
 
 
+def asked_systems(
+    names: Sequence[str], assignments: Sequence[str], budgets: Sequence[int]
+) -> dict[str, System]:
+    """Return the systems of these names, changed as `--set` says.
+
+    A system without a deployment of its own is tried on all.
+
+    Raises:
+      ValueError: on an unknown name or key, or on a step size that is chosen anyway.
+    """
+    found = [find_system(name, KNOWN) for name in names]
+    given = {n: System(deployment="", policies=get_system(n, KNOWN)) for n in found}
+    changed = {"systems": given}
+    for assignment in assignments:
+        changed = assign(changed, assignment)
+    for name, system in changed["systems"].items():
+        for role, policy in system.policies.items():
+            key = f"systems.{name}.policies.{role}"
+            _check_step(key, given[name].policies[role], policy, budgets)
+    return changed["systems"]
+
+
+def _check_step(
+    key: str, before: Policy, policy: Policy, budgets: Sequence[int]
+) -> None:
+    """Raise ValueError if the step size was set, and tuning sets it again."""
+    declared = step_size(policy)
+    if declared is None or not (has_rule(policy) or budgets):
+        return
+    size = getattr(policy, declared.parameter)
+    if size != getattr(before, declared.parameter):
+        got = f"--budgets={shown(tuple(budgets))}" if budgets else "the paper's rule"
+        name = f"--set {key}.{declared.parameter}"
+        raise no_effect(name, size, expected=f"--budgets={size}", got=got)
+
+
 def _spec() -> ComparisonSpec:
     simulation, tile = _simulation()
+    budgets = numbers("budgets", _BUDGETS.value, int)
+    systems = asked_systems(_SYSTEMS.value, _SET.value, budgets)
     return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
-        systems={
-            find_system(name, POLICIES): get_system(name, POLICIES)
-            for name in _SYSTEMS.value
+        systems={name: system.policies for name, system in systems.items()},
+        placed={
+            name: Deployment.parse(system.deployment)
+            for name, system in systems.items()
+            if system.deployment
         },
         sizes=tile_multiples(tile),
-        budgets=numbers("budgets", _BUDGETS.value, int),
+        budgets=budgets,
         plan=SearchPlan(
             target=_TARGET.value,
             growth=1.2,
@@ -243,7 +299,7 @@ def run(
     command: str = _COMMAND,
     workers: int | None = None,
     out: pathlib.Path | None = None,
-    progress: Steps = silent,
+    progress: Progress = silent,
     about: Mapping[str, Any] | None = None,
     *,
     stop: Stop = never,
@@ -330,7 +386,7 @@ def _single(
     each: Map,
     grid: Cells,
     mapper: Mapper,
-    progress: Steps,
+    progress: Progress,
     rate_rps: float | None,
     max_devices: int,
 ) -> Served | None:
@@ -372,7 +428,7 @@ def main() -> None:
         " ".join([_COMMAND, *sys.argv[1:]]),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
-        Progress().step,
+        ProgressLines().step,
         {"flags": FLAGS.asked()},
         stop=deadline.passed,
         rate_rps=_RATE.value,

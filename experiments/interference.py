@@ -3,10 +3,10 @@
     python -m experiments.interference
     python -m experiments.interference --model=llama-3-8b --hardware=h100 --rate=20
 
-Simulated, by a roofline. Every system has its way of failing: vLLM stalls decodes while
-it prefills; chunks make prompts slower, the more the shorter they are, and the decodes
-beside them too; disaggregation moves KV, and leaves devices of one phase idle. Writes
-interference.txt and .png.
+Simulated, by a roofline. Every system has its way of failing: vLLM V0 stalls decodes
+while it prefills; chunks make prompts slower, the more the shorter they are, and the
+decodes beside them too; disaggregation moves KV, and leaves devices of one phase idle.
+Writes interference.txt and .png.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ def systems(budget: int) -> dict[str, System]:
     colocated = {
         "orca": {"max_seqs": 64},
         "vllm_v0": {},
+        "vllm_v1": {"max_batched_tokens": budget, "max_seqs": min(budget, 256)},
         "sarathi": {"chunk_tokens": budget, "max_seqs": 64},
         "sarathi_serve": {"token_budget": budget},
         "splitfuse": {"token_budget": budget, "max_seqs": min(budget, 512)},

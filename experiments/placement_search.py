@@ -34,8 +34,7 @@ from disagg_jax.formats import PLACEMENT
 from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.search.candidates import Progress as Steps
-from disagg_jax.search.candidates import Stop, never, silent
+from disagg_jax.search.candidates import Progress, Stop, never, silent
 from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
@@ -43,7 +42,7 @@ from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload import TraceWorkload, Workload
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
-from experiments.cli.progress import MinutesFlag, Progress
+from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.trace_flags import TraceFlags
 from experiments.configs.named_simulations import (
     COSTS,
@@ -119,7 +118,7 @@ def run(
     algorithms: Sequence[str],
     workers: int | None = None,
     out: pathlib.Path | None = None,
-    progress: Steps = silent,
+    progress: Progress = silent,
     *,
     prune: bool = True,
     whole: bool = False,
@@ -242,7 +241,7 @@ def main() -> None:
         _algorithms(apart),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
-        Progress().step,
+        ProgressLines().step,
         prune=not _EXHAUSTIVE.value,
         whole=_WHOLE.value,
         stop=deadline.passed,

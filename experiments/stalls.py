@@ -4,10 +4,10 @@
     python -m experiments.stalls --model=m32 --prompts=64,128,256
 
 A few requests decode; then a prompt arrives. Colocated, the device computes the prompt
-in one step, for which the decodes wait (vLLM), or in chunks beside the decodes
-(Sarathi-Serve). Disaggregated, another device computes the prompt; only its KV comes
-in. Every program runs and is timed alone, and its time counts on its instance's own
-device. Writes stalls.txt and .png.
+in one step, for which the decodes wait (vLLM V0), or in chunks beside the decodes
+(Sarathi-Serve, vLLM V1). Disaggregated, another device computes the prompt; only its KV
+comes in. Every program runs and is timed alone, and its time counts on its instance's
+own device. Writes stalls.txt and .png.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLAGS = Flags()
 _MODEL = FLAGS.string("model", "tiny", "A preset of models.config.")
 _PROMPTS = FLAGS.list("prompts", ["64", "128", "256", "512"], "Tokens of a prompt.")
 _DECODES = FLAGS.integer("decodes", 8, "Requests that decode.", lower_bound=1)
-_CHUNK = FLAGS.integer("chunk", 64, "Tokens of a step of Sarathi-Serve.", lower_bound=2)
+_CHUNK = FLAGS.integer("chunk", 64, "Tokens of a step with a chunk.", lower_bound=2)
 _REPEATS = FLAGS.integer("repeats", 5, "Runs behind a median.", lower_bound=1)
 _OUT = FLAGS.string("out", "runs/stalls", "Folder.")
 

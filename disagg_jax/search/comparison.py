@@ -15,8 +15,8 @@ the highest rate that any of its systems could serve. `ComparisonSpec.max_reques
 limits them, as that rate times the targets has no bound (one-token prompts and outputs,
 or no target).
 
-Every system is searched with a few seeds. While the best disaggregated and the best
-colocated one are not told apart, these two get more, in the fixed steps of
+Every system is searched with a few seeds. While the pair of `CellVerdict` is not told
+apart, these two get more, in the fixed steps of
 `ComparisonSpec.looks`; intervals are corrected for the looks. A seed that is added has
 a search of its own (`find_goodput`), from the rate that the others gave.
 """
@@ -70,15 +70,16 @@ from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.workload import Workload
 
-# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
-_LEFT_OUT = "disaggregated_chunked"
 # The papers of Orca and SARATHI hold few requests, as their memory is not paged. Here
 # too they reserve memory for the longest case, but with Sarathi-Serve's rows.
-POLICIES: Mapping[str, Mapping[Role, Policy]] = {
-    **{name: system for name, system in SYSTEMS.items() if name != _LEFT_OUT},
+KNOWN: Mapping[str, Mapping[Role, Policy]] = {
+    **SYSTEMS,
     "orca": get_system("orca", colocated={"max_seqs": 128}),
     "sarathi": get_system("sarathi", colocated={"max_seqs": 128}),
 }
+# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
+_LEFT_OUT = "disaggregated_chunked"
+POLICIES = {name: system for name, system in KNOWN.items() if name != _LEFT_OUT}
 _SAMPLE = 200  # requests that lengths and capacities are estimated from
 # A run lasts at least for 10 TTFT targets, and 3 lives of a request at both targets.
 _TTFTS, _LIVES = 10, 3
@@ -93,14 +94,21 @@ Result = TypeVar("Result")
 class ComparisonSpec:
     """The conditions of a comparison, the same in all cells.
 
+    Attributes:
+      placed: deployments of systems that are to have no other, by name.
+
     Raises:
-      ValueError: on unequal cost models, or no pair of kinds of systems to compare.
+      ValueError: on unequal cost models, fewer than two systems, or a deployment that
+        does not fit its system or the number of devices.
     """
 
     simulation: Simulation
     devices: int
     systems: Mapping[str, Mapping[Role, Policy]] = dataclasses.field(
         default_factory=lambda: POLICIES
+    )
+    placed: Mapping[str, Deployment] = dataclasses.field(
+        default_factory=dict[str, Deployment]
     )
     sizes: tuple[int, ...]  # steps to choose from, in tokens
     budgets: tuple[int, ...] = ()  # if given, all are tried and the best is taken
@@ -116,7 +124,7 @@ class ComparisonSpec:
         return tuple(range(self.looks[0]))
 
     def __post_init__(self) -> None:
-        require(self.devices >= 2, "devices: expected >= 2", self.devices)
+        require(self.devices >= 1, "devices: expected >= 1", self.devices)
         require(
             self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests
         )
@@ -126,14 +134,41 @@ class ComparisonSpec:
         steps = rises and 1 <= len(self.looks) <= _MOST_LOOKS
         expected = f"seeds: expected 1 to {_MOST_LOOKS} numbers that rise from above 0"
         require(steps, expected, list(self.looks))
-        kinds = {Role.COLOCATED in policies for policies in self.systems.values()}
-        expected = "systems: expected a colocated one and one of prefill and decode"
-        require(len(kinds) == 2, expected, list(self.systems))
+        several = "systems: expected two or more"
+        require(len(self.systems) > 1, several, list(self.systems))
+        for name in self.systems:
+            self._check_system(name)
         sizes = min((1, *self.sizes, *self.budgets))
         require(sizes >= 1, "budgets: expected >= 1", list(self.budgets))
         mark = self.simulation.mark
         require(not mark, "config: expected one cost model for all systems", mark)
         self.tensor_parallel()
+
+    def _check_system(self, name: str) -> None:
+        roles = set(self.systems[name])
+        expected = "expected policies for colocated, or for prefill and decode"
+        fitting = Role.COLOCATED in roles or roles == {Role.PREFILL, Role.DECODE}
+        require(fitting, f"systems.{name}: {expected}", sorted(map(str, roles)))
+        if name in self.placed:
+            given, key = self.placed[name], f"systems.{name}.deployment"
+            theirs = {spec.role for spec in given.instances}
+            expected = f"{key}: expected instances of {', '.join(sorted(roles))} only"
+            require(theirs <= roles, expected, str(given))
+            equal = f"{key}: expected {self.devices} devices, as all systems have"
+            require(given.devices == self.devices, equal, str(given))
+
+    @property
+    def two_kinds(self) -> bool:
+        """Whether there are both colocated and disaggregated systems."""
+        kinds = {Role.COLOCATED in policies for policies in self.systems.values()}
+        return len(kinds) == 2
+
+    def deployments(self, system: str) -> list[Deployment]:
+        """Return the deployments that a system is tried on."""
+        if system in self.placed:
+            return [self.placed[system]]
+        roles = self.systems[system]
+        return deployments(roles, self.devices, self.tensor_parallel())
 
     def tensor_parallel(self) -> tuple[int, ...]:
         """Return the tp at which the model fits on an instance.
@@ -151,11 +186,14 @@ class ComparisonSpec:
             except ValueError as error:
                 reasons.append(str(error))
         least = min(fitting, default=self.devices)
+        apart = any(Role.COLOCATED not in roles for roles in self.systems.values())
+        count, instances = (2, "two instances") if apart else (1, "an instance")
         expected = (
-            "devices: expected enough for two instances of "
+            f"devices: expected enough for {instances} of "
             f"{self.simulation.model.name} ({'; '.join(reasons) or 'it fits'})"
         )
-        require(2 * least <= self.devices, expected, self.devices)
+        enough = bool(fitting) and count * least <= self.devices
+        require(enough, expected, self.devices)
         return tuple(fitting)
 
 
@@ -273,8 +311,7 @@ def _drafts(
     spec: ComparisonSpec, cell: Cell, system: str
 ) -> Iterator[tuple[Candidate, tuple[str, ...], int | None]]:
     """Yield candidates that lack a number of requests, their parameters and sizes."""
-    given = spec.systems[system]
-    for deployment in deployments(given, spec.devices, spec.tensor_parallel()):
+    for deployment in spec.deployments(system):
         for size in spec.budgets or (None,):
             simulated, parameters = simulate(spec, cell, system, deployment, size)
             name = f"{deployment}" if size is None else f"{deployment} {size} tokens"
@@ -516,9 +553,8 @@ def _lacking(results: Sequence[SystemResult], look: int) -> list[SystemResult]:
     More seeds may make another system the best of its kind: it gets them too.
     """
     judged = judge(results)
-    pair = (judged.disaggregated, judged.best_colocated)
-    lacking = [one for one in pair if len(one.per_seed_rps) < look]
-    even = len({len(one.per_seed_rps) for one in pair}) == 1
+    lacking = [one for one in judged.pair if len(one.per_seed_rps) < look]
+    even = len({len(one.per_seed_rps) for one in judged.pair}) == 1
     return lacking if judged.wants_seeds or not even else []
 
 
@@ -566,10 +602,11 @@ class CellVerdict:
 
     ranked: tuple[SystemResult, ...]  # the highest goodput first
     over_runner_up: Margin
-    best_colocated: SystemResult
-    disaggregated: SystemResult  # the best one
-    over_colocated: Margin  # of disaggregated
-    verdict: str  # DISAGGREGATED, COLOCATED, UNCLEAR or INFEASIBLE
+    # The best disaggregated and the best colocated one; of one kind, the two best.
+    pair: tuple[SystemResult, SystemResult]
+    over: Margin  # of the first of the pair over the second
+    # DISAGGREGATED or COLOCATED, of one kind the winner's name; UNCLEAR or INFEASIBLE.
+    verdict: str
 
     @property
     def winner(self) -> SystemResult:
@@ -577,18 +614,22 @@ class CellVerdict:
         return self.ranked[0]
 
     @property
+    def two_kinds(self) -> bool:
+        """Whether the pair is a disaggregated and a colocated system."""
+        ours, theirs = self.pair
+        return ours.colocated != theirs.colocated
+
+    @property
     def wants_seeds(self) -> bool:
-        """Return whether it is undecided, and may have more seeds."""
+        """Whether it is undecided, and may have more seeds."""
         most = max(self.winner.looks, default=0)
-        known = self.over_colocated.ratio is not None
+        known = self.over.ratio is not None
         return self.verdict == UNCLEAR and known and self.seeds < most
 
     @property
     def seeds(self) -> int:
-        """Return the seeds by which disaggregated and colocated are compared."""
-        return min(
-            len(self.disaggregated.per_seed_rps), len(self.best_colocated.per_seed_rps)
-        )
+        """Return the seeds by which the pair is compared."""
+        return min(len(one.per_seed_rps) for one in self.pair)
 
     @property
     def why_infeasible(self) -> str:
@@ -602,29 +643,33 @@ class CellVerdict:
 
 
 def judge(results: Sequence[SystemResult]) -> CellVerdict:
-    """Compare the systems of a cell.
+    """Compare the systems of a cell: the two kinds, or the two best if all are of one.
 
     The best of several systems looks slightly too good, on either side: systems are
     compared on the runs that chose them.
     """
     ranked = tuple(sorted(results, key=lambda f: -f.rps))
-    disaggregated = next(f for f in ranked if not f.colocated)
-    colocated = next(f for f in ranked if f.colocated)
-    over = _margin(disaggregated, colocated)
-    verdict = UNCLEAR
-    if ranked[0].rps == 0:
-        verdict = INFEASIBLE
-    elif over.clear:
-        wins = disaggregated.rps > colocated.rps
-        verdict = DISAGGREGATED if wins else COLOCATED
+    best = {one.colocated: one for one in reversed(ranked)}  # of each kind
+    pair = (best[False], best[True]) if len(best) == 2 else (ranked[0], ranked[1])
+    over = _margin(*pair)
     return CellVerdict(
         ranked=ranked,
         over_runner_up=_margin(ranked[0], ranked[1]),
-        best_colocated=colocated,
-        disaggregated=disaggregated,
-        over_colocated=over,
-        verdict=verdict,
+        pair=pair,
+        over=over,
+        verdict=_verdict(*pair, over),
     )
+
+
+def _verdict(ours: SystemResult, theirs: SystemResult, over: Margin) -> str:
+    winner = ours if ours.rps > theirs.rps else theirs
+    if winner.rps == 0:
+        return INFEASIBLE
+    if not over.clear:
+        return UNCLEAR
+    if ours.colocated == theirs.colocated:
+        return winner.system
+    return COLOCATED if winner.colocated else DISAGGREGATED
 
 
 def _margin(ours: SystemResult, theirs: SystemResult) -> Margin:

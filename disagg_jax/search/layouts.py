@@ -44,9 +44,8 @@ def with_all_layouts(
     mapper: Mapper,
     progress: Progress = silent,
 ) -> tuple[SystemResult, ...]:
-    """Search the layouts that were dropped of the best system of either kind."""
-    judged = judge(results)
-    pair = {one.system for one in (judged.disaggregated, judged.best_colocated)}
+    """Search the layouts that were dropped of the two systems that are compared."""
+    pair = {one.system for one in judge(results).pair}
     asked = {
         search.system: _dropped(one, search)
         for one, search in zip(results, searches, strict=True)

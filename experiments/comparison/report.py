@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -80,15 +81,26 @@ def is_single(maps: Sequence[Map], grids: Sequence[Grid]) -> bool:
 
 
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
-    """Say when not to disaggregate, for each map; of a single cell, its answer."""
+    """Say who wins where, for each map; of a single cell, its answer."""
     return [
-        sentence(each, {at: judge(found).verdict for at, found in grid.items()})
-        + undecided([judge(found) for found in grid.values()])
+        (_of_map(each, grid) if len(grid) > 1 else answer(*grid.values()))
         + bounded(grid)
-        if len(grid) > 1
-        else answer(*grid.values()) + bounded(grid)
         for each, grid in zip(maps, grids, strict=True)
     ]
+
+
+def _of_map(each: Map, grid: Grid) -> str:
+    judged = {at: judge(found) for at, found in grid.items()}
+    verdicts = {at: one.verdict for at, one in judged.items()}
+    unclear = undecided(list(judged.values()))
+    if _two_kinds(grid):
+        return sentence(each, verdicts) + unclear
+    systems = [one.system for one in next(iter(grid.values()))]
+    return winners(each, verdicts, systems) + unclear
+
+
+def _two_kinds(grid: Grid) -> bool:
+    return judge(next(iter(grid.values()))).two_kinds
 
 
 def bounded(grid: Grid) -> str:
@@ -131,9 +143,10 @@ def _seeds(spec: ComparisonSpec) -> str:
     if not more:
         return f"{first} seeds; 95 % intervals over seeds"
     steps = " or ".join(map(str, more))
+    pair = "the best disaggregated and the best colocated system"
     return (
-        f"{first} seeds, and {steps} of the best disaggregated and the best colocated "
-        "system until these are told apart; 95 % intervals over seeds, corrected for "
+        f"{first} seeds, and {steps} of {pair if spec.two_kinds else 'the two best'} "
+        "until these are told apart; 95 % intervals over seeds, corrected for "
         f"{len(spec.looks)} looks"
     )
 
@@ -149,7 +162,8 @@ def _table(each: Map, grid: Grid) -> str:
     head = (
         *(f"{axis.name}, {axis.unit}" for axis in (each.x, each.y)),
         *("N", "seeds", "winner", "goodput", "over the runner-up"),
-        *("disaggregated / best colocated", "verdict"),
+        *(("disaggregated / best colocated",) if _two_kinds(grid) else ()),
+        "verdict",
     )
     rows = [(*_at(each, at), *_row(judge(found))) for at, found in grid.items()]
     title = f"map of {each.name}: {each.fixed}"
@@ -169,17 +183,19 @@ def notes(each: Map, grid: Grid) -> list[str]:
 
 
 def _row(judged: CellVerdict) -> tuple[str, ...]:
-    winner = judged.winner
+    winner, (_, theirs) = judged.winner, judged.pair
     if judged.verdict == INFEASIBLE:
         why = f"{INFEASIBLE}: {judged.why_infeasible}"
-        return (needed(winner), f"{judged.seeds}", "-", "-", "-", "-", why)
+        dashes = ("-",) * (4 if judged.two_kinds else 3)
+        return (needed(winner), f"{judged.seeds}", *dashes, why)
+    over = f"{_shown(judged.over)} {theirs.system}"
     return (
         needed(winner),
         f"{judged.seeds}",
         winner.system,
         interval_text(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
-        f"{_shown(judged.over_colocated)} {judged.best_colocated.system}",
+        *((over,) if judged.two_kinds else ()),
         judged.verdict,
     )
 
@@ -236,15 +252,15 @@ def answer(found: Sequence[SystemResult]) -> str:
     judged = judge(found)
     if judged.verdict == INFEASIBLE:
         return f"Nobody: {judged.why_infeasible}."
-    winner, best = judged.winner, judged.best_colocated
+    winner, (ours, theirs) = judged.winner, judged.pair
     goodput = interval_text(winner.goodput, ".3g")
-    over = f"Disaggregated over {best.system}, the best colocated system"
-    said = {
-        DISAGGREGATED: "disaggregate",
-        COLOCATED: "do not disaggregate",
-        UNCLEAR: "no clear winner",
-    }[judged.verdict]
-    ratio = judged.over_colocated.ratio
+    over = f"{ours.system} over {theirs.system}"
+    said = judged.verdict if judged.verdict == UNCLEAR else f"{winner.system} wins"
+    if judged.two_kinds:
+        over = f"Disaggregated over {theirs.system}, the best colocated system"
+        kinds = {DISAGGREGATED: "disaggregate", COLOCATED: "do not disaggregate"}
+        said = kinds.get(judged.verdict, UNCLEAR)
+    ratio = judged.over.ratio
     how_much = interval_text(ratio) if ratio else "not both meet the targets"
     more = f" {more_seeds([judged])}" if judged.verdict == UNCLEAR else ""
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
@@ -261,7 +277,7 @@ def more_seeds(cells: Sequence[CellVerdict]) -> str:
     needed = [
         (runs_to_tell(ratio, one.seeds), one.seeds)
         for one in cells
-        if (ratio := one.over_colocated.ratio) is not None and ratio.low is not None
+        if (ratio := one.over.ratio) is not None and ratio.low is not None
     ]
     if not needed:
         return ""
@@ -280,12 +296,14 @@ def undecided(judged: Sequence[CellVerdict]) -> str:
     open_ = [one for one in judged if one.verdict == UNCLEAR]
     if not open_:
         return ""
-    ratios = [one.over_colocated.ratio for one in open_ if one.over_colocated.ratio]
+    ratios = [one.over.ratio for one in open_ if one.over.ratio]
     lows = [r.mean if r.low is None else r.low for r in ratios]
     highs = [r.mean if r.high is None else r.high for r in ratios]
+    pair = "disaggregated over the best colocated system"
+    if not open_[0].two_kinds:
+        pair = "the best system over the second"
     between = (
-        f": disaggregated over the best colocated system is {min(lows):.2f} to "
-        f"{max(highs):.2f} there"
+        f": {pair} is {min(lows):.2f} to {max(highs):.2f} there"
         if ratios
         else ": not every seed has a goodput there"
     )
@@ -295,15 +313,37 @@ def undecided(judged: Sequence[CellVerdict]) -> str:
 
 def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
     """Say when not to disaggregate, by the cells of a map."""
-    found = list(verdicts.values())
-    kinds = (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
-    counts = ", ".join(f"{name} {found.count(name)}" for name in kinds)
     cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
-    tried = f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
+    tried = _tried(each, verdicts, (DISAGGREGATED, COLOCATED))
     if not cases:
-        cell = "decided cell" if UNCLEAR in found else "cell"
+        cell = "decided cell" if UNCLEAR in verdicts.values() else "cell"
         return f"No {cell} says not to disaggregate {tried}."
     return f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
+
+
+def winners(
+    each: Map, verdicts: Mapping[tuple[int, int], str], systems: Sequence[str]
+) -> str:
+    """Say which system wins in which cells of a map, where all are of one kind."""
+    tried = _tried(each, verdicts, systems)
+    wins = [
+        f"{name} wins with {'; and with '.join(cases)}"
+        for name in systems
+        if (cases := [_case(each, r) for r in regions(verdicts, name)])
+    ]
+    if not wins:
+        return f"No cell has a clear winner {tried}."
+    return f"{'. '.join(wins)} {tried}."
+
+
+def _tried(
+    each: Map, verdicts: Mapping[tuple[int, int], str], wins: Sequence[str]
+) -> str:
+    """Count the verdicts of a map's cells."""
+    found = list(verdicts.values())
+    names = (*wins, UNCLEAR, INFEASIBLE)
+    counts = ", ".join(f"{name} {found.count(name)}" for name in names)
+    return f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
 
 
 def _case(each: Map, region: Region) -> str:
@@ -375,8 +415,8 @@ def _cell(each: Map, at: tuple[int, int], judged: CellVerdict) -> dict[str, Any]
         "winner": judged.winner.system if judged.winner.rps else None,
         "why_infeasible": judged.why_infeasible if infeasible else None,
         "over_runner_up": plain(judged.over_runner_up),
-        "best_colocated": judged.best_colocated.system,
-        "over_colocated": plain(judged.over_colocated),
+        "best_colocated": judged.pair[1].system if judged.two_kinds else None,
+        "over_colocated": plain(judged.over) if judged.two_kinds else None,
         "num_requests": judged.winner.num_requests,
         "seeds": judged.seeds,
         "bounded": judged.winner.bounded,
@@ -456,6 +496,7 @@ def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
 
 def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
     colours = _colours(list(spec.systems))
+    kinds = f": {DISAGGREGATED} or colocated" if spec.two_kinds else ""
     return CellMap(
         title=each.fixed + _footnote(*grid.values()),
         x=f"{each.x.name} ({each.x.unit})",
@@ -464,19 +505,22 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
         rows=[f"{value:g}" for value in each.y.values],
         cells={at: _map_cell(judge(found), colours) for at, found in grid.items()},
         legend={name: colours[name] for name in spec.systems},
-        hatched=f"{UNCLEAR}: {DISAGGREGATED} or colocated",
+        hatched=f"{UNCLEAR}{kinds}",
         notes=(
             "~ not clearly over the runner-up",
             "/s: goodput per device",
-            "d/c: disaggregated / best colocated",
+            *(("d/c: disaggregated / best colocated",) if spec.two_kinds else ()),
         ),
     )
 
 
 def _colours(systems: Sequence[str]) -> dict[str, int]:
     """Return the colour of each system; own ones have those that the listed leave."""
-    own = [name for name in systems if name not in POLICIES]
-    return {name: i % len(COLOURS) for i, name in enumerate([*POLICIES, *own])}
+    listed = {name: i for i, name in enumerate(POLICIES)}
+    used = {listed[name] for name in systems if name in listed}
+    left = [i for i in reversed(range(len(COLOURS))) if i not in used]
+    own = [name for name in systems if name not in listed]
+    return listed | dict(zip(own, itertools.cycle(left or [0])))
 
 
 def _map_cell(judged: CellVerdict, colours: Mapping[str, int]) -> ColouredCell:
@@ -495,7 +539,7 @@ def _footnote(*cells: Sequence[SystemResult]) -> str:
 
 
 def _label(judged: CellVerdict) -> str:
-    """Name the winner, its goodput, and disaggregated over the best colocated one."""
+    """Name the winner, its goodput, and the ratio of the pair that is compared."""
     if judged.verdict == INFEASIBLE:
         nearest = min(found.needs for found in judged.ranked)
         why = f"alone: {nearest:.2g} x\nthe targets" if nearest > 1 else "under load"
@@ -504,7 +548,8 @@ def _label(judged: CellVerdict) -> str:
     name, goodput = judged.winner.system, judged.winner.rps
     mark = f" {_BOUNDED}" if judged.winner.bounded else ""
     head = f"{about}{name}\n{goodput:.3g}/s{mark}\n"
-    ratio = judged.over_colocated.ratio
+    ratio = judged.over.ratio
     if ratio is None:
-        return f"{head}only kind that serves"
-    return f"{head}d/c {interval_text(ratio)}".replace(" [", "\n[")
+        return f"{head}only {'kind' if judged.two_kinds else 'one'} that serves"
+    pair = "d/c" if judged.two_kinds else f"over {judged.pair[1].system}"
+    return f"{head}{pair} {interval_text(ratio)}".replace(" [", "\n[")

@@ -408,6 +408,8 @@ ALL_SYSTEMS = [
     "workload.prompt_tokens=uniform:2:16",
     "systems.vllm_v0.policies.colocated.max_seqs=2",
     "systems.vllm_v0.policies.colocated.max_batched_tokens=24",
+    "systems.vllm_v1.policies.colocated.max_seqs=2",
+    "systems.vllm_v1.policies.colocated.max_batched_tokens=32",
     "systems.orca.policies.colocated.max_seqs=2",
     "systems.orca.policies.colocated.max_batched_tokens=24",
     "systems.sarathi.policies.colocated.max_seqs=2",
@@ -540,9 +542,9 @@ def test_a_link_needs_the_virtual_clock():
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory):
+def seven(tmp_path_factory):
     """A finished run of every system, programs run at passing rates only."""
-    out = tmp_path_factory.mktemp("runs") / "six"
+    out = tmp_path_factory.mktemp("runs") / "seven"
     changes = [*ALL_SYSTEMS, "rates=2,50000", "slo.ttft_scale=50", "slo.tpot_scale=50"]
     goodput_sweep.run(override(get_config("tiny"), changes), out, None)
     return out
@@ -553,39 +555,39 @@ def rows_of(out):
     return [json.loads(line) for line in lines]
 
 
-def test_every_system_takes_part_with_a_step_size_for_the_slo(six):
-    summary = json.loads((six / "summary.json").read_text())
+def test_every_system_takes_part_with_a_step_size_for_the_slo(seven):
+    summary = json.loads((seven / "summary.json").read_text())
     assert set(summary["systems"]) == set(get_config("tiny").systems)
-    tuned = {"sarathi", "sarathi_serve", "splitfuse", "disaggregated"}
+    tuned = {"vllm_v1", "sarathi", "sarathi_serve", "splitfuse", "disaggregated"}
     assert set(summary["choices"]) == tuned
-    table = (six / "table.txt").read_text()
+    table = (seven / "table.txt").read_text()
     for system, (said,) in summary["choices"].items():
         assert f"{system}: {said}" in table
 
 
-def test_programs_run_where_a_system_passes_and_their_tokens_agree(six):
-    systems = json.loads((six / "summary.json").read_text())["systems"]
+def test_programs_run_where_a_system_passes_and_their_tokens_agree(seven):
+    systems = json.loads((seven / "summary.json").read_text())["systems"]
     passing = {n: s["goodput"]["pass_rps_per_device"] for n, s in systems.items()}
     tokens = {}
-    for row in rows_of(six):  # of others only metrics are kept
+    for row in rows_of(seven):  # of others only metrics are kept
         assert row["rate_rps"] == 2 * passing[row["system"]] and row["tokens"]
         tokens.setdefault(row["request_id"], []).append(row["tokens"])
     assert len(tokens) == 6
     for served in tokens.values():
-        assert len(served) == 6 and all(part == served[0] for part in served)
+        assert len(served) == 7 and all(part == served[0] for part in served)
 
 
-def test_running_every_program_gives_the_same_summary(six, tmp_path):
+def test_running_every_program_gives_the_same_summary(seven, tmp_path):
     """And the same requests, where they are kept."""
     changes = [*ALL_SYSTEMS, "execute_all=true", "rates=2,50000"]
     changes += ["slo.ttft_scale=50", "slo.tpot_scale=50"]
     cfg = override(get_config("tiny"), changes)
-    goodput_sweep.run(cfg, tmp_path / "all", str(six / "step_times.json"))
-    fewer, every = rows_of(six), rows_of(tmp_path / "all")
+    goodput_sweep.run(cfg, tmp_path / "all", str(seven / "step_times.json"))
+    fewer, every = rows_of(seven), rows_of(tmp_path / "all")
     assert len(fewer) < len(every) and all(row in every for row in fewer)
     found = [
         json.loads((out / "summary.json").read_text())
-        for out in (six, tmp_path / "all")
+        for out in (seven, tmp_path / "all")
     ]
     for summary in found:
         del summary["executed"]
@@ -596,7 +598,7 @@ def test_running_every_program_gives_the_same_summary(six, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_timeline_unlike_the_durations_is_an_error(six, tmp_path, monkeypatch):
+def test_a_timeline_unlike_the_durations_is_an_error(seven, tmp_path, monkeypatch):
     """Here the run of the programs is another run: of other requests."""
     right = ServedDeployment.run
 
@@ -609,7 +611,7 @@ def test_a_timeline_unlike_the_durations_is_an_error(six, tmp_path, monkeypatch)
     with pytest.raises(
         RuntimeError, match="timelines are not those of their durations"
     ):
-        goodput_sweep.run(cfg, tmp_path / "x", str(six / "step_times.json"))
+        goodput_sweep.run(cfg, tmp_path / "x", str(seven / "step_times.json"))
 
 
 def test_step_sizes_become_systems():
@@ -617,12 +619,13 @@ def test_step_sizes_become_systems():
     sized = ("sarathi", "sarathi_serve", "splitfuse", "disaggregated")
     assert list(cfg.systems) == [
         "vllm_v0",
+        *("vllm_v1@64", "vllm_v1@128"),
         "orca",
         *(f"{name}@{size}" for name in sized for size in (64, 128)),
     ]
     splitfuse = cfg.systems["splitfuse@64"].policies[Role.COLOCATED]
     assert splitfuse.token_budget == 64
-    with pytest.raises(ValueError, match="chunk_tokens: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="_tokens: expected >= 1, got 0"):
         override(get_config("tiny"), ["step_tokens=0"]).by_step_tokens()
 
 
@@ -655,13 +658,13 @@ def test_step_times_of_the_first_format_are_one_round(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_targets_stand_side_by_side(six, tmp_path):
+def test_two_targets_stand_side_by_side(seven, tmp_path):
     """With looks and halves; the commands that read a run find either target."""
     changes = [change for change in ALL_SYSTEMS if change != "relaxed=0"]
     searched = ["num_seeds=4", "first_seeds=2", "workload.num_requests=40"]
     cfg = override(get_config("tiny"), [*changes, *searched])
     for name in ("a", "b"):
-        text = goodput_sweep.run(cfg, tmp_path / name, str(six / "step_times.json"))
+        text = goodput_sweep.run(cfg, tmp_path / name, str(seven / "step_times.json"))
     files = [(tmp_path / n / "summary.json").read_bytes() for n in ("a", "b")]
     assert files[0] == files[1]
     targets = json.loads(files[0])["targets"]

@@ -38,13 +38,15 @@ def test_each_system_stalls_decodes_as_it_must(found, prompt):
     # All of the prompt's step, and the decode step after it.
     assert found["vllm_v0", prompt].longest_s == pytest.approx(2.0 + prompt)
     # A step with the 16 prompt tokens that fit beside 3 decodes.
-    assert found["sarathi_serve", prompt].longest_s == pytest.approx(1.0 + 16)
+    for chunked in ("sarathi_serve", "vllm_v1"):
+        assert found[chunked, prompt].longest_s == pytest.approx(1.0 + 16)
     assert found["disaggregated", prompt].longest_s == pytest.approx(1.0)
 
 
 def test_the_price_of_chunks_is_paid_by_the_prompt(found):
     # 80 tokens in 5 steps of 16, where vLLM takes one; neither waits for a decode step.
-    assert found["sarathi_serve", 80].ttft_s == pytest.approx(5 * 17.0)
+    for chunked in ("sarathi_serve", "vllm_v1"):
+        assert found[chunked, 80].ttft_s == pytest.approx(5 * 17.0)
     assert found["vllm_v0", 80].ttft_s == pytest.approx(81.0)
     assert found["disaggregated", 80].ttft_s == pytest.approx(81.0)
 
@@ -58,7 +60,7 @@ def test_the_table_and_the_picture_have_every_system(found, tmp_path):
     ]
     left, right = stalls.panels(list(found.values()))
     assert [series.label for series in left.series] == [
-        *("vllm_v0", "sarathi_serve", "disaggregated"),
+        *("vllm_v0", "vllm_v1", "sarathi_serve", "disaggregated"),
     ]
     # Around the prompt only: it takes vLLM 81 s, and shown is a quarter of the slowest.
     assert all(-22 < x / 1e3 < 107 for s in left.series for x, _ in s.points)
