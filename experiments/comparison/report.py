@@ -284,7 +284,7 @@ def more_seeds(cells: Sequence[CellVerdict]) -> str:
     few = sorted(max(math.ceil(n), k + 1) for n, k in needed if n <= _MOST_SEEDS)
     had = max(k for _, k in needed)
     if not few:
-        return f"Even {_MOST_SEEDS} seeds would probably not tell, after {had}."
+        return f"After {had} seeds, even {_MOST_SEEDS} would probably not tell."
     counts = f"{few[0]}" if few[0] == few[-1] else f"{few[0]} to {few[-1]}"
     others = len(needed) - len(few)
     but = f", but in {others} not even {_MOST_SEEDS}" if others else ""

@@ -37,58 +37,15 @@ from disagg_jax.search.maps import (
     regions,
     slos_map,
 )
-from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.sim.simulation import DeviceCost, Simulation
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
 from experiments.compare_systems import asked_systems, numbers
 from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from models.lookup import find_model
 from tests.commands import run_command
-
-# ---- durations by hand ---------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearInstance:
-    cost: LinearCost
-
-    def stages_s(self, load):
-        # Of prompts alone there is no fixed part, so that they add up.
-        base = self.cost.step_base_s if load.decodes else 0.0
-        return (base + self.cost.prefill_token_s * load.prompt_tokens,)
-
-    def decode_s(self, decodes, context):
-        return self.cost.step_base_s
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearModel:
-    """Durations of one device; there is no tensor parallelism."""
-
-    cost: LinearCost
-
-    def instance(self, tp, pp=1):
-        if tp > 1:
-            raise ValueError(f"tp: expected 1, got {tp}")
-        return LinearInstance(self.cost)
-
-
-# 1 ms a prompt token, 10 ms a decode step; free transfers, endless memory.
-LINEAR = Simulation(
-    model=find_model("opt-13b"),
-    cost=DeviceCost(
-        name="linear",
-        instance=LinearModel(
-            LinearCost(step_base_s=0.01, prefill_token_s=1e-3)
-        ).instance,
-        kv_tokens=lambda tp, pp: 10**6,
-    ),
-    kv_memory=False,
-    max_context=10**6,
-)
+from tests.linear_simulation import LINEAR
 
 
 def of(*names):
@@ -627,7 +584,7 @@ def test_a_winner_whose_attainment_is_not_monotone_says_so():
             (1.5, 1.6, 1.4),
             # Logarithms of the ratios: -0.405, 0.223, 0.069. Their mean is -0.038, and
             # half of the interval 0.812, so 3 x (0.812 / 0.038)^2 seeds and more.
-            ": no clear winner. Even 1000 seeds would probably not tell, after 3.",
+            ": no clear winner. After 3 seeds, even 1000 would probably not tell.",
         ),
         (
             (1.0, 2.0, 1.5),

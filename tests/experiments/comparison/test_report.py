@@ -14,7 +14,7 @@ from disagg_jax.search.comparison import (
 )
 from disagg_jax.search.maps import slos_map
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.workload import FixedLengths, RandomWorkload
+from disagg_jax.workload import FixedLengths, RandomWorkload, TraceWorkload
 from disagg_jax.workload.traces import TraceRow
 from experiments.comparison import report
 from experiments.configs.named_simulations import get_simulation
@@ -250,7 +250,7 @@ def test_of_one_kind_the_answer_is_who_wins():
         "vllm_v1 (vllm_v1's) serves the most: 2 [1.5, 2.5] requests/s per device.\n"
         "vllm_v1 over orca: 1.30 [1.24, 1.37]: vllm_v1 wins."
     )
-    assert report.answer(EVEN).endswith(": no clear winner.")
+    assert ": no clear winner. After 3 seeds, even 1000" in report.answer(EVEN)
     assert "isaggregate" not in report.answer(EVEN)
 
 
@@ -259,7 +259,9 @@ def test_of_one_kind_a_map_says_who_wins_where():
     (said,) = report.sentences([MAP], [grid])
     assert said == (
         "vllm_v1 wins with TTFT target >= 0.5 s (of 3 cells, workload mine: "
-        "vllm_v0 0, vllm_v1 2, no clear winner 1, infeasible 0)."
+        "vllm_v0 0, vllm_v1 2, no clear winner 1, infeasible 0).\nUndecided: 1 of 3 "
+        "cells: the best system over the second is 0.79 to 1.27 there. After 3 seeds, "
+        "even 1000 would probably not tell."
     )
     (said,) = report.sentences([MAP], [{(0, 0): EVEN, (1, 0): EVEN}])
     assert said.startswith("No cell has a clear winner (of 2 cells, workload mine: ")
@@ -341,6 +343,49 @@ def test_a_cluster_without_a_link_is_said_to_have_a_free_one():
 
 def test_what_is_infinite_is_none_in_the_record():
     assert plain({"a": (float("inf"), 1.5)}) == {"a": [None, 1.5]}
+
+
+def test_undecided_cells_are_said_with_the_range_of_their_ratio():
+    """0.98 [0.88, 1.10] of three seeds, and by logs 0.022 +- 12.71 x 0.073: to 2.59.
+
+    So 3 x (0.108 / 0.018)^2 seeds, and 2 x (0.931 / 0.022)^2.
+    """
+    wide = (found("vllm_v0", 1.0, 1.0), found(DISAGGREGATED, 1.1, 0.95))
+    (said,) = report.sentences([MAP], [{(0, 0): CLOSE, (1, 0): wide, (2, 0): CLEAR}])
+    first, second = said.splitlines()
+    assert first.startswith("No decided cell says not to disaggregate (of 3 cells, ")
+    assert second == (
+        "Undecided: 2 of 3 cells: disaggregated over the best colocated system is "
+        "0.40 to 2.59 there. After 3 seeds, about 109 would probably tell, but in 1 "
+        "not even 1000."
+    )
+
+
+def test_seeds_that_would_tell_are_not_named_where_nobody_knows():
+    one = (found("vllm_v0", 1.0), found(DISAGGREGATED, 2.0))
+    assert report.more_seeds([judge(one)]) == ""
+    none = (found("vllm_v0", 1.0, 0.0), found(DISAGGREGATED, 2.0, 1.0))
+    (said,) = report.sentences([MAP], [{(0, 0): none, (1, 0): none}])
+    assert said.endswith("Undecided: 2 of 2 cells: not every seed has a goodput there.")
+
+
+def test_what_the_time_did_not_suffice_for_is_the_last_line():
+    made = report.text(SPEC, [MAP], [GRID], left_out=["2 of 5 cells", "all layouts"])
+    assert made.splitlines()[-1] == (
+        "Left out, as the time of --minutes was spent: 2 of 5 cells; all layouts."
+    )
+    content = report.record(SPEC, [MAP], [GRID], left_out=["2 of 5 cells"])
+    assert content["left_out"] == ["2 of 5 cells"] and content["served"] is None
+
+
+def test_a_cell_does_not_repeat_the_rows_of_its_trace():
+    rows = tuple(TraceRow(float(i), 10, 2) for i in range(1000))
+    each = slos_map([0.25], [0.04], TraceWorkload(rows=rows), "mine")
+    content = report.record(SPEC, [each], [{(0, 0): CLEAR}])
+    (cell,) = content["maps"][0]["cells"]
+    assert cell["cell"]["workload"]["rows"]["count"] == 1000
+    assert len(str(content)) < 10_000
+    assert "the trace's own rate: 1 requests/s" in content["maps"][0]["notes"]
 
 
 @pytest.mark.parametrize(
