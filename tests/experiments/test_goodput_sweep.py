@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import sys
+import types
 
 import jax
 import pytest
@@ -18,6 +19,7 @@ from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import criteria, find_inversion
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import replay
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, one_request
@@ -422,6 +424,32 @@ ALL_SYSTEMS = [
     "systems.disaggregated.policies.prefill.token_budget=24",
     "systems.disaggregated.policies.decode.max_seqs=2",
 ]
+
+
+@pytest.mark.slow  # compiles the programs of several systems
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("vllm_v1", "sarathi_serve"),
+        ("disaggregated", "disaggregated_chunked"),
+        ("orca", "own"),
+        ("own", "disaggregated"),
+    ],
+)
+def test_any_two_systems_run_side_by_side(names, tmp_path, monkeypatch):
+    """Each on the instances of the config, and the first on others that are set."""
+    own = {Role.COLOCATED: RunningFirst(max_batched_tokens=32, max_seqs=2)}
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(own=own))
+    chosen = ["mine:own" if name == "own" else name for name in names]
+    base = config("durations=modelled").with_systems(chosen)
+    alone = "prefill:tp1,2xdecode:tp1" if "disagg" in chosen[0] else "3xcolocated:tp1"
+    changed = override(base, [f"systems.{chosen[0]}.deployment={alone}"])
+    table = goodput_sweep.run(changed, tmp_path / "out", None)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["systems"]) == chosen
+    assert summary["systems"][chosen[0]]["deployment"] == alone
+    assert list(summary["ratios"]) == [f"{chosen[1]}/{chosen[0]}"]
+    assert f"goodput {chosen[1]}/{chosen[0]}, paired by seed" in table
 
 
 # -- parallelism, links and streams ----------------------------------------------------
