@@ -331,12 +331,16 @@ def run(
             left_out = _unfinished(maps, grids)
             maps, grids = _begun(maps, grids)
             served = None
-            if report.is_single(maps, grids) and stop():
-                left_out += ["all layouts", "the devices that a rate needs"]
-            elif report.is_single(maps, grids):
-                served = _single(
-                    spec, maps[0], grids[0], mapper, progress, rate_rps, max_devices
-                )
+            if report.is_single(maps, grids):
+                single = _Single(spec, maps[0], mapper, progress)
+                if stop():
+                    left_out.append("all layouts")
+                else:
+                    single.complete_layouts(grids[0])
+                if stop():
+                    left_out.append("the devices that a rate needs")
+                else:
+                    served = single.served(grids[0], rate_rps, max_devices)
         seconds = time.perf_counter() - start
         text = "\n\n".join(
             [
@@ -381,32 +385,40 @@ def _unfinished(maps: Sequence[Map], grids: Sequence[Cells]) -> list[str]:
     return said
 
 
-def _single(
-    spec: ComparisonSpec,
-    each: Map,
-    grid: Cells,
-    mapper: Mapper,
-    progress: Progress,
-    rate_rps: float | None,
-    max_devices: int,
-) -> Served | None:
-    """Completes the layouts of a single cell; finds the devices that its rate needs."""
-    ((at, cell),) = each.cells.items()
-    searches = system_searches(spec, cell)
-    grid[at] = with_all_layouts(grid[at], searches, mapper, progress)
-    workload = cell.workload
-    own_rps = workload.rate_rps if isinstance(workload, TraceWorkload) else None
-    rate = rate_rps or own_rps
-    if rate is None:
-        return None
-    traffic = Traffic.of(cell, rate, searches[0], max_devices)
-    tasks = [
-        fewest_search(spec, cell, traffic, search, one)
-        for search, one in zip(searches, grid[at], strict=True)
-    ]
-    part = f"devices for {rate:.4g} requests/s"
-    found = counted(mapper(fewest_devices, tasks), part, len(tasks), progress)
-    return Served(traffic=traffic, own=rate_rps is None, found=tuple(found))
+class _Single:
+    """What is asked of a single cell besides its winner."""
+
+    def __init__(
+        self, spec: ComparisonSpec, each: Map, mapper: Mapper, progress: Progress
+    ):
+        self._spec, self._mapper, self._progress = spec, mapper, progress
+        ((self._at, self._cell),) = each.cells.items()
+        self._searches = system_searches(spec, self._cell)
+
+    def complete_layouts(self, grid: Cells) -> None:
+        """Finds the goodputs of all layouts of the pair that is compared."""
+        grid[self._at] = with_all_layouts(
+            grid[self._at], self._searches, self._mapper, self._progress
+        )
+
+    def served(
+        self, grid: Cells, rate_rps: float | None, max_devices: int
+    ) -> Served | None:
+        """Finds the devices that a rate needs, by default the trace's own."""
+        workload = self._cell.workload
+        own_rps = workload.rate_rps if isinstance(workload, TraceWorkload) else None
+        rate = rate_rps or own_rps
+        if rate is None:
+            return None
+        traffic = Traffic.of(self._cell, rate, self._searches[0], max_devices)
+        tasks = [
+            fewest_search(self._spec, self._cell, traffic, search, one)
+            for search, one in zip(self._searches, grid[self._at], strict=True)
+        ]
+        part = f"devices for {rate:.4g} requests/s"
+        results = self._mapper(fewest_devices, tasks)
+        found = tuple(counted(results, part, len(tasks), self._progress))
+        return Served(traffic=traffic, own=rate_rps is None, found=found)
 
 
 def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:

@@ -534,6 +534,21 @@ def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_time_that_is_spent_leaves_cells_out_and_says_so(tmp_path):
+    done = command(
+        *("--model=opt-13b", "--devices=2", "--systems=vllm_v0,disaggregated"),
+        *("--map=targets", "--ttfts=0.4,0.5", "--tpots=0.05", "--seeds=2,3"),
+        *("--workload=fixed:512x8", "--num_requests=20", "--workers=1"),
+        *("--minutes=0.0001", f"--out={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    said = "Left out, as the time of --minutes was spent: 1 of 2 cells of the map targe"
+    assert last.startswith(said)
+    content = json.loads((tmp_path / "maps.json").read_text())
+    assert len(content["maps"][0]["cells"]) == 1 and content["left_out"]
+
+
 def test_a_bad_flag_is_one_line():
     done = command("--config=opt13b_a100", "--model=opt-13b", "--workers=1")
     assert done.returncode == 1
@@ -668,5 +683,12 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     assert all(one["goodput"]["low"] is None for one in cell["systems"])
     assert all(not one["candidates"][0]["resolved"] for one in cell["systems"])
     assert content["flags"]["trace"] == f"{tmp_path}/trace.csv"
+    assert "\nall layouts that were tried; " in done.stdout
+    last = done.stdout.splitlines()[-1]
+    need = "devices needed: vllm_v0 1, disaggregated 2."
+    assert last == f"For 1 requests/s, the trace's own rate, {need}"
+    served = content["served"]
+    assert served["traffic"]["num_requests"] == 60 and served["own_rate"]
+    assert [one["best"]["attainment"] for one in served["systems"]] == [1.0, 1.0]
     for name in ("maps", "lengths"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000

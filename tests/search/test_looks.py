@@ -139,6 +139,11 @@ def test_intervals_are_corrected_for_the_looks():
     once = dataclasses.replace(one, looks=(2,))
     width, narrow = (r.goodput.high - r.goodput.low for r in (one, once))
     assert width > 2 * narrow
+    ratios = [
+        judge([dataclasses.replace(r, looks=looks) for r in results(**EVEN)]).over.ratio
+        for looks in ((2, 4, 6), (2,))
+    ]
+    assert ratios[0].high > 100 * ratios[1].high
     assert judge(results(**EVEN)).wants_seeds
     assert judge(results(**EVEN)).verdict == UNCLEAR
 
