@@ -99,22 +99,16 @@ def why_not_fewer(one: FewestDevices) -> str:
         return "there is no smaller deployment"
     if one.below is None:
         return f"bound: fewer than {one.bound} cannot, by capacity"
-    return _at_most(one)
+    return f"{one.below.devices} are too few, as simulated"
 
 
 def why_none(one: FewestDevices, most: int) -> str:
     """Say why no number of devices was found."""
     if one.below is not None:
-        return _at_most(one)
+        return f"{one.below.devices} are too few, as simulated"
     if one.least == 0:
         return "no layout meets the targets, even alone"
     return f"bound: {most} cannot, by capacity"
-
-
-def _at_most(one: FewestDevices) -> str:
-    """Write the share that is good on fewer devices; runs end once it is too low."""
-    assert one.below is not None
-    return f"{one.below.devices}: at most {one.below.attainment:.1%} good"
 
 
 def sentence(served: Served) -> str:

@@ -47,13 +47,13 @@ def test_a_row_has_the_devices_the_latencies_and_why_not_fewer():
     assert runs == "whole deployments simulated at that rate: 1 run of 100 requests"
     shown = [" ".join(row.split()) for row in rows[1:]]
     assert shown == [
-        "vllm_v0 3 3xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - 2: at most 60.0% "
-        "good",
+        "vllm_v0 3 3xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - 2 are too "
+        "few, as simulated",
         "orca 2 2xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - bound: fewer than 2 "
         "cannot, by capacity",
         "sarathi 1 1xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - there is no smaller "
         "deployment",
-        "slow > 8 - - - - 8: at most 80.0% good",
+        "slow > 8 - - - - 8 are too few, as simulated",
         "large > 8 - - - - bound: 8 cannot, by capacity",
         "late > 8 - - - - no layout meets the targets, even alone",
     ]
