@@ -30,7 +30,7 @@ from disagg_jax.search.maps import (
     Region,
     regions,
 )
-from disagg_jax.workload.workload import TraceWorkload
+from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.comparison import serving
 from experiments.comparison.serving import Served
 from experiments.placement.report import lines
@@ -178,8 +178,20 @@ def notes(each: Map, grid: Grid) -> list[str]:
             said |= dict.fromkeys(cell.workload.notes)
             if rate := cell.workload.rate_rps:
                 said[f"the trace's own rate: {rate:.4g} requests/s"] = None
+    for at, found in grid.items():
+        said |= dict.fromkeys(_no_more_rows(each.cells[at].workload, judge(found)))
     why = {one.why_dependent: None for found in grid.values() for one in found}
     return [*said, *(f"no interval: {reason}" for reason in why if reason)]
+
+
+def _no_more_rows(workload: Workload, judged: CellVerdict) -> list[str]:
+    """Say that an undecided cell had all the seeds that its trace has rows for."""
+    if not isinstance(workload, TraceWorkload) or judged.verdict != UNCLEAR:
+        return []
+    requests = judged.winner.num_requests
+    seeds = len(workload.rows) // requests
+    all_used = 1 < judged.seeds == seeds
+    return [f"it has rows for {seeds} seeds of {requests} requests"] if all_used else []
 
 
 def _row(judged: CellVerdict) -> tuple[str, ...]:

@@ -378,6 +378,16 @@ def test_what_the_time_did_not_suffice_for_is_the_last_line():
     assert content["left_out"] == ["2 of 5 cells"] and content["served"] is None
 
 
+@pytest.mark.parametrize(("rows", "said"), [(3 * 123, True), (4 * 123, False)])
+def test_an_undecided_cell_says_that_its_trace_has_no_more_rows(rows, said):
+    """Runs of 123 requests, by three seeds."""
+    trace = TraceWorkload(rows=tuple(TraceRow(float(i), 9, 2) for i in range(rows)))
+    each = slos_map([0.25], [0.04], trace, "mine")
+    line = "it has rows for 3 seeds of 123 requests"
+    assert (line in report.notes(each, {(0, 0): CLOSE})) == said
+    assert line not in report.notes(each, {(0, 0): CLEAR})
+
+
 def test_a_cell_does_not_repeat_the_rows_of_its_trace():
     rows = tuple(TraceRow(float(i), 10, 2) for i in range(1000))
     each = slos_map([0.25], [0.04], TraceWorkload(rows=rows), "mine")
