@@ -46,6 +46,13 @@ class InstanceSpec:
         return f"{self.role}:tp{self.tp}{stages}"
 
 
+class RequestLimit(enum.StrEnum):
+    """A limit of an instance that a request may exceed."""
+
+    CONTEXT = "context"  # the longest prompt + output of one request
+    KV_MEMORY = "KV memory"  # the blocks of the pool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVMemory:
     """The KV memory of an instance."""
@@ -63,15 +70,23 @@ class KVMemory:
         """Return the number of blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
+    def exceeded(self, prompt_tokens: int, max_tokens: int) -> RequestLimit | None:
+        """Return the limit that a request exceeds, even alone; None if it fits."""
+        tokens = prompt_tokens + max_tokens
+        if tokens > self.max_context:
+            return RequestLimit.CONTEXT
+        blocks = self.blocks_for(tokens - 1)  # the last token's KV is never needed
+        return RequestLimit.KV_MEMORY if blocks > self.num_blocks else None
+
     def rejection_reason(self, prompt_tokens: int, max_tokens: int) -> str:
         """Return why a request could not be served even alone; '' if it could."""
-        tokens = prompt_tokens + max_tokens
-        blocks = self.blocks_for(tokens - 1)  # the last token's KV is never needed
-        if tokens <= self.max_context and blocks <= self.num_blocks:
+        limit = self.exceeded(prompt_tokens, max_tokens)
+        if limit is None:
             return ""
         request = f"{prompt_tokens} prompt + {max_tokens} output tokens"
-        if tokens > self.max_context:
+        if limit is RequestLimit.CONTEXT:
             return f"expected at most {self.max_context} tokens, got {request}"
+        blocks = self.blocks_for(prompt_tokens + max_tokens - 1)
         return f"has {self.num_blocks} KV blocks, got {request} = {blocks} blocks"
 
 

@@ -61,13 +61,14 @@ from disagg_jax.search.layouts import with_all_layouts
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
-from disagg_jax.sim.workers import Mapper, worker_pool
+from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used
 from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
+from experiments.cli.workers import Workers, open_workers
 from experiments.comparison import report
 from experiments.comparison.report import Grid
 from experiments.comparison.serving import Served
@@ -151,7 +152,7 @@ _MAX_DEVICES = FLAGS.integer(
     "max_devices", 64, "Of one system, for the rate; no more are tried."
 )
 _MINUTES = MinutesFlag(FLAGS, "cells, more seeds and the last tables")
-_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_WORKERS = FLAGS.workers()
 _OUT = FLAGS.string("out", None, "Folder for maps.{txt,png,json}.")
 
 T = TypeVar("T")
@@ -297,7 +298,7 @@ def run(
     spec: ComparisonSpec,
     maps: Sequence[Map],
     command: str = _COMMAND,
-    workers: int | None = None,
+    workers: Workers | None = None,
     out: pathlib.Path | None = None,
     progress: Progress = silent,
     about: Mapping[str, Any] | None = None,
@@ -321,12 +322,12 @@ def run(
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
-    workers = os.cpu_count() or 1 if workers is None else workers
+    workers = workers or os.cpu_count() or 1
     start = time.perf_counter()
     ran_in = environment()  # now, as files may change while this runs
     asked = about or plain(spec)
     with run_folder(out, asked, "maps.json", replace=about is None):
-        with worker_pool(workers) as mapper:
+        with open_workers(workers) as mapper:
             grids = compare(spec, maps, mapper, progress, stop)
             left_out = _unfinished(maps, grids)
             maps, grids = _begun(maps, grids)

@@ -26,10 +26,9 @@ runs, no other run may use the directory.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.calibration.step_times import (
@@ -41,10 +40,11 @@ from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
-from disagg_jax.sim.workers import Mapper, worker_pool
+from disagg_jax.sim.workers import Mapper
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once
+from experiments.cli.workers import Workers, open_workers
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
@@ -85,14 +85,24 @@ _PLACEMENT = FLAGS.string(
 _STEP_TIMES = FLAGS.string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
+_WORKERS = FLAGS.workers()
 
 
-def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
+def run(
+    config: Config,
+    out: pathlib.Path,
+    step_times_file: str | None,
+    workers: Workers | None = None,
+) -> str:
     """Run a sweep and return its table.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
+    if workers is not None and not _may_leave(config):
+        expected = "executed=passing and durations=table"
+        got = f"executed={config.executed} and durations={config.durations}"
+        raise no_effect("--workers", workers, expected=expected, got=got)
     host_devices.provide(most_devices(config))
     check_modelled(config)
     if step_times_file and config.durations == "modelled":
@@ -116,7 +126,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         record["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
         run_dir = RunDir(out, record)
-        return _run(config, run_dir, model, source, engines, given)
+        return _run(config, run_dir, model, source, engines, given, workers)
 
 
 def _run(
@@ -126,11 +136,12 @@ def _run(
     source: RequestSource,
     engines: Mapping[str, Engine],
     given: StepTimes | None,
+    workers: Workers | None,
 ) -> str:
     progress = progress_to_stderr()
     compile_engines(engines, progress)
     times = _step_times(config, run_dir, list(engines.values()), given, progress)
-    with _workers(config) as mapper:
+    with open_workers(workers if _may_leave(config) else 1) as mapper:
         sweeps = [
             Sweep(
                 config=config,
@@ -164,14 +175,9 @@ def _run(
     return text
 
 
-@contextlib.contextmanager
-def _workers(config: Config) -> Iterator[Mapper]:
-    """Yield a mapper over processes where runs need no engine, else over this one."""
-    if config.executed == "all" or config.durations != "table":
-        yield map
-        return
-    with worker_pool() as mapper:
-        yield mapper
+def _may_leave(config: Config) -> bool:
+    """Return whether runs need no engine, so that other processes can make them."""
+    return config.executed != "all" and config.durations == "table"
 
 
 def _settled(
@@ -294,7 +300,7 @@ def main() -> None:
         config = config.with_placements(_read_placement(_PLACEMENT.value))
     config = config.by_step_tokens()
     out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
-    print(run(config, out, _STEP_TIMES.value))
+    print(run(config, out, _STEP_TIMES.value, _WORKERS.value))
     print(f"\nrun directory: {out}")
 
 

@@ -38,12 +38,13 @@ from disagg_jax.search.candidates import Progress, Stop, never, silent
 from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
-from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload import TraceWorkload, Workload
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.names import DEVICE, LINK, MODEL
 from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.trace_flags import TraceFlags
+from experiments.cli.workers import Workers, open_workers
 from experiments.configs.named_simulations import (
     COSTS,
     devices_by_role,
@@ -54,17 +55,17 @@ from experiments.placement.report import report
 from experiments.runs.folder import plain, run_folder, write_text
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", REQUIRED, "A name of models/config.py.")
+_MODEL = FLAGS.string("model", REQUIRED, MODEL)
 _DEVICE = FLAGS.string(
     "hardware",
     "a100",
-    "A device, such as a100 or h100; or prefill=DEVICE,decode=DEVICE.",
+    f"For all, or prefill=DEVICE,decode=DEVICE. a100 is a100-80g. {DEVICE}",
 )
 _LINK = FLAGS.string(
     "link",
     None,
-    "That KV takes; see sim/hardware/link.py. By default the devices' own, "
-    "and 200gb between unlike ones.",
+    "That KV takes; by default the devices' own, and 200gb between unlike ones. "
+    f"{LINK}",
 )
 _COST = FLAGS.string(
     "cost", None, f"Step times: {', '.join(COSTS)}, or module:attribute."
@@ -109,14 +110,14 @@ _WHOLE = FLAGS.boolean(
     "whole", True, "Simulate answers as a whole: phases together, copies as one."
 )
 _MINUTES = MinutesFlag(FLAGS, "candidates")
-_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_WORKERS = FLAGS.workers()
 _OUT = FLAGS.string("out", None, "Folder for placement.json.")
 
 
 def run(
     problem: PlacementProblem,
     algorithms: Sequence[str],
-    workers: int | None = None,
+    workers: Workers | None = None,
     out: pathlib.Path | None = None,
     progress: Progress = silent,
     *,
@@ -128,7 +129,7 @@ def run(
     """Searches; returns the report and what is in placement.json.
 
     Args:
-      workers: processes; None is one a core.
+      workers: None is a process for each core.
       out: folder for placement.json.
       prune, whole, stop: see `PlacementSearch`.
       about: more for placement.json: what a command was asked. It replaces nothing of
@@ -141,7 +142,7 @@ def run(
     workers = workers or os.cpu_count() or 1
     asked = about or {"problem": plain(problem), "algorithms": list(algorithms)}
     with run_folder(out, asked, "placement.json", replace=about is None):
-        with worker_pool(workers) as mapper:
+        with open_workers(workers) as mapper:
             search = PlacementSearch(
                 problem=problem,
                 mapper=mapper,
@@ -169,7 +170,7 @@ def _check_flags() -> None:
     trace = f"--trace={_TRACE.value}"
     expect_used(_TRACE.value is None, _WORKLOAD, expected="no --trace", got=trace)
     traced = _TRACE.value is not None
-    of_trace = (_MAX_TOKENS, *_TRACE_FILE.flags)
+    of_trace = (_MAX_TOKENS, *_TRACE_FILE.holders)
     expect_used(traced, *of_trace, expected="a --trace", got="none")
     alone = f"--system={_SYSTEM.value}"
     expect_used(_SYSTEM.value is None, _SYSTEMS, expected="no --system", got=alone)

@@ -21,6 +21,7 @@ from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, integers
+from experiments.cli.names import ENGINE_MODEL
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
@@ -30,7 +31,7 @@ from models.checkpoint import Weights
 from models.config import ModelConfig, get_config
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "tiny", "A preset of models.config.")
+_MODEL = FLAGS.string("model", "tiny", ENGINE_MODEL)
 _PROMPTS = FLAGS.list("prompts", ["64", "128", "256", "512"], "Tokens of a prompt.")
 _DECODES = FLAGS.integer("decodes", 8, "Requests that decode.", lower_bound=1)
 _CHUNK = FLAGS.integer("chunk", 64, "Tokens of a step with a chunk.", lower_bound=2)

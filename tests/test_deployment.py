@@ -10,6 +10,7 @@ from disagg_jax.deployment import (
     Deployment,
     InstanceSpec,
     KVMemory,
+    RequestLimit,
     Role,
     cut_layers,
 )
@@ -134,6 +135,8 @@ def test_blocks_for_is_the_least_that_holds(tokens: int, block_tokens: int):
 def test_why_never(prompt: int, out: int, max_context: int, reason: str):
     memory = KVMemory(num_blocks=4, block_tokens=4, max_context=max_context)
     assert memory.rejection_reason(prompt, out) == reason
+    limit = {"": None, "h": RequestLimit.KV_MEMORY, "e": RequestLimit.CONTEXT}
+    assert memory.exceeded(prompt, out) is limit[reason[:1]]
 
 
 @pytest.mark.parametrize(

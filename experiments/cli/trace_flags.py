@@ -6,7 +6,7 @@ import pathlib
 import typing
 from typing import Any
 
-from absl.flags import FlagHolder
+from absl import flags
 
 from disagg_jax.workload.traces import Ties, Trace, Unit, load_trace
 from experiments.cli.flags import Flags
@@ -40,9 +40,9 @@ class TraceFlags:
         )
 
     @property
-    def flags(self) -> tuple[FlagHolder[Any], ...]:
-        """Return the flags, which have no effect without a trace."""
-        return (self._unit, self._ties, self._rows, self._tokenizer)
+    def holders(self) -> tuple[flags.FlagHolder[Any], ...]:
+        """Return the flags, which matter where a trace is read."""
+        return self._unit, self._ties, self._rows, self._tokenizer
 
     def open(self, path: str) -> Trace:
         """Read a trace as the flags say.

@@ -134,7 +134,8 @@ class Config:
     prefill_router: str = "shortest_queue"  # picks the instance of a prompt
     decode_router: str = "least_loaded"  # picks the instance that pulls KV
     layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
-    # Virtual clock: a preset of sim.hardware.link, whose time transfers take.
+    # Virtual clock: a preset of sim.hardware.link or a .json file, whose time
+    # transfers take.
     link: str = ""
     # Whether KV leaves while the rest of its prompt is computed, a part by each
     # program.

@@ -305,6 +305,13 @@ def test_bad_input_is_refused_before_any_work(change, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_workers_where_programs_run_everywhere_are_refused(tmp_path):
+    expected = "--workers: expected executed=passing and durations=table, got .*=all"
+    with pytest.raises(ValueError, match=expected):
+        goodput_sweep.run(get_config("smoke"), tmp_path / "run", None, 2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_step_times_of_other_programs_are_refused(first, tmp_path):
     content = json.loads((first / "step_times.json").read_text())
     for each in (content["seconds"], content["rounds"]):

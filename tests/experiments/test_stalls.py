@@ -9,9 +9,10 @@ from disagg_jax.engine.executor import as_measured
 from disagg_jax.work import Step
 from experiments import stalls
 from experiments.benchmarks.stall import StallScenario, measure
-from models import transformer
 from models.config import get_config
+from tests.engine.harness import random_params
 
+CONFIG = dataclasses.replace(get_config("tiny"), layers=1)  # quick to compile
 SCENE = StallScenario(decodes=3, prompts=(32, 80), chunk=19, repeats=1)
 
 
@@ -25,9 +26,7 @@ def timing(work, parts_s):
 
 @pytest.fixture(scope="module")
 def found():
-    config = get_config("tiny")
-    params = transformer.init_params(config, 0)
-    stalled = measure(config, params, SCENE, timing=timing)
+    stalled = measure(CONFIG, random_params(CONFIG), SCENE, timing=timing)
     return {(stall.system, stall.prompt): stall for stall in stalled}
 
 
@@ -97,11 +96,9 @@ def test_of_several_runs_the_one_in_the_middle_counts():
             return as_measured(work, [1.0 + 80 * next(factors)])
         return known
 
-    config = get_config("tiny")
     scene = dataclasses.replace(SCENE, prompts=(80,), repeats=3)
-    params = transformer.init_params(config, 0)
     # Each of the warm-up runs has such a prompt as well, so that the cycle starts anew.
-    vllm, *_ = measure(config, params, scene, timing=uneven)
+    vllm, *_ = measure(CONFIG, random_params(CONFIG), scene, timing=uneven)
     assert vllm.longest_s == pytest.approx(1.0 + 1.0 + 80 * 2)
     assert vllm.ttft_s == pytest.approx(1.0 + 80 * 2)
     assert max(gap_s for _, gap_s in vllm.gaps) == vllm.longest_s
@@ -117,7 +114,6 @@ def test_a_machine_that_became_too_fast_is_named():
             return known
         return as_measured(work, [s / 100 for s in known.durations_s])
 
-    config = get_config("tiny")
     scene = dataclasses.replace(SCENE, prompts=(80,))
     with pytest.raises(ValueError, match="ended before the prompt came"):
-        measure(config, transformer.init_params(config, 0), scene, timing=faster)
+        measure(CONFIG, random_params(CONFIG), scene, timing=faster)

@@ -438,3 +438,15 @@ def test_less_than_nothing_is_refused(assignment):
     name = assignment.partition("=")[0]
     with pytest.raises(ValueError, match=f"{name}: expected >= "):
         override(get_config("tiny"), [assignment])
+
+
+def test_a_link_may_be_a_file(tmp_path):
+    path = tmp_path / "mine.json"
+    asked = [f"link={path}"]
+    with pytest.raises(FileNotFoundError, match="mine.json"):
+        override(get_config("smoke"), asked)
+    path.write_text('{"latency_s": 0, "gbit": 10}')
+    with pytest.raises(ValueError, match="link: .*mine.json: expected the numbers"):
+        override(get_config("smoke"), asked)
+    path.write_text('{"latency_s": 0, "bandwidth_bytes_s": 1e9, "efficiency": 1}')
+    assert override(get_config("smoke"), asked).link == str(path)
