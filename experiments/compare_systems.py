@@ -56,7 +56,7 @@ from disagg_jax.search.comparison import (
     system_searches,
 )
 from disagg_jax.search.comparison import Grid as Cells
-from disagg_jax.search.fewest import Traffic, fewest_devices, fewest_search
+from disagg_jax.search.fewest import Demand, fewest_devices, fewest_search
 from disagg_jax.search.layouts import with_all_layouts
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
@@ -71,7 +71,7 @@ from experiments.cli.trace_flags import TraceFlags
 from experiments.cli.workers import Workers, open_workers
 from experiments.comparison import report
 from experiments.comparison.report import Grid
-from experiments.comparison.serving import Served
+from experiments.comparison.serving import RateAnswer
 from experiments.configs.options import no_effect, shown
 from experiments.configs.override import assign
 from experiments.configs.paper_workloads import get_workload
@@ -404,22 +404,22 @@ class _Single:
 
     def served(
         self, grid: Cells, rate_rps: float | None, max_devices: int
-    ) -> Served | None:
+    ) -> RateAnswer | None:
         """Finds the devices that a rate needs, by default the trace's own."""
         workload = self._cell.workload
         own_rps = workload.rate_rps if isinstance(workload, TraceWorkload) else None
         rate = rate_rps or own_rps
         if rate is None:
             return None
-        traffic = Traffic.of(self._cell, rate, self._searches[0], max_devices)
+        demand = Demand.of(self._cell, rate, self._searches[0], max_devices)
         tasks = [
-            fewest_search(self._spec, self._cell, traffic, search, one)
+            fewest_search(self._spec, self._cell, demand, search, one)
             for search, one in zip(self._searches, grid[self._at], strict=True)
         ]
         part = f"devices for {rate:.4g} requests/s"
         results = self._mapper(fewest_devices, tasks)
         found = tuple(counted(results, part, len(tasks), self._progress))
-        return Served(traffic=traffic, own=rate_rps is None, found=found)
+        return RateAnswer(demand=demand, own=rate_rps is None, found=found)
 
 
 def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:

@@ -43,7 +43,7 @@ _SAMPLE = 200  # requests that capacities are estimated from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Traffic:
+class Demand:
     """A rate to serve, and the runs that show whether it is served.
 
     Raises:
@@ -64,7 +64,7 @@ class Traffic:
     @classmethod
     def of(
         cls, cell: Cell, rate_rps: float, search: SystemSearch, max_devices: int
-    ) -> Traffic:
+    ) -> Demand:
         """Return the whole of a trace once, or as many requests as in a search."""
         known = search.options[0].candidate.search
         num_requests, seeds = known.num_requests, known.seeds
@@ -118,7 +118,7 @@ class FewestSearch:
     system: str
     size: int | None  # of a step in tokens, where it was given
     units: tuple[Unit, ...]
-    traffic: Traffic
+    demand: Demand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class FewestDevices:
 def fewest_search(
     spec: ComparisonSpec,
     cell: Cell,
-    traffic: Traffic,
+    demand: Demand,
     search: SystemSearch,
     result: SystemResult,
 ) -> FewestSearch:
@@ -181,7 +181,7 @@ def fewest_search(
         system=search.system,
         size=search.option(result.deployment).size,
         units=_units(spec, cell, search, result),
-        traffic=traffic,
+        demand=demand,
     )
 
 
@@ -232,10 +232,10 @@ def _unit_capacity_rps(
 
 def fewest_devices(task: FewestSearch) -> FewestDevices:
     """Find the fewest devices on which a system serves the rate."""
-    traffic = task.traffic
+    demand = task.demand
     known = {
         devices: ranked
-        for devices in range(1, traffic.max_devices + 1)
+        for devices in range(1, demand.max_devices + 1)
         if (ranked := _ranked(task.units, devices))
     }
     sizes = list(known)
@@ -243,7 +243,7 @@ def fewest_devices(task: FewestSearch) -> FewestDevices:
         devices
         for devices in sizes
         if CAPACITY_MARGIN * max(each.capacity_rps for each in known[devices])
-        >= traffic.rate_rps
+        >= demand.rate_rps
     ]
     if not able:
         least = min(sizes, default=0)
@@ -258,7 +258,7 @@ def fewest_devices(task: FewestSearch) -> FewestDevices:
     promising = (
         at
         for at, devices in enumerate(able)
-        if known[devices][0].promise_rps >= traffic.rate_rps
+        if known[devices][0].promise_rps >= demand.rate_rps
     )
     at = lowest(serves, next(promising, len(able) - 1), len(able))
     return FewestDevices(
@@ -323,15 +323,15 @@ def _try(
 def _trial(task: FewestSearch, devices: int, deployment: Deployment) -> Trial:
     """Simulate a whole deployment at the rate."""
     simulated, _ = simulate(task.spec, task.cell, task.system, deployment, task.size)
-    traffic, target = task.traffic, task.spec.plan.target
-    seeds, num_requests = traffic.seeds, traffic.num_requests
+    demand, target = task.demand, task.spec.plan.target
+    seeds, num_requests = demand.seeds, demand.num_requests
     runs = [
         watch_run(
             CutShortRun(
                 point=SimulationTask(
                     simulated=simulated,
                     workload=task.cell.workload,
-                    rate_rps=traffic.rate_rps,
+                    rate_rps=demand.rate_rps,
                     num_requests=num_requests,
                     seed=seed,
                 ),

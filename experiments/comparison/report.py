@@ -32,7 +32,7 @@ from disagg_jax.search.maps import (
 )
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.comparison import serving
-from experiments.comparison.serving import Served
+from experiments.comparison.serving import RateAnswer
 from experiments.placement.report import lines
 from experiments.report.draw import COLOURS, draw
 from experiments.report.intervals import interval_text
@@ -51,7 +51,7 @@ def text(
     spec: ComparisonSpec,
     maps: Sequence[Map],
     grids: Sequence[Grid],
-    served: Served | None = None,
+    served: RateAnswer | None = None,
     left_out: Sequence[str] = (),
 ) -> str:
     """Write all tables, then the sentences.
@@ -388,7 +388,7 @@ def record(
     spec: ComparisonSpec,
     maps: Sequence[Map],
     grids: Sequence[Grid],
-    served: Served | None = None,
+    served: RateAnswer | None = None,
     left_out: Sequence[str] = (),
 ) -> Any:
     """Return the spec and the results, ready for JSON; for arguments see `text`."""

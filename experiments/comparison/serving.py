@@ -8,7 +8,7 @@ from typing import Any
 
 from disagg_jax.metrics import Interval
 from disagg_jax.search.comparison import SystemResult
-from disagg_jax.search.fewest import FewestDevices, Traffic
+from disagg_jax.search.fewest import Demand, FewestDevices
 from experiments.report.intervals import interval_text, number
 from experiments.report.table import align
 from experiments.runs.folder import plain
@@ -17,10 +17,10 @@ _POINTS = ("p50", "p90", "p99")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Served:
+class RateAnswer:
     """On how many devices each system serves a rate."""
 
-    traffic: Traffic
+    demand: Demand
     own: bool  # whether the rate is the trace's own
     found: Sequence[FewestDevices]
 
@@ -28,7 +28,7 @@ class Served:
     def rate(self) -> str:
         """Write the rate and whose it is."""
         whose = ", the trace's own rate" if self.own else ""
-        return f"{self.traffic.rate_rps:.4g} requests/s{whose}"
+        return f"{self.demand.rate_rps:.4g} requests/s{whose}"
 
 
 def layouts(found: Sequence[SystemResult]) -> str:
@@ -56,18 +56,18 @@ def _goodput(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return interval_text(interval, ".3g"), seeds, ""
 
 
-def fewest(served: Served) -> str:
+def fewest(served: RateAnswer) -> str:
     """Write on how many devices a system serves the rate, and its latencies there."""
-    traffic = served.traffic
+    demand = served.demand
     head = ("system", "devices", "deployment", "good", "TTFT P50, P90, P99 (s)")
-    rows = [_fewest_row(one, traffic.max_devices) for one in served.found]
-    runs = f"{len(traffic.seeds)} run{'s' if len(traffic.seeds) > 1 else ''}"
+    rows = [_fewest_row(one, demand.max_devices) for one in served.found]
+    runs = f"{len(demand.seeds)} run{'s' if len(demand.seeds) > 1 else ''}"
     return "\n".join(
         [
             f"the fewest devices that serve {served.rate}; at most "
-            f"{traffic.max_devices} are tried\n"
+            f"{demand.max_devices} are tried\n"
             f"whole deployments simulated at that rate: {runs} of "
-            f"{traffic.num_requests} requests",
+            f"{demand.num_requests} requests",
             *align([(*head, "TPOT P50, P90, P99 (ms)", "fewer"), *rows]),
         ]
     )
@@ -111,10 +111,10 @@ def why_none(one: FewestDevices, most: int) -> str:
     return f"bound: {most} cannot, by capacity"
 
 
-def sentence(served: Served) -> str:
+def sentence(served: RateAnswer) -> str:
     """Say on how many devices each system serves the rate."""
     found = sorted(served.found, key=_devices)
-    counts = ", ".join(_count(one, served.traffic.max_devices) for one in found)
+    counts = ", ".join(_count(one, served.demand.max_devices) for one in found)
     return f"For {served.rate}, devices needed: {counts}."
 
 
@@ -126,12 +126,12 @@ def _count(one: FewestDevices, most: int) -> str:
     return f"{one.system} {one.best.devices if one.best else f'more than {most}'}"
 
 
-def record(served: Served) -> dict[str, Any]:
+def record(served: RateAnswer) -> dict[str, Any]:
     """Return what was found, ready for JSON."""
     return {
-        "rate_rps": served.traffic.rate_rps,
+        "rate_rps": served.demand.rate_rps,
         "own_rate": served.own,
-        "traffic": plain(served.traffic),
+        "demand": plain(served.demand),
         "systems": [{**plain(one), "below": plain(one.below)} for one in served.found],
     }
 

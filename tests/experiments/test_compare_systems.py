@@ -688,7 +688,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     need = "devices needed: vllm_v0 1, disaggregated 2."
     assert last == f"For 1 requests/s, the trace's own rate, {need}"
     served = content["served"]
-    assert served["traffic"]["num_requests"] == 60 and served["own_rate"]
+    assert served["demand"]["num_requests"] == 60 and served["own_rate"]
     assert [one["best"]["attainment"] for one in served["systems"]] == [1.0, 1.0]
     for name in ("maps", "lengths"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000

@@ -11,8 +11,8 @@ from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search import fewest
 from disagg_jax.search.comparison import ComparisonSpec, search_system, system_searches
 from disagg_jax.search.fewest import (
+    Demand,
     FewestSearch,
-    Traffic,
     Unit,
     fewest_devices,
     fewest_search,
@@ -80,9 +80,9 @@ def test_a_unit_is_repeated_in_all_ways_that_use_all_devices():
 
 def searched(rate_rps, max_devices=12, system=0, cell=CELL):
     searches = system_searches(SPEC, cell)
-    traffic = Traffic.of(cell, rate_rps, searches[system], max_devices)
+    demand = Demand.of(cell, rate_rps, searches[system], max_devices)
     result = search_system(searches[system])
-    return fewest_search(SPEC, cell, traffic, searches[system], result)
+    return fewest_search(SPEC, cell, demand, searches[system], result)
 
 
 def test_colocated_devices_add_up():
@@ -128,7 +128,7 @@ def test_a_trace_is_served_once_from_its_first_row_to_its_last(monkeypatch):
     assert trace.rate_rps == pytest.approx(39 / 70.04)
     cell = Cell(workload=trace, slo=SLO(ttft_s=0.25, tpot_s=1.0))
     task = searched(trace.rate_rps, cell=cell)
-    assert (task.traffic.num_requests, task.traffic.seeds) == (40, (0,))
+    assert (task.demand.num_requests, task.demand.seeds) == (40, (0,))
     runs = []
     watch_run = fewest.watch_run
 
@@ -173,7 +173,7 @@ def test_every_unit_of_a_search_has_its_layouts():
 def test_bad_questions(changes, message):
     fields = {"rate_rps": 1.0, "num_requests": 1, "seeds": (0,)}
     with pytest.raises(ValueError, match=message):
-        Traffic(**(fields | changes))
+        Demand(**(fields | changes))
 
 
 def test_a_trace_without_times_has_no_rate_of_its_own():

@@ -1,9 +1,9 @@
 """The tables of a single cell: all layouts, and the fewest devices for a rate."""
 
 from disagg_jax.search.comparison import SystemResult
-from disagg_jax.search.fewest import FewestDevices, Traffic, Trial
+from disagg_jax.search.fewest import Demand, FewestDevices, Trial
 from experiments.comparison import serving
-from experiments.comparison.serving import Served
+from experiments.comparison.serving import RateAnswer
 
 
 def trial(devices, attainment=0.95, *, served=True):
@@ -24,8 +24,8 @@ def answer(system, best, *failed, bound=2, least=1):
     )
 
 
-SERVED = Served(
-    traffic=Traffic(rate_rps=5.53, num_requests=100, seeds=(0,), max_devices=8),
+SERVED = RateAnswer(
+    demand=Demand(rate_rps=5.53, num_requests=100, seeds=(0,), max_devices=8),
     own=True,
     found=[
         answer("vllm_v0", trial(3), trial(2, 0.6, served=False)),
