@@ -46,16 +46,15 @@ from disagg_jax.scheduling import Policy, find_system, get_system
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule, step_size, tile_multiples
 from disagg_jax.search.candidates import Progress, Stop, never, silent
+from disagg_jax.search.cells import Grid as Cells
+from disagg_jax.search.cells import compare, counted
 from disagg_jax.search.comparison import (
     KNOWN,
     POLICIES,
     ComparisonSpec,
-    compare,
-    counted,
     judge,
     system_searches,
 )
-from disagg_jax.search.comparison import Grid as Cells
 from disagg_jax.search.fewest import Demand, fewest_devices, fewest_search
 from disagg_jax.search.layouts import with_all_layouts
 from disagg_jax.search.maps import Map, lengths_map, slos_map

@@ -19,13 +19,12 @@ from disagg_jax.search.candidates import (
     candidate_row,
     silent,
 )
+from disagg_jax.search.cells import counted, say_rate
 from disagg_jax.search.comparison import (
     Option,
     SystemResult,
     SystemSearch,
-    counted,
     judge,
-    say_rate,
 )
 from disagg_jax.search.goodput import (
     DependentSeedsWarning,

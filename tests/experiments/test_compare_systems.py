@@ -15,11 +15,11 @@ from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.search.candidates import silent
+from disagg_jax.search.cells import compare
 from disagg_jax.search.comparison import (
     KNOWN,
     ComparisonSpec,
     SystemResult,
-    compare,
     deployments,
     judge,
     run_s,

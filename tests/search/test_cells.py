@@ -1,4 +1,4 @@
-"""More seeds: when they are added, to whom, and what they cost."""
+"""More seeds: when they are added, and to whom; then all layouts of a pair."""
 
 import dataclasses
 
@@ -7,15 +7,14 @@ import pytest
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.intervals import look_confidence
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.search import comparison, layouts
+from disagg_jax.search import cells, layouts
+from disagg_jax.search.cells import compare, tell_apart
 from disagg_jax.search.comparison import (
     ComparisonSpec,
-    compare,
     fitting_looks,
     judge,
     search_system,
     system_searches,
-    tell_apart,
 )
 from disagg_jax.search.goodput import find_goodput
 from disagg_jax.search.layouts import with_all_layouts
@@ -55,7 +54,7 @@ class Known:
     def __init__(self, monkeypatch, **rps):
         self.asked = []
         self._rps = rps
-        monkeypatch.setattr(comparison, "find_goodput", self)
+        monkeypatch.setattr(cells, "find_goodput", self)
 
     def __call__(self, search):
         roles = {str(i.role) for i in search.simulated.deployment.instances}
