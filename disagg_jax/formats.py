@@ -45,6 +45,12 @@ class Format:
 EVENT_LOG = Format(
     name="event log", number=2, command="python -m experiments.goodput_sweep"
 )
+MAPS = Format(
+    name="maps.json",
+    number=1,
+    oldest=1,  # before, every cell had the rows of its trace in it
+    command="python -m experiments.compare_systems --out=FOLDER",
+)
 PLACEMENT = Format(
     name="placement.json",
     number=1,

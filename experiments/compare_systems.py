@@ -6,7 +6,9 @@ Simulates every system on equal devices with equal arrivals in each cell of two 
 prompt length x output length at fixed targets, and TTFT target x TPOT target for a
 fixed workload, and prints the winner, its goodput per device, its margin with a 95 %
 interval, the parameters that each system was given and why, and the cells in which
-colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
+colocated systems clearly win. The two systems that are compared, the best
+disaggregated and the best colocated one, get more seeds until they are told apart
+(--seeds). OUT gets maps.txt, maps.png and maps.json.
 
 Any two systems can be compared. If all are colocated, or all disaggregated, it says
 which of them wins where:
@@ -22,6 +24,10 @@ picture:
 
     python -m experiments.compare_systems --map=targets --ttfts=0.5 --tpots=0.04 \\
         --model=config.json --hardware=h100 --trace=FILE.csv --out=runs/answer
+
+It also prints all layouts that were tried, and the fewest devices on which each system
+serves the trace's own rate, or --rate, within the targets, with TTFT, TPOT and the
+share of good requests there.
 """
 
 from __future__ import annotations
@@ -34,22 +40,37 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.scheduling import Policy, find_system, get_system
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule, step_size, tile_multiples
-from disagg_jax.search.comparison import KNOWN, POLICIES, ComparisonSpec, compare
+from disagg_jax.search.candidates import Progress, Stop, never, silent
+from disagg_jax.search.cells import Grid as Cells
+from disagg_jax.search.cells import compare, counted
+from disagg_jax.search.comparison import (
+    KNOWN,
+    POLICIES,
+    ComparisonSpec,
+    judge,
+    system_searches,
+)
+from disagg_jax.search.fewest import Demand, fewest_devices, fewest_search
+from disagg_jax.search.layouts import with_all_layouts
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
+from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.workload import TraceWorkload, Workload
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used
+from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
 from experiments.cli.workers import Workers, open_workers
 from experiments.comparison import report
 from experiments.comparison.report import Grid
+from experiments.comparison.serving import RateAnswer
 from experiments.configs.options import no_effect, shown
 from experiments.configs.override import assign
 from experiments.configs.paper_workloads import get_workload
@@ -116,7 +137,20 @@ _MOST_REQUESTS = FLAGS.integer(
     "Of a run, at most. Short prompts and long targets ask for more without end; cells "
     "that would need more are marked, and their goodputs are too high.",
 )
-_SEEDS = FLAGS.integer("seeds", 3, "Runs at each rate.")
+_SEEDS = FLAGS.list(
+    "seeds",
+    ["4", "8", "16"],
+    "Runs at each rate: the first number for all systems. Each further one, of three "
+    "at most, is for the best of either kind while they are not told apart. A short "
+    "trace has rows for fewer.",
+)
+_RATE = FLAGS.float(
+    "rate", None, "Requests/s that devices are counted for; by default the trace's own."
+)
+_MAX_DEVICES = FLAGS.integer(
+    "max_devices", 64, "Of one system, for the rate; no more are tried."
+)
+_MINUTES = MinutesFlag(FLAGS, "cells, more seeds and the last tables")
 _WORKERS = FLAGS.workers()
 _OUT = FLAGS.string("out", None, "Folder for maps.{txt,png,json}.")
 
@@ -152,6 +186,11 @@ def _check_flags() -> None:
     expected = "a map of lengths, a trace, or no --config"
     got = f"{got} and --config={config}"
     used(caps, _MAX_TOKENS, expected=expected, got=got)
+    single = not lengths and len(_TTFTS.value) == len(_TPOTS.value) == 1
+    expected, got = "--map=targets with one --ttfts and one --tpots", "several cells"
+    used(single, _RATE, _MAX_DEVICES, expected=expected, got=got)
+    rated = _TRACE.value is not None or _RATE.value is not None
+    used(rated, _MAX_DEVICES, expected="a --trace or a --rate", got="neither")
 
 
 def _simulation() -> tuple[Simulation, int]:
@@ -223,7 +262,7 @@ def _spec() -> ComparisonSpec:
         max_requests=max(_REQUESTS.value, _MOST_REQUESTS.value)
         if not FLAGS.values["max_requests"].present
         else _MOST_REQUESTS.value,
-        seeds=tuple(range(_SEEDS.value)),
+        looks=numbers("seeds", _SEEDS.value, int),
     )
 
 
@@ -260,14 +299,22 @@ def run(
     command: str = _COMMAND,
     workers: Workers | None = None,
     out: pathlib.Path | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = silent,
     about: Mapping[str, Any] | None = None,
+    *,
+    stop: Stop = never,
+    rate_rps: float | None = None,
+    max_devices: int = 64,
 ) -> tuple[str, list[Grid]]:
     """Compares all systems in all cells; returns the report and what was found.
 
     Args:
       command: by which it can be repeated.
       out: folder for maps.{txt,png,json}; for a trace, lengths.png too.
+      stop: whether the time is spent.
+      rate_rps: of a single cell: to find the fewest devices for; None is the trace's
+        own rate, if it has times.
+      max_devices: of a system, for that rate.
       about: more for maps.json: what a command was asked. It replaces nothing of
         another; a notebook's cell, changed and run again, has none and does.
 
@@ -280,29 +327,98 @@ def run(
     asked = about or plain(spec)
     with run_folder(out, asked, "maps.json", replace=about is None):
         with open_workers(workers) as mapper:
-            grids = compare(spec, maps, mapper, progress)
+            grids = compare(spec, maps, mapper, progress, stop)
+            left_out = _unfinished(maps, grids)
+            maps, grids = _begun(maps, grids)
+            served = None
+            if report.is_single(maps, grids):
+                single = _Single(spec, maps[0], mapper, progress)
+                if stop():
+                    left_out.append("all layouts")
+                else:
+                    single.complete_layouts(grids[0])
+                if stop():
+                    left_out.append("the devices that a rate needs")
+                else:
+                    served = single.served(grids[0], rate_rps, max_devices)
         seconds = time.perf_counter() - start
         text = "\n\n".join(
             [
                 f"# {command}   commit {ran_in['commit']}\n"
                 f"# {seconds:.1f} s with {workers} workers on {ran_in['cpus']} cores, "
                 f"load average {ran_in['load_average'][0]:.1f} at the start",
-                report.text(spec, maps, grids),
+                report.text(spec, maps, grids, served, left_out),
             ]
         )
         if out is not None:
             content = {
-                **report.record(spec, maps, grids),
+                **report.record(spec, maps, grids, served, left_out),
                 "wall_s": seconds,
                 "workers": workers,
                 "environment": ran_in,
                 **(about or {}),
             }
-            write_json(out / "maps.json", content)
+            write_json(out / "maps.json", MAPS.write(content))
             write_text(out / "maps.txt", text + "\n")
             report.plot(spec, maps, grids, out / "maps.png")
             _plot_traces(maps, out)
     return text, list(grids)
+
+
+def _begun(
+    maps: Sequence[Map], grids: Sequence[Cells]
+) -> tuple[list[Map], list[Cells]]:
+    """The maps of which some cell was searched."""
+    kept = [(one, grid) for one, grid in zip(maps, grids, strict=True) if grid]
+    return [one for one, _ in kept], [grid for _, grid in kept]
+
+
+def _unfinished(maps: Sequence[Map], grids: Sequence[Cells]) -> list[str]:
+    """What the time did not suffice for, a phrase each."""
+    said: list[str] = []
+    for each, grid in zip(maps, grids, strict=True):
+        if lacking := len(each.cells) - len(grid):
+            said.append(f"{lacking} of {len(each.cells)} cells of the map {each.name}")
+        few = [one for one in map(judge, grid.values()) if one.wants_seeds]
+        if few:
+            said.append(f"more seeds in {len(few)} undecided cells")
+    return said
+
+
+class _Single:
+    """What is asked of a single cell besides its winner."""
+
+    def __init__(
+        self, spec: ComparisonSpec, each: Map, mapper: Mapper, progress: Progress
+    ):
+        self._spec, self._mapper, self._progress = spec, mapper, progress
+        ((self._at, self._cell),) = each.cells.items()
+        self._searches = system_searches(spec, self._cell)
+
+    def complete_layouts(self, grid: Cells) -> None:
+        """Finds the goodputs of all layouts of the pair that is compared."""
+        grid[self._at] = with_all_layouts(
+            grid[self._at], self._searches, self._mapper, self._progress
+        )
+
+    def served(
+        self, grid: Cells, rate_rps: float | None, max_devices: int
+    ) -> RateAnswer | None:
+        """Finds the devices that a rate needs, by default the trace's own."""
+        workload = self._cell.workload
+        own_rps = workload.rate_rps if isinstance(workload, TraceWorkload) else None
+        rate = rate_rps or own_rps
+        if rate is None:
+            return None
+        demand = Demand.of(self._cell, rate, self._searches[0], max_devices)
+        tasks = [
+            fewest_search(self._spec, self._cell, demand, search, one)
+            for search, one in zip(self._searches, grid[self._at], strict=True)
+        ]
+        part = f"devices for {rate:.4g} requests/s"
+        results = self._mapper(fewest_devices, tasks)
+        found = tuple(counted(results, part, len(tasks), self._progress))
+        return RateAnswer(demand=demand, own=rate_rps is None, found=found)
 
 
 def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
@@ -315,6 +431,7 @@ def _plot_traces(maps: Sequence[Map], out: pathlib.Path) -> None:
 
 @command(FLAGS)
 def main() -> None:
+    deadline = _MINUTES.start()
     _check_flags()
     spec = _spec()
     text, _ = run(
@@ -323,8 +440,11 @@ def main() -> None:
         " ".join([_COMMAND, *sys.argv[1:]]),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
-        progress_to_stderr(),
+        ProgressLines().step,
         {"flags": FLAGS.asked()},
+        stop=deadline.passed,
+        rate_rps=_RATE.value,
+        max_devices=_MAX_DEVICES.value,
     )
     print(text)
 

@@ -45,6 +45,7 @@ from disagg_jax.metrics.intervals import (
     look_confidence,
     margin,
     rate_interval,
+    runs_to_tell,
 )
 from disagg_jax.metrics.latency import (
     Stages,
@@ -84,6 +85,7 @@ __all__ = [
     "meets_ttft",
     "pooled_itl_s",
     "rate_interval",
+    "runs_to_tell",
     "stage_spans_s",
     "stages_s",
     "tpot_s",

@@ -80,6 +80,24 @@ def rate_interval(
     return Interval(mean=found.mean, low=max(0.0, found.low), high=found.high)
 
 
+def runs_to_tell(ratio: Interval, runs: int) -> float:
+    """Estimate how many runs in all would exclude 1 from the interval of a ratio.
+
+    Widths of intervals, on logarithms, fall as 1 / sqrt(runs).
+
+    Args:
+      ratio: by `margin`, of so many `runs`.
+
+    Returns:
+      inf if the ratio is 1, or has no interval.
+    """
+    off = abs(math.log(ratio.mean))
+    if ratio.low is None or ratio.high is None or off == 0:
+        return math.inf
+    half = math.log(ratio.high / ratio.low) / 2
+    return runs * (half / off) ** 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Margin:
     """The goodput of one system over that of another, paired by seed."""

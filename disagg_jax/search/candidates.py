@@ -16,7 +16,9 @@ from disagg_jax.deployment import InstanceSpec, Role
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.workers import Mapper
 
-Progress = Callable[[str], None]
+# Is told a part of the work, its steps that are done, all of them, and the state.
+Progress = Callable[[str, int, int, str], None]
+Stop = Callable[[], bool]  # whether nothing more is to be begun
 # Candidates between two updates of the best; fixed, so that the number of workers does
 # not matter. The first batch has nothing to beat, so it is searched in full.
 _FIRST, _AT_ONCE = 2, 4
@@ -89,29 +91,44 @@ class CandidateResult:
         return max(found.interval.mean, found.fail_rps or 0.0)
 
 
+def silent(part: str, done: int, total: int, text: str) -> None:
+    """Tell nobody: a `Progress`."""
+
+
+def never() -> bool:
+    """Go on to the end: a `Stop`."""
+    return False
+
+
 def best_first(
     candidates: Sequence[Candidate],
     mapper: Mapper,
-    progress: Progress,
+    progress: Progress = silent,
     *,
+    part: str = "candidates",
     prune: bool = True,
     first: int = _FIRST,
     at_once: int = _AT_ONCE,
+    stop: Stop = never,
 ) -> list[CandidateResult]:
     """Find the candidate with the highest goodput per device.
 
     Args:
+      part: the name that `progress` is told.
       prune: without it all candidates are searched in full.
       first: candidates of the first batch.
       at_once: candidates of each later batch. With a mapper that runs one candidate at
         a time, 1 prunes most.
+      stop: is asked before each batch but the first.
 
     Returns:
-      A result for each candidate, the best first. If none has a goodput, none is `won`.
+      A result for each candidate that was begun, the best first. If none has a goodput,
+      none is `won`.
     """
     order = sorted(candidates, key=_promise, reverse=True)
     best, results = 0.0, list[CandidateResult]()
-    while len(results) < len(order):
+    progress(part, 0, len(order), "")
+    while len(results) < len(order) and not (results and stop()):
         begin, size = len(results), at_once if results else first
         batch = order[begin : begin + size]
         live = [c for c in batch if not prune or c.bound_rps > best * c.devices]
@@ -121,8 +138,8 @@ def best_first(
         results += done
         best = max(best, *(result.per_device_rps for result in done))
         if live or len(results) == len(order):
-            done_of = f"{len(results)}/{len(order)}"
-            progress(f"{done_of}: best {best:.3g} requests/s per device")
+            said = f"best {best:.3g} requests/s per device"
+            progress(part, len(results), len(order), said)
     return sorted(results, key=lambda r: (-r.per_device_rps, r.candidate.devices))
 
 

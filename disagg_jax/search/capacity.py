@@ -83,14 +83,23 @@ def capacity_rps(
     simulated: SimulatedDeployment, requests: Sequence[Request], slo: SLO
 ) -> float:
     """Return the requests/s that the deployment could serve; inf if all is free."""
-    roles = {role: simulated.deployment.of(role) for role in Role}
-    prefill = sum(_prefill_rps(simulated, i, requests) for i in roles[Role.PREFILL])
-    decode = sum(_decode_rps(simulated, i, requests, slo) for i in roles[Role.DECODE])
     colocated = (
         (_prefill_rps(simulated, i, requests), _decode_rps(simulated, i, requests, slo))
-        for i in roles[Role.COLOCATED]
+        for i in simulated.deployment.of(Role.COLOCATED)
     )
-    return min(prefill, decode) + sum(_rate(1 / a + 1 / b) for a, b in colocated)
+    apart = min(phase_capacities_rps(simulated, requests, slo))
+    return apart + sum(_rate(1 / a + 1 / b) for a, b in colocated)
+
+
+def phase_capacities_rps(
+    simulated: SimulatedDeployment, requests: Sequence[Request], slo: SLO
+) -> tuple[float, float]:
+    """Return the requests/s of all prefill and of all decode instances."""
+    prefill, decode = (simulated.deployment.of(r) for r in (Role.PREFILL, Role.DECODE))
+    return (
+        sum(_prefill_rps(simulated, i, requests) for i in prefill),
+        sum(_decode_rps(simulated, i, requests, slo) for i in decode),
+    )
 
 
 def _prefill_rps(

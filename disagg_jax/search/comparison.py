@@ -14,6 +14,8 @@ long, are good at any rate. So the runs of a cell last for many times its target
 the highest rate that any of its systems could serve. `ComparisonSpec.max_requests`
 limits them, as that rate times the targets has no bound (one-token prompts and outputs,
 or no target).
+
+Seeds are added where they are needed by `cells`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,19 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
-from disagg_jax.metrics import SLO, Interval, Margin, margin, rate_interval
+from disagg_jax.metrics import (
+    SLO,
+    Interval,
+    Margin,
+    look_confidence,
+    margin,
+    rate_interval,
+)
 from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.tuning import TuningInputs, tune
@@ -40,12 +49,16 @@ from disagg_jax.search.candidates import (
     candidate_row,
 )
 from disagg_jax.search.capacity import capacity_rps
-from disagg_jax.search.goodput import DependentSeedsWarning, GoodputSearch
-from disagg_jax.search.maps import COLOCATED, INFEASIBLE, UNCLEAR, Cell, Map
+from disagg_jax.search.goodput import (
+    DependentSeedsWarning,
+    GoodputSearch,
+)
+from disagg_jax.search.maps import COLOCATED, INFEASIBLE, UNCLEAR, Cell
 from disagg_jax.search.placement import pair
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.simulation import Simulation
-from disagg_jax.sim.workers import Mapper
+from disagg_jax.workload.workload import Workload
 
 # The papers of Orca and SARATHI hold few requests, as their memory is not paged. Here
 # too they reserve memory for the longest case, but with Sarathi-Serve's rows.
@@ -62,7 +75,8 @@ _SAMPLE = 200  # requests that lengths and capacities are estimated from
 _TTFTS, _LIVES = 10, 3
 # A goodput may exceed the estimated capacity by this factor (the most seen was 1.2).
 # Candidates that could only win by more are not simulated.
-_MARGIN = 1.5
+CAPACITY_MARGIN = 1.5
+_MOST_LOOKS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +104,13 @@ class ComparisonSpec:
     plan: SearchPlan = SearchPlan(growth=1.2, tolerance=0.08, max_rates=30)
     num_requests: int = 200  # of a run at least
     max_requests: int = 2500  # of a run at most; cells that need more are marked
-    seeds: tuple[int, ...] = (0, 1, 2)
+    # Seeds after which a pair may be told apart. All systems get the first number.
+    looks: tuple[int, ...] = (4, 8, 16)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Return the seeds that all systems get."""
+        return tuple(range(self.looks[0]))
 
     def __post_init__(self) -> None:
         require(self.devices >= 1, "devices: expected >= 1", self.devices)
@@ -99,7 +119,10 @@ class ComparisonSpec:
         )
         expected = f"max_requests: expected >= num_requests ({self.num_requests})"
         require(self.max_requests >= self.num_requests, expected, self.max_requests)
-        require(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
+        rises = all(a < b for a, b in itertools.pairwise((0, *self.looks)))
+        steps = rises and 1 <= len(self.looks) <= _MOST_LOOKS
+        expected = f"seeds: expected 1 to {_MOST_LOOKS} numbers that rise from above 0"
+        require(steps, expected, list(self.looks))
         several = "systems: expected two or more"
         require(len(self.systems) > 1, several, list(self.systems))
         for name in self.systems:
@@ -172,6 +195,7 @@ class Option:
 
     candidate: Candidate
     parameters: tuple[str, ...]  # tuned, with reasons; one for each role that is tuned
+    size: int | None  # its step size in tokens, if it was given
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +204,12 @@ class SystemSearch:
 
     system: str
     options: tuple[Option, ...]
+    looks: tuple[int, ...]  # of the spec; of a short trace only what it has rows for
     needed_requests: float = 0.0  # by a run that lasts long enough; inf without targets
+
+    def option(self, name: str) -> Option:
+        """Return the option of that name."""
+        return next(o for o in self.options if o.candidate.name == name)
 
 
 def deployments(
@@ -208,27 +237,44 @@ def system_searches(spec: ComparisonSpec, cell: Cell) -> list[SystemSearch]:
     capacities = {
         id(draft): capacity_rps(draft.search.simulated, sample, cell.slo)
         for options in drafts.values()
-        for draft, _ in options
+        for draft, *_ in options
     }
     output = statistics.fmean(request.max_tokens for request in sample)
     finite = [rate for rate in capacities.values() if rate < math.inf]
     needed = max(finite) * run_s(cell.slo, output) if finite else 0.0
     least, most = spec.num_requests, spec.max_requests
     num_requests = max(least, math.ceil(min(needed, most)))
+    looks = fitting_looks(spec.looks, cell.workload, num_requests)
     return [
         SystemSearch(
             system=system,
+            looks=looks,
             needed_requests=max(needed, least),
             options=tuple(
                 Option(
-                    candidate=_sized(draft, num_requests, capacities[id(draft)]),
+                    candidate=_sized(draft, num_requests, capacities[id(draft)], looks),
                     parameters=parameters,
+                    size=size,
                 )
-                for draft, parameters in options
+                for draft, parameters, size in options
             ),
         )
         for system, options in drafts.items()
     ]
+
+
+def fitting_looks(
+    looks: Sequence[int], workload: Workload, num_requests: int
+) -> tuple[int, ...]:
+    """Return the looks with as many seeds as a trace has rows of its own for.
+
+    A trace that has rows for one seed only leaves the first look, without an interval.
+    """
+    several = range(2, looks[-1] + 1)
+    fitting = [n for n in several if not workload.why_dependent(num_requests, range(n))]
+    if not fitting:
+        return tuple(looks[:1])
+    return tuple(sorted({min(look, fitting[-1]) for look in looks}))
 
 
 def run_s(slo: SLO, output_tokens: float) -> float:
@@ -236,33 +282,55 @@ def run_s(slo: SLO, output_tokens: float) -> float:
     return max(_TTFTS * slo.ttft_s, _LIVES * (slo.ttft_s + output_tokens * slo.tpot_s))
 
 
-def _sized(draft: Candidate, num_requests: int, capacity: float) -> Candidate:
+def _sized(
+    draft: Candidate, num_requests: int, capacity: float, looks: Sequence[int]
+) -> Candidate:
     start_rps = 0.8 * capacity if capacity < math.inf else None
     search = dataclasses.replace(
-        draft.search, num_requests=num_requests, start_rps=start_rps
+        draft.search,
+        num_requests=num_requests,
+        start_rps=start_rps,
+        seeds=tuple(range(looks[0])),
     )
-    return dataclasses.replace(draft, search=search, bound_rps=_MARGIN * capacity)
+    bound_rps = CAPACITY_MARGIN * capacity
+    return dataclasses.replace(draft, search=search, bound_rps=bound_rps)
 
 
 def _drafts(
     spec: ComparisonSpec, cell: Cell, system: str
-) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
-    """Yield candidates that lack a number of requests, and their parameters."""
-    given = spec.systems[system]
+) -> Iterator[tuple[Candidate, tuple[str, ...], int | None]]:
+    """Yield candidates that lack a number of requests, their parameters and sizes."""
     for deployment in spec.deployments(system):
         for size in spec.budgets or (None,):
-            policies, parameters = _tuned(spec, cell, given, deployment, size)
-            simulation = dataclasses.replace(spec.simulation, policies=policies)
+            simulated, parameters = simulate(spec, cell, system, deployment, size)
             name = f"{deployment}" if size is None else f"{deployment} {size} tokens"
             search = GoodputSearch(
-                simulated=simulation.build(deployment),
+                simulated=simulated,
                 workload=cell.workload,
                 slo=cell.slo,
                 seeds=spec.seeds,
                 plan=spec.plan,
             )
             draft = Candidate(name=name, search=search, devices=spec.devices)
-            yield draft, parameters
+            yield draft, parameters, size
+
+
+def simulate(
+    spec: ComparisonSpec,
+    cell: Cell,
+    system: str,
+    deployment: Deployment,
+    size: int | None = None,
+) -> tuple[SimulatedDeployment, tuple[str, ...]]:
+    """Return a system on a deployment, and its parameters with reasons.
+
+    Args:
+      size: of a step in tokens; by default each paper's rule chooses it.
+    """
+    given = spec.systems[system]
+    policies, parameters = _tuned(spec, cell, given, deployment, size)
+    simulation = dataclasses.replace(spec.simulation, policies=policies)
+    return simulation.build(deployment), parameters
 
 
 def _tuned(
@@ -312,16 +380,30 @@ class SystemResult:
     candidates: tuple[dict[str, Any], ...]  # all, the best first
     needed_requests: float = 0.0  # by runs that last long enough
     why_dependent: str = ""  # why the seeds' runs give no interval
+    looks: tuple[int, ...] = ()  # of its search; () is one
 
     @property
     def goodput(self) -> Interval:
         """Return the interval across seeds."""
-        return rate_interval(self.per_seed_rps, independent=not self.why_dependent)
+        return rate_interval(
+            self.per_seed_rps,
+            independent=not self.why_dependent,
+            confidence=self.confidence,
+        )
+
+    @property
+    def confidence(self) -> float:
+        """Return the confidence of its intervals, corrected for the looks."""
+        return look_confidence(max(1, len(self.looks)))
 
     @property
     def rps(self) -> float:
         """Return the mean over seeds."""
         return statistics.fmean(self.per_seed_rps)
+
+    def __str__(self) -> str:
+        """Return the system and its goodput."""
+        return f"{self.system} {self.rps:.3g}/s per device"
 
     @property
     def bounded(self) -> bool:
@@ -339,7 +421,7 @@ def search_system(search: SystemSearch) -> SystemResult:
     candidates = [option.candidate for option in search.options]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DependentSeedsWarning)  # the report says so
-        results = best_first(candidates, map, lambda text: None, first=1, at_once=1)
+        results = best_first(candidates, map, first=1, at_once=1)
     parameters = {o.candidate.name: o.parameters for o in search.options}
     best = results[0]
     tried = [r.goodput for r in results if r.goodput is not None]
@@ -353,6 +435,7 @@ def search_system(search: SystemSearch) -> SystemResult:
         num_requests=best.candidate.search.num_requests,
         why_dependent=best.candidate.search.why_dependent,
         needed_requests=search.needed_requests,
+        looks=search.looks,
         candidates=tuple(
             {**candidate_row(r), "parameters": parameters[r.candidate.name]}
             for r in results
@@ -365,31 +448,6 @@ def _per_seed(result: CandidateResult) -> tuple[float, ...]:
     if goodput is None or not result.won:
         return (0.0,) * len(search.seeds)
     return tuple(r / result.candidate.devices for r in goodput.found.per_seed_rps)
-
-
-def compare(
-    spec: ComparisonSpec,
-    maps: Sequence[Map],
-    mapper: Mapper,
-    progress: Callable[[str], None],
-) -> list[dict[tuple[int, int], tuple[SystemResult, ...]]]:
-    """Search every system in every cell of every map."""
-    grids: list[dict[tuple[int, int], tuple[SystemResult, ...]]] = [{} for _ in maps]
-    cells = [
-        (grid, each, at)
-        for grid, each in zip(grids, maps, strict=True)
-        for at in each.cells
-    ]
-    asked = [system_searches(spec, each.cells[at]) for _, each, at in cells]
-    progress(f"{len(cells)} cells x {len(spec.systems)} systems")
-    results = mapper(search_system, list(itertools.chain(*asked)))
-    for done, (grid, each, at) in enumerate(cells, 1):
-        grid[at] = tuple(itertools.islice(results, len(spec.systems)))
-        x, y = each.x.values[at[0]], each.y.values[at[1]]
-        where = f"{each.x.name} {x:g}, {each.y.name} {y:g} {each.y.unit}"
-        said = [judge(grid[at]).summary, *cell_notes(grid[at])]
-        progress(f"{done}/{len(cells)}: {where}: {'; '.join(said)}")
-    return grids
 
 
 def cell_notes(results: Sequence[SystemResult]) -> list[str]:
@@ -436,11 +494,16 @@ class CellVerdict:
         return ours.colocated != theirs.colocated
 
     @property
-    def summary(self) -> str:
-        """Return the winner and its goodput, or why the cell is infeasible."""
-        if self.verdict == INFEASIBLE:
-            return self.why_infeasible
-        return f"{self.winner.system} {self.winner.rps:.3g}/s per device"
+    def wants_seeds(self) -> bool:
+        """Whether it is undecided, and may have more seeds."""
+        most = max(self.winner.looks, default=0)
+        known = self.over.ratio is not None
+        return self.verdict == UNCLEAR and known and self.seeds < most
+
+    @property
+    def seeds(self) -> int:
+        """Return the seeds by which the pair is compared."""
+        return min(len(one.per_seed_rps) for one in self.pair)
 
     @property
     def why_infeasible(self) -> str:
@@ -484,5 +547,11 @@ def _verdict(ours: SystemResult, theirs: SystemResult, over: Margin) -> str:
 
 
 def _margin(ours: SystemResult, theirs: SystemResult) -> Margin:
-    independent = not (ours.why_dependent or theirs.why_dependent)
-    return margin(ours.per_seed_rps, theirs.per_seed_rps, independent=independent)
+    """Compare two systems by the seeds that both have."""
+    common = min(len(ours.per_seed_rps), len(theirs.per_seed_rps))
+    return margin(
+        ours.per_seed_rps[:common],
+        theirs.per_seed_rps[:common],
+        independent=not (ours.why_dependent or theirs.why_dependent),
+        confidence=ours.confidence,
+    )

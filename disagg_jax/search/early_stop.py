@@ -23,6 +23,7 @@ import statistics
 from collections.abc import Sequence
 
 from disagg_jax import metrics
+from disagg_jax.control.run import Run
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Criterion, DistServe
 from disagg_jax.request import Status, Timeline
@@ -70,6 +71,11 @@ class _Decided(Exception):
 
 def score_run(run: CutShortRun) -> RunScore:
     """Simulate `run` until its score is decided."""
+    return watch_run(run)[0]
+
+
+def watch_run(run: CutShortRun) -> tuple[RunScore, Run | None]:
+    """Simulate `run` until its score is decided; return None for a run that was cut."""
     point = run.point
     requests = point.requests()
     controller = point.simulated.controller()
@@ -78,15 +84,16 @@ def score_run(run: CutShortRun) -> RunScore:
         slo = run.criterion.slo
         watch = _Watch(controller.timelines, slo, run.cut_at_misses)
     try:
-        point.simulated.run(requests, observer=watch, controller=controller)
+        done = point.simulated.run(requests, observer=watch, controller=controller)
     except _Decided as decided:
         share = (point.num_requests - decided.misses) / point.num_requests
-        return RunScore(score=share, cut=True, steady=False)
-    return RunScore(
+        return RunScore(score=share, cut=True, steady=False), None
+    score = RunScore(
         score=run.criterion.score(controller.timelines),
         cut=False,
         steady=metrics.is_steady(controller.timelines),
     )
+    return score, done
 
 
 class _Watch:

@@ -53,6 +53,11 @@ class Map:
     y: Axis
     cells: Mapping[tuple[int, int], Cell]  # by the indices of x and y
 
+    def where(self, at: tuple[int, int]) -> str:
+        """Return the values of a cell's axes."""
+        x, y = self.x.values[at[0]], self.y.values[at[1]]
+        return f"{self.x.name} {x:g}, {self.y.name} {y:g} {self.y.unit}"
+
 
 def lengths_map(
     prompts: Sequence[float],
@@ -125,13 +130,13 @@ Region = tuple[range, range]  # indices of x and of y
 def regions(verdicts: Mapping[tuple[int, int], str], wanted: str) -> list[Region]:
     """Return rectangles that cover all cells with the verdict `wanted`, largest first.
 
-    The rectangles also cover infeasible cells, and no other cells.
+    The rectangles also cover infeasible cells, and no others, nor any without verdict.
     """
     xs, ys = (1 + max(at[axis] for at in verdicts) for axis in (0, 1))
     pure = [
         (x, y)
         for x, y in itertools.product(_ranges(xs), _ranges(ys))
-        if {verdicts[at] for at in itertools.product(x, y)} <= {wanted, INFEASIBLE}
+        if {verdicts.get(at) for at in itertools.product(x, y)} <= {wanted, INFEASIBLE}
     ]
     left = {at for at, verdict in verdicts.items() if verdict == wanted}
     chosen: list[Region] = []

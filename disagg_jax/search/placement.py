@@ -27,9 +27,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
-from disagg_jax.metrics import SLO
+from disagg_jax.metrics import SLO, Interval, margin
 from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.search.candidates import (
@@ -37,8 +37,10 @@ from disagg_jax.search.candidates import (
     CandidateResult,
     Layout,
     Progress,
+    Stop,
     best_first,
     candidate_row,
+    never,
 )
 from disagg_jax.search.goodput import GoodputSearch
 from disagg_jax.search.phases import decode_alone, prefill_alone
@@ -57,10 +59,10 @@ class PlacementProblem:
     """Devices, requests and targets, and how deployments are simulated.
 
     Attributes:
-      build: simulates a disaggregated deployment; raises ValueError if a model does not
-        fit.
+      build: simulates a deployment of prefill and decode instances; raises ValueError
+        if a model does not fit.
       colocated: simulates a deployment of each colocated system.
-      apart: the name of the system of prefill and decode instances.
+      apart: the name of the system of prefill and decode instances; None without one.
       layouts: to choose from, for each instance.
       rate_rps: to serve with as many replicas as it takes: goodput counts per device
         used. Without a rate all `devices` count, also the ones left over.
@@ -72,7 +74,7 @@ class PlacementProblem:
 
     build: Build
     colocated: Mapping[str, Build]
-    apart: str = DISAGGREGATED
+    apart: str | None = DISAGGREGATED
     layouts: tuple[Layout, ...]
     devices: int
     rate_rps: float | None = None
@@ -90,7 +92,7 @@ class PlacementProblem:
         simulation: Simulation,
         devices: int,
         systems: Mapping[str, Mapping[Role, Policy]] = SYSTEMS,
-        apart: str = DISAGGREGATED,
+        apart: str | None = DISAGGREGATED,
         **fields: Any,
     ) -> PlacementProblem:
         """Place the model of a simulation on `devices` devices.
@@ -100,7 +102,8 @@ class PlacementProblem:
 
         Args:
           systems: the colocated ones take part in the joint search.
-          apart: the one of `systems` that prefill and decode instances have.
+          apart: the one of `systems` that prefill and decode instances have; None: only
+            colocated systems are placed.
           fields: other fields of the problem.
         """
 
@@ -114,7 +117,7 @@ class PlacementProblem:
         }
         nodes = simulation.node_devices
         return cls(
-            build=build(systems[apart]),
+            build=build(SYSTEMS[DISAGGREGATED] if apart is None else systems[apart]),
             colocated=colocated,
             apart=apart,
             layouts=layouts_of(simulation.model.layers, devices, nodes),
@@ -371,7 +374,9 @@ class PlacementSearch:
     mapper: Mapper
     progress: Progress
     prune: bool = True
-    whole: bool = False  # also simulate the answer of Algorithm 1 as a whole
+    # Also simulate answers as a whole: Algorithm 1's, and copies of a unit as one.
+    whole: bool = False
+    stop: Stop = never  # whether the time is spent: candidates are left out then
 
     def run(self, algorithms: Sequence[str]) -> dict[str, Any]:
         """Return the tables and winners of some of `ALGORITHMS`, ready for JSON.
@@ -387,12 +392,22 @@ class PlacementSearch:
         least = min(layout.devices for layout in layouts)
         room = self.problem.devices - least  # what the other phase leaves
         paired = [layout for layout in layouts if layout.devices <= room]
+        if self.problem.apart is None:
+            only = (
+                f"algorithms: expected joint, as none of {list(self.problem.colocated)}"
+            )
+            require(
+                list(algorithms) == ["joint"], f"{only} is disaggregated", algorithms
+            )
+            paired = []
         # The joint search needs good bounds, so its phases are searched in full.
         prune = self.prune and "joint" not in algorithms
         prefill, decode = (
             self._phase(role, paired, prune) for role in (Role.PREFILL, Role.DECODE)
         )
         phases = phase_rates(prefill), phase_rates(decode)
+        found["left_out"] = 2 * len(paired) - len(prefill) - len(decode)
+        paired = [layout for layout in paired if all(layout in of for of in phases)]
         if "high" in algorithms:
             found["high"] = self._high(prefill, decode)
         if "low" in algorithms:
@@ -421,8 +436,10 @@ class PlacementSearch:
         return best_first(
             candidates,
             self.mapper,
-            lambda text: self.progress(f"{name}: {text}"),
+            self.progress,
+            part=name,
             prune=prune,
+            stop=self.stop,
         )
 
     def _high(
@@ -504,7 +521,49 @@ class PlacementSearch:
             "goodput_rps": copies * best.rps,
             "goodput_per_device_rps": best.per_device_rps,
             "candidates": [candidate_row(result) for result in results],
+            "left_out": len(units) - len(results),
+            "as one": self._as_one(best, system, copies),
         }
+
+    def _as_one(
+        self, best: CandidateResult, system: str | None, copies: int
+    ) -> dict[str, Any] | None:
+        """Simulate copies of a unit as one deployment, with all instances in one pool.
+
+        KV moves between any two of them then. The ratio to the copies is paired by
+        seed.
+        """
+        if not self.whole or copies == 1 or self.stop():
+            return None
+        unit = best.candidate.search.simulated.deployment
+        pool = Deployment(_pooled(copies * unit.instances))
+        build = self.problem.colocated.get(system or "", self.problem.build)
+        asked = self.problem.ask(build(pool), pool.devices)
+        search = dataclasses.replace(asked, start_rps=copies * best.rps)
+        candidate = Candidate(name=str(pool), search=search, devices=pool.devices)
+        (found,) = self._best("as one", [candidate], False)
+        over = _over_copies(found, best, copies)
+        return {
+            **candidate_row(found),
+            "over_copies": over and dataclasses.asdict(over),
+        }
+
+
+def _pooled(instances: Sequence[InstanceSpec]) -> tuple[InstanceSpec, ...]:
+    """Return prefill instances before decode instances, so that equal ones are one."""
+    return tuple(sorted(instances, key=lambda spec: spec.role is Role.DECODE))
+
+
+def _over_copies(
+    one: CandidateResult, unit: CandidateResult, copies: int
+) -> Interval | None:
+    """Return the goodput of one deployment over that of the copies of a unit."""
+    if one.goodput is None or unit.goodput is None:
+        return None
+    copied = [copies * rps for rps in unit.goodput.found.per_seed_rps]
+    independent = not one.candidate.search.why_dependent
+    ours = one.goodput.found.per_seed_rps
+    return margin(ours, copied, independent=independent).ratio
 
 
 def _require_reachable(results: Sequence[CandidateResult], name: str) -> None:

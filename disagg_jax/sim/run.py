@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax import metrics
+from disagg_jax.control.run import Run
 from disagg_jax.metrics import SLO, Attainment, Stages
 from disagg_jax.request import Request, Status
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -37,6 +38,19 @@ class RunLatencies:
     steady: bool  # no growing backlog, see `metrics.is_steady`
     end_s: float
 
+    @classmethod
+    def of(cls, run: Run) -> RunLatencies:
+        """Return what is kept of a run."""
+        done = [t for t in run.timelines if t.status is Status.FINISHED]
+        return cls(
+            arrived=len(run.timelines),
+            ttft_s=tuple(metrics.ttft_s(t) for t in done),
+            tpot_s=tuple(metrics.tpot_s(t) for t in done),
+            stages=tuple(metrics.stages_s(t) for t in done),
+            steady=metrics.is_steady(run.timelines),
+            end_s=run.end_s,
+        )
+
     def attainment(self, slo: SLO) -> Attainment:
         """Return shares of the arrived requests, by the rules of `metrics`."""
         ttft = [t <= slo.ttft_s for t in self.ttft_s]
@@ -51,13 +65,4 @@ class RunLatencies:
 
 def run_task(task: SimulationTask) -> RunLatencies:
     """Simulate one task."""
-    run = task.simulated.run(task.requests())
-    done = [t for t in run.timelines if t.status is Status.FINISHED]
-    return RunLatencies(
-        arrived=len(run.timelines),
-        ttft_s=tuple(metrics.ttft_s(t) for t in done),
-        tpot_s=tuple(metrics.tpot_s(t) for t in done),
-        stages=tuple(metrics.stages_s(t) for t in done),
-        steady=metrics.is_steady(run.timelines),
-        end_s=run.end_s,
-    )
+    return RunLatencies.of(task.simulated.run(task.requests()))

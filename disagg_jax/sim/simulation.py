@@ -45,6 +45,8 @@ class Simulation:
     # Other durations for colocated instances. A comparison of them with other instances
     # compares engines too, so its results are marked.
     colocated_cost: DeviceCost | None = None
+    # Other devices for prefill instances; also gives their KV memory.
+    prefill_cost: DeviceCost | None = None
     policies: Mapping[Role, Policy] = dataclasses.field(
         default_factory=lambda: {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
     )
@@ -126,6 +128,11 @@ class Simulation:
         """Return the cost model of an instance."""
         if spec.role is Role.COLOCATED and self.colocated_cost is not None:
             return self.colocated_cost
+        return self._devices_of(spec)
+
+    def _devices_of(self, spec: InstanceSpec) -> DeviceCost:
+        if spec.role is Role.PREFILL and self.prefill_cost is not None:
+            return self.prefill_cost
         return self.cost
 
     def memory_of(self, spec: InstanceSpec) -> KVMemory:
@@ -145,7 +152,7 @@ class Simulation:
 
     def kv_tokens(self, spec: InstanceSpec) -> int:
         """Return the tokens of KV that fit on an instance beside the weights."""
-        return self.cost.kv_tokens(spec.tp, spec.pp)
+        return self._devices_of(spec).kv_tokens(spec.tp, spec.pp)
 
     def build(self, deployment: Deployment | str) -> SimulatedDeployment:
         """Return the simulated deployment.

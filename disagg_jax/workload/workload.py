@@ -215,6 +215,12 @@ class TraceWorkload:
         return cls(rows=rows, arrivals=arrivals, tokens=tokens, facts=facts)
 
     @property
+    def rate_rps(self) -> float | None:
+        """Return the mean rate of the rows by their own times; None without times."""
+        span_s = self.rows[-1].arrival_s - self.rows[0].arrival_s
+        return None if math.isnan(span_s) else (len(self.rows) - 1) / span_s
+
+    @property
     def notes(self) -> Sequence[str]:
         """Where the rows come from and what was done to them, beside results."""
         return self.facts.get("said", ())

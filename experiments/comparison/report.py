@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from disagg_jax.metrics.intervals import Margin
+from disagg_jax.metrics.intervals import Margin, runs_to_tell
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.search.comparison import (
     POLICIES,
@@ -29,7 +30,9 @@ from disagg_jax.search.maps import (
     Region,
     regions,
 )
-from disagg_jax.workload.workload import TraceWorkload
+from disagg_jax.workload.workload import TraceWorkload, Workload
+from experiments.comparison import serving
+from experiments.comparison.serving import RateAnswer
 from experiments.placement.report import lines
 from experiments.report.draw import COLOURS, draw
 from experiments.report.intervals import interval_text
@@ -38,20 +41,43 @@ from experiments.report.table import align
 from experiments.runs.folder import plain
 
 Grid = Mapping[tuple[int, int], Sequence[SystemResult]]
+_MOST_SEEDS = 1000  # beyond which nobody would go
 _BOUNDED = "\u2020"  # a dagger: marks goodputs of runs that are too short
 
 # ---- text ----------------------------------------------------------------------------
 
 
-def text(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> str:
-    """Write all tables, then the sentences."""
+def text(
+    spec: ComparisonSpec,
+    maps: Sequence[Map],
+    grids: Sequence[Grid],
+    served: RateAnswer | None = None,
+    left_out: Sequence[str] = (),
+) -> str:
+    """Write all tables, then the sentences.
+
+    Args:
+      served: of a single cell, the devices that its rate needs.
+      left_out: what the time did not suffice for.
+    """
     parts = [_header(spec)]
     for each, grid in zip(maps, grids, strict=True):
         parts += [_table(each, grid), _goodputs(each, grid)]
     for each, grid in zip(maps, grids, strict=True):
         parts.append(_details(spec, each, grid))
+    if is_single(maps, grids):
+        parts.append(serving.layouts(next(iter(grids[0].values()))))
+    if served is not None:
+        parts.append(serving.fewest(served))
     parts += sentences(maps, grids)
-    return "\n\n".join(parts)
+    if served is not None:
+        parts.append(serving.sentence(served))
+    return "\n\n".join([*parts, *filter(None, [serving.left_out(left_out)])])
+
+
+def is_single(maps: Sequence[Map], grids: Sequence[Grid]) -> bool:
+    """Return whether there is one cell: an answer instead of maps."""
+    return len(maps) == 1 and len(maps[0].cells) == 1 == len(grids[0])
 
 
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
@@ -64,10 +90,13 @@ def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
 
 
 def _of_map(each: Map, grid: Grid) -> str:
-    verdicts = {at: judge(found).verdict for at, found in grid.items()}
+    judged = {at: judge(found) for at, found in grid.items()}
+    verdicts = {at: one.verdict for at, one in judged.items()}
+    unclear = undecided(list(judged.values()))
     if _two_kinds(grid):
-        return sentence(each, verdicts)
-    return winners(each, verdicts, [one.system for one in next(iter(grid.values()))])
+        return sentence(each, verdicts) + unclear
+    systems = [one.system for one in next(iter(grid.values()))]
+    return winners(each, verdicts, systems) + unclear
 
 
 def _two_kinds(grid: Grid) -> bool:
@@ -100,11 +129,25 @@ def _header(spec: ComparisonSpec) -> str:
     return (
         f"{_on(spec)}, KV over {link}; simulated\n"
         f"goodput: requests/s per device at which {spec.plan.target:.0%} of the "
-        f"requests meet both targets\nseeds {', '.join(map(str, spec.seeds))}; N "
-        "requests a run; 95 % intervals over seeds; ratios are paired by seed\n"
+        f"requests meet both targets\n{_seeds(spec)}; N requests a run; ratios are "
+        "paired by seed\n"
         f"requests that decode at once, at most: {limits}; fewer if a step is smaller\n"
         "the best of several candidates is a little too good, as they are compared on "
         "the runs by which they were chosen"
+    )
+
+
+def _seeds(spec: ComparisonSpec) -> str:
+    """Say how many seeds there are, and how sure intervals are."""
+    first, *more = spec.looks
+    if not more:
+        return f"{first} seeds; 95 % intervals over seeds"
+    steps = " or ".join(map(str, more))
+    pair = "the best disaggregated and the best colocated system"
+    return (
+        f"{first} seeds, and {steps} of {pair if spec.two_kinds else 'the two best'} "
+        "until these are told apart; 95 % intervals over seeds, corrected for "
+        f"{len(spec.looks)} looks"
     )
 
 
@@ -118,7 +161,7 @@ def _table(each: Map, grid: Grid) -> str:
     """Write a row for each cell."""
     head = (
         *(f"{axis.name}, {axis.unit}" for axis in (each.x, each.y)),
-        *("N", "winner", "goodput", "over the runner-up"),
+        *("N", "seeds", "winner", "goodput", "over the runner-up"),
         *(("disaggregated / best colocated",) if _two_kinds(grid) else ()),
         "verdict",
     )
@@ -133,18 +176,34 @@ def notes(each: Map, grid: Grid) -> list[str]:
     for cell in each.cells.values():
         if isinstance(cell.workload, TraceWorkload):
             said |= dict.fromkeys(cell.workload.notes)
+            if rate := cell.workload.rate_rps:
+                said[f"the trace's own rate: {rate:.4g} requests/s"] = None
+    for at, found in grid.items():
+        said |= dict.fromkeys(_no_more_rows(each.cells[at].workload, judge(found)))
     why = {one.why_dependent: None for found in grid.values() for one in found}
     return [*said, *(f"no interval: {reason}" for reason in why if reason)]
+
+
+def _no_more_rows(workload: Workload, judged: CellVerdict) -> list[str]:
+    """Say that an undecided cell had all the seeds that its trace has rows for."""
+    if not isinstance(workload, TraceWorkload) or judged.verdict != UNCLEAR:
+        return []
+    requests = judged.winner.num_requests
+    seeds = len(workload.rows) // requests
+    all_used = 1 < judged.seeds == seeds
+    return [f"it has rows for {seeds} seeds of {requests} requests"] if all_used else []
 
 
 def _row(judged: CellVerdict) -> tuple[str, ...]:
     winner, (_, theirs) = judged.winner, judged.pair
     if judged.verdict == INFEASIBLE:
         why = f"{INFEASIBLE}: {judged.why_infeasible}"
-        return (needed(winner), *("-",) * (4 if judged.two_kinds else 3), why)
+        dashes = ("-",) * (4 if judged.two_kinds else 3)
+        return (needed(winner), f"{judged.seeds}", *dashes, why)
     over = f"{_shown(judged.over)} {theirs.system}"
     return (
         needed(winner),
+        f"{judged.seeds}",
         winner.system,
         interval_text(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
@@ -215,12 +274,53 @@ def answer(found: Sequence[SystemResult]) -> str:
         said = kinds.get(judged.verdict, UNCLEAR)
     ratio = judged.over.ratio
     how_much = interval_text(ratio) if ratio else "not both meet the targets"
+    more = f" {more_seeds([judged])}" if judged.verdict == UNCLEAR else ""
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
     rises = [f"\n{f.system}: {f.inversion}." for f in found if f.inversion]
     return (
         f"{winner.system} ({winner.deployment}) serves the most: {goodput} requests/s "
-        f"per device.\n{over}: {how_much}: {said}.{why}{''.join(rises)}"
+        f"per device.\n{over}: {how_much}: {said}.{more.rstrip()}{why}"
+        f"{''.join(rises)}"
     )
+
+
+def more_seeds(cells: Sequence[CellVerdict]) -> str:
+    """Say how many seeds would probably tell the pairs apart; '' if nobody knows."""
+    needed = [
+        (runs_to_tell(ratio, one.seeds), one.seeds)
+        for one in cells
+        if (ratio := one.over.ratio) is not None and ratio.low is not None
+    ]
+    if not needed:
+        return ""
+    few = sorted(max(math.ceil(n), k + 1) for n, k in needed if n <= _MOST_SEEDS)
+    had = max(k for _, k in needed)
+    if not few:
+        return f"After {had} seeds, even {_MOST_SEEDS} would probably not tell."
+    counts = f"{few[0]}" if few[0] == few[-1] else f"{few[0]} to {few[-1]}"
+    others = len(needed) - len(few)
+    but = f", but in {others} not even {_MOST_SEEDS}" if others else ""
+    return f"After {had} seeds, about {counts} would probably tell{but}."
+
+
+def undecided(judged: Sequence[CellVerdict]) -> str:
+    """Say how many cells nobody knows, and between what the ratio is; '' for none."""
+    open_ = [one for one in judged if one.verdict == UNCLEAR]
+    if not open_:
+        return ""
+    ratios = [one.over.ratio for one in open_ if one.over.ratio]
+    lows = [r.mean if r.low is None else r.low for r in ratios]
+    highs = [r.mean if r.high is None else r.high for r in ratios]
+    pair = "disaggregated over the best colocated system"
+    if not open_[0].two_kinds:
+        pair = "the best system over the second"
+    between = (
+        f": {pair} is {min(lows):.2f} to {max(highs):.2f} there"
+        if ratios
+        else ": not every seed has a goodput there"
+    )
+    said = f"\nUndecided: {len(open_)} of {len(judged)} cells{between}."
+    return " ".join(filter(None, [said, more_seeds(open_)]))
 
 
 def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
@@ -228,7 +328,8 @@ def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
     cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
     tried = _tried(each, verdicts, (DISAGGREGATED, COLOCATED))
     if not cases:
-        return f"No cell says not to disaggregate {tried}."
+        cell = "decided cell" if UNCLEAR in verdicts.values() else "cell"
+        return f"No {cell} says not to disaggregate {tried}."
     return f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
 
 
@@ -283,9 +384,17 @@ def _side(axis: Axis, part: range) -> str:
 # ---- JSON ----------------------------------------------------------------------------
 
 
-def record(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> Any:
-    """Return the spec and the results, ready for JSON."""
+def record(
+    spec: ComparisonSpec,
+    maps: Sequence[Map],
+    grids: Sequence[Grid],
+    served: RateAnswer | None = None,
+    left_out: Sequence[str] = (),
+) -> Any:
+    """Return the spec and the results, ready for JSON; for arguments see `text`."""
     return {
+        "served": None if served is None else serving.record(served),
+        "left_out": list(left_out),
         "question": {
             **{key: value for key, value in plain(spec).items() if key != "type"},
             "systems": list(spec.systems),
@@ -321,6 +430,7 @@ def _cell(each: Map, at: tuple[int, int], judged: CellVerdict) -> dict[str, Any]
         "best_colocated": judged.pair[1].system if judged.two_kinds else None,
         "over_colocated": plain(judged.over) if judged.two_kinds else None,
         "num_requests": judged.winner.num_requests,
+        "seeds": judged.seeds,
         "bounded": judged.winner.bounded,
         "notes": cell_notes(judged.ranked),
         "systems": [
@@ -340,13 +450,17 @@ def plot(
 ) -> None:
     """Draw a map of winners for each pair of axes; of a single cell, all goodputs."""
     pairs = list(zip(maps, grids, strict=True))
-    if len(pairs) == 1 and len(maps[0].cells) == 1:
+    if is_single(maps, grids):
         ((each, grid),) = pairs
         panels = [_bars(each, *grid.values())]
         title = f"{_on(spec)}; {each.fixed}"
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
-        title = f"Who serves the most: {_on(spec)}, {len(spec.seeds)} seeds"
+        seeds = sorted(
+            {judge(found).seeds for grid in grids for found in grid.values()}
+        )
+        counts = " or ".join(map(str, seeds))
+        title = f"Who serves the most: {_on(spec)}, {counts} seeds"
     said = [note for each, grid in pairs for note in notes(each, grid)]
     draw(panels, title, path, notes=said, dpi=110)
 

@@ -13,14 +13,16 @@ from typing import Any
 from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.sim.cost.distserve import FittedProfile, profile_from_json
-from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost
-from disagg_jax.sim.hardware import Hardware
+from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost, get_cost
+from disagg_jax.sim.hardware import Hardware, get_hardware
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.traces import Trace, fit_rows, load_trace
 from disagg_jax.workload.workload import requests_of_rows
 from models.config import ModelConfig
 
 PROFILES = pathlib.Path(__file__).parents[1] / "profiles"
+_SHORT = {"a100": "a100-80g"}  # as placement searches call it
+_BETWEEN_UNLIKE = "200gb"  # the adapter of a device, as a DGX A100 has it
 DISTSERVE = PROFILES / "distserve_a100_opt.json"
 
 
@@ -89,22 +91,54 @@ def get_simulation(name: str) -> Simulation:
 
 
 def placement_simulation(
-    model: str, hardware: str, cost: str | None = None
+    model: str,
+    hardware: str,
+    cost: str | None = None,
+    link: str | None = None,
+    **fields: Any,
 ) -> Simulation:
-    """Simulate a model on a device with one cost model for all systems.
+    """Simulate a model on devices with one cost model for all systems.
 
     Args:
+      hardware: a device for all, or one for each role: `prefill=h100,decode=a100-80g`.
       cost: by default DistServe's measured coefficients where its profile has the model
         on an a100, and a roofline otherwise.
+      link: that KV takes; by default the devices' own, and between unlike devices,
+        which do not share a node, 200gb.
+      fields: other fields of the simulation.
 
     Raises:
-      ValueError: on an unknown name.
+      ValueError: on an unknown name, or a role without a device.
     """
-    device = {"a100": "a100-80g"}.get(hardware, hardware)
+    prefill, decode = devices_by_role(hardware)
     measured = distserve_profile().fits["distserve"]
-    fitted = device == "a100-80g" and model in measured
+    fitted = prefill == decode == "a100-80g" and model in measured
     cost = cost or ("fitted/distserve" if fitted else "roofline")
-    return Simulation.of(model, device, cost=cost, costs=COSTS)
+    if link is not None or prefill != decode:
+        fields["inside"] = link or _BETWEEN_UNLIKE
+    made = Simulation.of(model, decode, cost=cost, costs=COSTS, **fields)
+    if prefill == decode:
+        return made
+    other = get_cost(cost, made.model, get_hardware(prefill), COSTS)
+    return dataclasses.replace(made, prefill_cost=other)
+
+
+def devices_by_role(text: str) -> tuple[str, str]:
+    """Return the names of the devices of prefill and of decode instances.
+
+    Raises:
+      ValueError: unless it is one name, or one for each of both roles.
+    """
+    parts = [part.partition("=") for part in text.split(",")]
+    if len(parts) == 1 and not parts[0][1]:
+        named = {"prefill": text, "decode": text}
+    else:
+        named = {role: name for role, _, name in parts}
+    expected = "hardware: expected one device, or prefill=DEVICE,decode=DEVICE"
+    complete = sorted(named) == ["decode", "prefill"] and all(named.values())
+    require(complete, expected, text)
+    prefill, decode = (_SHORT.get(named[r], named[r]) for r in ("prefill", "decode"))
+    return prefill, decode
 
 
 def trace_requests(

@@ -224,5 +224,5 @@ Image(filename=out / "around" / "maps.png")
 # measurements reach (`disagg_jax/sim/hardware/presets.py`; for TPUs that share is
 # assumed). Both sides have the same, so a ratio is safer than a rate. A few seeds of a
 # few hundred requests see differences of ten percent, not of two: give
-# `ComparisonSpec` more `num_requests` and `seeds`. To hold the simulator against your own machine: `python -m experiments.calibrate` and
+# `ComparisonSpec` more `num_requests` and `looks`. To hold the simulator against your own machine: `python -m experiments.calibrate` and
 # `python -m experiments.accuracy`.

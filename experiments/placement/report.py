@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from disagg_jax.metrics import Interval
 from disagg_jax.search.placement import ALGORITHMS, reasons_of
+from experiments.report.intervals import interval_text
 
 _SHOWN = 12  # rows of each table that are printed
 
@@ -13,6 +15,8 @@ _SHOWN = 12  # rows of each table that are printed
 def report(found: dict[str, Any]) -> str:
     """Return all tables and winners as text."""
     text = [f"skipped {line}" for line in reasons_of(found["skipped"])]
+    if found.get("left_out"):
+        text.append(_left_out(found["left_out"], "layouts of a phase alone"))
     for name in ALGORITHMS:
         if name not in found:
             continue
@@ -20,13 +24,32 @@ def report(found: dict[str, Any]) -> str:
         for table in ("prefill", "decode", "as a whole", "candidates"):
             if result.get(table):
                 text += ["", f"{name}: {table}", *lines(result[table])]
+        if result.get("left_out"):
+            text.append(_left_out(result["left_out"], "candidates"))
         copies = f"{result['copies']} x " if "copies" in result else ""
         text.append(
             f"{name}: {copies}{result['winner']} on {result['devices']} devices: "
             f"{result['goodput_rps']:.3g} requests/s, "
             f"{result['goodput_per_device_rps']:.3g} per device"
         )
+        if result.get("as one"):
+            text += _as_one(result)
     return "\n".join(text)
+
+
+def _left_out(count: int, what: str) -> str:
+    return f"left out, as the time of --minutes was spent: {count} {what}"
+
+
+def _as_one(result: dict[str, Any]) -> list[str]:
+    """Say how one deployment does that has the instances of all copies."""
+    one, over = result["as one"], result["as one"]["over_copies"]
+    ratio = "no ratio" if over is None else interval_text(Interval(**over)) + " x"
+    return [
+        f"  as one deployment, KV between any two instances: {one['candidate']}: "
+        f"{_figure(one)} requests/s per device, {ratio} that of "
+        f"{result['copies']} copies"
+    ]
 
 
 def lines(table: Sequence[dict[str, Any]]) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any
 
 from disagg_jax.formats import RUN
 from disagg_jax.sim import DeviceCost, Simulation
+from disagg_jax.workload import TraceWorkload
 from experiments.cli.command import command_line
 
 _RECORDS = {".lock", "config.json", "env.json"}
@@ -172,13 +174,19 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
 def plain(value: Any) -> Any:
     """Return JSON data: dataclasses by type and fields, functions by name.
 
-    Infinities become None, and a simulation's model and costs their names.
+    Infinities become None, a simulation's model and costs their names, and the rows of
+    a trace their number and a digest.
     """
     if isinstance(value, DeviceCost):
         return value.name
     if isinstance(value, Simulation):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"type": "Simulation", **plain(fields | {"model": value.model.name})}
+    if isinstance(value, TraceWorkload):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        digest = hashlib.sha256(repr(value.rows).encode()).hexdigest()
+        rows = {"count": len(value.rows), "sha256": digest}
+        return {"type": "TraceWorkload", **plain(fields | {"rows": rows})}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **plain(fields)}

@@ -8,16 +8,18 @@ import math
 import pytest
 
 from disagg_jax.deployment import Deployment, Role
+from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
+from disagg_jax.search.candidates import silent
+from disagg_jax.search.cells import compare
 from disagg_jax.search.comparison import (
     KNOWN,
     ComparisonSpec,
     SystemResult,
-    compare,
     deployments,
     judge,
     run_s,
@@ -35,63 +37,15 @@ from disagg_jax.search.maps import (
     regions,
     slos_map,
 )
-from disagg_jax.sim.cost.linear import LinearCost
-from disagg_jax.sim.simulation import DeviceCost, Simulation
+from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
 from experiments.compare_systems import asked_systems, numbers
 from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
-from models.lookup import find_model
 from tests.commands import run_command
-
-
-def silent(message):
-    pass
-
-
-# ---- durations by hand ---------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearInstance:
-    cost: LinearCost
-
-    def stages_s(self, load):
-        # Of prompts alone there is no fixed part, so that they add up.
-        base = self.cost.step_base_s if load.decodes else 0.0
-        return (base + self.cost.prefill_token_s * load.prompt_tokens,)
-
-    def decode_s(self, decodes, context):
-        return self.cost.step_base_s
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearModel:
-    """Durations of one device; there is no tensor parallelism."""
-
-    cost: LinearCost
-
-    def instance(self, tp, pp=1):
-        if tp > 1:
-            raise ValueError(f"tp: expected 1, got {tp}")
-        return LinearInstance(self.cost)
-
-
-# 1 ms a prompt token, 10 ms a decode step; free transfers, endless memory.
-LINEAR = Simulation(
-    model=find_model("opt-13b"),
-    cost=DeviceCost(
-        name="linear",
-        instance=LinearModel(
-            LinearCost(step_base_s=0.01, prefill_token_s=1e-3)
-        ).instance,
-        kv_tokens=lambda tp, pp: 10**6,
-    ),
-    kv_memory=False,
-    max_context=10**6,
-)
+from tests.linear_simulation import LINEAR
 
 
 def of(*names):
@@ -106,6 +60,7 @@ def linear_spec(**changes):
         "systems": of("vllm_v0", DISAGGREGATED),
         "sizes": (100, 200),
         "num_requests": 150,
+        "looks": (3,),
     }
     return ComparisonSpec(**(fields | changes))
 
@@ -182,6 +137,7 @@ def test_all_devices_are_used_in_all_ways():
 def small_spec(**changes):
     simulation = Simulation.of("opt-13b", "a100-80g", max_context=4096)
     fields = {"simulation": simulation, "devices": 2, "sizes": (128, 256, 512, 1024)}
+    fields["looks"] = (3,)
     return ComparisonSpec(**(fields | changes))
 
 
@@ -252,10 +208,13 @@ def test_one_token_each_way_ends_and_says_what_was_bounded(tmp_path):
             sizes = {o.candidate.search.num_requests for o in one.options}
             assert sizes == {80}
     said = []
-    grids = compare(spec, [cells], map, said.append)
+    grids = compare(spec, [cells], map, lambda *step: said.append(step))
     shown = text(spec, [cells], grids)
     assert "Bounded: in 2 of 2 cells runs have 80 requests" in shown
-    assert " 80 of " in shown and "runs bounded to 80 of " in said[1]
+    assert " 80 of " in shown
+    part = "goodputs (2 cells x 2 systems)"
+    assert [step[:3] for step in said] == [(part, done, 4) for done in range(5)]
+    assert said[1][3].startswith("vllm_v0 ")
     (found,) = record(spec, [cells], grids)["maps"]
     assert [cell["bounded"] for cell in found["cells"]] == [True, True]
     assert found["sentence"] in shown and "--max_requests" in found["sentence"]
@@ -493,7 +452,9 @@ def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
         ),
         ({"devices": 0}, "devices: expected >= 1, got 0"),
         ({"devices": 1}, "devices: expected enough for two instances of opt-13b"),
-        ({"seeds": ()}, "seeds: expected >= 1"),
+        ({"looks": ()}, "seeds: expected 1 to 3 numbers that rise from above 0, got"),
+        ({"looks": (4, 4)}, "seeds: expected 1 to 3 numbers that rise from above 0"),
+        ({"looks": (1, 2, 3, 4)}, "seeds: expected 1 to 3 numbers that rise"),
         ({"budgets": (0,)}, "budgets: expected >= 1"),
         (
             {"simulation": get_simulation("opt175b_a100"), "devices": 5},
@@ -562,13 +523,30 @@ def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     shown = (tmp_path / "maps.txt").read_text()
     assert shown in done.stdout + "\n" and "with 1 workers" in done.stdout
     assert "infeasible: even alone vllm_v0 needs" in shown
-    assert "seeds 0, 1;" in shown and "max_batched_tokens = 2048: the default" in shown
-    assert "2/2: TTFT target 0.5" in done.stderr
-    content = json.loads((tmp_path / "maps.json").read_text())
+    assert (
+        "2 seeds; 95 %" in shown and "max_batched_tokens = 2048: the default" in shown
+    )
+    assert "4/4 goodputs (2 cells x 2 systems)" in done.stderr
+    content = MAPS.read(json.loads((tmp_path / "maps.json").read_text()))
     assert content["flags"]["ttfts"] == ["0.01", "0.5"]
     assert "  vllm_v0        colocated:tp2: " in shown
     assert content["environment"]["commit"] and content["wall_s"] > 0
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_time_that_is_spent_leaves_cells_out_and_says_so(tmp_path):
+    done = command(
+        *("--model=opt-13b", "--devices=2", "--systems=vllm_v0,disaggregated"),
+        *("--map=targets", "--ttfts=0.4,0.5", "--tpots=0.05", "--seeds=2,3"),
+        *("--workload=fixed:512x8", "--num_requests=20", "--workers=1"),
+        *("--minutes=0.0001", f"--out={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    said = "Left out, as the time of --minutes was spent: 1 of 2 cells of the map targe"
+    assert last.startswith(said)
+    content = json.loads((tmp_path / "maps.json").read_text())
+    assert len(content["maps"][0]["cells"]) == 1 and content["left_out"]
 
 
 def test_a_bad_flag_is_one_line():
@@ -616,7 +594,19 @@ def test_a_winner_whose_attainment_is_not_monotone_says_so():
     [
         ((2.0, 2.02, 1.98), (1.0, 1.0, 1.0), "2.00 [1.95, 2.05]: disaggregate."),
         ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0), "0.50 [0.50, 0.50]: do not disaggregate."),
-        ((1.0, 2.0, 1.5), (1.5, 1.6, 1.4), ": no clear winner."),
+        (
+            (1.0, 2.0, 1.5),
+            (1.5, 1.6, 1.4),
+            # Logarithms of the ratios: -0.405, 0.223, 0.069. Their mean is -0.038, and
+            # half of the interval 0.812, so 3 x (0.812 / 0.038)^2 seeds and more.
+            ": no clear winner. After 3 seeds, even 1000 would probably not tell.",
+        ),
+        (
+            (1.0, 2.0, 1.5),
+            (1.2, 1.2, 1.2),
+            # -0.182, 0.511 and 0.223: 0.184 and 0.865, so 3 x 22.2 = 66.5.
+            ": no clear winner. After 3 seeds, about 67 would probably tell.",
+        ),
         ((2.0, 2.0, 2.0), (0.0, 0.0, 0.0), "not both meet the targets: disaggregate."),
     ],
 )
@@ -676,6 +666,7 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     said = [
         f"trace {tmp_path}/trace.csv: columns format, 61 rows, times in s",
         "1 of 61 rows are left out: over 8192 tokens",
+        "the trace's own rate: 1 requests/s",
     ]
     assert all(f"\n{line}\n" in done.stdout for line in said)
     assert "Warning" not in done.stderr
@@ -692,5 +683,12 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     assert all(one["goodput"]["low"] is None for one in cell["systems"])
     assert all(not one["candidates"][0]["resolved"] for one in cell["systems"])
     assert content["flags"]["trace"] == f"{tmp_path}/trace.csv"
+    assert "\nall layouts that were tried; " in done.stdout
+    last = done.stdout.splitlines()[-1]
+    need = "devices needed: vllm_v0 1, disaggregated 2."
+    assert last == f"For 1 requests/s, the trace's own rate, {need}"
+    served = content["served"]
+    assert served["demand"]["num_requests"] == 60 and served["own_rate"]
+    assert [one["best"]["attainment"] for one in served["systems"]] == [1.0, 1.0]
     for name in ("maps", "lengths"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000

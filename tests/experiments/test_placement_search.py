@@ -10,12 +10,14 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate, Inversion
 from disagg_jax.metrics.intervals import interval_across
+from disagg_jax.scheduling import get_system
 from disagg_jax.search import placement
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
     Layout,
     candidate_row,
+    silent,
 )
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
@@ -25,6 +27,7 @@ from disagg_jax.search.placement import (
     reasons_of,
 )
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.placement import report
@@ -43,7 +46,7 @@ def search(model="opt-13b", devices=2, slo="0.25,0.1", **changes):
         num_requests=100,
         **changes,
     )
-    return PlacementSearch(problem=problem, mapper=map, progress=lambda text: None)
+    return PlacementSearch(problem=problem, mapper=map, progress=silent)
 
 
 def command(*arguments):
@@ -102,7 +105,7 @@ def test_targets_below_the_unloaded_latency_say_by_how_much():
 
 def test_one_device_has_only_colocated_systems():
     found = search(devices=1).run(["joint"])
-    assert found["joint"]["winner"] == "vllm_v0 colocated:tp1"
+    assert found["joint"]["winner"] == "vllm_v1 colocated:tp1"
     for algorithm in ("high", "low"):
         with pytest.raises(ValueError, match=f"{algorithm}: expected devices for"):
             search(devices=1).run([algorithm])
@@ -229,7 +232,7 @@ def told(monkeypatch, rates, scale=0.5):
     """Searches find these goodputs, by name; others 3 for a unit. Returns the calls."""
     calls = []
 
-    def best_first(candidates, mapper, progress, *, prune):
+    def best_first(candidates, mapper, progress, *, part, prune, stop):
         del mapper, progress
         calls.append(prune)
         found = []
@@ -314,6 +317,130 @@ def test_joint_searches_phases_in_full_and_names_a_colocated_winner(monkeypatch)
     calls.clear()
     dataclasses.replace(search(devices=2), prune=False).run(["low"])
     assert calls == [False, False, False]
+
+
+# -- copies and one deployment, systems, devices by role ------------------------------
+
+
+def test_copies_are_held_against_one_deployment_with_all_their_instances(monkeypatch):
+    """2 + 2 serve 9 requests/s, and two copies of 1 + 1 serve 2 x 3."""
+    told(monkeypatch, {"2xprefill:tp1,2xdecode:tp1": 9.0})
+    asked = dataclasses.replace(search(devices=4, seeds=(3, 4)), whole=True)
+    found = asked.run(["low"])["low"]
+    assert found["copies"] == 2
+    one = found["as one"]
+    assert one["candidate"] == "2xprefill:tp1,2xdecode:tp1"
+    assert (one["goodput"], one["over_copies"]["mean"]) == (9 / 4, pytest.approx(1.5))
+    line = report.report({"skipped": {}, "low": found}).splitlines()[-1]
+    assert line.endswith(
+        "as one deployment, KV between any two instances: 2xprefill:tp1,2xdecode:tp1: "
+        "2.25 [2.25, 2.25] requests/s per device, 1.50 [1.50, 1.50] x that of 2 copies"
+    )
+    alone = dataclasses.replace(search(devices=2, seeds=(3, 4)), whole=True)
+    assert alone.run(["low"])["low"]["as one"] is None
+
+
+def test_one_deployment_shares_its_queues():
+    """Simulated: of two pairs whose arrivals are split, one waits while another idles.
+
+    Both sides have 2 prefill and 2 decode instances, and the same seeds.
+    """
+    asked = dataclasses.replace(search(devices=4, seeds=(0, 1)), whole=True)
+    problem = dataclasses.replace(asked.problem, layouts=(Layout(1),))
+    found = dataclasses.replace(asked, problem=problem).run(["low"])["low"]
+    assert found["copies"] == 2 and found["as one"]["over_copies"]["mean"] > 1
+
+
+def test_a_colocated_system_alone_is_placed_by_joint_only(monkeypatch):
+    told(monkeypatch, {"orca colocated:tp2": 9.0})
+    given = PlacementProblem.of(
+        placement_simulation("opt-13b", "a100"),
+        2,
+        {"orca": get_system("orca")},
+        None,
+        workload=get_workload("fixed:512x64"),
+        slo=SLO.parse("0.25,0.1"),
+    )
+    asked = PlacementSearch(problem=given, mapper=map, progress=silent)
+    found = asked.run(["joint"])["joint"]
+    assert (found["winner"], found["system"]) == ("orca colocated:tp2", "orca")
+    with pytest.raises(ValueError, match="algorithms: expected joint, as none of .'or"):
+        asked.run(["low"])
+
+
+def test_the_time_that_is_spent_leaves_candidates_out():
+    """Each search begins with two; a phase that was not searched has no pairs."""
+    asked = dataclasses.replace(search(devices=3), stop=lambda: True)
+    found = asked.run(["low"])
+    assert found["left_out"] > 0
+    assert found["low"]["left_out"] + len(found["low"]["candidates"]) > 0
+    said = report.report(found)
+    many = f"{found['left_out']} layouts of a phase alone"
+    assert f"left out, as the time of --minutes was spent: {many}" in said
+
+
+def test_each_role_has_the_devices_that_are_given():
+    """Prompts take less time on an h100, and its KV memory is that of its devices."""
+    mixed = placement_simulation("llama-3-8b", "prefill=h100,decode=a100")
+    assert (mixed.prefill_cost.name, mixed.cost.name) == (
+        "roofline/h100",
+        "roofline/a100-80g",
+    )
+    assert mixed.inside == "200gb"
+    linked = placement_simulation(
+        "llama-3-8b", "prefill=h100,decode=a100", link="400gb"
+    )
+    assert linked.inside == "400gb"
+    prompt = StepLoad(((0, 1000),), 0, 0)
+    built = mixed.build("prefill:tp1,decode:tp1")
+    seconds = [sum(built.cost.stages_s(i, prompt)) for i in (0, 1)]
+    assert seconds[0] < 0.6 * seconds[1]
+    small = dataclasses.replace(
+        mixed.prefill_cost, kv_tokens=lambda tp, pp: 160 * tp * pp
+    )
+    less = dataclasses.replace(mixed, prefill_cost=small)
+    blocks = [pool.num_blocks for pool in less.build("prefill:tp2,decode:tp1").memory]
+    assert blocks == [20, mixed.build("prefill:tp1,decode:tp1").memory[1].num_blocks]
+    same = placement_simulation("opt-13b", "prefill=a100,decode=a100-80g")
+    assert same.prefill_cost is None and same.cost.name == "fitted/distserve"
+
+
+@pytest.mark.parametrize(
+    "text", ["prefill=h100", "h100,a100", "prefill=h100,decode=", "a=h100,b=a100", ""]
+)
+def test_bad_devices_by_role(text):
+    with pytest.raises(ValueError, match="hardware: expected one device, or prefill="):
+        placement_simulation("opt-13b", text)
+
+
+def test_the_command_places_one_system_by_a_trace_on_devices_by_role(tmp_path):
+    rows = [f"{i},{100 + i},{4 + i % 3}" for i in range(150)]
+    head = "arrival_s,prompt_tokens,output_tokens"
+    (tmp_path / "trace.csv").write_text("\n".join([head, *rows]) + "\n")
+    done = command(
+        *("--model=opt-13b", "--hardware=prefill=h100,decode=a100", "--devices=2"),
+        *("--slo=0.5,0.1", f"--trace={tmp_path}/trace.csv", "--system=disaggregated"),
+        *("--num_requests=40", "--workers=1", "--tolerance=0.3", "--algorithm=low"),
+        f"--out={tmp_path}/out",
+    )
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stdout.splitlines()
+    assert first == (
+        "opt-13b: prefill roofline/h100, decode roofline/a100-80g, KV over 200gb"
+    )
+    assert "the trace's own rate: 1 requests/s" in lines
+    found = json.loads((tmp_path / "out" / "placement.json").read_text())
+    assert found["low"]["system"] == "disaggregated"
+    assert found["low"]["winner"] == "prefill:tp1,decode:tp1"
+
+
+def test_colocated_systems_have_no_place_on_devices_by_role():
+    done = command(
+        *("--model=opt-13b", "--hardware=prefill=h100,decode=a100", "--devices=2"),
+        *("--slo=0.5,0.1", "--systems=disaggregated,orca", "--workers=1"),
+    )
+    assert done.returncode == 1
+    assert "error: systems: expected no colocated one on --hardware=" in done.stderr
 
 
 @pytest.mark.parametrize(

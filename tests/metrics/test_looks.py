@@ -1,11 +1,17 @@
 """Intervals that are looked at several times: do they cover the truth often enough?"""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
-from disagg_jax.metrics import interval_across, look_confidence
+from disagg_jax.metrics import (
+    Interval,
+    interval_across,
+    look_confidence,
+    runs_to_tell,
+)
 
 LOOKS = (4, 8, 16)
 GOODPUT_RPS = 100.0
@@ -51,6 +57,16 @@ def test_the_factor_of_an_interval_is_that_of_the_library():
     for row, half in itertools.zip_longest(seen, half_widths(seen, 0.9)):
         found = interval_across(row.tolist(), 0.9)
         assert found.high - found.mean == pytest.approx(half)
+
+
+def test_twice_the_distance_from_1_needs_a_quarter_of_the_runs():
+    """0.5 to 2 about a mean of 2 ** 0.5 is twice as wide as it may be: 4 x the runs."""
+    wide = Interval(mean=2**0.5, low=2**-0.5, high=2**1.5)
+    assert runs_to_tell(wide, 4) == pytest.approx(16)
+    far = Interval(mean=2.0, low=1.0, high=4.0)
+    assert runs_to_tell(far, 4) == pytest.approx(4)
+    assert runs_to_tell(Interval(mean=1.0, low=0.5, high=2.0), 4) == math.inf
+    assert runs_to_tell(Interval(mean=2.0, low=None, high=None), 4) == math.inf
 
 
 def test_one_look_needs_no_correction():

@@ -10,7 +10,13 @@ from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate
 from disagg_jax.metrics.intervals import Interval
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.search.candidates import Candidate, CandidateResult, Layout, best_first
+from disagg_jax.search.candidates import (
+    Candidate,
+    CandidateResult,
+    Layout,
+    best_first,
+    silent,
+)
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
     PhaseRates,
@@ -82,10 +88,6 @@ def problem(**changes):
         num_requests=120,
     )
     return dataclasses.replace(given, **changes)
-
-
-def silent(_):
-    pass
 
 
 def phases(given, prune=False):

@@ -14,7 +14,7 @@ from disagg_jax.search.comparison import (
 )
 from disagg_jax.search.maps import slos_map
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.workload import FixedLengths, RandomWorkload
+from disagg_jax.workload import FixedLengths, RandomWorkload, TraceWorkload
 from disagg_jax.workload.traces import TraceRow
 from experiments.comparison import report
 from experiments.configs.named_simulations import get_simulation
@@ -58,7 +58,7 @@ SPEC = ComparisonSpec(
     systems={name: POLICIES[name] for name in ("vllm_v0", "orca", DISAGGREGATED)},
     sizes=(128,),
     plan=SearchPlan(target=0.8),
-    seeds=(0, 1, 2),
+    looks=(3,),
 )
 MAP = slos_map([0.25, 0.5, 1.0], [0.04], WORKLOAD, "mine")
 GRID = {(0, 0): NOBODY, (1, 0): CLOSE, (2, 0): CLEAR}
@@ -73,16 +73,16 @@ def rows(title):
 def test_a_cell_has_its_winner_its_goodput_and_both_ratios():
     nobody, close, clear = rows("map of targets: workload mine")[1:]
     assert nobody == [
-        *("0.25", "0.04", "123", "-", "-", "-", "-", "infeasible:", "even", "alone"),
-        *("orca", "needs", "1.25", "x", "the", "targets"),
+        *("0.25", "0.04", "123", "3", "-", "-", "-", "-", "infeasible:", "even"),
+        *("alone", "orca", "needs", "1.25", "x", "the", "targets"),
     ]
     assert close == [
-        *("0.5", "0.04", "123", "orca", "3", "[2.75,", "3.25]"),
+        *("0.5", "0.04", "123", "3", "orca", "3", "[2.75,", "3.25]"),
         *("1.02", "[0.91,", "1.14]", "(unclear)", DISAGGREGATED),
         *("0.98", "[0.88,", "1.10]", "(unclear)", "orca", "no", "clear", "winner"),
     ]
     assert clear == [
-        *("1", "0.04", "123", DISAGGREGATED, "2", "[1.5,", "2.5]"),
+        *("1", "0.04", "123", "3", DISAGGREGATED, "2", "[1.5,", "2.5]"),
         *("2.00", "[2.00,", "2.00]", "vllm_v0", "2.00", "[2.00,", "2.00]", "vllm_v0"),
         DISAGGREGATED,
     ]
@@ -114,7 +114,7 @@ def test_the_head_says_what_was_asked():
     for said in (
         "opt-13b on 4 devices, fitted/distserve, KV over nvlink-a100; simulated",
         "requests/s per device at which 80% of the requests meet both targets",
-        "seeds 0, 1, 2; N requests a run",
+        "3 seeds; 95 % intervals over seeds; N requests a run",
         "at once, at most: vllm_v0 256, orca 128, disaggregated 256;",
     ):
         assert said in TEXT.split("\n\n")[0]
@@ -136,7 +136,7 @@ def test_the_record_has_the_numbers_of_the_table():
     ]
     assert clear["systems"][1]["goodput"]["mean"] == pytest.approx(1.0)
     asked = content["question"]
-    assert (asked["devices"], asked["seeds"], asked["sizes"]) == (4, [0, 1, 2], [128])
+    assert (asked["devices"], asked["looks"], asked["sizes"]) == (4, [3], [128])
     assert asked["plan"]["target"] == 0.8
     assert made["sentence"] == report.sentences([MAP], [GRID])[0]
 
@@ -250,7 +250,7 @@ def test_of_one_kind_the_answer_is_who_wins():
         "vllm_v1 (vllm_v1's) serves the most: 2 [1.5, 2.5] requests/s per device.\n"
         "vllm_v1 over orca: 1.30 [1.24, 1.37]: vllm_v1 wins."
     )
-    assert report.answer(EVEN).endswith(": no clear winner.")
+    assert ": no clear winner. After 3 seeds, even 1000" in report.answer(EVEN)
     assert "isaggregate" not in report.answer(EVEN)
 
 
@@ -259,7 +259,9 @@ def test_of_one_kind_a_map_says_who_wins_where():
     (said,) = report.sentences([MAP], [grid])
     assert said == (
         "vllm_v1 wins with TTFT target >= 0.5 s (of 3 cells, workload mine: "
-        "vllm_v0 0, vllm_v1 2, no clear winner 1, infeasible 0)."
+        "vllm_v0 0, vllm_v1 2, no clear winner 1, infeasible 0).\nUndecided: 1 of 3 "
+        "cells: the best system over the second is 0.79 to 1.27 there. After 3 seeds, "
+        "even 1000 would probably not tell."
     )
     (said,) = report.sentences([MAP], [{(0, 0): EVEN, (1, 0): EVEN}])
     assert said.startswith("No cell has a clear winner (of 2 cells, workload mine: ")
@@ -341,6 +343,59 @@ def test_a_cluster_without_a_link_is_said_to_have_a_free_one():
 
 def test_what_is_infinite_is_none_in_the_record():
     assert plain({"a": (float("inf"), 1.5)}) == {"a": [None, 1.5]}
+
+
+def test_undecided_cells_are_said_with_the_range_of_their_ratio():
+    """0.98 [0.88, 1.10] of three seeds, and by logs 0.022 +- 12.71 x 0.073: to 2.59.
+
+    So 3 x (0.108 / 0.018)^2 seeds, and 2 x (0.931 / 0.022)^2.
+    """
+    wide = (found("vllm_v0", 1.0, 1.0), found(DISAGGREGATED, 1.1, 0.95))
+    (said,) = report.sentences([MAP], [{(0, 0): CLOSE, (1, 0): wide, (2, 0): CLEAR}])
+    first, second = said.splitlines()
+    assert first.startswith("No decided cell says not to disaggregate (of 3 cells, ")
+    assert second == (
+        "Undecided: 2 of 3 cells: disaggregated over the best colocated system is "
+        "0.40 to 2.59 there. After 3 seeds, about 109 would probably tell, but in 1 "
+        "not even 1000."
+    )
+
+
+def test_seeds_that_would_tell_are_not_named_where_nobody_knows():
+    one = (found("vllm_v0", 1.0), found(DISAGGREGATED, 2.0))
+    assert report.more_seeds([judge(one)]) == ""
+    none = (found("vllm_v0", 1.0, 0.0), found(DISAGGREGATED, 2.0, 1.0))
+    (said,) = report.sentences([MAP], [{(0, 0): none, (1, 0): none}])
+    assert said.endswith("Undecided: 2 of 2 cells: not every seed has a goodput there.")
+
+
+def test_what_the_time_did_not_suffice_for_is_the_last_line():
+    made = report.text(SPEC, [MAP], [GRID], left_out=["2 of 5 cells", "all layouts"])
+    assert made.splitlines()[-1] == (
+        "Left out, as the time of --minutes was spent: 2 of 5 cells; all layouts."
+    )
+    content = report.record(SPEC, [MAP], [GRID], left_out=["2 of 5 cells"])
+    assert content["left_out"] == ["2 of 5 cells"] and content["served"] is None
+
+
+@pytest.mark.parametrize(("rows", "said"), [(3 * 123, True), (4 * 123, False)])
+def test_an_undecided_cell_says_that_its_trace_has_no_more_rows(rows, said):
+    """Runs of 123 requests, by three seeds."""
+    trace = TraceWorkload(rows=tuple(TraceRow(float(i), 9, 2) for i in range(rows)))
+    each = slos_map([0.25], [0.04], trace, "mine")
+    line = "it has rows for 3 seeds of 123 requests"
+    assert (line in report.notes(each, {(0, 0): CLOSE})) == said
+    assert line not in report.notes(each, {(0, 0): CLEAR})
+
+
+def test_a_cell_does_not_repeat_the_rows_of_its_trace():
+    rows = tuple(TraceRow(float(i), 10, 2) for i in range(1000))
+    each = slos_map([0.25], [0.04], TraceWorkload(rows=rows), "mine")
+    content = report.record(SPEC, [each], [{(0, 0): CLEAR}])
+    (cell,) = content["maps"][0]["cells"]
+    assert cell["cell"]["workload"]["rows"]["count"] == 1000
+    assert len(str(content)) < 10_000
+    assert "the trace's own rate: 1 requests/s" in content["maps"][0]["notes"]
 
 
 @pytest.mark.parametrize(

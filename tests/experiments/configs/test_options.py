@@ -361,12 +361,18 @@ REFUSED = {
         "--map=targets --sigma=1": "--sigma: expected --map=lengths or both",
         "--map=targets --slo=1,1": "--slo: expected --map=lengths or both",
         "--workload=sharegpt --trace=x": "--workload: expected no --trace, got --trace",
+        "--rate=2": "--rate: expected --map=targets with one --ttfts and one --tpots",
+        "--map=targets --max_devices=9": "--max_devices: expected --map=targets with",
+        "--map=targets --ttfts=1 --tpots=1 --max_devices=9": "--max_devices: expected "
+        "a --trace or a --rate, got neither",
         "--map=targets --config=opt13b_a100 --max_tokens=99": "--max_tokens: expected "
         "a map of lengths, a trace, or no --config, got --map=targets and --config=",
     },
     "placement_search": {
-        "--algorithm=low --whole": "--whole: expected --algorithm=high or all, got",
-        "--algorithm=joint --whole": "--whole: expected --algorithm=high or all, got",
+        "--trace=x --workload=longbench": "--workload: expected no --trace, got --trac",
+        "--max_tokens=99": "--max_tokens: expected a --trace, got none",
+        "--trace_rows=9": "--trace_rows: expected a --trace, got none",
+        "--system=orca --systems=sarathi": "--systems: expected no --system, got --sys",
         "--algorithm=high --margin=0.2": "--margin: expected --algorithm=low, joint or",
         "--exhaustive --margin=0.2": "--margin: expected no --exhaustive, got --exhaus",
     },

@@ -17,6 +17,8 @@ from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.placement import PlacementProblem
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.workload import TraceWorkload
+from disagg_jax.workload.traces import TraceRow
 from experiments import stalls
 from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -259,6 +261,17 @@ def test_content_of_dataclasses_is_plain():
     assert found["scene"]["type"] == "StallScenario"
     assert found["scene"]["prompts"] == [8, 9]
     assert found["3"] is None and found["nan"] == [None, 1.5]
+
+
+def test_the_rows_of_a_trace_are_a_number_and_a_digest():
+    """Another trace differs by its digest; what is equal is equal."""
+    traces = [
+        TraceWorkload(rows=(TraceRow(0.0, 5, 5), TraceRow(1.0, last, 5)))
+        for last in (6, 7, 7)
+    ]
+    first, second, third = (plain(trace) for trace in traces)
+    assert first["rows"]["count"] == 2 and len(first["rows"]["sha256"]) == 64
+    assert first != second == third
 
 
 # -- whole files ----------------------------------------------------------------------
