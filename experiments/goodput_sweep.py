@@ -20,16 +20,20 @@ resolved, and stops. The search is repeated by each half of the rounds of timing
 another system is ahead, the table says that these timings do not settle it.
 
 Writes a run directory and prints a table. Started again with the same --out and config,
-it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk. While it
-runs, no other run may use the directory.
+it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk: it says
+how many points it found, and compiles programs only where some are still to run. If the
+run has ended, it prints the table and does nothing else. While it runs, no other run
+may use the directory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.calibration.step_times import (
@@ -51,6 +55,7 @@ from experiments.configs.options import Need, no_effect
 from experiments.configs.override import override
 from experiments.runs.folder import plain, sole_use, write_text
 from experiments.runs.run_dir import RunDir, environment
+from experiments.runs.saved_run import SavedRun
 from experiments.sweep import report
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
@@ -88,16 +93,19 @@ _STEP_TIMES = FLAGS.string(
 
 
 def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
-    """Run a sweep and return its table.
+    """Run a sweep and return its table; of a run that has ended, only return it.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
-    host_devices.provide(most_devices(config))
-    check_modelled(config)
     if step_times_file and config.durations == "modelled":
         expected, got = "durations=table or live", "durations=modelled"
         raise no_effect("--step_times", step_times_file, expected=expected, got=got)
+    asked = _asked(config, step_times_file)
+    if (table := SavedRun(out).table_of(asked)) is not None:
+        return table
+    host_devices.provide(most_devices(config))
+    check_modelled(config)
     given = _read_step_times(step_times_file) if step_times_file else None
     model = load_model(config)
     source = RequestSource.load(config, model)
@@ -111,11 +119,10 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     if given is not None:
         for engine in engines.values():
             check_step_times(engine, given.seconds, streams=config.streams)
-    record = {**plain(config), "step_times_file": step_times_file}
     if source.trace is not None:
-        record["trace"] = source.trace  # a resumed run must find the same
+        asked["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
-        run_dir = RunDir(out, record)
+        run_dir = RunDir(out, asked)
         return _run(config, run_dir, model, source, engines, given)
 
 
@@ -128,8 +135,14 @@ def _run(
     given: StepTimes | None,
 ) -> str:
     progress = progress_to_stderr()
-    compile_engines(engines, progress)
-    times = _step_times(config, run_dir, list(engines.values()), given, progress)
+    if found := _found(config, run_dir):
+        progress(found)
+
+    @functools.cache
+    def compile_system(name: str) -> None:
+        compile_engines({name: engines[name]}, progress)
+
+    times = _step_times(config, run_dir, engines, given, compile_system, progress)
     with _workers(config) as mapper:
         sweeps = [
             Sweep(
@@ -145,6 +158,7 @@ def _run(
                 too_slow_s=target.too_slow_s,
                 run_dir=run_dir,
                 progress=progress,
+                compile_system=compile_system,
                 target=target.name,
                 mapper=mapper,
             )
@@ -162,6 +176,32 @@ def _run(
     text = report.table(summary)
     write_text(run_dir.path / "table.txt", text + "\n")
     return text
+
+
+def _asked(config: Config, step_times_file: str | None) -> dict[str, Any]:
+    """Return what decides the result of a run, as far as it is known before any work.
+
+    A trace is told by its bytes, so that it need not be read, nor a model for it.
+    """
+    asked = {**plain(config), "step_times_file": step_times_file}
+    trace = pathlib.Path(config.workload.trace)
+    if config.workload.source == "trace" and trace.is_file():
+        with trace.open("rb") as file:
+            asked["trace_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return asked
+
+
+def _found(config: Config, run_dir: RunDir) -> str:
+    """Say how many points of a run that is resumed are done; "" without any."""
+    found = len(run_dir.points())
+    if not found:
+        return ""
+    if not config.rates:
+        return f"{found} points found; the search goes on from them"
+    rates, targets = len(config.rates), len(config.targets)
+    total = targets * len(config.systems) * rates * config.num_seeds
+    most = "at most " if len(config.looks) > 1 else ""
+    return f"{found} of {most}{total} points found"
 
 
 @contextlib.contextmanager
@@ -214,13 +254,14 @@ def _timing(times: StepTimes) -> dict[str, Any] | None:
 def _step_times(
     config: Config,
     run_dir: RunDir,
-    engines: Sequence[Engine],
+    engines: Mapping[str, Engine],
     given: StepTimes | None,
+    compile_system: Callable[[str], None],
     progress: Progress,
 ) -> StepTimes:
     """Return the times to use: given, of the run that is resumed, or taken now.
 
-    They are empty if durations are modelled.
+    They are empty if durations are modelled. Only to take them, programs are compiled.
     """
     if config.durations == "modelled":
         return StepTimes(rounds={})
@@ -230,8 +271,14 @@ def _step_times(
     if given is not None:
         times, measured = given, None
     else:
-        repeats = config.timing_repeats
-        times = measure_step_times(engines, repeats, progress, streams=config.streams)
+        for name in engines:
+            compile_system(name)
+        times = measure_step_times(
+            list(engines.values()),
+            config.timing_repeats,
+            progress,
+            streams=config.streams,
+        )
         measured = environment()
     content = {"seconds": times.seconds, "rounds": times.rounds, "measured": measured}
     run_dir.write_json("step_times.json", STEP_TIMES.write(content))

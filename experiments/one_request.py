@@ -25,7 +25,7 @@ from experiments.report.draw import draw
 from experiments.report.panel import STAGE_COLOURS, STAGE_LEGEND, Bar, Bars
 from experiments.report.stages import stage_table
 from experiments.runs.request_rows import to_timeline
-from experiments.runs.run_dir import SavedRun
+from experiments.runs.saved_run import SavedRun
 
 FLAGS = Flags()
 _RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")

@@ -45,6 +45,7 @@ from disagg_jax.metrics.intervals import (
     look_confidence,
     margin,
     rate_interval,
+    unpaired_margin,
 )
 from disagg_jax.metrics.latency import (
     Stages,
@@ -88,4 +89,5 @@ __all__ = [
     "stages_s",
     "tpot_s",
     "ttft_s",
+    "unpaired_margin",
 ]

@@ -24,7 +24,7 @@ from experiments.report.panel import (
     ends,
 )
 from experiments.report.table import numbers, side_by_side, underlined
-from experiments.runs.run_dir import by_target
+from experiments.runs.saved_run import by_target
 from experiments.sweep.headline import good, headline, notes, timings, too_slow
 
 _GREY = 7  # the colour of what is no system's
@@ -187,7 +187,7 @@ def _goodput_column(system: Mapping[str, Any]) -> dict[str, str]:
     found = system["goodput"]
     ends = (found[f"{end}_rps_per_device"] for end in ("pass", "fail"))
     return {
-        "requests/s per device": _interval(found["max_goodput_rate_per_device"], ".1f"),
+        "requests/s per device": _interval(found["goodput_rps_per_device"], ".1f"),
         "passes at / fails at": " / ".join(number(end, ".1f") for end in ends),
         # Without a pass and a failure of every seed, the figure is a bound only.
         "every seed bracketed": yes_or_no(found["bracketed"]),
@@ -323,7 +323,7 @@ def _curves(
     """Yield a system's scores, its attainment of each target, and its goodput."""
     points, target = system["points"], summary["target"]
     unit, most = (1 / system["devices"], math.inf) if target is None else (100, 1)
-    rates = [point["request_rate_per_device"] for point in points]
+    rates = [point["rate_rps_per_device"] for point in points]
     found = [_interval_of(p["criteria"][summary["criterion"]]) for p in points]
     # A band only where all seeds ran: of the two that scouted it would fill the panel.
     least = summary["num_seeds"]
@@ -347,7 +347,7 @@ def _curves(
             at = [(r, 100 * p[key]["mean"]) for r, p in zip(rates, points, strict=True)]
             yield Series(label="", points=at, colour=colour, style=style)
     if target is not None:
-        goodput = system["goodput"]["max_goodput_rate_per_device"]["mean"]
+        goodput = system["goodput"]["goodput_rps_per_device"]["mean"]
         at = [(goodput, 100 * target)]
         yield Series(label="", points=at, colour=colour, style="diamond")
 

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.calibration.timing import Progress
@@ -20,7 +20,8 @@ from disagg_jax.search.rates import SearchPlan, climb, refine, search
 from disagg_jax.sim.workers import Mapper
 from experiments.configs.config import Config
 from experiments.runs.request_rows import to_row
-from experiments.runs.run_dir import Point, RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point
 from experiments.sweep.point import (
     PointTask,
     Serving,
@@ -57,6 +58,7 @@ class Sweep:
       too_slow_s: the smallest full step with a prompt beside decodes, of systems in
         which it takes longer than TPOT may.
       criteria: by name; `config.criterion` is searched for.
+      compile_system: called by a system's name before its programs run.
       target: the name of the target; "" of a single one.
       mapper: runs the seeds of a rate by `timed`.
       tried: by system, the rates and the seeds that each was run with.
@@ -76,6 +78,7 @@ class Sweep:
     too_slow_s: Mapping[str, float]
     run_dir: RunDir
     progress: Progress
+    compile_system: Callable[[str], None] = lambda name: None
     target: str = ""
     mapper: Mapper = map
     tried: dict[str, dict[float, int]] = dataclasses.field(
@@ -120,10 +123,10 @@ class Sweep:
     def points(self) -> list[Point]:
         """Return the points of the sweep, in the order of its systems and rates."""
         return [
-            self._at(name, rate, replica)
+            point
             for name in self.served
             for rate, seeds in sorted(self.tried[name].items())
-            for replica in range(seeds)
+            for point in self._at(name, rate, seeds)
         ]
 
     def goodput_rps(self, name: str) -> float:
@@ -193,7 +196,7 @@ class Sweep:
         busy_s = statistics.mean(
             self.durations.prefill_s(request.prompt_tokens)
             + request.max_tokens * decode_s / rows
-            for request in self.source(1.0, 0)
+            for request in self.source(1.0)
         )
         devices = self._devices(next(iter(self.served)))
         return float(f"{0.5 * devices / busy_s:.3g}")
@@ -201,15 +204,18 @@ class Sweep:
     def _devices(self, name: str) -> int:
         return self.served[name].deployment.devices
 
-    def _at(self, name: str, rate: float, replica: int) -> Point:
-        return Point(name, rate, replica, self.target)
+    def _at(self, name: str, rate: float, seeds: int) -> list[Point]:
+        """Return a system's points at a rate, with so many of the config's seeds."""
+        return [
+            Point(name, rate, seed, self.target) for seed in self.config.seeds[:seeds]
+        ]
 
     # -- points -------------------------------------------------------------------
 
     def _scores(self, name: str, rate: float, seeds: int) -> list[float]:
         rate = float(f"{rate:.4g}")
         self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
-        points = [self._at(name, rate, i) for i in range(seeds)]
+        points = self._at(name, rate, seeds)
         missing = [point for point in points if not self.run_dir.has(point)]
         if self.config.executed == "all":
             for point in missing:
@@ -251,8 +257,9 @@ class Sweep:
 
     def _run(self, point: Point) -> None:
         """Run a point with its programs, and keep its requests and events."""
+        self.compile_system(point.system)
         served, log = self.served[point.system], EventLog()
-        run = served.run(self.source(point.rate_rps, point.replica), observer=log)
+        run = served.run(self.source(point.rate_rps, point.seed), observer=log)
         found = point_metrics(self._task(point, served), run)
         rows = [self._request_row(timeline) for timeline in run.timelines]
         self.run_dir.save(point, found, rows, log.lines)
@@ -266,13 +273,14 @@ class Sweep:
         rate = self.judge.judged_rps(with_most_seeds(self._runs(name)))
         if rate is None:
             return
-        point = self._at(name, rate, 0)
+        (point,) = self._at(name, rate, 1)
         found = self.run_dir.load(point)
         if found["executed"]:  # by a run that is resumed
             return
         shown = f"{rate / self._devices(name):8.2f} requests/s per device"
         self.progress(f"{name:>14}  {shown}: running its programs")
-        requests = self.source(rate, 0)[: self.config.executed_requests]
+        requests = self.source(rate)[: self.config.executed_requests]
+        self.compile_system(name)
         log = EventLog()
         run = self.served[name].run(requests, observer=log)
         rows = [self._request_row(timeline) for timeline in run.timelines]
@@ -295,7 +303,7 @@ class Sweep:
 
     def _runs(self, name: str) -> Runs:
         return {
-            rate: [self.run_dir.load(self._at(name, rate, i)) for i in range(seeds)]
+            rate: [*map(self.run_dir.load, self._at(name, rate, seeds))]
             for rate, seeds in sorted(self.tried[name].items())
         }
 

@@ -4,7 +4,7 @@ import pytest
 
 from disagg_jax import metrics
 from experiments import goodput_sweep, one_request
-from experiments.runs.run_dir import Point, SavedRun
+from experiments.runs.saved_run import Point, SavedRun
 from tests.commands import run_command
 from tests.experiments.test_goodput_sweep import config
 
