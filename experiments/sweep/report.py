@@ -28,6 +28,8 @@ from experiments.runs.saved_run import by_target
 from experiments.sweep.headline import good, headline, notes, timings, too_slow
 
 _GREY = 7  # the colour of what is no system's
+# Marks of values in a ranking; values of which only a bound is known are left out.
+_KNOWN = {"yes": "", "coarsely": "~"}
 _TARGETS: Mapping[str, Style] = {
     "attainment_ttft": "dotted",
     "attainment_tpot": "dashed",
@@ -138,30 +140,39 @@ def _inversions(systems: Mapping[str, Any]) -> list[str]:
 
 
 def _ranks(targets: Mapping[str, Any]) -> list[str]:
-    """List the systems in the order of each criterion, a block a target."""
-    first = next(iter(targets.values()))
+    """List the systems in the order of each criterion, a block a target.
+
+    A system is left out of a criterion by which only a bound is known of it.
+    """
     rows: list[list[str]] = []
+    bounds: list[str] = []  # a system for each value that is left out
     for target, summary in targets.items():
         prefix = f"{target}: " if target else ""
         for name, found in summary["criteria"].items():
             star = " *" if name == summary["criterion"] else ""
-            cells = [f"{row['system']} {_ranked(row)}" for row in found["rank"]]
+            known = [row for row in found["rank"] if row["known"] in _KNOWN]
+            cells = [f"{row['system']} {_ranked(row)}" for row in known]
             rows.append([f"{prefix}{name}{star}, {found['unit']}", *cells])
-    head = ["rank by each criterion", *map(str, range(1, len(first["systems"]) + 1))]
+            bounds += [row["system"] for row in found["rank"] if row not in known]
+    most = max(2, *map(len, rows))
+    head = ["rank by each criterion", *map(str, range(1, most))]
     lines = [
-        *underlined(numbers([head, *rows])),
-        "* searched for; others are read off its points: ~ between rates far apart,",
-        ">= and < bounds only, as the rates tried end there: their order is open",
+        *underlined(numbers([head, *(row + [""] * (most - len(row)) for row in rows)])),
+        "* searched for; others are read off its points: ~ between rates far apart",
     ]
+    if bounds:
+        lines.append(
+            f"not listed: {len(bounds)} values, of {len(set(bounds))} systems, of "
+            "which only a bound is known (criteria.NAME.rank in summary.json)"
+        )
     if any("!" in cell for _, *cells in rows for cell in cells):
         lines.append("! not monotone: a lower rate fails, or a higher one passes again")
     return lines
 
 
 def _ranked(row: Mapping[str, Any]) -> str:
-    mark = {"yes": "", "coarsely": "~", "at least": ">= ", "below": "< "}[row["known"]]
-    mark += "" if row.get("monotone", True) else "!"
-    return f"{mark}{row['mean'] if row['bound'] is None else row['bound']:.4g}"
+    mark = _KNOWN[row["known"]] + ("" if row.get("monotone", True) else "!")
+    return f"{mark}{row['mean']:.4g}"
 
 
 def _validity(summary: Mapping[str, Any]) -> str:
