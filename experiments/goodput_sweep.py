@@ -36,6 +36,8 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from disagg_jax.calibration.step_times import (
     StepTimes,
     check_step_times,
@@ -102,8 +104,10 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         expected, got = "durations=table or live", "durations=modelled"
         raise no_effect("--step_times", step_times_file, expected=expected, got=got)
     asked = _asked(config, step_times_file)
-    if (table := SavedRun(out).table_of(asked)) is not None:
+    before = SavedRun(out)
+    if (table := before.table_of(asked)) is not None:
         return table
+    before.expect_resumable()
     host_devices.provide(most_devices(config))
     check_modelled(config)
     given = _read_step_times(step_times_file) if step_times_file else None
@@ -172,7 +176,8 @@ def _run(
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
     summary = found[""] if "" in found else {"targets": found}
     run_dir.write_json("summary.json", summary)
-    report.plot(summary, run_dir.path / "attainment.png")
+    device = jax.devices()[0].device_kind
+    report.plot(summary, device, run_dir.path / "attainment.png")
     text = report.table(summary)
     write_text(run_dir.path / "table.txt", text + "\n")
     return text

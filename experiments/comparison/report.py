@@ -11,7 +11,6 @@ import numpy as np
 from disagg_jax.metrics.intervals import Margin
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.search.comparison import (
-    POLICIES,
     CellVerdict,
     ComparisonSpec,
     SystemResult,
@@ -30,7 +29,8 @@ from disagg_jax.search.maps import (
 )
 from disagg_jax.workload.workload import TraceWorkload
 from experiments.placement.report import lines
-from experiments.report.draw import COLOURS, draw
+from experiments.report.colours import system_colours
+from experiments.report.draw import draw
 from experiments.report.intervals import interval_text
 from experiments.report.panel import XY, Bar, Bars, CellMap, ColouredCell, Panel, curves
 from experiments.report.table import align
@@ -309,7 +309,7 @@ def plot(
     if len(pairs) == 1 and len(maps[0].cells) == 1:
         ((each, grid),) = pairs
         panels = [_bars(each, *grid.values())]
-        title = f"{_on(spec)}; {each.fixed}"
+        title = f"{_on(spec)}, {len(spec.seeds)} seeds; {each.fixed}"
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
         title = f"Who serves the most: {_on(spec)}, {len(spec.seeds)} seeds"
@@ -320,7 +320,7 @@ def plot(
 def _bars(each: Map, found: Sequence[SystemResult]) -> Bars:
     """Return a bar for each system, with its interval."""
     bars: list[Bar] = []
-    colours = _colours([one.system for one in found])
+    colours = system_colours(one.system for one in found)
     for one in found:
         low, high = one.goodput.low, one.goodput.high
         known = None if low is None or high is None else (low, high)
@@ -359,7 +359,7 @@ def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
 
 
 def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
-    colours = _colours(list(spec.systems))
+    colours = system_colours(spec.systems)
     return CellMap(
         title=each.fixed + _footnote(*grid.values()),
         x=f"{each.x.name} ({each.x.unit})",
@@ -375,12 +375,6 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
             "d/c: disaggregated / best colocated",
         ),
     )
-
-
-def _colours(systems: Sequence[str]) -> dict[str, int]:
-    """Return the colour of each system; own ones have those that the listed leave."""
-    own = [name for name in systems if name not in POLICIES]
-    return {name: i % len(COLOURS) for i, name in enumerate([*POLICIES, *own])}
 
 
 def _map_cell(judged: CellVerdict, colours: Mapping[str, int]) -> ColouredCell:

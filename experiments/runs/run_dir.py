@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 
-from disagg_jax.formats import RUN
 from experiments.runs import folder
 from experiments.runs.folder import record_start, whole, write_json, write_text
 from experiments.runs.saved_run import EVENTS, REQUESTS, Point, SavedRun
@@ -36,18 +35,8 @@ class RunDir(SavedRun):
             (path / ".writable").unlink()
         except OSError as error:
             raise ValueError(f"--out: cannot write to '{path}': {error}") from error
-        self._expect_resumable()
+        self.expect_resumable()
         record_start(path, config, environment())
-
-    def _expect_resumable(self) -> None:
-        written = self.read_json("config.json")
-        number = RUN.number if written is None else RUN.number_of(written)
-        if number < RUN.number:
-            raise ValueError(
-                f"--out: '{self.path}' holds a run of format {number}, which can be "
-                f"read but not resumed; expected an empty directory, or format "
-                f"{RUN.number}"
-            )
 
     def write_json(self, name: str, content: Any) -> None:
         write_json(self.path / name, content)

@@ -107,6 +107,17 @@ class SavedRun:
         ended = (self.path / "summary.json").exists() and before == asked
         return table.read_text().rstrip("\n") if ended else None
 
+    def expect_resumable(self) -> None:
+        """Raise ValueError if there is a run of an older format, naming the format."""
+        written = self.read_json("config.json")
+        number = RUN.number if written is None else RUN.number_of(written)
+        if number < RUN.number:
+            raise ValueError(
+                f"--out: '{self.path}' holds a run of format {number}, which can be "
+                "read but not resumed; expected an empty directory, or format "
+                f"{RUN.number}"
+            )
+
     def has(self, point: Point) -> bool:
         return self._file(point, ".json").exists()
 

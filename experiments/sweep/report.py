@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disagg_jax.metrics import Interval
+from experiments.report.colours import NO_SYSTEM, system_colours
 from experiments.report.draw import draw
 from experiments.report.intervals import interval_text, number, yes_or_no
 from experiments.report.panel import (
+    BAND_SEEDS,
     STAGE_COLOURS,
     STAGE_LEGEND,
     STAGES,
@@ -27,7 +29,6 @@ from experiments.report.table import numbers, side_by_side, underlined
 from experiments.runs.saved_run import by_target
 from experiments.sweep.headline import good, headline, notes, timings, too_slow
 
-_GREY = 7  # the colour of what is no system's
 # Marks of values in a ranking; values of which only a bound is known are left out.
 _KNOWN = {"yes": "", "coarsely": "~"}
 _TARGETS: Mapping[str, Style] = {
@@ -263,18 +264,21 @@ def _interval(values: Mapping[str, Any], form: str) -> str:
     return interval_text(_interval_of(values), form)
 
 
-def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
+def plot(summary: Mapping[str, Any], device: str, path: pathlib.Path) -> None:
     """Draw scores over the rate per device, a panel a target.
 
     Beside a single one are the stages of a request.
+
+    Args:
+      device: the kind of device that programs run on.
     """
     targets = by_target(summary)
     first = next(iter(targets.values()))
     what = [
-        textwrap.fill(f"{found['model']}: {_short(name, found)}", 90)
+        textwrap.fill(f"{found['model']} on {device}: {_short(name, found)}", 90)
         for name, found in targets.items()
     ]
-    none = "no_intervals" in first or first["num_seeds"] == 1
+    none = "no_intervals" in first or first["num_seeds"] < BAND_SEEDS
     intervals = "no" if none else f"{100 * first['confidence']:.3g} %"
     title = "\n".join(
         [
@@ -305,19 +309,20 @@ def scores(summary: Mapping[str, Any], title: str = "") -> Panel:
     """Return each system's scores, in % or, of a throughput, per device."""
     target = summary["target"]
     series: list[Series] = []
-    for colour, (name, system) in enumerate(summary["systems"].items()):
-        series += _curves(summary, name, system, colour)
+    colours = system_colours(summary["systems"])
+    for name, system in summary["systems"].items():
+        series += _curves(summary, name, system, colours[name])
     what = f"{summary['criterion']}: score (%)"
     if summary["criterion"] == "distserve":
         what = "requests within the SLO (%)"
         for key, style in _TARGETS.items():
             label = f"{key.removeprefix('attainment_').upper()} only"
-            series.append(Series(label=label, points=[], colour=_GREY, style=style))
+            series.append(Series(label=label, points=[], colour=NO_SYSTEM, style=style))
     if target is None:
         what = summary["criteria"][summary["criterion"]]["unit"]
     else:
         label = "goodput at the target"
-        series.append(Series(label=label, points=[], colour=_GREY, style="diamond"))
+        series.append(Series(label=label, points=[], colour=NO_SYSTEM, style="diamond"))
     return Panel(
         title=title,
         x="arrival rate (requests/s per device)",
@@ -336,10 +341,11 @@ def _curves(
     unit, most = (1 / system["devices"], math.inf) if target is None else (100, 1)
     rates = [point["rate_rps_per_device"] for point in points]
     found = [_interval_of(p["criteria"][summary["criterion"]]) for p in points]
-    # A band only where all seeds ran: of the two that scouted it would fill the panel.
-    least = summary["num_seeds"]
+    # A band only where all seeds ran: of those that scouted it would fill the panel.
+    all_seeds = summary["num_seeds"]
+    least = max(BAND_SEEDS, all_seeds)
     found = [
-        score if p.get("num_seeds", least) == least else _alone(score)
+        score if p.get("num_seeds", all_seeds) >= least else _alone(score)
         for p, score in zip(points, found, strict=True)
     ]
 

@@ -66,6 +66,10 @@ def test_no_run_directory(tmp_path):
         one_request.find(tmp_path)
 
 
+def test_the_caption_says_what_was_run(run):
+    assert one_request.said(run) == "tiny on cpu, 6 requests a run, seed 0"
+
+
 def test_the_command_draws(run):
     done = run_command("one_request", f"--run={run}")
     assert done.returncode == 0, done.stderr

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from experiments.report.colours import system_colour
 from experiments.sweep import report
 from tests.experiments import summaries
 
@@ -144,7 +145,8 @@ def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
     # The band is the interval, cut at 0 and 100 %.
     assert vllm.band == [pytest.approx((60.0, 90.0)), pytest.approx((30.0, 60.0))]
     assert pair.band == [pytest.approx((0.0, 25.0))]
-    assert (vllm.colour, pair.colour) == (0, 1)
+    assert vllm.colour == system_colour("vllm_v0") != pair.colour
+    assert pair.colour == system_colour("pair")
     labels = [one.label for one in panel.series if one.label]
     assert labels[:2] == ["vllm_v0 (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
     assert labels[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
@@ -168,7 +170,7 @@ def picture(monkeypatch, summary):
     monkeypatch.setattr(
         report, "draw", lambda _, title, path, notes, dpi: said.append((title, notes))
     )
-    report.plot(summary, pathlib.Path("x.png"))
+    report.plot(summary, "an H100", pathlib.Path("x.png"))
     return said[0]
 
 
@@ -176,7 +178,7 @@ def picture(monkeypatch, summary):
     ("changes", "said"),
     [
         ({}, "95 % intervals"),
-        ({"num_seeds": 1}, "no intervals"),
+        ({"num_seeds": 2}, "no intervals"),
         ({"no_intervals": "runs share rows"}, "no intervals"),
     ],
 )
@@ -188,7 +190,7 @@ def test_the_picture_says_whether_it_has_intervals(changes, said, monkeypatch):
 def test_the_picture_of_another_criterion_says_what_it_is(monkeypatch):
     summary = summaries.goodput(criterion="fastgen")
     title, _ = picture(monkeypatch, summary)
-    assert title.startswith("tiny: fastgen: good requests\n")
+    assert title.startswith("tiny on an H100: fastgen: good requests\n")
     assert report.scores(summary).y == "fastgen: score (%)"
 
 
@@ -265,10 +267,11 @@ def test_the_picture_says_what_was_run(monkeypatch, tmp_path):
     monkeypatch.setattr(
         report, "draw", lambda panels, title, path, **more: said.update(title=title)
     )
-    report.plot(summaries.goodput(), tmp_path / "x.png")
-    assert said["title"].startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
+    report.plot(summaries.goodput(), "an H100", tmp_path / "x.png")
+    asked = "tiny on an H100: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 requests x 3 seeds"
+    assert said["title"].startswith(asked)
     assert "95 % intervals; virtual clock" in said["title"]
-    report.plot(summaries.goodput(num_seeds=1), tmp_path / "x.png")
+    report.plot(summaries.goodput(num_seeds=1), "an H100", tmp_path / "x.png")
     assert "no intervals" in said["title"]
 
 
@@ -350,11 +353,11 @@ def test_the_picture_has_a_panel_of_each_target(monkeypatch):
         "draw",
         lambda panels, title, path, **more: said.update(panels=panels, title=title),
     )
-    report.plot(summaries.two_targets(), pathlib.Path("x.png"))
+    report.plot(summaries.two_targets(), "an H100", pathlib.Path("x.png"))
     assert [panel.title for panel in said["panels"]] == ["tight", "relaxed"]
     assert said["title"].splitlines()[:2] == [
-        "tiny: tight TTFT <= 12 ms, TPOT <= 4.56 ms",
-        "tiny: relaxed TTFT <= 20 ms, TPOT <= 8 ms",
+        "tiny on an H100: tight TTFT <= 12 ms, TPOT <= 4.56 ms",
+        "tiny on an H100: relaxed TTFT <= 20 ms, TPOT <= 8 ms",
     ]
     assert "97.5 % intervals" in said["title"]
 
@@ -367,3 +370,10 @@ def test_a_point_of_fewer_seeds_has_no_band():
         point["num_seeds"] = seeds
     bands = report.scores(summary).series[0].band
     assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((30.0, 60.0))]
+    bands = report.scores({**summary, "num_seeds": 2}).series[0].band
+    assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((30.0, 60.0))]
+
+
+def test_two_seeds_have_no_band():
+    bands = report.scores(summaries.goodput(num_seeds=2)).series[0].band
+    assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((40.0, 40.0))]
