@@ -110,6 +110,9 @@ def _goodputs(a: SavedRun, b: SavedRun) -> Iterator[list[str]]:
         if summary is None:
             yield [f"goodputs: no summary.json in {name}, whose run has not ended"]
             return
+    for name, summary in zip("AB", found, strict=True):
+        if "missing" in summary:
+            yield [f"{name} is not finished: it lacks {'; '.join(summary['missing'])}"]
     of_a, of_b = map(by_target, found)
     both = [target for target in of_a if target in of_b]
     if not both:

@@ -23,7 +23,8 @@ Writes a run directory and prints a table. Started again with the same --out and
 it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk: it says
 how many points it found, and compiles programs only where some are still to run. If the
 run has ended, it prints the table and does nothing else. While it runs, no other run
-may use the directory.
+may use the directory. With --minutes it begins nothing more after that time, writes
+what it has, and says what is missing; the same command goes on.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ from disagg_jax.calibration.step_times import (
     check_step_times,
     measure_step_times,
 )
-from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from disagg_jax.sim.workers import Mapper, worker_pool
 from experiments.cli import host_devices
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_once
+from experiments.cli.progress import Deadline, MinutesFlag, Progress, to_stderr
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
@@ -69,7 +70,7 @@ from experiments.sweep.serving import (
     most_devices,
 )
 from experiments.sweep.settled import goodputs, verdict
-from experiments.sweep.sweep import Sweep
+from experiments.sweep.sweep import OutOfTime, Sweep
 from experiments.sweep.targets import resolve_targets
 from models.load import Model
 
@@ -92,10 +93,20 @@ _PLACEMENT = FLAGS.string(
 _STEP_TIMES = FLAGS.string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
+_MINUTES = MinutesFlag(FLAGS, "looks and rates")
+_ENDLESS = Deadline(None)
 
 
-def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
+def run(
+    config: Config,
+    out: pathlib.Path,
+    step_times_file: str | None,
+    deadline: Deadline = _ENDLESS,
+) -> str:
     """Run a sweep and return its table; of a run that has ended, only return it.
+
+    Args:
+      deadline: after which nothing more is begun.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
@@ -106,6 +117,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
     asked = _asked(config, step_times_file)
     before = SavedRun(out)
     if (table := before.table_of(asked)) is not None:
+        to_stderr(f"{out}: this run has ended; nothing is run")
         return table
     before.expect_resumable()
     host_devices.provide(most_devices(config))
@@ -127,7 +139,7 @@ def run(config: Config, out: pathlib.Path, step_times_file: str | None) -> str:
         asked["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
         run_dir = RunDir(out, asked)
-        return _run(config, run_dir, model, source, engines, given)
+        return _run(config, run_dir, model, source, engines, given, deadline)
 
 
 def _run(
@@ -137,8 +149,9 @@ def _run(
     source: RequestSource,
     engines: Mapping[str, Engine],
     given: StepTimes | None,
+    deadline: Deadline,
 ) -> str:
-    progress = progress_to_stderr()
+    progress = Progress()
     if found := _found(config, run_dir):
         progress(found)
 
@@ -163,24 +176,51 @@ def _run(
                 run_dir=run_dir,
                 progress=progress,
                 compile_system=compile_system,
+                step=progress.step,
+                out_of_time=deadline.passed,
                 target=target.name,
                 mapper=mapper,
             )
             for target in resolve_targets(config, engines, times.seconds, source)
         ]
-        found = {sweep.target: sweep.run() for sweep in sweeps}
+        found, missing = _search(sweeps)
+        if not found:
+            return _nothing(run_dir)
         timing = _timing(times)
-        settled = _settled(config, engines, times, sweeps, mapper, progress)
+        settled: dict[str, Any] = {}
+        if _has_halves(config, times, sweeps):
+            if deadline.passed():
+                missing.append("whether the timings settle who is ahead")
+            else:
+                settled = _settled(config, engines, times, sweeps, mapper, progress)
     for name, summary in found.items():
         summary |= {"step_times": timing, "settled": settled.get(name)}
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
     summary = found[""] if "" in found else {"targets": found}
+    if missing:
+        summary |= {"missing": missing}
     run_dir.write_json("summary.json", summary)
     device = jax.devices()[0].device_kind
     report.plot(summary, device, run_dir.path / "attainment.png")
     text = report.table(summary)
     write_text(run_dir.path / "table.txt", text + "\n")
     return text
+
+
+def _search(sweeps: Sequence[Sweep]) -> tuple[dict[str, Any], list[str]]:
+    """Return the summary of each target, and what there was no time for."""
+    found: dict[str, Any] = {}
+    for sweep in sweeps:
+        with contextlib.suppress(OutOfTime):
+            found[sweep.target] = sweep.run()
+    return found, [said for sweep in sweeps for said in sweep.missing]
+
+
+def _nothing(run_dir: RunDir) -> str:
+    return (
+        f"--minutes are spent before any system was looked at: {len(run_dir.points())} "
+        "points are kept, and the same command goes on from them"
+    )
 
 
 def _asked(config: Config, step_times_file: str | None) -> dict[str, Any]:
@@ -219,6 +259,15 @@ def _workers(config: Config) -> Iterator[Mapper]:
         yield mapper
 
 
+def _has_halves(config: Config, times: StepTimes, sweeps: Sequence[Sweep]) -> bool:
+    """Return whether halves of the timings can be searched by.
+
+    They cannot where rates are given, or programs run everywhere.
+    """
+    searched = not config.rates and config.executed == "passing"
+    return searched and times.halves is not None and sweeps[0].good.target is not None
+
+
 def _settled(
     config: Config,
     engines: Mapping[str, Engine],
@@ -227,13 +276,8 @@ def _settled(
     mapper: Mapper,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """Return whether two halves of the timings have the same winner, by target.
-
-    It is empty where a half cannot say: rates are given, or programs run everywhere.
-    """
-    searched = not config.rates and config.executed == "passing"
-    if not searched or times.halves is None or sweeps[0].good.target is None:
-        return {}
+    """Return whether two halves of the timings have the same winner, by target."""
+    assert times.halves is not None
     halves: dict[str, list[dict[str, float]]] = {sweep.target: [] for sweep in sweeps}
     for i, half in enumerate(times.halves, 1):
         progress(f"searching by the seconds of half {i} of the rounds of timing")
@@ -346,7 +390,7 @@ def main() -> None:
         config = config.with_placements(_read_placement(_PLACEMENT.value))
     config = config.by_step_tokens()
     out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
-    print(run(config, out, _STEP_TIMES.value))
+    print(run(config, out, _STEP_TIMES.value, _MINUTES.start()))
     print(f"\nrun directory: {out}")
 
 

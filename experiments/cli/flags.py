@@ -65,7 +65,7 @@ class Flags:
 
     def asked(self) -> dict[str, Any]:
         """Return the values of the flags by name, but for where and how fast."""
-        left_out = ("out", "workers")
+        left_out = ("out", "workers", "minutes")
         return {f: self.values[f].value for f in self.values if f not in left_out}
 
     def _define(

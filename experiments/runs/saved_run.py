@@ -104,7 +104,8 @@ class SavedRun:
         asked = json.loads(json.dumps(config))
         before = RUN.read(written)
         before.pop("trace", None)
-        ended = (self.path / "summary.json").exists() and before == asked
+        summary = self.read_json("summary.json")
+        ended = summary is not None and "missing" not in summary and before == asked
         return table.read_text().rstrip("\n") if ended else None
 
     def expect_resumable(self) -> None:

@@ -27,7 +27,8 @@ from experiments.report.panel import (
 )
 from experiments.report.table import numbers, side_by_side, underlined
 from experiments.runs.saved_run import by_target
-from experiments.sweep.headline import good, headline, notes, timings, too_slow
+from experiments.sweep.headline import good, headline, timings, too_slow
+from experiments.sweep.headline import notes as explained
 
 # Marks of values in a ranking; values of which only a bound is known are left out.
 _KNOWN = {"yes": "", "coarsely": "~"}
@@ -43,6 +44,7 @@ def table(summary: Mapping[str, Any]) -> str:
     first = next(iter(targets.values()))
     lines = [
         *itertools.chain(*(headline(*item) for item in targets.items())),
+        *unfinished(summary),
         f"model {first['model']}; {_sizes(targets)}",
         f"clock: {first['clock']}, durations: {first['durations']}" + _validity(first),
         *timings(first),
@@ -53,7 +55,7 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     for name, found in targets.items():
         lines += ["", *_details(name, found)]
-    return "\n".join([*lines, "", *_ranks(targets), "", *notes(first)])
+    return "\n".join([*lines, "", *_ranks(targets), "", *explained(first)])
 
 
 def _sizes(targets: Mapping[str, Any]) -> str:
@@ -71,6 +73,15 @@ def caption(summary: Mapping[str, Any]) -> list[str]:
     if "no_intervals" in summary:
         said.append(f"no intervals, and nothing resolved: {summary['no_intervals']}")
     return said
+
+
+def unfinished(summary: Mapping[str, Any]) -> list[str]:
+    """Say what there was no time for, if there was a limit."""
+    if "missing" not in summary:
+        return []
+    said = "; ".join(summary["missing"])
+    spent = "NOT FINISHED, as --minutes were spent; the same command goes on with"
+    return [f"{spent} {said}"]
 
 
 def _found(targets: Mapping[str, Any]) -> list[str]:
@@ -292,7 +303,8 @@ def plot(summary: Mapping[str, Any], device: str, path: pathlib.Path) -> None:
     ]
     if len(targets) == 1:
         panels.append(stages(first))
-    draw(panels, title, path, notes=caption(first), dpi=150)
+    notes = [*unfinished(summary), *caption(first)]
+    draw(panels, title, path, notes=notes, dpi=150)
 
 
 def _short(name: str, summary: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,10 @@ from models.tokenizer import NoText
 _SCOUTS = 2  # seeds that find the rates to look at, where there are several looks
 
 
+class OutOfTime(Exception):
+    """The time of a sweep is spent; what was saved is kept."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """Runs the points that are not done yet, and summarises all points.
@@ -59,6 +64,8 @@ class Sweep:
         which it takes longer than TPOT may.
       criteria: by name; `config.criterion` is searched for.
       compile_system: called by a system's name before its programs run.
+      step: told of a part how many steps are done, and of how many.
+      out_of_time: whether nothing more is to be run.
       target: the name of the target; "" of a single one.
       mapper: runs the seeds of a rate by `timed`.
       tried: by system, the rates and the seeds that each was run with.
@@ -79,12 +86,16 @@ class Sweep:
     run_dir: RunDir
     progress: Progress
     compile_system: Callable[[str], None] = lambda name: None
+    step: Callable[[str, int, int], None] = lambda part, done, total: None
+    out_of_time: Callable[[], bool] = lambda: False
     target: str = ""
     mapper: Mapper = map
     tried: dict[str, dict[float, int]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(dict)
     )
     scouted_rps: dict[str, float] = dataclasses.field(default_factory=dict)
+    # What `out_of_time` left out, in words.
+    missing: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def good(self) -> Criterion:
@@ -108,23 +119,35 @@ class Sweep:
         )
 
     def run(self) -> dict[str, Any]:
-        """Search each system's goodput and return the summary."""
+        """Search each system's goodput and return the summary.
+
+        Raises:
+          OutOfTime: if there was no time for the first look at any system. If there
+            was for less than all, `missing` says what the summary lacks.
+        """
         for seeds in self.looks:
-            for name in self.served:
-                self._look(name, seeds)
+            before = {name: dict(rates) for name, rates in self.tried.items()}
+            if (cut := self._look_at_all(seeds)) is not None:
+                self._cut(seeds, before, cut)
+                break
             if len(self.looks) == 1 or self._all_resolved():
                 break
-        for name in self.served:
+        for name in self.names:
             self._report_inversion(name)
             if self.config.executed == "passing":
                 self._execute(name)
         return self._summary()
 
+    @property
+    def names(self) -> list[str]:
+        """Return the systems that were looked at."""
+        return [name for name in self.served if self.tried.get(name)]
+
     def points(self) -> list[Point]:
         """Return the points of the sweep, in the order of its systems and rates."""
         return [
             point
-            for name in self.served
+            for name in self.names
             for rate, seeds in sorted(self.tried[name].items())
             for point in self._at(name, rate, seeds)
         ]
@@ -136,8 +159,56 @@ class Sweep:
 
     # -- looks --------------------------------------------------------------------
 
-    def _look(self, name: str, seeds: int) -> None:
-        """Run a system with so many seeds at the given rates, or at a search's."""
+    def _look_at_all(self, seeds: int) -> str | None:
+        """Look at every system; return the one for which there was no time, if any."""
+        part = f"{self.target} look after {seeds} seeds".strip()
+        each = max(1, len(self.config.rates))
+        total = each * len(self.served)
+        for i, name in enumerate(self.served):
+            told = functools.partial(self._told, part, i * each, total)
+            told(0)
+            try:
+                self._look(name, seeds, told)
+            except OutOfTime:
+                return name
+        self.step(part, total, total)
+        return None
+
+    def _told(self, part: str, before: int, total: int, done: int) -> None:
+        self.step(part, before + done, total)
+
+    def _cut(self, seeds: int, before: dict[str, dict[float, int]], name: str) -> None:
+        """Go back to the last look that was done, and say what is missing.
+
+        In the first look, systems that were looked at stay, and the rates at which
+        `name` ran if rates are given.
+
+        Args:
+          before: `tried` before this look.
+          name: of the system for which there was no time.
+
+        Raises:
+          OutOfTime: if nothing is left.
+        """
+        missing = f"{self.target} the look after {seeds} seeds".strip()
+        if not before:
+            order = list(self.served)
+            at = order.index(name)
+            kept = order[: at + 1] if self.config.rates else order[:at]
+            before = {n: self.tried[n] for n in kept if n in self.tried}
+            missing += f" at {', '.join(order[at:])}"
+        self.missing.append(missing)
+        self.tried.clear()
+        self.tried.update(before)
+        if not before:
+            raise OutOfTime
+
+    def _look(self, name: str, seeds: int, told: Callable[[int], None]) -> None:
+        """Run a system with so many seeds at the given rates, or at a search's.
+
+        Args:
+          told: how many of the given rates are done.
+        """
 
         def scores(rate: float) -> list[float]:
             return self._scores(name, rate, seeds)
@@ -147,8 +218,9 @@ class Sweep:
 
         devices, several = self._devices(name), len(self.looks) > 1
         if self.config.rates:
-            for rate in self.config.rates:
+            for done, rate in enumerate(self.config.rates, 1):
                 scores(rate * devices)
+                told(done)
         elif self.good.target is None:
             climb(scores, self._start_rps(), self.config.search)
         elif not several:
@@ -177,7 +249,7 @@ class Sweep:
     def _all_resolved(self) -> bool:
         return all(
             self.judge.goodput(with_most_seeds(self._runs(name))).resolved
-            for name in self.served
+            for name in self.names
         )
 
     def _report_inversion(self, name: str) -> None:
@@ -214,9 +286,11 @@ class Sweep:
 
     def _scores(self, name: str, rate: float, seeds: int) -> list[float]:
         rate = float(f"{rate:.4g}")
-        self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
         points = self._at(name, rate, seeds)
         missing = [point for point in points if not self.run_dir.has(point)]
+        if missing and self.out_of_time():
+            raise OutOfTime
+        self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
         if self.config.executed == "all":
             for point in missing:
                 self._run(point)
@@ -277,6 +351,9 @@ class Sweep:
         found = self.run_dir.load(point)
         if found["executed"]:  # by a run that is resumed
             return
+        if self.out_of_time():
+            self.missing.append(f"{self.target} the programs of {name}".strip())
+            return
         shown = f"{rate / self._devices(name):8.2f} requests/s per device"
         self.progress(f"{name:>14}  {shown}: running its programs")
         requests = self.source(rate)[: self.config.executed_requests]
@@ -310,8 +387,8 @@ class Sweep:
     # -- summary ------------------------------------------------------------------
 
     def _summary(self) -> dict[str, Any]:
-        judge, runs = self.judge, {name: self._runs(name) for name in self.served}
-        devices = {name: self._devices(name) for name in self.served}
+        judge, runs = self.judge, {name: self._runs(name) for name in self.names}
+        devices = {name: self._devices(name) for name in self.names}
         systems = {
             name: system_summary(
                 judge, self.config.systems[name].deployment, devices[name], found

@@ -167,6 +167,13 @@ def test_a_run_that_did_not_end_has_no_goodputs(tmp_path):
         compare(a, SavedRun(tmp_path / "none"))
 
 
+def test_what_a_run_lacks_is_said(tmp_path):
+    a = run(tmp_path / "a", {"orca": [1.0, 2.0]})
+    b = run(tmp_path / "b", {"orca": [1.0, 2.0]}, missing=["a look", "programs"])
+    assert "B is not finished: it lacks a look; programs" in compare(a, b)
+    assert "A is not" not in compare(a, b)
+
+
 def test_a_run_of_an_older_format_is_compared(tmp_path):
     a, b = (run(tmp_path / name, {"orca": [1.0, 2.0]}) for name in "ab")
     (tmp_path / "a" / "config.json").write_text(json.dumps(CONFIG))

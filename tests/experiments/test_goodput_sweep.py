@@ -123,7 +123,9 @@ def refuse(*args, **named):
     raise AssertionError("this was not to be asked for")
 
 
-def test_a_run_that_has_ended_is_shown_without_model_or_devices(first, monkeypatch):
+def test_a_run_that_has_ended_is_shown_without_model_or_devices(
+    first, monkeypatch, capsys
+):
     for module, name in (
         *((jax, name) for name in ("devices", "default_backend")),
         *((goodput_sweep, name) for name in ("load_model", "build_engines")),
@@ -131,6 +133,7 @@ def test_a_run_that_has_ended_is_shown_without_model_or_devices(first, monkeypat
         monkeypatch.setattr(module, name, refuse)
     starts = (first / "env.json").read_bytes()
     table = goodput_sweep.run(config(), first, None)
+    assert "this run has ended; nothing is run" in capsys.readouterr().err
     assert table + "\n" == (first / "table.txt").read_text()
     assert (first / "env.json").read_bytes() == starts
     with pytest.raises(AssertionError, match="not to be asked for"):
@@ -158,6 +161,33 @@ def test_a_resumed_run_says_what_it_found_and_compiles_only_what_is_to_run(
         goodput_sweep.run(config(), out, None)
     assert compiled == ["vllm_v0"]
     assert "7 of 8 points found" in capsys.readouterr().err
+
+
+@dataclasses.dataclass
+class Rates:
+    """A deadline that comes after so many rates."""
+
+    left: int
+
+    def passed(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_run_whose_time_is_spent_goes_on_and_ends_as_one_without_a_limit(
+    first, tmp_path
+):
+    out, times = tmp_path / "limited", str(first / "step_times.json")
+    text = goodput_sweep.run(config(), out, times, Rates(0))
+    assert text.startswith("--minutes are spent before any system") and ": 0 " in text
+    assert not (out / "summary.json").exists()
+    text = goodput_sweep.run(config(), out, times, Rates(3))
+    assert "goes on with the look after 2 seeds at disaggregated" in text
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["missing"] == ["the look after 2 seeds at disaggregated"]
+    goodput_sweep.run(config(), out, times)
+    for name in ("summary.json", "requests.jsonl"):
+        assert (out / name).read_bytes() == (first / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -270,6 +270,9 @@ def test_a_run_that_has_ended_has_a_table(tmp_path):
     run_dir.write_json("summary.json", {})
     assert run_dir.table_of(config) == "goodput\n\n 5"
     assert run_dir.table_of({**config, "seed": 1}) is None
+    run_dir.write_json("summary.json", {"missing": ["a look"]})
+    assert run_dir.table_of(config) is None
+    run_dir.write_json("summary.json", {})
     assert SavedRun(tmp_path / "none").table_of(config) is None
     of_format(run_dir, 1)
     assert run_dir.table_of(config) is None

@@ -280,6 +280,17 @@ def test_a_rank_that_is_coarse_or_not_monotone_is_marked():
     assert report._ranked(row) == "~!2"
 
 
+@pytest.mark.parametrize("made", [summaries.goodput, summaries.two_targets])
+def test_a_run_that_is_not_finished_says_so_and_what_it_lacks(made, monkeypatch):
+    missing = ["the look after 8 seeds", "the programs of orca"]
+    summary = {**made(), "missing": missing}
+    said = "NOT FINISHED, as --minutes were spent; the same command goes on with "
+    said += "; ".join(missing)
+    assert said in report.table(summary).splitlines()
+    assert picture(monkeypatch, summary)[1][0] == said
+    assert "NOT FINISHED" not in report.table(made())
+
+
 # -- two targets -----------------------------------------------------------------------
 
 TWO = """\

@@ -17,7 +17,7 @@ from experiments.configs.override import override
 from experiments.runs.run_dir import RunDir
 from experiments.runs.saved_run import Point
 from experiments.sweep.summary import pairs
-from experiments.sweep.sweep import Sweep
+from experiments.sweep.sweep import OutOfTime, Sweep
 from models.tokenizer import ByteTokenizer, NoText
 
 SLO_S = SLO(ttft_s=1.0, tpot_s=0.1)
@@ -502,6 +502,71 @@ def test_progress_is_per_device_and_by_what_is_searched_for(tmp_path):
     told(tmp_path / "b", late, "criterion=sarathi", progress=said.append).run()
     thousands = f"{28 / (3 / 8 + 0.6) / 1e3:.4g}"
     assert said[0].endswith(f": sarathi {thousands}  ({thousands}, {thousands})")
+
+
+# -- a limit of time -------------------------------------------------------------------
+
+
+def limited(one, rates, **changes):
+    """The sweep with time for so many rates of points that are not done."""
+    left = iter([False] * rates)
+    out_of_time = {"out_of_time": lambda: next(left, True), "missing": []}
+    return dataclasses.replace(one, **out_of_time, **changes)
+
+
+def test_given_rates_that_there_was_time_for_are_kept_and_the_others_said(tmp_path):
+    """Two systems at two rates; there is time for the first and half of the second."""
+    one = limited(sweep(tmp_path), 3)
+    summary = one.run()
+    found = {n: len(each["points"]) for n, each in summary["systems"].items()}
+    assert found == {"vllm_v0": 2, "disaggregated": 1}
+    assert one.missing == [
+        "the look after 2 seeds at disaggregated",
+        *("the programs of vllm_v0", "the programs of disaggregated"),
+    ]
+    whole = sweep(tmp_path / "whole").run()
+    fresh = {"tried": collections.defaultdict(dict)}
+    again = limited(one, 9, **fresh)
+    assert again.run() == whole and again.missing == []
+
+
+def test_without_time_for_one_system_there_is_no_summary(tmp_path):
+    one = limited(sweep(tmp_path), 0)
+    with pytest.raises(OutOfTime):
+        one.run()
+    assert one.points() == []
+    assert one.missing == ["the look after 2 seeds at vllm_v0, disaggregated"]
+
+
+def test_of_a_search_only_systems_that_were_looked_at_are_kept(tmp_path):
+    changes = ("rates=", "search.max_rates=4")
+    ended = sweep(tmp_path / "ended", *changes)
+    ended.run()
+    each = {name: len(rates) for name, rates in ended.tried.items()}
+    one = limited(sweep(tmp_path / "cut", *changes), each["vllm_v0"] + 1)
+    assert list(one.run()["systems"]) == ["vllm_v0"]
+    assert one.missing[0] == "the look after 2 seeds at disaggregated"
+
+
+def test_a_later_look_that_was_cut_leaves_the_one_before(tmp_path):
+    """The rates are the same after 1 and 2 seeds, so that the second look is whole."""
+    one = limited(sweep(tmp_path, "first_seeds=1", "num_seeds=2"), 5)
+    summary = one.run()
+    seeds = [p["num_seeds"] for n in summary["systems"] for p in points(summary, n)]
+    assert seeds == [1, 1, 1, 1] and summary["num_seeds"] == 1
+    assert one.missing[0] == "the look after 2 seeds"
+    assert len(one.run_dir.points()) == 4 + 1  # the point of the fifth rate is kept
+
+
+def test_a_sweep_says_how_many_rates_of_a_look_are_done(tmp_path):
+    told = []
+    one = dataclasses.replace(
+        sweep(tmp_path), target="tight", step=lambda *done: told.append(done)
+    )
+    one.run()
+    part = "tight look after 2 seeds"
+    assert sorted(set(told)) == [(part, done, 4) for done in range(5)]
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
 
 
 def test_a_mean_over_the_seeds_is_no_median(tmp_path):
