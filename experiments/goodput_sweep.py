@@ -44,6 +44,7 @@ from disagg_jax.calibration.step_times import (
     check_step_times,
     measure_step_times,
 )
+from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
@@ -51,7 +52,7 @@ from disagg_jax.sim.workers import Mapper, worker_pool
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_once
-from experiments.cli.progress import Deadline, MinutesFlag, Progress, to_stderr
+from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines, to_stderr
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
@@ -151,7 +152,7 @@ def _run(
     given: StepTimes | None,
     deadline: Deadline,
 ) -> str:
-    progress = Progress()
+    progress = ProgressLines()
     if found := _found(config, run_dir):
         progress(found)
 

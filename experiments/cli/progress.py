@@ -17,7 +17,7 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class Progress:
+class ProgressLines:
     """Prints lines with the seconds since it was made, and what is left of a part."""
 
     def __init__(

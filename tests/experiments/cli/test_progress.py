@@ -3,7 +3,7 @@
 import pytest
 
 from experiments.cli.flags import Flags
-from experiments.cli.progress import Deadline, MinutesFlag, Progress, time_text
+from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines, time_text
 
 
 class Hand:
@@ -18,7 +18,7 @@ class Hand:
 
 def made():
     clock, said = Hand(), []
-    return clock, said, Progress(said.append, clock, every_s=5.0)
+    return clock, said, ProgressLines(said.append, clock, every_s=5.0)
 
 
 def test_a_line_has_the_seconds_since_the_start():
