@@ -309,7 +309,7 @@ def plot(
     if len(pairs) == 1 and len(maps[0].cells) == 1:
         ((each, grid),) = pairs
         panels = [_bars(each, *grid.values())]
-        title = f"{_on(spec)}, {len(spec.seeds)} seeds; {each.fixed}"
+        title = f"{_on(spec)}; {each.fixed}"
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
         title = f"Who serves the most: {_on(spec)}, {len(spec.seeds)} seeds"
