@@ -222,7 +222,7 @@ def test_what_no_pool_can_hold_is_refused():
         for blocks in (4, 3)
     )
     source.check([fits])
-    message = "request 0 of run 0: a KV pool has 3 KV blocks, got 60 prompt"
+    message = "request 0 of seed 0: a KV pool has 3 KV blocks, got 60 prompt"
     with pytest.raises(ValueError, match=message):
         source.check([fits, small])
 
