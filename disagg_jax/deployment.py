@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import itertools
 import re
+from collections.abc import Collection
 
 from disagg_jax.errors import require
 
@@ -45,6 +46,13 @@ class InstanceSpec:
         return f"{self.role}:tp{self.tp}{stages}"
 
 
+class RequestLimit(enum.StrEnum):
+    """A limit of an instance that a request may exceed."""
+
+    CONTEXT = "context"  # the longest prompt + output of one request
+    KV_MEMORY = "KV memory"  # the blocks of the pool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVMemory:
     """The KV memory of an instance."""
@@ -62,15 +70,23 @@ class KVMemory:
         """Return the number of blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_tokens)
 
+    def exceeded(self, prompt_tokens: int, max_tokens: int) -> RequestLimit | None:
+        """Return the limit that a request exceeds, even alone; None if it fits."""
+        tokens = prompt_tokens + max_tokens
+        if tokens > self.max_context:
+            return RequestLimit.CONTEXT
+        blocks = self.blocks_for(tokens - 1)  # the last token's KV is never needed
+        return RequestLimit.KV_MEMORY if blocks > self.num_blocks else None
+
     def rejection_reason(self, prompt_tokens: int, max_tokens: int) -> str:
         """Return why a request could not be served even alone; '' if it could."""
-        tokens = prompt_tokens + max_tokens
-        blocks = self.blocks_for(tokens - 1)  # the last token's KV is never needed
-        if tokens <= self.max_context and blocks <= self.num_blocks:
+        limit = self.exceeded(prompt_tokens, max_tokens)
+        if limit is None:
             return ""
         request = f"{prompt_tokens} prompt + {max_tokens} output tokens"
-        if tokens > self.max_context:
+        if limit is RequestLimit.CONTEXT:
             return f"expected at most {self.max_context} tokens, got {request}"
+        blocks = self.blocks_for(prompt_tokens + max_tokens - 1)
         return f"has {self.num_blocks} KV blocks, got {request} = {blocks} blocks"
 
 
@@ -113,6 +129,33 @@ class Deployment:
     def of(self, *roles: Role) -> tuple[int, ...]:
         """Return the indices of the instances with one of `roles`."""
         return tuple(i for i, spec in enumerate(self.instances) if spec.role in roles)
+
+    def in_roles(self, roles: Collection[Role]) -> Deployment:
+        """Return the same instances for a system that has policies for `roles`.
+
+        They are colocated, or else half of them prefill and the others decode.
+
+        Raises:
+          ValueError: on roles that cannot serve a request, or too few instances.
+        """
+        apart, count = Role.COLOCATED not in roles, len(self.instances)
+        if apart:
+            expected = "expected policies for colocated, or for prefill and decode"
+            pair = set(roles) == {Role.PREFILL, Role.DECODE}
+            require(pair, expected, sorted(map(str, roles)))
+            expected = "expected instances for both prefill and decode"
+            require(count > 1, expected, str(self))
+
+        def role(i: int) -> Role:
+            if apart:
+                return Role.PREFILL if i < count // 2 else Role.DECODE
+            return Role.COLOCATED
+
+        moved = [
+            dataclasses.replace(spec, role=role(i))
+            for i, spec in enumerate(self.instances)
+        ]
+        return Deployment(tuple(moved))
 
     @property
     def devices(self) -> int:

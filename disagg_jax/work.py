@@ -74,6 +74,23 @@ class Slice:
         return self.count == 1 and self.start > 0
 
 
+def last_tokens(chunks: Sequence[tuple[int, int]], most: int) -> int:
+    """Count the last chunks that may run as decodes, `most` at most.
+
+    The last token of a chunked prompt may: the computation is the same.
+
+    Args:
+      chunks: (start, count) of each.
+    """
+    found = 0
+    while found < min(most, len(chunks)):
+        start, count = chunks[-1 - found]
+        if count > 1 or not start:
+            break
+        found += 1
+    return found
+
+
 def pool_extent(slices: Sequence[Slice]) -> int:
     """Return the blocks of the pool up to the last one that `slices` have."""
     return 1 + max([max(part.blocks) for part in slices], default=-1)
@@ -86,7 +103,8 @@ class StepLoad:
     chunks: tuple[tuple[int, int], ...]  # (start, count) of each prompt part
     decodes: int  # requests that decode one token each
     context: int  # tokens that the decodes attend to together, new ones included
-    # Blocks of the pool up to the last one that decodes have; 0 if nothing asked.
+    # Blocks of the pool up to the last one of slices that count as decodes; 0 if blocks
+    # are only counted.
     pool_extent: int = 0
 
     @property

@@ -15,7 +15,7 @@ COMMANDS = {
         "placement_search": "find the best deployment on given devices",
     },
     "study a system in simulation": {
-        "simulate": "simulate a trace on a deployment, request by request",
+        "simulate": "simulate my traffic on deployments, request by request",
         "interference": "see what each system does to its requests",
         "reproduce": "make a paper's figures and tables again",
     },

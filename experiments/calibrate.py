@@ -46,6 +46,7 @@ from experiments.accuracy_study.serving_factor import serve_each, with_serving_f
 from experiments.cli import host_devices
 from experiments.cli.command import command, command_line, progress_to_stderr
 from experiments.cli.flags import Flags, expect_once, expect_used
+from experiments.cli.names import ENGINE_MODEL
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -69,7 +70,9 @@ AIMS = {"prefill": 0.05, "decode": 0.03, "mixed": 0.07, "chunk": 0.07}
 
 FLAGS = Flags()
 _CONFIG = FLAGS.string("config", "tiny", f"Its systems: {', '.join(sorted(CONFIGS))}.")
-_MODEL = FLAGS.string("model", None, "Instead of the config's, with random weights.")
+_MODEL = FLAGS.string(
+    "model", None, f"Instead of the config's, with random weights. {ENGINE_MODEL}"
+)
 _DEPLOYMENT = FLAGS.multi_string(
     "deployment", [], "Instead of the config's, for the systems with its roles."
 )

@@ -8,6 +8,12 @@ fixed workload, and prints the winner, its goodput per device, its margin with a
 interval, the parameters that each system was given and why, and the cells in which
 colocated systems clearly win. OUT gets maps.txt, maps.png and maps.json.
 
+Any two systems can be compared. If all are colocated, or all disaggregated, it says
+which of them wins where:
+
+    python -m experiments.compare_systems --systems=vllm_v1,sarathi_serve --devices=2 \\
+        --set systems.vllm_v1.deployment=colocated:tp2
+
 Durations are a roofline's of --model on --hardware, or those of the simulation that
 --config names (experiments/configs/named_simulations.py). A model or a device of your
 own is a .json file (models/lookup.py); a system, a router, a model or a cost model of
@@ -27,21 +33,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
-from disagg_jax.scheduling import find_system, get_system
-from disagg_jax.scheduling.tuning import tile_multiples
-from disagg_jax.search.comparison import POLICIES, ComparisonSpec, compare
+from disagg_jax.scheduling import Policy, find_system, get_system
+from disagg_jax.scheduling.system import System
+from disagg_jax.scheduling.tuning import has_rule, step_size, tile_multiples
+from disagg_jax.search.comparison import KNOWN, POLICIES, ComparisonSpec, compare
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
-from disagg_jax.sim.workers import worker_pool
 from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, expect_used
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.trace_flags import TraceFlags
+from experiments.cli.workers import Workers, open_workers
 from experiments.comparison import report
 from experiments.comparison.report import Grid
+from experiments.configs.options import no_effect, shown
+from experiments.configs.override import assign
 from experiments.configs.paper_workloads import get_workload
 from experiments.runs.folder import plain, run_folder, write_json, write_text
 from experiments.runs.run_dir import environment
@@ -54,6 +64,12 @@ _SIMULATED = SimulationFlags(FLAGS)
 _DEVICES = FLAGS.integer("devices", 4, "For each system.")
 _SYSTEMS = FLAGS.list(
     "systems", list(POLICIES), "To compare; one of your own is module:attribute."
+)
+_SET = FLAGS.multi_string(
+    "set",
+    [],
+    "systems.NAME.deployment=DEPLOYMENT, instead of all ways to use the devices, or "
+    "systems.NAME.policies.ROLE.PARAMETER=VALUE; may be repeated.",
 )
 _BUDGETS = FLAGS.list(
     "budgets",
@@ -101,7 +117,7 @@ _MOST_REQUESTS = FLAGS.integer(
     "that would need more are marked, and their goodputs are too high.",
 )
 _SEEDS = FLAGS.integer("seeds", 3, "Runs at each rate.")
-_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_WORKERS = FLAGS.workers()
 _OUT = FLAGS.string("out", None, "Folder for maps.{txt,png,json}.")
 
 T = TypeVar("T")
@@ -146,17 +162,57 @@ def _simulation() -> tuple[Simulation, int]:
     return simulation, max(_TILE, hardware.tile_rows) if hardware else _TILE
 
 
+def asked_systems(
+    names: Sequence[str], assignments: Sequence[str], budgets: Sequence[int]
+) -> dict[str, System]:
+    """Return the systems of these names, changed as `--set` says.
+
+    A system without a deployment of its own is tried on all.
+
+    Raises:
+      ValueError: on an unknown name or key, or on a step size that is chosen anyway.
+    """
+    found = [find_system(name, KNOWN) for name in names]
+    given = {n: System(deployment="", policies=get_system(n, KNOWN)) for n in found}
+    changed = {"systems": given}
+    for assignment in assignments:
+        changed = assign(changed, assignment)
+    for name, system in changed["systems"].items():
+        for role, policy in system.policies.items():
+            key = f"systems.{name}.policies.{role}"
+            _check_step(key, given[name].policies[role], policy, budgets)
+    return changed["systems"]
+
+
+def _check_step(
+    key: str, before: Policy, policy: Policy, budgets: Sequence[int]
+) -> None:
+    """Raise ValueError if the step size was set, and tuning sets it again."""
+    declared = step_size(policy)
+    if declared is None or not (has_rule(policy) or budgets):
+        return
+    size = getattr(policy, declared.parameter)
+    if size != getattr(before, declared.parameter):
+        got = f"--budgets={shown(tuple(budgets))}" if budgets else "the paper's rule"
+        name = f"--set {key}.{declared.parameter}"
+        raise no_effect(name, size, expected=f"--budgets={size}", got=got)
+
+
 def _spec() -> ComparisonSpec:
     simulation, tile = _simulation()
+    budgets = numbers("budgets", _BUDGETS.value, int)
+    systems = asked_systems(_SYSTEMS.value, _SET.value, budgets)
     return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
-        systems={
-            find_system(name, POLICIES): get_system(name, POLICIES)
-            for name in _SYSTEMS.value
+        systems={name: system.policies for name, system in systems.items()},
+        placed={
+            name: Deployment.parse(system.deployment)
+            for name, system in systems.items()
+            if system.deployment
         },
         sizes=tile_multiples(tile),
-        budgets=numbers("budgets", _BUDGETS.value, int),
+        budgets=budgets,
         plan=SearchPlan(
             target=_TARGET.value,
             growth=1.2,
@@ -202,7 +258,7 @@ def run(
     spec: ComparisonSpec,
     maps: Sequence[Map],
     command: str = _COMMAND,
-    workers: int | None = None,
+    workers: Workers | None = None,
     out: pathlib.Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
     about: Mapping[str, Any] | None = None,
@@ -218,12 +274,12 @@ def run(
     Raises:
       ValueError, OSError: on bad input, before any work.
     """
-    workers = os.cpu_count() or 1 if workers is None else workers
+    workers = workers or os.cpu_count() or 1
     start = time.perf_counter()
     ran_in = environment()  # now, as files may change while this runs
     asked = about or plain(spec)
     with run_folder(out, asked, "maps.json", replace=about is None):
-        with worker_pool(workers) as mapper:
+        with open_workers(workers) as mapper:
             grids = compare(spec, maps, mapper, progress)
         seconds = time.perf_counter() - start
         text = "\n\n".join(

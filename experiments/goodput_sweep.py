@@ -34,7 +34,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,11 +48,12 @@ from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
-from disagg_jax.sim.workers import Mapper, worker_pool
+from disagg_jax.sim.workers import Mapper
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_once
 from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines, to_stderr
+from experiments.cli.workers import Workers, open_workers
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import Need, no_effect
@@ -96,22 +97,29 @@ _STEP_TIMES = FLAGS.string(
 )
 _MINUTES = MinutesFlag(FLAGS, "looks and rates")
 _ENDLESS = Deadline(None)
+_WORKERS = FLAGS.workers()
 
 
 def run(
     config: Config,
     out: pathlib.Path,
     step_times_file: str | None,
+    workers: Workers | None = None,
     deadline: Deadline = _ENDLESS,
 ) -> str:
     """Run a sweep and return its table; of a run that has ended, only return it.
 
     Args:
+      workers: processes for runs that need no engine; see `open_workers`.
       deadline: after which nothing more is begun.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
     """
+    if workers is not None and not _may_leave(config):
+        expected = "executed=passing and durations=table"
+        got = f"executed={config.executed} and durations={config.durations}"
+        raise no_effect("--workers", workers, expected=expected, got=got)
     if step_times_file and config.durations == "modelled":
         expected, got = "durations=table or live", "durations=modelled"
         raise no_effect("--step_times", step_times_file, expected=expected, got=got)
@@ -140,7 +148,7 @@ def run(
         asked["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
         run_dir = RunDir(out, asked)
-        return _run(config, run_dir, model, source, engines, given, deadline)
+        return _run(config, run_dir, model, source, engines, given, workers, deadline)
 
 
 def _run(
@@ -150,6 +158,7 @@ def _run(
     source: RequestSource,
     engines: Mapping[str, Engine],
     given: StepTimes | None,
+    workers: Workers | None,
     deadline: Deadline,
 ) -> str:
     progress = ProgressLines()
@@ -161,7 +170,7 @@ def _run(
         compile_engines({name: engines[name]}, progress)
 
     times = _step_times(config, run_dir, engines, given, compile_system, progress)
-    with _workers(config) as mapper:
+    with open_workers(workers if _may_leave(config) else 1) as mapper:
         sweeps = [
             Sweep(
                 config=config,
@@ -250,14 +259,9 @@ def _found(config: Config, run_dir: RunDir) -> str:
     return f"{found} of {most}{total} points found"
 
 
-@contextlib.contextmanager
-def _workers(config: Config) -> Iterator[Mapper]:
-    """Yield a mapper over processes where runs need no engine, else over this one."""
-    if config.executed == "all" or config.durations != "table":
-        yield map
-        return
-    with worker_pool() as mapper:
-        yield mapper
+def _may_leave(config: Config) -> bool:
+    """Return whether runs need no engine, so that other processes can make them."""
+    return config.executed != "all" and config.durations == "table"
 
 
 def _has_halves(config: Config, times: StepTimes, sweeps: Sequence[Sweep]) -> bool:
@@ -391,7 +395,8 @@ def main() -> None:
         config = config.with_placements(_read_placement(_PLACEMENT.value))
     config = config.by_step_tokens()
     out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
-    print(run(config, out, _STEP_TIMES.value, _MINUTES.start()))
+    deadline = _MINUTES.start()
+    print(run(config, out, _STEP_TIMES.value, _WORKERS.value, deadline))
     print(f"\nrun directory: {out}")
 
 

@@ -3,10 +3,10 @@
     python -m experiments.interference
     python -m experiments.interference --model=llama-3-8b --hardware=h100 --rate=20
 
-Simulated, by a roofline. Every system has its way of failing: vLLM stalls decodes while
-it prefills; chunks make prompts slower, the more the shorter they are, and the decodes
-beside them too; disaggregation moves KV, and leaves devices of one phase idle. Writes
-interference.txt and .png.
+Simulated, by a roofline. Every system has its way of failing: vLLM V0 stalls decodes
+while it prefills; chunks make prompts slower, the more the shorter they are, and the
+decodes beside them too; disaggregation moves KV, and leaves devices of one phase idle.
+Writes interference.txt and .png.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from disagg_jax.work import Event, Step, StepLoad, Work
 from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
+from experiments.cli.names import DEVICE, LINK, MODEL
 from experiments.report.colours import system_colours
 from experiments.report.draw import draw
 from experiments.report.intervals import number
@@ -38,8 +39,9 @@ from experiments.report.table import side_by_side
 from experiments.runs.folder import commit, run_folder, write_text
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "opt-13b", "A name of models/config.py.")
-_HARDWARE = FLAGS.string("hardware", "a100-80g", "A name of sim/hardware/presets.py.")
+_MODEL = FLAGS.string("model", "opt-13b", MODEL)
+_HARDWARE = FLAGS.string("hardware", "a100-80g", DEVICE)
+_LINK = FLAGS.string("link", None, f"That KV takes, instead of the hardware's. {LINK}")
 _RATE = FLAGS.float("rate", 3.0, "Requests/s per device.", lower_bound=1e-9)
 _BUDGET = FLAGS.integer("budget", 512, "Tokens of a chunked system's step.")
 _REQUESTS = FLAGS.integer("num_requests", 500, "Requests.", lower_bound=1)
@@ -61,6 +63,7 @@ def systems(budget: int) -> dict[str, System]:
     colocated = {
         "orca": {"max_seqs": 64},
         "vllm_v0": {},
+        "vllm_v1": {"max_batched_tokens": budget, "max_seqs": min(budget, 256)},
         "sarathi": {"chunk_tokens": budget, "max_seqs": 64},
         "sarathi_serve": {"token_budget": budget},
         "splitfuse": {"token_budget": budget, "max_seqs": min(budget, 512)},
@@ -265,6 +268,8 @@ def _longer(gaps_s: np.ndarray) -> list[tuple[float, float]]:
 @command(FLAGS)
 def main() -> None:
     simulation = Simulation.of(_MODEL.value, _HARDWARE.value)
+    if _LINK.value is not None:
+        simulation = simulation.over(_LINK.value)
     rate = 2 * _RATE.value  # of both devices
     requests = WORKLOAD.requests(_REQUESTS.value, rate, _SEED.value)
     found = simulate(simulation, requests, _BUDGET.value)
@@ -272,9 +277,10 @@ def main() -> None:
     deployment = Deployment.parse(COLOCATED)
     cost = simulation.cost_of(deployment.instances[0]).instance(1, 1)
     title = (
-        f"{_MODEL.value} on 2 x {_HARDWARE.value}, {_RATE.value:g} requests/s per "
-        f"device, prompts of 256-1024 tokens, outputs of 64-192, steps of "
-        f"{_BUDGET.value} tokens; N={_REQUESTS.value}, seed {_SEED.value}"
+        f"{_MODEL.value} on 2 x {_HARDWARE.value}, KV over {simulation.inside}, "
+        f"{_RATE.value:g} requests/s per device, prompts of 256-1024 tokens, "
+        f"outputs of 64-192, steps of {_BUDGET.value} tokens; "
+        f"N={_REQUESTS.value}, seed {_SEED.value}"
     )
     text = f"# python -m experiments.interference   commit {commit()}\n"
     text += f"# {title}; roofline\n{table(found)}\n"

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import jax
 
 from disagg_jax.errors import require
-from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
+from disagg_jax.sim.hardware.link import LinkSpec, get_link
 from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.benchmarks.transfers import (
@@ -40,6 +40,7 @@ from experiments.benchmarks.transfers import (
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags
+from experiments.cli.names import ENGINE_MODEL, LINK
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
@@ -48,7 +49,7 @@ from models import transformer
 from models.config import ModelConfig, get_config
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "kv", "A preset of models.config.")
+_MODEL = FLAGS.string("model", "kv", ENGINE_MODEL)
 _PAIRS = FLAGS.list(
     "pairs", ["4:4", "4:2", "2:4", "1:4"], "Tensor parallelism of the two meshes."
 )
@@ -61,8 +62,8 @@ _GROUPS = FLAGS.integer(
     "layer_groups", 4, "Programs of a stage's layers where KV leaves by groups."
 )
 _CHUNKS = FLAGS.integer("chunks", 4, "Chunks of a prompt where KV leaves by them.")
-_LINK = FLAGS.enum(
-    "link", None, sorted(LINKS), "A wire instead of the copy between devices."
+_LINK = FLAGS.string(
+    "link", None, f"A wire instead of the copy between devices. {LINK}"
 )
 _REPEATS = FLAGS.integer("repeats", 5, "Rounds behind a median.")
 _OUT = FLAGS.string("out", "runs/kv_transfer", "Folder.")

@@ -65,6 +65,7 @@ from experiments.benchmarks.timing import (
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
+from experiments.cli.names import ENGINE_MODEL
 from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config
 
@@ -280,7 +281,7 @@ DEVICES = {"host": 2, "decode": 2, "prefill": 2, "handoff": 8, "m32": 2}
 
 FLAGS = Flags()
 _PARTS = FLAGS.list("parts", list(PARTS), "What to measure.")
-_MODEL = FLAGS.string("model", "m32", "Model of all parts but m32.")
+_MODEL = FLAGS.string("model", "m32", f"Model of all parts but m32. {ENGINE_MODEL}")
 _BATCHES = FLAGS.list("batches", ["16", "64"], "Requests in a decode step.")
 _MIB = FLAGS.list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off.")
 _REPEATS = FLAGS.integer("repeats", 7, "Rounds that a median is taken over.")

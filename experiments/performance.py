@@ -54,6 +54,7 @@ from experiments.benchmarks.timing import (
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
+from experiments.cli.names import ENGINE_MODEL
 from experiments.report.table import numbers
 from experiments.runs.folder import commit, write_text
 from models.config import ModelConfig, get_config
@@ -252,7 +253,7 @@ def run(options: StepOptions) -> str:
 # -- command line ----------------------------------------------------------------------
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "smollm2-135m", "A preset of models/config.py.")
+_MODEL = FLAGS.string("model", "smollm2-135m", ENGINE_MODEL)
 _DTYPE = FLAGS.string("dtype", None, "Instead of the preset's.")
 _BATCHES = FLAGS.list("batches", ["1", "8", "16"], "Requests in a decode step.")
 _CONTEXT = FLAGS.integer("context", 256, "Tokens each of them attends to.")

@@ -27,17 +27,18 @@ from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim.workers import worker_pool
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.names import DEVICE, MODEL
+from experiments.cli.workers import Workers, open_workers
 from experiments.configs.named_simulations import COSTS, placement_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.placement.report import report
 from experiments.runs.folder import plain, run_folder, write_text
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", REQUIRED, "A name of models/config.py.")
-_DEVICE = FLAGS.string("hardware", "a100", "A device, such as a100 or h100.")
+_MODEL = FLAGS.string("model", REQUIRED, MODEL)
+_DEVICE = FLAGS.string("hardware", "a100", f"a100 is a100-80g. {DEVICE}")
 _COST = FLAGS.string(
     "cost", None, f"Step times: {', '.join(COSTS)}, or module:attribute."
 )
@@ -63,14 +64,14 @@ _TOLERANCE = FLAGS.float("tolerance", 0.05, "Of goodputs, relative.")
 _MARGIN = FLAGS.float("margin", 0.1, "By which the bounds of pruning are wider.")
 _EXHAUSTIVE = FLAGS.boolean("exhaustive", False, "Search all candidates in full.")
 _WHOLE = FLAGS.boolean("whole", False, "Simulate the answer of high as a whole.")
-_WORKERS = FLAGS.integer("workers", None, "Processes; one a core by default.")
+_WORKERS = FLAGS.workers()
 _OUT = FLAGS.string("out", None, "Folder for placement.json.")
 
 
 def run(
     problem: PlacementProblem,
     algorithms: Sequence[str],
-    workers: int | None = None,
+    workers: Workers | None = None,
     out: pathlib.Path | None = None,
     progress: Callable[[str], None] = lambda text: None,
     *,
@@ -81,7 +82,7 @@ def run(
     """Searches; returns the report and what is in placement.json.
 
     Args:
-      workers: processes; None is one a core.
+      workers: None is a process for each core.
       out: folder for placement.json.
       prune, whole: see `PlacementSearch`.
       about: more for placement.json: what a command was asked. It replaces nothing of
@@ -94,7 +95,7 @@ def run(
     workers = workers or os.cpu_count() or 1
     asked = about or {"problem": plain(problem), "algorithms": list(algorithms)}
     with run_folder(out, asked, "placement.json", replace=about is None):
-        with worker_pool(workers) as mapper:
+        with open_workers(workers) as mapper:
             search = PlacementSearch(
                 problem=problem,
                 mapper=mapper,

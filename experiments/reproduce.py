@@ -34,7 +34,7 @@ _NUM_REQUESTS = FLAGS.integer(
     "num_requests", None, "Of each run, instead of each figure's own number."
 )
 _SEEDS = FLAGS.integer("seeds", 5, "Runs of each point.")
-_WORKERS = FLAGS.integer("workers", None, "Processes; default one for a core.")
+_WORKERS = FLAGS.workers()
 _OUT = FLAGS.string(
     "out",
     None,

@@ -1,168 +1,202 @@
-"""Simulates a trace on a deployment: one row for each request.
+"""Simulates traffic on deployments: latencies, what was busy, and who was refused.
 
     python -m experiments.simulate --trace=FILE.csv --config=opt13b_a100 \\
-        --deployment=prefill:tp2,decode:tp1 --out=runs/simulated
+        --deployment=prefill:tp2,decode:tp1 --slo=0.5,0.04 --out=runs/simulated
+    python -m experiments.simulate --hardware=h100 --out=runs/curve --rate=25,50,75 \\
+        --workload=lognormal:500:0.5:1500,uniform:16:64 --slo=0.2,0.02 \\
+        --deployment="2xcolocated:tp1;prefill:tp1,decode:tp1"
 
 FILE is a CSV file with columns for arrival (arrival_s or arrival_ms), prompt
 (prompt_tokens or prompt_len) and output (output_tokens or output_len), or a trace of
 Azure, BurstGPT, Mooncake, Bailian, splitwise-sim, Vidur or ShareGPT, which may be
 gzipped. Rows of one tick of a coarse clock are spread over it, but with --ties=keep.
-A file without times needs --rate. Requests over the simulation's context limit are
-refused: --max_context raises it. A deployment reads like prefill:tp2,decode:tp1 or
-2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. What is simulated is a --config of
-experiments/configs/named_simulations.py, or --model on --hardware by a --cost model;
---system names whose policies serve.
+A file without times needs --rate, and so does a --workload. Requests over the
+simulation's context limit are refused: --max_context raises it. A deployment reads like
+prefill:tp1,decode:tp1 or 2xprefill:tp1,1xdecode:tp2pp2 or colocated:tp1. What is
+simulated is a --config of experiments/configs/named_simulations.py, or --model on
+--hardware by a --cost model; --system names whose policies serve.
 
-OUT/trace.json says how the trace was read. OUT must hold no other run; it gets
-config.json and env.json too.
-OUT/requests.csv has, for each request, ttft_s, tpot_s and the five stages, floats in
-full; where a request was refused they are empty, and `error` says why.
---chrome_trace=FILE.json writes the run as a timeline that Perfetto opens: a lane for
+It prints percentiles, attainment of the targets of --slo, the mean of each stage of a
+request, the share of the time in which each device and link was busy, and how many
+requests were refused. If more than 1 % were, the exit code is 3, after all files are
+written; with --allow_refused it is 0.
+
+OUT must hold no other run. It gets config.json, env.json, of a trace trace.json, which
+says how it was read, and:
+requests.csv: for each request ttft_s, tpot_s and the five stages, floats in full; where
+a request was refused they are empty, and `error` says why.
+summary.json: the run under the keys of vLLM's benchmark, with what was busy.
+latencies.png: latencies by arrival, and the requests in each stage over time.
+With several rates or deployments each run has a folder with these three, and OUT gets
+table.txt and curves.png.
+--chrome_trace=FILE.json writes one run as a timeline that Perfetto opens: a lane for
 each device, link and request.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
-import json
 import pathlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.metrics.latency import Stages, stages_s, tpot_s, ttft_s
-from disagg_jax.request import Status, Timeline
-from disagg_jax.runlog import EventLog, chrome_trace
+from disagg_jax.errors import require
+from disagg_jax.metrics import SLO
 from disagg_jax.scheduling import get_system
-from disagg_jax.sim.simulation import Simulation
-from disagg_jax.workload.traces.read import Trace
-from experiments.cli.command import command
+from disagg_jax.scheduling.interface import Policy
+from disagg_jax.sim import Simulation
+from disagg_jax.sim.hardware import get_link
+from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.simulation_flags import SimulationFlags
-from experiments.cli.trace_flags import TraceFlags
-from experiments.configs.named_simulations import trace_requests
-from experiments.runs.folder import plain, run_folder, whole, write_json, write_text
+from experiments.cli.traffic_flags import TrafficFlags
+from experiments.runs.folder import plain, run_folder
+from experiments.simulated.report import Summary, refused_share
+from experiments.simulated.served import NO_TARGETS, list_cases
+from experiments.simulated.study import Study
+
+_MOST_REFUSED = 0.01  # share of a run's requests
+_TOO_MANY_REFUSED = 3  # exit code
 
 FLAGS = Flags()
-_TRACE = FLAGS.string("trace", REQUIRED, "Arrivals and lengths.")
+_TRAFFIC = TrafficFlags(FLAGS)
 _SIMULATED = SimulationFlags(FLAGS)
-_SYSTEM = FLAGS.string(
-    "system", None, "Whose policies serve; one of your own is module:attribute."
-)
-_DEPLOYMENT = FLAGS.string("deployment", REQUIRED, "Which instances serve.")
-_OUT = FLAGS.string("out", REQUIRED, "Folder for requests.csv.")
-
-_RATE = FLAGS.float(
-    "rate",
+_SYSTEM = FLAGS.list(
+    "system",
     None,
-    "Requests/s, to which the trace's time is stretched; without times, Poisson's.",
-    lower_bound=1e-9,
+    "Whose policies serve; one of your own is module:attribute. Of several, such as "
+    "sarathi_serve,disaggregated, each serves the roles it has.",
 )
+_DEPLOYMENT = FLAGS.multi_string(
+    "deployment",
+    REQUIRED,
+    "Which instances serve; several, repeated or with ; between, make a table.",
+)
+_SLO = FLAGS.string("slo", None, "TTFT_S,TPOT_S: targets in seconds.")
+_OUT = FLAGS.string("out", REQUIRED, "Folder for the results.")
 _MAX_CONTEXT = FLAGS.integer(
     "max_context",
     None,
     "Prompt and output of a request, in tokens; by default the simulation's limit.",
     lower_bound=1,
 )
-_TRACE_FILE = TraceFlags(FLAGS)
-
+_ALLOW_REFUSED = FLAGS.boolean(
+    "allow_refused", False, "End with 0 even if more than 1 % of a run were refused."
+)
 _STREAMED = FLAGS.integer(
     "streamed_groups",
     None,
     "Layer groups in which KV leaves while its prompt is computed; 0: all of it after.",
     lower_bound=0,
 )
-
 _CHROME_TRACE = FLAGS.string(
     "chrome_trace", None, "File for the run as a timeline, see ui.perfetto.dev."
 )
 
-STAGES = tuple(field.name for field in dataclasses.fields(Stages))
-COLUMNS = (
-    *("request_id", "arrival_s", "prompt_tokens", "output_tokens"),
-    *("ttft_s", "tpot_s", *STAGES, "error"),
-)
+
+# -- what is asked -------------------------------------------------------------------
 
 
-def write(path: pathlib.Path, timelines: Sequence[Timeline], extra_tokens: int) -> None:
-    """Writes a row for each request; floats read back as they were."""
-    with whole(path) as temporary, temporary.open("w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(COLUMNS)
-        for timeline in timelines:
-            request = timeline.request
-            output = request.max_tokens - extra_tokens
-            asked = (request.id, request.arrival_s, request.prompt_tokens, output)
-            rows.writerow((*asked, *_latencies_s(timeline), timeline.error))
+def _deployments() -> list[Deployment]:
+    texts = [text for given in _DEPLOYMENT.value for text in given.split(";")]
+    return [Deployment.parse(text) for text in texts]
 
 
-def _latencies_s(timeline: Timeline) -> tuple[float | str, ...]:
-    if timeline.status is not Status.FINISHED:
-        return ("",) * (2 + len(STAGES))
-    stages = dataclasses.astuple(stages_s(timeline))
-    return (ttft_s(timeline), tpot_s(timeline), *stages)
+def _simulation(deployments: Sequence[Deployment]) -> Simulation:
+    simulation = _SIMULATED.read(_MAX_CONTEXT.value)
+    if _SYSTEM.value is not None:
+        policies = _policies(_SYSTEM.value)
+        simulation = dataclasses.replace(simulation, policies=policies)
+    if _STREAMED.value is not None:
+        sends = all(deployment.of(Role.PREFILL) for deployment in deployments)
+        expect_used(
+            sends or _STREAMED.value == simulation.streamed_groups,
+            _STREAMED,
+            expected="prefill and decode instances",
+            got=f"--deployment={'; '.join(map(str, deployments))}",
+        )
+        simulation = dataclasses.replace(simulation, streamed_groups=_STREAMED.value)
+    return simulation
 
 
-def _record(
-    trace: Trace, simulation: Simulation, deployment: Deployment
-) -> dict[str, Any]:
-    """What the results follow from."""
-    file = pathlib.Path(_TRACE.value).read_bytes()
+def _policies(names: Sequence[str]) -> Mapping[Role, Policy]:
+    systems = [get_system(name) for name in names]
+    policies = {role: p for system in systems for role, p in system.items()}
+    apart = len(policies) == sum(map(len, systems))
+    require(apart, "--system: expected systems of different roles", list(names))
+    return policies
+
+
+def _study() -> Study:
+    deployments = _deployments()
+    simulation = _simulation(deployments)
+    traffic = _TRAFFIC.read(simulation)
+    return Study(
+        simulation=simulation,
+        cases=list_cases(simulation, deployments, traffic.requests),
+        slo=SLO.parse(_SLO.value) if _SLO.value else NO_TARGETS,
+        traffic=traffic,
+    )
+
+
+def _record(study: Study) -> dict[str, Any]:
+    """Return what the results follow from."""
+    simulation, traffic = study.simulation, study.traffic
+    links = {"inside": simulation.inside, "between": simulation.between}
+    deployments = dict.fromkeys(str(case.deployment) for case in study.cases)
     return {
-        "trace": trace.facts,
-        "trace_sha256": hashlib.sha256(file).hexdigest(),
-        "rate_rps": _RATE.value,
+        **traffic.record,
+        "rates_rps": list(traffic.requests),
+        "slo": plain(study.slo),
         "config": _SIMULATED.config,
-        "system": _SYSTEM.value,
+        "system": ",".join(_SYSTEM.value or []) or None,
         "simulation": plain(simulation),
-        "deployment": str(deployment),
+        # Beside the names: a file of one's own may change.
+        "model": plain(simulation.model),
+        "hardware": plain(_SIMULATED.hardware),
+        "links": {where: plain(get_link(n)) for where, n in links.items() if n},
+        "deployment": ";".join(deployments),
     }
+
+
+# -- what is done --------------------------------------------------------------------
+
+
+def _timeline_file(study: Study) -> pathlib.Path | None:
+    """Return the file for the timeline of one run, which can be written."""
+    if _CHROME_TRACE.value is None:
+        return None
+    one, got = "one rate and one deployment", f"{len(study.cases)} runs"
+    expect_used(len(study.cases) == 1, _CHROME_TRACE, expected=one, got=got)
+    path = pathlib.Path(_CHROME_TRACE.value)
+    path.touch()  # fails now rather than after the run
+    return path
+
+
+def _check_refused(study: Study, found: Sequence[Summary]) -> None:
+    """Exit with `_TOO_MANY_REFUSED` if a run refused too many, unless it may."""
+    most = max(map(refused_share, found))
+    if most > _MOST_REFUSED and not _ALLOW_REFUSED.value:
+        print(
+            f"{most:.1%} of the requests of a run were refused: expected at most "
+            f"{_MOST_REFUSED:.0%}. --max_context={study.longest_tokens} has room for "
+            "the longest, more devices have more KV memory, and --allow_refused lets "
+            "it be",
+            file=sys.stderr,
+        )
+        sys.exit(_TOO_MANY_REFUSED)
 
 
 @command(FLAGS)
 def main() -> None:
-    simulation = _SIMULATED.read(_MAX_CONTEXT.value)
-    if _SYSTEM.value is not None:
-        policies = get_system(_SYSTEM.value)
-        simulation = dataclasses.replace(simulation, policies=policies)
-    deployment = Deployment.parse(_DEPLOYMENT.value)
-    if _STREAMED.value is not None:
-        same = _STREAMED.value == simulation.streamed_groups
-        expect_used(
-            same or bool(deployment.of(Role.PREFILL)),
-            _STREAMED,
-            expected="prefill and decode instances",
-            got=f"--deployment={deployment}",
-        )
-        simulation = dataclasses.replace(simulation, streamed_groups=_STREAMED.value)
-    simulated = simulation.build(deployment)
-    trace = _TRACE_FILE.open(_TRACE.value)
-    requests = trace_requests(trace, simulation, _RATE.value)
-    out = pathlib.Path(_OUT.value)
-    picture = pathlib.Path(_CHROME_TRACE.value) if _CHROME_TRACE.value else None
-    log = EventLog() if picture else None
-    if picture:
-        picture.touch()  # fails now rather than after the run
-    record = _record(trace, simulation, deployment)
-    with run_folder(out, record, "requests.csv"):
-        done = simulated.run(requests, observer=log)
-        timelines = done.timelines
-        write_json(out / "trace.json", trace.facts)
-        write(out / "requests.csv", timelines, simulation.extra_tokens)
-    if picture and log:
-        drawn = chrome_trace(deployment, log.lines, timelines)
-        write_text(picture, json.dumps(drawn))
-    print(trace)
-    refused = sum(t.status is not Status.FINISHED for t in timelines)
-    print(f"{len(timelines)} requests, {refused} refused: {out / 'requests.csv'}")
-    busy = done.busy_shares(deployment)
-    for i, (spec, stages) in enumerate(zip(deployment.instances, busy, strict=True)):
-        shares = ", ".join(f"{share:.1%}" for share in stages)
-        print(f"instance {i}, {spec}: busy {shares}")
-    if simulation.mark:
-        print(simulation.mark)
+    study = _study()
+    timeline, out = _timeline_file(study), pathlib.Path(_OUT.value)
+    with run_folder(out, _record(study), study.result):
+        found = study.serve(out, progress_to_stderr(), timeline)
+    print(f"{study.text(found)}\n\n{out}: {study.files}")
+    _check_refused(study, found)
 
 
 if __name__ == "__main__":

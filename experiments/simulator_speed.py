@@ -3,6 +3,7 @@
     python -m experiments.simulator_speed
     python -m experiments.simulator_speed --golden=../shared/golden/simdistserve
     python -m experiments.simulator_speed --instances=2,16,128,1024,2048
+    python -m experiments.simulator_speed --pools=1,2,ray
 
 Each line has `requests_per_cpu_s`: requests over the CPU seconds of drawing nothing,
 simulating everything (block accounting and preemption included) and taking the metrics
@@ -19,6 +20,10 @@ With `--instances` it measures how the speed depends on the size of a fleet inst
 each number of instances a line with half of them for prefill and half for decode, and a
 line with all colocated, at 8 requests/s an instance. N = max(2000, 20 x instances).
 
+With `--pools` it measures workers instead, a line each: seconds to start them, the
+milliseconds that a task costs which does nothing, and the seconds of 16 runs of 3,000
+requests. Runs of all pools must be equal.
+
 A checkout runs its source. To measure a compiled core, install one where nothing else
 is, and run it from there:
 
@@ -32,6 +37,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gc
+import hashlib
 import json
 import pathlib
 import sys
@@ -47,10 +53,12 @@ from disagg_jax.metrics import pooled_itl_s, stages_s, tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim.cost.linear import LinearCost
+from disagg_jax.sim.run import SimulationTask, run_task
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers
+from experiments.cli.workers import Workers, open_workers, parse_workers
 from experiments.configs.named_simulations import get_simulation, trace_requests
 from experiments.configs.paper_workloads import get_workload
 
@@ -61,6 +69,9 @@ _GOLDEN = FLAGS.string(
 _REPEATS = FLAGS.integer("repeats", 3, "Runs; the fastest counts.")
 _INSTANCES = FLAGS.list(
     "instances", [], "Numbers of instances, for the speed of fleets of these sizes."
+)
+_POOLS = FLAGS.list(
+    "pools", [], "Workers to compare, as --workers takes them elsewhere."
 )
 
 # simdistserve's file -> the deployment it was made with.
@@ -195,10 +206,68 @@ def _cpu_s(workload: SpeedWorkload) -> tuple[float, list[Timeline]]:
     return time.process_time() - start_s, timelines
 
 
+# -- pools -----------------------------------------------------------------------------
+
+_EMPTY_TASKS = 500
+_POOL_RUNS = 16
+
+
+def pool_line(workers: Workers, tasks: Sequence[SimulationTask]) -> dict[str, Any]:
+    """Return the line of one kind of workers, with a digest of the results."""
+    start_s = time.perf_counter()
+    with open_workers(workers) as mapper:
+        list(mapper(abs, [0]))
+        begun_s = time.perf_counter()
+        list(mapper(abs, range(_EMPTY_TASKS)))
+        empty_s = time.perf_counter()
+        found = list(mapper(run_task, tasks))
+        end_s = time.perf_counter()
+    return {
+        "workers": workers,
+        "start_s": begun_s - start_s,
+        "task_ms": (empty_s - begun_s) / _EMPTY_TASKS * 1e3,
+        "runs": len(tasks),
+        "runs_s": end_s - empty_s,
+        "results": hashlib.sha256(repr(found).encode()).hexdigest()[:16],
+    }
+
+
+def pool_tasks(num_requests: int = 3000) -> list[SimulationTask]:
+    """Return the runs that pools are compared by."""
+    deployment = Deployment.parse("prefill:tp1,decode:tp1")
+    return [
+        SimulationTask(
+            simulated=get_simulation("opt13b_a100").build(deployment),
+            workload=get_workload("fixed:512x64"),
+            rate_rps=4.0,
+            num_requests=num_requests,
+            seed=seed,
+        )
+        for seed in range(_POOL_RUNS)
+    ]
+
+
+def report_pools(pools: Sequence[Workers], tasks: Sequence[SimulationTask]) -> None:
+    """Print a line of each pool; results that differ end the program."""
+    results: set[str] = set()
+    for workers in pools:
+        line = pool_line(workers, tasks)
+        print(json.dumps(line), flush=True)
+        results.add(line["results"])
+    if len(results) > 1:
+        sys.exit("error: workers of different kinds gave different results")
+
+
 @command(FLAGS)
 def main() -> None:
     sizes = integers("instances", _INSTANCES.value)
+    pools = [parse_workers(text) for text in _POOLS.value]
     expect_used(not sizes, _GOLDEN, expected="no --instances", got="--instances")
+    if pools:
+        others = (_GOLDEN, _INSTANCES, _REPEATS)
+        expect_used(False, *others, expected="no --pools", got="--pools")
+        report_pools(pools, pool_tasks())
+        return
     golden = pathlib.Path(_GOLDEN.value)
     report(fleets(sizes) if sizes else workloads(golden), _REPEATS.value)
 

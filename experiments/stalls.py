@@ -4,10 +4,10 @@
     python -m experiments.stalls --model=m32 --prompts=64,128,256
 
 A few requests decode; then a prompt arrives. Colocated, the device computes the prompt
-in one step, for which the decodes wait (vLLM), or in chunks beside the decodes
-(Sarathi-Serve). Disaggregated, another device computes the prompt; only its KV comes
-in. Every program runs and is timed alone, and its time counts on its instance's own
-device. Writes stalls.txt and .png.
+in one step, for which the decodes wait (vLLM V0), or in chunks beside the decodes
+(Sarathi-Serve, vLLM V1). Disaggregated, another device computes the prompt; only its KV
+comes in. Every program runs and is timed alone, and its time counts on its instance's
+own device. Writes stalls.txt and .png.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, integers
+from experiments.cli.names import ENGINE_MODEL
 from experiments.report.colours import system_colours
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
@@ -31,10 +32,10 @@ from models.checkpoint import Weights
 from models.config import ModelConfig, get_config
 
 FLAGS = Flags()
-_MODEL = FLAGS.string("model", "tiny", "A preset of models.config.")
+_MODEL = FLAGS.string("model", "tiny", ENGINE_MODEL)
 _PROMPTS = FLAGS.list("prompts", ["64", "128", "256", "512"], "Tokens of a prompt.")
 _DECODES = FLAGS.integer("decodes", 8, "Requests that decode.", lower_bound=1)
-_CHUNK = FLAGS.integer("chunk", 64, "Tokens of a step of Sarathi-Serve.", lower_bound=2)
+_CHUNK = FLAGS.integer("chunk", 64, "Tokens of a step with a chunk.", lower_bound=2)
 _REPEATS = FLAGS.integer("repeats", 5, "Runs behind a median.", lower_bound=1)
 _OUT = FLAGS.string("out", "runs/stalls", "Folder.")
 

@@ -30,6 +30,7 @@ from experiments.benchmarks.handoff import Rate, rates
 from experiments.benchmarks.timing import keep_freed_memory
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, integers
+from experiments.cli.names import ENGINE_MODEL
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, Series, curves
 from experiments.report.table import align, numbers
@@ -39,7 +40,7 @@ from sharding.mesh import Device
 
 FLAGS = Flags()
 _MODEL = FLAGS.string(
-    "model", None, "A preset of models.config; default: what suits the devices."
+    "model", None, f"By default what suits the devices. {ENGINE_MODEL}"
 )
 _PREFILL = FLAGS.integer(
     "prefill", None, "Devices that prefill; default: two thirds.", lower_bound=1

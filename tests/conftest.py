@@ -1,5 +1,6 @@
 """Strict settings for every test, made before JAX starts a backend; the mark `core`."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -38,13 +39,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if _core_only(config):
         sys.meta_path.insert(0, _WithoutJax())  # pyright: ignore[reportArgumentType]
         return
+    # Every test but the gpu ones stays on the CPU devices, GPU or not.
+    asks_for_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
     _share_compiled_programs(config)
+    if not asks_for_gpu:
+        _compile_fast()
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    # Every test but the gpu ones stays on the CPU devices, GPU or not.
-    asks_for_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
     if not asks_for_gpu and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
 
@@ -71,6 +74,23 @@ def _share_compiled_programs(config: pytest.Config) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def _compile_fast() -> None:
+    """Has programs compiled in half the time, into slower ones.
+
+    A test runs a program a few times, so that compiling it is what it costs. JAX reads
+    the variables when it is imported, also in the processes that tests start. Whoever
+    sets either keeps his own: with XLA_FLAGS= programs are compiled as users have them.
+    """
+    if {"JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"} & os.environ.keys():
+        return
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+    # A process ends at a flag that its jaxlib does not know; 0.12 has lost this one.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
 @pytest.hookimpl(tryfirst=True)

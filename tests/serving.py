@@ -119,7 +119,7 @@ class CheckingEngine:
             target = self._slot(work.dst, work.dst_blocks, position)
             self._cache[target] = self._cache[source]
         hop = self._cost.hop(work)
-        return Outcome((hop.duration_s,) * hop.parts, bytes=work.context)
+        return Outcome(hop.parts_s, bytes=work.context)
 
     def _check(self, instance, blocks, request: Request, context: int) -> None:
         self._check_part(instance, blocks, request, 0, context)

@@ -10,9 +10,12 @@ from disagg_jax.deployment import (
     Deployment,
     InstanceSpec,
     KVMemory,
+    RequestLimit,
     Role,
     cut_layers,
 )
+
+APART = {Role.PREFILL, Role.DECODE}
 
 
 def by_pairs(specs: list[InstanceSpec]) -> bool:
@@ -132,6 +135,8 @@ def test_blocks_for_is_the_least_that_holds(tokens: int, block_tokens: int):
 def test_why_never(prompt: int, out: int, max_context: int, reason: str):
     memory = KVMemory(num_blocks=4, block_tokens=4, max_context=max_context)
     assert memory.rejection_reason(prompt, out) == reason
+    limit = {"": None, "h": RequestLimit.KV_MEMORY, "e": RequestLimit.CONTEXT}
+    assert memory.exceeded(prompt, out) is limit[reason[:1]]
 
 
 @pytest.mark.parametrize(
@@ -157,3 +162,27 @@ def test_lanes_are_the_devices_of_the_smaller_end_all_stages_together():
     deployment = Deployment.parse("prefill:tp2pp2,decode:tp3,decode:tp1pp6")
     assert deployment.lanes(0, 1) == deployment.lanes(1, 0) == 3
     assert deployment.lanes(0, 2) == deployment.lanes(2, 0) == 4
+
+
+@pytest.mark.parametrize(
+    ("roles", "text", "moved"),
+    [
+        ({Role.COLOCATED}, "prefill:tp2,decode:tp1", "colocated:tp2,colocated:tp1"),
+        # It can do both, so it needs no others.
+        (set(Role), "prefill:tp1,decode:tp1", "2xcolocated:tp1"),
+        (APART, "2xcolocated:tp1", "prefill:tp1,decode:tp1"),
+        (APART, "3xcolocated:tp1pp2", "prefill:tp1pp2,2xdecode:tp1pp2"),
+    ],
+)
+def test_the_same_instances_take_other_roles(roles, text, moved):
+    assert str(Deployment.parse(text).in_roles(roles)) == moved
+
+
+def test_instances_cannot_take_roles_that_serve_nobody():
+    both = "expected policies for colocated, or for prefill and decode, got"
+    for roles in ({Role.PREFILL}, {Role.DECODE}, set()):
+        with pytest.raises(ValueError, match=both):
+            Deployment.parse("2xcolocated:tp1").in_roles(roles)
+    alone = "expected instances for both prefill and decode, got 'colocated:tp4'"
+    with pytest.raises(ValueError, match=alone):
+        Deployment.parse("colocated:tp4").in_roles(APART)

@@ -52,7 +52,10 @@ ORDER = (
     ("experiments.configs", "experiments.report"),
     ("experiments.cli",),
     ("experiments.runs",),
-    ("experiments.papers", "experiments.sweep", "experiments.placement"),
+    (
+        *("experiments.papers", "experiments.sweep", "experiments.placement"),
+        "experiments.simulated",
+    ),
     ("experiments.comparison", "experiments.benchmarks"),
     ("experiments.accuracy_study",),
 )

@@ -49,3 +49,16 @@ class Run:
             tuple(share(i, stage) for stage in range(spec.pp))
             for i, spec in enumerate(deployment.instances)
         ]
+
+    def busy_links(self) -> dict[str, float]:
+        """Return by name the share of the time that each link moved KV.
+
+        A link that moved nothing is left out.
+        """
+        names = {-1: "network of node {}", -2: "into instance {}"}
+        return {
+            names.get(link[0], "instance {} to {}").format(*link[1:]): seconds
+            / self.end_s
+            for link, seconds in sorted(self.busy_s.items())
+            if link[0] < 0 and self.end_s
+        }

@@ -210,7 +210,7 @@ class Engine:
         """
         self.totals.clear()
         self._outputs.clear()
-        gc.collect()
+        gc.collect(1)  # of old objects too it would take longer than a short run
         gc.freeze()
         try:
             with jax.no_tracing(True), jax.transfer_guard("disallow"):

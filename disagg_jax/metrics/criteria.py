@@ -93,7 +93,7 @@ class Mooncake:
     unit = "requests/s"
 
     def score(self, run: Sequence[Timeline]) -> float:
-        return share_of(self._is_good(timeline) for timeline in run)
+        return share_of([self._is_good(timeline) for timeline in run])
 
     def _is_good(self, timeline: Timeline) -> bool:
         return (
@@ -218,22 +218,23 @@ def splitwise(unloaded: Unloaded) -> PercentileBounds:
       unloaded: of the machine that slowdowns refer to, the same for all systems (a
         DGX-A100 in the paper).
     """
-    return PercentileBounds(
-        bounds=tuple(
+    bounds: list[Bound] = []
+    for what, (latencies, factors) in _SPLITWISE_FACTORS.items():
+        slowdown = _Slowdown(latencies=latencies, what=what, unloaded=unloaded)
+        bounds += [
             Bound(
                 what=f"{what} slowdown",
-                latencies=_Slowdown(latencies=latencies, what=what, unloaded=unloaded),
+                latencies=slowdown,
                 share=share,
                 limit=factor,
                 is_factor=True,
             )
-            for what, (latencies, factors) in _SPLITWISE_FACTORS.items()
             for share, factor in zip(_SPLITWISE_SHARES, factors, strict=True)
-        )
-    )
+        ]
+    return PercentileBounds(bounds=tuple(bounds))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # so it is hashable
 class _Slowdown:
     """Latencies over the unloaded latencies of the same request."""
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from disagg_jax import metrics
 from disagg_jax.errors import require
@@ -42,13 +42,10 @@ class Bound:
         )
         require(self.limit > 0, f"{self.what} limit: expected > 0", self.limit)
 
-    def met_by(self, run: Sequence[Timeline]) -> float:
-        """Return the share of latencies within the limit."""
-        return share_of(
-            value <= self.limit
-            for timeline in run
-            for value in self.latencies(timeline)
-        )
+    def met_by(self, latencies: Sequence[float]) -> float:
+        """Return the share of a run's latencies within the limit."""
+        limit = self.limit
+        return share_of([value <= limit for value in latencies])
 
     def __str__(self) -> str:
         limit = f"{self.limit:g}x" if self.is_factor else in_ms(self.limit)
@@ -73,8 +70,12 @@ class PercentileBounds:
         return max(bound.share for bound in self.bounds)
 
     def score(self, run: Sequence[Timeline]) -> float:
+        pooled = {  # once each, though several percentiles may be bounded
+            latencies: [value for timeline in run for value in latencies(timeline)]
+            for latencies in {bound.latencies for bound in self.bounds}
+        }
         return min(
-            _rescaled(bound.met_by(run), bound.share, self.target)
+            _rescaled(bound.met_by(pooled[bound.latencies]), bound.share, self.target)
             for bound in self.bounds
         )
 
@@ -128,10 +129,9 @@ def finished(timeline: Timeline) -> bool:
     return timeline.status is Status.FINISHED
 
 
-def share_of(flags: Iterable[bool]) -> float:
+def share_of(flags: Sequence[bool]) -> float:
     """Return the share of true flags; 1 without flags."""
-    met = list(flags)
-    return sum(met) / len(met) if met else 1.0
+    return sum(flags) / len(flags) if flags else 1.0
 
 
 def in_ms(seconds: float) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from disagg_jax.deployment import KVMemory
 from disagg_jax.programs.shapes import StepShape, split_decodes
 from disagg_jax.scheduling.interface import StepLimits
-from disagg_jax.work import Slice, StepLoad, pool_extent
+from disagg_jax.work import Slice, StepLoad, last_tokens, pool_extent
 
 _TOKENS_PER_ROW = 8  # of a prefill shape: shorter prompts take the next size
 _ROWS = 16  # mixed shapes have a multiple of it: similar policies share programs
@@ -124,9 +124,9 @@ class Buckets:
         chunks, decodes, context = load.chunks, load.decodes, load.context
         most = self.most_decodes if self.mixed else decodes
         # As in `split_decodes`: a prompt's last token may count as a decode.
-        while self.mixed and chunks and decodes < most and _is_last_token(chunks[-1]):
-            chunks, context = chunks[:-1], context + chunks[-1][0] + 1
-            decodes += 1
+        if self.mixed and (last := last_tokens(chunks, most - decodes)):
+            context += sum([start + 1 for start, _ in chunks[-last:]])
+            chunks, decodes = chunks[:-last], decodes + last
         extra = max(0, decodes - most)
         placed, each = decodes - extra, context / decodes if decodes else 0.0
         ends = [start + n for start, n in chunks] + [math.ceil(each)] * extra
@@ -200,11 +200,6 @@ def most_context(decodes: int, blocks: int, block_tokens: int) -> int:
 def _spare_tokens(block_tokens: int) -> float:
     """Return the tokens that a request's last block has room for, on average."""
     return (block_tokens - 1) / 2
-
-
-def _is_last_token(chunk: tuple[int, int]) -> bool:
-    start, count = chunk
-    return start > 0 and count == 1
 
 
 def _prefill_shapes(limits: StepLimits, memory: KVMemory) -> tuple[StepShape, ...]:

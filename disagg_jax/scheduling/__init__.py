@@ -33,6 +33,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.tuning import StepSize
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from models.named import find_named
 
 __all__ = [
@@ -61,6 +62,7 @@ DISAGGREGATED = "disaggregated"  # the system of prefill and decode instances
 SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "orca": {Role.COLOCATED: Orca()},
     "vllm_v0": {Role.COLOCATED: PrefillFirst()},
+    "vllm_v1": {Role.COLOCATED: RunningFirst()},
     "sarathi": {Role.COLOCATED: Sarathi()},
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},

@@ -137,6 +137,13 @@ class Chunk:
         left = all_tokens - request.cached_tokens
         return cls(request, min(left, tokens), all_tokens)
 
+    @classmethod
+    def piece(cls, request: RequestView, tokens: int) -> Chunk:
+        """Make a chunk of at most `tokens` tokens, with blocks for its own end only."""
+        cached = request.cached_tokens
+        count = min(request.num_tokens - cached, tokens)
+        return cls(request, count, cached + count)
+
 
 @dataclasses.dataclass(slots=True)
 class Plan:

@@ -24,24 +24,48 @@ def decode_all(instance: InstanceView) -> Plan:
 def _decode_what_fits(instance: InstanceView) -> Plan:
     """Plan decodes first come, first served; the latest arrivals make room."""
     running = {request.id for request in instance.running}
-    resident = sorted(
-        [*instance.running, *instance.partial], key=lambda request: request.order
-    )
-    blocks = instance.blocks
-    free, end, i = blocks.free, len(resident), 0
-    decodes: list[RequestView] = []
-    while i < end:
-        request = resident[i]
-        decodes_next = request.id in running
-        missing = blocks.missing(request.id, request.num_tokens) if decodes_next else 0
-        while missing > free and end > i:
-            end -= 1
-            free += blocks.held(resident[end].id)
-        if decodes_next and i < end:
-            free -= missing
-            decodes.append(request)
-        i += 1
-    return Plan(decodes=decodes, preempt=resident[end:][::-1])
+    room = Room(instance)
+    decodes = [
+        request
+        for request in room.requests
+        if request.id in running and room.take(request, request.num_tokens)
+    ]
+    return Plan(decodes=decodes, preempt=room.victims)
+
+
+class Room:
+    """The free blocks of an instance, while its requests take some in turn.
+
+    Attributes:
+      requests: those that hold KV and are not in a step, in order of arrival. `take`
+        drops victims from the end, also during an iteration.
+      victims: requests that made room, the latest arrival first, as in `Plan.preempt`.
+      free: blocks that are left.
+    """
+
+    def __init__(self, instance: InstanceView):
+        self.requests = sorted(
+            [*instance.running, *instance.partial], key=lambda request: request.order
+        )
+        self.victims: list[RequestView] = []
+        self.free = instance.blocks.free
+        self._blocks = instance.blocks
+
+    def take(self, request: RequestView, tokens: int) -> bool:
+        """Take the blocks that `request`, one of `requests`, needs for `tokens` tokens.
+
+        The latest arrivals lose theirs for it, at last the request itself: then return
+        False.
+        """
+        missing = self._blocks.missing(request.id, tokens)
+        while missing > self.free:
+            victim = self.requests.pop()
+            self.victims.append(victim)
+            self.free += self._blocks.held(victim.id)
+            if victim is request:
+                return False
+        self.free -= missing
+        return True
 
 
 def fits(

@@ -83,9 +83,8 @@ class SplitFuse:
                 or blocks.missing(request.id, request.num_tokens) > free
             ):
                 break
-            tokens = min(request.num_tokens - request.cached_tokens, left)
-            chunk = Chunk(request, tokens, request.cached_tokens + tokens)
+            chunk = Chunk.piece(request, left)
             free -= blocks.missing(request.id, chunk.reserve)
-            left -= tokens
+            left -= chunk.tokens
             chunks.append(chunk)
         return chunks

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from disagg_jax.deployment import Role
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.tuning import has_rule, resized
+from disagg_jax.scheduling.tuning import capped, has_rule, resized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,16 @@ class System:
         return cls(
             deployment=deployment, policies=get_system(system, SYSTEMS, **changes)
         )
+
+    def within(self, *, tokens: int, rows: int) -> System:
+        """Return it with no larger step than `tokens` and no more requests than `rows`.
+
+        Parameters that are smaller stay.
+        """
+        policies = {
+            role: capped(policy, tokens, rows) for role, policy in self.policies.items()
+        }
+        return dataclasses.replace(self, policies=policies)
 
     def resized(self, step_tokens: int) -> System:
         """Return it with steps of that size, for policies whose papers tune it."""

@@ -10,7 +10,9 @@ rule asks a function for the seconds of a step: a cost model, or an engine's pro
 * Dynamic SplitFuse (the FastGen blog): the size at which the throughput of a forward
   pass levels off.
 * DistServe (OSDI'24, section 4.3): L_m, the length of a prompt that fills the device.
-* Orca and vLLM: no rule; their defaults.
+* vLLM V1 (its page "Optimization and Tuning"): advice, which for a target means the
+  largest step within it too.
+* Orca and vLLM V0: no rule; their defaults.
 * A policy that declares no step size is not tuned, and results say so.
 
 SARATHI and SplitFuse know no targets. Here they choose among the steps within the TPOT
@@ -195,6 +197,20 @@ def resized(policy: Policy, size: int) -> Policy:
     if policy.limits.splits and "max_seqs" in _fields(policy):
         changes["max_seqs"] = min(cast(Any, policy).max_seqs, size)
     return dataclasses.replace(cast(Any, policy), **changes)
+
+
+def capped(policy: Policy, tokens: int, rows: int) -> Policy:
+    """Return `policy` with steps of `tokens` tokens and `max_seqs` of `rows` at most.
+
+    A parameter that is smaller, or that the policy does not have, stays.
+    """
+    declared = step_size(policy)
+    if declared is not None:
+        policy = resized(policy, min(getattr(policy, declared.parameter), tokens))
+    if "max_seqs" not in _fields(policy):
+        return policy
+    most = min(cast(Any, policy).max_seqs, rows)
+    return dataclasses.replace(cast(Any, policy), max_seqs=most)
 
 
 def _fields(policy: Policy) -> set[str]:

@@ -47,15 +47,16 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import Mapper
 
-# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
-_LEFT_OUT = "disaggregated_chunked"
 # The papers of Orca and SARATHI hold few requests, as their memory is not paged. Here
 # too they reserve memory for the longest case, but with Sarathi-Serve's rows.
-POLICIES: Mapping[str, Mapping[Role, Policy]] = {
-    **{name: system for name, system in SYSTEMS.items() if name != _LEFT_OUT},
+KNOWN: Mapping[str, Mapping[Role, Policy]] = {
+    **SYSTEMS,
     "orca": get_system("orca", colocated={"max_seqs": 128}),
     "sarathi": get_system("sarathi", colocated={"max_seqs": 128}),
 }
+# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
+_LEFT_OUT = "disaggregated_chunked"
+POLICIES = {name: system for name, system in KNOWN.items() if name != _LEFT_OUT}
 _SAMPLE = 200  # requests that lengths and capacities are estimated from
 # A run lasts at least for 10 TTFT targets, and 3 lives of a request at both targets.
 _TTFTS, _LIVES = 10, 3
@@ -68,14 +69,21 @@ _MARGIN = 1.5
 class ComparisonSpec:
     """The conditions of a comparison, the same in all cells.
 
+    Attributes:
+      placed: deployments of systems that are to have no other, by name.
+
     Raises:
-      ValueError: on unequal cost models, or no pair of kinds of systems to compare.
+      ValueError: on unequal cost models, fewer than two systems, or a deployment that
+        does not fit its system or the number of devices.
     """
 
     simulation: Simulation
     devices: int
     systems: Mapping[str, Mapping[Role, Policy]] = dataclasses.field(
         default_factory=lambda: POLICIES
+    )
+    placed: Mapping[str, Deployment] = dataclasses.field(
+        default_factory=dict[str, Deployment]
     )
     sizes: tuple[int, ...]  # steps to choose from, in tokens
     budgets: tuple[int, ...] = ()  # if given, all are tried and the best is taken
@@ -85,21 +93,48 @@ class ComparisonSpec:
     seeds: tuple[int, ...] = (0, 1, 2)
 
     def __post_init__(self) -> None:
-        require(self.devices >= 2, "devices: expected >= 2", self.devices)
+        require(self.devices >= 1, "devices: expected >= 1", self.devices)
         require(
             self.num_requests >= 1, "num_requests: expected >= 1", self.num_requests
         )
         expected = f"max_requests: expected >= num_requests ({self.num_requests})"
         require(self.max_requests >= self.num_requests, expected, self.max_requests)
         require(len(self.seeds) >= 1, "seeds: expected >= 1", len(self.seeds))
-        kinds = {Role.COLOCATED in policies for policies in self.systems.values()}
-        expected = "systems: expected a colocated one and one of prefill and decode"
-        require(len(kinds) == 2, expected, list(self.systems))
+        several = "systems: expected two or more"
+        require(len(self.systems) > 1, several, list(self.systems))
+        for name in self.systems:
+            self._check_system(name)
         sizes = min((1, *self.sizes, *self.budgets))
         require(sizes >= 1, "budgets: expected >= 1", list(self.budgets))
         mark = self.simulation.mark
         require(not mark, "config: expected one cost model for all systems", mark)
         self.tensor_parallel()
+
+    def _check_system(self, name: str) -> None:
+        roles = set(self.systems[name])
+        expected = "expected policies for colocated, or for prefill and decode"
+        fitting = Role.COLOCATED in roles or roles == {Role.PREFILL, Role.DECODE}
+        require(fitting, f"systems.{name}: {expected}", sorted(map(str, roles)))
+        if name in self.placed:
+            given, key = self.placed[name], f"systems.{name}.deployment"
+            theirs = {spec.role for spec in given.instances}
+            expected = f"{key}: expected instances of {', '.join(sorted(roles))} only"
+            require(theirs <= roles, expected, str(given))
+            equal = f"{key}: expected {self.devices} devices, as all systems have"
+            require(given.devices == self.devices, equal, str(given))
+
+    @property
+    def two_kinds(self) -> bool:
+        """Whether there are both colocated and disaggregated systems."""
+        kinds = {Role.COLOCATED in policies for policies in self.systems.values()}
+        return len(kinds) == 2
+
+    def deployments(self, system: str) -> list[Deployment]:
+        """Return the deployments that a system is tried on."""
+        if system in self.placed:
+            return [self.placed[system]]
+        roles = self.systems[system]
+        return deployments(roles, self.devices, self.tensor_parallel())
 
     def tensor_parallel(self) -> tuple[int, ...]:
         """Return the tp at which the model fits on an instance.
@@ -117,11 +152,14 @@ class ComparisonSpec:
             except ValueError as error:
                 reasons.append(str(error))
         least = min(fitting, default=self.devices)
+        apart = any(Role.COLOCATED not in roles for roles in self.systems.values())
+        count, instances = (2, "two instances") if apart else (1, "an instance")
         expected = (
-            "devices: expected enough for two instances of "
+            f"devices: expected enough for {instances} of "
             f"{self.simulation.model.name} ({'; '.join(reasons) or 'it fits'})"
         )
-        require(2 * least <= self.devices, expected, self.devices)
+        enough = bool(fitting) and count * least <= self.devices
+        require(enough, expected, self.devices)
         return tuple(fitting)
 
 
@@ -211,7 +249,7 @@ def _drafts(
 ) -> Iterator[tuple[Candidate, tuple[str, ...]]]:
     """Yield candidates that lack a number of requests, and their parameters."""
     given = spec.systems[system]
-    for deployment in deployments(given, spec.devices, spec.tensor_parallel()):
+    for deployment in spec.deployments(system):
         for size in spec.budgets or (None,):
             policies, parameters = _tuned(spec, cell, given, deployment, size)
             simulation = dataclasses.replace(spec.simulation, policies=policies)
@@ -380,15 +418,22 @@ class CellVerdict:
 
     ranked: tuple[SystemResult, ...]  # the highest goodput first
     over_runner_up: Margin
-    best_colocated: SystemResult
-    disaggregated: SystemResult  # the best one
-    over_colocated: Margin  # of disaggregated
-    verdict: str  # DISAGGREGATED, COLOCATED, UNCLEAR or INFEASIBLE
+    # The best disaggregated and the best colocated one; of one kind, the two best.
+    pair: tuple[SystemResult, SystemResult]
+    over: Margin  # of the first of the pair over the second
+    # DISAGGREGATED or COLOCATED, of one kind the winner's name; UNCLEAR or INFEASIBLE.
+    verdict: str
 
     @property
     def winner(self) -> SystemResult:
         """Return the system with the highest goodput, by whatever margin."""
         return self.ranked[0]
+
+    @property
+    def two_kinds(self) -> bool:
+        """Whether the pair is a disaggregated and a colocated system."""
+        ours, theirs = self.pair
+        return ours.colocated != theirs.colocated
 
     @property
     def summary(self) -> str:
@@ -409,29 +454,33 @@ class CellVerdict:
 
 
 def judge(results: Sequence[SystemResult]) -> CellVerdict:
-    """Compare the systems of a cell.
+    """Compare the systems of a cell: the two kinds, or the two best if all are of one.
 
     The best of several systems looks slightly too good, on either side: systems are
     compared on the runs that chose them.
     """
     ranked = tuple(sorted(results, key=lambda f: -f.rps))
-    disaggregated = next(f for f in ranked if not f.colocated)
-    colocated = next(f for f in ranked if f.colocated)
-    over = _margin(disaggregated, colocated)
-    verdict = UNCLEAR
-    if ranked[0].rps == 0:
-        verdict = INFEASIBLE
-    elif over.clear:
-        wins = disaggregated.rps > colocated.rps
-        verdict = DISAGGREGATED if wins else COLOCATED
+    best = {one.colocated: one for one in reversed(ranked)}  # of each kind
+    pair = (best[False], best[True]) if len(best) == 2 else (ranked[0], ranked[1])
+    over = _margin(*pair)
     return CellVerdict(
         ranked=ranked,
         over_runner_up=_margin(ranked[0], ranked[1]),
-        best_colocated=colocated,
-        disaggregated=disaggregated,
-        over_colocated=over,
-        verdict=verdict,
+        pair=pair,
+        over=over,
+        verdict=_verdict(*pair, over),
     )
+
+
+def _verdict(ours: SystemResult, theirs: SystemResult, over: Margin) -> str:
+    winner = ours if ours.rps > theirs.rps else theirs
+    if winner.rps == 0:
+        return INFEASIBLE
+    if not over.clear:
+        return UNCLEAR
+    if ours.colocated == theirs.colocated:
+        return winner.system
+    return COLOCATED if winner.colocated else DISAGGREGATED
 
 
 def _margin(ours: SystemResult, theirs: SystemResult) -> Margin:

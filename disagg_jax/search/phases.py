@@ -39,7 +39,7 @@ class DecodeAloneCost:
         return self.cost.decoder(instance)
 
     def hop(self, transfer: Transfer) -> Hop:
-        return Hop(0.0)
+        return Hop((0.0,))
 
 
 def prefill_alone(pair: GoodputSearch) -> GoodputSearch:

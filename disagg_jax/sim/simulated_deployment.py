@@ -32,8 +32,8 @@ class SimulatedDeployment:
       spans: whether several decode iterations are taken at once. Results are equal;
         only the speed changes.
       exact_block_placement: whether each request has blocks of its own in the pool, as
-        on an engine, so that the cost model gets `StepLoad.pool_extent`. This is slow,
-        and needs `spans=False`.
+        on an engine, so that the cost model gets `StepLoad.pool_extent`. This needs
+        `spans=False`.
 
     Raises:
       ValueError: on `exact_block_placement` with `spans`.
@@ -63,6 +63,7 @@ class SimulatedDeployment:
             decode_router=self.decode_router,
             streams=self.streams,
             spans=self.spans,
+            places_blocks=self.exact_block_placement,
         )
 
     def run(
@@ -76,19 +77,27 @@ class SimulatedDeployment:
     ) -> Run:
         """Serve `requests` to the end, as `ServedDeployment` does; see `serve`.
 
+        Prompts count by their lengths: there are no tokens.
+
         Args:
           controller: a new one of `self.controller()`, for an observer that reads it.
         """
         controller = controller or self.controller()
-        executor = CostExecutor(self.cost, self.exact_block_placement)
-        backend = VirtualBackend(executor)
+        backend = VirtualBackend(CostExecutor(self.cost))
         with no_garbage_collection():
             timelines = serve(
-                controller, backend, requests, interventions, observer, followers
+                *(controller, backend, map(_length_only, requests)),
+                *(interventions, observer, followers),
             )
         return Run(
             timelines=timelines, end_s=backend.now_s(), busy_s=dict(backend.busy_s)
         )
+
+
+def _length_only(request: Request) -> Request:
+    if request.prompt is None:
+        return request
+    return dataclasses.replace(request, prompt=None)
 
 
 @contextlib.contextmanager

@@ -52,8 +52,9 @@ class Simulation:
     decode_router: str = "least_loaded"
     prefill_budget_is_memory: bool = False  # simdistserve: L_m is the KV capacity
     kv_memory: bool = True  # False: unlimited
-    inside: str | None = None  # link inside a node; None takes no time
-    between: str | None = None  # link between nodes; None: all is one node
+    # Links are names of `get_link`, or None. Inside a node None takes no time.
+    inside: str | None = None
+    between: str | None = None  # between nodes; None: all is one node
     node_devices: int = 8
     # Layer groups in which KV leaves while its prompt is computed; 0: all of it after.
     streamed_groups: int = 0
@@ -101,6 +102,17 @@ class Simulation:
         fields.setdefault("inside", device.hop.name)
         made = get_cost(cost, found, device, costs)
         return cls(model=found, cost=made, **named, **fields)
+
+    def over(self, link: str) -> Simulation:
+        """Return the simulation in which all KV takes `link`, also between nodes.
+
+        Args:
+          link: of `get_link`: a preset or a .json file.
+
+        Raises:
+          ValueError: on an unknown link.
+        """
+        return dataclasses.replace(self, inside=link, between=None)
 
     @property
     def mark(self) -> str:

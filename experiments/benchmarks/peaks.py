@@ -19,6 +19,7 @@ from models.config import ModelConfig
 _SPEC_SHEETS = {
     "NVIDIA A100-SXM4-80GB": "a100-80g",
     "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
     "TPU v5 lite": "tpu-v5e",
     "TPU v5": "tpu-v5p",
     "TPU v6 lite": "tpu-v6e",

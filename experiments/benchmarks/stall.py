@@ -85,7 +85,7 @@ def systems(
 ) -> dict[str, tuple[str, Mapping[Role, Policy], list[Buckets]]]:
     """Return the deployment, policies and only programs of each system.
 
-    They are two colocated systems on one device, and disaggregation on two.
+    They are three colocated systems on one device, and disaggregation on two.
     """
     rows, chunk, memory = scenario.decodes + 1, scenario.chunk, scenario.memory
     blocks = tuple(sorted({memory.blocks_for(n) for n in (_SHORT, *scenario.prompts)}))
@@ -106,6 +106,13 @@ def systems(
                 "vllm_v0", colocated={"max_batched_tokens": sizes[-1], "max_seqs": rows}
             ),
             [dataclasses.replace(decodes, prefill=prefill)],
+        ),
+        "vllm_v1": (
+            "colocated:tp1",
+            get_system(
+                "vllm_v1", colocated={"max_batched_tokens": chunk, "max_seqs": rows}
+            ),
+            [dataclasses.replace(decodes, mixed=(chunks,))],
         ),
         "sarathi_serve": (
             "colocated:tp1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from typing import Any, Never, TypeVar, cast
 
 from absl import flags
 
+from disagg_jax.errors import require
+from experiments.cli.workers import Workers, parse_workers
 from experiments.configs.options import no_effect
 
 T = TypeVar("T")
@@ -63,6 +66,17 @@ class Flags:
     ) -> flags.FlagHolder[list[str] | T]:
         return self._define(flags.DEFINE_multi_string, name, default, about)
 
+    def workers(self) -> flags.FlagHolder[Workers | None]:
+        """Define --workers: where simulations run."""
+        about = (
+            "Processes; one a core by default. Or ray: the cluster of RAY_ADDRESS, or "
+            "a new one on this machine. Or HOST:PORT, or ray://HOST:PORT, of a cluster."
+        )
+        holder = flags.DEFINE(
+            _WorkersParser(), "workers", None, about, flag_values=self.values
+        )
+        return cast("flags.FlagHolder[Workers | None]", holder)
+
     def asked(self) -> dict[str, Any]:
         """Return the values of the flags by name, but for where and how fast."""
         left_out = ("out", "workers", "minutes")
@@ -85,6 +99,11 @@ class Flags:
             flag_values=self.values,
             **options,
         )
+
+
+class _WorkersParser(flags.ArgumentParser[Any]):
+    def parse(self, argument: Any) -> Workers:
+        return parse_workers(str(argument))
 
 
 def expect_used(
@@ -125,6 +144,18 @@ def integers(name: str, texts: Sequence[str]) -> list[int]:
         return [int(text) for text in texts]
     except ValueError as error:
         raise ValueError(f"{name}: expected integers, got {list(texts)}") from error
+
+
+def rates_rps(name: str, texts: Sequence[str]) -> list[float]:
+    """Return the rates of a list flag, in requests/s; a ValueError names the flag."""
+    expected = f"{name}: expected different rates above 0 requests/s"
+    try:
+        found = [float(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"{expected}, got {list(texts)}") from error
+    valid = all(0 < rate < math.inf for rate in found)
+    require(valid and len(set(found)) == len(found), expected, list(texts))
+    return found
 
 
 def writable(path: str | None) -> pathlib.Path | None:

@@ -7,23 +7,16 @@ import dataclasses
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.hardware import Hardware, get_hardware
 from experiments.cli.flags import Flags, expect_used
+from experiments.cli.names import DEVICE, LINK, MODEL
 from experiments.configs.named_simulations import COSTS, SIMULATIONS, get_simulation
 
 
 class SimulationFlags:
-    """Flags that name a model, devices and routers, in a command's namespace `own`."""
+    """Flags for a model, devices, a link and routers, in a command's namespace."""
 
     def __init__(self, own: Flags):
-        self._model = own.string(
-            "model",
-            "llama-3-8b",
-            "A name of models/config.py, a .json file, or module:attribute.",
-        )
-        self._hardware = own.string(
-            "hardware",
-            "a100-80g",
-            "A name of sim/hardware/presets.py, or a .json file.",
-        )
+        self._model = own.string("model", "llama-3-8b", MODEL)
+        self._hardware = own.string("hardware", "a100-80g", DEVICE)
         self._cost = own.string(
             "cost", "roofline", f"Step times: {', '.join(COSTS)}, or module:attribute."
         )
@@ -32,6 +25,12 @@ class SimulationFlags:
             None,
             sorted(SIMULATIONS),
             "A simulation, instead of a model, hardware and cost model.",
+        )
+        self._link = own.string(
+            "link",
+            None,
+            "A link of each device that takes all KV, instead of the hardware's or the "
+            f"simulation's. {LINK}",
         )
         self._prefill_router = own.string(
             "prefill_router", None, "Picks the instance of a prompt; see get_router."
@@ -73,4 +72,6 @@ class SimulationFlags:
             "decode_router": self._decode_router.value,
         }
         given = {name: value for name, value in changes.items() if value is not None}
-        return dataclasses.replace(simulation, **given)
+        simulation = dataclasses.replace(simulation, **given)
+        link = self._link.value
+        return simulation if link is None else simulation.over(link)

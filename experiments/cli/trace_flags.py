@@ -6,6 +6,8 @@ import pathlib
 import typing
 from typing import Any
 
+from absl import flags
+
 from disagg_jax.workload.traces import Ties, Trace, Unit, load_trace
 from experiments.cli.flags import Flags
 from models.tokenizer import load_tokenizer
@@ -36,6 +38,11 @@ class TraceFlags:
             None,
             "A tokenizer.json or a .gguf file, for the lengths of ShareGPT's texts.",
         )
+
+    @property
+    def holders(self) -> tuple[flags.FlagHolder[Any], ...]:
+        """Return the flags, which matter where a trace is read."""
+        return self._unit, self._ties, self._rows, self._tokenizer
 
     def open(self, path: str) -> Trace:
         """Read a trace as the flags say.

@@ -54,14 +54,23 @@ def text(spec: ComparisonSpec, maps: Sequence[Map], grids: Sequence[Grid]) -> st
 
 
 def sentences(maps: Sequence[Map], grids: Sequence[Grid]) -> list[str]:
-    """Say when not to disaggregate, for each map; of a single cell, its answer."""
+    """Say who wins where, for each map; of a single cell, its answer."""
     return [
-        sentence(each, {at: judge(found).verdict for at, found in grid.items()})
+        (_of_map(each, grid) if len(grid) > 1 else answer(*grid.values()))
         + bounded(grid)
-        if len(grid) > 1
-        else answer(*grid.values()) + bounded(grid)
         for each, grid in zip(maps, grids, strict=True)
     ]
+
+
+def _of_map(each: Map, grid: Grid) -> str:
+    verdicts = {at: judge(found).verdict for at, found in grid.items()}
+    if _two_kinds(grid):
+        return sentence(each, verdicts)
+    return winners(each, verdicts, [one.system for one in next(iter(grid.values()))])
+
+
+def _two_kinds(grid: Grid) -> bool:
+    return judge(next(iter(grid.values()))).two_kinds
 
 
 def bounded(grid: Grid) -> str:
@@ -109,7 +118,8 @@ def _table(each: Map, grid: Grid) -> str:
     head = (
         *(f"{axis.name}, {axis.unit}" for axis in (each.x, each.y)),
         *("N", "winner", "goodput", "over the runner-up"),
-        *("disaggregated / best colocated", "verdict"),
+        *(("disaggregated / best colocated",) if _two_kinds(grid) else ()),
+        "verdict",
     )
     rows = [(*_at(each, at), *_row(judge(found))) for at, found in grid.items()]
     title = f"map of {each.name}: {each.fixed}"
@@ -127,16 +137,17 @@ def notes(each: Map, grid: Grid) -> list[str]:
 
 
 def _row(judged: CellVerdict) -> tuple[str, ...]:
-    winner = judged.winner
+    winner, (_, theirs) = judged.winner, judged.pair
     if judged.verdict == INFEASIBLE:
         why = f"{INFEASIBLE}: {judged.why_infeasible}"
-        return (needed(winner), "-", "-", "-", "-", why)
+        return (needed(winner), *("-",) * (4 if judged.two_kinds else 3), why)
+    over = f"{_shown(judged.over)} {theirs.system}"
     return (
         needed(winner),
         winner.system,
         interval_text(winner.goodput, ".3g"),
         f"{_shown(judged.over_runner_up)} {judged.ranked[1].system}",
-        f"{_shown(judged.over_colocated)} {judged.best_colocated.system}",
+        *((over,) if judged.two_kinds else ()),
         judged.verdict,
     )
 
@@ -193,15 +204,15 @@ def answer(found: Sequence[SystemResult]) -> str:
     judged = judge(found)
     if judged.verdict == INFEASIBLE:
         return f"Nobody: {judged.why_infeasible}."
-    winner, best = judged.winner, judged.best_colocated
+    winner, (ours, theirs) = judged.winner, judged.pair
     goodput = interval_text(winner.goodput, ".3g")
-    over = f"Disaggregated over {best.system}, the best colocated system"
-    said = {
-        DISAGGREGATED: "disaggregate",
-        COLOCATED: "do not disaggregate",
-        UNCLEAR: "no clear winner",
-    }[judged.verdict]
-    ratio = judged.over_colocated.ratio
+    over = f"{ours.system} over {theirs.system}"
+    said = judged.verdict if judged.verdict == UNCLEAR else f"{winner.system} wins"
+    if judged.two_kinds:
+        over = f"Disaggregated over {theirs.system}, the best colocated system"
+        kinds = {DISAGGREGATED: "disaggregate", COLOCATED: "do not disaggregate"}
+        said = kinds.get(judged.verdict, UNCLEAR)
+    ratio = judged.over.ratio
     how_much = interval_text(ratio) if ratio else "not both meet the targets"
     why = f" No interval: {winner.why_dependent}." if winner.why_dependent else ""
     rises = [f"\n{f.system}: {f.inversion}." for f in found if f.inversion]
@@ -213,14 +224,36 @@ def answer(found: Sequence[SystemResult]) -> str:
 
 def sentence(each: Map, verdicts: Mapping[tuple[int, int], str]) -> str:
     """Say when not to disaggregate, by the cells of a map."""
-    found = list(verdicts.values())
-    kinds = (DISAGGREGATED, COLOCATED, UNCLEAR, INFEASIBLE)
-    counts = ", ".join(f"{name} {found.count(name)}" for name in kinds)
     cases = [_case(each, r) for r in regions(verdicts, COLOCATED)]
-    tried = f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
+    tried = _tried(each, verdicts, (DISAGGREGATED, COLOCATED))
     if not cases:
         return f"No cell says not to disaggregate {tried}."
     return f"Do not disaggregate with {'; nor with '.join(cases)} {tried}."
+
+
+def winners(
+    each: Map, verdicts: Mapping[tuple[int, int], str], systems: Sequence[str]
+) -> str:
+    """Say which system wins in which cells of a map, where all are of one kind."""
+    tried = _tried(each, verdicts, systems)
+    wins = [
+        f"{name} wins with {'; and with '.join(cases)}"
+        for name in systems
+        if (cases := [_case(each, r) for r in regions(verdicts, name)])
+    ]
+    if not wins:
+        return f"No cell has a clear winner {tried}."
+    return f"{'. '.join(wins)} {tried}."
+
+
+def _tried(
+    each: Map, verdicts: Mapping[tuple[int, int], str], wins: Sequence[str]
+) -> str:
+    """Count the verdicts of a map's cells."""
+    found = list(verdicts.values())
+    names = (*wins, UNCLEAR, INFEASIBLE)
+    counts = ", ".join(f"{name} {found.count(name)}" for name in names)
+    return f"(of {len(verdicts)} cells, {each.fixed}: {counts})"
 
 
 def _case(each: Map, region: Region) -> str:
@@ -284,8 +317,8 @@ def _cell(each: Map, at: tuple[int, int], judged: CellVerdict) -> dict[str, Any]
         "winner": judged.winner.system if judged.winner.rps else None,
         "why_infeasible": judged.why_infeasible if infeasible else None,
         "over_runner_up": plain(judged.over_runner_up),
-        "best_colocated": judged.best_colocated.system,
-        "over_colocated": plain(judged.over_colocated),
+        "best_colocated": judged.pair[1].system if judged.two_kinds else None,
+        "over_colocated": plain(judged.over) if judged.two_kinds else None,
         "num_requests": judged.winner.num_requests,
         "bounded": judged.winner.bounded,
         "notes": cell_notes(judged.ranked),
@@ -360,6 +393,7 @@ def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
 
 def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
     colours = system_colours(spec.systems)
+    kinds = f": {DISAGGREGATED} or colocated" if spec.two_kinds else ""
     return CellMap(
         title=each.fixed + _footnote(*grid.values()),
         x=f"{each.x.name} ({each.x.unit})",
@@ -368,11 +402,11 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
         rows=[f"{value:g}" for value in each.y.values],
         cells={at: _map_cell(judge(found), colours) for at, found in grid.items()},
         legend={name: colours[name] for name in spec.systems},
-        hatched=f"{UNCLEAR}: {DISAGGREGATED} or colocated",
+        hatched=f"{UNCLEAR}{kinds}",
         notes=(
             "~ not clearly over the runner-up",
             "/s: goodput per device",
-            "d/c: disaggregated / best colocated",
+            *(("d/c: disaggregated / best colocated",) if spec.two_kinds else ()),
         ),
     )
 
@@ -393,7 +427,7 @@ def _footnote(*cells: Sequence[SystemResult]) -> str:
 
 
 def _label(judged: CellVerdict) -> str:
-    """Name the winner, its goodput, and disaggregated over the best colocated one."""
+    """Name the winner, its goodput, and the ratio of the pair that is compared."""
     if judged.verdict == INFEASIBLE:
         nearest = min(found.needs for found in judged.ranked)
         why = f"alone: {nearest:.2g} x\nthe targets" if nearest > 1 else "under load"
@@ -402,7 +436,8 @@ def _label(judged: CellVerdict) -> str:
     name, goodput = judged.winner.system, judged.winner.rps
     mark = f" {_BOUNDED}" if judged.winner.bounded else ""
     head = f"{about}{name}\n{goodput:.3g}/s{mark}\n"
-    ratio = judged.over_colocated.ratio
+    ratio = judged.over.ratio
     if ratio is None:
-        return f"{head}only kind that serves"
-    return f"{head}d/c {interval_text(ratio)}".replace(" [", "\n[")
+        return f"{head}only {'kind' if judged.two_kinds else 'one'} that serves"
+    pair = "d/c" if judged.two_kinds else f"over {judged.pair[1].system}"
+    return f"{head}{pair} {interval_text(ratio)}".replace(" [", "\n[")

@@ -7,11 +7,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.deployment import Deployment
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.criteria import MLPERF_SLOS, NAMES
-from disagg_jax.scheduling import find_system, get_system
+from disagg_jax.scheduling import SYSTEMS, find_system, get_system
 from disagg_jax.scheduling.routing import get_router
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule
@@ -134,7 +134,8 @@ class Config:
     prefill_router: str = "shortest_queue"  # picks the instance of a prompt
     decode_router: str = "least_loaded"  # picks the instance that pulls KV
     layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
-    # Virtual clock: a preset of sim.hardware.link, whose time transfers take.
+    # Virtual clock: a preset of sim.hardware.link or a .json file, whose time
+    # transfers take.
     link: str = ""
     # Whether KV leaves while the rest of its prompt is computed, a part by each
     # program.
@@ -262,22 +263,41 @@ class Config:
         """Return the config with these systems only.
 
         One that the config has keeps its deployment and parameters. Another is found by
-        `get_system`, and served by the instances of the config's first system that has
-        the same roles.
+        `get_system`. It gets the instances of the config's first system that has the
+        same roles, or else those of its first system, in roles of its own. A listed
+        one is also kept within the largest step and the most rows of the config's
+        systems, so that it is compared at their size and shares their programs.
 
         Raises:
-          ValueError: on an unknown name, or roles that no system of the config has.
+          ValueError: on an unknown name, or roles that these instances cannot have.
         """
-        found = [find_system(name, self.systems) for name in names]
+        known = [*self.systems, *SYSTEMS]
+        found = [find_system(name, known) for name in names]
         systems = {n: self.systems.get(n) or self._new_system(n) for n in found}
         return dataclasses.replace(self, systems=systems)
 
     def _new_system(self, name: str) -> System:
         policies = get_system(name)
-        alike = [s for s in self.systems.values() if set(s.policies) == set(policies)]
-        expected = f"systems: expected {name} to have the roles of one of the config's"
-        require(bool(alike), expected, [str(role) for role in policies])
-        return System(deployment=alike[0].deployment, policies=policies)
+        deployment = self._instances_for(name, set(policies))
+        system = System(deployment=deployment, policies=policies)
+        if name not in SYSTEMS:
+            return system
+        ours = [p for s in self.systems.values() for p in s.policies.values()]
+        limits = [policy.limits for policy in ours]
+        return system.within(
+            tokens=max(limit.prefill_tokens for limit in limits),
+            rows=max(max(n.prefill_rows, n.decode_rows) for n in limits),
+        )
+
+    def _instances_for(self, name: str, roles: set[Role]) -> str:
+        for system in self.systems.values():
+            if set(system.policies) == roles:
+                return system.deployment
+        first = Deployment.parse(next(iter(self.systems.values())).deployment)
+        try:
+            return str(first.in_roles(roles))
+        except ValueError as error:
+            raise ValueError(f"systems: {name}: {error}") from error
 
     def by_step_tokens(self) -> Config:
         """Return a system for each of `step_tokens`, named like sarathi@128.

@@ -27,6 +27,7 @@ def _apart(system: str, token_budget: int, max_seqs: int = _MAX_SEQS) -> System:
 
 _TWO_DEVICES = {
     "vllm_v0": _colocated("vllm_v0", max_batched_tokens=512),
+    "vllm_v1": _colocated("vllm_v1", max_batched_tokens=256),
     "orca": _colocated("orca", max_batched_tokens=512),
     "sarathi": _colocated("sarathi", chunk_tokens=256),
     "sarathi_serve": _colocated("sarathi_serve", token_budget=256),
@@ -39,7 +40,7 @@ _TWO_SYSTEMS = {name: _TWO_DEVICES[name] for name in ("vllm_v0", "disaggregated"
 def tiny() -> Config:
     """The main job: `python -m experiments.goodput_sweep`.
 
-    The `tiny` model as `experiments.train_tiny` left it; five colocated systems on two
+    The `tiny` model as `experiments.train_tiny` left it; six colocated systems on two
     devices against one prefill and one decode device, by a tight and a relaxed target.
     8 minutes on 2 slow cores; no network, no accelerator.
     """

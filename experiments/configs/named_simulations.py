@@ -7,7 +7,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from disagg_jax.errors import require
@@ -115,14 +115,24 @@ def trace_requests(
     Args:
       rate_rps: None keeps the times of the trace, which must have times then.
     """
-    if not isinstance(trace, Trace):
-        trace = load_trace(trace)
-    if not trace.timed and rate_rps is None:
+    trace = trace if isinstance(trace, Trace) else load_trace(trace)
+    return trace_requests_at(trace, simulation, [rate_rps])[rate_rps]
+
+
+def trace_requests_at(
+    trace: Trace, simulation: Simulation, rates_rps: Iterable[float | None]
+) -> dict[float | None, list[Request]]:
+    """Return `trace_requests` at each rate."""
+    rates_rps = list(rates_rps)
+    if not trace.timed and None in rates_rps:
         raise ValueError(f"--rate: expected requests/s, as {trace.file} has no times")
     fitted = fit_rows(trace.rows)
     if empty := fitted.left_out_empty:
         print(f"{empty} rows without tokens are left out", file=sys.stderr)
-    return [
-        dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
-        for r in requests_of_rows(fitted.rows, rate_rps)
-    ]
+    return {
+        rate: [
+            dataclasses.replace(r, max_tokens=r.max_tokens + simulation.extra_tokens)
+            for r in requests_of_rows(fitted.rows, rate)
+        ]
+        for rate in rates_rps
+    }

@@ -6,11 +6,13 @@ import dataclasses
 import math
 import typing
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from disagg_jax.scheduling import find_system
 from experiments.configs.config import Config, require_one_of
 from experiments.configs.options import Need, check
+
+T = TypeVar("T")
 
 
 def override(
@@ -32,12 +34,21 @@ def override(
     """
     base = config
     for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set: expected key=value, got '{assignment}'")
-        config = _assign(config, key, key.split("."), text)
+        config = assign(config, assignment)
     check(config, base, elsewhere)
     return config
+
+
+def assign(node: T, assignment: str) -> T:
+    """Return `node`, a dataclass or a mapping, with one `key=value` applied.
+
+    Raises:
+      ValueError: naming the known keys, or the expected type.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"--set: expected key=value, got '{assignment}'")
+    return _assign(node, key, key.split("."), text)
 
 
 def _assign(node: Any, key: str, path: list[str], text: str) -> Any:

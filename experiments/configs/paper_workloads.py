@@ -26,6 +26,12 @@ SARATHI_SERVE = {
     "openchat_sharegpt4": ((1730, 5696), (415, 834), 8192),
     "arxiv_summarization": ((7059, 12_985), (208, 371), 16_384),
 }
+# All names, for --help.
+WORKLOADS = (
+    f"{', '.join((*DISTSERVE, *SARATHI_SERVE))}, fixed:PROMPTxOUTPUT, or lengths of "
+    "prompts and outputs, each fixed:N, uniform:LOW:HIGH or "
+    "lognormal:MEDIAN:SIGMA:HIGH, such as lognormal:500:0.5:1500,uniform:16:64"
+)
 _P90 = 1.2816  # standard deviations of a normal from its median
 _MAX_TOTAL_TOKENS = 2048  # OPT's longest context; DistServe drops longer requests
 
@@ -37,7 +43,8 @@ def get_workload(name: str) -> RandomWorkload:
     7): prompt and output are drawn apart, and cut to OPT's 2048 tokens together.
     "openchat_sharegpt4" and "arxiv_summarization" are Sarathi-Serve's: log-normals with
     the published medians and P90s. "fixed:512x64" is 512 prompt and 64 output tokens
-    for every request.
+    for every request. "lognormal:500:0.5:1500,uniform:16:64" are lengths of prompts and
+    of outputs, as `parse_lengths` reads them.
 
     Raises:
       ValueError: on any other name.
@@ -45,6 +52,9 @@ def get_workload(name: str) -> RandomWorkload:
     if match := _FIXED.fullmatch(name):
         prompt, output = (FixedLengths(tokens=int(text)) for text in match.groups())
         return RandomWorkload(prompt=prompt, output=output)
+    if "," in name:
+        prompt, _, output = name.partition(",")
+        return RandomWorkload.parse(prompt, output)
     if name in SARATHI_SERVE:
         prompt, output, longest = SARATHI_SERVE[name]
         return RandomWorkload(
@@ -52,9 +62,7 @@ def get_workload(name: str) -> RandomWorkload:
             output=_lognormal(*output, longest),
             max_total_tokens=longest,
         )
-    names = (*DISTSERVE, *SARATHI_SERVE)
-    known = f"workload: expected one of {names} or 'fixed:PROMPTxOUTPUT'"
-    require(name in DISTSERVE, known, name)
+    require(name in DISTSERVE, f"workload: expected one of {WORKLOADS}", name)
     return RandomWorkload(
         prompt=_histogram(name, "prompt"),
         output=_histogram(name, "output"),

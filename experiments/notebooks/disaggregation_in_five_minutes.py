@@ -74,8 +74,8 @@ print(here)
 #
 # A decode step makes one token for each running request: short, and bound by memory. A
 # prompt is computed in one step: long, and bound by arithmetic. Eight requests decode
-# when a prompt arrives, in three systems: *vLLM*'s first scheduler computes the prompt
-# while the decodes wait; *Sarathi-Serve* cuts it into chunks that run beside them;
+# when a prompt arrives, in four systems: *vLLM*'s first scheduler computes the prompt
+# while the decodes wait; *Sarathi-Serve* and today's *vLLM* cut it into chunks;
 # *disaggregated*, another device computes it.
 #
 # The same from a shell:
@@ -176,7 +176,7 @@ Image(filename=out / "one_request.png")
 #
 # The interval says how far the comparison can be trusted; with 100 requests and three
 # seeds it is wide, and a small model on a laptop is no data centre. The main job,
-# `python -m experiments.goodput_sweep`, compares six systems with more runs.
+# `python -m experiments.goodput_sweep`, compares seven systems with more runs.
 # *Reproducing DistServe* has the published figures, *Will disaggregation help me?*
 # takes your model, hardware, targets and trace. Whether it helps depends on them: often
 # it does not.

@@ -74,8 +74,8 @@ print(machine.look().found)
 import pathlib
 
 from disagg_jax.deployment import Deployment
-from experiments import simulate
 from experiments.configs.named_simulations import get_simulation, trace_requests
+from experiments.simulated.files import write_requests
 
 out = pathlib.Path("runs/notebooks/distserve")
 out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ three.write_text(
 split = Deployment.parse("prefill:tp1,decode:tp1")
 simulation = get_simulation("simdistserve_opt13b")
 done = simulation.build(split).run(trace_requests(str(three), simulation))
-simulate.write(out / "requests.csv", done.timelines, extra_tokens=1)
+write_requests(out / "requests.csv", done.timelines, extra_tokens=1)
 print((out / "requests.csv").read_text())
 
 # %% [markdown]

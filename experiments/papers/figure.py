@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from disagg_jax.errors import require
-from disagg_jax.sim.workers import worker_pool
+from experiments.cli.workers import Workers, open_workers
 from experiments.report.panel import Panel
 
 Item = TypeVar("Item")
@@ -43,7 +43,7 @@ class Lab:
 
     num_requests: int | None = None  # instead of each figure's own
     seeds: int = 5
-    workers: int | None = None  # processes; None is one for each core
+    workers: Workers | None = None  # None is one for each core
     progress: Callable[[str], None] = lambda message: None
     # "Low" or "High" -> devices -> seconds, measured elsewhere; None: not run.
     search_times: Mapping[str, Mapping[str, float]] | None = None
@@ -51,7 +51,7 @@ class Lab:
     def __post_init__(self) -> None:
         for name, least in (("num_requests", 4), ("seeds", 1), ("workers", 1)):
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, int):
                 require(value >= least, f"{name}: expected >= {least}", value)
 
     def requests(self, default: int) -> int:
@@ -84,9 +84,11 @@ class Lab:
     ) -> dict[Key, Result]:
         """Do a task for each item in worker processes, and show the progress."""
         every = max(1, math.ceil(len(items) / _STEPS))
-        workers = min(self.workers or os.cpu_count() or 1, max(1, len(items)))
+        workers = self.workers or os.cpu_count() or 1
+        if isinstance(workers, int):
+            workers = min(workers, max(1, len(items)))
         found: list[Result] = []
-        with worker_pool(workers) as mapper:
+        with open_workers(workers) as mapper:
             for result in mapper(task, list(items.values())):
                 found.append(result)
                 if len(found) % every == 0 or len(found) == len(items):

@@ -26,7 +26,7 @@ Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each s
 # values of each seed -> mean, low and high
 Across = Callable[[Sequence[float]], dict[str, float | None]]
 
-RATIO_BASE = "vllm_v0"  # ratios are over this system, where it takes part
+RATIO_BASE = "vllm_v0"  # ratios are over it where it takes part, else over the first
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,7 +263,7 @@ def ratios(systems: Mapping[str, Any], across: Across) -> dict[str, Any]:
     """Return each system's goodput or throughput over the base's, paired by seed."""
     over = find_system(RATIO_BASE, systems)
     if over not in systems:
-        return {}
+        over = next(iter(systems))
     base = per_seed(systems[over])
     found: dict[str, Any] = {}
     for name, system in systems.items():

@@ -14,10 +14,11 @@ from disagg_jax.calibration.profile_keys import (
 )
 from disagg_jax.calibration.step_times import check_step_times, step_times_of
 from disagg_jax.calibration.works import every_work
+from disagg_jax.programs import split_decodes
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.work import Step, StepLoad, Transfer
+from disagg_jax.work import Step, StepLoad, Transfer, pool_extent
 from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments import calibrate
 from experiments.calibrate import on_deployments
@@ -189,6 +190,8 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
 
     def observe(_, __, works):
         steps.extend(work for work in works if isinstance(work, Step))
+        for step in steps[-len(works) :]:
+            len(step.slices)  # are read, with the blocks of now
 
     Asked.loads.clear()
     simulated.run(requests, observer=observe)
@@ -198,5 +201,8 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
         buckets, size = instance.buckets, instance.model.memory.block_tokens
         program = key_of(engine, step).program
         assert buckets.load_shape(load, size) == program
-        guesses += buckets.load_shape(step.load, size) == program
+        _, decodes = split_decodes(step.slices, buckets.most_decodes)
+        assert load.pool_extent == pool_extent(decodes)
+        unplaced = dataclasses.replace(load, pool_extent=0)
+        guesses += buckets.load_shape(unplaced, size) == program
     assert 0.2 * len(steps) < guesses < len(steps)

@@ -83,22 +83,14 @@ def test_on_the_wall_clock_there_is_no_such_table(known):
 def test_a_transfer_settles_its_blocks_on_both_sides_when_it_starts(known):
     """As on an engine: who reads blocks first gets the lowest ones."""
     engine = known["chunked"]
-    served = ServedDeployment(
-        engine=engine,
-        policies=CONFIG.systems["chunked"].policies,
-        timing=from_table(engine, table(engine)),
-    )
     request = WORKLOAD.requests(1, 1.0, seed=0)[0]
-    for executor in (
-        TimingExecutor(engine, from_table(engine, table(engine))),
-        without_engine(served).times,
-    ):
-        read = []
+    read = []
 
-        def make(side, read=read):
-            read.append(side)
-            return (0, 1)
+    def make(side):
+        read.append(side)
+        return (0, 1)
 
-        blocks = [OnRead(make, side) for side in ("src", "dst")]
-        executor.run(Transfer(0, request, 0, 1, *blocks, 32))
-        assert read == ["src", "dst"]
+    blocks = [OnRead(make, side) for side in ("src", "dst")]
+    executor = TimingExecutor(engine, from_table(engine, table(engine)))
+    executor.run(Transfer(0, request, 0, 1, *blocks, 32))
+    assert read == ["src", "dst"]

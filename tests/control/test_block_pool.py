@@ -54,6 +54,15 @@ class BlocksMachine(RuleBasedStateMachine):
         held = self.needs(owner, 0)
         assert self.blocks.missing(owner, tokens) == max(0, -(-tokens // 4) - held)
 
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def extent(self, data):
+        """The extent first: it places blocks as reading the table does."""
+        owner = data.draw(st.sampled_from(sorted(self.tokens)))
+        tokens = data.draw(st.integers(1, self.tokens[owner]))
+        extent = self.blocks.extent(owner, tokens)
+        assert extent == 1 + max(self.blocks.table(owner)[: self.needs(-1, tokens)])
+
     @invariant()
     def no_block_is_lost_or_owned_twice(self):
         owned = [block for o in self.tokens for block in self.blocks.table(o)]

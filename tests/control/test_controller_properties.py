@@ -28,6 +28,7 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import Cancelled, Done, Down, Transfer, Up
 from tests.serving import CheckingEngine, assert_all_free, expected_tokens, with_prompt
@@ -94,6 +95,9 @@ def colocated(draw, watermark: float) -> Policy:
                 Orca(max_batched_tokens=tokens, max_seqs=seqs),
                 PrefillFirst(
                     max_batched_tokens=tokens, max_seqs=seqs, watermark=watermark
+                ),
+                RunningFirst(
+                    max_batched_tokens=budget, max_seqs=seqs, watermark=watermark
                 ),
                 Sarathi(chunk_tokens=budget, max_seqs=seqs),
                 SarathiServe(token_budget=budget, max_seqs=seqs, watermark=watermark),

@@ -270,35 +270,13 @@ def test_linear_cost_of_stages_and_of_parts():
     # tokens are 1.5 a part.
     beside = dataclasses.replace(transfer(0, context=6), step=1)
     whole, parts = cost.hop(transfer(0, context=6)), cost.hop(beside)
-    assert (whole.duration_s, whole.parts) == (8.0, 1)
-    assert (parts.duration_s, parts.parts) == (5.75, 4)
+    assert whole.parts_s == (8.0,)
+    assert parts.parts_s == (5.75,) * 4
+    assert parts.duration_s == 23.0
     assert CostExecutor(cost).run(beside).durations_s == (5.75,) * 4
     # Stages after the first are told apart.
     outcome = CostExecutor(cost).run(step(0, 1, (0, 4)))
     assert (outcome.durations_s, outcome.later_stages_s) == ((0.5,), (0.5,) * 3)
-
-
-class Fronts(LinearCost):
-    """Takes as long as the front of the pool has blocks."""
-
-    def stages_s(self, instance, load):
-        return (float(load.pool_extent),)
-
-
-def test_where_blocks_are_is_told_where_it_is_settled():
-    request = make_request(prompt=8)
-    parts = [
-        Slice(request, 9, 1, True, (7, 3, 4), ()),
-        Slice(
-            request, 0, 8, True, (20, 21), ()
-        ),  # of a prompt, which attends to itself
-    ]
-    work, cost = Step.of(1, 0, parts), Fronts(step_base_s=0.0)
-    assert CostExecutor(cost, exact_block_placement=True).run(work).durations_s == (
-        8.0,
-    )
-    assert CostExecutor(cost).run(work).durations_s == (0.0,)
-    assert work.load.pool_extent == 0  # what was submitted is as it was
 
 
 # ---- against a closed form -----------------------------------------------------------

@@ -1,6 +1,7 @@
 """Programs: compiled before serving and not in it, and working in place."""
 
 import dataclasses
+import gc
 import itertools
 import math
 import re
@@ -136,6 +137,24 @@ def test_the_guard_refuses_a_trace_and_a_hidden_transfer(world):
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             program(np.ones(3, np.float32))
     jax.jit(lambda x: x - 2)(np.ones(3))  # the guard ends with serving
+
+
+def test_no_old_object_is_looked_at_for_garbage(world):
+    """Neither in serving nor before it, where that could take longer than serving."""
+    engine = world.engine("colocated:tp1")
+    collected = []
+
+    def observe(phase, info):
+        collected.append(info["generation"])
+
+    gc.callbacks.append(observe)
+    try:
+        with engine.serving():
+            assert gc.get_freeze_count() > 1000
+    finally:
+        gc.callbacks.remove(observe)
+    assert max(collected) == 1
+    assert gc.get_freeze_count() == 0
 
 
 # -- step times -----------------------------------------------------------------------

@@ -18,6 +18,7 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from tests.engine.harness import (
     MODELS,
     POOL,
@@ -50,6 +51,7 @@ def chunked(size: int):
         Sarathi(chunk_tokens=size, max_seqs=SEQS),
         SarathiServe(token_budget=size, max_seqs=SEQS),
         SplitFuse(token_budget=size, max_seqs=SEQS),
+        RunningFirst(max_batched_tokens=size, max_seqs=SEQS),
     ]
 
 
@@ -69,7 +71,7 @@ def test_tokens_are_the_references(world, policy):
     requests = mixed_requests(world, CONFIG)
     timelines = serve_virtual(engine, requests, policies=policies(policy))
     assert_reference(world, CONFIG, timelines)
-    preempts = isinstance(policy, SarathiServe | SplitFuse)
+    preempts = isinstance(policy, SarathiServe | SplitFuse | RunningFirst)
     assert (sum(t.preemptions for t in timelines.values()) > 0) == preempts
     assert engine.totals["mixed"].tokens > sum(r.prompt_tokens for r in requests) / 2
 

@@ -7,11 +7,14 @@ import math
 
 import pytest
 
-from disagg_jax.deployment import Role
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.scheduling.decode_only import DecodeOnly
+from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.search.comparison import (
-    POLICIES,
+    KNOWN,
     ComparisonSpec,
     SystemResult,
     compare,
@@ -36,7 +39,7 @@ from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.simulation import DeviceCost, Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
-from experiments.compare_systems import numbers
+from experiments.compare_systems import asked_systems, numbers
 from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -93,7 +96,7 @@ LINEAR = Simulation(
 
 def of(*names):
     """The systems of these names."""
-    return {name: POLICIES[name] for name in names}
+    return {name: KNOWN[name] for name in names}
 
 
 def linear_spec(**changes):
@@ -124,12 +127,10 @@ def test_without_decodes_half_of_the_devices_of_a_pair_is_idle():
     cell = judged(output=1, slo=SLO(ttft_s=0.5, tpot_s=1.0))
     assert cell.verdict == COLOCATED
     assert cell.winner.system == "vllm_v0" and 6 < cell.winner.rps < 10
-    assert 0.35 < cell.over_colocated.ratio.mean < 0.5
-    assert cell.over_colocated.ratio.high < 1
+    assert 0.35 < cell.over.ratio.mean < 0.5
+    assert cell.over.ratio.high < 1
     # The winner's margin is over the only other system: the inverse.
-    assert cell.over_runner_up.ratio.mean == pytest.approx(
-        1 / cell.over_colocated.ratio.mean
-    )
+    assert cell.over_runner_up.ratio.mean == pytest.approx(1 / cell.over.ratio.mean)
 
 
 def test_where_each_prefill_stalls_a_decode_too_long_a_pair_wins():
@@ -141,8 +142,8 @@ def test_where_each_prefill_stalls_a_decode_too_long_a_pair_wins():
     cell = judged(output=11, slo=SLO(ttft_s=0.5, tpot_s=0.015))
     assert cell.verdict == DISAGGREGATED
     assert cell.winner.system == DISAGGREGATED and 3 < cell.winner.rps < 5
-    assert cell.best_colocated.rps < 2.5
-    assert cell.over_colocated.ratio.low > 1.5 and cell.over_colocated.clear
+    assert cell.pair[1].rps < 2.5
+    assert cell.over.ratio.low > 1.5 and cell.over.clear
 
 
 def test_targets_below_the_unloaded_latency_make_a_cell_infeasible():
@@ -151,7 +152,7 @@ def test_targets_below_the_unloaded_latency_make_a_cell_infeasible():
     assert cell.verdict == INFEASIBLE
     assert cell.why_infeasible == "even alone vllm_v0 needs 2 x the targets"
     assert [found.rps for found in cell.ranked] == [0, 0]
-    assert cell.over_colocated.ratio is None and not cell.over_colocated.clear
+    assert cell.over.ratio is None and not cell.over.clear
 
 
 # ---- what is searched ----------------------------------------------------------------
@@ -300,9 +301,120 @@ def test_the_kinds_are_compared_and_not_only_the_first_two():
     ]
     cell = judge(found)
     assert cell.verdict == COLOCATED and not cell.over_runner_up.clear
-    assert cell.over_colocated.ratio.mean == pytest.approx(0.5)
+    assert cell.over.ratio.mean == pytest.approx(0.5)
     even = judge([made_up("vllm_v0", 2.0, 1.0), made_up(DISAGGREGATED, 1.0, 2.1)])
     assert even.verdict == UNCLEAR and even.winner.system == DISAGGREGATED
+
+
+# ---- any system beside any other -----------------------------------------------------
+
+OWN = {Role.COLOCATED: RunningFirst(max_seqs=4)}
+OWN_APART = {Role.PREFILL: PrefillOnly(), Role.DECODE: DecodeOnly(max_seqs=4)}
+
+
+@pytest.mark.parametrize(
+    ("systems", "two_kinds"),
+    [
+        (of("vllm_v0", "orca"), False),
+        (of("sarathi", "splitfuse"), False),
+        (of(DISAGGREGATED, "disaggregated_chunked"), False),
+        ({**of("vllm_v1"), "mine:own": OWN}, False),
+        ({"mine:apart": OWN_APART, **of(DISAGGREGATED)}, False),
+        ({"mine:own": OWN, "mine:apart": OWN_APART}, True),
+        (of("vllm_v1", "disaggregated_chunked"), True),
+    ],
+)
+def test_two_systems_of_any_kind_are_compared(systems, two_kinds, tmp_path):
+    spec = linear_spec(systems=systems, num_requests=20, max_requests=20)
+    each = slos_map([0.5], [0.1], hundred(3), "100 tokens")
+    (grid,) = compare(spec, [each], map, silent)
+    cell = judge(grid[0, 0])
+    assert cell.two_kinds == spec.two_kinds == two_kinds
+    assert {one.system for one in cell.pair} == set(systems)
+    assert all(one.rps > 0 for one in cell.pair)
+    shown = text(spec, [each], [grid])
+    assert ("disaggregated / best colocated" in shown) == two_kinds
+    json.dumps(record(spec, [each], [grid]), allow_nan=False)
+    plot(spec, [each], [grid], tmp_path / "maps.png")
+
+
+def test_of_two_colocated_systems_the_one_that_does_not_stall_wins():
+    # 10 gaps of 10 ms and a stall of 0.1 s for a whole prompt are 20 ms a token, two
+    # stalls 30 ms. A step of 15 tokens, with a decode, takes 24 ms at most.
+    slo = SLO(ttft_s=0.9, tpot_s=0.025)
+    spec = linear_spec(systems=of("vllm_v0", "vllm_v1"), sizes=(15,), devices=1)
+    found = system_searches(spec, Cell(workload=hundred(11), slo=slo))
+    cell = judge([search_system(each) for each in found])
+    assert cell.verdict == cell.winner.system == "vllm_v1"
+    assert [one.system for one in cell.pair] == ["vllm_v1", "vllm_v0"]
+    assert cell.over == cell.over_runner_up and cell.over.ratio.low > 1
+
+
+def test_of_one_kind_the_two_best_are_the_pair():
+    found = [made_up(n, rps, rps + 0.1) for n, rps in (("a", 1), ("b", 3), ("c", 2))]
+    cell = judge(found)
+    assert [one.system for one in cell.pair] == ["b", "c"]
+    assert (cell.verdict, cell.two_kinds) == ("b", False)
+    assert judge([made_up("a", 1.0, 2.0), made_up("b", 2.0, 1.1)]).verdict == UNCLEAR
+    assert judge([made_up("a", 0.0), made_up("b", 0.0)]).verdict == INFEASIBLE
+
+
+def test_a_system_may_have_a_deployment_of_its_own():
+    placed = {"vllm_v0": Deployment.parse("colocated:tp2")}
+    spec = small_spec(systems=of("vllm_v0", "orca"), placed=placed)
+    assert [str(d) for d in spec.deployments("vllm_v0")] == ["colocated:tp2"]
+    assert [str(d) for d in spec.deployments("orca")] == [
+        *("2xcolocated:tp1", "colocated:tp2")
+    ]
+    cell = Cell(workload=get_workload("fixed:512x64"), slo=SLO(ttft_s=1.0, tpot_s=0.1))
+    (vllm, orca) = system_searches(spec, cell)
+    assert [o.candidate.name for o in vllm.options] == ["colocated:tp2"]
+    assert len(orca.options) == 2
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_set_is_of_a_system_that_is_named(name):
+    role = next(iter(KNOWN[name]))
+    changes = [
+        f"systems.{name}.deployment=colocated:tp1",
+        f"systems.{name}.policies.{role}.max_seqs=7",
+    ]
+    found = asked_systems([name, "vllm_v0"], changes, ())
+    assert found[name].deployment == "colocated:tp1"
+    assert found[name].policies[role].max_seqs == 7
+    assert found["vllm_v0"].policies == KNOWN["vllm_v0"] or name == "vllm_v0"
+
+
+STEP = "systems.vllm_v1.policies.colocated.max_batched_tokens=512"
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "budgets", "message"),
+    [
+        (["nobody"], [], (), "system: expected one of .*'vllm_v1'.* got 'nobody'"),
+        (["orca"], ["systems.vllm_v1.deployment=x"], (), "no 'vllm_v1' here; .* orca"),
+        (["orca"], ["workload=x"], (), "no 'workload' here; expected one of systems"),
+        (["orca"], ["systems"], (), "expected key=value, got 'systems'"),
+        (
+            ["vllm_v1"],
+            [STEP],
+            (),
+            "expected --budgets=512, got the paper's rule, where",
+        ),
+        (["vllm_v1"], [STEP], (64,), "expected --budgets=512, got --budgets=64, where"),
+    ],
+)
+def test_a_bad_name_or_setting_says_what_was_expected(names, changes, budgets, message):
+    with pytest.raises(ValueError, match=message):
+        asked_systems(names, changes, budgets)
+
+
+def test_a_step_size_without_a_rule_can_be_set():
+    change = "systems.vllm_v0.policies.colocated.max_batched_tokens=512"
+    found = asked_systems(["vllm_v0"], [change], ())
+    assert found["vllm_v0"].policies[Role.COLOCATED].max_batched_tokens == 512
+    with pytest.raises(ValueError, match="expected --budgets=512, got --budgets=64"):
+        asked_systems(["vllm_v0"], [change], (64,))
 
 
 # ---- when ----------------------------------------------------------------------------
@@ -366,9 +478,21 @@ def test_rectangles_cover_all_that_is_wanted_and_nothing_else():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"systems": of("vllm_v0", "orca")}, "systems: expected a colocated one and"),
-        ({"systems": of(DISAGGREGATED)}, "systems: expected a colocated one and one"),
-        ({"devices": 1}, "devices: expected >= 2"),
+        ({"systems": of("orca")}, "systems: expected two or more, got ..orca"),
+        (
+            {"systems": {**of("orca"), "half": {Role.DECODE: DecodeOnly()}}},
+            "systems.half: expected policies for colocated, or for prefill and decode",
+        ),
+        (
+            {"placed": {"orca": Deployment.parse("prefill:tp1,decode:tp1")}},
+            "systems.orca.deployment: expected instances of colocated only, got 'pre",
+        ),
+        (
+            {"placed": {"orca": Deployment.parse("3xcolocated:tp1")}},
+            "systems.orca.deployment: expected 2 devices, as all systems have, got '3x",
+        ),
+        ({"devices": 0}, "devices: expected >= 1, got 0"),
+        ({"devices": 1}, "devices: expected enough for two instances of opt-13b"),
         ({"seeds": ()}, "seeds: expected >= 1"),
         ({"budgets": (0,)}, "budgets: expected >= 1"),
         (
@@ -429,6 +553,7 @@ def command(*arguments):
 def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     done = command(
         *("--model=opt-13b", "--devices=2", "--systems=vllm_v0,disaggregated"),
+        *("--set", "systems.vllm_v0.deployment=colocated:tp2"),
         *("--map=targets", "--ttfts=0.01,0.5", "--tpots=0.05", "--seeds=2"),
         *("--workload=fixed:512x8", "--num_requests=20", "--workers=1"),
         f"--out={tmp_path}",
@@ -441,6 +566,7 @@ def test_the_command_writes_a_table_a_picture_and_json(tmp_path):
     assert "2/2: TTFT target 0.5" in done.stderr
     content = json.loads((tmp_path / "maps.json").read_text())
     assert content["flags"]["ttfts"] == ["0.01", "0.5"]
+    assert "  vllm_v0        colocated:tp2: " in shown
     assert content["environment"]["commit"] and content["wall_s"] > 0
     assert (tmp_path / "maps.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import sys
+import types
 
 import jax
 import pytest
@@ -20,6 +21,7 @@ from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import criteria, find_inversion
 from disagg_jax.request import Request, Timeline
 from disagg_jax.runlog.event_log import replay
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, one_request
@@ -178,10 +180,10 @@ def test_a_run_whose_time_is_spent_goes_on_and_ends_as_one_without_a_limit(
     first, tmp_path
 ):
     out, times = tmp_path / "limited", str(first / "step_times.json")
-    text = goodput_sweep.run(config(), out, times, Rates(0))
+    text = goodput_sweep.run(config(), out, times, deadline=Rates(0))
     assert text.startswith("--minutes are spent before any system") and ": 0 " in text
     assert not (out / "summary.json").exists()
-    text = goodput_sweep.run(config(), out, times, Rates(3))
+    text = goodput_sweep.run(config(), out, times, deadline=Rates(3))
     assert "goes on with the look after 2 seeds at disaggregated" in text
     summary = json.loads((out / "summary.json").read_text())
     assert summary["missing"] == ["the look after 2 seeds at disaggregated"]
@@ -404,6 +406,13 @@ def test_bad_input_is_refused_before_any_work(change, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_workers_where_programs_run_everywhere_are_refused(tmp_path):
+    expected = "--workers: expected executed=passing and durations=table, got .*=all"
+    with pytest.raises(ValueError, match=expected):
+        goodput_sweep.run(get_config("smoke"), tmp_path / "run", None, 2)
+    assert not (tmp_path / "run").exists()
+
+
 def test_step_times_of_other_programs_are_refused(first, tmp_path):
     content = json.loads((first / "step_times.json").read_text())
     for each in (content["seconds"], content["rounds"]):
@@ -509,6 +518,8 @@ ALL_SYSTEMS = [
     "workload.prompt_tokens=uniform:2:16",
     "systems.vllm_v0.policies.colocated.max_seqs=2",
     "systems.vllm_v0.policies.colocated.max_batched_tokens=24",
+    "systems.vllm_v1.policies.colocated.max_seqs=2",
+    "systems.vllm_v1.policies.colocated.max_batched_tokens=32",
     "systems.orca.policies.colocated.max_seqs=2",
     "systems.orca.policies.colocated.max_batched_tokens=24",
     "systems.sarathi.policies.colocated.max_seqs=2",
@@ -521,6 +532,32 @@ ALL_SYSTEMS = [
     "systems.disaggregated.policies.prefill.token_budget=24",
     "systems.disaggregated.policies.decode.max_seqs=2",
 ]
+
+
+@pytest.mark.slow  # compiles the programs of several systems
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("vllm_v1", "sarathi_serve"),
+        ("disaggregated", "disaggregated_chunked"),
+        ("orca", "own"),
+        ("own", "disaggregated"),
+    ],
+)
+def test_any_two_systems_run_side_by_side(names, tmp_path, monkeypatch):
+    """Each on the instances of the config, and the first on others that are set."""
+    own = {Role.COLOCATED: RunningFirst(max_batched_tokens=32, max_seqs=2)}
+    monkeypatch.setitem(sys.modules, "mine", types.SimpleNamespace(own=own))
+    chosen = ["mine:own" if name == "own" else name for name in names]
+    base = config("durations=modelled").with_systems(chosen)
+    alone = "prefill:tp1,2xdecode:tp1" if "disagg" in chosen[0] else "3xcolocated:tp1"
+    changed = override(base, [f"systems.{chosen[0]}.deployment={alone}"])
+    table = goodput_sweep.run(changed, tmp_path / "out", None)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert list(summary["systems"]) == chosen
+    assert summary["systems"][chosen[0]]["deployment"] == alone
+    assert list(summary["ratios"]) == [f"{chosen[1]}/{chosen[0]}"]
+    assert f"goodput {chosen[1]}/{chosen[0]}, paired by seed" in table
 
 
 # -- parallelism, links and streams ----------------------------------------------------
@@ -641,9 +678,9 @@ def test_a_link_needs_the_virtual_clock():
 
 
 @pytest.fixture(scope="module")
-def six(tmp_path_factory):
+def seven(tmp_path_factory):
     """A finished run of every system, programs run at passing rates only."""
-    out = tmp_path_factory.mktemp("runs") / "six"
+    out = tmp_path_factory.mktemp("runs") / "seven"
     changes = [*ALL_SYSTEMS, "rates=2,50000", "slo.ttft_scale=50", "slo.tpot_scale=50"]
     goodput_sweep.run(override(get_config("tiny"), changes), out, None)
     return out
@@ -654,39 +691,39 @@ def rows_of(out):
     return [json.loads(line) for line in lines]
 
 
-def test_every_system_takes_part_with_a_step_size_for_the_slo(six):
-    summary = json.loads((six / "summary.json").read_text())
+def test_every_system_takes_part_with_a_step_size_for_the_slo(seven):
+    summary = json.loads((seven / "summary.json").read_text())
     assert set(summary["systems"]) == set(get_config("tiny").systems)
-    tuned = {"sarathi", "sarathi_serve", "splitfuse", "disaggregated"}
+    tuned = {"vllm_v1", "sarathi", "sarathi_serve", "splitfuse", "disaggregated"}
     assert set(summary["choices"]) == tuned
-    table = (six / "table.txt").read_text()
+    table = (seven / "table.txt").read_text()
     for system, (said,) in summary["choices"].items():
         assert f"{system}: {said}" in table
 
 
-def test_programs_run_where_a_system_passes_and_their_tokens_agree(six):
-    systems = json.loads((six / "summary.json").read_text())["systems"]
+def test_programs_run_where_a_system_passes_and_their_tokens_agree(seven):
+    systems = json.loads((seven / "summary.json").read_text())["systems"]
     passing = {n: s["goodput"]["pass_rps_per_device"] for n, s in systems.items()}
     tokens = {}
-    for row in rows_of(six):  # of others only metrics are kept
+    for row in rows_of(seven):  # of others only metrics are kept
         assert row["rate_rps"] == 2 * passing[row["system"]] and row["tokens"]
         tokens.setdefault(row["request_id"], []).append(row["tokens"])
     assert len(tokens) == 6
     for served in tokens.values():
-        assert len(served) == 6 and all(part == served[0] for part in served)
+        assert len(served) == 7 and all(part == served[0] for part in served)
 
 
-def test_running_every_program_gives_the_same_summary(six, tmp_path):
+def test_running_every_program_gives_the_same_summary(seven, tmp_path):
     """And the same requests, where they are kept."""
     changes = [*ALL_SYSTEMS, "execute_all=true", "rates=2,50000"]
     changes += ["slo.ttft_scale=50", "slo.tpot_scale=50"]
     cfg = override(get_config("tiny"), changes)
-    goodput_sweep.run(cfg, tmp_path / "all", str(six / "step_times.json"))
-    fewer, every = rows_of(six), rows_of(tmp_path / "all")
+    goodput_sweep.run(cfg, tmp_path / "all", str(seven / "step_times.json"))
+    fewer, every = rows_of(seven), rows_of(tmp_path / "all")
     assert len(fewer) < len(every) and all(row in every for row in fewer)
     found = [
         json.loads((out / "summary.json").read_text())
-        for out in (six, tmp_path / "all")
+        for out in (seven, tmp_path / "all")
     ]
     for summary in found:
         del summary["executed"]
@@ -697,7 +734,7 @@ def test_running_every_program_gives_the_same_summary(six, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_timeline_unlike_the_durations_is_an_error(six, tmp_path, monkeypatch):
+def test_a_timeline_unlike_the_durations_is_an_error(seven, tmp_path, monkeypatch):
     """Here the run of the programs is another run: of other requests."""
     right = ServedDeployment.run
 
@@ -710,7 +747,7 @@ def test_a_timeline_unlike_the_durations_is_an_error(six, tmp_path, monkeypatch)
     with pytest.raises(
         RuntimeError, match="timelines are not those of their durations"
     ):
-        goodput_sweep.run(cfg, tmp_path / "x", str(six / "step_times.json"))
+        goodput_sweep.run(cfg, tmp_path / "x", str(seven / "step_times.json"))
 
 
 def test_step_sizes_become_systems():
@@ -718,12 +755,13 @@ def test_step_sizes_become_systems():
     sized = ("sarathi", "sarathi_serve", "splitfuse", "disaggregated")
     assert list(cfg.systems) == [
         "vllm_v0",
+        *("vllm_v1@64", "vllm_v1@128"),
         "orca",
         *(f"{name}@{size}" for name in sized for size in (64, 128)),
     ]
     splitfuse = cfg.systems["splitfuse@64"].policies[Role.COLOCATED]
     assert splitfuse.token_budget == 64
-    with pytest.raises(ValueError, match="chunk_tokens: expected >= 1, got 0"):
+    with pytest.raises(ValueError, match="_tokens: expected >= 1, got 0"):
         override(get_config("tiny"), ["step_tokens=0"]).by_step_tokens()
 
 
@@ -761,13 +799,13 @@ def test_step_times_of_the_first_format_are_one_round(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_targets_stand_side_by_side(six, tmp_path):
+def test_two_targets_stand_side_by_side(seven, tmp_path):
     """With looks and halves; the commands that read a run find either target."""
     changes = [change for change in ALL_SYSTEMS if change != "relaxed=0"]
     searched = ["num_seeds=4", "first_seeds=2", "workload.num_requests=40"]
     cfg = override(get_config("tiny"), [*changes, *searched])
     for name in ("a", "b"):
-        text = goodput_sweep.run(cfg, tmp_path / name, str(six / "step_times.json"))
+        text = goodput_sweep.run(cfg, tmp_path / name, str(seven / "step_times.json"))
     files = [(tmp_path / n / "summary.json").read_bytes() for n in ("a", "b")]
     assert files[0] == files[1]
     targets = json.loads(files[0])["targets"]

@@ -42,14 +42,14 @@ def found():
 
 def test_who_mixes_prompts_and_decodes(found):
     mixing = {name for name, traits in found.items() if traits.steps["mixed"]}
-    assert mixing == {"orca", "sarathi", "sarathi_serve", "splitfuse"}
+    assert mixing == {"orca", "vllm_v1", "sarathi", "sarathi_serve", "splitfuse"}
     for name, traits in found.items():
         assert (traits.beside_prompts > 0) == (name in mixing)
 
 
 def test_each_systems_failure_shows(found):
     longest_s = {name: traits.gaps_s.max() for name, traits in found.items()}
-    chunked = ("sarathi", "sarathi_serve", "splitfuse")
+    chunked = ("vllm_v1", "sarathi", "sarathi_serve", "splitfuse")
     # Whole prompts stall decodes for longer than chunks do.
     assert min(longest_s["vllm_v0"], longest_s["orca"]) > 1.5 * max(
         longest_s[name] for name in chunked

@@ -90,9 +90,9 @@ def test_simulate_with_all_of_ones_own(folder):
         *("--model=mine:model", "--hardware=h100", "--cost=mine:one_second"),
         *("--system=mine:shortest", "--prefill_router=mine:last"),
     )
-    idle, busy = shown.splitlines()[-2:]
-    assert "instance 0" in idle and idle.endswith("busy 0.0%")
-    assert "instance 1" in busy and busy.endswith("busy 100.0%")
+    idle, busy = (line for line in shown.splitlines() if "instance" in line)
+    assert idle.startswith("instance 0, colocated:tp1 ") and idle.endswith("  0.0%")
+    assert busy.startswith("instance 1, colocated:tp1 ") and busy.endswith(" 100.0%")
     # Each step takes a second: the prompts of 50, 10 and 100 tokens, then a decode.
     rows = (folder / "out" / "requests.csv").read_text().splitlines()[1:]
     ttft_s = [float(row.split(",")[4]) for row in rows]

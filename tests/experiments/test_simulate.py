@@ -12,13 +12,15 @@ import pytest
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Status
+from disagg_jax.scheduling import get_system
 from disagg_jax.sim.hardware.link import get_link
-from experiments import simulate
+from disagg_jax.workload import RandomWorkload
 from experiments.configs.named_simulations import (
     SIMULATIONS,
     get_simulation,
     trace_requests,
 )
+from experiments.simulated.files import STAGES
 from models.lookup import find_model
 from tests.commands import run_command
 
@@ -61,6 +63,9 @@ TICKS = "arrival_s,prompt_tokens,output_tokens\n" + "".join(
 )
 
 
+WORKLOAD = {"trace": None, "workload": "uniform:100:200,fixed:4"}
+
+
 def arrivals_s(out):
     with (out / "requests.csv").open() as file:
         return [float(row["arrival_s"]) for row in csv.DictReader(file)]
@@ -75,8 +80,9 @@ def command(tmp_path, **flags) -> subprocess.CompletedProcess[str]:
         "out": tmp_path / "out",
         **flags,
     }
+    given = {name: value for name, value in values.items() if value is not None}
     return run_command(
-        "simulate", *(f"--{name}={value}" for name, value in values.items())
+        "simulate", *(f"--{name}={value}" for name, value in given.items())
     )
 
 
@@ -97,7 +103,7 @@ def test_a_row_for_each_request_with_floats_in_full(tmp_path):
     assert [row["output_tokens"] for row in rows] == ["64", "3"]  # as in the trace
     # Facts, distserve.md 2.1: one prompt of 512 alone.
     assert math.isclose(float(rows[0]["ttft_s"]), 0.07519988, abs_tol=1e-8)
-    stages = [float(rows[0][name]) for name in simulate.STAGES]
+    stages = [float(rows[0][name]) for name in STAGES]
     e2e_s = float(rows[0]["ttft_s"]) + 64 * float(rows[0]["tpot_s"])
     assert math.isclose(sum(stages), e2e_s, rel_tol=1e-12)
 
@@ -232,9 +238,128 @@ def test_the_context_limit_can_be_raised(tmp_path):
     path = tmp_path / "long.csv"
     path.write_text(HEADER + "0,0,3000,5\n1,500,100,5\n")
     flags = {"trace": path, "config": "opt13b_a100"}
-    assert "2 requests, 1 refused" in command(tmp_path, **flags).stdout
+    assert "2 requests, 1 refused: 1 by context" in command(tmp_path, **flags).stdout
     raised = command(tmp_path, **flags, max_context=3005, out=tmp_path / "raised")
-    assert "2 requests, 0 refused" in raised.stdout
+    assert "2 requests, 0 refused\n" in raised.stdout
+    assert raised.returncode == 0
+
+
+@pytest.mark.parametrize(("short", "code"), [(99, 0), (98, 3), (0, 3)])
+def test_more_than_one_in_a_hundred_refused_is_an_exit_code(tmp_path, short, code):
+    """The files are there all the same, also where nobody was served."""
+    path = tmp_path / "long.csv"
+    prompts = [100] * short + [3000] * (100 - short)
+    path.write_text(HEADER + "".join(f"{i},{i},{p},2\n" for i, p in enumerate(prompts)))
+    flags = {"trace": path, "config": "opt13b_a100", "slo": "0.5,0.1"}
+    done = command(tmp_path, **flags)
+    assert done.returncode == code, done.stderr
+    assert ("--max_context=3002 has room" in done.stderr) == (code == 3)
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["completed"], summary["failed"]) == (short, 100 - short)
+    assert summary["refused"] == {"context": 100 - short, "KV memory": 0}
+    assert summary["attainment"] <= short / 100
+    assert (out / "latencies.png").read_bytes().startswith(b"\x89PNG")
+    assert len((out / "requests.csv").read_text().splitlines()) == 101
+    if code:
+        allowed = command(tmp_path, **flags, allow_refused=True)
+        assert (allowed.returncode, allowed.stderr) == (0, "")
+
+
+def test_a_workload_is_drawn_and_served(tmp_path):
+    done = command(tmp_path, **WORKLOAD, rate=5, num_requests=50, slo="10,1")
+    assert done.returncode == 0, done.stderr
+    assert "50 requests, 0 refused" in done.stdout
+    assert "attainment: both / TTFT / TPOT  100.0% / 100.0% / 100.0%" in done.stdout
+    out = tmp_path / "out"
+    drawn = RandomWorkload.parse("uniform:100:200", "fixed:4").requests(50, 5.0, 0)
+    assert arrivals_s(out) == [request.arrival_s for request in drawn]
+    # simdistserve generates one token more, which the file does not count.
+    text = (out / "requests.csv").read_text()
+    assert {row["output_tokens"] for row in csv.DictReader(text.splitlines())} == {"4"}
+    assert not (out / "trace.json").exists()
+    other = command(tmp_path, **WORKLOAD, rate=5, num_requests=50, slo="10,1", seed=1)
+    assert "another config (seed)" in other.stderr
+
+
+def test_several_rates_and_deployments_make_a_table_and_a_curve(tmp_path):
+    apart, together = "prefill:tp1,decode:tp1", "colocated:tp1"
+    flags = {**WORKLOAD, "num_requests": 5, "deployment": f"{apart};{together}"}
+    done = command(tmp_path, **flags, rate="2,4")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    assert (out / "table.txt").read_text() in done.stdout
+    rows = (out / "table.txt").read_text().splitlines()[-5:-1]  # then the engines' mark
+    assert [row.split()[:3] for row in rows] == [
+        *([apart, "2", "2"], [apart, "2", "4"]),
+        *([together, "1", "2"], [together, "1", "4"]),
+    ]
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    runs = [path for path in out.iterdir() if path.is_dir()]
+    assert {path.name for path in runs} == {
+        *("prefill-tp1_decode-tp1_2.0rps", "prefill-tp1_decode-tp1_4.0rps"),
+        *("colocated-tp1_2.0rps", "colocated-tp1_4.0rps"),
+    }
+    for path in runs:
+        files = {file.name for file in path.iterdir()}
+        assert files == {"requests.csv", "summary.json", "latencies.png"}
+
+
+def test_a_run_among_several_is_the_one_alone(tmp_path):
+    flags = {**WORKLOAD, "num_requests": 20, "deployment": "colocated:tp1"}
+    assert command(tmp_path, **flags, rate="2,4").returncode == 0
+    alone = tmp_path / "alone"
+    assert command(tmp_path, **flags, rate=4, out=alone).returncode == 0
+    for name in ("requests.csv", "summary.json"):
+        found = (tmp_path / "out" / "colocated-tp1_4.0rps" / name).read_bytes()
+        assert found == (alone / name).read_bytes()
+
+
+def test_a_link_of_ones_own_is_what_kv_takes(tmp_path):
+    path = tmp_path / "slow.json"
+    link = {"latency_s": 0.0, "bandwidth_bytes_s": 1e8, "efficiency": 0.5}
+    path.write_text(json.dumps(link))
+    done = command(tmp_path, config=None, model="opt-13b", link=path)
+    assert done.returncode == 0, done.stderr
+    assert f"KV over {path}" in done.stdout
+    with (tmp_path / "out" / "requests.csv").open() as file:
+        first, _ = csv.DictReader(file)
+    seen_s = 512 * find_model("opt-13b").kv_bytes_per_token / 5e7
+    assert math.isclose(float(first["transfer_s"]), seen_s, rel_tol=1e-12)
+    path.write_text(json.dumps(link | {"efficiency": 1}))
+    other = command(tmp_path, config=None, model="opt-13b", link=path)
+    assert "another config (links.inside.efficiency)" in other.stderr
+
+
+def test_a_device_of_ones_own_is_kept_with_the_run(tmp_path):
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps({"like": "h100", "peak_flops": 1e14}))
+    flags = {"config": None, "hardware": path}
+    done = command(tmp_path, **flags)
+    assert done.returncode == 0, done.stderr
+    assert "llama-3-8b by roofline/slow, KV over nvlink-h100" in done.stdout
+    path.write_text(json.dumps({"like": "h100", "peak_flops": 2e14}))
+    other = command(tmp_path, **flags)
+    assert "another config (hardware.peak_flops)" in other.stderr
+    path.write_text(json.dumps({"like": "h100", "flops": 2e14}))
+    wrong = command(tmp_path, **flags)
+    assert "expected 'like', a preset, and some of the numbers ['peak" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_of_several_systems_each_serves_its_roles(tmp_path):
+    flags = {
+        "config": "opt13b_a100",
+        "deployment": "colocated:tp1;prefill:tp1,decode:tp1",
+    }
+    done = command(tmp_path, **flags, system="sarathi_serve,disaggregated")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    kinds = {r: p["type"] for r, p in config["simulation"]["policies"].items()}
+    served = get_system("sarathi_serve") | get_system("disaggregated")
+    assert kinds == {role.value: type(p).__name__ for role, p in served.items()}
+    both = command(tmp_path, **flags, system="sarathi_serve,vllm_v0")
+    assert "--system: expected systems of different roles" in both.stderr
 
 
 @pytest.mark.parametrize(
@@ -244,6 +369,22 @@ def test_the_context_limit_can_be_raised(tmp_path):
         ({"deployment": "prefill:tp1"}, "prefill and decode instances need each other"),
         ({"deployment": "colocated:tp3"}, "(tp, pp): expected [(1, 1), (1, 2)"),
         ({"config": "gpt4"}, "opt13b_a100"),
+        ({"trace": None}, "traffic: expected either --trace or --workload, got"),
+        ({"workload": "sharegpt"}, "traffic: expected either --trace or --workload"),
+        ({"trace": None, "workload": "sharegpt"}, "--rate: expected requests/s of"),
+        ({"trace": None, "workload": "alpaca", "rate": 1}, "workload: expected one of"),
+        ({"rate": "1,0"}, "--rate: expected different rates above 0 requests/s, got"),
+        ({"rate": "2,2.0"}, "--rate: expected different rates above 0 requests/s"),
+        ({"rate": "inf"}, "--rate: expected different rates above 0 requests/s, got"),
+        ({"rate": "fast"}, "--rate: expected different rates above 0 requests/s"),
+        ({"seed": 3}, "where --seed=3 has no effect"),
+        ({"num_requests": 3}, "where --num_requests=3 has no effect"),
+        (WORKLOAD | {"rate": 1, "ties": "keep"}, "where --ties=keep has no effect"),
+        (WORKLOAD | {"rate": 1, "burstiness": 2}, "burstiness: expected 1 unless"),
+        ({"rate": "1,2", "chrome_trace": "nowhere/x"}, "expected one rate and one dep"),
+        ({"deployment": "colocated:tp1;colocated:tp1"}, "--deployment: expected diff"),
+        ({"config": None, "link": "11gb"}, "link: expected one of ['100gb', '10gb',"),
+        ({"slo": "1"}, "slo: expected TTFT_S,TPOT_S, got '1'"),
     ],
 )
 def test_bad_input_is_one_clear_error(tmp_path, change, message):

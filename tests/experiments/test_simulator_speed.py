@@ -6,7 +6,16 @@ import json
 
 import pytest
 
-from experiments.simulator_speed import GOLDEN_RUNS, fleets, measure, report, workloads
+from experiments import simulator_speed
+from experiments.simulator_speed import (
+    GOLDEN_RUNS,
+    fleets,
+    measure,
+    pool_tasks,
+    report,
+    report_pools,
+    workloads,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +77,19 @@ def test_large_fleets_have_20_requests_an_instance():
 def test_a_fleet_has_two_instances_at_least():
     with pytest.raises(ValueError, match="instances: expected at least 2, got 1"):
         next(fleets([4, 1]))
+
+
+def test_a_line_for_each_kind_of_workers(capsys):
+    report_pools([1, 2], pool_tasks(num_requests=20))
+    one, two = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (one["workers"], two["workers"]) == (1, 2)
+    assert one["results"] == two["results"]
+    assert one["runs"] == 16 and min(two[k] for k in ("start_s", "task_ms")) > 0
+
+
+def test_other_results_of_other_workers_are_an_error(monkeypatch, capsys):
+    lines = iter([{"results": "a"}, {"results": "b"}])
+    monkeypatch.setattr(simulator_speed, "pool_line", lambda *_: next(lines))
+    with pytest.raises(SystemExit, match="gave different results"):
+        report_pools([1, 2], [])
+    assert len(capsys.readouterr().out.splitlines()) == 2

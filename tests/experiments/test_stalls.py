@@ -10,9 +10,10 @@ from disagg_jax.work import Step
 from experiments import stalls
 from experiments.benchmarks.stall import StallScenario, measure
 from experiments.report.colours import system_colour
-from models import transformer
 from models.config import get_config
+from tests.engine.harness import random_params
 
+CONFIG = dataclasses.replace(get_config("tiny"), layers=1)  # quick to compile
 SCENE = StallScenario(decodes=3, prompts=(32, 80), chunk=19, repeats=1)
 
 
@@ -26,9 +27,7 @@ def timing(work, parts_s):
 
 @pytest.fixture(scope="module")
 def found():
-    config = get_config("tiny")
-    params = transformer.init_params(config, 0)
-    stalled = measure(config, params, SCENE, timing=timing)
+    stalled = measure(CONFIG, random_params(CONFIG), SCENE, timing=timing)
     return {(stall.system, stall.prompt): stall for stall in stalled}
 
 
@@ -39,13 +38,15 @@ def test_each_system_stalls_decodes_as_it_must(found, prompt):
     # All of the prompt's step, and the decode step after it.
     assert found["vllm_v0", prompt].longest_s == pytest.approx(2.0 + prompt)
     # A step with the 16 prompt tokens that fit beside 3 decodes.
-    assert found["sarathi_serve", prompt].longest_s == pytest.approx(1.0 + 16)
+    for chunked in ("sarathi_serve", "vllm_v1"):
+        assert found[chunked, prompt].longest_s == pytest.approx(1.0 + 16)
     assert found["disaggregated", prompt].longest_s == pytest.approx(1.0)
 
 
 def test_the_price_of_chunks_is_paid_by_the_prompt(found):
     # 80 tokens in 5 steps of 16, where vLLM takes one; neither waits for a decode step.
-    assert found["sarathi_serve", 80].ttft_s == pytest.approx(5 * 17.0)
+    for chunked in ("sarathi_serve", "vllm_v1"):
+        assert found[chunked, 80].ttft_s == pytest.approx(5 * 17.0)
     assert found["vllm_v0", 80].ttft_s == pytest.approx(81.0)
     assert found["disaggregated", 80].ttft_s == pytest.approx(81.0)
 
@@ -59,7 +60,7 @@ def test_the_table_and_the_picture_have_every_system(found, tmp_path):
     ]
     left, right = stalls.panels(list(found.values()))
     assert [series.label for series in left.series] == [
-        *("vllm_v0", "sarathi_serve", "disaggregated"),
+        *("vllm_v0", "vllm_v1", "sarathi_serve", "disaggregated"),
     ]
     # Around the prompt only: it takes vLLM 81 s, and shown is a quarter of the slowest.
     assert all(-22 < x / 1e3 < 107 for s in left.series for x, _ in s.points)
@@ -108,11 +109,9 @@ def test_of_several_runs_the_one_in_the_middle_counts():
             return as_measured(work, [1.0 + 80 * next(factors)])
         return known
 
-    config = get_config("tiny")
     scene = dataclasses.replace(SCENE, prompts=(80,), repeats=3)
-    params = transformer.init_params(config, 0)
     # Each of the warm-up runs has such a prompt as well, so that the cycle starts anew.
-    vllm, *_ = measure(config, params, scene, timing=uneven)
+    vllm, *_ = measure(CONFIG, random_params(CONFIG), scene, timing=uneven)
     assert vllm.longest_s == pytest.approx(1.0 + 1.0 + 80 * 2)
     assert vllm.ttft_s == pytest.approx(1.0 + 80 * 2)
     assert max(gap_s for _, gap_s in vllm.gaps) == vllm.longest_s
@@ -128,7 +127,6 @@ def test_a_machine_that_became_too_fast_is_named():
             return known
         return as_measured(work, [s / 100 for s in known.durations_s])
 
-    config = get_config("tiny")
     scene = dataclasses.replace(SCENE, prompts=(80,))
     with pytest.raises(ValueError, match="ended before the prompt came"):
-        measure(config, transformer.init_params(config, 0), scene, timing=faster)
+        measure(CONFIG, random_params(CONFIG), scene, timing=faster)

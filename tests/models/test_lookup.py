@@ -302,9 +302,9 @@ def test_no_such_file_or_name(tmp_path):
 
 
 def test_a_device_like_another(tmp_path):
-    path = write(tmp_path / "h200.json", {"like": "h100", "hbm_bytes_s": 4.8e12})
+    path = write(tmp_path / "fast.json", {"like": "h100", "hbm_bytes_s": 4.8e12})
     expected = dataclasses.replace(
-        get_hardware("h100"), name="h200", hbm_bytes_s=4.8e12
+        get_hardware("h100"), name="fast", hbm_bytes_s=4.8e12
     )
     assert get_hardware(path) == expected
     faster, slower = (
@@ -318,8 +318,15 @@ def test_a_device_like_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [{"hbm_bytes_s": 1e12}, {"like": "h100", "flops": 1.0}]
+    "content", [{"hbm_bytes_s": 1e12}, {"like": "h100", "flops": 1.0}, {"like": 3}]
 )
 def test_bad_devices(tmp_path, content):
     with pytest.raises(ValueError, match="hardware: .*expected 'like', a preset, and"):
         get_hardware(write(tmp_path / "bad.json", content))
+
+
+def test_a_device_whose_number_is_a_text(tmp_path):
+    path = write(tmp_path / "bad.json", {"like": "h100", "memory_bytes": "141 GB"})
+    message = "bad.json: memory_bytes: expected a finite number, got '141 GB'"
+    with pytest.raises(ValueError, match=message):
+        get_hardware(path)

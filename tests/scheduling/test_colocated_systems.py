@@ -11,6 +11,7 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.work import Arrived
 from tests.instances import ROWS, case, make_instance, planned
 from tests.serving import Run, make_controller, with_prompt
@@ -19,6 +20,7 @@ from tests.serving import Run, make_controller, with_prompt
 POLICIES = {
     "orca": Orca(max_batched_tokens=8, max_seqs=4),
     "vllm_v0": PrefillFirst(max_batched_tokens=8, max_seqs=4),
+    "vllm_v1": RunningFirst(max_batched_tokens=8, max_seqs=4),
     "sarathi": Sarathi(chunk_tokens=8, max_seqs=4),
     "sarathi_serve": SarathiServe(token_budget=8, max_seqs=4),
     "splitfuse": SplitFuse(token_budget=8, max_seqs=4),
@@ -32,6 +34,7 @@ SITUATIONS = {
             "orca": {0: 1, 1: 1, 2: 20},
             "vllm_v0": {2: 20},
             "sarathi": {0: 1, 1: 1, 2: 6},
+            "vllm_v1": {0: 1, 1: 1, 2: 6},
             "sarathi_serve": {0: 1, 1: 1, 2: 6},
             "splitfuse": {0: 1, 1: 1, 2: 6},
         },
@@ -42,6 +45,7 @@ SITUATIONS = {
             "orca": {0: 1, 1: 3, 2: 3},
             "vllm_v0": {1: 3, 2: 3},
             "sarathi": {0: 1, 1: 3},
+            "vllm_v1": {0: 1, 1: 3, 2: 3},
             "sarathi_serve": {0: 1, 1: 3, 2: 3},
             "splitfuse": {0: 1, 1: 3, 2: 3},
         },
@@ -52,6 +56,7 @@ SITUATIONS = {
             "orca": {0: 1, 1: 3},
             "vllm_v0": {1: 3},
             "sarathi": {0: 1, 1: 3},
+            "vllm_v1": {0: 1, 1: 3, 2: 4},
             "sarathi_serve": {0: 1, 1: 3, 2: 4},
             "splitfuse": {0: 1, 1: 3, 2: 4},
         },
@@ -60,6 +65,7 @@ SITUATIONS = {
         {"running": {0: 2}, "partial": {1: (9, 4)}, "waiting": {2: 3}},
         {
             "sarathi": {0: 1, 1: 5},
+            "vllm_v1": {0: 1, 1: 5, 2: 2},
             "sarathi_serve": {0: 1, 1: 5, 2: 2},
             "splitfuse": {0: 1, 1: 5, 2: 2},
         },
@@ -68,6 +74,7 @@ SITUATIONS = {
         {"partial": {0: (9, 4), 1: (9, 4)}},
         {
             "sarathi": {0: 5},
+            "vllm_v1": {0: 5, 1: 3},
             "sarathi_serve": {0: 5, 1: 3},
             "splitfuse": {0: 5, 1: 3},
         },
@@ -78,6 +85,7 @@ SITUATIONS = {
             "orca": {0: 1},
             "vllm_v0": {1: 4},
             "sarathi": {0: 1},
+            "vllm_v1": {0: 1, 1: 4},
             "sarathi_serve": {0: 1, 1: 4},
             "splitfuse": {0: 1, 1: 4},
         },
@@ -89,6 +97,7 @@ SITUATIONS = {
             "orca": {0: 1, 1: 4},
             "vllm_v0": {1: 4},
             "sarathi": {0: 1, 1: 4},
+            "vllm_v1": {0: 1, 1: 4},
             "sarathi_serve": {0: 1, 1: 4},
             "splitfuse": {0: 1, 1: 4},
         },
@@ -99,6 +108,7 @@ SITUATIONS = {
             "orca": {0: 1, 1: 8},
             "vllm_v0": {1: 8},
             "sarathi": {0: 1, 1: 7},
+            "vllm_v1": {0: 1, 1: 7},
             "sarathi_serve": {0: 1, 1: 7},
             "splitfuse": {0: 1, 1: 7},
         },
@@ -109,12 +119,18 @@ SITUATIONS = {
     ),
     "decodes take the block that a prompt would need": (
         {"running": {0: 5}, "waiting": {1: 4}, "free": 1},
-        {"vllm_v0": {1: 4}, "sarathi_serve": {0: 1}, "splitfuse": {0: 1}},
+        {
+            "vllm_v0": {1: 4},
+            "vllm_v1": {0: 1},
+            "sarathi_serve": {0: 1},
+            "splitfuse": {0: 1},
+        },
     ),
     "a block for one of two decodes": (
         {"running": {0: 5, 1: 5}, "waiting": {2: 3}, "free": 1, "out": 9},
         {
             "vllm_v0": {2: 3},
+            "vllm_v1": ({0: 1}, [1]),
             "sarathi_serve": ({0: 1}, [1]),
             "splitfuse": {0: 1},
         },
@@ -123,6 +139,7 @@ SITUATIONS = {
         {"running": {0: 5, 1: 5}, "free": 0, "out": 9},
         {
             "vllm_v0": ({0: 1}, [1]),
+            "vllm_v1": ({0: 1}, [1]),
             "sarathi_serve": ({0: 1}, [1]),
             "splitfuse": ({}, [1]),
         },
@@ -131,17 +148,40 @@ SITUATIONS = {
         {"running": {0: 5, 1: 8}, "waiting": {2: 3}, "free": 0, "out": 9},
         {
             "vllm_v0": ({0: 1}, [1]),
+            "vllm_v1": ({0: 1}, [1]),
             "sarathi_serve": ({0: 1}, [1]),
             "splitfuse": {1: 1},
         },
     ),
     "a prompt that was begun came last": (
         {"running": {0: 5}, "partial": {1: (9, 8)}, "free": 0, "out": 9},
-        {"sarathi_serve": ({0: 1}, [1]), "splitfuse": ({}, [0])},
+        {
+            "vllm_v1": ({0: 1}, [1]),
+            "sarathi_serve": ({0: 1}, [1]),
+            "splitfuse": ({}, [0]),
+        },
     ),
     "who makes room for a decode does not for a prompt that was begun before": (
         {"running": {1: 5, 2: 2}, "partial": {0: (13, 4)}, "free": 0, "out": 9},
-        {"sarathi_serve": ({0: 7, 1: 1}, [2])},
+        # vLLM: in order of arrival, and 8 tokens of the prompt need two blocks more.
+        {"sarathi_serve": ({0: 7, 1: 1}, [2]), "vllm_v1": ({0: 8}, [2, 1])},
+    ),
+    "a prompt was begun before a request that decodes": (
+        {"partial": {0: (13, 4)}, "running": {1: 2}, "out": 9},
+        {
+            "vllm_v1": {0: 8},
+            "sarathi_serve": {0: 7, 1: 1},
+            "splitfuse": {0: 7, 1: 1},
+        },
+    ),
+    "the rest of a begun prompt needs a block, and none is free": (
+        # make_instance gives it the blocks of its cached tokens only.
+        {"running": {0: 2}, "partial": {1: (9, 8)}, "free": 0, "out": 9},
+        {"vllm_v1": ({0: 1}, [1]), "splitfuse": {0: 1}},
+    ),
+    "a prompt that comes last makes room for one that was begun": (
+        {"partial": {0: (9, 8), 1: (9, 4)}, "waiting": {2: 1}, "free": 0, "out": 9},
+        {"vllm_v1": ({0: 1}, [1])},
     ),
     "as many decode as a step may have": (
         {"running": {0: 2, 1: 2, 2: 2, 3: 2}, "waiting": {4: 1}},
@@ -153,6 +193,7 @@ SITUATIONS = {
             "orca": {0: 1, 1: 1, 2: 1, 3: 1},
             "vllm_v0": {3: 1},
             "sarathi": {0: 1, 1: 1, 2: 1, 3: 1},
+            "vllm_v1": {0: 1, 1: 1, 2: 1, 3: 1},
             "sarathi_serve": {0: 1, 1: 1, 2: 1, 3: 1},
             "splitfuse": {0: 1, 1: 1, 2: 1, 3: 1},
         },
@@ -194,18 +235,33 @@ def test_watermark_of_sarathi_serve(places, limits, expected, preempt):
     assert planned(policy, make_instance(**places)) == (expected, preempt)
 
 
+@pytest.mark.parametrize(ROWS, WATERMARK)
+def test_watermark_of_vllm_v1(places, limits, expected, preempt):
+    policy = RunningFirst(max_batched_tokens=64, max_seqs=4, watermark=0.5)
+    assert planned(policy, make_instance(**places)) == (expected, preempt)
+
+
+def test_vllm_v1_admits_up_to_the_last_block_and_sarathi_serve_does_not():
+    # One of 100 blocks is the share that Sarathi-Serve leaves free.
+    places = {"running": {0: 2}, "waiting": {1: 4 * 99}, "free": 99}
+    vllm = RunningFirst(max_batched_tokens=8, max_seqs=4)
+    assert planned(vllm, make_instance(**places)) == ({0: 1, 1: 7}, [])
+    assert planned(POLICIES["sarathi_serve"], make_instance(**places)) == ({0: 1}, [])
+
+
 def test_reservations():
     """What a request of 6 + 9 tokens gets with a first chunk of 4: blocks for how many.
 
-    Orca and SARATHI hold its longest case; Sarathi-Serve its prompt; SplitFuse what the
-    chunk needs.
+    Orca and SARATHI hold its longest case; Sarathi-Serve its prompt; SplitFuse and
+    vLLM V1 what the chunk needs.
     """
     expected = {"orca": 14, "vllm_v0": 6, "sarathi": 14, "sarathi_serve": 6}
-    expected |= {"splitfuse": 4}
+    expected |= {"splitfuse": 4, "vllm_v1": 4}
+    sizes = {"sarathi": "chunk_tokens", "vllm_v1": "max_batched_tokens"}
     for system, reserve in expected.items():
         policy = dict(POLICIES)[system]
         if system not in ("orca", "vllm_v0"):
-            name = "chunk_tokens" if system == "sarathi" else "token_budget"
+            name = sizes.get(system, "token_budget")
             policy = dataclasses.replace(policy, **{name: 4})
         (chunk,) = policy.plan(make_instance(waiting={0: 6}, out=9)).chunks
         assert (system, chunk.reserve) == (system, reserve)
@@ -234,7 +290,12 @@ def test_only_splitfuse_sends_its_victim_to_the_back():
 
 @pytest.mark.parametrize(
     ("system", "queue"),
-    [("vllm_v0", [1, 2]), ("sarathi_serve", [1, 2]), ("splitfuse", [2, 1])],
+    [
+        ("vllm_v0", [1, 2]),
+        ("vllm_v1", [1, 2]),
+        ("sarathi_serve", [1, 2]),
+        ("splitfuse", [2, 1]),
+    ],
 )
 def test_where_a_victim_queues(system, queue):
     # Prompts 0 and 1 fill the 2 blocks and the step, 2 waits. To go on, 0 needs the
@@ -263,6 +324,12 @@ def test_where_a_victim_queues(system, queue):
             {"token_budget": 3},
             "SplitFuse.token_budget: expected >= max_seqs .4.*got 3",
         ),
+        (
+            "vllm_v1",
+            {"max_batched_tokens": 3},
+            "RunningFirst.max_batched_tokens: expected >= max_seqs .4.*got 3",
+        ),
+        ("vllm_v1", {"watermark": 2.0}, "watermark: expected in .0, 1., got 2"),
         ("orca", {"max_seqs": 0}, "Orca.max_seqs: expected >= 1, got 0"),
         ("orca", {"max_batched_tokens": 0}, "max_batched_tokens: expected >= 1"),
         ("splitfuse", {"max_seqs": 0}, "SplitFuse.max_seqs: expected >= 1, got 0"),

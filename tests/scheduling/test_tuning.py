@@ -17,12 +17,14 @@ from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.tuning import (
     StepSize,
     TuningInputs,
+    capped,
     has_rule,
     resized,
     tile_multiples,
     tune,
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
 
@@ -101,10 +103,17 @@ def test_requests_of_one_token_never_decode():
     # 128, 42 for 256, 74 for 512, 138 for 1024.
     [(0.0739, 256), (0.0741, 512), (1.0, 1024)],
 )
-def test_sarathi_serve_takes_the_largest_step_within_the_target(tpot_s, size):
-    tuned = tune(SarathiServe(max_seqs=256), profile(), tpot_s)
-    assert tuned.policy == SarathiServe(token_budget=size, max_seqs=256)
-    assert tuned.choice.parameter == "token_budget"
+@pytest.mark.parametrize(
+    ("policy", "parameter"),
+    [
+        (SarathiServe(max_seqs=256), "token_budget"),
+        (RunningFirst(), "max_batched_tokens"),
+    ],
+)
+def test_the_largest_step_within_the_target_is_taken(policy, parameter, tpot_s, size):
+    tuned = tune(policy, profile(), tpot_s)
+    assert tuned.policy == dataclasses.replace(policy, **{parameter: size})
+    assert tuned.choice.parameter == parameter
     assert f" of {tpot_s * 1e3:.3g} ms" in tuned.choice.reason
 
 
@@ -206,7 +215,8 @@ def test_a_step_that_is_always_free_is_the_smallest():
         for policy in policies.values():
             choice = tune(policy, profile(lambda load: 0.0), math.inf).choice
             if choice is not None and choice.reason != "the default":
-                expected = 1024 if isinstance(policy, SarathiServe) else 128
+                largest = isinstance(policy, SarathiServe | RunningFirst)
+                expected = 1024 if largest else 128
                 assert choice.value == expected
 
 
@@ -216,6 +226,7 @@ def test_a_step_that_is_always_free_is_the_smallest():
         (Sarathi(max_seqs=16), ((0, 496),)),  # one prompt at a time, so a long one
         (SarathiServe(max_seqs=16), ((0, 300), (104, 196))),
         (SplitFuse(max_seqs=16), ((0, 300), (104, 196))),
+        (RunningFirst(max_seqs=16), ((0, 300), (104, 196))),
     ],
 )
 def test_the_step_within_the_target_has_as_many_prompts_as_a_system_takes(
@@ -259,7 +270,7 @@ def test_only_the_papers_with_a_rule_for_the_step_size_have_one():
     assert without == {Orca, PrefillFirst, DecodeOnly}
 
 
-def test_orca_and_vllm_have_defaults():
+def test_orca_and_vllm_v0_have_defaults():
     for policy in (Orca(), PrefillFirst()):
         tuned = tune(policy, profile(), 0.05)
         assert tuned.policy == policy
@@ -315,6 +326,7 @@ def test_a_step_size_that_is_no_field_is_refused():
     [
         (SarathiServe(), SarathiServe(token_budget=64, max_seqs=64)),
         (SplitFuse(), SplitFuse(token_budget=64, max_seqs=64)),
+        (RunningFirst(), RunningFirst(max_batched_tokens=64, max_seqs=64)),
         (Sarathi(max_seqs=16), Sarathi(chunk_tokens=64, max_seqs=16)),
         (PrefillFirst(), PrefillFirst(max_batched_tokens=64)),
         (Orca(), Orca(max_batched_tokens=64)),
@@ -327,6 +339,26 @@ def test_a_given_size_is_taken_and_the_step_has_room_for_all_decodes(policy, exp
     tuned = tune(policy, profile(), 0.05, size=64)
     assert tuned.policy == expected
     assert str(tuned.choice).endswith("= 64: given")
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (SarathiServe(), SarathiServe(token_budget=64, max_seqs=16)),
+        (SplitFuse(), SplitFuse(token_budget=64, max_seqs=16)),
+        (RunningFirst(max_seqs=4), RunningFirst(max_batched_tokens=64, max_seqs=4)),
+        (PrefillOnly(token_budget=8), PrefillOnly(token_budget=8, max_seqs=16)),
+        (DecodeOnly(), DecodeOnly(max_seqs=16)),
+        (Declares(), Declares()),  # has no max_seqs
+        (DeclaresNone(), DeclaresNone()),
+    ],
+)
+def test_a_policy_within_other_sizes_keeps_what_is_smaller(policy, expected):
+    assert capped(policy, tokens=64, rows=16) == expected
+
+
+def test_rows_are_no_more_than_the_tokens_of_a_capped_step():
+    assert capped(RunningFirst(), tokens=64, rows=100).max_seqs == 64
 
 
 def test_profiles_of_nothing_are_refused():

@@ -239,7 +239,7 @@ class Unequal:
         return self.seconds
 
     def hop(self, transfer):
-        return Hop(0.0)
+        return Hop((0.0,))
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ class OfEach:
         return self.seconds[instance]
 
     def hop(self, transfer):
-        return Hop(4.0)
+        return Hop((4.0,))
 
 
 @pytest.mark.parametrize(

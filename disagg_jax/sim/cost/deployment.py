@@ -34,15 +34,12 @@ class CostExecutor:
     """An `Executor` that reports how long work would take, and does none."""
 
     cost: DeploymentCost
-    exact_block_placement: bool = False  # as in `SimulatedDeployment`
 
     def run(self, work: Task) -> Outcome:
-        if self.exact_block_placement:
-            work = _placed(work)
         if isinstance(work, Transfer):
             hop = self.cost.hop(work)
             return Outcome(
-                (hop.duration_s,) * hop.parts,
+                hop.parts_s,
                 bytes=hop.bytes,
                 link=hop.link,
                 shared=hop.shared,
@@ -57,13 +54,3 @@ class CostExecutor:
         contexts = range(context, context + step.iterations * decodes, decodes)
         decode_s = self.cost.decoder(step.instance)
         return map(decode_s, itertools.repeat(decodes), contexts)
-
-
-def _placed(work: Task) -> Task:
-    """Return `work` with its blocks settled, as an engine settles them at its start."""
-    if isinstance(work, Transfer):
-        assert len(work.src_blocks) == len(work.dst_blocks)
-        return work
-    return dataclasses.replace(
-        work, load=dataclasses.replace(work.load, pool_extent=work.pool_extent)
-    )

@@ -48,4 +48,5 @@ class LinearCost:
     def hop(self, transfer: Transfer) -> Hop:
         parts = self.transfer_parts if transfer.step else 1
         tokens = transfer.context / parts
-        return Hop(self.transfer_base_s + self.transfer_token_s * tokens, parts=parts)
+        part_s = self.transfer_base_s + self.transfer_token_s * tokens
+        return Hop((part_s,) * parts)

@@ -176,7 +176,7 @@ class CalibratedCost:
         needed = -(-transfer.context // self.block_tokens)
         blocks = self.buckets[transfer.src].transfer_size(needed)
         times = self.transfers[transfer.src, transfer.dst]
-        return Hop(times.time_s(blocks), blocks * self.block_bytes)
+        return Hop((times.time_s(blocks),), blocks * self.block_bytes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

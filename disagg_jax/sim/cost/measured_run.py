@@ -60,9 +60,8 @@ class MeasuredCost:
             ratios[key].append((use.end_s - use.start_s) / predicted_s)
         for link in occupancy.links:
             hop = cost.hop(_transfer(link.transfer))
-            predicted_s = hop.duration_s * hop.parts
             key = (link.transfer.src, link.transfer.dst)
-            ratios[key].append((link.end_s - link.start_s) / predicted_s)
+            ratios[key].append((link.end_s - link.start_s) / hop.duration_s)
         self._next = {key: itertools.cycle(found) for key, found in ratios.items()}
 
     def stages_s(self, instance: int, load: StepLoad) -> tuple[float, ...]:
@@ -78,7 +77,8 @@ class MeasuredCost:
     def hop(self, transfer: Transfer) -> Hop:
         hop = self._cost.hop(transfer)
         ratio = self._ratio((transfer.src, transfer.dst))
-        return dataclasses.replace(hop, duration_s=hop.duration_s * ratio)
+        parts_s = tuple(part_s * ratio for part_s in hop.parts_s)
+        return dataclasses.replace(hop, parts_s=parts_s)
 
     def _ratio(self, key: Hashable) -> float:
         return next(self._next[key]) if key in self._next else 1.0

@@ -9,10 +9,13 @@ comments say which numbers are assumed instead.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import types
 from collections.abc import Mapping
 
 from disagg_jax.errors import require
+from disagg_jax.sim.hardware.numbers import expect_numbers
+from models.files import read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +113,12 @@ _ALL = (
         efficiency=0.62,  # assumed: as 100gb
     ),
     LinkSpec(
+        name="10gb",  # Ethernet of a cloud's smaller machines
+        latency_s=50e-6,  # assumed: as dcn-v5e, an Ethernet round through the hosts
+        bandwidth_bytes_s=1.25e9,  # 10 Gb/s
+        efficiency=0.62,  # assumed: as 100gb
+    ),
+    LinkSpec(
         name="ici-v5e",  # one link of a chip; a chip of the 2-D torus has four
         latency_s=1e-6,  # assumed: about 1 us for a hop
         bandwidth_bytes_s=45e9,  # one way; "How to Scale Your Model", chapter on TPUs
@@ -139,11 +148,28 @@ _ALL = (
 LINKS: Mapping[str, LinkSpec] = types.MappingProxyType({x.name: x for x in _ALL})
 
 
+_FIELDS = ("latency_s", "bandwidth_bytes_s", "efficiency")  # of a file
+
+
 def get_link(name: str) -> LinkSpec:
-    """Return the preset called `name`.
+    """Return the preset called `name`, or the link that a file describes.
+
+    Args:
+      name: of a preset, or the path of a .json file with the numbers latency_s,
+        bandwidth_bytes_s and efficiency. The link is called as the file.
 
     Raises:
-      ValueError: naming the presets, if none has that name.
+      ValueError: naming the presets, if none has that name, or the fault of the file.
+      FileNotFoundError: if there is no such file.
     """
-    require(name in LINKS, f"link: expected one of {sorted(LINKS)}", name)
-    return LINKS[name]
+    if not name.endswith(".json"):
+        expected = f"link: expected one of {sorted(LINKS)} or a .json file"
+        require(name in LINKS, expected, name)
+        return LINKS[name]
+    path = pathlib.Path(name)
+    where, fields = f"link: {path}", read_json(path)
+    expect_numbers(where, fields, _FIELDS, f"the numbers {list(_FIELDS)}", _FIELDS)
+    try:
+        return LinkSpec(name=path.stem, **fields)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

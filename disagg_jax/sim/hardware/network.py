@@ -26,11 +26,15 @@ Route = tuple[LinkSpec | None, int, tuple[int, ...]]
 class Hop:
     """One transfer on its wire."""
 
-    duration_s: float
+    parts_s: tuple[float, ...]  # of each part of the transfer
     bytes: int = 0
     link: tuple[int, ...] = ()  # the wire; () is one for each (src, dst)
     shared: bool = False  # with the others on the wire, instead of after them
-    parts: int = 1  # of the transfer, each of which takes `duration_s`
+
+    @property
+    def duration_s(self) -> float:
+        """Return the seconds of all parts, one after the other."""
+        return sum(self.parts_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,7 @@ class Network:
         link, lanes, wire = self._routes[ends]
         parts = self.layer_groups if transfer.step else 1
         seconds = link.transfer_s(size / parts, lanes) if link else 0.0
-        return Hop(seconds, size, wire, self.sharing == "fair", parts)
+        return Hop((seconds,) * parts, size, wire, self.sharing == "fair")
 
     @functools.cached_property
     def _routes(self) -> dict[tuple[int, int], Route]:

@@ -137,6 +137,28 @@ def test_what_was_asked_leaves_out_where_and_how_fast():
     assert own.asked() == {"seed": 3}
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("2", 2), ("ray", "ray"), ("head:6379", "head:6379")]
+    + [(address, address) for address in ("ray://head:10001", "127.0.0.1:1")],
+)
+def test_workers_are_processes_or_a_cluster(text, found):
+    own = Flags()
+    workers = own.workers()
+    own.values(["x", f"--workers={text}"])
+    assert workers.value == found
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "rays", ""])
+def test_what_are_no_workers_is_named(text, capsys):
+    own = Flags()
+    own.workers()
+    with pytest.raises(SystemExit):
+        command(own)(lambda: None)(["x", f"--workers={text}"])
+    expected = "expected processes >= 1, ray, or an address HOST:PORT, got '" + text
+    assert expected in capsys.readouterr().err
+
+
 # -- interrupts -----------------------------------------------------------------------
 
 

@@ -233,6 +233,64 @@ def test_a_single_cell_has_an_answer(cell, said):
     assert report.sentences([MAP], [{(0, 0): cell}]) == [said]
 
 
+# Three colocated systems.
+ALIKE = (
+    found("vllm_v0", 1.0, 1.1, 0.9),
+    found("vllm_v1", 2.0, 2.2, 1.8),
+    found("orca", 1.5, 1.7, 1.4),
+)
+EVEN = (found("vllm_v0", 1.0, 1.1, 0.9), found("vllm_v1", 1.1, 1.0, 0.9))
+ONE_KIND = dataclasses.replace(
+    SPEC, systems={name: POLICIES[name] for name in ("vllm_v0", "vllm_v1", "orca")}
+)
+
+
+def test_of_one_kind_the_answer_is_who_wins():
+    assert report.answer(ALIKE) == (
+        "vllm_v1 (vllm_v1's) serves the most: 2 [1.5, 2.5] requests/s per device.\n"
+        "vllm_v1 over orca: 1.30 [1.24, 1.37]: vllm_v1 wins."
+    )
+    assert report.answer(EVEN).endswith(": no clear winner.")
+    assert "isaggregate" not in report.answer(EVEN)
+
+
+def test_of_one_kind_a_map_says_who_wins_where():
+    grid = {(0, 0): EVEN, (1, 0): ALIKE, (2, 0): ALIKE}
+    (said,) = report.sentences([MAP], [grid])
+    assert said == (
+        "vllm_v1 wins with TTFT target >= 0.5 s (of 3 cells, workload mine: "
+        "vllm_v0 0, vllm_v1 2, no clear winner 1, infeasible 0)."
+    )
+    (said,) = report.sentences([MAP], [{(0, 0): EVEN, (1, 0): EVEN}])
+    assert said.startswith("No cell has a clear winner (of 2 cells, workload mine: ")
+
+
+def test_of_one_kind_tables_and_pictures_have_no_disaggregation(monkeypatch):
+    idle = [found(f.system, 0.0, 0.0, 0.0, needs=2.0) for f in ALIKE]
+    grid = {(0, 0): ALIKE, (1, 0): idle}
+    shown = report.text(ONE_KIND, [MAP], [grid])
+    assert "isaggregated" not in shown
+    row = next(line for line in shown.splitlines() if line.startswith("0.25 "))
+    assert row.split()[-2:] == ["orca", "vllm_v1"]  # the runner-up and the verdict
+    said = []
+    monkeypatch.setattr(report, "draw", lambda panels, *_, **__: said.extend(panels))
+    report.plot(ONE_KIND, [MAP], [grid], pathlib.Path("x.png"))
+    (panel,) = said
+    assert panel.cells[0, 0].text == "vllm_v1\n2/s\nover orca 1.30\n[1.24, 1.37]"
+    assert panel.hatched == "no clear winner"
+    assert not any("disaggregated" in note for note in panel.notes)
+    (cell, _) = report.record(ONE_KIND, [MAP], [grid])["maps"][0]["cells"]
+    assert (cell["best_colocated"], cell["over_colocated"]) == (None, None)
+    assert cell["verdict"] == "vllm_v1"
+
+
+def test_own_systems_have_the_colours_that_the_compared_ones_leave():
+    names = ["orca", "mine:a", "mine:b", DISAGGREGATED]
+    colours = report._colours(names)
+    assert len({colours[name] for name in names}) == 4
+    assert report._colours(list(POLICIES))["orca"] == colours["orca"]
+
+
 def test_two_cells_are_a_map_with_a_sentence():
     (said,) = report.sentences([MAP], [{(0, 0): NOBODY, (1, 0): CLEAR}])
     assert said.startswith(

@@ -1,6 +1,7 @@
 """Configs and their overrides from the command line."""
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -8,8 +9,9 @@ import types
 
 import pytest
 
-from disagg_jax.deployment import Role
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import SLO
+from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
@@ -225,13 +227,77 @@ def test_systems_are_chosen_by_name_and_own_ones_get_a_deployment(monkeypatch):
     assert changed.policies == {Role.COLOCATED: SarathiServe(max_seqs=4)}
 
 
-def test_an_unknown_system_or_one_without_instances_is_refused():
+@pytest.mark.parametrize("config", CONFIGS)
+def test_any_two_listed_systems_can_take_part(config):
+    """On equal devices, within the sizes that the config's systems have."""
+    base = get_config(config)
+    parsed = [Deployment.parse(s.deployment) for s in base.systems.values()]
+    limits = [p.limits for s in base.systems.values() for p in s.policies.values()]
+    tokens = max(limit.prefill_tokens for limit in limits)
+    rows = max(limit.decode_rows for limit in limits)
+    for pair in itertools.combinations(SYSTEMS, 2):
+        chosen = base.with_systems(pair)
+        check(chosen, chosen)
+        assert tuple(chosen.systems) == pair
+        for name, system in chosen.systems.items():
+            deployment = Deployment.parse(system.deployment)
+            assert deployment.devices == parsed[0].devices
+            assert {spec.role for spec in deployment.instances} == set(SYSTEMS[name])
+            for policy in system.policies.values():
+                assert policy.limits.prefill_tokens <= tokens
+                assert policy.limits.decode_rows <= rows
+
+
+def test_a_new_system_has_the_instances_of_one_alike_or_of_the_first():
+    apart = get_config("tiny_streams")
+    wide = override(
+        apart, ["systems.disaggregated.deployment=prefill:tp2,2xdecode:tp1"]
+    )
+    chosen = wide.with_systems(["orca", "disaggregated_chunked", "vllm"])
+    assert {name: s.deployment for name, s in chosen.systems.items()} == {
+        "orca": "colocated:tp2,2xcolocated:tp1",
+        "disaggregated_chunked": "prefill:tp1,decode:tp1",
+        "vllm_v0": "colocated:tp2,2xcolocated:tp1",
+    }
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_setting_is_of_the_system_that_was_just_named(name):
+    chosen = get_config("smoke").with_systems([name])
+    fitting, other = "3xcolocated:tp1", "prefill:tp1,2xdecode:tp1"
+    if Role.COLOCATED not in SYSTEMS[name]:
+        fitting, other = other, fitting
+    role = next(iter(SYSTEMS[name]))
+    changed = override(
+        chosen,
+        [
+            f"systems.{name}.deployment={fitting}",
+            f"systems.{name}.policies.{role}.max_seqs=5",
+        ],
+    ).systems[name]
+    assert changed.deployment == fitting and changed.policies[role].max_seqs == 5
+    expected = f"systems.{name}: deployment '{other}' has .* instances, but the system "
+    with pytest.raises(ValueError, match=f"{expected}has policies for {role}"):
+        override(chosen, [f"systems.{name}.deployment={other}"])
+
+
+def test_an_unknown_system_or_one_without_instances_is_refused(monkeypatch):
     config = get_config("tiny")
     with pytest.raises(ValueError, match="system: expected one of .* got 'vllmm'"):
         config.with_systems(["vllmm"])
-    only = config.with_systems(["vllm_v0"])
-    with pytest.raises(ValueError, match="expected disaggregated to have the roles of"):
-        only.with_systems(["disaggregated"])
+    lone = override(
+        config.with_systems(["vllm_v0"]), ["systems.vllm_v0.deployment=colocated:tp4"]
+    )
+    expected = "systems: disaggregated: expected instances for both prefill and decode"
+    with pytest.raises(ValueError, match=f"{expected}, got 'colocated:tp4'"):
+        lone.with_systems(["disaggregated"])
+    half = types.SimpleNamespace(half={Role.PREFILL: PrefillOnly()})
+    monkeypatch.setitem(sys.modules, "mine", half)
+    expected = "systems: mine:half: expected policies for colocated, or for prefill and"
+    with pytest.raises(ValueError, match=f"{expected} decode, got ..prefill"):
+        config.with_systems(["mine:half"])
+    with pytest.raises(ValueError, match="no 'orca' here; expected one of vllm_v0"):
+        override(lone, ["systems.orca.deployment=colocated:tp1"])
 
 
 def test_a_router_is_one_that_is_found():
@@ -372,3 +438,15 @@ def test_less_than_nothing_is_refused(assignment):
     name = assignment.partition("=")[0]
     with pytest.raises(ValueError, match=f"{name}: expected >= "):
         override(get_config("tiny"), [assignment])
+
+
+def test_a_link_may_be_a_file(tmp_path):
+    path = tmp_path / "mine.json"
+    asked = [f"link={path}"]
+    with pytest.raises(FileNotFoundError, match="mine.json"):
+        override(get_config("smoke"), asked)
+    path.write_text('{"latency_s": 0, "gbit": 10}')
+    with pytest.raises(ValueError, match="link: .*mine.json: expected the numbers"):
+        override(get_config("smoke"), asked)
+    path.write_text('{"latency_s": 0, "bandwidth_bytes_s": 1e9, "efficiency": 1}')
+    assert override(get_config("smoke"), asked).link == str(path)

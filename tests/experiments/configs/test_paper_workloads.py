@@ -43,3 +43,12 @@ def test_fixed_lengths():
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match="workload: expected one of"):
         get_workload(name)
+
+
+def test_lengths_of_prompts_and_outputs():
+    drawn = get_workload("uniform:100:200,fixed:7").requests(100, 1.0, seed=0)
+    prompts = [r.prompt_tokens for r in drawn]
+    assert 100 <= min(prompts) < 120 and 180 < max(prompts) <= 200
+    assert {r.max_tokens for r in drawn} == {7}
+    with pytest.raises(ValueError, match="lengths: expected fixed:N, uniform:LOW"):
+        get_workload("uniform:100:200,7")

@@ -444,7 +444,7 @@ def test_a_throughput_is_bracketed_steady_and_executed_at_its_best_rate(tmp_path
     assert found["steady"] and not found["bracketed"]
 
 
-def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
+def test_throughputs_have_ratios_too_without_vllm_over_the_first(tmp_path):
     one = sweep(tmp_path, "criterion=sarathi")
     # At 16/s on time, and at 8/s: the same tokens in fewer seconds.
     ratio = (3 / 8 + 0.6) / (3 / 16 + 0.6)
@@ -459,7 +459,8 @@ def test_throughputs_have_ratios_too_and_what_lacks_a_base_has_none(tmp_path):
         choices={},
         run_dir=RunDir(tmp_path / "b", {}),
     )
-    assert without.run()["ratios"] == {}
+    (pair,) = without.run()["ratios"].items()
+    assert pair == ("disaggregated@8/vllm_v0@8", found)
 
 
 def test_a_base_that_one_seed_never_passes_gives_no_ratios(tmp_path):

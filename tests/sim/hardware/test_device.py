@@ -90,7 +90,7 @@ def test_the_ideal_device_has_the_peaks_and_no_overhead(name):
     # F s / (2 W): the rows at which compute takes as long as streaming the weights.
     # A100: the arithmetic intensity of 156 that DistServe states is for 2.0 TB/s;
     # v5e: 240 (scaling book).
-    [("a100-80g", 153), ("h100", 295), ("tpu-v5e", 240.5)],
+    [("a100-80g", 153), ("h100", 295), ("h200", 206), ("tpu-v5e", 240.5)],
 )
 def test_the_ridge_of_the_roofline(name, critical_rows):
     hardware = get_hardware(name)

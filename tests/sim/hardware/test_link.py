@@ -1,10 +1,11 @@
 """Links against ideal transfer times."""
 
 import dataclasses
+import json
 
 import pytest
 
-from disagg_jax.sim.hardware.link import LINKS, get_link
+from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
 from models.lookup import find_model
 
 NAMES = ("nvlink-a100", "nvlink-h100", "pcie5", "400gb", "100gb", "25gb")
@@ -66,3 +67,40 @@ def test_bad_transfers_are_refused():
         get_link("pcie5").transfer_s(1, lanes=0)
     with pytest.raises(ValueError, match="link: .*'pcie5'.*, got 'pcie6'"):
         get_link("pcie6")
+
+
+OWN = {"latency_s": 1e-5, "bandwidth_bytes_s": 1.25e9, "efficiency": 0.9}
+
+
+def write(tmp_path, content):
+    path = tmp_path / "office.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+def test_a_link_of_ones_own_is_a_file(tmp_path):
+    found = get_link(write(tmp_path, OWN))
+    assert found == LinkSpec(name="office", **OWN)
+    # 10 us + 9e9 bytes / (0.9 * 1.25e9 bytes/s)
+    assert found.transfer_s(9e9) == pytest.approx(8.00001, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"latency_s": 1e-5}, r"expected the numbers \['latency_s', .*, got \['lat"),
+        (OWN | {"mtu": 9000}, r"expected the numbers \['latency_s', 'bandwidth_by"),
+        (OWN | {"latency_s": "5us"}, "latency_s: expected a finite number, got '5us'"),
+        (OWN | {"latency_s": True}, "latency_s: expected a finite number, got True"),
+        (OWN | {"efficiency": 2}, r"efficiency: expected in \(0, 1\], got 2"),
+        ([], "expected a JSON object, got list"),
+    ],
+)
+def test_the_fault_of_a_link_file_is_named(tmp_path, content, message):
+    with pytest.raises(ValueError, match=f"office.json: {message}"):
+        get_link(write(tmp_path, content))
+
+
+def test_a_link_file_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        get_link("nowhere.json")

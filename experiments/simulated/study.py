@@ -1,0 +1,115 @@
+"""Runs every case of a study, writes the files of each, and says what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+
+from disagg_jax.metrics import SLO
+from disagg_jax.runlog import EventLog
+from disagg_jax.sim import Simulation
+from experiments.cli.traffic_flags import Traffic
+from experiments.report.draw import draw
+from experiments.report.intervals import number
+from experiments.runs.folder import write_json, write_text
+from experiments.simulated.files import FILES, write_run, write_timeline
+from experiments.simulated.report import Summary, curve_panels, refusals, table, text
+from experiments.simulated.served import NO_TARGETS, Case
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Deployments that are simulated with the same traffic at one or several rates."""
+
+    simulation: Simulation
+    cases: Sequence[Case]
+    slo: SLO
+    traffic: Traffic
+
+    @property
+    def result(self) -> str:
+        """Return the file that tells that a folder has results."""
+        return "requests.csv" if len(self.cases) == 1 else "table.txt"
+
+    @property
+    def files(self) -> str:
+        """Name the files with results."""
+        if len(self.cases) == 1:
+            return ", ".join(FILES)
+        return f"table.txt, curves.png; for each run a folder with {', '.join(FILES)}"
+
+    @property
+    def longest_tokens(self) -> int:
+        """Return the prompt and output of the longest request, in tokens."""
+        added = self.simulation.extra_tokens
+        return max(
+            request.prompt_tokens + request.max_tokens - added
+            for case in self.cases
+            for request in case.requests
+        )
+
+    def serve(
+        self,
+        out: pathlib.Path,
+        progress: Callable[[str], None] = lambda text: None,
+        timeline: pathlib.Path | None = None,
+    ) -> list[Summary]:
+        """Simulate all cases, write the files of each when it is done, and sum it up.
+
+        Of a run no more than its summary is kept: runs are long, and may be many.
+
+        Args:
+          out: an existing folder. Of several cases each has a folder in it.
+          timeline: a file for the last run as a timeline.
+        """
+        if "trace" in self.traffic.record:
+            write_json(out / "trace.json", self.traffic.record["trace"])
+        if len(self.cases) == 1:
+            return [self._serve(self.cases[0], out, timeline)]
+        found: list[Summary] = []
+        for case in self.cases:
+            found.append(self._serve(case, out / case.name, timeline))
+            progress(f"{_title(case)}: {refusals(found[-1])}")
+        write_text(out / "table.txt", self.text(found) + "\n")
+        draw(curve_panels(found), self.title, out / "curves.png")
+        return found
+
+    def _serve(
+        self, case: Case, out: pathlib.Path, timeline: pathlib.Path | None
+    ) -> Summary:
+        log = EventLog() if timeline else None
+        served = case.serve(log)
+        title, extra = f"{self.title}\n{_title(case)}", self.simulation.extra_tokens
+        summary = write_run(out, served, self.slo, title, extra)
+        if timeline and log:
+            write_timeline(timeline, served, log)
+        return summary
+
+    def text(self, found: Sequence[Summary]) -> str:
+        """Write the result of one case in full, or a table of several."""
+        lines = [self.title]
+        if len(found) == 1:
+            lines += [_title(self.cases[0]), "", text(found[0])]
+        else:
+            lines += ["", table(found)]
+        return "\n".join([*lines, *filter(None, [self.simulation.mark])])
+
+    @property
+    def title(self) -> str:
+        """Say what all cases have in common."""
+        simulation = self.simulation
+        link = simulation.inside or "a free link"
+        if simulation.between:
+            link += f", between nodes over {simulation.between}"
+        targets = "" if self.slo == NO_TARGETS else f"\n{self.slo}"
+        requests = len(self.cases[0].requests)
+        return (
+            f"{simulation.model.name} by {simulation.cost.name}, KV over {link}\n"
+            f"{self.traffic.said}; N={requests}{targets}"
+        )
+
+
+def _title(case: Case) -> str:
+    deployment, rate = case.deployment, number(case.offered_rps, ".4g")
+    return f"{deployment} ({deployment.devices} devices) at {rate} requests/s"
