@@ -26,6 +26,7 @@ Runs = Mapping[float, Sequence[dict[str, Any]]]  # rate -> the metrics of each s
 # values of each seed -> mean, low and high
 Across = Callable[[Sequence[float]], dict[str, float | None]]
 
+RATE_DIGITS = 4  # to which rates are rounded
 RATIO_BASE = "vllm_v0"  # ratios are over it where it takes part, else over the first
 
 
@@ -41,8 +42,12 @@ class Judge:
 
     @property
     def apart(self) -> float:
-        """Return how far apart the ends of a resolved goodput may be, as a factor."""
-        return (1 + self.tolerance) ** 2
+        """Return how far apart the ends of a resolved goodput may be, as a factor.
+
+        The search tries rates a tolerance apart, so it is two of them. Both rates are
+        rounded, each by half of its last digit at most.
+        """
+        return (1 + self.tolerance) ** 2 * (1 + 10 ** (1 - RATE_DIGITS))
 
     def goodput(self, runs: Runs) -> GoodputEstimate:
         """Estimate the goodput from runs at several rates."""

@@ -32,6 +32,7 @@ from experiments.sweep.point import (
 )
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.summary import (
+    RATE_DIGITS,
     Judge,
     Runs,
     pairs,
@@ -285,7 +286,7 @@ class Sweep:
     # -- points -------------------------------------------------------------------
 
     def _scores(self, name: str, rate: float, seeds: int) -> list[float]:
-        rate = float(f"{rate:.4g}")
+        rate = float(f"{rate:.{RATE_DIGITS}g}")
         points = self._at(name, rate, seeds)
         missing = [point for point in points if not self.run_dir.has(point)]
         if missing and self.out_of_time():

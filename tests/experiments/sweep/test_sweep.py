@@ -9,14 +9,14 @@ import pytest
 from disagg_jax.control.run import Run, StepTotals
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import SLO
-from disagg_jax.metrics.criteria import UnloadedLatency, for_slo
+from disagg_jax.metrics.criteria import DistServe, UnloadedLatency, for_slo
 from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named import get_config
 from experiments.configs.override import override
 from experiments.runs.run_dir import RunDir
 from experiments.runs.saved_run import Point
-from experiments.sweep.summary import pairs
+from experiments.sweep.summary import Judge, pairs
 from experiments.sweep.sweep import OutOfTime, Sweep
 from models.tokenizer import ByteTokenizer, NoText
 
@@ -401,6 +401,25 @@ def test_a_goodput_may_be_bracketed_and_not_resolved(tmp_path):
     """Seeds of 75 % and none above, so far apart that they tell nothing."""
     found = told(tmp_path, {8.0: [0, 0], 16.0: [1, 4]}).run()["systems"]["vllm_v0"]
     assert found["goodput"]["bracketed"] and not found["goodput"]["resolved"]
+
+
+@pytest.mark.parametrize(("fail_rps", "resolved"), [(362.8, True), (363.4, False)])
+def test_ends_two_tolerances_apart_decide_though_rates_are_rounded(fail_rps, resolved):
+    """Between them the seeds disagree."""
+    judge = Judge(
+        name="distserve",
+        criterion=DistServe(slo=SLO_S, target=0.9),
+        tolerance=0.15,
+        independent=True,
+        confidence=0.95,
+    )
+    scores = {274.3: (1.0, 1.0), 315.5: (0.8, 1.0), fail_rps: (0.2, 0.3)}
+    runs = {
+        rate: [{"criteria": {"distserve": score}} for score in each]
+        for rate, each in scores.items()
+    }
+    assert fail_rps > 274.3 * 1.15**2
+    assert judge.goodput(runs).resolved == resolved
 
 
 def test_attainment_that_rises_with_the_rate_is_said_per_device(tmp_path):
