@@ -29,6 +29,11 @@ class Format:
         """Return `content` with the number before it."""
         return {_KEY: self.number, **content}
 
+    def number_of(self, record: Mapping[str, object]) -> int:
+        """Return the number of a file; 0 if it is from before there were numbers."""
+        number = record.get(_KEY, 0)
+        return number if isinstance(number, int) else 0
+
     def read(self, record: Mapping[str, Value]) -> dict[str, Value]:
         """Return what `write` was given.
 
@@ -61,7 +66,7 @@ PROFILE = Format(name="profile", number=2, command="python -m experiments.calibr
 # read before any work. So raise it together with those of the files in it.
 RUN = Format(
     name="run directory",
-    number=1,
+    number=2,
     command="the command in its env.json, with another --out",
 )
 STEP_TIMES = Format(

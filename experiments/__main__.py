@@ -34,6 +34,7 @@ COMMANDS = {
     "look into a run": {
         "one_request": "see the stages of one request in each system",
         "chrome_trace": "open a run in Perfetto",
+        "compare_runs": "see how two runs differ, and what it did to goodput",
     },
     "prepare": {
         "machine": "know what this machine has, and what suits it",

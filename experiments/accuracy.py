@@ -182,7 +182,7 @@ def _pairs(
             server=serve_with(config, engine, tuned[name][0], known),
             source=source,
             slo=slo,
-            seeds=config.num_seeds,
+            seeds=config.seeds,
             profile=profile,
             run_dir=run_dir,
             # On an engine with pools of its own: probes write into the blocks.

@@ -18,7 +18,7 @@ from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
 from experiments.runs.folder import write_text
 from experiments.runs.request_rows import to_timeline
-from experiments.runs.run_dir import SavedRun
+from experiments.runs.saved_run import SavedRun
 
 FLAGS = Flags()
 _RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")

@@ -20,16 +20,24 @@ resolved, and stops. The search is repeated by each half of the rounds of timing
 another system is ahead, the table says that these timings do not settle it.
 
 Writes a run directory and prints a table. Started again with the same --out and config,
-it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk. While it
-runs, no other run may use the directory.
+it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk: it says
+how many points it found, and compiles programs only where some are still to run. If the
+run has ended, it prints the table and does nothing else. While it runs, no other run
+may use the directory. With --minutes it begins nothing more after that time, writes
+what it has, and says what is missing; the same command goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from disagg_jax.calibration.step_times import (
     StepTimes,
@@ -42,8 +50,9 @@ from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
 from disagg_jax.sim.workers import Mapper
 from experiments.cli import host_devices
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_once
+from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines, to_stderr
 from experiments.cli.workers import Workers, open_workers
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
@@ -51,6 +60,7 @@ from experiments.configs.options import Need, no_effect
 from experiments.configs.override import override
 from experiments.runs.folder import plain, sole_use, write_text
 from experiments.runs.run_dir import RunDir, environment
+from experiments.runs.saved_run import SavedRun
 from experiments.sweep import report
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
@@ -62,7 +72,7 @@ from experiments.sweep.serving import (
     most_devices,
 )
 from experiments.sweep.settled import goodputs, verdict
-from experiments.sweep.sweep import Sweep
+from experiments.sweep.sweep import OutOfTime, Sweep
 from experiments.sweep.targets import resolve_targets
 from models.load import Model
 
@@ -85,6 +95,8 @@ _PLACEMENT = FLAGS.string(
 _STEP_TIMES = FLAGS.string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
+_MINUTES = MinutesFlag(FLAGS, "looks and rates")
+_ENDLESS = Deadline(None)
 _WORKERS = FLAGS.workers()
 
 
@@ -93,8 +105,13 @@ def run(
     out: pathlib.Path,
     step_times_file: str | None,
     workers: Workers | None = None,
+    deadline: Deadline = _ENDLESS,
 ) -> str:
-    """Run a sweep and return its table.
+    """Run a sweep and return its table; of a run that has ended, only return it.
+
+    Args:
+      workers: processes for runs that need no engine; see `open_workers`.
+      deadline: after which nothing more is begun.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
@@ -103,11 +120,17 @@ def run(
         expected = "executed=passing and durations=table"
         got = f"executed={config.executed} and durations={config.durations}"
         raise no_effect("--workers", workers, expected=expected, got=got)
-    host_devices.provide(most_devices(config))
-    check_modelled(config)
     if step_times_file and config.durations == "modelled":
         expected, got = "durations=table or live", "durations=modelled"
         raise no_effect("--step_times", step_times_file, expected=expected, got=got)
+    asked = _asked(config, step_times_file)
+    before = SavedRun(out)
+    if (table := before.table_of(asked)) is not None:
+        to_stderr(f"{out}: this run has ended; nothing is run")
+        return table
+    before.expect_resumable()
+    host_devices.provide(most_devices(config))
+    check_modelled(config)
     given = _read_step_times(step_times_file) if step_times_file else None
     model = load_model(config)
     source = RequestSource.load(config, model)
@@ -121,12 +144,11 @@ def run(
     if given is not None:
         for engine in engines.values():
             check_step_times(engine, given.seconds, streams=config.streams)
-    record = {**plain(config), "step_times_file": step_times_file}
     if source.trace is not None:
-        record["trace"] = source.trace  # a resumed run must find the same
+        asked["trace"] = source.trace  # a resumed run must find the same
     with sole_use(out):
-        run_dir = RunDir(out, record)
-        return _run(config, run_dir, model, source, engines, given, workers)
+        run_dir = RunDir(out, asked)
+        return _run(config, run_dir, model, source, engines, given, workers, deadline)
 
 
 def _run(
@@ -137,10 +159,17 @@ def _run(
     engines: Mapping[str, Engine],
     given: StepTimes | None,
     workers: Workers | None,
+    deadline: Deadline,
 ) -> str:
-    progress = progress_to_stderr()
-    compile_engines(engines, progress)
-    times = _step_times(config, run_dir, list(engines.values()), given, progress)
+    progress = ProgressLines()
+    if found := _found(config, run_dir):
+        progress(found)
+
+    @functools.cache
+    def compile_system(name: str) -> None:
+        compile_engines({name: engines[name]}, progress)
+
+    times = _step_times(config, run_dir, engines, given, compile_system, progress)
     with open_workers(workers if _may_leave(config) else 1) as mapper:
         sweeps = [
             Sweep(
@@ -156,28 +185,92 @@ def _run(
                 too_slow_s=target.too_slow_s,
                 run_dir=run_dir,
                 progress=progress,
+                compile_system=compile_system,
+                step=progress.step,
+                out_of_time=deadline.passed,
                 target=target.name,
                 mapper=mapper,
             )
             for target in resolve_targets(config, engines, times.seconds, source)
         ]
-        found = {sweep.target: sweep.run() for sweep in sweeps}
+        found, missing = _search(sweeps)
+        if not found:
+            return _nothing(run_dir)
         timing = _timing(times)
-        settled = _settled(config, engines, times, sweeps, mapper, progress)
+        settled: dict[str, Any] = {}
+        if _has_halves(config, times, sweeps):
+            if deadline.passed():
+                missing.append("whether the timings settle who is ahead")
+            else:
+                settled = _settled(config, engines, times, sweeps, mapper, progress)
     for name, summary in found.items():
         summary |= {"step_times": timing, "settled": settled.get(name)}
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
     summary = found[""] if "" in found else {"targets": found}
+    if missing:
+        summary |= {"missing": missing}
     run_dir.write_json("summary.json", summary)
-    report.plot(summary, run_dir.path / "attainment.png")
+    device = jax.devices()[0].device_kind
+    report.plot(summary, device, run_dir.path / "attainment.png")
     text = report.table(summary)
     write_text(run_dir.path / "table.txt", text + "\n")
     return text
 
 
+def _search(sweeps: Sequence[Sweep]) -> tuple[dict[str, Any], list[str]]:
+    """Return the summary of each target, and what there was no time for."""
+    found: dict[str, Any] = {}
+    for sweep in sweeps:
+        with contextlib.suppress(OutOfTime):
+            found[sweep.target] = sweep.run()
+    return found, [said for sweep in sweeps for said in sweep.missing]
+
+
+def _nothing(run_dir: RunDir) -> str:
+    return (
+        f"--minutes are spent before any system was looked at: {len(run_dir.points())} "
+        "points are kept, and the same command goes on from them"
+    )
+
+
+def _asked(config: Config, step_times_file: str | None) -> dict[str, Any]:
+    """Return what decides the result of a run, as far as it is known before any work.
+
+    A trace is told by its bytes, so that it need not be read, nor a model for it.
+    """
+    asked = {**plain(config), "step_times_file": step_times_file}
+    trace = pathlib.Path(config.workload.trace)
+    if config.workload.source == "trace" and trace.is_file():
+        with trace.open("rb") as file:
+            asked["trace_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    return asked
+
+
+def _found(config: Config, run_dir: RunDir) -> str:
+    """Say how many points of a run that is resumed are done; "" without any."""
+    found = len(run_dir.points())
+    if not found:
+        return ""
+    if not config.rates:
+        return f"{found} points found; the search goes on from them"
+    rates, targets = len(config.rates), len(config.targets)
+    total = targets * len(config.systems) * rates * config.num_seeds
+    most = "at most " if len(config.looks) > 1 else ""
+    return f"{found} of {most}{total} points found"
+
+
 def _may_leave(config: Config) -> bool:
     """Return whether runs need no engine, so that other processes can make them."""
     return config.executed != "all" and config.durations == "table"
+
+
+def _has_halves(config: Config, times: StepTimes, sweeps: Sequence[Sweep]) -> bool:
+    """Return whether halves of the timings can be searched by.
+
+    They cannot where rates are given, or programs run everywhere.
+    """
+    searched = not config.rates and config.executed == "passing"
+    return searched and times.halves is not None and sweeps[0].good.target is not None
 
 
 def _settled(
@@ -188,13 +281,8 @@ def _settled(
     mapper: Mapper,
     progress: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """Return whether two halves of the timings have the same winner, by target.
-
-    It is empty where a half cannot say: rates are given, or programs run everywhere.
-    """
-    searched = not config.rates and config.executed == "passing"
-    if not searched or times.halves is None or sweeps[0].good.target is None:
-        return {}
+    """Return whether two halves of the timings have the same winner, by target."""
+    assert times.halves is not None
     halves: dict[str, list[dict[str, float]]] = {sweep.target: [] for sweep in sweeps}
     for i, half in enumerate(times.halves, 1):
         progress(f"searching by the seconds of half {i} of the rounds of timing")
@@ -220,13 +308,14 @@ def _timing(times: StepTimes) -> dict[str, Any] | None:
 def _step_times(
     config: Config,
     run_dir: RunDir,
-    engines: Sequence[Engine],
+    engines: Mapping[str, Engine],
     given: StepTimes | None,
+    compile_system: Callable[[str], None],
     progress: Progress,
 ) -> StepTimes:
     """Return the times to use: given, of the run that is resumed, or taken now.
 
-    They are empty if durations are modelled.
+    They are empty if durations are modelled. Only to take them, programs are compiled.
     """
     if config.durations == "modelled":
         return StepTimes(rounds={})
@@ -236,8 +325,14 @@ def _step_times(
     if given is not None:
         times, measured = given, None
     else:
-        repeats = config.timing_repeats
-        times = measure_step_times(engines, repeats, progress, streams=config.streams)
+        for name in engines:
+            compile_system(name)
+        times = measure_step_times(
+            list(engines.values()),
+            config.timing_repeats,
+            progress,
+            streams=config.streams,
+        )
         measured = environment()
     content = {"seconds": times.seconds, "rounds": times.rounds, "measured": measured}
     run_dir.write_json("step_times.json", STEP_TIMES.write(content))
@@ -300,7 +395,8 @@ def main() -> None:
         config = config.with_placements(_read_placement(_PLACEMENT.value))
     config = config.by_step_tokens()
     out = pathlib.Path(_OUT.value or f"runs/{_CONFIG.value}")
-    print(run(config, out, _STEP_TIMES.value, _WORKERS.value))
+    deadline = _MINUTES.start()
+    print(run(config, out, _STEP_TIMES.value, _WORKERS.value, deadline))
     print(f"\nrun directory: {out}")
 
 

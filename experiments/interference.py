@@ -31,6 +31,7 @@ from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.cli.names import DEVICE, LINK, MODEL
+from experiments.report.colours import system_colours
 from experiments.report.draw import draw
 from experiments.report.intervals import number
 from experiments.report.panel import Panel, Series, curves
@@ -231,7 +232,10 @@ def panels(found: Mapping[str, Traits], cost: InstanceCost) -> list[Panel]:
             title="how often a gap between two tokens is longer",
             x="gap (ms)",
             y="share of gaps that are longer",
-            series=curves({name: _longer(t.gaps_s) for name, t in found.items()}),
+            series=curves(
+                {name: _longer(t.gaps_s) for name, t in found.items()},
+                colours=system_colours(found),
+            ),
             log_x=True,
             log_y=True,
         ),

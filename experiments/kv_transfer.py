@@ -214,7 +214,9 @@ def main() -> None:
         ]
         text = "\n".join(lines) + "\n"
         write_text(out / "kv_transfer.txt", text)
-        title = f"{config.name} {config.dtype}, {wire}; the line is one decode step"
+        device = jax.devices()[0].device_kind
+        title = f"{config.name} {config.dtype} on {device}, {wire}; medians of "
+        title += f"{_REPEATS.value} rounds; the line is one decode step"
         draw(panels(seen), title, out / "kv_transfer.png")
     print(f"{text}\n{out}/kv_transfer.png")
 

@@ -25,7 +25,7 @@ from experiments.report.draw import draw
 from experiments.report.panel import STAGE_COLOURS, STAGE_LEGEND, Bar, Bars
 from experiments.report.stages import stage_table
 from experiments.runs.request_rows import to_timeline
-from experiments.runs.run_dir import SavedRun
+from experiments.runs.saved_run import SavedRun
 
 FLAGS = Flags()
 _RUN = FLAGS.string("run", REQUIRED, "A run directory of goodput_sweep.")
@@ -102,17 +102,33 @@ def bars(found: Mapping[str, Timeline]) -> Bars:
     )
 
 
-def plot(found: Mapping[str, Timeline], path: pathlib.Path) -> None:
-    """Draw the bars."""
+def plot(found: Mapping[str, Timeline], about: str, path: pathlib.Path) -> None:
+    """Draw the bars.
+
+    Args:
+      about: the run, as `said` has it.
+    """
     request = next(iter(found.values())).request
-    draw([bars(found)], f"request {request.id}", path, dpi=110)
+    draw([bars(found)], f"request {request.id}; {about}", path, dpi=110)
+
+
+def said(path: pathlib.Path) -> str:
+    """Name the model, the device, the requests and the seed of a run."""
+    run = SavedRun(path)
+    config, starts = run.config(), run.read_json("env.json") or [{}]
+    _, (first, *_) = run.kept(None)
+    devices = dict.fromkeys(starts[-1].get("devices", ["a device that is not known"]))
+    return (
+        f"{config['model']} on {' and '.join(devices)}, "
+        f"{len(run.requests(first))} requests a run, seed {config['seed']}"
+    )
 
 
 @command(FLAGS)
 def main() -> None:
     path = pathlib.Path(_RUN.value)
     found = find(path, _RATE.value, _REQUEST.value, _TARGET.value)
-    plot(found, path / "one_request.png")
+    plot(found, said(path), path / "one_request.png")
     print(f"{table(found)}\n\n{path}/one_request.png")
 
 

@@ -79,10 +79,18 @@ def run(
             lab.progress(f"{name}: {figure.title}")
             drawn = figure.make(lab)
             if drawn.panels:
-                draw(drawn.panels, figure.title, out / "figures" / f"{name}.png")
+                picture = out / "figures" / f"{name}.png"
+                draw(drawn.panels, figure.title, picture, notes=runs_of(drawn))
             lines += _section(name, drawn, version, lab)
         write_text(out / "reproduction.md", "\n".join(lines) + "\n")
     return lines
+
+
+def runs_of(drawn: Drawn) -> list[str]:
+    """Name what was run for a figure once: systems, models, devices, N and seeds."""
+    parts = dict.fromkeys(p for claim in drawn.claims for p in claim.runs.split("; "))
+    runs = [part for part in parts if part != "-" and not part.endswith("as above")]
+    return ["; ".join(runs)] if runs else []
 
 
 def _section(name: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:

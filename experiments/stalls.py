@@ -22,6 +22,7 @@ from experiments.cli import host_devices
 from experiments.cli.command import command, progress_to_stderr
 from experiments.cli.flags import Flags, integers
 from experiments.cli.names import ENGINE_MODEL
+from experiments.report.colours import system_colours
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
@@ -67,12 +68,15 @@ def panels(found: Sequence[Stall]) -> list[Panel]:
     longest = max(stall.prompt for stall in found)
     by_name = {s.system: s for s in found if s.prompt == longest}
     lasts_s = max(stall.ttft_s for stall in by_name.values())
+    colours = system_colours(names)
 
     def gaps(stall: Stall) -> list[XY]:
+        """Return both ends of each gap, so that it is as long as the request waits."""
         return [
-            (end_s * 1e3, gap_s * 1e3)
+            (at_s * 1e3, gap_s * 1e3)
             for end_s, gap_s in stall.gaps
-            if -_AROUND * lasts_s < end_s < (1 + _AROUND) * lasts_s
+            if -_AROUND * lasts_s < end_s - gap_s and end_s < (1 + _AROUND) * lasts_s
+            for at_s in (end_s - gap_s, end_s)
         ]
 
     def times(name: str) -> list[XY]:
@@ -82,15 +86,15 @@ def panels(found: Sequence[Stall]) -> list[Panel]:
         Panel(
             title=f"a prompt of {longest} tokens arrives at 0",
             x="time (ms)",
-            y="gap between two tokens of a decoding request (ms)",
-            series=curves({name: gaps(by_name[name]) for name in names}),
+            y="gap that a decoding request is in (ms)",
+            series=curves({n: gaps(by_name[n]) for n in names}, colours=colours),
             log_y=True,
         ),
         Panel(
             title="the longest gap of a decoding request",
             x="prompt that arrives (tokens)",
             y="longest gap over the ordinary one",
-            series=curves({name: times(name) for name in names}),
+            series=curves({name: times(name) for name in names}, colours=colours),
             x_ticks=sorted({float(stall.prompt) for stall in found}),
             line=1.0,
             log_x=True,
@@ -116,7 +120,7 @@ def run(
         found = measure(config, params, scenario, progress)
         kind = jax.devices()[0].device_kind
         title = f"{config.name} on {kind}: {scenario.decodes} requests decode, a "
-        title += "prompt comes"
+        title += f"prompt comes; medians of {scenario.repeats} runs, prompts of seed 0"
         text = table(found)
         head = f"# python -m experiments.stalls   commit {commit()}\n# {title}\n"
         write_text(out / "stalls.txt", f"{head}{text}\n")

@@ -291,7 +291,7 @@ def run(
         link = link_between(kind)
         found = rates(config, pairs, sizes, _BLOCK, None, repeats)
         shown = Shown(layout(meshes.engine), tokens, handoff_table(found, cut, link))
-        title = f"{config.name} {config.dtype} on {kind}, {cut}"
+        title = f"{config.name} {config.dtype} on {kind}, {cut}; {repeats} repeats"
         head = f"# python -m experiments.two_meshes   commit {commit()}\n# {title}\n"
         write_text(out / "two_meshes.txt", f"{head}{shown}\n")
         draw([panel(found, cut, link)], title, out / "two_meshes.png")

@@ -46,6 +46,7 @@ from disagg_jax.metrics.intervals import (
     margin,
     rate_interval,
     runs_to_tell,
+    unpaired_margin,
 )
 from disagg_jax.metrics.latency import (
     Stages,
@@ -90,4 +91,5 @@ __all__ = [
     "stages_s",
     "tpot_s",
     "ttft_s",
+    "unpaired_margin",
 ]

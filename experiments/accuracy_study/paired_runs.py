@@ -26,7 +26,8 @@ from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.cost.measured_run import MeasuredCost, step_kind, step_load
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import StepLoad
-from experiments.runs.run_dir import Point, RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point
 from experiments.sweep.request_source import RequestSource
 
 # How much attainment may differ, unless it changes more over this much of the rate
@@ -115,7 +116,7 @@ class PairedRun:
     server: ServedDeployment
     source: RequestSource
     slo: SLO
-    seeds: int
+    seeds: Sequence[int]
     profile: CalibratedProfile
     run_dir: RunDir
     # Programs that run between the engine's steps and tell the machine's speed.
@@ -132,7 +133,7 @@ class PairedRun:
         """Run the engine, unless that was done before."""
         if self.run_dir.has(point):
             return
-        requests = self.source(point.rate_rps, point.replica)
+        requests = self.source(point.rate_rps, point.seed)
         speed = SpeedProbe(self.probes)
         log = EventLog()
         observed = dataclasses.replace(self.server, around=speed.around)
@@ -150,11 +151,11 @@ class PairedRun:
 
     def points(self, rate_rps: float) -> list[Point]:
         """Return a run for each seed."""
-        return [Point(self.name, rate_rps, replica) for replica in range(self.seeds)]
+        return [Point(self.name, rate_rps, seed) for seed in self.seeds]
 
     def again(self, rates: Sequence[float]) -> Point:
         """Return the repetition of the first seed's run at the middle rate."""
-        return Point(f"{self.name}-again", rates[len(rates) // 2], 0)
+        return Point(f"{self.name}-again", rates[len(rates) // 2], self.seeds[0])
 
     def repeated(self, rates: Sequence[float]) -> float:
         """Return the attainment of that repetition less that of the run."""
@@ -192,15 +193,15 @@ class PairedRun:
             exact_block_placement=True,
         )
 
-    def requests(self, rate_rps: float, replica: int) -> list[Request]:
+    def requests(self, rate_rps: float, seed: int) -> list[Request]:
         """Return the engine's requests, without their tokens."""
-        found = self.source(rate_rps, replica)
+        found = self.source(rate_rps, seed)
         return [dataclasses.replace(request, prompt=None) for request in found]
 
     def attainments(self, rate_rps: float) -> list[float]:
         """Return the simulated attainment of each seed."""
         runs = (
-            self.simulated.run(self.requests(rate_rps, i)) for i in range(self.seeds)
+            self.simulated.run(self.requests(rate_rps, seed)) for seed in self.seeds
         )
         return [metrics.attainment(run.timelines, self.slo).joint for run in runs]
 
@@ -212,7 +213,8 @@ class PairedRun:
             tried[rate_rps] = self.attainments(rate_rps)
             return tried[rate_rps]
 
-        start = 0.8 * capacity_rps(self.simulated, self.requests(1.0, 0), self.slo)
+        first = self.requests(1.0, self.seeds[0])
+        start = 0.8 * capacity_rps(self.simulated, first, self.slo)
         search(evaluate, start, SearchPlan(target=target, tolerance=0.03))
         return estimate(tried, target).interval.mean
 
@@ -225,7 +227,7 @@ class PairedRun:
         agreements: list[Agreement] = []
         points = self.points(rate_rps)
         for point in points:
-            log, requests = EventLog(), self.requests(rate_rps, point.replica)
+            log, requests = EventLog(), self.requests(rate_rps, point.seed)
             stepwise = dataclasses.replace(
                 self.simulated, cost=self.slowdown(point).of(self.cost)
             )

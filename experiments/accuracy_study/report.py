@@ -18,6 +18,7 @@ from disagg_jax.metrics.intervals import margin
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from experiments.accuracy_study.paired_runs import Compared, PairedRun, PredictedStep
 from experiments.configs.config import Config
+from experiments.report.colours import system_colours
 from experiments.report.draw import draw
 from experiments.report.intervals import across_seeds
 from experiments.report.panel import STAGES, XY, Panel, Series, Style, curves
@@ -167,9 +168,7 @@ def text(result: Result) -> str:
     before, after = (f"{moved - 1:+.1%}" for moved in result.moved)
     head = [
         f"# python -m experiments.accuracy   commit {commit()}",
-        f"# {profile['model']} {profile['dtype']} on {profile['device']}; "
-        f"{result.num_requests} requests x {result.seeds} seeds a point; clock "
-        f"{result.clock}, live durations",
+        f"# {_asked(result)}; clock {result.clock}, live durations",
         f"# SLO: TTFT <= {result.slo.ttft_s * 1e3:.2f} ms and TPOT <= "
         f"{result.slo.tpot_s * 1e3:.2f} ms for {result.target:.0%} of requests",
         f"# profile of {profile['date']}, commit {profile['commit']}; programs alone "
@@ -323,21 +322,35 @@ def to_json(result: Result) -> dict[str, Any]:
     return {**record, "verdicts": verdicts(result)}
 
 
+def _asked(result: Result) -> str:
+    """Name the model, the device, the requests and the seeds."""
+    profile = result.profile
+    return (
+        f"{profile['model']} {profile['dtype']} on {profile['device']}; "
+        f"{result.num_requests} requests x {result.seeds} seeds a point"
+    )
+
+
 def plot(result: Result, path: pathlib.Path) -> None:
     """Draw attainment on both sides, and steps predicted against measured."""
-    draw([attainment_panel(result), _scatter(result)], "engine and simulator", path)
+    panels = [attainment_panel(result), _scatter(result)]
+    draw(panels, f"engine and simulator: {_asked(result)}", path)
 
 
 def attainment_panel(result: Result) -> Panel:
     """Return attainment over the rate, of every system on both sides."""
     sides: Mapping[str, Style] = {"engine": "line", "simulated": "dashed"}
     series: list[Series] = []
-    for i, (name, found) in enumerate(result.systems.items()):
+    colours = system_colours(result.systems)
+    for name, found in result.systems.items():
         for side, style in sides.items():
             at = [(c.rate_rps / found.devices, c) for c in found.rates]
             points = [(rate, c.mean(side, "attainment")) for rate, c in at]
             label = f"{name}, {side}"
-            series.append(Series(label=label, points=points, colour=i, style=style))
+            colour = colours[name]
+            series.append(
+                Series(label=label, points=points, colour=colour, style=style)
+            )
     return Panel(
         title="attainment",
         x="requests/s per device",

@@ -88,14 +88,14 @@ def serve_each(
             memory=server.memory,
             cost=cost_of(profile, server.engine),
         )
-        rate_rps = _LOAD * capacity_rps(simulated, source(1.0, 0), slo)
+        rate_rps = _LOAD * capacity_rps(simulated, source(1.0), slo)
         observed = dataclasses.replace(
             server,
             around=lambda executor, probe=probe, engine=server.engine, steps=steps: (
                 probe.around(_Recorder(executor, engine, steps))
             ),
         )
-        observed.run(source(rate_rps, 0))
+        observed.run(source(rate_rps))
         slowdown = probe.slowdown(profile)
         for step, (layout, program), measured_s in steps:
             alone_s = sum(profile.layouts[layout].stages_s(program))

@@ -23,9 +23,9 @@ _AGAIN_S = 0.02  # after which a lost interrupt is sent again
 
 
 def command(
-    own: Flags | None = None,
-) -> Callable[[Callable[[], None]], Callable[..., None]]:
-    """Make a function without arguments a command that has the flags `own`.
+    own: Flags | None = None, *, words: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command that has the flags `own`.
 
     The command takes an argument list as `sys.argv` is, and by default that one. It
     always ends in SystemExit: an error that a user can cause ends it with one line and
@@ -34,16 +34,20 @@ def command(
 
     Each command has a namespace of its own, so that two commands in one process may
     have flags of one name.
+
+    Args:
+      words: names of the words that must stand beside the flags; the function gets the
+        words as its arguments.
     """
     own = own or Flags()
 
-    def decorate(main: Callable[[], None]) -> Callable[..., None]:
+    def decorate(main: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> None:
             argv = sys.argv if argv is None else argv
             with _flags_of_the_process(own, argv[0]):
                 parse = functools.partial(_parse, own)
-                guarded = functools.partial(_guarded, main, own)
+                guarded = functools.partial(_guarded, main, own, words)
                 app.run(guarded, list(argv), flags_parser=parse)
 
         return run
@@ -70,15 +74,18 @@ def _parse(own: Flags, argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _guarded(main: Callable[[], None], own: Flags, words: Sequence[str]) -> None:
-    """Run `main` with errors in one line and interrupts heard."""
-    if len(words) > 1:
-        raise app.UsageError(f"expected flags only, got {words[1:]}")
+def _guarded(
+    main: Callable[..., None], own: Flags, words: Sequence[str], argv: Sequence[str]
+) -> None:
+    """Run `main` on its words, with errors in one line and interrupts heard."""
+    if len(given := argv[1:]) != len(words):
+        expected = " ".join(words) or "flags only"
+        raise app.UsageError(f"expected {expected}, got {given}")
     logging.set_verbosity(logging.WARNING)  # JAX and Orbax report what they try
     with _interrupts() as caught:
         try:
             _check_finite(own)
-            main()
+            main(*given)
         except (ValueError, OSError) as error:
             sys.exit(f"error: {_said(error)}")
         except (RuntimeError, AssertionError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,6 @@ import numpy as np
 from disagg_jax.metrics.intervals import Margin, runs_to_tell
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.search.comparison import (
-    POLICIES,
     CellVerdict,
     ComparisonSpec,
     SystemResult,
@@ -34,7 +32,8 @@ from disagg_jax.workload.workload import TraceWorkload, Workload
 from experiments.comparison import serving
 from experiments.comparison.serving import RateAnswer
 from experiments.placement.report import lines
-from experiments.report.draw import COLOURS, draw
+from experiments.report.colours import system_colours
+from experiments.report.draw import draw
 from experiments.report.intervals import interval_text
 from experiments.report.panel import XY, Bar, Bars, CellMap, ColouredCell, Panel, curves
 from experiments.report.table import align
@@ -468,7 +467,7 @@ def plot(
 def _bars(each: Map, found: Sequence[SystemResult]) -> Bars:
     """Return a bar for each system, with its interval."""
     bars: list[Bar] = []
-    colours = _colours([one.system for one in found])
+    colours = system_colours(one.system for one in found)
     for one in found:
         low, high = one.goodput.low, one.goodput.high
         known = None if low is None or high is None else (low, high)
@@ -507,7 +506,7 @@ def plot_lengths(workload: TraceWorkload, path: pathlib.Path) -> None:
 
 
 def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
-    colours = _colours(list(spec.systems))
+    colours = system_colours(spec.systems)
     kinds = f": {DISAGGREGATED} or colocated" if spec.two_kinds else ""
     return CellMap(
         title=each.fixed + _footnote(*grid.values()),
@@ -524,15 +523,6 @@ def _cell_map(spec: ComparisonSpec, each: Map, grid: Grid) -> CellMap:
             *(("d/c: disaggregated / best colocated",) if spec.two_kinds else ()),
         ),
     )
-
-
-def _colours(systems: Sequence[str]) -> dict[str, int]:
-    """Return the colour of each system; own ones have those that the listed leave."""
-    listed = {name: i for i, name in enumerate(POLICIES)}
-    used = {listed[name] for name in systems if name in listed}
-    left = [i for i in reversed(range(len(COLOURS))) if i not in used]
-    own = [name for name in systems if name not in listed]
-    return listed | dict(zip(own, itertools.cycle(left or [0])))
 
 
 def _map_cell(judged: CellVerdict, colours: Mapping[str, int]) -> ColouredCell:

@@ -205,6 +205,11 @@ class Config:
         return ("",) if alone else ("tight", "relaxed")
 
     @property
+    def seeds(self) -> range:
+        """Return the seeds of the runs of each point, at most."""
+        return range(self.seed, self.seed + self.num_seeds)
+
+    @property
     def looks(self) -> tuple[int, ...]:
         """Return the numbers of seeds after which a run looks whether it may stop.
 

@@ -167,7 +167,7 @@ Image(filename=out / "attainment.png")
 from experiments import one_request
 
 request = one_request.find(out)
-one_request.plot(request, out / "one_request.png")
+one_request.plot(request, one_request.said(out), out / "one_request.png")
 print(one_request.table(request))
 Image(filename=out / "one_request.png")
 

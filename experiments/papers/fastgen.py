@@ -24,6 +24,7 @@ from disagg_jax.workload.lengths import NormalLengths
 from disagg_jax.workload.workload import RandomWorkload
 from experiments.papers.colocated import colocated
 from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import XY, Panel, banded_curves, curves
 
@@ -134,7 +135,10 @@ def make(lab: Lab) -> Drawn:
         title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, SLA {TOKENS_PER_S} tokens/s",
         x="clients",
         y="effective throughput (requests/s)",
-        series=banded_curves({name: _effective_rps(of) for name, of in runs.items()}),
+        series=banded_curves(
+            {name: _effective_rps(of) for name, of in runs.items()},
+            colours=system_colours(runs),
+        ),
     )
     return Drawn(
         panels=[effective, _latency_panel(runs)],
@@ -159,7 +163,8 @@ def _curve(found: Mapping[int, Sequence[ClosedRun]]) -> list[XY]:
 
 
 def _latency_panel(runs: Runs) -> Panel:
-    series = curves({name: _curve(found) for name, found in runs.items()})
+    colours = system_colours(runs)
+    ours = {name: _curve(found) for name, found in runs.items()}
     paper = {
         name: [(_RATE_RPS, _AT_RATE[name]), (_AT_LATENCY[name], _LATENCY_S)]
         for name in runs
@@ -168,7 +173,10 @@ def _latency_panel(runs: Runs) -> Panel:
         title=f"{_PROMPT} prompt, {_OUTPUT} output tokens, 1 to {_CLIENTS[-1]} clients",
         x="throughput (requests/s)",
         y="mean latency (s)",
-        series=[*series, *curves(paper, "{}, blog", style="paper")],
+        series=[
+            *curves(ours, colours=colours),
+            *curves(paper, "{}, blog", colours=colours, style="paper"),
+        ],
     )
 
 

@@ -16,6 +16,7 @@ from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim import Simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds
 from experiments.report.panel import Panel, banded_curves
 
@@ -60,7 +61,7 @@ def make(lab: Lab) -> Drawn:
         title="Llama-2-70B, 8 H100; TTFT <= 450 ms (interactive) and 2 s (server)",
         x="P99 TPOT allowed (ms)",
         y="goodput (requests/s of the deployment)",
-        series=banded_curves(rates),
+        series=banded_curves(rates, colours=system_colours(rates)),
     )
     claims = [_claim(lab, bounds, found) for bounds in _BOUNDS]
     return Drawn(panels=[panel], claims=claims)

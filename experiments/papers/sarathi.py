@@ -18,6 +18,7 @@ from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from experiments.papers.colocated import ROOFLINE, colocated, step_s
 from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.colours import system_colours
 from experiments.report.panel import XY, Panel, Series, curves
 
 CHUNK = 256  # C of Table 4
@@ -233,11 +234,18 @@ _ORCA_PAPER = {
 }
 
 
+# The system whose colour a label has; the other labels are variants.
+_PLAIN = {"SARATHI, C=256": "SARATHI", "Orca, worst case": "Orca"}
+
+
 def _orca_panel(gains: dict[str, list[XY]]) -> Panel:
     paper = {label: [(at, y)] for label, (at, y) in _ORCA_PAPER.items() if at}
-    theirs = curves(paper, "{}, paper", style="paper")
+    others = [label for label in gains if label not in _PLAIN]
+    found = system_colours([*_PLAIN.values(), *others])
+    colours = {label: found[_PLAIN.get(label, label)] for label in gains}
+    theirs = curves(paper, "{}, paper", colours=colours, style="paper")
     title = f"{_A6000[0]} on {_A6000[1]}, 1024 tokens, B={_WIDE.batch}"
-    return _gain_axes(title, [*curves(gains), *theirs])
+    return _gain_axes(title, [*curves(gains, colours=colours), *theirs])
 
 
 def _orca_claims(lab: Lab, gains: dict[str, list[XY]]) -> list[Claim]:

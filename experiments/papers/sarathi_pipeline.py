@@ -26,6 +26,7 @@ from disagg_jax.work import Event, Step, StepLoad, Transfer, Work
 from disagg_jax.workload.lengths import HistogramLengths
 from experiments.papers.colocated import colocated
 from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import Panel, curves
 
@@ -227,7 +228,10 @@ def _shares(values: Mapping[str, Sequence[float]], title: str, x: str) -> Panel:
         ]
         for name, found in values.items()
     }
-    return Panel(title=title, x=x, y="requests (%)", series=curves(points))
+    colours = system_colours(["SARATHI", "Orca", _TP_ONLY])
+    by_label = {_SARATHI: "SARATHI", _ORCA: "Orca", _TP_ONLY: _TP_ONLY}
+    series = curves(points, colours={n: colours[by_label[n]] for n in points})
+    return Panel(title=title, x=x, y="requests (%)", series=series)
 
 
 def _claims(runs: Runs, said: str) -> list[Claim]:

@@ -32,6 +32,7 @@ from disagg_jax.work import StepLoad, Transfer
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.colocated import colocated
 from experiments.papers.figure import Claim, Drawn, Lab
+from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import Panel, banded_curves, curves
 
@@ -338,7 +339,7 @@ def _capacity_panel(name: str, found: Found) -> Panel:
         title=f"{name}, {bed.deployment}, {_CHAT}",
         x="P99 TBT allowed (s): strict and relaxed",
         y="capacity (requests/s of the deployment)",
-        series=banded_curves(rates),
+        series=banded_curves(rates, colours=system_colours(rates)),
     )
 
 

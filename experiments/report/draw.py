@@ -15,14 +15,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from experiments.report.colours import COLOURS, DARK
 from experiments.report.panel import Bars, CellMap, Panel, Series
 
-# Okabe and Ito's colours, which stay apart for the colour-blind.
-COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-    *("#E69F00", "#56B4E9", "#000000", "#999999"),
-)
-_DARK = (0, 2, 6)  # colours that black letters cannot be read on
 _PALETTE = 256  # colours of a file: all that is drawn, at half the bytes
 _MARKERS = "osD^vP*X"
 _STYLE: Any = {
@@ -172,7 +167,7 @@ def _cells(axes: Any, panel: CellMap) -> dict[str, Any]:
             ha="center",
             va="center",
             fontsize=7.5,
-            color="white" if cell.colour in _DARK else "black",
+            color="white" if cell.colour in DARK else "black",
             bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
         )
     axes.set_xticks(range(len(panel.columns)), panel.columns)

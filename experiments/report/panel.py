@@ -1,6 +1,6 @@
 """Describes pictures as data: curves, bars and maps of cells.
 
-Colours are indices into `draw.COLOURS`; an equal index is an equal system.
+Colours are indices into `colours.COLOURS`; `system_colours` has those of systems.
 """
 
 from __future__ import annotations
@@ -93,6 +93,11 @@ class CellMap:
     notes: Sequence[str] = ()  # more of the legend
 
 
+# Seeds from which a curve has a band. The interval of two is 12.7 times as wide as they
+# are apart, and hides all curves below it.
+BAND_SEEDS = 3
+
+
 def curves(
     points: Mapping[Key, Sequence[XY]],
     named: str = "{}",
@@ -121,9 +126,12 @@ def banded(
     """Return a curve of means over seeds with their 95 % intervals.
 
     Args:
-      values: x -> one value for each seed.
+      values: x -> one value for each seed; of fewer than `BAND_SEEDS` no interval.
     """
-    found = {x: rate_interval(of_seeds) for x, of_seeds in values.items()}
+    found = {
+        x: rate_interval(of_seeds, independent=len(of_seeds) >= BAND_SEEDS)
+        for x, of_seeds in values.items()
+    }
     return Series(
         label=label,
         points=[(x, interval.mean) for x, interval in found.items()],
@@ -134,15 +142,15 @@ def banded(
 
 
 def banded_curves(
-    values: Mapping[Any, Mapping[Any, Sequence[float]]],
+    values: Mapping[Key, Mapping[Any, Sequence[float]]],
     named: str = "{}",
-    colours: Sequence[int] | None = None,
+    *,
+    colours: Mapping[Key, int] | None = None,
 ) -> list[Series]:
-    """Return a banded curve for each key."""
-    colours = range(len(values)) if colours is None else colours
+    """Return a banded curve for each key, in colours as those of `curves`."""
     return [
-        banded(named.format(key), of_key, colour)
-        for colour, (key, of_key) in zip(colours, values.items(), strict=True)
+        banded(named.format(key), of_key, i if colours is None else colours[key])
+        for i, (key, of_key) in enumerate(values.items())
     ]
 
 

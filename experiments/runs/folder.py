@@ -113,10 +113,10 @@ def record_start(
         before = RUN.read(before)
     other = before is not None and before != config
     if other and not replace:
+        keys = ", ".join(each.key for each in differences(before, config))
         raise ValueError(
-            f"--out: '{path}' holds a run of another config "
-            f"({', '.join(differences(before, config))}); expected an empty "
-            "directory, or the same config to resume"
+            f"--out: '{path}' holds a run of another config ({keys}); expected an "
+            "empty directory, or the same config to resume"
         )
     starts = [] if other else read_json(path / "env.json") or []
     write_json(path / "config.json", RUN.write(config))
@@ -156,8 +156,17 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Return the dotted keys at which two JSON values differ."""
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A place at which two JSON values differ; a side that lacks it is None."""
+
+    key: str  # dotted
+    a: Any
+    b: Any
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> list[Difference]:
+    """Return the places at which two JSON values differ, in the order of their keys."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted(a.keys() | b.keys())
         return [
@@ -165,7 +174,7 @@ def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
             for key in keys
             for found in differences(a.get(key), b.get(key), f"{prefix}{key}.")
         ]
-    return [] if a == b else [prefix.rstrip(".")]
+    return [] if a == b else [Difference(prefix.rstrip("."), a, b)]
 
 
 # -- content ------------------------------------------------------------------------

@@ -18,24 +18,29 @@ _STAMPS = (
 
 
 def to_row(timeline: Timeline, slo: metrics.SLO) -> dict[str, Any]:
-    """Return the row of a request, with its latencies if it finished."""
+    """Return the row of a request, with its latencies if it finished.
+
+    It is good if it finished within both latencies of `slo`, so that the mean of `good`
+    over the requests of a run is the run's attainment.
+    """
     request = timeline.request
+    finished = timeline.status is Status.FINISHED
     row: dict[str, Any] = {
         "request_id": request.id,
         "status": str(timeline.status),
+        "good": finished and metrics.meets(timeline, slo),
         "arrival_s": request.arrival_s,
         "prompt_tokens": request.prompt_tokens,
         "output_tokens": len(timeline.token_s),
         "preemptions": timeline.preemptions,
         **{name: getattr(timeline, name) for name in _STAMPS},
     }
-    if timeline.status is Status.FINISHED:
+    if finished:
         row |= {
             "ttft_s": metrics.ttft_s(timeline),
             "tpot_s": metrics.tpot_s(timeline),
             "e2e_s": metrics.e2e_s(timeline),
             **dataclasses.asdict(metrics.stages_s(timeline)),
-            "meets_slo": metrics.meets(timeline, slo),
         }
     return row
 

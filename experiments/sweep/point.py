@@ -15,7 +15,7 @@ from disagg_jax.metrics import SLO
 from disagg_jax.metrics.criteria import Criterion
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request
-from experiments.runs.run_dir import Point
+from experiments.runs.saved_run import Point
 from experiments.sweep.request_source import RequestSource
 
 
@@ -44,13 +44,13 @@ class PointTask:
 
 def run_point(task: PointTask) -> dict[str, Any]:
     """Return the metrics of a point."""
-    requests = task.source(task.point.rate_rps, task.point.replica)
+    requests = task.source(task.point.rate_rps, task.point.seed)
     return point_metrics(task, task.served.run(requests, observer=None))
 
 
 def score_point(task: PointTask, criterion: str) -> float:
     """Return the score of a point by one criterion."""
-    requests = task.source(task.point.rate_rps, task.point.replica)
+    requests = task.source(task.point.rate_rps, task.point.seed)
     return task.criteria[criterion].score(task.served.run(requests).timelines)
 
 

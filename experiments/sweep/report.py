@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from disagg_jax.metrics import Interval
+from experiments.report.colours import NO_SYSTEM, system_colours
 from experiments.report.draw import draw
 from experiments.report.intervals import interval_text, number, yes_or_no
 from experiments.report.panel import (
+    BAND_SEEDS,
     STAGE_COLOURS,
     STAGE_LEGEND,
     STAGES,
@@ -24,10 +26,12 @@ from experiments.report.panel import (
     ends,
 )
 from experiments.report.table import numbers, side_by_side, underlined
-from experiments.runs.run_dir import by_target
-from experiments.sweep.headline import good, headline, notes, timings, too_slow
+from experiments.runs.saved_run import by_target
+from experiments.sweep.headline import good, headline, timings, too_slow
+from experiments.sweep.headline import notes as explained
 
-_GREY = 7  # the colour of what is no system's
+# Marks of values in a ranking; values of which only a bound is known are left out.
+_KNOWN = {"yes": "", "coarsely": "~"}
 _TARGETS: Mapping[str, Style] = {
     "attainment_ttft": "dotted",
     "attainment_tpot": "dashed",
@@ -40,6 +44,7 @@ def table(summary: Mapping[str, Any]) -> str:
     first = next(iter(targets.values()))
     lines = [
         *itertools.chain(*(headline(*item) for item in targets.items())),
+        *unfinished(summary),
         f"model {first['model']}; {_sizes(targets)}",
         f"clock: {first['clock']}, durations: {first['durations']}" + _validity(first),
         *timings(first),
@@ -50,7 +55,7 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     for name, found in targets.items():
         lines += ["", *_details(name, found)]
-    return "\n".join([*lines, "", *_ranks(targets), "", *notes(first)])
+    return "\n".join([*lines, "", *_ranks(targets), "", *explained(first)])
 
 
 def _sizes(targets: Mapping[str, Any]) -> str:
@@ -68,6 +73,15 @@ def caption(summary: Mapping[str, Any]) -> list[str]:
     if "no_intervals" in summary:
         said.append(f"no intervals, and nothing resolved: {summary['no_intervals']}")
     return said
+
+
+def unfinished(summary: Mapping[str, Any]) -> list[str]:
+    """Say what there was no time for, if there was a limit."""
+    if "missing" not in summary:
+        return []
+    said = "; ".join(summary["missing"])
+    spent = "NOT FINISHED, as --minutes were spent; the same command goes on with"
+    return [f"{spent} {said}"]
 
 
 def _found(targets: Mapping[str, Any]) -> list[str]:
@@ -138,30 +152,39 @@ def _inversions(systems: Mapping[str, Any]) -> list[str]:
 
 
 def _ranks(targets: Mapping[str, Any]) -> list[str]:
-    """List the systems in the order of each criterion, a block a target."""
-    first = next(iter(targets.values()))
+    """List the systems in the order of each criterion, a block a target.
+
+    A system is left out of a criterion by which only a bound is known of it.
+    """
     rows: list[list[str]] = []
+    bounds: list[str] = []  # a system for each value that is left out
     for target, summary in targets.items():
         prefix = f"{target}: " if target else ""
         for name, found in summary["criteria"].items():
             star = " *" if name == summary["criterion"] else ""
-            cells = [f"{row['system']} {_ranked(row)}" for row in found["rank"]]
+            known = [row for row in found["rank"] if row["known"] in _KNOWN]
+            cells = [f"{row['system']} {_ranked(row)}" for row in known]
             rows.append([f"{prefix}{name}{star}, {found['unit']}", *cells])
-    head = ["rank by each criterion", *map(str, range(1, len(first["systems"]) + 1))]
+            bounds += [row["system"] for row in found["rank"] if row not in known]
+    most = max(2, *map(len, rows))
+    head = ["rank by each criterion", *map(str, range(1, most))]
     lines = [
-        *underlined(numbers([head, *rows])),
-        "* searched for; others are read off its points: ~ between rates far apart,",
-        ">= and < bounds only, as the rates tried end there: their order is open",
+        *underlined(numbers([head, *(row + [""] * (most - len(row)) for row in rows)])),
+        "* searched for; others are read off its points: ~ between rates far apart",
     ]
+    if bounds:
+        lines.append(
+            f"not listed: {len(bounds)} values, of {len(set(bounds))} systems, of "
+            "which only a bound is known (criteria.NAME.rank in summary.json)"
+        )
     if any("!" in cell for _, *cells in rows for cell in cells):
         lines.append("! not monotone: a lower rate fails, or a higher one passes again")
     return lines
 
 
 def _ranked(row: Mapping[str, Any]) -> str:
-    mark = {"yes": "", "coarsely": "~", "at least": ">= ", "below": "< "}[row["known"]]
-    mark += "" if row.get("monotone", True) else "!"
-    return f"{mark}{row['mean'] if row['bound'] is None else row['bound']:.4g}"
+    mark = _KNOWN[row["known"]] + ("" if row.get("monotone", True) else "!")
+    return f"{mark}{row['mean']:.4g}"
 
 
 def _validity(summary: Mapping[str, Any]) -> str:
@@ -187,7 +210,7 @@ def _goodput_column(system: Mapping[str, Any]) -> dict[str, str]:
     found = system["goodput"]
     ends = (found[f"{end}_rps_per_device"] for end in ("pass", "fail"))
     return {
-        "requests/s per device": _interval(found["max_goodput_rate_per_device"], ".1f"),
+        "requests/s per device": _interval(found["goodput_rps_per_device"], ".1f"),
         "passes at / fails at": " / ".join(number(end, ".1f") for end in ends),
         # Without a pass and a failure of every seed, the figure is a bound only.
         "every seed bracketed": yes_or_no(found["bracketed"]),
@@ -252,18 +275,21 @@ def _interval(values: Mapping[str, Any], form: str) -> str:
     return interval_text(_interval_of(values), form)
 
 
-def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
+def plot(summary: Mapping[str, Any], device: str, path: pathlib.Path) -> None:
     """Draw scores over the rate per device, a panel a target.
 
     Beside a single one are the stages of a request.
+
+    Args:
+      device: the kind of device that programs run on.
     """
     targets = by_target(summary)
     first = next(iter(targets.values()))
     what = [
-        textwrap.fill(f"{found['model']}: {_short(name, found)}", 90)
+        textwrap.fill(f"{found['model']} on {device}: {_short(name, found)}", 90)
         for name, found in targets.items()
     ]
-    none = "no_intervals" in first or first["num_seeds"] == 1
+    none = "no_intervals" in first or first["num_seeds"] < BAND_SEEDS
     intervals = "no" if none else f"{100 * first['confidence']:.3g} %"
     title = "\n".join(
         [
@@ -277,7 +303,8 @@ def plot(summary: Mapping[str, Any], path: pathlib.Path) -> None:
     ]
     if len(targets) == 1:
         panels.append(stages(first))
-    draw(panels, title, path, notes=caption(first), dpi=150)
+    notes = [*unfinished(summary), *caption(first)]
+    draw(panels, title, path, notes=notes, dpi=150)
 
 
 def _short(name: str, summary: Mapping[str, Any]) -> str:
@@ -294,19 +321,20 @@ def scores(summary: Mapping[str, Any], title: str = "") -> Panel:
     """Return each system's scores, in % or, of a throughput, per device."""
     target = summary["target"]
     series: list[Series] = []
-    for colour, (name, system) in enumerate(summary["systems"].items()):
-        series += _curves(summary, name, system, colour)
+    colours = system_colours(summary["systems"])
+    for name, system in summary["systems"].items():
+        series += _curves(summary, name, system, colours[name])
     what = f"{summary['criterion']}: score (%)"
     if summary["criterion"] == "distserve":
         what = "requests within the SLO (%)"
         for key, style in _TARGETS.items():
             label = f"{key.removeprefix('attainment_').upper()} only"
-            series.append(Series(label=label, points=[], colour=_GREY, style=style))
+            series.append(Series(label=label, points=[], colour=NO_SYSTEM, style=style))
     if target is None:
         what = summary["criteria"][summary["criterion"]]["unit"]
     else:
         label = "goodput at the target"
-        series.append(Series(label=label, points=[], colour=_GREY, style="diamond"))
+        series.append(Series(label=label, points=[], colour=NO_SYSTEM, style="diamond"))
     return Panel(
         title=title,
         x="arrival rate (requests/s per device)",
@@ -323,12 +351,13 @@ def _curves(
     """Yield a system's scores, its attainment of each target, and its goodput."""
     points, target = system["points"], summary["target"]
     unit, most = (1 / system["devices"], math.inf) if target is None else (100, 1)
-    rates = [point["request_rate_per_device"] for point in points]
+    rates = [point["rate_rps_per_device"] for point in points]
     found = [_interval_of(p["criteria"][summary["criterion"]]) for p in points]
-    # A band only where all seeds ran: of the two that scouted it would fill the panel.
-    least = summary["num_seeds"]
+    # A band only where all seeds ran: of those that scouted it would fill the panel.
+    all_seeds = summary["num_seeds"]
+    least = max(BAND_SEEDS, all_seeds)
     found = [
-        score if p.get("num_seeds", least) == least else _alone(score)
+        score if p.get("num_seeds", all_seeds) >= least else _alone(score)
         for p, score in zip(points, found, strict=True)
     ]
 
@@ -347,7 +376,7 @@ def _curves(
             at = [(r, 100 * p[key]["mean"]) for r, p in zip(rates, points, strict=True)]
             yield Series(label="", points=at, colour=colour, style=style)
     if target is not None:
-        goodput = system["goodput"]["max_goodput_rate_per_device"]["mean"]
+        goodput = system["goodput"]["goodput_rps_per_device"]["mean"]
         at = [(goodput, 100 * target)]
         yield Series(label="", points=at, colour=colour, style="diamond")
 

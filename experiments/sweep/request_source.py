@@ -25,7 +25,7 @@ from models.load import Model
 
 @dataclasses.dataclass(frozen=True)
 class RequestSource:
-    """Makes the requests of a config's runs: `(rate, replica) -> requests`.
+    """Makes the requests of a config's runs: `(rate, seed) -> requests`.
 
     All systems get the same requests; another rate only stretches their arrivals.
     """
@@ -38,9 +38,10 @@ class RequestSource:
         """Read what the workload needs; errors come before any work."""
         return cls(config, load_workload(config, model))
 
-    def __call__(self, rate_rps: float, replica: int) -> list[Request]:
-        """Return the requests of run number `replica` at `rate_rps`."""
-        n, seed = self.config.workload.num_requests, self.config.seed + replica
+    def __call__(self, rate_rps: float, seed: int | None = None) -> list[Request]:
+        """Return the requests of a seed, by default the first, at `rate_rps`."""
+        n = self.config.workload.num_requests
+        seed = self.config.seed if seed is None else seed
         return self.workload.requests(n, rate_rps, seed)
 
     @property
@@ -52,32 +53,32 @@ class RequestSource:
     @property
     def why_dependent(self) -> str:
         """Why the runs give no interval; '' if they are independent samples."""
-        seeds = range(self.config.seed, self.config.seed + self.config.num_seeds)
-        return self.workload.why_dependent(self.config.workload.num_requests, seeds)
+        n = self.config.workload.num_requests
+        return self.workload.why_dependent(n, self.config.seeds)
 
     def check(self, memory: Sequence[KVMemory]) -> None:
         """Raise ValueError if a KV pool could never hold some request of a run."""
-        for replica in range(self.config.num_seeds):
-            for request in self(1.0, replica):
+        for seed in self.config.seeds:
+            for request in self(1.0, seed):
                 for pool in memory:
                     why = pool.rejection_reason(
                         request.prompt_tokens, request.max_tokens
                     )
                     if why:
                         raise ValueError(
-                            f"request {request.id} of run {replica}: a KV pool {why}; "
+                            f"request {request.id} of seed {seed}: a KV pool {why}; "
                             "change the lengths, or memory.max_context and "
                             "memory.blocks_per_device"
                         )
 
     def every(self) -> Iterator[Request]:
         """Yield the requests of all runs at one rate."""
-        for replica in range(self.config.num_seeds):
-            yield from self(1.0, replica)
+        for seed in self.config.seeds:
+            yield from self(1.0, seed)
 
     def longest_prompt(self) -> int:
-        """Return the tokens of the longest prompt in the first run."""
-        return max(request.prompt_tokens for request in self(1.0, 0))
+        """Return the tokens of the longest prompt of the first seed."""
+        return max(request.prompt_tokens for request in self(1.0))
 
 
 def load_workload(config: Config, model: Model) -> Workload:

@@ -212,7 +212,7 @@ def tune_systems(
     source: RequestSource,
 ) -> dict[str, tuple[Mapping[Role, Policy], list[str]]]:
     """Return each system's policies with tuned step sizes, and the reasons."""
-    requests = source(1.0, 0)
+    requests = source(1.0)
     return {
         name: durations[name].tuned(system.policies, slo.tpot_s, requests)
         for name, system in config.systems.items()

@@ -16,7 +16,7 @@ from disagg_jax.metrics import estimate
 from disagg_jax.search.rates import SearchPlan, search
 from disagg_jax.sim.workers import Mapper
 from experiments.configs.config import Config
-from experiments.runs.run_dir import Point
+from experiments.runs.saved_run import Point
 from experiments.sweep.point import PointTask, score_point
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.targets import Target
@@ -35,21 +35,22 @@ class HalfSearch:
 
 def half_goodput(asked: HalfSearch) -> float:
     """Return the goodput, in requests/s of the whole deployment."""
+    first = asked.task.point
     scores: dict[float, list[float]] = {}
 
     def evaluate(rate_rps: float) -> list[float]:
         scores[rate_rps] = [
             score_point(
                 dataclasses.replace(
-                    asked.task, point=Point(asked.task.point.system, rate_rps, replica)
+                    asked.task, point=Point(first.system, rate_rps, first.seed + i)
                 ),
                 asked.criterion,
             )
-            for replica in range(SEEDS)
+            for i in range(SEEDS)
         ]
         return scores[rate_rps]
 
-    search(evaluate, asked.task.point.rate_rps, asked.plan)
+    search(evaluate, first.rate_rps, asked.plan)
     return statistics.mean(estimate(scores, asked.plan.target).per_seed_rps)
 
 
@@ -74,7 +75,7 @@ def goodputs(
             task=PointTask(
                 served=timed,
                 source=source,
-                point=Point(name, begin_rps[name], 0),
+                point=Point(name, begin_rps[name], config.seed),
                 slo=target.slo,
                 criteria={config.criterion: target.criteria[config.criterion]},
                 virtual=True,

@@ -183,7 +183,7 @@ def _goodput(judge: Judge, runs: Runs, devices: int) -> dict[str, Any]:
 
     at_pass = runs[found.pass_rps] if found.pass_rps else None
     return {
-        "max_goodput_rate_per_device": {
+        "goodput_rps_per_device": {
             key: per_device(value)
             for key, value in dataclasses.asdict(found.interval).items()
         },
@@ -230,8 +230,8 @@ def _point_row(
     rate: float, runs: Sequence[dict[str, Any]], across: Across
 ) -> dict[str, Any]:
     return {
-        "request_rate": rate,
-        "request_rate_per_device": rate / runs[0]["devices"],
+        "rate_rps": rate,
+        "rate_rps_per_device": rate / runs[0]["devices"],
         **{
             key: across([run[key] for run in runs])
             for key in ("attainment", "attainment_ttft", "attainment_tpot")

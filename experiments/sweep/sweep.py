@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.calibration.timing import Progress
@@ -20,7 +21,8 @@ from disagg_jax.search.rates import SearchPlan, climb, refine, search
 from disagg_jax.sim.workers import Mapper
 from experiments.configs.config import Config
 from experiments.runs.request_rows import to_row
-from experiments.runs.run_dir import Point, RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point
 from experiments.sweep.point import (
     PointTask,
     Serving,
@@ -46,6 +48,10 @@ from models.tokenizer import NoText
 _SCOUTS = 2  # seeds that find the rates to look at, where there are several looks
 
 
+class OutOfTime(Exception):
+    """The time of a sweep is spent; what was saved is kept."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """Runs the points that are not done yet, and summarises all points.
@@ -58,6 +64,9 @@ class Sweep:
       too_slow_s: the smallest full step with a prompt beside decodes, of systems in
         which it takes longer than TPOT may.
       criteria: by name; `config.criterion` is searched for.
+      compile_system: called by a system's name before its programs run.
+      step: told of a part how many steps are done, and of how many.
+      out_of_time: whether nothing more is to be run.
       target: the name of the target; "" of a single one.
       mapper: runs the seeds of a rate by `timed`.
       tried: by system, the rates and the seeds that each was run with.
@@ -77,12 +86,17 @@ class Sweep:
     too_slow_s: Mapping[str, float]
     run_dir: RunDir
     progress: Progress
+    compile_system: Callable[[str], None] = lambda name: None
+    step: Callable[[str, int, int], None] = lambda part, done, total: None
+    out_of_time: Callable[[], bool] = lambda: False
     target: str = ""
     mapper: Mapper = map
     tried: dict[str, dict[float, int]] = dataclasses.field(
         default_factory=lambda: collections.defaultdict(dict)
     )
     scouted_rps: dict[str, float] = dataclasses.field(default_factory=dict)
+    # What `out_of_time` left out, in words.
+    missing: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def good(self) -> Criterion:
@@ -106,25 +120,37 @@ class Sweep:
         )
 
     def run(self) -> dict[str, Any]:
-        """Search each system's goodput and return the summary."""
+        """Search each system's goodput and return the summary.
+
+        Raises:
+          OutOfTime: if there was no time for the first look at any system. If there
+            was for less than all, `missing` says what the summary lacks.
+        """
         for seeds in self.looks:
-            for name in self.served:
-                self._look(name, seeds)
+            before = {name: dict(rates) for name, rates in self.tried.items()}
+            if (cut := self._look_at_all(seeds)) is not None:
+                self._cut(seeds, before, cut)
+                break
             if len(self.looks) == 1 or self._all_resolved():
                 break
-        for name in self.served:
+        for name in self.names:
             self._report_inversion(name)
             if self.config.executed == "passing":
                 self._execute(name)
         return self._summary()
 
+    @property
+    def names(self) -> list[str]:
+        """Return the systems that were looked at."""
+        return [name for name in self.served if self.tried.get(name)]
+
     def points(self) -> list[Point]:
         """Return the points of the sweep, in the order of its systems and rates."""
         return [
-            self._at(name, rate, replica)
-            for name in self.served
+            point
+            for name in self.names
             for rate, seeds in sorted(self.tried[name].items())
-            for replica in range(seeds)
+            for point in self._at(name, rate, seeds)
         ]
 
     def goodput_rps(self, name: str) -> float:
@@ -134,8 +160,56 @@ class Sweep:
 
     # -- looks --------------------------------------------------------------------
 
-    def _look(self, name: str, seeds: int) -> None:
-        """Run a system with so many seeds at the given rates, or at a search's."""
+    def _look_at_all(self, seeds: int) -> str | None:
+        """Look at every system; return the one for which there was no time, if any."""
+        part = f"{self.target} look after {seeds} seeds".strip()
+        each = max(1, len(self.config.rates))
+        total = each * len(self.served)
+        for i, name in enumerate(self.served):
+            told = functools.partial(self._told, part, i * each, total)
+            told(0)
+            try:
+                self._look(name, seeds, told)
+            except OutOfTime:
+                return name
+        self.step(part, total, total)
+        return None
+
+    def _told(self, part: str, before: int, total: int, done: int) -> None:
+        self.step(part, before + done, total)
+
+    def _cut(self, seeds: int, before: dict[str, dict[float, int]], name: str) -> None:
+        """Go back to the last look that was done, and say what is missing.
+
+        In the first look, systems that were looked at stay, and the rates at which
+        `name` ran if rates are given.
+
+        Args:
+          before: `tried` before this look.
+          name: of the system for which there was no time.
+
+        Raises:
+          OutOfTime: if nothing is left.
+        """
+        missing = f"{self.target} the look after {seeds} seeds".strip()
+        if not before:
+            order = list(self.served)
+            at = order.index(name)
+            kept = order[: at + 1] if self.config.rates else order[:at]
+            before = {n: self.tried[n] for n in kept if n in self.tried}
+            missing += f" at {', '.join(order[at:])}"
+        self.missing.append(missing)
+        self.tried.clear()
+        self.tried.update(before)
+        if not before:
+            raise OutOfTime
+
+    def _look(self, name: str, seeds: int, told: Callable[[int], None]) -> None:
+        """Run a system with so many seeds at the given rates, or at a search's.
+
+        Args:
+          told: how many of the given rates are done.
+        """
 
         def scores(rate: float) -> list[float]:
             return self._scores(name, rate, seeds)
@@ -145,8 +219,9 @@ class Sweep:
 
         devices, several = self._devices(name), len(self.looks) > 1
         if self.config.rates:
-            for rate in self.config.rates:
+            for done, rate in enumerate(self.config.rates, 1):
                 scores(rate * devices)
+                told(done)
         elif self.good.target is None:
             climb(scores, self._start_rps(), self.config.search)
         elif not several:
@@ -175,7 +250,7 @@ class Sweep:
     def _all_resolved(self) -> bool:
         return all(
             self.judge.goodput(with_most_seeds(self._runs(name))).resolved
-            for name in self.served
+            for name in self.names
         )
 
     def _report_inversion(self, name: str) -> None:
@@ -194,7 +269,7 @@ class Sweep:
         busy_s = statistics.mean(
             self.durations.prefill_s(request.prompt_tokens)
             + request.max_tokens * decode_s / rows
-            for request in self.source(1.0, 0)
+            for request in self.source(1.0)
         )
         devices = self._devices(next(iter(self.served)))
         return float(f"{0.5 * devices / busy_s:.3g}")
@@ -202,16 +277,21 @@ class Sweep:
     def _devices(self, name: str) -> int:
         return self.served[name].deployment.devices
 
-    def _at(self, name: str, rate: float, replica: int) -> Point:
-        return Point(name, rate, replica, self.target)
+    def _at(self, name: str, rate: float, seeds: int) -> list[Point]:
+        """Return a system's points at a rate, with so many of the config's seeds."""
+        return [
+            Point(name, rate, seed, self.target) for seed in self.config.seeds[:seeds]
+        ]
 
     # -- points -------------------------------------------------------------------
 
     def _scores(self, name: str, rate: float, seeds: int) -> list[float]:
         rate = float(f"{rate:.{RATE_DIGITS}g}")
-        self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
-        points = [self._at(name, rate, i) for i in range(seeds)]
+        points = self._at(name, rate, seeds)
         missing = [point for point in points if not self.run_dir.has(point)]
+        if missing and self.out_of_time():
+            raise OutOfTime
+        self.tried[name][rate] = max(seeds, self.tried[name].get(rate, 0))
         if self.config.executed == "all":
             for point in missing:
                 self._run(point)
@@ -252,8 +332,9 @@ class Sweep:
 
     def _run(self, point: Point) -> None:
         """Run a point with its programs, and keep its requests and events."""
+        self.compile_system(point.system)
         served, log = self.served[point.system], EventLog()
-        run = served.run(self.source(point.rate_rps, point.replica), observer=log)
+        run = served.run(self.source(point.rate_rps, point.seed), observer=log)
         found = point_metrics(self._task(point, served), run)
         rows = [self._request_row(timeline) for timeline in run.timelines]
         self.run_dir.save(point, found, rows, log.lines)
@@ -267,13 +348,17 @@ class Sweep:
         rate = self.judge.judged_rps(with_most_seeds(self._runs(name)))
         if rate is None:
             return
-        point = self._at(name, rate, 0)
+        (point,) = self._at(name, rate, 1)
         found = self.run_dir.load(point)
         if found["executed"]:  # by a run that is resumed
             return
+        if self.out_of_time():
+            self.missing.append(f"{self.target} the programs of {name}".strip())
+            return
         shown = f"{rate / self._devices(name):8.2f} requests/s per device"
         self.progress(f"{name:>14}  {shown}: running its programs")
-        requests = self.source(rate, 0)[: self.config.executed_requests]
+        requests = self.source(rate)[: self.config.executed_requests]
+        self.compile_system(name)
         log = EventLog()
         run = self.served[name].run(requests, observer=log)
         rows = [self._request_row(timeline) for timeline in run.timelines]
@@ -296,15 +381,15 @@ class Sweep:
 
     def _runs(self, name: str) -> Runs:
         return {
-            rate: [self.run_dir.load(self._at(name, rate, i)) for i in range(seeds)]
+            rate: [*map(self.run_dir.load, self._at(name, rate, seeds))]
             for rate, seeds in sorted(self.tried[name].items())
         }
 
     # -- summary ------------------------------------------------------------------
 
     def _summary(self) -> dict[str, Any]:
-        judge, runs = self.judge, {name: self._runs(name) for name in self.served}
-        devices = {name: self._devices(name) for name in self.served}
+        judge, runs = self.judge, {name: self._runs(name) for name in self.names}
+        devices = {name: self._devices(name) for name in self.names}
         systems = {
             name: system_summary(
                 judge, self.config.systems[name].deployment, devices[name], found

@@ -107,7 +107,7 @@ def resolve_slos(
 def _smallest_mixed_s(
     config: Config, durations: Mapping[str, StepDurations], source: RequestSource
 ) -> dict[str, float]:
-    requests = source(1.0, 0)
+    requests = source(1.0)
     return {
         name: durations[name].smallest_mixed_s(system.policies, requests)
         for name, system in config.systems.items()

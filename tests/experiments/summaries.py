@@ -32,8 +32,8 @@ def metrics(first: float, **changes: Any) -> dict[str, Any]:
 def point(rate: float, devices: int, share: float, **scores: Any) -> dict[str, Any]:
     """A rate that was tried, with another share for each line of the picture."""
     return {
-        "request_rate": rate,
-        "request_rate_per_device": rate / devices,
+        "rate_rps": rate,
+        "rate_rps_per_device": rate / devices,
         "attainment": interval(share, share - 0.1, share + 0.2),
         "attainment_ttft": interval(share + 0.01, None, None),
         "attainment_tpot": interval(share + 0.02, None, None),
@@ -72,7 +72,7 @@ def goodput(**changes: Any) -> dict[str, Any]:
                 "deployment": "2xcolocated:tp1",
                 "devices": 2,
                 "goodput": {
-                    "max_goodput_rate_per_device": interval(12.34, 11.0, 13.5),
+                    "goodput_rps_per_device": interval(12.34, 11.0, 13.5),
                     "pass_rps_per_device": 12.0,
                     "fail_rps_per_device": 14.0,
                     "bracketed": True,
@@ -87,7 +87,7 @@ def goodput(**changes: Any) -> dict[str, Any]:
                 "deployment": "prefill:tp1,decode:tp3",
                 "devices": 4,
                 "goodput": {
-                    "max_goodput_rate_per_device": interval(5.0, None, None),
+                    "goodput_rps_per_device": interval(5.0, None, None),
                     "pass_rps_per_device": None,
                     "fail_rps_per_device": 6.0,
                     "bracketed": False,

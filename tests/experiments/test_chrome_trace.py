@@ -6,7 +6,7 @@ import pytest
 
 from experiments import goodput_sweep
 from experiments.chrome_trace import draw
-from experiments.runs.run_dir import Point, SavedRun
+from experiments.runs.saved_run import Point, SavedRun
 from tests.commands import run_command
 from tests.drawings import by_lane, check_trace, lane_names, slices
 from tests.experiments.test_goodput_sweep import config

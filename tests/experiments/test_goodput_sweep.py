@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import re
+import shutil
 import sys
 import types
 
@@ -14,6 +15,7 @@ import pytest
 from disagg_jax import metrics
 from disagg_jax.calibration.step_times import StepTimes
 from disagg_jax.deployment import Role
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import criteria, find_inversion
@@ -25,7 +27,8 @@ from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, one_request
 from experiments.configs.named import get_config
 from experiments.configs.override import override
-from experiments.runs.run_dir import Point, RunDir, SavedRun
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point, SavedRun
 from experiments.sweep import report, serving
 from experiments.sweep import summary as summaries
 from experiments.sweep.serving import load_model
@@ -118,6 +121,105 @@ def test_a_killed_run_resumes_without_losing_or_repeating_a_point(first, tmp_pat
     assert len((out / "requests.jsonl").read_text().splitlines()) == 48
 
 
+def refuse(*args, **named):
+    raise AssertionError("this was not to be asked for")
+
+
+def test_a_run_that_has_ended_is_shown_without_model_or_devices(
+    first, monkeypatch, capsys
+):
+    for module, name in (
+        *((jax, name) for name in ("devices", "default_backend")),
+        *((goodput_sweep, name) for name in ("load_model", "build_engines")),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    starts = (first / "env.json").read_bytes()
+    table = goodput_sweep.run(config(), first, None)
+    assert "this run has ended; nothing is run" in capsys.readouterr().err
+    assert table + "\n" == (first / "table.txt").read_text()
+    assert (first / "env.json").read_bytes() == starts
+    with pytest.raises(AssertionError, match="not to be asked for"):
+        goodput_sweep.run(config("seed=1"), first, None)
+
+
+def test_a_resumed_run_says_what_it_found_and_compiles_only_what_is_to_run(
+    first, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "resumed"
+    shutil.copytree(first, out)
+    (out / "summary.json").unlink()
+    with monkeypatch.context() as without:
+        without.setattr(Engine, "compile", refuse)
+        table = goodput_sweep.run(config(), out, None)
+    assert "8 of 8 points found" in capsys.readouterr().err
+    assert table + "\n" == (first / "table.txt").read_text()
+    (out / "summary.json").unlink()
+    (out / "points" / "vllm_v0-100.0rps-1.json").unlink()
+    compiled = []
+    monkeypatch.setattr(
+        goodput_sweep, "compile_engines", lambda engines, _: compiled.extend(engines)
+    )
+    with pytest.raises(ValueError, match="no such program was compiled"):
+        goodput_sweep.run(config(), out, None)
+    assert compiled == ["vllm_v0"]
+    assert "7 of 8 points found" in capsys.readouterr().err
+
+
+@dataclasses.dataclass
+class Rates:
+    """A deadline that comes after so many rates."""
+
+    left: int
+
+    def passed(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_run_whose_time_is_spent_goes_on_and_ends_as_one_without_a_limit(
+    first, tmp_path
+):
+    out, times = tmp_path / "limited", str(first / "step_times.json")
+    text = goodput_sweep.run(config(), out, times, deadline=Rates(0))
+    assert text.startswith("--minutes are spent before any system") and ": 0 " in text
+    assert not (out / "summary.json").exists()
+    text = goodput_sweep.run(config(), out, times, deadline=Rates(3))
+    assert "goes on with the look after 2 seeds at disaggregated" in text
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["missing"] == ["the look after 2 seeds at disaggregated"]
+    goodput_sweep.run(config(), out, times)
+    for name in ("summary.json", "requests.jsonl"):
+        assert (out / name).read_bytes() == (first / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([], "1 of 8 points found"),
+        (["first_seeds=1"], "1 of at most 8 points found"),
+        (["rates="], "1 points found; the search goes on from them"),
+    ],
+)
+def test_the_points_found_are_of_those_that_are_known(tmp_path, changes, said):
+    run_dir = RunDir(tmp_path, {})
+    asked = config(*changes)
+    assert goodput_sweep._found(asked, run_dir) == ""
+    run_dir.save(Point("vllm_v0", 8.0, 0), {})
+    assert goodput_sweep._found(asked, run_dir) == said
+
+
+def test_a_trace_is_told_by_its_bytes(tmp_path):
+    trace = tmp_path / "trace.csv"
+    asked = override(get_config("azure_trace"), [f"workload.trace={trace}", "rates=1"])
+    found = []
+    for text in ("a", "a", "b"):
+        trace.write_text(text)
+        found.append(goodput_sweep._asked(asked, None)["trace_sha256"])
+    assert found[0] == found[1] != found[2]
+    trace.unlink()
+    assert "trace_sha256" not in goodput_sweep._asked(asked, None)
+
+
 def test_systems_see_the_same_requests_and_generate_the_same_tokens(first):
     rows = [
         json.loads(line) for line in (first / "requests.jsonl").read_text().splitlines()
@@ -125,7 +227,7 @@ def test_systems_see_the_same_requests_and_generate_the_same_tokens(first):
 
     def of(system):
         return [
-            (row["rate_rps"], row["replica"], row["arrival_s"], row["tokens"])
+            (row["rate_rps"], row["seed"], row["arrival_s"], row["tokens"])
             for row in rows
             if row["system"] == system
         ]
@@ -174,7 +276,7 @@ def test_a_run_ranks_its_systems_by_every_criterion(first):
     # What ranks by the criterion that was searched for is that goodput.
     for row in summary["criteria"]["distserve"]["rank"]:
         goodput = summary["systems"][row["system"]]["goodput"]
-        found = goodput["max_goodput_rate_per_device"]["mean"]
+        found = goodput["goodput_rps_per_device"]["mean"]
         assert row["mean"] == pytest.approx(found)
 
 
@@ -199,10 +301,11 @@ def test_scores_follow_from_the_token_times(first):
     runs = {}
     for line in (first / "requests.jsonl").read_text().splitlines():
         row = json.loads(line)
-        point = Point(row["system"], row["rate_rps"], row["replica"])
+        point = Point(row["system"], row["rate_rps"], row["seed"])
         runs.setdefault(point, []).append(row)
     for point, rows in runs.items():
         score = run_dir.load(point)["criteria"]
+        assert score["distserve"] == sum(row["good"] for row in rows) / len(rows)
         # Of up to 5 gaps, Mooncake's slowest tenth is the slowest.
         good = [
             row["ttft_s"] <= slo["ttft_s"] and slowest_s(row) <= slo["tpot_s"]
@@ -251,9 +354,7 @@ def test_the_sweep_searches_by_the_criterion_it_is_told(first, name, tmp_path):
     assert f"{name}: {summary['criteria'][name]['definition']}" in text
     assert f"\n{name} *," in text
     for system in summary["systems"].values():
-        points = {
-            p["request_rate"]: p["criteria"][name]["mean"] for p in system["points"]
-        }
+        points = {p["rate_rps"]: p["criteria"][name]["mean"] for p in system["points"]}
         assert 2 <= len(points) <= 4
         if name == "fastgen":
             found = system["throughput"]["max_throughput_per_device"]["mean"]
@@ -372,7 +473,7 @@ def test_what_became_of_a_trace_stands_in_all_that_is_shown(tmp_path):
         found
         for system in summary["systems"].values()
         for found in (
-            system["goodput"]["max_goodput_rate_per_device"],
+            system["goodput"]["goodput_rps_per_device"],
             *(point["attainment"] for point in system["points"]),
             *(score for p in system["points"] for score in p["criteria"].values()),
         )
@@ -485,7 +586,7 @@ def test_the_answer_of_a_placement_search_runs_beside_the_systems(tmp_path):
     ]
     tokens = {name: [] for name in systems}
     for row in rows:
-        which = (row["replica"], row["request_id"])
+        which = (row["seed"], row["request_id"])
         tokens[row["system"]].append((which, row["tokens"]))
     assert sorted(tokens["placed_high"]) == sorted(tokens["disaggregated"])
     table = (tmp_path / "table.txt").read_text()
@@ -670,14 +771,19 @@ def test_step_times_are_taken_once_or_given(tmp_path, monkeypatch):
     monkeypatch.setattr(
         goodput_sweep, "measure_step_times", lambda *args, **named: next(found)
     )
+    compiled = []
+    how = ({"orca": None}, None, compiled.append, print)
     for _ in range(2):
         run_dir = RunDir(tmp_path / "taken", {})
-        times = goodput_sweep._step_times(config(), run_dir, [], None, print)
+        times = goodput_sweep._step_times(config(), run_dir, *how)
         assert times == StepTimes(rounds={"a": [1.0, 3.0]})
+    assert compiled == ["orca"]
     assert run_dir.read_json("step_times.json")["measured"]["command"] == sys.argv
     run_dir = RunDir(tmp_path / "given", {})
     given = StepTimes(rounds={"a": [2.0]})
-    assert goodput_sweep._step_times(config(), run_dir, [], given, print) == given
+    how = ({"orca": None}, given, compiled.append, print)
+    assert goodput_sweep._step_times(config(), run_dir, *how) == given
+    assert compiled == ["orca"]
     assert run_dir.read_json("step_times.json") == {
         "format": 2,
         "seconds": {"a": 2.0},

@@ -4,7 +4,7 @@ import pytest
 
 from disagg_jax import metrics
 from experiments import goodput_sweep, one_request
-from experiments.runs.run_dir import Point, SavedRun
+from experiments.runs.saved_run import Point, SavedRun
 from tests.commands import run_command
 from tests.experiments.test_goodput_sweep import config
 
@@ -64,6 +64,10 @@ def test_what_is_not_there(run, rate, request_id, message):
 def test_no_run_directory(tmp_path):
     with pytest.raises(ValueError, match="--run: expected a run directory"):
         one_request.find(tmp_path)
+
+
+def test_the_caption_says_what_was_run(run):
+    assert one_request.said(run) == "tiny on cpu, 6 requests a run, seed 0"
 
 
 def test_the_command_draws(run):

@@ -78,6 +78,18 @@ def test_a_report_says_what_its_claims_say(tmp_path: pathlib.Path, monkeypatch):
         assert f"| c{i} | p{i} | o{i} | w/{i} | r{i}; `--figure=mine" in row
 
 
+def test_a_caption_names_each_run_once():
+    said = ("a: roofline/h100, N=9 x 2 seeds", "b: as above; a: as above", "-")
+    said += ("b: N=7 x 2 seeds; a: roofline/h100, N=9 x 2 seeds",)
+    claims = [
+        Claim(claim="c", paper="p", ours="o", why="w", runs=runs) for runs in said
+    ]
+    drawn = Drawn(panels=[], claims=claims)
+    expected = "a: roofline/h100, N=9 x 2 seeds; b: N=7 x 2 seeds"
+    assert reproduce.runs_of(drawn) == [expected]
+    assert reproduce.runs_of(Drawn(panels=[], claims=[])) == []
+
+
 def test_numbers_come_from_the_runs(tmp_path: pathlib.Path):
     def ours(requests: int) -> list[str]:
         lab = Lab(num_requests=requests, seeds=2, workers=1)

@@ -9,6 +9,7 @@ from disagg_jax.engine.executor import as_measured
 from disagg_jax.work import Step
 from experiments import stalls
 from experiments.benchmarks.stall import StallScenario, measure
+from experiments.report.colours import system_colour
 from models.config import get_config
 from tests.engine.harness import random_params
 
@@ -64,6 +65,18 @@ def test_the_table_and_the_picture_have_every_system(found, tmp_path):
     # Around the prompt only: it takes vLLM 81 s, and shown is a quarter of the slowest.
     assert all(-22 < x / 1e3 < 107 for s in left.series for x, _ in s.points)
     assert right.series[0].points == [(32.0, 34.0), (80.0, 82.0)]
+    for series in (*left.series, *right.series):
+        assert series.colour == system_colour(series.label)
+
+
+def test_a_request_that_waits_is_drawn_for_as_long_as_it_waits(found):
+    """With vLLM it waits from the prompt's arrival on, for 82 s; gaps are else 1 s."""
+    left, _ = stalls.panels(list(found.values()))
+    points = left.series[0].points
+    waits = [(x / 1e3, gap / 1e3) for x, gap in points if gap > 1e3]
+    assert waits == [(pytest.approx(0.0), 82.0), (pytest.approx(82.0), 82.0)]
+    stamps = [x for x, _ in points]
+    assert stamps == sorted(stamps)
 
 
 @pytest.mark.parametrize(

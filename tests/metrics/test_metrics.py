@@ -454,6 +454,33 @@ def test_a_margin_is_a_geometric_mean_with_an_interval():
     assert inverse.ratio.low == pytest.approx(1 / found.ratio.high)
 
 
+def test_an_unpaired_margin_is_welchs():
+    """Logarithms 0, 2 and 4 against 1 and 1: variances of means 4/3 and 0.
+
+    So there are 2 degrees of freedom, whose 97.5 % quantile is 4.302653.
+    """
+    ours, theirs = [1.0, math.e**2, math.e**4], [math.e, math.e]
+    found = metrics.unpaired_margin(ours, theirs).ratio
+    half = 4.302653 * math.sqrt(4 / 3)
+    ends = (found.mean, found.low, found.high)
+    expected = (math.e, math.exp(1 - half), math.exp(1 + half))
+    assert ends == pytest.approx(expected, rel=1e-6)
+    inverse = metrics.unpaired_margin(theirs, ours).ratio
+    assert (inverse.low, inverse.high) == pytest.approx((1 / found.high, 1 / found.low))
+
+
+def test_an_unpaired_margin_is_clear_only_by_an_interval_or_a_zero():
+    apart = ([3.0, 3.1, 3.2], [2.0, 2.1])
+    assert metrics.unpaired_margin(*apart).clear
+    assert not metrics.unpaired_margin(*apart, independent=False).clear
+    assert metrics.unpaired_margin(*apart, independent=False).ratio.low is None
+    assert metrics.unpaired_margin([3.0], [2.0, 2.1]).ratio.low is None
+    assert metrics.unpaired_margin([2.0, 2.0], [1.0, 1.0]).clear
+    nothing = metrics.unpaired_margin([3.0, 3.1, 3.2], [0.0, 0.0])
+    assert nothing.clear and nothing.ratio is None
+    assert not metrics.unpaired_margin([0.0, 1.0], [1.0, 1.0, 1.0]).clear
+
+
 @pytest.mark.parametrize(
     ("ours", "theirs", "clear"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import interval_across
@@ -13,8 +13,9 @@ from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, TARGET
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import Arm, ArmRuns, Goodputs, geometric, run_arms
+from experiments.report.colours import system_colour
 from experiments.report.intervals import percent
-from experiments.report.panel import Panel, banded_curves, curves
+from experiments.report.panel import Panel, Series, banded, curves
 
 _ONE_ENGINE = get_simulation("opt13b_a100")
 _SHIPPED = get_simulation("simdistserve_opt13b")
@@ -57,7 +58,7 @@ def goodput_n(lab: Lab) -> Drawn:
         title="OPT-13B, ShareGPT, TTFT <= 0.25 s, TPOT <= 0.1 s; 95 % over seeds",
         x="requests of a run",
         y="goodput at 90 % (requests/s per GPU)",
-        series=banded_curves(rates),
+        series=[_by_n_curve(label, by_n) for label, by_n in rates.items()],
         log_x=True,
     )
     claims = [
@@ -72,6 +73,13 @@ def goodput_n(lab: Lab) -> Drawn:
         for arm in _BY_N
     ]
     return Drawn(panels=[panel], claims=claims)
+
+
+def _by_n_curve(label: str, by_n: Mapping[float, Sequence[float]]) -> Series:
+    """Draw an arm in its system's colour, with dashes as the artifact ships it."""
+    system = "DistServe" if label.startswith("DistServe") else "vLLM"
+    style = "dashed" if "as shipped" in label else "line"
+    return banded(label, by_n, system_colour(system), style)
 
 
 # ---- devices that a rate needs ----
@@ -97,7 +105,13 @@ def devices(lab: Lab) -> Drawn:
         title="OPT-13B, 512 prompt and 64 output tokens, 0.4 s / 0.04 s, one engine",
         x="demand (requests/s)",
         y="GPUs needed for 90 % within the SLO",
-        series=curves(points, colours={"colocated": 1, "disaggregated": 0}),
+        series=curves(
+            points,
+            colours={
+                "colocated": system_colour("vLLM"),
+                "disaggregated": system_colour("DistServe"),
+            },
+        ),
     )
     claims = [
         _devices_claim(lab, rps, [by_rate[rps] for by_rate in kinds.values()])

@@ -16,10 +16,11 @@ from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import TARGET, paper_crossings, paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import IDLE, Arm, ArmRuns, run_arms
+from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds, percent, ratio_text
 from experiments.report.panel import Panel, banded
 
-_COLOURS = {"DistServe": 0, "vLLM": 1, "DeepSpeed-MII": 2}
+_COLOURS = system_colours(["DistServe", "vLLM", "DeepSpeed-MII"])
 _ONE_ENGINE = (
     "Not the paper's comparison: one engine for both sides, KV memory, links, and runs "
     "long enough to fill the queues"

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.errors import require
+from disagg_jax.metrics import rate_interval
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim.cost.deployment import ModelledCost
@@ -26,7 +27,7 @@ from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
 from experiments.papers.distserve.published import paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
-from experiments.report.panel import XY, Panel, Series, banded, banded_curves, curves
+from experiments.report.panel import XY, Panel, Series, banded_curves, curves, ends
 
 SERVICE_S = 0.2  # D: 512 tokens of OPT-66B, as the published points have it
 GPUS = 2
@@ -185,16 +186,15 @@ def _claims(lab: Lab, ours: dict[str, dict[float, list[float]]]) -> list[Claim]:
 
 
 def _simulator_claim(lab: Lab, name: str, values: dict[float, list[float]]) -> Claim:
-    series = banded(name, values, 0)
     form = _formula(name)
-    inside = sum(
-        low <= form(x) <= high
-        for (x, _), (low, high) in zip(series.points, series.band, strict=True)
-    )
+    found = {x: rate_interval(of_seeds) for x, of_seeds in values.items()}
+    points = [(x, interval.mean) for x, interval in found.items()]
+    within = {x: ends(interval) for x, interval in found.items()}
+    inside = sum(low <= form(x) <= high for x, (low, high) in within.items())
     return Claim(
         claim=f"{name}: mean TTFT follows the queueing model",
         paper="(the formula)",
-        ours=f"simulated means are within {100 * _apart(series.points, form):.1f} % of "
+        ours=f"simulated means are within {100 * _apart(points, form):.1f} % of "
         f"it; {inside} of {len(values)} intervals contain it",
         why="A 95 % interval misses one time in twenty; at 90 % load a run of this "
         "length has not quite settled",

@@ -9,6 +9,7 @@ from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import IDLE, Arm, ArmRuns, run_arms
+from experiments.report.colours import system_colours
 from experiments.report.intervals import percent
 from experiments.report.panel import XY, Panel, banded, curves
 
@@ -34,7 +35,7 @@ def table2(lab: Lab) -> Drawn:
     rates = [x for x, _ in axes.series["vLLM, real"]]
     workload = get_workload("sharegpt")
     found = run_arms(lab, _TABLE2, workload, [IDLE, *rates])
-    colours = {"vLLM": 1, "DistServe-Low": 0}
+    colours = system_colours(["vLLM", "DistServe-Low"])
     real = {f"{name}, real": colour for name, colour in colours.items()}
     ours = [
         banded(f"{name}, ours", runs.percentages(_SLO), colours[name])
@@ -133,7 +134,7 @@ def _fig11_panel(
     shares: Mapping[str, dict[float, list[float]]],
 ) -> Panel:
     axes = paper_panel("fig11", panel)
-    colours = {"DistServe-High": 2, "DistServe-Low": 0, "vLLM": 1, "vLLM++": 3}
+    colours = system_colours(["DistServe-High", "DistServe-Low", "vLLM", "vLLM++"])
     ours = [
         banded(f"{n}: {best[n].arm.label}", values, colours[n])
         for n, values in shares.items()

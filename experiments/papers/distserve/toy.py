@@ -23,9 +23,11 @@ from experiments.configs.paper_workloads import get_workload
 from experiments.papers.distserve.published import SLOS, paper_panel
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.papers.runs import Arm, ArmRuns, geometric, run_arms
+from experiments.report.colours import system_colours
 from experiments.report.panel import Panel, banded, banded_curves
 
 _REQUESTS = 800
+_COLOURS = system_colours(["vLLM", "DistServe", "2P1D"])
 _SHIPPED = get_simulation("simdistserve_opt13b")
 _COLOCATED, _SPLIT = "colocated:tp1", "prefill:tp1,decode:tp1"
 _PHASES = {  # deployment and requests/s
@@ -88,7 +90,8 @@ def fig1(lab: Lab) -> Drawn:
 def _fig1_panel(
     panel: str, alone: str, found: Mapping[str, ArmRuns], target_s: float
 ) -> Panel:
-    axes, colours = paper_panel("fig1", panel), {"colocated": 1, alone: 0}
+    axes = paper_panel("fig1", panel)
+    colours = {"colocated": _COLOURS["vLLM"], alone: _COLOURS["DistServe"]}
 
     def p90(result: RunLatencies) -> float:
         return float(np.percentile(getattr(result, f"{panel}_s"), 90))
@@ -174,5 +177,7 @@ def _toy_panel(engine: str, found: Mapping[str, ArmRuns]) -> Panel:
         name: found[f"{name}, {engine}"].percentages(SLOS["toy"])
         for name in _TOY_SYSTEMS
     }
-    ours = banded_curves(shares, colours=(1, 0, 5))
+    as_named = {"colocated": "vLLM", "1P1D": "DistServe", "2P1D": "2P1D"}
+    colours = {name: _COLOURS[system] for name, system in as_named.items()}
+    ours = banded_curves(shares, colours=colours)
     return paper_panel("fig8a", "rate").attainment(f"engine: {engine}", ours)

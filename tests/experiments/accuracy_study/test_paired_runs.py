@@ -17,7 +17,8 @@ from disagg_jax.runlog.utilisation import Occupancy, StageUse
 from disagg_jax.search.rates import SearchPlan, search
 from experiments.accuracy_study.paired_runs import PairedRun, predicted_steps
 from experiments.configs.config import WorkloadConfig
-from experiments.runs.run_dir import Point, RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import build_engine
 from tests.experiments.calibrating import CONFIG, calibrated, device
@@ -68,7 +69,7 @@ def pair(tmp_path, engine_and_profile, random_model):
         server=server,
         source=source,
         slo=SLO_S,
-        seeds=config.num_seeds,
+        seeds=config.seeds,
         profile=profile,
         run_dir=run_dir,
         probes={},
@@ -175,7 +176,7 @@ def test_the_knee_is_the_simulated_goodput_wherever_the_search_begins(pair):
         tried[rate] = [
             metrics.attainment(run.timelines, SLO_S).joint
             for run in (
-                pair.simulated.run(pair.requests(rate, replica)) for replica in (0, 1)
+                pair.simulated.run(pair.requests(rate, seed)) for seed in (0, 1)
             )
         ]
         return tried[rate]

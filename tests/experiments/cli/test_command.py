@@ -79,6 +79,18 @@ def test_words_beside_the_flags_are_refused(capsys):
     assert "expected flags only, got ['y']" in capsys.readouterr().err
 
 
+def test_a_command_gets_the_words_that_it_asks_for(capsys):
+    seen = []
+    main = command(words=("A", "B"))(lambda *words: seen.append(words))
+    with pytest.raises(SystemExit) as end:
+        main(["x", "one", "two"])
+    assert not end.value.code and seen == [("one", "two")]
+    with pytest.raises(SystemExit) as end:
+        main(["x", "one"])
+    assert end.value.code and seen == [("one", "two")]
+    assert "expected A B, got ['one']" in capsys.readouterr().err
+
+
 def test_two_commands_have_flags_of_one_name_and_each_its_own_values():
     seen = []
 

@@ -286,13 +286,6 @@ def test_of_one_kind_tables_and_pictures_have_no_disaggregation(monkeypatch):
     assert cell["verdict"] == "vllm_v1"
 
 
-def test_own_systems_have_the_colours_that_the_compared_ones_leave():
-    names = ["orca", "mine:a", "mine:b", DISAGGREGATED]
-    colours = report._colours(names)
-    assert len({colours[name] for name in names}) == 4
-    assert report._colours(list(POLICIES))["orca"] == colours["orca"]
-
-
 def test_two_cells_are_a_map_with_a_sentence():
     (said,) = report.sentences([MAP], [{(0, 0): NOBODY, (1, 0): CLEAR}])
     assert said.startswith(

@@ -12,6 +12,7 @@ from experiments.report.panel import (
     Panel,
     Series,
     banded,
+    banded_curves,
     curves,
 )
 
@@ -123,11 +124,23 @@ def test_equal_panels_give_equal_bytes(tmp_path):
 
 
 def test_a_curve_over_seeds_has_an_interval_at_each_point():
-    series = banded("a", {1.0: [2.0, 4.0], 2.0: [5.0]}, 3)
-    assert list(series.points) == [(1.0, 3.0), (2.0, 5.0)]
-    # t of one degree of freedom is 12.706: 3 +- 12.706, and no rate is negative.
-    assert series.band[0] == (0.0, pytest.approx(15.706, abs=1e-3))
+    series = banded("a", {1.0: [2.0, 3.0, 7.0], 2.0: [5.0]}, 3)
+    assert list(series.points) == [(1.0, 4.0), (2.0, 5.0)]
+    # t of two degrees of freedom is 4.303, the deviation sqrt(7): 4 +- 6.572, and no
+    # rate is negative.
+    assert series.band[0] == (0.0, pytest.approx(10.572, abs=1e-3))
     assert series.band[1] == (5.0, 5.0)  # one seed gives no interval
+
+
+def test_two_seeds_give_no_band_that_hides_the_curves():
+    assert banded("a", {1.0: [2.0, 4.0]}, 3).band == [(3.0, 3.0)]
+
+
+def test_banded_curves_have_the_colours_that_are_given():
+    values = {"a": {1.0: [2.0]}, "b": {1.0: [3.0]}}
+    assert [one.colour for one in banded_curves(values)] == [0, 1]
+    given = banded_curves(values, colours={"a": 4, "b": 2})
+    assert [one.colour for one in given] == [4, 2]
 
 
 def test_curves_count_their_colours_up_unless_they_are_given():

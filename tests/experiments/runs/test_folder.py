@@ -23,6 +23,7 @@ from experiments import stalls
 from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.runs.folder import (
+    Difference,
     differences,
     plain,
     read_json,
@@ -250,9 +251,10 @@ def test_no_folder_is_no_folder():
 def test_differences_are_named_by_their_keys():
     a = {"x": {"y": 1, "z": [1, 2]}, "only_a": 0, "same": 3}
     b = {"x": {"y": 2, "z": [1, 2]}, "same": 3, "only_b": None}
-    assert differences(a, b) == ["only_a", "x.y"]  # a missing value is None
+    found = [(each.key, each.a, each.b) for each in differences(a, b)]
+    assert found == [("only_a", 0, None), ("x.y", 1, 2)]
     assert differences(a, a) == []
-    assert differences({"x": {"y": 1}}, {"x": 5}) == ["x"]
+    assert differences({"x": {"y": 1}}, {"x": 5}) == [Difference("x", {"y": 1}, 5)]
 
 
 def test_content_of_dataclasses_is_plain():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from disagg_jax.metrics import SLO
 from disagg_jax.request import Request, Status, Timeline
 from experiments.runs.request_rows import to_row, to_timeline
-from experiments.runs.run_dir import Point, RunDir, SavedRun
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point, SavedRun
 
 POINT = Point("vllm_v0", 12.5, 0)
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
@@ -39,13 +41,13 @@ def test_requests_of_all_points_become_one_file(tmp_path):
     run_dir.write_requests([POINT, other])
     lines = (tmp_path / "requests.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [(row["replica"], row["request_id"]) for row in rows] == [
+    assert [(row["seed"], row["request_id"]) for row in rows] == [
         (0, 0),
         (0, 1),
         (1, 0),
         (1, 1),
     ]
-    assert rows[3] == {"system": "vllm_v0", "rate_rps": 12.5, "replica": 1, **ROWS[1]}
+    assert rows[3] == {"system": "vllm_v0", "rate_rps": 12.5, "seed": 1, **ROWS[1]}
 
 
 def test_a_point_that_was_cut_off_while_saving_does_not_count(tmp_path):
@@ -101,7 +103,7 @@ def test_points_are_found_by_their_names(tmp_path):
 # -- what a user names ----------------------------------------------------------------
 
 
-def saved(tmp_path, passing=6.25, rates=(6.25, 12.5), replicas=(0, 1), **found):
+def saved(tmp_path, passing=6.25, rates=(6.25, 12.5), seeds=(3, 4), **found):
     """A run of two devices; rates are per device."""
     systems = {
         "vllm_v0": {"deployment": "2xcolocated:tp1"},
@@ -109,19 +111,19 @@ def saved(tmp_path, passing=6.25, rates=(6.25, 12.5), replicas=(0, 1), **found):
     }
     run_dir = RunDir(tmp_path, {"seed": 3, "systems": systems})
     for rate in rates:
-        for replica in replicas:
-            save(run_dir, Point("vllm_v0", 2 * rate, replica))
-    save(run_dir, Point("other", 99.0, 5))
+        for seed in seeds:
+            save(run_dir, Point("vllm_v0", 2 * rate, seed))
+    save(run_dir, Point("other", 99.0, 8))
     found = found or {"goodput": {"pass_rps_per_device": passing}}
     run_dir.write_json("summary.json", {"systems": {"vllm_v0": found}})
     return run_dir
 
 
-@pytest.mark.parametrize(("seed", "replica"), [(None, 0), (3, 0), (4, 1)])
-def test_a_seed_is_the_configs_and_the_replica(tmp_path, seed, replica):
-    picked = saved(tmp_path).pick("vllm_v0", 12.5, seed)
-    assert picked.point == Point("vllm_v0", 25.0, replica)
-    assert picked.seed == 3 + replica
+@pytest.mark.parametrize(("asked", "seed"), [(None, 3), (3, 3), (4, 4)])
+def test_a_seed_is_by_default_the_configs(tmp_path, asked, seed):
+    picked = saved(tmp_path).pick("vllm_v0", 12.5, asked)
+    assert picked.point == Point("vllm_v0", 25.0, seed)
+    assert picked.seed == seed
     assert (picked.rate_rps, str(picked.deployment)) == ("12.5", "2xcolocated:tp1")
 
 
@@ -166,14 +168,14 @@ def test_rates_are_told_apart_by_six_digits(tmp_path):
     for rate, shown in zip(rates, ("0.61725", "0.6173", "411.333"), strict=True):
         for asked in (rate, float(shown)):
             picked = run_dir.pick("vllm_v0", asked, None)
-            assert picked.point == Point("vllm_v0", 2 * rate, 0)
+            assert picked.point == Point("vllm_v0", 2 * rate, 3)
             assert picked.rate_rps == shown
     assert run_dir.pick("vllm_v0", None, None).point.rate_rps == 1.2346
 
 
 def test_a_point_of_another_system_is_none_of_its_rates(tmp_path):
     picked = saved(tmp_path).pick("other", 99.0, 8)
-    assert picked.point == Point("other", 99.0, 5)
+    assert picked.point == Point("other", 99.0, 8)
     with pytest.raises(
         ValueError, match=r"--rate: expected one of \['99'\], got '6.25"
     ):
@@ -185,12 +187,12 @@ def test_a_run_without_requests_keeps_none_and_is_not_picked(tmp_path):
     bare = Point("vllm_v0", 50.0, 0)
     run_dir.save(bare, {"attainment": 0.5})
     assert run_dir.has(bare) and not run_dir.has_requests(bare)
-    assert run_dir.has_requests(Point("vllm_v0", 25.0, 0))
+    assert run_dir.has_requests(Point("vllm_v0", 25.0, 3))
     with pytest.raises(
         ValueError, match=r"expected one of \['6.25', '12.5'\], got '25"
     ):
         run_dir.pick("vllm_v0", 25.0, None)
-    run_dir.write_requests([bare, Point("vllm_v0", 25.0, 0)])
+    run_dir.write_requests([bare, Point("vllm_v0", 25.0, 3)])
     assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == len(ROWS)
 
 
@@ -201,17 +203,17 @@ def test_each_target_has_points_of_its_own(tmp_path):
     )
     targets = {}
     for target, rate in (("relaxed", 8.0), ("tight", 4.0)):
-        point = Point("a", rate, 0, target)
+        point = Point("a", rate, 3, target)
         save(run_dir, point)
         assert next(iter(run_dir.requests(point)))["target"] == target
         found = {"goodput": {"pass_rps_per_device": rate}}
         targets[target] = {"systems": {"a": found}}
     run_dir.write_json("summary.json", {"targets": targets})
     assert run_dir.points() == [
-        Point("a", 4.0, 0, "tight"),
-        Point("a", 8.0, 0, "relaxed"),
+        Point("a", 4.0, 3, "tight"),
+        Point("a", 8.0, 3, "relaxed"),
     ]
-    assert run_dir.pick("a", None, None).point == Point("a", 4.0, 0, "tight")
+    assert run_dir.pick("a", None, None).point == Point("a", 4.0, 3, "tight")
     assert run_dir.pick("a", None, None, "relaxed").point.rate_rps == 8.0
     with pytest.raises(ValueError, match=r"--target: expected one of \['tight', 'rel"):
         run_dir.pick("a", None, None, "loose")
@@ -220,6 +222,60 @@ def test_each_target_has_points_of_its_own(tmp_path):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--run: expected a run directory, got"):
         SavedRun(tmp_path).pick("vllm_v0", None, None)
+
+
+# -- runs of older formats ------------------------------------------------------------
+
+
+def of_format(run_dir, number):
+    """Makes a run directory an older one, whose files are numbered from 0 on."""
+    path = run_dir.path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": number}))
+    for file in sorted((run_dir.path / "points").rglob("vllm_v0*")):
+        stem, seed, ending = re.fullmatch(r"(.*rps-)([0-9]+)(.*)", file.name).groups()
+        file.rename(file.with_name(f"{stem}{int(seed) - 3}{ending}"))
+    return SavedRun(run_dir.path)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_of_an_older_format_is_read(tmp_path, number):
+    run = of_format(saved(tmp_path), number)
+    picked = run.pick("vllm_v0", 12.5, 4)
+    assert picked.point == Point("vllm_v0", 25.0, 4)
+    assert run.load(picked.point) == {"attainment": 0.5}
+    assert [row["ttft_s"] for row in run.requests(picked.point)] == [0.1, 0.2]
+    assert list(run.events(picked.point)) == ["turn 1\n", "turn 2\n"]
+    assert run.has(Point("vllm_v0", 12.5, 3)) and not run.has(Point("vllm_v0", 12.5, 0))
+
+
+def test_a_run_of_an_older_format_is_not_resumed(tmp_path):
+    run_dir = saved(tmp_path)
+    config = run_dir.config()
+    RunDir(tmp_path, config)  # today's is
+    of_format(run_dir, 1)
+    said = r"holds a run of format 1, which can be read but not resumed; expected an em"
+    with pytest.raises(ValueError, match=said):
+        RunDir(tmp_path, config)
+
+
+# -- runs that have ended -------------------------------------------------------------
+
+
+def test_a_run_that_has_ended_has_a_table(tmp_path):
+    config = {"seed": 0, "sizes": (1, 2)}
+    run_dir = RunDir(tmp_path, {**config, "trace": {"rows": 3}})
+    assert run_dir.table_of(config) is None
+    (tmp_path / "table.txt").write_text("goodput\n\n 5\n")
+    assert run_dir.table_of(config) is None
+    run_dir.write_json("summary.json", {})
+    assert run_dir.table_of(config) == "goodput\n\n 5"
+    assert run_dir.table_of({**config, "seed": 1}) is None
+    run_dir.write_json("summary.json", {"missing": ["a look"]})
+    assert run_dir.table_of(config) is None
+    run_dir.write_json("summary.json", {})
+    assert SavedRun(tmp_path / "none").table_of(config) is None
+    of_format(run_dir, 1)
+    assert run_dir.table_of(config) is None
 
 
 # -- requests as rows -----------------------------------------------------------------
@@ -248,15 +304,16 @@ def test_a_row_has_the_latencies_of_a_request_that_finished():
     assert (row["prompt_tokens"], row["output_tokens"]) == (4, 3)  # made, not asked for
     assert (row["ttft_s"], row["tpot_s"], row["e2e_s"]) == (1.0, 1.0, 3.0)
     assert row["prefill_queue_s"] == 0.25 and row["transfer_s"] == 0.5
-    assert row["meets_slo"]
-    assert not to_row(finished(), SLO(ttft_s=0.99, tpot_s=1.0))["meets_slo"]
-    assert not to_row(finished(), SLO(ttft_s=1.0, tpot_s=0.99))["meets_slo"]
+    assert row["good"] is True
+    assert to_row(finished(), SLO(ttft_s=0.99, tpot_s=1.0))["good"] is False
+    assert to_row(finished(), SLO(ttft_s=1.0, tpot_s=0.99))["good"] is False
 
 
 def test_a_row_of_another_request_has_no_latencies():
     refused = finished(status=Status.REFUSED, token_s=[], error="too long")
     row = to_row(refused, SLO(ttft_s=1.0, tpot_s=1.0))
-    assert not {"ttft_s", "tpot_s", "e2e_s", "meets_slo"} & row.keys()
+    assert not {"ttft_s", "tpot_s", "e2e_s"} & row.keys()
+    assert row["good"] is False
     assert (row["error"], row["output_tokens"]) == ("too long", 0)
 
 
@@ -294,10 +351,11 @@ def test_a_row_has_the_stages_and_what_became_of_the_request():
         "tokens": [9, 8, 7],
     }
     for status in Status:
-        latencies = {"ttft_s", "e2e_s", "meets_slo"} & to_row(
+        row = to_row(
             dataclasses.replace(timeline, status=status), SLO(ttft_s=1.0, tpot_s=1.0)
-        ).keys()
-        assert bool(latencies) == (status is Status.FINISHED), status
+        )
+        assert bool({"ttft_s", "e2e_s"} & row.keys()) == row["good"], status
+        assert row["good"] == (status is Status.FINISHED), status
 
 
 def test_a_timeline_keeps_the_lengths_of_its_row():

@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from experiments.report.colours import system_colour
 from experiments.sweep import report
 from tests.experiments import summaries
 
@@ -40,9 +41,11 @@ prefill stages busy, mean / idlest                          - / 50%      - / -
 decode stages busy, mean / idlest                         61% / 51%      - / -
 colocated stages busy, mean / idlest                      62% / 52%      - / -
 KV moved between instances, MB                                 2.50          -
-rank by each criterion                           1               2
-distserve *, requests/s per device   vllm_v0 12.35        pair < 6
-fastgen, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""
+rank by each criterion                           1
+distserve *, requests/s per device   vllm_v0 12.35
+fastgen, good requests/s per device      pair ~9.5
+not listed: 2 values, of 2 systems, of which only a bound is known (criteria.NAME.rank \
+in summary.json)"""
 
 THROUGHPUT = """\
 fastgen: good requests: vllm_v0 > pair
@@ -58,8 +61,8 @@ at its best rate                                            vllm_v0             
 attainment: both / TTFT / TPOT                20.0% / 21.0% / 22.0%     30.0% / 31.0% / 32.0%
 mean transfer, ms                                            211.00                    311.00
 KV moved between instances, MB                                 2.50                      2.50
-distserve, requests/s per device       vllm_v0 12.35        pair < 6
-fastgen *, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5"""  # noqa: E501
+distserve, requests/s per device       vllm_v0 12.35
+fastgen *, good requests/s per device      pair ~9.5"""  # noqa: E501
 
 
 def expect_lines(expected: str, summary) -> None:
@@ -142,7 +145,8 @@ def test_the_picture_has_scores_in_percent_over_the_rate_of_a_device():
     # The band is the interval, cut at 0 and 100 %.
     assert vllm.band == [pytest.approx((60.0, 90.0)), pytest.approx((30.0, 60.0))]
     assert pair.band == [pytest.approx((0.0, 25.0))]
-    assert (vllm.colour, pair.colour) == (0, 1)
+    assert vllm.colour == system_colour("vllm_v0") != pair.colour
+    assert pair.colour == system_colour("pair")
     labels = [one.label for one in panel.series if one.label]
     assert labels[:2] == ["vllm_v0 (2xcolocated:tp1)", "pair (prefill:tp1,decode:tp3)"]
     assert labels[2:] == ["TTFT only", "TPOT only", "goodput at the target"]
@@ -166,7 +170,7 @@ def picture(monkeypatch, summary):
     monkeypatch.setattr(
         report, "draw", lambda _, title, path, notes, dpi: said.append((title, notes))
     )
-    report.plot(summary, pathlib.Path("x.png"))
+    report.plot(summary, "an H100", pathlib.Path("x.png"))
     return said[0]
 
 
@@ -174,7 +178,7 @@ def picture(monkeypatch, summary):
     ("changes", "said"),
     [
         ({}, "95 % intervals"),
-        ({"num_seeds": 1}, "no intervals"),
+        ({"num_seeds": 2}, "no intervals"),
         ({"no_intervals": "runs share rows"}, "no intervals"),
     ],
 )
@@ -186,7 +190,7 @@ def test_the_picture_says_whether_it_has_intervals(changes, said, monkeypatch):
 def test_the_picture_of_another_criterion_says_what_it_is(monkeypatch):
     summary = summaries.goodput(criterion="fastgen")
     title, _ = picture(monkeypatch, summary)
-    assert title.startswith("tiny: fastgen: good requests\n")
+    assert title.startswith("tiny on an H100: fastgen: good requests\n")
     assert report.scores(summary).y == "fastgen: score (%)"
 
 
@@ -213,11 +217,27 @@ def test_an_order_that_is_open_is_marked_wherever_it_is():
     summary = summaries.goodput()
     note = "! not monotone: a lower rate fails, or a higher one passes again"
     assert note not in report.table(summary)
-    summary["criteria"]["fastgen"]["rank"][1]["monotone"] = False
+    summary["criteria"]["fastgen"]["rank"][0]["monotone"] = False
     lines = report.table(summary).splitlines()
     assert note in lines
     (row,) = [line for line in lines if line.startswith("fastgen, ")]
-    assert row.endswith("pair ~9.5  vllm_v0 >= !7.5")
+    assert row.endswith("pair ~!9.5")
+
+
+def test_a_system_of_which_only_a_bound_is_known_is_not_ranked():
+    """By distserve the pair is below 6; by fastgen vllm_v0 has at least 7.5."""
+    summary = summaries.goodput()
+    ranks = [found["rank"] for found in summary["criteria"].values()]
+    assert "not listed: 2 values, of 2 systems, " in report.table(summary)
+    for rows in ranks:
+        rows[:] = [row | {"known": "below", "bound": 6.0} for row in rows]
+    table = report.table(summary)
+    assert "not listed: 4 values, of 2 systems, " in table
+    assert "\nfastgen, good requests/s per device\n" in table
+    for rows in ranks:
+        rows[:] = [row | {"known": "yes", "bound": None} for row in rows]
+    table = report.table(summary)
+    assert "not listed" not in table and "pair 9.5  vllm_v0 8.5\n" in table
 
 
 def test_the_picture_of_a_throughput_is_per_device():
@@ -247,16 +267,28 @@ def test_the_picture_says_what_was_run(monkeypatch, tmp_path):
     monkeypatch.setattr(
         report, "draw", lambda panels, title, path, **more: said.update(title=title)
     )
-    report.plot(summaries.goodput(), tmp_path / "x.png")
-    assert said["title"].startswith("tiny: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 req")
+    report.plot(summaries.goodput(), "an H100", tmp_path / "x.png")
+    asked = "tiny on an H100: TTFT <= 12 ms, TPOT <= 4.56 ms\n70 requests x 3 seeds"
+    assert said["title"].startswith(asked)
     assert "95 % intervals; virtual clock" in said["title"]
-    report.plot(summaries.goodput(num_seeds=1), tmp_path / "x.png")
+    report.plot(summaries.goodput(num_seeds=1), "an H100", tmp_path / "x.png")
     assert "no intervals" in said["title"]
 
 
 def test_a_rank_that_is_coarse_or_not_monotone_is_marked():
     row = {"mean": 2.0, "bound": None, "known": "coarsely", "monotone": False}
     assert report._ranked(row) == "~!2"
+
+
+@pytest.mark.parametrize("made", [summaries.goodput, summaries.two_targets])
+def test_a_run_that_is_not_finished_says_so_and_what_it_lacks(made, monkeypatch):
+    missing = ["the look after 8 seeds", "the programs of orca"]
+    summary = {**made(), "missing": missing}
+    said = "NOT FINISHED, as --minutes were spent; the same command goes on with "
+    said += "; ".join(missing)
+    assert said in report.table(summary).splitlines()
+    assert picture(monkeypatch, summary)[1][0] == said
+    assert "NOT FINISHED" not in report.table(made())
 
 
 # -- two targets -----------------------------------------------------------------------
@@ -278,7 +310,9 @@ relaxed: requests/s per device  12.3 [11.0, 13.5]                     5.0
 goodput pair/vllm_v0, paired by seed: tight 0.40 [0.30, 0.50], relaxed 0.40 [0.30, 0.50]
 pair: no step size meets TPOT <= 4.56 ms: its smallest full step with a prompt beside \
 decodes takes 5.10 ms
-relaxed: fastgen, good requests/s per device      pair ~9.5  vllm_v0 >= 7.5
+relaxed: fastgen, good requests/s per device      pair ~9.5
+not listed: 4 values, of 2 systems, of which only a bound is known (criteria.NAME.rank \
+in summary.json)
 intervals: 97.5% each, so that they hold with 95 % together over 2 looks, after 3, 6 \
 seeds"""
 
@@ -330,11 +364,11 @@ def test_the_picture_has_a_panel_of_each_target(monkeypatch):
         "draw",
         lambda panels, title, path, **more: said.update(panels=panels, title=title),
     )
-    report.plot(summaries.two_targets(), pathlib.Path("x.png"))
+    report.plot(summaries.two_targets(), "an H100", pathlib.Path("x.png"))
     assert [panel.title for panel in said["panels"]] == ["tight", "relaxed"]
     assert said["title"].splitlines()[:2] == [
-        "tiny: tight TTFT <= 12 ms, TPOT <= 4.56 ms",
-        "tiny: relaxed TTFT <= 20 ms, TPOT <= 8 ms",
+        "tiny on an H100: tight TTFT <= 12 ms, TPOT <= 4.56 ms",
+        "tiny on an H100: relaxed TTFT <= 20 ms, TPOT <= 8 ms",
     ]
     assert "97.5 % intervals" in said["title"]
 
@@ -347,3 +381,10 @@ def test_a_point_of_fewer_seeds_has_no_band():
         point["num_seeds"] = seeds
     bands = report.scores(summary).series[0].band
     assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((30.0, 60.0))]
+    bands = report.scores({**summary, "num_seeds": 2}).series[0].band
+    assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((30.0, 60.0))]
+
+
+def test_two_seeds_have_no_band():
+    bands = report.scores(summaries.goodput(num_seeds=2)).series[0].band
+    assert bands == [pytest.approx((70.0, 70.0)), pytest.approx((40.0, 40.0))]

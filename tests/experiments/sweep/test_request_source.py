@@ -1,4 +1,4 @@
-"""The requests that all systems get: what rate and replica change, and what not."""
+"""The requests that all systems get: what rate and seed change, and what not."""
 
 import dataclasses
 import json
@@ -50,11 +50,11 @@ def test_a_rate_only_stretches_arrivals(kind, request):
     assert work(other) != work(slow)
 
 
-def lengths(source, replica):
-    return [(r.prompt_tokens, r.max_tokens) for r in source(1.0, replica)]
+def lengths(source, seed):
+    return [(r.prompt_tokens, r.max_tokens) for r in source(1.0, seed)]
 
 
-def test_long_rows_are_left_out_before_replicas_get_their_stretches(trace):
+def test_long_rows_are_left_out_before_seeds_get_their_stretches(trace):
     """Lengths are halved; the row of 4000 tokens and the empty one are left out."""
     source = load(*trace, "workload.trace_scale=0.5", "num_seeds=1")
     assert lengths(source, 0) == [(40, 4), (80, 8)]
@@ -120,31 +120,31 @@ def test_scaled_lengths_are_rounded_and_keep_a_token(tmp_path):
 
 
 def test_every_run_is_checked_for_requests_that_no_pool_can_hold(trace):
-    """The long row is one of the second run only."""
+    """The long row is one of the second seed only."""
     source = load(*trace, "workload.too_long=clip", "workload.trace_scale=0.5")
     fits = KVMemory(num_blocks=9, block_tokens=16, max_context=512)
-    with pytest.raises(ValueError, match="request 0 of run 1: a KV pool has 9 KV bloc"):
+    with pytest.raises(ValueError, match="request 0 of seed 1: a KV pool has 9 KV"):
         source.check([fits])
     source = load(*trace, "workload.trace_scale=0.5", "num_seeds=1")
     source.check([fits])
 
 
-def test_a_run_is_that_of_the_configs_seed_and_its_replica(human_eval):
+def test_a_run_is_that_of_its_seed_and_by_default_of_the_configs(human_eval):
     for changes in ([], human_eval):
         first, second = (load(*changes, f"seed={seed}") for seed in (5, 6))
-        assert work(first(1.0, 1)) == work(second(1.0, 0))
-        assert [r.arrival_s for r in first(1.0, 1)] == [
-            r.arrival_s for r in second(1.0, 0)
+        assert work(first(1.0, 6)) == work(second(1.0)) == work(second(1.0, 6))
+        assert [r.arrival_s for r in first(1.0, 6)] == [
+            r.arrival_s for r in second(1.0)
         ]
-        assert work(first(1.0, 0)) != work(first(1.0, 1))
+        assert work(first(1.0)) != work(first(1.0, 6))
 
 
 def test_prompts_of_human_eval_have_outputs_of_the_config(human_eval):
     source = load(
         *human_eval, "workload.output_tokens=uniform:9:12", "workload.num_requests=3"
     )
-    for replica in (0, 1):
-        assert all(9 <= r.max_tokens <= 12 for r in source(1.0, replica))
+    for seed in (0, 1):
+        assert all(9 <= r.max_tokens <= 12 for r in source(1.0, seed))
     assert source.longest_prompt() == len("three")
 
 
@@ -159,7 +159,8 @@ def test_another_seed_takes_another_stretch(trace):
     source, later = (
         load(*trace, "workload.too_long=clip", f"seed={n}") for n in (0, 1)
     )
-    assert lengths(source, 1) == lengths(later, 0)
+    assert lengths(source, 1) == lengths(later, None)
+    assert lengths(source, 0) == lengths(source, None) != lengths(source, 1)
 
 
 def test_only_the_rows_asked_for(trace):
@@ -199,11 +200,11 @@ def test_a_trace_that_is_no_use(trace, changes, message):
         load(*trace, *changes)
 
 
-def test_a_replica_goes_on_with_the_next_prompts(human_eval):
+def test_the_next_seed_goes_on_with_the_next_prompts(human_eval):
     source = load(*human_eval)
     texts = [
-        [bytes(request.prompt).decode() for request in source(1.0, replica)]
-        for replica in (0, 1)
+        [bytes(request.prompt).decode() for request in source(1.0, seed)]
+        for seed in (0, 1)
     ]
     assert texts == [["one", "two"], ["three", "one"]]
 
@@ -221,7 +222,7 @@ def test_what_no_pool_can_hold_is_refused():
         for blocks in (4, 3)
     )
     source.check([fits])
-    message = "request 0 of run 0: a KV pool has 3 KV blocks, got 60 prompt"
+    message = "request 0 of seed 0: a KV pool has 3 KV blocks, got 60 prompt"
     with pytest.raises(ValueError, match=message):
         source.check([fits, small])
 
@@ -245,8 +246,8 @@ def test_each_end_token_stops_a_request_unless_all_are_ignored(
         )
         model = load_model(config)
         several = dataclasses.replace(model, tokenizer=Ends(eos_tokens=eos_tokens))
-        for replica in (0, 1):
-            for made in RequestSource.load(config, several)(1.0, replica):
+        for seed in (0, 1):
+            for made in RequestSource.load(config, several)(1.0, seed):
                 stops = {token for token in range(264) if made.stops_at(token)}
                 assert stops == (set() if ignore else set(eos_tokens))
                 assert made.eos_token == 5

@@ -6,7 +6,7 @@ import pytest
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.search.rates import SearchPlan
-from experiments.runs.run_dir import Point
+from experiments.runs.saved_run import Point
 from experiments.sweep import settled
 from experiments.sweep.point import PointTask
 from experiments.sweep.settled import HalfSearch, half_goodput, verdict

@@ -14,9 +14,10 @@ from disagg_jax.request import Request, Status, Timeline
 from disagg_jax.search.rates import SearchPlan
 from experiments.configs.named import get_config
 from experiments.configs.override import override
-from experiments.runs.run_dir import Point, RunDir
+from experiments.runs.run_dir import RunDir
+from experiments.runs.saved_run import Point
 from experiments.sweep.summary import Judge, pairs
-from experiments.sweep.sweep import Sweep
+from experiments.sweep.sweep import OutOfTime, Sweep
 from models.tokenizer import ByteTokenizer, NoText
 
 SLO_S = SLO(ttft_s=1.0, tpot_s=0.1)
@@ -24,11 +25,11 @@ SMALL = ["rates=4,8", "num_seeds=2", "execute_all=false"]
 N = 4  # requests of a run
 
 
-def requests(rate_rps, replica):
-    """One every 1 / rate seconds; ids say which replica."""
+def requests(rate_rps, seed=0):
+    """One every 1 / rate seconds; ids say which seed."""
     return [
         Request(
-            id=100 * replica + i, arrival_s=i / rate_rps, prompt_tokens=4, max_tokens=3
+            id=100 * seed + i, arrival_s=i / rate_rps, prompt_tokens=4, max_tokens=3
         )
         for i in range(N)
     ]
@@ -93,8 +94,8 @@ class Source:
 
     trace, why_dependent = None, ""
 
-    def __call__(self, rate_rps, replica):
-        return requests(rate_rps, replica)
+    def __call__(self, rate_rps, seed=0):
+        return requests(rate_rps, seed)
 
 
 def without_programs(systems):
@@ -140,10 +141,10 @@ def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
     one.run_dir.write_requests(one.points())
     rates = [8.0, 16.0]  # of two devices
     assert one.run_dir.points() == [
-        Point(name, rate, replica)
+        Point(name, rate, seed)
         for name in ("disaggregated", "vllm_v0")
         for rate in rates
-        for replica in (0, 1)
+        for seed in (0, 1)
     ]
     rows = [
         json.loads(line)
@@ -152,13 +153,13 @@ def test_every_rate_is_run_with_every_seed_of_the_whole_deployment(tmp_path):
     assert len(rows) == 2 * 2 * 2 * N
     assert [row["system"] for row in rows[:16]] == ["vllm_v0"] * 16
     first = rows[0]
-    assert (first["rate_rps"], first["replica"], first["request_id"]) == (8.0, 0, 0)
-    assert {row["request_id"] // 100 for row in rows if row["replica"] == 1} == {1}
+    assert (first["rate_rps"], first["seed"], first["request_id"]) == (8.0, 0, 0)
+    assert {row["request_id"] // 100 for row in rows if row["seed"] == 1} == {1}
     assert summary["num_seeds"] == 2
     # One of four requests is late at 16/s on the system whose limit is 10.
     assert [p["attainment"]["mean"] for p in points(summary, "vllm_v0")] == [1.0, 0.75]
-    assert [p["request_rate"] for p in points(summary, "vllm_v0")] == rates
-    assert [p["request_rate_per_device"] for p in points(summary, "vllm_v0")] == [
+    assert [p["rate_rps"] for p in points(summary, "vllm_v0")] == rates
+    assert [p["rate_rps_per_device"] for p in points(summary, "vllm_v0")] == [
         4.0,
         8.0,
     ]
@@ -174,7 +175,7 @@ def test_goodputs_are_per_device_and_ratios_over_vllm_by_seed(tmp_path):
     # 5.6 per device. The other passes at 16, where the rates end: 8 per device.
     vllm = summary["systems"]["vllm_v0"]["goodput"]
     assert vllm["per_seed_rps_per_device"] == pytest.approx([5.6, 5.6])
-    assert vllm["max_goodput_rate_per_device"] == pytest.approx(
+    assert vllm["goodput_rps_per_device"] == pytest.approx(
         {"mean": 5.6, "low": 5.6, "high": 5.6}
     )
     assert (vllm["pass_rps_per_device"], vllm["fail_rps_per_device"]) == (4.0, 8.0)
@@ -206,8 +207,8 @@ def test_the_first_seed_is_executed_at_the_highest_passing_rate(tmp_path):
     one.run()
     for name, at in (("vllm_v0", 8.0), ("disaggregated", 16.0)):
         for rate in (8.0, 16.0):
-            for replica in (0, 1):
-                point, ran = Point(name, rate, replica), (rate, replica) == (at, 0)
+            for seed in (0, 1):
+                point, ran = Point(name, rate, seed), (rate, seed) == (at, 0)
                 done = one.run_dir.load(point)
                 assert done["num_prompts"] == N
                 assert done["executed"] == one.run_dir.has_requests(point) == ran
@@ -271,7 +272,7 @@ def test_a_search_begins_where_half_of_the_devices_time_is_used(tmp_path):
     # A request takes 4 x 0.01 s of prefill and 3 x 0.02 / 2 s of decode on a device:
     # 0.5 x 2 / 0.07 = 14.3/s of two devices.
     assert "7.15 requests/s per device" in tried[0]
-    rates = [point["request_rate"] for point in points(summary, "vllm_v0")]
+    rates = [point["rate_rps"] for point in points(summary, "vllm_v0")]
     assert 14.3 in rates
     assert rates == sorted(rates)
     assert all(rate == float(f"{rate:.4g}") for rate in rates)
@@ -292,11 +293,11 @@ def test_busy_shares_are_by_role_with_the_idlest_stage(tmp_path):
 def test_means_are_over_seeds_and_none_where_a_run_lacks_one(tmp_path):
     one = sweep(tmp_path)
     one.run()
-    for replica, value in ((0, 1.0), (1, 3.0)):
-        path = tmp_path / "points" / f"vllm_v0-8.0rps-{replica}.json"
+    for seed, value in ((0, 1.0), (1, 3.0)):
+        path = tmp_path / "points" / f"vllm_v0-8.0rps-{seed}.json"
         content = json.loads(path.read_text())
-        content |= {"mean_e2e_ms": value, "preemptions": None if replica else 1.0}
-        content["steady"] = replica == 0
+        content |= {"mean_e2e_ms": value, "preemptions": None if seed else 1.0}
+        content["steady"] = seed == 0
         path.write_text(json.dumps(content))
     summary = sweep(tmp_path).run()
     found = points(summary, "vllm_v0")[0]
@@ -343,7 +344,7 @@ def test_a_search_is_for_the_target_of_its_criterion(tmp_path):
 
 @dataclasses.dataclass
 class Told(Pretended):
-    """How many requests of a run are late, by its rate and its replica."""
+    """How many requests of a run are late, by its rate and its seed."""
 
     late: dict = dataclasses.field(default_factory=dict)
 
@@ -501,7 +502,7 @@ def test_rates_are_tried_with_four_digits_and_once(tmp_path):
     one = sweep(tmp_path, "execute_all=true", rates)
     found = points(one.run(), "vllm_v0")
     one.run_dir.write_requests(one.points())
-    assert [point["request_rate"] for point in found] == [2.0, 2.125]
+    assert [point["rate_rps"] for point in found] == [2.0, 2.125]
     rows = (tmp_path / "requests.jsonl").read_text().splitlines()
     assert len(rows) == len(set(rows)) == 2 * 2 * 2 * N
 
@@ -521,6 +522,71 @@ def test_progress_is_per_device_and_by_what_is_searched_for(tmp_path):
     told(tmp_path / "b", late, "criterion=sarathi", progress=said.append).run()
     thousands = f"{28 / (3 / 8 + 0.6) / 1e3:.4g}"
     assert said[0].endswith(f": sarathi {thousands}  ({thousands}, {thousands})")
+
+
+# -- a limit of time -------------------------------------------------------------------
+
+
+def limited(one, rates, **changes):
+    """The sweep with time for so many rates of points that are not done."""
+    left = iter([False] * rates)
+    out_of_time = {"out_of_time": lambda: next(left, True), "missing": []}
+    return dataclasses.replace(one, **out_of_time, **changes)
+
+
+def test_given_rates_that_there_was_time_for_are_kept_and_the_others_said(tmp_path):
+    """Two systems at two rates; there is time for the first and half of the second."""
+    one = limited(sweep(tmp_path), 3)
+    summary = one.run()
+    found = {n: len(each["points"]) for n, each in summary["systems"].items()}
+    assert found == {"vllm_v0": 2, "disaggregated": 1}
+    assert one.missing == [
+        "the look after 2 seeds at disaggregated",
+        *("the programs of vllm_v0", "the programs of disaggregated"),
+    ]
+    whole = sweep(tmp_path / "whole").run()
+    fresh = {"tried": collections.defaultdict(dict)}
+    again = limited(one, 9, **fresh)
+    assert again.run() == whole and again.missing == []
+
+
+def test_without_time_for_one_system_there_is_no_summary(tmp_path):
+    one = limited(sweep(tmp_path), 0)
+    with pytest.raises(OutOfTime):
+        one.run()
+    assert one.points() == []
+    assert one.missing == ["the look after 2 seeds at vllm_v0, disaggregated"]
+
+
+def test_of_a_search_only_systems_that_were_looked_at_are_kept(tmp_path):
+    changes = ("rates=", "search.max_rates=4")
+    ended = sweep(tmp_path / "ended", *changes)
+    ended.run()
+    each = {name: len(rates) for name, rates in ended.tried.items()}
+    one = limited(sweep(tmp_path / "cut", *changes), each["vllm_v0"] + 1)
+    assert list(one.run()["systems"]) == ["vllm_v0"]
+    assert one.missing[0] == "the look after 2 seeds at disaggregated"
+
+
+def test_a_later_look_that_was_cut_leaves_the_one_before(tmp_path):
+    """The rates are the same after 1 and 2 seeds, so that the second look is whole."""
+    one = limited(sweep(tmp_path, "first_seeds=1", "num_seeds=2"), 5)
+    summary = one.run()
+    seeds = [p["num_seeds"] for n in summary["systems"] for p in points(summary, n)]
+    assert seeds == [1, 1, 1, 1] and summary["num_seeds"] == 1
+    assert one.missing[0] == "the look after 2 seeds"
+    assert len(one.run_dir.points()) == 4 + 1  # the point of the fifth rate is kept
+
+
+def test_a_sweep_says_how_many_rates_of_a_look_are_done(tmp_path):
+    told = []
+    one = dataclasses.replace(
+        sweep(tmp_path), target="tight", step=lambda *done: told.append(done)
+    )
+    one.run()
+    part = "tight look after 2 seeds"
+    assert sorted(set(told)) == [(part, done, 4) for done in range(5)]
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
 
 
 def test_a_mean_over_the_seeds_is_no_median(tmp_path):

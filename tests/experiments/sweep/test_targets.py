@@ -18,7 +18,7 @@ REQUESTS = [Request(id=0, arrival_s=0.0, prompt_tokens=100, max_tokens=11)]
 class Source:
     """One request, whatever the rate."""
 
-    def __call__(self, rate_rps, replica):
+    def __call__(self, rate_rps, seed=0):
         return REQUESTS
 
     def longest_prompt(self):
