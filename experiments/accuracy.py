@@ -45,8 +45,9 @@ from experiments.accuracy_study import report
 from experiments.accuracy_study.paired_runs import PairedRun
 from experiments.accuracy_study.report import Result
 from experiments.cli import host_devices
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_once
+from experiments.cli.progress import ProgressLines
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -134,7 +135,7 @@ def _run(
     run_dir: RunDir,
 ) -> Result:
     out = run_dir.path
-    progress = progress_to_stderr()
+    progress = ProgressLines()
     pairs = _pairs(config, model, profile, run_dir, progress)
     before = _once(out / "moved_before.json", lambda: _moved(pairs, profile))
     target = config.search.target

@@ -44,9 +44,10 @@ from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from experiments.accuracy_study.serving_factor import serve_each, with_serving_factors
 from experiments.cli import host_devices
-from experiments.cli.command import command, command_line, progress_to_stderr
+from experiments.cli.command import command, command_line
 from experiments.cli.flags import Flags, expect_once, expect_used
 from experiments.cli.names import ENGINE_MODEL
+from experiments.cli.progress import ProgressLines
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -191,7 +192,7 @@ def run(
     Raises:
       ValueError, FileNotFoundError: on bad input or too little memory, before any work.
     """
-    progress = progress_to_stderr()
+    progress = ProgressLines()
     host_devices.provide(most_devices(config))
     # Its own runs may have modelled durations; here programs are timed anyway.
     config = dataclasses.replace(config, clock="virtual", durations="live")

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from disagg_jax.engine import LLM, Generation, Piece
 from disagg_jax.errors import require
 from disagg_jax.request import Sampling
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags
+from experiments.cli.progress import ProgressLines
 from experiments.report.stages import stage_table
 from models.gguf import smollm2_path
 
@@ -120,7 +121,7 @@ def main() -> None:
         _WEIGHTS.value or find_weights(),
         _DEPLOYMENT.value,
         system=_SYSTEM.value,
-        progress=progress_to_stderr(),
+        progress=ProgressLines(),
     )
     found = llm.generate(
         prompts,

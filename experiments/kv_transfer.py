@@ -38,9 +38,10 @@ from experiments.benchmarks.transfers import (
     serve_alone,
 )
 from experiments.cli import host_devices
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.cli.names import ENGINE_MODEL, LINK
+from experiments.cli.progress import ProgressLines
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
@@ -164,7 +165,7 @@ def measure(
     pairs = [parse_pair(text) for text in _PAIRS.value]
     sizes = [int(text) * 2**20 for text in _MIB.value]
     prompts = [int(text) for text in _PROMPTS.value]
-    groups, repeats, progress = _GROUPS.value, _REPEATS.value, progress_to_stderr()
+    groups, repeats, progress = _GROUPS.value, _REPEATS.value, ProgressLines()
     longest, most = max(prompts, default=0), config.max_length - OUTPUT_TOKENS
     require(
         longest <= most,

@@ -8,6 +8,7 @@ Each figure is our curve over the paper's digitised points, and rows that state 
 paper's claim, our number with its 95 % interval across seeds, and why they differ. With
 --all it writes experiments/reports/reproduction.md and its pictures (under ten minutes
 on two cores); one figure alone goes to runs/reproduction. Progress is on stderr.
+After --minutes no other figure is begun, and the report names those left out.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.errors import require
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used
+from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
@@ -44,6 +46,9 @@ _SEARCH_TIMES = FLAGS.string(
     "search_times", None, 'JSON for fig12: {"Low" or "High": {GPUs: seconds}}.'
 )
 
+_MINUTES = MinutesFlag(FLAGS, "figures")
+_ENDLESS = Deadline(None)
+
 REPORTS = pathlib.Path(__file__).parent / "reports"
 _COLUMNS = ("claim", "paper", "ours, 95 % over seeds", "why they differ", "run")
 _PREAMBLE = """\
@@ -61,9 +66,16 @@ is requests/s; per GPU unless said.
 
 
 def run(
-    names: Sequence[str], lab: Lab, out: pathlib.Path, flags_used: str
+    names: Sequence[str],
+    lab: Lab,
+    out: pathlib.Path,
+    flags_used: str,
+    deadline: Deadline = _ENDLESS,
 ) -> list[str]:
     """Make figures, their pictures and `out`/reproduction.md; return its lines.
+
+    Args:
+      deadline: after which no other figure is begun; the lines name those left out.
 
     Raises:
       ValueError: on an unknown figure, before any work.
@@ -74,7 +86,11 @@ def run(
     lines = _PREAMBLE.format(flags=flags_used).splitlines()
     with sole_use(out):
         (out / "figures").mkdir(exist_ok=True)
-        for name in names:
+        for i, name in enumerate(names):
+            if deadline.passed():
+                left_out = ", ".join(names[i:])
+                lines += ["", f"Left out, as --minutes were spent: {left_out}."]
+                break
             figure = FIGURES[name]
             lab.progress(f"{name}: {figure.title}")
             drawn = figure.make(lab)
@@ -153,7 +169,7 @@ def _lab() -> Lab:
         num_requests=_NUM_REQUESTS.value,
         seeds=_SEEDS.value,
         workers=_WORKERS.value,
-        progress=progress_to_stderr(),
+        progress=ProgressLines(),
     )
     if _SEARCH_TIMES.value is None:
         return lab
@@ -163,7 +179,7 @@ def _lab() -> Lab:
 
 @command(FLAGS)
 def main() -> None:
-    of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES)
+    of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES, _MINUTES.flag)
     listed = {"expected": "no --list", "got": "--list"}
     expect_used(not _LIST.value, _FIGURE, _ALL, *of_runs, **listed)
     if _LIST.value:
@@ -175,7 +191,7 @@ def main() -> None:
     default = REPORTS if _ALL.value else pathlib.Path("runs/reproduction")
     out = pathlib.Path(_OUT.value) if _OUT.value else default
     used = "--all" if _ALL.value else f"--figure={_FIGURE.value}"
-    lines = run(names, lab, out, used)
+    lines = run(names, lab, out, used, _MINUTES.start())
     if not _ALL.value:
         print("\n".join(lines))
     print(f"\nreport: {out / 'reproduction.md'}")

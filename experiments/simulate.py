@@ -48,8 +48,9 @@ from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.hardware import get_link
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.progress import ProgressLines
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.traffic_flags import TrafficFlags
 from experiments.runs.folder import plain, run_folder
@@ -194,7 +195,7 @@ def main() -> None:
     study = _study()
     timeline, out = _timeline_file(study), pathlib.Path(_OUT.value)
     with run_folder(out, _record(study), study.result):
-        found = study.serve(out, progress_to_stderr(), timeline)
+        found = study.serve(out, ProgressLines(), timeline)
     print(f"{study.text(found)}\n\n{out}: {study.files}")
     _check_refused(study, found)
 

@@ -19,9 +19,10 @@ import jax
 
 from experiments.benchmarks.stall import Stall, StallScenario, measure
 from experiments.cli import host_devices
-from experiments.cli.command import command, progress_to_stderr
+from experiments.cli.command import command
 from experiments.cli.flags import Flags, integers
 from experiments.cli.names import ENGINE_MODEL
+from experiments.cli.progress import ProgressLines
 from experiments.report.colours import system_colours
 from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, curves
@@ -141,7 +142,7 @@ def main() -> None:
     )
     config = get_config(_MODEL.value)
     params = transformer.init_params(config, 0)
-    text, _ = run(config, params, scenario, out, progress_to_stderr())
+    text, _ = run(config, params, scenario, out, ProgressLines())
     print(f"{text}\n\n{out}/stalls.png")
 
 

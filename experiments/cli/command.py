@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -104,17 +103,6 @@ def _check_finite(own: Flags) -> None:
     for name, value in own.asked().items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name}: expected a finite number, got {value}")
-
-
-def progress_to_stderr() -> Callable[[str], None]:
-    """Return a printer of lines to stderr, each with the seconds since this call."""
-    start_s = time.perf_counter()
-
-    def show(text: str) -> None:
-        elapsed_s = time.perf_counter() - start_s
-        print(f"[{elapsed_s:6.1f} s] {text}", file=sys.stderr, flush=True)
-
-    return show
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ class ProgressLines:
         What is left is estimated by the steps that are done: call with 0 at the start.
         """
         now_s = self._clock()
-        first = part != self._part
+        first = part != self._part or not done
         if first:
             self._part, self._part_start_s = part, now_s
         if first or done == total or now_s - self._shown_s >= self._every_s:
@@ -82,7 +82,7 @@ class MinutesFlag:
     """The flag `--minutes`, in a command's namespace `own`."""
 
     def __init__(self, own: Flags, left_out: str):
-        self._minutes = own.float(
+        self.flag = own.float(
             "minutes",
             None,
             f"After which nothing more is begun: {left_out} are left out, and named.",
@@ -90,4 +90,4 @@ class MinutesFlag:
 
     def start(self) -> Deadline:
         """Return the deadline, counted from now."""
-        return Deadline(self._minutes.value)
+        return Deadline(self.flag.value)

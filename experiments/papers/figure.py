@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from disagg_jax.errors import require
+from experiments.cli.progress import ProgressLines
 from experiments.cli.workers import Workers, open_workers
 from experiments.report.panel import Panel
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Key = TypeVar("Key", bound=Hashable)
-_STEPS = 10  # lines of progress for a figure, about
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Lab:
     num_requests: int | None = None  # instead of each figure's own
     seeds: int = 5
     workers: Workers | None = None  # None is one for each core
-    progress: Callable[[str], None] = lambda message: None
+    progress: ProgressLines = ProgressLines(show=lambda line: None)
     # "Low" or "High" -> devices -> seconds, measured elsewhere; None: not run.
     search_times: Mapping[str, Mapping[str, float]] | None = None
 
@@ -83,16 +82,15 @@ class Lab:
         self, task: Callable[[Item], Result], items: Mapping[Key, Item]
     ) -> dict[Key, Result]:
         """Do a task for each item in worker processes, and show the progress."""
-        every = max(1, math.ceil(len(items) / _STEPS))
         workers = self.workers or os.cpu_count() or 1
         if isinstance(workers, int):
             workers = min(workers, max(1, len(items)))
         found: list[Result] = []
+        self.progress.step("runs", 0, len(items))
         with open_workers(workers) as mapper:
             for result in mapper(task, list(items.values())):
                 found.append(result)
-                if len(found) % every == 0 or len(found) == len(items):
-                    self.progress(f"{len(found)} of {len(items)} runs")
+                self.progress.step("runs", len(found), len(items))
         return dict(zip(items, found, strict=True))
 
 

@@ -10,6 +10,7 @@ import pytest
 from disagg_jax.metrics import SLO
 from disagg_jax.sim.run import RunLatencies
 from experiments import reproduce
+from experiments.cli.progress import Deadline
 from experiments.configs.named_simulations import get_simulation
 from experiments.papers import FIGURES
 from experiments.papers.distserve import motivation, published
@@ -160,6 +161,15 @@ def test_the_published_points_are_whole():
         for name, crossing in paper_crossings(figure, "rate").items():
             below = [y for x, y in series[name] if x < crossing - 1e-3]
             assert all(y > 89.9 or figure == "fig8a" for y in below), (figure, name)
+
+
+def test_figures_that_there_is_no_time_for_are_left_out_and_named(tmp_path):
+    times = iter([0.0, 59.0, 61.0])
+    deadline = Deadline(1.0, clock=lambda: next(times))
+    lines = reproduce.run(["fig12", "toy", "fig5"], TINY, tmp_path, "", deadline)
+    assert lines[-1] == "Left out, as --minutes were spent: toy, fig5."
+    assert f"## {FIGURES['fig12'].title}" in lines
+    assert (tmp_path / "reproduction.md").read_text().splitlines() == lines
 
 
 def test_an_unknown_figure_is_an_error_that_names_the_known():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from experiments.cli.progress import ProgressLines
 from experiments.papers.figure import Lab
 
 
@@ -20,11 +21,12 @@ def test_each_run_is_done_with_every_seed_and_the_longest_first():
         return run.name, run.seed
 
     said = []
-    lab = Lab(seeds=2, workers=1, progress=said.append)
+    lines = ProgressLines(said.append, clock=lambda: 0.0)
+    lab = Lab(seeds=2, workers=1, progress=lines)
     found = lab.by_seed(task, {"x": Asked("short", 10), "y": Asked("long", 20)})
     assert found == {"x": [("short", 0), ("short", 1)], "y": [("long", 0), ("long", 1)]}
     assert done == ["long", "long", "short", "short"]
-    assert said[-1] == "4 of 4 runs"
+    assert [line.partition("] ")[2] for line in said] == ["0/4 runs", "4/4 runs"]
 
 
 def test_a_lab_may_shorten_all_runs():
