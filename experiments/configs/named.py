@@ -42,7 +42,7 @@ def tiny() -> Config:
 
     The `tiny` model as `experiments.train_tiny` left it; six colocated systems on two
     devices against one prefill and one decode device, by a tight and a relaxed target.
-    8 minutes on 2 slow cores; no network, no accelerator.
+    Two and a half minutes on 2 cores; no network, no accelerator.
     """
     return Config(
         weights="trained",
