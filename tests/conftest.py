@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import hypothesis
 import pytest
@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _core_only(config: pytest.Config) -> bool:
-    """Whether only tests without JAX are asked for."""
+    """Whether only the library's tests without JAX are asked for."""
     asked = config.option.markexpr
     if not re.search(r"\bcore\b", asked):
         return False
@@ -91,6 +91,14 @@ def _compile_fast() -> None:
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     os.environ["XLA_FLAGS"] = " ".join(flags)
+
+
+def pytest_ignore_collect(
+    collection_path: Path, config: pytest.Config
+) -> Literal[True] | None:
+    """Leaves the commands' tests out of `core`: they take longer than all others."""
+    commands = collection_path == Path(__file__).parent / "experiments"
+    return True if commands and _core_only(config) else None
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,6 +34,7 @@ def test_collecting_core_imports_no_jax():
     assert len(ids) > 1500
     assert any("test_scheduling.py::" in id for id in ids)
     assert not any("test_attention.py::" in id for id in ids)
+    assert not any("tests/experiments/" in id for id in ids)
 
 
 @pytest.mark.parametrize("asked", ["not core", "core or slow", "slow and not core"])

@@ -71,10 +71,32 @@ def process_pool(workers: int) -> Generator[Mapper, None, None]:
         try:
             yield mapper
         except BaseException:
-            ours.close()
+            with _cancelled_quietly():
+                ours.close()
+                executor.shutdown(cancel_futures=True)
             raise
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _cancelled_quietly() -> Generator[None]:
+    """Say nothing of tasks that were cancelled before their worker ended.
+
+    Python 3.11 gives them an error that their state does not allow, in the executor's
+    own thread, which prints it.
+    """
+    usual = threading.excepthook
+
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if raised.exc_type is not concurrent.futures.InvalidStateError:
+            usual(raised)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 def _end_with(theirs: multiprocessing.connection.Connection) -> None:
