@@ -198,7 +198,9 @@ def _pairs(
 
 
 def _serve_all(
-    pairs: Sequence[PairedRun], rates: Mapping[str, Sequence[float]], progress: Progress
+    pairs: Sequence[PairedRun],
+    rates: Mapping[str, Sequence[float]],
+    progress: ProgressLines,
 ) -> None:
     """Run the engine at every point, and once more at one point of each system."""
     points = [
@@ -209,9 +211,10 @@ def _serve_all(
             pair.again(rates[pair.name]),
         ]
     ]
-    for i, (pair, point) in enumerate(points, 1):
-        progress(f"{point.name} ({i} of {len(points)})")
+    for i, (pair, point) in enumerate(points):
+        progress.step("points", i, len(points), f"now {point.name}")
         pair.serve(point)
+    progress.step("points", len(points), len(points))
 
 
 def _once(path: pathlib.Path, measure_ratio: Callable[[], float]) -> float:
