@@ -81,7 +81,7 @@ _OUT = FLAGS.string("out", REQUIRED, "Folder for the results.")
 _MAX_CONTEXT = FLAGS.integer(
     "max_context",
     None,
-    "Prompt and output of a request, in tokens; by default that of --config, else 2048.",
+    "Prompt and output of a request, in tokens; by default that of --config, or 2048.",
     lower_bound=1,
 )
 _ALLOW_REFUSED = FLAGS.boolean(
