@@ -68,7 +68,8 @@ _SYSTEM = FLAGS.list(
     "system",
     None,
     "Whose policies serve; one of your own is module:attribute. Of several, such as "
-    "sarathi_serve,disaggregated, each serves the roles it has.",
+    "sarathi_serve,disaggregated, each serves the roles it has. By default those of "
+    "--config, else vllm_v0 on colocated instances and disaggregated on others.",
 )
 _DEPLOYMENT = FLAGS.multi_string(
     "deployment",
@@ -80,7 +81,7 @@ _OUT = FLAGS.string("out", REQUIRED, "Folder for the results.")
 _MAX_CONTEXT = FLAGS.integer(
     "max_context",
     None,
-    "Prompt and output of a request, in tokens; by default the simulation's limit.",
+    "Prompt and output of a request, in tokens; by default that of --config, or 2048.",
     lower_bound=1,
 )
 _ALLOW_REFUSED = FLAGS.boolean(
