@@ -818,7 +818,10 @@ def test_two_targets_stand_side_by_side(seven, tmp_path):
         assert text.count(f"\n{name}: requests/s per device") == 1
         assert found["step_times"]["rounds"] == 2
         assert found["settled"]["settled"] in (True, False)
-        assert len(found["pairs"]) == 15
-        assert one_request.find(tmp_path / "a", target=name)
+        assert len(found["pairs"]) == 21  # of 7 systems
+        goodputs = [system["goodput"] for system in found["systems"].values()]
+        # On these step times no system may pass at the tight target.
+        if name == "relaxed" or any(each["pass_rps_per_device"] for each in goodputs):
+            assert one_request.find(tmp_path / "a", target=name)
     # At the relaxed target every system has a step that meets it.
     assert targets["relaxed"]["too_slow_s"] == {}
