@@ -368,13 +368,13 @@ def run(
 def _begun(
     maps: Sequence[Map], grids: Sequence[Cells]
 ) -> tuple[list[Map], list[Cells]]:
-    """The maps of which some cell was searched."""
+    """Return the maps of which some cell was searched."""
     kept = [(one, grid) for one, grid in zip(maps, grids, strict=True) if grid]
     return [one for one, _ in kept], [grid for _, grid in kept]
 
 
 def _unfinished(maps: Sequence[Map], grids: Sequence[Cells]) -> list[str]:
-    """What the time did not suffice for, a phrase each."""
+    """Name what there was no time for."""
     said: list[str] = []
     for each, grid in zip(maps, grids, strict=True):
         if lacking := len(each.cells) - len(grid):
@@ -396,7 +396,7 @@ class _Single:
         self._searches = system_searches(spec, self._cell)
 
     def complete_layouts(self, grid: Cells) -> None:
-        """Finds the goodputs of all layouts of the pair that is compared."""
+        """Find the goodputs of all layouts of the pair that is compared."""
         grid[self._at] = with_all_layouts(
             grid[self._at], self._searches, self._mapper, self._progress
         )
@@ -404,7 +404,7 @@ class _Single:
     def served(
         self, grid: Cells, rate_rps: float | None, max_devices: int
     ) -> RateAnswer | None:
-        """Finds the devices that a rate needs, by default the trace's own."""
+        """Find the devices that a rate needs, by default the trace's own."""
         workload = self._cell.workload
         own_rps = workload.rate_rps if isinstance(workload, TraceWorkload) else None
         rate = rate_rps or own_rps

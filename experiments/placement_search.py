@@ -177,7 +177,7 @@ def _check_flags() -> None:
 
 
 def _systems() -> tuple[dict[str, Mapping[Role, Policy]], str | None]:
-    """The systems to place, and the one of prefill and decode instances."""
+    """Return the systems to place, and the one of prefill and decode instances."""
     names = _SYSTEMS.value if _SYSTEM.value is None else [_SYSTEM.value]
     systems = {name: get_system(name) for name in names}
     prefill, decode = devices_by_role(_DEVICE.value)
@@ -200,7 +200,7 @@ def _algorithms(apart: str | None) -> tuple[str, ...]:
 
 
 def _traffic(max_context: int) -> tuple[Workload, list[str]]:
-    """The workload, and what is said about a trace."""
+    """Return the workload, and what is said about a trace."""
     if _TRACE.value is None:
         return get_workload(_WORKLOAD.value), []
     workload = TraceWorkload.fitting(_TRACE_FILE.open(_TRACE.value), max_context)

@@ -148,7 +148,7 @@ class ComparisonSpec:
 
     @property
     def two_kinds(self) -> bool:
-        """Whether there are both colocated and disaggregated systems."""
+        """Return whether there are both colocated and disaggregated systems."""
         kinds = {Role.COLOCATED in policies for policies in self.systems.values()}
         return len(kinds) == 2
 
@@ -489,13 +489,13 @@ class CellVerdict:
 
     @property
     def two_kinds(self) -> bool:
-        """Whether the pair is a disaggregated and a colocated system."""
+        """Return whether the pair is a disaggregated and a colocated system."""
         ours, theirs = self.pair
         return ours.colocated != theirs.colocated
 
     @property
     def wants_seeds(self) -> bool:
-        """Whether it is undecided, and may have more seeds."""
+        """Return whether it is undecided, and may have more seeds."""
         most = max(self.winner.looks, default=0)
         known = self.over.ratio is not None
         return self.verdict == UNCLEAR and known and self.seeds < most

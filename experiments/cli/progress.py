@@ -14,6 +14,7 @@ _EVERY_S = 5.0  # between two lines about one part
 
 
 def to_stderr(line: str) -> None:
+    """Print a line to stderr at once."""
     print(line, file=sys.stderr, flush=True)
 
 
