@@ -522,7 +522,7 @@ class PlacementSearch:
             "goodput_per_device_rps": best.per_device_rps,
             "candidates": [candidate_row(result) for result in results],
             "left_out": len(units) - len(results),
-            "as one": self._as_one(best, system, copies),
+            "as_one": self._as_one(best, system, copies),
         }
 
     def _as_one(

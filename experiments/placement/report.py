@@ -32,7 +32,7 @@ def report(found: dict[str, Any]) -> str:
             f"{result['goodput_rps']:.3g} requests/s, "
             f"{result['goodput_per_device_rps']:.3g} per device"
         )
-        if result.get("as one"):
+        if result.get("as_one"):
             text += _as_one(result)
     return "\n".join(text)
 
@@ -43,7 +43,7 @@ def _left_out(count: int, what: str) -> str:
 
 def _as_one(result: dict[str, Any]) -> list[str]:
     """Say how one deployment does that has the instances of all copies."""
-    one, over = result["as one"], result["as one"]["over_copies"]
+    one, over = result["as_one"], result["as_one"]["over_copies"]
     ratio = "no ratio" if over is None else interval_text(Interval(**over)) + " x"
     return [
         f"  as one deployment, KV between any two instances: {one['candidate']}: "

@@ -328,7 +328,7 @@ def test_copies_are_held_against_one_deployment_with_all_their_instances(monkeyp
     asked = dataclasses.replace(search(devices=4, seeds=(3, 4)), whole=True)
     found = asked.run(["low"])["low"]
     assert found["copies"] == 2
-    one = found["as one"]
+    one = found["as_one"]
     assert one["candidate"] == "2xprefill:tp1,2xdecode:tp1"
     assert (one["goodput"], one["over_copies"]["mean"]) == (9 / 4, pytest.approx(1.5))
     line = report.report({"skipped": {}, "low": found}).splitlines()[-1]
@@ -337,7 +337,7 @@ def test_copies_are_held_against_one_deployment_with_all_their_instances(monkeyp
         "2.25 [2.25, 2.25] requests/s per device, 1.50 [1.50, 1.50] x that of 2 copies"
     )
     alone = dataclasses.replace(search(devices=2, seeds=(3, 4)), whole=True)
-    assert alone.run(["low"])["low"]["as one"] is None
+    assert alone.run(["low"])["low"]["as_one"] is None
 
 
 def test_one_deployment_shares_its_queues():
@@ -348,7 +348,7 @@ def test_one_deployment_shares_its_queues():
     asked = dataclasses.replace(search(devices=4, seeds=(0, 1)), whole=True)
     problem = dataclasses.replace(asked.problem, layouts=(Layout(1),))
     found = dataclasses.replace(asked, problem=problem).run(["low"])["low"]
-    assert found["copies"] == 2 and found["as one"]["over_copies"]["mean"] > 1
+    assert found["copies"] == 2 and found["as_one"]["over_copies"]["mean"] > 1
 
 
 def test_a_colocated_system_alone_is_placed_by_joint_only(monkeypatch):
