@@ -1,15 +1,17 @@
 """Worker processes: results in order, and no process that outlives its purpose."""
 
+import concurrent.futures
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from disagg_jax.sim.workers import process_pool, worker_pool
+from disagg_jax.sim.workers import _cancelled_quietly, process_pool, worker_pool
 from tests.processes import alive, session, wait_until_gone
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -135,3 +137,24 @@ def test_an_interrupt_of_a_terminal_is_the_parents_alone(args):
     assert parent.returncode == -signal.SIGINT  # of Python's own handler
     assert said.count("Traceback") == said.count("\nKeyboardInterrupt") == 1
     wait_until_gone(session(parent.pid))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(concurrent.futures.InvalidStateError, 0), (ValueError, 1)],
+)
+def test_of_a_thread_only_errors_about_cancelled_tasks_are_kept_quiet(error, said):
+    def run():
+        raise error
+
+    heard = []
+    usual, threading.excepthook = threading.excepthook, heard.append
+    try:
+        with _cancelled_quietly():
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        assert threading.excepthook == heard.append
+    finally:
+        threading.excepthook = usual
+    assert len(heard) == said
