@@ -75,12 +75,13 @@ class Slice:
 
 
 def last_tokens(chunks: Sequence[tuple[int, int]], most: int) -> int:
-    """Count the last chunks that may run as decodes, `most` at most.
+    """Count the parts of a step, from its end, that run as decodes: `most` at most.
 
-    The last token of a chunked prompt may: the computation is the same.
+    A decode does, and so may the last token of a chunked prompt: the computation is the
+    same.
 
     Args:
-      chunks: (start, count) of each.
+      chunks: (start, count) of each part.
     """
     found = 0
     while found < min(most, len(chunks)):
@@ -182,6 +183,20 @@ class Transfer:
     def instances(self) -> tuple[int, ...]:
         """The instances it occupies or touches."""
         return (self.src, self.dst)
+
+
+def read_blocks(transfer: Transfer) -> None:
+    """Read both block lists of a transfer, the source's first: blocks get identities.
+
+    Raises:
+      RuntimeError: if there are not equally many on both sides.
+    """
+    src, dst = len(transfer.src_blocks), len(transfer.dst_blocks)
+    if src != dst:
+        raise RuntimeError(
+            f"transfer {transfer.id}: expected equally many blocks on both sides, got "
+            f"{src} and {dst}"
+        )
 
 
 @dataclasses.dataclass(slots=True)

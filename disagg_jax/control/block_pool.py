@@ -22,8 +22,8 @@ class KVBlocks:
         self.free = memory.num_blocks  # blocks that no request holds
         self._held: dict[int, int] = {}
         self._tables: dict[int, list[int]] = {}
-        # For each block of a table, the pool's blocks up to the last of it and those
-        # before it.
+        # By owner, for each block of its table: how long the front of the pool is that
+        # has this block and those before it.
         self._extents: dict[int, list[int]] = {}
         # Lowest free blocks first keeps the used part of the pool short: a decode step
         # reads the pool up to its last used block.

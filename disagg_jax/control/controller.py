@@ -43,6 +43,7 @@ from disagg_jax.work import (
     Transfer,
     Up,
     Work,
+    read_blocks,
 )
 
 
@@ -172,7 +173,7 @@ class Controller:
                 most = self._limits[work.instance].decode_rows
                 self._fleet.place_blocks(flight, most)
             elif isinstance(work, Transfer):
-                assert len(work.src_blocks) == len(work.dst_blocks)  # both are read
+                read_blocks(work)
 
     def _next_work_id(self) -> int:
         self._last_work_id += 1

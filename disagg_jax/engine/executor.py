@@ -10,7 +10,7 @@ import jax
 
 from disagg_jax.control.backend import Outcome
 from disagg_jax.engine.engine import Engine, Result
-from disagg_jax.work import Step, Task, Transfer
+from disagg_jax.work import Step, Task, Transfer, read_blocks
 
 # (work, seconds that each of its parts took) -> the time it has on the timeline. See
 # `Engine.part_keys` for the parts.
@@ -99,7 +99,6 @@ class TimingExecutor:
     def run(self, work: Task) -> Outcome:
         size = 0
         if isinstance(work, Transfer):
-            # Reading settles which blocks: an engine reads both lists as it starts.
-            assert len(work.src_blocks) == len(work.dst_blocks)
+            read_blocks(work)  # as an engine does when it starts one
             size = self.engine.transfer_bytes(work)
         return dataclasses.replace(self.duration(work, ()), bytes=size)

@@ -123,7 +123,6 @@ class Buckets:
         """
         chunks, decodes, context = load.chunks, load.decodes, load.context
         most = self.most_decodes if self.mixed else decodes
-        # As in `split_decodes`: a prompt's last token may count as a decode.
         if self.mixed and (last := last_tokens(chunks, most - decodes)):
             context += sum([start + 1 for start, _ in chunks[-last:]])
             chunks, decodes = chunks[:-last], decodes + last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from disagg_jax.work import Slice
+from disagg_jax.work import Slice, last_tokens
 
 KINDS = ("prefill", "decode", "mixed")
 
@@ -55,12 +55,7 @@ class StepShape(NamedTuple):
 def split_decodes(
     slices: Sequence[Slice], most: int
 ) -> tuple[Sequence[Slice], Sequence[Slice]]:
-    """Return the chunks of a step and its decodes: up to `most` of the last slices.
-
-    The last token of a chunked prompt may count as a decode: the computation is the
-    same.
-    """
-    i = len(slices)
-    while i > max(0, len(slices) - most) and slices[i - 1].is_decode:
-        i -= 1
-    return slices[:i], slices[i:]
+    """Return the chunks of a step and its decodes: up to `most` of the last slices."""
+    last = last_tokens([(part.start, part.count) for part in slices], most)
+    first = len(slices) - last
+    return slices[:first], slices[first:]

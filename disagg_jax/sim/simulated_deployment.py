@@ -84,10 +84,10 @@ class SimulatedDeployment:
         """
         controller = controller or self.controller()
         backend = VirtualBackend(CostExecutor(self.cost))
+        lengths = map(_length_only, requests)
         with no_garbage_collection():
             timelines = serve(
-                *(controller, backend, map(_length_only, requests)),
-                *(interventions, observer, followers),
+                controller, backend, lengths, interventions, observer, followers
             )
         return Run(
             timelines=timelines, end_s=backend.now_s(), busy_s=dict(backend.busy_s)
