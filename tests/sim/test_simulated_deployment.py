@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import statistics
+from typing import ClassVar
 
 import pytest
 
@@ -11,6 +12,7 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics import SLO, attainment, interval_across
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.cost.linear import LinearCost
@@ -424,6 +426,31 @@ def test_workers_give_the_results_of_one_process_in_order():
     ]
     with worker_pool(2) as mapper:
         assert list(mapper(run_task, tasks)) == list(map(run_task, tasks))
+
+
+class Seen(LinearCost):
+    """Notes of each step its chunks, its decodes and the pool's front that they use."""
+
+    seen: ClassVar[list[tuple[object, int, int]]] = []
+
+    def stages_s(self, instance, load):
+        self.seen.append((load.chunks, load.decodes, load.pool_extent))
+        return super().stages_s(instance, load)
+
+
+def test_the_last_token_of_a_prompt_counts_as_a_decode_where_blocks_are_placed():
+    """Blocks of 4 tokens: a chunk attends to itself, but the last token to 2 blocks."""
+    Seen.seen.clear()
+    policies = {Role.COLOCATED: SarathiServe(token_budget=4, max_seqs=2)}
+    run = dataclasses.replace(
+        simulated("colocated:tp1", policies=policies),
+        cost=Seen(step_base_s=1.0),
+        exact_block_placement=True,
+        spans=False,
+    )
+    run.run([make_request(prompt=5, out=5)])
+    decodes = [((), 1, 2), ((), 1, 2), ((), 1, 2), ((), 1, 3)]
+    assert Seen.seen == [(((0, 4),), 0, 0), (((4, 1),), 0, 2), *decodes]
 
 
 def test_blocks_are_settled_in_no_span():

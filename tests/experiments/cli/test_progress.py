@@ -45,6 +45,18 @@ def test_what_is_left_follows_from_what_is_done_of_the_part():
     ]
 
 
+def test_a_part_may_begin_again_under_its_name():
+    """Two steps took 20 s the first time, and 6 s the second time."""
+    clock, said, progress = made()
+    progress.step("runs", 0, 2)
+    clock.now_s += 20
+    progress.step("runs", 2, 2)
+    progress.step("runs", 0, 4)
+    clock.now_s += 6
+    progress.step("runs", 2, 4)
+    assert said[2:] == ["[  20.0 s] 0/4 runs", "[  26.0 s] 2/4 runs, about 6 s left"]
+
+
 def test_steps_are_said_every_few_seconds_and_the_last_one_always():
     clock, said, progress = made()
     for done in range(11):
