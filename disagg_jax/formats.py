@@ -47,6 +47,9 @@ class Format:
         return {key: value for key, value in record.items() if key != _KEY}
 
 
+ENGINE_PROFILE = Format(
+    name="engine profile", number=1, command="python -m experiments.fit_engine"
+)
 EVENT_LOG = Format(
     name="event log", number=2, command="python -m experiments.goodput_sweep"
 )

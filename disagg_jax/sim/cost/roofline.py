@@ -8,17 +8,27 @@ F FLOP/s and W byte/s:
     t0
     + max(2 P n~ / (tp F eta_f), P s / (tp W eta_w))        linear layers, P weights
     + the same for the unembedding, on the last stage, for the rows that need logits
+    + the same for routed experts: n K / E rows and E (1 - (1 - K/E)^n) of E experts
     + sum over chunks of L max(4 h c (k + c/2) / (tp F eta_a),   c tokens after k cached
                                kv_bytes k / (min(tp, kv_heads) W eta_kv))
     + L t_kv + L kv_bytes context / (min(tp, kv_heads) W eta_kv)      if any decode
     + 2 L (alpha + 2 (tp - 1)/tp n h s / bus)               if tp > 1
+    + 2 L (alpha + n K h s / bus), to the experts and back  if dp > 1
     + the activations' hop to the next stage                if there is one
+
+An engine's profile multiplies these terms, and adds seconds for a step, a layer and a
+sequence (`sim.cost.step_terms`). Without one, t0 and t_kv are the device's.
 
 Decodes and prompt parts share the linear layers of a mixed step, its t0 and its
 communication latency; attention adds. A chunk reads the KV before it once more
 (SARATHI, section 4.2), and the read takes longer than the FLOPs only for short chunks.
 All of a decode-only step but one product depends on the number of decodes alone, so
-`decode_s` is base[decodes] + slope * context.
+`decode_s` is base[decodes] + slope * context; layers with a window read no more than
+the window.
+
+Of dp attention replicas the fullest counts: it has the next whole share of the tokens.
+Routing is taken as even. Latent attention decodes in its absorbed form, whose FLOPs can
+take longer than reading the latent vectors.
 
 The form leaves out sampling, the embedding lookup, norms and activations (bandwidth),
 other memory traffic of prefill attention, and overlap of communication with compute.
@@ -27,21 +37,29 @@ other memory traffic of prefill attention, and overlap of communication with com
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.errors import require
 from disagg_jax.sim.cost.interface import require_one_stage
+from disagg_jax.sim.cost.step_terms import EngineFactors, StepTerms
 from disagg_jax.sim.hardware.device import Hardware
 from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.work import StepLoad
+from models.blocks import Block, ExpertMLP
 from models.config import ModelConfig
+
+
+_STATE_BYTES = 4  # of a value of linear attention's state, which engines keep in float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RooflineCost:
-    """A `CostModel` of any model on any device."""
+    """A `CostModel` of any model on any device, by default of no engine."""
 
     model: ModelConfig
     hardware: Hardware
+    factors: EngineFactors | None = None  # None: the device's fixed times, no factors
     memory_utilisation: float = 0.9  # share of a device's memory for weights and KV
 
     @property
@@ -49,98 +67,252 @@ class RooflineCost:
         """Return the name that outputs are marked with."""
         return f"roofline/{self.hardware.name}/{self.model.name}"
 
-    def instance(self, tp: int, pp: int = 1) -> RooflineInstance:
-        """Return the durations on tp x pp devices.
+    def instance(self, parallelism: Parallelism) -> RooflineInstance:
+        """Return the durations on the devices of an instance.
 
         Raises:
           ValueError: if the model does not divide or fit on them (see `kv_tokens`), or
-            the hardware has no all-reduce over tp devices.
+            the hardware has no all-reduce over tp devices, or nothing that takes tokens
+            to experts on other replicas.
         """
-        partition = Partition(self.model, tp, pp)
-        known = sorted((1, *self.hardware.all_reduce))
-        require(tp in known, f"{self.hardware.name}: expected tp in {known}", tp)
-        self.kv_tokens(tp, pp)
-        return RooflineInstance(partition, self.hardware)
+        partition = Partition(self.model, parallelism)
+        hardware, tp = self.hardware, parallelism.tp
+        known = sorted((1, *hardware.all_reduce))
+        require(tp in known, f"{hardware.name}: expected tp in {known}", tp)
+        if parallelism.dp > 1 and partition.has_experts:
+            joined, known = parallelism.stage_devices, sorted(hardware.all_to_all)
+            expected = f"{hardware.name}: expected tp x dp in {known}, to reach experts"
+            require(joined in known, expected, joined)
+        self.kv_tokens(parallelism)
+        factors = self.factors or EngineFactors(
+            step_s=hardware.step_s, kv_layer_s=hardware.kv_startup_s
+        )
+        windows = any(block.attention.window for block in self.model.blocks)
+        kind = _WindowedInstance if windows else RooflineInstance
+        return kind(partition, hardware, factors)
 
-    def kv_tokens(self, tp: int, pp: int = 1) -> int:
+    def kv_tokens(self, parallelism: Parallelism) -> int:
         """Return the tokens of KV that an instance can hold.
 
         Raises:
           ValueError: with the numbers, if the model does not divide or fit.
         """
-        partition = Partition(self.model, tp, pp)
+        partition = Partition(self.model, parallelism)
         return partition.kv_tokens(self.hardware.memory_bytes, self.memory_utilisation)
 
 
 class RooflineInstance:
     """An `InstanceCost`; `decode_s` caches the part without context by `decodes`."""
 
-    __slots__ = ("_bases", "_context_s", "_hardware", "_partition", "_read_s", "_slope")
-
-    def __init__(self, partition: Partition, hardware: Hardware):
-        self._partition, self._hardware = partition, hardware
-        kv_bytes_s = partition.kv_shards * hardware.hbm_bytes_s * hardware.kv_mbu
-        layer_bytes = partition.model.layer_kv_bytes_per_token
-        self._read_s = layer_bytes / kv_bytes_s  # a token's KV of one layer
-        # Seconds per token of context, on each stage.
-        self._context_s = tuple(
-            layers * layer_bytes / kv_bytes_s for layers in partition.stage_layers
+    def __init__(
+        self, partition: Partition, hardware: Hardware, factors: EngineFactors
+    ):
+        self._factors = factors
+        last = partition.parallelism.pp - 1
+        self._stages = tuple(
+            _Stage(partition, hardware, blocks, is_last=i == last)
+            for i, blocks in enumerate(partition.stage_blocks)
         )
-        self._slope = self._context_s[0]
+        self._slope = factors.kv * self._stages[0].context_s
         self._bases: dict[int, float] = {}  # decodes -> seconds without context
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds on each stage."""
-        tokens = load.decodes + load.prompt_tokens
-        # Only a prompt's last chunk needs logits. A load does not say which chunks are
-        # last: each is billed for one row.
-        logits = load.decodes + len(load.chunks)
-        attention_s = sum(self._attention_s(*chunk) for chunk in load.chunks)
-        return tuple(
-            self._fixed_s(stage, tokens, logits, load.decodes > 0)
-            + layers * attention_s
-            + self._context_s[stage] * load.context
-            for stage, layers in enumerate(self._partition.stage_layers)
-        )
+        time_s = self._factors.time_s
+        return tuple([time_s(stage.terms(load)) for stage in self._stages])
+
+    def terms(self, load: StepLoad) -> tuple[StepTerms, ...]:
+        """Return what an engine's factors multiply, for each stage."""
+        return tuple(stage.terms(load) for stage in self._stages)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Return the seconds of a decode-only step on the one stage."""
         base_s = self._bases.get(decodes)
         if base_s is None:
-            require_one_stage(self._partition.pp)
-            base_s = self._bases[decodes] = self._fixed_s(0, decodes, decodes, True)
+            base_s = self._base_s(decodes)
         return base_s + self._slope * context
 
-    def _fixed_s(self, stage: int, tokens: int, logits: int, decodes: bool) -> float:
-        """Return the seconds that depend neither on context nor on prompt lengths."""
-        model, hardware = self._partition.model, self._hardware
-        layers, tp = self._partition.stage_layers[stage], self._partition.tp
-        activation_bytes = tokens * model.embed * model.stored.activation
-        params, size_bytes = layers * model.layer_params, layers * model.layer_bytes
-        time_s = hardware.step_s + self._linear_s(params, size_bytes, tokens)
+    def _base_s(self, decodes: int) -> float:
+        require_one_stage(len(self._stages))
+        (base_s,) = self.stages_s(StepLoad((), decodes, 0))
+        self._bases[decodes] = base_s
+        return base_s
+
+
+class _WindowedInstance(RooflineInstance):
+    """The same where some layers attend to a window of the latest tokens only."""
+
+    def decode_s(self, decodes: int, context: int) -> float:
+        base_s = super().decode_s(decodes, context)
+        return base_s + self._factors.kv * self._stages[0].windows_s(decodes, context)
+
+
+class _Matmuls:
+    """Matrices that every row passes: computing the rows, or streaming the weights."""
+
+    __slots__ = ("_flops", "_flops_s", "_hardware", "_stream_s")
+
+    def __init__(
+        self, hardware: Hardware, params: float, size_bytes: float, bits: int, tp: int
+    ):
+        self._hardware = hardware
+        self._flops = 2 * params
+        self._flops_s = tp * hardware.peak(bits)
+        self._stream_s = size_bytes / (tp * hardware.hbm_bytes_s * hardware.weight_mbu)
+
+    def time_s(self, rows: int) -> float:
+        billed = self._hardware.rows(rows)
+        flops_s = self._flops_s * self._hardware.gemm_mfu.at(billed)
+        return max(self._flops * billed / flops_s, self._stream_s)
+
+
+class _Experts:
+    """The routed experts of equal layers, spread evenly over all devices of a stage."""
+
+    def __init__(self, partition: Partition, hardware: Hardware, block: Block):
+        mlp = block.mlp
+        assert isinstance(mlp, ExpertMLP)
+        stored, devices = partition.model.stored, partition.parallelism.stage_devices
+        self._mlp, self._gemm_mfu = mlp, hardware.gemm_mfu
+        expert_bytes = block.count * mlp.expert_params * stored.experts
+        bytes_s = devices * hardware.hbm_bytes_s * hardware.weight_mbu
+        self._expert_s = expert_bytes / bytes_s  # to stream one of each layer
+        flops = 2 * block.count * mlp.expert_params * mlp.active
+        # Seconds per token at the peak.
+        self._token_s = flops / (devices * hardware.peak(stored.expert_matmul_bits))
+
+    def time_s(self, tokens: int) -> float:
+        mlp = self._mlp
+        rows = tokens * mlp.active / mlp.experts  # of each expert, if it has any
+        compute_s = tokens * self._token_s / self._gemm_mfu.at(rows)
+        return max(compute_s, mlp.touched(tokens) * self._expert_s)
+
+
+class _Stage:
+    """The terms of steps on one pipeline stage."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        hardware: Hardware,
+        blocks: Sequence[Block],
+        *,
+        is_last: bool,
+    ):
+        model, parallelism = partition.model, partition.parallelism
+        stored, tp = model.stored, parallelism.tp
+        self._hardware, self._tp, self._dp = hardware, tp, parallelism.dp
+        self._row_bytes = model.embed * stored.activation  # exchanged for each row
+        dense = sum(block.count * (block.params - block.mlp.routed_params) for block in blocks)
+        self._linear = _Matmuls(
+            hardware, dense, dense * stored.weight, stored.matmul_bits, tp
+        )
+        self._head = None
+        if is_last:
+            table, size = model.table_params, model.table_bytes
+            self._head = _Matmuls(hardware, table, size, 16, tp)
+        mixtures = [block for block in blocks if isinstance(block.mlp, ExpertMLP)]
+        self._experts = [_Experts(partition, hardware, block) for block in mixtures]
+        self._layers = sum(block.count for block in blocks)
+        self._expert_layers = sum(block.count for block in mixtures)
+        self._copies = max((block.mlp.active for block in mixtures), default=0)
+        self._attend(partition, hardware, blocks)
+
+    def _attend(
+        self, partition: Partition, hardware: Hardware, blocks: Sequence[Block]
+    ) -> None:
+        """Work out the seconds of attention for a token of context and a pair."""
+        parallelism, stored = partition.parallelism, partition.model.stored
+        bytes_s = hardware.hbm_bytes_s * hardware.kv_mbu
+        flops_s = parallelism.tp * hardware.peak(16)
+        self._kv_layers = 0
+        self._state_s = 0.0  # per decode: linear attention reads and writes its state
+        self.context_s = 0.0  # per token of context, all replicas, without windows
+        self._windows: list[tuple[int, float]] = []  # (window, the same with it)
+        # (layers, window, seconds of a pair at the peak, of reading a token's KV)
+        self._prefill: list[tuple[int, int | None, float, float]] = []
+        for block in blocks:
+            attention = block.attention
+            state_bytes = 2 * attention.state_values * _STATE_BYTES
+            self._state_s += block.count * state_bytes / (parallelism.tp * bytes_s)
+            if not attention.kv_values_per_token:
+                continue
+            self._kv_layers += block.count
+            kv_bytes = attention.kv_values_per_token * stored.kv
+            read_s = kv_bytes / (attention.kv_shards(parallelism.tp) * bytes_s)
+            best_s = flops_s * hardware.attention_mfu.points[-1][1]
+            token_s = max(read_s, attention.decode_pair_flops / best_s)
+            token_s *= block.count / parallelism.dp
+            if attention.window is None:
+                self.context_s += token_s
+            else:
+                self._windows.append((attention.window, token_s))
+            pair_s = attention.prefill_pair_flops / flops_s
+            self._prefill.append((block.count, attention.window, pair_s, read_s))
+
+    def terms(self, load: StepLoad) -> StepTerms:
+        """Return the terms of a step."""
+        decodes, chunks, dp = load.decodes, load.chunks, self._dp
+        tokens = decodes + load.prompt_tokens
+        rows = -(-tokens // dp)  # of the fullest replica
+        linear_s = self._linear.time_s(rows)
+        communication_s = self._exchange_s(rows)
+        if self._head is None:
+            communication_s += self._hardware.hop.transfer_s(rows * self._row_bytes)
+        else:
+            # Only a prompt's last chunk needs logits. A load does not say which chunks
+            # are last: each is billed for one row.
+            linear_s += self._head.time_s(-(-(decodes + len(chunks)) // dp))
+        experts_s = attention_s = kv_s = 0.0
+        for experts in self._experts:
+            experts_s += experts.time_s(tokens)
+        if chunks:
+            replicas = min(dp, len(chunks))
+            attention_s = sum([self._chunk_s(*chunk) for chunk in chunks]) / replicas
         if decodes:
-            time_s += layers * hardware.kv_startup_s
-        if tp > 1:  # after attention and after the MLP
-            reduce_s = hardware.all_reduce[tp].time_s(tp, activation_bytes)
-            time_s += 2 * layers * reduce_s
-        if stage == self._partition.pp - 1:
-            params, size_bytes = model.table_params, model.table_bytes
-            return time_s + self._linear_s(params, size_bytes, logits)
-        return time_s + hardware.hop.transfer_s(activation_bytes)
+            kv_s = self.context_s * load.context + self.windows_s(decodes, load.context)
+            kv_s += self._state_s * -(-decodes // dp)
+        return StepTerms(
+            linear_s,
+            experts_s,
+            attention_s,
+            kv_s,
+            communication_s,
+            self._layers,
+            self._expert_layers,
+            self._kv_layers if decodes else 0,
+            decodes + len(chunks),
+        )
 
-    def _linear_s(self, params: int, weight_bytes: float, tokens: int) -> float:
-        """Return the seconds of matmuls with `params` weights: compute or streaming."""
-        hardware, tp = self._hardware, self._partition.tp
-        rows = hardware.rows(tokens)
-        flops_s = tp * hardware.peak_flops * hardware.gemm_mfu.at(rows)
-        bytes_s = tp * hardware.hbm_bytes_s * hardware.weight_mbu
-        return max(2 * params * rows / flops_s, weight_bytes / bytes_s)
+    def windows_s(self, decodes: int, context: int) -> float:
+        """Return the seconds of reading KV in the layers that have a window."""
+        return sum(
+            token_s * min(context, decodes * window)
+            for window, token_s in self._windows
+        )
 
-    def _attention_s(self, start: int, count: int) -> float:
-        """Return the seconds of one layer's causal attention over a prompt part."""
-        model, hardware = self._partition.model, self._hardware
-        width = model.q_heads * model.head_dim
-        flops = 4 * width * count * (start + count / 2)
-        mfu = hardware.attention_mfu.at(start + count)
-        compute_s = flops / (self._partition.tp * hardware.peak_flops * mfu)
-        return max(compute_s, start * self._read_s)
+    def _chunk_s(self, start: int, count: int) -> float:
+        """Return the seconds of causal attention over a prompt part, all layers."""
+        mfu = self._hardware.attention_mfu.at(start + count)
+        time_s = 0.0
+        for layers, window, pair_s, read_s in self._prefill:
+            # Tokens that a token attends to, on average, and those that are read again.
+            seen, cached = start + count / 2, float(start)
+            if window is not None:
+                seen, cached = min(seen, window), min(cached, window)
+            time_s += layers * max(count * seen * pair_s / mfu, cached * read_s)
+        return time_s
+
+    def _exchange_s(self, rows: int) -> float:
+        """Return the seconds of collectives: after attention, and around the MLP."""
+        size_bytes, time_s = rows * self._row_bytes, 0.0
+        spread = self._expert_layers if self._dp > 1 else 0
+        if self._tp > 1:
+            reduce_s = self._hardware.all_reduce[self._tp].time_s(self._tp, size_bytes)
+            time_s = (2 * self._layers - spread) * reduce_s
+        if spread:
+            devices = self._tp * self._dp
+            copies = min(self._copies, devices - 1)
+            exchange = self._hardware.all_to_all[devices]
+            time_s += 2 * spread * exchange.time_s(devices, copies * size_bytes)
+        return time_s

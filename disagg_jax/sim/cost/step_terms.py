@@ -1,0 +1,83 @@
+"""What a step consists of, and what an engine makes of each part.
+
+A device's kernels alone do not give a step's time: the engine that calls them adds host
+work, launches of many small kernels, and kernels that reach less than the best ones. A
+step's time is the scalar product of its terms and the engine's factors, so that factors
+can be fitted by least squares.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from disagg_jax.errors import require
+
+
+class StepTerms(NamedTuple):
+    """A step on one stage: seconds by the device's efficiencies, and counts."""
+
+    linear_s: float  # matmuls of attention, dense MLPs, shared experts and logits
+    experts_s: float  # matmuls of routed experts
+    attention_s: float  # of prompts
+    kv_s: float  # attention of decodes: reading KV or a state
+    communication_s: float  # all-reduces, tokens to experts, the hop between stages
+    layers: int
+    expert_layers: int  # layers with routed experts
+    kv_layers: int  # layers that read KV for decodes
+    sequences: int  # decodes and prompt parts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFactors:
+    """How an engine's steps differ from a device's kernels, one after the other.
+
+    The first five multiply terms: below 1, kernels are better than those that the
+    device's efficiencies were read from, or hidden behind others. The rest adds seconds
+    that nothing hides.
+
+    Raises:
+      ValueError: on a negative value.
+    """
+
+    linear: float = 1.0
+    experts: float = 1.0
+    attention: float = 1.0
+    kv: float = 1.0
+    communication: float = 1.0
+    layer_s: float = 0.0  # of each layer: kernels too small for any peak, launches
+    expert_layer_s: float = 0.0  # of a layer with routed experts, beside layer_s
+    kv_layer_s: float = 0.0  # of each layer of a step with decodes
+    sequence_s: float = 0.0  # of each sequence in a step: host work that tp cannot split
+    step_s: float = 0.0  # of a step: host work
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            require(value >= 0, f"{field.name}: expected >= 0", value)
+
+    def time_s(self, terms: StepTerms) -> float:
+        """Return the seconds of a step."""
+        (
+            linear_s,
+            experts_s,
+            attention_s,
+            kv_s,
+            communication_s,
+            layers,
+            expert_layers,
+            kv_layers,
+            sequences,
+        ) = terms
+        return (
+            self.step_s
+            + self.linear * linear_s
+            + self.experts * experts_s
+            + self.attention * attention_s
+            + self.kv * kv_s
+            + self.communication * communication_s
+            + self.layer_s * layers
+            + self.expert_layer_s * expert_layers
+            + self.kv_layer_s * kv_layers
+            + self.sequence_s * sequences
+        )
