@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.errors import require
 from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.hardware.device import Hardware
@@ -49,26 +50,26 @@ class RooflineCost:
         """Return the name that outputs are marked with."""
         return f"roofline/{self.hardware.name}/{self.model.name}"
 
-    def instance(self, tp: int, pp: int = 1) -> RooflineInstance:
-        """Return the durations on tp x pp devices.
+    def instance(self, parallelism: Parallelism) -> RooflineInstance:
+        """Return the durations on an instance.
 
         Raises:
           ValueError: if the model does not divide or fit on them (see `kv_tokens`), or
             the hardware has no all-reduce over tp devices.
         """
-        partition = Partition(self.model, tp, pp)
-        known = sorted((1, *self.hardware.all_reduce))
+        partition = Partition(self.model, parallelism)
+        known, tp = sorted((1, *self.hardware.all_reduce)), parallelism.tp
         require(tp in known, f"{self.hardware.name}: expected tp in {known}", tp)
-        self.kv_tokens(tp, pp)
+        self.kv_tokens(parallelism)
         return RooflineInstance(partition, self.hardware)
 
-    def kv_tokens(self, tp: int, pp: int = 1) -> int:
+    def kv_tokens(self, parallelism: Parallelism) -> int:
         """Return the tokens of KV that an instance can hold.
 
         Raises:
           ValueError: with the numbers, if the model does not divide or fit.
         """
-        partition = Partition(self.model, tp, pp)
+        partition = Partition(self.model, parallelism)
         return partition.kv_tokens(self.hardware.memory_bytes, self.memory_utilisation)
 
 
@@ -107,14 +108,14 @@ class RooflineInstance:
         """Return the seconds of a decode-only step on the one stage."""
         base_s = self._bases.get(decodes)
         if base_s is None:
-            require_one_stage(self._partition.pp)
+            require_one_stage(self._partition.parallelism.pp)
             base_s = self._bases[decodes] = self._fixed_s(0, decodes, decodes, True)
         return base_s + self._slope * context
 
     def _fixed_s(self, stage: int, tokens: int, logits: int, decodes: bool) -> float:
         """Return the seconds that depend neither on context nor on prompt lengths."""
         model, hardware = self._partition.model, self._hardware
-        layers, tp = self._partition.stage_layers[stage], self._partition.tp
+        layers, tp = self._partition.stage_layers[stage], self._partition.parallelism.tp
         activation_bytes = tokens * model.embed * model.stored.activation
         params, size_bytes = layers * model.layer_params, layers * model.layer_bytes
         time_s = hardware.step_s + self._linear_s(params, size_bytes, tokens)
@@ -123,14 +124,14 @@ class RooflineInstance:
         if tp > 1:  # after attention and after the MLP
             reduce_s = hardware.all_reduce[tp].time_s(tp, activation_bytes)
             time_s += 2 * layers * reduce_s
-        if stage == self._partition.pp - 1:
+        if stage == self._partition.parallelism.pp - 1:
             params, size_bytes = model.table_params, model.table_bytes
             return time_s + self._linear_s(params, size_bytes, logits)
         return time_s + hardware.hop.transfer_s(activation_bytes)
 
     def _linear_s(self, params: int, weight_bytes: float, tokens: int) -> float:
         """Return the seconds of matmuls with `params` weights: compute or streaming."""
-        hardware, tp = self._hardware, self._partition.tp
+        hardware, tp = self._hardware, self._partition.parallelism.tp
         rows = hardware.rows(tokens)
         flops_s = tp * hardware.peak_flops * hardware.gemm_mfu.at(rows)
         bytes_s = tp * hardware.hbm_bytes_s * hardware.weight_mbu
@@ -142,5 +143,5 @@ class RooflineInstance:
         width = model.q_heads * model.head_dim
         flops = 4 * width * count * (start + count / 2)
         mfu = hardware.attention_mfu.at(start + count)
-        compute_s = flops / (self._partition.tp * hardware.peak_flops * mfu)
+        compute_s = flops / (self._partition.parallelism.tp * hardware.peak_flops * mfu)
         return max(compute_s, start * self._read_s)

@@ -1,10 +1,10 @@
-"""Whether a model fits on tp x pp devices, and how much context fits beside it."""
+"""Whether a model fits on an instance, and how much context fits beside it."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.deployment import cut_layers, require_parallelism
+from disagg_jax.deployment import Parallelism, cut_layers
 from disagg_jax.errors import require
 from models.config import ModelConfig
 
@@ -17,33 +17,33 @@ class Partition:
     kv_heads, tp / kv_heads devices keep each kv head.
 
     Raises:
-      ValueError: with the numbers, if heads or layers do not divide.
+      ValueError: with the numbers, if heads or layers do not divide, or on dp or ep.
     """
 
     model: ModelConfig
-    tp: int
-    pp: int
+    parallelism: Parallelism
 
     def __post_init__(self) -> None:
-        require_parallelism(self.tp, self.pp)
         name, q_heads, kv = self.model.name, self.model.q_heads, self.model.kv_heads
+        self.parallelism.require_tp_pp_only(name)
+        tp, pp = self.parallelism.tp, self.parallelism.pp
         expected = f"{name}: expected tp to divide {q_heads} query heads"
-        require(q_heads % self.tp == 0, expected, self.tp)
-        divides = kv % self.tp == 0 or self.tp % kv == 0
-        require(divides, f"{name}: expected tp to fit {kv} kv heads", self.tp)
+        require(q_heads % tp == 0, expected, tp)
+        divides = kv % tp == 0 or tp % kv == 0
+        require(divides, f"{name}: expected tp to fit {kv} kv heads", tp)
         layers = self.model.layers
-        require(self.pp <= layers, f"{name}: expected pp <= {layers} layers", self.pp)
+        require(pp <= layers, f"{name}: expected pp <= {layers} layers", pp)
 
     @property
     def stage_layers(self) -> tuple[int, ...]:
         """Return the number of layers of each stage."""
-        stages = cut_layers(range(self.model.layers), self.pp)
+        stages = cut_layers(range(self.model.layers), self.parallelism.pp)
         return tuple(len(layers) for layers in stages)
 
     @property
     def kv_shards(self) -> int:
         """Return the number of devices that share the KV of a stage."""
-        return min(self.tp, self.model.kv_heads)
+        return min(self.parallelism.tp, self.model.kv_heads)
 
     @property
     def weight_bytes_per_device(self) -> float:
@@ -52,10 +52,10 @@ class Partition:
         The first stage has the embedding. The last stage has the unembedding, and its
         own copy of a tied one unless it is also the first.
         """
-        model = self.model
-        tables = 2 if self.pp == 1 and not model.tie_embeddings else 1
+        model, tp = self.model, self.parallelism.tp
+        tables = 2 if self.parallelism.pp == 1 and not model.tie_embeddings else 1
         layers = self.stage_layers[0]
-        return (layers * model.layer_bytes + tables * model.table_bytes) / self.tp
+        return (layers * model.layer_bytes + tables * model.table_bytes) / tp
 
     @property
     def kv_bytes_per_token_per_device(self) -> float:
@@ -79,8 +79,8 @@ class Partition:
         tokens = int((usable - weights) // self.kv_bytes_per_token_per_device)
         require(
             tokens >= 1,
-            f"{self.model.name} with tp={self.tp}, pp={self.pp}: expected weights and "
-            f"KV in {usable / 1e9:.4g} GB of a device ({utilisation:g} of its memory)",
+            f"{self.model.name} with {self.parallelism}: expected weights and KV in "
+            f"{usable / 1e9:.4g} GB of a device ({utilisation:g} of its memory)",
             f"{weights / 1e9:.4g} GB of weights alone",
         )
         return tokens
