@@ -11,9 +11,11 @@ from collections.abc import Collection
 from disagg_jax.errors import require
 
 _SYNTAX = (
-    "'[N x]ROLE:tpK[ppL]' items joined by commas, like 2xprefill:tp1,1xdecode:tp2pp2"
+    "'[N x]ROLE:tpK[ppL][dpM][epN]' items joined by commas, like "
+    "2xprefill:tp1,1xdecode:tp2pp2"
 )
-_ITEM = re.compile(r"(?:([1-9]\d*)x)?(prefill|decode|colocated):tp(\d+)(?:pp(\d+))?")
+_PARALLELISM = r"tp(\d+)(?:pp(\d+))?(?:dp(\d+))?(?:ep(\d+))?"
+_ITEM = re.compile(rf"(?:([1-9]\d*)x)?(prefill|decode|colocated):({_PARALLELISM})")
 
 
 class Role(enum.StrEnum):
@@ -24,26 +26,86 @@ class Role(enum.StrEnum):
     COLOCATED = "colocated"  # both
 
 
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class Parallelism:
+    """How a model's weights and work are spread over the devices of an instance.
+
+    Attributes:
+      tp: tensor parallelism: devices that share a token's work in a stage.
+      pp: pipeline parallelism: stages.
+      dp: attention replicas in a stage, each on tp devices and with its own tokens.
+      ep: expert parallelism: groups of the tp * dp devices of a stage that the experts
+        of a mixture are spread over. The devices of a group share each of its experts.
+
+    Raises:
+      ValueError: unless all are at least 1, and ep divides tp * dp.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "ep"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name}: expected >= 1", value)
+        expected = f"ep: expected to divide the {self.stage_devices} devices of a stage"
+        require(self.stage_devices % self.ep == 0, expected, self.ep)
+
+    @classmethod
+    def parse(cls, text: str) -> Parallelism:
+        """Read `tp2`, `tp2pp2`, `tp1dp8ep8`, ...
+
+        Raises:
+          ValueError: on another text, or numbers that do not fit together.
+        """
+        match = re.fullmatch(_PARALLELISM, text)
+        if match is None:
+            raise ValueError(
+                "parallelism: expected 'tpK[ppL][dpM][epN]', like tp2pp2 or tp1dp8ep8; "
+                f"got '{text}'"
+            )
+        return cls(*(int(number or 1) for number in match.groups()))
+
+    @property
+    def stage_devices(self) -> int:
+        """Devices of one stage."""
+        return self.tp * self.dp
+
+    @property
+    def devices(self) -> int:
+        """Devices of all stages together."""
+        return self.stage_devices * self.pp
+
+    def require_tp_pp_only(self, who: str) -> None:
+        """Raise a ValueError that names `who` unless dp and ep are 1."""
+        require(self.dp == self.ep == 1, f"{who}: expected no dp and no ep", self)
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads."""
+        more = {"pp": self.pp, "dp": self.dp, "ep": self.ep}
+        named = (f"{name}{value}" for name, value in more.items() if value > 1)
+        return f"tp{self.tp}{''.join(named)}"
+
+    __repr__ = __str__  # errors name several
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InstanceSpec:
     """One copy of the weights on its own devices."""
 
     role: Role
-    tp: int = 1  # tensor parallelism: devices of a stage
-    pp: int = 1  # pipeline parallelism: stages
-
-    def __post_init__(self) -> None:
-        require_parallelism(self.tp, self.pp)
+    parallelism: Parallelism = Parallelism()
 
     @property
     def devices(self) -> int:
         """Devices of all stages together."""
-        return self.tp * self.pp
+        return self.parallelism.devices
 
     def __str__(self) -> str:
         """Return its item in the text that `Deployment.parse` reads."""
-        stages = f"pp{self.pp}" if self.pp > 1 else ""
-        return f"{self.role}:tp{self.tp}{stages}"
+        return f"{self.role}:{self.parallelism}"
 
 
 class RequestLimit(enum.StrEnum):
@@ -94,8 +156,8 @@ class KVMemory:
 class Deployment:
     """The instances that serve together, in device order.
 
-    Data parallelism is several instances of a role. Prefill and decode instances need
-    each other; colocated instances stand alone.
+    Several instances of a role are its replicas. Prefill and decode instances need each
+    other; colocated instances stand alone.
 
     Raises:
       ValueError: on a deployment that cannot serve a request from end to end.
@@ -115,14 +177,16 @@ class Deployment:
 
     @classmethod
     def parse(cls, text: str) -> Deployment:
-        """Read `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp2pp2`, ..."""
+        """Read `prefill:tp2,decode:tp1`, `2xprefill:tp1,1xdecode:tp1dp8ep8`, ..."""
         instances: list[InstanceSpec] = []
         for item in text.replace(" ", "").split(","):
             match = _ITEM.fullmatch(item)
             if match is None:
                 raise ValueError(f"deployment: expected {_SYNTAX}; got '{item}'")
-            count, role, tp, pp = match.groups()
-            spec = InstanceSpec(role=Role(role), tp=int(tp), pp=int(pp or 1))
+            count, role, parallelism = match.group(1, 2, 3)
+            spec = InstanceSpec(
+                role=Role(role), parallelism=Parallelism.parse(parallelism)
+            )
             instances += [spec] * int(count or 1)
         return cls(tuple(instances))
 
@@ -156,6 +220,11 @@ class Deployment:
             for i, spec in enumerate(self.instances)
         ]
         return Deployment(tuple(moved))
+
+    def require_tp_pp_only(self, who: str) -> None:
+        """Raise a ValueError that names `who` if an instance has dp or ep above 1."""
+        for spec in self.instances:
+            spec.parallelism.require_tp_pp_only(who)
 
     @property
     def devices(self) -> int:
@@ -191,9 +260,3 @@ def cut_layers(layers: range, parts: int) -> list[range]:
     whole, more = divmod(len(layers), parts)
     starts = [layers.start + i * whole + min(i, more) for i in range(parts + 1)]
     return [range(*bounds) for bounds in itertools.pairwise(starts)]
-
-
-def require_parallelism(tp: int, pp: int) -> None:
-    """Raise a ValueError unless tensor and pipeline parallelism are at least 1."""
-    require(tp >= 1, "tp: expected >= 1", tp)
-    require(pp >= 1, "pp: expected >= 1", pp)

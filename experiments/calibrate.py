@@ -174,9 +174,9 @@ def table(profile: CalibratedProfile) -> str:
 def service_table(profile: CalibratedProfile) -> str:
     """Return the serving factors by layout and kind."""
     rows = [("layout", "kind", "in service")]
-    for (tp, pp), times in sorted(profile.layouts.items()):
+    for layout, times in sorted(profile.layouts.items()):
         for kind, factor in sorted(times.serving_factor.items()):
-            rows.append((f"tp{tp}pp{pp}", kind, f"{factor - 1:+.1%}"))
+            rows.append((str(layout), kind, f"{factor - 1:+.1%}"))
     return "\n".join(align(rows, right=(2,)))
 
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from disagg_jax import metrics
 from disagg_jax.control.run import Run
-from disagg_jax.deployment import Deployment, Role
+from disagg_jax.deployment import Deployment, Parallelism, Role
 from disagg_jax.request import Request, Timeline
 from disagg_jax.scheduling.system import System
 from disagg_jax.sim.cost.interface import InstanceCost
@@ -275,7 +275,7 @@ def main() -> None:
     found = simulate(simulation, requests, _BUDGET.value)
     out = pathlib.Path(_OUT.value)
     deployment = Deployment.parse(COLOCATED)
-    cost = simulation.cost_of(deployment.instances[0]).instance(1, 1)
+    cost = simulation.cost_of(deployment.instances[0]).instance(Parallelism())
     title = (
         f"{_MODEL.value} on 2 x {_HARDWARE.value}, KV over {simulation.inside}, "
         f"{_RATE.value:g} requests/s per device, prompts of 256-1024 tokens, "

@@ -26,9 +26,9 @@ class LinearModel:
 
     cost: LinearCost
 
-    def instance(self, tp, pp=1):
-        if tp > 1:
-            raise ValueError(f"tp: expected 1, got {tp}")
+    def instance(self, parallelism):
+        if parallelism.tp > 1:
+            raise ValueError(f"tp: expected 1, got {parallelism.tp}")
         return LinearInstance(self.cost)
 
 
@@ -40,7 +40,7 @@ LINEAR = Simulation(
         instance=LinearModel(
             LinearCost(step_base_s=0.01, prefill_token_s=1e-3)
         ).instance,
-        kv_tokens=lambda tp, pp: 10**6,
+        kv_tokens=lambda _: 10**6,
     ),
     kv_memory=False,
     max_context=10**6,

@@ -10,6 +10,7 @@ from disagg_jax.deployment import (
     Deployment,
     InstanceSpec,
     KVMemory,
+    Parallelism,
     RequestLimit,
     Role,
     cut_layers,
@@ -23,12 +24,15 @@ def by_pairs(specs: list[InstanceSpec]) -> bool:
     return (Role.PREFILL in roles) == (Role.DECODE in roles)
 
 
-SPECS = st.builds(
-    InstanceSpec,
-    role=st.sampled_from(Role),
-    tp=st.integers(1, 16),
-    pp=st.integers(1, 4),
-)
+@st.composite
+def parallelisms(draw: st.DrawFn) -> Parallelism:
+    tp, pp = draw(st.integers(1, 16)), draw(st.integers(1, 4))
+    dp = draw(st.integers(1, 8))
+    fitting = [ep for ep in range(1, tp * dp + 1) if tp * dp % ep == 0]
+    return Parallelism(tp, pp, dp, draw(st.sampled_from(fitting)))
+
+
+SPECS = st.builds(InstanceSpec, role=st.sampled_from(Role), parallelism=parallelisms())
 DEPLOYMENTS = (
     st.lists(SPECS, min_size=1, max_size=8).filter(by_pairs).map(tuple).map(Deployment)
 )
@@ -44,8 +48,57 @@ def test_every_instance_has_one_role(deployment: Deployment):
     found = [i for role in Role for i in deployment.of(role)]
     assert sorted(found) == list(range(len(deployment.instances)))
     assert deployment.of(*Role) == tuple(range(len(deployment.instances)))
-    devices = [spec.tp * spec.pp for spec in deployment.instances]
-    assert deployment.devices == sum(devices)
+    assert deployment.devices == sum(spec.devices for spec in deployment.instances)
+
+
+@given(parallelisms())
+def test_parallelism_reads_what_it_writes(parallelism: Parallelism):
+    assert Parallelism.parse(str(parallelism)) == parallelism
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "stage_devices", "devices"),
+    [
+        ("tp2", (2, 1, 1, 1), 2, 2),
+        ("tp2pp3", (2, 3, 1, 1), 2, 6),
+        ("tp1dp8ep8", (1, 1, 8, 8), 8, 8),
+        ("tp4ep2", (4, 1, 1, 2), 4, 4),
+        ("tp2pp3dp4ep8", (2, 3, 4, 8), 8, 24),
+    ],
+)
+def test_parallelism_by_example(text, numbers, stage_devices, devices):
+    parallelism = Parallelism(*numbers)
+    assert (Parallelism.parse(text), str(parallelism)) == (parallelism, text)
+    assert parallelism.stage_devices == stage_devices
+    assert parallelism.devices == devices
+
+
+@pytest.mark.parametrize("text", ["", "2", "pp2", "tp1ep2dp2", "tp2 pp2", "tp1sp2"])
+def test_parallelism_has_its_parts_in_order(text: str):
+    expected = re.escape("parallelism: expected 'tpK[ppL][dpM][epN]'")
+    with pytest.raises(ValueError, match=f"{expected}, .*; got '{text}'"):
+        Parallelism.parse(text)
+
+
+@pytest.mark.parametrize("name", ["tp", "pp", "dp", "ep"])
+def test_parallelism_is_at_least_1(name: str):
+    with pytest.raises(ValueError, match=f"{name}: expected >= 1, got -1"):
+        Parallelism(**{name: -1})
+
+
+@pytest.mark.parametrize(("text", "got"), [("tp2dp2ep3", 3), ("tp4pp2ep8", 8)])
+def test_experts_divide_over_a_stage(text: str, got: int):
+    expected = f"ep: expected to divide the 4 devices of a stage, got {got}"
+    with pytest.raises(ValueError, match=expected):
+        Parallelism.parse(text)
+
+
+@pytest.mark.parametrize("text", ["tp2dp2", "tp2ep2", "tp1pp2dp2ep2"])
+def test_tp_and_pp_alone_can_be_required(text: str):
+    Deployment.parse("prefill:tp2,decode:tp1pp2").require_tp_pp_only("engine")
+    expected = f"engine: expected no dp and no ep, got {text}"
+    with pytest.raises(ValueError, match=expected):
+        Deployment.parse(f"prefill:tp2,decode:{text}").require_tp_pp_only("engine")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +114,7 @@ def test_every_instance_has_one_role(deployment: Deployment):
         ),
         ("prefill:tp1pp1,2xdecode:tp2pp3", "prefill:tp1,2xdecode:tp2pp3", 13),
         ("colocated:tp2,10xcolocated:tp1", "colocated:tp2,10xcolocated:tp1", 12),
+        ("prefill:tp8pp1ep8,decode:tp2pp2dp2", "prefill:tp8ep8,decode:tp2pp2dp2", 16),
     ],
 )
 def test_parse_accepts(text: str, written: str, devices: int):
@@ -80,7 +134,7 @@ def test_lanes_are_the_devices_of_the_smaller_end(src: int, dst: int, lanes: int
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "deployment: expected '[N x]ROLE:tpK[ppL]' items"),
+        ("", "deployment: expected '[N x]ROLE:tpK[ppL][dpM][epN]' items"),
         ("prefill:tp1,", "; got ''"),
         ("verifier:tp1", "; got 'verifier:tp1'"),
         ("prefill", "; got 'prefill'"),
@@ -88,7 +142,9 @@ def test_lanes_are_the_devices_of_the_smaller_end(src: int, dst: int, lanes: int
         ("-1xcolocated:tp1", "; got '-1xcolocated:tp1'"),
         ("colocated:tp0", "tp: expected >= 1, got 0"),
         ("colocated:tp1pp0", "pp: expected >= 1, got 0"),
+        ("colocated:tp2ep3", "ep: expected to divide the 2 devices of a stage, got 3"),
         ("colocated:pp2", "; got 'colocated:pp2'"),
+        ("colocated:tp1ep2dp2", "; got 'colocated:tp1ep2dp2'"),
         ("0xcolocated:tp1", "; got '0xcolocated:tp1'"),
         ("colocated:tp1,0xcolocated:tp2", "; got '0xcolocated:tp2'"),
         ("2xprefill:tp1", "got 2 prefill and 0 decode in '2xprefill:tp1'"),

@@ -18,10 +18,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from disagg_jax.calibration.profile_keys import EngineWork, StepKey, TimeParts
 from disagg_jax.calibration.timing import grid, time_alone
 from disagg_jax.control.backend import Executor, Outcome
+from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
-from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
+from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Task, Transfer
 
@@ -120,9 +121,9 @@ class SpeedProbe:
         """Return the same executor, with probes between its work."""
         return _Interspersed(executor, self)
 
-    def medians_s(self) -> dict[tuple[Layout, StepShape], float]:
+    def medians_s(self) -> dict[tuple[Parallelism, StepShape], float]:
         """Return the median time of each probe."""
-        times: dict[tuple[Layout, StepShape], list[float]] = {}
+        times: dict[tuple[Parallelism, StepShape], list[float]] = {}
         for key, time_s in itertools.chain(*self.times_s.values()):
             times.setdefault(key, []).append(time_s)
         return {key: statistics.median(each) for key, each in times.items()}

@@ -27,12 +27,12 @@ from disagg_jax.calibration.timing import (
     typical_s,
 )
 from disagg_jax.calibration.works import every_work
+from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import KINDS, Buckets, StepShape
 from disagg_jax.programs.slices import slices_of
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
-    Layout,
     LayoutTimes,
     TransferTimes,
 )
@@ -183,21 +183,23 @@ def calibrate(
     return dataclasses.replace(profile, held_out=held_out)
 
 
-def _layouts(samples: Samples) -> dict[Layout, LayoutTimes]:
+def _layouts(samples: Samples) -> dict[Parallelism, LayoutTimes]:
     """Return the typical time of each measured program, and fits for others."""
-    steps: dict[Layout, dict[StepShape, tuple[float, ...]]] = {}
+    steps: dict[Parallelism, dict[StepShape, tuple[float, ...]]] = {}
     for key, turns in samples.items():
         if isinstance(key, StepKey):
             steps.setdefault(key.layout, {})[key.program] = typical_s(turns)
     return {
-        layout: LayoutTimes(layout[1], measured, _fits(layout[1], measured))
+        layout: LayoutTimes(layout.pp, measured, _fits(layout.pp, measured))
         for layout, measured in steps.items()
     }
 
 
-def _transfers(samples: Samples) -> dict[tuple[Layout, Layout], TransferTimes]:
+def _transfers(
+    samples: Samples,
+) -> dict[tuple[Parallelism, Parallelism], TransferTimes]:
     """Return the typical time of each size of a transfer, and fits for others."""
-    moves: dict[tuple[Layout, Layout], dict[int, float]] = {}
+    moves: dict[tuple[Parallelism, Parallelism], dict[int, float]] = {}
     for key, turns in samples.items():
         if isinstance(key, TransferKey):
             pair = moves.setdefault((key.src, key.dst), {})
@@ -259,10 +261,11 @@ def _kind(engine: Engine, step: Step) -> str:
 def left_out_errors(profile: CalibratedProfile) -> dict[str, float | None]:
     """Return by kind the mean of `left_out_error` over layouts and stages."""
     found: dict[str, list[float | None]] = {}
-    for (_, pp), times in profile.layouts.items():
+    for layout, times in profile.layouts.items():
         for kind in times.fits:
             found.setdefault(kind, []).extend(
-                left_out_error(_stage(times.measured, kind, i)) for i in range(pp)
+                left_out_error(_stage(times.measured, kind, i))
+                for i in range(layout.pp)
             )
     means: dict[str, float | None] = {}
     for kind, errors in found.items():

@@ -9,32 +9,27 @@ from typing import NamedTuple
 
 import jax
 
-from disagg_jax.deployment import Deployment
+from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import StepShape
-from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile, Layout
+from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_from_json
 from disagg_jax.work import Step, Task
 from models.config import ModelConfig
 
 
-def layouts(deployment: Deployment) -> list[Layout]:
-    """Return (tp, pp) of each instance."""
-    return [(spec.tp, spec.pp) for spec in deployment.instances]
-
-
 class StepKey(NamedTuple):
     """The properties that decide how long a step takes."""
 
-    layout: Layout
+    layout: Parallelism
     program: StepShape
 
 
 class TransferKey(NamedTuple):
     """The properties that decide how long a transfer takes."""
 
-    src: Layout
-    dst: Layout
+    src: Parallelism
+    dst: Parallelism
     blocks: int  # padding included
 
 
@@ -51,7 +46,7 @@ TimeParts = Callable[[Engine, Task], Sequence[float]]
 
 def key_of(engine: Engine, work: Task) -> StepKey | TransferKey:
     """Return the key of `work`: work with equal keys takes equally long alone."""
-    at = layouts(engine.deployment)
+    at = [spec.parallelism for spec in engine.deployment.instances]
     if isinstance(work, Step):
         shape = engine.instances[work.instance].step_shape(work.slices)
         return StepKey(at[work.instance], shape)

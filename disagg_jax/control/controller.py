@@ -474,7 +474,9 @@ class Controller:
                 prompts,
                 plan.chunks,
                 decodes,
-                plan.repeats if self._plans_spans and instance.spec.pp == 1 else 1,
+                plan.repeats
+                if self._plans_spans and instance.spec.parallelism.pp == 1
+                else 1,
             )
         except RuntimeError as error:
             raise RuntimeError(

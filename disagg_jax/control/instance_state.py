@@ -112,7 +112,7 @@ class InstanceState:
         Without the second rule a fast first stage would send off ever smaller steps,
         to wait before the slowest. vLLM has it too: a batch in flight for each stage.
         """
-        return self.step is None and len(self.downstream) < self.spec.pp
+        return self.step is None and len(self.downstream) < self.spec.parallelism.pp
 
     @property
     def has_ready(self) -> bool:

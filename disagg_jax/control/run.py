@@ -46,7 +46,7 @@ class Run:
             return self.busy_s.get(resource, 0.0) / self.end_s if self.end_s else 0.0
 
         return [
-            tuple(share(i, stage) for stage in range(spec.pp))
+            tuple(share(i, stage) for stage in range(spec.parallelism.pp))
             for i, spec in enumerate(deployment.instances)
         ]
 

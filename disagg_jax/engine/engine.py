@@ -98,8 +98,8 @@ class Engine:
     Raises:
       ValueError: if the devices or the layers are too few, `memory` or `buckets` is not
         one for each instance, a context is longer than the model's, a dimension of the
-        model does not divide over an instance's mesh, or weights and pool are larger
-        than a device's memory.
+        model does not divide over an instance's mesh, an instance has dp or ep, or
+        weights and pool are larger than a device's memory.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Engine:
         models: dict[ModelKey, PlacedModel] | None = None,
         share_devices: bool = False,
     ):
+        deployment.require_tp_pp_only("engine")
         _check_pools(config, deployment, memory, buckets)
         models = {} if models is None else models
         self.config = config
@@ -128,7 +129,7 @@ class Engine:
             check_fits(config, spec, memory[i], rules, limit_bytes)
             ids = tuple(d.id for mesh in meshes[i] for d in mesh.devices.flat)
             table = tuple(sorted(rules.items()))
-            key = (config, layer_groups, table, spec.pp, ids, memory[i])
+            key = (config, layer_groups, table, spec.parallelism.pp, ids, memory[i])
             if key not in models:
                 models[key] = PlacedModel(
                     config, params, meshes[i], rules, memory[i], layer_groups
@@ -378,8 +379,12 @@ def _meshes(
     """Return the meshes of each instance's stages."""
     specs = deployment.instances
     kinds = list(dict.fromkeys(specs)) if share_devices else specs
-    cut = iter(cut_meshes(devices, [s.tp for s in kinds for _ in range(s.pp)]))
-    meshes = [list(itertools.islice(cut, spec.pp)) for spec in kinds]
+    cut = iter(
+        cut_meshes(
+            devices, [s.parallelism.tp for s in kinds for _ in range(s.parallelism.pp)]
+        )
+    )
+    meshes = [list(itertools.islice(cut, spec.parallelism.pp)) for spec in kinds]
     if not share_devices:
         return meshes
     return [meshes[kinds.index(spec)] for spec in specs]

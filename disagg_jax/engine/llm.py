@@ -87,7 +87,7 @@ class LLM:
 
     Raises:
       ValueError: if the deployment needs more devices, or more of their memory, or
-        another system; before weights are placed.
+        another system, or has dp or ep; before weights are placed.
       FileNotFoundError: if there are no such weights; says how to get them.
     """
 
@@ -104,6 +104,7 @@ class LLM:
         progress: Progress | None = None,
     ):
         instances = Deployment.parse(deployment)
+        instances.require_tp_pp_only("engine")
         policies = _policies(system, instances)
         if memory is not None:
             expected = "max_context: expected none beside memory, which says it"

@@ -95,10 +95,14 @@ def _fullest_device(
     config: ModelConfig, spec: InstanceSpec, block_tokens: int, rules: Rules
 ) -> tuple[int, int]:
     """Return the bytes of weights and of a KV block on the device with the most."""
-    stages = cut_layers(range(config.layers), spec.pp)
-    weights = max(_weight_bytes(config, spec.tp, rules, layers) for layers in stages)
-    slots = len(head_layout(config.q_heads, config.kv_heads, spec.tp).kv)
-    token_bytes = 2 * slots // spec.tp * config.head_dim * config.dtype_bytes
+    stages = cut_layers(range(config.layers), spec.parallelism.pp)
+    weights = max(
+        _weight_bytes(config, spec.parallelism.tp, rules, layers) for layers in stages
+    )
+    slots = len(head_layout(config.q_heads, config.kv_heads, spec.parallelism.tp).kv)
+    token_bytes = (
+        2 * slots // spec.parallelism.tp * config.head_dim * config.dtype_bytes
+    )
     return weights, len(stages[0]) * block_tokens * token_bytes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from disagg_jax.deployment import KVMemory, cut_layers
+from disagg_jax.deployment import KVMemory, Parallelism, cut_layers
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.place_weights import LayerPlacement, place_groups
@@ -75,9 +75,8 @@ class PlacedModel:
 
     def __str__(self) -> str:
         """Return the parallelism: tp2pp2, then g4 for 4 layer groups a stage."""
-        stages = f"pp{self.pp}" if self.pp > 1 else ""
         groups = len(self.groups) // self.pp
-        return f"tp{self.tp}{stages}" + (f"g{groups}" if groups > 1 else "")
+        return f"{Parallelism(self.tp, self.pp)}" + (f"g{groups}" if groups > 1 else "")
 
     @property
     def pp(self) -> int:

@@ -117,7 +117,12 @@ class ServedDeployment:
 
 
 def devices_needed(deployment: Deployment, *, shared: bool) -> int:
-    """Return the devices that an engine takes; see `Engine.share_devices`."""
+    """Return the devices that an engine takes; see `Engine.share_devices`.
+
+    Raises:
+      ValueError: on an instance that an engine does not run.
+    """
+    deployment.require_tp_pp_only("engine")
     if shared:
         return sum(spec.devices for spec in set(deployment.instances))
     return deployment.devices
@@ -131,7 +136,7 @@ def devices_for(deployment: Deployment, *, shared: bool) -> Sequence[Device]:
     moves from a device to itself is not copied: name a link for its time.
     """
     devices, needed = jax.devices(), devices_needed(deployment, shared=shared)
-    alone = all(spec.tp == 1 for spec in deployment.instances)
+    alone = all(spec.parallelism.tp == 1 for spec in deployment.instances)
     if shared and alone and len(devices) < needed:
         return (devices * needed)[:needed]
     return devices

@@ -5,6 +5,7 @@ The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -106,11 +107,12 @@ def _device_lanes(
     """Return the lanes of the devices of each (instance, stage)."""
     found: dict[tuple[int, int], list[TraceEvent]] = {}
     for i, spec in enumerate(deployment.instances):
-        for stage in range(spec.pp):
-            name = f"{i} {spec.role} tp{spec.tp} stage {stage} device "
+        one_stage = dataclasses.replace(spec.parallelism, pp=1)
+        for stage in range(spec.parallelism.pp):
+            name = f"{i} {spec.role} {one_stage} stage {stage} device "
             found[i, stage] = [
                 lanes.place("devices", (i, stage, device), f"{name}{device}")
-                for device in range(spec.tp)
+                for device in range(one_stage.devices)
             ]
     return found
 
@@ -131,7 +133,7 @@ def _device_events(
         name = type(change).__name__.lower()
         if isinstance(change, Straggle):
             name = f"slow x{change.factor:g}"
-        for stage in range(deployment.instances[change.instance].pp):
+        for stage in range(deployment.instances[change.instance].parallelism.pp):
             for lane in devices[change.instance, stage]:
                 yield _instant(lane, name, at_s)
 

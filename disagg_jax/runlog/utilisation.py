@@ -136,7 +136,7 @@ class _Reader:
     def _pass_stages(self, step: LoggedStep, event: Done) -> None:
         """Add a step to each stage, from its end on the stage before, in turn."""
         ends_s, start_s = (*event.stage_ends_s, event.end_s), event.start_s
-        stages = self._deployment.instances[step.instance].pp
+        stages = self._deployment.instances[step.instance].parallelism.pp
         expected = f"event log: expected step {step.id} to pass {stages} stages"
         require(len(ends_s) == stages, expected, len(ends_s))
         for stage, end_s in enumerate(ends_s):

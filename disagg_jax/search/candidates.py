@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from disagg_jax.deployment import InstanceSpec, Role
+from disagg_jax.deployment import Parallelism
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.workers import Mapper
 
@@ -24,26 +24,6 @@ Stop = Callable[[], bool]  # whether nothing more is to be begun
 _FIRST, _AT_ONCE = 2, 4
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class Layout:
-    """The parallelism of an instance."""
-
-    tp: int
-    pp: int = 1
-
-    @property
-    def devices(self) -> int:
-        """Return the devices of one instance."""
-        return self.tp * self.pp
-
-    def spec(self, role: Role) -> InstanceSpec:
-        """Return an instance with this layout."""
-        return InstanceSpec(role=role, tp=self.tp, pp=self.pp)
-
-    def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A deployment, or a phase of one, to rank by its goodput per device."""
@@ -53,7 +33,7 @@ class Candidate:
     devices: float  # divisor of its goodput
     bound_rps: float = math.inf  # its goodput is at most this
     copies: int = 1  # copies that fit on all devices
-    layout: Layout | None = None  # of a phase alone
+    layout: Parallelism | None = None  # of a phase alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -132,9 +132,9 @@ def _decode_rps(
         return math.inf
     context = statistics.fmean(r.prompt_tokens + r.max_tokens / 2 for r in requests)
     memory, spec = simulated.memory[instance], simulated.deployment.instances[instance]
-    # Each stage holds a batch of its own.
-    fitting = int(memory.num_blocks * memory.block_tokens / context / spec.pp)
-    most = min(fitting, simulated.policies[spec.role].limits.decode_rows // spec.pp)
+    stages = spec.parallelism.pp  # each holds a batch of its own
+    fitting = int(memory.num_blocks * memory.block_tokens / context / stages)
+    most = min(fitting, simulated.policies[spec.role].limits.decode_rows // stages)
 
     def stages_s(decodes: int) -> Sequence[float]:
         load = StepLoad((), decodes, int(decodes * context))
@@ -157,7 +157,7 @@ def load_helps(simulated: SimulatedDeployment, requests: Sequence[Request]) -> b
     context = statistics.fmean(r.prompt_tokens + r.max_tokens / 2 for r in requests)
     i = simulated.deployment.of(Role.DECODE, Role.COLOCATED)[0]
     spec, memory = simulated.deployment.instances[i], simulated.memory[i]
-    most = simulated.policies[spec.role].limits.decode_rows // spec.pp
+    most = simulated.policies[spec.role].limits.decode_rows // spec.parallelism.pp
     most = min(most, int(memory.num_blocks * memory.block_tokens / context))
 
     def step_s(decodes: int) -> float:

@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.deployment import Deployment, InstanceSpec, Role
+from disagg_jax.deployment import Deployment, InstanceSpec, Parallelism, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import (
     SLO,
@@ -44,7 +44,6 @@ from disagg_jax.scheduling.tuning import TuningInputs, tune
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
-    Layout,
     best_first,
     candidate_row,
 )
@@ -54,7 +53,7 @@ from disagg_jax.search.goodput import (
     GoodputSearch,
 )
 from disagg_jax.search.maps import COLOCATED, INFEASIBLE, UNCLEAR, Cell
-from disagg_jax.search.placement import pair
+from disagg_jax.search.placement import colocated_instances, pair
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.simulation import Simulation
@@ -168,8 +167,9 @@ class ComparisonSpec:
         fitting, reasons = list[int](), list[str]()
         for tp in range(1, self.devices + 1):
             try:
-                instance = InstanceSpec(role=Role.COLOCATED, tp=tp)
-                self.simulation.cost_of(instance).instance(tp, instance.pp)
+                layout = Parallelism(tp)
+                instance = InstanceSpec(role=Role.COLOCATED, parallelism=layout)
+                self.simulation.cost_of(instance).instance(layout)
                 self.simulation.memory_of(instance)
                 fitting.append(tp)
             except ValueError as error:
@@ -218,12 +218,12 @@ def deployments(
     """Return all ways to use all devices with equal instances of each role."""
     if Role.COLOCATED in roles:
         return [
-            Deployment((InstanceSpec(role=Role.COLOCATED, tp=tp),) * (devices // tp))
+            colocated_instances(Parallelism(tp), devices // tp)
             for tp in tensor_parallel
             if devices % tp == 0
         ]
     return [
-        pair(Layout(p), Layout(d), n, (devices - n * p) // d)
+        pair(Parallelism(p), Parallelism(d), n, (devices - n * p) // d)
         for p, d in itertools.product(tensor_parallel, repeat=2)
         for n in range(1, (devices - d) // p + 1)
         if (devices - n * p) % d == 0
@@ -352,7 +352,7 @@ def _tuned(
 
 
 def _profile(spec: ComparisonSpec, cell: Cell, instance: InstanceSpec) -> TuningInputs:
-    cost = spec.simulation.cost_of(instance).instance(instance.tp, instance.pp)
+    cost = spec.simulation.cost_of(instance).instance(instance.parallelism)
     sample = cell.workload.requests(_SAMPLE, 1.0, spec.seeds[0])
     return TuningInputs(
         step_s=lambda load: sum(cost.stages_s(load)),

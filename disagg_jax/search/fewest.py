@@ -19,11 +19,10 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
-from disagg_jax.deployment import Deployment, InstanceSpec, Role
+from disagg_jax.deployment import Deployment, Parallelism, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics.criteria import DistServe
 from disagg_jax.metrics.summary import percentiles
-from disagg_jax.search.candidates import Layout
 from disagg_jax.search.capacity import capacity_rps, phase_capacities_rps
 from disagg_jax.search.comparison import (
     CAPACITY_MARGIN,
@@ -34,7 +33,7 @@ from disagg_jax.search.comparison import (
 )
 from disagg_jax.search.early_stop import CutShortRun, decisive_misses, watch_run
 from disagg_jax.search.maps import Cell
-from disagg_jax.search.placement import pair
+from disagg_jax.search.placement import colocated_instances, pair
 from disagg_jax.sim.run import RunLatencies, SimulationTask
 from disagg_jax.workload.workload import TraceWorkload
 
@@ -97,16 +96,15 @@ class Unit:
         if len(self.tp) == 1:
             (tp,), (rps,) = self.tp, self.capacity_rps
             if devices % tp == 0:
-                instance = InstanceSpec(role=Role.COLOCATED, tp=tp)
                 count = devices // tp
-                yield count * rps, Deployment((instance,) * count)
+                yield count * rps, colocated_instances(Parallelism(tp), count)
             return
         p, d = self.tp
         for n in range(1, (devices - d) // p + 1):
             m, left = divmod(devices - n * p, d)
             if left == 0:
                 rps = min(n * self.capacity_rps[0], m * self.capacity_rps[1])
-                yield rps, pair(Layout(p), Layout(d), n, m)
+                yield rps, pair(Parallelism(p), Parallelism(d), n, m)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +193,9 @@ def _units(
             continue
         candidate = search.option(row["candidate"]).candidate
         instances = candidate.search.simulated.deployment.instances
-        tp = tuple(i.tp for i in (instances[0], instances[-1])[: _roles(search)])
+        tp = tuple(
+            i.parallelism.tp for i in (instances[0], instances[-1])[: _roles(search)]
+        )
         goodput = row["at_most"] if row["goodput"] is None else row["goodput"]
         share, bound_rps = CAPACITY_MARGIN, candidate.bound_rps
         if bound_rps < math.inf:
@@ -221,9 +221,9 @@ def _unit_capacity_rps(
     spec: ComparisonSpec, cell: Cell, system: str, tp: tuple[int, ...], size: int | None
 ) -> tuple[float, ...]:
     sample = cell.workload.requests(_SAMPLE, 1.0, 0)
-    first, last = Layout(tp[0]), Layout(tp[-1])
+    first, last = Parallelism(tp[0]), Parallelism(tp[-1])
     if len(tp) == 1:
-        unit = Deployment((first.spec(Role.COLOCATED),))
+        unit = colocated_instances(first)
         simulated, _ = simulate(spec, cell, system, unit, size)
         return (capacity_rps(simulated, sample, cell.slo),)
     simulated, _ = simulate(spec, cell, system, pair(first, last), size)

@@ -27,7 +27,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.deployment import Deployment, InstanceSpec, Role
+from disagg_jax.deployment import Deployment, InstanceSpec, Parallelism, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Interval, margin
 from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
@@ -35,7 +35,6 @@ from disagg_jax.scheduling.interface import Policy
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
-    Layout,
     Progress,
     Stop,
     best_first,
@@ -75,7 +74,7 @@ class PlacementProblem:
     build: Build
     colocated: Mapping[str, Build]
     apart: str | None = DISAGGREGATED
-    layouts: tuple[Layout, ...]
+    layouts: tuple[Parallelism, ...]
     devices: int
     rate_rps: float | None = None
     node_devices: int = 8
@@ -155,9 +154,9 @@ class PlacementProblem:
             seeds=self.seeds,
         )
 
-    def feasible(self) -> tuple[tuple[Layout, ...], dict[Layout, str]]:
+    def feasible(self) -> tuple[tuple[Parallelism, ...], dict[Parallelism, str]]:
         """Return the layouts that fit on the devices, and why the others do not."""
-        skipped: dict[Layout, str] = {}
+        skipped: dict[Parallelism, str] = {}
         for layout in self.layouts:
             try:
                 expected = f"{layout}: expected at most {self.devices} devices"
@@ -169,10 +168,10 @@ class PlacementProblem:
         return kept, skipped
 
 
-def layouts_of(layers: int, devices: int, node_devices: int) -> tuple[Layout, ...]:
+def layouts_of(layers: int, devices: int, node_devices: int) -> tuple[Parallelism, ...]:
     """Return every tp inside a node with every pp that divides the layers."""
     return tuple(
-        Layout(tp, pp)
+        Parallelism(tp, pp)
         for tp in range(1, min(devices, node_devices) + 1)
         for pp in range(1, devices // tp + 1)
         if layers % pp == 0
@@ -180,26 +179,32 @@ def layouts_of(layers: int, devices: int, node_devices: int) -> tuple[Layout, ..
 
 
 def pair(
-    prefill: Layout, decode: Layout, num_prefill: int = 1, num_decode: int = 1
+    prefill: Parallelism, decode: Parallelism, num_prefill: int = 1, num_decode: int = 1
 ) -> Deployment:
     """Return a deployment of prefill and decode instances."""
     return Deployment(
-        (prefill.spec(Role.PREFILL),) * num_prefill
-        + (decode.spec(Role.DECODE),) * num_decode
+        (InstanceSpec(role=Role.PREFILL, parallelism=prefill),) * num_prefill
+        + (InstanceSpec(role=Role.DECODE, parallelism=decode),) * num_decode
     )
+
+
+def colocated_instances(layout: Parallelism, count: int = 1) -> Deployment:
+    """Return a deployment of equal colocated instances."""
+    instance = InstanceSpec(role=Role.COLOCATED, parallelism=layout)
+    return Deployment((instance,) * count)
 
 
 # ---- phases, and Algorithm 1 ---------------------------------------------------------
 
 
 def phase_candidates(
-    problem: PlacementProblem, layouts: Sequence[Layout], role: Role
+    problem: PlacementProblem, layouts: Sequence[Parallelism], role: Role
 ) -> list[Candidate]:
     """Return one phase alone, on an instance of each layout."""
     alone = prefill_alone if role is Role.PREFILL else decode_alone
     return [
         Candidate(
-            name=str(layout.spec(role)),
+            name=str(InstanceSpec(role=role, parallelism=layout)),
             search=alone(
                 problem.ask(problem.build(pair(layout, layout)), layout.devices)
             ),
@@ -254,10 +259,10 @@ class PhaseRates:
     pooled_rps: float  # an instance of a pool adds at most this: pools share queues
 
 
-Phases = tuple[Mapping[Layout, PhaseRates], Mapping[Layout, PhaseRates]]
+Phases = tuple[Mapping[Parallelism, PhaseRates], Mapping[Parallelism, PhaseRates]]
 
 
-def phase_rates(results: Sequence[CandidateResult]) -> dict[Layout, PhaseRates]:
+def phase_rates(results: Sequence[CandidateResult]) -> dict[Parallelism, PhaseRates]:
     """Return the rates of a phase by layout."""
     return {
         result.candidate.layout: PhaseRates(
@@ -279,7 +284,7 @@ def _pooled_rps(result: CandidateResult) -> float:
 
 
 def low_affinity_candidates(
-    problem: PlacementProblem, layouts: Sequence[Layout], phases: Phases
+    problem: PlacementProblem, layouts: Sequence[Parallelism], phases: Phases
 ) -> list[Candidate]:
     """Return pairs that share their nodes: Algorithm 2.
 
@@ -298,7 +303,7 @@ def low_affinity_candidates(
 
 
 def joint_candidates(
-    problem: PlacementProblem, layouts: Sequence[Layout], phases: Phases
+    problem: PlacementProblem, layouts: Sequence[Parallelism], phases: Phases
 ) -> list[Candidate]:
     """Return any numbers of two kinds of instances.
 
@@ -312,7 +317,7 @@ def joint_candidates(
 
 
 def colocated_candidates(
-    problem: PlacementProblem, layouts: Sequence[Layout]
+    problem: PlacementProblem, layouts: Sequence[Parallelism]
 ) -> list[Candidate]:
     """Return one instance of each colocated system and layout, replicated."""
     return [
@@ -324,7 +329,7 @@ def colocated_candidates(
         )
         for system, build in problem.colocated.items()
         for layout in layouts
-        for unit in [Deployment((layout.spec(Role.COLOCATED),))]
+        for unit in [colocated_instances(layout)]
         for copies in [problem.copies(unit.devices)]
     ]
 
@@ -339,8 +344,8 @@ def _counts(devices: int, prefill: int, decode: int) -> Iterator[tuple[int, int]
 def _unit(
     problem: PlacementProblem,
     phases: Phases,
-    prefill: tuple[Layout, int],
-    decode: tuple[Layout, int],
+    prefill: tuple[Parallelism, int],
+    decode: tuple[Parallelism, int],
     nodes: int | None = None,
 ) -> Candidate:
     (p, n), (d, m) = prefill, decode
@@ -422,7 +427,7 @@ class PlacementSearch:
         return found
 
     def _phase(
-        self, role: Role, layouts: Sequence[Layout], prune: bool
+        self, role: Role, layouts: Sequence[Parallelism], prune: bool
     ) -> list[CandidateResult]:
         candidates = phase_candidates(self.problem, layouts, role)
         results = self._best(f"{role} alone", candidates, prune)

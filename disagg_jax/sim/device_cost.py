@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.cost.interface import InstanceCost
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.device import Hardware
@@ -17,9 +18,9 @@ class DeviceCost:
     """A `CostModel` of one model on one kind of device, and its KV capacity."""
 
     name: str  # printed beside results, such as roofline/h100
-    # (tp, pp) -> durations on an instance; raises ValueError where there are none
-    instance: Callable[[int, int], InstanceCost]
-    kv_tokens: Callable[[int, int], int]  # (tp, pp) -> tokens that fit beside weights
+    # The durations on an instance; raises ValueError where there are none.
+    instance: Callable[[Parallelism], InstanceCost]
+    kv_tokens: Callable[[Parallelism], int]  # tokens that fit beside the weights
 
 
 MakeCost = Callable[[ModelConfig, Hardware], DeviceCost]

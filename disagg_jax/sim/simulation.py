@@ -152,7 +152,7 @@ class Simulation:
 
     def kv_tokens(self, spec: InstanceSpec) -> int:
         """Return the tokens of KV that fit on an instance beside the weights."""
-        return self._devices_of(spec).kv_tokens(spec.tp, spec.pp)
+        return self._devices_of(spec).kv_tokens(spec.parallelism)
 
     def build(self, deployment: Deployment | str) -> SimulatedDeployment:
         """Return the simulated deployment.
@@ -180,7 +180,7 @@ class Simulation:
             streams=self.streamed_groups > 0,
             cost=ModelledCost(
                 instances=tuple(
-                    self.cost_of(spec).instance(spec.tp, spec.pp)
+                    self.cost_of(spec).instance(spec.parallelism)
                     for spec in deployment.instances
                 ),
                 network=Network(

@@ -20,11 +20,12 @@ from typing import NamedTuple
 from disagg_jax.calibration.machine_speed import SpeedProbe, choose_probes
 from disagg_jax.calibration.profile_keys import StepKey, cost_of, key_of
 from disagg_jax.control.backend import Executor, Outcome
+from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
 from disagg_jax.search.capacity import capacity_rps
-from disagg_jax.sim.cost.measured import CalibratedProfile, Layout
+from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.work import Step, Task
 from experiments.sweep.request_source import RequestSource
@@ -36,7 +37,7 @@ _LOAD = 0.6
 class ServedStep(NamedTuple):
     """A step of a run."""
 
-    layout: Layout
+    layout: Parallelism
     kind: str  # of its program
     measured_s: float  # on all stages together
     alone_s: float  # of its program, on a machine as slow as it was then
@@ -46,11 +47,11 @@ def with_serving_factors(
     profile: CalibratedProfile, steps: Iterable[ServedStep]
 ) -> CalibratedProfile:
     """Return `profile` with the factors of each layout and kind of step."""
-    sums: dict[tuple[Layout, str], tuple[float, float]] = {}
+    sums: dict[tuple[Parallelism, str], tuple[float, float]] = {}
     for layout, kind, measured_s, alone_s in steps:
         before = sums.get((layout, kind), (0.0, 0.0))
         sums[layout, kind] = before[0] + measured_s, before[1] + alone_s
-    factors: dict[Layout, dict[str, float]] = {}
+    factors: dict[Parallelism, dict[str, float]] = {}
     for (layout, kind), (measured_s, alone_s) in sorted(sums.items()):
         factors.setdefault(layout, {})[kind] = measured_s / alone_s
     changed = {

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.cost.roofline import RooflineInstance
 from disagg_jax.sim.hardware import HARDWARE, Hardware, Partition
 from disagg_jax.work import StepLoad
@@ -62,7 +63,9 @@ class StepBound:
         def seconds(bytes_s: float, flops: float) -> float:
             hardware = Peaks(bytes_s=bytes_s, flops=flops).hardware()
             return sum(
-                RooflineInstance(Partition(model, 1, 1), hardware).stages_s(load)
+                RooflineInstance(Partition(model, Parallelism()), hardware).stages_s(
+                    load
+                )
             )
 
         return cls(

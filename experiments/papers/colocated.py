@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from disagg_jax.deployment import Role
+from disagg_jax.deployment import Parallelism, Role
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim import SimulatedDeployment, Simulation
 from disagg_jax.work import StepLoad
@@ -44,6 +44,6 @@ def step_s(
       chunks: (tokens cached before, tokens) of each prompt part.
       context: tokens that each decode attends to.
     """
-    instance = Simulation.of(model, hardware).cost.instance(1, 1)
+    instance = Simulation.of(model, hardware).cost.instance(Parallelism())
     (seconds,) = instance.stages_s(StepLoad(chunks, decodes, decodes * context))
     return seconds

@@ -60,7 +60,9 @@ def check_modelled(config: Config) -> None:
     if not shared or config.durations == "modelled":
         return
     for name, system in config.systems.items():
-        if any(s.tp > 1 for s in Deployment.parse(system.deployment).instances):
+        if any(
+            s.parallelism.tp > 1 for s in Deployment.parse(system.deployment).instances
+        ):
             raise ValueError(
                 f"systems.{name}: with tp > 1 on host devices, which share the cores, "
                 "durations must be modelled: expected durations=modelled, got "
@@ -81,8 +83,8 @@ def instance_memory(
     """
 
     def blocks(spec: InstanceSpec) -> int:
-        most = len(cut_layers(range(layers), spec.pp)[0])
-        return config.memory.blocks_per_device * spec.tp * layers // most
+        most = len(cut_layers(range(layers), spec.parallelism.pp)[0])
+        return config.memory.blocks_per_device * spec.parallelism.tp * layers // most
 
     return [
         KVMemory(
@@ -151,7 +153,7 @@ def known_timing(
     """Return the durations that are known before a run: modelled, or from a table."""
     if config.durations != "modelled":
         return from_table(engine, step_times)
-    stages = tuple(spec.pp for spec in engine.deployment.instances)
+    stages = tuple(spec.parallelism.pp for spec in engine.deployment.instances)
     model = CostExecutor(dataclasses.replace(config.cost, pp=stages))
     return lambda work, _: model.run(work)
 

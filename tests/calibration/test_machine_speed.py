@@ -9,6 +9,7 @@ from disagg_jax.calibration import machine_speed
 from disagg_jax.calibration.machine_speed import Slowdown, SpeedProbe, choose_probes
 from disagg_jax.calibration.profile_keys import StepKey, key_of
 from disagg_jax.control.backend import Outcome
+from disagg_jax.deployment import Parallelism
 from disagg_jax.work import StepLoad, Transfer
 from tests.experiments.calibrating import (
     calibrated,
@@ -46,7 +47,7 @@ def tick(speed_probe, works):
 def test_two_programs_of_each_kind_are_probes(engines):
     kinds = {}
     for layout, program in choose_probes([engines["vllm_v0"]]):
-        assert layout == (1, 1)
+        assert layout == Parallelism()
         kinds.setdefault(program.kind, []).append(program.tokens)
     assert {kind: len(found) for kind, found in kinds.items()} == {
         "prefill": 2,
@@ -128,10 +129,10 @@ def test_each_section_of_a_run_has_the_speed_around_it(engines):
 
 def test_what_a_profile_has_wrong_is_not_taken_for_the_machine(engines):
     profile = calibrated([engines["vllm_v0"]], device())
-    times = profile.layouts[1, 1]
+    times = profile.layouts[Parallelism(1, 1)]
     halved = {p: tuple(s / 2 for s in parts) for p, parts in times.measured.items()}
     wrong = dataclasses.replace(
-        profile, layouts={(1, 1): dataclasses.replace(times, measured=halved)}
+        profile, layouts={Parallelism(): dataclasses.replace(times, measured=halved)}
     )
     speed_probe = SpeedProbe(choose_probes([engines["vllm_v0"]]), device())
     tick(speed_probe, 2 * machine_speed._EVERY)

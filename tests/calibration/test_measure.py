@@ -17,7 +17,7 @@ from disagg_jax.calibration.profile_keys import (
     key_of,
 )
 from disagg_jax.calibration.timing import drift, grid, measure, typical_s
-from disagg_jax.deployment import KVMemory
+from disagg_jax.deployment import KVMemory, Parallelism
 from disagg_jax.programs import KINDS, Buckets
 from disagg_jax.programs.slices import slices_of
 from disagg_jax.request import Request
@@ -53,15 +53,15 @@ def unmeasured(times, max_seqs):
     ("layout", "max_seqs"),
     # Rows follow from tokens in one system, so what a row takes is known only where
     # systems of several `max_seqs` were measured: with one stage.
-    [((1, 1), 12), ((1, 1), 16), ((1, 2), 16)],
+    [(Parallelism(), 12), (Parallelism(), 16), (Parallelism(1, 2), 16)],
 )
 def test_programs_never_measured_are_predicted(exact, noisy, layout, max_seqs):
     worst = {"exact": 0.0, "noisy": 0.0}
     programs = list(unmeasured(exact.layouts[layout], max_seqs))
-    if layout == (1, 2):  # chunked prefills alone have other rows
+    if layout == Parallelism(1, 2):  # chunked prefills alone have other rows
         programs = [p for p in programs if p.kind == "decode" or p.decodes]
     for program in programs:
-        expected_s = true_s(program, layout[1])
+        expected_s = true_s(program, layout.pp)
         for name, profile in (("exact", exact), ("noisy", noisy)):
             found_s = profile.layouts[layout].fitted_s(program)
             for a, b in zip(found_s, expected_s, strict=True):
@@ -77,15 +77,18 @@ def test_programs_never_measured_are_predicted(exact, noisy, layout, max_seqs):
 def test_coefficients_that_a_grid_decides_are_recovered(exact):
     # Of prefills, 1 and T are no others: there is none below 32, where T > 32 begins.
     for stage in (0, 1):
-        found = exact.layouts[1, 2].fits["decode"][stage]
+        found = exact.layouts[Parallelism(1, 2)].fits["decode"][stage]
         assert found == pytest.approx(TRUE[stage]["decode"], rel=1e-6, abs=1e-12)
-    prefill = exact.layouts[1, 1].fits["prefill"][0]
+    prefill = exact.layouts[Parallelism(1, 1)].fits["prefill"][0]
     for i in (2, 3, 5, 6, 7):
         assert prefill[i] == pytest.approx(TRUE[0]["prefill"][i], rel=1e-6, abs=1e-12)
 
 
 def test_transfers_are_recovered(exact, noisy):
-    assert set(exact.transfers) == {((1, 1), (1, 1)), ((1, 1), (1, 2))}
+    assert set(exact.transfers) == {
+        (Parallelism(), Parallelism()),
+        (Parallelism(), Parallelism(1, 2)),
+    }
     for pair, times in exact.transfers.items():
         assert (times.base_s, times.block_s) == pytest.approx((2e-4, 1e-5), rel=1e-6)
         assert noisy.transfers[pair].time_s(999) == pytest.approx(0.01019, rel=0.02)
@@ -111,7 +114,7 @@ def test_a_form_that_is_wrong_is_reported(known):
     def falling(engine, work):
         key = key_of(engine, work)
         size = key.blocks if isinstance(key, TransferKey) else key.program.tokens
-        stages = engine.deployment.instances[work.instances[0]].pp
+        stages = engine.deployment.instances[work.instances[0]].parallelism.pp
         return [1e-3 + 1 / size] * stages
 
     profile = calibrated(known.values(), falling, count=1)
@@ -142,7 +145,7 @@ def test_the_grid_has_every_program(known):
     assert all(key_of(*probe) == key for key, probe in probes.items())
     for engine in known.values():
         for i, instance in enumerate(engine.instances):
-            layout = (1, engine.deployment.instances[i].pp)
+            layout = engine.deployment.instances[i].parallelism
             for shape in instance.buckets.step_shapes:
                 assert StepKey(layout, shape) in probes
 
@@ -275,9 +278,9 @@ def test_a_device_that_changes_its_speed_is_refused(known, rate, sign):
 
 
 def test_left_out_errors_are_means_over_stages_and_layouts(exact):
-    few = dict(list(exact.layouts[1, 1].measured.items())[:3])
-    times = dataclasses.replace(exact.layouts[1, 1], measured=few)
-    layouts = {**exact.layouts, (2, 1): times}
+    few = dict(list(exact.layouts[Parallelism(1, 1)].measured.items())[:3])
+    times = dataclasses.replace(exact.layouts[Parallelism(1, 1)], measured=few)
+    layouts = {**exact.layouts, Parallelism(2): times}
     found = left_out_errors(dataclasses.replace(exact, layouts=layouts))
     assert found == {"prefill": None, "decode": None, "mixed": None}
 

@@ -14,6 +14,7 @@ from disagg_jax.calibration.profile_keys import (
 )
 from disagg_jax.calibration.step_times import check_step_times, step_times_of
 from disagg_jax.calibration.works import every_work
+from disagg_jax.deployment import Parallelism
 from disagg_jax.programs import split_decodes
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
@@ -41,17 +42,17 @@ def test_a_profile_has_the_step_times_of_its_engines(known, exact):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("stages", {}, r"known: .*\(tp, pp\) in \[\(1, 1\)\], got \(1, 2\)"),
+        ("stages", {}, r"known: expected one of \[tp1\], got tp1pp2"),
         (
             "chunked",
             {"transfers": {}},
-            r"known: expected transfers between \[\], got \(\(1, 1\), \(1, 1\)\)",
+            r"known: expected transfers between \[\], got \(tp1, tp1\)",
         ),
         ("vllm_v0", {"block_tokens": 8}, "known: expected blocks of 8 tokens, got 16"),
     ],
 )
 def test_what_was_not_measured_is_refused(known, exact, use, name, changes, message):
-    layouts = {(1, 1): exact.layouts[1, 1]}
+    layouts = {Parallelism(): exact.layouts[Parallelism(1, 1)]}
     profile = dataclasses.replace(exact, layouts=layouts, **changes)
     with pytest.raises(ValueError, match=message):
         use(profile, known[name])
@@ -173,7 +174,7 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
     """Without, it is a guess; requests come and go, so that it is often wrong."""
     engine, policies = known[system], CONFIG.systems[system].policies
     memory = tuple(instance.model.memory for instance in engine.instances)
-    stages = tuple(spec.pp for spec in engine.deployment.instances)
+    stages = tuple(spec.parallelism.pp for spec in engine.deployment.instances)
     simulated = SimulatedDeployment(
         deployment=engine.deployment,
         policies=policies,

@@ -20,7 +20,7 @@ from disagg_jax.control.backend import Outcome
 from disagg_jax.control.controller import Controller
 from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
-from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Parallelism
 from disagg_jax.request import Status
 from disagg_jax.sim.cost.deployment import CostExecutor, ModelledCost
 from disagg_jax.sim.hardware.link import LinkSpec
@@ -91,8 +91,9 @@ def simulations(draw, most_stages=3) -> Simulation:
         tuple(
             InstanceSpec(
                 role=spec.role,
-                tp=draw(st.sampled_from([1, 1, 2])),
-                pp=draw(st.integers(1, most_stages)),
+                parallelism=Parallelism(
+                    draw(st.sampled_from([1, 1, 2])), draw(st.integers(1, most_stages))
+                ),
             )
             for spec in roles
         )
@@ -101,7 +102,7 @@ def simulations(draw, most_stages=3) -> Simulation:
     stage = st.tuples(st.sampled_from([0.5, 1.0, 2.0, 10 / 3]), seconds, seconds)
     cost = ModelledCost(
         instances=tuple(
-            Stages(tuple(draw(stage) for _ in range(spec.pp)))
+            Stages(tuple(draw(stage) for _ in range(spec.parallelism.pp)))
             for spec in deployment.instances
         ),
         network=Network(

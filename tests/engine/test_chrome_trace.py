@@ -47,6 +47,8 @@ def test_a_run_of_the_engine(world, deployment, streams, clock):
         drawn_s = sum(
             end_s - start_s for *_, start_s, end_s, _ in slices(trace, "devices")
         )
-        tp = {i: spec.tp for i, spec in enumerate(engine.deployment.instances)}
+        tp = {
+            i: spec.parallelism.tp for i, spec in enumerate(engine.deployment.instances)
+        }
         busy_s = sum(s * tp[k[0]] for k, s in backend.busy_s.items() if k[0] >= 0)
         assert drawn_s == pytest.approx(busy_s, rel=1e-5)

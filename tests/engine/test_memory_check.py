@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from disagg_jax.deployment import InstanceSpec, KVMemory, Role
+from disagg_jax.deployment import InstanceSpec, KVMemory, Parallelism, Role
 from disagg_jax.engine.memory_check import check_fits, default_memory
 from disagg_jax.engine.placed_model import PlacedModel
 from models.config import get_config
@@ -18,8 +18,10 @@ BLOCKS = 16
 def placed_bytes(config, spec, memory) -> int:
     """What the fullest device really holds."""
     meshes = [
-        make_mesh(jax.devices()[i * spec.tp : (i + 1) * spec.tp])
-        for i in range(spec.pp)
+        make_mesh(
+            jax.devices()[i * spec.parallelism.tp : (i + 1) * spec.parallelism.tp]
+        )
+        for i in range(spec.parallelism.pp)
     ]
     model = PlacedModel(config, random_params(config), meshes, RULE_TABLE, memory)
     arrays = jax.tree.leaves([group.params for group in model.groups])
@@ -37,7 +39,7 @@ def placed_bytes(config, spec, memory) -> int:
 )
 def test_the_limit_is_what_is_really_placed(config, tp, pp):
     """To the byte: a byte less is refused, and one block fewer would fit."""
-    spec = InstanceSpec(role=Role.DECODE, tp=tp, pp=pp)
+    spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp, pp))
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
     needed = placed_bytes(config, spec, memory)
     check_fits(config, spec, memory, RULE_TABLE, needed)
@@ -55,7 +57,7 @@ def test_weights_alone_may_be_too_large():
 
 
 def default(model: str, limit_bytes: int | None, *max_context: int, tp: int = 1):
-    spec = InstanceSpec(role=Role.DECODE, tp=tp)
+    spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp))
     config = get_config(model)
     return default_memory(config, spec, RULE_TABLE, limit_bytes, *max_context)
 

@@ -78,7 +78,7 @@ def device(noise=0.0):
         if isinstance(key, TransferKey):
             exact = [2e-4 + 1e-5 * key.blocks]
         else:
-            exact = true_s(key.program, key.layout[1])
+            exact = true_s(key.program, key.layout.pp)
         return [part_s * math.exp(noise * rng.normal()) for part_s in exact]
 
     return parts

@@ -11,6 +11,7 @@ import scipy.optimize
 from disagg_jax.calibration.fit import fit, fit_programs, left_out_error
 from disagg_jax.calibration.profile_keys import key_of, read_profile
 from disagg_jax.calibration.timing import drift
+from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.metrics import interval_across, rate_interval
 from disagg_jax.programs import StepShape
@@ -76,7 +77,7 @@ def test_known_costs_are_recovered(engines):
         return [true_s(engine, work) * rng.lognormal(sigma=0.02)]
 
     profile = calibrated(engines, time_parts)
-    times = profile.layouts[1, 1]
+    times = profile.layouts[Parallelism(1, 1)]
     unmeasured = {
         "prefill": StepShape("prefill", 300, 16),
         "decode": StepShape("decode", 12, 12, 0, 12, 100),
@@ -328,7 +329,7 @@ def test_show_prints_the_errors_of_a_profile_and_says_what_is_none(tmp_path):
     ]
     assert [line.split()[:2] for line in service.splitlines()] == [
         ["layout", "kind"],
-        *(["tp1pp1", kind] for kind in ("decode", "mixed", "prefill")),
+        *(["tp1", kind] for kind in ("decode", "mixed", "prefill")),
     ]
     for text in ("", "{}", "[1]"):
         (tmp_path / "none.json").write_text(text)

@@ -54,8 +54,8 @@ class OneSecond:
 def one_second(model, hardware):
     return DeviceCost(
         name=f"one second/{hardware.name}",
-        instance=lambda tp, pp: OneSecond(),
-        kv_tokens=lambda tp, pp: 10_000,
+        instance=lambda _: OneSecond(),
+        kv_tokens=lambda _: 10_000,
     )
 
 model = dataclasses.replace(PRESETS["tiny"], name="own model")

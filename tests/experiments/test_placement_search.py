@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from disagg_jax.deployment import Deployment
+from disagg_jax.deployment import Deployment, Parallelism
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate, Inversion
 from disagg_jax.metrics.intervals import interval_across
@@ -15,7 +15,6 @@ from disagg_jax.search import placement
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
-    Layout,
     candidate_row,
     silent,
 )
@@ -346,7 +345,7 @@ def test_one_deployment_shares_its_queues():
     Both sides have 2 prefill and 2 decode instances, and the same seeds.
     """
     asked = dataclasses.replace(search(devices=4, seeds=(0, 1)), whole=True)
-    problem = dataclasses.replace(asked.problem, layouts=(Layout(1),))
+    problem = dataclasses.replace(asked.problem, layouts=(Parallelism(1),))
     found = dataclasses.replace(asked, problem=problem).run(["low"])["low"]
     assert found["copies"] == 2 and found["as_one"]["over_copies"]["mean"] > 1
 
@@ -396,7 +395,7 @@ def test_each_role_has_the_devices_that_are_given():
     seconds = [sum(built.cost.stages_s(i, prompt)) for i in (0, 1)]
     assert seconds[0] < 0.6 * seconds[1]
     small = dataclasses.replace(
-        mixed.prefill_cost, kv_tokens=lambda tp, pp: 160 * tp * pp
+        mixed.prefill_cost, kv_tokens=lambda at: 160 * at.devices
     )
     less = dataclasses.replace(mixed, prefill_cost=small)
     blocks = [pool.num_blocks for pool in less.build("prefill:tp2,decode:tp1").memory]
@@ -475,13 +474,19 @@ def test_one_cost_model_for_all_systems():
 
 def test_layouts_divide_the_layers():
     assert layouts_of(40, 3, 8) == (
-        *(Layout(1, 1), Layout(1, 2)),
-        *(Layout(2, 1), Layout(3, 1)),
+        *(Parallelism(1, 1), Parallelism(1, 2)),
+        *(Parallelism(2, 1), Parallelism(3, 1)),
     )
     assert max(layout.tp for layout in layouts_of(64, 32, 8)) == 8
     # Inside a node of two devices; 40 layers on three stages are not cut.
     assert layouts_of(40, 4, 2) == (
-        *(Layout(1, 1), Layout(1, 2), Layout(1, 4), Layout(2, 1), Layout(2, 2)),
+        *(
+            Parallelism(1, 1),
+            Parallelism(1, 2),
+            Parallelism(1, 4),
+            Parallelism(2, 1),
+            Parallelism(2, 2),
+        ),
     )
 
 

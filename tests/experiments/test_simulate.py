@@ -367,7 +367,10 @@ def test_of_several_systems_each_serves_its_roles(tmp_path):
     [
         ({"trace": "nowhere.csv"}, "nowhere.csv"),
         ({"deployment": "prefill:tp1"}, "prefill and decode instances need each other"),
-        ({"deployment": "colocated:tp3"}, "(tp, pp): expected [(1, 1), (1, 2)"),
+        (
+            {"deployment": "colocated:tp3"},
+            "distserve-a100: expected one of [tp1, tp1pp2",
+        ),
         ({"config": "gpt4"}, "opt13b_a100"),
         ({"trace": None}, "traffic: expected either --trace or --workload, got"),
         ({"workload": "sharegpt"}, "traffic: expected either --trace or --workload"),

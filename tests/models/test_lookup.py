@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from disagg_jax.deployment import InstanceSpec, Role
+from disagg_jax.deployment import InstanceSpec, Parallelism, Role
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.presets import get_hardware
 from models.config import PRESETS, Widths
 from models.lookup import find_model
 
-_SPEC = InstanceSpec(role=Role.DECODE, tp=1)
+_SPEC = InstanceSpec(role=Role.DECODE)
 
 
 def write(path, content):
@@ -211,7 +211,7 @@ def test_memory_follows_the_file(tmp_path):
 
     def kv_tokens(tp, **settings):
         path = write(tmp_path / "m.json", {**config, **settings})
-        spec = InstanceSpec(role=Role.DECODE, tp=tp)
+        spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp))
         return Simulation.of(path, "h100").kv_tokens(spec)
 
     with pytest.raises(ValueError, match="expected weights and KV in 77.31 GB"):
@@ -234,7 +234,7 @@ def test_streaming_follows_the_file(tmp_path):
         cost = RooflineCost(
             model=find_model(path), hardware=get_hardware("h100").ideal()
         )
-        return cost.instance(1).decode_s(1, 0)
+        return cost.instance(Parallelism(1)).decode_s(1, 0)
 
     blocks, table = 32 * 218_103_808, 128_256 * 4096
     awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
@@ -310,7 +310,7 @@ def test_a_device_like_another(tmp_path):
     faster, slower = (
         Simulation.of("llama-3-8b", name)
         .cost_of(_SPEC)
-        .instance(1)
+        .instance(Parallelism(1))
         .decode_s(8, 8 * 1000)
         for name in (path, "h100")
     )

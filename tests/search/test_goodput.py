@@ -650,7 +650,7 @@ def test_phases_alone():
 
 def staged(deployment, memory=MEMORY):
     """As `build`, every step equally long on each stage of an instance."""
-    stages = tuple(spec.pp for spec in deployment.instances)
+    stages = tuple(spec.parallelism.pp for spec in deployment.instances)
     return build(deployment, dataclasses.replace(COST, pp=stages), memory)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import Deployment, KVMemory, Parallelism, Role
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate
 from disagg_jax.metrics.intervals import Interval
@@ -13,7 +13,6 @@ from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
-    Layout,
     best_first,
     silent,
 )
@@ -37,7 +36,7 @@ from disagg_jax.workload.lengths import UniformLengths
 from disagg_jax.workload.workload import RandomWorkload
 
 POLICIES = {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
-SMALL = (Layout(1, 1), Layout(2, 1), Layout(1, 2))
+SMALL = (Parallelism(1, 1), Parallelism(2, 1), Parallelism(1, 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +59,16 @@ class Speed:
 
 def build(deployment):
     instances = deployment.instances
-    if any(spec.tp > 4 for spec in instances):
+    if any(spec.parallelism.tp > 4 for spec in instances):
         raise ValueError("expected tp <= 4, got more")
     return SimulatedDeployment(
         deployment=deployment,
         policies=POLICIES,
         memory=(KVMemory(num_blocks=2000, max_context=2048),) * len(instances),
         cost=ModelledCost(
-            instances=tuple(Speed(spec.tp, spec.pp) for spec in instances),
+            instances=tuple(
+                Speed(spec.parallelism.tp, spec.parallelism.pp) for spec in instances
+            ),
             network=Network(deployment=deployment, kv_bytes_per_token=1),
         ),
     )
@@ -178,7 +179,7 @@ class Known:
     def __init__(self):
         self.asked, self._rps = [], {}
         given = problem()
-        self._search = given.ask(build(pair(Layout(1), Layout(1))), 1)
+        self._search = given.ask(build(pair(Parallelism(1), Parallelism(1))), 1)
 
     def candidate(self, name, rps, devices, bound_rps=math.inf):
         """One whose search begins at its goodput."""
@@ -248,7 +249,7 @@ def test_what_an_outcome_says_at_most(goodput, won, at_most_rps):
 
 
 def test_the_bounds_of_a_unit_are_those_of_its_own_phases():
-    layouts = [Layout(1), Layout(2)]
+    layouts = [Parallelism(1), Parallelism(2)]
     # A prefill instance of one device serves 5, one of two 9; decode 3 and 4. In a pool
     # each does at most 1 more.
     rates = [
@@ -333,13 +334,13 @@ def test_one_device_is_not_disaggregated():
 
 
 def test_layouts_that_do_not_fit_are_listed_with_the_reason():
-    given = problem(layouts=(*SMALL, Layout(4, 1), Layout(8, 1)), devices=8)
+    given = problem(layouts=(*SMALL, Parallelism(4, 1), Parallelism(8, 1)), devices=8)
     kept, skipped = given.feasible()
-    assert kept == (*SMALL, Layout(4, 1))
-    assert skipped == {Layout(8, 1): "expected tp <= 4, got more"}
+    assert kept == (*SMALL, Parallelism(4, 1))
+    assert skipped == {Parallelism(8, 1): "expected tp <= 4, got more"}
     _, skipped = problem(devices=1).feasible()
-    assert set(skipped) == {Layout(2, 1), Layout(1, 2)}
-    assert "expected at most 1 devices, got 2" in skipped[Layout(2, 1)]
+    assert set(skipped) == {Parallelism(2, 1), Parallelism(1, 2)}
+    assert "expected at most 1 devices, got 2" in skipped[Parallelism(2, 1)]
 
 
 def made_up(layouts):
@@ -354,7 +355,7 @@ def made_up(layouts):
 
 
 def test_pairs_of_algorithm_2_share_their_nodes():
-    layouts = [Layout(tp, pp) for tp in (1, 2, 3) for pp in (1, 2, 4)]
+    layouts = [Parallelism(tp, pp) for tp in (1, 2, 3) for pp in (1, 2, 4)]
     given = problem(devices=8, node_devices=4)
     found = low_affinity_candidates(given, layouts, made_up(layouts))
     names = {candidate.name: candidate for candidate in found}
@@ -396,7 +397,7 @@ def test_copies_that_share_nodes_leave_devices_over():
 
 
 def test_units_of_the_joint_search():
-    layouts = [Layout(1), Layout(2)]
+    layouts = [Parallelism(1), Parallelism(2)]
     found = joint_candidates(problem(devices=4), layouts, made_up(layouts))
     names = {c.name: (c.copies, c.devices, round(c.bound_rps, 3)) for c in found}
     assert names == {
@@ -438,7 +439,7 @@ def test_the_candidates_of_a_phase_are_one_instance_of_each_layout(role, slo):
 def test_longer_runs_for_more_devices():
     given = problem(node_devices=2)
     for devices, expected in ((1, 120), (2, 120), (3, 240), (8, 480)):
-        asked = given.ask(build(pair(Layout(1), Layout(1))), devices)
+        asked = given.ask(build(pair(Parallelism(1), Parallelism(1))), devices)
         assert asked.num_requests == expected
 
 

@@ -21,7 +21,7 @@ COST = LinearCost(
 
 def run(deployment, cost, requests):
     parsed = Deployment.parse(deployment)
-    stages = tuple(spec.pp for spec in parsed.instances)
+    stages = tuple(spec.parallelism.pp for spec in parsed.instances)
     memory = KVMemory(num_blocks=40, block_tokens=4, max_context=1000)
     simulated = SimulatedDeployment(
         deployment=parsed,

@@ -46,8 +46,8 @@ def ours_and_theirs(path, model: str, text: str):
     timelines = simulation.build(deployment).run(requests).timelines
     rings = {
         spec.role: Ring(
-            simulation.cost_of(spec).instance(spec.tp, spec.pp),
-            spec.pp,
+            simulation.cost_of(spec).instance(spec.parallelism),
+            spec.parallelism.pp,
             simulation.kv_tokens(spec),
         )
         for spec in deployment.instances

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from disagg_jax.deployment import InstanceSpec, Role
+from disagg_jax.deployment import InstanceSpec, Parallelism, Role
 from disagg_jax.metrics import ttft_s
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS, get_router, get_system
@@ -32,9 +32,7 @@ class Unit:
 
 def unit(model, hardware):
     name = f"{model.name} on {hardware.name}"
-    return DeviceCost(
-        name=name, instance=lambda tp, pp: Unit(), kv_tokens=lambda tp, pp: 4096
-    )
+    return DeviceCost(name=name, instance=lambda _: Unit(), kv_tokens=lambda _: 4096)
 
 
 def last(request, instances):
@@ -86,7 +84,10 @@ def test_a_model_is_a_hugging_face_config(tmp_path):
     )
     assert found.kv_tokens(ONE) == preset.kv_tokens(ONE)
     load = StepLoad(((0, 512),), 8, 8000)
-    steps_s = [s.cost_of(ONE).instance(1, 1).stages_s(load) for s in (found, preset)]
+    steps_s = [
+        s.cost_of(ONE).instance(Parallelism(1, 1)).stages_s(load)
+        for s in (found, preset)
+    ]
     assert steps_s[0] == steps_s[1]
 
 

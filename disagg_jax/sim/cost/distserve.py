@@ -43,7 +43,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from disagg_jax.deployment import require_parallelism
+from disagg_jax.deployment import Parallelism
 from disagg_jax.errors import require
 from disagg_jax.sim.cost.interface import require_one_stage
 from disagg_jax.sim.cost.profile_json import (
@@ -95,11 +95,16 @@ class FittedCost:
     first_stage_ms: float = 2.0  # RPC ("ray overhead") of a step, on the first stage
     first_stage_token_ms: float = 1e-4  # the same RPC per token of context
 
-    def instance(self, tp: int, pp: int = 1) -> FittedInstance:
-        """Return the durations on tp x pp devices, for a measured tp and any pp."""
-        require_parallelism(tp, pp)
+    def instance(self, parallelism: Parallelism) -> FittedInstance:
+        """Return the durations on an instance of a measured tp and any pp.
+
+        Raises:
+          ValueError: on another tp, or on dp or ep, which were not measured.
+        """
+        parallelism.require_tp_pp_only(self.name)
+        tp = parallelism.tp
         require(tp in self.fits, f"{self.name}: expected tp in {sorted(self.fits)}", tp)
-        return FittedInstance(self, self.fits[tp], pp)
+        return FittedInstance(self, self.fits[tp], parallelism.pp)
 
 
 class FittedInstance:
@@ -170,7 +175,7 @@ class FittedProfile:
     provenance: Mapping[str, str]
     warnings: Mapping[str, str]  # "ENGINE/MODEL/tpN" -> the fault of that fit
     fits: Mapping[str, Mapping[str, Mapping[int, StepFit]]]  # engine, model, tp
-    capacities: Mapping[str, Mapping[tuple[int, int], int]]  # model, (tp, pp): tokens
+    capacities: Mapping[str, Mapping[Parallelism, int]]  # model: tokens
 
     def cost_model(self, engine: str, model: str) -> FittedCost:
         """Return the step times of `model` on `engine`.
@@ -183,17 +188,18 @@ class FittedProfile:
         require(model in models, f"model: expected one of {sorted(models)}", model)
         return FittedCost(name=f"{self.name}/{engine}/{model}", fits=models[model])
 
-    def kv_tokens(self, model: str, tp: int, pp: int = 1) -> int:
+    def kv_tokens(self, model: str, parallelism: Parallelism) -> int:
         """Return the tokens of KV that an instance can hold.
 
         Raises:
-          ValueError: naming the known ones, if the model or (tp, pp) is unknown.
+          ValueError: naming the known ones, if the model or parallelism is unknown.
         """
         known = sorted(self.capacities)
         require(model in self.capacities, f"model: expected one of {known}", model)
         sizes = self.capacities[model]
-        require((tp, pp) in sizes, f"(tp, pp): expected {sorted(sizes)}", (tp, pp))
-        return sizes[tp, pp]
+        expected = f"{self.name}: expected one of {sorted(sizes)}"
+        require(parallelism in sizes, expected, parallelism)
+        return sizes[parallelism]
 
 
 def profile_from_json(record: object) -> FittedProfile:
@@ -266,7 +272,7 @@ def _coefficients(
 
 def _capacities(
     record: Mapping[str, object],
-) -> dict[str, dict[tuple[int, int], int]]:
+) -> dict[str, dict[Parallelism, int]]:
     return {
         model: {
             _tp_pp(key, f"kv_tokens/{model}"): positive_int(
@@ -278,7 +284,9 @@ def _capacities(
     }
 
 
-def _tp_pp(key: str, where: str) -> tuple[int, int]:
+def _tp_pp(key: str, where: str) -> Parallelism:
     tp, comma, pp = key.partition(",")
     require(comma == ",", f"{where}: expected 'TP,PP'", key)
-    return positive_int(tp, f"{where}: tp"), positive_int(pp, f"{where}: pp")
+    return Parallelism(
+        positive_int(tp, f"{where}: tp"), positive_int(pp, f"{where}: pp")
+    )

@@ -1,7 +1,7 @@
 """The seam of the cost models: protocols that predict how long work takes.
 
 A `CostModel` knows neither requests nor blocks, only how much a step computes. It makes
-an `InstanceCost` for each (tp, pp), which works out once whatever depends on these
+an `InstanceCost` for each `Parallelism`, which works out once whatever depends on it
 alone. A `DeploymentCost` puts the instances of a deployment and its transfers together.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.errors import require
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Transfer
@@ -18,7 +19,7 @@ Decoder: TypeAlias = Callable[[int, int], float]  # (decodes, context tokens) ->
 
 
 class InstanceCost(Protocol):
-    """Durations on one instance, whose tp and pp the cost model was given."""
+    """Durations on one instance, whose parallelism the cost model was given."""
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds of a step on each of the pp pipeline stages."""
@@ -37,18 +38,18 @@ class InstanceCost(Protocol):
 
 
 class CostModel(Protocol):
-    """Durations of one model on one kind of device, for several (tp, pp)."""
+    """Durations of one model on one kind of device, by parallelism."""
 
     @property
     def name(self) -> str:
         """The name that outputs are marked with."""
         ...
 
-    def instance(self, tp: int, pp: int = 1) -> InstanceCost:
-        """Return the durations on an instance of tp x pp devices.
+    def instance(self, parallelism: Parallelism) -> InstanceCost:
+        """Return the durations on an instance.
 
         Raises:
-          ValueError: naming the known sizes, if there is no data for this one.
+          ValueError: naming what is known, if there is no data for this parallelism.
         """
         ...
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import bisect
 import dataclasses
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import Deployment, KVMemory, Parallelism, Role
 from disagg_jax.errors import require
 from disagg_jax.programs.buckets import Buckets, most_context
 from disagg_jax.programs.shapes import StepShape
@@ -21,8 +22,6 @@ from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.interface import Decoder, require_one_stage
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.work import StepLoad, Transfer
-
-Layout = tuple[int, int]  # (tp, pp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,15 +194,17 @@ class CalibratedProfile:
     name: str
     block_tokens: int
     block_bytes: int
-    layouts: Mapping[Layout, LayoutTimes]
-    transfers: Mapping[tuple[Layout, Layout], TransferTimes]
+    layouts: Mapping[Parallelism, LayoutTimes]
+    transfers: Mapping[tuple[Parallelism, Parallelism], TransferTimes]
     provenance: Mapping[str, str]
     held_out: Mapping[str, float]
-    probes: Mapping[tuple[Layout, StepShape], float] = dataclasses.field(
-        default_factory=dict[tuple[Layout, StepShape], float]
+    probes: Mapping[tuple[Parallelism, StepShape], float] = dataclasses.field(
+        default_factory=dict[tuple[Parallelism, StepShape], float]
     )
 
     def __post_init__(self) -> None:
+        for layout in chain(self.layouts, *self.transfers):
+            layout.require_tp_pp_only(self.name)  # all that an engine runs
         for (_, program), seconds in self.probes.items():
             require(seconds > 0, f"probes: {program}: expected a time > 0", seconds)
 
@@ -222,12 +223,10 @@ class CalibratedProfile:
         Raises:
           ValueError: on a layout, a pair of them or a block size without measurement.
         """
-        layouts = [(spec.tp, spec.pp) for spec in deployment.instances]
+        layouts = [spec.parallelism for spec in deployment.instances]
         for layout, pool in zip(layouts, memory, strict=True):
-            known = sorted(self.layouts)
-            require(
-                layout in known, f"{self.name}: expected (tp, pp) in {known}", layout
-            )
+            expected = f"{self.name}: expected one of {sorted(self.layouts)}"
+            require(layout in self.layouts, expected, layout)
             size = self.block_tokens
             expected = f"{self.name}: expected blocks of {size} tokens"
             require(pool.block_tokens == size, expected, pool.block_tokens)

@@ -29,12 +29,12 @@ import contextlib
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import TypeVar, cast
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.errors import require
 from disagg_jax.formats import PROFILE
 from disagg_jax.programs import KINDS, StepShape
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
-    Layout,
     LayoutTimes,
     TransferTimes,
 )
@@ -69,25 +69,25 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
         "held_out": dict(profile.held_out),
         "layouts": [
             {
-                "tp": tp,
-                "pp": pp,
+                "tp": layout.tp,
+                "pp": layout.pp,
                 "measured": [[*p, list(s)] for p, s in sorted(times.measured.items())],
                 "fits": {
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
                 },
                 "probes": [
                     [*program, [seconds]]
-                    for (layout, program), seconds in sorted(profile.probes.items())
-                    if layout == (tp, pp)
+                    for (of, program), seconds in sorted(profile.probes.items())
+                    if of == layout
                 ],
                 "serving_factor": dict(times.serving_factor),
             }
-            for (tp, pp), times in sorted(profile.layouts.items())
+            for layout, times in sorted(profile.layouts.items())
         ],
         "transfers": [
             {
-                "src": list(src),
-                "dst": list(dst),
+                "src": [src.tp, src.pp],
+                "dst": [dst.tp, dst.pp],
                 "blocks": sorted(times.measured),
                 "seconds": [times.measured[n] for n in sorted(times.measured)],
                 "base_s": times.base_s,
@@ -150,7 +150,9 @@ def _each_once(items: Sequence[tuple[Key, Item]], where: str) -> dict[Key, Item]
     return dict(items)
 
 
-def _layout(record: Mapping[str, object], where: str) -> tuple[Layout, LayoutTimes]:
+def _layout(
+    record: Mapping[str, object], where: str
+) -> tuple[Parallelism, LayoutTimes]:
     tp, pp = (positive_int(record.get(k), f"{where}.{k}") for k in ("tp", "pp"))
     get_list(record, "measured", where)  # raises where it is missing or empty
     measured = _times(record, "measured", where)
@@ -167,7 +169,7 @@ def _layout(record: Mapping[str, object], where: str) -> tuple[Layout, LayoutTim
         for kind in fits
     }
     with _inside(where):
-        return (tp, pp), LayoutTimes(
+        return Parallelism(tp, pp), LayoutTimes(
             pp,
             measured,
             coefficients,
@@ -211,7 +213,9 @@ def _count(value: object, where: str) -> int:
     return int(number)
 
 
-def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTimes]:
+def _transfer(
+    item: object, i: int
+) -> tuple[tuple[Parallelism, Parallelism], TransferTimes]:
     where = f"transfers[{i}]"
     record = as_mapping(item, where)
     src, dst = (_as_layout(record, key, where) for key in ("src", "dst"))
@@ -230,8 +234,7 @@ def _transfer(item: object, i: int) -> tuple[tuple[Layout, Layout], TransferTime
         return (src, dst), TransferTimes(measured, base_s, block_s)
 
 
-def _as_layout(record: Mapping[str, object], key: str, where: str) -> Layout:
+def _as_layout(record: Mapping[str, object], key: str, where: str) -> Parallelism:
     values = get_list(record, key, where)
     require(len(values) == 2, f"{where}.{key}: expected [tp, pp]", values)
-    tp, pp = (positive_int(value, f"{where}.{key}") for value in values)
-    return tp, pp
+    return Parallelism(*(positive_int(value, f"{where}.{key}") for value in values))

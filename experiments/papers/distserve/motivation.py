@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.hardware.presets import get_hardware
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import on_a100s
@@ -32,7 +33,7 @@ def step_ms(
 ) -> list[float]:
     """Return a step's milliseconds on each stage; `context` is of each decode."""
     load = StepLoad(tuple((0, n) for n in prompts), decodes, decodes * (context + 1))
-    instance = on_a100s(MODEL, cost).cost.instance(tp, pp)
+    instance = on_a100s(MODEL, cost).cost.instance(Parallelism(tp, pp))
     return [1000 * seconds for seconds in instance.stages_s(load)]
 
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 
 from disagg_jax.calibration.profile_keys import cost_of, key_of
+from disagg_jax.deployment import Parallelism
 from disagg_jax.work import StepLoad
 from experiments.accuracy_study.serving_factor import (
     ServedStep,
@@ -22,29 +23,31 @@ PROMPT, DECODE = StepLoad(((0, 9),), 0, 0), StepLoad((), 2, 20)
 
 def test_what_steps_took_together_counts_by_layout_and_kind(exact):
     steps = [
-        ServedStep((1, 1), "decode", 1.0, 2.0),
-        ServedStep((1, 1), "decode", 8.0, 4.0),  # longer ones weigh more
-        ServedStep((1, 1), "prefill", 1.1, 1.0),
-        ServedStep((1, 2), "decode", 0.5, 1.0),
+        ServedStep(Parallelism(1, 1), "decode", 1.0, 2.0),
+        ServedStep(Parallelism(1, 1), "decode", 8.0, 4.0),  # longer ones weigh more
+        ServedStep(Parallelism(1, 1), "prefill", 1.1, 1.0),
+        ServedStep(Parallelism(1, 2), "decode", 0.5, 1.0),
     ]
     found = with_serving_factors(exact, steps)
-    assert found.layouts[1, 1].serving_factor == pytest.approx(
+    assert found.layouts[Parallelism(1, 1)].serving_factor == pytest.approx(
         {"decode": 1.5, "prefill": 1.1}
     )
-    assert found.layouts[1, 2].serving_factor == {"decode": 0.5}
-    alone = dataclasses.replace(found.layouts[1, 1], serving_factor={})
-    assert alone == exact.layouts[1, 1]
+    assert found.layouts[Parallelism(1, 2)].serving_factor == {"decode": 0.5}
+    alone = dataclasses.replace(found.layouts[Parallelism(1, 1)], serving_factor={})
+    assert alone == exact.layouts[Parallelism(1, 1)]
 
 
 def test_the_simulator_counts_with_it_and_what_runs_alone_does_not(exact, known):
-    found = with_serving_factors(exact, [ServedStep((1, 1), "decode", 1.5, 1.0)])
+    found = with_serving_factors(
+        exact, [ServedStep(Parallelism(1, 1), "decode", 1.5, 1.0)]
+    )
     before, after = (cost_of(profile, known["vllm_v0"]) for profile in (exact, found))
     (alone_s,), (serving_s,) = (cost.stages_s(0, DECODE) for cost in (before, after))
     assert serving_s == pytest.approx(1.5 * alone_s)
     assert after.decoder(0)(2, 20) == serving_s
     assert after.stages_s(0, PROMPT) == before.stages_s(0, PROMPT)
     program = after.instances[0].program(DECODE)
-    assert found.layouts[1, 1].stages_s(program) == (alone_s,)
+    assert found.layouts[Parallelism(1, 1)].stages_s(program) == (alone_s,)
 
 
 @pytest.fixture(scope="module")
@@ -89,4 +92,4 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
     monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
     found = with_serving_factors(profile, serve_each(servers, source, profile))
     assert next(alone) > 10
-    assert found.layouts[1, 1].serving_factor == pytest.approx(times)
+    assert found.layouts[Parallelism(1, 1)].serving_factor == pytest.approx(times)

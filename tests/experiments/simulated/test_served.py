@@ -45,7 +45,7 @@ def test_one_deployment_twice_is_refused():
 
 def test_refusals_are_counted_by_their_limit():
     """KV memory of 96 tokens: 100 are too many; 10,001 are beyond the context."""
-    cost = dataclasses.replace(SIMULATION.cost, kv_tokens=lambda tp, pp: 96)
+    cost = dataclasses.replace(SIMULATION.cost, kv_tokens=lambda _: 96)
     small = dataclasses.replace(SIMULATION, cost=cost)
     requests = [
         make_request(i, arrival_s=float(i), prompt=prompt, out=5)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.cost.distserve import (
     DecodeFit,
     FittedCost,
@@ -40,7 +41,7 @@ def profile():
 
 
 def stages_ms(cost, load, tp=1, pp=1):
-    return [1000 * s for s in cost.instance(tp, pp).stages_s(load)]
+    return [1000 * s for s in cost.instance(Parallelism(tp, pp)).stages_s(load)]
 
 
 # ---- by hand -------------------------------------------------------------------------
@@ -122,14 +123,14 @@ DECODES = st.tuples(st.integers(1, 200), st.integers(1, 2000)).map(
 @given(ENGINES, DECODES)
 def test_the_cheap_path_is_exactly_the_general_one(profile, engine, decode):
     name, model, tp = engine
-    instance = profile.cost_model(name, model).instance(tp)
+    instance = profile.cost_model(name, model).instance(Parallelism(tp))
     assert (instance.decode_s(*decode),) == instance.stages_s(StepLoad((), *decode))
 
 
 @given(ENGINES, PROMPTS, DECODES, st.integers(1, 4))
 def test_mixing_saves_but_is_not_free(profile, engine, prompts, decode, pp):
     name, model, tp = engine
-    instance = profile.cost_model(name, model).instance(tp, pp)
+    instance = profile.cost_model(name, model).instance(Parallelism(tp, pp))
     prefill = instance.stages_s(StepLoad(prompts, 0, 0))
     decoding = instance.stages_s(StepLoad((), *decode))
     mixed = instance.stages_s(StepLoad(prompts, *decode))
@@ -140,7 +141,7 @@ def test_mixing_saves_but_is_not_free(profile, engine, prompts, decode, pp):
 
 @given(PROMPTS, DECODES, st.integers(1, 500))
 def test_more_work_takes_longer(profile, prompts, decode, more):
-    instance = profile.cost_model("distserve", "opt-13b").instance(2, 2)
+    instance = profile.cost_model("distserve", "opt-13b").instance(Parallelism(2, 2))
     decodes, context = decode
     base = instance.stages_s(StepLoad(prompts, decodes, context))
     (start, count), *rest = prompts
@@ -155,7 +156,7 @@ def test_more_work_takes_longer(profile, prompts, decode, more):
 
 def test_the_large_set_begins_at_95(profile):
     # As published: 94 requests use one fit, 95 the other, and the price drops there.
-    instance = profile.cost_model("distserve", "opt-13b").instance(1)
+    instance = profile.cost_model("distserve", "opt-13b").instance(Parallelism(1))
     before, after = (instance.decode_s(n, n * 500) for n in (94, 95))
     assert 1000 * before == pytest.approx(
         19.934702624895458 + 0.0006269356524350583 * 47000 + 0.03850697740828398 * 94
@@ -185,8 +186,8 @@ def test_the_profile_has_both_engines_and_says_where_it_comes_from(profile):
     ]
     assert negative == list(profile.warnings) == ["vllm/opt-66b/tp2"]
     assert profile.cost_model("vllm", "opt-13b").name == "distserve-a100/vllm/opt-13b"
-    assert profile.kv_tokens("opt-13b", 1) == 66144
-    assert profile.kv_tokens("opt-66b", 2, 2) == 78512
+    assert profile.kv_tokens("opt-13b", Parallelism(1)) == 66144
+    assert profile.kv_tokens("opt-66b", Parallelism(2, 2)) == 78512
 
 
 @pytest.mark.parametrize("engine", ["distserve", "vllm"])
@@ -224,10 +225,10 @@ def test_capacities_are_the_published_ones(profile, shared_dir):
     if not file.exists():
         pytest.skip(f"no published capacities: {file} is missing")
     rows = [line.split(",") for line in file.read_text().split()[1:]]
-    published: dict[str, dict[tuple[int, int], int]] = {}
+    published: dict[str, dict[Parallelism, int]] = {}
     for model, tp, pp, tokens in rows:
         sizes = published.setdefault(model.removeprefix("facebook/"), {})
-        sizes[int(tp), int(pp)] = int(tokens)
+        sizes[Parallelism(int(tp), int(pp))] = int(tokens)
     assert profile.capacities == published
 
 
@@ -240,17 +241,26 @@ def test_capacities_are_the_published_ones(profile, shared_dir):
         (lambda p: p.cost_model("orca", "opt-13b"), r"\['distserve', 'vllm'\], got 'o"),
         (lambda p: p.cost_model("vllm", "opt-175b"), r"\['opt-13b', 'opt-66b'\], got"),
         (
-            lambda p: p.cost_model("vllm", "opt-66b").instance(1),
+            lambda p: p.cost_model("vllm", "opt-66b").instance(Parallelism(1)),
             r"vllm/opt-66b: expected tp in \[2, 3, 4, 8\], got 1",
         ),
-        (lambda p: p.cost_model("vllm", "opt-66b").instance(2, 0), "pp: .* got 0"),
-        (lambda p: p.cost_model("vllm", "opt-13b").instance(0), "tp: .* got 0"),
         (
-            lambda p: p.cost_model("vllm", "opt-13b").instance(1, 2).decode_s(1, 2),
+            lambda p: p.cost_model("vllm", "opt-13b").instance(Parallelism(1, dp=2)),
+            "vllm/opt-13b: expected no dp and no ep, got tp1dp2",
+        ),
+        (
+            lambda p: (
+                p.cost_model("vllm", "opt-13b")
+                .instance(Parallelism(1, 2))
+                .decode_s(1, 2)
+            ),
             "decode_s: expected pp = 1 .*, got 2",
         ),
-        (lambda p: p.kv_tokens("opt-1b", 1), "model: expected .* got 'opt-1b'"),
-        (lambda p: p.kv_tokens("opt-66b", 1, 1), r"\(tp, pp\): .* got \(1, 1\)"),
+        (
+            lambda p: p.kv_tokens("opt-1b", Parallelism()),
+            "model: expected .* got 'opt-1b'",
+        ),
+        (lambda p: p.kv_tokens("opt-66b", Parallelism()), "a100: .* tp2, .* got tp1"),
     ],
 )
 def test_what_it_does_not_have_is_named(profile, ask, message):

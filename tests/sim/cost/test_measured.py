@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.deployment import Deployment, KVMemory, Parallelism
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.slices import load_slices
 from disagg_jax.scheduling import SYSTEMS
@@ -130,8 +130,10 @@ def make_profile():
         name="hand",
         block_tokens=SIZE,
         block_bytes=1024,
-        layouts={(1, 1): TIMES},
-        transfers={((1, 1), (1, 1)): TransferTimes({1: 0.1, 4: 0.2}, 0.05, 0.04)},
+        layouts={Parallelism(): TIMES},
+        transfers={
+            (Parallelism(), Parallelism()): TransferTimes({1: 0.1, 4: 0.2}, 0.05, 0.04)
+        },
         provenance=dict.fromkeys(PROVENANCE, "x"),
         held_out={"decode": 0.01},
     )
@@ -139,7 +141,7 @@ def make_profile():
 
 def test_each_pair_of_instances_has_the_times_of_its_layouts():
     """Two layouts, between which transfers take 1, 2, 3 and 4 s, of one block."""
-    one, two = (1, 1), (2, 1)
+    one, two = Parallelism(), Parallelism(2)
     pairs = {(one, one): 1.0, (one, two): 2.0, (two, one): 3.0, (two, two): 4.0}
     slow = LayoutTimes(1, {LISTED.decode[0]: (0.75,)}, FITS)
     profile = dataclasses.replace(
@@ -210,7 +212,7 @@ def test_a_broken_profile_says_where(message):
 @pytest.mark.parametrize(
     "deployment, size, message",
     [
-        ("colocated:tp2", SIZE, r"expected \(tp, pp\)"),
+        ("colocated:tp2", SIZE, r"expected one of \[tp1\], got tp2"),
         ("colocated:tp1", 8, "expected blocks of 16 tokens"),
     ],
 )

@@ -9,7 +9,7 @@ import operator
 
 import pytest
 
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import Deployment, KVMemory, Parallelism, Role
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
 from disagg_jax.scheduling import get_system
@@ -76,12 +76,16 @@ PROFILE = profile_from_json(RECORD)
 @pytest.mark.parametrize(
     ("layout", "load", "expected_s"),
     [
-        ((1, 1), (((0, 20),), 0, 0), (9.0,)),  # measured
-        ((1, 1), (((0, 40),), 0, 0), (1 + 0.5 * 64,)),  # the fit, of the whole program
-        ((1, 1), ((), 1, 9), (1.25 * (1 / 3),)),  # in service
-        ((1, 1), ((), 1, 90), (1.25 * (2 + 0.25 * 16),)),
-        ((2, 2), (((0, 20),), 0, 0), (4.0, 5.0)),
-        ((2, 2), (((0, 40),), 0, 0), (2.0, 8.0)),
+        (Parallelism(1, 1), (((0, 20),), 0, 0), (9.0,)),  # measured
+        (
+            Parallelism(1, 1),
+            (((0, 40),), 0, 0),
+            (1 + 0.5 * 64,),
+        ),  # the fit, of the whole program
+        (Parallelism(1, 1), ((), 1, 9), (1.25 * (1 / 3),)),  # in service
+        (Parallelism(1, 1), ((), 1, 90), (1.25 * (2 + 0.25 * 16),)),
+        (Parallelism(2, 2), (((0, 20),), 0, 0), (4.0, 5.0)),
+        (Parallelism(2, 2), (((0, 40),), 0, 0), (2.0, 8.0)),
     ],
 )
 def test_a_step_takes_what_was_measured_else_the_fit(layout, load, expected_s):
@@ -90,7 +94,7 @@ def test_a_step_takes_what_was_measured_else_the_fit(layout, load, expected_s):
 
 
 def test_a_kind_that_was_not_measured_is_refused():
-    instance = CalibratedInstance(PROFILE.layouts[2, 2], BUCKETS, 16)
+    instance = CalibratedInstance(PROFILE.layouts[Parallelism(2, 2)], BUCKETS, 16)
     with pytest.raises(ValueError, match=r"decode_B1_P4: .*prefill.*, got 'decode'"):
         instance.stages_s(StepLoad((), 1, 9))
 
@@ -122,8 +126,8 @@ def test_a_transfer_that_was_not_measured_is_refused():
 @pytest.mark.parametrize(
     ("deployment", "block_tokens", "message"),
     [
-        ("colocated:tp4", 16, r"toy: .*\[\(1, 1\), \(2, 2\)\], got \(4, 1\)"),
-        ("prefill:tp2pp2,decode:tp1", 16, r"transfers between .*, got \(\(2, 2\), \(1"),
+        ("colocated:tp4", 16, r"toy: .* \[tp1, tp2pp2\], got tp4"),
+        ("prefill:tp2pp2,decode:tp1", 16, r"transfers between .*, got \(tp2pp2, tp1\)"),
         ("colocated:tp1", 8, "toy: expected blocks of 16 tokens, got 8"),
     ],
 )
@@ -171,7 +175,7 @@ def test_the_cheap_path_is_exactly_the_general_one(system, memory):
 
 
 def test_with_stages_the_cheap_path_has_no_meaning():
-    instance = CalibratedInstance(PROFILE.layouts[2, 2], BUCKETS, 16)
+    instance = CalibratedInstance(PROFILE.layouts[Parallelism(2, 2)], BUCKETS, 16)
     with pytest.raises(ValueError, match="decode_s: expected pp = 1 .*, got 2"):
         instance.decode_s(1, 1)
 
@@ -184,7 +188,7 @@ def test_a_profile_survives_its_json_exactly():
     again = profile_from_json(json.loads(text))
     assert again == PROFILE
     assert profile_to_json(again) == json.loads(text) == RECORD
-    assert again.layouts[1, 1].measured[ROWS[0]] == (1 / 3,)
+    assert again.layouts[Parallelism(1, 1)].measured[ROWS[0]] == (1 / 3,)
 
 
 @pytest.mark.parametrize("number", [{}, {"format": 1}])
@@ -203,14 +207,17 @@ def test_a_profile_of_a_newer_format_is_refused_before_its_content():
 
 
 def test_probes_are_no_measurements_and_older_profiles_have_none():
-    layout = PROFILE.layouts[1, 1]
-    assert PROFILE.probes == {((1, 1), ROWS[1]): 0.7, ((1, 1), SMALL): 9.5}
+    layout = PROFILE.layouts[Parallelism(1, 1)]
+    assert PROFILE.probes == {
+        (Parallelism(), ROWS[1]): 0.7,
+        (Parallelism(), SMALL): 9.5,
+    }
     assert layout.stages_s(ROWS[1]) == layout.fitted_s(ROWS[1]) == (2.0 + 0.25 * 16,)
     record = copy.deepcopy(RECORD)
     del record["layouts"][0]["probes"], record["layouts"][0]["serving_factor"]
     older = profile_from_json(record)
-    assert older.probes == older.layouts[1, 1].serving_factor == {}
-    assert older.layouts[1, 1].served_s(SMALL) == layout.stages_s(SMALL)
+    assert older.probes == older.layouts[Parallelism(1, 1)].serving_factor == {}
+    assert older.layouts[Parallelism(1, 1)].served_s(SMALL) == layout.stages_s(SMALL)
 
 
 def test_a_profile_of_colocated_systems_needs_no_transfers():
@@ -239,7 +246,11 @@ MOVE = ("transfers", 0)
         (("held_out", "decode"), math.nan, "held_out.decode: .* a number, got nan"),
         (("layouts",), [], r"profile.layouts: expected a list, not empty, got \[\]"),
         (("layouts", 1), 7, r"layouts\[1\]: expected an object, got 7"),
-        (("layouts", 1), RECORD["layouts"][0], r"layouts: .* each once, got \[\(1, 1"),
+        (
+            ("layouts", 1),
+            RECORD["layouts"][0],
+            r"layouts: .* each once, got \[tp1, tp1\]",
+        ),
         (("layouts", 1, "pp"), 0, r"layouts\[1\].pp: expected an integer >= 1, got 0"),
         (("layouts", 1, "pp"), 3, r"layouts\[1\]: prefill_T32_R4: expected 3 times"),
         (("layouts", 0, "measured"), [], r"layouts\[0\].measured: .* not empty"),

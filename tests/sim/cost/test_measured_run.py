@@ -28,7 +28,7 @@ def scaled(cost, factor):
 def informed(deployment, cost, lines):
     """`cost` with the durations of a run on `deployment`."""
     parsed = Deployment.parse(deployment)
-    stages = tuple(spec.pp for spec in parsed.instances)
+    stages = tuple(spec.parallelism.pp for spec in parsed.instances)
     cost = dataclasses.replace(cost, pp=stages)
     return MeasuredCost(cost, read_occupancy(parsed, lines))
 

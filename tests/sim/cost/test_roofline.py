@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.cost.distserve import profile_from_json
 from disagg_jax.sim.cost.roofline import RooflineCost
 from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
@@ -87,7 +88,7 @@ TOY = RooflineCost(model=MODEL, hardware=DEVICE)
     ],
 )
 def test_step_times_worked_out_by_hand(load, tp, pp, expected_s):
-    stages_s = TOY.instance(tp, pp).stages_s(load)
+    stages_s = TOY.instance(Parallelism(tp, pp)).stages_s(load)
     assert list(stages_s) == pytest.approx(expected_s, rel=1e-12)
 
 
@@ -97,7 +98,7 @@ def test_step_times_worked_out_by_hand(load, tp, pp, expected_s):
 )
 def test_unequal_stages_by_hand(layers, pp, stage_layers):
     model = dataclasses.replace(MODEL, layers=layers)
-    instance = RooflineCost(model=model, hardware=DEVICE).instance(1, pp)
+    instance = RooflineCost(model=model, hardware=DEVICE).instance(Parallelism(1, pp))
     # KV at 20 byte/s, 4 bytes a token and layer: ten tokens more take 2 s a layer.
     short, long = (instance.stages_s(StepLoad((), 1, n)) for n in (6, 16))
     more_s = [b - a for a, b in zip(short, long, strict=True)]
@@ -137,13 +138,13 @@ def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():
     load = StepLoad(((4, 1),), 0, 0)
     linear_s = 1 + 9.6 + 2  # streaming the weights, as for one decode
     for device, attention_s in ((DEVICE, 2.304), (slow, 8.0)):
-        cost = RooflineCost(model=MODEL, hardware=device).instance(1)
+        cost = RooflineCost(model=MODEL, hardware=device).instance(Parallelism(1))
         assert cost.stages_s(load) == pytest.approx([linear_s + 2 * attention_s])
     # A whole prompt has no KV before it.
     whole = StepLoad(((0, 5),), 0, 0)
-    assert RooflineCost(model=MODEL, hardware=slow).instance(1).stages_s(
+    assert RooflineCost(model=MODEL, hardware=slow).instance(Parallelism(1)).stages_s(
         whole
-    ) == TOY.instance(1).stages_s(whole)
+    ) == TOY.instance(Parallelism(1)).stages_s(whole)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_a_short_chunk_takes_as_long_as_reading_the_kv_before_it():
 )
 def test_decode_bounds_of_the_scaling_book(model, batch, book_s, rel):
     cost = RooflineCost(model=model, hardware=get_hardware("tpu-v5e").ideal())
-    decode_s = cost.instance(8).decode_s(batch, batch * 8192)
+    decode_s = cost.instance(Parallelism(8)).decode_s(batch, batch * 8192)
     assert decode_s == pytest.approx(book_s, rel=rel)
 
 
@@ -174,7 +175,7 @@ def test_prefill_of_the_scaling_book():
         attention_mfu=EfficiencyCurve.constant(0.4),
     )
     cost = RooflineCost(model=int8("llama-3-70b"), hardware=hardware)
-    (prefill_s,) = cost.instance(16).stages_s(StepLoad(((0, 8192),), 0, 0))
+    (prefill_s,) = cost.instance(Parallelism(16)).stages_s(StepLoad(((0, 8192),), 0, 0))
     assert prefill_s == pytest.approx(0.97 * 0.91 + 0.070, rel=0.01)
 
 
@@ -187,8 +188,8 @@ def test_a_prompt_of_512_between_the_bound_and_the_measurements():
     # Its linear layers reach 81 % of the peak by its own fit, ours 73 %.
     load = StepLoad(((0, 512),), 0, 0)
     ideal = dataclasses.replace(A100_13B, hardware=A100_13B.hardware.ideal())
-    (bound_s,) = ideal.instance(1).stages_s(load)
-    (ours_s,) = A100_13B.instance(1).stages_s(load)
+    (bound_s,) = ideal.instance(Parallelism(1)).stages_s(load)
+    (ours_s,) = A100_13B.instance(Parallelism(1)).stages_s(load)
     assert bound_s == pytest.approx(12.58e9 * 2 * 512 / 312e12, rel=0.02)
     assert ours_s / 72.15e-3 == pytest.approx(0.82, abs=0.01)
     assert ours_s / (512 / 5705) == pytest.approx(0.66, abs=0.01)
@@ -208,7 +209,7 @@ def test_a_prompt_of_512_between_the_bound_and_the_measurements():
 def test_decode_near_distserves_figure(prompt, rates):
     # Ours over the figure's: 0.98-1.05 up to a batch of 8 at 128 tokens, down to 0.69
     # at 128 x 256, where its attention kernel of 2023 reads KV at half our bandwidth.
-    instance = A100_13B.instance(1)
+    instance = A100_13B.instance(Parallelism(1))
     for power, rate in enumerate(rates):
         batch = 2**power
         ratio = instance.decode_s(batch, batch * (prompt + 1)) / (batch / rate)
@@ -222,8 +223,8 @@ def test_no_slower_than_distserves_engine(tp):
     # The ratio to its profile falls from .7-1 (tp 1) to .4-.7 (tp 4): its engine has
     # host work and communication at larger tp that a roofline does not know.
     profile = profile_from_json(json.loads(PROFILE.read_text()))
-    theirs = profile.cost_model("distserve", "opt-13b").instance(tp)
-    ours = A100_13B.instance(tp)
+    theirs = profile.cost_model("distserve", "opt-13b").instance(Parallelism(tp))
+    ours = A100_13B.instance(Parallelism(tp))
     for load in (
         StepLoad(((0, 128),), 0, 0),
         StepLoad(((0, 2000),), 0, 0),
@@ -259,7 +260,7 @@ DECODES = st.tuples(st.integers(1, 512), st.integers(1, 4000)).map(
 @given(WHERE.filter(lambda where: where[2] == 1), DECODES)
 def test_the_cheap_path_is_exactly_the_general_one(where, decode):
     name, tp, pp = where
-    instance = COSTS[name].instance(tp, pp)
+    instance = COSTS[name].instance(Parallelism(tp, pp))
     for _ in range(2):  # worked out, then remembered
         assert (instance.decode_s(*decode),) == instance.stages_s(StepLoad((), *decode))
 
@@ -267,7 +268,7 @@ def test_the_cheap_path_is_exactly_the_general_one(where, decode):
 @given(WHERE, PROMPTS, DECODES)
 def test_mixing_saves_but_is_not_free(where, prompts, decode):
     name, tp, pp = where
-    instance = COSTS[name].instance(tp, pp)
+    instance = COSTS[name].instance(Parallelism(tp, pp))
     prefill = instance.stages_s(StepLoad(prompts, 0, 0))
     decoding = instance.stages_s(StepLoad((), *decode))
     mixed = instance.stages_s(StepLoad(prompts, *decode))
@@ -279,7 +280,7 @@ def test_mixing_saves_but_is_not_free(where, prompts, decode):
 @given(WHERE, PROMPTS, DECODES, st.integers(1, 1000))
 def test_more_work_takes_no_less_time(where, prompts, decode, more):
     name, tp, pp = where
-    instance = COSTS[name].instance(tp, pp)
+    instance = COSTS[name].instance(Parallelism(tp, pp))
     decodes, context = decode
     base = instance.stages_s(StepLoad(prompts, decodes, context))
     (start, count), *rest = prompts
@@ -299,12 +300,16 @@ def test_no_step_beats_its_bound(name, prompts, decode):
     cost = COSTS[name]
     ideal = dataclasses.replace(cost, hardware=cost.hardware.ideal())
     for load in (StepLoad(prompts, 0, 0), StepLoad((), *decode)):
-        assert ideal.instance(4).stages_s(load) < cost.instance(4).stages_s(load)
+        assert ideal.instance(Parallelism(4)).stages_s(load) < cost.instance(
+            Parallelism(4)
+        ).stages_s(load)
 
 
 def test_a_model_can_go_to_a_worker_process():
     copy = pickle.loads(pickle.dumps(A100_13B))
-    assert copy.instance(2).decode_s(3, 999) == A100_13B.instance(2).decode_s(3, 999)
+    assert copy.instance(Parallelism(2)).decode_s(3, 999) == A100_13B.instance(
+        Parallelism(2)
+    ).decode_s(3, 999)
     assert copy.name == "roofline/a100-80g/opt-13b"
 
 
@@ -322,9 +327,9 @@ def test_a_model_can_go_to_a_worker_process():
 )
 def test_what_it_cannot_serve_is_refused(name, tp, pp, message):
     with pytest.raises(ValueError, match=message):
-        COSTS[name].instance(tp, pp)
+        COSTS[name].instance(Parallelism(tp, pp))
 
 
 def test_the_cheap_path_is_for_one_stage():
     with pytest.raises(ValueError, match="decode_s: expected pp = 1 .*, got 2"):
-        A100_13B.instance(1, 2).decode_s(1, 10)
+        A100_13B.instance(Parallelism(1, 2)).decode_s(1, 10)

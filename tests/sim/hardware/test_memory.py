@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.cost.distserve import profile_from_json
 from disagg_jax.sim.hardware.memory import Partition
 from models.config import ModelConfig
@@ -44,7 +45,9 @@ TINY = ModelConfig(
     ],
 )
 def test_bytes_of_a_device(tp, pp, tied, stage_layers, weights, kv_shards, kv_bytes):
-    part = Partition(dataclasses.replace(TINY, tie_embeddings=tied), tp, pp)
+    part = Partition(
+        dataclasses.replace(TINY, tie_embeddings=tied), Parallelism(tp, pp)
+    )
     assert part.stage_layers == stage_layers
     assert part.weight_bytes_per_device == weights
     assert part.kv_shards == kv_shards
@@ -52,12 +55,12 @@ def test_bytes_of_a_device(tp, pp, tied, stage_layers, weights, kv_shards, kv_by
 
 
 def test_tokens_that_fit():
-    part = Partition(TINY, 1, 1)  # 5920 bytes of weights, 80 bytes a token
+    part = Partition(TINY, Parallelism(1, 1))  # 5920 bytes of weights, 80 bytes a token
     assert part.kv_tokens(10_000, 1.0) == 51  # 4080 / 80
     assert part.kv_tokens(12_500, 0.8) == 51
     assert part.kv_tokens(6000, 1.0) == 1
     for memory_bytes in (5999, 5920, 5000):  # no room for one token, or not for weights
-        with pytest.raises(ValueError, match="tiny with tp=1, pp=1: expected weights"):
+        with pytest.raises(ValueError, match="tiny with tp1: expected weights"):
             part.kv_tokens(memory_bytes, 1.0)
 
 
@@ -68,10 +71,10 @@ def test_capacities_are_near_distserves():
     for name in ("opt-13b", "opt-66b", "opt-175b"):
         model = find_model(name)
         checked = 0
-        for (tp, pp), tokens in capacities[name].items():
-            if tp in (1, 2, 4, 8) and pp in (1, 2, 4, 8):
-                ours = Partition(model, tp, pp).kv_tokens(80 * 2**30, 0.95)
-                assert 1.0 < ours / tokens < 1.17, (name, tp, pp)
+        for at, tokens in capacities[name].items():
+            if at.tp in (1, 2, 4, 8) and at.pp in (1, 2, 4, 8):
+                ours = Partition(model, at).kv_tokens(80 * 2**30, 0.95)
+                assert 1.0 < ours / tokens < 1.17, (name, at)
                 checked += 1
         assert checked >= 6
 
@@ -81,18 +84,24 @@ def test_capacities_are_near_distserves():
     [
         ("opt-13b", 3, 1, "opt-13b: expected tp to divide 40 query heads, got 3"),
         ("llama-3-8b", 1, 33, "llama-3-8b: expected pp <= 32 layers, got 33"),
-        ("opt-13b", 0, 1, "tp: expected >= 1, got 0"),
-        ("opt-13b", 1, -1, "pp: expected >= 1, got -1"),
     ],
 )
 def test_what_does_not_divide_is_refused(name, tp, pp, message):
     with pytest.raises(ValueError, match=message):
-        Partition(find_model(name), tp, pp)
+        Partition(find_model(name), Parallelism(tp, pp))
+
+
+@pytest.mark.parametrize("text", ["tp1dp2", "tp2ep2"])
+def test_dp_and_ep_are_refused(text):
+    with pytest.raises(ValueError, match=f"opt-13b: expected no dp .*, got {text}"):
+        Partition(find_model("opt-13b"), Parallelism.parse(text))
 
 
 def test_kv_heads_must_divide_or_be_divided():
     model = dataclasses.replace(TINY, q_heads=12, kv_heads=6)
-    assert [Partition(model, tp, 1).kv_shards for tp in (1, 2, 3, 6, 12)] == [
+    assert [
+        Partition(model, Parallelism(tp, 1)).kv_shards for tp in (1, 2, 3, 6, 12)
+    ] == [
         1,
         2,
         3,
@@ -100,12 +109,12 @@ def test_kv_heads_must_divide_or_be_divided():
         6,
     ]
     with pytest.raises(ValueError, match="tiny: expected tp to fit 6 kv heads, got 4"):
-        Partition(model, 4, 1)
+        Partition(model, Parallelism(4, 1))
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers():
     # OPT-66B: 131.4 GB of weights on one device of 80 GiB = 85.9 GB, 90 % of it 77.3
-    part = Partition(find_model("opt-66b"), 1, 1)
+    part = Partition(find_model("opt-66b"), Parallelism(1, 1))
     with pytest.raises(
         ValueError, match=r"77.31 GB .*0\.9.*, got '131.4 GB of weights"
     ):
