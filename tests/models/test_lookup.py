@@ -318,6 +318,41 @@ def test_a_device_like_another(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("numbers", "peaks"),
+    [
+        ({}, (2250e12, 4500e12, 9000e12)),
+        # narrower peaks keep their ratio to the one at 16 bits, unless given
+        ({"peak_flops": 1000e12}, (1000e12, 2000e12, 4000e12)),
+        ({"peak_flops_by_bits": {"4": 7e15}}, (2250e12, 4500e12, 7e15)),
+        (
+            {"peak_flops": 1000e12, "peak_flops_by_bits": {"8": 1500e12}},
+            (1000e12, 1500e12, 4000e12),
+        ),
+    ],
+)
+def test_a_device_with_other_peaks(tmp_path, numbers, peaks):
+    path = write(tmp_path / "other.json", {"like": "b200_sxm"} | numbers)
+    device = get_hardware(path)
+    assert tuple(device.peak(bits) for bits in (16, 8, 4)) == pytest.approx(peaks)
+    assert device.all_reduce == get_hardware("b200").all_reduce
+
+
+@pytest.mark.parametrize(
+    ("peaks", "message"),
+    [
+        ({"2": 1e15}, r"expected numbers by bits \['8', '4'\], got \['2'\]"),
+        ({"8": "fast"}, "8: expected a finite number, got 'fast'"),
+        (1e15, "expected an object, got 1000"),
+        ({"8": -1.0}, "expected FLOP/s > 0 by bits under 16, got"),
+    ],
+)
+def test_bad_peaks_of_a_device(tmp_path, peaks, message):
+    content = {"like": "h100", "peak_flops_by_bits": peaks}
+    with pytest.raises(ValueError, match=f"peak_flops_by_bits: {message}"):
+        get_hardware(write(tmp_path / "bad.json", content))
+
+
+@pytest.mark.parametrize(
     "content", [{"hbm_bytes_s": 1e12}, {"like": "h100", "flops": 1.0}, {"like": 3}]
 )
 def test_bad_devices(tmp_path, content):

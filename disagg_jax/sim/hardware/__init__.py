@@ -1,6 +1,11 @@
 """Hardware in simulation: devices, their memory, and the links between them."""
 
-from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve, Hardware
+from disagg_jax.sim.hardware.device import (
+    AllReduce,
+    AllToAll,
+    EfficiencyCurve,
+    Hardware,
+)
 from disagg_jax.sim.hardware.link import LINKS, LinkSpec, get_link
 from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.sim.hardware.network import Hop, Network
@@ -10,6 +15,7 @@ __all__ = [
     "HARDWARE",
     "LINKS",
     "AllReduce",
+    "AllToAll",
     "EfficiencyCurve",
     "Hardware",
     "Hop",

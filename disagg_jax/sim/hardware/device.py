@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from disagg_jax.errors import require
 from disagg_jax.sim.hardware.link import LinkSpec
 
+_POSITIVE = ("peak_flops", "hbm_bytes_s", "memory_bytes", "tile_rows", "node_devices")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EfficiencyCurve:
@@ -77,6 +79,28 @@ class AllReduce:
         return self.alpha_s + 2 * (tp - 1) / tp * size_bytes / self.bus_bytes_s
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class AllToAll:
+    """An all-to-all of n bytes takes alpha + (devices - 1)/devices n / bandwidth.
+
+    Each device sends its n bytes to all in equal parts, one of them to itself.
+
+    Raises:
+      ValueError: on a negative alpha or no bandwidth.
+    """
+
+    alpha_s: float  # of a message of no bytes
+    bytes_s: float  # at which a device sends to the others
+
+    def __post_init__(self) -> None:
+        require(self.alpha_s >= 0, "alpha_s: expected >= 0", self.alpha_s)
+        require(self.bytes_s > 0, "bytes_s: expected > 0", self.bytes_s)
+
+    def time_s(self, devices: int, size_bytes: float) -> float:
+        """Return the seconds for `size_bytes` on each of `devices`."""
+        return self.alpha_s + (devices - 1) / devices * size_bytes / self.bytes_s
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
     """One kind of accelerator, and the links that join several.
@@ -86,7 +110,9 @@ class Hardware:
     """
 
     name: str
-    peak_flops: float  # dense matmul in the models' activation dtype, FLOP/s
+    peak_flops: float  # dense matmul of 16-bit operands, FLOP/s
+    # The same by bits of narrower floating-point operands, where the device has such.
+    peak_flops_by_bits: Mapping[int, float] = dataclasses.field(default_factory=dict)
     hbm_bytes_s: float  # memory bandwidth
     memory_bytes: float  # of one device
     # Shares of the peaks that are reached:
@@ -97,21 +123,41 @@ class Hardware:
     kv_startup_s: float  # of decode attention in one layer, before KV flows at kv_mbu
     # Joining devices:
     all_reduce: Mapping[int, AllReduce]  # by tp > 1; other sizes are refused
+    # By devices > 1, between experts; other sizes are refused.
+    all_to_all: Mapping[int, AllToAll] = dataclasses.field(default_factory=dict)
     hop: LinkSpec  # takes activations to the next pipeline stage
+    between: LinkSpec | None = None  # of one device to other nodes; None: not known
+    node_devices: int = 8  # that `hop` joins
     # A step:
     step_s: float  # t0: launches and host work of a stage that nothing hides
     tile_rows: int  # above this, rows of a matmul are computed in multiples of it
 
     def __post_init__(self) -> None:
-        for name in ("peak_flops", "hbm_bytes_s", "memory_bytes", "tile_rows"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             require(value > 0, f"{self.name}: {name}: expected > 0", value)
+        peaks = self.peak_flops_by_bits
+        ok = all(0 < bits < 16 and peak > 0 for bits, peak in peaks.items())
+        expected = "peak_flops_by_bits: expected FLOP/s > 0 by bits under 16"
+        require(ok, f"{self.name}: {expected}", peaks)
         for name in ("weight_mbu", "kv_mbu"):
             value = getattr(self, name)
             require(0 < value <= 1, f"{self.name}: {name}: expected in (0, 1]", value)
         for name in ("kv_startup_s", "step_s"):
             value = getattr(self, name)
             require(value >= 0, f"{self.name}: {name}: expected >= 0", value)
+
+    def peak(self, bits: int) -> float:
+        """Return the peak of a dense matmul whose operands have `bits`, in FLOP/s.
+
+        A precision that the device lacks computes at the next wider one.
+
+        Raises:
+          ValueError: if `bits` is not in 1 ... 16.
+        """
+        require(0 < bits <= 16, "bits: expected 1 to 16", bits)
+        wide = [known for known in self.peak_flops_by_bits if known >= bits]
+        return self.peak_flops_by_bits[min(wide)] if wide else self.peak_flops
 
     def rows(self, tokens: int) -> int:
         """Return the rows that a matmul over `tokens` is billed for.
@@ -129,7 +175,7 @@ class Hardware:
         Communication takes no time: it hides behind compute and memory traffic.
         """
         full = EfficiencyCurve.constant(1.0)
-        free = AllReduce(0.0, math.inf)
+        reduced, exchanged = AllReduce(0.0, math.inf), AllToAll(0.0, math.inf)
         return dataclasses.replace(
             self,
             name=f"{self.name}-ideal",
@@ -138,7 +184,8 @@ class Hardware:
             attention_mfu=full,
             kv_mbu=1.0,
             kv_startup_s=0.0,
-            all_reduce={tp: free for tp in self.all_reduce},
+            all_reduce={tp: reduced for tp in self.all_reduce},
+            all_to_all={devices: exchanged for devices in self.all_to_all},
             hop=dataclasses.replace(self.hop.ideal(), bandwidth_bytes_s=math.inf),
             step_s=0.0,
             tile_rows=1,

@@ -68,6 +68,14 @@ _ALL = (
         efficiency=0.77,  # Vidur's DGX send-recv tables: 348 of 450 GB/s
     ),
     LinkSpec(
+        name="nvlink5",  # of Blackwell: 8 devices of a node, or 72 of a rack
+        latency_s=5e-6,  # assumed: as between H100s
+        bandwidth_bytes_s=900e9,  # Blackwell datasheet: 1.8 TB/s both ways together
+        # nvbandwidth between two devices of a GB200 rack reaches 770 of 900 GB/s
+        # (github.com/Azure/AI-benchmarking-guide, issue 7).
+        efficiency=0.86,
+    ),
+    LinkSpec(
         name="pcie5",
         latency_s=5e-6,  # assumed: as NVLink between H100s
         bandwidth_bytes_s=64e9,  # PCIe 5.0 x16: 32 GT/s x 16 lanes, before encoding
@@ -84,6 +92,12 @@ _ALL = (
         latency_s=50e-6,
         bandwidth_bytes_s=5e9,
         efficiency=1.0,
+    ),
+    LinkSpec(
+        name="800gb",
+        latency_s=17e-6,  # assumed: as 400gb
+        bandwidth_bytes_s=100e9,  # ConnectX-8 datasheet: 800 Gb/s
+        efficiency=0.72,  # assumed: as 400gb
     ),
     LinkSpec(
         name="400gb",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_jax.sim.hardware.device import AllReduce, EfficiencyCurve
+from disagg_jax.sim.hardware.device import AllReduce, AllToAll, EfficiencyCurve
 from disagg_jax.sim.hardware.presets import HARDWARE, get_hardware
 
 A100 = get_hardware("a100-80g")
@@ -73,6 +73,34 @@ def test_all_reduce_by_hand():
     assert AllReduce(0.0, math.inf).time_s(4, 2e6) == 0
 
 
+def test_all_to_all_by_hand():
+    # 5 us + 3/4 * 4e6 / 3e11 = 5 us + 10 us: a quarter stays on the device
+    assert AllToAll(5e-6, 3e11).time_s(4, 4e6) == pytest.approx(15e-6)
+    assert AllToAll(0.0, math.inf).time_s(4, 4e6) == 0
+
+
+def test_a_precision_that_a_device_lacks_computes_at_the_next_wider_one():
+    b200, h100 = get_hardware("b200"), get_hardware("h100")
+    assert [b200.peak(bits) for bits in (16, 8, 4)] == [2250e12, 4500e12, 9000e12]
+    assert [h100.peak(bits) for bits in (16, 8, 4)] == [989e12, 1979e12, 1979e12]
+    assert [A100.peak(bits) for bits in (16, 8, 4)] == [312e12] * 3
+    assert b200.peak(6) == b200.peak(8)
+    for bits in (0, 32):
+        with pytest.raises(ValueError, match=f"bits: expected 1 to 16, got {bits}"):
+            b200.peak(bits)
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_half_the_bits_are_at_most_twice_as_fast(name):
+    # A sparse peak among dense ones would be four times its wider neighbour; only
+    # Blackwell Ultra computes FP4 three times as fast as FP8.
+    hardware = HARDWARE[name]
+    most = 3 if name in ("b300", "gb300") else 2
+    for bits in (8, 4):
+        ratio = hardware.peak(bits) / hardware.peak(2 * bits)
+        assert 1 <= ratio <= 1.03 * most  # 733 of 362 TFLOP/s: the L40S's datasheet
+
+
 @pytest.mark.parametrize("name", HARDWARE)
 def test_the_ideal_device_has_the_peaks_and_no_overhead(name):
     ideal = get_hardware(name).ideal()
@@ -81,7 +109,11 @@ def test_the_ideal_device_has_the_peaks_and_no_overhead(name):
     assert ideal.weight_mbu == ideal.kv_mbu == 1
     assert ideal.step_s == ideal.kv_startup_s == 0
     assert ideal.rows(129) == 129
+    assert ideal.peak_flops_by_bits == HARDWARE[name].peak_flops_by_bits
+    assert ideal.all_reduce.keys() == HARDWARE[name].all_reduce.keys()
+    assert ideal.all_to_all.keys() == HARDWARE[name].all_to_all.keys()
     assert all(r.time_s(2, 1e9) == 0 for r in ideal.all_reduce.values())
+    assert all(e.time_s(2, 1e9) == 0 for e in ideal.all_to_all.values())
     assert ideal.hop.transfer_s(1e9) == 0
 
 
@@ -90,7 +122,10 @@ def test_the_ideal_device_has_the_peaks_and_no_overhead(name):
     # F s / (2 W): the rows at which compute takes as long as streaming the weights.
     # A100: the arithmetic intensity of 156 that DistServe states is for 2.0 TB/s;
     # v5e: 240 (scaling book).
-    [("a100-80g", 153), ("h100", 295), ("h200", 206), ("tpu-v5e", 240.5)],
+    [
+        *(("a100-80g", 153), ("h100", 295), ("h200", 206), ("tpu-v5e", 240.5)),
+        *(("b200", 281), ("b300", 281), ("gb200", 312.5), ("l40s", 419)),
+    ],
 )
 def test_the_ridge_of_the_roofline(name, critical_rows):
     hardware = get_hardware(name)
@@ -107,6 +142,9 @@ def test_the_ridge_of_the_roofline(name, critical_rows):
         ({"kv_mbu": 0.0}, r"kv_mbu: expected in \(0, 1\], got 0.0"),
         ({"step_s": -1e-3}, "step_s: expected >= 0, got -0.001"),
         ({"tile_rows": 0}, "tile_rows: expected > 0, got 0"),
+        ({"node_devices": 0}, "node_devices: expected > 0, got 0"),
+        ({"peak_flops_by_bits": {8: 0.0}}, "expected FLOP/s > 0 by bits under 16, got"),
+        ({"peak_flops_by_bits": {16: 1e9}}, r"by bits under 16, got \{16: 1000"),
     ],
 )
 def test_a_device_that_does_not_exist_is_refused(change, message):
@@ -119,5 +157,9 @@ def test_bad_joins_and_names_are_refused():
         AllReduce(-1.0, 1.0)
     with pytest.raises(ValueError, match="bus_bytes_s: expected > 0, got 0"):
         AllReduce(0.0, 0)
-    with pytest.raises(ValueError, match="hardware: .*'h100'.*, got 'b200'"):
-        get_hardware("b200")
+    with pytest.raises(ValueError, match="alpha_s: expected >= 0, got -1.0"):
+        AllToAll(-1.0, 1.0)
+    with pytest.raises(ValueError, match="bytes_s: expected > 0, got 0"):
+        AllToAll(0.0, 0)
+    with pytest.raises(ValueError, match="hardware: .*'h100'.*, got 'b100'"):
+        get_hardware("b100")
