@@ -17,7 +17,7 @@ class Partition:
     kv_heads, tp / kv_heads devices keep each kv head.
 
     Raises:
-      ValueError: with the numbers, if heads or layers do not divide.
+      ValueError: if heads or layers do not divide, or the model is not dense.
     """
 
     model: ModelConfig
@@ -27,6 +27,7 @@ class Partition:
     def __post_init__(self) -> None:
         require_parallelism(self.tp, self.pp)
         name, q_heads, kv = self.model.name, self.model.q_heads, self.model.kv_heads
+        self.model.require_dense()
         expected = f"{name}: expected tp to divide {q_heads} query heads"
         require(q_heads % self.tp == 0, expected, self.tp)
         divides = kv % self.tp == 0 or self.tp % kv == 0
