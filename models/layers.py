@@ -205,7 +205,7 @@ def _constant(config: ModelConfig, axis: str, value: float) -> nnx.Param:
     return nnx.Param(jnp.full(shape, value, jnp.dtype(config.dtype)), axes=(axis,))
 
 
-class Attention(nnx.Module):
+class SelfAttention(nnx.Module):
     """The projections into and out of attention; the caller attends."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
@@ -275,10 +275,10 @@ class MLP(nnx.Module):
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}  # by ModelConfig.norm
 
 
-class Block(nnx.Module):
+class TransformerBlock(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         self.attention_norm = NORMS[config.norm](config)
-        self.attention = Attention(config, rngs)
+        self.attention = SelfAttention(config, rngs)
         self.mlp_norm = NORMS[config.norm](config)
         self.mlp = MLP(config, rngs)
 

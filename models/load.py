@@ -38,10 +38,13 @@ def load_model(name: str, weights: str, *, seed: int = 0) -> Model:
       seed: of random weights.
 
     Raises:
-      ValueError: if the name is unknown or the weights are another model's.
+      ValueError: if the name is unknown or that of a model that is not dense, or the
+        weights are another model's.
       FileNotFoundError: if the weights are missing; says how to get them.
     """
     preset = None if name == "auto" else get_config(name)
+    if preset is not None:
+        preset.require_dense()
     if weights == "random":
         if preset is None:
             raise ValueError("model: expected a preset for weights=random, got auto")

@@ -8,12 +8,14 @@ unembeddings stay as wide as activations.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from models.hf_config import DTYPE_BYTES, Settings, Sizes, read_dtype
+from models.model_config import ModelConfig
 
 QUANTIZATION = "hf_quant_config.json"  # where NVIDIA's Model Optimizer writes it
 
@@ -47,6 +49,64 @@ _HARMLESS = """
 _KNOWN = {*_READ.split(), *_HARMLESS.split(), *_KEPT}
 
 Bits = Callable[[str], float | None]  # name of a matrix -> bits of a weight; None: kept
+
+
+_BLOCK_FP8 = 8 + 32 / 128**2  # a float32 scale for a block of 128 x 128 weights
+# By name: bits of a weight with its part of the scales, and bits that a matmul computes
+# in. MXFP4 and INT4 are of weights alone: activations stay at 16 bits.
+PRECISIONS: Mapping[str, tuple[float, int]] = {
+    "bf16": (16, 16),
+    "fp8": (8, 8),
+    "fp8_block": (_BLOCK_FP8, 8),
+    "nvfp4": (4 + 8 / 16, 4),  # an 8-bit scale for 16 weights
+    "mxfp4": (4 + 8 / 32, 16),  # an 8-bit scale for 32 weights
+    "int4_wo": (4 + 16 / 32, 16),  # a 16-bit scale for 32 weights
+}
+
+
+def at_precision(
+    model: ModelConfig,
+    *,
+    gemm: str | None = None,
+    experts: str | None = None,
+    kv: str | None = None,
+) -> ModelConfig:
+    """Return the model with other precisions; tables and activations keep theirs.
+
+    Args:
+      model: one whose widths hold where nothing else is given.
+      gemm: of the layers' weights but experts: a key of `PRECISIONS`.
+      experts: of the weights of experts that a router chooses from, likewise.
+      kv: of cached keys and values: bf16 or fp8.
+
+    Raises:
+      ValueError: naming the precisions, if there is no such one.
+    """
+    had = model.stored
+    weight, bits = had.weight, had.matmul_bits
+    expert_weight, expert_bits = had.experts, had.expert_matmul_bits
+    if gemm is not None:
+        weight, bits = _precision("gemm", gemm)
+    if experts is not None:
+        expert_weight, expert_bits = _precision("experts", experts)
+    if kv not in (None, "bf16", "fp8"):
+        raise ValueError(f"kv: expected bf16 or fp8, got {kv!r}")
+    widths = dataclasses.replace(
+        had,
+        weight=weight,
+        matmul_bits=bits,
+        expert_weight=expert_weight,
+        expert_matmul_bits=expert_bits,
+        kv=had.kv if kv is None else {"bf16": 2, "fp8": 1}[kv],
+    )
+    return dataclasses.replace(model, widths=widths)
+
+
+def _precision(part: str, name: str) -> tuple[float, int]:
+    if name not in PRECISIONS:
+        raise ValueError(f"{part}: expected one of {[*PRECISIONS]}, got {name!r}")
+    bits, matmul_bits = PRECISIONS[name]
+    return bits / 8, matmul_bits
 
 
 def unknown_keys(settings: Settings) -> list[str]:

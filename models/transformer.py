@@ -59,9 +59,15 @@ Attend: TypeAlias = Callable[[int, Array, Array, Array, Cache], tuple[Array, Cac
 
 
 class Ends(nnx.Module):
-    """The weights before the first layer and after the last."""
+    """The weights before the first layer and after the last.
+
+    Raises:
+      ValueError: naming the model, if it is not dense. Whoever makes, shapes, places or
+        restores weights comes by here first.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        config.require_dense()
         # The variance of an embedding is 1 / E, as if it were a matmul's weight: a tied
         # random model would otherwise do no more than repeat its last token.
         table = functools.partial(layers.weight, config, rngs, fan_in=("embed",))
@@ -82,7 +88,7 @@ def init_params(config: ModelConfig, seed: int | Array) -> Params:
     layer_keys = jax.random.split(layers_key, config.layers)
     return {
         **_init(Ends, config, ends_key),
-        "layers": [_init(layers.Block, config, key) for key in layer_keys],
+        "layers": [_init(layers.TransformerBlock, config, key) for key in layer_keys],
     }
 
 
@@ -108,7 +114,7 @@ def param_axes(config: ModelConfig) -> Params:
             nnx.state(abstract), lambda param: param.get_metadata("axes")
         )
 
-    return {**axes(Ends), "layers": [axes(layers.Block)] * config.layers}
+    return {**axes(Ends), "layers": [axes(layers.TransformerBlock)] * config.layers}
 
 
 def part(params: Params, layers: range) -> Params:
@@ -159,7 +165,9 @@ def run_layers(
     table = layers.rope_table(config, positions_T) if rotary else None
     for index, params in enumerate(layer_params):
         with jax.named_scope(f"layer_{index}"):
-            block = _filled(lambda: layers.Block(config, nnx.Rngs(0)), params)
+            block = _filled(
+                lambda: layers.TransformerBlock(config, nnx.Rngs(0)), params
+            )
             x_TE, cache = block(x_TE, table, functools.partial(attend, index), cache)
     return x_TE, cache
 

@@ -34,10 +34,12 @@ WITH_JAX = ("disagg_jax.engine", "disagg_jax.calibration")
 
 # What a cost model needs to know of a model, and helpers that models need too.
 MODELS_WITHOUT_JAX = (
+    "models.blocks",
     "models.config",
     "models.files",
     "models.lookup",
     "models.named",
+    "models.quantization",
 )
 
 # Each row may import the rows above it. Rooms of one row do not know each other.

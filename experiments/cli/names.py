@@ -6,9 +6,10 @@ from disagg_jax.sim.hardware import HARDWARE, LINKS
 from models.config import PRESETS
 
 _MODELS = ", ".join(sorted(PRESETS))
+_DENSE = ", ".join(sorted(name for name in PRESETS if PRESETS[name].is_dense))
 _FORMS = "its form is in experiments/README.md"
 
-ENGINE_MODEL = f"One of {_MODELS}, or module:attribute."
+ENGINE_MODEL = f"One of {_DENSE}, or module:attribute."
 MODEL = (
     f"One of {_MODELS}; a Hugging Face config.json or another .json file ({_FORMS}); "
     "or module:attribute."

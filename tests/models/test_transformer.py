@@ -197,7 +197,19 @@ def test_heads_are_counted_on_the_weights(params: Params) -> None:
     np.testing.assert_allclose(got, want, atol=1e-4)  # float32 rounding
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
+DENSE = sorted(name for name, config in PRESETS.items() if config.is_dense)
+
+
+def test_weights_of_a_model_that_is_not_dense_are_refused() -> None:
+    config = get_config("deepseek-v3")
+    for of in (transformer.param_shapes, transformer.param_axes):
+        with pytest.raises(ValueError, match="expected a dense one .*deepseek-v3"):
+            of(config)
+    with pytest.raises(ValueError, match="expected a dense one .*deepseek-v3"):
+        transformer.init_params(config, 0)
+
+
+@pytest.mark.parametrize("name", DENSE)
 def test_axes_name_every_dimension(name: str) -> None:
     config = get_config(name)
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
