@@ -324,6 +324,11 @@ class Block:
         return self.attention.params + self.mlp.params
 
     @property
+    def dense_params(self) -> int:
+        """Return the weights of one block that every token is multiplied with."""
+        return self.params - self.mlp.routed_params
+
+    @property
     def active_params(self) -> int:
         """Return the weights of one block that one token is multiplied with."""
         return self.attention.params + self.mlp.active_params

@@ -46,11 +46,12 @@ from disagg_jax.sim.cost.step_terms import EngineFactors, StepTerms
 from disagg_jax.sim.hardware.device import Hardware
 from disagg_jax.sim.hardware.memory import Partition
 from disagg_jax.work import StepLoad
-from models.blocks import Block, ExpertMLP
+from models.blocks import Block, ExpertMLP, LatentAttention
 from models.config import ModelConfig
 
-
-_STATE_BYTES = 4  # of a value of linear attention's state, which engines keep in float32
+_STATE_BYTES = (
+    4  # of a value of linear attention's state, which engines keep in float32
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,38 +114,51 @@ class RooflineInstance:
             _Stage(partition, hardware, blocks, is_last=i == last)
             for i, blocks in enumerate(partition.stage_blocks)
         )
-        self._slope = factors.kv * self._stages[0].context_s
+        # Seconds per token of context, on each stage.
+        self._slopes = tuple(factors.kv * stage.context_s for stage in self._stages)
+        self._slope = self._slopes[0]
         self._bases: dict[int, float] = {}  # decodes -> seconds without context
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds on each stage."""
-        time_s = self._factors.time_s
-        return tuple([time_s(stage.terms(load)) for stage in self._stages])
+        time_s, context = self._factors.time_s, load.context
+        return tuple(
+            [
+                time_s(stage.terms(load)) + slope * context
+                for stage, slope in zip(self._stages, self._slopes, strict=True)
+            ]
+        )
 
     def terms(self, load: StepLoad) -> tuple[StepTerms, ...]:
         """Return what an engine's factors multiply, for each stage."""
-        return tuple(stage.terms(load) for stage in self._stages)
+        return tuple(stage.all_terms(load) for stage in self._stages)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Return the seconds of a decode-only step on the one stage."""
         base_s = self._bases.get(decodes)
         if base_s is None:
-            base_s = self._base_s(decodes)
+            require_one_stage(len(self._stages))
+            base_s = self._factors.time_s(
+                self._stages[0].terms(StepLoad((), decodes, 0))
+            )
+            self._bases[decodes] = base_s
         return base_s + self._slope * context
-
-    def _base_s(self, decodes: int) -> float:
-        require_one_stage(len(self._stages))
-        (base_s,) = self.stages_s(StepLoad((), decodes, 0))
-        self._bases[decodes] = base_s
-        return base_s
 
 
 class _WindowedInstance(RooflineInstance):
     """The same where some layers attend to a window of the latest tokens only."""
 
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        """Return the seconds on each stage."""
+        return tuple(
+            time_s + self._factors.kv * stage.windows_s(load.decodes, load.context)
+            for stage, time_s in zip(self._stages, super().stages_s(load), strict=True)
+        )
+
     def decode_s(self, decodes: int, context: int) -> float:
-        base_s = super().decode_s(decodes, context)
-        return base_s + self._factors.kv * self._stages[0].windows_s(decodes, context)
+        """Return the seconds of a decode-only step on the one stage."""
+        windows_s = self._stages[0].windows_s(decodes, context)
+        return super().decode_s(decodes, context) + self._factors.kv * windows_s
 
 
 class _Matmuls:
@@ -203,7 +217,9 @@ class _Stage:
         stored, tp = model.stored, parallelism.tp
         self._hardware, self._tp, self._dp = hardware, tp, parallelism.dp
         self._row_bytes = model.embed * stored.activation  # exchanged for each row
-        dense = sum(block.count * (block.params - block.mlp.routed_params) for block in blocks)
+        dense = sum(
+            block.count * (block.params - block.mlp.routed_params) for block in blocks
+        )
         self._linear = _Matmuls(
             hardware, dense, dense * stored.weight, stored.matmul_bits, tp
         )
@@ -240,8 +256,12 @@ class _Stage:
             self._kv_layers += block.count
             kv_bytes = attention.kv_values_per_token * stored.kv
             read_s = kv_bytes / (attention.kv_shards(parallelism.tp) * bytes_s)
-            best_s = flops_s * hardware.attention_mfu.points[-1][1]
-            token_s = max(read_s, attention.decode_pair_flops / best_s)
+            token_s = read_s
+            if isinstance(attention, LatentAttention):
+                # All heads share a latent: several hundred FLOPs for each byte. Others
+                # have at most some 30 (16 heads a KV head), and reading takes longer.
+                best_flops_s = flops_s * hardware.attention_mfu.points[-1][1]
+                token_s = max(read_s, attention.decode_pair_flops / best_flops_s)
             token_s *= block.count / parallelism.dp
             if attention.window is None:
                 self.context_s += token_s
@@ -250,8 +270,14 @@ class _Stage:
             pair_s = attention.prefill_pair_flops / flops_s
             self._prefill.append((block.count, attention.window, pair_s, read_s))
 
-    def terms(self, load: StepLoad) -> StepTerms:
+    def all_terms(self, load: StepLoad) -> StepTerms:
         """Return the terms of a step."""
+        terms, context = self.terms(load), load.context
+        read_s = self.context_s * context + self.windows_s(load.decodes, context)
+        return terms._replace(kv_s=terms.kv_s + read_s)
+
+    def terms(self, load: StepLoad) -> StepTerms:
+        """Return the terms of a step, but for what grows with the context."""
         decodes, chunks, dp = load.decodes, load.chunks, self._dp
         tokens = decodes + load.prompt_tokens
         rows = -(-tokens // dp)  # of the fullest replica
@@ -270,8 +296,7 @@ class _Stage:
             replicas = min(dp, len(chunks))
             attention_s = sum([self._chunk_s(*chunk) for chunk in chunks]) / replicas
         if decodes:
-            kv_s = self.context_s * load.context + self.windows_s(decodes, load.context)
-            kv_s += self._state_s * -(-decodes // dp)
+            kv_s = self._state_s * -(-decodes // dp)
         return StepTerms(
             linear_s,
             experts_s,

@@ -48,7 +48,9 @@ class EngineFactors:
     layer_s: float = 0.0  # of each layer: kernels too small for any peak, launches
     expert_layer_s: float = 0.0  # of a layer with routed experts, beside layer_s
     kv_layer_s: float = 0.0  # of each layer of a step with decodes
-    sequence_s: float = 0.0  # of each sequence in a step: host work that tp cannot split
+    sequence_s: float = (
+        0.0  # of each sequence in a step: host work that tp cannot split
+    )
     step_s: float = 0.0  # of a step: host work
 
     def __post_init__(self) -> None:

@@ -100,7 +100,7 @@ class EngineProfile:
             return f"engine {self.name}: not checked against any measurement"
         return (
             f"engine {self.name}: not checked for {model} on {hardware}, {precision}; "
-            f"TPOT within {overall.tpot:.1%} on average of {overall.rows} rows of others"
+            f"TPOT within {overall.tpot:.1%} on average of {overall.rows} other rows"
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a model fits on an instance's devices, and how much context fits beside it."""
+"""Whether a model fits on an instance, and how much context fits beside it."""
 
 from __future__ import annotations
 
@@ -86,8 +86,13 @@ class Partition:
         shared_bytes = (2 if alone else 1) * model.table_bytes
         expert_bytes = 0.0
         for block in self.stage_blocks[0]:
-            shared_bytes += block.count * (block.params - block.mlp.routed_params) * model.stored.weight
-            expert_bytes += block.count * block.mlp.routed_params * model.stored.experts
+            shared_bytes += (
+                block.count
+                * (block.params - block.mlp.routed_params)
+                * model.stored.weight
+            )
+            routed = block.mlp.routed_params
+            expert_bytes += block.count * routed * model.stored.experts
         return shared_bytes / parallelism.tp + expert_bytes / parallelism.stage_devices
 
     @property
