@@ -112,7 +112,9 @@ class Hardware:
     name: str
     peak_flops: float  # dense matmul of 16-bit operands, FLOP/s
     # The same by bits of narrower floating-point operands, where the device has such.
-    peak_flops_by_bits: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    peak_flops_by_bits: Mapping[int, float] = dataclasses.field(
+        default_factory=dict[int, float]
+    )
     hbm_bytes_s: float  # memory bandwidth
     memory_bytes: float  # of one device
     # Shares of the peaks that are reached:
@@ -124,7 +126,9 @@ class Hardware:
     # Joining devices:
     all_reduce: Mapping[int, AllReduce]  # by tp > 1; other sizes are refused
     # By devices > 1, between experts; other sizes are refused.
-    all_to_all: Mapping[int, AllToAll] = dataclasses.field(default_factory=dict)
+    all_to_all: Mapping[int, AllToAll] = dataclasses.field(
+        default_factory=dict[int, AllToAll]
+    )
     hop: LinkSpec  # takes activations to the next pipeline stage
     between: LinkSpec | None = None  # of one device to other nodes; None: not known
     node_devices: int = 8  # that `hop` joins
