@@ -135,6 +135,16 @@ class ModelConfig:
         return self.widths or same
 
     @property
+    def precision(self) -> str:
+        """Return the precision of most weights: float32, bf16, fp8, fp4 or int4."""
+        stored, mixture = self.stored, any(b.mlp.routed_params for b in self.blocks)
+        width = stored.experts if mixture else stored.weight
+        bits = stored.expert_matmul_bits if mixture else stored.matmul_bits
+        if width < 1:
+            return "fp4" if bits == 4 else "int4"
+        return {1: "fp8", 2: "bf16"}.get(int(width), "float32")
+
+    @property
     def is_dense(self) -> bool:
         """Return whether the fields say all: equal blocks, with an MLP for all tokens.
 

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from disagg_jax.deployment import Parallelism
+from disagg_jax.errors import require
 from disagg_jax.sim.cost.interface import InstanceCost
 from disagg_jax.sim.cost.roofline import RooflineCost
+from disagg_jax.sim.engines.profile import EngineProfile
 from disagg_jax.sim.hardware.device import Hardware
 from models.config import ModelConfig
 from models.named import find_named
@@ -21,16 +23,37 @@ class DeviceCost:
     # The durations on an instance; raises ValueError where there are none.
     instance: Callable[[Parallelism], InstanceCost]
     kv_tokens: Callable[[Parallelism], int]  # tokens that fit beside the weights
+    # How far it was from measurements, for outputs to say; "" of a cost model that is
+    # measured itself, or not of this project.
+    checked: str = ""
 
 
 MakeCost = Callable[[ModelConfig, Hardware], DeviceCost]
 
 
-def roofline(model: ModelConfig, hardware: Hardware) -> DeviceCost:
-    """Return the times that follow from data sheets; see `cost.roofline`."""
-    cost = RooflineCost(model=model, hardware=hardware)
-    name = f"roofline/{hardware.name}"
-    return DeviceCost(name=name, instance=cost.instance, kv_tokens=cost.kv_tokens)
+def roofline(
+    model: ModelConfig, hardware: Hardware, engine: EngineProfile | None = None
+) -> DeviceCost:
+    """Return the times that follow from data sheets; see `cost.roofline`.
+
+    Args:
+      engine: whose overheads the steps have, and whose share of a device's memory.
+    """
+    if engine is None:
+        cost = RooflineCost(model=model, hardware=hardware)
+        name, checked = f"roofline/{hardware.name}", "engine none: not checked"
+    else:
+        cost = RooflineCost(
+            model=model,
+            hardware=hardware,
+            factors=engine.factors,
+            memory_utilisation=engine.memory_utilisation,
+        )
+        name = f"roofline/{hardware.name}/{engine.name}"
+        checked = engine.checked(model.name, hardware.name, model.precision)
+    return DeviceCost(
+        name=name, instance=cost.instance, kv_tokens=cost.kv_tokens, checked=checked
+    )
 
 
 COST_MODELS: Mapping[str, MakeCost] = {"roofline": roofline}
@@ -41,16 +64,22 @@ def get_cost(
     model: ModelConfig,
     hardware: Hardware,
     costs: Mapping[str, MakeCost] = COST_MODELS,
+    engine: EngineProfile | None = None,
 ) -> DeviceCost:
     """Return what a model costs on hardware by the cost model of that name.
 
     Args:
       name: a key of `costs`, or what `find_named` finds, such as `my_module:my_cost`:
         a function of the model and the hardware.
+      engine: whose overheads the steps have, by the roofline.
 
     Raises:
-      ValueError: on an unknown name, or a model that the cost model does not know.
+      ValueError: on an unknown name, a model that the cost model does not know, or an
+        engine beside another cost model.
     """
+    if engine is not None:
+        require(name == "roofline", "engine: expected cost=roofline", name)
+        return roofline(model, hardware, engine)
     make = find_named(
         name,
         costs,

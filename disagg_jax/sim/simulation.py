@@ -19,6 +19,7 @@ from disagg_jax.scheduling.simdistserve import (
 )
 from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost, get_cost
+from disagg_jax.sim.engines import get_engine
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.hardware.presets import get_hardware
@@ -81,6 +82,7 @@ class Simulation:
         hardware: str,
         *,
         system: str | None = None,
+        engine: str | None = None,
         cost: str = "roofline",
         costs: Mapping[str, MakeCost] = COST_MODELS,
         **fields: Any,
@@ -91,8 +93,9 @@ class Simulation:
           model: of `find_model`: a preset, a .json file such as a Hugging Face
             config.json, or `module:attribute`.
           hardware: of `get_hardware`: a preset or a .json file.
-          system: of `get_system`; by default vLLM's policy for colocated instances, and
-            DistServe's for others.
+          system: of `get_system`; by default the engine's, or else vLLM's policy for
+            colocated instances, and DistServe's for others.
+          engine: of `get_engine`: whose overheads and limits the instances have.
           cost: of `get_cost`, which looks in `costs`.
           fields: other fields, such as `max_context=8192`.
 
@@ -100,9 +103,14 @@ class Simulation:
           ValueError: on an unknown name.
         """
         found, device = find_model(model), get_hardware(hardware)
-        named = {"policies": get_system(system)} if system is not None else {}
+        profile = None if engine is None else get_engine(engine)
+        named: dict[str, Mapping[Role, Policy]] = {}
+        if system is not None:
+            named["policies"] = get_system(system)
+        elif profile is not None:
+            named["policies"] = profile.policies()
         fields.setdefault("inside", device.hop.name)
-        made = get_cost(cost, found, device, costs)
+        made = get_cost(cost, found, device, costs, profile)
         return cls(model=found, cost=made, **named, **fields)
 
     def over(self, link: str) -> Simulation:

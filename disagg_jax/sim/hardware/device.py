@@ -154,14 +154,13 @@ class Hardware:
     def peak(self, bits: int) -> float:
         """Return the peak of a dense matmul whose operands have `bits`, in FLOP/s.
 
-        A precision that the device lacks computes at the next wider one.
+        Weights of a precision that the device lacks are expanded to 16 bits.
 
         Raises:
           ValueError: if `bits` is not in 1 ... 16.
         """
         require(0 < bits <= 16, "bits: expected 1 to 16", bits)
-        wide = [known for known in self.peak_flops_by_bits if known >= bits]
-        return self.peak_flops_by_bits[min(wide)] if wide else self.peak_flops
+        return self.peak_flops_by_bits.get(bits, self.peak_flops)
 
     def rows(self, tokens: int) -> int:
         """Return the rows that a matmul over `tokens` is billed for.

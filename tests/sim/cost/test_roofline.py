@@ -319,7 +319,12 @@ def test_a_model_can_go_to_a_worker_process():
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "message"),
     [
-        ("13b", 3, 1, "opt-13b: expected tp to divide 40 query heads, got 3"),
+        (
+            "13b",
+            3,
+            1,
+            "expected tp to fit 40 query heads and 40 kv heads, got 3",
+        ),
         ("13b", 5, 1, r"a100-80g: expected tp in \[1, 2, 3, 4, 8, .*\], got 5"),
         ("70b", 1, 1, "77.31 GB .*, got '14.* GB of weights alone'"),
         ("70b", 4, 81, "llama-3-70b: expected pp <= 80 layers, got 81"),

@@ -9,8 +9,10 @@ import pytest
 from disagg_jax.deployment import Parallelism
 from disagg_jax.sim.cost.distserve import profile_from_json
 from disagg_jax.sim.hardware.memory import Partition
-from models.config import ModelConfig
+from models.blocks import Attention, Block, ExpertMLP
+from models.config import ModelConfig, Widths
 from models.lookup import find_model
+from models.model_config import of_blocks
 
 PROFILE = Path(__file__).parents[3] / "experiments/profiles/distserve_a100_opt.json"
 TINY = ModelConfig(
@@ -31,26 +33,25 @@ TINY = ModelConfig(
 
 
 @pytest.mark.parametrize(
-    ("tp", "pp", "tied", "stage_layers", "weights", "kv_shards", "kv_bytes"),
+    ("tp", "pp", "tied", "stage_layers", "weights", "kv_bytes"),
     [
         # KV of a token in a layer: 2 * 2 heads * 2 * 2 bytes = 16 bytes
-        (1, 1, True, (5,), 2 * (5 * 576 + 80), 1, 80.0),
-        (1, 1, False, (5,), 2 * (5 * 576 + 160), 1, 80.0),
-        (2, 1, True, (5,), 5 * 576 + 80, 2, 40.0),
-        (4, 1, True, (5,), (5 * 576 + 80) / 2, 2, 40.0),  # 2 kv heads, each kept twice
-        (1, 2, True, (3, 2), 2 * (3 * 576 + 80), 1, 48.0),  # the table on both stages
-        (1, 2, False, (3, 2), 2 * (3 * 576 + 80), 1, 48.0),
-        (1, 3, True, (2, 2, 1), 2 * (2 * 576 + 80), 1, 32.0),
-        (1, 5, True, (1, 1, 1, 1, 1), 2 * (576 + 80), 1, 16.0),
+        (1, 1, True, (5,), 2 * (5 * 576 + 80), 80.0),
+        (1, 1, False, (5,), 2 * (5 * 576 + 160), 80.0),
+        (2, 1, True, (5,), 5 * 576 + 80, 40.0),
+        (4, 1, True, (5,), (5 * 576 + 80) / 2, 40.0),  # 2 kv heads, each kept twice
+        (1, 2, True, (3, 2), 2 * (3 * 576 + 80), 48.0),  # the table on both stages
+        (1, 2, False, (3, 2), 2 * (3 * 576 + 80), 48.0),
+        (1, 3, True, (2, 2, 1), 2 * (2 * 576 + 80), 32.0),
+        (1, 5, True, (1, 1, 1, 1, 1), 2 * (576 + 80), 16.0),
     ],
 )
-def test_bytes_of_a_device(tp, pp, tied, stage_layers, weights, kv_shards, kv_bytes):
+def test_bytes_of_a_device(tp, pp, tied, stage_layers, weights, kv_bytes):
     part = Partition(
         dataclasses.replace(TINY, tie_embeddings=tied), Parallelism(tp, pp)
     )
     assert part.stage_layers == stage_layers
     assert part.weight_bytes_per_device == weights
-    assert part.kv_shards == kv_shards
     assert part.kv_bytes_per_token_per_device == kv_bytes
 
 
@@ -82,7 +83,12 @@ def test_capacities_are_near_distserves():
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "message"),
     [
-        ("opt-13b", 3, 1, "opt-13b: expected tp to divide 40 query heads, got 3"),
+        (
+            "opt-13b",
+            3,
+            1,
+            "expected tp to fit 40 query heads and 40 kv heads, got 3",
+        ),
         ("llama-3-8b", 1, 33, "llama-3-8b: expected pp <= 32 layers, got 33"),
     ],
 )
@@ -91,25 +97,47 @@ def test_what_does_not_divide_is_refused(name, tp, pp, message):
         Partition(find_model(name), Parallelism(tp, pp))
 
 
-@pytest.mark.parametrize("text", ["tp1dp2", "tp2ep2"])
-def test_dp_and_ep_are_refused(text):
-    with pytest.raises(ValueError, match=f"opt-13b: expected no dp .*, got {text}"):
-        Partition(find_model("opt-13b"), Parallelism.parse(text))
+def test_replicas_keep_copies_and_have_room_for_more():
+    part = Partition(TINY, Parallelism(2, dp=3))
+    one = Partition(TINY, Parallelism(2))
+    assert part.weight_bytes_per_device == one.weight_bytes_per_device
+    assert part.kv_tokens(10_000) == 3 * one.kv_tokens(10_000)
+
+
+def test_experts_are_spread_over_the_replicas():
+    # A layer's 2 experts of 3*8*16 = 384 weights, of 4 bytes; 192 of attention and 16
+    # of the router, of 2 bytes, as in the embedding of 80.
+    mixture = ExpertMLP(embed=8, width=16, experts=2, active=1)
+    attention = Attention(embed=8, q_heads=4, kv_heads=2, head_dim=2)
+    model = of_blocks(
+        "two",
+        [Block(count=5, attention=attention, mlp=mixture)],
+        vocab_size=10,
+        max_length=64,
+        tie_embeddings=True,
+        widths=Widths(weight=2, table=2, kv=2, activation=2, expert_weight=4),
+    )
+    dense, experts = 2 * (5 * (192 + 16) + 80), 4 * 5 * 2 * 384
+    for text, tp, devices in (("tp1", 1, 1), ("tp2ep2", 2, 2), ("tp2dp2ep2", 2, 4)):
+        part = Partition(model, Parallelism.parse(text))
+        assert part.weight_bytes_per_device == dense / tp + experts / devices, text
+
+
+def test_experts_that_a_model_lacks_are_refused():
+    message = "opt-13b: expected ep = 1, as it has no experts, got 2"
+    with pytest.raises(ValueError, match=message):
+        Partition(find_model("opt-13b"), Parallelism(2, ep=2))
 
 
 def test_kv_heads_must_divide_or_be_divided():
     model = dataclasses.replace(TINY, q_heads=12, kv_heads=6)
-    assert [
-        Partition(model, Parallelism(tp, 1)).kv_shards for tp in (1, 2, 3, 6, 12)
-    ] == [
-        1,
-        2,
-        3,
-        6,
-        6,
-    ]
-    with pytest.raises(ValueError, match="tiny: expected tp to fit 6 kv heads, got 4"):
-        Partition(model, Parallelism(4, 1))
+    # A token's KV: 5 layers * 2 * 6 heads * 2 * 2 bytes = 240; 12 devices keep copies.
+    for tp, shards in ((1, 1), (2, 2), (3, 3), (6, 6), (12, 6)):
+        part = Partition(model, Parallelism(tp))
+        assert part.kv_bytes_per_token_per_device == 240 / shards
+    message = "tiny: expected tp to fit 12 query heads and 6 kv heads, got 4"
+    with pytest.raises(ValueError, match=message):
+        Partition(model, Parallelism(4))
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers():
