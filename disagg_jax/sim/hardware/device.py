@@ -157,9 +157,9 @@ class Hardware:
         Weights of a precision that the device lacks are expanded to 16 bits.
 
         Raises:
-          ValueError: if `bits` is not in 1 ... 16.
+          ValueError: if `bits` is not 16, 8 or 4.
         """
-        require(0 < bits <= 16, "bits: expected 1 to 16", bits)
+        require(bits in (16, 8, 4), "bits: expected 16, 8 or 4", bits)
         return self.peak_flops_by_bits.get(bits, self.peak_flops)
 
     def rows(self, tokens: int) -> int:
