@@ -108,7 +108,7 @@ class RooflineInstance:
     def __init__(
         self, partition: Partition, hardware: Hardware, factors: EngineFactors
     ):
-        self._factors = factors
+        self.factors = factors
         last = partition.parallelism.pp - 1
         self._stages = tuple(
             _Stage(partition, hardware, blocks, is_last=i == last)
@@ -121,7 +121,7 @@ class RooflineInstance:
 
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds on each stage."""
-        time_s, context = self._factors.time_s, load.context
+        time_s, context = self.factors.time_s, load.context
         return tuple(
             [
                 time_s(stage.terms(load)) + slope * context
@@ -138,7 +138,7 @@ class RooflineInstance:
         base_s = self._bases.get(decodes)
         if base_s is None:
             require_one_stage(len(self._stages))
-            base_s = self._factors.time_s(
+            base_s = self.factors.time_s(
                 self._stages[0].terms(StepLoad((), decodes, 0))
             )
             self._bases[decodes] = base_s
@@ -151,14 +151,14 @@ class _WindowedInstance(RooflineInstance):
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds on each stage."""
         return tuple(
-            time_s + self._factors.kv * stage.windows_s(load.decodes, load.context)
+            time_s + self.factors.kv * stage.windows_s(load.decodes, load.context)
             for stage, time_s in zip(self._stages, super().stages_s(load), strict=True)
         )
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Return the seconds of a decode-only step on the one stage."""
         windows_s = self._stages[0].windows_s(decodes, context)
-        return super().decode_s(decodes, context) + self._factors.kv * windows_s
+        return super().decode_s(decodes, context) + self.factors.kv * windows_s
 
 
 class _Matmuls:

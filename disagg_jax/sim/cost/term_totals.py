@@ -1,0 +1,62 @@
+"""What the time of a simulated run consists of, by the terms of its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from disagg_jax.sim.cost.roofline import RooflineInstance
+from disagg_jax.sim.cost.step_terms import EngineFactors
+from disagg_jax.work import Event, Step, StepLoad, TruncateSpan, Work
+
+Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+
+class TermTotals:
+    """An `Observer` that sums what an engine's factors multiply, by instance.
+
+    Attributes:
+      instances: the costs of the instances, in the deployment's order.
+    """
+
+    def __init__(self, instances: Sequence[RooflineInstance]):
+        self.instances = instances
+        self._steps: dict[int, tuple[Step, int]] = {}  # id -> step, its iterations
+
+    def __call__(
+        self, now_s: float, events: Sequence[Event], works: Sequence[Work]
+    ) -> None:
+        for work in works:
+            if isinstance(work, Step):
+                self._steps[work.id] = work, work.iterations
+            elif isinstance(work, TruncateSpan):
+                step, _ = self._steps[work.work]
+                self._steps[work.work] = step, work.iterations
+
+    def of(self, instance: int) -> Array:
+        """Return the total of each factor's term on one instance, all its stages.
+
+        The terms are in the order of the fields of `EngineFactors`. The last, steps,
+        counts stages: each has the engine's seconds of a step.
+        """
+        total = np.zeros(len(dataclasses.fields(EngineFactors)))
+        for step, iterations in self._steps.values():
+            if step.instance != instance:
+                continue
+            load = step.load
+            grown = load.context + load.decodes * (iterations - 1)
+            ends = (load, StepLoad(load.chunks, load.decodes, grown))
+            # A span's contexts grow evenly, and terms grow linearly with the context.
+            for end in ends:
+                for terms in self.instances[instance].terms(end):
+                    total += iterations / 2 * np.array((*terms, 1.0))
+        return total
+
+    def seconds(self, instance: int) -> Mapping[str, float]:
+        """Return the seconds of each factor on one instance: its steps' time."""
+        factors = self.instances[instance].factors
+        names = [field.name for field in dataclasses.fields(factors)]
+        totals = zip(names, self.of(instance).tolist(), strict=True)
+        return {name: getattr(factors, name) * total for name, total in totals}
