@@ -183,15 +183,15 @@ class _Matmuls:
 class _Experts:
     """The routed experts of equal layers, spread evenly over all devices of a stage."""
 
-    def __init__(self, partition: Partition, hardware: Hardware, block: Block):
-        mlp = block.mlp
-        assert isinstance(mlp, ExpertMLP)
+    def __init__(
+        self, partition: Partition, hardware: Hardware, layers: int, mlp: ExpertMLP
+    ):
         stored, devices = partition.model.stored, partition.parallelism.stage_devices
         self._mlp, self._gemm_mfu = mlp, hardware.gemm_mfu
-        expert_bytes = block.count * mlp.expert_params * stored.experts
+        expert_bytes = layers * mlp.expert_params * stored.experts
         bytes_s = devices * hardware.hbm_bytes_s * hardware.weight_mbu
         self._expert_s = expert_bytes / bytes_s  # to stream one of each layer
-        flops = 2 * block.count * mlp.expert_params * mlp.active
+        flops = 2 * layers * mlp.expert_params * mlp.active
         # Seconds per token at the peak.
         self._token_s = flops / (devices * hardware.peak(stored.expert_matmul_bits))
 
@@ -227,11 +227,15 @@ class _Stage:
         if is_last:
             table, size = model.table_params, model.table_bytes
             self._head = _Matmuls(hardware, table, size, 16, tp)
-        mixtures = [block for block in blocks if isinstance(block.mlp, ExpertMLP)]
-        self._experts = [_Experts(partition, hardware, block) for block in mixtures]
+        mixtures = [
+            (block.count, mlp)
+            for block in blocks
+            if isinstance(mlp := block.mlp, ExpertMLP)
+        ]
+        self._experts = [_Experts(partition, hardware, *each) for each in mixtures]
         self._layers = sum(block.count for block in blocks)
-        self._expert_layers = sum(block.count for block in mixtures)
-        self._copies = max((block.mlp.active for block in mixtures), default=0)
+        self._expert_layers = sum(count for count, _ in mixtures)
+        self._copies = max((mlp.active for _, mlp in mixtures), default=0)
         self._attend(partition, hardware, blocks)
 
     def _attend(

@@ -58,7 +58,7 @@ class EngineProfile:
     max_seqs: int  # requests with KV at a time, for each attention replica
     memory_utilisation: float  # share of a device's memory for weights and KV
     errors: tuple[FitError, ...] = ()  # cross-validated, the first over all rows
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     def __post_init__(self) -> None:
         for name in ("token_budget", "max_seqs"):
@@ -115,18 +115,14 @@ def from_json(record: Mapping[str, Any]) -> EngineProfile:
     Raises:
       ValueError: on another format, or fields that are missing or unknown.
     """
-    fields = ENGINE_PROFILE.read(record)
+    fields: dict[str, Any] = ENGINE_PROFILE.read(record)
     known = {field.name for field in dataclasses.fields(EngineProfile)}
     expected = f"engine profile: expected {sorted(known)}"
     require(set(fields) == known, expected, sorted(fields))
-    return EngineProfile(
-        **{
-            **fields,
-            "versions": tuple(fields["versions"]),
-            "factors": EngineFactors(**fields["factors"]),
-            "errors": tuple(FitError(**error) for error in fields["errors"]),
-        }
-    )
+    fields["versions"] = tuple(fields["versions"])
+    fields["factors"] = EngineFactors(**fields["factors"])
+    fields["errors"] = tuple(FitError(**error) for error in fields["errors"])
+    return EngineProfile(**fields)
 
 
 @functools.cache
