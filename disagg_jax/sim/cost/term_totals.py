@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from disagg_jax.sim.cost.roofline import RooflineInstance
 from disagg_jax.sim.cost.step_terms import EngineFactors
 from disagg_jax.work import Event, Step, StepLoad, TruncateSpan, Work
 
+Chunks: TypeAlias = tuple[tuple[int, int], ...]
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -41,17 +43,24 @@ class TermTotals:
         The terms are in the order of the fields of `EngineFactors`. The last, steps,
         counts stages: each has the engine's seconds of a step.
         """
-        total = np.zeros(len(dataclasses.fields(EngineFactors)))
+        # Terms grow linearly with the context, so steps that differ in it alone count
+        # together: (chunks, decodes) -> [steps, tokens of context of all].
+        alike: dict[tuple[Chunks, int], list[int]] = {}
         for step, iterations in self._steps.values():
-            if step.instance != instance:
-                continue
-            load = step.load
-            grown = load.context + load.decodes * (iterations - 1)
-            ends = (load, StepLoad(load.chunks, load.decodes, grown))
-            # A span's contexts grow evenly, and terms grow linearly with the context.
-            for end in ends:
-                for terms in self.instances[instance].terms(end):
-                    total += iterations / 2 * np.array((*terms, 1.0))
+            if step.instance == instance:
+                load = step.load
+                sums = alike.setdefault((load.chunks, load.decodes), [0, 0])
+                grown = load.decodes * (iterations * (iterations - 1) // 2)
+                sums[0] += iterations
+                sums[1] += iterations * load.context + grown
+        total = np.zeros(len(dataclasses.fields(EngineFactors)))
+        for (chunks, decodes), (steps, context) in alike.items():
+            below, rest = divmod(context, steps)
+            for each, count in ((below, steps - rest), (below + 1, rest)):
+                if count:
+                    load = StepLoad(chunks, decodes, each)
+                    for terms in self.instances[instance].terms(load):
+                        total += count * np.array((*terms, 1.0))
         return total
 
     def seconds(self, instance: int) -> Mapping[str, float]:
