@@ -55,7 +55,11 @@ _OUT = FLAGS.string("out", "runs/two_meshes", "Folder.")
 _BLOCK = 16  # tokens in a block
 _REQUESTS, _PROMPT, _OUTPUT = 4, 48, 16  # that are served; tokens
 # The link between two devices of one host, by what JAX calls the device.
-_LINKS = {"A100": "nvlink-a100", "H100": "nvlink-h100", "H200": "nvlink-h100"}
+_LINKS = {
+    "A100": "nvlink-a100",
+    **dict.fromkeys(("H100", "H200"), "nvlink-h100"),
+    **dict.fromkeys(("B200", "B300"), "nvlink5"),  # also in GB200 and GB300
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

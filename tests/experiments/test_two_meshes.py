@@ -88,6 +88,7 @@ def test_the_bound_is_the_links_or_a_copy():
     # 450 GB/s on each of two links.
     assert two_meshes.bound_s(rate, cut, link) == pytest.approx(0.001)
     assert two_meshes.link_between("TPU v5 lite") is None
+    assert two_meshes.link_between("NVIDIA GB200").name == "nvlink5"
     row = two_meshes.handoff_table([rate], cut, link).splitlines()[1].split()
     assert row == ["whole", "858", "4.00", "225.00", "900.00", "25%"]
 

@@ -1,12 +1,13 @@
 """Devices with the source of each constant.
 
-"spec" below means the maker's data sheet. "measured" means read from published kernel
-timings: (aic) those of NVIDIA's aiconfigurator (github.com/ai-dynamo/aiconfigurator),
-the others those of it or of Vidur (github.com/microsoft/vidur, data/profiling). For the
-TPUs and the CPU we found no measured efficiency. Theirs are assumed, each with its
-reason, and results from them are bounds with a guess rather than predictions. For the
-H200 and the Blackwell GPUs the shares that an H100 reaches are assumed, for the L40S
-the A100's.
+"spec" below means the maker's data sheet; those of Blackwell as glennklockwood.com,
+verda.com and docs.vultr.com (inference cookbook) quote them. "measured" means read from
+published kernel timings: (aic) those of NVIDIA's aiconfigurator
+(github.com/ai-dynamo/aiconfigurator), the others those of it or of Vidur
+(github.com/microsoft/vidur, data/profiling), or of the named source. For the TPUs and
+the CPU we found no measured efficiency. Theirs are assumed, each with its reason, and
+results from them are bounds with a guess rather than predictions. For the H200 and the
+Blackwell GPUs the shares that an H100 reaches are assumed, for the L40S the A100's.
 
 Peaks are dense. Those of narrower operands are FP8's and FP4's: nothing here computes
 in integers, in which an A100 and the TPUs are faster than in bf16.
@@ -204,10 +205,10 @@ _H200 = dataclasses.replace(
 _B200_NODE = dataclasses.replace(
     _H100_NODE,
     name="b200",
-    peak_flops=2250e12,  # HGX B200 datasheet: bf16, dense
-    peak_flops_by_bits={8: 4500e12, 4: 9000e12},  # the same: FP8, FP4
-    hbm_bytes_s=8e12,  # DGX B200 datasheet: 64 TB/s for 8 devices
-    memory_bytes=180 * 2**30,  # the same: 1,440 GB for 8, read as for the A100
+    peak_flops=2250e12,  # spec: HGX, bf16, dense
+    peak_flops_by_bits={8: 4500e12, 4: 9000e12},  # spec: HGX, FP8 and FP4, dense
+    hbm_bytes_s=8e12,  # spec (verda.com: 7.7 TB/s)
+    memory_bytes=180 * 2**30,  # spec: 1,440 GB for 8, read as for the A100
     # assumed: the H100's alphas, and its shares of an NVLink of twice the bandwidth
     all_reduce={
         2: AllReduce(4e-6, 664e9),
@@ -220,16 +221,16 @@ _B200_NODE = dataclasses.replace(
 _B300_NODE = dataclasses.replace(
     _B200_NODE,
     name="b300",
-    # HGX B300 datasheet, for 8 devices: 72 PFLOPS of FP8 with sparsity, half dense, and
-    # 105 of FP4, dense
+    # spec, for 8 devices: 72 PFLOPS of FP8 with sparsity, half dense, and 105 of FP4,
+    # dense (verda.com: 112)
     peak_flops_by_bits={8: 4500e12, 4: 13125e12},
-    memory_bytes=270 * 2**30,  # the same: 2.1 TB for 8, read as for the A100
+    memory_bytes=270 * 2**30,  # spec, without the part for ECC; read as for the A100
 )
 _GB200 = dataclasses.replace(
     _B200_NODE,
     name="gb200",
-    # GB200 NVL72 datasheet: 360 PFLOPS of bf16, 720 of FP8 and 1,440 of FP4 for 72
-    # devices with sparsity, half dense; 13.4 TB of memory and 576 TB/s
+    # spec, for 72 devices: 360 PFLOPS of bf16, 720 of FP8 and 1,440 of FP4 with
+    # sparsity, half dense; 13.4 TB of memory and 576 TB/s
     peak_flops=2500e12,
     peak_flops_by_bits={8: 5000e12, 4: 10000e12},
     memory_bytes=186 * 2**30,
@@ -243,21 +244,22 @@ _GB200 = dataclasses.replace(
     },
     # measured; 72 assumed as 64
     all_to_all={**_B200_NODE.all_to_all, **_EXCHANGES, 72: _EXCHANGES[64]},
-    between=get_link("400gb"),  # a ConnectX-7 for each device
+    between=get_link("400gb"),  # a ConnectX-7 for each device (MLPerf systems)
     node_devices=72,
 )
 _GB300 = dataclasses.replace(
     _GB200,
     name="gb300",
-    # GB300 NVL72 datasheet: 1,080 PFLOPS of FP4 for 72 devices, dense; bf16 and FP8 as
-    # the GB200; 20 TB of memory and 576 TB/s
+    # spec, for 72 devices: 1,080 PFLOPS of FP4, dense; bf16 and FP8 as the GB200; 20 TB
+    # of memory and 576 TB/s
     peak_flops_by_bits={8: 5000e12, 4: 15000e12},
     memory_bytes=279 * 2**30,
     between=get_link("800gb"),  # a ConnectX-8 for each device
 )
-_BLACKWELL = (
-    _over_nodes(_B200_NODE, get_link("400gb")),  # DGX B200 datasheet: ConnectX-7
-    _over_nodes(_B300_NODE, get_link("800gb")),  # DGX B300 datasheet: ConnectX-8
+_GPUS = (
+    *(*_A100S, _A6000, _L40S, _H100, _H200),
+    _over_nodes(_B200_NODE, get_link("400gb")),  # ConnectX-7 (MLPerf systems)
+    _over_nodes(_B300_NODE, get_link("800gb")),  # spec: 1.6 TB/s both ways for 8
     _GB200,
     _GB300,
 )
@@ -344,13 +346,7 @@ _CPU = Hardware(
     tile_rows=1,
 )
 HARDWARE: Mapping[str, Hardware] = types.MappingProxyType(
-    {
-        x.name: x
-        for x in (
-            *(*_A100S, _A6000, _L40S, _H100, _H200, *_BLACKWELL),
-            *(_V5E, _V5P, _V6E, _CPU),
-        )
-    }
+    {x.name: x for x in (*_GPUS, _V5E, _V5P, _V6E, _CPU)}
 )
 # Names of systems in AIConfigurator and InferenceX, where they differ from a preset's.
 _ALIASES = {
@@ -380,11 +376,10 @@ def get_hardware(name: str) -> Hardware:
       FileNotFoundError: if there is no such file.
     """
     if not name.endswith(".json"):
-        preset = HARDWARE.get(_ALIASES.get(name, name))
+        preset = _ALIASES.get(name, name)
         expected = f"hardware: expected one of {sorted(HARDWARE)} or a .json file"
-        if preset is None:
-            raise ValueError(f"{expected}, got {name!r}")
-        return preset
+        require(preset in HARDWARE, expected, name)
+        return HARDWARE[preset]
     path = pathlib.Path(name)
     where, fields = f"hardware: {path}", read_json(path)
     expected = (
