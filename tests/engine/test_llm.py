@@ -180,6 +180,11 @@ def test_what_cannot_be_made_is_refused(world, options, message):
         make(world, **options)
 
 
+def test_what_the_engine_does_not_run_is_refused_before_weights_are_looked_for():
+    with pytest.raises(ValueError, match="engine: expected no dp .*, got tp1dp2"):
+        LLM("nowhere", "colocated:tp1dp2")
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [

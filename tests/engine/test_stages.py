@@ -372,6 +372,12 @@ def test_more_stages_than_layers(world):
         world.engine("colocated:tp1pp5", DEEP)
 
 
+@pytest.mark.parametrize("text", ["tp1dp2", "tp2ep2", "tp1pp2dp2ep2"])
+def test_data_and_expert_parallelism_inside_an_instance(world, text):
+    with pytest.raises(ValueError, match=f"engine: expected no dp .*, got {text}"):
+        world.engine(f"prefill:tp1,decode:{text}", DEEP)
+
+
 def test_more_groups_than_a_stage_has_layers(world):
     message = "expected 1 to 2, the layers of the smallest of 2 stages of deep, got 3"
     with pytest.raises(ValueError, match=message):

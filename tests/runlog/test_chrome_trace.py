@@ -103,10 +103,14 @@ def test_kinds_of_steps():
     ]
 
 
-def test_stages_of_a_pipeline_and_devices_of_a_stage():
+@pytest.mark.parametrize(
+    ("parallelism", "stage_name", "devices"),
+    [("tp2pp3", "tp2", 2), ("tp1pp3dp4ep2", "tp1dp4ep2", 4)],
+)
+def test_stages_of_a_pipeline_and_devices_of_a_stage(parallelism, stage_name, devices):
     # The table of test_stages_overlap_as_the_recurrence_says.
     run = simulated(
-        "colocated:tp2pp3",
+        f"colocated:{parallelism}",
         (1.0, 3.0, 2.0),
         policies={Role.COLOCATED: PrefillFirst(max_batched_tokens=4)},
     )
@@ -117,11 +121,11 @@ def test_stages_of_a_pipeline_and_devices_of_a_stage():
         [(4, 6), (7, 9), (10, 12), (13, 15), (16, 18)],
     ]
     assert by_lane(trace, "devices") == {
-        f"0 colocated tp2 stage {stage} device {device}": [
+        f"0 colocated {stage_name} stage {stage} device {device}": [
             ("prefill", *times) for times in expected[stage]
         ]
         for stage in range(3)
-        for device in range(2)
+        for device in range(devices)
     }
 
 

@@ -92,6 +92,11 @@ def test_equal_instances_share_devices_on_the_virtual_clock(clock, devices):
     assert most_devices(config_of(*deployments, mixed, clock=clock)) == devices
 
 
+def test_what_an_engine_does_not_run_is_refused_as_its_devices_are_counted():
+    with pytest.raises(ValueError, match="engine: expected no dp .*, got tp1dp2ep2"):
+        most_devices(config_of("colocated:tp1", "prefill:tp1,decode:tp1dp2ep2"))
+
+
 def test_one_instance_of_several_devices_makes_measured_durations_contention():
     mixed = config_of("colocated:tp1", "prefill:tp1,decode:tp2")
     with pytest.raises(ValueError, match="systems.1: with tp > 1 on host devices"):

@@ -209,6 +209,18 @@ def test_a_broken_profile_says_where(message):
         profile_from_json(record)
 
 
+@pytest.mark.parametrize("at", [Parallelism(dp=2), Parallelism(2, ep=2)])
+def test_a_profile_has_only_what_an_engine_runs(at):
+    known = make_profile()
+    (moved,) = known.transfers.values()
+    for field in (
+        {"layouts": {at: TIMES}},
+        {"transfers": {(Parallelism(), at): moved}},
+    ):
+        with pytest.raises(ValueError, match=f"hand: expected no dp .*, got {at}"):
+            dataclasses.replace(known, **field)
+
+
 @pytest.mark.parametrize(
     "deployment, size, message",
     [

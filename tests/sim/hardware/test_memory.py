@@ -1,4 +1,4 @@
-"""What fits on tp x pp devices, by hand and against DistServe's capacities."""
+"""What fits on an instance, by hand and against DistServe's capacities."""
 
 import dataclasses
 import json
