@@ -34,7 +34,8 @@ def find_model(name: str) -> ModelConfig:
         or the keys layers, embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp
         and tie_embeddings, and some of name, weight_dtype_bytes, table_dtype_bytes,
         kv_dtype_bytes and activation_dtype_bytes. Weights and KV have the widths in the
-        file (by default 16 bits); compute is billed at the device's peak for 16 bits.
+        file (by default 16 bits), and matmuls those of its quantisation. Of a model of
+        text and images it is the part for text.
 
     Raises:
       ValueError: naming the presets, if none has that name, or the fault of the file.
