@@ -163,6 +163,18 @@ def test_blocks_of_a_dense_model_are_its_fields() -> None:
     assert described.kv_bytes_per_token == model.kv_bytes_per_token
 
 
+def test_fields_of_a_model_that_is_not_dense() -> None:
+    """Of its first attention to a cache, and of its first MLP; a latent is one head."""
+
+    def fields(name: str) -> tuple[int, ...]:
+        model = get_config(name)
+        heads = (model.q_heads, model.kv_heads, model.head_dim)
+        return (model.layers, model.embed, *heads, model.mlp)
+
+    assert fields("deepseek-v3") == (61, 7168, 128, 1, 576, 18_432)
+    assert fields("qwen3.5-397b-a17b") == (60, 4096, 32, 2, 256, 1024)
+
+
 def test_active_weights_of_a_dense_model_are_all_but_the_embedding() -> None:
     model = get_config("llama-3-8b")
     assert model.active_params == 32 * model.layer_params + model.table_params

@@ -343,3 +343,10 @@ def test_bytes_of_the_cache(settings: dict[str, Any], size: int) -> None:
 def test_other_caches_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kv_bytes({**SETTINGS, **settings})
+
+
+def test_matmuls_compute_as_those_of_most_weights_do() -> None:
+    kept = {"quant_method": "fp8", "modules_to_not_convert": ["self_attn"]}
+    assert widths(quantization_config=kept).matmul_bits == 8  # 192 of 240 weights
+    kept = {"quant_method": "fp8", "modules_to_not_convert": ["mlp"]}
+    assert widths(quantization_config=kept).matmul_bits == 16
