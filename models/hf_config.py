@@ -1,9 +1,10 @@
 """The keys of Hugging Face's config.json, of which every one is accounted for.
 
-The simulator and the engine read a model's sizes here and nowhere else, so that neither
-misses a key that changes them. Every key is read (`_READ`), without effect on a dense
-decoder's sizes and results (`_HARMLESS`), refused where it has an effect (`_REFUSED`),
-or unknown and named in a warning. No JAX.
+The simulator and the engine check a model's keys here and nowhere else, so that neither
+misses one that changes its sizes. Every key is read (`_READ`), without effect on a
+dense decoder's sizes and results (`_HARMLESS`), refused where it has an effect
+(`_REFUSED`), unless the caller reads it (`models.hf_blocks`, for cost models), or
+unknown and named in a warning. No JAX.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _READ = """
     hidden_act activation_function attention_bias mlp_bias enable_bias
     do_layer_norm_before layer_norm_elementwise_affine _remove_final_layer_norm
     sliding_window use_sliding_window max_window_layers layer_types
+    decoder_sparse_step moe_layer_freq
     quantization_config compression_config kv_cache_dtype
     bos_token_id eos_token_id pad_token_id
 """
@@ -53,7 +55,7 @@ _HARMLESS = """
     max_sequence_length initial_context_length original_max_position_embeddings
     norm_topk_prob output_router_logits router_aux_loss_coef aux_loss_alpha seq_aux
     scoring_func topk_method topk_group n_group ep_size routed_scaling_factor
-    decoder_sparse_step moe_layer_freq use_routing_bias
+    use_routing_bias
     mamba_ssm_dtype indexer_rope_interleave
     mtp_use_dedicated_embeddings qk_norm_type use_unified_vision_chunk
 """
@@ -147,14 +149,22 @@ class Sizes(NamedTuple):
     tie_embeddings: bool
 
 
-def expect_known(settings: Settings, families: Collection[str]) -> list[str]:
+def expect_known(
+    settings: Settings, families: Collection[str], *, read: Collection[str] = ()
+) -> list[str]:
     """Return the unknown keys, after checking that a dense decoder can have the others.
+
+    Args:
+      families: the values of `model_type` that the caller reads.
+      read: keys that the caller reads although a dense decoder cannot have them.
 
     Raises:
       ValueError: naming all keys that it cannot have, and the feature of each.
     """
     keys: dict[str, list[str]] = {}
     for key, reason in _refused(settings):
+        if key in read:
+            continue
         keys.setdefault(reason, []).append(f"{key}={reprlib.repr(settings[key])}")
     wrong = [f"{', '.join(of)}: {why} is not modelled" for why, of in keys.items()]
     family = settings.get("model_type")
@@ -180,27 +190,27 @@ def _refused(settings: Settings) -> Iterator[tuple[str, str]]:
             yield key, _REASONS[key]
         if key in _FACTOR_REASONS and value not in (None, 1):
             yield key, _FACTOR_REASONS[key]
-    if _has_window(settings):
+    if has_window(settings):
         key = "sliding_window" if "sliding_window" in settings else "use_sliding_window"
         yield key, "a window of attention"
     for kind in sorted(set(settings.get("layer_types") or ()) - {"full_attention"}):
-        if kind != "sliding_attention" or not _exceeds_context(settings):
+        if kind != "sliding_attention" or not exceeds_context(settings):
             yield "layer_types", kind
 
 
-def _has_window(settings: Settings) -> bool:
+def has_window(settings: Settings) -> bool:
     """Return whether a layer's window of attention is shorter than the context."""
     used, layers = settings.get("use_sliding_window"), settings.get("num_hidden_layers")
     window = settings.get("sliding_window", used)  # Qwen has a default
     if used is None:  # Qwen's configs keep a window without using it
-        used = settings.get("model_type") not in ("qwen2", "qwen3")
-    if not window or not used or _exceeds_context(settings):
+        used = not str(settings.get("model_type")).startswith("qwen")
+    if not window or not used or exceeds_context(settings):
         return False
     # In Qwen only layers from `max_window_layers` on have a window.
     return (settings.get("max_window_layers") or 0) < (layers or 1)
 
 
-def _exceeds_context(settings: Settings) -> bool:
+def exceeds_context(settings: Settings) -> bool:
     """Return whether the window is at least as long as the context."""
     window, context = (
         settings.get(key) for key in ("sliding_window", "max_position_embeddings")

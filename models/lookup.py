@@ -6,14 +6,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from models import hf_config, quantization
+from models import hf_blocks, hf_config, quantization
 from models.config import PRESETS, ModelConfig, Widths, get_config
 from models.files import read_json
+from models.model_config import of_blocks
 from models.quantization import QUANTIZATION
 
-# Families of Hugging Face models whose layers have the matrices of `ModelConfig`.
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-# These and users' models are as wide as they run. Published ones are billed at 16 bits.
+# These and users' models are as wide as they run. Published ones are billed at 16 bits,
+# or as their published weights are quantised.
 _OURS = ("tiny", "tiny-opt", "tiny-qwen3", "m32", "kv")
 # The keys of a file in our form, with the types of some.
 _SIZES = ("layers", "embed", "q_heads", "kv_heads", "head_dim", "mlp", "vocab")
@@ -34,7 +34,8 @@ def find_model(name: str) -> ModelConfig:
         or the keys layers, embed, q_heads, kv_heads, head_dim, mlp, vocab, gated_mlp
         and tie_embeddings, and some of name, weight_dtype_bytes, table_dtype_bytes,
         kv_dtype_bytes and activation_dtype_bytes. Weights and KV have the widths in the
-        file (by default 16 bits); compute is billed at the device's peak for 16 bits.
+        file (by default 16 bits), and matmuls those of its quantisation. Of a model of
+        text and images it is the part for text.
 
     Raises:
       ValueError: naming the presets, if none has that name, or the fault of the file.
@@ -94,21 +95,23 @@ def _hugging_face(path: pathlib.Path, settings: dict[str, Any]) -> ModelConfig:
     beside = path.parent / QUANTIZATION
     if path.name == "config.json" and beside.is_file():
         settings.setdefault("quantization_config", read_json(beside))
-    unknown = hf_config.expect_known(settings, _FAMILIES)
-    unknown += quantization.unknown_keys(settings)
+    text, unknown = hf_blocks.text_settings(settings)
+    unknown += quantization.unknown_keys(text)
     hf_config.warn_of_unknown(str(path), tuple(unknown))
-    sizes = hf_config.read_sizes(settings)
-    wide = quantization.activation_bytes(settings)
-    return _model(
+    layers = hf_blocks.read_layers(text)
+    widths = quantization.read_widths(text, layers)
+    kinds = hf_blocks.blocks(layers)
+    if hf_blocks.is_dense(kinds):
+        sizes = hf_config.read_sizes(text)._asdict()
+        gated = text["model_type"] != "opt"
+        return _model(path.stem, sizes, gated_mlp=gated, widths=widths)
+    return of_blocks(
         path.stem,
-        sizes._asdict(),
-        gated_mlp=settings["model_type"] != "opt",
-        widths=Widths(
-            weight=quantization.weight_bytes(settings, sizes),
-            table=wide,
-            kv=quantization.kv_bytes(settings),
-            activation=wide,
-        ),
+        kinds,
+        vocab_size=hf_config.read_size(text, "vocab_size"),
+        tie_embeddings=bool(text.get("tie_word_embeddings")),
+        max_length=1,
+        widths=widths,
     )
 
 

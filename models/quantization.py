@@ -1,21 +1,24 @@
-"""Bytes of the weights and of the KV cache of quantised Hugging Face models. No JAX.
+"""Bytes of the weights and of the KV cache of quantised models. No JAX.
 
-A method sets the width of a weight and the matrices it leaves out. Scales and zero
-points are counted if at most 1,024 weights share them. Those of whole rows, matrices
-and blocks of 128 x 128 are under 0.1 % of the weights, as norms are. Embeddings and
-unembeddings stay as wide as activations.
+A method sets the width of a weight, the bits that a matmul with it computes in, and the
+matrices it leaves out. Scales and zero points are counted if blocks or at most 1,024
+weights share them. Those of whole rows and matrices are under 0.1 % of the weights, as
+norms are. Embeddings and unembeddings stay as wide as activations.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from models.hf_config import DTYPE_BYTES, Settings, Sizes, read_dtype
-from models.model_config import ModelConfig
+from models.blocks import Attention, ExpertMLP, LatentAttention
+from models.hf_blocks import Layer
+from models.hf_config import DTYPE_BYTES, Settings, read_dtype
+from models.model_config import ModelConfig, Widths
 
 QUANTIZATION = "hf_quant_config.json"  # where NVIDIA's Model Optimizer writes it
 
@@ -46,22 +49,41 @@ _HARMLESS = """
     llm_int8_threshold llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight
     _load_in_8bit _load_in_4bit has_zero_point pre_quant_scale
 """
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_MIXTRAL = ("w1", "w3", "w2")
 _KNOWN = {*_READ.split(), *_HARMLESS.split(), *_KEPT}
 
-Bits = Callable[[str], float | None]  # name of a matrix -> bits of a weight; None: kept
+# Of published files; copies of them may lack the list.
+_KEPT_BY_FAMILY = {
+    "gpt_oss": ("self_attn", "mlp.router", "lm_head"),
+    "kimi_k2": (
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ),
+}
+
+
+class Precision(NamedTuple):
+    """The precision of a matrix."""
+
+    bits: float  # of a weight, with its part of the scales
+    matmul_bits: int = 16  # that a matmul computes in: 16, 8 or 4
 
 
 _BLOCK_FP8 = 8 + 32 / 128**2  # a float32 scale for a block of 128 x 128 weights
-# By name: bits of a weight with its part of the scales, and bits that a matmul computes
-# in. MXFP4 and INT4 are of weights alone: activations stay at 16 bits.
-PRECISIONS: Mapping[str, tuple[float, int]] = {
-    "bf16": (16, 16),
-    "fp8": (8, 8),
-    "fp8_block": (_BLOCK_FP8, 8),
-    "nvfp4": (4 + 8 / 16, 4),  # an 8-bit scale for 16 weights
-    "mxfp4": (4 + 8 / 32, 16),  # an 8-bit scale for 32 weights
-    "int4_wo": (4 + 16 / 32, 16),  # a 16-bit scale for 32 weights
+# MXFP4 and INT4 are of weights alone: activations stay at 16 bits.
+PRECISIONS: Mapping[str, Precision] = {
+    "bf16": Precision(16),
+    "fp8": Precision(8, 8),
+    "fp8_block": Precision(_BLOCK_FP8, 8),
+    "nvfp4": Precision(4 + 8 / 16, 4),  # an 8-bit scale for 16 weights
+    "mxfp4": Precision(4 + 8 / 32),  # an 8-bit scale for 32 weights
+    "int4_wo": Precision(4 + 16 / 32),  # a 16-bit scale for 32 weights
 }
+
+Rule = Callable[[str], Precision | None]  # of a matrix by its name; None: kept
 
 
 def at_precision(
@@ -105,8 +127,8 @@ def at_precision(
 def _precision(part: str, name: str) -> tuple[float, int]:
     if name not in PRECISIONS:
         raise ValueError(f"{part}: expected one of {[*PRECISIONS]}, got {name!r}")
-    bits, matmul_bits = PRECISIONS[name]
-    return bits / 8, matmul_bits
+    found = PRECISIONS[name]
+    return found.bits / 8, found.matmul_bits
 
 
 def unknown_keys(settings: Settings) -> list[str]:
@@ -120,26 +142,48 @@ def activation_bytes(settings: Settings) -> int:
     return DTYPE_BYTES[read_dtype(settings) or "bfloat16"]
 
 
-def weight_bytes(settings: Settings, sizes: Sizes) -> float:
-    """Return the mean bytes of a weight in the blocks' matrices, scales included.
+def read_widths(settings: Settings, layers: Sequence[Layer]) -> Widths:
+    """Read the mean bytes of a weight, scales included, and the bytes of the rest.
 
     Raises:
       ValueError: naming the feature that is unknown or not modelled.
     """
-    fields, wide = _fields(settings), activation_bytes(settings)
+    wide, kv = activation_bytes(settings), kv_bytes(settings)
+    fields = _fields(settings)
     if not fields:
-        return wide
-    kept = [pattern for key in _KEPT for pattern in fields.get(key) or ()]
-    bits_of = _bits_of(fields)
-    head = None if _matches("lm_head", kept) else bits_of("lm_head")
-    if head is not None and not sizes.tie_embeddings:
+        return Widths(weight=wide, table=wide, kv=kv, activation=wide)
+    kept, rule = _kept(settings, fields), _rule(fields)
+    head = None if _matches("lm_head", kept) else rule("lm_head")
+    tied = settings.get("tie_word_embeddings", settings["model_type"] == "opt")
+    if head is not None and not tied:
         raise ValueError("quantization_config: a quantised lm_head is not modelled")
-    total, weights = 0.0, 0
-    for name, size in _matrices(settings, sizes):
-        bits = None if _matches(name, kept) else bits_of(name)
-        total += size * (wide if bits is None else bits / 8)
-        weights += size
-    return total / weights
+    # Weights at each precision: of experts behind a router, and of the others.
+    counts = {True: collections.Counter(), False: collections.Counter()}
+    for name, size, routed in _matrices(settings, layers):
+        found = None if _matches(name, kept) else rule(name)
+        counts[routed][found or Precision(8 * wide)] += size
+    weight, bits = _mean(counts[False])
+    widths = Widths(weight=weight, table=wide, kv=kv, activation=wide, matmul_bits=bits)
+    if not counts[True]:
+        return widths
+    weight, bits = _mean(counts[True])
+    return dataclasses.replace(widths, expert_weight=weight, expert_matmul_bits=bits)
+
+
+def _mean(counts: Mapping[Precision, int]) -> tuple[float, int]:
+    """Return the mean bytes of a weight, and the bits that most compute in."""
+    bits = sum(found.bits * size for found, size in counts.items())
+    most = max(counts, key=lambda found: counts[found])
+    return bits / 8 / sum(counts.values()), most.matmul_bits
+
+
+def _kept(settings: Settings, fields: Mapping[str, Any]) -> list[str]:
+    """Return the patterns of the matrices that are not quantised."""
+    if not any(key in fields for key in _KEPT):
+        return [*_KEPT_BY_FAMILY.get(settings["model_type"], ())]
+    kept = [pattern for key in _KEPT for pattern in fields.get(key) or ()]
+    # The part for text of a model of text and images.
+    return [pattern.replace("language_model.", "") for pattern in kept]
 
 
 def kv_bytes(settings: Settings) -> int:
@@ -183,21 +227,64 @@ def _fields(settings: Settings) -> dict[str, Any]:
     return {**fields, **(fields.get("quantization") or {})}
 
 
-def _matrices(settings: Settings, sizes: Sizes) -> Iterator[tuple[str, int]]:
-    """Yield the name of every matrix in a block, and its number of weights."""
-    opt = settings["model_type"] == "opt"
-    query = sizes.embed * sizes.q_heads * sizes.head_dim
-    kv, mlp = query // sizes.q_heads * sizes.kv_heads, sizes.embed * sizes.mlp
-    attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    out = "self_attn.out_proj" if opt else "self_attn.o_proj"
-    gated = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    names = (*attention, out, *(("fc1", "fc2") if opt else gated))
-    for layer in range(sizes.layers):
-        at = f"model.{'decoder.' if opt else ''}layers.{layer}"
-        for name, size in zip(
-            names, (query, kv, kv, query, mlp, mlp, mlp), strict=False
-        ):
-            yield f"{at}.{name}", size
+def _matrices(
+    settings: Settings, layers: Sequence[Layer]
+) -> Iterator[tuple[str, int, bool]]:
+    """Yield each matrix: its name, its weights, and whether a router chooses it.
+
+    All experts of a layer come as the first. Routers are left out: they are under 1 %
+    of a layer's other weights.
+    """
+    family = settings["model_type"]
+    for i, layer in enumerate(layers):
+        at = f"model.{'decoder.' if family == 'opt' else ''}layers.{i}"
+        for name, size in (*_attention(family, layer), *_mlp(family, layer)):
+            yield f"{at}.{name}", size, ".experts." in name
+
+
+def _attention(family: str, layer: Layer) -> Iterator[tuple[str, int]]:
+    of, _ = layer
+    if isinstance(of, Attention):
+        head = of.embed * of.head_dim
+        yield "self_attn.q_proj", head * of.q_heads * (2 if of.gated else 1)
+        yield "self_attn.k_proj", head * of.kv_heads
+        yield "self_attn.v_proj", head * of.kv_heads
+        out = "out_proj" if family == "opt" else "o_proj"
+        yield f"self_attn.{out}", head * of.q_heads
+    elif isinstance(of, LatentAttention):
+        query = of.heads * (of.nope_dim + of.rope_dim)
+        if of.q_rank is None:
+            yield "self_attn.q_proj", of.embed * query
+        else:
+            yield "self_attn.q_a_proj", of.embed * of.q_rank
+            yield "self_attn.q_b_proj", of.q_rank * query
+        yield "self_attn.kv_a_proj_with_mqa", of.embed * of.kv_values_per_token
+        expanded = of.heads * (of.nope_dim + of.value_dim)
+        yield "self_attn.kv_b_proj", of.kv_rank * expanded
+        yield "self_attn.o_proj", of.heads * of.value_dim * of.embed
+    else:
+        keys, values = of.key_heads * of.key_dim, of.value_heads * of.value_dim
+        yield "linear_attn.in_proj_qkv", of.embed * (2 * keys + values)
+        yield "linear_attn.in_proj_z", of.embed * values
+        yield "linear_attn.in_proj_b", of.embed * of.value_heads
+        yield "linear_attn.in_proj_a", of.embed * of.value_heads
+        yield "linear_attn.out_proj", values * of.embed
+
+
+def _mlp(family: str, layer: Layer) -> Iterator[tuple[str, int]]:
+    _, of = layer
+    if not isinstance(of, ExpertMLP):
+        names = ("fc1", "fc2") if family == "opt" else [f"mlp.{n}" for n in _GATED]
+        for name in names:
+            yield name, of.embed * of.width
+        return
+    mixtral = family in ("mixtral", "minimax_m2")  # in both by the names of the former
+    block, names = ("block_sparse_moe", _MIXTRAL) if mixtral else ("mlp", _GATED)
+    for name in names:
+        yield f"{block}.experts.0.{name}", of.routed_params // of.matrices
+        if of.shared_width:
+            shared = "shared_expert" if family.startswith("qwen") else "shared_experts"
+            yield f"{block}.{shared}.{name}", of.shared_params // of.matrices
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -220,7 +307,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 # -- methods --------------------------------------------------------------------------
 
 
-def _bits_of(fields: Mapping[str, Any]) -> Bits:
+def _rule(fields: Mapping[str, Any]) -> Rule:
     method = fields.get("quant_method") or (
         "modelopt" if "quant_algo" in fields else ""
     )
@@ -229,9 +316,9 @@ def _bits_of(fields: Mapping[str, Any]) -> Bits:
     if method not in _METHODS:
         known = sorted((*_METHODS, "compressed-tensors"))
         raise _refusal("quant_method", f"one of {known}", method)
-    bits = _METHODS[method](fields)
+    found = _METHODS[method](fields)
     has_head = bool(fields.get("lm_head"))
-    return lambda name: None if name == "lm_head" and not has_head else bits
+    return lambda name: None if name == "lm_head" and not has_head else found
 
 
 def _refusal(key: str, expected: str, got: object) -> ValueError:
@@ -251,34 +338,48 @@ def _integer(fields: Mapping[str, Any], key: str, default: int | None = None) ->
     return value
 
 
-def _gptq(fields: Mapping[str, Any]) -> float:
-    """Return GPTQ's and AWQ's bits: each group has a 16-bit scale and a zero point."""
+def _fp8(fields: Mapping[str, Any]) -> Precision:
+    """Return FP8: with a float32 scale for each block, or for whole matrices."""
+    block = fields.get("weight_block_size")
+    if block is None:
+        return PRECISIONS["fp8"]
+    whole = isinstance(block, Sequence) and all(type(n) is int and n > 0 for n in block)
+    if not whole or len(block) != 2:
+        raise _refusal("weight_block_size", "two whole numbers", block)
+    return Precision(8 + 32 / (block[0] * block[1]), 8)
+
+
+def _gptq(fields: Mapping[str, Any]) -> Precision:
+    """Return GPTQ and AWQ: each group has a 16-bit scale and a zero point."""
     bits = _integer(fields, "bits")
     if bits not in (2, 3, 4, 8):
         raise _refusal("bits", "2, 3, 4 or 8", bits)
     if fields.get("dynamic"):
         raise _refusal("dynamic", "no widths by module", fields["dynamic"])
-    return _grouped(bits, 16 + bits, _integer(fields, "group_size", 128))
+    return Precision(_grouped(bits, 16 + bits, _integer(fields, "group_size", 128)))
 
 
-def _bitsandbytes(fields: Mapping[str, Any]) -> float:
+def _bitsandbytes(fields: Mapping[str, Any]) -> Precision:
     four, eight = (bool(fields.get(key)) for key in ("load_in_4bit", "load_in_8bit"))
     if four == eight:
         raise _refusal("load_in_4bit, load_in_8bit", "one of them", (four, eight))
     # A float32 scale for 64 weights, or 8 bits of one and a float32 for 256 scales.
     double = fields.get("bnb_4bit_use_double_quant")
-    return 8 if eight else _grouped(4, 8 + 32 / 256 if double else 32, 64)
+    if eight:
+        return Precision(8, 8)
+    return Precision(_grouped(4, 8 + 32 / 256 if double else 32, 64))
 
 
-def _modelopt(fields: Mapping[str, Any]) -> float:
+def _modelopt(fields: Mapping[str, Any]) -> Precision:
     algorithm = fields.get("quant_algo")
     if algorithm not in _ALGORITHMS:
         raise _refusal("quant_algo", f"one of {sorted(_ALGORITHMS)}", algorithm)
-    bits, shared, group = _ALGORITHMS[algorithm]
-    return _grouped(bits, shared, _integer(fields, "group_size", group))
+    bits, shared, group, matmul_bits = _ALGORITHMS[algorithm]
+    mean = _grouped(bits, shared, _integer(fields, "group_size", group))
+    return Precision(mean, matmul_bits)
 
 
-def _compressed_tensors(fields: Mapping[str, Any]) -> Bits:
+def _compressed_tensors(fields: Mapping[str, Any]) -> Rule:
     sparse = (fields.get("sparsity_config") or {}).get("format", "dense")
     if sparse != "dense" or "24" in str(fields.get("format")):
         raise _refusal("sparsity_config", "dense weights", sparse)
@@ -288,52 +389,56 @@ def _compressed_tensors(fields: Mapping[str, Any]) -> Bits:
     if not groups or not all(isinstance(group, Mapping) for group in groups.values()):
         raise _refusal("config_groups", "objects with targets and weights", groups)
     rules = [
-        (group.get("targets") or ("Linear",), _scheme_bits(group.get("weights")))
+        (group.get("targets") or ("Linear",), _scheme(group))
         for group in groups.values()
     ]
 
-    def bits_of(name: str) -> float | None:
-        for targets, bits in rules:
+    def rule(name: str) -> Precision | None:
+        for targets, found in rules:
             if "Linear" in targets or _matches(name, targets):
-                return bits
+                return found
         return None
 
-    return bits_of
+    return rule
 
 
-def _scheme_bits(scheme: Mapping[str, Any] | None) -> float | None:
-    """Return the bits of a weight by compressed-tensors; None: it is not quantised."""
-    if not scheme:
+def _scheme(group: Mapping[str, Any]) -> Precision | None:
+    """Return the precision by compressed-tensors; None: weights are not quantised."""
+    weights, activations = group.get("weights"), group.get("input_activations")
+    if not weights:
         return None
-    bits = _integer(scheme, "num_bits")
+    bits = _integer(weights, "num_bits")
     # The scales of NVFP4 and MXFP4 have 8 bits.
-    shared = 8 if scheme.get("type") == "float" and bits == 4 else 16
-    if scheme.get("symmetric") is False:
+    shared = 8 if weights.get("type") == "float" and bits == 4 else 16
+    if weights.get("symmetric") is False:
         shared += bits
-    return _grouped(bits, shared, scheme.get("group_size"))
+    matmul_bits = _integer(activations, "num_bits") if activations else 16
+    mean = _grouped(bits, shared, weights.get("group_size"))
+    return Precision(mean, max(matmul_bits, bits))
 
 
-_METHODS: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "fp8": lambda _: 8,
-    "fbgemm_fp8": lambda _: 8,
-    "mxfp4": lambda _: _grouped(4, 8, 32),
-    "nvfp4": lambda _: _grouped(4, 8, 16),
+_METHODS: Mapping[str, Callable[[Mapping[str, Any]], Precision]] = {
+    "fp8": _fp8,
+    "fbgemm_fp8": lambda _: PRECISIONS["fp8"],
+    "mxfp4": lambda _: PRECISIONS["mxfp4"],
+    "nvfp4": lambda _: PRECISIONS["nvfp4"],
     "awq": _gptq,
     "gptq": _gptq,
     "bitsandbytes": _bitsandbytes,
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
 }
-# Model Optimizer: bits of a weight, bits of a group's scale, weights of a group.
+# Model Optimizer: bits of a weight, bits of a group's scale, weights of a group, and
+# bits that a matmul computes in ("A16": activations are not quantised).
 _ALGORITHMS = {
-    "FP8": (8, 0, -1),
-    "FP8_PER_CHANNEL_PER_TOKEN": (8, 0, -1),
-    "FP8_PB_WO": (8, 0, -1),
-    "W8A8_SQ_PER_CHANNEL": (8, 0, -1),
-    "NVFP4": (4, 8, 16),
-    "MXFP4": (4, 8, 32),
-    "W4A16_AWQ": (4, 16, 128),
-    "W4A8_AWQ": (4, 16, 128),
+    "FP8": (8, 0, -1, 8),
+    "FP8_PER_CHANNEL_PER_TOKEN": (8, 0, -1, 8),
+    "FP8_PB_WO": (8, 0, -1, 8),
+    "W8A8_SQ_PER_CHANNEL": (8, 0, -1, 8),
+    "NVFP4": (4, 8, 16, 4),
+    "MXFP4": (4, 8, 32, 16),
+    "W4A16_AWQ": (4, 16, 128, 16),
+    "W4A8_AWQ": (4, 16, 128, 8),
 }
 _KV_BYTES = {
     **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2", "float8", "int8"), 1),

@@ -184,22 +184,24 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "weight", "table", "kv", "activation"),
+    ("settings", "weight", "table", "kv", "activation", "bits"),
     [
-        ({}, 2, 2, 2, 2),
-        ({"torch_dtype": "bfloat16"}, 2, 2, 2, 2),
-        ({"dtype": "float16"}, 2, 2, 2, 2),
-        ({"torch_dtype": "float32"}, 4, 4, 4, 4),
-        ({"quantization_config": FP8}, 1, 2, 2, 2),
-        ({"quantization_config": FP8, "dtype": "float32"}, 1, 4, 4, 4),
-        ({"quantization_config": FP8, "kv_cache_dtype": "fp8"}, 1, 2, 1, 2),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.53125, 2, 2, 2),
+        ({}, 2, 2, 2, 2, 16),
+        ({"torch_dtype": "bfloat16"}, 2, 2, 2, 2, 16),
+        ({"dtype": "float16"}, 2, 2, 2, 2, 16),
+        ({"torch_dtype": "float32"}, 4, 4, 4, 4, 16),
+        ({"quantization_config": FP8}, 1, 2, 2, 2, 8),
+        ({"quantization_config": FP8, "dtype": "float32"}, 1, 4, 4, 4, 8),
+        ({"quantization_config": FP8, "kv_cache_dtype": "fp8"}, 1, 2, 1, 2, 8),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.53125, 2, 2, 2, 16),
     ],
 )
-def test_bytes_follow_the_file(tmp_path, settings, weight, table, kv, activation):
+def test_widths_follow_the_file(
+    tmp_path, settings, weight, table, kv, activation, bits
+):
     model = find_model(write(tmp_path / "m.json", {**LLAMA, **settings}))
     assert model.stored == Widths(
-        weight=weight, table=table, kv=kv, activation=activation
+        weight=weight, table=table, kv=kv, activation=activation, matmul_bits=bits
     )
     layers, tables = model.layers * model.layer_params, 2 * model.table_params
     assert model.weight_bytes == layers * weight + tables * table

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from models.hf_config import read_sizes
-from models.quantization import kv_bytes, unknown_keys, weight_bytes
+from models.hf_blocks import read_layers
+from models.model_config import Widths
+from models.quantization import kv_bytes, read_widths, unknown_keys
 
 # A block has 16 + 8 + 8 + 16 = 48 weights of attention and 3 x 4 x 16 = 192 of MLP.
 SETTINGS = {
@@ -22,9 +23,13 @@ SETTINGS = {
 }
 
 
+def widths(**settings: Any) -> Widths:
+    settings = {**SETTINGS, **settings}
+    return read_widths(settings, read_layers(settings))
+
+
 def width(dtype: str = "bfloat16", **fields: Any) -> float:
-    settings = {**SETTINGS, "torch_dtype": dtype, "quantization_config": fields}
-    return weight_bytes(settings, read_sizes(settings))
+    return widths(torch_dtype=dtype, quantization_config=fields).weight
 
 
 def group(targets: list[str] | None = None, **weights: Any) -> dict[str, Any]:
@@ -49,8 +54,9 @@ NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size
     "fields, bits",
     [
         ({"quant_method": "fp8", "activation_scheme": "dynamic"}, 8),
-        # A float32 for 16,384 weights is left out.
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        # A float32 for each block of weights.
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8 + 32 / 128**2),
+        ({"quant_method": "fp8", "weight_block_size": [1, 64]}, 8 + 32 / 64),
         ({"quant_method": "fbgemm_fp8"}, 8),
         # A 16-bit scale and a 4-bit zero point for each group.
         ({"quant_method": "awq", "bits": 4, "group_size": 128}, 4 + 20 / 128),
@@ -191,9 +197,8 @@ def test_a_regular_expression_is_matched_from_the_beginning() -> None:
 
 def test_a_tied_head_is_no_matrix_of_its_own() -> None:
     fields = compressed(group(**FP8), ignore=[])
-    settings = {**SETTINGS, "quantization_config": fields}
-    tied = {**settings, "tie_word_embeddings": True}
-    assert weight_bytes(tied, read_sizes(tied)) == 1
+    found = widths(tie_word_embeddings=True, quantization_config=fields)
+    assert found.weight == 1
 
 
 def test_of_two_groups_the_first_that_names_a_matrix_counts() -> None:
@@ -211,11 +216,11 @@ def test_the_matrices_of_opt() -> None:
     sizes = {"ffn_dim": 16, "tie_word_embeddings": True}
     fields = {"quant_method": "gptq", "bits": 8, "group_size": -1}
     fields["modules_to_not_convert"] = ["fc1"]
-    settings = {**SETTINGS, **sizes, "model_type": "opt", "quantization_config": fields}
-    settings["num_key_value_heads"] = 2
+    got = widths(
+        **sizes, model_type="opt", num_key_value_heads=2, quantization_config=fields
+    )
     # 4 x 16 of attention and 2 x 64 of the MLP.
-    got = weight_bytes(settings, read_sizes(settings))
-    assert got == pytest.approx((64 * 2 + 128) / 192, rel=1e-12)
+    assert got.weight == pytest.approx((64 * 2 + 128) / 192, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +261,14 @@ def test_the_matrices_of_opt() -> None:
             "quant_algo: expected one of .*, got 'MIXED_PRECISION'",
         ),
         ({"quant_method": "bitsandbytes"}, "load_in_4bit, load_in_8bit: expected one"),
+        (
+            {"quant_method": "fp8", "weight_block_size": 128},
+            "weight_block_size: expected two whole numbers, got 128",
+        ),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 0]},
+            "weight_block_size: expected two whole numbers, got",
+        ),
     ],
 )
 def test_other_methods_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -264,15 +277,14 @@ def test_other_methods_are_refused(fields: dict[str, Any], message: str) -> None
 
 
 def test_quantization_that_is_no_object_is_refused() -> None:
-    settings = {**SETTINGS, "quantization_config": "fp8"}
     with pytest.raises(ValueError, match="quantization_config: expected an object"):
-        weight_bytes(settings, read_sizes(settings))
+        widths(quantization_config="fp8")
 
 
 def test_its_older_name_and_unknown_fields() -> None:
     fields = {"quant_method": "fp8", "surprise": 1}
-    settings = {**SETTINGS, "compression_config": fields}
-    assert weight_bytes(settings, read_sizes(settings)) == 1
+    settings = {"compression_config": fields}
+    assert widths(**settings).weight == 1
     assert unknown_keys(settings) == ["quantization_config.surprise"]
 
 
@@ -331,3 +343,10 @@ def test_bytes_of_the_cache(settings: dict[str, Any], size: int) -> None:
 def test_other_caches_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kv_bytes({**SETTINGS, **settings})
+
+
+def test_matmuls_compute_as_those_of_most_weights_do() -> None:
+    kept = {"quant_method": "fp8", "modules_to_not_convert": ["self_attn"]}
+    assert widths(quantization_config=kept).matmul_bits == 8  # 192 of 240 weights
+    kept = {"quant_method": "fp8", "modules_to_not_convert": ["mlp"]}
+    assert widths(quantization_config=kept).matmul_bits == 16

@@ -21,7 +21,7 @@ def test_every_role_has_a_table():
 
 @pytest.mark.parametrize("role", RULES)
 def test_every_logical_axis_has_a_rule(role):
-    """Of all weights of dense presets, tied or not, and of KV at rest and on its way."""
+    """Of weights of dense presets, tied or not, and of KV at rest and on its way."""
     rules = RULES[role]
     arrays = [kv_cache.AXES]
     for config in PRESETS.values():
