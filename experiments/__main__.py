@@ -23,6 +23,9 @@ COMMANDS = {
         "calibrate": "measure the engine's steps, and fit a cost model to them",
         "accuracy": "know how far the simulator is from the engine",
     },
+    "hold the simulator against real devices": {
+        "hardware_accuracy": "know how far it is from engines on GPUs",
+    },
     "know what the engine costs": {
         "stalls": "see what a prompt does to requests that are decoding",
         "two_meshes": "see prefill and decode on meshes of their own",

@@ -56,7 +56,7 @@ ORDER = (
     ("experiments.runs",),
     (
         *("experiments.papers", "experiments.sweep", "experiments.placement"),
-        "experiments.simulated",
+        *("experiments.simulated", "experiments.measured"),
     ),
     ("experiments.comparison", "experiments.benchmarks"),
     ("experiments.accuracy_study",),

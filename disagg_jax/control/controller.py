@@ -53,6 +53,7 @@ class Controller:
     Attributes:
       instances: the state of every instance, for reading.
       timelines: what happened to each request, in arrival order.
+      ended: the timelines of those requests that ended in the last turn.
 
     Args:
       deployment: the instances.
@@ -112,6 +113,7 @@ class Controller:
         self._last_work_id = 0
         self._active = 0  # requests that arrived and have not ended
         self.timelines: list[Timeline] = []
+        self.ended: list[Timeline] = []
         # A table is faster than a match, which is felt with several events a turn.
         self._on: dict[type[Event], Callable[[float, Any], None]] = {
             Arrived: self._arrived,
@@ -147,6 +149,8 @@ class Controller:
         """
         spans = self._spans
         spans.now_s, spans.progress_of, spans.gone_on = now_s, progress, False
+        if self.ended:
+            self.ended = []
         for event in events:
             self._on[type(event)](now_s, event)
         works: list[Work] = []
@@ -192,6 +196,7 @@ class Controller:
         timeline.error = self._fleet.rejection_reason(request)
         if timeline.error:
             timeline.status, timeline.end_s = Status.REFUSED, now_s
+            self.ended.append(timeline)
             return
         self._active += 1
         self._enqueue(state)
@@ -406,6 +411,7 @@ class Controller:
             flight = next(f for f in flights if f.batch is state.batch)
             flight.cancelled += (state,)
         state.timeline.status, state.timeline.end_s = status, now_s
+        self.ended.append(state.timeline)
         self._active -= 1
 
     # -- plans ----------------------------------------------------------------------

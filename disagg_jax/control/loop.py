@@ -23,8 +23,9 @@ from disagg_jax.work import (
 
 Intervention = tuple[float, Cancelled | Down | Straggle | Up]
 Observer = Callable[[float, Sequence[Event], Sequence[Work]], None]
-# (time in seconds, all timelines so far) -> requests that arrive now.
-Followers = Callable[[float, Sequence[Timeline]], Sequence[Request]]
+# (time in seconds, all timelines so far, those that ended in this turn) -> requests
+# that arrive now.
+Followers = Callable[[float, Sequence[Timeline], Sequence[Timeline]], Sequence[Request]]
 
 
 def serve(
@@ -84,7 +85,7 @@ def serve(
         for work in works:
             backend.submit(work)
         if followers is not None:
-            following = followers(now_s, controller.timelines)
+            following = followers(now_s, controller.timelines, controller.ended)
             external.extendleft([(now_s, Arrived(r)) for r in reversed(following)])
     return controller.timelines
 

@@ -220,7 +220,9 @@ class _Texts:
         self._seen = [0] * len(requests)
         self._on_piece = on_piece
 
-    def follow(self, now_s: float, timelines: Sequence[Timeline]) -> tuple[()]:
+    def follow(
+        self, now_s: float, timelines: Sequence[Timeline], ended: Sequence[Timeline]
+    ) -> tuple[()]:
         """Take the tokens of a turn; see `control.loop.Followers`: nobody follows."""
         for timeline in timelines:
             if len(timeline.tokens) > self._seen[timeline.request.id]:

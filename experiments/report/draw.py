@@ -32,6 +32,7 @@ _LINES: dict[str, dict[str, Any]] = {  # by the style of a series
     "dashed": {"ls": "--", "lw": 1.4},
     "dotted": {"ls": ":", "lw": 0.9},
     "diamond": {"ls": "", "marker": "D", "ms": 7},
+    "cloud": {"ls": "", "marker": ".", "ms": 4},
     "paper": {"ls": ":", "lw": 0.7, "ms": 4.5, "mfc": "none"},
 }
 

@@ -13,7 +13,7 @@ from disagg_jax.metrics import Interval, Stages, rate_interval
 
 Key = TypeVar("Key", bound=Hashable)
 XY = tuple[float, float]
-Style = Literal["line", "dots", "dashed", "dotted", "paper", "diamond"]
+Style = Literal["line", "dots", "dashed", "dotted", "paper", "diamond", "cloud"]
 
 STAGES = tuple(
     field.name.removesuffix("_s") for field in dataclasses.fields(Stages)
