@@ -166,7 +166,7 @@ def least_tpot_s(model: ModelConfig, row: MeasuredRow, deployment: Deployment) -
     """
     decoders = deployment.of(Role.DECODE, Role.COLOCATED)
     spec = deployment.instances[decoders[0]]
-    partition = Partition(model, spec.tp, spec.pp)
+    partition = Partition(model, spec.parallelism)
     decode_s = (row.output_tokens - 1) * row.tpot_s
     share = decode_s / (row.ttft_s + decode_s)
     clients = row.loop.clients if row.loop else 1
