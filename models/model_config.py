@@ -40,6 +40,9 @@ class Widths:
     expert_weight: float | None = None  # of experts behind a router; else `weight`
     matmul_bits: int = 16  # that the layers' matmuls compute in: 16, 8 or 4
     expert_matmul_bits: int = 16  # the same of the experts
+    # Whether activations get a scale for each block of 128 in every step, before they
+    # are multiplied with weights of 8 bits; else their scales are fixed.
+    block_scaled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight", "table", "kv", "activation", "expert_weight"):

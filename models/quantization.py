@@ -119,6 +119,7 @@ def at_precision(
         matmul_bits=bits,
         expert_weight=expert_weight,
         expert_matmul_bits=expert_bits,
+        block_scaled="fp8_block" in (gemm, experts),
         kv=had.kv if kv is None else {"bf16": 2, "fp8": 1}[kv],
     )
     return dataclasses.replace(model, widths=widths)
@@ -163,7 +164,14 @@ def read_widths(settings: Settings, layers: Sequence[Layer]) -> Widths:
         found = None if _matches(name, kept) else rule(name)
         counts[routed][found or Precision(8 * wide)] += size
     weight, bits = _mean(counts[False])
-    widths = Widths(weight=weight, table=wide, kv=kv, activation=wide, matmul_bits=bits)
+    widths = Widths(
+        weight=weight,
+        table=wide,
+        kv=kv,
+        activation=wide,
+        matmul_bits=bits,
+        block_scaled="weight_block_size" in fields,
+    )
     if not counts[True]:
         return widths
     weight, bits = _mean(counts[True])

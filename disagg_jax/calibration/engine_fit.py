@@ -5,7 +5,7 @@ A latency is the scalar product of the factors and of what the simulator counted
 mean of |simulated / measured - 1| is least (iteratively reweighted): some published
 rows are far from all others of their kind, and must not decide.
 
-No factor is negative. The five that multiply terms are drawn towards 1, the device's
+No factor is negative. Those that multiply terms are drawn towards 1, the device's
 own efficiencies: where rows cannot tell two terms apart, neither takes the other's
 part.
 """
@@ -33,7 +33,7 @@ def fit_factors(terms: Array, measured_s: Array) -> EngineFactors:
     """Return the factors with the least mean relative error.
 
     Args:
-      terms: [rows, 10] what each factor multiplies, in the order of `EngineFactors`.
+      terms: [rows, 13] what each factor multiplies, in the order of `EngineFactors`.
       measured_s: [rows] the latencies, > 0.
 
     Raises:

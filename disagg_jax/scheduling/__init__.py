@@ -31,6 +31,7 @@ from disagg_jax.scheduling.routing import ROUTERS, Router, get_router
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.scheduling.tuning import StepSize
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
@@ -63,6 +64,7 @@ SYSTEMS: Mapping[str, Mapping[Role, Policy]] = {
     "orca": {Role.COLOCATED: Orca()},
     "vllm_v0": {Role.COLOCATED: PrefillFirst()},
     "vllm_v1": {Role.COLOCATED: RunningFirst()},
+    "tensorrt_llm": {Role.COLOCATED: NoEvict()},
     "sarathi": {Role.COLOCATED: Sarathi()},
     "sarathi_serve": {Role.COLOCATED: SarathiServe()},
     "splitfuse": {Role.COLOCATED: SplitFuse()},

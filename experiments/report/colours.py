@@ -27,8 +27,9 @@ _SYSTEMS: Mapping[str, int] = {
     "disaggregated_chunked": 5,
     "orca": 6,
     "sarathi": 8,
+    "tensorrt_llm": 9,
 }
-_OWN = (9, 10, 11, 12, 13)
+_OWN = (10, 11, 12, 13)
 # Systems by the names that papers give them.
 _OF_PAPERS: Mapping[str, str] = {
     "DeepSpeed-MII": "splitfuse",

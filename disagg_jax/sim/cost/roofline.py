@@ -26,8 +26,8 @@ All of a decode-only step but one product depends on the number of decodes alone
 `decode_s` is base[decodes] + slope * context; layers with a window read no more than
 the window.
 
-Of dp attention replicas the fullest counts: it has the next whole share of the tokens.
-Routing is taken as even. Latent attention decodes in its absorbed form, whose FLOPs can
+Of dp attention replicas the fullest counts: it has the next whole share of the tokens,
+and prompts of a step are spread evenly. So are tokens over experts. Latent attention decodes in its absorbed form, whose FLOPs can
 take longer than reading the latent vectors.
 
 The form leaves out sampling, the embedding lookup, norms and activations (bandwidth),
@@ -236,6 +236,8 @@ class _Stage:
         self._layers = sum(block.count for block in blocks)
         self._expert_layers = sum(count for count, _ in mixtures)
         self._copies = max((mlp.active for _, mlp in mixtures), default=0)
+        self._expanded = stored.experts < 1 and stored.expert_matmul_bits == 16
+        self._scaled = stored.block_scaled
         self._attend(partition, hardware, blocks)
 
     def _attend(
@@ -286,9 +288,9 @@ class _Stage:
         tokens = decodes + load.prompt_tokens
         rows = -(-tokens // dp)  # of the fullest replica
         linear_s = self._linear.time_s(rows)
-        communication_s = self._exchange_s(rows)
+        reduce_s, exchange_s = self._communicate(rows)
         if self._head is None:
-            communication_s += self._hardware.hop.transfer_s(rows * self._row_bytes)
+            reduce_s += self._hardware.hop.transfer_s(rows * self._row_bytes)
         else:
             # Only a prompt's last chunk needs logits. A load does not say which chunks
             # are last: each is billed for one row.
@@ -297,17 +299,19 @@ class _Stage:
         for experts in self._experts:
             experts_s += experts.time_s(tokens)
         if chunks:
-            replicas = min(dp, len(chunks))
-            attention_s = sum([self._chunk_s(*chunk) for chunk in chunks]) / replicas
+            attention_s = sum([self._chunk_s(*chunk) for chunk in chunks]) / dp
         if decodes:
             kv_s = self._state_s * -(-decodes // dp)
         return StepTerms(
             linear_s,
-            experts_s,
+            0.0 if self._expanded else experts_s,
+            experts_s if self._expanded else 0.0,
             attention_s,
             kv_s,
-            communication_s,
+            reduce_s,
+            exchange_s,
             self._layers,
+            self._layers if self._scaled else 0,
             self._expert_layers,
             self._kv_layers if decodes else 0,
             decodes + len(chunks),
@@ -332,16 +336,20 @@ class _Stage:
             time_s += layers * max(count * seen * pair_s / mfu, cached * read_s)
         return time_s
 
-    def _exchange_s(self, rows: int) -> float:
-        """Return the seconds of collectives: after attention, and around the MLP."""
-        size_bytes, time_s = rows * self._row_bytes, 0.0
+    def _communicate(self, rows: int) -> tuple[float, float]:
+        """Return the seconds of all-reduces, and of tokens to experts and back.
+
+        Layers end with an all-reduce over tp devices after attention and after the MLP.
+        Between replicas tokens go to the experts instead of the second one.
+        """
+        size_bytes, reduce_s, exchange_s = rows * self._row_bytes, 0.0, 0.0
         spread = self._expert_layers if self._dp > 1 else 0
         if self._tp > 1:
-            reduce_s = self._hardware.all_reduce[self._tp].time_s(self._tp, size_bytes)
-            time_s = (2 * self._layers - spread) * reduce_s
+            one_s = self._hardware.all_reduce[self._tp].time_s(self._tp, size_bytes)
+            reduce_s = (2 * self._layers - spread) * one_s
         if spread:
             devices = self._tp * self._dp
             copies = min(self._copies, devices - 1)
             exchange = self._hardware.all_to_all[devices]
-            time_s += 2 * spread * exchange.time_s(devices, copies * size_bytes)
-        return time_s
+            exchange_s = 2 * spread * exchange.time_s(devices, copies * size_bytes)
+        return reduce_s, exchange_s

@@ -19,10 +19,13 @@ class StepTerms(NamedTuple):
 
     linear_s: float  # matmuls of attention, dense MLPs, shared experts and logits
     experts_s: float  # matmuls of routed experts
+    expanded_s: float  # the same where weights are expanded to 16 bits on the way
     attention_s: float  # of prompts
     kv_s: float  # attention of decodes: reading KV or a state
-    communication_s: float  # all-reduces, tokens to experts, the hop between stages
+    reduce_s: float  # all-reduces of tensor parallelism, and the hop between stages
+    exchange_s: float  # tokens to the experts of other replicas, and back
     layers: int
+    scaled_layers: int  # layers whose activations are scaled to 8 bits block by block
     expert_layers: int  # layers with routed experts
     kv_layers: int  # layers that read KV for decodes
     sequences: int  # decodes and prompt parts
@@ -32,7 +35,7 @@ class StepTerms(NamedTuple):
 class EngineFactors:
     """How an engine's steps differ from a device's kernels, one after the other.
 
-    The first five multiply terms: below 1, kernels are better than those that the
+    The first seven multiply terms: below 1, kernels are better than those that the
     device's efficiencies were read from, or hidden behind others. The rest adds seconds
     that nothing hides.
 
@@ -42,15 +45,16 @@ class EngineFactors:
 
     linear: float = 1.0
     experts: float = 1.0
+    expanded: float = 1.0
     attention: float = 1.0
     kv: float = 1.0
-    communication: float = 1.0
+    reduce: float = 1.0
+    exchange: float = 1.0
     layer_s: float = 0.0  # of each layer: kernels too small for any peak, launches
+    scaled_layer_s: float = 0.0  # of a layer's kernels that scale activations
     expert_layer_s: float = 0.0  # of a layer with routed experts, beside layer_s
     kv_layer_s: float = 0.0  # of each layer of a step with decodes
-    sequence_s: float = (
-        0.0  # of each sequence in a step: host work that tp cannot split
-    )
+    sequence_s: float = 0.0  # of each sequence of a step: host work, whatever tp is
     step_s: float = 0.0  # of a step: host work
 
     def __post_init__(self) -> None:
@@ -60,26 +64,18 @@ class EngineFactors:
 
     def time_s(self, terms: StepTerms) -> float:
         """Return the seconds of a step."""
-        (
-            linear_s,
-            experts_s,
-            attention_s,
-            kv_s,
-            communication_s,
-            layers,
-            expert_layers,
-            kv_layers,
-            sequences,
-        ) = terms
         return (
             self.step_s
-            + self.linear * linear_s
-            + self.experts * experts_s
-            + self.attention * attention_s
-            + self.kv * kv_s
-            + self.communication * communication_s
-            + self.layer_s * layers
-            + self.expert_layer_s * expert_layers
-            + self.kv_layer_s * kv_layers
-            + self.sequence_s * sequences
+            + self.linear * terms.linear_s
+            + self.experts * terms.experts_s
+            + self.expanded * terms.expanded_s
+            + self.attention * terms.attention_s
+            + self.kv * terms.kv_s
+            + self.reduce * terms.reduce_s
+            + self.exchange * terms.exchange_s
+            + self.layer_s * terms.layers
+            + self.scaled_layer_s * terms.scaled_layers
+            + self.expert_layer_s * terms.expert_layers
+            + self.kv_layer_s * terms.kv_layers
+            + self.sequence_s * terms.sequences
         )

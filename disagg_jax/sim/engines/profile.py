@@ -52,7 +52,8 @@ class EngineProfile:
     engine: str  # vllm, trtllm, sglang or ideal
     versions: tuple[str, ...]  # the beginnings of those it was fitted to; (): any
     factors: EngineFactors
-    # Who runs next on a colocated instance: vllm_v0 (prompts first) or vllm_v1 (both).
+    # Who runs next on a colocated instance: vllm_v0 (prompts first), or vllm_v1 or
+    # tensorrt_llm (prompts beside decodes).
     system: str
     token_budget: int  # tokens of a step, for each attention replica
     max_seqs: int  # requests with KV at a time, for each attention replica

@@ -97,7 +97,11 @@ class Partition:
 
     @property
     def kv_bytes_per_token_per_device(self) -> float:
-        """Return the bytes of KV of one token on the device that keeps most."""
+        """Return the bytes of KV of one more token on the device that keeps most.
+
+        A layer with a window drops a token for each that it gets, as engines do that
+        have blocks for each kind of layer; the window itself is left out.
+        """
         tp, width = self.parallelism.tp, self.model.stored.kv
         return sum(
             block.count
@@ -105,13 +109,11 @@ class Partition:
             * width
             / block.attention.kv_shards(tp)
             for block in self.stage_blocks[0]
+            if block.attention.window is None
         )
 
     def kv_tokens(self, memory_bytes: float, utilisation: float = 0.9) -> int:
         """Return the tokens of KV that fit beside the weights, on all replicas.
-
-        A layer with a window is taken to keep all tokens, as engines do that have one
-        size of block for all layers.
 
         Args:
           memory_bytes: of one device.

@@ -63,15 +63,15 @@ WIDTHS = Widths(
 )
 
 
-def cost(*blocks, factors=None):
+def cost(*blocks, factors=None, widths=WIDTHS):
     model = of_blocks(
-        "toy", blocks, vocab_size=10, max_length=64, widths=WIDTHS, norm_eps=1e-5
+        "toy", blocks, vocab_size=10, max_length=64, widths=widths, norm_eps=1e-5
     )
     return RooflineCost(model=model, hardware=DEVICE, factors=factors)
 
 
-def terms(blocks, parallelism, load):
-    (found,) = cost(*blocks).instance(parallelism).terms(load)
+def terms(blocks, parallelism, load, widths=WIDTHS):
+    (found,) = cost(*blocks, widths=widths).instance(parallelism).terms(load)
     return found
 
 
@@ -118,24 +118,36 @@ def test_replicas_keep_their_own_dense_weights_and_send_tokens_to_experts():
     assert found.kv_s == pytest.approx(2.4 / 2)  # each replica reads its half
     # To the experts and back in two layers: a token has 2, at most one of them on the
     # other device. 2 rows * 8 bytes: .5 + 1/2 * 16/4 = 2.5 s.
-    assert found.communication_s == pytest.approx(2 * 2 * 2.5)
+    assert (found.reduce_s, found.exchange_s) == (0, pytest.approx(2 * 2 * 2.5))
     # Tensor parallelism reduces twice a layer instead: 3 rows * 8 bytes = 24 bytes,
     # .25 + 2 * 1/2 * 24/8 = 3.25 s.
     found = terms(MIXTURE, Parallelism(tp=2), StepLoad((), 3, 6))
-    assert found.communication_s == pytest.approx(2 * 2 * 3.25)
+    assert (found.reduce_s, found.exchange_s) == (pytest.approx(2 * 2 * 3.25), 0)
     # Both: a reduction after attention, then the experts. 2 rows are 16 bytes: 2.25 s;
     # of a token's 2 experts both may be elsewhere: .5 + 3/4 * 32/4 = 6.5 s.
     found = terms(MIXTURE, Parallelism(tp=2, dp=2, ep=4), StepLoad((), 3, 6))
-    assert found.communication_s == pytest.approx(2 * 2.25 + 2 * 2 * 6.5)
+    assert found.reduce_s == pytest.approx(2 * 2.25)
+    assert found.exchange_s == pytest.approx(2 * 2 * 6.5)
 
 
-def test_prompts_of_one_step_are_shared_by_the_replicas():
-    one, both = StepLoad(((0, 4),), 0, 0), StepLoad(((0, 4), (0, 4)), 0, 0)
-    alone = terms(MIXTURE, ONE, one).attention_s
-    assert alone == pytest.approx(2 * 16 * 4 * 2 / 50)  # 2 layers, 16 FLOPs a pair
-    assert terms(MIXTURE, Parallelism(dp=2), one).attention_s == alone
-    assert terms(MIXTURE, Parallelism(dp=2), both).attention_s == alone
-    assert terms(MIXTURE, ONE, both).attention_s == 2 * alone
+def test_prompts_of_a_step_are_spread_over_the_replicas():
+    load = StepLoad(((0, 4), (0, 4)), 0, 0)
+    alone = terms(MIXTURE, ONE, load).attention_s
+    assert alone == pytest.approx(2 * 2 * 16 * 4 * 2 / 50)  # 2 layers, 16 FLOPs a pair
+    assert terms(MIXTURE, Parallelism(dp=2), load).attention_s == alone / 2
+
+
+def test_experts_expanded_to_16_bits_and_scaled_activations_count_apart():
+    load = StepLoad((), 1, 6)
+    plain = terms(MIXTURE, ONE, load)
+    assert (plain.expanded_s, plain.scaled_layers) == (0, 0)
+    # Half a byte streams in half the time; 16 bits compute at half the rate: 3.84 s.
+    narrow = dataclasses.replace(
+        WIDTHS, expert_weight=0.5, expert_matmul_bits=16, block_scaled=True
+    )
+    found = terms(MIXTURE, ONE, load, narrow)
+    assert (found.experts_s, found.scaled_layers) == (0, 2)
+    assert found.expanded_s == pytest.approx(2 * 1.92)
 
 
 def test_latent_kv_is_not_split_by_tensor_parallelism():
@@ -175,6 +187,9 @@ def test_a_window_limits_what_is_read_and_what_a_prompt_attends_to():
     # 8 tokens attend to 4 on average, with the window to 3: 16 FLOPs a pair.
     (found,) = instance.terms(StepLoad(((0, 8),), 0, 0))
     assert found.attention_s == pytest.approx(16 * 8 * (4 + 3) / 50)
+    # The window keeps no more KV with the context: 4 bytes a token in one layer.
+    room = 9000 - 2 * 2 * (48 + 24) - 2 * 80
+    assert cost(*blocks).kv_tokens(ONE) == room // 4
 
 
 def test_a_state_is_read_and_written_whatever_the_context():
