@@ -47,7 +47,7 @@ from experiments.report.panel import XY, Panel, curves
 from experiments.report.table import numbers
 from experiments.runs.folder import commit, run_folder, write_text
 from models import transformer
-from models.config import ModelConfig, get_config
+from models.config import ModelConfig, get_engine_config
 
 FLAGS = Flags()
 _MODEL = FLAGS.string("model", "kv", ENGINE_MODEL)
@@ -196,7 +196,7 @@ def main() -> None:
     host_devices.one_thread_each()
     keep_freed_memory()
     host_devices.provide(8)
-    config = get_config(_MODEL.value)
+    config = get_engine_config(_MODEL.value)
     link = get_link(_LINK.value) if _LINK.value else None
     out = pathlib.Path(_OUT.value)
     with run_folder(out, FLAGS.asked(), "kv_transfer.txt", replace=True):

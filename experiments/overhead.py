@@ -67,7 +67,7 @@ from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.cli.names import ENGINE_MODEL
 from experiments.runs.folder import write_text
-from models.config import ModelConfig, get_config
+from models.config import ModelConfig, get_config, get_engine_config
 
 BLOCK_TOKENS = 16  # in all parts but m32
 PAIRS = ((4, 4), (4, 2), (2, 4), (1, 4))  # hand-off: TP of prefill, TP of decode
@@ -352,7 +352,7 @@ def main() -> None:
     host_devices.one_thread_each()
     parts, out = _PARTS.value, writable(_OUT.value)
     options = OverheadOptions(
-        config=get_config(_MODEL.value),
+        config=get_engine_config(_MODEL.value),
         batches=integers("batches", _BATCHES.value),
         handoff_mib=integers("handoff_mib", _MIB.value),
         repeats=_REPEATS.value,

@@ -57,7 +57,7 @@ from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.cli.names import ENGINE_MODEL
 from experiments.report.table import numbers
 from experiments.runs.folder import commit, write_text
-from models.config import ModelConfig, get_config
+from models.config import ModelConfig, get_engine_config
 
 # Tokens per second of a peer JAX engine with a plain dense cache, on one pinned core;
 # its decodes are at a context of 256 tokens.
@@ -269,7 +269,7 @@ _OUT = FLAGS.string("out", None, "File to write.")
 
 @command(FLAGS)
 def main() -> None:
-    out, config = writable(_OUT.value), get_config(_MODEL.value)
+    out, config = writable(_OUT.value), get_engine_config(_MODEL.value)
     if _DTYPE.value is not None:
         config = dataclasses.replace(config, dtype=_DTYPE.value)
     options = StepOptions(

@@ -30,7 +30,7 @@ from experiments.report.table import numbers
 from experiments.runs.folder import commit, plain, run_folder, write_text
 from models import transformer
 from models.checkpoint import Weights
-from models.config import ModelConfig, get_config
+from models.config import ModelConfig, get_engine_config
 
 FLAGS = Flags()
 _MODEL = FLAGS.string("model", "tiny", ENGINE_MODEL)
@@ -140,7 +140,7 @@ def main() -> None:
         chunk=_CHUNK.value,
         repeats=_REPEATS.value,
     )
-    config = get_config(_MODEL.value)
+    config = get_engine_config(_MODEL.value)
     params = transformer.init_params(config, 0)
     text, _ = run(config, params, scenario, out, ProgressLines())
     print(f"{text}\n\n{out}/stalls.png")

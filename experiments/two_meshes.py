@@ -35,7 +35,7 @@ from experiments.report.draw import draw
 from experiments.report.panel import XY, Panel, Series, curves
 from experiments.report.table import align, numbers
 from experiments.runs.folder import commit, run_folder, write_text
-from models.config import ModelConfig, get_config
+from models.config import ModelConfig, get_engine_config
 from sharding.mesh import Device
 
 FLAGS = Flags()
@@ -307,7 +307,7 @@ def main() -> None:
     found = machine.look()
     out = pathlib.Path(_OUT.value)
     cut = Cut.of(found.devices, _PREFILL.value, _DECODE.value)
-    config = get_config(_MODEL.value or found.model)
+    config = get_engine_config(_MODEL.value or found.model)
     shown = run(config, cut, out, integers("mib", _MIB.value), _REPEATS.value)
     print(f"{found.found}\n\n{shown}\n\n{out}/two_meshes.png")
 

@@ -11,7 +11,7 @@ from models.model_config import ModelConfig, Widths
 from models.named import find_named
 from models.rope import read_scaling
 
-__all__ = ["PRESETS", "ModelConfig", "Widths", "get_config"]
+__all__ = ["PRESETS", "ModelConfig", "Widths", "get_config", "get_engine_config"]
 
 
 def _opt(name: str, layers: int, embed: int, heads: int) -> ModelConfig:
@@ -223,3 +223,14 @@ def get_config(name: str, presets: Mapping[str, ModelConfig] = PRESETS) -> Model
         what="a ModelConfig",
         is_one=lambda found: isinstance(found, ModelConfig),
     )
+
+
+def get_engine_config(name: str) -> ModelConfig:
+    """Return the model of that name, for the engine.
+
+    Raises:
+      ValueError: as `get_config`, or if the model is not dense.
+    """
+    config = get_config(name)
+    config.require_dense()
+    return config

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from models import transformer
 from models.checkpoint import Checkpoint, Weights, is_checkpoint
-from models.config import PRESETS, ModelConfig, get_config
+from models.config import PRESETS, ModelConfig, get_engine_config
 from models.gguf import load_gguf, smollm2_path
 from models.hf import load_hf
 from models.tokenizer import ByteTokenizer, Tokenizer, has_tokenizer, load_tokenizer
@@ -42,9 +42,7 @@ def load_model(name: str, weights: str, *, seed: int = 0) -> Model:
         weights are another model's.
       FileNotFoundError: if the weights are missing; says how to get them.
     """
-    preset = None if name == "auto" else get_config(name)
-    if preset is not None:
-        preset.require_dense()
+    preset = None if name == "auto" else get_engine_config(name)
     if weights == "random":
         if preset is None:
             raise ValueError("model: expected a preset for weights=random, got auto")
