@@ -73,13 +73,13 @@ class Precision(NamedTuple):
 
 
 _BLOCK_FP8 = 8 + 32 / 128**2  # a float32 scale for a block of 128 x 128 weights
-# MXFP4 and INT4 are of weights alone: activations stay at 16 bits.
+# INT4 is of weights alone: activations stay at 16 bits.
 PRECISIONS: Mapping[str, Precision] = {
     "bf16": Precision(16),
     "fp8": Precision(8, 8),
     "fp8_block": Precision(_BLOCK_FP8, 8),
     "nvfp4": Precision(4 + 8 / 16, 4),  # an 8-bit scale for 16 weights
-    "mxfp4": Precision(4 + 8 / 32),  # an 8-bit scale for 32 weights
+    "mxfp4": Precision(4 + 8 / 32, 4),  # an 8-bit scale for 32 weights
     "int4_wo": Precision(4 + 16 / 32),  # a 16-bit scale for 32 weights
 }
 

@@ -193,7 +193,7 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
         ({"quantization_config": FP8}, 1, 2, 2, 2, 8),
         ({"quantization_config": FP8, "dtype": "float32"}, 1, 4, 4, 4, 8),
         ({"quantization_config": FP8, "kv_cache_dtype": "fp8"}, 1, 2, 1, 2, 8),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.53125, 2, 2, 2, 16),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, 0.53125, 2, 2, 2, 4),
     ],
 )
 def test_widths_follow_the_file(

@@ -244,7 +244,7 @@ def test_impossible_widths_are_refused(change: dict[str, int], message: str) -> 
         ("fp8", 1, 8),
         ("fp8_block", 1 + 4 / 16_384, 8),  # a float32 for 128 x 128 weights
         ("nvfp4", 0.5 + 1 / 16, 4),  # a byte for 16 weights
-        ("mxfp4", 0.5 + 1 / 32, 16),
+        ("mxfp4", 0.5 + 1 / 32, 4),
         ("int4_wo", 0.5 + 2 / 32, 16),
     ],
 )

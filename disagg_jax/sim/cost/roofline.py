@@ -236,7 +236,9 @@ class _Stage:
         self._layers = sum(block.count for block in blocks)
         self._expert_layers = sum(count for count, _ in mixtures)
         self._copies = max((mlp.active for _, mlp in mixtures), default=0)
-        self._expanded = stored.experts < 1 and stored.expert_matmul_bits == 16
+        bits = stored.expert_matmul_bits
+        native = bits in hardware.peak_flops_by_bits
+        self._expanded = stored.experts < 1 and not native
         self._scaled = stored.block_scaled
         self._attend(partition, hardware, blocks)
 
