@@ -14,7 +14,7 @@ from experiments.measured.errors import (
     grouped,
     relative_error,
 )
-from experiments.measured.served import STANDARD, SimulatedRow
+from experiments.measured.served import STANDARD, SimulatedRow, client_of
 from experiments.report.panel import Panel, Series
 from experiments.report.table import Row, align, numbers, underlined
 from experiments.runs.folder import whole
@@ -66,12 +66,13 @@ def _too_fast(served: Sequence[SimulatedRow]) -> list[str]:
 
 
 def _shortened(served: Sequence[SimulatedRow]) -> list[str]:
-    loops = [one.row.loop.clients for one in served if one.row.loop]
-    short = [clients for clients in loops if STANDARD.is_shortened(clients)]
-    if not short:
+    """Say of which loops less was simulated than was measured."""
+    rows = [(one.row, one.row.loop.clients) for one in served if one.row.loop]
+    clients = [n for row, n in rows if STANDARD.is_shortened(client_of(row), n)]
+    if not clients:
         return []
-    many = f"{len(short)} loops of {min(short)} clients or more"
-    return [f"{many} have fewer than {STANDARD.rounds} requests of each client", ""]
+    many = f"{len(clients)} loops of {min(clients)} or more clients"
+    return [f"{many} were simulated with fewer requests of each than it sent", ""]
 
 
 def _table(group: str, groups: dict[str, list[SimulatedRow]]) -> list[str]:

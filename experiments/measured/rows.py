@@ -18,7 +18,8 @@ batch_size is that of a replica where attention has several, and in a few rows t
 one of several whole replicas: 384 clients at a batch of 96 without attention_dp_size
 are four servers of 96 clients each, of which one is simulated.
 
-Lengths. InferenceX's client draws each output length from [0.8, 1] of `osl`.
+Lengths. `isl` and `osl` are the longest of InferenceX's requests, and all of others'
+have them: see `served.Client`.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class MeasuredRow:
     output_tokens: int  # the longest output
     ttft_s: float  # mean
     tpot_s: float  # mean
+    is_public: bool  # measured by InferenceX
     loop: Loop | None  # None where the row does not say what was served on
     skipped: str = ""  # the reason, where there is no loop
 
@@ -147,6 +149,7 @@ def _row(fields: Fields) -> MeasuredRow:
         output_tokens=_count(fields, "osl"),
         ttft_s=_milliseconds(fields, "silicon_ttft_ms"),
         tpot_s=_milliseconds(fields, "silicon_tpot_ms"),
+        is_public=_is_public(fields),
         loop=loop if isinstance(loop, Loop) else None,
         skipped=loop if isinstance(loop, str) else "",
     )

@@ -59,7 +59,7 @@ def describe_steps(simulated: SimulatedDeployment, row: MeasuredRow, loop: Loop)
     """Simulate a row without spans; return a table of its steps."""
     counter = StepLoads()
     iterated = dataclasses.replace(simulated, spans=False)
-    serve(iterated, row, loop.clients, observer=counter)
+    serve(iterated, row, loop, observer=counter)
     seconds = time_by_term(counter.steps, time_by_kind(simulated.cost))
     return "\n".join(_table(counter.steps, seconds, simulated.deployment))
 
