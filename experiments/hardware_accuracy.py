@@ -26,14 +26,16 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Sequence
 
-from disagg_jax.sim.workers import Mapper
+from disagg_jax.errors import require
+from disagg_jax.sim.engines import EngineProfile, engine_of, get_engine
 from experiments.cli.command import command
-from experiments.cli.flags import REQUIRED, Flags
+from experiments.cli.flags import REQUIRED, Flags, expect_used
+from experiments.cli.names import ENGINE
 from experiments.cli.progress import ProgressLines
 from experiments.cli.workers import open_workers
 from experiments.measured import report
 from experiments.measured.rows import MeasuredRow, read_rows, select
-from experiments.measured.served import SimulatedRow, simulate_row, simulation_of
+from experiments.measured.served import RowTask, SimulatedRow, simulate_rows
 from experiments.measured.step_times import describe_steps
 from experiments.report.draw import draw
 from experiments.runs.folder import commit, run_folder, write_text
@@ -41,32 +43,33 @@ from experiments.runs.folder import commit, run_folder, write_text
 FLAGS = Flags()
 _ROWS = FLAGS.string("rows", REQUIRED, "CSV file of measurements.")
 _IDS = FLAGS.list("ids", None, "Ids of rows: only these, and where their time goes.")
+_ENGINE = FLAGS.string(
+    "engine",
+    None,
+    f"Instead of the profiles for the rows' engines. {ENGINE}",
+)
+_FORCE_PROFILE = FLAGS.boolean(
+    "force_profile", False, "Take --engine for rows of other engines too."
+)
 _OUT = FLAGS.string("out", None, "Folder for the results; needed without --ids.")
 _WORKERS = FLAGS.workers()
 
 
-def simulate(
-    rows: Sequence[MeasuredRow], workers: Mapper, progress: ProgressLines
-) -> list[SimulatedRow]:
-    """Return what the simulation says of each row, in the order of `rows`.
-
-    Loops of many clients take longest, so they come first and no worker ends late.
-    """
-    order = sorted(range(len(rows)), key=lambda i: -_work(rows[i]))
-    found: dict[int, SimulatedRow] = {}
-    progress.step("rows", 0, len(rows))
-    results = workers(simulate_row, [rows[i] for i in order])
-    for i, result in zip(order, results, strict=True):
-        found[i] = result
-        progress.step("rows", len(found), len(rows))
-    return [found[i] for i in range(len(rows))]
+def _profile(rows: Sequence[MeasuredRow]) -> EngineProfile | None:
+    """Return the profile of --engine, if it is given and is for these rows."""
+    got = f"--engine={_ENGINE.value}"
+    given = _ENGINE.value is not None
+    expect_used(given, _FORCE_PROFILE, expected="--engine", got=got)
+    if not given:
+        return None
+    profile = get_engine(_ENGINE.value)
+    others = sorted({row.engine for row in rows} - {profile.engine})
+    expected = f"--engine: expected rows of {profile.engine}, or --force_profile"
+    require(not others or _FORCE_PROFILE.value, expected, others)
+    return profile
 
 
-def _work(row: MeasuredRow) -> int:
-    return row.loop.clients * row.output_tokens if row.loop else 0
-
-
-def _steps(found: Sequence[SimulatedRow]) -> str:
+def _steps(found: Sequence[SimulatedRow], profile: EngineProfile | None) -> str:
     """Write where the time of each row's steps goes."""
     lines = list[str]()
     for one in found:
@@ -74,9 +77,8 @@ def _steps(found: Sequence[SimulatedRow]) -> str:
         if one.simulated is None or one.row.loop is None:
             lines.append(f"skipped: {one.skipped}")
             continue
-        simulation = simulation_of(one.row, one.row.loop)
-        simulated = simulation.build(one.row.loop.deployment)
-        lines.append(describe_steps(simulated, one.row, one.row.loop))
+        by = profile or engine_of(one.row.engine, one.row.version)
+        lines.append(describe_steps(one.row, one.row.loop, by))
     return "\n".join(lines)
 
 
@@ -87,14 +89,16 @@ def main() -> None:
         rows = select(rows, _IDS.value)
     elif _OUT.value is None:
         raise ValueError("--out: expected a folder, or --ids of some rows, got neither")
+    profile = _profile(rows)
     out = None if _OUT.value is None else pathlib.Path(_OUT.value)
     with run_folder(out, FLAGS.asked(), "rows.csv", replace=True):
         with open_workers(_WORKERS.value) as workers:
-            found = simulate(rows, workers, ProgressLines())
+            tasks = [RowTask(row=row, profile=profile) for row in rows]
+            found = simulate_rows(tasks, workers, ProgressLines())
         text = f"# python -m experiments.hardware_accuracy   commit {commit()}\n"
         text += f"# {_ROWS.value}\n{report.text(found)}\n"
         if _IDS.value is not None:
-            text += _steps(found) + "\n"
+            text += _steps(found, profile) + "\n"
         if out is not None:
             report.write_rows(out / "rows.csv", found)
             write_text(out / "report.txt", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from disagg_jax.sim.engines import engine_names
 from disagg_jax.sim.hardware import HARDWARE, LINKS
 from models.config import PRESETS
 
@@ -16,3 +17,6 @@ MODEL = (
 )
 DEVICE = f"One of {', '.join(sorted(HARDWARE))}; or a .json file ({_FORMS})."
 LINK = f"One of {', '.join(sorted(LINKS))}; or a .json file ({_FORMS})."
+ENGINE = (
+    f"One of {', '.join(engine_names())}; or a .json file of experiments.fit_engine."
+)

@@ -80,6 +80,9 @@ class MeasuredRow:
     ttft_s: float  # mean
     tpot_s: float  # mean
     is_public: bool  # measured by InferenceX
+    may_speculate: (
+        bool  # whether a step may have made several tokens; see `_speculates`
+    )
     loop: Loop | None  # None where the row does not say what was served on
     skipped: str = ""  # the reason, where there is no loop
 
@@ -150,6 +153,7 @@ def _row(fields: Fields) -> MeasuredRow:
         ttft_s=_milliseconds(fields, "silicon_ttft_ms"),
         tpot_s=_milliseconds(fields, "silicon_tpot_ms"),
         is_public=_is_public(fields),
+        may_speculate=_speculates(fields),
         loop=loop if isinstance(loop, Loop) else None,
         skipped=loop if isinstance(loop, str) else "",
     )
@@ -223,6 +227,18 @@ def _is_public(fields: Fields) -> bool:
     """Return whether a row comes from InferenceX: a dump, or a file of a day."""
     source = fields["silicon_data_source"]
     return bool(re.match(r"db-dump|source_file=\d{4}-\d\d-\d\d\.csv", source))
+
+
+def _speculates(fields: Fields) -> bool:
+    """Return whether a row may be one with speculative decoding, which is not marked.
+
+    InferenceX also measures DeepSeek with multi-token prediction. Its dump of a day
+    names the runs without it DeepSeek-V3; the files of a day have both as DeepSeek-R1:
+    the same set-up comes twice there, with TPOTs that differ by a factor of 1.3 to 2.
+    """
+    file = fields["silicon_data_source"].startswith("source_file=")
+    r1 = architecture(fields["model_path"]) == "deepseek-r1"
+    return file and r1 and _is_public(fields)
 
 
 def _concurrency(fields: Fields) -> int | None:

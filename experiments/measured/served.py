@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from disagg_jax.control.loop import Observer
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.errors import require
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Request, Timeline
-from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim import SimulatedDeployment, Simulation
+from disagg_jax.sim.cost.roofline import RooflineCost, RooflineInstance
+from disagg_jax.sim.cost.term_totals import TermTotals
+from disagg_jax.sim.engines import EngineProfile, engine_of
 from disagg_jax.sim.hardware import get_hardware
-from disagg_jax.sim.hardware.memory import Partition
+from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload import (
     ClosedLoop,
     RandomWorkload,
     UniformLengths,
 )
+from experiments.cli.progress import ProgressLines
+from experiments.measured.described import simulation_of
 from experiments.measured.rows import Loop, MeasuredRow
-from models.config import ModelConfig
-
-# An engine's steps by default. SGLang computes waiting prompts first; TensorRT-LLM and
-# vLLM put chunks of them beside decodes.
-_STEP_TOKENS = 8192
-_SYSTEMS = {"sglang": "vllm_v0", "trtllm": "sarathi_serve", "vllm": "sarathi_serve"}
-_HARDWARE = {"h100_sxm": "h100", "h200_sxm": "h200", "a100_sxm": "a100-80g"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,14 +109,25 @@ class MeanLatencies:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RowTask:
+    """A row to simulate, by the profile of its engine or another."""
+
+    row: MeasuredRow
+    profile: EngineProfile | None = None  # None: the preset for its engine and version
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SimulatedRow:
     """A measured row, and what its simulation says."""
 
     row: MeasuredRow
     simulated: MeanLatencies | None  # None where it was skipped
     skipped: str = ""  # the reason
-    # The measured TPOT is below the time in which memory gives what one token needs.
+    profile: str = ""  # the name of the engine's profile
+    # The measured TPOT is below the time of an ideal device for one token a step.
     is_too_fast: bool = False
+    # What the factors of the profile multiply in the mean TPOT; see `EngineFactors`.
+    tpot_terms: tuple[float, ...] = ()
 
     @property
     def latencies(self) -> tuple[MeanLatencies, MeanLatencies]:
@@ -132,72 +138,89 @@ class SimulatedRow:
         return measured, self.simulated
 
 
-def simulation_of(row: MeasuredRow, loop: Loop) -> Simulation:
-    """Return the simulation of a row's model, engine and devices.
-
-    Raises:
-      ValueError: if the model, its precision, the devices or the engine are unknown.
-    """
-    known = sorted(_HARDWARE)
-    require(row.hardware in known, f"system: expected one of {known}", row.hardware)
-    require(row.gemm == row.experts == "bf16", "precision: expected bf16", row.gemm)
-    return Simulation.of(
-        row.model,
-        _HARDWARE[row.hardware],
-        policies=_policies(row.engine, loop.clients),
-        max_context=row.prompt_tokens + row.output_tokens,
-    )
-
-
-def _policies(engine: str, clients: int) -> Mapping[Role, Policy]:
-    """Return the policies of an engine that was started for so many clients."""
-    known = sorted(_SYSTEMS)
-    require(engine in known, f"backend: expected one of {known}", engine)
-    seqs = min(clients, _STEP_TOKENS)
-    budget = "max_batched_tokens" if engine == "sglang" else "token_budget"
-    colocated = {budget: _STEP_TOKENS, "max_seqs": seqs}
-    return {
-        **get_system(_SYSTEMS[engine], colocated=colocated),
-        **get_system(
-            "disaggregated",
-            prefill={"token_budget": _STEP_TOKENS},
-            decode={"max_seqs": seqs},
-        ),
-    }
-
-
-def simulate_row(row: MeasuredRow) -> SimulatedRow:
+def simulate_row(task: RowTask) -> SimulatedRow:
     """Simulate a row, or say why it cannot be simulated."""
+    row = task.row
     if row.loop is None:
         return SimulatedRow(row=row, simulated=None, skipped=row.skipped)
     try:
-        simulation = simulation_of(row, row.loop)
+        profile = task.profile or engine_of(row.engine, row.version)
+        simulation = simulation_of(row, row.loop, profile)
         simulated = simulation.build(row.loop.deployment)
-        found = serve(simulated, row, row.loop)
+        totals = term_totals(simulation, simulated.deployment)
+        found = serve(simulated, row, row.loop, observer=totals)
     except ValueError as error:
         return SimulatedRow(row=row, simulated=None, skipped=str(error))
-    least_s = least_tpot_s(simulation.model, row, simulated.deployment)
-    return SimulatedRow(row=row, simulated=found, is_too_fast=row.tpot_s < least_s)
+    return SimulatedRow(
+        row=row,
+        simulated=found,
+        profile=profile.name,
+        is_too_fast=row.tpot_s < _least_tpot_s(simulation, row, simulated.deployment),
+        tpot_terms=_tpot_terms(totals, simulated.deployment, found.tpot_s),
+    )
 
 
-def least_tpot_s(model: ModelConfig, row: MeasuredRow, deployment: Deployment) -> float:
-    """Return the seconds in which memory at its peak gives what a decode step reads.
+def simulate_rows(
+    tasks: Sequence[RowTask], workers: Mapper, progress: ProgressLines
+) -> list[SimulatedRow]:
+    """Return what the simulation says of each row, in the order of `tasks`.
 
-    It reads all weights, and the KV of the requests that decode together. How many do
-    follows from the measured latencies, by Little's law. With speculative decoding a
-    step makes several tokens, so that the time of a token may be below that of a step.
+    Loops of many clients take longest, so they come first and no worker ends late.
+    """
+    order = sorted(range(len(tasks)), key=lambda i: -_work(tasks[i].row))
+    found: dict[int, SimulatedRow] = {}
+    progress.step("rows", 0, len(tasks))
+    results = workers(simulate_row, [tasks[i] for i in order])
+    for i, result in zip(order, results, strict=True):
+        found[i] = result
+        progress.step("rows", len(found), len(tasks))
+    return [found[i] for i in range(len(tasks))]
+
+
+def _work(row: MeasuredRow) -> int:
+    return row.loop.clients * row.output_tokens if row.loop else 0
+
+
+def term_totals(simulation: Simulation, deployment: Deployment) -> TermTotals:
+    """Return an observer that sums the terms of a run's steps."""
+    costs = [
+        simulation.cost.instance(spec.parallelism) for spec in deployment.instances
+    ]
+    return TermTotals([cost for cost in costs if isinstance(cost, RooflineInstance)])
+
+
+def _tpot_terms(
+    totals: TermTotals, deployment: Deployment, tpot_s: float
+) -> tuple[float, ...]:
+    """Return the mean TPOT by terms: its time consists of them as all steps' time does.
+
+    Of prefill and decode instances the decodes' steps count.
+    """
+    instances = deployment.of(Role.DECODE, Role.COLOCATED)
+    sums = np.sum([totals.of(i) for i in instances], axis=0)
+    busy_s = sum(sum(totals.seconds(i).values()) for i in instances)
+    return tuple((sums * (tpot_s / busy_s)).tolist())
+
+
+def _least_tpot_s(
+    simulation: Simulation, row: MeasuredRow, deployment: Deployment
+) -> float:
+    """Return the seconds of a decode step on a device that reaches its peaks.
+
+    How many requests decode together follows from the measured latencies, by Little's
+    law. With speculative decoding a step makes several tokens, so that the time of a
+    token may be below that of a step.
     """
     decoders = deployment.of(Role.DECODE, Role.COLOCATED)
-    spec = deployment.instances[decoders[0]]
-    partition = Partition(model, spec.parallelism)
     decode_s = (row.output_tokens - 1) * row.tpot_s
     share = decode_s / (row.ttft_s + decode_s)
     clients = row.loop.clients if row.loop else 1
-    batch = max(1.0, clients * share / len(decoders))
-    context = row.prompt_tokens + row.output_tokens / 2
-    weights = (model.layers * model.layer_bytes + model.table_bytes) / spec.tp
-    kv = batch * context * model.kv_bytes_per_token / partition.kv_shards
-    return (weights + kv) / get_hardware(_HARDWARE[row.hardware]).hbm_bytes_s
+    batch = max(1, int(clients * share / len(decoders)))
+    context = row.prompt_tokens + row.output_tokens // 2
+    ideal = get_hardware(row.hardware).ideal()
+    cost = RooflineCost(model=simulation.model, hardware=ideal)
+    spec = deployment.instances[decoders[0]]
+    return cost.instance(spec.parallelism).decode_s(batch, batch * context)
 
 
 def serve(

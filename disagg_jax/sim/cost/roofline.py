@@ -27,8 +27,8 @@ All of a decode-only step but one product depends on the number of decodes alone
 the window.
 
 Of dp attention replicas the fullest counts: it has the next whole share of the tokens,
-and prompts of a step are spread evenly. So are tokens over experts. Latent attention decodes in its absorbed form, whose FLOPs can
-take longer than reading the latent vectors.
+and prompts of a step are spread evenly. So are tokens over experts. Latent attention
+decodes in its absorbed form, whose FLOPs can take longer than reading the latents.
 
 The form leaves out sampling, the embedding lookup, norms and activations (bandwidth),
 other memory traffic of prefill attention, and overlap of communication with compute.

@@ -63,6 +63,10 @@ class TermTotals:
                         total += count * np.array((*terms, 1.0))
         return total
 
+    def steps(self, instance: int) -> int:
+        """Return the number of steps of one instance, each iteration of a span."""
+        return sum(n for step, n in self._steps.values() if step.instance == instance)
+
     def seconds(self, instance: int) -> Mapping[str, float]:
         """Return the seconds of each factor on one instance: its steps' time."""
         factors = self.instances[instance].factors

@@ -50,7 +50,8 @@ class EngineProfile:
 
     name: str  # such as vllm-0.12
     engine: str  # vllm, trtllm, sglang or ideal
-    versions: tuple[str, ...]  # the beginnings of those it was fitted to; (): any
+    versions: tuple[str, ...]  # the beginnings of those it is for
+    is_default: bool  # whether it is for all other versions of the engine too
     factors: EngineFactors
     # Who runs next on a colocated instance: vllm_v0 (prompts first), or vllm_v1 or
     # tensorrt_llm (prompts beside decodes).
@@ -165,6 +166,6 @@ def engine_of(engine: str, version: str) -> EngineProfile:
     engines = sorted({p.engine for p in _presets().values()})
     require(bool(of_engine), f"engine: expected one of {engines}", engine)
     for profile in of_engine:
-        if version.startswith(profile.versions) and profile.versions:
+        if profile.versions and version.startswith(profile.versions):
             return profile
-    return next(profile for profile in of_engine if not profile.versions)
+    return next(profile for profile in of_engine if profile.is_default)
