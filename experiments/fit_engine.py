@@ -42,6 +42,9 @@ _VERSION = FLAGS.string(
     "",
     "The beginning of the versions whose rows are fitted; else all.",
 )
+_WITHOUT = FLAGS.list(
+    "without", [], "The beginnings of versions whose rows are left out."
+)
 _NEAR = FLAGS.string(
     "near", None, f"A profile that the factors are drawn towards. {ENGINE}"
 )
@@ -69,8 +72,14 @@ def _start(out: pathlib.Path) -> EngineProfile:
 
 def _rows_of(path: pathlib.Path, start: EngineProfile) -> list[MeasuredRow]:
     rows = [row for row in read_rows(path) if row.engine == start.engine]
-    version = _VERSION.value
-    of = [row for row in rows if row.version.startswith(version) and row.mode == "agg"]
+    version, without = _VERSION.value, tuple(_WITHOUT.value)
+    of = [
+        row
+        for row in rows
+        if row.version.startswith(version)
+        and not row.version.startswith(without)
+        and row.mode == "agg"
+    ]
     expected = f"--rows: expected colocated rows of {start.engine} {version}".rstrip()
     require(bool(of), expected, sorted({row.version for row in rows}))
     return of
