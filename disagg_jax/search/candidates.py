@@ -56,6 +56,7 @@ class Candidate:
     bound_rps: float = math.inf  # its goodput is at most this
     copies: int = 1  # copies that fit on all devices
     layout: Layout | None = None  # of a phase alone
+    system: str = ""  # whose it is, where several are searched together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
