@@ -232,6 +232,14 @@ def test_a_dozen_rows_are_shown_and_the_others_counted(number, more):
     ]
 
 
+def test_long_names_leave_the_columns_straight():
+    names = ("disaggregated_chunked prefill:tp1pp2,decode:tp2pp2", "orca colocated:tp1")
+    rows = [candidate_row(outcome(name=name)) for name in names]
+    head, *shown = report.lines(rows)
+    assert {line.index("3.5 [") for line in shown} == {head.index("requests/s")}
+    assert shown[0].split()[2] == "2"  # the devices, apart from the name
+
+
 # Requests/s of each phase alone, of the candidates that are told.
 PHASES = {
     **{"prefill:tp1": 5.0, "prefill:tp2": 8.0, "prefill:tp1pp2": 1.0},
