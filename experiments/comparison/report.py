@@ -240,9 +240,10 @@ def _details(spec: ComparisonSpec, each: Map, grid: Grid) -> str:
     for at, found in grid.items():
         x, y = _at(each, at)
         out.append(f"{each.x.name} {x}, {each.y.name} {y} {each.y.unit}")
+        width = max(len(one.system) for one in found)
         for one in found:
             got = "; ".join([f"{one.deployment}: {_figure(one)}", *one.parameters])
-            out.append(f"  {one.system:<14} {got}")
+            out.append(f"  {one.system:<{width}}  {got}")
             if spec.budgets:
                 out += [f"    {line}" for line in lines(one.candidates)]
     return "\n".join(out)

@@ -110,6 +110,15 @@ def test_parameters_are_shown_with_reasons_and_doubts():
         assert line in details.splitlines()
 
 
+def test_parameters_begin_together_whatever_the_names():
+    grid = {(2, 0): (found("disaggregated_chunked", 1.0), found("orca", 1.0))}
+    details = report.text(SPEC, [MAP], [grid]).split("parameters, map of targets\n")[1]
+    rows = [line for line in details.splitlines() if line.endswith("reason; another")]
+    assert [row.index("'s: ") - len(row.split()[0]) for row in rows] == [
+        len("  disaggregated_chunked  ")
+    ] * 2
+
+
 def test_the_head_says_what_was_asked():
     for said in (
         "opt-13b on 4 devices, fitted/distserve, KV over nvlink-a100; simulated",
