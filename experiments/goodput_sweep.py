@@ -48,6 +48,7 @@ from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
+from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.workers import Mapper
 from experiments.cli import host_devices
 from experiments.cli.command import command
@@ -236,13 +237,16 @@ def _nothing(run_dir: RunDir) -> str:
 def _asked(config: Config, step_times_file: str | None) -> dict[str, Any]:
     """Return what decides the result of a run, as far as it is known before any work.
 
-    A trace is told by its bytes, so that it need not be read, nor a model for it.
+    A trace is told by its bytes, so that it need not be read, nor a model for it. The
+    file of a link may change, so what it says is kept.
     """
     asked = {**plain(config), "step_times_file": step_times_file}
     trace = pathlib.Path(config.workload.trace)
     if config.workload.source == "trace" and trace.is_file():
         with trace.open("rb") as file:
             asked["trace_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.link.endswith(".json"):
+        asked["link_figures"] = plain(get_link(config.link))
     return asked
 
 
