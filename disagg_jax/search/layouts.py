@@ -13,12 +13,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from disagg_jax.search.candidates import (
-    CandidateResult,
-    Progress,
-    candidate_row,
-    silent,
-)
+from disagg_jax.progress import Progress, silent
+from disagg_jax.search.candidates import CandidateResult, candidate_row
 from disagg_jax.search.cells import counted, say_rate
 from disagg_jax.search.comparison import (
     Option,

@@ -7,8 +7,8 @@ import pathlib
 from collections.abc import Sequence
 
 from disagg_jax.metrics import SLO
+from disagg_jax.progress import Progress, silent
 from disagg_jax.runlog import EventLog
-from disagg_jax.search.candidates import Progress, silent
 from disagg_jax.sim import Simulation
 from experiments.cli.progress import to_stderr
 from experiments.cli.traffic_flags import Traffic
