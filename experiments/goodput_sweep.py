@@ -44,16 +44,22 @@ from disagg_jax.calibration.step_times import (
     check_step_times,
     measure_step_times,
 )
-from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
+from disagg_jax.progress import Progress
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.workers import Mapper
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_once
-from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines, to_stderr
+from experiments.cli.progress import (
+    ENDLESS,
+    Deadline,
+    MinutesFlag,
+    ProgressLines,
+    to_stderr,
+)
 from experiments.cli.workers import Workers, open_workers
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
@@ -97,7 +103,6 @@ _STEP_TIMES = FLAGS.string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
 _MINUTES = MinutesFlag(FLAGS, "looks and rates")
-_ENDLESS = Deadline(None)
 _WORKERS = FLAGS.workers()
 
 
@@ -106,7 +111,7 @@ def run(
     out: pathlib.Path,
     step_times_file: str | None,
     workers: Workers | None = None,
-    deadline: Deadline = _ENDLESS,
+    deadline: Deadline = ENDLESS,
 ) -> str:
     """Run a sweep and return its table; of a run that has ended, only return it.
 
@@ -203,7 +208,9 @@ def _run(
             if deadline.passed():
                 missing.append("whether the timings settle who is ahead")
             else:
-                settled = _settled(config, engines, times, sweeps, mapper, progress)
+                settled = _settled(
+                    config, engines, times, sweeps, mapper, progress.step
+                )
     for name, summary in found.items():
         summary |= {"step_times": timing, "settled": settled.get(name)}
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
@@ -283,17 +290,22 @@ def _settled(
     times: StepTimes,
     sweeps: Sequence[Sweep],
     mapper: Mapper,
-    progress: Progress,
+    step: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Return whether two halves of the timings have the same winner, by target."""
     assert times.halves is not None
     halves: dict[str, list[dict[str, float]]] = {sweep.target: [] for sweep in sweeps}
-    for i, half in enumerate(times.halves, 1):
-        progress(f"searching by the seconds of half {i} of the rounds of timing")
+    part, done = "searches by halves of the rounds of timing", 0
+    total = len(times.halves) * len(sweeps) * len(engines)
+    step(part, done, total, "")
+    for half in times.halves:
         targets = resolve_targets(config, engines, half.seconds, sweeps[0].source)
         for sweep, target in zip(sweeps, targets, strict=True):
             begin = {name: sweep.goodput_rps(name) for name in target.timed}
-            found = goodputs(config, target, sweep.source, begin, mapper)
+            found: dict[str, float] = {}
+            for name, rps in goodputs(config, target, sweep.source, begin, mapper):
+                found[name], done = rps, done + 1
+                step(part, done, total, "")
             halves[target.name].append(found)
     return {name: verdict(found) for name, found in halves.items()}
 
@@ -315,7 +327,7 @@ def _step_times(
     engines: Mapping[str, Engine],
     given: StepTimes | None,
     compile_system: Callable[[str], None],
-    progress: Progress,
+    progress: ProgressLines,
 ) -> StepTimes:
     """Return the times to use: given, of the run that is resumed, or taken now.
 
@@ -334,7 +346,7 @@ def _step_times(
         times = measure_step_times(
             list(engines.values()),
             config.timing_repeats,
-            progress,
+            progress.step,
             streams=config.streams,
         )
         measured = environment()
