@@ -25,6 +25,7 @@ from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
 from experiments.sweep.serving import build_engine, build_engines, load_model
 from models.config import get_config as get_model
+from tests.deadlines import After
 
 SMOKE = get_config("smoke")
 TRUE = {
@@ -246,17 +247,6 @@ def test_a_simulation_with_the_engines_durations_is_the_engine(results):
     asked = (result.num_requests, result.seeds, result.target, result.clock)
     assert asked == (16, 2, 0.9, "virtual")
     assert not [line for line in report.verdicts(result) if "MISSED" in line]
-
-
-class After:
-    """A deadline that passes when it was asked so often."""
-
-    def __init__(self, asked):
-        self.left = asked
-
-    def passed(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def test_accuracy_reports_the_rates_that_are_done_and_goes_on(tmp_path, results):
