@@ -175,7 +175,8 @@ def _run(
     def compile_system(name: str) -> None:
         compile_engines({name: engines[name]}, progress)
 
-    times = _step_times(config, run_dir, engines, given, compile_system, progress)
+    step = progress.step
+    times = _step_times(config, run_dir, engines, given, compile_system, step)
     with open_workers(workers if _may_leave(config) else 1) as mapper:
         sweeps = [
             Sweep(
@@ -192,7 +193,7 @@ def _run(
                 run_dir=run_dir,
                 progress=progress,
                 compile_system=compile_system,
-                step=progress.step,
+                step=step,
                 out_of_time=deadline.passed,
                 target=target.name,
                 mapper=mapper,
@@ -208,9 +209,7 @@ def _run(
             if deadline.passed():
                 missing.append("whether the timings settle who is ahead")
             else:
-                settled = _settled(
-                    config, engines, times, sweeps, mapper, progress.step
-                )
+                settled = _settled(config, engines, times, sweeps, mapper, step)
     for name, summary in found.items():
         summary |= {"step_times": timing, "settled": settled.get(name)}
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
@@ -327,7 +326,7 @@ def _step_times(
     engines: Mapping[str, Engine],
     given: StepTimes | None,
     compile_system: Callable[[str], None],
-    progress: ProgressLines,
+    step: Progress,
 ) -> StepTimes:
     """Return the times to use: given, of the run that is resumed, or taken now.
 
@@ -346,7 +345,7 @@ def _step_times(
         times = measure_step_times(
             list(engines.values()),
             config.timing_repeats,
-            progress.step,
+            step,
             streams=config.streams,
         )
         measured = environment()

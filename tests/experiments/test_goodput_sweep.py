@@ -815,7 +815,7 @@ def test_step_times_of_the_first_format_are_one_round(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_targets_stand_side_by_side(seven, tmp_path):
+def test_two_targets_stand_side_by_side(seven, tmp_path, capsys):
     """With looks and halves; the commands that read a run find either target."""
     changes = [change for change in ALL_SYSTEMS if change != "relaxed=0"]
     searched = ["num_seeds=4", "first_seeds=2", "workload.num_requests=40"]
@@ -824,6 +824,8 @@ def test_two_targets_stand_side_by_side(seven, tmp_path):
         text = goodput_sweep.run(cfg, tmp_path / name, str(seven / "step_times.json"))
     files = [(tmp_path / n / "summary.json").read_bytes() for n in ("a", "b")]
     assert files[0] == files[1]
+    said = capsys.readouterr().err  # of two halves, two targets and seven systems
+    assert "] 28/28 searches by halves of the rounds of timing" in said
     targets = json.loads(files[0])["targets"]
     assert list(targets) == ["tight", "relaxed"]
     slos = [targets[name]["slo"] for name in targets]
