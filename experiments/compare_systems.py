@@ -42,10 +42,10 @@ from typing import Any, TypeVar
 from disagg_jax.deployment import Deployment
 from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.scheduling import Policy, find_system, get_system
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule, step_size, tile_multiples
-from disagg_jax.search.candidates import Progress, Stop, never, silent
 from disagg_jax.search.cells import Grid as Cells
 from disagg_jax.search.cells import compare, counted
 from disagg_jax.search.comparison import (

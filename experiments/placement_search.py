@@ -34,9 +34,9 @@ from disagg_jax.deployment import Role
 from disagg_jax.errors import require
 from disagg_jax.formats import PLACEMENT
 from disagg_jax.metrics import SLO
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.search.candidates import Progress, Stop, never, silent
 from disagg_jax.search.placement import (
     ALGORITHMS,
     PLACED,

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from disagg_jax.deployment import InstanceSpec, Role
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.workers import Mapper
 
-# Is told a part of the work, its steps that are done, all of them, and the state.
-Progress = Callable[[str, int, int, str], None]
-Stop = Callable[[], bool]  # whether nothing more is to be begun
 # Why a candidate has no goodput: it failed at the rate to beat, or was not simulated.
 BEATEN, BOUND = "beaten", "bound"
 # Candidates between two updates of the best; fixed, so that the number of workers does
@@ -93,15 +91,6 @@ class CandidateResult:
         if found.pass_rps is not None and found.fail_rps is None:
             return math.inf
         return max(found.interval.mean, found.fail_rps or 0.0)
-
-
-def silent(part: str, done: int, total: int, text: str) -> None:
-    """Tell nobody: a `Progress`."""
-
-
-def never() -> bool:
-    """Go on to the end: a `Stop`."""
-    return False
 
 
 def best_first(

@@ -13,15 +13,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.search.candidates import (
     BEATEN,
     BOUND,
     CandidateResult,
-    Progress,
-    Stop,
     candidate_row,
-    never,
-    silent,
 )
 from disagg_jax.search.cells import counted, say_rate
 from disagg_jax.search.comparison import Option, SystemResult, SystemSearch

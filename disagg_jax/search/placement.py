@@ -30,17 +30,15 @@ from typing import Any
 from disagg_jax.deployment import Deployment, InstanceSpec, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Interval, margin
+from disagg_jax.progress import Progress, Stop, never
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
     Layout,
-    Progress,
-    Stop,
     best_first,
     candidate_row,
-    never,
 )
 from disagg_jax.search.goodput import GoodputSearch
 from disagg_jax.search.phases import decode_alone, prefill_alone

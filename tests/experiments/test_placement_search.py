@@ -10,6 +10,7 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate, Inversion
 from disagg_jax.metrics.intervals import interval_across
+from disagg_jax.progress import silent
 from disagg_jax.scheduling import get_system
 from disagg_jax.search import placement
 from disagg_jax.search.candidates import (
@@ -17,7 +18,6 @@ from disagg_jax.search.candidates import (
     CandidateResult,
     Layout,
     candidate_row,
-    silent,
 )
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (

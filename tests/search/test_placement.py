@@ -9,14 +9,9 @@ from disagg_jax.deployment import Deployment, KVMemory, Role
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate
 from disagg_jax.metrics.intervals import Interval
+from disagg_jax.progress import silent
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.search.candidates import (
-    Candidate,
-    CandidateResult,
-    Layout,
-    best_first,
-    silent,
-)
+from disagg_jax.search.candidates import Candidate, CandidateResult, Layout, best_first
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
     PhaseRates,
