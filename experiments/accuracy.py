@@ -21,7 +21,12 @@ and after all runs, against the profile, which shows how far the machine has mov
 the engine against itself on the same requests, which shows how far live durations
 repeat.
 
-Writes accuracy.txt, accuracy.json and accuracy.png. A killed run goes on where it was.
+The engine serves all systems at the rates nearest to their goodputs first. With
+--minutes it begins no more points after that time, and reports the rates at which all
+seeds of a system are done.
+
+Writes accuracy.txt, accuracy.json and accuracy.png. A run that was killed, or whose
+time was spent, goes on where it was by the same command.
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ from experiments.accuracy_study.report import Result
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_once
-from experiments.cli.progress import ProgressLines
+from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -83,6 +88,7 @@ _FACTORS = FLAGS.list(
     ["0.6", "0.8", "0.9", "0.97", "1.03", "1.1", "1.25"],
     "Rates, over the simulated goodput of each system.",
 )
+_MINUTES = MinutesFlag(FLAGS, "points")
 _OUT = FLAGS.string("out", "runs/accuracy", "Folder.")
 
 # Durations are live, rates are --factors, and step sizes are those of the papers.
@@ -99,9 +105,17 @@ _UNREAD = read_by(
 
 
 def run(
-    config: Config, profile_path: str, factors: Sequence[float], out: pathlib.Path
-) -> Result:
+    config: Config,
+    profile_path: str,
+    factors: Sequence[float],
+    out: pathlib.Path,
+    deadline: Deadline = ENDLESS,
+) -> Result | None:
     """Serve and simulate all points.
+
+    Args:
+      deadline: after which no point is begun. The result is then of the rates that are
+        done, and None if none is.
 
     Raises:
       ValueError, FileNotFoundError: on bad input, before any work.
@@ -124,7 +138,7 @@ def run(
     record = {**plain(config), "profile": profile_to_json(profile)}
     with sole_use(out):
         run_dir = RunDir(out, {**record, "factors": list(factors)})
-        return _run(config, model, profile, factors, run_dir)
+        return _run(config, model, profile, sorted(factors), run_dir, deadline)
 
 
 def _run(
@@ -133,7 +147,8 @@ def _run(
     profile: CalibratedProfile,
     factors: Sequence[float],
     run_dir: RunDir,
-) -> Result:
+    deadline: Deadline,
+) -> Result | None:
     out = run_dir.path
     progress = ProgressLines()
     pairs = _pairs(config, model, profile, run_dir, progress)
@@ -141,18 +156,26 @@ def _run(
     target = config.search.target
     knees = {pair.name: pair.knee_rps(target) for pair in pairs}
     rates = {
-        name: [float(f"{knee_rps * factor:.4g}") for factor in sorted(factors)]
+        name: [float(f"{knee_rps * factor:.4g}") for factor in factors]
         for name, knee_rps in knees.items()
     }
-    _serve_all(pairs, rates, progress)
-    after = _once(out / "moved_after.json", lambda: _moved(pairs, profile))
+    # The nearest to the goodput first, on a logarithmic scale.
+    order = sorted(range(len(factors)), key=lambda i: abs(math.log(factors[i])))
+    missing = _serve_all(pairs, rates, order, progress, deadline)
+    after = None
+    if not missing:
+        after = _once(out / "moved_after.json", lambda: _moved(pairs, profile))
+    done = {pair.name: pair.done(rates[pair.name]) for pair in pairs}
+    if not any(done.values()):
+        return None
     return report.compare(
-        pairs,
-        rates,
+        [pair for pair in pairs if done[pair.name]],
+        done,
         target=target,
         profile=profile,
         moved=(before, after),
         config=config,
+        missing=missing,
     )
 
 
@@ -200,21 +223,39 @@ def _pairs(
 def _serve_all(
     pairs: Sequence[PairedRun],
     rates: Mapping[str, Sequence[float]],
+    order: Sequence[int],
     progress: ProgressLines,
-) -> None:
-    """Run the engine at every point, and once more at one point of each system."""
+    deadline: Deadline,
+) -> int:
+    """Run the engine at every point, and once more at one point of each system.
+
+    Systems take turns, so that each has as many rates if the time is spent.
+
+    Args:
+      order: of the rates: their places in the lists.
+
+    Returns:
+      How many points there was no time for.
+    """
     points = [
-        (pair, point)
-        for pair in pairs
-        for point in [
-            *(point for rate in rates[pair.name] for point in pair.points(rate)),
-            pair.again(rates[pair.name]),
-        ]
+        *(
+            (pair, point)
+            for i in order
+            for pair in pairs
+            for point in pair.points(rates[pair.name][i])
+        ),
+        *((pair, pair.again(rates[pair.name])) for pair in pairs),
     ]
-    for i, (pair, point) in enumerate(points):
-        progress.step("points", i, len(points), f"now {point.name}")
+    missing = [(pair, point) for pair, point in points if not pair.has(point)]
+    if found := len(points) - len(missing):
+        progress(f"{found} of {len(points)} points found")
+    for i, (pair, point) in enumerate(missing):
+        if deadline.passed():
+            return len(missing) - i
+        progress.step("points", i, len(missing), f"now {point.name}")
         pair.serve(point)
-    progress.step("points", len(points), len(points))
+    progress.step("points", len(missing), len(missing))
+    return 0
 
 
 def _once(path: pathlib.Path, measure_ratio: Callable[[], float]) -> float:
@@ -227,7 +268,7 @@ def _once(path: pathlib.Path, measure_ratio: Callable[[], float]) -> float:
 def _moved(pairs: Sequence[PairedRun], profile: CalibratedProfile) -> float:
     """Return the median time of programs alone now, over the profile's."""
     works = grid(pair.server.engine for pair in pairs)
-    measured = measure(works, 3, time_alone, lambda _: None)
+    measured = measure(works, 3, time_alone)
     ratios: list[float] = []
     for key, turns in measured.items():
         if isinstance(key, StepKey):
@@ -240,6 +281,7 @@ def _moved(pairs: Sequence[PairedRun], profile: CalibratedProfile) -> float:
 
 @command(FLAGS)
 def main() -> None:
+    deadline = _MINUTES.start()
     host_devices.one_thread_each()
     given = [f"workload.num_requests={_REQUESTS.value}", f"num_seeds={_SEEDS.value}"]
     expect_once(_REQUESTS, "workload.num_requests", _SET.value)
@@ -247,8 +289,15 @@ def main() -> None:
     config = override(get_config(_CONFIG.value), given)
     config = override(config, _SET.value, _UNREAD)
     config = dataclasses.replace(config, durations="live")
-    factors, out = [float(text) for text in _FACTORS.value], pathlib.Path(_OUT.value)
-    result = run(config, _PROFILE.value, factors, out)
+    factors = [float(text) for text in _FACTORS.value]
+    out = pathlib.Path(_OUT.value)
+    result = run(config, _PROFILE.value, factors, out, deadline)
+    if result is None:
+        print(
+            "--minutes are spent before all seeds of a rate were done; the points that "
+            "are done are kept, and the same command goes on from them"
+        )
+        return
     text = report.text(result)
     write_text(out / "accuracy.txt", text + "\n")
     write_json(out / "accuracy.json", report.to_json(result))

@@ -26,6 +26,10 @@ The time of the steps of a kind there, over the time of their programs alone, is
 as in service, and the simulator multiplies by it
 (`experiments/accuracy_study/serving_factor.py`).
 
+With --minutes it begins nothing more after that time: the profile is of the rounds that
+were taken, if they are 3 or more, and has the serving factors of the systems that
+served. It says what it lacks.
+
 With tp > 1 on host devices the times would be contention, not speed.
 Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
 """
@@ -33,6 +37,7 @@ Takes 2 to 4 minutes for the systems of `tiny` on 2 cores.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -47,7 +52,7 @@ from experiments.cli import host_devices
 from experiments.cli.command import command, command_line
 from experiments.cli.flags import Flags, expect_once, expect_used
 from experiments.cli.names import ENGINE_MODEL
-from experiments.cli.progress import ProgressLines
+from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.options import read_by
@@ -91,6 +96,7 @@ _MAX_DRIFT = FLAGS.float(
 _SPEED_PROBES = FLAGS.boolean(
     "speed_probes", True, "Run probes, which tell a shared machine's speed."
 )
+_MINUTES = MinutesFlag(FLAGS, "rounds of timing and systems that serve")
 _SHOW = FLAGS.string("show", None, "Only print the errors of this profile.")
 _OUT = FLAGS.string("out", None, "The profile; default experiments/profiles/NAME.json.")
 
@@ -129,7 +135,7 @@ def on_deployments(config: Config, deployments: Sequence[str]) -> Config:
     return dataclasses.replace(config, systems=systems) if systems else config
 
 
-def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, str]:
+def provenance_of(model: ModelConfig, config: Config) -> dict[str, str]:
     """Return what a profile is of, and how it was made."""
     now = environment()
     return {
@@ -147,7 +153,7 @@ def provenance_of(model: ModelConfig, config: Config, rounds: int) -> dict[str, 
             f"{name} on {system.deployment}" for name, system in config.systems.items()
         ),
         "memory": f"{config.memory}",
-        "method": f"medians of {rounds} rounds, each program alone; in service: "
+        "method": "medians of rounds of timing, each program alone; in service: "
         f"{config.workload.num_requests} requests of each system, prompts "
         f"{config.workload.prompt_tokens}, outputs {config.workload.output_tokens}",
     }
@@ -186,11 +192,17 @@ def run(
     count: int,
     max_drift: float,
     speed_probes: bool = True,
+    deadline: Deadline = ENDLESS,
 ) -> CalibratedProfile:
     """Build the engines of all systems and measure them.
 
+    Args:
+      deadline: after which nothing more is begun; the profile's provenance says what is
+        `left out`.
+
     Raises:
       ValueError, FileNotFoundError: on bad input or too little memory, before any work.
+      ValueError: if the time did not suffice for a fit.
     """
     progress = ProgressLines()
     host_devices.provide(most_devices(config))
@@ -208,19 +220,26 @@ def run(
     profile = calibrate(
         list(engines.values()),
         name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
-        provenance=provenance_of(model.config, config, rounds),
+        provenance=provenance_of(model.config, config),
         rounds=rounds,
         count=count,
         max_drift=max_drift,
-        progress=progress,
+        progress=progress.step,
         speed_probes=speed_probes,
+        stop=deadline.passed,
     )
-    progress(f"serving {config.workload.num_requests} requests on each system")
-    served = [
-        serve_with(config, engine, config.systems[name].policies, {})
+    servers = {
+        name: serve_with(config, engine, config.systems[name].policies, {})
         for name, engine in engines.items()
-    ]
-    return with_serving_factors(profile, serve_each(served, source, profile))
+    }
+    asked = (list(servers.values()), source, profile)
+    served = list(serve_each(*asked, progress.step, deadline.passed))
+    profile = with_serving_factors(profile, itertools.chain(*served))
+    missing = [f"{name} in service" for name in list(servers)[len(served) :]]
+    if (taken := int(profile.provenance["rounds"])) < rounds:
+        missing.insert(0, f"{rounds - taken} of {rounds} rounds of timing")
+    left_out = {"left out": "; ".join(missing)} if missing else {}
+    return dataclasses.replace(profile, provenance={**profile.provenance, **left_out})
 
 
 def show(path: str) -> str:
@@ -240,12 +259,13 @@ def show(path: str) -> str:
 
 @command(FLAGS)
 def main() -> None:
+    deadline = _MINUTES.start()
     host_devices.one_thread_each()
     asked = (_CONFIG, _MODEL, _DEPLOYMENT, _SET, _ROUNDS, _UNSEEN, _REQUESTS)
     shown = f"--show={_SHOW.value}"
     expect_used(
         not _SHOW.value,
-        *(*asked, _MAX_DRIFT, _SPEED_PROBES, _OUT),
+        *(*asked, _MAX_DRIFT, _SPEED_PROBES, _MINUTES.flag, _OUT),
         expected="no --show",
         got=shown,
     )
@@ -275,11 +295,15 @@ def main() -> None:
             _UNSEEN.value,
             _MAX_DRIFT.value,
             _SPEED_PROBES.value,
+            deadline,
         )
         out = file or folder / f"{profile.name}.json"
         write_json(out, profile_to_json(profile))
     print(f"{table(profile)}\n\n{service_table(profile)}")
-    print(f"\ndrift {profile.provenance['drift']}; {out}")
+    said = profile.provenance
+    if "left out" in said:
+        print(f"\nNOT FINISHED, as --minutes were spent; it lacks {said['left out']}")
+    print(f"\n{said['rounds']} rounds, drift {said['drift']}; {out}")
 
 
 if __name__ == "__main__":

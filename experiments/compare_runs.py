@@ -33,6 +33,8 @@ _OF_A_START = ("command", "load_average")  # of env.json; the output may go else
 # "random" are also a matter of the model's tokenizer and of the longest context.
 _REQUESTS = ("workload", "trace", "trace_sha256")
 _PROMPTS = ("model", "weights", "memory")
+_ENDS = ("pass", "fail")  # of the rates of a goodput
+_BOUNDED = "a bound only"
 
 
 def compare(a: SavedRun, b: SavedRun) -> str:
@@ -145,6 +147,23 @@ class Side:
         values = per_seed(systems[name]) if name in systems else []
         return dict(enumerate(values, self.config["seed"]))
 
+    def bound(self, system: str) -> str | None:
+        """Write what is known of a system that passed, or failed, at every rate.
+
+        Of a throughput it is what is known if no higher rate was worse. It is None of a
+        system whose value is known, and of one that did not take part.
+        """
+        systems = self.summary["systems"]
+        found = systems.get(find_system(system, systems), {})
+        if "throughput" in found:
+            best = found["throughput"]["max_throughput_per_device"]["mean"]
+            return None if found["throughput"]["bracketed"] else f">= {best:.4g}"
+        goodput = found.get("goodput", {})
+        passing, failing = (goodput.get(f"{n}_rps_per_device") for n in _ENDS)
+        if (passing is None) == (failing is None):
+            return None
+        return f">= {passing:.4g}" if failing is None else f"< {failing:.4g}"
+
     def text(self, goodputs: Mapping[int, float]) -> str:
         if not goodputs:
             return "-"
@@ -177,6 +196,11 @@ def _of_target(target: str, a: Side, b: Side, other_requests: list[str]) -> list
     title = "goodput or throughput per device"
     head = (title, "A", "B", "B over A", "told apart", "compared")
     said += underlined(align([head, *rows], right=range(1, 4)))
+    if any(row[-1] == _BOUNDED for row in rows):
+        said.append(
+            f"{_BOUNDED}: >= it passed at every rate tried, < it failed at every one; "
+            "what it is over another is not known"
+        )
     if other_requests:
         said.append(f"unpaired, as requests differ: {', '.join(other_requests)}")
     return said
@@ -184,9 +208,12 @@ def _of_target(target: str, a: Side, b: Side, other_requests: list[str]) -> list
 
 def _row(system: str, a: Side, b: Side, unpaired: bool) -> list[str]:
     of_a, of_b = a.goodputs(system), b.goodputs(system)
-    cells = [system, a.text(of_a), b.text(of_b)]
+    bounds = a.bound(system), b.bound(system)
+    cells = [system, bounds[0] or a.text(of_a), bounds[1] or b.text(of_b)]
     if not of_a or not of_b:
         return [*cells, "-", "-", "-"]
+    if any(bounds):
+        return [*cells, "-", "-", _BOUNDED]
     options: Any = {
         "independent": a.independent and b.independent,
         "confidence": max(a.confidence, b.confidence),

@@ -42,10 +42,10 @@ from typing import Any, TypeVar
 from disagg_jax.deployment import Deployment
 from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.scheduling import Policy, find_system, get_system
 from disagg_jax.scheduling.system import System
 from disagg_jax.scheduling.tuning import has_rule, step_size, tile_multiples
-from disagg_jax.search.candidates import Progress, Stop, never, silent
 from disagg_jax.search.cells import Grid as Cells
 from disagg_jax.search.cells import compare, counted
 from disagg_jax.search.comparison import (
@@ -56,7 +56,7 @@ from disagg_jax.search.comparison import (
     system_searches,
 )
 from disagg_jax.search.fewest import Demand, fewest_devices, fewest_search
-from disagg_jax.search.layouts import with_all_layouts
+from disagg_jax.search.layouts import dropped, with_all_layouts
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
@@ -333,10 +333,8 @@ def run(
             served = None
             if report.is_single(maps, grids):
                 single = _Single(spec, maps[0], mapper, progress)
-                if stop():
-                    left_out.append("all layouts")
-                else:
-                    single.complete_layouts(grids[0])
+                if lacking := single.complete_layouts(grids[0], stop):
+                    left_out.append(f"goodputs of {lacking} layouts")
                 if stop():
                     left_out.append("the devices that a rate needs")
                 else:
@@ -395,11 +393,13 @@ class _Single:
         ((self._at, self._cell),) = each.cells.items()
         self._searches = system_searches(spec, self._cell)
 
-    def complete_layouts(self, grid: Cells) -> None:
-        """Find the goodputs of all layouts of the pair that is compared."""
-        grid[self._at] = with_all_layouts(
-            grid[self._at], self._searches, self._mapper, self._progress
-        )
+    def complete_layouts(self, grid: Cells, stop: Stop) -> int:
+        """Find the goodputs of all layouts; return of how many there was no time."""
+        if not stop():
+            grid[self._at] = with_all_layouts(
+                grid[self._at], self._searches, self._mapper, self._progress, stop
+            )
+        return sum(len(list(dropped(one))) for one in grid[self._at])
 
     def served(
         self, grid: Cells, rate_rps: float | None, max_devices: int

@@ -44,15 +44,22 @@ from disagg_jax.calibration.step_times import (
     check_step_times,
     measure_step_times,
 )
-from disagg_jax.calibration.timing import Progress
 from disagg_jax.deployment import Deployment
 from disagg_jax.engine.engine import Engine
 from disagg_jax.formats import PLACEMENT, STEP_TIMES
+from disagg_jax.progress import Progress
+from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.workers import Mapper
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_once
-from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines, to_stderr
+from experiments.cli.progress import (
+    ENDLESS,
+    Deadline,
+    MinutesFlag,
+    ProgressLines,
+    to_stderr,
+)
 from experiments.cli.workers import Workers, open_workers
 from experiments.configs.config import Config
 from experiments.configs.named import CONFIGS, get_config
@@ -96,7 +103,6 @@ _STEP_TIMES = FLAGS.string(
     "step_times", None, "step_times.json of another run, instead of timing programs."
 )
 _MINUTES = MinutesFlag(FLAGS, "looks and rates")
-_ENDLESS = Deadline(None)
 _WORKERS = FLAGS.workers()
 
 
@@ -105,7 +111,7 @@ def run(
     out: pathlib.Path,
     step_times_file: str | None,
     workers: Workers | None = None,
-    deadline: Deadline = _ENDLESS,
+    deadline: Deadline = ENDLESS,
 ) -> str:
     """Run a sweep and return its table; of a run that has ended, only return it.
 
@@ -169,7 +175,8 @@ def _run(
     def compile_system(name: str) -> None:
         compile_engines({name: engines[name]}, progress)
 
-    times = _step_times(config, run_dir, engines, given, compile_system, progress)
+    step = progress.step
+    times = _step_times(config, run_dir, engines, given, compile_system, step)
     with open_workers(workers if _may_leave(config) else 1) as mapper:
         sweeps = [
             Sweep(
@@ -186,7 +193,7 @@ def _run(
                 run_dir=run_dir,
                 progress=progress,
                 compile_system=compile_system,
-                step=progress.step,
+                step=step,
                 out_of_time=deadline.passed,
                 target=target.name,
                 mapper=mapper,
@@ -202,7 +209,7 @@ def _run(
             if deadline.passed():
                 missing.append("whether the timings settle who is ahead")
             else:
-                settled = _settled(config, engines, times, sweeps, mapper, progress)
+                settled = _settled(config, engines, times, sweeps, mapper, step)
     for name, summary in found.items():
         summary |= {"step_times": timing, "settled": settled.get(name)}
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
@@ -236,13 +243,16 @@ def _nothing(run_dir: RunDir) -> str:
 def _asked(config: Config, step_times_file: str | None) -> dict[str, Any]:
     """Return what decides the result of a run, as far as it is known before any work.
 
-    A trace is told by its bytes, so that it need not be read, nor a model for it.
+    A trace is told by its bytes, so that it need not be read, nor a model for it. The
+    file of a link may change, so what it says is kept.
     """
     asked = {**plain(config), "step_times_file": step_times_file}
     trace = pathlib.Path(config.workload.trace)
     if config.workload.source == "trace" and trace.is_file():
         with trace.open("rb") as file:
             asked["trace_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.link.endswith(".json"):
+        asked["link_figures"] = plain(get_link(config.link))
     return asked
 
 
@@ -279,17 +289,22 @@ def _settled(
     times: StepTimes,
     sweeps: Sequence[Sweep],
     mapper: Mapper,
-    progress: Progress,
+    step: Progress,
 ) -> dict[str, dict[str, Any]]:
     """Return whether two halves of the timings have the same winner, by target."""
     assert times.halves is not None
     halves: dict[str, list[dict[str, float]]] = {sweep.target: [] for sweep in sweeps}
-    for i, half in enumerate(times.halves, 1):
-        progress(f"searching by the seconds of half {i} of the rounds of timing")
+    part, done = "searches by halves of the rounds of timing", 0
+    total = len(times.halves) * len(sweeps) * len(engines)
+    step(part, done, total, "")
+    for half in times.halves:
         targets = resolve_targets(config, engines, half.seconds, sweeps[0].source)
         for sweep, target in zip(sweeps, targets, strict=True):
             begin = {name: sweep.goodput_rps(name) for name in target.timed}
-            found = goodputs(config, target, sweep.source, begin, mapper)
+            found: dict[str, float] = {}
+            for name, rps in goodputs(config, target, sweep.source, begin, mapper):
+                found[name], done = rps, done + 1
+                step(part, done, total, "")
             halves[target.name].append(found)
     return {name: verdict(found) for name, found in halves.items()}
 
@@ -311,7 +326,7 @@ def _step_times(
     engines: Mapping[str, Engine],
     given: StepTimes | None,
     compile_system: Callable[[str], None],
-    progress: Progress,
+    step: Progress,
 ) -> StepTimes:
     """Return the times to use: given, of the run that is resumed, or taken now.
 
@@ -330,7 +345,7 @@ def _step_times(
         times = measure_step_times(
             list(engines.values()),
             config.timing_repeats,
-            progress,
+            step,
             streams=config.streams,
         )
         measured = environment()

@@ -57,12 +57,11 @@ _WORKERS = FLAGS.workers()
 
 def _profile(rows: Sequence[MeasuredRow]) -> EngineProfile | None:
     """Return the profile of --engine, if it is given and is for these rows."""
-    got = f"--engine={_ENGINE.value}"
     given = _ENGINE.value is not None
-    expect_used(given, _FORCE_PROFILE, expected="--engine", got=got)
+    expect_used(given, _FORCE_PROFILE, expected="--engine", got="none")
     if not given:
         return None
-    profile = get_engine(_ENGINE.value)
+    profile = get_engine(str(_ENGINE.value))
     others = sorted({row.engine for row in rows} - {profile.engine})
     expected = f"--engine: expected rows of {profile.engine}, or --force_profile"
     require(not others or _FORCE_PROFILE.value, expected, others)

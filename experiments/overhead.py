@@ -22,7 +22,8 @@ accelerator (`timing.keep_freed_memory`); the copy that is the bound gains from 
 
 Warm-up and compilation are outside the timing; figures are medians of rounds that
 alternate between the two sides of a ratio. Takes about 3 minutes on 2 cores. On a busy
-machine ratios hold better than absolute figures, so the load is printed as well.
+machine ratios hold better than absolute figures, so the load is printed as well. After
+--minutes no other part is begun, and those left out are named.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.programs.shapes import StepShape
+from disagg_jax.progress import Progress, silent
 from disagg_jax.request import Request
 from disagg_jax.sim.workers import process_pool, worker_pool
 from disagg_jax.work import Event, Step, Work
@@ -66,6 +68,7 @@ from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.cli.names import ENGINE_MODEL
+from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.runs.folder import write_text
 from models.config import ModelConfig, get_config, get_engine_config
 
@@ -285,6 +288,7 @@ _MODEL = FLAGS.string("model", "m32", f"Model of all parts but m32. {ENGINE_MODE
 _BATCHES = FLAGS.list("batches", ["16", "64"], "Requests in a decode step.")
 _MIB = FLAGS.list("handoff_mib", ["1", "16", "128"], "Sizes of a hand-off.")
 _REPEATS = FLAGS.integer("repeats", 7, "Rounds that a median is taken over.")
+_MINUTES = MinutesFlag(FLAGS, "parts")
 _OUT = FLAGS.string("out", None, "JSON file to write.")
 # The parts that read a flag; --repeats is for all.
 _READERS = (
@@ -294,8 +298,16 @@ _READERS = (
 )
 
 
-def run(parts: Sequence[str], options: OverheadOptions) -> list[Figure]:
+def run(
+    parts: Sequence[str],
+    options: OverheadOptions,
+    progress: Progress = silent,
+    deadline: Deadline = ENDLESS,
+) -> list[Figure]:
     """Measure `parts`, and print the figures of each as soon as it is done.
+
+    Args:
+      deadline: after which no other part is begun; those left out are named.
 
     Raises:
       ValueError: on bad options, or a part that needs more devices than there are.
@@ -309,7 +321,12 @@ def run(parts: Sequence[str], options: OverheadOptions) -> list[Figure]:
             )
     print(f"{os.cpu_count()} cores, load average {load_average()} before\n")
     figures: list[Figure] = []
-    for part in parts:
+    of = f"parts on {DEVICES[parts[0]]} devices"
+    for i, part in enumerate(parts):
+        if deadline.passed():
+            print(f"left out, as --minutes were spent: {', '.join(parts[i:])}\n")
+            break
+        progress(of, i, len(parts), f"now {part}")
         found = PARTS[part](options)
         print(f"{table(found)}\n\nload average {load_average()}\n", flush=True)
         figures += found
@@ -349,6 +366,7 @@ def to_json(figures: Sequence[Any]) -> str:
 
 @command(FLAGS)
 def main() -> None:
+    deadline = _MINUTES.start()
     host_devices.one_thread_each()
     parts, out = _PARTS.value, writable(_OUT.value)
     options = OverheadOptions(
@@ -366,7 +384,8 @@ def main() -> None:
             got=f"--parts={','.join(parts)}",
         )
     groups = _by_devices(parts)
-    run_here = functools.partial(_run_here, options=options)
+    # The clock is the machine's, so that processes have one deadline.
+    run_here = functools.partial(_run_here, options=options, deadline=deadline)
     figures: list[Any] = []
     for group in groups:  # several: in a process of its own each, which prints
         with process_pool(1) if len(groups) > 1 else worker_pool(1) as mapper:
@@ -383,12 +402,15 @@ def _by_devices(parts: Sequence[str]) -> list[list[str]]:
     ]
 
 
-def _run_here(parts: Sequence[str], options: OverheadOptions) -> list[Any]:
+def _run_here(
+    parts: Sequence[str], options: OverheadOptions, deadline: Deadline
+) -> list[Any]:
     """Split the host into the devices that `parts` need, and run them."""
     if "handoff" in parts:
         keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", DEVICES[parts[0]])
-    return [figure.to_json() for figure in run(parts, options)]
+    found = run(parts, options, ProgressLines().step, deadline)
+    return [figure.to_json() for figure in found]
 
 
 if __name__ == "__main__":

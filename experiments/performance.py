@@ -20,7 +20,9 @@ profiler reads, and a perfetto_trace.json.gz for ui.perfetto.dev.
 
 Weights are random: no time depends on them. Medians of rounds that go over all peaks
 and steps in turn. On a busy machine shares hold better than times. About 2 minutes on
-2 cores; no device is shared with another process, so nothing else should run.
+2 cores; no device is shared with another process, so nothing else should run. After
+--minutes no other round and no other part is begun: medians are of the rounds that were
+taken, one at least, and what is left out is named.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import jax
 from disagg_jax.engine.engine import Engine
 from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.work import StepLoad
 from experiments.benchmarks.dense_baseline import dense_step_s
 from experiments.benchmarks.engines import bare_engine, bare_step_s
@@ -46,15 +49,17 @@ from experiments.benchmarks.peaks import Peaks, StepBound, peak_probes, spec_she
 from experiments.benchmarks.timing import (
     Figure,
     check_numbers,
-    interleaved,
     keep_freed_memory,
     load_average,
+    medians,
     table,
+    values_in_turn,
 )
 from experiments.cli import host_devices
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.cli.names import ENGINE_MODEL
+from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.report.table import numbers
 from experiments.runs.folder import commit, write_text
 from models.config import ModelConfig, get_engine_config
@@ -134,8 +139,17 @@ _HEAD = (
 )
 
 
-def measure(options: StepOptions, engine: Engine) -> tuple[Peaks, list[StepTime]]:
-    """Measure the peaks and the steps, in the same rounds."""
+def measure(
+    options: StepOptions,
+    engine: Engine,
+    progress: Progress = silent,
+    stop: Stop = never,
+) -> tuple[Peaks, list[StepTime], int]:
+    """Measure the peaks and the steps, in the same rounds; return their number too.
+
+    Args:
+      stop: asked before each round; see `values_in_turn`.
+    """
     config = options.config
     loads = step_loads(options)
     probes, once = peak_probes(config.dtype)
@@ -146,11 +160,12 @@ def measure(options: StepOptions, engine: Engine) -> tuple[Peaks, list[StepTime]
             timers[f"dense {shape}"] = dense_step_s(
                 engine, shape.rows, options.context, steps=4
             )
-    seconds = interleaved(options.repeats, timers)
+    found = values_in_turn(options.repeats, timers, progress, stop)
+    seconds = medians(found)
     peaks = Peaks(
         bytes_s=once.bytes_s / seconds["read"], flops=once.flops / seconds["matmul"]
     )
-    return peaks, [
+    steps = [
         StepTime(
             kind=shape.kind,
             size=shape.tokens,
@@ -160,6 +175,7 @@ def measure(options: StepOptions, engine: Engine) -> tuple[Peaks, list[StepTime]
         )
         for shape, load in loads.items()
     ]
+    return peaks, steps, len(found["read"])
 
 
 def step_loads(options: StepOptions) -> dict[StepShape, StepLoad]:
@@ -217,8 +233,15 @@ def host(options: StepOptions, engine: Engine) -> list[Figure]:
     ]
 
 
-def run(options: StepOptions) -> str:
-    """Return the report. Every part is printed as soon as it is there."""
+def run(
+    options: StepOptions, progress: Progress = silent, deadline: Deadline = ENDLESS
+) -> str:
+    """Return the report. Every part is printed as soon as it is there.
+
+    Args:
+      deadline: after which no other round or part is begun; the report names what is
+        left out.
+    """
     lines: list[str] = []
 
     def say(*some: str) -> None:
@@ -236,17 +259,31 @@ def run(options: StepOptions) -> str:
         "",
     )
     engine = bare_engine(config, list(step_loads(options)), options.block_tokens)
-    peaks, steps = measure(options, engine)
+    peaks, steps, taken = measure(options, engine, progress, deadline.passed)
     peer = PEER.get((config.name, config.dtype), {})
     rows = [step.row(peaks, peer.get(step.kind, {}).get(step.size)) for step in steps]
     say(*peak_figures(peaks), "")
     say(*numbers([_HEAD, *rows]), "")
-    if options.trace is not None:
+    few = options.repeats - taken
+    left_out = [f"{few} of {options.repeats} rounds"] if few else []
+
+    def begins(part: str) -> bool:
+        if deadline.passed():
+            left_out.append(part)
+        return not deadline.passed()
+
+    if options.trace is not None and begins("trace"):
         trace_steps(options, engine, options.trace)
-    figures = host(options, engine)  # the engine computes nothing afterwards
-    if options.handoff_mib and len(jax.devices()) > 1:
+    figures: list[Figure] = []
+    if begins("host"):
+        figures += host(options, engine)  # the engine computes nothing afterwards
+    if options.handoff_mib and len(jax.devices()) > 1 and begins("handoff"):
         figures += handoff(options)
-    say(table(figures), "", f"load average {load_average()} after")
+    if figures:
+        say(table(figures), "")
+    if left_out:
+        say(f"left out, as --minutes were spent: {', '.join(left_out)}", "")
+    say(f"load average {load_average()} after")
     return "\n".join(lines) + "\n"
 
 
@@ -264,11 +301,13 @@ _REPEATS = FLAGS.integer("repeats", 5, "Rounds that a median is taken over.")
 _DENSE = FLAGS.boolean("dense", True, "Time a plain dense cache as well.")
 _TRACE = FLAGS.string("trace", None, "Folder for a jax.profiler trace of steps.")
 _CORES = FLAGS.integer("cores", None, "Cores to run on; default is all.")
+_MINUTES = MinutesFlag(FLAGS, "rounds and parts")
 _OUT = FLAGS.string("out", None, "File to write.")
 
 
 @command(FLAGS)
 def main() -> None:
+    deadline = _MINUTES.start()
     out, config = writable(_OUT.value), get_engine_config(_MODEL.value)
     if _DTYPE.value is not None:
         config = dataclasses.replace(config, dtype=_DTYPE.value)
@@ -290,7 +329,7 @@ def main() -> None:
         host_devices.provide(2)
         several = len(jax.devices()) > 1
         expect_used(several, _MIB, expected="two devices", got="one")
-    report = run(options)
+    report = run(options, ProgressLines().step, deadline)
     if out is not None:
         write_text(out, report)
 

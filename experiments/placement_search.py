@@ -6,11 +6,13 @@
         --hardware=prefill=h100,decode=a100-80g --slo=0.5,0.04 --trace=FILE.csv
 
 --slo is TTFT_S,TPOT_S. Algorithms: high and low are DistServe's two (OSDI'24, section
-4); joint takes any numbers of instances, and colocated systems too. Durations are
-DistServe's measured coefficients where its profile has the model on an a100, and a
-roofline otherwise, or those of --cost; KV moves over the links inside a node. Where
-each role has devices of its own kind, they count alike, colocated systems have no part,
-and KV moves over --link.
+4); joint takes any numbers of instances, and colocated systems too. --systems names any
+of either kind: two colocated ones, say, or two of prefill and decode instances.
+
+Durations are DistServe's measured coefficients where its profile has the model on an
+a100, and a roofline otherwise, or those of --cost; KV moves over the links inside a
+node. Where each role has devices of its own kind, they count alike, colocated systems
+have no part, and KV moves over --link.
 
 Copies of a unit are independent; the answer is also simulated as one deployment with
 all their instances (--whole): so 2 prefill + 2 decode is held against two copies of 1 +
@@ -32,10 +34,15 @@ from disagg_jax.deployment import Role
 from disagg_jax.errors import require
 from disagg_jax.formats import PLACEMENT
 from disagg_jax.metrics import SLO
-from disagg_jax.scheduling import SYSTEMS, get_system
+from disagg_jax.progress import Progress, Stop, never, silent
+from disagg_jax.scheduling import get_system
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.search.candidates import Progress, Stop, never, silent
-from disagg_jax.search.placement import ALGORITHMS, PlacementProblem, PlacementSearch
+from disagg_jax.search.placement import (
+    ALGORITHMS,
+    PLACED,
+    PlacementProblem,
+    PlacementSearch,
+)
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload import TraceWorkload, Workload
@@ -86,13 +93,16 @@ _MAX_TOKENS = FLAGS.integer(
     lower_bound=2,
 )
 _ALGORITHM = FLAGS.enum(
-    "algorithm", "all", [*ALGORITHMS, "all"], "Which search; all is high and low."
+    "algorithm",
+    "all",
+    [*ALGORITHMS, "all"],
+    "Which search; all is high and low, and joint where all systems are colocated.",
 )
 _SYSTEMS = FLAGS.list(
     "systems",
-    [name for name in SYSTEMS if name != "disaggregated_chunked"],
-    "One of prefill and decode instances; those of colocated ones take part in joint. "
-    "One of your own is module:attribute.",
+    list(PLACED),
+    "Any number. Those of prefill and decode instances take part in every search, "
+    "colocated ones in joint. One of your own is module:attribute.",
 )
 _SYSTEM = FLAGS.string(
     "system",
@@ -176,27 +186,23 @@ def _check_flags() -> None:
     expect_used(_SYSTEM.value is None, _SYSTEMS, expected="no --system", got=alone)
 
 
-def _systems() -> tuple[dict[str, Mapping[Role, Policy]], str | None]:
-    """Return the systems to place, and the one of prefill and decode instances."""
+def _systems() -> dict[str, Mapping[Role, Policy]]:
+    """Return the systems to place."""
     names = _SYSTEMS.value if _SYSTEM.value is None else [_SYSTEM.value]
     systems = {name: get_system(name) for name in names}
     prefill, decode = devices_by_role(_DEVICE.value)
-    if prefill != decode and not _SYSTEMS.present:
+    if prefill != decode and not (_SYSTEMS.present or _SYSTEM.present):
         systems = {n: s for n, s in systems.items() if Role.COLOCATED not in s}
     colocated = [name for name, roles in systems.items() if Role.COLOCATED in roles]
     expected = f"systems: expected no colocated one on --hardware={_DEVICE.value}"
     require(prefill == decode or not colocated, expected, names)
-    apart = [name for name in systems if name not in colocated]
-    expected = "--systems: expected one of prefill and decode instances"
-    one = len(apart) == 1 or (_SYSTEM.value is not None and len(colocated) == 1)
-    require(one, expected, names)
-    return systems, apart[0] if apart else None
+    return systems
 
 
-def _algorithms(apart: str | None) -> tuple[str, ...]:
+def _algorithms(problem: PlacementProblem) -> tuple[str, ...]:
     if _ALGORITHM.value != "all":
         return (_ALGORITHM.value,)
-    return ("joint",) if apart is None else ("high", "low")
+    return ("high", "low") if problem.apart else ("joint",)
 
 
 def _traffic(max_context: int) -> tuple[Workload, list[str]]:
@@ -213,7 +219,7 @@ def _traffic(max_context: int) -> tuple[Workload, list[str]]:
 def main() -> None:
     deadline = _MINUTES.start()
     _check_flags()
-    systems, apart = _systems()
+    systems = _systems()
     context = {"max_context": _MAX_TOKENS.value} if _TRACE.value is not None else {}
     simulation = placement_simulation(
         _MODEL.value, _DEVICE.value, _COST.value, _LINK.value, **context
@@ -223,7 +229,6 @@ def main() -> None:
         simulation,
         _DEVICES.value,
         systems,
-        apart,
         workload=workload,
         slo=SLO.parse(_SLO.value),
         plan=SearchPlan(
@@ -239,7 +244,7 @@ def main() -> None:
     )
     text, _ = run(
         problem,
-        _algorithms(apart),
+        _algorithms(problem),
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
         ProgressLines().step,

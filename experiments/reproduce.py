@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from disagg_jax.errors import require
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used
-from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines
+from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
 from experiments.report.draw import draw
@@ -47,7 +47,6 @@ _SEARCH_TIMES = FLAGS.string(
 )
 
 _MINUTES = MinutesFlag(FLAGS, "figures")
-_ENDLESS = Deadline(None)
 
 REPORTS = pathlib.Path(__file__).parent / "reports"
 _COLUMNS = ("claim", "paper", "ours, 95 % over seeds", "why they differ", "run")
@@ -70,7 +69,7 @@ def run(
     lab: Lab,
     out: pathlib.Path,
     flags_used: str,
-    deadline: Deadline = _ENDLESS,
+    deadline: Deadline = ENDLESS,
 ) -> list[str]:
     """Make figures, their pictures and `out`/reproduction.md; return its lines.
 

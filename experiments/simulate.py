@@ -21,10 +21,12 @@ request, the share of the time in which each device and link was busy, and how m
 requests were refused. If more than 1 % were, the exit code is 3, after all files are
 written; with --allow_refused it is 0.
 
-OUT must hold no other run. It gets config.json, env.json, of a trace trace.json, which
+OUT must hold no other run. The same command finds the runs that are done there, and
+simulates the others. It gets config.json, env.json, of a trace trace.json, which
 says how it was read, and:
 requests.csv: for each request ttft_s, tpot_s and the five stages, floats in full; where
-a request was refused they are empty, and `error` says why.
+a request was refused they are empty, and `error` says why. `good` is 1 of one that
+finished within the targets, so that its mean is the attainment, and 0 of others.
 summary.json: the run under the keys of vLLM's benchmark, with what was busy.
 latencies.png: latencies by arrival, and the requests in each stage over time.
 With several rates or deployments each run has a folder with these three, and OUT gets
@@ -196,7 +198,7 @@ def main() -> None:
     study = _study()
     timeline, out = _timeline_file(study), pathlib.Path(_OUT.value)
     with run_folder(out, _record(study), study.result):
-        found = study.serve(out, ProgressLines(), timeline)
+        found = study.serve(out, ProgressLines().step, timeline)
     print(f"{study.text(found)}\n\n{out}: {study.files}")
     _check_refused(study, found)
 

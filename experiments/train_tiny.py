@@ -2,6 +2,7 @@
 
     python -m experiments.train_tiny
     python -m experiments.train_tiny --steps=50 --out=runs/short
+    python -m experiments.train_tiny --minutes=5 --out=runs/short
 
 The command prints the loss on held-out modules before and after, and a text by the
 model. It makes a checkpoint, for `--set weights=FOLDER`. The checkpoint in
@@ -9,7 +10,9 @@ models/trained/tiny (`--set weights=trained`) is of this default; its `training.
 names its sources.
 
 The default takes about 420 CPU-seconds (14 minutes on 2 busy cores) and goes from 6.22
-to 1.66 nats a byte.
+to 1.66 nats a byte. After --minutes it takes no more steps, and the checkpoint is of
+those that were taken; as the learning rate had not come down, more steps would do more
+than their share.
 
 The training text is the source of a fixed list of modules in a fixed order, which ship
 with any Python since 3.11; no network is needed. One release of Python always gives the
@@ -25,7 +28,7 @@ import importlib.util
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +38,10 @@ import optax
 from absl import app
 from jax import Array
 
+from disagg_jax.progress import Progress, Stop, never, silent
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
+from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.runs.folder import commit, write_json
 from models import checkpoint, transformer
 from models.config import ModelConfig, get_config
@@ -44,6 +49,7 @@ from models.tokenizer import ByteTokenizer
 
 FLAGS = Flags()
 _STEPS = FLAGS.integer("steps", 600, "Updates, each of 16 windows.", lower_bound=1)
+_MINUTES = MinutesFlag(FLAGS, "steps")
 _OUT = FLAGS.string("out", "runs/tiny-trained", "Folder of the checkpoint.")
 _SEED = FLAGS.integer("seed", 0, "Of the first weights and the windows.")
 
@@ -114,9 +120,14 @@ def train(
     params: transformer.Params,
     windows: Iterator[np.ndarray],
     steps: int,
-    progress: Callable[[str], None],
-) -> transformer.Params:
-    """Return `params` (donated) after `steps` updates by AdamW."""
+    progress: Progress = silent,
+    stop: Stop = never,
+) -> tuple[transformer.Params, int]:
+    """Return `params` (donated) after `steps` updates by AdamW, and how many were done.
+
+    Args:
+      stop: asked before each update.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, LEARNING_RATE, warmup_steps=min(50, steps // 2), decay_steps=steps
     )
@@ -131,15 +142,19 @@ def train(
         return optax.apply_updates(params, changes), state, loss
 
     state = optimizer.init(params)
-    for step in range(1, steps + 1):
+    progress("steps", 0, steps, "")
+    for step in range(steps):
+        if stop():
+            return params, step
         params, state, loss = update(params, state, jnp.asarray(next(windows)))
-        if step % 50 == 0:
-            progress(f"step {step}: loss {float(loss):.3f} on its windows")
-    return params
+        # Waits for the step, so that its time is known.
+        progress("steps", step + 1, steps, f"loss {float(loss):.3f} on its windows")
+    return params, steps
 
 
 @command(FLAGS)
 def main() -> None:
+    deadline = _MINUTES.start()
     out = pathlib.Path(_OUT.value)
     if checkpoint.is_checkpoint(out):
         raise app.UsageError(f"--out: expected no checkpoint in {out} yet, got one")
@@ -150,7 +165,10 @@ def main() -> None:
     print(f"{len(tokens)} tokens; held-out loss {before:.3f} nats a byte", flush=True)
     start = time.monotonic()
     windows = random_windows(tokens, _SEED.value)
-    params = train(config, params, windows, _STEPS.value, print)
+    steps, progress = _STEPS.value, ProgressLines().step
+    params, done = train(config, params, windows, steps, progress, deadline.passed)
+    if done < steps:
+        print(f"NOT FINISHED, as --minutes were spent: {done} of {steps} steps")
     seconds = time.monotonic() - start
     after = held_out_loss(config, params)
     tokenizer = ByteTokenizer()
@@ -159,7 +177,7 @@ def main() -> None:
     print(PROMPT + tokenizer.decode(sample))
     checkpoint.save(out, config, params)
     record = {
-        "steps": _STEPS.value,
+        "steps": done,
         "seed": _SEED.value,
         "held_out_loss_before": before,
         "held_out_loss_after": after,

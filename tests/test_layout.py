@@ -44,7 +44,7 @@ MODELS_WITHOUT_JAX = (
 
 # Each row may import the rows above it. Rooms of one row do not know each other.
 ORDER = (
-    ("disagg_jax.errors", "disagg_jax.request"),
+    ("disagg_jax.errors", "disagg_jax.progress", "disagg_jax.request"),
     ("disagg_jax.deployment", "disagg_jax.formats", "disagg_jax.work"),
     ("disagg_jax.workload", "disagg_jax.metrics", "disagg_jax.scheduling"),
     ("disagg_jax.control",),

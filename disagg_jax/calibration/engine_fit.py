@@ -25,8 +25,8 @@ from disagg_jax.sim.cost.step_terms import EngineFactors
 _ROUNDS = 50  # of reweighting
 _LEAST_ERROR = 0.02  # errors below this weigh alike
 # The prior weighs as much as this share of the rows, if each were off by one and each
-# factor by its unit. Of 0.003, 0.01, 0.02 and 0.05 the first two had the least errors on
-# rows that a fit had not seen.
+# factor by its unit. Of 0.003, 0.01, 0.02 and 0.05 the first two had the least errors
+# on rows that a fit had not seen.
 _PRIOR_SHARE = 0.005
 _LEAST, _MOST = 0.5, 2.0  # of a factor on terms
 # A factor of 1, and overheads as they come: of a layer, of a sequence, of a step.

@@ -18,7 +18,6 @@ from disagg_jax.calibration.profile_keys import (
     cost_of,
 )
 from disagg_jax.calibration.timing import (
-    Progress,
     Turn,
     drift,
     grid,
@@ -31,6 +30,7 @@ from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import KINDS, Buckets, StepShape
 from disagg_jax.programs.slices import slices_of
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.sim.cost.measured import (
     CalibratedProfile,
     LayoutTimes,
@@ -38,6 +38,7 @@ from disagg_jax.sim.cost.measured import (
 )
 from disagg_jax.work import Step, Task, Transfer
 
+LEAST_ROUNDS = 3  # behind a median, and for thirds of which the drift is told
 Parts = Sequence[tuple[int, int]]  # (start, count) of the slices of a step
 Samples = Mapping[StepKey | TransferKey, Sequence[Turn]]
 
@@ -135,8 +136,9 @@ def calibrate(
     rounds: int,
     count: int,
     max_drift: float,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
     speed_probes: bool = True,
+    stop: Stop = never,
 ) -> CalibratedProfile:
     """Measure the programs and transfers of engines, and fit a profile to them.
 
@@ -144,9 +146,11 @@ def calibrate(
       count: random loads of each kind and instance that are held out.
       max_drift: share by which the device may change its speed meanwhile.
       speed_probes: whether probes run between the programs; see `machine_speed`.
+      stop: asked before each round of timing.
 
     Raises:
-      ValueError: if the device changed its speed by more than `max_drift`.
+      ValueError: if the device changed its speed by more than `max_drift`, or there was
+        time for fewer rounds than a fit needs.
     """
     model, memory = engines[0].config, engines[0].instances[0].model.memory
     probe = SpeedProbe(choose_probes(engines) if speed_probes else {}, time_parts)
@@ -159,7 +163,14 @@ def calibrate(
     # Time both sets in the same rounds; otherwise machine drift would count as
     # prediction error.
     works = {**known, **dict(enumerate(others))}
-    found = measure(works, rounds, watched, progress)
+    found = measure(works, rounds, watched, progress, stop=stop)
+    # A prompt has one turn in a round, and every system computes prompts.
+    taken = min(map(len, found.values()))
+    if taken < min(LEAST_ROUNDS, rounds):
+        raise ValueError(
+            f"no time for a fit: expected {LEAST_ROUNDS} rounds of timing after the "
+            f"warm-up, got {taken}; give it more --minutes, or fewer systems"
+        )
     changed = drift(found.values())
     if abs(changed - 1) > max_drift:
         raise ValueError(
@@ -174,7 +185,7 @@ def calibrate(
         block_bytes=model.kv_bytes_per_token * memory.block_tokens,
         layouts=_layouts(samples),
         transfers=_transfers(samples),
-        provenance={**provenance, "drift": f"{changed - 1:+.1%}"},
+        provenance={**provenance, "rounds": f"{taken}", "drift": f"{changed - 1:+.1%}"},
         held_out={},
         probes=probe.medians_s(),
     )

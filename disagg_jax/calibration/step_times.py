@@ -9,10 +9,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.calibration.profile_keys import EngineWork, StepKey, cost_of, key_of
-from disagg_jax.calibration.timing import Progress, Turn, measure, time_alone
+from disagg_jax.calibration.timing import Turn, measure, time_alone
 from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
 from disagg_jax.errors import require
+from disagg_jax.progress import Progress, silent
 from disagg_jax.sim.cost.measured import CalibratedProfile
 
 # Step times are steady if at most this share of programs has medians in the two halves
@@ -74,7 +75,7 @@ class StepTimes:
 def measure_step_times(
     engines: Sequence[Engine],
     repeats: int = 16,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
     *,
     streams: bool = False,
 ) -> StepTimes:

@@ -18,10 +18,10 @@ from disagg_jax.calibration.profile_keys import (
 from disagg_jax.calibration.works import every_work
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import run_alone
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.work import Step, Task
 
 Key = TypeVar("Key")
-Progress = Callable[[str], None]
 Turn = Sequence[Sequence[float]]  # runs of one piece of work; seconds of its parts
 
 
@@ -43,11 +43,12 @@ def measure(
     works: Mapping[Key, EngineWork],
     rounds: int,
     time_parts: TimeParts,
-    progress: Progress,
+    progress: Progress = silent,
     *,
     turns: int = 3,
     runs: int = 3,
     enough: Callable[[Mapping[Key, list[Turn]]], bool] = lambda _: False,
+    stop: Stop = never,
 ) -> dict[Key, list[Turn]]:
     """Time each piece of work in every round; see `typical_s`.
 
@@ -67,6 +68,7 @@ def measure(
       turns: in a round, of decode steps and transfers: they are short, so vary most.
       runs: of a step in its turn.
       enough: asked after each round; `rounds` are the most.
+      stop: asked before each round, also the first: there may be none.
     """
     found: dict[Key, list[Turn]] = {key: [] for key in works}
     listed = [
@@ -74,8 +76,11 @@ def measure(
         for key, (_, work) in works.items()
         for _ in range(1 if isinstance(work, Step) and work.load.chunks else turns)
     ]
+    part = f"rounds of timing {len(works)} programs, at most"
     for i in range(rounds + 1):
-        progress(f"timing {len(works)} programs, round {i} of at most {rounds}")
+        if stop():
+            break
+        progress(part, i, rounds + 1, "")
         for at in np.random.default_rng(i).permutation(len(listed)).tolist():
             engine, work = works[listed[at]]
             times = runs if isinstance(work, Step) else 1

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from disagg_jax.deployment import Parallelism
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.sim.workers import Mapper
 
-# Is told a part of the work, its steps that are done, all of them, and the state.
-Progress = Callable[[str, int, int, str], None]
-Stop = Callable[[], bool]  # whether nothing more is to be begun
+# Why a candidate has no goodput: it failed at the rate to beat, or was not simulated.
+BEATEN, BOUND = "beaten", "bound"
 # Candidates between two updates of the best; fixed, so that the number of workers does
 # not matter. The first batch has nothing to beat, so it is searched in full.
 _FIRST, _AT_ONCE = 2, 4
@@ -34,6 +34,7 @@ class Candidate:
     bound_rps: float = math.inf  # its goodput is at most this
     copies: int = 1  # copies that fit on all devices
     layout: Parallelism | None = None  # of a phase alone
+    system: str = ""  # whose it is, where several are searched together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class CandidateResult:
 
     candidate: Candidate
     goodput: SimGoodput | None  # None: not simulated, since its bound does not win
+    had_to_beat: bool = False  # the best so far, to be searched any further
 
     @property
     def per_device_rps(self) -> float:
@@ -69,15 +71,6 @@ class CandidateResult:
         if found.pass_rps is not None and found.fail_rps is None:
             return math.inf
         return max(found.interval.mean, found.fail_rps or 0.0)
-
-
-def silent(part: str, done: int, total: int, text: str) -> None:
-    """Tell nobody: a `Progress`."""
-
-
-def never() -> bool:
-    """Go on to the end: a `Stop`."""
-    return False
 
 
 def best_first(
@@ -111,10 +104,16 @@ def best_first(
     while len(results) < len(order) and not (results and stop()):
         begin, size = len(results), at_once if results else first
         batch = order[begin : begin + size]
+        to_beat = best if prune else 0.0
         live = [c for c in batch if not prune or c.bound_rps > best * c.devices]
-        asked = [_to_beat(c, best if prune else 0.0) for c in live]
+        asked = [_to_beat(c, to_beat) for c in live]
         found = dict(zip(map(id, live), mapper(find_goodput, asked), strict=True))
-        done = [CandidateResult(candidate=c, goodput=found.get(id(c))) for c in batch]
+        done = [
+            CandidateResult(
+                candidate=c, goodput=found.get(id(c)), had_to_beat=to_beat > 0
+            )
+            for c in batch
+        ]
         results += done
         best = max(best, *(result.per_device_rps for result in done))
         if live or len(results) == len(order):
@@ -146,10 +145,7 @@ def candidate_row(result: CandidateResult) -> dict[str, Any]:
         "at_most": result.at_most_rps / candidate.devices,
     }
     if goodput is None or not result.won:
-        reason = "bound" if goodput is None else "beaten"
-        if goodput is not None and goodput.unloaded_scale > 1:
-            reason = f"alone it needs {goodput.unloaded_scale:.3g} x the targets"
-        return {**shown, "goodput": None, "why": reason}
+        return {**shown, "goodput": None, "why": _why_none(result)}
     interval, inversion = goodput.found.interval, goodput.found.inversion
     return {
         **shown,
@@ -163,3 +159,11 @@ def candidate_row(result: CandidateResult) -> dict[str, Any]:
         "steady": goodput.steady,
         "inversion": inversion and inversion.text(candidate.devices),
     }
+
+
+def _why_none(result: CandidateResult) -> str:
+    if result.goodput is None:
+        return BOUND
+    if result.goodput.unloaded_scale > 1:
+        return f"alone it needs {result.goodput.unloaded_scale:.3g} x the targets"
+    return BEATEN if result.had_to_beat else "fails at every rate that was tried"

@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-from disagg_jax.search.candidates import Progress, Stop, never, silent
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.search.comparison import (
     ComparisonSpec,
     SystemResult,

@@ -4,24 +4,26 @@ Whole deployments are simulated at the rate itself: a trace from its first row t
 last, with its own gaps. An estimate only says where to begin: the capacity of each
 layout that a comparison searched, times the share of it that its goodput was there.
 From there the number of devices goes up or down, by larger and larger steps, until a
-number that serves the rate is next to one that does not. Fewer devices than could serve
-it by their capacity, with a margin, are not tried.
+number that serves the rate is next to one that does not.
 
-Of each number only the few most promising deployments are tried, and a number is taken
-to fail if they do, so there may be a better deployment that nobody looked at.
+Of a number of devices all deployments are tried, the most promising first, until one
+serves the rate; but for those that cannot by a bound. By their capacity, with a margin;
+and where prefill and decode are apart, by each phase alone (`phases`), at a rate that
+is lower by a margin: the fewest instances of each tp that serve it are simulated once.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from disagg_jax.deployment import Deployment, Parallelism, Role
+from disagg_jax.control.run import Run
+from disagg_jax.deployment import Deployment, InstanceSpec, Parallelism, Role
 from disagg_jax.errors import require
-from disagg_jax.metrics.criteria import DistServe
 from disagg_jax.metrics.summary import percentiles
 from disagg_jax.search.capacity import capacity_rps, phase_capacities_rps
 from disagg_jax.search.comparison import (
@@ -32,12 +34,15 @@ from disagg_jax.search.comparison import (
     simulate,
 )
 from disagg_jax.search.early_stop import CutShortRun, decisive_misses, watch_run
+from disagg_jax.search.goodput import GoodputSearch
 from disagg_jax.search.maps import Cell
+from disagg_jax.search.phases import decode_alone, prefill_alone
 from disagg_jax.search.placement import colocated_instances, pair
-from disagg_jax.sim.run import RunLatencies, SimulationTask
+from disagg_jax.sim.run import RunLatencies
 from disagg_jax.workload.workload import TraceWorkload
 
-_TRIED = 3  # deployments of a number of devices, the most promising first
+# A phase alone is to serve the rate over this, as prefill may smooth what decode gets.
+_PHASE_MARGIN = 1.1
 _SAMPLE = 200  # requests that capacities are estimated from
 
 
@@ -142,7 +147,8 @@ class FewestDevices:
     Attributes:
       best: on the fewest devices that serve the rate; None if no number up to the
         maximum does.
-      bound: devices below which it cannot, by capacity; None if no number can.
+      bound: devices below which it cannot, by capacity or by a phase alone; None if no
+        number can.
       least: devices of the smallest deployment that there is.
       trials: all that was simulated.
     """
@@ -232,41 +238,49 @@ def _unit_capacity_rps(
 
 def fewest_devices(task: FewestSearch) -> FewestDevices:
     """Find the fewest devices on which a system serves the rate."""
-    demand = task.demand
     known = {
         devices: ranked
-        for devices in range(1, demand.max_devices + 1)
+        for devices in range(1, task.demand.max_devices + 1)
         if (ranked := _ranked(task.units, devices))
     }
-    sizes = list(known)
-    able = [
-        devices
-        for devices in sizes
-        if CAPACITY_MARGIN * max(each.capacity_rps for each in known[devices])
-        >= demand.rate_rps
-    ]
+    least = min(known, default=0)
+    able = _by_capacity(task, known)
+    smallest = able.get(least, ())
+    if smallest and smallest[0].promise_rps >= task.demand.rate_rps:
+        only = _trial(task, least, smallest[0].deployment)
+        if only.served:  # and there is nothing below it to bound
+            return _answer(task, only, least, least, [only])
+    able = _by_phases(task, able)
     if not able:
-        least = min(sizes, default=0)
-        return FewestDevices(system=task.system, best=None, bound=None, least=least)
+        return _answer(task, None, None, least, [])
+    sizes = list(able)
     trials: dict[int, list[Trial]] = {}
 
     def serves(at: int) -> bool:
-        devices = able[at]
-        trials[devices] = list(_try(task, devices, known[devices]))
+        devices = sizes[at]
+        trials[devices] = list(_try(task, devices, able[devices]))
         return trials[devices][-1].served
 
     promising = (
         at
-        for at, devices in enumerate(able)
-        if known[devices][0].promise_rps >= demand.rate_rps
+        for at, devices in enumerate(sizes)
+        if able[devices][0].promise_rps >= task.demand.rate_rps
     )
-    at = lowest(serves, next(promising, len(able) - 1), len(able))
+    at = lowest(serves, next(promising, len(sizes) - 1), len(sizes))
+    best = None if at is None else trials[sizes[at]][-1]
+    tried = list(itertools.chain(*trials.values()))
+    return _answer(task, best, sizes[0], least, tried)
+
+
+def _answer(
+    task: FewestSearch,
+    best: Trial | None,
+    bound: int | None,
+    least: int,
+    trials: Sequence[Trial],
+) -> FewestDevices:
     return FewestDevices(
-        system=task.system,
-        best=None if at is None else trials[able[at]][-1],
-        bound=able[0],
-        least=sizes[0],
-        trials=tuple(itertools.chain(*trials.values())),
+        system=task.system, best=best, bound=bound, least=least, trials=tuple(trials)
     )
 
 
@@ -285,6 +299,77 @@ def _ranked(units: Sequence[Unit], devices: int) -> list[_Ranked]:
         for rps, deployment in unit.deployments(devices)
     ]
     return sorted(found, key=lambda each: -each.promise_rps)
+
+
+# ---- bounds --------------------------------------------------------------------------
+
+
+def _by_capacity(
+    task: FewestSearch, known: Mapping[int, Sequence[_Ranked]]
+) -> dict[int, list[_Ranked]]:
+    """Return the deployments that may serve the rate by their capacity."""
+    rate_rps = task.demand.rate_rps
+    return _kept(known, lambda each: CAPACITY_MARGIN * each.capacity_rps >= rate_rps)
+
+
+def _by_phases(
+    task: FewestSearch, known: Mapping[int, Sequence[_Ranked]]
+) -> dict[int, list[_Ranked]]:
+    """Return the deployments of which each phase alone serves the rate."""
+    least = {
+        (role, tp): _least_alone(task, role, tp)
+        for role, tp in _parts(known)
+        if role is not Role.COLOCATED
+    }
+
+    def phases_serve(each: _Ranked) -> bool:
+        counts = collections.Counter(map(_part, each.deployment.instances))
+        return all(count >= least.get(part, 0) for part, count in counts.items())
+
+    return _kept(known, phases_serve)
+
+
+def _kept(
+    known: Mapping[int, Sequence[_Ranked]], keep: Callable[[_Ranked], bool]
+) -> dict[int, list[_Ranked]]:
+    kept = {devices: list(filter(keep, ranked)) for devices, ranked in known.items()}
+    return {devices: ranked for devices, ranked in kept.items() if ranked}
+
+
+_Part = tuple[Role, int]  # a role and the tp of its instances
+
+
+def _part(instance: InstanceSpec) -> _Part:
+    return instance.role, instance.parallelism.tp
+
+
+def _parts(known: Mapping[int, Sequence[_Ranked]]) -> set[_Part]:
+    deployments = (each.deployment for ranked in known.values() for each in ranked)
+    return {_part(i) for each in deployments for i in each.instances}
+
+
+def _least_alone(task: FewestSearch, role: Role, tp: int) -> float:
+    """Return the fewest instances of a phase that serve the rate alone; inf if none."""
+    layout, prefill = Parallelism(tp), role is Role.PREFILL
+    alone = prefill_alone if prefill else decode_alone
+    position = 0 if prefill else -1
+    one_rps = max(
+        unit.capacity_rps[position] for unit in task.units if unit.tp[position] == tp
+    )
+    most = (task.demand.max_devices - 1) // tp  # the other phase has one at least
+
+    def serves(at: int) -> bool:
+        counts = (at + 1, 1) if prefill else (1, at + 1)
+        search = alone(_search(task, pair(layout, layout, *counts)))
+        _, served, _ = _attained(search, task.demand.rate_rps / _PHASE_MARGIN)
+        return served
+
+    start = min(most - 1, int(task.demand.rate_rps / one_rps))
+    at = lowest(serves, start, most)
+    return math.inf if at is None else at + 1
+
+
+# ---- the search ----------------------------------------------------------------------
 
 
 def lowest(passes: Callable[[int], bool], start: int, count: int) -> int | None:
@@ -313,7 +398,7 @@ def _try(
     task: FewestSearch, devices: int, ranked: Sequence[_Ranked]
 ) -> Iterator[Trial]:
     """Yield the trials of a number of devices, up to one that serves the rate."""
-    for each in ranked[:_TRIED]:
+    for each in ranked:
         trial = _trial(task, devices, each.deployment)
         yield trial
         if trial.served:
@@ -322,32 +407,39 @@ def _try(
 
 def _trial(task: FewestSearch, devices: int, deployment: Deployment) -> Trial:
     """Simulate a whole deployment at the rate."""
-    simulated, _ = simulate(task.spec, task.cell, task.system, deployment, task.size)
-    demand, target = task.demand, task.spec.plan.target
-    seeds, num_requests = demand.seeds, demand.num_requests
-    runs = [
-        watch_run(
-            CutShortRun(
-                point=SimulationTask(
-                    simulated=simulated,
-                    workload=task.cell.workload,
-                    rate_rps=demand.rate_rps,
-                    num_requests=num_requests,
-                    seed=seed,
-                ),
-                criterion=DistServe(slo=task.cell.slo, target=target),
-                cut_at_misses=decisive_misses(num_requests, len(seeds), target),
-            )
-        )
-        for seed in seeds
-    ]
-    share = statistics.fmean(score.score for score, _ in runs)
-    kept = [RunLatencies.of(run) for _, run in runs if run is not None]
+    share, served, runs = _attained(_search(task, deployment), task.demand.rate_rps)
+    kept = [RunLatencies.of(run) for run in runs]
     return Trial(
         devices=devices,
         deployment=str(deployment),
         attainment=share,
-        served=share >= target,
+        served=served,
         ttft_s=percentiles([t for run in kept for t in run.ttft_s]),
         tpot_s=percentiles([t for run in kept for t in run.tpot_s]),
     )
+
+
+def _search(task: FewestSearch, deployment: Deployment) -> GoodputSearch:
+    """Return a deployment with the requests and targets of the question."""
+    simulated, _ = simulate(task.spec, task.cell, task.system, deployment, task.size)
+    return GoodputSearch(
+        simulated=simulated,
+        workload=task.cell.workload,
+        slo=task.cell.slo,
+        plan=task.spec.plan,
+        num_requests=task.demand.num_requests,
+        seeds=task.demand.seeds,
+    )
+
+
+def _attained(search: GoodputSearch, rate_rps: float) -> tuple[float, bool, list[Run]]:
+    """Return the attainment, whether that serves the rate, and the runs in full."""
+    good, count = search.good, len(search.seeds)
+    misses = decisive_misses(search.num_requests, count, search.plan.target)
+    runs = [
+        watch_run(CutShortRun(point=point, criterion=good, cut_at_misses=misses))
+        for point in search.points(rate_rps)
+    ]
+    share = statistics.fmean(score.score for score, _ in runs)
+    kept = [run for _, run in runs if run is not None]
+    return share, share >= search.plan.target, kept

@@ -30,16 +30,14 @@ from typing import Any
 from disagg_jax.deployment import Deployment, InstanceSpec, Parallelism, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO, Interval, margin
-from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
+from disagg_jax.progress import Progress, Stop, never
+from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
-    Progress,
-    Stop,
     best_first,
     candidate_row,
-    never,
 )
 from disagg_jax.search.goodput import GoodputSearch
 from disagg_jax.search.phases import decode_alone, prefill_alone
@@ -51,6 +49,8 @@ from disagg_jax.workload import Workload
 
 Build = Callable[[Deployment], SimulatedDeployment]
 ALGORITHMS = ("high", "low", "joint")
+# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
+PLACED = {n: system for n, system in SYSTEMS.items() if n != "disaggregated_chunked"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,9 @@ class PlacementProblem:
     """Devices, requests and targets, and how deployments are simulated.
 
     Attributes:
-      build: simulates a deployment of prefill and decode instances; raises ValueError
-        if a model does not fit.
-      colocated: simulates a deployment of each colocated system.
-      apart: the name of the system of prefill and decode instances; None without one.
+      apart: simulates a deployment of each system of prefill and decode instances;
+        raises ValueError if a model does not fit.
+      colocated: the same of each colocated system.
       layouts: to choose from, for each instance.
       rate_rps: to serve with as many replicas as it takes: goodput counts per device
         used. Without a rate all `devices` count, also the ones left over.
@@ -71,9 +70,8 @@ class PlacementProblem:
       margin: relative; widens the bounds.
     """
 
-    build: Build
+    apart: Mapping[str, Build]
     colocated: Mapping[str, Build]
-    apart: str | None = DISAGGREGATED
     layouts: tuple[Parallelism, ...]
     devices: int
     rate_rps: float | None = None
@@ -90,8 +88,7 @@ class PlacementProblem:
         cls,
         simulation: Simulation,
         devices: int,
-        systems: Mapping[str, Mapping[Role, Policy]] = SYSTEMS,
-        apart: str | None = DISAGGREGATED,
+        systems: Mapping[str, Mapping[Role, Policy]] = PLACED,
         **fields: Any,
     ) -> PlacementProblem:
         """Place the model of a simulation on `devices` devices.
@@ -100,25 +97,22 @@ class PlacementProblem:
         DistServe's own search.
 
         Args:
-          systems: the colocated ones take part in the joint search.
-          apart: the one of `systems` that prefill and decode instances have; None: only
-            colocated systems are placed.
+          systems: any number of either kind. The colocated ones take part in the joint
+            search.
           fields: other fields of the problem.
         """
 
-        def build(policies: Mapping[Role, Policy]) -> Build:
-            return dataclasses.replace(simulation, policies=policies).build
+        def builds(*, colocated: bool) -> dict[str, Build]:
+            return {
+                name: dataclasses.replace(simulation, policies=policies).build
+                for name, policies in systems.items()
+                if (Role.COLOCATED in policies) == colocated
+            }
 
-        colocated = {
-            name: build(policies)
-            for name, policies in systems.items()
-            if set(policies) == {Role.COLOCATED}
-        }
         nodes = simulation.node_devices
         return cls(
-            build=build(SYSTEMS[DISAGGREGATED] if apart is None else systems[apart]),
-            colocated=colocated,
-            apart=apart,
+            apart=builds(colocated=False),
+            colocated=builds(colocated=True),
             layouts=layouts_of(simulation.model.layers, devices, nodes),
             devices=devices,
             node_devices=nodes,
@@ -127,10 +121,21 @@ class PlacementProblem:
 
     def __post_init__(self) -> None:
         require(self.devices >= 1, "devices: expected >= 1", self.devices)
+        systems = [*self.apart, *self.colocated]
+        require(len(systems) > 0, "systems: expected at least one", systems)
         require(self.margin >= 0, "margin: expected >= 0", self.margin)
         rate = self.rate_rps
         finite = rate is None or 0 < rate < math.inf
         require(finite, "rate_rps: expected > 0, and finite", rate)
+
+    def build(self, system: str, deployment: Deployment) -> SimulatedDeployment:
+        """Return a system on a deployment, simulated."""
+        return {**self.apart, **self.colocated}[system](deployment)
+
+    def named(self, system: str, deployment: object) -> str:
+        """Return the name of a candidate: with its system, if several are apart."""
+        several = len(self.apart) > 1 or system in self.colocated
+        return f"{system} {deployment}" if several else f"{deployment}"
 
     def copies(self, devices: int, nodes: int | None = None) -> int:
         """Return how many groups of `devices` fit, each inside `nodes` if given."""
@@ -161,7 +166,10 @@ class PlacementProblem:
             try:
                 expected = f"{layout}: expected at most {self.devices} devices"
                 require(layout.devices <= self.devices, expected, layout.devices)
-                self.build(pair(layout, layout))
+                for build in self.apart.values():
+                    build(pair(layout, layout))
+                for build in self.colocated.values():
+                    build(colocated_instances(layout))
             except ValueError as error:
                 skipped[layout] = str(error)
         kept = tuple(layout for layout in self.layouts if layout not in skipped)
@@ -198,20 +206,20 @@ def colocated_instances(layout: Parallelism, count: int = 1) -> Deployment:
 
 
 def phase_candidates(
-    problem: PlacementProblem, layouts: Sequence[Parallelism], role: Role
+    problem: PlacementProblem, system: str, layouts: Sequence[Parallelism], role: Role
 ) -> list[Candidate]:
-    """Return one phase alone, on an instance of each layout."""
+    """Return one phase of a system alone, on an instance of each layout."""
     alone = prefill_alone if role is Role.PREFILL else decode_alone
     return [
         Candidate(
-            name=str(InstanceSpec(role=role, parallelism=layout)),
-            search=alone(
-                problem.ask(problem.build(pair(layout, layout)), layout.devices)
-            ),
+            name=problem.named(system, InstanceSpec(role=role, parallelism=layout)),
+            search=alone(problem.ask(simulated, layout.devices)),
             devices=layout.devices,
             layout=layout,
+            system=system,
         )
         for layout in layouts
+        for simulated in [problem.build(system, pair(layout, layout))]
     ]
 
 
@@ -284,7 +292,10 @@ def _pooled_rps(result: CandidateResult) -> float:
 
 
 def low_affinity_candidates(
-    problem: PlacementProblem, layouts: Sequence[Parallelism], phases: Phases
+    problem: PlacementProblem,
+    system: str,
+    layouts: Sequence[Parallelism],
+    phases: Phases,
 ) -> list[Candidate]:
     """Return pairs that share their nodes: Algorithm 2.
 
@@ -297,20 +308,23 @@ def low_affinity_candidates(
         for p, d in itertools.product(layouts, repeat=2):
             spread = p.pp % nodes == 0 and d.pp % nodes == 0
             if spread and p.devices + d.devices <= nodes * room:
-                candidate = _unit(problem, phases, (p, 1), (d, 1), nodes)
+                candidate = _unit(problem, system, phases, (p, 1), (d, 1), nodes)
                 found.setdefault(candidate.name, candidate)
     return list(found.values())
 
 
 def joint_candidates(
-    problem: PlacementProblem, layouts: Sequence[Parallelism], phases: Phases
+    problem: PlacementProblem,
+    system: str,
+    layouts: Sequence[Parallelism],
+    phases: Phases,
 ) -> list[Candidate]:
     """Return any numbers of two kinds of instances.
 
     Multiples of another unit are left out: they are the same instances, pooled.
     """
     return [
-        _unit(problem, phases, (p, n), (d, m))
+        _unit(problem, system, phases, (p, n), (d, m))
         for p, d in itertools.product(layouts, repeat=2)
         for n, m in _counts(problem.devices, p.devices, d.devices)
     ]
@@ -322,10 +336,11 @@ def colocated_candidates(
     """Return one instance of each colocated system and layout, replicated."""
     return [
         Candidate(
-            name=f"{system} {unit}",
+            name=problem.named(system, unit),
             search=problem.ask(build(unit), unit.devices),
             devices=problem.share(unit.devices, copies),
             copies=copies,
+            system=system,
         )
         for system, build in problem.colocated.items()
         for layout in layouts
@@ -343,6 +358,7 @@ def _counts(devices: int, prefill: int, decode: int) -> Iterator[tuple[int, int]
 
 def _unit(
     problem: PlacementProblem,
+    system: str,
     phases: Phases,
     prefill: tuple[Parallelism, int],
     decode: tuple[Parallelism, int],
@@ -353,14 +369,15 @@ def _unit(
     rates = phases[0][p], phases[1][d]
     about = min(n * rates[0].about_rps, m * rates[1].about_rps)
     bound = min(_bound_rps(rates[0], n), _bound_rps(rates[1], m))
-    asked = problem.ask(problem.build(unit), unit.devices)
+    asked = problem.ask(problem.build(system, unit), unit.devices)
     copies = problem.copies(unit.devices, nodes)
     return Candidate(
-        name=str(unit),
+        name=problem.named(system, unit),
         search=dataclasses.replace(asked, start_rps=about or None),
         devices=problem.share(unit.devices, copies),
         copies=copies,
         bound_rps=bound * (1 + problem.margin),
+        system=system,
     )
 
 
@@ -397,42 +414,44 @@ class PlacementSearch:
         least = min(layout.devices for layout in layouts)
         room = self.problem.devices - least  # what the other phase leaves
         paired = [layout for layout in layouts if layout.devices <= room]
-        if self.problem.apart is None:
+        systems = list(self.problem.apart)
+        if not systems:
             only = (
                 f"algorithms: expected joint, as none of {list(self.problem.colocated)}"
             )
             require(
                 list(algorithms) == ["joint"], f"{only} is disaggregated", algorithms
             )
-            paired = []
         # The joint search needs good bounds, so its phases are searched in full.
         prune = self.prune and "joint" not in algorithms
         prefill, decode = (
-            self._phase(role, paired, prune) for role in (Role.PREFILL, Role.DECODE)
+            {system: self._phase(system, role, paired, prune) for system in systems}
+            for role in (Role.PREFILL, Role.DECODE)
         )
-        phases = phase_rates(prefill), phase_rates(decode)
-        found["left_out"] = 2 * len(paired) - len(prefill) - len(decode)
-        paired = [layout for layout in paired if all(layout in of for of in phases)]
+        searched = sum(map(len, [*prefill.values(), *decode.values()]))
+        found["left_out"] = 2 * len(paired) * len(systems) - searched
         if "high" in algorithms:
-            found["high"] = self._high(prefill, decode)
-        if "low" in algorithms:
-            pairs = low_affinity_candidates(self.problem, paired, phases)
-            found["low"] = self._units("low", pairs)
-        if "joint" in algorithms:
-            units = [
-                *joint_candidates(self.problem, paired, phases),
-                *colocated_candidates(self.problem, layouts),
-            ]
-            found["joint"] = self._units("joint", units)
+            found["high"] = self._high(_ranked(prefill), _ranked(decode))
+        makers = {"low": low_affinity_candidates, "joint": joint_candidates}
+        for name in [name for name in makers if name in algorithms]:
+            units = list[Candidate]()
+            for system in systems:
+                phases = phase_rates(prefill[system]), phase_rates(decode[system])
+                known = [k for k in paired if all(k in rates for rates in phases)]
+                units += makers[name](self.problem, system, known, phases)
+            if name == "joint":
+                units += colocated_candidates(self.problem, layouts)
+            found[name] = self._units(name, units)
         return found
 
     def _phase(
-        self, role: Role, layouts: Sequence[Parallelism], prune: bool
+        self, system: str, role: Role, layouts: Sequence[Parallelism], prune: bool
     ) -> list[CandidateResult]:
-        candidates = phase_candidates(self.problem, layouts, role)
-        results = self._best(f"{role} alone", candidates, prune)
+        candidates = phase_candidates(self.problem, system, layouts, role)
+        name = self.problem.named(system, f"{role} alone")
+        results = self._best(name, candidates, prune)
         if results:
-            _require_reachable(results, f"{role} alone")
+            _require_reachable(results, name)
         return results
 
     def _best(
@@ -456,10 +475,12 @@ class PlacementSearch:
         )
         devices = int(n * p.candidate.devices + m * d.candidate.devices)
         served = min(n * p.rps, m * d.rps)
-        deployment = f"{n}x{p.candidate.name},{m}x{d.candidate.name}"
+        counted = zip((n, m), _specs(p, d), strict=True)
+        deployment = ",".join(f"{count}x{spec}" for count, spec in counted)
+        system = p.candidate.system
         return {
-            "winner": deployment,
-            "system": self.problem.apart,
+            "winner": self.problem.named(system, deployment),
+            "system": system,
             "deployment": deployment,
             "devices": devices,
             "goodput_rps": served,
@@ -477,12 +498,14 @@ class PlacementSearch:
     ) -> list[dict[str, Any]]:
         """Simulate all instances together, which Algorithm 1 does not do."""
         (p, n), (d, m) = prefill, decode
-        if not self.whole or p.candidate.layout is None or d.candidate.layout is None:
+        if not self.whole:
             return []
-        unit = pair(p.candidate.layout, d.candidate.layout, n, m)
-        asked = self.problem.ask(self.problem.build(unit), unit.devices)
+        first, last = _specs(p, d)
+        unit = Deployment((first,) * n + (last,) * m)
+        system = p.candidate.system
+        asked = self.problem.ask(self.problem.build(system, unit), unit.devices)
         candidate = Candidate(
-            name=str(unit),
+            name=self.problem.named(system, unit),
             search=dataclasses.replace(asked, start_rps=served),
             devices=unit.devices,
         )
@@ -493,12 +516,16 @@ class PlacementSearch:
     def _fitting(
         self, prefill: Sequence[CandidateResult], decode: Sequence[CandidateResult]
     ) -> tuple[CandidateResult, CandidateResult]:
-        """Return the best instance of each phase, among pairs that fit together."""
+        """Return the best instance of each phase, among pairs that fit together.
+
+        Both are of one system.
+        """
         room = math.inf if self.problem.rate_rps else self.problem.devices
         pairs = [
             (p, d)
             for p in prefill
             for d in decode
+            if p.candidate.system == d.candidate.system
             if p.won and d.won and p.candidate.devices + d.candidate.devices <= room
         ]
         expected = "high: expected devices for the best layout of each phase"
@@ -512,8 +539,7 @@ class PlacementSearch:
         _require_reachable(results, name)
         best = results[0]
         unit = best.candidate.search.simulated.deployment
-        named = best.candidate.name.split()[0]  # of a colocated one, the system
-        system = named if unit.of(Role.COLOCATED) else self.problem.apart
+        system = best.candidate.system
         copies = best.candidate.copies
         if self.problem.rate_rps is not None:
             copies = math.ceil(self.problem.rate_rps / best.rps)
@@ -531,7 +557,7 @@ class PlacementSearch:
         }
 
     def _as_one(
-        self, best: CandidateResult, system: str | None, copies: int
+        self, best: CandidateResult, system: str, copies: int
     ) -> dict[str, Any] | None:
         """Simulate copies of a unit as one deployment, with all instances in one pool.
 
@@ -542,8 +568,7 @@ class PlacementSearch:
             return None
         unit = best.candidate.search.simulated.deployment
         pool = Deployment(_pooled(copies * unit.instances))
-        build = self.problem.colocated.get(system or "", self.problem.build)
-        asked = self.problem.ask(build(pool), pool.devices)
+        asked = self.problem.ask(self.problem.build(system, pool), pool.devices)
         search = dataclasses.replace(asked, start_rps=copies * best.rps)
         candidate = Candidate(name=str(pool), search=search, devices=pool.devices)
         (found,) = self._best("as one", [candidate], False)
@@ -552,6 +577,25 @@ class PlacementSearch:
             **candidate_row(found),
             "over_copies": over and dataclasses.asdict(over),
         }
+
+
+def _ranked(
+    by_system: Mapping[str, Sequence[CandidateResult]],
+) -> list[CandidateResult]:
+    """Return the results of all systems, the best first."""
+    results = itertools.chain(*by_system.values())
+    return sorted(results, key=lambda result: -result.per_device_rps)
+
+
+def _specs(
+    prefill: CandidateResult, decode: CandidateResult
+) -> tuple[InstanceSpec, InstanceSpec]:
+    """Return the instances of which each phase was searched alone."""
+    deployments = (
+        result.candidate.search.simulated.deployment for result in (prefill, decode)
+    )
+    first, last = (each.instances for each in deployments)
+    return first[0], last[-1]
 
 
 def _pooled(instances: Sequence[InstanceSpec]) -> tuple[InstanceSpec, ...]:

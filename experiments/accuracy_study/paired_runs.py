@@ -129,9 +129,17 @@ class PairedRun:
 
     # -- engine ---------------------------------------------------------------------
 
+    def has(self, point: Point) -> bool:
+        """Return whether the engine has run."""
+        return self.run_dir.has(point)
+
+    def done(self, rates: Iterable[float]) -> list[float]:
+        """Return the rates at which the engine has run with every seed."""
+        return [rate for rate in rates if all(map(self.has, self.points(rate)))]
+
     def serve(self, point: Point) -> None:
         """Run the engine, unless that was done before."""
-        if self.run_dir.has(point):
+        if self.has(point):
             return
         requests = self.source(point.rate_rps, point.seed)
         speed = SpeedProbe(self.probes)
@@ -157,9 +165,14 @@ class PairedRun:
         """Return the repetition of the first seed's run at the middle rate."""
         return Point(f"{self.name}-again", rates[len(rates) // 2], self.seeds[0])
 
-    def repeated(self, rates: Sequence[float]) -> float:
-        """Return the attainment of that repetition less that of the run."""
+    def repeated(self, rates: Sequence[float]) -> float | None:
+        """Return the attainment of that repetition less that of the run, if both are.
+
+        It is None if there was no time for the repetition.
+        """
         again = self.again(rates)
+        if not self.has(again):
+            return None
         runs = (again, dataclasses.replace(again, system=self.name))
         second, first = (self.run_dir.load(run)["attainment"] for run in runs)
         return second - first

@@ -20,7 +20,7 @@ from experiments.accuracy_study.paired_runs import Compared, PairedRun, Predicte
 from experiments.configs.config import Config
 from experiments.report.colours import system_colours
 from experiments.report.draw import draw
-from experiments.report.intervals import across_seeds
+from experiments.report.intervals import across_seeds, number
 from experiments.report.panel import STAGES, XY, Panel, Series, Style, curves
 from experiments.report.table import numbers
 from experiments.runs.folder import commit
@@ -51,7 +51,9 @@ class SystemAccuracy:
     profiled: GoodputEstimate  # simulated with the profile's durations as they are
     steps: Mapping[str, StepErrors]
     shown: Sequence[PredictedStep]  # some of them
-    again: float  # attainment of the engine's second run less the first's, same seed
+    # Attainment of the engine's second run less the first's, of the same seed; None if
+    # there was no time for it.
+    again: float | None
 
     def error(self, goodput: GoodputEstimate) -> float:
         """Return its relative error; infinite if the engine passed at no rate."""
@@ -71,8 +73,10 @@ class Result:
     seeds: int
     clock: str
     profile: Mapping[str, str]  # its provenance
-    # Programs alone over the profile, before and after all runs.
-    moved: tuple[float, float]
+    # Programs alone over the profile, before and after all runs; None if there was no
+    # time for all.
+    moved: tuple[float, float | None]
+    missing: int = 0  # points for which there was no time
 
     def order(self, side: str) -> list[str]:
         """Sort the systems by goodput per device, the best first."""
@@ -105,10 +109,11 @@ def compare(
     *,
     target: float,
     profile: CalibratedProfile,
-    moved: tuple[float, float],
+    moved: tuple[float, float | None],
     config: Config,
+    missing: int = 0,
 ) -> Result:
-    """Compare the runs, which must be done."""
+    """Compare the runs of each system at its rates, which must be done."""
     return Result(
         systems={pair.name: _system(pair, rates[pair.name], target) for pair in pairs},
         slo=pairs[0].slo,
@@ -118,6 +123,7 @@ def compare(
         clock=config.clock,
         profile=profile.provenance,
         moved=moved,
+        missing=missing,
     )
 
 
@@ -165,15 +171,23 @@ def _errors(steps: Sequence[PredictedStep]) -> StepErrors:
 def text(result: Result) -> str:
     """Write the tables and the verdicts."""
     profile = result.profile
-    before, after = (f"{moved - 1:+.1%}" for moved in result.moved)
+    before, after = result.moved
+    alone = f"{before - 1:+.1%} before the runs"
+    if after is not None:
+        alone += f", {after - 1:+.1%} after"
     head = [
         f"# python -m experiments.accuracy   commit {commit()}",
         f"# {_asked(result)}; clock {result.clock}, live durations",
         f"# SLO: TTFT <= {result.slo.ttft_s * 1e3:.2f} ms and TPOT <= "
         f"{result.slo.tpot_s * 1e3:.2f} ms for {result.target:.0%} of requests",
         f"# profile of {profile['date']}, commit {profile['commit']}; programs alone "
-        f"take {before} before the runs, {after} after",
+        f"take {alone}",
     ]
+    if result.missing:
+        head.append(
+            "# NOT FINISHED, as --minutes were spent; the same command goes on with "
+            f"{result.missing} points"
+        )
     parts = [
         ("attainment and latency, simulated against engine", _rate_rows(result)),
         ("goodput, requests/s per device", _goodput_rows(result)),
@@ -225,7 +239,8 @@ def _goodput_rows(result: Result) -> list[tuple[str, ...]]:
         )
         error = found.error(found.simulated)
         aim = "ok" if abs(error) <= GOODPUT_AIM else "MISSED"
-        others = (f"{found.error(found.profiled):+.1%}", f"{found.again:+.1%}")
+        profiled = f"{found.error(found.profiled):+.1%}"
+        others = (profiled, number(found.again, "+.1%"))
         rows.append((name, found.deployment, *sides, f"{error:+.1%}", aim, *others))
     return rows
 

@@ -24,6 +24,7 @@ from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.metrics import SLO
+from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.search.capacity import capacity_rps
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -65,8 +66,10 @@ def serve_each(
     servers: Sequence[ServedDeployment],
     source: RequestSource,
     profile: CalibratedProfile,
-) -> Iterator[ServedStep]:
-    """Serve requests on each system and yield the steps.
+    progress: Progress = silent,
+    stop: Stop = never,
+) -> Iterator[list[ServedStep]]:
+    """Serve requests on each system and yield its steps, until there is to be a stop.
 
     The program of each step is known here, while a simulation guesses it
     (`Buckets.guess_extent`): errors of the guess depend on the lengths of requests and
@@ -76,11 +79,15 @@ def serve_each(
     Args:
       servers: with live durations on the virtual clock.
       profile: of programs alone.
+      stop: asked before each system.
     """
     engines = [server.engine for server in servers]
     probes = choose_probes(engines) if profile.probes else {}
     slo = SLO(ttft_s=math.inf, tpot_s=math.inf)
-    for server in servers:
+    for i, server in enumerate(servers):
+        if stop():
+            return
+        progress("systems that serve", i, len(servers), "")
         probe = SpeedProbe(probes)
         steps: list[tuple[Step, StepKey, float]] = []
         simulated = SimulatedDeployment(
@@ -98,10 +105,12 @@ def serve_each(
         )
         observed.run(source(rate_rps))
         slowdown = probe.slowdown(profile)
+        found: list[ServedStep] = []
         for step, (layout, program), measured_s in steps:
             alone_s = sum(profile.layouts[layout].stages_s(program))
-            factor = slowdown.factor(step.load, step.id - 1)
-            yield ServedStep(layout, program.kind, measured_s, factor * alone_s)
+            alone_s *= slowdown.factor(step.load, step.id - 1)
+            found.append(ServedStep(layout, program.kind, measured_s, alone_s))
+        yield found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from disagg_jax.errors import require
+from disagg_jax.progress import Progress, Stop, never, silent
 from experiments.report.table import align
 
 # -- figures ---------------------------------------------------------------------------
@@ -90,18 +91,39 @@ def timed_s(run: Callable[[], object]) -> float:
 def interleaved(
     repeats: int, measures: Mapping[str, Callable[[], float]]
 ) -> dict[str, float]:
-    """Return the median of each measure, without a first round that is the warm-up.
+    """Return the median of each measure over the rounds of `values_in_turn`."""
+    return medians(values_in_turn(repeats, measures))
+
+
+def medians(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(found) for name, found in values.items()}
+
+
+def values_in_turn(
+    repeats: int,
+    measures: Mapping[str, Callable[[], float]],
+    progress: Progress = silent,
+    stop: Stop = never,
+) -> dict[str, list[float]]:
+    """Return the values of each measure, without a first round that is the warm-up.
 
     The rounds go over all measures in turn, so that a slow moment of the machine falls
     on both sides of a ratio.
+
+    Args:
+      repeats: rounds after the warm-up, at most.
+      stop: asked before each of them but the first.
     """
     values: dict[str, list[float]] = {name: [] for name in measures}
     for i in range(repeats + 1):
+        if i > 1 and stop():
+            break
+        progress("rounds", i, repeats + 1, "")
         for name, measure in measures.items():
             value = measure()
             if i:
                 values[name].append(value)
-    return {name: statistics.median(found) for name, found in values.items()}
+    return values
 
 
 def check_numbers(**numbers: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import math
+import os
 import pathlib
 import shlex
 import signal
@@ -29,7 +30,7 @@ def command(
     The command takes an argument list as `sys.argv` is, and by default that one. It
     always ends in SystemExit: an error that a user can cause ends it with one line and
     status 1; SIGINT and SIGTERM end it with a line that says how to go on, and status
-    128 + signal.
+    128 + signal. A second one does so at once, without cleaning up.
 
     Each command has a namespace of its own, so that two commands in one process may
     have flags of one name.
@@ -92,10 +93,7 @@ def _guarded(
                 raise
             raise SystemExit(f"error: {missing}") from error
         except KeyboardInterrupt:
-            print(
-                "interrupted: what was saved is kept. To go on: " + command_line(),
-                file=sys.stderr,
-            )
+            print(_interrupted(), file=sys.stderr)
             sys.exit(128 + (caught[0] if caught else signal.SIGINT))
 
 
@@ -109,6 +107,12 @@ def _check_finite(own: Flags) -> None:
 def _interrupts() -> Iterator[list[int]]:
     """Raise KeyboardInterrupt on SIGINT and SIGTERM; yield the signals that came.
 
+    The second ends the process at once, also when it comes after this context: the
+    process then only waits for what was begun. An exception in `Thread.join` would make
+    Python 3.11 take a thread that runs for one that has ended (bpo-45274), and a thread
+    that still compiles when the interpreter ends aborts the process. Files are written
+    whole or not at all, so nothing is lost.
+
     Python cannot raise in a callback of the garbage collector (JAX has one), of a weak
     reference, or in a `__del__`: it gives the exception to `sys.unraisablehook` and
     goes on. A timer then sends the interrupt again, until it comes at a moment when
@@ -121,6 +125,9 @@ def _interrupts() -> Iterator[list[int]]:
 
     def interrupt(signum: int, frame: Any) -> None:
         if signum != signal.SIGALRM:
+            if caught:
+                os.write(2, f"{_interrupted()}\n".encode())
+                os._exit(128 + caught[0])
             caught.append(signum)
         raise KeyboardInterrupt
 
@@ -141,8 +148,13 @@ def _interrupts() -> Iterator[list[int]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            if signum == signal.SIGALRM or not caught:
+                signal.signal(signum, handler)
         sys.unraisablehook = hook
+
+
+def _interrupted() -> str:
+    return f"interrupted: what was saved is kept. To go on: {command_line()}"
 
 
 def command_line() -> str:

@@ -79,6 +79,9 @@ class Deadline:
         return self._end_s is not None and self._clock() >= self._end_s
 
 
+ENDLESS = Deadline(None)
+
+
 class MinutesFlag:
     """The flag `--minutes`, in a command's namespace `own`."""
 

@@ -240,9 +240,10 @@ def _details(spec: ComparisonSpec, each: Map, grid: Grid) -> str:
     for at, found in grid.items():
         x, y = _at(each, at)
         out.append(f"{each.x.name} {x}, {each.y.name} {y} {each.y.unit}")
+        width = max(len(one.system) for one in found)
         for one in found:
             got = "; ".join([f"{one.deployment}: {_figure(one)}", *one.parameters])
-            out.append(f"  {one.system:<14} {got}")
+            out.append(f"  {one.system:<{width}}  {got}")
             if spec.budgets:
                 out += [f"    {line}" for line in lines(one.candidates)]
     return "\n".join(out)
@@ -452,16 +453,21 @@ def plot(
     if is_single(maps, grids):
         ((each, grid),) = pairs
         panels = [_bars(each, *grid.values())]
-        title = f"{_on(spec)}; {each.fixed}"
+        title = f"{_on(spec)}, {_runs(grids)}; {each.fixed}"
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
-        seeds = sorted(
-            {judge(found).seeds for grid in grids for found in grid.values()}
-        )
-        counts = " or ".join(map(str, seeds))
-        title = f"Who serves the most: {_on(spec)}, {counts} seeds"
+        title = f"Who serves the most: {_on(spec)}, {_runs(grids)}"
     said = [note for each, grid in pairs for note in notes(each, grid)]
     draw(panels, title, path, notes=said, dpi=110)
+
+
+def _runs(grids: Sequence[Grid]) -> str:
+    """Write the requests of a run, and the seeds that systems had."""
+    every = [one for grid in grids for found in grid.values() for one in found]
+    lengths = [one.num_requests for one in every]
+    more = f" to {max(lengths)}" if max(lengths) > min(lengths) else ""
+    seeds = " or ".join(map(str, sorted({len(one.per_seed_rps) for one in every})))
+    return f"N={min(lengths)}{more}, {seeds} seeds"
 
 
 def _bars(each: Map, found: Sequence[SystemResult]) -> Bars:

@@ -53,7 +53,13 @@ def _goodput(row: Mapping[str, Any]) -> tuple[str, str, str]:
         return f"<= {row['at_most']:.3g}", seeds, row["why"]
     low, high = row["interval"]
     interval = Interval(mean=row["goodput"], low=low, high=high)
-    return interval_text(interval, ".3g"), seeds, ""
+    return interval_text(interval, ".3g"), seeds, _doubt(row)
+
+
+def _doubt(row: Mapping[str, Any]) -> str:
+    """Say where a goodput ends at the rates that were tried, or depends on them."""
+    ends = "" if row["bracketed"] else "a seed passes or fails at every rate tried"
+    return "; ".join(filter(None, [ends, row["inversion"]]))
 
 
 def fewest(served: RateAnswer) -> str:
@@ -65,9 +71,13 @@ def fewest(served: RateAnswer) -> str:
     return "\n".join(
         [
             f"the fewest devices that serve {served.rate}; at most "
-            f"{demand.max_devices} are tried\n"
+            f"{demand.max_devices} are tried",
             f"whole deployments simulated at that rate: {runs} of "
             f"{demand.num_requests} requests",
+            "of a number of devices all deployments with the layouts above, but for "
+            "those that cannot by a bound:",
+            "an estimate of the capacity, with a margin; simulations of prefill and of "
+            "decode alone",
             *align([(*head, "TPOT P50, P90, P99 (ms)", "fewer"), *rows]),
         ]
     )
@@ -98,7 +108,7 @@ def why_not_fewer(one: FewestDevices) -> str:
     if one.best.devices == one.least:
         return "there is no smaller deployment"
     if one.below is None:
-        return f"bound: fewer than {one.bound} cannot, by capacity"
+        return f"bound: fewer than {one.bound} cannot"
     return f"{one.below.devices} are too few, as simulated"
 
 
@@ -108,7 +118,7 @@ def why_none(one: FewestDevices, most: int) -> str:
         return f"{one.below.devices} are too few, as simulated"
     if one.least == 0:
         return "no layout meets the targets, even alone"
-    return f"bound: {most} cannot, by capacity"
+    return f"bound: {most} cannot"
 
 
 def sentence(served: RateAnswer) -> str:

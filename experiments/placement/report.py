@@ -54,11 +54,15 @@ def _as_one(result: dict[str, Any]) -> list[str]:
 
 def lines(table: Sequence[dict[str, Any]]) -> list[str]:
     """Return a table of candidates as text."""
-    head = f"  {'candidate':<36}{'devices':>8}  {'requests/s/device':<28}{'N':>6} seeds"
+    shown = table[:_SHOWN]
+    # Names may begin with that of a system.
+    wide = max([36, *(1 + len(row["candidate"]) for row in shown)])
+    name, goodput = "candidate", "requests/s/device"
+    head = f"  {name:<{wide}}{'devices':>8}  {goodput:<28}{'N':>6} seeds"
     body = [
-        f"  {r['candidate']:<36}{r['devices']:>8.4g}  {_figure(r):<28}"
+        f"  {r['candidate']:<{wide}}{r['devices']:>8.4g}  {_figure(r):<28}"
         f"{r['num_requests']:>6} {len(r['seeds'])}{_marks(r)}"
-        for r in table[:_SHOWN]
+        for r in shown
     ]
     more = len(table) - _SHOWN
     return [head, *body, *([f"  ... and {more} more"] if more > 0 else [])]

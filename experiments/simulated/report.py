@@ -140,16 +140,19 @@ def _over_arrivals(
 
 def table(summaries: Sequence[Summary]) -> str:
     """Write a row for each run."""
-    head = ("deployment", "devices", "requests/s", "refused", "both / TTFT / TPOT met")
+    head = (
+        *("deployment", "system", "devices", "requests/s", "refused"),
+        "both / TTFT / TPOT met",
+    )
     latencies = [f"{name} P50 / P90 / P99, ms" for name in ("TTFT", "TPOT")]
     rows = [(*head, *latencies, "busiest"), *map(_row, summaries)]
-    return "\n".join(underlined(numbers(rows)))
+    return "\n".join(underlined(numbers(rows, labels=2)))
 
 
 def _row(summary: Summary) -> tuple[str, ...]:
     stages = (sum(stage.values()) for _, stage in _stages(summary))
     return (
-        *(summary["deployment"], str(summary["devices"])),
+        *(summary["deployment"], summary["system"], str(summary["devices"])),
         number(summary["request_rate"], ".4g"),
         f"{refused_share(summary):.1%}",
         _attainment(summary) if _has_targets(summary) else "-",

@@ -10,12 +10,13 @@ from typing import Any
 
 from disagg_jax.control.loop import Observer
 from disagg_jax.control.run import Run
-from disagg_jax.deployment import Deployment, RequestLimit
+from disagg_jax.deployment import Deployment, RequestLimit, Role
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Status
 from disagg_jax.runlog import StageShares, StepKinds
+from disagg_jax.scheduling import SYSTEMS, Policy
 from disagg_jax.sim import SimulatedDeployment, Simulation
 from disagg_jax.work import Event, Work
 from experiments.runs.folder import plain
@@ -28,6 +29,7 @@ class Case:
     """A deployment, and the requests that come to it."""
 
     simulated: SimulatedDeployment
+    system: str  # whose policies serve
     rate_rps: float | None  # of the whole deployment; None: the times of a trace
     requests: Sequence[Request]  # in order of arrival
 
@@ -89,10 +91,22 @@ def list_cases(
     require(different, "--deployment: expected different ones", got)
     built = [simulation.build(deployment) for deployment in deployments]
     return [
-        Case(simulated=simulated, rate_rps=rate, requests=asked)
+        Case(
+            simulated=simulated,
+            system=_system_on(simulated.deployment, simulation.policies),
+            rate_rps=rate,
+            requests=asked,
+        )
         for simulated in built
         for rate, asked in requests.items()
     ]
+
+
+def _system_on(deployment: Deployment, policies: Mapping[Role, Policy]) -> str:
+    """Name the listed system whose policies serve, or else the policies."""
+    serving = {role: p for role, p in policies.items() if deployment.of(role)}
+    listed = [name for name, system in SYSTEMS.items() if system == serving]
+    return listed[0] if listed else "+".join(type(p).__name__ for p in serving.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +135,7 @@ class Served:
         deployment = self.case.deployment
         return {
             "deployment": str(deployment),
+            "system": self.case.system,
             "request_rate": self.case.offered_rps,
             "slo": plain(slo),
             **summarise(self.run.timelines, slo, deployment.devices),

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from disagg_jax.metrics import SLO
+from disagg_jax.progress import Progress, silent
 from disagg_jax.runlog import EventLog
 from disagg_jax.sim import Simulation
+from experiments.cli.progress import to_stderr
 from experiments.cli.traffic_flags import Traffic
 from experiments.report.draw import draw
 from experiments.report.intervals import number
 from experiments.runs.folder import write_json, write_text
-from experiments.simulated.files import FILES, write_run, write_timeline
-from experiments.simulated.report import Summary, curve_panels, refusals, table, text
+from experiments.simulated.files import FILES, read_summary, write_run, write_timeline
+from experiments.simulated.report import Summary, curve_panels, table, text
 from experiments.simulated.served import NO_TARGETS, Case
 
 
@@ -52,28 +54,36 @@ class Study:
     def serve(
         self,
         out: pathlib.Path,
-        progress: Callable[[str], None] = lambda text: None,
+        progress: Progress = silent,
         timeline: pathlib.Path | None = None,
     ) -> list[Summary]:
         """Simulate all cases, write the files of each when it is done, and sum it up.
 
-        Of a run no more than its summary is kept: runs are long, and may be many.
+        Of a run no more than its summary is kept: runs are long, and may be many. A run
+        whose files are there is not simulated again.
 
         Args:
           out: an existing folder. Of several cases each has a folder in it.
-          timeline: a file for the last run as a timeline.
+          timeline: a file for the run of a single case as a timeline, which needs it to
+            be simulated.
         """
         if "trace" in self.traffic.record:
             write_json(out / "trace.json", self.traffic.record["trace"])
-        if len(self.cases) == 1:
-            return [self._serve(self.cases[0], out, timeline)]
-        found: list[Summary] = []
-        for case in self.cases:
-            found.append(self._serve(case, out / case.name, timeline))
-            progress(f"{_title(case)}: {refusals(found[-1])}")
-        write_text(out / "table.txt", self.text(found) + "\n")
-        draw(curve_panels(found), self.title, out / "curves.png")
-        return found
+        several = len(self.cases) > 1
+        folders = {c.name: out / c.name if several else out for c in self.cases}
+        read = {} if timeline else {n: read_summary(folders[n]) for n in folders}
+        found: dict[str, Summary] = {n: done for n, done in read.items() if done}
+        if found:
+            to_stderr(f"{out}: {len(found)} of {len(self.cases)} runs found")
+        missing = [case for case in self.cases if case.name not in found]
+        for i, case in enumerate(missing):
+            progress("runs", i, len(missing), f"now {_title(case)}")
+            found[case.name] = self._serve(case, folders[case.name], timeline)
+        summaries = [found[case.name] for case in self.cases]
+        if several:
+            write_text(out / "table.txt", self.text(summaries) + "\n")
+            draw(curve_panels(summaries), self.title, out / "curves.png")
+        return summaries
 
     def _serve(
         self, case: Case, out: pathlib.Path, timeline: pathlib.Path | None
@@ -112,4 +122,5 @@ class Study:
 
 def _title(case: Case) -> str:
     deployment, rate = case.deployment, number(case.offered_rps, ".4g")
-    return f"{deployment} ({deployment.devices} devices) at {rate} requests/s"
+    devices = f"{deployment.devices} devices, {case.system}"
+    return f"{deployment} ({devices}) at {rate} requests/s"

@@ -8,10 +8,9 @@ from typing import Any
 
 import jax
 
-from disagg_jax.calibration.timing import Progress
 from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role, cut_layers
-from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.engine import Engine, Progress
 from disagg_jax.engine.executor import DurationRule, as_measured, from_table
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from disagg_jax.metrics import estimate
@@ -60,8 +60,8 @@ def goodputs(
     source: RequestSource,
     begin_rps: Mapping[str, float],
     mapper: Mapper,
-) -> dict[str, float]:
-    """Return the goodput per device of each system by one half of the timings.
+) -> Iterator[tuple[str, float]]:
+    """Yield each system and its goodput per device by one half of the timings.
 
     Args:
       begin_rps: the goodput by all timings, of the whole deployment.
@@ -86,10 +86,8 @@ def goodputs(
         for name, timed in target.timed.items()
     ]
     found = mapper(half_goodput, asked)
-    return {
-        name: rps / timed.deployment.devices
-        for (name, timed), rps in zip(target.timed.items(), found, strict=True)
-    }
+    for (name, timed), rps in zip(target.timed.items(), found, strict=True):
+        yield name, rps / timed.deployment.devices
 
 
 def verdict(halves: Sequence[Mapping[str, float]]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from disagg_jax.calibration.timing import Progress
+from disagg_jax.engine.engine import Progress
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.engine.step_durations import StepDurations
 from disagg_jax.metrics import SLO, find_inversion, look_confidence

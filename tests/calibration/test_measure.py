@@ -211,7 +211,7 @@ def test_work_runs_a_few_times_a_round_and_the_first_round_is_left_out():
     }
     calls = {name: itertools.count() for name in works}
     probes = {name: EngineWork(name, work) for name, work in works.items()}
-    found = measure(probes, 2, lambda name, _: [next(calls[name])], lambda _: None)
+    found = measure(probes, 2, lambda name, _: [next(calls[name])])
     assert found["prompt"] == [[[3], [4], [5]], [[6], [7], [8]]]
     turns = [[[i], [i + 1], [i + 2]] for i in range(9, 27, 3)]
     assert found["decode"] == turns
@@ -239,7 +239,7 @@ def test_rounds_are_in_orders_of_their_own():
     request = Request(id=0, arrival_s=0, prompt_tokens=1, max_tokens=1)
     moved = Transfer(0, request, 0, 1, (), (), 1)
     probes = {name: EngineWork(name, moved) for name in range(6)}
-    measure(probes, 3, time_parts, lambda _: None)
+    measure(probes, 3, time_parts)
     rounds = [asked[i : i + 18] for i in range(0, 72, 18)]
     assert all(sorted(each) == sorted([*probes] * 3) for each in rounds)
     assert len({tuple(each) for each in rounds}) == 4

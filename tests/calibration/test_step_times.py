@@ -47,7 +47,7 @@ def test_rounds_end_when_medians_are_steady(known, monkeypatch, settles_at, roun
         return [float(2 ** min(len(said), settles_at + 1))] * parts
 
     monkeypatch.setattr(step_times, "time_alone", time_alone)
-    times = measure_step_times([engine], 12, said.append)
+    times = measure_step_times([engine], 12, lambda *step: said.append(step))
     timed = {key: len(each) for key, each in times.rounds.items()}
     needed = {key for work in every_work(engine) for key in engine.part_keys(work)}
     assert timed == dict.fromkeys(needed, rounds)

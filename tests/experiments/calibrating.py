@@ -102,6 +102,5 @@ def calibrated(engines, time_parts, **changes):
         rounds=3,
         count=6,
         max_drift=0.3,
-        progress=lambda message: None,
     )
     return calibrate(list(engines), time_parts, **{**options, **changes})

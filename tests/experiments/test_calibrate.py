@@ -26,6 +26,7 @@ from experiments.configs.config import Config, Memory, System, WorkloadConfig
 from experiments.configs.named import get_config
 from experiments.sweep.serving import build_engine, build_engines, load_model
 from models.config import get_config as get_model
+from tests.deadlines import After
 
 SMOKE = get_config("smoke")
 TRUE = {
@@ -46,10 +47,8 @@ def engines() -> list[Engine]:
     ]
 
 
-def calibrated(engines, time_parts) -> CalibratedProfile:
-    return calibrate.calibrate(
-        engines,
-        time_parts,
+def calibrated(engines, time_parts, **changes) -> CalibratedProfile:
+    options = dict(
         name="known",
         provenance={
             **{"model": "tiny", "dtype": "float32", "device": "cpu"},
@@ -58,8 +57,8 @@ def calibrated(engines, time_parts) -> CalibratedProfile:
         rounds=3,
         count=4,
         max_drift=0.3,
-        progress=lambda _: None,
     )
+    return calibrate.calibrate(engines, time_parts, **{**options, **changes})
 
 
 def true_s(engine, work) -> float:
@@ -92,6 +91,22 @@ def test_known_costs_are_recovered(engines):
     for kind, error in profile.held_out.items():
         assert error <= calibrate.AIMS.get(kind, 0.03), kind
     assert "MISSED" not in calibrate.table(profile)
+
+
+def test_a_profile_is_of_the_rounds_there_was_time_for(engines):
+    """After the warm-up and three rounds; two are too few for a fit."""
+
+    def exact(engine, work):
+        return [true_s(engine, work)]
+
+    def taken(asked):
+        return calibrated(engines[:1], exact, rounds=9, stop=After(asked).passed)
+
+    assert taken(4).provenance["rounds"] == "3"
+    with pytest.raises(ValueError, match="expected 3 rounds .*, got 2; give it more"):
+        taken(3)
+    with pytest.raises(ValueError, match="expected 3 rounds .*, got 0; give it more"):
+        taken(0)
 
 
 def test_a_device_that_slows_down_under_the_run_is_refused(engines):
@@ -233,6 +248,29 @@ def test_a_simulation_with_the_engines_durations_is_the_engine(results):
     asked = (result.num_requests, result.seeds, result.target, result.clock)
     assert asked == (16, 2, 0.9, "virtual")
     assert not [line for line in report.verdicts(result) if "MISSED" in line]
+
+
+def test_accuracy_reports_the_rates_that_are_done_and_goes_on(tmp_path, results):
+    """Of two systems x two seeds at each rate, nearest to the goodput first: 8 points
+    are 0.95 and 1.05, and a 9th is one seed of the third rate."""
+    profile = write_profile(tmp_path / "profile.json", 1.0)
+    asked = (COMPARED, profile, FACTORS, tmp_path / "out")
+    assert accuracy.run(*asked, After(1)) is None
+    found = accuracy.run(*asked, After(8))
+    assert found is not None and found.missing == 2 * (2 * 5 + 1) - 9
+    whole = results["right"]
+    for name, system in found.systems.items():
+        compared = whole.systems[name].rates[2:4]
+        assert [c.rate_rps for c in system.rates] == [c.rate_rps for c in compared]
+        assert [c.engine for c in system.rates] == [c.engine for c in compared]
+        assert system.again is None
+    text = report.text(found)
+    assert "NOT FINISHED, as --minutes were spent; the same command goes on" in text
+    assert "before the runs\n" in text and "after" not in text.splitlines()[4]
+    json.dumps(report.to_json(found))
+    again = accuracy.run(*asked)
+    assert again is not None and not again.missing
+    assert report.verdicts(again) == report.verdicts(whole)
 
 
 def test_a_wrong_cost_model_is_said_to_be_wrong(results, tmp_path):

@@ -113,6 +113,40 @@ def test_a_goodput_that_is_none_gives_no_ratio(tmp_path):
     assert row(compare(a, b), "vllm_v0").endswith("| - | yes | paired, 2 seeds")
 
 
+@pytest.mark.parametrize(
+    ("ends", "said"), [((1.5, None), ">= 1.5"), ((None, 2.5), "< 2.5")]
+)
+def test_a_system_that_passed_or_failed_at_every_rate_has_a_bound(tmp_path, ends, said):
+    a, b = (run(tmp_path / name, {"orca": [1.0, 2.0]}) for name in "ab")
+    found = summary({"orca": [1.0, 2.0]})
+    passing, failing = ends
+    ends = {"pass_rps_per_device": passing, "fail_rps_per_device": failing}
+    found["systems"]["orca"]["goodput"] |= ends
+    b.path.joinpath("summary.json").write_text(json.dumps(found))
+    text = compare(a, b)
+    cells = row(text, "orca").split(" | ")
+    assert cells[2:] == [said, "-", "-", "a bound only"]
+    assert "a bound only: >= it passed at every rate tried" in text
+    assert "a bound only" not in compare(a, a)
+
+
+def test_a_throughput_that_still_rose_is_a_bound(tmp_path):
+    throughput = {
+        "max_throughput_per_device": {"mean": 10.0},
+        "per_seed_per_device": [9.0, 11.0],
+    }
+    sides = []
+    for bracketed in (True, False):
+        side = run(tmp_path / str(bracketed), {})
+        found = summary({})
+        of_orca = {"throughput": throughput | {"bracketed": bracketed}}
+        found["systems"]["orca"] = of_orca
+        side.path.joinpath("summary.json").write_text(json.dumps(found))
+        sides.append(side)
+    cells = row(compare(*sides), "orca").split(" | ")
+    assert cells[1].startswith("10 [") and cells[2:4] == [">= 10", "-"]
+
+
 def test_seeds_that_share_requests_and_looks_are_heard(tmp_path):
     """Looks ask for a higher confidence, of the interval of the ratio too."""
     wide = [run(tmp_path / n, {"orca": v}) for n, v in (("a", [1, 2]), ("b", [2, 3]))]

@@ -10,11 +10,11 @@ import pytest
 from disagg_jax.deployment import Deployment, Role
 from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
+from disagg_jax.progress import silent
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
-from disagg_jax.search.candidates import silent
 from disagg_jax.search.cells import compare
 from disagg_jax.search.comparison import (
     KNOWN,

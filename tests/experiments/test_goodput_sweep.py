@@ -27,6 +27,7 @@ from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, one_request
 from experiments.configs.named import get_config
 from experiments.configs.override import override
+from experiments.runs.folder import differences
 from experiments.runs.run_dir import RunDir
 from experiments.runs.saved_run import Point, SavedRun
 from experiments.sweep import report, serving
@@ -218,6 +219,21 @@ def test_a_trace_is_told_by_its_bytes(tmp_path):
     assert found[0] == found[1] != found[2]
     trace.unlink()
     assert "trace_sha256" not in goodput_sweep._asked(asked, None)
+
+
+def test_a_link_in_a_file_is_told_by_its_figures(tmp_path):
+    """The path alone would not say that the file has changed."""
+    path = tmp_path / "mine.json"
+    link = {"latency_s": 5e-5, "bandwidth_bytes_s": 1.25e9, "efficiency": 0.9}
+    path.write_text(json.dumps(link))
+    asked = goodput_sweep._asked(config(f"link={path}"), None)
+    figures = {key: asked["link_figures"][key] for key in link}
+    assert (asked["link"], figures) == (str(path), link)
+    path.write_text(json.dumps(link | {"efficiency": 0.5}))
+    changed = goodput_sweep._asked(config(f"link={path}"), None)
+    (found,) = differences(asked, changed)
+    assert (found.key, found.a, found.b) == ("link_figures.efficiency", 0.9, 0.5)
+    assert "link_figures" not in goodput_sweep._asked(config("link=25gb"), None)
 
 
 def test_systems_see_the_same_requests_and_generate_the_same_tokens(first):
@@ -799,7 +815,7 @@ def test_step_times_of_the_first_format_are_one_round(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_targets_stand_side_by_side(seven, tmp_path):
+def test_two_targets_stand_side_by_side(seven, tmp_path, capsys):
     """With looks and halves; the commands that read a run find either target."""
     changes = [change for change in ALL_SYSTEMS if change != "relaxed=0"]
     searched = ["num_seeds=4", "first_seeds=2", "workload.num_requests=40"]
@@ -808,6 +824,8 @@ def test_two_targets_stand_side_by_side(seven, tmp_path):
         text = goodput_sweep.run(cfg, tmp_path / name, str(seven / "step_times.json"))
     files = [(tmp_path / n / "summary.json").read_bytes() for n in ("a", "b")]
     assert files[0] == files[1]
+    said = capsys.readouterr().err  # of two halves, two targets and seven systems
+    assert "] 28/28 searches by halves of the rounds of timing" in said
     targets = json.loads(files[0])["targets"]
     assert list(targets) == ["tight", "relaxed"]
     slos = [targets[name]["slo"] for name in targets]

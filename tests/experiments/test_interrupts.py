@@ -93,6 +93,24 @@ def test_a_sweep_ends_by_one_interrupt_and_is_resumed(tmp_path, word, signum):
     assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
+@pytest.mark.parametrize("gap_s", [0.05, 0.2, 0.3])
+def test_a_second_interrupt_while_programs_compile_is_no_crash(tmp_path, gap_s):
+    """Threads that compile cannot be stopped, only left."""
+    process = start(*SWEEP, many([50, 60]), f"--out={tmp_path / 'run'}")
+    for line in process.stderr:
+        if "compiling" in line:
+            break
+    time.sleep(0.5)  # until a thread compiles
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(gap_s)
+    said = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1].startswith("interrupted: what was saved is kept. To ")
+    assert "Traceback" not in said and "Fatal" not in said
+    wait_until_gone(session(process.pid))
+
+
 COMPARE = ["compare_systems", "--model=opt-13b", "--devices=4", "--num_requests=2000"]
 
 

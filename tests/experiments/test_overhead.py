@@ -18,11 +18,12 @@ from experiments.benchmarks.handoff import (
     scattered_transfer,
 )
 from experiments.benchmarks.no_op_programs import NoOpGroup, host_step_us
-from experiments.benchmarks.timing import Figure, interleaved, table
+from experiments.benchmarks.timing import Figure, interleaved, table, values_in_turn
 from experiments.cli.flags import integers, writable
 from experiments.overhead import OverheadOptions
 from models.config import get_config
 from tests.commands import run_command
+from tests.deadlines import After
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)  # quick to compile
 SMALL = OverheadOptions(
@@ -81,6 +82,16 @@ def test_medians_leave_the_warm_up_round_out():
     assert order == ["a", "b"] * 4
 
 
+@pytest.mark.parametrize(("asked", "rounds"), [(0, 1), (1, 2), (9, 3)])
+def test_one_round_is_always_taken_after_the_warm_up(asked, rounds):
+    said, values = [], iter(range(9))
+    found = values_in_turn(
+        3, {"a": lambda: next(values)}, lambda *s: said.append(s), After(asked).passed
+    )
+    assert found == {"a": [1, 2, 3][:rounds]}
+    assert said == [("rounds", i, 4, "") for i in range(1 + rounds)]
+
+
 # -- parts -----------------------------------------------------------------------------
 
 
@@ -116,6 +127,17 @@ def test_a_part_measures_what_it_lists(part, names, capsys):
     printed = capsys.readouterr().out
     assert "load average" in printed
     assert all(name in printed for name in names)
+
+
+def test_parts_that_there_was_no_time_for_are_named(capsys):
+    said = []
+    figures = overhead.run(
+        ["decode", "host", "m32"], SMALL, lambda *step: said.append(step), After(1)
+    )
+    assert {figure.part for figure in figures} == {"decode"}
+    assert said == [("parts on 2 devices", 0, 3, "now decode")]
+    printed = capsys.readouterr().out
+    assert printed.endswith("left out, as --minutes were spent: host, m32\n\n")
 
 
 def arguments(program) -> list:

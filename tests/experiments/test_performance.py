@@ -20,6 +20,7 @@ from models import transformer
 from models.config import ModelConfig, get_config
 from models.transformer import forward
 from tests.commands import run_command
+from tests.deadlines import After
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
 SMALL = StepOptions(
@@ -108,6 +109,16 @@ def test_the_report_has_every_part(capsys):
     names = ["memory bandwidth", "matmul", "decode 1", "decode 2", "prefill 16"]
     names += ["B1 step", "B2 step", "TP1->TP1 1 MiB", "load average"]
     assert all(name in report for name in names)
+
+
+def test_a_report_whose_time_is_spent_has_one_round_and_says_what_it_lacks(capsys):
+    options = dataclasses.replace(SMALL, repeats=4)
+    report = performance.run(options, deadline=After(0))
+    assert report == capsys.readouterr().out
+    assert all(name in report for name in ("matmul", "decode 2", "prefill 16"))
+    assert "B1 step" not in report
+    missing = "3 of 4 rounds, host, handoff"
+    assert f"left out, as --minutes were spent: {missing}\n" in report
 
 
 def test_the_dense_cache_decodes_what_the_oracle_does():

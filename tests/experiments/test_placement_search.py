@@ -10,13 +10,13 @@ from disagg_jax.deployment import Deployment, Parallelism
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate, Inversion
 from disagg_jax.metrics.intervals import interval_across
+from disagg_jax.progress import silent
 from disagg_jax.scheduling import get_system
 from disagg_jax.search import placement
 from disagg_jax.search.candidates import (
     Candidate,
     CandidateResult,
     candidate_row,
-    silent,
 )
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
@@ -131,7 +131,15 @@ def test_the_answer_of_high_as_a_whole():
 # -- tables and answers, of goodputs that are told -------------------------------------
 
 
-def outcome(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **found):
+def outcome(
+    name="prefill:tp1",
+    per_seed=(6.0, 8.0),
+    devices=2,
+    scale=0.5,
+    *,
+    had_to_beat=False,
+    **found,
+):
     """A candidate's; without a goodput by seed it is below its bound."""
     candidate = Candidate(
         name=name,
@@ -155,7 +163,9 @@ def outcome(name="prefill:tp1", per_seed=(6.0, 8.0), devices=2, scale=0.5, **fou
         runs=5,
         unloaded_scale=scale,
     )
-    return CandidateResult(candidate=candidate, goodput=goodput)
+    return CandidateResult(
+        candidate=candidate, goodput=goodput, had_to_beat=had_to_beat
+    )
 
 
 def test_a_row_has_goodputs_per_device():
@@ -174,8 +184,9 @@ def test_a_row_has_goodputs_per_device():
     ("found", "why", "at_most"),
     [
         (outcome(per_seed=None), "bound", 5.0),
-        (outcome(pass_rps=None), "beaten", 4.5),
-        (outcome(pass_rps=None, scale=1.0), "beaten", 4.5),
+        (outcome(pass_rps=None, had_to_beat=True), "beaten", 4.5),
+        (outcome(pass_rps=None, had_to_beat=True, scale=1.0), "beaten", 4.5),
+        (outcome(pass_rps=None), "fails at every rate that was tried", 4.5),
         (
             outcome(pass_rps=None, scale=1.5),
             "alone it needs 1.5 x the targets",
@@ -218,6 +229,14 @@ def test_a_dozen_rows_are_shown_and_the_others_counted(number, more):
     assert [line.split()[0] for line in shown[:12]] == [
         f"no{i}" for i in range(min(number, 12))
     ]
+
+
+def test_long_names_leave_the_columns_straight():
+    names = ("disaggregated_chunked prefill:tp1pp2,decode:tp2pp2", "orca colocated:tp1")
+    rows = [candidate_row(outcome(name=name)) for name in names]
+    head, *shown = report.lines(rows)
+    assert {line.index("3.5 [") for line in shown} == {head.index("requests/s")}
+    assert shown[0].split()[2] == "2"  # the devices, apart from the name
 
 
 # Requests/s of each phase alone, of the candidates that are told.
@@ -356,7 +375,6 @@ def test_a_colocated_system_alone_is_placed_by_joint_only(monkeypatch):
         placement_simulation("opt-13b", "a100"),
         2,
         {"orca": get_system("orca")},
-        None,
         workload=get_workload("fixed:512x64"),
         slo=SLO.parse("0.25,0.1"),
     )
@@ -365,6 +383,80 @@ def test_a_colocated_system_alone_is_placed_by_joint_only(monkeypatch):
     assert (found["winner"], found["system"]) == ("orca colocated:tp2", "orca")
     with pytest.raises(ValueError, match="algorithms: expected joint, as none of .'or"):
         asked.run(["low"])
+
+
+def searched(names, devices=2):
+    """A search of these systems."""
+    return search(devices=devices, systems={name: get_system(name) for name in names})
+
+
+def test_of_two_colocated_systems_the_better_one_is_named(monkeypatch):
+    told(monkeypatch, {"orca colocated:tp2": 9.0, "vllm_v1 colocated:tp2": 9.5})
+    asked = searched(["orca", "vllm_v1"])
+    assert not asked.problem.apart  # nothing is built that was not asked for
+    found = asked.run(["joint"])["joint"]
+    assert (found["winner"], found["system"]) == ("vllm_v1 colocated:tp2", "vllm_v1")
+    systems = {row["candidate"].split()[0] for row in found["candidates"]}
+    assert systems == {"orca", "vllm_v1"}
+
+
+def test_two_disaggregated_systems_are_searched_with_phases_of_their_own(monkeypatch):
+    """The best phases are not of one system: each pairs its own two."""
+    one, other = "disaggregated", "disaggregated_chunked"
+    rates = {
+        **{f"{one} {name}": rps for name, rps in PHASES.items()},
+        **{f"{other} {name}": 0.9 * rps for name, rps in PHASES.items()},
+        **{f"{one} decode:tp1": 0.1, f"{one} decode:tp2": 0.1},
+    }
+    calls = told(monkeypatch, rates)
+    found = searched([one, other], devices=4).run(["high"])["high"]
+    assert len(calls) == 4  # two phases of each
+    deployment = "2xprefill:tp1,1xdecode:tp2"
+    assert (found["system"], found["deployment"]) == (other, deployment)
+    assert found["winner"] == f"{other} {deployment}"
+    assert found["goodput_rps"] == pytest.approx(0.9 * 8)
+    # Both are in the tables, the best first.
+    names = [row["candidate"].split()[0] for row in found["prefill"]]
+    assert (names[0], set(names)) == (one, {one, other})
+
+
+@pytest.mark.parametrize("algorithm", ["low", "joint"])
+def test_two_disaggregated_systems_share_a_table_of_units(monkeypatch, algorithm):
+    best = "disaggregated_chunked prefill:tp1,decode:tp1"
+    told(monkeypatch, {best: 7.0})
+    asked = searched(["disaggregated", "disaggregated_chunked", "orca"])
+    built = []
+
+    def noted(system, build):
+        return lambda deployment: built.append(system) or build(deployment)
+
+    apart = {name: noted(name, build) for name, build in asked.problem.apart.items()}
+    problem = dataclasses.replace(asked.problem, apart=apart)
+    found = dataclasses.replace(asked, problem=problem).run([algorithm])[algorithm]
+    assert (found["winner"], found["system"]) == (best, best.split()[0])
+    assert found["deployment"] == "prefill:tp1,decode:tp1"
+    systems = {row["candidate"].split()[0] for row in found["candidates"]}
+    colocated = {"orca"} if algorithm == "joint" else set()
+    assert systems == {"disaggregated", "disaggregated_chunked"} | colocated
+    assert set(built) == {"disaggregated", "disaggregated_chunked"}
+
+
+def test_no_system_at_all_is_refused():
+    with pytest.raises(ValueError, match="systems: expected at least one, got "):
+        searched([])
+
+
+def test_the_command_takes_two_colocated_systems(tmp_path):
+    done = command(
+        *("--model=opt-13b", "--hardware=a100", "--devices=2", "--slo=0.25,0.1"),
+        *("--workload=fixed:512x64", "--num_requests=40", "--workers=1"),
+        *("--tolerance=0.3", "--systems=orca,vllm_v1", f"--out={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "placement.json").read_text())
+    assert "high" not in found and found["joint"]["system"] in ("orca", "vllm_v1")
+    systems = {row["candidate"].split()[0] for row in found["joint"]["candidates"]}
+    assert systems == {"orca", "vllm_v1"}
 
 
 def test_the_time_that_is_spent_leaves_candidates_out():
@@ -439,6 +531,11 @@ def test_colocated_systems_have_no_place_on_devices_by_role():
         *("--slo=0.5,0.1", "--systems=disaggregated,orca", "--workers=1"),
     )
     assert done.returncode == 1
+    assert "error: systems: expected no colocated one on --hardware=" in done.stderr
+    done = command(
+        *("--model=opt-13b", "--hardware=prefill=h100,decode=a100", "--devices=2"),
+        *("--slo=0.5,0.1", "--system=orca", "--workers=1"),
+    )
     assert "error: systems: expected no colocated one on --hardware=" in done.stderr
 
 

@@ -207,3 +207,9 @@ def test_search_times_are_drawn_where_they_are_given(tmp_path: pathlib.Path):
 def test_a_lab_that_cannot_work_is_refused(bad: dict[str, int], message: str):
     with pytest.raises(ValueError, match=message):
         Lab(**bad)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "seeds" not in FIGURES[n].reads])
+def test_a_figure_whose_numbers_are_of_no_seeds_says_what_they_are_of(name: str):
+    (caption,) = reproduce.runs_of(FIGURES[name].make(TINY))
+    assert "no runs" in caption or "no randomness" in caption

@@ -101,6 +101,7 @@ def test_a_row_for_each_request_with_floats_in_full(tmp_path):
     assert [float(row["tpot_s"]) for row in rows] == [tpot_s(t) for t in timelines]
     assert [float(row["arrival_s"]) for row in rows] == [0.0, 0.3]
     assert [row["output_tokens"] for row in rows] == ["64", "3"]  # as in the trace
+    assert [row["good"] for row in rows] == ["1", "1"]  # as there are no targets
     # Facts, distserve.md 2.1: one prompt of 512 alone.
     assert math.isclose(float(rows[0]["ttft_s"]), 0.07519988, abs_tol=1e-8)
     stages = [float(rows[0][name]) for name in STAGES]
@@ -259,11 +260,15 @@ def test_more_than_one_in_a_hundred_refused_is_an_exit_code(tmp_path, short, cod
     assert (summary["completed"], summary["failed"]) == (short, 100 - short)
     assert summary["refused"] == {"context": 100 - short, "KV memory": 0}
     assert summary["attainment"] <= short / 100
+    rows = csv.DictReader((out / "requests.csv").read_text().splitlines())
+    good = [int(row["good"]) for row in rows]
+    assert sum(good) / len(good) == summary["attainment"]
     assert (out / "latencies.png").read_bytes().startswith(b"\x89PNG")
     assert len((out / "requests.csv").read_text().splitlines()) == 101
     if code:
         allowed = command(tmp_path, **flags, allow_refused=True)
-        assert (allowed.returncode, allowed.stderr) == (0, "")
+        assert (allowed.returncode, allowed.stdout) == (0, done.stdout)
+        assert allowed.stderr == f"{out}: 1 of 1 runs found\n"
 
 
 def test_a_workload_is_drawn_and_served(tmp_path):
@@ -290,9 +295,9 @@ def test_several_rates_and_deployments_make_a_table_and_a_curve(tmp_path):
     out = tmp_path / "out"
     assert (out / "table.txt").read_text() in done.stdout
     rows = (out / "table.txt").read_text().splitlines()[-5:-1]  # then the engines' mark
-    assert [row.split()[:3] for row in rows] == [
-        *([apart, "2", "2"], [apart, "2", "4"]),
-        *([together, "1", "2"], [together, "1", "4"]),
+    assert [row.split()[:4] for row in rows] == [
+        *([apart, "disaggregated", "2", "2"], [apart, "disaggregated", "2", "4"]),
+        *([together, "vllm_v0", "1", "2"], [together, "vllm_v0", "1", "4"]),
     ]
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     runs = [path for path in out.iterdir() if path.is_dir()]
@@ -303,6 +308,37 @@ def test_several_rates_and_deployments_make_a_table_and_a_curve(tmp_path):
     for path in runs:
         files = {file.name for file in path.iterdir()}
         assert files == {"requests.csv", "summary.json", "latencies.png"}
+
+
+def test_of_several_runs_those_that_are_done_are_read(tmp_path):
+    """One run lacks its summary, as after a kill: it alone is simulated again."""
+    flags = {**WORKLOAD, "num_requests": 5, "deployment": "colocated:tp1"}
+    done = command(tmp_path, **flags, rate="2,4,8")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    want = {path: path.read_bytes() for path in out.rglob("*.[ctj][sxp]*")}
+    lost = out / "colocated-tp1_4.0rps"
+    for path in (lost / "summary.json", out / "table.txt"):
+        path.unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in out.glob("*/requests.csv")}
+    again = command(tmp_path, **flags, rate="2,4,8")
+    assert (again.returncode, again.stdout) == (0, done.stdout)
+    assert f"{out}: 2 of 3 runs found\n" in again.stderr
+    assert "0/1 runs, now colocated:tp1 (1 devices, vllm_v0) at 4 " in again.stderr
+    env = out / "env.json"
+    assert {p: p.read_bytes() for p in want if p != env} == {
+        path: content for path, content in want.items() if path != env
+    }
+    for path, stamp in stamps.items():
+        assert (path.stat().st_mtime_ns == stamp) == (path.parent != lost)
+
+
+def test_a_timeline_needs_the_run_once_more(tmp_path):
+    assert command(tmp_path).returncode == 0
+    path = tmp_path / "trace.json"
+    done = command(tmp_path, chrome_trace=path)
+    assert "runs found" not in done.stderr
+    assert json.loads(path.read_text())["traceEvents"]
 
 
 def test_a_run_among_several_is_the_one_alone(tmp_path):

@@ -20,6 +20,12 @@ from tests.engine.harness import random_params
 TINY = get_config("tiny")
 
 
+def same(a, b) -> bool:
+    """Whether two trees have the same weights."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all((x == y).all() for x, y in pairs)
+
+
 def test_a_few_steps_reduce_the_loss(monkeypatch):
     """From more than chance to a good part of what the bytes' frequencies give."""
     monkeypatch.setattr(train_tiny, "LENGTH", 32)
@@ -27,12 +33,34 @@ def test_a_few_steps_reduce_the_loss(monkeypatch):
     params = random_params(config)
     before = train_tiny.held_out_loss(config, params, windows=8)
     windows = train_tiny.random_windows(train_tiny.stdlib_tokens(["csv"]), 0)
-    lines = []
-    params = train_tiny.train(config, params, windows, 100, lines.append)
+    said = []
+    params, done = train_tiny.train(
+        config, params, windows, 100, lambda *step: said.append(step[:3])
+    )
     after = train_tiny.held_out_loss(config, params, windows=8)
     assert before > 5.5  # chance is ln 264 = 5.6
     assert after < 3.6  # found: 3.0
-    assert [line.split(":")[0] for line in lines] == ["step 50", "step 100"]
+    assert done == 100 and said == [("steps", i, 100) for i in range(101)]
+
+
+def test_the_weights_are_of_the_steps_there_was_time_for(monkeypatch):
+    """Three steps of ten are three steps: the schedule is that of ten."""
+    monkeypatch.setattr(train_tiny, "LENGTH", 8)
+    config = dataclasses.replace(TINY, layers=1, embed=8, mlp=8, head_dim=4)
+    tokens = train_tiny.stdlib_tokens(["csv"])
+
+    def trained(stops):
+        asked = iter(stops)
+        windows = train_tiny.random_windows(tokens, 0)
+        return train_tiny.train(
+            config, random_params(config), windows, 10, stop=lambda: next(asked)
+        )
+
+    before = random_params(config)
+    none, taken = trained([True])
+    assert taken == 0 and same(none, before)
+    some, taken = trained([False] * 3 + [True])
+    assert taken == 3 and not same(some, before)
 
 
 def test_the_text_is_the_same_each_time_and_none_of_it_is_held_out():

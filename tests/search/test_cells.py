@@ -1,4 +1,4 @@
-"""More seeds: when they are added, and to whom; then all layouts of a pair."""
+"""More seeds: when they are added, and to whom; then all layouts."""
 
 import dataclasses
 
@@ -175,24 +175,58 @@ def row(name, goodput=None, why="beaten", at_most=5.0):
     return {**known, **found, **({} if goodput else {"why": why})}
 
 
-def test_layouts_of_the_pair_that_were_dropped_are_searched_in_full(monkeypatch):
-    """Not those of a third system, nor what cannot meet the targets even alone."""
+PAIR = "prefill:tp1,decode:tp1"
+
+
+def with_dropped_layouts(monkeypatch, **changes):
+    """Three systems: of two the layout was dropped, the third meets no target alone."""
     searches = system_searches(SPEC, CELL)
-    found = results(vllm_v0=(2.0, 2.0), disaggregated=(1.0, 1.0))
     asked = []
 
     def noted(search):
-        asked.append(str(search.simulated.deployment))
+        asked.append(search)
         return find_goodput(search)
 
     monkeypatch.setattr(layouts, "find_goodput", noted)
-    colocated, pair = "2xcolocated:tp1", "prefill:tp1,decode:tp1"
+    rows = (
+        row("2xcolocated:tp1"),
+        row("2xcolocated:tp1", why="bound"),
+        row(PAIR, why="alone it needs 2"),
+    )
     found = [
-        dataclasses.replace(found[0], candidates=(row(colocated),)),
-        dataclasses.replace(found[1], candidates=(row(colocated, why="bound"),)),
-        dataclasses.replace(found[2], candidates=(row(pair, why="alone it needs 2"),)),
+        dataclasses.replace(one, candidates=(each,))
+        for one, each in zip(results(), rows, strict=True)
     ]
-    done = with_all_layouts(found, searches, map)
-    assert asked == [colocated]
+    return asked, found, with_all_layouts(found, searches, map, **changes)
+
+
+def test_layouts_that_were_dropped_are_searched_in_full(monkeypatch):
+    """Those of all systems, but for what cannot meet the targets even alone."""
+    asked, found, done = with_dropped_layouts(monkeypatch)
+    (search, *_) = system_searches(SPEC, CELL)
+    known = search.options[0].candidate.search
+    assert [(each.plan, each.seeds) for each in asked] == [(known.plan, (0, 1))] * 2
+    for one in done[:2]:
+        (shown,) = one.candidates
+        assert shown["goodput"] > 5 and shown["interval"][0] <= shown["goodput"]
+        assert shown["bracketed"]
+    assert done[2] == found[2]
+    assert [len(list(layouts.dropped(one))) for one in found] == [1, 1, 0]
+    assert not any(list(layouts.dropped(one)) for one in done)
+
+
+def test_layouts_that_there_is_no_time_for_keep_their_bounds(monkeypatch):
+    asked, found, done = with_dropped_layouts(monkeypatch, stop=lambda: True)
+    assert len(asked) == 1
     assert done[0].candidates[0]["goodput"] > 5
-    assert done[1:] == tuple(found[1:])
+    assert done[1].candidates == found[1].candidates
+
+
+def test_the_best_layout_stays_first_and_the_others_are_ordered():
+    (search, *_) = system_searches(SPEC, CELL)
+    (one, *_) = results()
+    rows = (row("a", 3.0), row("b", 1.0), row("c", why="x"), row("d", 2.0))
+    (done,) = with_all_layouts(
+        [dataclasses.replace(one, candidates=rows)], [search], map
+    )
+    assert [each["candidate"] for each in done.candidates] == ["a", "d", "b", "c"]

@@ -1,5 +1,6 @@
 """The fewest devices for a rate: the search by hand, and answers by arithmetic."""
 
+import dataclasses
 import itertools
 import math
 
@@ -7,7 +8,7 @@ import pytest
 
 from disagg_jax.deployment import Role
 from disagg_jax.metrics.attainment import SLO
-from disagg_jax.scheduling import SYSTEMS
+from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.search import fewest
 from disagg_jax.search.comparison import ComparisonSpec, search_system, system_searches
 from disagg_jax.search.fewest import (
@@ -78,11 +79,11 @@ def test_a_unit_is_repeated_in_all_ways_that_use_all_devices():
     assert list(alone.deployments(3)) == []
 
 
-def searched(rate_rps, max_devices=12, system=0, cell=CELL):
-    searches = system_searches(SPEC, cell)
+def searched(rate_rps, max_devices=12, system=0, cell=CELL, spec=SPEC):
+    searches = system_searches(spec, cell)
     demand = Demand.of(cell, rate_rps, searches[system], max_devices)
     result = search_system(searches[system])
-    return fewest_search(SPEC, cell, demand, searches[system], result)
+    return fewest_search(spec, cell, demand, searches[system], result)
 
 
 def test_colocated_devices_add_up():
@@ -152,6 +153,71 @@ def test_a_system_is_tried_by_what_its_layouts_promise():
         *("2xcolocated:tp2", "4xcolocated:tp1")
     ]
     assert [each.promise_rps for each in ranked] == [27.0, 8.0]
+
+
+# A request has 19 decode steps of 10 ms, and a decode instance has four at once: 21 a
+# second.
+TWO_PHASES = dataclasses.replace(
+    SPEC,
+    systems={
+        "vllm_v0": SYSTEMS["vllm_v0"],
+        "disaggregated": get_system("disaggregated", decode={"max_seqs": 4}),
+    },
+)
+DECODED = Cell(
+    workload=RandomWorkload(
+        prompt=FixedLengths(tokens=100), output=FixedLengths(tokens=20)
+    ),
+    slo=SLO(ttft_s=0.5, tpot_s=0.02),
+)
+
+
+def test_what_a_phase_alone_cannot_serve_is_not_simulated_as_a_whole():
+    """The answer is that of trying everything, by far fewer simulations."""
+    task = searched(50.0, system=1, cell=DECODED, spec=TWO_PHASES)
+    assert fewest._least_alone(task, Role.PREFILL, 1) in (4, 5, 6)
+    assert fewest._least_alone(task, Role.DECODE, 1) == 3
+    found = fewest_devices(task)
+    every = [
+        fewest._trial(task, devices, each.deployment)
+        for devices in range(2, found.best.devices + 1)
+        for each in fewest._ranked(task.units, devices)
+    ]
+    assert found.best.devices == min(each.devices for each in every if each.served)
+    assert len(found.trials) < len(every) / 5
+    assert found.least == 2 and found.bound >= 7
+
+
+def test_a_phase_that_no_number_of_instances_serves_leaves_nothing_to_try():
+    """Five prefill instances at the most, which serve 50 requests/s for long."""
+    found = fewest_devices(searched(74.0, max_devices=6, system=1))
+    assert (found.best, found.bound, found.trials) == (None, None, ())
+
+
+def test_all_deployments_of_a_number_of_devices_are_tried(monkeypatch):
+    """What promises the least of all that may is the one that serves the rate."""
+    task = searched(26.0, max_devices=6, system=1)
+    tried = []
+
+    def few_prefill(task, devices, deployment):
+        served = str(deployment) == "2xprefill:tp1,4xdecode:tp1"
+        tried.append(str(deployment))
+        return fewest.Trial(
+            devices=devices,
+            deployment=str(deployment),
+            attainment=float(served),
+            served=served,
+        )
+
+    monkeypatch.setattr(fewest, "_trial", few_prefill)
+    monkeypatch.setattr(fewest, "_least_alone", lambda *_: 1)
+    found = fewest_devices(task)
+    assert found.best.deployment == tried[-1] == "2xprefill:tp1,4xdecode:tp1"
+    # One prefill instance cannot, with a capacity of 10.
+    assert tried[-4:-1] == [
+        f"{n}xprefill:tp1,{decode}:tp1"
+        for n, decode in ((5, "decode"), (4, "2xdecode"), (3, "3xdecode"))
+    ]
 
 
 def test_every_unit_of_a_search_has_its_layouts():

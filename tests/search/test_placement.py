@@ -9,13 +9,9 @@ from disagg_jax.deployment import Deployment, KVMemory, Parallelism, Role
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.metrics.goodput import GoodputEstimate
 from disagg_jax.metrics.intervals import Interval
+from disagg_jax.progress import silent
 from disagg_jax.scheduling import SYSTEMS
-from disagg_jax.search.candidates import (
-    Candidate,
-    CandidateResult,
-    best_first,
-    silent,
-)
+from disagg_jax.search.candidates import Candidate, CandidateResult, best_first
 from disagg_jax.search.goodput import SimGoodput
 from disagg_jax.search.placement import (
     PhaseRates,
@@ -76,7 +72,7 @@ def build(deployment):
 
 def problem(**changes):
     given = PlacementProblem(
-        build=build,
+        apart={"disaggregated": build},
         colocated={"vllm_v0": build},
         layouts=SMALL,
         devices=3,
@@ -95,7 +91,10 @@ def phases(given, prune=False):
     rates = [
         phase_rates(
             best_first(
-                phase_candidates(given, given.layouts, role), map, silent, prune=prune
+                phase_candidates(given, "disaggregated", given.layouts, role),
+                map,
+                silent,
+                prune=prune,
             )
         )
         for role in (Role.PREFILL, Role.DECODE)
@@ -116,7 +115,7 @@ SPACES = [
 def test_pruning_keeps_the_winner(given):
     bounds = phases(given)
     units = [
-        *joint_candidates(given, given.layouts, bounds),
+        *joint_candidates(given, "disaggregated", given.layouts, bounds),
         *colocated_candidates(given, given.layouts),
     ]
     full = best_first(units, map, silent, prune=False)
@@ -259,7 +258,9 @@ def test_the_bounds_of_a_unit_are_those_of_its_own_phases():
         }
         for served in ((5.0, 9.0), (3.0, 4.0))
     ]
-    found = joint_candidates(problem(devices=4, margin=0.0), layouts, tuple(rates))
+    found = joint_candidates(
+        problem(devices=4, margin=0.0), "disaggregated", layouts, tuple(rates)
+    )
     units = {c.name: (c.bound_rps, c.search.start_rps) for c in found}
     assert units["prefill:tp1,decode:tp1"] == (3.0, 2.5)
     assert units["prefill:tp2,decode:tp1"] == (3.0, 2.5)
@@ -274,7 +275,7 @@ def test_the_bounds_of_a_unit_are_those_of_its_own_phases():
 def test_a_pool_adds_what_an_instance_does_that_is_always_busy():
     # What keeps it busy if a share of 0.9 is served in time; or its goodput, if more.
     given = problem(layouts=SMALL[:1])
-    (candidate,) = phase_candidates(given, given.layouts, Role.PREFILL)
+    (candidate,) = phase_candidates(given, "disaggregated", given.layouts, Role.PREFILL)
     busy_rps = candidate.search.capacity_rps() / 0.9
     for goodput, pooled in (
         (goodput_of(1.0, 1.0, 1.2), busy_rps),
@@ -287,7 +288,7 @@ def test_a_pool_adds_what_an_instance_does_that_is_always_busy():
 
 def test_what_was_not_found_is_about_what_it_would_be_tried_at_or_below_its_bound():
     given = problem(layouts=SMALL[:1])
-    (candidate,) = phase_candidates(given, given.layouts, Role.DECODE)
+    (candidate,) = phase_candidates(given, "disaggregated", given.layouts, Role.DECODE)
     first_rps = candidate.search.first_rps()
     for failed_rps, about_rps in (
         (0.5 * first_rps, 0.5 * first_rps),
@@ -307,7 +308,7 @@ def winner(given):
     """Of the joint search; candidates of a phase need room for the other."""
     layouts = [layout for layout in given.layouts if layout.devices < given.devices]
     kept = dataclasses.replace(given, layouts=tuple(layouts))
-    units = joint_candidates(given, layouts, phases(kept))
+    units = joint_candidates(given, "disaggregated", layouts, phases(kept))
     units += colocated_candidates(given, given.layouts)
     return best_first(units, map, silent)[0].candidate.name
 
@@ -357,7 +358,7 @@ def made_up(layouts):
 def test_pairs_of_algorithm_2_share_their_nodes():
     layouts = [Parallelism(tp, pp) for tp in (1, 2, 3) for pp in (1, 2, 4)]
     given = problem(devices=8, node_devices=4)
-    found = low_affinity_candidates(given, layouts, made_up(layouts))
+    found = low_affinity_candidates(given, "disaggregated", layouts, made_up(layouts))
     names = {candidate.name: candidate for candidate in found}
     assert set(names) == {
         *("prefill:tp1,decode:tp1", "prefill:tp1,decode:tp2", "prefill:tp2,decode:tp1"),
@@ -378,12 +379,14 @@ def test_pairs_of_algorithm_2_share_their_nodes():
     assert candidate.bound_rps == pytest.approx(1.1)  # of prefill, with the margin
     # On 12 devices, too, one in each node, and not four anywhere.
     twelve = dataclasses.replace(given, devices=12)
-    found = low_affinity_candidates(twelve, layouts[:4], made_up(layouts))
+    found = low_affinity_candidates(
+        twelve, "disaggregated", layouts[:4], made_up(layouts)
+    )
     candidate = {c.name: c for c in found}["prefill:tp1,decode:tp2"]
     assert (candidate.copies, candidate.devices) == (3, 4.0)
     # With a rate to serve there are as many nodes as it takes.
     given = dataclasses.replace(given, rate_rps=9.0)
-    found = low_affinity_candidates(given, layouts, made_up(layouts))
+    found = low_affinity_candidates(given, "disaggregated", layouts, made_up(layouts))
     candidate = {c.name: c for c in found}["prefill:tp1,decode:tp2"]
     assert candidate.devices == 3
 
@@ -398,7 +401,9 @@ def test_copies_that_share_nodes_leave_devices_over():
 
 def test_units_of_the_joint_search():
     layouts = [Parallelism(1), Parallelism(2)]
-    found = joint_candidates(problem(devices=4), layouts, made_up(layouts))
+    found = joint_candidates(
+        problem(devices=4), "disaggregated", layouts, made_up(layouts)
+    )
     names = {c.name: (c.copies, c.devices, round(c.bound_rps, 3)) for c in found}
     assert names == {
         "prefill:tp1,decode:tp1": (2, 2.0, 1.1),
@@ -422,7 +427,7 @@ def test_units_of_the_joint_search():
     ],
 )
 def test_the_candidates_of_a_phase_are_one_instance_of_each_layout(role, slo):
-    found = phase_candidates(problem(node_devices=1), SMALL, role)
+    found = phase_candidates(problem(node_devices=1), "disaggregated", SMALL, role)
     assert [(c.name, c.devices, c.copies) for c in found] == [
         (f"{role}:tp1", 1, 1),
         (f"{role}:tp2", 2, 1),

@@ -85,12 +85,9 @@ class RooflineCost:
             expected = f"{hardware.name}: expected tp x dp in {known}, to reach experts"
             require(joined in known, expected, joined)
         self.kv_tokens(parallelism)
-        factors = self.factors or EngineFactors(
-            step_s=hardware.step_s, kv_layer_s=hardware.kv_startup_s
-        )
         windows = any(block.attention.window for block in self.model.blocks)
         kind = _WindowedInstance if windows else RooflineInstance
-        return kind(partition, hardware, factors)
+        return kind(partition, hardware, self.factors)
 
     def kv_tokens(self, parallelism: Parallelism) -> int:
         """Return the tokens of KV that an instance can hold.
@@ -103,11 +100,21 @@ class RooflineCost:
 
 
 class RooflineInstance:
-    """An `InstanceCost`; `decode_s` caches the part without context by `decodes`."""
+    """An `InstanceCost`; `decode_s` caches the part without context by `decodes`.
+
+    Attributes:
+      factors: of the engine; by default the device's fixed times alone.
+    """
 
     def __init__(
-        self, partition: Partition, hardware: Hardware, factors: EngineFactors
+        self,
+        partition: Partition,
+        hardware: Hardware,
+        factors: EngineFactors | None = None,
     ):
+        factors = factors or EngineFactors(
+            step_s=hardware.step_s, kv_layer_s=hardware.kv_startup_s
+        )
         self.factors = factors
         last = partition.parallelism.pp - 1
         self._stages = tuple(

@@ -90,6 +90,14 @@ def test_a_machine_on_which_serving_takes_longer(machine, monkeypatch, slower):
     monkeypatch.setattr("disagg_jax.calibration.timing.run_alone", in_serving)
     monkeypatch.setattr("disagg_jax.engine.executor.run_alone", in_serving)
     monkeypatch.setattr("disagg_jax.engine.engine.Engine.warm_up", lambda *_: None)
-    found = with_serving_factors(profile, serve_each(servers, source, profile))
+    of_each = list(serve_each(servers, source, profile))
+    found = with_serving_factors(profile, itertools.chain(*of_each))
     assert next(alone) > 10
     assert found.layouts[Parallelism(1, 1)].serving_factor == pytest.approx(times)
+    stops = iter([False, True])
+    said = []
+    (first,) = serve_each(
+        servers, source, profile, lambda *step: said.append(step), lambda: next(stops)
+    )
+    assert [step[:2] for step in first] == [step[:2] for step in of_each[0]]
+    assert said == [("systems that serve", 0, 2, "")]

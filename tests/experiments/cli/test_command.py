@@ -17,7 +17,7 @@ from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
 from experiments.configs.named import get_config
 from experiments.sweep.request_source import RequestSource
-from tests.commands import run_command
+from tests.commands import run_code, run_command
 from tests.experiments.calibrating import make_model
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -27,9 +27,11 @@ PATIENCE_S = 20  # a lost interrupt is lost forever; a slow machine is not
 @pytest.fixture(autouse=True)
 def a_shell_that_can_interrupt():
     """Whatever pytest itself was started with, as a background job ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGINT, before)
+    for signum, handler in before.items():  # which an interrupted command keeps
+        signal.signal(signum, handler)
 
 
 def fails(error):
@@ -246,6 +248,36 @@ def test_clean_up_is_not_interrupted_again():
     with pytest.raises(SystemExit):
         main(["x"])
     assert done
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_second_interrupt_ends_a_command_at_once(late):
+    """While it cleans up, or after it, when Python waits for its threads."""
+    done = run_code(f"""
+import signal
+from experiments.cli.command import command
+
+def again():
+    signal.raise_signal(signal.SIGTERM)
+    print("went on", flush=True)
+
+@command()
+def main():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        {late} or again()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    main(["x"])
+finally:
+    again()
+""")
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "")
+    said = done.stderr.splitlines()
+    assert len(said) == 1 + late  # it was said before
+    assert all(line.startswith("interrupted: what was saved") for line in said)
 
 
 def test_other_errors_that_cannot_be_raised_are_shown_as_ever(monkeypatch):

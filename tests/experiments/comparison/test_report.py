@@ -110,6 +110,15 @@ def test_parameters_are_shown_with_reasons_and_doubts():
         assert line in details.splitlines()
 
 
+def test_parameters_begin_together_whatever_the_names():
+    grid = {(2, 0): (found("disaggregated_chunked", 1.0), found("orca", 1.0))}
+    details = report.text(SPEC, [MAP], [grid]).split("parameters, map of targets\n")[1]
+    rows = [line for line in details.splitlines() if line.endswith("reason; another")]
+    assert [row.index("'s: ") - len(row.split()[0]) for row in rows] == [
+        len("  disaggregated_chunked  ")
+    ] * 2
+
+
 def test_the_head_says_what_was_asked():
     for said in (
         "opt-13b on 4 devices, fitted/distserve, KV over nvlink-a100; simulated",
@@ -433,7 +442,11 @@ def test_the_picture_has_each_cell_at_its_place(monkeypatch):
     assert cells[2, 0].colour == panel.legend[DISAGGREGATED]
     assert (panel.columns, panel.rows) == (["0.25", "0.5", "1"], ["0.04"])
     assert (panel.x, panel.y) == ("TTFT target (s)", "TPOT target (s)")
-    assert title.startswith("Who serves the most: opt-13b on 4 devices")
+    on = "opt-13b on 4 devices, fitted/distserve"
+    assert title == f"Who serves the most: {on}, N=123, 3 seeds"
+    longer = [dataclasses.replace(found("orca", 1.0, 1.0), num_requests=200), *CLEAR]
+    (_, title) = drawn(monkeypatch, [MAP], [{**GRID, (2, 0): longer}])
+    assert title.endswith(", N=123 to 200, 2 or 3 seeds")
 
 
 def test_a_single_cell_is_a_bar_for_each_system(monkeypatch):
@@ -444,9 +457,8 @@ def test_a_single_cell_is_a_bar_for_each_system(monkeypatch):
     vllm_v0 = panel.bars[0]  # 1 +- 4.303 x 0.1 / sqrt(3)
     assert vllm_v0.interval == pytest.approx((0.7516, 1.2484), abs=1e-4)
     assert vllm_v0.label == "vllm_v0\nvllm_v0's"
-    assert title.endswith("workload mine") and panel.x.endswith(
-        "95 % intervals over seeds"
-    )
+    assert title.endswith(", N=123, 3 seeds; workload mine")
+    assert panel.x.endswith("95 % intervals over seeds")
     assert panel.title == "TTFT <= 1 s, TPOT <= 0.04 s"
 
 

@@ -39,22 +39,26 @@ SERVED = RateAnswer(
 
 
 def test_a_row_has_the_devices_the_latencies_and_why_not_fewer():
-    head, runs, *rows = serving.fewest(SERVED).splitlines()
+    head, runs, _, bounds, *rows = serving.fewest(SERVED).splitlines()
     assert head == (
         "the fewest devices that serve 5.53 requests/s, the trace's own rate; at most "
         "8 are tried"
     )
     assert runs == "whole deployments simulated at that rate: 1 run of 100 requests"
+    assert bounds == (
+        "an estimate of the capacity, with a margin; simulations of prefill and of "
+        "decode alone"
+    )
     shown = [" ".join(row.split()) for row in rows[1:]]
     assert shown == [
         "vllm_v0 3 3xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - 2 are too "
         "few, as simulated",
         "orca 2 2xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - bound: fewer than 2 "
-        "cannot, by capacity",
+        "cannot",
         "sarathi 1 1xcolocated:tp1 95.0% 0.1, 0.25, 0.5 10, 20, - there is no smaller "
         "deployment",
         "slow > 8 - - - - 8 are too few, as simulated",
-        "large > 8 - - - - bound: 8 cannot, by capacity",
+        "large > 8 - - - - bound: 8 cannot",
         "late > 8 - - - - no layout meets the targets, even alone",
     ]
 
@@ -74,12 +78,14 @@ def test_the_record_has_the_trials():
     assert first["below"]["attainment"] == 0.6 and len(first["trials"]) == 2
 
 
-def test_all_layouts_have_a_goodput_or_a_bound():
+def test_all_layouts_have_a_goodput_or_say_why_not():
+    known = {"seeds": [0, 1], "bracketed": True, "inversion": None}
     rows = (
-        {"candidate": "a", "goodput": 2.0, "interval": [1.5, 2.5], "seeds": [0, 1]},
-        {"candidate": "b", "goodput": 1.0, "interval": [None, None], "seeds": [0, 1]},
-        {"candidate": "c", "goodput": None, "at_most": 2.1, "why": "beaten"}
-        | {"seeds": [0, 1]},
+        {"candidate": "a", "goodput": 2.0, "interval": [1.5, 2.5]},
+        {"candidate": "b", "goodput": 1.0, "interval": [None, None]},
+        {"candidate": "c", "goodput": 1.0, "interval": [0.5, 1.5], "bracketed": False},
+        {"candidate": "d", "goodput": 1.0, "interval": [1.0, 1.0], "inversion": "up"},
+        {"candidate": "e", "goodput": None, "at_most": 2.1, "why": "beaten"},
     )
     one = SystemResult(
         system="orca",
@@ -89,13 +95,15 @@ def test_all_layouts_have_a_goodput_or_a_bound():
         per_seed_rps=(2.0, 2.0),
         needs=0.5,
         num_requests=9,
-        candidates=rows,
+        candidates=tuple(known | row for row in rows),
     )
     _, _, *shown = serving.layouts([one]).splitlines()
     assert [" ".join(line.split()) for line in shown] == [
         "orca a 2 [1.5, 2.5] 2",
         "orca b 1 2",
-        "orca c <= 2.1 2 beaten",
+        "orca c 1 [0.5, 1.5] 2 a seed passes or fails at every rate tried",
+        "orca d 1 [1, 1] 2 up",
+        "orca e <= 2.1 2 beaten",
     ]
 
 

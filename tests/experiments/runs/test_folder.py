@@ -347,10 +347,10 @@ def test_what_a_search_builds_with_is_recorded_by_its_name_and_owner():
         margin=0.1,
     )
     record = json.loads(json.dumps(plain(problem), allow_nan=False))
-    assert record["build"]["function"] == "Simulation.build"
+    assert record["apart"]["disaggregated"]["function"] == "Simulation.build"
     apart = {"policies": SYSTEMS["disaggregated"]}
     same, other = (
         plain(dataclasses.replace(placement_simulation(model, "a100"), **apart))
         for model in ("opt-13b", "opt-66b")
     )
-    assert record["build"]["of"] == same != other
+    assert record["apart"]["disaggregated"]["of"] == same != other

@@ -63,7 +63,7 @@ def test_without_targets_nothing_is_said_of_them(found):
     assert "attainment" not in text(summaries[0])
     assert "instance 0, colocated:tp1pp2, stage 1 " in text(summaries[2])
     *_, row = table(summaries).splitlines()
-    assert row.split()[:5] == ["colocated:tp1pp2", "2", "1", "10.0%", "-"]
+    assert row.split()[1:6] == ["vllm_v0", "2", "1", "10.0%", "-"]
     panels = curve_panels(summaries)
     assert [panel.y for panel in panels] == ["P90 TTFT (s)", "P90 TPOT (s)"]
     panels += latency_panels(found[0], NO_TARGETS)
@@ -73,12 +73,12 @@ def test_without_targets_nothing_is_said_of_them(found):
 def test_a_row_for_each_run(found):
     summaries = [served.summary(TARGETS) for served in found]
     head, _, *rows = table(summaries).splitlines()
-    assert head.split()[:3] == ["deployment", "devices", "requests/s"]
-    assert [row.split()[:4] for row in rows] == [
-        ["prefill:tp1,decode:tp1", "2", "2", "10.0%"],
-        ["prefill:tp1,decode:tp1", "2", "1", "10.0%"],
-        ["colocated:tp1pp2", "2", "2", "10.0%"],
-        ["colocated:tp1pp2", "2", "1", "10.0%"],
+    assert head.split()[:4] == ["deployment", "system", "devices", "requests/s"]
+    assert [row.split()[:5] for row in rows] == [
+        ["prefill:tp1,decode:tp1", "disaggregated", "2", "2", "10.0%"],
+        ["prefill:tp1,decode:tp1", "disaggregated", "2", "1", "10.0%"],
+        ["colocated:tp1pp2", "vllm_v0", "2", "2", "10.0%"],
+        ["colocated:tp1pp2", "vllm_v0", "2", "1", "10.0%"],
     ]
     assert all("0.0% / 90.0% / 0.0%" in row for row in rows)
     assert [refused_share(summary) for summary in summaries] == [0.1] * 4

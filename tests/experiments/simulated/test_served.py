@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from disagg_jax.deployment import Deployment
+from disagg_jax.deployment import Deployment, Role
 from disagg_jax.metrics import SLO
+from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.sim import Simulation
 from experiments.simulated.served import list_cases
 from tests.serving import make_request
@@ -35,6 +36,15 @@ def test_a_traces_own_rate_is_that_of_its_arrivals():
     case = only(TWO, THREE)
     assert (case.name, case.offered_rps) == ("2xcolocated-tp1_own-times", 1.0)
     assert only(TWO, THREE[:1]).offered_rps is None
+
+
+def test_a_case_names_the_system_that_serves():
+    """By the policies of the roles that are there; unlisted ones by their own names."""
+    assert [only(d, THREE).system for d in (PAIR, TWO)] == ["disaggregated", "vllm_v0"]
+    few = {**SIMULATION.policies, Role.DECODE: DecodeOnly(max_seqs=3)}
+    changed = dataclasses.replace(SIMULATION, policies=few)
+    assert only(PAIR, THREE, simulation=changed).system == "PrefillOnly+DecodeOnly"
+    assert only(TWO, THREE, simulation=changed).system == "vllm_v0"
 
 
 def test_one_deployment_twice_is_refused():

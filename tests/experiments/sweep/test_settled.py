@@ -53,4 +53,6 @@ def test_goodputs_by_a_half_are_per_device(tmp_path):
         {"vllm_v0": 20.0, "disaggregated": 40.0},
         map,
     )
-    assert found == pytest.approx({"vllm_v0": 10.0, "disaggregated": 20.0}, rel=0.1)
+    assert dict(found) == pytest.approx(
+        {"vllm_v0": 10.0, "disaggregated": 20.0}, rel=0.1
+    )
