@@ -295,7 +295,8 @@ class _Stage:
         """Return the terms of a step, but for what grows with the context."""
         decodes, chunks, dp = load.decodes, load.chunks, self._dp
         tokens = decodes + load.prompt_tokens
-        rows = -(-tokens // dp)  # of the fullest replica
+        # Of the fullest replica:
+        rows, sequences = -(-tokens // dp), -(-(decodes + len(chunks)) // dp)
         linear_s = self._linear.time_s(rows)
         reduce_s, exchange_s = self._communicate(rows)
         if self._head is None:
@@ -303,7 +304,7 @@ class _Stage:
         else:
             # Only a prompt's last chunk needs logits. A load does not say which chunks
             # are last: each is billed for one row.
-            linear_s += self._head.time_s(-(-(decodes + len(chunks)) // dp))
+            linear_s += self._head.time_s(sequences)
         experts_s = attention_s = kv_s = 0.0
         for experts in self._experts:
             experts_s += experts.time_s(tokens)
@@ -323,7 +324,7 @@ class _Stage:
             self._layers if self._scaled else 0,
             self._expert_layers,
             self._kv_layers if decodes else 0,
-            decodes + len(chunks),
+            sequences,
         )
 
     def windows_s(self, decodes: int, context: int) -> float:

@@ -28,7 +28,7 @@ class StepTerms(NamedTuple):
     scaled_layers: int  # layers whose activations are scaled to 8 bits block by block
     expert_layers: int  # layers with routed experts
     kv_layers: int  # layers that read KV for decodes
-    sequences: int  # decodes and prompt parts
+    sequences: int  # decodes and prompt parts, of the fullest replica
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
