@@ -95,13 +95,17 @@ def _text(profile: EngineProfile) -> str:
     folds: list[Row] = [("left out together", "mean, %", "median, %", "P90, %")]
     for name, errors in profile.provenance["left_out"].items():
         folds.append((name, *(f"{100 * value:.1f}" for value in errors.values())))
-    cells: list[Row] = [("model", "GPU", "precision", "rows", "TPOT, %", "latency, %")]
+    cells: list[Row] = [
+        ("model", "GPU", "precision", "rows", "TPOT, %", "TTFT, %", "latency, %")
+    ]
     for e in profile.errors:
-        numbers_ = (str(e.rows), f"{100 * e.tpot:.1f}", f"{100 * e.latency:.1f}")
-        cells.append((e.model or "all", e.hardware, e.precision, *numbers_))
+        means = (f"{100 * error:.1f}" for error in (e.tpot, e.ttft, e.latency))
+        where = (e.model or "all", e.hardware, e.precision)
+        cells.append((*where, str(e.rows), *means))
+    late = f"{'first token':15} {profile.first_token_steps:.1f} steps late"
     head = f"{profile.name}: fitted to {profile.provenance['rows']} rows"
     return "\n".join(
-        [head, "", *(f"{name:15} {value}" for name, value in shown), ""]
+        [head, "", *(f"{name:15} {value}" for name, value in shown), late, ""]
         + [
             "errors of TPOT on rows that no fit has seen",
             *underlined(numbers(folds)),

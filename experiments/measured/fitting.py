@@ -44,7 +44,7 @@ def fit_profile(
     Raises:
       ValueError: if no row can be simulated.
     """
-    profile = start
+    profile = dataclasses.replace(start, first_token_steps=0.0)
     for _ in range(_ROUNDS):
         found = usable(_simulated(rows, profile, workers, progress))
         terms, measured_s = _terms(found)
@@ -53,6 +53,7 @@ def fit_profile(
     found = usable(_simulated(rows, profile, workers, progress))
     return dataclasses.replace(
         profile,
+        first_token_steps=_late_steps(found),
         errors=tuple(_errors(found, start.factors)),
         provenance={
             "rows": len(found),
@@ -107,13 +108,33 @@ def left_out(
     return results
 
 
+def _late_steps(found: Sequence[SimulatedRow]) -> float:
+    """Return the steps >= 0 to add to the TTFTs, for the least mean relative error.
+
+    It is the median of what each row lacks, weighted by what a step weighs in it.
+    """
+    both = [one.latencies for one in found]
+    lacking = [(real.ttft_s - ours.ttft_s) / ours.tpot_s for real, ours in both]
+    weights = np.array([ours.tpot_s / real.ttft_s for real, ours in both])
+    order = np.argsort(lacking)
+    middle = np.searchsorted(np.cumsum(weights[order]), weights.sum() / 2)
+    return max(0.0, float(lacking[order[middle]]))
+
+
 def _errors(found: Sequence[SimulatedRow], prior: EngineFactors) -> list[FitError]:
     """Return the errors over all rows, then for each model, device and precision."""
     terms, measured_s = _terms(found)
     groups = [FOLDS[_PUBLISHED](one.row) for one in found]
     tpot = left_out_errors(terms, measured_s, groups, prior)
-    latency = np.array(
-        [_latency_error(one, e) for one, e in zip(found, tpot.tolist(), strict=True)]
+    steps: dict[object, float] = {}
+    for group in set(groups):
+        others = [one for one, of in zip(found, groups, strict=True) if of != group]
+        steps[group] = _late_steps(others) if others else 0.0
+    ttft, latency = np.transpose(
+        [
+            _latency_errors(one, float(error), steps[group])
+            for one, error, group in zip(found, tpot, groups, strict=True)
+        ]
     )
     cells: dict[tuple[str, str, str], list[int]] = {("", "", ""): [*range(len(found))]}
     for i, one in enumerate(found):
@@ -127,16 +148,20 @@ def _errors(found: Sequence[SimulatedRow], prior: EngineFactors) -> list[FitErro
             precision=precision,
             rows=len(at),
             tpot=float(np.abs(tpot[at]).mean()),
+            ttft=float(np.abs(ttft[at]).mean()),
             latency=float(np.abs(latency[at]).mean()),
         )
         for (model, hardware, precision), at in cells.items()
     ]
 
 
-def _latency_error(one: SimulatedRow, tpot_error: float) -> float:
-    """Return the relative error of a request's latency at this error of the TPOT."""
+def _latency_errors(
+    one: SimulatedRow, tpot_error: float, late_steps: float
+) -> tuple[float, float]:
+    """Return the relative errors of TTFT and request latency at that of the TPOT."""
     measured, simulated = one.latencies
     steps = one.row.output_tokens - 1
     tpot_s = measured.tpot_s * (1 + tpot_error)
+    ttft_s = simulated.ttft_s + late_steps * tpot_s
     latency_s = measured.ttft_s + steps * measured.tpot_s
-    return (simulated.ttft_s + steps * tpot_s) / latency_s - 1
+    return ttft_s / measured.ttft_s - 1, (ttft_s + steps * tpot_s) / latency_s - 1

@@ -151,6 +151,8 @@ def simulate_row(task: RowTask) -> SimulatedRow:
         found = serve(simulated, row, row.loop, observer=totals)
     except ValueError as error:
         return SimulatedRow(row=row, simulated=None, skipped=str(error))
+    late_s = profile.first_token_steps * found.tpot_s
+    found = dataclasses.replace(found, ttft_s=found.ttft_s + late_s)
     return SimulatedRow(
         row=row,
         simulated=found,

@@ -24,6 +24,7 @@ from disagg_jax.scheduling.tuning import (
     tune,
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad
@@ -215,7 +216,7 @@ def test_a_step_that_is_always_free_is_the_smallest():
         for policy in policies.values():
             choice = tune(policy, profile(lambda load: 0.0), math.inf).choice
             if choice is not None and choice.reason != "the default":
-                largest = isinstance(policy, SarathiServe | RunningFirst)
+                largest = isinstance(policy, SarathiServe | RunningFirst | NoEvict)
                 expected = 1024 if largest else 128
                 assert choice.value == expected
 

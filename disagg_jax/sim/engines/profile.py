@@ -37,6 +37,7 @@ class FitError:
     precision: str  # likewise: 16 bits, fp8, fp4, int4
     rows: int
     tpot: float
+    ttft: float
     latency: float  # of a request: TTFT + (output tokens - 1) TPOT
 
 
@@ -59,6 +60,9 @@ class EngineProfile:
     token_budget: int  # tokens of a step, for each attention replica
     max_seqs: int  # requests with KV at a time, for each attention replica
     memory_utilisation: float  # share of a device's memory for weights and KV
+    # Steps by which a first token is late: servers take up requests, and hand tokens
+    # out, every few steps only. It is in no step's time, and not in simulated runs.
+    first_token_steps: float = 0.0
     errors: tuple[FitError, ...] = ()  # cross-validated, the first over all rows
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
@@ -136,7 +140,7 @@ def _presets() -> Mapping[str, EngineProfile]:
 
 def engine_names() -> list[str]:
     """Return the names of the presets."""
-    return sorted(_presets())
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
 def get_engine(name: str) -> EngineProfile:
