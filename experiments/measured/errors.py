@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.measured.rows import MeasuredRow
 from experiments.measured.served import MeanLatencies, SimulatedRow
+from models.lookup import find_model
 
 Quantity = Callable[[MeasuredRow, MeanLatencies], float]
 
@@ -75,18 +76,31 @@ def errors_of(found: Sequence[SimulatedRow]) -> dict[str, Errors]:
 # -- groups ----------------------------------------------------------------------------
 
 
-def _clients(row: MeasuredRow) -> int:
+def _kind(one: SimulatedRow) -> str:
+    """Return what a simulator must know for a row, from the simplest kind on."""
+    row = one.row
+    if row.may_speculate:
+        return "5 one token a step or several, not marked"
+    if row.mode == "disagg":
+        return "4 prefill and decode workers"
+    if not find_model(row.model).is_dense:
+        return "3 experts"
+    return "1 dense, 16 bits" if row.precision == "bf16" else "2 dense, 8 or 4 bits"
+
+
+def _clients(one: SimulatedRow) -> int:
     """Return the least power of two that the loop's clients do not exceed."""
-    return 1 << ((row.loop.clients if row.loop else 1) - 1).bit_length()
+    return 1 << ((one.row.loop.clients if one.row.loop else 1) - 1).bit_length()
 
 
-GROUPS: Mapping[str, Callable[[MeasuredRow], str | int]] = {
-    "engine": lambda row: row.engine,
-    "model": lambda row: row.model,
-    "GPU": lambda row: row.hardware,
-    "precision": lambda row: row.precision,
-    "mode": lambda row: row.mode,
-    "parallelism": lambda row: row.loop.parallelism if row.loop else "",
+GROUPS: Mapping[str, Callable[[SimulatedRow], str | int]] = {
+    "kind": _kind,
+    "engine's profile": lambda one: one.profile,
+    "model": lambda one: one.row.model,
+    "GPU": lambda one: one.row.hardware,
+    "precision": lambda one: one.row.precision,
+    "mode": lambda one: one.row.mode,
+    "parallelism": lambda one: one.row.loop.parallelism if one.row.loop else "",
     "clients, at most": _clients,
 }
 
@@ -95,5 +109,5 @@ def grouped(found: Sequence[SimulatedRow], group: str) -> dict[str, list[Simulat
     """Return the rows by what they have in common, in the order of its values."""
     groups: dict[str | int, list[SimulatedRow]] = {}
     for one in found:
-        groups.setdefault(GROUPS[group](one.row), []).append(one)
+        groups.setdefault(GROUPS[group](one), []).append(one)
     return {str(value): groups[value] for value in sorted(groups)}

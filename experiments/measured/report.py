@@ -32,6 +32,7 @@ def text(found: Sequence[SimulatedRow]) -> str:
     lines += [*_too_fast(served), *_shortened(served)]
     if not counted:
         return "\n".join(lines)
+    lines += _profiles(counted)
     lines += ["errors in %: MAPE / median / P90 / mean with its sign", ""]
     lines += _table("", {"all": counted})
     for group in GROUPS:
@@ -53,6 +54,20 @@ def _skipped(found: Sequence[SimulatedRow]) -> list[str]:
     )
     rows = [(str(n), mode, why) for (mode, why), n in reasons.most_common()]
     return [*lines, *(align(rows, right=[0]) if rows else []), ""]
+
+
+def _profiles(counted: Sequence[SimulatedRow]) -> list[str]:
+    """Say whose profiles were used for which versions."""
+    versions: dict[str, set[str]] = {}
+    for one in counted:
+        versions.setdefault(one.profile, set()).add(one.row.version or "no version")
+    return [
+        *(
+            f"profile {name} for {', '.join(sorted(versions[name]))}"
+            for name in sorted(versions)
+        ),
+        "",
+    ]
 
 
 def _too_fast(served: Sequence[SimulatedRow]) -> list[str]:
@@ -118,7 +133,7 @@ def panels(found: Sequence[SimulatedRow]) -> list[Panel]:
 
 
 def _panel(counted: Sequence[SimulatedRow], quantity: str) -> Panel:
-    engines = grouped(counted, "engine")
+    engines = grouped(counted, "engine's profile")
     points = {
         engine: [
             tuple(1e3 * QUANTITIES[quantity](one.row, means) for means in one.latencies)
