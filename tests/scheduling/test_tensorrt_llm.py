@@ -82,12 +82,20 @@ def test_a_prompt_without_blocks_keeps_later_ones_waiting():
     assert planned(NO_EVICT, make_instance(**places)) == ({9: 1}, [])
 
 
-def test_a_begun_prompt_goes_on_beside_as_many_requests_as_there_may_be():
-    instance = make_instance(running={0: 2, 1: 2, 2: 2}, partial={3: (9, 4)}, free=9)
-    instance.blocks.extend(3, 9)
-    instance.waiting.extend(make_instance(waiting={4: 1}).waiting)
-    assert instance.resident == SEQS
-    assert planned(NO_EVICT, instance) == ({0: 1, 1: 1, 2: 1, 3: 5}, [])
+def with_begun(**places):
+    """An instance in which prompt 2 was begun, and holds the blocks for all of it."""
+    instance = make_instance(partial={2: (9, 4)}, free=9, **places)
+    instance.blocks.extend(2, 9)
+    return instance
+
+
+def test_requests_with_kv_are_bounded_and_a_begun_prompt_is_one_already():
+    instance = with_begun(running={0: 2, 1: 2}, waiting={3: 1, 4: 1})
+    slices = {0: 1, 1: 1, 2: 5, 3: 1}
+    assert planned(NoEvict(max_batched_tokens=99, max_seqs=4), instance) == (slices, [])
+    full = with_begun(running={0: 2, 1: 2, 5: 2}, waiting={3: 1})
+    assert full.resident == SEQS
+    assert planned(NO_EVICT, full) == ({0: 1, 1: 1, 5: 1, 2: 5}, [])
 
 
 def test_decodes_alone_are_one_span():
