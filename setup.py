@@ -74,8 +74,9 @@ setup(
             "sharding.*",
         ]
     ),
-    # The weights of `tiny`, 1.4 MB: text can be generated with no download.
-    package_data={"models": ["trained/**"]},
+    # The weights of `tiny`, 1.4 MB: text can be generated with no download. And the
+    # profiles of engines.
+    package_data={"models": ["trained/**"], "disagg_jax": ["sim/engines/*.json"]},
     ext_modules=extensions(),
     setup_requires=[MYPY] if COMPILE else [],
     install_requires=[

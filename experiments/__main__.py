@@ -25,6 +25,7 @@ COMMANDS = {
     },
     "hold the simulator against real devices": {
         "hardware_accuracy": "know how far it is from engines on GPUs",
+        "fit_engine": "fit the profile of an engine to measurements of it",
     },
     "know what the engine costs": {
         "stalls": "see what a prompt does to requests that are decoding",

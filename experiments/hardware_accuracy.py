@@ -5,15 +5,16 @@
 
 FILE has rows of measurements with the columns of `experiments/measured/rows.py`: an
 engine, a model, devices, a closed loop of clients, lengths, and the mean TTFT and TPOT.
-Each row is simulated as it was measured: its clients send their next request when the
-last one ends, output lengths are drawn from [0.8, 1] of `osl`, and the first and the
-last request of each client are left out. A row that cannot be described or simulated is
-skipped, with the reason.
+Each row is simulated as it was measured, by the profile of its engine: its clients send
+their next request when the last one ends, and lengths and means are those of the
+benchmark that measured it (`experiments/measured/served.py`). A row that cannot be
+described or simulated is skipped, with the reason.
 
 It prints and writes to report.txt the errors of TPOT, TTFT, request latency, which is
-TTFT + (osl - 1) TPOT, and output tokens/s per GPU: for all rows, by engine, model, GPU,
-precision, mode, parallelism and number of clients; and the rows that are worst. Rows
-with a TPOT that memory cannot give with one token a step are counted apart.
+TTFT + (osl - 1) TPOT, and output tokens/s per GPU: for all rows, by what a simulator
+must know for them, profile, model, GPU, precision, mode, parallelism and number of
+clients; and the rows that are worst. Rows with a TPOT that memory cannot give with one
+token a step are counted apart.
 rows.csv: for each row `simulated_ttft_ms`, `simulated_tpot_ms`, and why it was skipped.
 scatter.png: simulated over measured latencies.
 

@@ -15,8 +15,6 @@ from models.blocks import (
 )
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-# Engines keep the state of linear attention in float32 ("mamba_ssm_dtype" of Qwen3.5).
-_STATE_BYTES = 4
 _KINDS = {
     "dtype": _DTYPE_BYTES,
     "norm": ("rms", "layer"),
@@ -177,30 +175,10 @@ class ModelConfig:
         mlp = DenseMLP(embed=self.embed, width=self.mlp, matrices=self._mlp_matrices)
         return (Block(count=self.layers, attention=attention, mlp=mlp),)
 
-    @property
-    def layer_kv_bytes_per_token(self) -> int:
-        """Return the bytes of one token's keys and values in one layer's cache.
-
-        Raises:
-          ValueError: if the blocks differ, as of the next two.
-        """
-        return self._equal_block.attention.kv_values_per_token * self.stored.kv
-
-    @property
-    def layer_params(self) -> int:
-        """Return the number of weights in the matrices of one block."""
-        return self._equal_block.params
-
-    @property
-    def layer_bytes(self) -> float:
-        """Return the bytes of the matrices of one block."""
-        return self.block_bytes(self._equal_block)
-
     def block_bytes(self, block: Block) -> float:
         """Return the bytes of the matrices of one such block, of all its experts."""
-        routed = block.mlp.routed_params
-        stored = self.stored
-        return (block.params - routed) * stored.weight + routed * stored.experts
+        stored, routed = self.stored, block.mlp.routed_params
+        return block.dense_params * stored.weight + routed * stored.experts
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -210,13 +188,6 @@ class ModelConfig:
         """
         return self.stored.kv * sum(
             block.count * block.attention.kv_values_per_token for block in self.blocks
-        )
-
-    @property
-    def state_bytes(self) -> int:
-        """Return the bytes that layers of linear attention keep of a sequence."""
-        return _STATE_BYTES * sum(
-            block.count * block.attention.state_values for block in self.blocks
         )
 
     @property
@@ -263,14 +234,6 @@ class ModelConfig:
         """
         blocks = sum(block.count * self.block_bytes(block) for block in self.blocks)
         return blocks + self._tables * self.table_bytes
-
-    @property
-    def _equal_block(self) -> Block:
-        first, *others = self.blocks
-        if others:
-            expected = f"{self.name}: expected equal blocks"
-            raise ValueError(f"{expected}, got {len(others) + 1} kinds")
-        return first
 
     @property
     def _mlp_matrices(self) -> int:

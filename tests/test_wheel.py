@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("disagg_jax", "models", "sharding")
 
 
-def weights() -> list[Path]:
-    """The files of the checkpoint that the wheel carries."""
-    return [path for path in (ROOT / "models/trained").rglob("*") if path.is_file()]
+def data() -> list[Path]:
+    """The files beside the source that the wheel carries: a checkpoint, profiles."""
+    trained = [path for path in (ROOT / "models/trained").rglob("*") if path.is_file()]
+    return [*trained, *(ROOT / "disagg_jax/sim/engines").glob("*.json")]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -47,10 +48,10 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy)
-    # Source and weights decide what goes in; run directories can be large.
+    # Source and data decide what goes in; run directories can be large.
     rooms = (*PACKAGES, "experiments", "tests")
     source = [path for name in rooms for path in (ROOT / name).rglob("*.py")]
-    for path in [*source, *weights()]:
+    for path in [*source, *data()]:
         target = copy / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
@@ -128,9 +129,10 @@ def test_wheel_holds_nothing_else(site: Path):
     assert packages == set(PACKAGES)
 
 
-def test_wheel_has_the_weights_of_tiny(site: Path):
-    assert ROOT / "models/trained/tiny/model.json" in weights()
-    for path in weights():
+def test_wheel_has_the_weights_of_tiny_and_the_profiles_of_engines(site: Path):
+    assert ROOT / "models/trained/tiny/model.json" in data()
+    assert ROOT / "disagg_jax/sim/engines/vllm.json" in data()
+    for path in data():
         assert (site / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
 
 

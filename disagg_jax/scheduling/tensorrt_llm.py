@@ -24,9 +24,12 @@ class NoEvict:
     it and for its longest output, which it holds from then on: so no request is
     preempted. Where memory is not short, it plans the steps of Sarathi-Serve.
 
-    The defaults are those of `trtllm-serve` 1.0: max_num_tokens 8192, max_batch_size
-    2048, and the capacity policy GUARANTEED_NO_EVICT with chunked context.
-    Source: nvidia.github.io/TensorRT-LLM, "Scheduler" and `LlmArgs`.
+    The limits are the defaults of TensorRT-LLM: max_num_tokens 8192, max_batch_size
+    2048. So is the capacity policy, GUARANTEED_NO_EVICT. Chunked context has to be
+    asked for there (enable_chunked_prefill): without it, a prompt for which the rest of
+    a step is too small waits for the next one.
+    Source: `TorchLlmArgs` and `SchedulerConfig`, tensorrt_llm/llmapi/llm_args.py;
+    nvidia.github.io/TensorRT-LLM, "Useful Runtime Options".
 
     Raises:
       ValueError: if the decodes alone could exceed the budget.

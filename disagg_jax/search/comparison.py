@@ -53,7 +53,7 @@ from disagg_jax.search.goodput import (
     GoodputSearch,
 )
 from disagg_jax.search.maps import COLOCATED, INFEASIBLE, UNCLEAR, Cell
-from disagg_jax.search.placement import colocated_instances, pair
+from disagg_jax.search.placement import LEFT_OUT, colocated_instances, pair
 from disagg_jax.search.rates import SearchPlan
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
 from disagg_jax.sim.simulation import Simulation
@@ -66,9 +66,9 @@ KNOWN: Mapping[str, Mapping[Role, Policy]] = {
     "orca": get_system("orca", colocated={"max_seqs": 128}),
     "sarathi": get_system("sarathi", colocated={"max_seqs": 128}),
 }
-# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
-_LEFT_OUT = "disaggregated_chunked"
-POLICIES = {name: system for name, system in KNOWN.items() if name != _LEFT_OUT}
+# Those that are compared by default: TensorRT-LLM's, where memory is not short, would
+# be a second Sarathi-Serve.
+POLICIES = {name: system for name, system in KNOWN.items() if name not in LEFT_OUT}
 _SAMPLE = 200  # requests that lengths and capacities are estimated from
 # A run lasts at least for 10 TTFT targets, and 3 lives of a request at both targets.
 _TTFTS, _LIVES = 10, 3

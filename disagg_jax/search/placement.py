@@ -49,8 +49,11 @@ from disagg_jax.workload import Workload
 
 Build = Callable[[Deployment], SimulatedDeployment]
 ALGORITHMS = ("high", "low", "joint")
-# Chunked prefill is for KV that leaves while it is computed; here it leaves afterwards.
-PLACED = {n: system for n, system in SYSTEMS.items() if n != "disaggregated_chunked"}
+# Only searched when asked for: chunked prefill is for KV that leaves while it is
+# computed, and here it leaves afterwards; where memory is not short, TensorRT-LLM's
+# policy plans the steps of Sarathi-Serve.
+LEFT_OUT = ("disaggregated_chunked", "tensorrt_llm")
+PLACED = {name: system for name, system in SYSTEMS.items() if name not in LEFT_OUT}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

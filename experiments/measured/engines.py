@@ -24,14 +24,20 @@ def _start(
     )
 
 
-# Steps of 8192 tokens are the default of all three on devices with 70 GiB and more.
+# Steps of 8192 tokens are the default of all three on an H100 or H200.
 STARTS: Mapping[str, EngineProfile] = {
-    # vLLM 0.12, `EngineArgs.get_batch_defaults` and `CacheConfig`.
+    # `EngineArgs.get_batch_defaults` of vLLM's server, from 70 GiB on. An A100 or a
+    # smaller device has 2048 tokens and 256 requests. `CacheConfig`:
+    # gpu_memory_utilization.
     "vllm": _start("vllm", "vllm_v1", 1024, 0.9),
-    # TensorRT-LLM 1.0, `LlmArgs`: max_batch_size, and free_gpu_memory_fraction of what
-    # weights leave.
+    # `TorchLlmArgs` of TensorRT-LLM: max_num_tokens, max_batch_size. `KvCacheConfig`:
+    # free_gpu_memory_fraction is of what weights leave, so that a little more memory is
+    # for KV than here. Chunked context is off by default, and prompts are in whole then
+    # (see `scheduling.tensorrt_llm`).
     "trtllm": _start("trtllm", "tensorrt_llm", 2048, 0.9),
-    # SGLang 0.5, `ServerArgs`: chunked_prefill_size, and mem_fraction_static of a
-    # device with 80 GB and more. It computes waiting prompts first.
+    # `ServerArgs` of SGLang 0.5: chunked_prefill_size, from 160 GiB on 16384. Its
+    # mem_fraction_static follows from that, tp and the memory: 0.82 to 0.84 on an H100,
+    # 0.90 on an H200, 0.85 on a B200; 0.88 where the memory is not known. It computes
+    # waiting prompts first, and holds 2048 requests or more.
     "sglang": _start("sglang", "vllm_v0", 2048, 0.88),
 }

@@ -18,11 +18,8 @@ from disagg_jax.sim.cost.term_totals import TermTotals
 from disagg_jax.sim.engines import EngineProfile, engine_of
 from disagg_jax.sim.hardware import get_hardware
 from disagg_jax.sim.workers import Mapper
-from disagg_jax.workload import (
-    ClosedLoop,
-    RandomWorkload,
-    UniformLengths,
-)
+from disagg_jax.work import StepLoad
+from disagg_jax.workload import ClosedLoop, RandomWorkload, UniformLengths
 from experiments.cli.progress import ProgressLines
 from experiments.measured.described import simulation_of
 from experiments.measured.rows import Loop, MeasuredRow
@@ -217,12 +214,14 @@ def _least_tpot_s(
     decode_s = (row.output_tokens - 1) * row.tpot_s
     share = decode_s / (row.ttft_s + decode_s)
     clients = row.loop.clients if row.loop else 1
-    batch = max(1, int(clients * share / len(decoders)))
+    spec = deployment.instances[decoders[0]]
+    # On stages as many batches are under way, one after the other.
+    batch = max(1, int(clients * share / len(decoders) / spec.parallelism.pp))
     context = row.prompt_tokens + row.output_tokens // 2
     ideal = get_hardware(row.hardware).ideal()
     cost = RooflineCost(model=simulation.model, hardware=ideal)
-    spec = deployment.instances[decoders[0]]
-    return cost.instance(spec.parallelism).decode_s(batch, batch * context)
+    load = StepLoad((), batch, batch * context)
+    return sum(cost.instance(spec.parallelism).stages_s(load))
 
 
 def serve(

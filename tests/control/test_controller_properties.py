@@ -27,6 +27,7 @@ from disagg_jax.scheduling.routing import Router, least_loaded, shortest_queue
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
@@ -99,6 +100,7 @@ def colocated(draw, watermark: float) -> Policy:
                 RunningFirst(
                     max_batched_tokens=budget, max_seqs=seqs, watermark=watermark
                 ),
+                NoEvict(max_batched_tokens=budget, max_seqs=seqs),
                 Sarathi(chunk_tokens=budget, max_seqs=seqs),
                 SarathiServe(token_budget=budget, max_seqs=seqs, watermark=watermark),
                 SplitFuse(token_budget=budget, max_seqs=seqs),

@@ -11,13 +11,14 @@ from disagg_jax.deployment import Deployment, Role
 from disagg_jax.formats import MAPS
 from disagg_jax.metrics.attainment import SLO
 from disagg_jax.progress import silent
-from disagg_jax.scheduling import DISAGGREGATED
+from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.search.cells import compare
 from disagg_jax.search.comparison import (
     KNOWN,
+    POLICIES,
     ComparisonSpec,
     SystemResult,
     deployments,
@@ -37,6 +38,7 @@ from disagg_jax.search.maps import (
     regions,
     slos_map,
 )
+from disagg_jax.search.placement import PLACED
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
@@ -329,6 +331,12 @@ def test_a_system_may_have_a_deployment_of_its_own():
     (vllm, orca) = system_searches(spec, cell)
     assert [o.candidate.name for o in vllm.options] == ["colocated:tp2"]
     assert len(orca.options) == 2
+
+
+def test_by_default_all_systems_are_compared_but_those_that_must_be_asked_for():
+    asked_for = {"disaggregated_chunked", "tensorrt_llm"}
+    assert set(KNOWN) - set(POLICIES) == set(SYSTEMS) - set(PLACED) == asked_for
+    assert list(asked_systems(["tensorrt_llm"], [], ())) == ["tensorrt_llm"]
 
 
 @pytest.mark.parametrize("name", KNOWN)

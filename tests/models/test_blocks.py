@@ -130,6 +130,10 @@ def test_a_block_is_attention_and_mlp() -> None:
     block = Block(count=58, attention=LATENT, mlp=V3_EXPERTS)
     assert block.params == LATENT.params + V3_EXPERTS.params
     assert block.active_params == LATENT.params + V3_EXPERTS.active_params
+    # The router and the experts of all tokens, but none that is chosen.
+    experts = 3 * 7168 * 2048
+    assert block.dense_params == LATENT.params + 7168 * 256 + experts
+    assert block.params - block.dense_params == 256 * experts
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,8 @@ def test_a_mixture_is_not_dense_and_a_llama_is(tmp_path: Path) -> None:
 def test_a_window_makes_a_model_one_that_the_engine_cannot_run(tmp_path: Path) -> None:
     model = model_of(tmp_path, {**LLAMA, "model_type": "mistral", **WINDOWS})
     assert not model.is_dense
-    assert model.layer_params == model_of(tmp_path, LLAMA).layer_params
+    (block,) = model.blocks
+    assert block.params == model_of(tmp_path, LLAMA).blocks[0].params
 
 
 FP8 = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head"]}

@@ -40,8 +40,8 @@ def seen(model):
     """All that a cost model sees of it."""
     return (
         (model.layers, model.embed, model.q_heads, model.kv_heads, model.head_dim),
-        (model.layer_params, model.table_params, model.tie_embeddings),
-        (model.layer_bytes, model.table_bytes, model.weight_bytes),
+        (model.blocks, model.table_params, model.tie_embeddings),
+        (model.stored.weight, model.table_bytes, model.weight_bytes),
         (model.kv_bytes_per_token, model.stored.activation),
     )
 
@@ -53,7 +53,7 @@ def test_models_of_others_are_billed_as_published_and_ours_as_they_run():
         published.weight_bytes
         == 2 * 134_479_872
         == published.stored.weight
-        * (published.layers * published.layer_params + published.table_params)
+        * (published.layers * published.blocks[0].params + published.table_params)
     )
     assert find_model("tiny") is PRESETS["tiny"]
     assert find_model("tiny").stored.weight == 4
@@ -175,7 +175,7 @@ def test_published_models_have_their_parameters(tmp_path, name):
     config, params = PUBLISHED[name]
     model = find_model(write(tmp_path / f"{name}.json", config))
     tables = 1 if model.tie_embeddings else 2
-    matrices = model.layers * model.layer_params + tables * model.table_params
+    matrices = model.layers * model.blocks[0].params + tables * model.table_params
     assert matrices == pytest.approx(params, rel=1e-3)  # norms and biases
     assert model.weight_bytes == 2 * matrices
 
@@ -203,7 +203,7 @@ def test_widths_follow_the_file(
     assert model.stored == Widths(
         weight=weight, table=table, kv=kv, activation=activation, matmul_bits=bits
     )
-    layers, tables = model.layers * model.layer_params, 2 * model.table_params
+    layers, tables = model.layers * model.blocks[0].params, 2 * model.table_params
     assert model.weight_bytes == layers * weight + tables * table
 
 

@@ -77,9 +77,12 @@ def test_kv_of_a_token(name: str, values: int) -> None:
 
 
 def test_state_of_a_sequence() -> None:
-    # 45 layers with 1,085,440 values of four bytes.
-    assert get_config("qwen3.5-397b-a17b").state_bytes == 45 * 1_085_440 * 4
-    assert get_config("deepseek-v3").state_bytes == 0
+    def states(name: str) -> list[tuple[int, int]]:
+        blocks = get_config(name).blocks
+        return [(b.count, b.attention.state_values) for b in blocks]
+
+    assert states("qwen3.5-397b-a17b") == [(45, 1_085_440), (15, 0)]
+    assert [values for _, values in states("deepseek-v3")] == [0, 0]
 
 
 def test_half_of_gpt_oss_has_a_window() -> None:
@@ -156,7 +159,7 @@ def test_blocks_of_a_dense_model_are_its_fields() -> None:
     (block,) = model.blocks
     assert isinstance(block.mlp, DenseMLP)
     assert (block.count, block.mlp.matrices, block.mlp.width) == (40, 2, 20_480)
-    assert block.params == model.layer_params
+    assert block.dense_params == block.active_params == block.params
     assert model.is_dense and not MIXTRAL.is_dense
     described = of_blocks("opt-13b", model.blocks, vocab_size=50_272, max_length=2048)
     assert described.blocks == model.blocks
@@ -177,7 +180,7 @@ def test_fields_of_a_model_that_is_not_dense() -> None:
 
 def test_active_weights_of_a_dense_model_are_all_but_the_embedding() -> None:
     model = get_config("llama-3-8b")
-    assert model.active_params == 32 * model.layer_params + model.table_params
+    assert model.active_params == 32 * model.blocks[0].params + model.table_params
 
 
 def test_experts_may_be_narrower_than_the_rest() -> None:
@@ -189,14 +192,6 @@ def test_experts_may_be_narrower_than_the_rest() -> None:
     assert MIXTRAL.weight_bytes - narrow.weight_bytes == 1.5 * routed
     same = Widths(weight=2, table=2, kv=2, activation=2)
     assert (widths.experts, same.experts) == (0.5, 2)
-
-
-def test_figures_of_one_layer_need_equal_layers() -> None:
-    assert MIXTRAL.layer_params == MIXTRAL.blocks[0].params
-    model = get_config("deepseek-v3")
-    for field in ("layer_params", "layer_bytes", "layer_kv_bytes_per_token"):
-        with pytest.raises(ValueError, match="v3: expected equal blocks, got 2 kinds"):
-            getattr(model, field)
 
 
 def test_impossible_structures_are_refused() -> None:

@@ -58,7 +58,7 @@ def test_dtypes_scale_what_they_are_the_dtype_of():
     model = find_model("llama-3-70b")
     eight_bits = Widths(weight=1, table=1, kv=1, activation=2)
     quantised = dataclasses.replace(model, widths=eight_bits)
-    params = 80 * model.layer_params + 2 * model.table_params
+    params = 80 * model.blocks[0].params + 2 * model.table_params
     assert 2 * quantised.weight_bytes == model.weight_bytes == 2 * params
     assert 2 * quantised.kv_bytes_per_token == model.kv_bytes_per_token
 

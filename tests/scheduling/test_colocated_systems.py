@@ -10,6 +10,7 @@ from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.work import Arrived
@@ -21,6 +22,7 @@ POLICIES = {
     "orca": Orca(max_batched_tokens=8, max_seqs=4),
     "vllm_v0": PrefillFirst(max_batched_tokens=8, max_seqs=4),
     "vllm_v1": RunningFirst(max_batched_tokens=8, max_seqs=4),
+    "tensorrt_llm": NoEvict(max_batched_tokens=8, max_seqs=4),
     "sarathi": Sarathi(chunk_tokens=8, max_seqs=4),
     "sarathi_serve": SarathiServe(token_budget=8, max_seqs=4),
     "splitfuse": SplitFuse(token_budget=8, max_seqs=4),
@@ -35,6 +37,7 @@ SITUATIONS = {
             "vllm_v0": {2: 20},
             "sarathi": {0: 1, 1: 1, 2: 6},
             "vllm_v1": {0: 1, 1: 1, 2: 6},
+            "tensorrt_llm": {0: 1, 1: 1, 2: 6},
             "sarathi_serve": {0: 1, 1: 1, 2: 6},
             "splitfuse": {0: 1, 1: 1, 2: 6},
         },
@@ -46,6 +49,7 @@ SITUATIONS = {
             "vllm_v0": {1: 3, 2: 3},
             "sarathi": {0: 1, 1: 3},
             "vllm_v1": {0: 1, 1: 3, 2: 3},
+            "tensorrt_llm": {0: 1, 1: 3, 2: 3},
             "sarathi_serve": {0: 1, 1: 3, 2: 3},
             "splitfuse": {0: 1, 1: 3, 2: 3},
         },
@@ -57,6 +61,7 @@ SITUATIONS = {
             "vllm_v0": {1: 3},
             "sarathi": {0: 1, 1: 3},
             "vllm_v1": {0: 1, 1: 3, 2: 4},
+            "tensorrt_llm": {0: 1, 1: 3, 2: 4},
             "sarathi_serve": {0: 1, 1: 3, 2: 4},
             "splitfuse": {0: 1, 1: 3, 2: 4},
         },
@@ -66,6 +71,7 @@ SITUATIONS = {
         {
             "sarathi": {0: 1, 1: 5},
             "vllm_v1": {0: 1, 1: 5, 2: 2},
+            "tensorrt_llm": {0: 1, 1: 5, 2: 2},
             "sarathi_serve": {0: 1, 1: 5, 2: 2},
             "splitfuse": {0: 1, 1: 5, 2: 2},
         },
@@ -75,6 +81,7 @@ SITUATIONS = {
         {
             "sarathi": {0: 5},
             "vllm_v1": {0: 5, 1: 3},
+            "tensorrt_llm": {0: 5, 1: 3},
             "sarathi_serve": {0: 5, 1: 3},
             "splitfuse": {0: 5, 1: 3},
         },
@@ -86,6 +93,7 @@ SITUATIONS = {
             "vllm_v0": {1: 4},
             "sarathi": {0: 1},
             "vllm_v1": {0: 1, 1: 4},
+            "tensorrt_llm": {0: 1},
             "sarathi_serve": {0: 1, 1: 4},
             "splitfuse": {0: 1, 1: 4},
         },
@@ -98,6 +106,7 @@ SITUATIONS = {
             "vllm_v0": {1: 4},
             "sarathi": {0: 1, 1: 4},
             "vllm_v1": {0: 1, 1: 4},
+            "tensorrt_llm": {0: 1, 1: 4},
             "sarathi_serve": {0: 1, 1: 4},
             "splitfuse": {0: 1, 1: 4},
         },
@@ -109,6 +118,7 @@ SITUATIONS = {
             "vllm_v0": {1: 8},
             "sarathi": {0: 1, 1: 7},
             "vllm_v1": {0: 1, 1: 7},
+            "tensorrt_llm": {0: 1, 1: 7},
             "sarathi_serve": {0: 1, 1: 7},
             "splitfuse": {0: 1, 1: 7},
         },
@@ -194,6 +204,7 @@ SITUATIONS = {
             "vllm_v0": {3: 1},
             "sarathi": {0: 1, 1: 1, 2: 1, 3: 1},
             "vllm_v1": {0: 1, 1: 1, 2: 1, 3: 1},
+            "tensorrt_llm": {0: 1, 1: 1, 2: 1, 3: 1},
             "sarathi_serve": {0: 1, 1: 1, 2: 1, 3: 1},
             "splitfuse": {0: 1, 1: 1, 2: 1, 3: 1},
         },
@@ -252,12 +263,13 @@ def test_vllm_v1_admits_up_to_the_last_block_and_sarathi_serve_does_not():
 def test_reservations():
     """What a request of 6 + 9 tokens gets with a first chunk of 4: blocks for how many.
 
-    Orca and SARATHI hold its longest case; Sarathi-Serve its prompt; SplitFuse and
-    vLLM V1 what the chunk needs.
+    Orca, SARATHI and TensorRT-LLM hold its longest case; Sarathi-Serve its prompt;
+    SplitFuse and vLLM V1 what the chunk needs.
     """
     expected = {"orca": 14, "vllm_v0": 6, "sarathi": 14, "sarathi_serve": 6}
-    expected |= {"splitfuse": 4, "vllm_v1": 4}
+    expected |= {"splitfuse": 4, "vllm_v1": 4, "tensorrt_llm": 14}
     sizes = {"sarathi": "chunk_tokens", "vllm_v1": "max_batched_tokens"}
+    sizes |= {"tensorrt_llm": "max_batched_tokens"}
     for system, reserve in expected.items():
         policy = dict(POLICIES)[system]
         if system not in ("orca", "vllm_v0"):

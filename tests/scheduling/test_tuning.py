@@ -14,6 +14,7 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
+from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.scheduling.tuning import (
     StepSize,
     TuningInputs,
@@ -24,7 +25,6 @@ from disagg_jax.scheduling.tuning import (
     tune,
 )
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
-from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.work import StepLoad

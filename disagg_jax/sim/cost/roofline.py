@@ -49,9 +49,8 @@ from disagg_jax.work import StepLoad
 from models.blocks import Block, ExpertMLP, LatentAttention
 from models.config import ModelConfig
 
-_STATE_BYTES = (
-    4  # of a value of linear attention's state, which engines keep in float32
-)
+# Of a value of linear attention's state: float32 ("mamba_ssm_dtype" of Qwen3.5).
+_STATE_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,9 +223,7 @@ class _Stage:
         stored, tp = model.stored, parallelism.tp
         self._hardware, self._tp, self._dp = hardware, tp, parallelism.dp
         self._row_bytes = model.embed * stored.activation  # exchanged for each row
-        dense = sum(
-            block.count * (block.params - block.mlp.routed_params) for block in blocks
-        )
+        dense = sum(block.count * block.dense_params for block in blocks)
         self._linear = _Matmuls(
             hardware, dense, dense * stored.weight, stored.matmul_bits, tp
         )

@@ -86,11 +86,7 @@ class Partition:
         shared_bytes = (2 if alone else 1) * model.table_bytes
         expert_bytes = 0.0
         for block in self.stage_blocks[0]:
-            shared_bytes += (
-                block.count
-                * (block.params - block.mlp.routed_params)
-                * model.stored.weight
-            )
+            shared_bytes += block.count * block.dense_params * model.stored.weight
             routed = block.mlp.routed_params
             expert_bytes += block.count * routed * model.stored.experts
         return shared_bytes / parallelism.tp + expert_bytes / parallelism.stage_devices

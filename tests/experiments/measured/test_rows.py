@@ -129,6 +129,21 @@ def test_architecture(path, name):
     assert architecture(path) == name
 
 
+@pytest.mark.parametrize(
+    "path, source, may",
+    [
+        ("deepseek-ai/DeepSeek-R1-0528", DAY, True),
+        ("nvidia/DeepSeek-R1-0528-FP4-v2", DAY, True),
+        ("deepseek-ai/DeepSeek-R1-0528", DUMP, False),
+        ("deepseek-ai/DeepSeek-V3", DAY, False),
+        ("deepseek-ai/DeepSeek-R1-0528", OTHER, False),
+    ],
+)
+def test_rows_that_may_have_several_tokens_a_step(tmp_path, path, source, may):
+    row = read_one(tmp_path, fields(model_path=path, source=source))
+    assert row.may_speculate == may
+
+
 def test_missing_columns_are_named(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("id,isl\na,1\n")

@@ -1,24 +1,28 @@
 """The closed loop of a measured row: lengths, what counts, and its limits."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 
 from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
+from disagg_jax.sim.cost.step_terms import EngineFactors
+from disagg_jax.sim.engines import get_engine
 from disagg_jax.workload import ClosedLoop
+from experiments.cli.progress import ProgressLines
+from experiments.measured.described import simulation_of
 from experiments.measured.served import (
     FIXED,
     INFERENCEX,
     Effort,
-    least_tpot_s,
+    RowTask,
+    _least_tpot_s,
+    client_of,
     serve,
     simulate_row,
-    simulation_of,
+    simulate_rows,
 )
-from models.lookup import find_model
 from tests.experiments.measured.measurements import DUMP, fields, read_one, workers
 from tests.sim.test_simulated_deployment import simulated
 
@@ -103,64 +107,141 @@ def test_effort():
     assert shortened == [False, False, True, True]
 
 
-def test_a_simulated_row(tmp_path):
-    found = simulate_row(read_one(tmp_path, fields()))
+def simulate(row, profile=None):
+    return simulate_row(RowTask(row=row, profile=profile))
+
+
+def test_who_measured_a_row_is_its_client(tmp_path):
+    assert client_of(read_one(tmp_path, fields(source=DUMP))) is INFERENCEX
+    assert client_of(read_one(tmp_path, fields())) is FIXED
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        fields(),
+        fields(concurrency=64, source=DUMP, pp_size=2),
+        workers((1, 2, 1, 0), (2, 1, 1, 0)),
+    ],
+)
+def test_the_mean_tpot_is_made_of_its_terms(tmp_path, row):
+    found = simulate(read_one(tmp_path, row))
     assert not found.skipped and not found.is_too_fast
     assert 0.001 < found.simulated.tpot_s < 0.02
-    assert found == simulate_row(found.row)
+    factors = dataclasses.astuple(get_engine(found.profile).factors)
+    tpot = sum(f * t for f, t in zip(factors, found.tpot_terms, strict=True))
+    assert tpot == pytest.approx(found.simulated.tpot_s)
+    assert found == simulate(found.row)
 
 
-def test_a_disaggregated_row(tmp_path):
-    row = read_one(tmp_path, workers((1, 2, 1, 0), (2, 1, 1, 0)))
-    found = simulate_row(row)
-    assert not found.skipped
-    assert math.isfinite(found.simulated.ttft_s)
+def test_terms_of_decode_instances_have_no_prompts(tmp_path):
+    found = simulate(read_one(tmp_path, workers((1, 2, 1, 0), (2, 1, 1, 0))))
+    names = [field.name for field in dataclasses.fields(EngineFactors)]
+    terms = dict(zip(names, found.tpot_terms, strict=True))
+    assert terms["attention"] == 0 < terms["kv"]
+    assert terms["reduce"] == 0  # the prefill instance has two devices
+    # A step for each token, and a little for the KV to come; some of 8 in each step.
+    assert 1 <= terms["step_s"] < 1.05 < terms["sequence_s"] < 8
+
+
+@pytest.mark.parametrize(
+    "engine, version, name",
+    [
+        ("vllm", "0.12.0", "vllm-0.12"),
+        ("vllm", "", "vllm"),
+        ("trtllm", "1.0.0", "trtllm-1.0"),
+        ("trtllm", "1.2.0rc1", "trtllm"),
+        ("sglang", "0.5.7", "sglang-0.5"),
+    ],
+)
+def test_a_row_has_the_profile_of_its_engine(tmp_path, engine, version, name):
+    row = read_one(tmp_path, fields(backend=engine, backend_version=version))
+    assert simulate(row).profile == name
+    assert simulate(row, get_engine("ideal")).profile == "ideal"
+
+
+def test_a_first_token_is_late_by_steps(tmp_path):
+    row, ideal = read_one(tmp_path, fields()), get_engine("ideal")
+    late = dataclasses.replace(ideal, first_token_steps=3.0)
+    (soon, later) = (simulate(row, each).simulated for each in (ideal, late))
+    assert later.tpot_s == soon.tpot_s
+    assert later.ttft_s == pytest.approx(soon.ttft_s + 3 * soon.tpot_s)
 
 
 @pytest.mark.parametrize(
     "change, why",
     [
         ({"model_path": "zai/GLM-5"}, "glm-5"),
-        ({"system": "abacus"}, "system: expected one of"),
-        ({"backend": "lmdeploy"}, "backend: expected one of"),
-        ({"tp_size": 12}, "expected tp to divide 32 query heads"),
+        ({"system": "abacus"}, "hardware: expected one of"),
+        ({"backend": "lmdeploy"}, "engine: expected one of"),
+        ({"gemm_quant_mode": "fp3"}, "gemm: expected one of"),
+        ({"tp_size": 12}, "expected tp to fit 32 query heads"),
         ({"model_path": "llama-3-70b", "tp_size": 1}, "of weights alone"),
         ({"isl": 10**7}, "KV blocks"),
     ],
 )
 def test_rows_that_cannot_be_simulated(tmp_path, change, why):
-    found = simulate_row(read_one(tmp_path, fields(**change)))
-    assert found.simulated is None
+    found = simulate(read_one(tmp_path, fields(**change)))
+    assert found.simulated is None and not found.profile
     assert why in found.skipped
+
+
+def test_a_row_without_a_loop_is_skipped_with_its_reason(tmp_path):
+    found = simulate(read_one(tmp_path, workers(("", 1, 1, 0), ("", 1, 1, 0))))
+    assert (found.simulated, found.skipped) == (None, "no worker counts")
+
+
+def test_rows_come_back_as_they_were_asked(tmp_path, capsys):
+    # The longest loop is simulated first.
+    asked = [
+        read_one(tmp_path, fields(id, concurrency=n, osl=8))
+        for id, n in (("a", 1), ("b", 8), ("c", 2), ("d", 4))
+    ]
+    order = []
+
+    def one_by_one(function, tasks):
+        order.extend(task.row.id for task in tasks)
+        return map(function, tasks)
+
+    tasks = [RowTask(row=row) for row in asked]
+    found = simulate_rows(tasks, one_by_one, ProgressLines())
+    assert [one.row for one in found] == asked
+    assert order == ["b", "d", "c", "a"]
+    assert found[0] == simulate(asked[0])
+
+
+def least_s(row):
+    """The TPOT of an ideal device, by any profile."""
+    simulation = simulation_of(row, row.loop, get_engine("vllm"))
+    return _least_tpot_s(simulation, row, Deployment.parse(row.loop.deployment))
 
 
 def test_a_token_faster_than_memory(tmp_path):
     row = read_one(tmp_path, fields(concurrency=1, tp_size=2))
-    model = find_model("llama-3-8b")
-    deployment = Deployment.parse(row.loop.deployment)
-    least_s = least_tpot_s(model, row, deployment)
     # 7.5e9 weights of 2 bytes beside the embedding, on two devices of 3.35e12 byte/s.
-    assert least_s == pytest.approx(7.5e9 / 3.35e12, rel=0.01)
-    # Of 64 clients, 186 of 206.5 ms decode: 57.6 requests of 272 tokens, 128 KiB each.
+    assert least_s(row) == pytest.approx(7.5e9 / 3.35e12, rel=0.01)
+    # Of 64 clients, 186 of 206.5 ms decode: 57 requests of 272 tokens, 128 KiB each.
     many = read_one(tmp_path, fields(concurrency=64, tp_size=2))
-    kv_s = 64 * 186 / 206.5 * 272 * 2**17 / 2 / 3.35e12
-    alone_s = 272 * 2**17 / 2 / 3.35e12
-    more_s = least_tpot_s(model, many, deployment) - least_s
-    assert more_s == pytest.approx(kv_s - alone_s)
-    fast = dataclasses.replace(row, tpot_s=0.9 * least_s)
-    assert simulate_row(fast).is_too_fast
-    assert not simulate_row(dataclasses.replace(row, tpot_s=1.1 * least_s)).is_too_fast
+    more_s = 56 * 272 * 2**17 / 2 / 3.35e12
+    assert least_s(many) - least_s(row) == pytest.approx(more_s)
+    fast = dataclasses.replace(row, tpot_s=0.9 * least_s(row))
+    assert simulate(fast).is_too_fast
+    slow = dataclasses.replace(row, tpot_s=1.1 * least_s(row))
+    assert not simulate(slow).is_too_fast
 
 
-def test_policies_follow_the_engine(tmp_path):
-    names = {}
-    for engine in ("sglang", "trtllm", "vllm"):
-        row = read_one(tmp_path, fields(backend=engine, concurrency=300))
-        policy = simulation_of(row, row.loop).policies["colocated"]
-        names[engine] = type(policy).__name__
-        assert policy.max_seqs == 300
-    assert names == {
-        "sglang": "PrefillFirst",
-        "trtllm": "SarathiServe",
-        "vllm": "SarathiServe",
-    }
+def test_stages_share_weights_and_clients(tmp_path):
+    two = read_one(tmp_path, fields(concurrency=64, tp_size=1, pp_size=2))
+    one = read_one(tmp_path, fields(concurrency=32, tp_size=1))
+    # Of one instance the batch is 28.8 requests.
+    assert least_s(two) == pytest.approx(least_s(one))
+
+
+def test_instances_that_decode_share_the_clients(tmp_path):
+    # Of 16 requests all but the first token's share decode, half on each instance.
+    sides = (1, 2, 1, 0), (2, 2, 1, 0)
+    row = read_one(tmp_path, workers(*sides, concurrency=16, silicon_ttft_ms=1e-6))
+    alone = read_one(tmp_path, fields(concurrency=8, tp_size=2, silicon_ttft_ms=1e-6))
+    assert row.loop.clients == 16
+    # 7 of each, as a request is never only decoding.
+    assert least_s(row) == pytest.approx(least_s(alone))

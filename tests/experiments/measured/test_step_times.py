@@ -1,39 +1,47 @@
 """Where the time of a row's steps goes."""
 
-from disagg_jax.work import StepLoad
-from experiments.measured.step_times import (
-    describe_steps,
-    time_by_kind,
-    time_by_term,
+import dataclasses
+
+from disagg_jax.sim.cost.step_terms import EngineFactors
+from disagg_jax.sim.engines import get_engine
+from experiments.measured.step_times import describe_steps
+from tests.experiments.measured.measurements import fields, read_one, workers
+
+NOTHING = dict.fromkeys(
+    ("linear", "experts", "expanded", "attention", "kv", "reduce", "exchange"), 0.0
 )
-from tests.experiments.measured.measurements import fields, read_one
-from tests.sim.test_simulated_deployment import simulated
+# Of host work alone: 3 ms a step, and 1 ms a sequence.
+HOST = dataclasses.replace(
+    get_engine("ideal"), factors=EngineFactors(**NOTHING, step_s=3e-3, sequence_s=1e-3)
+)
 
 
-def test_terms_add_up_by_instance():
-    prompt, decode = StepLoad(((0, 8),), 0, 0), StepLoad((), 2, 20)
-
-    def terms(instance, load):
-        return {"tokens": load.prompt_tokens + load.decodes, "context": load.context}
-
-    found = time_by_term([(1, decode), (0, prompt), (1, decode)], terms)
-    assert found == {0: {"tokens": 8, "context": 0}, 1: {"tokens": 4, "context": 40}}
-
-
-def test_kinds():
-    terms = time_by_kind(simulated("colocated:tp1").cost)
-    assert terms(0, StepLoad(((0, 8),), 0, 0)) == {"prompts": 1.0}
-    assert terms(0, StepLoad(((0, 8),), 1, 9)) == {"mixed": 1.0}
-    assert terms(0, StepLoad((), 1, 9)) == {"decodes": 1.0}
+def cells(folder, row, profile=HOST):
+    """The names of the columns, and the cells of each instance."""
+    read = read_one(folder, row)
+    head, _, *lines = describe_steps(read, read.loop, profile).splitlines()
+    return head.split("  "), [line.split() for line in lines]
 
 
 def test_a_row_alone(tmp_path):
-    # 34 requests one after another: a prompt and two decodes each, of 1 s.
-    row = read_one(tmp_path, fields(concurrency=1, isl=4, osl=3))
-    table = describe_steps(simulated("colocated:tp1"), row, row.loop)
-    head, _, line = table.splitlines()
-    names = ["steps", "ms a step", "decodes, %", "prompts, %", "prompt tokens"]
-    assert [head.index(name) for name in names] == sorted(map(head.index, names))
-    steps, step_ms, decodes, prompts, tokens, *_ = line.split()[2:]
-    assert (steps, step_ms, decodes, prompts) == ("102", "1000.00", "66.7", "33.3")
-    assert tokens == "1.3"  # 4 of 3 steps
+    # 34 requests one after another: a prompt and two decodes each.
+    head, (line,) = cells(tmp_path, fields(concurrency=1, isl=4, osl=3, tp_size=1))
+    names = [name.strip() for name in head if name.strip()]
+    assert names == ["instance", "steps", "ms a step", "sequence_s, %", "step_s, %"]
+    assert line == ["0:", "colocated:tp1", "102", "4.00", "25.0", "75.0"]
+
+
+def test_every_instance_has_a_line(tmp_path):
+    row = workers((1, 1, 1, 0), (1, 2, 1, 0), concurrency=1, isl=4, osl=3)
+    _, (prefill, decode) = cells(tmp_path, row)
+    assert prefill[:4] == ["0:", "prefill:tp1", "34", "4.00"]
+    assert decode[:4] == ["1:", "decode:tp2", "68", "4.00"]
+
+
+def test_terms_that_take_no_time_have_no_column(tmp_path):
+    row = fields(concurrency=1, isl=400, osl=3, tp_size=1)
+    head, (line,) = cells(tmp_path, row, get_engine("ideal"))
+    names = [name.strip() for name in head if name.strip()]
+    assert names[3:] == ["linear, %", "attention, %", "kv, %"]
+    shares = [float(share) for share in line[4:]]
+    assert abs(sum(shares) - 100) < 0.2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.goodput import find_goodput
 from experiments.papers import mlperf
 from experiments.papers.figure import Lab
@@ -26,6 +25,6 @@ def test_all_systems_have_as_many_devices():
     lab = Lab(num_requests=4, seeds=1)
     devices = {
         mlperf._search(lab, system, mlperf._BOUNDS[0]).simulated.deployment.devices
-        for system in SYSTEMS
+        for system in mlperf._SYSTEMS
     }
     assert devices == {8}

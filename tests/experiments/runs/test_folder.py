@@ -34,6 +34,7 @@ from experiments.runs.folder import (
     write_json,
     write_text,
 )
+from models.config import get_config
 
 ROOT = pathlib.Path(__file__).parents[3]
 HOLD = """
@@ -110,7 +111,7 @@ def test_what_writes_several_files_uses_it(tmp_path):
     scene = stalls.StallScenario(decodes=1, prompts=(8,), chunk=8, repeats=1)
     with sole_use(tmp_path):
         with pytest.raises(ValueError, match="in use by process"):
-            stalls.run(stalls.get_config("tiny"), {}, scene, tmp_path)
+            stalls.run(get_config("tiny"), {}, scene, tmp_path)
 
 
 # -- what went in ---------------------------------------------------------------------

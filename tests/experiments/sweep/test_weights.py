@@ -71,7 +71,7 @@ def test_a_checkpoint_keeps_scaled_frequencies(tmp_path):
 def test_a_folder_is_cast_to_the_preset_and_checked(monkeypatch):
     stored, _ = load_hf(GOLDEN / "qwen3")
     preset = dataclasses.replace(stored, name="preset", dtype="float32")
-    monkeypatch.setattr("models.load.get_config", lambda name: preset)
+    monkeypatch.setattr("models.load.get_engine_config", lambda name: preset)
     model = load(GOLDEN / "qwen3", "preset")
     assert stored.dtype == "bfloat16" and model.config == preset
     dtypes = {leaf.dtype.name for leaf in jax.tree.leaves(model.params)}
