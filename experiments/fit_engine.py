@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import pathlib
 
 from disagg_jax.errors import require
@@ -103,7 +104,9 @@ def _text(profile: EngineProfile) -> str:
         where = (e.model or "all", e.hardware, e.precision)
         cells.append((*where, str(e.rows), *means))
     late = f"{'first token':15} {profile.first_token_steps:.1f} steps late"
-    head = f"{profile.name}: fitted to {profile.provenance['rows']} rows"
+    made = profile.provenance
+    head = f"# {made['command']}   commit {made['commit']}\n# {made['asked']}\n"
+    head += f"{profile.name}: fitted to {made['rows']} rows"
     return "\n".join(
         [head, "", *(f"{name:15} {value}" for name, value in shown), late, ""]
         + [
@@ -123,9 +126,12 @@ def main() -> None:
     rows = _rows_of(rows_file, start)
     with open_workers(_WORKERS.value) as workers:
         profile = fit_profile(rows, start, workers, ProgressLines())
+    with rows_file.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     made = {
         "command": "python -m experiments.fit_engine",
-        "asked": FLAGS.asked(),
+        "asked": {**FLAGS.asked(), "rows": rows_file.name},
+        "sha256": digest,  # of the rows' file
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
