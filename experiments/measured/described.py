@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from disagg_jax.deployment import Deployment
+from disagg_jax.errors import require
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.device_cost import roofline
 from disagg_jax.sim.engines import EngineProfile
@@ -17,6 +18,7 @@ from models.quantization import at_precision
 # Families whose FP8 checkpoints have a scale for each block of 128 x 128 weights, so
 # that activations get scales in every step. The others' have one for each matrix.
 _BLOCK_SCALED = ("deepseek", "qwen3", "minimax")
+_REFUSED = {"glm-5": "one with sparse attention"}
 # 4-bit checkpoints that leave all but the experts at 16 bits.
 _EXPERTS_ALONE = ("deepseek", "kimi", "gpt-oss")
 
@@ -32,6 +34,8 @@ def model_of(row: MeasuredRow) -> ModelConfig:
     Raises:
       ValueError: if there is no such model or precision.
     """
+    expected = f"{row.model}: expected a model that is modelled"
+    require(row.model not in _REFUSED, expected, _REFUSED.get(row.model))
     model = find_model(row.model)
     gemm, experts = row.gemm, row.experts
     if row.model.startswith(_BLOCK_SCALED):
