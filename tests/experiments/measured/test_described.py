@@ -63,7 +63,7 @@ def test_precision_of_the_weights(
     "engine, precision, kv",
     [
         ("vllm", "bf16", 2),
-        ("vllm", "fp8", 2),
+        ("vllm", "fp8", 1),
         ("trtllm", "fp8", 1),
         ("sglang", "fp4", 1),
         ("sglang", "bf16", 2),
