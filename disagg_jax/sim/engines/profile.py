@@ -19,6 +19,7 @@ from disagg_jax.errors import require
 from disagg_jax.formats import ENGINE_PROFILE
 from disagg_jax.scheduling import DISAGGREGATED, get_system
 from disagg_jax.scheduling.interface import Policy
+from disagg_jax.sim.cost.profile_json import as_mapping, as_number
 from disagg_jax.sim.cost.step_terms import EngineFactors
 from models.files import read_json
 
@@ -119,16 +120,35 @@ def from_json(record: Mapping[str, Any]) -> EngineProfile:
     """Return the profile that `to_json` wrote.
 
     Raises:
-      ValueError: on another format, or fields that are missing or unknown.
+      ValueError: on another format, fields that are missing or unknown, or values of
+        another kind.
     """
+    where = "engine profile"
     fields: dict[str, Any] = ENGINE_PROFILE.read(record)
-    known = {field.name for field in dataclasses.fields(EngineProfile)}
-    expected = f"engine profile: expected {sorted(known)}"
-    require(set(fields) == known, expected, sorted(fields))
+    _expect_fields(EngineProfile, fields, where)
+    for name in ("versions", "errors"):
+        listed = isinstance(fields[name], list | tuple)
+        require(listed, f"{where}.{name}: expected a list", fields[name])
+    factors = _expect_fields(EngineFactors, fields["factors"], f"{where}.factors")
+    fields["factors"] = EngineFactors(**factors)
     fields["versions"] = tuple(fields["versions"])
-    fields["factors"] = EngineFactors(**fields["factors"])
-    fields["errors"] = tuple(FitError(**error) for error in fields["errors"])
+    fields["errors"] = tuple(
+        FitError(**_expect_fields(FitError, error, f"{where}.errors"))
+        for error in fields["errors"]
+    )
     return EngineProfile(**fields)
+
+
+def _expect_fields(kind: type, record: Any, where: str) -> Mapping[str, Any]:
+    """Return a record of the fields of a dataclass; numbers where it has numbers."""
+    fields = as_mapping(record, where)
+    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    expected = f"{where}: expected {sorted(types)}"
+    require(set(fields) == set(types), expected, sorted(fields))
+    for name, type_ in types.items():
+        if type_ in ("int", "float"):
+            as_number(fields[name], f"{where}.{name}")
+    return fields
 
 
 @functools.cache
