@@ -91,7 +91,10 @@ FLAGS = Flags()
 _SIMULATED = SimulationFlags(FLAGS)
 _DEVICES = FLAGS.integer("devices", 4, "For each system.")
 _SYSTEMS = FLAGS.list(
-    "systems", list(POLICIES), "To compare; one of your own is module:attribute."
+    "systems",
+    list(POLICIES),
+    "To compare, by default with that of --engine; one of your own is "
+    "module:attribute.",
 )
 _SET = FLAGS.multi_string(
     "set",
@@ -257,7 +260,10 @@ def _check_step(
 def _spec() -> ComparisonSpec:
     simulation, sizes = _simulation()
     budgets = numbers("budgets", _BUDGETS.value, int)
-    systems = asked_systems(_SYSTEMS.value, _SET.value, budgets, simulation.engine)
+    engine, names = simulation.engine, _SYSTEMS.value
+    if engine is not None and not _SYSTEMS.present:
+        names = list(dict.fromkeys([*names, engine.system]))
+    systems = asked_systems(names, _SET.value, budgets, engine)
     return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,

@@ -109,8 +109,9 @@ _ALGORITHM = FLAGS.enum(
 _SYSTEMS = FLAGS.list(
     "systems",
     list(PLACED),
-    "Any number. Those of prefill and decode instances take part in every search, "
-    "colocated ones in joint. One of your own is module:attribute.",
+    "Any number, by default with that of --engine. Those of prefill and decode "
+    "instances take part in every search, colocated ones in joint. One of your own is "
+    "module:attribute.",
 )
 _SYSTEM = FLAGS.string(
     "system",
@@ -197,6 +198,8 @@ def _check_flags() -> None:
 def _systems(engine: EngineProfile | None) -> dict[str, Mapping[Role, Policy]]:
     """Return the systems to place, with the limits of the engine."""
     names = _SYSTEMS.value if _SYSTEM.value is None else [_SYSTEM.value]
+    if engine is not None and not (_SYSTEMS.present or _SYSTEM.present):
+        names = [*names, engine.system]
     systems = {name: get_system(name) for name in names}
     if engine is not None:
         systems = {name: engine.limit(policies) for name, policies in systems.items()}

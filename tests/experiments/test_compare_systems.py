@@ -45,6 +45,7 @@ from disagg_jax.sim.engines import get_engine
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
+from experiments import compare_systems
 from experiments.compare_systems import asked_systems, numbers
 from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation
@@ -717,6 +718,18 @@ def test_systems_have_the_limits_of_an_engine_but_for_what_is_set():
     assert (vllm.max_batched_tokens, vllm.max_seqs) == limits
     assert (orca.max_batched_tokens, orca.max_seqs) == (engine.token_budget, 3)
     assert found[DISAGGREGATED].policies[Role.DECODE].max_seqs == engine.max_seqs
+
+
+def test_the_engines_own_system_takes_part():
+    def systems(*words):
+        compare_systems.FLAGS.values(["compare_systems", "--hardware=h100", *words])
+        found = list(compare_systems._spec().systems)
+        compare_systems.FLAGS.values.unparse_flags()
+        return found
+
+    usual, engines = systems(), systems("--engine=trtllm")
+    assert "tensorrt_llm" not in usual and engines == [*usual, "tensorrt_llm"]
+    assert systems("--engine=vllm") == usual  # its vllm_v1 is among them
 
 
 def test_a_step_is_tuned_for_each_attention_replica():
