@@ -122,6 +122,10 @@ class StepLoad:
         """
         return sum([(start + n) ** 2 - start**2 for start, n in self.chunks])
 
+    def times(self, count: int) -> StepLoad:
+        """Return the load of `count` such steps in one; it has no pool."""
+        return StepLoad(self.chunks * count, self.decodes * count, self.context * count)
+
     @classmethod
     def of(cls, slices: Sequence[Slice]) -> StepLoad:
         """Return the load of given slices."""

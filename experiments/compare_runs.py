@@ -4,7 +4,9 @@
 
 The goodput of each system in the second run over that in the first is paired by seed
 where both runs had the same requests, and unpaired elsewhere; a line says which, and
-why. Reads run directories of today's and of older formats, and writes nothing.
+why. Of the folders of simulate, compare_systems and placement_search it shows how they
+were made: config, with the content of an engine's profile, and environment. Reads run
+directories of today's and of older formats, and writes nothing.
 """
 
 from __future__ import annotations
@@ -111,6 +113,9 @@ def _goodputs(a: SavedRun, b: SavedRun) -> Iterator[list[str]]:
     for name, summary in zip("AB", found, strict=True):
         if summary is None:
             yield [f"goodputs: no summary.json in {name}, whose run has not ended"]
+            return
+        if not {"systems", "targets"} & summary.keys():
+            yield [f"goodputs: none in {name}, a run of another command"]
             return
     for name, summary in zip("AB", found, strict=True):
         if "missing" in summary:

@@ -59,6 +59,7 @@ from disagg_jax.search.fewest import Demand, fewest_devices, fewest_search
 from disagg_jax.search.layouts import dropped, with_all_layouts
 from disagg_jax.search.maps import Map, lengths_map, slos_map
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim.engines import EngineProfile
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.sim.workers import Mapper
 from disagg_jax.workload.workload import TraceWorkload, Workload
@@ -74,7 +75,13 @@ from experiments.comparison.serving import RateAnswer
 from experiments.configs.options import no_effect, shown
 from experiments.configs.override import assign
 from experiments.configs.paper_workloads import get_workload
-from experiments.runs.folder import plain, run_folder, write_json, write_text
+from experiments.runs.folder import (
+    engine_record,
+    plain,
+    run_folder,
+    write_json,
+    write_text,
+)
 from experiments.runs.run_dir import environment
 
 _COMMAND = "python -m experiments.compare_systems"
@@ -84,7 +91,10 @@ FLAGS = Flags()
 _SIMULATED = SimulationFlags(FLAGS)
 _DEVICES = FLAGS.integer("devices", 4, "For each system.")
 _SYSTEMS = FLAGS.list(
-    "systems", list(POLICIES), "To compare; one of your own is module:attribute."
+    "systems",
+    list(POLICIES),
+    "To compare, by default with that of --engine; one of your own is "
+    "module:attribute.",
 )
 _SET = FLAGS.multi_string(
     "set",
@@ -193,26 +203,36 @@ def _check_flags() -> None:
     used(rated, _MAX_DEVICES, expected="a --trace or a --rate", got="neither")
 
 
-def _simulation() -> tuple[Simulation, int]:
-    """What is simulated, and the rows of a tile."""
+def _simulation() -> tuple[Simulation, tuple[int, ...]]:
+    """What is simulated, and the step sizes to choose from."""
     given = _SIMULATED.config is None or FLAGS.values["max_tokens"].present
     simulation = _SIMULATED.read(_MAX_TOKENS.value if given else None)
-    hardware = _SIMULATED.hardware
-    return simulation, max(_TILE, hardware.tile_rows) if hardware else _TILE
+    hardware, engine = _SIMULATED.hardware, simulation.engine
+    tile = max(_TILE, hardware.tile_rows) if hardware else _TILE
+    return simulation, tile_multiples(tile, engine.token_budget if engine else None)
 
 
 def asked_systems(
-    names: Sequence[str], assignments: Sequence[str], budgets: Sequence[int]
+    names: Sequence[str],
+    assignments: Sequence[str],
+    budgets: Sequence[int],
+    engine: EngineProfile | None = None,
 ) -> dict[str, System]:
     """Return the systems of these names, changed as `--set` says.
 
     A system without a deployment of its own is tried on all.
 
+    Args:
+      engine: whose limits the systems have where `--set` says nothing.
+
     Raises:
       ValueError: on an unknown name or key, or on a step size that is chosen anyway.
     """
     found = [find_system(name, KNOWN) for name in names]
-    given = {n: System(deployment="", policies=get_system(n, KNOWN)) for n in found}
+    known = {name: get_system(name, KNOWN) for name in found}
+    if engine is not None:
+        known = {name: engine.limit(policies) for name, policies in known.items()}
+    given = {n: System(deployment="", policies=known[n]) for n in found}
     changed = {"systems": given}
     for assignment in assignments:
         changed = assign(changed, assignment)
@@ -238,9 +258,12 @@ def _check_step(
 
 
 def _spec() -> ComparisonSpec:
-    simulation, tile = _simulation()
+    simulation, sizes = _simulation()
     budgets = numbers("budgets", _BUDGETS.value, int)
-    systems = asked_systems(_SYSTEMS.value, _SET.value, budgets)
+    engine, names = simulation.engine, _SYSTEMS.value
+    if engine is not None and not _SYSTEMS.present:
+        names = list(dict.fromkeys([*names, engine.system]))
+    systems = asked_systems(names, _SET.value, budgets, engine)
     return ComparisonSpec(
         simulation=simulation,
         devices=_DEVICES.value,
@@ -250,7 +273,7 @@ def _spec() -> ComparisonSpec:
             for name, system in systems.items()
             if system.deployment
         },
-        sizes=tile_multiples(tile),
+        sizes=sizes,
         budgets=budgets,
         plan=SearchPlan(
             target=_TARGET.value,
@@ -441,7 +464,7 @@ def main() -> None:
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
         ProgressLines().step,
-        {"flags": FLAGS.asked()},
+        {"flags": FLAGS.asked(), **engine_record(spec.simulation)},
         stop=deadline.passed,
         rate_rps=_RATE.value,
         max_devices=_MAX_DEVICES.value,

@@ -283,10 +283,11 @@ def main() -> None:
         f"N={_REQUESTS.value}, seed {_SEED.value}"
     )
     text = f"# python -m experiments.interference   commit {commit()}\n"
-    text += f"# {title}; roofline\n{table(found)}\n"
+    text += f"# {title}; roofline\n# {simulation.checked}\n{table(found)}\n"
     with run_folder(out, FLAGS.asked(), "interference.txt", replace=True):
         write_text(out / "interference.txt", text)
-        draw(panels(found, cost), title, out / "interference.png")
+        notes = [simulation.checked]
+        draw(panels(found, cost), title, out / "interference.png", notes=notes)
     print(text + f"\n{out}/interference.png")
 
 

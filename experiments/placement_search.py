@@ -10,8 +10,9 @@
 of either kind: two colocated ones, say, or two of prefill and decode instances.
 
 Durations are DistServe's measured coefficients where its profile has the model on an
-a100, and a roofline otherwise, or those of --cost; KV moves over the links inside a
-node. Where each role has devices of its own kind, they count alike, colocated systems
+a100, and a roofline otherwise, or those of --cost; with --engine, a roofline with the
+overheads of that engine, and its limits for all systems. KV moves over the links inside
+a node. Where each role has devices of its own kind, they count alike, colocated systems
 have no part, and KV moves over --link.
 
 Copies of a unit are independent; the answer is also simulated as one deployment with
@@ -44,11 +45,12 @@ from disagg_jax.search.placement import (
     PlacementSearch,
 )
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim.engines import EngineProfile
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload import TraceWorkload, Workload
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
-from experiments.cli.names import DEVICE, LINK, MODEL
+from experiments.cli.names import DEVICE, ENGINE, LINK, MODEL
 from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.trace_flags import TraceFlags
 from experiments.cli.workers import Workers, open_workers
@@ -59,7 +61,7 @@ from experiments.configs.named_simulations import (
 )
 from experiments.configs.paper_workloads import get_workload
 from experiments.placement.report import report
-from experiments.runs.folder import plain, run_folder, write_text
+from experiments.runs.folder import engine_record, plain, run_folder, write_text
 
 FLAGS = Flags()
 _MODEL = FLAGS.string("model", REQUIRED, MODEL)
@@ -76,6 +78,12 @@ _LINK = FLAGS.string(
 )
 _COST = FLAGS.string(
     "cost", None, f"Step times: {', '.join(COSTS)}, or module:attribute."
+)
+_ENGINE = FLAGS.string(
+    "engine",
+    None,
+    f"Whose overheads and limits instances have, by a roofline; by default none. "
+    f"{ENGINE}",
 )
 _DEVICES = FLAGS.integer("devices", REQUIRED, "How many there are.")
 _SLO = FLAGS.string("slo", REQUIRED, "TTFT_S,TPOT_S: targets in seconds.")
@@ -101,8 +109,9 @@ _ALGORITHM = FLAGS.enum(
 _SYSTEMS = FLAGS.list(
     "systems",
     list(PLACED),
-    "Any number. Those of prefill and decode instances take part in every search, "
-    "colocated ones in joint. One of your own is module:attribute.",
+    "Any number, by default with that of --engine. Those of prefill and decode "
+    "instances take part in every search, colocated ones in joint. One of your own is "
+    "module:attribute.",
 )
 _SYSTEM = FLAGS.string(
     "system",
@@ -186,10 +195,14 @@ def _check_flags() -> None:
     expect_used(_SYSTEM.value is None, _SYSTEMS, expected="no --system", got=alone)
 
 
-def _systems() -> dict[str, Mapping[Role, Policy]]:
-    """Return the systems to place."""
+def _systems(engine: EngineProfile | None) -> dict[str, Mapping[Role, Policy]]:
+    """Return the systems to place, with the limits of the engine."""
     names = _SYSTEMS.value if _SYSTEM.value is None else [_SYSTEM.value]
+    if engine is not None and not (_SYSTEMS.present or _SYSTEM.present):
+        names = [*names, engine.system]
     systems = {name: get_system(name) for name in names}
+    if engine is not None:
+        systems = {name: engine.limit(policies) for name, policies in systems.items()}
     prefill, decode = devices_by_role(_DEVICE.value)
     if prefill != decode and not (_SYSTEMS.present or _SYSTEM.present):
         systems = {n: s for n, s in systems.items() if Role.COLOCATED not in s}
@@ -219,11 +232,12 @@ def _traffic(max_context: int) -> tuple[Workload, list[str]]:
 def main() -> None:
     deadline = _MINUTES.start()
     _check_flags()
-    systems = _systems()
     context = {"max_context": _MAX_TOKENS.value} if _TRACE.value is not None else {}
     simulation = placement_simulation(
-        _MODEL.value, _DEVICE.value, _COST.value, _LINK.value, **context
+        *(_MODEL.value, _DEVICE.value, _COST.value, _LINK.value, _ENGINE.value),
+        **context,
     )
+    systems = _systems(simulation.engine)
     workload, notes = _traffic(simulation.max_context)
     problem = PlacementProblem.of(
         simulation,
@@ -251,7 +265,7 @@ def main() -> None:
         prune=not _EXHAUSTIVE.value,
         whole=_WHOLE.value,
         stop=deadline.passed,
-        about={"flags": FLAGS.asked()},
+        about={"flags": FLAGS.asked(), **engine_record(simulation)},
     )
     print("\n".join([_simulated(simulation), *notes, text]))
 

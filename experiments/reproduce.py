@@ -9,6 +9,7 @@ paper's claim, our number with its 95 % interval across seeds, and why they diff
 --all it writes experiments/reports/reproduction.md and its pictures (under ten minutes
 on two cores); one figure alone goes to runs/reproduction. Progress is on stderr.
 After --minutes no other figure is begun, and the report names those left out.
+--engine gives rooflines the overheads of a serving engine.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from disagg_jax.errors import require
+from disagg_jax.sim.engines import get_engine
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used
+from experiments.cli.names import ENGINE
 from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.papers import FIGURES
 from experiments.papers.figure import Drawn, Lab
@@ -40,7 +43,14 @@ _WORKERS = FLAGS.workers()
 _OUT = FLAGS.string(
     "out",
     None,
-    "Folder; default experiments/reports with --all, else runs/reproduction.",
+    "Folder; default experiments/reports with --all and no --engine, else "
+    "runs/reproduction.",
+)
+_ENGINE = FLAGS.string(
+    "engine",
+    None,
+    "Whose overheads and share of memory simulations have in figures whose durations "
+    f"are all a roofline's; the policies stay the papers'. {ENGINE}",
 )
 _SEARCH_TIMES = FLAGS.string(
     "search_times", None, 'JSON for fig12: {"Low" or "High": {GPUs: seconds}}.'
@@ -95,7 +105,8 @@ def run(
             drawn = figure.make(lab)
             if drawn.panels:
                 picture = out / "figures" / f"{name}.png"
-                draw(drawn.panels, figure.title, picture, notes=runs_of(drawn))
+                notes = [*runs_of(drawn), *checked(drawn)]
+                draw(drawn.panels, figure.title, picture, notes=notes)
             lines += _section(name, drawn, version, lab)
         write_text(out / "reproduction.md", "\n".join(lines) + "\n")
     return lines
@@ -108,15 +119,27 @@ def runs_of(drawn: Drawn) -> list[str]:
     return ["; ".join(runs)] if runs else []
 
 
+def checked(drawn: Drawn) -> list[str]:
+    """Return how far a figure's durations were from measurements, a line for each."""
+    lines = (line for said in drawn.checked for line in said.splitlines())
+    return list(dict.fromkeys(lines))
+
+
 def _section(name: str, drawn: Drawn, version: str, lab: Lab) -> list[str]:
     title, reads, command = FIGURES[name].title, FIGURES[name].reads, f"--figure={name}"
     if "seeds" in reads:
         command += f" --seeds={lab.seeds}"
     if "num_requests" in reads and lab.num_requests is not None:
         command += f" --num_requests={lab.num_requests}"
+    said = checked(drawn)
+    if "engine" in reads and lab.engine is not None:
+        command += f" --engine={lab.engine}"
+        said.append("Why they differ is said of the same figure without an engine.")
     lines = ["", f"## {title}", ""]
     if drawn.panels:
         lines += [f"![{title}](figures/{name}.png)", ""]
+    if said:
+        lines += ["  \n".join(said), ""]
     made = f"`{command}` at {version}"
     rows = [
         (c.claim, c.paper, c.ours, c.why, f"{c.runs}; {made}") for c in drawn.claims
@@ -156,7 +179,7 @@ def _check_flags(names: Sequence[str]) -> None:
     if not set(names) <= FIGURES.keys():
         return  # `run` says so
     read = {what for name in names for what in FIGURES[name].reads}
-    for flag in (_NUM_REQUESTS, _SEEDS, _WORKERS, _SEARCH_TIMES):
+    for flag in (_NUM_REQUESTS, _SEEDS, _WORKERS, _SEARCH_TIMES, _ENGINE):
         readers = [name for name, each in FIGURES.items() if flag.name in each.reads]
         expected = f"--all or --figure={' or '.join(readers)}"
         got = f"--figure={','.join(names)}"
@@ -169,7 +192,10 @@ def _lab() -> Lab:
         seeds=_SEEDS.value,
         workers=_WORKERS.value,
         progress=ProgressLines(),
+        engine=_ENGINE.value,
     )
+    if lab.engine is not None:
+        get_engine(lab.engine)  # raises now if there is none
     if _SEARCH_TIMES.value is None:
         return lab
     times = read_search_times(_SEARCH_TIMES.value)
@@ -178,18 +204,20 @@ def _lab() -> Lab:
 
 @command(FLAGS)
 def main() -> None:
-    of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES, _MINUTES.flag)
+    of_runs = (_NUM_REQUESTS, _SEEDS, _WORKERS, _OUT, _SEARCH_TIMES, _ENGINE)
     listed = {"expected": "no --list", "got": "--list"}
-    expect_used(not _LIST.value, _FIGURE, _ALL, *of_runs, **listed)
+    expect_used(not _LIST.value, _FIGURE, _ALL, *of_runs, _MINUTES.flag, **listed)
     if _LIST.value:
         print("\n".join(f"{name:12} {f.title}" for name, f in FIGURES.items()))
         return
     names = _names()
     _check_flags(names)
     lab = _lab()
-    default = REPORTS if _ALL.value else pathlib.Path("runs/reproduction")
+    published = _ALL.value and lab.engine is None
+    default = REPORTS if published else pathlib.Path("runs/reproduction")
     out = pathlib.Path(_OUT.value) if _OUT.value else default
     used = "--all" if _ALL.value else f"--figure={_FIGURE.value}"
+    used += f" --engine={lab.engine}" if lab.engine else ""
     lines = run(names, lab, out, used, _MINUTES.start())
     if not _ALL.value:
         print("\n".join(lines))

@@ -55,7 +55,7 @@ from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.progress import ProgressLines
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.traffic_flags import TrafficFlags
-from experiments.runs.folder import plain, run_folder
+from experiments.runs.folder import engine_record, plain, run_folder
 from experiments.simulated.report import Summary, refused_share
 from experiments.simulated.served import NO_TARGETS, list_cases
 from experiments.simulated.study import Study
@@ -71,7 +71,8 @@ _SYSTEM = FLAGS.list(
     None,
     "Whose policies serve; one of your own is module:attribute. Of several, such as "
     "sarathi_serve,disaggregated, each serves the roles it has. By default those of "
-    "--config, else vllm_v0 on colocated instances and disaggregated on others.",
+    "--config, else vllm_v0 on colocated instances and disaggregated on others; with "
+    "--engine the engine's own, and its limits for all.",
 )
 _DEPLOYMENT = FLAGS.multi_string(
     "deployment",
@@ -111,8 +112,9 @@ def _deployments() -> list[Deployment]:
 def _simulation(deployments: Sequence[Deployment]) -> Simulation:
     simulation = _SIMULATED.read(_MAX_CONTEXT.value)
     if _SYSTEM.value is not None:
-        policies = _policies(_SYSTEM.value)
-        simulation = dataclasses.replace(simulation, policies=policies)
+        policies, engine = _policies(_SYSTEM.value), simulation.engine
+        limited = policies if engine is None else engine.limit(policies)
+        simulation = dataclasses.replace(simulation, policies=limited)
     if _STREAMED.value is not None:
         sends = all(deployment.of(Role.PREFILL) for deployment in deployments)
         expect_used(
@@ -160,6 +162,7 @@ def _record(study: Study) -> dict[str, Any]:
         # Beside the names: a file of one's own may change.
         "model": plain(simulation.model),
         "hardware": plain(_SIMULATED.hardware),
+        **engine_record(simulation),
         "links": {where: plain(get_link(n)) for where, n in links.items() if n},
         "deployment": ";".join(deployments),
     }

@@ -17,3 +17,8 @@ from disagg_jax.work import StepLoad
 def test_tokens_and_squares_of_prompt_parts(chunks, tokens, squares):
     load = StepLoad(chunks, 1, 9)
     assert (load.prompt_tokens, load.prompt_squares) == (tokens, squares)
+
+
+def test_equal_steps_in_one_have_the_chunks_and_the_context_of_all():
+    load = StepLoad(((0, 3), (2, 4)), 2, 9).times(3)
+    assert load == StepLoad(((0, 3), (2, 4)) * 3, 6, 27)

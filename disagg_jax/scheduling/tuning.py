@@ -33,12 +33,20 @@ from disagg_jax.work import StepLoad
 StepSeconds = Callable[[StepLoad], float]
 # Share of the best throughput: more costs latency, and the curves of devices are flat.
 _LEVEL = 0.9
+_ROWS = "max_seqs"  # the parameter of all policies that limit their requests
 _TILES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
-def tile_multiples(tile: int = 128) -> tuple[int, ...]:
-    """Return step sizes to choose from; matmuls compute whole tiles of rows."""
-    return tuple(tile * n for n in _TILES)
+def tile_multiples(tile: int = 128, most: int | None = None) -> tuple[int, ...]:
+    """Return step sizes to choose from; matmuls compute whole tiles of rows.
+
+    Args:
+      most: the largest of them, which need not be a multiple.
+    """
+    sizes = tuple(tile * n for n in _TILES)
+    if most is None:
+        return sizes
+    return (*(size for size in sizes if size < most), most)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +219,30 @@ def capped(policy: Policy, tokens: int, rows: int) -> Policy:
         return policy
     most = min(cast(Any, policy).max_seqs, rows)
     return dataclasses.replace(cast(Any, policy), max_seqs=most)
+
+
+def limited(policy: Policy, tokens: int, rows: int) -> Policy:
+    """Return `policy` with steps of `tokens` tokens and `max_seqs` of `rows`.
+
+    If decodes share the step, `max_seqs` is `tokens` at most. A parameter that the
+    policy does not have is left out.
+    """
+    rows = min(rows, tokens) if policy.limits.splits else rows
+    sizes = {name: rows if name == _ROWS else tokens for name in _limits(policy)}
+    return dataclasses.replace(cast(Any, policy), **sizes) if sizes else policy
+
+
+def replicated(policy: Policy, replicas: int) -> Policy:
+    """Return `policy` with the limits of `replicas` instances together."""
+    sizes = {name: replicas * getattr(policy, name) for name in _limits(policy)}
+    return dataclasses.replace(cast(Any, policy), **sizes) if sizes else policy
+
+
+def _limits(policy: Policy) -> list[str]:
+    """Return the parameters that a policy has of its step size and `max_seqs`."""
+    declared = step_size(policy)
+    names = [_ROWS] if declared is None else [declared.parameter, _ROWS]
+    return [name for name in names if name in _fields(policy)]
 
 
 def _fields(policy: Policy) -> set[str]:

@@ -354,12 +354,13 @@ def _tuned(
 def _profile(spec: ComparisonSpec, cell: Cell, instance: InstanceSpec) -> TuningInputs:
     cost = spec.simulation.cost_of(instance).instance(instance.parallelism)
     sample = cell.workload.requests(_SAMPLE, 1.0, spec.seeds[0])
+    n = spec.simulation.replicas(instance)  # a policy's limits are those of one of them
     return TuningInputs(
-        step_s=lambda load: sum(cost.stages_s(load)),
+        step_s=lambda load: sum(cost.stages_s(load.times(n))),
         sizes=spec.sizes,
         prompt_tokens=round(statistics.fmean(r.prompt_tokens for r in sample)),
         output_tokens=round(statistics.fmean(r.max_tokens for r in sample)),
-        kv_tokens=spec.simulation.kv_tokens(instance),
+        kv_tokens=spec.simulation.kv_tokens(instance) // n,
     )
 
 

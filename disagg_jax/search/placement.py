@@ -71,6 +71,7 @@ class PlacementProblem:
         twice the devices, and so on, since short runs end before a backlog hurts.
         Smaller deployments so run longer, and their goodputs are more cautious.
       margin: relative; widens the bounds.
+      checked: how far durations were from measurements, in words.
     """
 
     apart: Mapping[str, Build]
@@ -85,6 +86,7 @@ class PlacementProblem:
     num_requests: int = 1000
     seeds: tuple[int, ...] = (0,)
     margin: float = 0.1
+    checked: str = ""
 
     @classmethod
     def of(
@@ -119,6 +121,7 @@ class PlacementProblem:
             layouts=layouts_of(simulation.model.layers, devices, nodes),
             devices=devices,
             node_devices=nodes,
+            checked=simulation.checked,
             **fields,
         )
 
@@ -413,7 +416,10 @@ class PlacementSearch:
         reasons = "; ".join(reasons_of({str(k): why for k, why in skipped.items()}))
         fits = "layouts: expected at least one that fits"
         require(len(layouts) > 0, f"{fits} ({reasons})", "none")
-        found: dict[str, Any] = {"skipped": {str(k): v for k, v in skipped.items()}}
+        found: dict[str, Any] = {
+            "checked": self.problem.checked,
+            "skipped": {str(k): v for k, v in skipped.items()},
+        }
         least = min(layout.devices for layout in layouts)
         room = self.problem.devices - least  # what the other phase leaves
         paired = [layout for layout in layouts if layout.devices <= room]

@@ -26,6 +26,7 @@ class DeviceCost:
     # How far it was from measurements, for outputs to say; "" of a cost model that is
     # measured itself, or not of this project.
     checked: str = ""
+    engine: EngineProfile | None = None  # whose overheads the durations have
 
 
 MakeCost = Callable[[ModelConfig, Hardware], DeviceCost]
@@ -52,7 +53,11 @@ def roofline(
         name = f"roofline/{hardware.name}/{engine.name}"
         checked = engine.checked(model.name, hardware.name, model.precision)
     return DeviceCost(
-        name=name, instance=cost.instance, kv_tokens=cost.kv_tokens, checked=checked
+        name=name,
+        instance=cost.instance,
+        kv_tokens=cost.kv_tokens,
+        checked=checked,
+        engine=engine,
     )
 
 
@@ -78,7 +83,8 @@ def get_cost(
         engine beside another cost model.
     """
     if engine is not None:
-        require(name == "roofline", "engine: expected cost=roofline", name)
+        expected = "engine: expected the cost model roofline, which takes overheads"
+        require(name == "roofline", expected, name)
         return roofline(model, hardware, engine)
     make = find_named(
         name,

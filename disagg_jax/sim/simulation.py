@@ -17,9 +17,10 @@ from disagg_jax.scheduling.simdistserve import (
     PrefillThenDecode,
     RoundRobinDecode,
 )
+from disagg_jax.scheduling.tuning import replicated
 from disagg_jax.sim.cost.deployment import ModelledCost
 from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost, get_cost
-from disagg_jax.sim.engines import get_engine
+from disagg_jax.sim.engines import EngineProfile, get_engine
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.sim.hardware.network import Network
 from disagg_jax.sim.hardware.presets import get_hardware
@@ -48,6 +49,7 @@ class Simulation:
     colocated_cost: DeviceCost | None = None
     # Other devices for prefill instances; also gives their KV memory.
     prefill_cost: DeviceCost | None = None
+    # Of a cost model with an engine, the limits are those of an attention replica.
     policies: Mapping[Role, Policy] = dataclasses.field(
         default_factory=lambda: {**SYSTEMS["vllm_v0"], **SYSTEMS["disaggregated"]}
     )
@@ -94,7 +96,8 @@ class Simulation:
             config.json, or `module:attribute`.
           hardware: of `get_hardware`: a preset or a .json file.
           system: of `get_system`; by default the engine's, or else vLLM's policy for
-            colocated instances, and DistServe's for others.
+            colocated instances, and DistServe's for others. With an engine it has the
+            engine's limits.
           engine: of `get_engine`: whose overheads and limits the instances have.
           cost: of `get_cost`, which looks in `costs`.
           fields: other fields, such as `max_context=8192`.
@@ -106,9 +109,10 @@ class Simulation:
         profile = None if engine is None else get_engine(engine)
         named: dict[str, Mapping[Role, Policy]] = {}
         if system is not None:
-            named["policies"] = get_system(system)
-        elif profile is not None:
-            named["policies"] = profile.policies()
+            policies = get_system(system)
+            named["policies"] = profile.limit(policies) if profile else policies
+        elif profile is not None and "policies" not in fields:
+            named["policies"] = profile.policies
         fields.setdefault("inside", device.hop.name)
         made = get_cost(cost, found, device, costs, profile)
         return cls(model=found, cost=made, **named, **fields)
@@ -123,6 +127,21 @@ class Simulation:
           ValueError: on an unknown link.
         """
         return dataclasses.replace(self, inside=link, between=None)
+
+    @property
+    def engine(self) -> EngineProfile | None:
+        """Return the profile whose overheads and limits the instances have."""
+        return self.cost.engine
+
+    @property
+    def checked(self) -> str:
+        """Say how far its durations were from measurements, to print with results.
+
+        It has a line for each cost model that says something, and none twice.
+        """
+        costs = (self.cost, self.colocated_cost, self.prefill_cost)
+        said = dict.fromkeys(cost.checked for cost in costs if cost is not None)
+        return "\n".join(filter(None, said))
 
     @property
     def mark(self) -> str:
@@ -158,6 +177,14 @@ class Simulation:
             max_context=self.max_context + self.extra_tokens,
         )
 
+    def replicas(self, spec: InstanceSpec) -> int:
+        """Return how many times an instance has the limits of its policy.
+
+        An engine's limits are those of each attention replica. Without an engine they
+        are the instance's.
+        """
+        return spec.parallelism.dp if self.cost_of(spec).engine else 1
+
     def kv_tokens(self, spec: InstanceSpec) -> int:
         """Return the tokens of KV that fit on an instance beside the weights."""
         return self._devices_of(spec).kv_tokens(spec.parallelism)
@@ -170,7 +197,8 @@ class Simulation:
 
         Raises:
           ValueError: if the model does not fit, or the cost model has no data for a tp,
-            or KV is to be streamed and no instance sends any.
+            or KV is to be streamed and no instance sends any, or with an engine the
+            instances of a role have unequal dp.
         """
         if isinstance(deployment, str):
             deployment = Deployment.parse(deployment)
@@ -204,7 +232,10 @@ class Simulation:
 
     def _policies(self, deployment: Deployment) -> Mapping[Role, Policy]:
         if not self.prefill_budget_is_memory:
-            return self.policies
+            return {
+                role: self._on_replicas(role, policy, deployment)
+                for role, policy in self.policies.items()
+            }
         entry = deployment.of(Role.PREFILL, Role.COLOCATED)[0]
         budget = self.kv_tokens(deployment.instances[entry])
         prefill = PrefillOnly(token_budget=budget, max_seqs=NO_LIMIT)
@@ -213,3 +244,12 @@ class Simulation:
             Role.DECODE: RoundRobinDecode(),
             Role.COLOCATED: PrefillThenDecode(prefill=prefill),
         }
+
+    def _on_replicas(
+        self, role: Role, policy: Policy, deployment: Deployment
+    ) -> Policy:
+        instances = [deployment.instances[i] for i in deployment.of(role)]
+        counts = {self.replicas(spec) for spec in instances}
+        equal = f"dp: with an engine expected {role} instances of equal dp"
+        require(len(counts) <= 1, equal, str(deployment))
+        return policy if counts <= {1} else replicated(policy, *counts)

@@ -7,12 +7,12 @@ import dataclasses
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.hardware import Hardware, get_hardware
 from experiments.cli.flags import Flags, expect_used
-from experiments.cli.names import DEVICE, LINK, MODEL
+from experiments.cli.names import DEVICE, ENGINE, LINK, MODEL
 from experiments.configs.named_simulations import COSTS, SIMULATIONS, get_simulation
 
 
 class SimulationFlags:
-    """Flags for a model, devices, a link and routers, in a command's namespace."""
+    """Flags for a model, devices, an engine, a link and routers, of a command."""
 
     def __init__(self, own: Flags):
         self._model = own.string("model", "llama-3-8b", MODEL)
@@ -25,6 +25,12 @@ class SimulationFlags:
             None,
             sorted(SIMULATIONS),
             "A simulation, instead of a model, hardware and cost model.",
+        )
+        self._engine = own.string(
+            "engine",
+            None,
+            "Whose overheads and limits the instances of a roofline have; by default "
+            f"none. {ENGINE}",
         )
         self._link = own.string(
             "link",
@@ -56,16 +62,19 @@ class SimulationFlags:
           max_context: of a request, in tokens, instead of the simulation's.
 
         Raises:
-          ValueError: on an unknown name, or a flag without effect beside --config.
+          ValueError: on an unknown name, a flag without effect beside --config, or an
+            engine where the cost model is no roofline.
         """
         replaced = (self._model, self._hardware, self._cost)
         got = f"--config={self.config}"
         expect_used(self.config is None, *replaced, expected="no --config", got=got)
         if self.config:
-            simulation = get_simulation(self.config)
+            simulation = get_simulation(self.config, self._engine.value)
         else:
             model, hardware, cost = (flag.value for flag in replaced)
-            simulation = Simulation.of(model, hardware, cost=cost, costs=COSTS)
+            simulation = Simulation.of(
+                model, hardware, cost=cost, costs=COSTS, engine=self._engine.value
+            )
         changes = {
             "max_context": max_context,
             "prefill_router": self._prefill_router.value,

@@ -125,8 +125,9 @@ def _header(spec: ComparisonSpec) -> str:
         for policy in spec.systems[name].values()
         if policy.limits.decode_rows
     )
+    checked = "".join(f"{line}\n" for line in spec.simulation.checked.splitlines())
     return (
-        f"{_on(spec)}, KV over {link}; simulated\n"
+        f"{_on(spec)}, KV over {link}; simulated\n{checked}"
         f"goodput: requests/s per device at which {spec.plan.target:.0%} of the "
         f"requests meet both targets\n{_seeds(spec)}; N requests a run; ratios are "
         "paired by seed\n"
@@ -395,6 +396,7 @@ def record(
     return {
         "served": None if served is None else serving.record(served),
         "left_out": list(left_out),
+        "checked": spec.simulation.checked,
         "question": {
             **{key: value for key, value in plain(spec).items() if key != "type"},
             "systems": list(spec.systems),
@@ -457,7 +459,8 @@ def plot(
     else:
         panels = [_cell_map(spec, each, grid) for each, grid in pairs]
         title = f"Who serves the most: {_on(spec)}, {_runs(grids)}"
-    said = [note for each, grid in pairs for note in notes(each, grid)]
+    said = [*spec.simulation.checked.splitlines()]
+    said += [note for each, grid in pairs for note in notes(each, grid)]
     draw(panels, title, path, notes=said, dpi=110)
 
 

@@ -52,10 +52,10 @@ COSTS: Mapping[str, MakeCost] = {
 }
 
 
-def _simdistserve(model: str) -> Simulation:
+def _simdistserve(model: str, engine: str | None) -> Simulation:
     """Return DistServe's own simulator: free links, no KV memory, unequal engines."""
     return dataclasses.replace(
-        on_a100s(model, "fitted/distserve", inside=None),
+        on_a100s(model, "fitted/distserve", inside=None, engine=engine),
         colocated_cost=on_a100s(model, "fitted/vllm").cost,
         prefill_budget_is_memory=True,
         kv_memory=False,
@@ -69,25 +69,39 @@ def on_a100s(model: str, cost: str, **fields: Any) -> Simulation:
     return Simulation.of(model, "a100-80g", cost=cost, costs=COSTS, **fields)
 
 
-def _on_h100s(model: str) -> Simulation:
-    return Simulation.of(model, "h100", between="400gb", max_context=8192)
+def _nodes_of_a100s(model: str, cost: str, engine: str | None) -> Simulation:
+    return on_a100s(model, cost, engine=engine, between="25gb")
 
 
-SIMULATIONS: Mapping[str, Callable[[], Simulation]] = {
-    "simdistserve_opt13b": lambda: _simdistserve("opt-13b"),
-    "simdistserve_opt66b": lambda: _simdistserve("opt-66b"),
-    "opt13b_a100": lambda: on_a100s("opt-13b", "fitted/distserve", between="25gb"),
-    "opt66b_a100": lambda: on_a100s("opt-66b", "fitted/distserve", between="25gb"),
-    "opt175b_a100": lambda: on_a100s("opt-175b", "roofline", between="25gb"),
-    "llama3_8b_h100": lambda: _on_h100s("llama-3-8b"),
-    "llama3_70b_h100": lambda: _on_h100s("llama-3-70b"),
+def _nodes_of_h100s(model: str, engine: str | None) -> Simulation:
+    return Simulation.of(
+        model, "h100", engine=engine, between="400gb", max_context=8192
+    )
+
+
+# Each by the name of an engine, which only rooflines take, or None.
+SIMULATIONS: Mapping[str, Callable[[str | None], Simulation]] = {
+    "simdistserve_opt13b": functools.partial(_simdistserve, "opt-13b"),
+    "simdistserve_opt66b": functools.partial(_simdistserve, "opt-66b"),
+    "opt13b_a100": functools.partial(_nodes_of_a100s, "opt-13b", "fitted/distserve"),
+    "opt66b_a100": functools.partial(_nodes_of_a100s, "opt-66b", "fitted/distserve"),
+    "opt175b_a100": functools.partial(_nodes_of_a100s, "opt-175b", "roofline"),
+    "llama3_8b_h100": functools.partial(_nodes_of_h100s, "llama-3-8b"),
+    "llama3_70b_h100": functools.partial(_nodes_of_h100s, "llama-3-70b"),
 }
 
 
-def get_simulation(name: str) -> Simulation:
-    """Return the simulation called `name`."""
+def get_simulation(name: str, engine: str | None = None) -> Simulation:
+    """Return the simulation called `name`.
+
+    Args:
+      engine: of `get_engine`: whose overheads and limits the instances have.
+
+    Raises:
+      ValueError: on an unknown name, or an engine where the simulation is no roofline.
+    """
     require(name in SIMULATIONS, f"config: expected one of {sorted(SIMULATIONS)}", name)
-    return SIMULATIONS[name]()
+    return SIMULATIONS[name](engine)
 
 
 def placement_simulation(
@@ -95,6 +109,7 @@ def placement_simulation(
     hardware: str,
     cost: str | None = None,
     link: str | None = None,
+    engine: str | None = None,
     **fields: Any,
 ) -> Simulation:
     """Simulate a model on devices with one cost model for all systems.
@@ -102,9 +117,10 @@ def placement_simulation(
     Args:
       hardware: a device for all, or one for each role: `prefill=h100,decode=a100-80g`.
       cost: by default DistServe's measured coefficients where its profile has the model
-        on an a100, and a roofline otherwise.
+        on an a100, and a roofline otherwise, or with an engine.
       link: that KV takes; by default the devices' own, and between unlike devices,
         which do not share a node, 200gb.
+      engine: of `get_engine`: whose overheads and limits the instances have.
       fields: other fields of the simulation.
 
     Raises:
@@ -113,13 +129,13 @@ def placement_simulation(
     prefill, decode = devices_by_role(hardware)
     measured = distserve_profile().fits["distserve"]
     fitted = prefill == decode == "a100-80g" and model in measured
-    cost = cost or ("fitted/distserve" if fitted else "roofline")
+    cost = cost or ("fitted/distserve" if fitted and not engine else "roofline")
     if link is not None or prefill != decode:
         fields["inside"] = link or _BETWEEN_UNLIKE
-    made = Simulation.of(model, decode, cost=cost, costs=COSTS, **fields)
+    made = Simulation.of(model, decode, cost=cost, costs=COSTS, engine=engine, **fields)
     if prefill == decode:
         return made
-    other = get_cost(cost, made.model, get_hardware(prefill), COSTS)
+    other = get_cost(cost, made.model, get_hardware(prefill), COSTS, made.engine)
     return dataclasses.replace(made, prefill_cost=other)
 
 

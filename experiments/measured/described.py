@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from disagg_jax.deployment import Deployment
 from disagg_jax.errors import require
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.device_cost import roofline
@@ -52,23 +51,19 @@ def model_of(row: MeasuredRow) -> ModelConfig:
 def simulation_of(row: MeasuredRow, loop: Loop, profile: EngineProfile) -> Simulation:
     """Return the simulation of a row by an engine's profile.
 
-    A benchmark starts its server for the clients that it has, so that is the number of
-    requests that may run at a time.
+    A benchmark starts its server for the clients that it has, so as many requests may
+    run at a time.
 
     Raises:
       ValueError: if the model, its precision or the devices are unknown.
     """
     model, hardware = model_of(row), get_hardware(row.hardware)
-    deployment = Deployment.parse(loop.deployment)
-    replicas = max(spec.parallelism.dp for spec in deployment.instances)
-    started = dataclasses.replace(
-        profile,
-        max_seqs=max(1, min(profile.token_budget, -(-loop.clients // replicas))),
-    )
+    seqs = min(profile.token_budget, loop.clients)
+    started = dataclasses.replace(profile, max_seqs=seqs)
     return Simulation(
         model=model,
-        cost=roofline(model, hardware, profile),
-        policies=started.policies(replicas),
+        cost=roofline(model, hardware, started),
+        policies=started.policies,
         inside=hardware.hop.name,
         max_context=row.prompt_tokens + row.output_tokens,
     )

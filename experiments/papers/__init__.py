@@ -18,7 +18,7 @@ from experiments.papers.distserve import (
     simulated,
     toy,
 )
-from experiments.papers.figure import PaperFigure
+from experiments.papers.figure import ROOFLINE, PaperFigure
 
 _NO_RUNS: Sequence[str] = ()
 FIGURES: Mapping[str, PaperFigure] = {
@@ -56,27 +56,32 @@ FIGURES: Mapping[str, PaperFigure] = {
     "sarathi_table4": PaperFigure(
         "SARATHI, Table 4: decodes that ride on chunks, and Orca",
         sarathi.table4,
-        ("num_requests",),
+        ("num_requests", "engine"),
     ),
     "sarathi_fig8": PaperFigure(
-        "SARATHI, Fig. 8: decode speed-up, tiles, and chunks", sarathi.fig8, _NO_RUNS
+        "SARATHI, Fig. 8: decode speed-up, tiles, and chunks", sarathi.fig8, ("engine",)
     ),
     "sarathi_gpt3": PaperFigure(
         "SARATHI: GPT-3 on 64 A100s, with and without pipeline bubbles",
         sarathi_pipeline.make,
+        ROOFLINE,
     ),
     "sarathi_serve_ablation": PaperFigure(
         "Sarathi-Serve: hybrid batches, chunks, and both (Yi-34B)",
         sarathi_serve.ablation,
+        ROOFLINE,
     ),
     "sarathi_serve_capacity": PaperFigure(
         "Sarathi-Serve: capacity by P99 TBT and scheduling delay",
         sarathi_serve.capacity,
+        ROOFLINE,
     ),
     "fastgen": PaperFigure(
-        "DeepSpeed-FastGen: SplitFuse against vLLM, closed-loop clients", fastgen.make
+        "DeepSpeed-FastGen: SplitFuse against vLLM, closed-loop clients",
+        fastgen.make,
+        ROOFLINE,
     ),
     "mlperf": PaperFigure(
-        "MLPerf's server bounds: goodput of each system", mlperf.make
+        "MLPerf's server bounds: goodput of each system", mlperf.make, ROOFLINE
     ),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from disagg_jax.deployment import Parallelism, Role
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.sim import SimulatedDeployment, Simulation
@@ -11,28 +13,25 @@ ROOFLINE = "Ours is a roofline of data-sheet peaks, not fitted to the paper's en
 
 
 def colocated(
-    model: str,
-    hardware: str,
+    simulation: Simulation,
     policy: Policy,
     deployment: str,
     *,
     max_context: int,
     kv_memory: bool = True,
 ) -> SimulatedDeployment:
-    """Build a `deployment` that serves `model` on `hardware` with `policy`."""
-    simulation = Simulation.of(
-        model,
-        hardware,
+    """Build a `deployment` of a simulation's model and devices with `policy`."""
+    asked = dataclasses.replace(
+        simulation,
         policies={Role.COLOCATED: policy},
         max_context=max_context,
         kv_memory=kv_memory,
     )
-    return simulation.build(deployment)
+    return asked.build(deployment)
 
 
 def step_s(
-    model: str,
-    hardware: str,
+    simulation: Simulation,
     *,
     chunks: tuple[tuple[int, int], ...] = (),
     decodes: int = 0,
@@ -44,6 +43,6 @@ def step_s(
       chunks: (tokens cached before, tokens) of each prompt part.
       context: tokens that each decode attends to.
     """
-    instance = Simulation.of(model, hardware).cost.instance(Parallelism())
+    instance = simulation.cost.instance(Parallelism())
     (seconds,) = instance.stages_s(StepLoad(chunks, decodes, decodes * context))
     return seconds

@@ -28,6 +28,7 @@ from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import XY, Panel, banded_curves, curves
 
+_ON = ("llama-2-70b", "a100-80g")
 TOKENS_PER_S = 4  # of generation, by a moving average
 SLA = FastGen(token_s=1 / TOKENS_PER_S)
 _CONTEXT = 4096  # Llama-2's, and so vLLM's cap on the prompt tokens of a step
@@ -102,10 +103,9 @@ Runs = Mapping[str, Mapping[int, Sequence[ClosedRun]]]  # system -> clients -> b
 
 
 def _run(lab: Lab, output: int, clients: Sequence[int]) -> Runs:
+    simulation = lab.roofline(*_ON)
     built = {
-        name: colocated(
-            "llama-2-70b", "a100-80g", policy, "colocated:tp4", max_context=_CONTEXT
-        )
+        name: colocated(simulation, policy, "colocated:tp4", max_context=_CONTEXT)
         for name, policy in _SYSTEMS.items()
     }
     points = {
@@ -127,8 +127,9 @@ def make(lab: Lab) -> Drawn:
     """Draw effective throughput, throughput against latency, and token latency."""
     runs = _run(lab, _OUTPUT, _CLIENTS)
     tails = _run(lab, _LONG_OUTPUT, [_LONG_CLIENTS])
+    simulation = lab.roofline(*_ON)
     said = (
-        "llama-2-70b, colocated:tp4, roofline/a100-80g, closed loop, "
+        f"{_ON[0]}, colocated:tp4, {simulation.cost.name}, closed loop, "
         f"{lab.size(_REQUESTS)}"
     )
     effective = Panel(
@@ -147,6 +148,7 @@ def make(lab: Lab) -> Drawn:
             *(_latency_claim(runs, name, said) for name in _SYSTEMS),
             _tail_claim(tails, said),
         ],
+        checked=[simulation.checked],
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from disagg_jax.errors import require
+from disagg_jax.sim import Simulation
 from experiments.cli.progress import ProgressLines
 from experiments.cli.workers import Workers, open_workers
 from experiments.report.panel import Panel
@@ -34,6 +35,8 @@ class Drawn:
 
     panels: Sequence[Panel]
     claims: Sequence[Claim]
+    # How far the durations of its simulations were from measurements, in words.
+    checked: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,21 @@ class Lab:
     progress: ProgressLines = ProgressLines(show=lambda line: None)
     # "Low" or "High" -> devices -> seconds, measured elsewhere; None: not run.
     search_times: Mapping[str, Mapping[str, float]] | None = None
+    engine: str | None = None  # of `get_engine`: whose overheads rooflines have
 
     def __post_init__(self) -> None:
         for name, least in (("num_requests", 4), ("seeds", 1), ("workers", 1)):
             value = getattr(self, name)
             if isinstance(value, int):
                 require(value >= least, f"{name}: expected >= {least}", value)
+
+    def roofline(self, model: str, hardware: str, **fields: Any) -> Simulation:
+        """Simulate a model on hardware by a roofline with the lab's engine.
+
+        Args:
+          fields: of `Simulation.of`, such as the policies of a paper.
+        """
+        return Simulation.of(model, hardware, engine=self.engine, **fields)
 
     def requests(self, default: int) -> int:
         """Return the requests of a run for which the figure says `default`."""
@@ -94,6 +106,10 @@ class Lab:
         return dict(zip(items, found, strict=True))
 
 
+RUNS = ("num_requests", "seeds", "workers")
+ROOFLINE = (*RUNS, "engine")
+
+
 @dataclasses.dataclass(frozen=True)
 class PaperFigure:
     """A figure or table that can be reproduced."""
@@ -101,4 +117,4 @@ class PaperFigure:
     title: str
     make: Callable[[Lab], Drawn]
     # What of a lab decides its numbers, or how fast they are made.
-    reads: Sequence[str] = ("num_requests", "seeds", "workers")
+    reads: Sequence[str] = RUNS

@@ -13,13 +13,13 @@ from disagg_jax.metrics.criteria import MLPERF_SLOS, mlperf
 from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
-from disagg_jax.sim import Simulation
 from experiments.configs.paper_workloads import get_workload
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds
 from experiments.report.panel import Panel, banded_curves
 
+_ON = ("llama-2-70b", "h100")
 _BOUNDS = ("llama2-70b", "llama2-70b-interactive")
 _WORKLOAD = "sharegpt"  # for want of OpenOrca's lengths
 _COLOCATED, _SPLIT = "2xcolocated:tp4", "prefill:tp4,decode:tp4"
@@ -30,7 +30,7 @@ _PLAN = SearchPlan(growth=1.5, tolerance=0.1, max_rates=12)
 
 
 def _search(lab: Lab, system: str, bounds: str) -> GoodputSearch:
-    simulation = Simulation.of("llama-2-70b", "h100", system=system, max_context=4096)
+    simulation = lab.roofline(*_ON, policies=SYSTEMS[system], max_context=4096)
     deployment = _COLOCATED if Role.COLOCATED in SYSTEMS[system] else _SPLIT
     slo = MLPERF_SLOS[bounds]
     return GoodputSearch(
@@ -66,7 +66,8 @@ def make(lab: Lab) -> Drawn:
         series=banded_curves(rates, colours=system_colours(rates)),
     )
     claims = [_claim(lab, bounds, found) for bounds in _BOUNDS]
-    return Drawn(panels=[panel], claims=claims)
+    checked = [lab.roofline(*_ON).checked]
+    return Drawn(panels=[panel], claims=claims, checked=checked)
 
 
 def _claim(lab: Lab, bounds: str, found: Found) -> Claim:
@@ -81,6 +82,6 @@ def _claim(lab: Lab, bounds: str, found: Found) -> Claim:
         ),
         why="Default parameters of each system. The benchmark's OpenOrca lengths are "
         f"not at hand: {_WORKLOAD} instead; runs are shorter than its 600 s",
-        runs=f"{_COLOCATED} or {_SPLIT}, roofline/h100/llama-2-70b, "
+        runs=f"{_COLOCATED} or {_SPLIT}, {lab.roofline(*_ON).cost.name}/{_ON[0]}, "
         f"{lab.size(_REQUESTS)}",
     )

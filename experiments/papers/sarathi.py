@@ -16,6 +16,7 @@ from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
+from disagg_jax.sim import Simulation
 from experiments.papers.colocated import ROOFLINE, colocated, step_s
 from experiments.papers.figure import Claim, Drawn, Lab
 from experiments.report.colours import system_colours
@@ -47,6 +48,10 @@ class Row:
         """P:D at which there are as many chunks as decode iterations."""
         return CHUNK / (self.batch - 1)
 
+    def simulation(self, lab: Lab) -> Simulation:
+        """Return the model on its device."""
+        return lab.roofline(self.model, self.hardware)
+
     @property
     def name(self) -> str:
         return f"{self.model} on {self.hardware}, {self.length} tokens, B={self.batch}"
@@ -63,26 +68,26 @@ TABLE_4 = (
 
 
 def decode_speedup(
-    model: str, hardware: str, length: int, batch: int, chunk: int = CHUNK
+    simulation: Simulation, length: int, batch: int, chunk: int = CHUNK
 ) -> float:
     """Divide a decode's time in a batch of its own by the time it adds to a chunk."""
-    riding = piggybacked_s(model, hardware, length, batch, chunk)
-    return alone_s(model, hardware, length, batch) / riding
+    riding = piggybacked_s(simulation, length, batch, chunk)
+    return alone_s(simulation, length, batch) / riding
 
 
-def alone_s(model: str, hardware: str, length: int, batch: int) -> float:
+def alone_s(simulation: Simulation, length: int, batch: int) -> float:
     """Return the seconds for each token of a step of decodes only."""
-    return step_s(model, hardware, decodes=batch, context=length) / batch
+    return step_s(simulation, decodes=batch, context=length) / batch
 
 
 def piggybacked_s(
-    model: str, hardware: str, length: int, batch: int, chunk: int = CHUNK
+    simulation: Simulation, length: int, batch: int, chunk: int = CHUNK
 ) -> float:
     """Return the seconds that each of B - 1 decodes adds to a prompt's first chunk."""
     decodes = batch - 1
     part = ((0, chunk - decodes),)
-    mixed = step_s(model, hardware, chunks=part, decodes=decodes, context=length)
-    return (mixed - step_s(model, hardware, chunks=part)) / decodes
+    mixed = step_s(simulation, chunks=part, decodes=decodes, context=length)
+    return (mixed - step_s(simulation, chunks=part)) / decodes
 
 
 # ---- runs ----------------------------------------------------------------------------
@@ -108,11 +113,12 @@ def requests(
     ]
 
 
-def tokens_per_s(row: Row, policy: Policy, asked: Sequence[Request]) -> float:
+def tokens_per_s(
+    simulation: Simulation, row: Row, policy: Policy, asked: Sequence[Request]
+) -> float:
     """Return the prompt and output tokens per second of a run."""
     simulated = colocated(
-        row.model,
-        row.hardware,
+        simulation,
         policy,
         "colocated:tp1",
         max_context=row.length,
@@ -123,21 +129,27 @@ def tokens_per_s(row: Row, policy: Policy, asked: Sequence[Request]) -> float:
 
 
 def gain(
-    row: Row, policy: Policy, ratio: float, n: int, stagger: bool = False
+    simulation: Simulation,
+    row: Row,
+    policy: Policy,
+    ratio: float,
+    n: int,
+    stagger: bool = False,
 ) -> float:
     """Return throughput over the baseline's: B prompts together, then their decodes."""
     baseline = PrefillFirst(max_seqs=row.batch, max_batched_tokens=_NO_CAP)
-    before = tokens_per_s(row, baseline, requests(row.length, ratio, n))
+    asked = requests(row.length, ratio, n)
+    before = tokens_per_s(simulation, row, baseline, asked)
     asked = requests(row.length, ratio, n, row.batch if stagger else 0)
-    return tokens_per_s(row, policy, asked) / before
+    return tokens_per_s(simulation, row, policy, asked) / before
 
 
 def _gains(
     lab: Lab, row: Row, policy: Policy, ratios: Sequence[float], stagger: bool = False
 ) -> list[XY]:
     """Return (P:D, gain) at each ratio."""
-    n = lab.requests(_ROUNDS * row.batch)
-    return [(ratio, gain(row, policy, ratio, n, stagger)) for ratio in ratios]
+    n, on = lab.requests(_ROUNDS * row.batch), row.simulation(lab)
+    return [(ratio, gain(on, row, policy, ratio, n, stagger)) for ratio in ratios]
 
 
 def _peak(points: Sequence[XY]) -> XY:
@@ -162,6 +174,7 @@ def table4(lab: Lab) -> Drawn:
     return Drawn(
         panels=[*(_gain_panel(on, gains) for on in (_A6000, _A100)), _orca_panel(orca)],
         claims=[*claims, *_orca_claims(lab, orca)],
+        checked=[row.simulation(lab).checked for row in TABLE_4],
     )
 
 
@@ -185,7 +198,7 @@ def _gain_axes(title: str, series: Sequence[Series]) -> Panel:
 
 def _claims(lab: Lab, row: Row, curve: Sequence[XY]) -> list[Claim]:
     at, best = _peak(curve)
-    speedup = decode_speedup(row.model, row.hardware, row.length, row.batch)
+    speedup = decode_speedup(row.simulation(lab), row.length, row.batch)
     balanced = dict(curve)[row.balanced]
     return [
         Claim(
@@ -284,16 +297,17 @@ _BATCHES = (2, 3, 4, 6, 8, 10, 12, 15, 18)
 
 def fig8(lab: Lab) -> Drawn:
     """Draw decode speed-ups, one step's time over its tokens, the price of chunks."""
+    on = lab.roofline(*_A6000)
     speedups = {
         length: [
-            (float(b), decode_speedup(*_A6000, length, b))
+            (float(b), decode_speedup(on, length, b))
             for b in _BATCHES
             if b * length <= _BATCHES[-1] * _LENGTHS[0]  # what fits, by the paper
         ]
         for length in _LENGTHS
     }
     overheads = {
-        length: [(float(c), chunk_overhead(*_A6000, length, c)) for c in _CHUNKS]
+        length: [(float(c), chunk_overhead(on, length, c)) for c in _CHUNKS]
         for length in _LENGTHS
     }
     return Drawn(
@@ -304,7 +318,7 @@ def fig8(lab: Lab) -> Drawn:
                 y="decode speed-up",
                 series=curves(speedups, "{} tokens"),
             ),
-            _tile_panel(),
+            _tile_panel(on),
             Panel(
                 title="a prompt in chunks, over the prompt at once",
                 x="chunk (tokens)",
@@ -314,28 +328,29 @@ def fig8(lab: Lab) -> Drawn:
         ],
         claims=[
             _fig8_claim(speedups),
-            _table2_claim(),
-            *(_tile_claim(*pair) for pair in ((128, 256), (256, 257))),
-            *(_overhead_claim(c, said) for c, said in _OVERHEADS.items()),
+            _table2_claim(on),
+            *(_tile_claim(on, *pair) for pair in ((128, 256), (256, 257))),
+            *(_overhead_claim(on, c, said) for c, said in _OVERHEADS.items()),
         ],
+        checked=[on.checked],
     )
 
 
-def chunk_overhead(model: str, hardware: str, prompt: int, chunk: int) -> float:
+def chunk_overhead(simulation: Simulation, prompt: int, chunk: int) -> float:
     """Divide the time of a prompt in chunks by its time in one step."""
     parts_s = sum(
-        step_s(model, hardware, chunks=((start, min(chunk, prompt - start)),))
+        step_s(simulation, chunks=((start, min(chunk, prompt - start)),))
         for start in range(0, prompt, chunk)
     )
-    return parts_s / step_s(model, hardware, chunks=((0, prompt),))
+    return parts_s / step_s(simulation, chunks=((0, prompt),))
 
 
-def _tile_ms(tokens: int) -> float:
-    return 1000 * step_s(*_A6000, chunks=((0, tokens),))
+def _tile_ms(simulation: Simulation, tokens: int) -> float:
+    return 1000 * step_s(simulation, chunks=((0, tokens),))
 
 
-def _tile_panel() -> Panel:
-    ours = [(float(n), _tile_ms(n)) for n in _TOKENS]
+def _tile_panel(simulation: Simulation) -> Panel:
+    ours = [(float(n), _tile_ms(simulation, n)) for n in _TOKENS]
     paper = [(float(n), ms) for n, ms in _TILE_MS.items()]
     return Panel(
         title=f"one prompt, {_A6000[0]} on {_A6000[1]}: tiles of 128",
@@ -361,9 +376,9 @@ def _fig8_claim(speedups: dict[int, list[XY]]) -> Claim:
     )
 
 
-def _table2_claim() -> Claim:
+def _table2_claim(simulation: Simulation) -> Claim:
     alone, riding = (
-        1000 * f(*_A6000, length=1024, batch=4) for f in (alone_s, piggybacked_s)
+        1000 * f(simulation, length=1024, batch=4) for f in (alone_s, piggybacked_s)
     )
     return Claim(
         claim="Table 2: a decode's time, batch 4, 1K tokens: alone, on a chunk",
@@ -374,9 +389,9 @@ def _table2_claim() -> Claim:
     )
 
 
-def _tile_claim(few: int, more: int) -> Claim:
+def _tile_claim(simulation: Simulation, few: int, more: int) -> Claim:
     a, b = _TILE_MS[few], _TILE_MS[more]
-    x, y = _tile_ms(few), _tile_ms(more)
+    x, y = (_tile_ms(simulation, tokens) for tokens in (few, more))
     return Claim(
         claim=f"Tiles: a step of {more} tokens against one of {few}",
         paper=f"{a:g} -> {b:g} ms, +{100 * (b / a - 1):.0f} %",
@@ -390,8 +405,8 @@ def _tile_claim(few: int, more: int) -> Claim:
 _OVERHEADS = {64: "about 5x", 256: "at most 1.20x", 512: "at most 1.10x"}
 
 
-def _overhead_claim(chunk: int, said: str) -> Claim:
-    found = [chunk_overhead(*_A6000, length, chunk) for length in _LENGTHS]
+def _overhead_claim(simulation: Simulation, chunk: int, said: str) -> Claim:
+    found = [chunk_overhead(simulation, length, chunk) for length in _LENGTHS]
     return Claim(
         claim=f"Prefill in chunks of {chunk} takes longer than at once",
         paper=said,

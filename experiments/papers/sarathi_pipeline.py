@@ -19,6 +19,7 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
+from disagg_jax.sim import Simulation
 from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
@@ -30,6 +31,7 @@ from experiments.report.colours import system_colours
 from experiments.report.intervals import across_seeds, ratio_text
 from experiments.report.panel import Panel, curves
 
+ON = ("gpt3-175b", "a100-80g-200gb")
 _THETA, _SHORTEST, _LONGEST = 0.4, 1024, 4096  # Zipf; tokens of a request
 _PROMPT_PER_OUTPUT = 10  # P:D
 _CHUNK = 256
@@ -176,10 +178,11 @@ def _systems() -> dict[str, tuple[str, Policy]]:
     }
 
 
-def build(deployment: str, policy: Policy) -> SimulatedDeployment:
+def build(
+    simulation: Simulation, deployment: str, policy: Policy
+) -> SimulatedDeployment:
     """Build GPT-3 with `policy`; spans are off, so that `Bubbles` sees every step."""
-    on = "a100-80g-200gb"
-    built = colocated("gpt3-175b", on, policy, deployment, max_context=_LONGEST)
+    built = colocated(simulation, policy, deployment, max_context=_LONGEST)
     return dataclasses.replace(built, spans=False)
 
 
@@ -188,7 +191,8 @@ Runs = Mapping[str, Sequence[PipelineRun]]  # system -> by seed
 
 def make(lab: Lab) -> Drawn:
     """Draw bubbles of a request and completion of all, by system."""
-    built = {name: build(*system) for name, system in _systems().items()}
+    simulation = lab.roofline(*ON)
+    built = {name: build(simulation, *system) for name, system in _systems().items()}
     points = {
         (deviation, name): PipelinePoint(
             simulated=simulated,
@@ -204,7 +208,7 @@ def make(lab: Lab) -> Drawn:
         {name: results[deviation, name] for name in built} for deviation in _DEVIATIONS
     ]
     said = (
-        f"gpt3-175b, roofline/a100-80g-200gb, B={_BATCH[_PIPELINE]} and "
+        f"{ON[0]}, {simulation.cost.name}, B={_BATCH[_PIPELINE]} and "
         f"{_BATCH[_REPLICAS]}, C={_CHUNK}, P:D={_PROMPT_PER_OUTPUT}, "
         f"N={lab.requests(_REQUESTS)} (paper: 10,000) x {lab.seeds} seeds"
     )
@@ -217,7 +221,7 @@ def make(lab: Lab) -> Drawn:
     claims = _claims(runs, said)
     for deviation, found in zip(_DEVIATIONS[1:], varied, strict=True):
         claims.append(_varied_claim(deviation, found, said))
-    return Drawn(panels=panels, claims=claims)
+    return Drawn(panels=panels, claims=claims, checked=[simulation.checked])
 
 
 def _shares(values: Mapping[str, Sequence[float]], title: str, x: str) -> Panel:

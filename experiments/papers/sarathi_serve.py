@@ -24,6 +24,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v0 import PrefillFirst
 from disagg_jax.search.goodput import GoodputSearch, SimGoodput, find_goodput
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim import Simulation
 from disagg_jax.sim.cost.interface import Decoder, DeploymentCost
 from disagg_jax.sim.hardware.network import Hop
 from disagg_jax.sim.run import SimulationTask
@@ -46,6 +47,7 @@ _TESTBED = (
 
 # ---- ablation ------------------------------------------------------------------------
 
+_YI = ("yi-34b", "a100-80g")
 _TAU = 1024
 _ABLATION_RPS = {_CHAT: 1.0, _ARXIV: 0.5}  # of the released script
 _ABLATION_REQUESTS = 128
@@ -84,13 +86,12 @@ class TwoPasses:
         return self.cost.hop(transfer)
 
 
-def variants(workload: str) -> dict[str, SimulatedDeployment]:
+def variants(lab: Lab, workload: str) -> dict[str, SimulatedDeployment]:
     """Build Yi-34B on two A100s with one of the two ideas, or both."""
     longest = _LONGEST[workload]
     whole, chunked = (
         colocated(
-            "yi-34b",
-            "a100-80g",
+            lab.roofline(*_YI),
             SarathiServe(token_budget=budget, max_seqs=_MAX_SEQS),
             "colocated:tp2",
             max_context=longest,
@@ -132,7 +133,7 @@ def run_ablation(lab: Lab, workload: str) -> dict[str, list[Latencies]]:
             num_requests=lab.requests(_ABLATION_REQUESTS),
             seed=0,
         )
-        for name, simulated in variants(workload).items()
+        for name, simulated in variants(lab, workload).items()
     }
     return lab.by_seed(run_latencies, points)
 
@@ -143,6 +144,7 @@ def ablation(lab: Lab) -> Drawn:
     return Drawn(
         panels=[_ablation_panel(w, by_name) for w, by_name in found.items()],
         claims=[c for w, by_name in found.items() for c in _rows(lab, w, by_name)],
+        checked=[lab.roofline(*_YI).checked],
     )
 
 
@@ -174,9 +176,9 @@ def _rows(
     lab: Lab, workload: str, found: Mapping[str, Sequence[Latencies]]
 ) -> list[Claim]:
     runs = (
-        f"yi-34b, colocated:tp2, roofline/a100-80g, {_ABLATION_RPS[workload]:g} rps, "
-        f"{lab.size(_ABLATION_REQUESTS)}; {workload} lengths are log-normal through "
-        "the published median and P90"
+        f"{_YI[0]}, colocated:tp2, {lab.roofline(*_YI).cost.name}, "
+        f"{_ABLATION_RPS[workload]:g} rps, {lab.size(_ABLATION_REQUESTS)}; {workload} "
+        "lengths are log-normal through the published median and P90"
     )
     values = [
         Claim(
@@ -235,6 +237,10 @@ class Testbed:
     orca_seqs: int  # Orca's batch, as released; 0: it is not compared
     start_rps: float
     num_requests: int  # of a run; pipelines are simulated step by step, and slowly
+
+    def simulation(self, lab: Lab) -> Simulation:
+        """Return the model on its devices."""
+        return lab.roofline(self.model, self.hardware)
 
     def slo_s(self, strict: bool) -> float:
         """Return the P99 TBT allowed."""
@@ -300,16 +306,18 @@ def capacity(lab: Lab) -> Drawn:
             for below in ("vLLM", "Orca")
             if (*case, below) in found
         ],
+        checked=[bed.simulation(lab).checked for bed in TESTBEDS.values()],
     )
 
 
 def _searches(lab: Lab, case: Case) -> dict[str, GoodputSearch]:
     name, workload, strict = case
     bed, longest = TESTBEDS[name], _LONGEST[workload]
+    simulation = bed.simulation(lab)
     return {
         system: GoodputSearch(
             simulated=colocated(
-                bed.model, bed.hardware, policy, bed.deployment, max_context=longest
+                simulation, policy, bed.deployment, max_context=longest
             ),
             workload=get_workload(workload),
             slo=SLO(ttft_s=math.inf, tpot_s=bed.slo_s(strict)),
@@ -356,7 +364,7 @@ def _capacity_claim(lab: Lab, case: Case, below: str, found: Found) -> Claim:
         paper=_GAINS.get((name, strict, below), "(not in the facts)"),
         ours=f"{ratio} ({across_seeds(rates)} over {across_seeds(others)} rps)",
         why=f"{_TESTBED}. The facts do not say on which lengths the paper's is",
-        runs=f"{bed.deployment}, roofline/{bed.hardware}, Poisson, "
+        runs=f"{bed.deployment}, {bed.simulation(lab).cost.name}, Poisson, "
         f"{sarathi_serve(tbt_s=bed.slo_s(strict))}, "
         f"{lab.size(bed.num_requests)}; lengths log-normal through the published "
         "quantiles",

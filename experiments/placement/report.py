@@ -14,7 +14,8 @@ _SHOWN = 12  # rows of each table that are printed
 
 def report(found: dict[str, Any]) -> str:
     """Return all tables and winners as text."""
-    text = [f"skipped {line}" for line in reasons_of(found["skipped"])]
+    text = [found["checked"]] if found["checked"] else []
+    text += [f"skipped {line}" for line in reasons_of(found["skipped"])]
     if found.get("left_out"):
         text.append(_left_out(found["left_out"], "layouts of a phase alone"))
     for name in ALGORITHMS:

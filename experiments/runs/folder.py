@@ -111,7 +111,8 @@ def record_start(
     before = read_json(path / "config.json")
     if before is not None:
         before = RUN.read(before)
-    other = before is not None and before != config
+    # A key without a value, of a flag that is newer than the folder, is no difference.
+    other = before is not None and bool(differences(before, config))
     if other and not replace:
         keys = ", ".join(each.key for each in differences(before, config))
         raise ValueError(
@@ -208,6 +209,15 @@ def plain(value: Any) -> Any:
         owner = getattr(value, "__self__", None)  # the object of a bound method
         return name if owner is None else {"function": name, "of": plain(owner)}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def engine_record(simulation: Simulation) -> dict[str, Any]:
+    """Return the content of a simulation's engine profile, for a config; {} of none.
+
+    The file that a name stands for may change.
+    """
+    engine = simulation.engine
+    return {} if engine is None else {"engine": plain(engine)}
 
 
 # -- files ----------------------------------------------------------------------------

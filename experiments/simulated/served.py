@@ -10,13 +10,13 @@ from typing import Any
 
 from disagg_jax.control.loop import Observer
 from disagg_jax.control.run import Run
-from disagg_jax.deployment import Deployment, RequestLimit, Role
+from disagg_jax.deployment import Deployment, RequestLimit
 from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
 from disagg_jax.metrics.summary import summarise
 from disagg_jax.request import Request, Status
 from disagg_jax.runlog import StageShares, StepKinds
-from disagg_jax.scheduling import SYSTEMS, Policy
+from disagg_jax.scheduling import SYSTEMS
 from disagg_jax.sim import SimulatedDeployment, Simulation
 from disagg_jax.work import Event, Work
 from experiments.runs.folder import plain
@@ -30,6 +30,7 @@ class Case:
 
     simulated: SimulatedDeployment
     system: str  # whose policies serve
+    checked: str = ""  # how far its durations were from measurements, in words
     rate_rps: float | None  # of the whole deployment; None: the times of a trace
     requests: Sequence[Request]  # in order of arrival
 
@@ -93,7 +94,8 @@ def list_cases(
     return [
         Case(
             simulated=simulated,
-            system=_system_on(simulated.deployment, simulation.policies),
+            system=_system_on(simulated.deployment, simulation),
+            checked=simulation.checked,
             rate_rps=rate,
             requests=asked,
         )
@@ -102,10 +104,12 @@ def list_cases(
     ]
 
 
-def _system_on(deployment: Deployment, policies: Mapping[Role, Policy]) -> str:
+def _system_on(deployment: Deployment, simulation: Simulation) -> str:
     """Name the listed system whose policies serve, or else the policies."""
+    policies, engine = simulation.policies, simulation.engine
     serving = {role: p for role, p in policies.items() if deployment.of(role)}
-    listed = [name for name, system in SYSTEMS.items() if system == serving]
+    known = {name: engine.limit(s) if engine else s for name, s in SYSTEMS.items()}
+    listed = [name for name, system in known.items() if system == serving]
     return listed[0] if listed else "+".join(type(p).__name__ for p in serving.values())
 
 
@@ -136,6 +140,7 @@ class Served:
         return {
             "deployment": str(deployment),
             "system": self.case.system,
+            "checked": self.case.checked,
             "request_rate": self.case.offered_rps,
             "slo": plain(slo),
             **summarise(self.run.timelines, slo, deployment.devices),

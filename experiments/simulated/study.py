@@ -114,10 +114,12 @@ class Study:
             link += f", between nodes over {simulation.between}"
         targets = "" if self.slo == NO_TARGETS else f"\n{self.slo}"
         requests = len(self.cases[0].requests)
-        return (
-            f"{simulation.model.name} by {simulation.cost.name}, KV over {link}\n"
-            f"{self.traffic.said}; N={requests}{targets}"
-        )
+        said = [
+            f"{simulation.model.name} by {simulation.cost.name}, KV over {link}",
+            simulation.checked,
+            f"{self.traffic.said}; N={requests}{targets}",
+        ]
+        return "\n".join(filter(None, said))
 
 
 def _title(case: Case) -> str:

@@ -14,6 +14,7 @@ from disagg_jax.progress import silent
 from disagg_jax.scheduling import DISAGGREGATED, SYSTEMS
 from disagg_jax.scheduling.decode_only import DecodeOnly
 from disagg_jax.scheduling.prefill_only import PrefillOnly
+from disagg_jax.scheduling.tuning import TuningInputs
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.search.cells import compare
 from disagg_jax.search.comparison import (
@@ -25,6 +26,7 @@ from disagg_jax.search.comparison import (
     judge,
     run_s,
     search_system,
+    simulate,
     system_searches,
 )
 from disagg_jax.search.maps import (
@@ -39,9 +41,11 @@ from disagg_jax.search.maps import (
     slos_map,
 )
 from disagg_jax.search.placement import PLACED
+from disagg_jax.sim.engines import get_engine
 from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload.lengths import FixedLengths
 from disagg_jax.workload.workload import RandomWorkload
+from experiments import compare_systems
 from experiments.compare_systems import asked_systems, numbers
 from experiments.comparison.report import answer, plot, record, sentence, text
 from experiments.configs.named_simulations import get_simulation
@@ -700,3 +704,78 @@ def test_a_single_cell_from_a_trace_and_files(tmp_path):
     assert [one["best"]["attainment"] for one in served["systems"]] == [1.0, 1.0]
     for name in ("maps", "lengths"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 1000
+
+
+# ---- engines -------------------------------------------------------------------------
+
+
+def test_systems_have_the_limits_of_an_engine_but_for_what_is_set():
+    engine = get_engine("vllm")
+    assignments = ["systems.orca.policies.colocated.max_seqs=3"]
+    found = asked_systems(["vllm_v0", "orca", DISAGGREGATED], assignments, [], engine)
+    vllm, orca = (found[n].policies[Role.COLOCATED] for n in ("vllm_v0", "orca"))
+    limits = engine.token_budget, engine.max_seqs
+    assert (vllm.max_batched_tokens, vllm.max_seqs) == limits
+    assert (orca.max_batched_tokens, orca.max_seqs) == (engine.token_budget, 3)
+    assert found[DISAGGREGATED].policies[Role.DECODE].max_seqs == engine.max_seqs
+
+
+def test_the_engines_own_system_takes_part():
+    def systems(*words):
+        compare_systems.FLAGS.values(["compare_systems", "--hardware=h100", *words])
+        found = list(compare_systems._spec().systems)
+        compare_systems.FLAGS.values.unparse_flags()
+        return found
+
+    usual, engines = systems(), systems("--engine=trtllm")
+    assert "tensorrt_llm" not in usual and engines == [*usual, "tensorrt_llm"]
+    assert systems("--engine=vllm") == usual  # its vllm_v1 is among them
+
+
+def test_a_step_is_tuned_for_each_attention_replica():
+    """Two replicas of two devices: a step has the tokens of both, and so their time."""
+    simulation = Simulation.of("mixtral-8x7b", "h200", engine="vllm")
+    spec = ComparisonSpec(
+        simulation=simulation,
+        devices=4,
+        systems=of("sarathi_serve", "vllm_v1"),
+        placed={"sarathi_serve": Deployment.parse("colocated:tp2dp2ep4")},
+        sizes=(128, 256, 8192),
+        num_requests=4,
+    )
+    cell = Cell(workload=hundred(50), slo=SLO(ttft_s=1, tpot_s=0.05))
+    (deployment,) = spec.deployments("sarathi_serve")
+    simulated, (said,) = simulate(spec, cell, "sarathi_serve", deployment)
+    (policy,) = simulated.policies.values()
+    size = int(said.removeprefix("token_budget = ").partition(":")[0])
+    assert policy.token_budget == 2 * size
+    shown_ms = float(said.rpartition(": ")[2].split()[0])
+    decodes = int(size * 49 / 149)
+    assert decodes <= 1024
+    inputs = TuningInputs(
+        step_s=lambda load: sum(simulated.cost.stages_s(0, load.times(2))),
+        sizes=(size,),
+        prompt_tokens=100,
+        output_tokens=50,
+        kv_tokens=10**9,
+    )
+    chunks = policy.limits.prefill_rows
+    expected_s = inputs.step_s(inputs.mixed(size, 1024, chunks))
+    assert shown_ms == pytest.approx(1e3 * expected_s, rel=0.01)
+
+
+def test_the_command_says_the_engine_and_its_error_once(tmp_path):
+    done = command(
+        *("--map=targets", "--ttfts=0.5", "--tpots=0.05", "--hardware=h100"),
+        *("--workload=fixed:512x16", "--systems=vllm_v0,orca", "--devices=1"),
+        *("--num_requests=20", "--max_requests=20", "--seeds=2", "--workers=1"),
+        *("--engine=vllm", f"--out={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = get_engine("vllm").checked("llama-3-8b", "h100", "bf16")
+    assert done.stdout.count(said) == 1
+    assert "at most: vllm_v0 1024, orca 1024;" in done.stdout
+    assert json.loads((tmp_path / "maps.json").read_text())["checked"] == said
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["flags"]["engine"] == config["engine"]["name"] == "vllm"
+    assert config["engine"]["token_budget"] == 8192

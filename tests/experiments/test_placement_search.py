@@ -26,6 +26,7 @@ from disagg_jax.search.placement import (
     reasons_of,
 )
 from disagg_jax.search.rates import SearchPlan
+from disagg_jax.sim.engines import get_engine
 from disagg_jax.work import StepLoad
 from experiments.configs.named_simulations import placement_simulation
 from experiments.configs.paper_workloads import get_workload
@@ -276,7 +277,7 @@ def test_high_replicates_the_best_layout_of_each_phase(monkeypatch):
         *("prefill:tp1", "prefill:tp2"),
     ]
     assert found["as a whole"] == []
-    shown = report.report({"skipped": {}, "high": found})
+    shown = report.report({"checked": "", "skipped": {}, "high": found})
     assert shown.splitlines()[-1] == (
         "high: 2xprefill:tp1,1xdecode:tp2 on 4 devices: 8 requests/s, 2 per device"
     )
@@ -318,7 +319,7 @@ def test_low_copies_its_unit_as_often_as_fits_or_as_a_rate_needs(
     deployment = Deployment.parse(found["deployment"])
     assert deployment.devices == 2 * copies
     assert found["system"] == "disaggregated"
-    line = report.report({"skipped": {}, "low": found}).splitlines()[-1]
+    line = report.report({"checked": "", "skipped": {}, "low": found}).splitlines()[-1]
     start = f"low: {copies} x prefill:tp1,decode:tp1 on {2 * copies} devices: "
     assert line.startswith(start)
 
@@ -349,7 +350,7 @@ def test_copies_are_held_against_one_deployment_with_all_their_instances(monkeyp
     one = found["as_one"]
     assert one["candidate"] == "2xprefill:tp1,2xdecode:tp1"
     assert (one["goodput"], one["over_copies"]["mean"]) == (9 / 4, pytest.approx(1.5))
-    line = report.report({"skipped": {}, "low": found}).splitlines()[-1]
+    line = report.report({"checked": "", "skipped": {}, "low": found}).splitlines()[-1]
     assert line.endswith(
         "as one deployment, KV between any two instances: 2xprefill:tp1,2xdecode:tp1: "
         "2.25 [2.25, 2.25] requests/s per device, 1.50 [1.50, 1.50] x that of 2 copies"
@@ -597,3 +598,30 @@ def test_slo_is_two_numbers():
     for text in ("2.5", "2.5,a", "1,2,3"):
         with pytest.raises(ValueError, match="slo: expected TTFT_S,TPOT_S"):
             SLO.parse(text)
+
+
+def test_all_devices_have_the_overheads_of_the_engine():
+    unlike = "prefill=h100,decode=a100-80g"
+    simulation = placement_simulation("opt-13b", unlike, engine="vllm")
+    assert simulation.cost.name == "roofline/a100-80g/vllm"
+    assert simulation.prefill_cost.name == "roofline/h100/vllm"
+    # DistServe's coefficients are those of another engine.
+    assert placement_simulation("opt-13b", "a100").cost.name == "fitted/distserve"
+    found = placement_simulation("opt-13b", "a100", engine="vllm")
+    assert found.cost.name == "roofline/a100-80g/vllm"
+    with pytest.raises(ValueError, match="engine: expected the cost model roofline"):
+        placement_simulation("opt-13b", "a100", "fitted/vllm", engine="vllm")
+
+
+def test_the_command_places_systems_with_the_limits_of_an_engine(tmp_path):
+    done = command(
+        *("--model=llama-3-8b", "--hardware=h100", "--devices=1", "--slo=0.5,0.05"),
+        *("--workload=fixed:512x64", "--num_requests=30", "--workers=1"),
+        *("--systems=vllm_v0", "--engine=vllm", f"--out={tmp_path}"),
+    )
+    assert done.returncode == 0, done.stderr
+    said = get_engine("vllm").checked("llama-3-8b", "h100", "bf16")
+    assert done.stdout.count(said) == done.stdout.count("engine ") == 1
+    assert json.loads((tmp_path / "placement.json").read_text())["checked"] == said
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["engine"]["name"] == "vllm"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
 import pytest
 
 from disagg_jax.metrics import SLO
+from disagg_jax.sim.engines import get_engine
 from disagg_jax.sim.run import RunLatencies
 from experiments import reproduce
 from experiments.cli.progress import Deadline
@@ -60,6 +62,36 @@ def test_a_figure_runs_and_has_a_row_for_each_claim(name: str, tmp_path: pathlib
     picture = tmp_path / "figures" / f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size < 60_000
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if "engine" in FIGURES[name].reads]
+)
+def test_a_figure_of_rooflines_has_the_overheads_of_an_engine(name, tmp_path):
+    ours = {}
+    for engine in (None, "vllm"):
+        lab = dataclasses.replace(TINY, engine=engine)
+        drawn = FIGURES[name].make(lab)
+        ours[engine] = [claim.ours for claim in drawn.claims]
+        expected = f"engine {engine or 'none'}: not checked"
+        assert drawn.checked and all(s.startswith(expected) for s in drawn.checked)
+    assert ours[None] != ours["vllm"]
+
+
+def test_an_engine_is_in_the_command_of_a_figure(tmp_path):
+    lab = dataclasses.replace(TINY, engine="vllm")
+    text = "\n".join(reproduce.run(["sarathi_fig8"], lab, tmp_path, "-"))
+    assert "`--figure=sarathi_fig8 --engine=vllm` at " in text
+    said = get_engine("vllm").checked("llama-13b", "a6000", "bf16")
+    assert text.count(said) == 1
+
+
+def test_a_figure_of_fitted_times_takes_no_engine():
+    done = run_command("reproduce", "--figure=fig8a", "--engine=vllm")
+    assert done.returncode == 1
+    assert "--engine: expected --all or --figure=fig8c or " in done.stderr
+    done = run_command("reproduce", "--figure=fig8c", "--engine=vlm")
+    assert done.returncode == 1 and "engine: expected one of" in done.stderr
 
 
 def test_a_report_says_what_its_claims_say(tmp_path: pathlib.Path, monkeypatch):

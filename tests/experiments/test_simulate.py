@@ -1,6 +1,7 @@
 """`experiments.simulate`: DistServe's simulator request by request, and its inputs."""
 
 import csv
+import dataclasses
 import json
 import math
 import pathlib
@@ -13,6 +14,8 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.metrics import tpot_s, ttft_s
 from disagg_jax.request import Status
 from disagg_jax.scheduling import get_system
+from disagg_jax.sim.engines import get_engine
+from disagg_jax.sim.engines.profile import to_json
 from disagg_jax.sim.hardware.link import get_link
 from disagg_jax.workload import RandomWorkload
 from experiments.configs.named_simulations import (
@@ -459,3 +462,39 @@ def test_every_named_simulation_serves(tmp_path, name):
     requests = trace_requests(str(tmp_path / "trace.csv"), simulation)
     run = simulation.build(deployment).run(requests)
     assert [t.status for t in run.timelines] == [Status.FINISHED] * 2
+
+
+# -- engines ---------------------------------------------------------------------------
+
+
+def with_engine(tmp_path, name, **flags):
+    changes = {"config": None, "hardware": "h100", "rate": 5, "num_requests": 8}
+    done = command(tmp_path, **WORKLOAD, **changes, out=tmp_path / name, **flags)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, tmp_path / name
+
+
+def test_an_engine_and_how_far_it_was_checked_are_said_once(tmp_path):
+    for name, engine, said in (
+        ("none", None, "engine none: not checked"),
+        ("vllm", "vllm", get_engine("vllm").checked("llama-3-8b", "h100", "bf16")),
+    ):
+        text, out = with_engine(tmp_path, name, engine=engine)
+        assert text.count(said) == text.count("engine ") == 1
+        assert json.loads((out / "summary.json").read_text())["checked"] == said
+    assert "disaggregated) at" in text  # the system, with other limits
+
+
+def test_of_an_engine_the_content_is_recorded(tmp_path):
+    """So a file that changed under its name is another config."""
+    path = tmp_path / "mine.json"
+    profile = dataclasses.replace(get_engine("vllm"), name="mine")
+    path.write_text(json.dumps(to_json(profile)))
+    _, a = with_engine(tmp_path, "a", engine=path)
+    path.write_text(json.dumps(to_json(dataclasses.replace(profile, token_budget=512))))
+    _, b = with_engine(tmp_path, "b", engine=path, max_context=4096)
+    text = run_command("compare_runs", str(a), str(b)).stdout
+    assert re.search(r"engine.token_budget +8192 +512\n", text)
+    assert "goodputs: none in A, a run of another command" in text
+    _, plain = with_engine(tmp_path, "plain")
+    assert "engine" not in json.loads((plain / "config.json").read_text())

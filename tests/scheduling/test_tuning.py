@@ -20,6 +20,8 @@ from disagg_jax.scheduling.tuning import (
     TuningInputs,
     capped,
     has_rule,
+    limited,
+    replicated,
     resized,
     tile_multiples,
     tune,
@@ -356,6 +358,42 @@ def test_a_given_size_is_taken_and_the_step_has_room_for_all_decodes(policy, exp
 )
 def test_a_policy_within_other_sizes_keeps_what_is_smaller(policy, expected):
     assert capped(policy, tokens=64, rows=16) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (PrefillFirst(), PrefillFirst(max_batched_tokens=1024, max_seqs=2000)),
+        # Decodes share the step, so they are no more than its tokens.
+        (RunningFirst(), RunningFirst(max_batched_tokens=1024, max_seqs=1024)),
+        (SarathiServe(), SarathiServe(token_budget=1024, max_seqs=1024)),
+        (PrefillOnly(), PrefillOnly(token_budget=1024, max_seqs=2000)),
+        (DecodeOnly(watermark=0.5), DecodeOnly(max_seqs=2000, watermark=0.5)),
+        (Declares(), Declares(chunk=1024)),  # has no max_seqs
+        (DeclaresNone(), DeclaresNone()),
+    ],
+)
+def test_a_policy_gets_other_limits_where_it_has_such(policy, expected):
+    assert limited(policy, tokens=1024, rows=2000) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (SarathiServe(), SarathiServe(token_budget=1536, max_seqs=384)),
+        (DecodeOnly(), DecodeOnly(max_seqs=768)),
+        (Declares(chunk=7), Declares(chunk=21)),
+        (DeclaresNone(), DeclaresNone()),
+    ],
+)
+def test_replicas_have_their_limits_together(policy, expected):
+    assert replicated(policy, 3) == expected
+
+
+def test_the_largest_size_to_choose_need_not_be_a_tile():
+    assert tile_multiples(128, most=600) == (128, 256, 384, 512, 600)
+    assert tile_multiples(128, most=512) == (128, 256, 384, 512)
+    assert tile_multiples(128, most=8192) == (*tile_multiples(128), 8192)
 
 
 def test_rows_are_no_more_than_the_tokens_of_a_capped_step():

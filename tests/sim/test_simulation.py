@@ -11,7 +11,8 @@ from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS, get_router, get_system
 from disagg_jax.scheduling.routing import least_loaded, shortest_queue
 from disagg_jax.sim import DeviceCost, Simulation
-from disagg_jax.sim.device_cost import get_cost
+from disagg_jax.sim.device_cost import get_cost, roofline
+from disagg_jax.sim.engines import engine_names, get_engine
 from disagg_jax.sim.hardware import HARDWARE, get_hardware
 from disagg_jax.work import StepLoad
 from models.config import PRESETS
@@ -166,3 +167,71 @@ def test_a_cost_model_gets_the_model_and_the_hardware():
     cost = get_cost("unit", find_model("tiny"), HARDWARE["cpu"], {"unit": unit})
     assert cost.name == "tiny on cpu"
     assert PRESETS["tiny"] == find_model("tiny")
+
+
+# -- engines ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", engine_names())
+def test_an_engine_serves_by_its_policies_and_its_limits(name):
+    engine = get_engine(name)
+    simulation = Simulation.of("llama-3-8b", "h100", engine=name)
+    assert simulation.engine == engine
+    assert simulation.cost.name == f"roofline/h100/{name}"
+    colocated = simulation.policies[Role.COLOCATED]
+    assert type(colocated) is type(SYSTEMS[engine.system][Role.COLOCATED])
+    rows = min(engine.max_seqs, engine.token_budget)
+    assert colocated.limits.decode_rows == rows
+    assert simulation.policies[Role.PREFILL].token_budget == engine.token_budget
+    assert simulation.policies[Role.DECODE].max_seqs == engine.max_seqs
+
+
+def test_a_named_system_has_the_limits_of_the_engine():
+    engine = get_engine("vllm")
+    simulation = Simulation.of("opt-13b", "h100", engine="vllm", system="sarathi_serve")
+    (policy,) = simulation.policies.values()
+    limits = engine.token_budget, engine.max_seqs
+    assert (policy.token_budget, policy.max_seqs) == limits
+    # Policies that are given as such are left as they are.
+    given = SYSTEMS["sarathi_serve"]
+    simulation = Simulation.of("opt-13b", "h100", engine="vllm", policies=given)
+    assert simulation.policies == given
+
+
+def test_an_engines_limits_are_those_of_each_attention_replica():
+    deployment = "prefill:tp1dp2,decode:tp1dp4ep4"
+    plain = Simulation.of("mixtral-8x7b", "h200")
+    assert plain.build(deployment).policies == plain.policies
+    simulation = Simulation.of("mixtral-8x7b", "h200", engine="vllm")
+    built = simulation.build(deployment).policies
+    of_one = simulation.policies
+    budget = of_one[Role.PREFILL].token_budget
+    assert built[Role.PREFILL].token_budget == 2 * budget
+    assert built[Role.DECODE].max_seqs == 4 * of_one[Role.DECODE].max_seqs
+    assert built[Role.COLOCATED] == of_one[Role.COLOCATED]  # it has no instance
+
+
+def test_instances_of_a_role_with_an_engine_have_equally_many_replicas():
+    unlike = "colocated:tp1dp4,colocated:tp4"
+    Simulation.of("mixtral-8x7b", "h200").build(unlike)
+    simulation = Simulation.of("mixtral-8x7b", "h200", engine="vllm")
+    with pytest.raises(ValueError, match="dp: with an engine expected colocated inst"):
+        simulation.build(unlike)
+
+
+def test_each_cost_model_says_once_how_far_it_was_checked():
+    model, engine = find_model("opt-13b"), get_engine("vllm")
+    unlike = [roofline(model, HARDWARE[name], engine) for name in ("h100", "a100-80g")]
+    simulation = Simulation(model=model, cost=unlike[0], prefill_cost=unlike[1])
+    lines = simulation.checked.splitlines()
+    assert len(lines) == 2 and all("engine vllm: not checked for" in x for x in lines)
+    plain = [roofline(model, HARDWARE[name]) for name in ("h100", "a100-80g")]
+    simulation = Simulation(model=model, cost=plain[0], colocated_cost=plain[1])
+    assert simulation.checked == "engine none: not checked"
+    of_ones_own = get_cost("unit", model, HARDWARE["cpu"], {"unit": unit})
+    assert Simulation(model=model, cost=of_ones_own).checked == ""
+
+
+def test_a_cost_model_without_overheads_takes_no_engine(here):
+    with pytest.raises(ValueError, match="engine: expected the cost model roofline"):
+        Simulation.of("opt-13b", "h100", cost="mine:unit", engine="vllm")

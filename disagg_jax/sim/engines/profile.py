@@ -19,6 +19,7 @@ from disagg_jax.errors import require
 from disagg_jax.formats import ENGINE_PROFILE
 from disagg_jax.scheduling import DISAGGREGATED, get_system
 from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.tuning import limited
 from disagg_jax.sim.cost.profile_json import as_mapping, as_number
 from disagg_jax.sim.cost.step_terms import EngineFactors
 from models.files import read_json
@@ -75,18 +76,20 @@ class EngineProfile:
         expected = f"{self.name}: memory_utilisation: expected in (0, 1]"
         require(0 < share <= 1, expected, share)
 
-    def policies(self, replicas: int = 1) -> Mapping[Role, Policy]:
-        """Return who runs next, on colocated instances and on both sides of others.
+    @property
+    def policies(self) -> Mapping[Role, Policy]:
+        """Return who runs next, on colocated instances and on both sides of others."""
+        return self.limit({**get_system(self.system), **get_system(DISAGGREGATED)})
 
-        Args:
-          replicas: attention replicas of an instance; a step has the budget of each.
+    def limit(self, policies: Mapping[Role, Policy]) -> Mapping[Role, Policy]:
+        """Return policies with the engine's limits, as far as they have such limits.
+
+        The limits are those of an attention replica; `Simulation.build` multiplies them
+        by the replicas of an instance.
         """
-        budget, seqs = self.token_budget * replicas, self.max_seqs * replicas
-        together = {"max_batched_tokens": budget, "max_seqs": seqs}
-        prefill = {"token_budget": budget, "max_seqs": seqs}
         return {
-            **get_system(self.system, colocated=together),
-            **get_system(DISAGGREGATED, prefill=prefill, decode={"max_seqs": seqs}),
+            role: limited(policy, self.token_budget, self.max_seqs)
+            for role, policy in policies.items()
         }
 
     def checked(self, model: str, hardware: str, precision: str) -> str:

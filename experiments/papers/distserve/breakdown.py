@@ -62,6 +62,7 @@ def make(lab: Lab) -> Drawn:
             *(_cdf_claim(lab, runs) for runs in found),
             _slow_claim(lab, shares, slow),
         ],
+        checked=[_175B.simulation.checked],
     )
 
 

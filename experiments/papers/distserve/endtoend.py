@@ -72,6 +72,7 @@ def make(figure: str, spec: EndToEnd, lab: Lab) -> Drawn:
             *_ratio_claims(figure, spec, found, lab),
             *_other_slo_claims(figure, spec, found),
         ],
+        checked=[arm.simulation.checked for arm in spec.arms],
     )
 
 

@@ -37,6 +37,10 @@ def step_ms(
     return [1000 * seconds for seconds in instance.stages_s(load)]
 
 
+def _checked() -> list[str]:
+    return [on_a100s(MODEL, cost).checked for cost in _COSTS.values()]
+
+
 def _by_cost(
     colours: Mapping[str, int],
     points: Callable[[str, str], Sequence[XY]],
@@ -78,6 +82,7 @@ def fig2(lab: Lab) -> Drawn:
     return Drawn(
         panels=[_fig2_panel(length) for length in lengths],
         claims=[*(_fig2_claim(length) for length in lengths), _weights_claim()],
+        checked=_checked(),
     )
 
 
@@ -152,6 +157,7 @@ def fig3(lab: Lab) -> Drawn:
     return Drawn(
         panels=[_fig3_panel(name) for name in ("prefill", "decode")],
         claims=[_saturation_claim(), _decode_batch_claim()],
+        checked=_checked(),
     )
 
 
@@ -228,6 +234,7 @@ def fig5(lab: Lab) -> Drawn:
             _fig5_claim("intra-op", "latency"),
             _fig5_claim("inter-op", "throughput"),
         ],
+        checked=_checked(),
     )
 
 

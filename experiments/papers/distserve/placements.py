@@ -14,15 +14,15 @@ from disagg_jax.sim.simulation import Simulation
 from experiments.configs.named_simulations import get_simulation
 from experiments.papers.distserve.endtoend import EndToEnd, make
 from experiments.papers.distserve.published import SLOS
-from experiments.papers.figure import PaperFigure
+from experiments.papers.figure import ROOFLINE, Drawn, Lab, PaperFigure
 from experiments.papers.runs import Arm
 
 LONG_RUN = 1000  # requests of a run of ours, where the paper's are too few
 
 
-def inside_a_node(name: str) -> Simulation:
+def inside_a_node(name: str, engine: str | None = None) -> Simulation:
     """Return a named simulation whose KV moves inside a node only, as the paper's."""
-    return dataclasses.replace(get_simulation(name), between=None)
+    return dataclasses.replace(get_simulation(name, engine), between=None)
 
 
 def _profiled(
@@ -42,7 +42,22 @@ def _profiled(
     ]
 
 
-_175B = inside_a_node("opt175b_a100")
+def _rooflines(engine: str | None = None) -> list[Arm]:
+    """Return the paper's placements and N on the roofline: no profile was released.
+
+    With an engine the policies stay the paper's.
+    """
+    policies = inside_a_node("opt175b_a100").policies
+    simulation = dataclasses.replace(
+        inside_a_node("opt175b_a100", engine), policies=policies
+    )
+    apart, together = "prefill:tp3pp3,decode:tp4pp3", "colocated:tp8"
+    return [
+        Arm("DistServe, roofline", simulation, apart, num_requests=525),
+        Arm("vLLM policy, roofline", simulation, together, num_requests=200),
+    ]
+
+
 _ON_66B = ("opt66b", "prefill:tp4,decode:tp2pp2", "colocated:tp4")
 
 
@@ -77,16 +92,7 @@ _SPECS = {
         workload="sharegpt",
         slo=SLOS["chat 175B"],
         scale_rate=0.125,
-        # The paper's placements and N on the roofline: no profile was released.
-        arms=[
-            Arm(
-                "DistServe, roofline",
-                _175B,
-                "prefill:tp3pp3,decode:tp4pp3",
-                num_requests=525,
-            ),
-            Arm("vLLM policy, roofline", _175B, "colocated:tp8", num_requests=200),
-        ],
+        arms=_rooflines(),
         compared=(("DistServe, roofline", "vLLM policy, roofline"),),
         why="No 175B profile was released: ROOFLINE times for both sides, which are "
         "bounds with measured efficiencies (no engine's overheads); pipelines run with "
@@ -114,7 +120,15 @@ _SPECS = {
         "queue)",
     ),
 }
+
+
+def _fig8c(lab: Lab) -> Drawn:
+    """Draw the figure whose arms are all rooflines, by the lab's engine."""
+    spec = dataclasses.replace(_SPECS["fig8c"], arms=_rooflines(lab.engine))
+    return make("fig8c", spec, lab)
+
+
 FIGURES: Mapping[str, PaperFigure] = {
     name: PaperFigure(spec.title, functools.partial(make, name, spec))
     for name, spec in _SPECS.items()
-}
+} | {"fig8c": PaperFigure(_SPECS["fig8c"].title, _fig8c, ROOFLINE)}

@@ -17,6 +17,8 @@ from experiments.papers.figure import Lab
 from experiments.papers.sarathi_pipeline import Bubbles, VariedCost
 from tests.serving import make_request
 
+ON = Lab().roofline(*sarathi_pipeline.ON)
+
 
 @dataclasses.dataclass
 class Given:
@@ -49,7 +51,7 @@ def test_bubbles_by_hand():
 
 @pytest.mark.parametrize("policy", [Orca(max_seqs=27), Sarathi(max_seqs=27)])
 def test_bubbles_are_the_time_in_which_the_backend_is_not_busy(policy):
-    simulated = sarathi_pipeline.build(sarathi_pipeline._PIPELINE, policy)
+    simulated = sarathi_pipeline.build(ON, sarathi_pipeline._PIPELINE, policy)
     bubbles = Bubbles(simulated.cost)
     run = simulated.run(sarathi_pipeline.requests(12, seed=0), observer=bubbles)
     # Every stage works or idles from its first step to its last; the last stage ends
@@ -86,7 +88,9 @@ def sarathi_and_orca(**fields):
     return [
         sarathi_pipeline.run_pipeline(
             sarathi_pipeline.PipelinePoint(
-                simulated=sarathi_pipeline.build(*sarathi_pipeline._systems()[name]),
+                simulated=sarathi_pipeline.build(
+                    ON, *sarathi_pipeline._systems()[name]
+                ),
                 num_requests=120,
                 seed=0,
                 **fields,
