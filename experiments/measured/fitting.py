@@ -122,14 +122,19 @@ def _late_steps(found: Sequence[SimulatedRow]) -> float:
 
 
 def _errors(found: Sequence[SimulatedRow], prior: EngineFactors) -> list[FitError]:
-    """Return the errors over all rows, then for each model, device and precision."""
+    """Return the errors over all rows, then for each model, device and precision.
+
+    Return none if all rows have as many clients: no fit is without them.
+    """
     terms, measured_s = _terms(found)
     groups = [FOLDS[_PUBLISHED](one.row) for one in found]
+    if len(set(groups)) == 1:
+        return []
     tpot = left_out_errors(terms, measured_s, groups, prior)
     steps: dict[object, float] = {}
     for group in set(groups):
         others = [one for one, of in zip(found, groups, strict=True) if of != group]
-        steps[group] = _late_steps(others) if others else 0.0
+        steps[group] = _late_steps(others)
     ttft, latency = np.transpose(
         [
             _latency_errors(one, float(error), steps[group])

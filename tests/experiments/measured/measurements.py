@@ -4,6 +4,7 @@ import csv
 import pathlib
 
 from experiments.measured.rows import COLUMNS, read_rows
+from experiments.measured.served import RowTask, simulate_row
 
 DUMP = "db-dump/2026-04-27; config_id=1; silicon_concurrency={}; image"
 DAY = "source_file=2026-04-06.csv; silicon_concurrency={}; measured=2026-04-07"
@@ -44,6 +45,21 @@ def workers(prefill, decode, **changes):
     }
     empty = dict.fromkeys(("tp_size", "pp_size", "batch_size"), "")
     return fields(mode="disagg", **(empty | given | changes))
+
+
+def measured_by(profile, folder: pathlib.Path, *rows):
+    """The fields of rows, with the latencies that an engine of this profile has."""
+    described = read_rows(write(folder / "described.csv", *rows))
+    found = [simulate_row(RowTask(row=row, profile=profile)) for row in described]
+    assert not any(one.skipped for one in found)
+    return [
+        row
+        | {
+            "silicon_ttft_ms": 1e3 * one.simulated.ttft_s,
+            "silicon_tpot_ms": 1e3 * one.simulated.tpot_s,
+        }
+        for row, one in zip(rows, found, strict=True)
+    ]
 
 
 def write(path: pathlib.Path, *rows):
