@@ -111,6 +111,8 @@ def at_precision(
         weight, bits = _precision("gemm", gemm)
     if experts is not None:
         expert_weight, expert_bits = _precision("experts", experts)
+    routed = any(block.mlp.routed_params for block in model.blocks)
+    kept = gemm is None or (experts is None and routed)  # a precision that it had
     if kv not in (None, "bf16", "fp8"):
         raise ValueError(f"kv: expected bf16 or fp8, got {kv!r}")
     widths = dataclasses.replace(
@@ -119,7 +121,7 @@ def at_precision(
         matmul_bits=bits,
         expert_weight=expert_weight,
         expert_matmul_bits=expert_bits,
-        block_scaled="fp8_block" in (gemm, experts),
+        block_scaled="fp8_block" in (gemm, experts) or (had.block_scaled and kept),
         kv=had.kv if kv is None else {"bf16": 2, "fp8": 1}[kv],
     )
     return dataclasses.replace(model, widths=widths)

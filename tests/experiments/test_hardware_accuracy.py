@@ -62,11 +62,38 @@ def test_chosen_rows_say_where_their_time_goes(path):
     assert "0: prefill:tp1" in steps and "1: decode:tp1" in steps
 
 
+def test_a_profile_is_for_the_rows_of_its_engine(path, tmp_path):
+    refused = run(f"--rows={path}", "--engine=vllm-0.12", f"--out={tmp_path / 'no'}")
+    assert refused.returncode == 1
+    expected = "--engine: expected rows of vllm, or --force_profile, got ['sglang']"
+    assert expected in refused.stderr and not (tmp_path / "no").exists()
+    forced = run(
+        *(f"--rows={path}", "--ids=small,large", "--engine=ideal", "--force_profile"),
+        "--workers=1",
+    )
+    assert forced.returncode == 0, forced.stderr
+    assert "profile ideal for no version" in forced.stdout
+    assert "profile vllm" not in forced.stdout
+    # No host work: neither layers nor sequences take any time of their own.
+    assert "linear, %" in forced.stdout and "layer_s, %" not in forced.stdout
+    own = run(f"--rows={path}", "--ids=small", "--engine=vllm-0.12", "--workers=1")
+    assert own.returncode == 0, own.stderr
+    assert "profile vllm-0.12 for no version" in own.stdout
+
+
+def test_rows_have_the_profiles_of_their_engines(path):
+    done = run(f"--rows={path}", "--ids=small,large", "--workers=1")
+    assert "profile vllm for no version" in done.stdout
+    assert "profile sglang-0.5 for no version" in done.stdout
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
         ([], "--out: expected a folder, or --ids of some rows"),
         (["--ids=none"], "--ids: expected some of the 6 rows' ids, got ['none']"),
+        (["--ids=small", "--engine=orca"], "engine: expected one of"),
+        (["--ids=small", "--force_profile"], "--force_profile: expected --engine"),
     ],
 )
 def test_what_is_missing_is_said(path, flags, said):

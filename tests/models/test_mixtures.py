@@ -194,6 +194,34 @@ def test_experts_may_be_narrower_than_the_rest() -> None:
     assert (widths.experts, same.experts) == (0.5, 2)
 
 
+@pytest.mark.parametrize(
+    "name, gemm, experts, precision",
+    [
+        ("tiny", None, None, "float32"),
+        ("llama-3-8b", None, None, "bf16"),
+        ("llama-3-8b", "fp8", None, "fp8"),
+        ("llama-3-8b", "fp8_block", None, "fp8"),  # a little over one byte
+        ("llama-3-8b", "nvfp4", None, "fp4"),
+        ("llama-3-8b", "mxfp4", None, "fp4"),
+        ("llama-3-8b", "int4_wo", None, "int4"),
+        ("llama-3-8b", "bf16", "nvfp4", "bf16"),  # it has no experts
+        # Of a mixture most weights are the experts'.
+        ("mixtral-8x7b", None, None, "bf16"),
+        ("mixtral-8x7b", "bf16", "nvfp4", "fp4"),
+        ("mixtral-8x7b", "fp8", "int4_wo", "int4"),
+        ("mixtral-8x7b", "fp8", "fp8_block", "fp8"),
+        ("gpt-oss-120b", None, None, "fp4"),
+        ("deepseek-r1", None, None, "fp8"),
+        ("kimi-k2.5", None, None, "int4"),
+    ],
+)
+def test_precision_of_most_weights(
+    name: str, gemm: str | None, experts: str | None, precision: str
+) -> None:
+    model = at_precision(get_config(name), gemm=gemm, experts=experts)
+    assert model.precision == precision
+
+
 def test_impossible_structures_are_refused() -> None:
     (block,) = MIXTRAL.blocks
     linear = get_config("qwen3.5-397b-a17b").blocks[0]

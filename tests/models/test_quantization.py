@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from models.config import get_config
 from models.hf_blocks import read_layers
 from models.model_config import Widths
-from models.quantization import kv_bytes, read_widths, unknown_keys
+from models.quantization import at_precision, kv_bytes, read_widths, unknown_keys
 
 # A block has 16 + 8 + 8 + 16 = 48 weights of attention and 3 x 4 x 16 = 192 of MLP.
 SETTINGS = {
@@ -343,6 +344,50 @@ def test_bytes_of_the_cache(settings: dict[str, Any], size: int) -> None:
 def test_other_caches_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kv_bytes({**SETTINGS, **settings})
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+@pytest.mark.parametrize(
+    "settings, scaled",
+    [
+        ({}, False),
+        ({"quantization_config": {"quant_method": "fp8"}}, False),
+        ({"quantization_config": BLOCKS}, True),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, False),
+    ],
+)
+def test_activations_are_scaled_by_blocks_as_weights_are(
+    settings: dict[str, Any], scaled: bool
+) -> None:
+    assert widths(**settings).block_scaled == scaled
+
+
+@pytest.mark.parametrize(
+    "precisions, scaled",
+    [
+        ({}, False),
+        ({"gemm": "fp8", "experts": "fp8"}, False),
+        ({"gemm": "fp8_block", "experts": "fp8_block"}, True),
+        ({"gemm": "bf16", "experts": "fp8_block"}, True),
+        ({"gemm": "fp8_block", "experts": "nvfp4"}, True),
+    ],
+)
+def test_a_precision_says_whether_activations_are_scaled(
+    precisions: dict[str, str], scaled: bool
+) -> None:
+    model = get_config("mixtral-8x7b")
+    assert at_precision(model, **precisions).stored.block_scaled == scaled
+
+
+def test_a_matmul_of_other_precisions_has_no_scales_of_the_file() -> None:
+    model = get_config("deepseek-r1")
+    assert model.stored.block_scaled
+    assert not at_precision(model, gemm="bf16", experts="nvfp4").stored.block_scaled
+    # Of its blocks of weights some are left.
+    for other in ({"kv": "fp8"}, {"gemm": "bf16"}, {"experts": "nvfp4"}):
+        assert at_precision(model, **other).stored.block_scaled
 
 
 def test_matmuls_compute_as_those_of_most_weights_do() -> None:
