@@ -123,8 +123,7 @@ def test_presets():
         profile = get_engine(name)
         assert profile.name == name
         assert ENGINE_PROFILE.read(to_json(profile))
-        for replicas in (1, 8):  # budgets that the policies take
-            assert profile.policies(replicas)
+        assert set(profile.policies) == set(Role)  # with limits that these take
     expected = r"engine: expected one of \['ideal', .*\] or a .json file, got 'vllm-9'"
     with pytest.raises(ValueError, match=expected):
         get_engine("vllm-9")
@@ -176,14 +175,20 @@ def test_an_engine_without_a_profile_is_refused():
     "system, policy",
     [("vllm_v0", PrefillFirst), ("vllm_v1", RunningFirst), ("tensorrt_llm", NoEvict)],
 )
-def test_a_step_has_the_limits_of_each_replica(system, policy):
+def test_policies_have_the_limits_of_the_engine(system, policy):
     profile = dataclasses.replace(MINE, system=system)
-    assert profile.policies() == profile.policies(replicas=1)
-    assert profile.policies(replicas=4) == {
-        Role.COLOCATED: policy(max_batched_tokens=2048, max_seqs=256),
-        Role.PREFILL: PrefillOnly(token_budget=2048, max_seqs=256),
-        Role.DECODE: DecodeOnly(max_seqs=256),
+    assert profile.policies == {
+        Role.COLOCATED: policy(max_batched_tokens=512, max_seqs=64),
+        Role.PREFILL: PrefillOnly(token_budget=512, max_seqs=64),
+        Role.DECODE: DecodeOnly(max_seqs=64),
     }
+
+
+def test_decodes_do_not_exceed_a_step():
+    # Policies that mix refuse more requests than a step has tokens.
+    profile = dataclasses.replace(MINE, token_budget=32)
+    assert profile.policies[Role.COLOCATED].max_seqs == 32
+    assert profile.policies[Role.DECODE].max_seqs == 64
 
 
 def test_a_simulation_has_the_engines_policy_memory_and_overheads(tmp_path):
