@@ -17,7 +17,13 @@ from disagg_jax.metrics.criteria import UnloadedLatency
 from disagg_jax.programs.slices import full_slices, load_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Policy
-from disagg_jax.scheduling.tuning import TuningInputs, has_rule, tune, untuned
+from disagg_jax.scheduling.tuning import (
+    TuningInputs,
+    has_rule,
+    smallest_mixed_s,
+    tune,
+    untuned,
+)
 from disagg_jax.work import Slice, Step, StepLoad
 
 
@@ -106,7 +112,7 @@ class StepDurations:
                 reasons.append(f"{role.value} {why}")
             if not instances or not has_rule(policy):
                 continue
-            tuned = tune(policy, self._tuning_inputs(instances[0], requests), tpot_s)
+            tuned = tune(policy, self.tuning_inputs(instances[0], requests), tpot_s)
             found[role] = tuned.policy
             reasons.append(f"{role.value} {tuned.note}")
         return found, reasons
@@ -116,28 +122,16 @@ class StepDurations:
     ) -> float:
         """Return the seconds of the shortest full step with a prompt beside decodes.
 
-        A policy that splits prompts has a part of one in it, others a typical prompt at
-        least. It is 0 where no step has both.
+        See `tuning.smallest_mixed_s`.
         """
-        shortest_s: list[float] = []
-        for role, policy in policies.items():
-            limits, instances = policy.limits, self.engine.deployment.of(role)
-            if not instances or not (limits.mixed and limits.decode_rows):
-                continue
-            inputs = self._tuning_inputs(instances[0], requests)
-            least = 0 if limits.splits else inputs.prompt_tokens
-            shortest_s += [
-                inputs.step_s(
-                    inputs.mixed(size, limits.decode_rows, limits.prefill_rows)
-                )
-                for size in inputs.sizes
-                if size > least
-            ]
-        return min(shortest_s, default=0.0)
+        return smallest_mixed_s(
+            (policy, self.tuning_inputs(instances[0], requests))
+            for role, policy in policies.items()
+            if policy.limits.mixed and (instances := self.engine.deployment.of(role))
+        )
 
-    def _tuning_inputs(
-        self, instance: int, requests: Sequence[Request]
-    ) -> TuningInputs:
+    def tuning_inputs(self, instance: int, requests: Sequence[Request]) -> TuningInputs:
+        """Return what step sizes of an instance are chosen by, for these requests."""
         memory = self.engine.memory[instance]
         return TuningInputs(
             step_s=lambda load: self.step_s(instance, load),

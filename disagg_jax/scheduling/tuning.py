@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 from disagg_jax.errors import require
@@ -247,6 +247,29 @@ def _limits(policy: Policy) -> list[str]:
 
 def _fields(policy: Policy) -> set[str]:
     return set(getattr(policy, "__dataclass_fields__", ()))
+
+
+def smallest_mixed_s(served: Iterable[tuple[Policy, TuningInputs]]) -> float:
+    """Return the seconds of the shortest full step with a prompt beside decodes.
+
+    A policy that splits prompts has a part of one in it, others a typical prompt at
+    least. It is 0 where no step has both.
+
+    Args:
+      served: the policies of a system, each with the inputs of its instances.
+    """
+    shortest_s: list[float] = []
+    for policy, inputs in served:
+        limits = policy.limits
+        if not (limits.mixed and limits.decode_rows):
+            continue
+        least = 0 if limits.splits else inputs.prompt_tokens
+        shortest_s += [
+            inputs.step_s(inputs.mixed(size, limits.decode_rows, limits.prefill_rows))
+            for size in inputs.sizes
+            if size > least
+        ]
+    return min(shortest_s, default=0.0)
 
 
 # ---- the rules -----------------------------------------------------------------------

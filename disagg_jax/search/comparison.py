@@ -343,17 +343,20 @@ def _tuned(
     policies, parameters = dict[Role, Policy](), list[str]()
     for role, policy in given.items():
         instance = deployment.instances[deployment.of(role)[0]]
-        profile = _profile(spec, cell, instance)
-        tuned = tune(policy, profile, cell.slo.tpot_s, size)
+        inputs = tuning_inputs(spec, cell.workload, instance)
+        tuned = tune(policy, inputs, cell.slo.tpot_s, size)
         policies[role] = tuned.policy
         if tuned.note:
             parameters.append(tuned.note)
     return policies, tuple(parameters)
 
 
-def _profile(spec: ComparisonSpec, cell: Cell, instance: InstanceSpec) -> TuningInputs:
+def tuning_inputs(
+    spec: ComparisonSpec, workload: Workload, instance: InstanceSpec
+) -> TuningInputs:
+    """Return what step sizes of an instance are chosen by, for typical requests."""
     cost = spec.simulation.cost_of(instance).instance(instance.parallelism)
-    sample = cell.workload.requests(_SAMPLE, 1.0, spec.seeds[0])
+    sample = workload.requests(_SAMPLE, 1.0, spec.seeds[0])
     n = spec.simulation.replicas(instance)  # a policy's limits are those of one of them
     return TuningInputs(
         step_s=lambda load: sum(cost.stages_s(load.times(n))),
