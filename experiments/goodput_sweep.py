@@ -19,6 +19,11 @@ After 4, 8 and 16 seeds (`Config.first_seeds`) it looks whether every system is
 resolved, and stops. The search is repeated by each half of the rounds of timing: if
 another system is ahead, the table says that these timings do not settle it.
 
+A second table, of the main job alone, has the same systems with an 8B model on 4 H100s,
+simulated with the step times of a serving engine, beside the goodputs of this machine,
+and what a prompt costs in a step with decodes on both. `--set hardware_table=false`
+leaves it out.
+
 Writes a run directory and prints a table. Started again with the same --out and config,
 it resumes after an interrupt (one Ctrl-C, or SIGTERM), a kill or a full disk: it says
 how many points it found, and compiles programs only where some are still to run. If the
@@ -69,6 +74,7 @@ from experiments.runs.folder import plain, sole_use, write_text
 from experiments.runs.run_dir import RunDir, environment
 from experiments.runs.saved_run import SavedRun
 from experiments.sweep import report
+from experiments.sweep.hardware import hardware_table
 from experiments.sweep.request_source import RequestSource
 from experiments.sweep.serving import (
     build_engines,
@@ -77,6 +83,7 @@ from experiments.sweep.serving import (
     instance_memory,
     load_model,
     most_devices,
+    step_durations,
 )
 from experiments.sweep.settled import goodputs, verdict
 from experiments.sweep.sweep import OutOfTime, Sweep
@@ -210,10 +217,20 @@ def _run(
                 missing.append("whether the timings settle who is ahead")
             else:
                 settled = _settled(config, engines, times, sweeps, mapper, step)
+        hardware = _saved_hardware(run_dir)
+        if hardware is None and config.has_hardware_table:
+            if not deadline.passed():
+                seconds = step_durations(config, engines, times.seconds)
+                requests, stop = source(1.0), deadline.passed
+                hardware = hardware_table(config, seconds, requests, mapper, step, stop)
+            if hardware is None:
+                missing.append("the systems on other hardware")
     for name, summary in found.items():
         summary |= {"step_times": timing, "settled": settled.get(name)}
     run_dir.write_requests(point for sweep in sweeps for point in sweep.points())
     summary = found[""] if "" in found else {"targets": found}
+    if hardware is not None:
+        summary |= {"hardware_table": hardware}
     if missing:
         summary |= {"missing": missing}
     run_dir.write_json("summary.json", summary)
@@ -231,6 +248,11 @@ def _search(sweeps: Sequence[Sweep]) -> tuple[dict[str, Any], list[str]]:
         with contextlib.suppress(OutOfTime):
             found[sweep.target] = sweep.run()
     return found, [said for sweep in sweeps for said in sweep.missing]
+
+
+def _saved_hardware(run_dir: RunDir) -> dict[str, Any] | None:
+    """Return the second table of a run that is resumed, if it was made."""
+    return (run_dir.read_json("summary.json") or {}).get("hardware_table")
 
 
 def _nothing(run_dir: RunDir) -> str:

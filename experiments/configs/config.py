@@ -130,6 +130,9 @@ class Config:
     # first seed, which must give the timelines of the durations.
     execute_all: bool = False
     executed_requests: int = 100
+    # Whether the same systems are also simulated on GPUs, by targets that follow from
+    # the same rules; see `sweep.hardware`.
+    hardware_table: bool = False
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     prefill_router: str = "shortest_queue"  # picks the instance of a prompt
     decode_router: str = "least_loaded"  # picks the instance that pulls KV
@@ -203,6 +206,25 @@ class Config:
         """Return the names of the targets that systems are judged by; "" of one."""
         alone = not self.relaxed or self.slo.explicit
         return ("",) if alone else ("tight", "relaxed")
+
+    @property
+    def listed_systems(self) -> tuple[str, ...]:
+        """Return the names that `get_system` finds, of listed systems and of own ones.
+
+        Others are those of a placement search, and one system with several step sizes.
+        """
+        return tuple(
+            name
+            for name in self.systems
+            if find_system(name, SYSTEMS) in SYSTEMS
+            or (":" in name and "@" not in name)
+        )
+
+    @property
+    def has_hardware_table(self) -> bool:
+        """Return whether the question can be asked of other hardware, and is to be."""
+        scaled = self.criterion == "distserve" and not self.slo.explicit
+        return self.hardware_table and scaled and len(self.listed_systems) > 1
 
     @property
     def seeds(self) -> range:

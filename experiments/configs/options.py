@@ -190,6 +190,11 @@ _SCALED = Need(
     lambda config: not config.slo.explicit,
     lambda config: f"slo {config.slo}",
 )
+_LISTED = Need(
+    "two or more systems that are listed, or module:attribute",
+    lambda config: len(config.listed_systems) > 1,
+    lambda config: ", ".join(config.systems),
+)
 _DURATIONS_ALONE = Need(
     "durations that are known before, and no token that ends a request",
     lambda config: config.executed == "passing",
@@ -229,6 +234,7 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
     "slo.tpot_scale": (_without("slo.tpot_s"), _without("slo.preset")),
     "slo.preset": (_either(_without("slo.ttft_s"), _without("slo.tpot_s")),),
     "relaxed": (_SCALED,),
+    "hardware_table": (_SCALED, _is("criterion", "distserve"), _LISTED),
     "search.growth": (_SEARCH,),
     "search.max_rates": (_SEARCH,),
     "step_tokens": (_STEP_SIZE,),

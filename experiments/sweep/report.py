@@ -27,6 +27,7 @@ from experiments.report.panel import (
 )
 from experiments.report.table import numbers, side_by_side, underlined
 from experiments.runs.saved_run import by_target
+from experiments.sweep.hardware_report import hardware_lines
 from experiments.sweep.headline import good, headline, timings, too_slow
 from experiments.sweep.headline import notes as explained
 
@@ -55,7 +56,10 @@ def table(summary: Mapping[str, Any]) -> str:
     ]
     for name, found in targets.items():
         lines += ["", *_details(name, found)]
-    return "\n".join([*lines, "", *_ranks(targets), "", *explained(first)])
+    lines += ["", *_ranks(targets), "", *explained(first)]
+    if second := hardware_lines(summary):
+        lines += ["", *second]
+    return "\n".join(lines)
 
 
 def _sizes(targets: Mapping[str, Any]) -> str:

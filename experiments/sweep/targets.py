@@ -99,8 +99,18 @@ def resolve_slos(
     tight = resolve_slo(config, next(iter(durations.values())), source)
     if config.targets == ("",):
         return {"": tight}
-    slowest_s = max(_smallest_mixed_s(config, durations, source).values())
-    scale = max(1.0, config.relaxed * slowest_s / tight.tpot_s)
+    return with_relaxed(config, tight, _smallest_mixed_s(config, durations, source))
+
+
+def with_relaxed(
+    config: Config, tight: SLO, smallest_mixed_s: Mapping[str, float]
+) -> dict[str, SLO]:
+    """Return the tight SLO and the relaxed one, by name; see `Config.relaxed`.
+
+    Args:
+      smallest_mixed_s: by system, its smallest full step with a prompt beside decodes.
+    """
+    scale = max(1.0, config.relaxed * max(smallest_mixed_s.values()) / tight.tpot_s)
     return dict(zip(config.targets, (tight, tight.scaled(scale)), strict=True))
 
 

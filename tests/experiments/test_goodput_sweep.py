@@ -1,6 +1,7 @@
 """The main job from end to end, on a workload of seconds."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -25,13 +26,14 @@ from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.hardware.link import get_link
 from experiments import goodput_sweep, one_request
-from experiments.configs.named import get_config
+from experiments.configs.named import CONFIGS, get_config
 from experiments.configs.override import override
 from experiments.runs.folder import differences
 from experiments.runs.run_dir import RunDir
 from experiments.runs.saved_run import Point, SavedRun
 from experiments.sweep import report, serving
 from experiments.sweep import summary as summaries
+from experiments.sweep.hardware import Question
 from experiments.sweep.serving import load_model
 from tests.commands import run_command
 
@@ -191,6 +193,46 @@ def test_a_run_whose_time_is_spent_goes_on_and_ends_as_one_without_a_limit(
     goodput_sweep.run(config(), out, times)
     for name in ("summary.json", "requests.jsonl"):
         assert (out / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_the_second_table_is_made_once_and_left_out_where_asked(
+    first, tmp_path, monkeypatch
+):
+    out, times = tmp_path / "both", str(first / "step_times.json")
+    short = {"num_requests": 20, "max_requests": 20, "seeds": 2}
+    question = Question(workload="fixed:64x8", **short)
+    small = functools.partial(goodput_sweep.hardware_table, question=question)
+    asked, title = config("hardware_table=true"), "the same systems on 4 x h100"
+
+    class BeforeIt(Rates):
+        """Is passed when nothing but the second table is left."""
+
+        def passed(self):
+            return len(list((out / "points").glob("*.json"))) == 8
+
+    # Without time for it the run is not finished, and goes on with it.
+    monkeypatch.setattr(goodput_sweep, "hardware_table", refuse)
+    text = goodput_sweep.run(asked, out, times, deadline=BeforeIt(0))
+    assert "goes on with" in text and "the systems on other hardware" in text
+    assert title not in text
+    monkeypatch.setattr(goodput_sweep, "hardware_table", small)
+    text = goodput_sweep.run(asked, out, times)
+    assert title in text and "not checked" not in text
+    summary = json.loads((out / "summary.json").read_text())
+    of_table = summary.pop("hardware_table")
+    assert list(of_table["targets"]) == [""]
+    # The first table is that of a run without the second.
+    assert summary == json.loads((first / "summary.json").read_text())
+    assert text.startswith((first / "table.txt").read_text().rstrip("\n"))
+    # A run that has ended shows it, and one that lost its table writes it again.
+    monkeypatch.setattr(goodput_sweep, "hardware_table", refuse)
+    assert goodput_sweep.run(asked, out, times) == text
+    (out / "table.txt").unlink()
+    assert goodput_sweep.run(asked, out, times) == text
+    # By default no config but the main job's has it.
+    assert [n for n in CONFIGS if get_config(n).hardware_table] == ["tiny"]
+    without = override(get_config("tiny"), ["hardware_table=false"])
+    assert not without.has_hardware_table
 
 
 @pytest.mark.parametrize(
@@ -527,6 +569,7 @@ ALL_SYSTEMS = [
     *(change for change in SMALL if not change.startswith(("systems", "rates"))),
     "execute_all=false",
     "relaxed=0",
+    "hardware_table=false",
     "num_seeds=1",
     "timing_repeats=2",
     "memory.max_context=24",

@@ -62,6 +62,18 @@ class EngineFactors:
             value = getattr(self, field.name)
             require(value >= 0, f"{field.name}: expected >= 0", value)
 
+    def without_overheads(self) -> EngineFactors:
+        """Return the factors without the seconds that nothing hides."""
+        return dataclasses.replace(
+            self,
+            layer_s=0.0,
+            scaled_layer_s=0.0,
+            expert_layer_s=0.0,
+            kv_layer_s=0.0,
+            sequence_s=0.0,
+            step_s=0.0,
+        )
+
     def time_s(self, terms: StepTerms) -> float:
         """Return the seconds of a step."""
         return (

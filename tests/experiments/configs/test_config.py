@@ -432,6 +432,38 @@ def test_a_relaxed_target_beside_an_slo_in_seconds_has_no_effect():
 
 
 @pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("smoke", ["slo.tpot_s=0.01"], "an slo in multiples of a step"),
+        ("smoke", ["criterion=mooncake"], "criterion=distserve"),
+        ("tiny_streams", [], ""),  # two systems that are listed
+    ],
+)
+def test_a_hardware_table_needs_a_question_that_scales(name, changes, expected):
+    asked = ["hardware_table=true", *changes]
+    if not expected:
+        assert override(get_config(name), asked).has_hardware_table
+        return
+    with pytest.raises(ValueError, match=f"hardware_table: expected {expected}"):
+        override(get_config(name), asked)
+
+
+def test_systems_with_sizes_or_places_of_this_machine_are_not_listed():
+    config = get_config("smoke")
+    (vllm, apart) = config.systems.values()
+    names = ("vllm", "vllm_v0@64", "placed_low", "my_module:mine", "my_module:mine@64")
+    systems = {name: vllm for name in names} | {"disaggregated": apart}
+    config = dataclasses.replace(config, systems=systems)
+    assert config.listed_systems == ("vllm", "my_module:mine", "disaggregated")
+    alone = dataclasses.replace(config, systems={"vllm_v0": vllm})
+    with pytest.raises(ValueError, match="expected two or more systems"):
+        override(alone, ["hardware_table=true"])
+    # One that a named config has may stay without effect.
+    asked = dataclasses.replace(get_config("tiny"), criterion="mooncake")
+    assert not asked.has_hardware_table
+
+
+@pytest.mark.parametrize(
     "assignment", ["first_seeds=-1", "relaxed=-1", "executed_requests=0"]
 )
 def test_less_than_nothing_is_refused(assignment):

@@ -234,6 +234,13 @@ def test_factors_multiply_terms_and_add_seconds():
         assert instance.stages_s(decodes) == pytest.approx([instance.decode_s(3, 6)])
 
 
+def test_without_overheads_only_factors_are_left():
+    names = [field.name for field in dataclasses.fields(EngineFactors)]
+    found = EngineFactors(**dict.fromkeys(names, 0.5)).without_overheads()
+    for name in names:
+        assert getattr(found, name) == (0.0 if name.endswith("_s") else 0.5), name
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
