@@ -76,11 +76,15 @@ class Question:
             self.model, self.hardware, engine=self.engine, max_context=self.max_context
         )
         tile = max(_TILE, get_hardware(self.hardware).tile_rows)
+        engine = get_engine(self.engine)
         return ComparisonSpec(
             simulation=simulation,
             devices=self.devices,
-            systems={name: get_system(name, KNOWN) for name in config.listed_systems},
-            sizes=tile_multiples(tile),
+            systems={
+                name: engine.limit(get_system(name, KNOWN))
+                for name in config.listed_systems
+            },
+            sizes=tile_multiples(tile, engine.token_budget),
             plan=config.search,
             num_requests=self.num_requests,
             max_requests=self.max_requests,
@@ -192,7 +196,7 @@ def hardware_table(
     cells = [next(iter(grid.values())) for grid in grids]
     return {
         **dataclasses.asdict(question),
-        "checked": spec.simulation.cost.checked,
+        "checked": spec.simulation.checked,
         "prompt_tokens": instance.inputs.prompt_tokens,
         "output_tokens": instance.inputs.output_tokens,
         "decodes": rows,

@@ -49,7 +49,7 @@ def hardware_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _conditions(table: Mapping[str, Any]) -> Iterator[str]:
     """Say what was simulated, and how far it can be trusted."""
-    yield f"{table['checked']}; every system has its step times and memory"
+    yield f"{table['checked']}; every system has its step times, memory and limits"
     yield (
         f"requests: {table['workload']}, Poisson arrivals; on average "
         f"{table['prompt_tokens']} prompt and {table['output_tokens']} output tokens "
