@@ -408,6 +408,7 @@ REFUSED = {
         "--figure=sarathi_table4 --seeds=3": "--seeds: expected --all or --figure=",
         "--figure=fig8a --search_times=x": "--search_times: expected --all or --figure="
         "fig12, got --figure=fig8a, where --search_times=x has no effect",
+        "--figure=fig2 --engine=vllm": "--engine: expected --all or --figure=",
         "--figure=fig99 --seeds=3": "--figure: expected one of [",
     },
     "overhead": {
@@ -458,7 +459,7 @@ class _Watched(Lab):
     seen: ClassVar[set[str]] = set()
 
     def __getattribute__(self, name):
-        if name in ("num_requests", "seeds", "search_times"):
+        if name in ("num_requests", "seeds", "search_times", "engine"):
             _Watched.seen.add(name)
         return super().__getattribute__(name)
 
@@ -474,5 +475,6 @@ def test_a_figure_says_what_it_reads_of_its_lab(name):
     _Watched.seen.clear()
     with contextlib.suppress(_Done):
         FIGURES[name].make(lab)
-    copied = {"search_times"} if name == "goodput_n" else set()  # with all of its lab
+    # Copied with all of its lab.
+    copied = {"search_times", "engine"} if name == "goodput_n" else set()
     assert {*FIGURES[name].reads, *copied} == _Watched.seen
