@@ -408,6 +408,7 @@ REFUSED = {
         "--figure=sarathi_table4 --seeds=3": "--seeds: expected --all or --figure=",
         "--figure=fig8a --search_times=x": "--search_times: expected --all or --figure="
         "fig12, got --figure=fig8a, where --search_times=x has no effect",
+        "--figure=fig2 --engine=vllm": "--engine: expected --all or --figure=",
         "--figure=fig99 --seeds=3": "--figure: expected one of [",
     },
     "overhead": {
