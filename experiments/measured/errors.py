@@ -78,12 +78,13 @@ def errors_of(found: Sequence[SimulatedRow]) -> dict[str, Errors]:
 
 def _kind(one: SimulatedRow) -> str:
     """Return what a simulator must know for a row, from the simplest kind on."""
-    row = one.row
+    row, dense = one.row, find_model(one.row.model).is_dense
     if row.may_speculate:
-        return "5 one token a step or several, not marked"
+        return "6 one token a step or several, not marked"
     if row.mode == "disagg":
-        return "4 prefill and decode workers"
-    if not find_model(row.model).is_dense:
+        who = "5 dense" if dense else "4 experts"
+        return f"{who}, prefill and decode workers"
+    if not dense:
         return "3 experts"
     return "1 dense, 16 bits" if row.precision == "bf16" else "2 dense, 8 or 4 bits"
 

@@ -58,7 +58,14 @@ def test_groups(tmp_path):
         (fields(), "1 dense, 16 bits"),
         (fields(precision="fp8"), "2 dense, 8 or 4 bits"),
         (fields(model_path="gpt-oss-20b", precision="fp4"), "3 experts"),
-        (workers((1, 1, 1, 0), (1, 1, 1, 0)), "4 prefill and decode workers"),
+        (
+            {**workers((1, 1, 1, 0), (1, 1, 1, 0)), "model_path": "gpt-oss-20b"},
+            "4 experts, prefill and decode workers",
+        ),
+        (
+            workers((1, 1, 1, 0), (1, 1, 1, 0)),
+            "5 dense, prefill and decode workers",
+        ),
     ],
 )
 def test_what_a_simulator_must_know_for_a_row(tmp_path, row, kind):
@@ -67,7 +74,7 @@ def test_what_a_simulator_must_know_for_a_row(tmp_path, row, kind):
     assert list(grouped([one], "kind")) == [kind]
     doubtful = dataclasses.replace(read, may_speculate=True)
     (other,) = grouped([dataclasses.replace(one, row=doubtful)], "kind")
-    assert other == "5 one token a step or several, not marked"
+    assert other == "6 one token a step or several, not marked"
 
 
 def test_a_skipped_row_has_no_errors(tmp_path):
