@@ -105,7 +105,9 @@ def test_a_second_interrupt_while_programs_compile_is_no_crash(tmp_path, gap_s):
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(gap_s)
     said = process.communicate()[1]
-    assert process.returncode == 128 + signal.SIGINT
+    # While the interpreter ends, its handlers are gone. The signal itself ends it then,
+    # which a shell reports by the same number.
+    assert process.returncode in (128 + signal.SIGINT, -signal.SIGINT)
     assert said.splitlines()[-1].startswith("interrupted: what was saved is kept. To ")
     assert "Traceback" not in said and "Fatal" not in said
     wait_until_gone(session(process.pid))
