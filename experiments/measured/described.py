@@ -65,5 +65,7 @@ def simulation_of(row: MeasuredRow, loop: Loop, profile: EngineProfile) -> Simul
         cost=roofline(model, hardware, started),
         policies=started.policies,
         inside=hardware.hop.name,
+        between=hardware.between.name if hardware.between else None,
+        node_devices=hardware.node_devices,
         max_context=row.prompt_tokens + row.output_tokens,
     )

@@ -130,8 +130,8 @@ class Hardware:
         default_factory=dict[int, AllToAll]
     )
     hop: LinkSpec  # takes activations to the next pipeline stage
-    # What machines of this kind have. A simulation is told `node_devices` and `between`
-    # of its own, as other networks can be rented.
+    # What machines of this kind have; measured rows are simulated with it. Another
+    # simulation is told its own, as other networks can be rented.
     between: LinkSpec | None = None  # of one device to other nodes; None: not known
     node_devices: int = 8  # that `hop` joins
     # A step:

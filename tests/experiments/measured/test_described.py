@@ -117,7 +117,10 @@ def test_a_row_is_simulated_on_its_devices_at_its_lengths(tmp_path):
     _, simulation = simulated(tmp_path, isl=256, osl=32, system="h200_sxm")
     assert simulation.cost.name == "roofline/h200/vllm"
     assert simulation.max_context == 288
-    assert (simulation.inside, simulation.between) == ("nvlink-h100", None)
+    assert (simulation.inside, simulation.between) == ("nvlink-h100", "400gb")
+    assert simulation.node_devices == 8
+    _, rack = simulated(tmp_path, isl=256, osl=32, system="gb200")
+    assert (rack.inside, rack.node_devices) == ("nvlink5", 72)
 
 
 def test_profiles_have_the_limits_that_fits_start_with():
