@@ -121,7 +121,9 @@ class RooflineInstance:
             for i, blocks in enumerate(partition.stage_blocks)
         )
         # Seconds per token of context, on each stage.
-        self._slopes = tuple(factors.kv * stage.context_s for stage in self._stages)
+        self._slopes = tuple(
+            factors.kv * stage.attention.context_s for stage in self._stages
+        )
         self._slope = self._slopes[0]
         self._bases: dict[int, float] = {}  # decodes -> seconds without context
 
@@ -157,13 +159,14 @@ class _WindowedInstance(RooflineInstance):
     def stages_s(self, load: StepLoad) -> tuple[float, ...]:
         """Return the seconds on each stage."""
         return tuple(
-            time_s + self.factors.kv * stage.windows_s(load.decodes, load.context)
+            time_s
+            + self.factors.kv * stage.attention.windows_s(load.decodes, load.context)
             for stage, time_s in zip(self._stages, super().stages_s(load), strict=True)
         )
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Return the seconds of a decode-only step on the one stage."""
-        windows_s = self._stages[0].windows_s(decodes, context)
+        windows_s = self._stages[0].attention.windows_s(decodes, context)
         return super().decode_s(decodes, context) + self.factors.kv * windows_s
 
 
@@ -208,6 +211,75 @@ class _Experts:
         return max(compute_s, mlp.touched(tokens) * self._expert_s)
 
 
+class _Attention:
+    """Attention in the layers of a stage: of decodes to their context, and of prompts.
+
+    Attributes:
+      layers: that read KV.
+      context_s: seconds for a token of context, all replicas together, in the layers
+        without a window.
+      state_s: seconds for a decode in which linear attention reads and writes its
+        state.
+    """
+
+    def __init__(
+        self, partition: Partition, hardware: Hardware, blocks: Sequence[Block]
+    ):
+        parallelism, stored = partition.parallelism, partition.model.stored
+        bytes_s = hardware.hbm_bytes_s * hardware.kv_mbu
+        flops_s = parallelism.tp * hardware.peak(16)
+        self._mfu, self._dp = hardware.attention_mfu, parallelism.dp
+        self.layers, self.context_s, self.state_s = 0, 0.0, 0.0
+        # (window, seconds for a token of context in the layers with it)
+        self._windows: list[tuple[int, float]] = []
+        # (layers, window, seconds of a pair at the peak, of reading a token's KV)
+        self._prefill: list[tuple[int, int | None, float, float]] = []
+        for block in blocks:
+            attention = block.attention
+            state_bytes = 2 * attention.state_values * _STATE_BYTES
+            self.state_s += block.count * state_bytes / (parallelism.tp * bytes_s)
+            if not attention.kv_values_per_token:
+                continue
+            self.layers += block.count
+            kv_bytes = attention.kv_values_per_token * stored.kv
+            read_s = kv_bytes / (attention.kv_shards(parallelism.tp) * bytes_s)
+            token_s = read_s
+            if isinstance(attention, LatentAttention):
+                # All heads share a latent: several hundred FLOPs for each byte. Others
+                # have at most some 30 (16 heads a KV head), and reading takes longer.
+                best_flops_s = flops_s * self._mfu.points[-1][1]
+                token_s = max(read_s, attention.decode_pair_flops / best_flops_s)
+            token_s *= block.count / parallelism.dp
+            if attention.window is None:
+                self.context_s += token_s
+            else:
+                self._windows.append((attention.window, token_s))
+            pair_s = attention.prefill_pair_flops / flops_s
+            self._prefill.append((block.count, attention.window, pair_s, read_s))
+
+    def windows_s(self, decodes: int, context: int) -> float:
+        """Return the seconds of reading KV in the layers that have a window."""
+        return sum(
+            token_s * min(context, decodes * window)
+            for window, token_s in self._windows
+        )
+
+    def prompts_s(self, chunks: Sequence[tuple[int, int]]) -> float:
+        """Return the seconds of causal attention over prompt parts."""
+        return sum([self._chunk_s(*chunk) for chunk in chunks]) / self._dp
+
+    def _chunk_s(self, start: int, count: int) -> float:
+        mfu = self._mfu.at(start + count)
+        time_s = 0.0
+        for layers, window, pair_s, read_s in self._prefill:
+            # Tokens that a token attends to, on average, and those that are read again.
+            seen, cached = start + count / 2, float(start)
+            if window is not None:
+                seen, cached = min(seen, window), min(cached, window)
+            time_s += layers * max(count * seen * pair_s / mfu, cached * read_s)
+        return time_s
+
+
 class _Stage:
     """The terms of steps on one pipeline stage."""
 
@@ -244,48 +316,13 @@ class _Stage:
         native = bits in hardware.peak_flops_by_bits
         self._expanded = stored.experts < 1 and not native
         self._scaled = stored.block_scaled
-        self._attend(partition, hardware, blocks)
-
-    def _attend(
-        self, partition: Partition, hardware: Hardware, blocks: Sequence[Block]
-    ) -> None:
-        """Work out the seconds of attention for a token of context and a pair."""
-        parallelism, stored = partition.parallelism, partition.model.stored
-        bytes_s = hardware.hbm_bytes_s * hardware.kv_mbu
-        flops_s = parallelism.tp * hardware.peak(16)
-        self._kv_layers = 0
-        self._state_s = 0.0  # per decode: linear attention reads and writes its state
-        self.context_s = 0.0  # per token of context, all replicas, without windows
-        self._windows: list[tuple[int, float]] = []  # (window, the same with it)
-        # (layers, window, seconds of a pair at the peak, of reading a token's KV)
-        self._prefill: list[tuple[int, int | None, float, float]] = []
-        for block in blocks:
-            attention = block.attention
-            state_bytes = 2 * attention.state_values * _STATE_BYTES
-            self._state_s += block.count * state_bytes / (parallelism.tp * bytes_s)
-            if not attention.kv_values_per_token:
-                continue
-            self._kv_layers += block.count
-            kv_bytes = attention.kv_values_per_token * stored.kv
-            read_s = kv_bytes / (attention.kv_shards(parallelism.tp) * bytes_s)
-            token_s = read_s
-            if isinstance(attention, LatentAttention):
-                # All heads share a latent: several hundred FLOPs for each byte. Others
-                # have at most some 30 (16 heads a KV head), and reading takes longer.
-                best_flops_s = flops_s * hardware.attention_mfu.points[-1][1]
-                token_s = max(read_s, attention.decode_pair_flops / best_flops_s)
-            token_s *= block.count / parallelism.dp
-            if attention.window is None:
-                self.context_s += token_s
-            else:
-                self._windows.append((attention.window, token_s))
-            pair_s = attention.prefill_pair_flops / flops_s
-            self._prefill.append((block.count, attention.window, pair_s, read_s))
+        self.attention = _Attention(partition, hardware, blocks)
 
     def all_terms(self, load: StepLoad) -> StepTerms:
         """Return the terms of a step."""
         terms, context = self.terms(load), load.context
-        read_s = self.context_s * context + self.windows_s(load.decodes, context)
+        read_s = self.attention.context_s * context
+        read_s += self.attention.windows_s(load.decodes, context)
         return terms._replace(kv_s=terms.kv_s + read_s)
 
     def terms(self, load: StepLoad) -> StepTerms:
@@ -302,46 +339,23 @@ class _Stage:
             # Only a prompt's last chunk needs logits. A load does not say which chunks
             # are last: each is billed for one row.
             linear_s += self._head.time_s(sequences)
-        experts_s = attention_s = kv_s = 0.0
+        experts_s = 0.0
         for experts in self._experts:
             experts_s += experts.time_s(tokens)
-        if chunks:
-            attention_s = sum([self._chunk_s(*chunk) for chunk in chunks]) / dp
-        if decodes:
-            kv_s = self._state_s * -(-decodes // dp)
         return StepTerms(
             linear_s,
             0.0 if self._expanded else experts_s,
             experts_s if self._expanded else 0.0,
-            attention_s,
-            kv_s,
+            self.attention.prompts_s(chunks) if chunks else 0.0,
+            self.attention.state_s * -(-decodes // dp),
             reduce_s,
             exchange_s,
             self._layers,
             self._layers if self._scaled else 0,
             self._expert_layers,
-            self._kv_layers if decodes else 0,
+            self.attention.layers if decodes else 0,
             sequences,
         )
-
-    def windows_s(self, decodes: int, context: int) -> float:
-        """Return the seconds of reading KV in the layers that have a window."""
-        return sum(
-            token_s * min(context, decodes * window)
-            for window, token_s in self._windows
-        )
-
-    def _chunk_s(self, start: int, count: int) -> float:
-        """Return the seconds of causal attention over a prompt part, all layers."""
-        mfu = self._hardware.attention_mfu.at(start + count)
-        time_s = 0.0
-        for layers, window, pair_s, read_s in self._prefill:
-            # Tokens that a token attends to, on average, and those that are read again.
-            seen, cached = start + count / 2, float(start)
-            if window is not None:
-                seen, cached = min(seen, window), min(cached, window)
-            time_s += layers * max(count * seen * pair_s / mfu, cached * read_s)
-        return time_s
 
     def _communicate(self, rows: int) -> tuple[float, float]:
         """Return the seconds of all-reduces, and of tokens to experts and back.
