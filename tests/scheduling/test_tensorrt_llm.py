@@ -1,44 +1,23 @@
 """TensorRT-LLM: who is admitted, that nobody is evicted, where it is Sarathi-Serve."""
 
+import functools
+
 import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory, Role
 from disagg_jax.request import Status
-from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.tensorrt_llm import NoEvict
 from disagg_jax.sim.policy_check import check_run
-from disagg_jax.work import Arrived
 from tests.instances import make_instance, planned
-from tests.serving import (
-    Run,
-    assert_all_free,
-    make_controller,
-    make_request,
-    with_prompt,
-)
+from tests.scheduling import small_steps
+from tests.scheduling.small_steps import BUDGET, LOADS, SARATHI, SEQS, requests
 
-BUDGET, SEQS = 8, 4  # tokens and requests; blocks have 4 tokens
 NO_EVICT = NoEvict(max_batched_tokens=BUDGET, max_seqs=SEQS)
 TENSORRT = {Role.COLOCATED: NO_EVICT}
-SARATHI = {Role.COLOCATED: SarathiServe(token_budget=BUDGET, max_seqs=SEQS)}
-
-
-def run(*lengths, blocks, policies=TENSORRT):
-    """Serve (prompt, output) of each; return the run, with all memory free again."""
-    controller = make_controller(blocks=blocks, policies=policies)
-    done = Run(controller)
-    done.turn(*(Arrived(with_prompt(i, 0.0, *both)) for i, both in enumerate(lengths)))
-    done.finish()
-    assert_all_free(controller)
-    return done
-
-
-def schedule(*lengths, blocks, policies=TENSORRT):
-    """The tokens of each request in each step."""
-    steps = run(*lengths, blocks=blocks, policies=policies).steps
-    return [{part.request.id: part.count for part in s.slices} for s in steps]
+run = functools.partial(small_steps.run, policies=TENSORRT)
+schedule = functools.partial(small_steps.schedule, policies=TENSORRT)
 
 
 def test_one_budget_for_decodes_and_pieces_of_prompts():
@@ -118,20 +97,6 @@ def test_decodes_alone_are_one_span():
 def test_impossible_parameters_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         NoEvict(**{"max_batched_tokens": 8, "max_seqs": 4, **changes})
-
-
-LOADS = st.lists(
-    st.tuples(st.integers(0, 8), st.integers(1, 20), st.integers(1, 6)),
-    min_size=1,
-    max_size=8,
-)
-
-
-def requests(drawn):
-    return [
-        make_request(i, float(at), prompt, out)
-        for i, (at, prompt, out) in enumerate(sorted(drawn))
-    ]
 
 
 @given(LOADS, st.integers(3, 9))

@@ -1,36 +1,17 @@
 """vLLM V1: schedules worked out by hand, and where they are Sarathi-Serve's."""
 
+import functools
+
 from hypothesis import given
-from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory, Role
-from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from disagg_jax.sim.policy_check import check_run
-from disagg_jax.work import Arrived
-from tests.serving import (
-    Run,
-    assert_all_free,
-    make_controller,
-    make_request,
-    with_prompt,
-)
+from tests.scheduling import small_steps
+from tests.scheduling.small_steps import BUDGET, LOADS, SARATHI, SEQS, requests
 
-BUDGET, SEQS = 8, 4  # tokens and requests; blocks have 4 tokens
 VLLM = {Role.COLOCATED: RunningFirst(max_batched_tokens=BUDGET, max_seqs=SEQS)}
-
-
-SARATHI = {Role.COLOCATED: SarathiServe(token_budget=BUDGET, max_seqs=SEQS)}
-
-
-def schedule(*lengths, blocks, policies=VLLM):
-    """The tokens of each request in each step; (prompt, output) of each are given."""
-    controller = make_controller(blocks=blocks, policies=policies)
-    run = Run(controller)
-    run.turn(*(Arrived(with_prompt(i, 0.0, *both)) for i, both in enumerate(lengths)))
-    run.finish()
-    assert_all_free(controller)
-    return [{part.request.id: part.count for part in s.slices} for s in run.steps]
+schedule = functools.partial(small_steps.schedule, policies=VLLM)
 
 
 def test_one_budget_for_decodes_and_pieces_of_prompts():
@@ -66,18 +47,8 @@ def test_a_begun_prompt_without_a_block_is_computed_again():
     ]
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(0, 8), st.integers(1, 20), st.integers(1, 6)),
-        min_size=1,
-        max_size=8,
-    )
-)
+@given(LOADS)
 def test_with_memory_enough_its_steps_are_those_of_sarathi_serve(drawn):
-    requests = [
-        make_request(i, float(at), prompt, out)
-        for i, (at, prompt, out) in enumerate(sorted(drawn))
-    ]
     memory = KVMemory(num_blocks=1000, block_tokens=4, max_context=100)
-    ours, theirs = (check_run(p, memory, requests) for p in (VLLM, SARATHI))
+    ours, theirs = (check_run(p, memory, requests(drawn)) for p in (VLLM, SARATHI))
     assert [t.token_s for t in ours] == [t.token_s for t in theirs]
