@@ -187,6 +187,12 @@ def test_a_window_limits_what_is_read_and_what_a_prompt_attends_to():
     # 8 tokens attend to 4 on average, with the window to 3: 16 FLOPs a pair.
     (found,) = instance.terms(StepLoad(((0, 8),), 0, 0))
     assert found.attention_s == pytest.approx(16 * 8 * (4 + 3) / 50)
+    # One token after 8 reads them again, or the 3 of the window, where computing takes
+    # next to no time.
+    fast = dataclasses.replace(DEVICE, peak_flops=1e6)
+    quick = dataclasses.replace(cost(*blocks), hardware=fast).instance(ONE)
+    (found,) = quick.terms(StepLoad(((8, 1),), 0, 0))
+    assert found.attention_s == pytest.approx((8 + 3) * 0.2)
     # The window keeps no more KV with the context: 4 bytes a token in one layer.
     room = 9000 - 2 * 2 * (48 + 24) - 2 * 80
     assert cost(*blocks).kv_tokens(ONE) == room // 4
