@@ -70,12 +70,12 @@ class Parallelism:
 
     @property
     def stage_devices(self) -> int:
-        """Devices of one stage."""
+        """Return the devices of one stage."""
         return self.tp * self.dp
 
     @property
     def devices(self) -> int:
-        """Devices of all stages together."""
+        """Return the devices of all stages together."""
         return self.stage_devices * self.pp
 
     def require_tp_pp_only(self, who: str) -> None:

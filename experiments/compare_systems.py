@@ -204,7 +204,7 @@ def _check_flags() -> None:
 
 
 def _simulation() -> tuple[Simulation, tuple[int, ...]]:
-    """What is simulated, and the step sizes to choose from."""
+    """Return what is simulated, and the step sizes to choose from."""
     given = _SIMULATED.config is None or FLAGS.values["max_tokens"].present
     simulation = _SIMULATED.read(_MAX_TOKENS.value if given else None)
     hardware, engine = _SIMULATED.hardware, simulation.engine
