@@ -226,6 +226,12 @@ class Deployment:
         for spec in self.instances:
             spec.parallelism.require_tp_pp_only(who)
 
+    def require_each(self, name: str, values: Collection[object]) -> None:
+        """Raise a ValueError that says `name` unless `values` has one an instance."""
+        n = len(self.instances)
+        expected = f"{name}: expected one for each of the {n} instances"
+        require(len(values) == n, expected, len(values))
+
     @property
     def devices(self) -> int:
         """Devices of all instances together."""

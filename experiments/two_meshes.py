@@ -111,13 +111,12 @@ def build(config: ModelConfig, cut: Cut | str) -> ServedDeployment:
 def layout(engine: Engine) -> str:
     """Show the meshes, and how weights and KV are laid out on them."""
     head = ("", *(str(spec.role) for spec in engine.deployment.instances))
-    models = [instance.model for instance in engine.instances]
-    meshes = [model.stages[0].mesh for model in models]
+    meshes = [instance.programs.stages[0].mesh for instance in engine.instances]
     rows = [
         ("devices", *(", ".join(map(_id, mesh.devices.flat)) for mesh in meshes)),
         ("mesh", *(str(dict(mesh.shape)) for mesh in meshes)),
     ]
-    trees = [dict(_leaves(model.groups[0].params)) for model in models]
+    trees = [dict(_leaves(i.model.params[0])) for i in engine.instances]
     for path in trees[0]:
         rows.append((path, *(_placed(tree[path]) for tree in trees)))
     rows.append(("KV pool", *(_placed(i.cache[0][0]) for i in engine.instances)))

@@ -52,7 +52,7 @@ def unseen(engines: Iterable[Engine], count: int, seed: int) -> list[EngineWork]
     works: list[EngineWork] = []
     for engine in engines:
         for i, instance in enumerate(engine.instances):
-            memory = instance.model.memory
+            memory = instance.programs.memory
             most = memory.num_blocks * memory.block_tokens
             limits = _Limits(min(memory.max_context, most), most, rng)
             for parts in limits.steps(instance.buckets, count):
@@ -70,7 +70,7 @@ def _shortened(
     """Return a transfer of some of the blocks."""
     n = int(rng.integers(1, len(transfer.src_blocks), endpoint=True))
     blocks = transfer.src_blocks[:n]
-    tokens = n * engine.instances[transfer.src].model.memory.block_tokens
+    tokens = n * engine.instances[transfer.src].programs.memory.block_tokens
     return dataclasses.replace(
         transfer, src_blocks=blocks, dst_blocks=blocks, context=tokens
     )
@@ -152,7 +152,7 @@ def calibrate(
       ValueError: if the device changed its speed by more than `max_drift`, or there was
         time for fewer rounds than a fit needs.
     """
-    model, memory = engines[0].config, engines[0].instances[0].model.memory
+    model, memory = engines[0].config, engines[0].instances[0].programs.memory
     probe = SpeedProbe(choose_probes(engines) if speed_probes else {}, time_parts)
 
     def watched(engine: Engine, work: Task) -> Sequence[float]:
@@ -264,7 +264,7 @@ def held_out_errors(
 def _kind(engine: Engine, step: Step) -> str:
     instance = engine.instances[step.instance]
     kind = instance.buckets.load_shape(
-        step.load, instance.model.memory.block_tokens
+        step.load, instance.programs.memory.block_tokens
     ).kind
     return "chunk" if kind == "mixed" and not step.load.decodes else kind
 

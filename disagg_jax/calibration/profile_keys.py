@@ -90,5 +90,5 @@ def cost_of(profile: CalibratedProfile, engine: Engine) -> CalibratedCost:
       ValueError: on a layout, a pair of layouts or a block size without measurement.
     """
     buckets = [instance.buckets for instance in engine.instances]
-    memory = [instance.model.memory for instance in engine.instances]
+    memory = [instance.programs.memory for instance in engine.instances]
     return profile.cost(engine.deployment, buckets, memory)

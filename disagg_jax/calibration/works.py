@@ -20,7 +20,7 @@ def every_work(engine: Engine, *, streams: bool = False) -> Iterator[Task]:
     """
     for i, instance in enumerate(engine.instances):
         for shape in instance.buckets.step_shapes:
-            slices = typical_slices(shape, instance.buckets, instance.model.memory)
+            slices = typical_slices(shape, instance.buckets, instance.programs.memory)
             yield Step.of(0, i, slices)
     for src in engine.deployment.of(Role.PREFILL):
         for dst in engine.deployment.of(Role.DECODE):

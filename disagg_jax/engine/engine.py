@@ -6,30 +6,29 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
-import itertools
 import os
 from collections.abc import (
     Callable,
     Generator,
-    Hashable,
     Iterable,
     Iterator,
     Sequence,
 )
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from disagg_jax.control.run import StepTotals
-from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.attention.packing import pack
-from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
+from disagg_jax.engine.deployment_programs import DeploymentPrograms, ModelKey
+from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
+from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
@@ -38,8 +37,7 @@ from disagg_jax.request import Request
 from disagg_jax.work import Slice, Step, Task, Transfer
 from models.checkpoint import Weights
 from models.config import ModelConfig
-from sharding.mesh import Device, cut_meshes
-from sharding.rules import RULES
+from sharding.mesh import Device
 
 
 class Pause(NamedTuple):
@@ -54,8 +52,6 @@ class Pause(NamedTuple):
 Result = tuple[tuple[int, ...], int]  # the tokens of a step, the bytes of a transfer
 Running = Generator[Pause, None, Result]
 Progress = Callable[[str], None]  # told what is done next
-# The inputs of programs: model, layer groups, rule table, device ids, KV pool.
-ModelKey = tuple[Hashable, ...]
 
 
 @dataclasses.dataclass
@@ -66,6 +62,11 @@ class Instance:
     buckets: Buckets
     cache: Cache  # of all layers
 
+    @property
+    def programs(self) -> ModelPrograms:
+        """Return the programs of its model."""
+        return self.model.programs
+
     def step_shape(self, slices: Sequence[Slice]) -> StepShape:
         """Return the smallest listed shape that holds `slices`."""
         return self.buckets.step_shape(slices)
@@ -73,7 +74,7 @@ class Instance:
     def pack(self, slices: Sequence[Slice]) -> tuple[StepShape, np.ndarray]:
         """Return that shape, and `slices` as its program takes them."""
         shape = self.step_shape(slices)
-        return shape, pack(shape, slices, self.model.memory)
+        return shape, pack(shape, slices, self.programs.memory)
 
 
 class Engine:
@@ -115,35 +116,27 @@ class Engine:
         models: dict[ModelKey, PlacedModel] | None = None,
         share_devices: bool = False,
     ):
-        deployment.require_tp_pp_only("engine")
-        _check_pools(config, deployment, memory, buckets)
         models = {} if models is None else models
+        self._programs = DeploymentPrograms(
+            config,
+            deployment,
+            devices,
+            memory,
+            layer_groups=layer_groups,
+            made={key: model.programs for key, model in models.items()},
+            share_devices=share_devices,
+        )
+        deployment.require_each("buckets", buckets)
         self.config = config
-        meshes = _meshes(deployment, devices, share_devices)
         self.deployment, self.memory = deployment, tuple(memory)
+        self._check_fits()
         self.instances: list[Instance] = []
         self.totals: dict[str, StepTotals] = {}
-        for i, spec in enumerate(deployment.instances):
-            rules = RULES[spec.role]
-            limit_bytes = memory_bytes(meshes[i][0].devices.flat[0])
-            check_fits(config, spec, memory[i], rules, limit_bytes)
-            ids = tuple(d.id for mesh in meshes[i] for d in mesh.devices.flat)
-            table = tuple(sorted(rules.items()))
-            key = (config, layer_groups, table, spec.parallelism.pp, ids, memory[i])
+        each = zip(self._programs.keys, self._programs.models, buckets, strict=True)
+        for key, programs, listed in each:
             if key not in models:
-                models[key] = PlacedModel(
-                    config, params, meshes[i], rules, memory[i], layer_groups
-                )
-            model = models[key]
-            cache = model.new_cache()
-            self.instances.append(Instance(model, buckets[i], cache))
-        self._segments: dict[tuple[int, int], list[Segment]] = {
-            (src, dst): find_segments(
-                self.instances[src].model, self.instances[dst].model
-            )
-            for src in deployment.of(Role.PREFILL)
-            for dst in deployment.of(Role.DECODE)
-        }
+                models[key] = PlacedModel(programs, params)
+            self.instances.append(Instance(models[key], listed, programs.new_cache()))
         # By running step, the outputs of the groups dispatched so far.
         self._outputs: dict[int, list[Pause]] = {}
 
@@ -154,14 +147,20 @@ class Engine:
     ) -> None:
         """Compile every program of the listed shapes, unless done before.
 
-        As many are compiled at a time as the host has cores.
+        As many are compiled at a time as the host has cores. Then they are known to fit
+        beside weights and pools.
 
         Args:
           sampled: whether some requests may not be greedy.
           progress: told which program is next, and how many there are, in any thread.
+
+        Raises:
+          ValueError: if an instance's weights, pool and largest program together are
+            larger than a device's memory.
         """
-        listed = {(p.table, p.key): p for p in self._programs(sampled)}
-        missing = [program for program in listed.values() if not program.is_compiled]
+        buckets = [instance.buckets for instance in self.instances]
+        listed = self._programs.programs(buckets, sampled=sampled)
+        missing = [program for program in listed if not program.is_compiled]
 
         def compile_next(i: int, program: Program) -> None:
             progress(f"compiling {program.name} ({i} of {len(missing)})")
@@ -170,17 +169,13 @@ class Engine:
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
             # A list, since only reading the results raises what a thread raised.
             list(threads.map(compile_next, range(1, len(missing) + 1), missing))
+        self._check_fits()
 
-    def _programs(self, sampled: bool) -> Iterator[Program]:
-        for instance in self.instances:
-            for shape in instance.buckets.step_shapes:
-                yield from instance.model.step_programs(shape)
-                if sampled:
-                    yield instance.model.groups[-1].draw_program(shape.rows)
-        for (src, _), parts in self._segments.items():
-            for blocks in self.instances[src].buckets.transfer_blocks:
-                for segment in parts:
-                    yield from segment.programs(blocks)
+    def _check_fits(self) -> None:
+        """Check every instance; see `memory_check.check_fits`."""
+        each = zip(self.deployment.instances, self._programs.models, strict=True)
+        for spec, programs in each:
+            check_fits(spec, programs, memory_bytes(programs.device))
 
     def list_shapes(self, buckets: Sequence[Buckets]) -> None:
         """Replace the listed shapes of each instance; `compile` those that are new."""
@@ -247,11 +242,11 @@ class Engine:
         if isinstance(work, Step):
             instance = self.instances[work.instance]
             what = instance.step_shape(work.slices)
-            key, parts = f"{instance.model}/{what}", instance.model.pp
+            key, parts = f"{instance.programs}/{what}", instance.programs.pp
         else:
             src, dst = self.instances[work.src], self.instances[work.dst]
             size = src.buckets.transfer_size(len(work.src_blocks))
-            key = f"{src.model}->{dst.model}/transfer_{size}"
+            key = f"{src.programs}->{dst.programs}/transfer_{size}"
             parts = len(self._parts(work))
         if parts == 1:
             return [key]
@@ -277,12 +272,12 @@ class Engine:
         groups, such as KV that leaves early, need not wait for all groups.
         """
         instance, slices = self.instances[step.instance], tuple(step.slices)
-        model = instance.model
+        groups = instance.programs.groups
         shape, packed = instance.pack(slices)
         self._count(shape, slices)
-        forward = model.forward(shape, instance.cache, packed)
+        forward = instance.model.forward(shape, instance.cache, packed)
         outputs = self._outputs[step.id] = list[Pause]()
-        for _ in model.groups:
+        for _ in groups:
             # The program copies its input to the devices: an explicit device_put before
             # costs 60 us more.
             with jax.transfer_guard_host_to_device("allow"):
@@ -293,8 +288,8 @@ class Engine:
         tokens, logits = outputs[-1].arrays
         if any(part.samples and part.request.sampling.temperature for part in slices):
             parameters = sampling.pack(slices, shape.rows)
-            tokens = model.groups[-1].draw(logits, parameters)
-        if not model.on_host:
+            tokens = groups[-1].draw(logits, parameters)
+        if not instance.model.on_host:
             # The only copy to the host. jax counts it as implicit, and the guard of
             # `serving` would refuse it.
             with jax.transfer_guard_device_to_host("allow"):
@@ -318,8 +313,8 @@ class Engine:
         """
         src, dst = self.instances[transfer.src], self.instances[transfer.dst]
         size = src.buckets.transfer_size(len(transfer.src_blocks))
-        src_ids = _ids(transfer.src_blocks, size, src.model.memory)
-        dst_ids = _ids(transfer.dst_blocks, size, dst.model.memory)
+        src_ids = _ids(transfer.src_blocks, size, src.programs.memory)
+        dst_ids = _ids(transfer.dst_blocks, size, dst.programs.memory)
         size_bytes = 0
         for segments in self._parts(transfer):
             yield from self._until_computed(transfer, segments[-1])
@@ -342,7 +337,7 @@ class Engine:
 
     def _parts(self, transfer: Transfer) -> list[list[Segment]]:
         """Return the segments that go at once; each alone while they are computed."""
-        segments = self._segments[transfer.src, transfer.dst]
+        segments = self._programs.segments[transfer.src, transfer.dst]
         return [[segment] for segment in segments] if transfer.step else [segments]
 
     def _until_computed(self, transfer: Transfer, segment: Segment) -> Iterator[Pause]:
@@ -350,44 +345,12 @@ class Engine:
 
         The last segment waits for the end of the step: its KV must not land before.
         """
-        model = self.instances[transfer.src].model
-        done = model.groups.index(segment.src) + 1
+        groups = self.instances[transfer.src].programs.groups
+        done = groups.index(segment.src) + 1
         while outputs := self._outputs.get(transfer.step):
-            if len(outputs) >= done < len(model.groups):
+            if len(outputs) >= done < len(groups):
                 break
             yield Pause(outputs[-1].arrays)
-
-
-def _check_pools(
-    config: ModelConfig,
-    deployment: Deployment,
-    memory: Sequence[KVMemory],
-    buckets: Sequence[Buckets],
-) -> None:
-    n = len(deployment.instances)
-    for name, values in (("memory", memory), ("buckets", buckets)):
-        expected = f"{name}: expected one for each of the {n} instances"
-        require(len(values) == n, expected, len(values))
-    longest, most = max(pool.max_context for pool in memory), config.max_length
-    expected = f"max_context: expected at most the {most} tokens of model {config.name}"
-    require(longest <= most, expected, longest)
-
-
-def _meshes(
-    deployment: Deployment, devices: Sequence[Any], share_devices: bool
-) -> list[list[Mesh]]:
-    """Return the meshes of each instance's stages."""
-    specs = deployment.instances
-    kinds = list(dict.fromkeys(specs)) if share_devices else specs
-    cut = iter(
-        cut_meshes(
-            devices, [s.parallelism.tp for s in kinds for _ in range(s.parallelism.pp)]
-        )
-    )
-    meshes = [list(itertools.islice(cut, spec.parallelism.pp)) for spec in kinds]
-    if not share_devices:
-        return meshes
-    return [meshes[kinds.index(spec)] for spec in specs]
 
 
 def _ids(blocks: Sequence[int], size: int, memory: KVMemory) -> np.ndarray:

@@ -7,50 +7,50 @@ looks programs up, so it cannot compile.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.stages import Compiled
 
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.attention.packing import fields_of
 from disagg_jax.engine.attention.pool_order import step_attend
-from disagg_jax.engine.program_table import Compiled, Program, Programs
+from disagg_jax.engine.program_table import Program, Programs, program_name
 from disagg_jax.engine.stage import Stage
 from disagg_jax.programs import StepShape
 from models import transformer
 from models.config import ModelConfig
 
+# A group's weights. Programs take a flat list: flattening nested dicts took 8 us of
+# every step.
+FlatWeights: TypeAlias = list[Array]
+
 
 class LayerGroup:
-    """Consecutive layers on the mesh of a stage: their weights and programs.
+    """The programs of consecutive layers on the mesh of a stage. It holds no weights.
 
     Args:
       stage: the stage that the group is part of.
       layers: indices of the model's layers; the group with layer 0 embeds, and the one
         with the last layer unembeds.
-      params: the layers' weights on the stage's mesh, see `place_weights.place_groups`.
+      specs: the layers' weights as `jax.ShapeDtypeStruct`s on the stage's mesh, see
+        `place_weights.weight_specs`.
 
     Attributes:
       ends_stage: whether the next group, if any, is on another mesh.
+      programs: the steps of the group's layers, and draws.
     """
 
-    def __init__(self, stage: Stage, layers: range, params: transformer.Params):
-        self.stage, self.layers = stage, layers
+    def __init__(self, stage: Stage, layers: range, specs: transformer.Params):
+        self.stage, self.layers, self.specs = stage, layers, specs
         self.is_first = layers.start == 0
         self.is_last = layers.stop == stage.config.layers
         self.ends_stage = layers.stop == stage.layers.stop
-        # Programs take a flat list: flattening nested dicts took 8 us of every step.
-        self._weights, self._tree = jax.tree.flatten(params)
-        self._programs = Programs()
-
-    @property
-    def params(self) -> transformer.Params:
-        """The group's weights on the stage's mesh."""
-        return jax.tree.unflatten(self._tree, self._weights)
+        self.programs = Programs()
 
     def program(self, shape: StepShape) -> Compiled:
         """Return the group's part of the step of `shape`; see `step`.
@@ -58,16 +58,24 @@ class LayerGroup:
         Raises:
           ValueError: if it was not compiled.
         """
-        return self._programs[shape]
+        return self.programs[shape]
 
     def step_program(self, shape: StepShape) -> Program:
         """Return the group's part of the step of `shape`, to be compiled."""
-        build = functools.partial(self._compile_step, shape)
-        return Program(str(shape), self._programs, shape, build)
+        return Program(
+            kind=shape.kind,
+            size=shape,
+            layers=self.layers,
+            name=program_name(str(shape), self.layers, self.stage.config.layers),
+            table=self.programs,
+            key=shape,
+            build=functools.partial(self._compile_step, shape),
+        )
 
     def step(
         self,
         shape: StepShape,
+        weights: FlatWeights,
         cache: Cache,
         packed: np.ndarray | Array,
         *x_TE: Array,
@@ -75,6 +83,7 @@ class LayerGroup:
         """Run the group's part of one step.
 
         Args:
+          weights: the group's weights, placed as in `specs`.
           cache: the cache of the group's layers; donated.
           x_TE: the residual stream before these layers, for all but the first group.
 
@@ -85,19 +94,26 @@ class LayerGroup:
         Raises:
           ValueError: if the step of `shape` was not compiled.
         """
-        return self.program(shape)(self._weights, cache, packed, *x_TE)
+        return self.program(shape)(weights, cache, packed, *x_TE)
 
     def draw_program(self, rows: int) -> Program:
         """Return the draw for steps of `rows` rows, to be compiled."""
-        build = functools.partial(self._compile_draw, rows)
-        return Program(f"draw_R{rows}", self._programs, ("draw", rows), build)
+        return Program(
+            kind="draw",
+            size=rows,
+            layers=range(0),
+            name=f"draw_R{rows}",
+            table=self.programs,
+            key=("draw", rows),
+            build=functools.partial(self._compile_draw, rows),
+        )
 
     def draw(self, logits: Array, packed: np.ndarray) -> Array:
         """Return next tokens by each row's sampling parameters; see `sampling.draw`.
 
         The draw is a program of its own, so that greedy steps pay nothing for it.
         """
-        program = self._programs["draw", logits.shape[0]]
+        program = self.programs["draw", logits.shape[0]]
         return program(logits, self.stage.put(packed))
 
     def _compile_draw(self, rows: int) -> Compiled:
@@ -107,7 +123,8 @@ class LayerGroup:
         return jax.jit(sampling.draw).lower(logits, packed).compile()
 
     def _compile_step(self, shape: StepShape) -> Compiled:
-        stage, config, tree = self.stage, self.stage.config, self._tree
+        stage, config = self.stage, self.stage.config
+        weights, tree = jax.tree.flatten(self.specs)
         packed = stage.spec((fields_of(shape).size,), jnp.int32)
         x_spec = stage.spec((shape.tokens, config.embed), config.dtype)
         x = [] if self.is_first else [x_spec]
@@ -119,10 +136,10 @@ class LayerGroup:
             is_last=self.is_last,
         )
 
-        def run(weights: list[Array], *inputs: Any) -> tuple[Cache, Any]:
+        def run(weights: FlatWeights, *inputs: Any) -> tuple[Cache, Any]:
             return run_group(jax.tree.unflatten(tree, weights), *inputs)
 
-        shardings = [weight.sharding for weight in self._weights]
+        shardings = [weight.sharding for weight in weights]
         step_inputs = (stage.replicated,) * (1 + len(x))
         program = jax.jit(
             run,
@@ -131,7 +148,7 @@ class LayerGroup:
             out_shardings=(stage.kv_sharding, stage.replicated),
         )
         cache = stage.cache_spec(len(self.layers))
-        return program.lower(self._weights, cache, packed, *x).compile()
+        return program.lower(weights, cache, packed, *x).compile()
 
 
 def _run_group(

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from disagg_jax.deployment import InstanceSpec, KVMemory, cut_layers
+from disagg_jax.deployment import InstanceSpec, KVMemory
+from disagg_jax.engine.model_programs import ModelPrograms
+from disagg_jax.engine.stage import Stage
 from disagg_jax.errors import require
-from models import transformer
 from models.config import ModelConfig
-from sharding.heads import head_layout
-from sharding.mesh import Device
+from sharding.mesh import Device, abstract_mesh
 from sharding.rules import Rules
 
 _GIB = 2**30
@@ -31,29 +30,32 @@ def memory_bytes(device: Device) -> int | None:
 
 
 def check_fits(
-    config: ModelConfig,
-    spec: InstanceSpec,
-    memory: KVMemory,
-    rules: Rules,
-    limit_bytes: int | None,
+    spec: InstanceSpec, programs: ModelPrograms, limit_bytes: int | None
 ) -> None:
-    """Check the weights and the KV pool of the fullest device of an instance.
+    """Check that an instance fits in the memory of its devices, at every stage.
 
-    The memory of a step itself comes on top; it is not known before compilation.
+    A device holds weights, a KV pool, the code of programs, and the temporary arrays
+    and results of the program that runs. Only programs that are compiled already count:
+    none is compiled to find out.
 
     Raises:
       ValueError: with the sizes, and how many KV blocks would fit.
     """
     if limit_bytes is None:
         return
-    weights, block_bytes = _fullest_device(config, spec, memory.block_tokens, rules)
-    kv = (memory.num_blocks + 1) * block_bytes  # and the scratch block
-    if weights + kv > limit_bytes:
-        fitting = max(0, (limit_bytes - weights) // block_bytes - 1)
+    blocks = programs.memory.num_blocks
+    stages = [_stage_bytes(programs, stage) for stage in programs.stages]
+    fullest = min(stages, key=lambda stage: stage.blocks_within(limit_bytes))
+    fitting = fullest.blocks_within(limit_bytes)
+    if blocks > fitting:
+        kv = (blocks + 1) * fullest.block
         raise ValueError(
-            f"{config.name} on '{spec}': expected at most {limit_bytes / _GIB:.4g} GiB "
-            f"on a device, got {weights / _GIB:.4g} of weights and {kv / _GIB:.4g} of "
-            f"{memory.num_blocks} KV blocks; {fitting} blocks would fit"
+            f"{programs.config.name} on '{spec}': expected at most "
+            f"{limit_bytes / _GIB:.4g} GiB on a device, got "
+            f"{fullest.weights / _GIB:.4g} of weights, {kv / _GIB:.4g} of {blocks} KV "
+            f"blocks, {fullest.step / _GIB:.4g} of the largest compiled program's "
+            f"temporary arrays and results, and {fullest.code / _GIB:.4g} of code; "
+            f"{max(0, fitting)} blocks would fit"
         )
 
 
@@ -76,7 +78,11 @@ def default_memory(
       ValueError: if the pool has no room for a request of `max_context`.
     """
     memory = KVMemory(num_blocks=1, max_context=max_context or config.max_length)
-    weights, block_bytes = _fullest_device(config, spec, memory.block_tokens, rules)
+    meshes = [abstract_mesh(spec.parallelism.tp)] * spec.parallelism.pp
+    programs = ModelPrograms(config, meshes, rules, memory)
+    stages = [_stage_bytes(programs, stage) for stage in programs.stages]
+    weights = max(stage.weights for stage in stages)
+    block_bytes = max(stage.block for stage in stages)
     room_bytes = _HOST_POOL_BYTES
     if limit_bytes is not None:
         room_bytes = int(_POOL_SHARE * (limit_bytes - weights))
@@ -91,29 +97,40 @@ def default_memory(
     return dataclasses.replace(memory, num_blocks=blocks, max_context=longest)
 
 
-def _fullest_device(
-    config: ModelConfig, spec: InstanceSpec, block_tokens: int, rules: Rules
-) -> tuple[int, int]:
-    """Return the bytes of weights and of a KV block on the device with the most."""
-    stages = cut_layers(range(config.layers), spec.parallelism.pp)
-    weights = max(
-        _weight_bytes(config, spec.parallelism.tp, rules, layers) for layers in stages
+class _StageBytes(NamedTuple):
+    """Bytes on one device of a stage."""
+
+    weights: int
+    block: int  # a KV block, in all layers of the stage
+    step: int  # most that a compiled program needs to run, beside what it is given
+    code: int  # of all compiled programs, which stay on the device
+
+    def blocks_within(self, limit_bytes: int) -> int:
+        """Return the KV blocks there is room for, beside the scratch block."""
+        used = self.weights + self.step + self.code
+        return (limit_bytes - used) // self.block - 1
+
+
+def _stage_bytes(programs: ModelPrograms, stage: Stage) -> _StageBytes:
+    groups = [group for group in programs.groups if group.stage is stage]
+    part = stage.cache_spec(1)[0][0]
+    tables = [stage.programs, *(group.programs for group in groups)]
+    analyses = [each.memory_analysis() for table in tables for each in table]
+    known = [each for each in analyses if each is not None]  # XLA may not say
+    return _StageBytes(
+        weights=sum(map(_device_bytes, jax.tree.leaves([g.specs for g in groups]))),
+        block=2 * len(stage.layers) * _device_bytes(part) // part.shape[0],
+        step=max(map(_step_bytes, known), default=0),
+        code=sum(each.generated_code_size_in_bytes for each in known),
     )
-    slots = len(head_layout(config.q_heads, config.kv_heads, spec.parallelism.tp).kv)
-    token_bytes = (
-        2 * slots // spec.parallelism.tp * config.head_dim * config.dtype_bytes
-    )
-    return weights, len(stages[0]) * block_tokens * token_bytes
 
 
-def _weight_bytes(config: ModelConfig, tp: int, rules: Rules, layers: range) -> int:
-    """Return the bytes of the weights of `layers` on one of `tp` devices."""
+def _device_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    """Return the bytes of an array on each of its devices."""
+    return math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
 
-    def leaf_bytes(leaf: jax.ShapeDtypeStruct, axes: tuple[Any, ...]) -> int:
-        shards = tp if any(rules[axis] for axis in axes) else 1
-        return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize // shards
 
-    sizes = jax.tree.map(
-        leaf_bytes, transformer.param_shapes(config), transformer.param_axes(config)
-    )
-    return sum(jax.tree.leaves(transformer.part(sizes, layers)))
+def _step_bytes(memory: Any) -> int:
+    """Return the bytes of temporary arrays, and of results but for donated arrays."""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes + results

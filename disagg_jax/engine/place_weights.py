@@ -1,16 +1,17 @@
-"""One set of weights on the meshes of an instance."""
+"""The weights of a model on the meshes of an instance: their shapes, placing them."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from disagg_jax.errors import require
 from models import transformer
 from models.checkpoint import Checkpoint, Weights
 from models.config import ModelConfig
@@ -24,20 +25,20 @@ class LayerPlacement(NamedTuple):
     """Consecutive layers, and the mesh they go to."""
 
     layers: range
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
 
-def place_groups(
+def weight_specs(
     config: ModelConfig,
-    weights: Weights,
     layout: HeadLayout,
     places: Sequence[LayerPlacement],
     rules: Rules,
 ) -> list[transformer.Params]:
-    """Return the weights of each group of layers on its mesh, heads as in `layout`.
+    """Return the weights of each group of layers as they lie on its mesh, as
+    `jax.ShapeDtypeStruct`s with shardings: heads are those of `layout`.
 
-    The first group has the embedding and the last the unembedding, which are one array
-    in a tied model.
+    The first group has the embedding and the last the unembedding, which is the
+    embedding again in a tied model.
 
     Args:
       places: all layers in order.
@@ -45,71 +46,105 @@ def place_groups(
     Raises:
       ValueError: if a dimension does not divide over its mesh axis.
     """
-    slots = {"heads": layout.q, "kv_heads": layout.kv}
+    slots = _slots(layout)
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
-    meshes = _meshes(shapes, places)
 
-    def check(leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...], mesh: Mesh) -> None:
+    def spec(
+        mesh: Mesh | AbstractMesh, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]
+    ) -> jax.ShapeDtypeStruct:
         sizes = zip(leaf.shape, axes, strict=True)
-        shape = [len(slots.get(axis, range(size))) for size, axis in sizes]
+        shape = tuple(len(slots.get(axis, range(size))) for size, axis in sizes)
         check_divisible(shape, axes, mesh, rules)
-
-    jax.tree.map(check, shapes, axes, meshes)
-    if isinstance(weights, Checkpoint):
-        weights = weights.restore(restore_shardings(config, slots, meshes, rules))
-
-    def place(mesh: Mesh, weight: Array, axes: tuple[str, ...]) -> Array:
-        for name in slots.keys() & set(axes):
-            weight = take_heads(weight, slots[name], axes.index(name))
-        return jax.device_put(weight, named_sharding(mesh, axes, rules))
+        sharding = named_sharding(mesh, axes, rules)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)
 
     return [
         jax.tree.map(
-            functools.partial(place, mesh),
-            transformer.part(weights, layers),
+            functools.partial(spec, mesh),
+            transformer.part(shapes, layers),
             transformer.part(axes, layers),
         )
         for layers, mesh in places
     ]
 
 
-def _meshes(
-    shapes: transformer.Params, places: Sequence[LayerPlacement]
-) -> transformer.Params:
-    """Return the mesh of every weight, for a tied one the first, as `Params`."""
-    first, last = places[0].mesh, places[-1].mesh
-    by_name = {"embed": first, "positions": first, "final_norm": last, "unembed": last}
-    layers = [mesh for part, mesh in places for _ in part]
-    prefix = {name: by_name.get(name, layers) for name in shapes}
-    return jax.tree.broadcast(prefix, shapes)
+def place_groups(
+    config: ModelConfig,
+    weights: Weights,
+    layout: HeadLayout,
+    layers: Sequence[range],
+    specs: Sequence[transformer.Params],
+) -> list[transformer.Params]:
+    """Return the weights of each group of layers, placed as `specs` say.
+
+    Args:
+      layers: of each group, in order.
+      specs: of each group, by `weight_specs` for the same `layout`.
+
+    Raises:
+      ValueError: if a weight has another shape or dtype than the model's.
+    """
+    slots, axes = _slots(layout), transformer.param_axes(config)
+    if isinstance(weights, Checkpoint):
+        weights = weights.restore(restore_shardings(config, layout, specs))
+
+    def place(
+        path: tuple[Any, ...],
+        spec: jax.ShapeDtypeStruct,
+        weight: Array,
+        axes: tuple[str, ...],
+    ) -> Array:
+        for name in slots.keys() & set(axes):
+            weight = take_heads(weight, slots[name], axes.index(name))
+        expected, got = (f"{x.dtype}{list(x.shape)}" for x in (spec, weight))
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        require(got == expected, f"weight {name}: expected {expected}", got)
+        return jax.device_put(weight, spec.sharding)
+
+    return [
+        jax.tree_util.tree_map_with_path(
+            place,
+            group,
+            transformer.part(weights, part),
+            transformer.part(axes, part),
+        )
+        for part, group in zip(layers, specs, strict=True)
+    ]
 
 
 def restore_shardings(
-    config: ModelConfig,
-    slots: Mapping[str, Slots],
-    meshes: transformer.Params,
-    rules: Rules,
+    config: ModelConfig, layout: HeadLayout, specs: Sequence[transformer.Params]
 ) -> transformer.Params:
     """Return the sharding that each weight is restored to.
 
-    It is the weight's place, but for heads that must first be repeated or padded: they
-    do not divide over the mesh. Such a weight is split along another dimension until
-    then, so that no device holds all of it.
+    It is the weight's place, of a tied one the first, but for heads that must first be
+    repeated or padded: they do not divide over the mesh. Such a weight is split along
+    another dimension until then, so that no device holds all of it.
 
     Args:
-      meshes: the mesh of every weight, in the form of `Params`.
+      specs: the groups of `weight_specs`, for the same `layout`.
     """
+    slots = _slots(layout)
 
     def sharding(
-        leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...], mesh: Mesh
+        leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...], spec: jax.ShapeDtypeStruct
     ) -> NamedSharding:
+        placed = spec.sharding
         for i, axis in enumerate(axes):
             if axis in slots and not _are_all(slots[axis], leaf.shape[i]):
-                return _split_elsewhere(leaf.shape, i, mesh, rules[axis])
-        return named_sharding(mesh, axes, rules)
+                return _split_elsewhere(leaf.shape, i, placed.mesh, placed.spec[i])
+        return placed
 
+    # The groups as one tree; the first with a weight of the ends wins.
+    ends = {name: part for group in reversed(specs) for name, part in group.items()}
+    whole = {**ends, "layers": [layer for group in specs for layer in group["layers"]]}
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
-    return jax.tree.map(sharding, shapes, axes, meshes)
+    return jax.tree.map(sharding, shapes, axes, whole)
+
+
+def _slots(layout: HeadLayout) -> dict[str, Slots]:
+    """Return the slots of each logical axis that `layout` lays out anew."""
+    return {"heads": layout.q, "kv_heads": layout.kv}
 
 
 def _split_elsewhere(

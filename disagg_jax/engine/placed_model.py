@@ -1,100 +1,46 @@
-"""One copy of the weights on the devices of an instance: stages and layer groups."""
+"""One copy of the weights on the devices of an instance, with the programs of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
-from disagg_jax.deployment import KVMemory, Parallelism, cut_layers
 from disagg_jax.engine.attention.kv_cache import Cache
-from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.place_weights import LayerPlacement, place_groups
-from disagg_jax.engine.program_table import Program
-from disagg_jax.engine.stage import Stage
-from disagg_jax.errors import require
+from disagg_jax.engine.layer_group import FlatWeights, LayerGroup
+from disagg_jax.engine.model_programs import ModelPrograms
+from disagg_jax.engine.place_weights import place_groups
 from disagg_jax.programs.shapes import StepShape
 from models.checkpoint import Weights
-from models.config import ModelConfig
-from sharding.rules import Rules
 
 
 class PlacedModel:
-    """A model cut into layer groups, each on the mesh of one of the pipeline stages.
+    """The programs of a model and one copy of its weights, on the programs' meshes.
 
-    A forward pass is a sequence of layer groups, each a program of its own with its own
-    part of the cache. One group is the ordinary case. Groups on different meshes are
-    pipeline stages, and several groups on one mesh let KV leave while later layers
-    compute. Programs hold no requests and no cache: several pools may use them.
-
-    Args:
-      meshes: the meshes of the stages, in order; equally many devices each.
-      layer_groups: groups in each stage.
+    It holds no requests and no cache: several pools may use it.
 
     Attributes:
-      tp: devices of a stage.
-      groups: the layer groups in order.
+      params: the weights of each layer group.
       on_host: whether the model's arrays are in the host's memory already.
 
     Raises:
-      ValueError: if there are too few layers, or a dimension does not divide.
+      ValueError: if `weights` are not those of the programs' model.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        params: Weights,
-        meshes: Sequence[Mesh],
-        rules: Rules,
-        memory: KVMemory,
-        layer_groups: int = 1,
-    ):
-        self.config, self.memory = config, memory
-        self.tp: int = meshes[0].devices.size
-        self.on_host: bool = meshes[0].devices.flat[0].platform == "cpu"
-        cut = _cut_layers(config, len(meshes), layer_groups)
-        self.stages = [
-            Stage(config, range(groups[0].start, groups[-1].stop), mesh, rules, memory)
-            for groups, mesh in zip(cut, meshes, strict=True)
-        ]
-        self.layout = self.stages[0].layout  # equal on all stages
-        placed = [
-            (stage, layers)
-            for groups, stage in zip(cut, self.stages, strict=True)
-            for layers in groups
-        ]
-        places = [LayerPlacement(layers, stage.mesh) for stage, layers in placed]
-        weights = place_groups(config, params, self.layout, places, rules)
-        self.groups = [
-            LayerGroup(stage, layers, part)
-            for (stage, layers), part in zip(placed, weights, strict=True)
-        ]
-
-    def __str__(self) -> str:
-        """Return the parallelism: tp2pp2, then g4 for 4 layer groups a stage."""
-        groups = len(self.groups) // self.pp
-        return f"{Parallelism(self.tp, self.pp)}" + (f"g{groups}" if groups > 1 else "")
-
-    @property
-    def pp(self) -> int:
-        """Pipeline stages."""
-        return len(self.stages)
-
-    def new_cache(self) -> Cache:
-        """Make an empty pool: the cache of every layer, on its stage."""
-        return [layer for stage in self.stages for layer in stage.new_cache()]
-
-    def step_programs(self, shape: StepShape) -> list[Program]:
-        """Return the programs of the step of `shape`, one for each layer group."""
-        return [group.step_program(shape) for group in self.groups]
-
-    def compile_step(self, shape: StepShape) -> None:
-        """Compile the step of `shape`, unless done before."""
-        for program in self.step_programs(shape):
-            program.compile()
+    def __init__(self, programs: ModelPrograms, weights: Weights):
+        self.programs = programs
+        self.on_host: bool = programs.device.platform == "cpu"
+        self.params = place_groups(
+            programs.config,
+            weights,
+            programs.layout,
+            [group.layers for group in programs.groups],
+            [group.specs for group in programs.groups],
+        )
+        self._weights: list[FlatWeights] = [jax.tree.leaves(p) for p in self.params]
 
     def forward(
         self, shape: StepShape, cache: Cache, packed: np.ndarray | Array
@@ -111,11 +57,11 @@ class PlacedModel:
           ValueError: if the step of `shape` was not compiled.
         """
         x: tuple[Array, ...] = ()
-        for group in self.groups:
+        for group, weights in zip(self.programs.groups, self._weights, strict=True):
             if x and group.layers.start == group.stage.layers.start:
                 x = (group.stage.put(*x),)
             part = slice(group.layers.start, group.layers.stop)
-            cache[part], out = group.step(shape, cache[part], packed, *x)
+            cache[part], out = group.step(shape, weights, cache[part], packed, *x)
             x = (out,)
             yield group, out
 
@@ -132,19 +78,3 @@ class PlacedModel:
         """
         *_, (_, out) = self.forward(shape, cache, packed)
         return out
-
-
-def _cut_layers(config: ModelConfig, pp: int, layer_groups: int) -> list[list[range]]:
-    """Return the layer groups of each stage; stages and groups are as even as can be.
-
-    Raises:
-      ValueError: if a stage, or a group, would have no layer.
-    """
-    layers = config.layers
-    expected = f"pp: expected at most {layers}, the layers of {config.name}"
-    require(pp <= layers, expected, pp)
-    most = layers // pp  # of the smallest stage
-    expected = f"layer_groups: expected 1 to {most}, the layers of the smallest of {pp}"
-    in_range = 1 <= layer_groups <= most
-    require(in_range, f"{expected} stages of {config.name}", layer_groups)
-    return [cut_layers(stage, layer_groups) for stage in cut_layers(range(layers), pp)]

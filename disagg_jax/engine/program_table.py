@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
 
-Compiled = Callable[..., Any]
+from jax.stages import Compiled
+
+from disagg_jax.programs import StepShape
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A program that a table has, or is to have."""
+    """A program that a table has, or is to have.
 
+    Attributes:
+      kind: prefill, decode or mixed, which are steps; draw, gather or insert.
+      size: the shape of a step, the rows of a draw, the blocks of a gather or insert.
+      layers: of the model, that the program computes or moves.
+      name: one of its kind, size and layers; the layers are left out if they are all.
+      instance: index of its instance in the deployment; a model alone is instance 0.
+    """
+
+    kind: str
+    size: StepShape | int
+    layers: range
     name: str
     table: Programs
     key: Hashable
     build: Callable[[], Compiled]
+    instance: int = 0
 
     @property
     def is_compiled(self) -> bool:
         """Return whether the table has the program."""
         return self.key in self.table
 
-    def compile(self) -> None:
-        """Compile it, unless done before."""
+    def compile(self) -> Compiled:
+        """Return the program, compiled now unless it was before."""
         if not self.is_compiled:
             self.table.add(self.key, self.build())
+        return self.table[self.key]
 
 
 class Programs:
@@ -37,6 +51,9 @@ class Programs:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._compiled
+
+    def __iter__(self) -> Iterator[Compiled]:
+        return iter(list(self._compiled.values()))
 
     def add(self, key: Hashable, compiled: Compiled) -> None:
         """Keep a program under `key`."""
@@ -52,3 +69,9 @@ class Programs:
         if program is None:
             raise ValueError(f"{key}: no such program was compiled before serving")
         return program
+
+
+def program_name(kind: str, layers: range, of: int) -> str:
+    """Return `kind`, and the `layers` unless they are all `of` the model."""
+    whole = len(layers) == of
+    return kind if whole else f"{kind}/layers_{layers.start}-{layers.stop - 1}"

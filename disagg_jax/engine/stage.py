@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import kv_cache
@@ -34,12 +34,12 @@ class Stage:
         self,
         config: ModelConfig,
         layers: range,
-        mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
         rules: Rules,
         memory: KVMemory,
     ):
         self.config, self.layers, self.mesh, self.memory = config, layers, mesh, memory
-        self.layout = head_layout(config.q_heads, config.kv_heads, mesh.devices.size)
+        self.layout = head_layout(config.q_heads, config.kv_heads, mesh.size)
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)

@@ -64,7 +64,7 @@ def dense_step_s(
       engine: its only instance, on one device, has the weights.
     """
     config = engine.config
-    (group,) = engine.instances[0].model.groups
+    (params,) = engine.instances[0].model.params
     shape = (batch, config.kv_heads, context, config.head_dim)
     dtype = jnp.dtype(config.dtype)
     cache = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))] * config.layers
@@ -75,7 +75,7 @@ def dense_step_s(
     def loop() -> None:
         nonlocal cache
         for _ in range(steps):
-            cache, tokens = program(config, group.params, cache, *inputs)
+            cache, tokens = program(config, params, cache, *inputs)
             jax.block_until_ready((cache, tokens))
 
     return lambda: timed_s(loop) / steps

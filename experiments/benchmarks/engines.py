@@ -66,7 +66,7 @@ def benchmark_engine(
     if shapes is None:
         engine.compile(sampled=False)
     for shape in shapes or ():
-        engine.instances[0].model.compile_step(shape)
+        engine.instances[0].programs.compile_step(shape)
     return engine
 
 
@@ -104,9 +104,9 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     stay there.
     """
     model, cache = engine.instances[instance].model, engine.instances[instance].cache
-    (stage,) = model.stages
-    slices = full_slices(shape, model.memory)
-    packed = stage.put(pack(shape, slices, model.memory))
+    (stage,) = model.programs.stages
+    slices = full_slices(shape, stage.memory)
+    packed = stage.put(pack(shape, slices, stage.memory))
 
     def loop() -> None:
         for _ in range(steps):

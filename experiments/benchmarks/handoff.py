@@ -52,7 +52,7 @@ def plain_device_put(engine: Engine, ids: Sequence[int]) -> Callable[[], None]:
     """
     src, dst = engine.instances
     vector = np.array(ids, np.int32)
-    (source,), (target,) = src.model.stages, dst.model.stages
+    (source,), (target,) = src.programs.stages, dst.programs.stages
 
     def gather(cache: Cache, ids: Array) -> Cache:
         return [(k[ids], v[ids]) for k, v in cache]

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.stages import Compiled
 
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.program_table import Compiled
+from disagg_jax.engine.layer_group import FlatWeights, LayerGroup
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.slices import full_slices
 from disagg_jax.work import Step
@@ -39,9 +39,9 @@ class NoOpGroup(LayerGroup):
           shapes: of the steps to come; their real programs must be compiled.
         """
         (instance,) = engine.instances
-        groups = instance.model.groups
+        groups = instance.programs.groups
         (real,) = groups
-        group = cls(real.stage, real.layers, real.params)
+        group = cls(real.stage, real.layers, real.specs)
         group.real, groups[0] = real, group
         for shape in shapes:
             group.step_program(shape).compile()
@@ -50,12 +50,13 @@ class NoOpGroup(LayerGroup):
     def step(
         self,
         shape: StepShape,
+        weights: FlatWeights,
         cache: Cache,
         packed: np.ndarray | Array,
         *x_TE: Array,
     ) -> tuple[Cache, Any]:
         self.step_start_s = time.perf_counter()
-        out = super().step(shape, cache, packed, *x_TE)
+        out = super().step(shape, weights, cache, packed, *x_TE)
         self.step_end_s = time.perf_counter()
         return out
 

@@ -173,7 +173,7 @@ class Asked(LinearCost):
 def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
     """Without, it is a guess; requests come and go, so that it is often wrong."""
     engine, policies = known[system], CONFIG.systems[system].policies
-    memory = tuple(instance.model.memory for instance in engine.instances)
+    memory = tuple(instance.programs.memory for instance in engine.instances)
     stages = tuple(spec.parallelism.pp for spec in engine.deployment.instances)
     simulated = SimulatedDeployment(
         deployment=engine.deployment,
@@ -199,7 +199,7 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
     guesses = 0
     for step, load in zip(steps, Asked.loads, strict=True):
         instance = engine.instances[step.instance]
-        buckets, size = instance.buckets, instance.model.memory.block_tokens
+        buckets, size = instance.buckets, instance.programs.memory.block_tokens
         program = key_of(engine, step).program
         assert buckets.load_shape(load, size) == program
         _, decodes = split_decodes(step.slices, buckets.most_decodes)

@@ -202,7 +202,7 @@ def until_stop(request: Request, tokens: list[int]) -> list[int]:
 
 
 def make_controller(engine: Engine, policies=POLICIES, **options) -> Controller:
-    memory = [instance.model.memory for instance in engine.instances]
+    memory = [instance.programs.memory for instance in engine.instances]
     return Controller(engine.deployment, policies, memory, **options)
 
 

@@ -23,7 +23,7 @@ from disagg_jax.engine.executor import (
 from disagg_jax.engine.kv_transfer.piece_plan import piece_plan
 from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.slices import full_slices
 from disagg_jax.work import Step
@@ -38,7 +38,6 @@ from tests.engine.harness import (
     make_config,
     make_request,
     mixed_requests,
-    random_params,
     serve_virtual,
 )
 
@@ -231,8 +230,8 @@ def test_live_durations_are_what_a_step_took(world):
 
 def test_a_query_is_rotated_once_and_not_for_each_block(world):
     """XLA would fuse the rotation of a single row into a product over the pool."""
-    model = world.engine("colocated:tp1", CONFIG).instances[0].model
-    (group,) = model.groups
+    instance = world.engine("colocated:tp1", CONFIG).instances[0]
+    (group,) = instance.programs.groups
     for rows in (1, 2, 4):
         shape = StepShape.decode(rows, POOL.num_blocks)
         group.step_program(shape).compile()
@@ -254,12 +253,8 @@ def test_programs_work_in_place(tp):
     """
     config = make_config("deep pool", layers=1, q_heads=4 * tp, kv_heads=2 * tp)
     pool = KVMemory(num_blocks=16_383, block_tokens=16, max_context=64)
-    model = PlacedModel(
-        config,
-        random_params(config),
-        [make_mesh(jax.devices()[:tp])],
-        RULES["decode"],
-        pool,
+    model = ModelPrograms(
+        config, [make_mesh(jax.devices()[:tp])], RULES["decode"], pool
     )
     (stage,), (group,) = model.stages, model.groups
     heads = model.layout.kv
@@ -271,7 +266,7 @@ def test_programs_work_in_place(tp):
     parts = [StepShape.decode(1, 64), StepShape.decode(4, 64), part]
     for shape in (StepShape.prefill(64, 4), *parts, *whole):
         model.compile_step(shape)
-    programs = dict(group._programs._compiled)
+    programs = dict(group.programs._compiled)
     for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
         out = Segment(group, stage, range(1), piece_plan(heads, tp, heads, other))
         back = Segment(group, stage, range(1), piece_plan(heads, other, heads, tp))

@@ -104,6 +104,6 @@ def test_models_are_shared_between_equal_engines_only(world):
     ]
     first, same, grouped, other = (engine.instances[0].model for engine in engines)
     assert first is same
-    assert (len(first.groups), len(grouped.groups)) == (1, 2)
-    assert other.config is MODELS["repeated"]
+    assert tuple(len(model.programs.groups) for model in (first, grouped)) == (1, 2)
+    assert other.programs.config is MODELS["repeated"]
     assert len(models) == 3

@@ -139,7 +139,7 @@ def test_float32_stays_float32(world, shape):
         layer_group._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
     )
     packed = np.zeros(fields_of(shape).size, np.int32)
-    params, cache = instance.model.groups[0].params, instance.cache
+    (params,), cache = instance.model.params, instance.cache
     jaxpr = jax.make_jaxpr(step)(params, cache, packed)
     floats, matmuls = set(), 0
     for equation in _equations(jaxpr.jaxpr):

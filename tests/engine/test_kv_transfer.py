@@ -73,7 +73,7 @@ def fill(instance, seed: int) -> list[np.ndarray]:
     Slots of the same head hold the same, as they do in serving.
     """
     rng = np.random.default_rng(seed)
-    slots = instance.model.layout.kv
+    slots = instance.programs.layout.kv
     first = [slots.index(head) for head in slots]
     values = []
 
@@ -112,7 +112,7 @@ def test_only_the_blocks_of_the_request_change(world, model, prefill, decode):
     src_blocks, dst_blocks = (3, 0, 15), (7, 15, 2)
     _, (tokens, size) = run_alone(engine, make_transfer(src_blocks, dst_blocks, 11))
     assert tokens == ()
-    slots = list(dst.model.layout.kv)
+    slots = list(dst.programs.layout.kv)
     others = sorted(set(range(POOL.num_blocks)) - set(dst_blocks))
     for source, old, part in zip(sent, before, contents(dst), strict=True):
         np.testing.assert_array_equal(part[others], old[others])
@@ -120,7 +120,7 @@ def test_only_the_blocks_of_the_request_change(world, model, prefill, decode):
             if head is not None:
                 np.testing.assert_array_equal(
                     part[list(dst_blocks), slot],
-                    source[list(src_blocks), src.model.layout.kv.index(head)],
+                    source[list(src_blocks), src.programs.layout.kv.index(head)],
                 )
     for source, part in zip(sent, contents(src), strict=True):
         np.testing.assert_array_equal(part, source)
@@ -150,7 +150,7 @@ def test_the_bytes_that_are_said_are_those_that_arrive(world, model, prefill, de
     config = MODELS[model]
     engine = world.engine(f"prefill:{prefill},decode:{decode}", config)
     transfer = make_transfer((3, 0, 15), (7, 15, 2), 11)
-    heads = len(engine.instances[1].model.layout.kv)
+    heads = len(engine.instances[1].programs.layout.kv)
     blocks = engine.instances[0].buckets.transfer_size(3)
     block_bytes = 2 * config.layers * heads * POOL.block_tokens * config.head_dim * 4
     assert engine.transfer_bytes(transfer) == blocks * block_bytes

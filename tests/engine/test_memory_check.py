@@ -5,9 +5,10 @@ import pytest
 
 from disagg_jax.deployment import InstanceSpec, KVMemory, Parallelism, Role
 from disagg_jax.engine.memory_check import check_fits, default_memory
+from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.placed_model import PlacedModel
 from models.config import get_config
-from sharding.mesh import make_mesh
+from sharding.mesh import abstract_mesh, make_mesh
 from sharding.rules import RULES
 from tests.engine.harness import FAMILIES, MODELS, make_config, random_params
 
@@ -23,14 +24,19 @@ def placed_bytes(config, spec, memory) -> int:
         )
         for i in range(spec.parallelism.pp)
     ]
-    model = PlacedModel(config, random_params(config), meshes, RULE_TABLE, memory)
-    arrays = jax.tree.leaves([group.params for group in model.groups])
-    arrays += jax.tree.leaves(model.new_cache())
+    programs = ModelPrograms(config, meshes, RULE_TABLE, memory)
+    arrays = jax.tree.leaves(PlacedModel(programs, random_params(config)).params)
+    arrays += jax.tree.leaves(programs.new_cache())
     by_device = dict.fromkeys(jax.devices(), 0)
     for array in arrays:
         for shard in array.addressable_shards:
             by_device[shard.device] += shard.data.nbytes
     return max(by_device.values())
+
+
+def on_no_device(config, spec, memory) -> ModelPrograms:
+    meshes = [abstract_mesh(spec.parallelism.tp)] * spec.parallelism.pp
+    return ModelPrograms(config, meshes, RULE_TABLE, memory)
 
 
 @pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2), (2, 2)])
@@ -42,10 +48,11 @@ def test_the_limit_is_what_is_really_placed(config, tp, pp):
     spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp, pp))
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
     needed = placed_bytes(config, spec, memory)
-    check_fits(config, spec, memory, RULE_TABLE, needed)
-    check_fits(config, spec, memory, RULE_TABLE, None)
+    programs = on_no_device(config, spec, memory)
+    check_fits(spec, programs, needed)
+    check_fits(spec, programs, None)
     with pytest.raises(ValueError, match=f"{BLOCKS - 1} blocks would fit"):
-        check_fits(config, spec, memory, RULE_TABLE, needed - 1)
+        check_fits(spec, programs, needed - 1)
 
 
 def test_weights_alone_may_be_too_large():
@@ -53,7 +60,7 @@ def test_weights_alone_may_be_too_large():
     spec = InstanceSpec(role=Role.DECODE)
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
     with pytest.raises(ValueError, match="large on 'decode:tp1'.* 0 blocks would fit"):
-        check_fits(config, spec, memory, RULE_TABLE, 2**20)
+        check_fits(spec, on_no_device(config, spec, memory), 2**20)
 
 
 def default(model: str, limit_bytes: int | None, *max_context: int, tp: int = 1):
@@ -83,7 +90,8 @@ def test_a_pool_takes_its_share_of_what_weights_leave():
     spec, limit_bytes = InstanceSpec(role=Role.DECODE), 24 * 2**30
     memory = default("llama-3-8b", limit_bytes)
     assert memory == KVMemory(num_blocks=3702, max_context=8192)
-    check_fits(get_config("llama-3-8b"), spec, memory, RULE_TABLE, limit_bytes)
+    config = get_config("llama-3-8b")
+    check_fits(spec, on_no_device(config, spec, memory), limit_bytes)
 
 
 def test_a_context_that_is_asked_for_must_fit():
@@ -96,4 +104,4 @@ def test_where_the_weights_do_not_fit_the_check_says_so():
     config, limit_bytes = get_config("llama-3-8b"), 2**30
     spec, memory = InstanceSpec(role=Role.DECODE), default("llama-3-8b", limit_bytes)
     with pytest.raises(ValueError, match="GiB on a device, got 14.96 of weights"):
-        check_fits(config, spec, memory, RULE_TABLE, limit_bytes)
+        check_fits(spec, on_no_device(config, spec, memory), limit_bytes)

@@ -10,11 +10,12 @@ from disagg_jax.engine.place_weights import (
     LayerPlacement,
     place_groups,
     restore_shardings,
+    weight_specs,
 )
 from models import checkpoint, transformer
 from models.checkpoint import Checkpoint
 from sharding.heads import head_layout
-from sharding.mesh import make_mesh
+from sharding.mesh import abstract_mesh, make_mesh
 from sharding.rules import RULES
 from tests.engine.harness import (
     FAMILIES,
@@ -44,11 +45,10 @@ def test_every_device_gets_its_shards(world, checkpoints, name):
     config = CONFIGS[name]
     mesh = make_mesh(jax.devices()[4:8])
     layout = head_layout(config.q_heads, config.kv_heads, 4)
-    layers = range(config.layers)
+    places = [LayerPlacement(range(config.layers), mesh)]
+    specs = weight_specs(config, layout, places, RULE_TABLE)
     placed, restored = (
-        place_groups(
-            config, weights, layout, [LayerPlacement(layers, mesh)], RULE_TABLE
-        )
+        place_groups(config, weights, layout, [range(config.layers)], specs)
         for weights in (world.params(config), checkpoints[name])
     )
 
@@ -65,11 +65,10 @@ def test_no_device_holds_the_whole_while_restoring(name):
     """A weight with heads or width is in parts, repeated and padded heads included."""
     config = CONFIGS[name]
     layout = head_layout(config.q_heads, config.kv_heads, 4)
-    slots = {"heads": layout.q, "kv_heads": layout.kv}
-    mesh = make_mesh(jax.devices()[:4])
+    places = [LayerPlacement(range(config.layers), abstract_mesh(4))]
+    specs = weight_specs(config, layout, places, RULE_TABLE)
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
-    meshes = jax.tree.map(lambda _: mesh, shapes)
-    shardings = restore_shardings(config, slots, meshes, RULE_TABLE)
+    shardings = restore_shardings(config, layout, specs)
 
     def check(leaf, axes, sharding):
         part = math.prod(sharding.shard_shape(leaf.shape))

@@ -68,7 +68,7 @@ def test_tokens_with_everything_in_flight_at_once(world, deployment):
 
 def test_each_stage_has_its_layers_on_its_own_devices(world):
     engine = world.engine("prefill:tp1pp3,decode:tp1pp2", DEEP)
-    prefill, decode = (instance.model for instance in engine.instances)
+    prefill, decode = (instance.programs for instance in engine.instances)
     assert [stage.layers for stage in decode.stages] == [range(2), range(2, 4)]
     assert [len(stage.layers) for stage in prefill.stages] == [2, 1, 1]
     devices = [
@@ -77,7 +77,7 @@ def test_each_stage_has_its_layers_on_its_own_devices(world):
     ]
     assert devices == [{0}, {1}, {2}, {4}, {5}]
     for instance in engine.instances:
-        for stage in instance.model.stages:
+        for stage in instance.programs.stages:
             for k, v in instance.cache[stage.layers.start : stage.layers.stop]:
                 assert k.sharding.mesh == v.sharding.mesh == stage.mesh
 
@@ -99,7 +99,7 @@ def test_times_of_other_cuts_have_other_keys(world):
 
 def test_segments_are_the_common_parts_of_both_cuts(world):
     engine = world.engine("prefill:tp1pp3,decode:tp1pp2", DEEP)
-    prefill, decode = (instance.model for instance in engine.instances)
+    prefill, decode = (instance.programs for instance in engine.instances)
     found = [segment.layers for segment in find_segments(prefill, decode)]
     assert found == [range(0, 2), range(2, 3), range(3, 4)]
     found = [segment.layers for segment in find_segments(decode, prefill)]
@@ -145,7 +145,7 @@ def test_kv_never_passes_through_the_host(world):
 
 @pytest.mark.parametrize("deployment", ["colocated:tp1pp3", "colocated:tp2pp2"])
 def test_activations_never_pass_through_the_host(world, deployment):
-    first, second, *_ = world.engine(deployment, DEEP).instances[0].model.stages
+    first, second, *_ = world.engine(deployment, DEEP).instances[0].programs.stages
     x = jax.block_until_ready(first.put(np.ones((4, DEEP.embed), np.float32)))
     with jax.transfer_guard_host_to_device("disallow_explicit"):
         moved = jax.block_until_ready(second.put(x))

@@ -97,7 +97,7 @@ def test_several_instances(world, deployment):
 
 def test_instances_on_devices_of_their_own(world):
     engine = world.engine("2xprefill:tp1,decode:tp1", devices=jax.devices()[2:5])
-    meshes = [instance.model.stages[0].mesh for instance in engine.instances]
+    meshes = [instance.programs.stages[0].mesh for instance in engine.instances]
     ids = [[device.id for device in mesh.devices.flat] for mesh in meshes]
     assert ids == [[2], [3], [4]]
     timelines = serve_virtual(engine, mixed_requests(world, CONFIG))
@@ -186,6 +186,6 @@ def test_layer_groups(world, model, layer_groups, deployment):
     config = MODELS[model]
     engine = world.engine(deployment, config, layer_groups=layer_groups)
     for instance in engine.instances:
-        assert len(instance.model.groups) == layer_groups
+        assert len(instance.programs.groups) == layer_groups
     timelines = serve_virtual(engine, mixed_requests(world, config))
     assert_reference(world, config, timelines)

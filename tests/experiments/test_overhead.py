@@ -179,12 +179,12 @@ def test_both_sides_of_a_hand_off_do_the_same_work(src_tp, dst_tp):
         lambda: run_alone(engine, transfer),
         plain_device_put(engine, transfer.src_blocks),
     ):
-        shape, sharding = src.cache[0][0].shape, src.model.stages[0].kv_sharding
+        shape, sharding = src.cache[0][0].shape, src.programs.stages[0].kv_sharding
         sent = rng.normal(size=(2, *shape)).astype(np.float32)  # k, v of the one layer
         src.cache[0] = tuple(jax.device_put(part, sharding) for part in sent)
         run()
         for part, want in zip(dst.cache[0], sent, strict=True):
-            assert part.sharding == dst.model.stages[0].kv_sharding
+            assert part.sharding == dst.programs.stages[0].kv_sharding
             np.testing.assert_array_equal(np.asarray(part)[:4], want[:4])
 
 

@@ -51,7 +51,7 @@ def test_the_meshes_share_no_device_and_cut_the_heads(meshes):
     text = two_meshes.layout(meshes.engine)
     rows = {line.split()[0]: line for line in text.splitlines()[1:]}
     used = [
-        {device.id for device in instance.model.stages[0].mesh.devices.flat}
+        {device.id for device in instance.programs.stages[0].mesh.devices.flat}
         for instance in meshes.engine.instances
     ]
     assert [len(ids) for ids in used] == [4, 2]

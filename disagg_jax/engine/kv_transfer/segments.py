@@ -1,4 +1,4 @@
-"""The parts in which a request's KV goes from one placed model to another."""
+"""The parts in which a request's KV goes from one instance of a model to another."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
+from jax.stages import Compiled
 
 from disagg_jax.engine.attention import kv_cache
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.kv_transfer.device_put import move
 from disagg_jax.engine.kv_transfer.piece_plan import PiecePlan, piece_plan
 from disagg_jax.engine.layer_group import LayerGroup
-from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.program_table import Compiled, Program
+from disagg_jax.engine.model_programs import ModelPrograms
+from disagg_jax.engine.program_table import Program, program_name
 from disagg_jax.engine.stage import Stage
 
 # For each piece of a shard its arrays, sharded along the last axis (the kv heads): the
@@ -45,16 +46,20 @@ class Segment(NamedTuple):
 
         Segments with equal ends share their programs: the stages keep them.
         """
+        of = self.dst.config.layers
         ends = (
             ("gather", self.src.stage.programs, self._gather_program),
             ("insert", self.dst.programs, self._insert_program),
         )
         return [
             Program(
-                f"{end}_{blocks}",
-                table,
-                (end, *self._key(blocks)),
-                functools.partial(build, blocks),
+                kind=end,
+                size=blocks,
+                layers=self.layers,
+                name=program_name(f"{end}_{blocks}", self.layers, of),
+                table=table,
+                key=(end, *self._key(blocks)),
+                build=functools.partial(build, blocks),
             )
             for end, table, build in ends
         ]
@@ -131,7 +136,7 @@ class Segment(NamedTuple):
     def _pieces_spec(self, blocks: int) -> list[list[jax.ShapeDtypeStruct]]:
         """Describe the pieces as they arrive."""
         parts, together = 2 * len(self.layers), self._together(blocks)
-        width = self.dst.mesh.devices.size * self._row_size
+        width = self.dst.mesh.size * self._row_size
         piece = [
             jax.ShapeDtypeStruct(
                 (min(together, parts - i) * blocks, width),
@@ -154,7 +159,7 @@ class Segment(NamedTuple):
         return self.plan.piece_heads * block_tokens * config.head_dim
 
 
-def find_segments(src: PlacedModel, dst: PlacedModel) -> list[Segment]:
+def find_segments(src: ModelPrograms, dst: ModelPrograms) -> list[Segment]:
     """Return all pairs of a group and a stage that share layers, by layer."""
     plan = piece_plan(src.layout.kv, src.tp, dst.layout.kv, dst.tp)
     found: list[Segment] = []
