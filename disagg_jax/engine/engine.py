@@ -93,6 +93,7 @@ class Engine:
         own: for the virtual clock, where only one program runs at a time.
 
     Attributes:
+      programs: of all instances, and of the transfers between them.
       totals: by kind of step ("prefill", "decode", "mixed"), over all instances, since
         the last `serving` began.
 
@@ -117,7 +118,7 @@ class Engine:
         share_devices: bool = False,
     ):
         models = {} if models is None else models
-        self._programs = DeploymentPrograms(
+        self.programs = DeploymentPrograms(
             config,
             deployment,
             devices,
@@ -132,7 +133,7 @@ class Engine:
         self._check_fits()
         self.instances: list[Instance] = []
         self.totals: dict[str, StepTotals] = {}
-        each = zip(self._programs.keys, self._programs.models, buckets, strict=True)
+        each = zip(self.programs.keys, self.programs.models, buckets, strict=True)
         for key, programs, listed in each:
             if key not in models:
                 models[key] = PlacedModel(programs, params)
@@ -159,7 +160,7 @@ class Engine:
             larger than a device's memory.
         """
         buckets = [instance.buckets for instance in self.instances]
-        listed = self._programs.programs(buckets, sampled=sampled)
+        listed = self.programs.programs(buckets, sampled=sampled)
         missing = [program for program in listed if not program.is_compiled]
 
         def compile_next(i: int, program: Program) -> None:
@@ -173,7 +174,7 @@ class Engine:
 
     def _check_fits(self) -> None:
         """Check every instance; see `memory_check.check_fits`."""
-        each = zip(self.deployment.instances, self._programs.models, strict=True)
+        each = zip(self.deployment.instances, self.programs.models, strict=True)
         for spec, programs in each:
             check_fits(spec, programs, memory_bytes(programs.device))
 
@@ -337,7 +338,7 @@ class Engine:
 
     def _parts(self, transfer: Transfer) -> list[list[Segment]]:
         """Return the segments that go at once; each alone while they are computed."""
-        segments = self._programs.segments[transfer.src, transfer.dst]
+        segments = self.programs.segments[transfer.src, transfer.dst]
         return [[segment] for segment in segments] if transfer.step else [segments]
 
     def _until_computed(self, transfer: Transfer, segment: Segment) -> Iterator[Pause]:

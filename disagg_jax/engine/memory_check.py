@@ -10,6 +10,7 @@ import jax
 
 from disagg_jax.deployment import InstanceSpec, KVMemory
 from disagg_jax.engine.model_programs import ModelPrograms
+from disagg_jax.engine.place_weights import join_groups
 from disagg_jax.engine.stage import Stage
 from disagg_jax.errors import require
 from models.config import ModelConfig
@@ -113,12 +114,13 @@ class _StageBytes(NamedTuple):
 
 def _stage_bytes(programs: ModelPrograms, stage: Stage) -> _StageBytes:
     groups = [group for group in programs.groups if group.stage is stage]
+    weights = join_groups([group.specs for group in groups])
     part = stage.cache_spec(1)[0][0]
     tables = [stage.programs, *(group.programs for group in groups)]
     analyses = [each.memory_analysis() for table in tables for each in table]
     known = [each for each in analyses if each is not None]  # XLA may not say
     return _StageBytes(
-        weights=sum(map(_device_bytes, jax.tree.leaves([g.specs for g in groups]))),
+        weights=sum(map(_device_bytes, jax.tree.leaves(weights))),
         block=2 * len(stage.layers) * _device_bytes(part) // part.shape[0],
         step=max(map(_step_bytes, known), default=0),
         code=sum(each.generated_code_size_in_bytes for each in known),

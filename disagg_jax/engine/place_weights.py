@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from disagg_jax.errors import require
 from models import transformer
@@ -37,8 +37,8 @@ def weight_specs(
     """Return the weights of each group of layers as they lie on its mesh, as
     `jax.ShapeDtypeStruct`s with shardings: heads are those of `layout`.
 
-    The first group has the embedding and the last the unembedding, which is the
-    embedding again in a tied model.
+    The first group has the embedding and the last the unembedding, which in a tied
+    model is the embedding again.
 
     Args:
       places: all layers in order.
@@ -77,6 +77,8 @@ def place_groups(
 ) -> list[transformer.Params]:
     """Return the weights of each group of layers, placed as `specs` say.
 
+    A tied embedding is one array where the first and the last group are on one mesh.
+
     Args:
       layers: of each group, in order.
       specs: of each group, by `weight_specs` for the same `layout`.
@@ -85,6 +87,8 @@ def place_groups(
       ValueError: if a weight has another shape or dtype than the model's.
     """
     slots, axes = _slots(layout), transformer.param_axes(config)
+    # By the weight, of which a tied one is in two groups, and its place.
+    placed: dict[tuple[int, Sharding], Array] = {}
     if isinstance(weights, Checkpoint):
         weights = weights.restore(restore_shardings(config, layout, specs))
 
@@ -94,12 +98,15 @@ def place_groups(
         weight: Array,
         axes: tuple[str, ...],
     ) -> Array:
+        key = id(weight), spec.sharding
+        if key in placed:
+            return placed[key]
         for name in slots.keys() & set(axes):
             weight = take_heads(weight, slots[name], axes.index(name))
         expected, got = (f"{x.dtype}{list(x.shape)}" for x in (spec, weight))
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         require(got == expected, f"weight {name}: expected {expected}", got)
-        return jax.device_put(weight, spec.sharding)
+        return placed.setdefault(key, jax.device_put(weight, spec.sharding))
 
     return [
         jax.tree_util.tree_map_with_path(
@@ -135,11 +142,14 @@ def restore_shardings(
                 return _split_elsewhere(leaf.shape, i, placed.mesh, placed.spec[i])
         return placed
 
-    # The groups as one tree; the first with a weight of the ends wins.
-    ends = {name: part for group in reversed(specs) for name, part in group.items()}
-    whole = {**ends, "layers": [layer for group in specs for layer in group["layers"]]}
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
-    return jax.tree.map(sharding, shapes, axes, whole)
+    return jax.tree.map(sharding, shapes, axes, join_groups(specs))
+
+
+def join_groups(groups: Sequence[transformer.Params]) -> transformer.Params:
+    """Return consecutive groups as one tree; a tied embedding is that of the first."""
+    ends = {name: part for group in reversed(groups) for name, part in group.items()}
+    return {**ends, "layers": [layer for group in groups for layer in group["layers"]]}
 
 
 def _slots(layout: HeadLayout) -> dict[str, Slots]:

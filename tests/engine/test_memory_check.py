@@ -1,22 +1,35 @@
 """What does not fit in a device's memory is refused, with what would."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import jax
 import pytest
+from jax.stages import Compiled
 
-from disagg_jax.deployment import InstanceSpec, KVMemory, Parallelism, Role
+from disagg_jax.deployment import (
+    Deployment,
+    InstanceSpec,
+    KVMemory,
+    Parallelism,
+    Role,
+)
+from disagg_jax.engine import engine as engine_module
+from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.memory_check import check_fits, default_memory
 from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.programs import StepShape
 from models.config import get_config
 from sharding.mesh import abstract_mesh, make_mesh
 from sharding.rules import RULES
-from tests.engine.harness import FAMILIES, MODELS, make_config, random_params
+from tests.engine.harness import BUCKETS, FAMILIES, MODELS, make_config, random_params
 
 RULE_TABLE = RULES["decode"]
 BLOCKS = 16
 
 
-def placed_bytes(config, spec, memory) -> int:
+def placed_bytes(config, spec, memory, layer_groups: int) -> int:
     """What the fullest device really holds."""
     meshes = [
         make_mesh(
@@ -24,35 +37,93 @@ def placed_bytes(config, spec, memory) -> int:
         )
         for i in range(spec.parallelism.pp)
     ]
-    programs = ModelPrograms(config, meshes, RULE_TABLE, memory)
+    programs = ModelPrograms(config, meshes, RULE_TABLE, memory, layer_groups)
     arrays = jax.tree.leaves(PlacedModel(programs, random_params(config)).params)
     arrays += jax.tree.leaves(programs.new_cache())
     by_device = dict.fromkeys(jax.devices(), 0)
-    for array in arrays:
+    for array in {id(array): array for array in arrays}.values():
         for shard in array.addressable_shards:
             by_device[shard.device] += shard.data.nbytes
     return max(by_device.values())
 
 
-def on_no_device(config, spec, memory) -> ModelPrograms:
+def on_no_device(config, spec, memory, layer_groups: int = 1) -> ModelPrograms:
     meshes = [abstract_mesh(spec.parallelism.tp)] * spec.parallelism.pp
-    return ModelPrograms(config, meshes, RULE_TABLE, memory)
+    return ModelPrograms(config, meshes, RULE_TABLE, memory, layer_groups)
 
 
-@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize(
-    "config", [MODELS["divided"], FAMILIES["opt"]], ids=lambda config: config.name
+    "tp, pp, layer_groups", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (2, 1, 2)]
 )
-def test_the_limit_is_what_is_really_placed(config, tp, pp):
+@pytest.mark.parametrize(
+    "config",
+    [MODELS["divided"], MODELS["padded"], FAMILIES["opt"]],
+    ids=lambda config: config.name,
+)
+def test_the_limit_is_what_is_really_placed(config, tp, pp, layer_groups):
     """To the byte: a byte less is refused, and one block fewer would fit."""
     spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp, pp))
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
-    needed = placed_bytes(config, spec, memory)
-    programs = on_no_device(config, spec, memory)
+    needed = placed_bytes(config, spec, memory, layer_groups)
+    programs = on_no_device(config, spec, memory, layer_groups)
     check_fits(spec, programs, needed)
     check_fits(spec, programs, None)
     with pytest.raises(ValueError, match=f"{BLOCKS - 1} blocks would fit"):
         check_fits(spec, programs, needed - 1)
+
+
+# -- with compiled programs -----------------------------------------------------------
+
+
+def test_an_engine_that_cannot_run_its_largest_program_says_so(world, monkeypatch):
+    """Weights and pool fit; the programs are compiled, and serve nobody."""
+    config, spec = MODELS["divided"], InstanceSpec(role=Role.COLOCATED)
+    pool = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
+    held = placed_bytes(config, spec, pool, 1)
+    limit = {"bytes": held}
+    monkeypatch.setattr(engine_module, "memory_bytes", lambda device: limit["bytes"])
+    params, deployment = world.params(config), Deployment((spec,))
+    engine = Engine(config, params, deployment, jax.devices(), [pool], [BUCKETS])
+    with pytest.raises(ValueError, match=rf"of {BLOCKS} KV blocks, .* would fit"):
+        engine.compile()
+    programs = engine.programs.programs([BUCKETS])
+    assert all(program.is_compiled for program in programs)
+    analyses = [program.compile().memory_analysis() for program in programs]
+    temp = max(analysis.temp_size_in_bytes for analysis in analyses)
+    assert temp > 0
+    limit["bytes"] = held + temp - 1
+    with pytest.raises(ValueError, match="blocks would fit"):
+        engine.compile()
+    # Results and code are no more than these.
+    results = max(analysis.output_size_in_bytes for analysis in analyses)
+    code = sum(analysis.generated_code_size_in_bytes for analysis in analyses)
+    limit["bytes"] = held + temp + results + code
+    engine.compile()
+
+
+def test_donated_arrays_are_no_results():
+    """A step gives the pool back; only tokens and logits are new."""
+    config, spec = MODELS["divided"], InstanceSpec(role=Role.DECODE)
+    memory = KVMemory(num_blocks=4095, block_tokens=4, max_context=64)
+    programs = ModelPrograms(config, [make_mesh(jax.devices()[:1])], RULE_TABLE, memory)
+    (step,) = programs.step_programs(StepShape.prefill(8, 1))
+    analysis = step.compile().memory_analysis()
+    pool_bytes = 4096 * 4 * 2 * config.layers * config.kv_heads * config.head_dim * 4
+    assert analysis.output_size_in_bytes > pool_bytes
+    held = placed_bytes(config, spec, memory, 1)
+    check_fits(spec, programs, held + analysis.temp_size_in_bytes + pool_bytes // 2)
+
+
+def test_a_backend_that_cannot_say_is_taken_at_its_weights_and_pool():
+    config, spec = MODELS["divided"], InstanceSpec(role=Role.DECODE)
+    memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
+    programs = on_no_device(config, spec, memory)
+    silent = SimpleNamespace(memory_analysis=lambda: None)
+    programs.stages[0].programs.add("silent", cast(Compiled, silent))
+    check_fits(spec, programs, placed_bytes(config, spec, memory, 1))
+
+
+# -- weights and pools ----------------------------------------------------------------
 
 
 def test_weights_alone_may_be_too_large():
