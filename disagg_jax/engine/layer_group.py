@@ -125,7 +125,8 @@ class LayerGroup:
     def _compile_step(self, shape: StepShape) -> Compiled:
         stage, config = self.stage, self.stage.config
         weights, tree = jax.tree.flatten(self.specs)
-        packed = stage.spec((fields_of(shape).size,), jnp.int32)
+        fields = fields_of(shape, stage.memory.block_tokens)
+        packed = stage.spec((fields.size,), jnp.int32)
         x_spec = stage.spec((shape.tokens, config.embed), config.dtype)
         x = [] if self.is_first else [x_spec]
         run_group = functools.partial(
@@ -166,7 +167,7 @@ def _run_group(
     Returns:
       The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
     """
-    inputs = fields_of(shape).split(packed)
+    inputs = fields_of(shape, block_tokens).split(packed)
     position = inputs["position"]
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
     attend = step_attend(shape, inputs, cache[0][0].shape[0], block_tokens)

@@ -1,13 +1,23 @@
 """Attention over the pool against plain attention, one request at a time."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import gathered
+from disagg_jax.engine.attention.packing import fields_of, pack
 from disagg_jax.engine.attention.pool_order import step_attend
 from disagg_jax.programs import StepShape
+from disagg_jax.programs.shapes import split_decodes
+from disagg_jax.work import Slice
+from tests.engine.harness import make_request
 
 # Rows 0 and 1 own blocks in any order, row 2 is padding, blocks 1 and 4 are free.
 BLOCK, HEADS, KV_HEADS, HEAD_DIM = 4, 6, 3, 8
@@ -110,14 +120,11 @@ def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, querie
     k, v = (part.at[0, :, 2:].set(np.nan).at[4, :, 2:].set(np.nan) for part in (k, v))
     q = random(rng, 8, HEADS, HEAD_DIM, dtype=dtype)
     new_k, new_v = (random(rng, 8, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in "kv")
-    slot = [8 * BLOCK] * 8
-    for name, tokens in MIXED_TOKENS.items():
-        for token in tokens:
-            block, offset = divmod(MIXED_POSITION[token], BLOCK)
-            slot[token] = MIXED_BLOCKS[name][block] * BLOCK + offset
     inputs = {
         "position": MIXED_POSITION,
-        "slot": slot,
+        "slot": [3 * BLOCK + 2, 8 * BLOCK],  # of the decode, and of a chunk's token
+        "write_block": [5, 0, 4, 8],
+        "write_token": [-1, -1, -1, 1, 2, 3, -1, -1, 4, 5, *[-1] * 6],
         "row": MIXED_ROW,
         "chunk_block": [5, 0, 4, 8],
         "chunk_owner": [0, 0, 1, -1],
@@ -139,3 +146,95 @@ def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, error, querie
             np.testing.assert_array_equal(keys[-1], double(new_k[token]))
             want = plain_attention(double(q[token]), keys, values)
             np.testing.assert_allclose(double(got[token]), want, atol=error, rtol=error)
+
+
+# -- what a step writes ----------------------------------------------------------------
+
+LONGEST = 65  # of a slice
+
+
+def pool_of(block: int) -> KVMemory:
+    """A pool for six slices of `parts`."""
+    longest = 2 * block + 2 + LONGEST
+    memory = KVMemory(num_blocks=1, block_tokens=block, max_context=longest)
+    return dataclasses.replace(memory, num_blocks=6 * memory.blocks_for(longest))
+
+
+def shape_of(kind: str, pool: int) -> StepShape:
+    """A shape for any of `parts`, over a pool of so many blocks."""
+    match kind:
+        case "prefill":
+            return StepShape.prefill(tokens=4 * LONGEST + 1, rows=4)
+        case "decode":
+            return StepShape.decode(rows=6, blocks=pool)
+        case _:
+            return StepShape.mixed(3 * LONGEST + 4, 6, pool // 2, 3, pool)
+
+
+@functools.cache
+def writer(shape: StepShape, memory: KVMemory):
+    """A compiled step of one layer that returns the cache."""
+    block = memory.block_tokens
+
+    @jax.jit
+    def step(packed, q, k, v, cache):
+        inputs = fields_of(shape, block).split(packed)
+        attend = step_attend(shape, inputs, memory.num_blocks + 1, block)
+        return attend(0, q, k, v, cache)
+
+    return step
+
+
+@st.composite
+def parts(draw, kind: str, block: int):
+    """(start, count) of a step's slices: lengths and starts around block edges."""
+    edges = [n * block + i for n in range(3) for i in (-1, 0, 1)]
+    lengths = st.sampled_from([n for n in edges if 1 <= n <= LONGEST] + [2, LONGEST])
+    starts = st.sampled_from([n for n in edges if n >= 0] + [2])
+    chunk_starts = st.just(0) if kind == "prefill" else starts
+    most = 4 if kind == "prefill" else 3
+    chunks = st.lists(st.tuples(chunk_starts, lengths), min_size=1, max_size=most)
+    decodes = st.lists(st.tuples(starts.map(lambda n: n + 1), st.just(1)), max_size=3)
+    return [
+        *(draw(chunks) if kind != "decode" else [(1, 1)]),
+        *(draw(decodes) if kind != "prefill" else []),
+    ]
+
+
+@pytest.mark.parametrize("block", [1, 4, 16, 64])
+@pytest.mark.parametrize("kind", ["prefill", "decode", "mixed"])
+@given(data=st.data())
+def test_a_step_writes_its_tokens_and_nothing_else(kind, block, data):
+    """Tokens cached before stay bit for bit, and so do the other requests' blocks.
+
+    What is beyond the end of a whole prompt, in its last block, is nobody's: 0.
+    """
+    memory = pool_of(block)
+    shape = shape_of(kind, memory.num_blocks)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    free, slices = rng.permutation(memory.num_blocks).tolist(), []
+    for id, (start, count) in enumerate(data.draw(parts(kind, block))):
+        n = memory.blocks_for(start + count)
+        blocks, free = tuple(free[:n]), free[n:]
+        request = make_request(id, 1, 1)
+        slices.append(Slice(request, start, count, True, blocks, (0,) * count))
+    T, pool = shape.tokens, (memory.num_blocks + 1, KV_HEADS, block, HEAD_DIM)
+    x, before = (
+        rng.normal(size=(2, *size)).astype("f4")
+        for size in ((T, KV_HEADS, HEAD_DIM), pool)
+    )
+    q, packed = np.ones((T, HEADS, HEAD_DIM), "f4"), pack(shape, slices, memory)
+    out, [cache] = writer(shape, memory)(packed, q, *x, [tuple(before)])
+    want = before.copy()
+    chunks, decodes = split_decodes(slices, shape.decodes)
+    token = 0
+    for part in [*decodes, *chunks]:
+        if kind == "prefill":
+            want[:, part.blocks[-1]] = 0
+        for position in range(part.start, part.start + part.count):
+            id, offset = divmod(position, block)
+            want[:, part.blocks[id], :, offset] = x[:, token]
+            token += 1
+    assert np.isfinite(double(out)[:token]).all()
+    for got, expected in zip(cache, want, strict=True):
+        np.testing.assert_array_equal(np.asarray(got)[:-1], expected[:-1])

@@ -138,7 +138,7 @@ def test_float32_stays_float32(world, shape):
     step = functools.partial(
         layer_group._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
     )
-    packed = np.zeros(fields_of(shape).size, np.int32)
+    packed = np.zeros(fields_of(shape, POOL.block_tokens).size, np.int32)
     (params,), cache = instance.model.params, instance.cache
     jaxpr = jax.make_jaxpr(step)(params, cache, packed)
     floats, matmuls = set(), 0

@@ -41,25 +41,42 @@ def part_spec(
     return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding)
 
 
-def write(
-    cache: Cache,
-    layer: int,
-    slot_T: Array,
-    block_tokens: int,
-    k_TKH: Array,
-    v_TKH: Array,
-) -> Cache:
-    """Put each token's key and value into its slot, in place under donation."""
-    if slot_T.shape[0] == 1:
+def write_tokens(part: Array, slot_B: Array, x_BKH: Array) -> Array:
+    """Put the key, or value, of each decode into its slot, in place under donation.
+
+    Args:
+      part: k or v of a layer.
+      slot_B: block * block_tokens + offset.
+    """
+    if slot_B.shape[0] == 1:
         # XLA turns a scatter of one row into the update of a slice, computes that once
         # more inside the reader of the cache, and so copies the whole pool before. Two
         # equal rows stay a scatter.
-        slot_T, k_TKH, v_TKH = (jnp.repeat(x, 2, 0) for x in (slot_T, k_TKH, v_TKH))
-    block_T, offset_T = slot_T // block_tokens, slot_T % block_tokens
-    k, v = cache[layer]
-    k = k.at[block_T, :, offset_T].set(k_TKH, mode=IN_BOUNDS)
-    v = v.at[block_T, :, offset_T].set(v_TKH, mode=IN_BOUNDS)
-    return [*cache[:layer], (k, v), *cache[layer + 1 :]]
+        slot_B, x_BKH = jnp.repeat(slot_B, 2, 0), jnp.repeat(x_BKH, 2, 0)
+    block_B, offset_B = jnp.divmod(slot_B, part.shape[2])
+    return part.at[block_B, :, offset_B].set(x_BKH, mode=IN_BOUNDS)
+
+
+def write_blocks(
+    part: Array, block_W: Array, token_WO: Array, x_TKH: Array, *, keep: bool
+) -> Array:
+    """Put keys, or values, of prompts into whole blocks, in place under donation.
+
+    Token by token, XLA for TPUs copies the whole pool for 1024 tokens and more.
+
+    Args:
+      part: k or v of a layer.
+      token_WO: which of the T tokens goes to each offset of a block; -1 for none.
+      keep: whether offsets without a token keep what they have; otherwise they become
+        0, which saves reading the blocks.
+    """
+    if block_W.shape[0] == 1:  # as in `write_tokens`
+        block_W, token_WO = jnp.repeat(block_W, 2, 0), jnp.repeat(token_WO, 2, 0)
+    x_WOKH = x_TKH.at[jnp.maximum(token_WO, 0)].get(mode=IN_BOUNDS)
+    old = part.at[block_W].get(mode=IN_BOUNDS) if keep else jnp.zeros((), part.dtype)
+    is_none = (token_WO < 0)[:, None, :, None]
+    new_WKOH = jnp.where(is_none, old, x_WOKH.swapaxes(1, 2))
+    return part.at[block_W].set(new_WKOH, mode=IN_BOUNDS)
 
 
 def gather(

@@ -1,7 +1,8 @@
 """A step's slices as one int32 vector: one copy from host to devices per step.
 
 Shape letters as in `models/transformer.py`; also R rows that get logits, B decodes, P
-leading blocks of the pool, C blocks that chunks attend to.
+leading blocks of the pool, C blocks that chunks attend to, W blocks that prompts write,
+O offsets in a block.
 """
 
 from __future__ import annotations
@@ -46,48 +47,61 @@ class Fields:
 
 
 @functools.cache
-def fields_of(shape: StepShape) -> Fields:
+def fields_of(shape: StepShape, block_tokens: int) -> Fields:
     """Return what the vector of a step of `shape` consists of.
 
-    A token's `slot` is its place in the pool: block * block_tokens + offset. Its `row`
-    is the prompt, or chunk, that it belongs to. `last` is each row's last token.
-    `owner` and `start` of a block are the decode that has it and its first token's
-    position in the request; `chunk_owner` and `chunk_start` say it of `chunk_block`.
+    A token's `row` is the prompt, or chunk, that it belongs to. `last` is each row's
+    last token. Prompts write whole blocks: `write_token` is, for each offset of each
+    `write_block`, the token of the step that goes there, or -1. A decode writes to its
+    `slot` in the pool: block * block_tokens + offset. `owner` and `start` of a block
+    are the decode that has it and its first token's position in the request;
+    `chunk_owner` and `chunk_start` say it of `chunk_block`.
     """
     _, T, R, C, B, P = shape
+    W = _most_written(shape, block_tokens)
+    tokens = dict.fromkeys(("token", "position", "row"), T)
+    writes = {"write_block": W, "write_token": W * block_tokens}
+    decodes = {"slot": B, "owner": P, "start": P}
     match shape.kind:
         case "prefill":
-            return Fields({"token": T, "position": T, "row": T, "slot": T, "last": R})
+            return Fields({**tokens, **writes, "last": R})
         case "decode":
-            return Fields(
-                {"token": B, "position": B, "slot": B, "owner": P, "start": P}
-            )
+            return Fields({"token": B, "position": B, **decodes})
         case _:
-            tokens = dict.fromkeys(("token", "position", "row", "slot"), T)
             chunks = dict.fromkeys(("chunk_block", "chunk_owner", "chunk_start"), C)
-            decodes = {"owner": P, "start": P}
-            return Fields({**tokens, "last": R, **chunks, **decodes})
+            return Fields({**tokens, **writes, "last": R, **chunks, **decodes})
+
+
+def _most_written(shape: StepShape, block_tokens: int) -> int:
+    """Return the most blocks that prompts, or chunks, of a step of `shape` write."""
+    T, R = shape.tokens, min(shape.rows, shape.tokens)
+    if shape.kind == "prefill":  # each prompt begins with its first block
+        return R + (T - R) // block_tokens
+    return min(shape.context, T, T // block_tokens + 2 * R)
 
 
 def pack(shape: StepShape, slices: Sequence[Slice], memory: KVMemory) -> np.ndarray:
-    """Return `[fields_of(shape).size] int32`, `slices` as the program takes them.
+    """Return the fields of `shape` as `int32`, `slices` as the program takes them.
 
     Decodes come first, so that their queries are a fixed slice of the batch; chunks
     follow at once, so that neither is padded apart from the other. Padding goes to the
     scratch block after the pool and owns no block. The `row` of padding and of decodes
     is -1.
     """
-    vector = np.zeros(fields_of(shape).size, np.int32)
-    views = fields_of(shape).split(vector)
     block_tokens, scratch_block = memory.block_tokens, memory.num_blocks
-    views["slot"][:] = scratch_block * block_tokens
+    fields = fields_of(shape, block_tokens)
+    vector = np.zeros(fields.size, np.int32)
+    views = fields.split(vector)
     chunks, decodes = split_decodes(slices, shape.decodes)
-    if "owner" in views:
+    if "slot" in views:
+        views["slot"][:] = scratch_block * block_tokens
         views["owner"][:] = -1
         if decodes:
             _pack_decodes(views, decodes, block_tokens)
     if "row" in views:
         views["row"][:] = -1
+        views["write_block"][:] = scratch_block
+        views["write_token"][:] = -1
         lasts = _pack_chunks(views, chunks, block_tokens, first=len(decodes))
         views["last"][: len(slices)] = [*lasts, *range(len(decodes))]
     if "chunk_block" in views:
@@ -107,14 +121,18 @@ def _pack_chunks(
       The last token of each chunk.
     """
     lasts: list[int] = []
+    written = 0
     for row, part in enumerate(slices):
         end = first + part.count
-        positions = np.arange(part.start, part.start + part.count)
-        block, offset = np.divmod(positions, block_tokens)
         views["token"][first:end] = part.tokens
-        views["position"][first:end] = positions
+        views["position"][first:end] = np.arange(part.start, part.start + part.count)
         views["row"][first:end] = row
-        views["slot"][first:end] = np.array(part.blocks)[block] * block_tokens + offset
+        skipped, offset = divmod(part.start, block_tokens)
+        blocks = part.blocks[skipped:]
+        views["write_block"][written : written + len(blocks)] = blocks
+        slot = written * block_tokens + offset
+        views["write_token"][slot : slot + part.count] = np.arange(first, end)
+        written += len(blocks)
         lasts.append(end - 1)
         first = end
     return lasts

@@ -22,7 +22,12 @@ from disagg_jax.engine.attention.gathered import (
     gathered_attention,
     prompt_attention,
 )
-from disagg_jax.engine.attention.kv_cache import Cache, LayerCache, write
+from disagg_jax.engine.attention.kv_cache import (
+    Cache,
+    LayerCache,
+    write_blocks,
+    write_tokens,
+)
 from disagg_jax.programs import StepShape
 from models.layers import einsum
 from models.transformer import Attend
@@ -38,14 +43,33 @@ def step_attend(
       pool_blocks: blocks of the pool, the scratch block included.
     """
     attention = _step_attention(shape, inputs, pool_blocks, block_tokens)
+    write = _step_write(shape, inputs, block_tokens)
 
     def attend(
         layer: int, q_TNH: Array, k_TKH: Array, v_TKH: Array, cache: Cache
     ) -> tuple[Array, Cache]:
-        cache = write(cache, layer, inputs["slot"], block_tokens, k_TKH, v_TKH)
-        return attention(q_TNH, k_TKH, v_TKH, cache[layer]), cache
+        k, v = (write(*part) for part in zip(cache[layer], (k_TKH, v_TKH), strict=True))
+        out_TNH = attention(q_TNH, k_TKH, v_TKH, (k, v))
+        return out_TNH, [*cache[:layer], (k, v), *cache[layer + 1 :]]
 
     return attend
+
+
+def _step_write(
+    shape: StepShape, inputs: Mapping[str, Array], block_tokens: int
+) -> Callable[[Array, Array], Array]:
+    """Return (k or v of a layer, the tokens' keys or values) -> written k or v."""
+
+    def write(part: Array, x_TKH: Array) -> Array:
+        if shape.kind != "decode":
+            token_WO = inputs["write_token"].reshape(-1, block_tokens)
+            keep = shape.kind == "mixed"  # a chunk can begin inside a block
+            part = write_blocks(part, inputs["write_block"], token_WO, x_TKH, keep=keep)
+        if B := shape.decodes:
+            part = write_tokens(part, inputs["slot"], x_TKH[:B])
+        return part
+
+    return write
 
 
 def _step_attention(
