@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 
 # jaxlib has no type stubs, so pyright takes `jax.Device` for a variable.
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]
@@ -22,11 +22,6 @@ def make_mesh(devices: Sequence[Device]) -> Mesh:
     every phase would need its own `jax.set_mesh` context.
     """
     return Mesh(np.array(devices), (TENSOR,), axis_types=(AxisType.Auto,))
-
-
-def abstract_mesh(devices: int) -> AbstractMesh:
-    """Return the mesh of so many devices without naming any: for sizes of shards."""
-    return AbstractMesh((devices,), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
 def cut_meshes(devices: Sequence[Device], sizes: Sequence[int]) -> list[Mesh]:

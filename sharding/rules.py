@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import TENSOR
 
@@ -45,17 +45,14 @@ def partition_spec(axes: Sequence[str | None], rules: Rules) -> PartitionSpec:
 
 
 def named_sharding(
-    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], rules: Rules
+    mesh: Mesh, axes: Sequence[str | None], rules: Rules
 ) -> NamedSharding:
     """Return the sharding on `mesh` of an array with logical `axes`."""
     return NamedSharding(mesh, partition_spec(axes, rules))
 
 
 def check_divisible(
-    shape: Sequence[int],
-    axes: Sequence[str | None],
-    mesh: Mesh | AbstractMesh,
-    rules: Rules,
+    shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh, rules: Rules
 ) -> None:
     """Raise a ValueError if a dimension does not divide over its mesh axis."""
     spec = partition_spec(axes, rules)

@@ -264,7 +264,9 @@ def _memory(
     """Return the default KV pool of each instance."""
     limit_bytes = memory_bytes(devices[0])
     return [
-        default_memory(config, spec, RULES[spec.role], limit_bytes, max_context)
+        default_memory(
+            config, spec, RULES[spec.role], devices, limit_bytes, max_context
+        )
         for spec in deployment.instances
     ]
 

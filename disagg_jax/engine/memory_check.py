@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from disagg_jax.engine.place_weights import join_groups
 from disagg_jax.engine.stage import Stage
 from disagg_jax.errors import require
 from models.config import ModelConfig
-from sharding.mesh import Device, abstract_mesh
+from sharding.mesh import Device, cut_meshes
 from sharding.rules import Rules
 
 _GIB = 2**30
@@ -64,6 +65,7 @@ def default_memory(
     config: ModelConfig,
     spec: InstanceSpec,
     rules: Rules,
+    devices: Sequence[Device],
     limit_bytes: int | None,
     max_context: int | None = None,
 ) -> KVMemory:
@@ -73,13 +75,15 @@ def default_memory(
     free, or `_HOST_POOL_BYTES` where the device does not say what it has.
 
     Args:
+      devices: as many as the instance has, or more; each of `limit_bytes`.
       max_context: by default the model's, or what the pool has room for.
 
     Raises:
-      ValueError: if the pool has no room for a request of `max_context`.
+      ValueError: if the pool has no room for a request of `max_context`, or for what
+        `ModelPrograms` raises it.
     """
     memory = KVMemory(num_blocks=1, max_context=max_context or config.max_length)
-    meshes = [abstract_mesh(spec.parallelism.tp)] * spec.parallelism.pp
+    meshes = cut_meshes(devices, [spec.parallelism.tp] * spec.parallelism.pp)
     programs = ModelPrograms(config, meshes, rules, memory)
     stages = [_stage_bytes(programs, stage) for stage in programs.stages]
     weights = max(stage.weights for stage in stages)

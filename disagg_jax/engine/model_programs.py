@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 
 from disagg_jax.deployment import KVMemory, Parallelism, cut_layers
 from disagg_jax.engine.attention.kv_cache import Cache
@@ -27,9 +27,9 @@ class ModelPrograms:
     pipeline stages, and several groups on one mesh let KV leave while later layers
     compute.
 
-    Programs are made from shapes and shardings alone, so they hold no weights and no
-    cache, and can be compiled for devices that are not there (those of a topology, see
-    `jax.experimental.topologies`). On an abstract mesh there are only the sizes.
+    Programs are made from shapes and shardings alone. They hold no weights and no
+    cache, and can be compiled for devices that are not there: those of a topology, see
+    `jax.experimental.topologies`.
 
     Args:
       meshes: the meshes of the stages, in order; equally many devices each.
@@ -46,7 +46,7 @@ class ModelPrograms:
     def __init__(
         self,
         config: ModelConfig,
-        meshes: Sequence[Mesh | AbstractMesh],
+        meshes: Sequence[Mesh],
         rules: Rules,
         memory: KVMemory,
         layer_groups: int = 1,
@@ -78,10 +78,8 @@ class ModelPrograms:
 
     @property
     def device(self) -> Device:
-        """The first device of all; an abstract mesh has none."""
-        mesh = self.stages[0].mesh
-        assert isinstance(mesh, Mesh)
-        return mesh.devices.flat[0]
+        """The first device of all."""
+        return self.stages[0].mesh.devices.flat[0]
 
     @property
     def pp(self) -> int:

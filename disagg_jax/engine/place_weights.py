@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from disagg_jax.errors import require
 from models import transformer
@@ -25,7 +25,7 @@ class LayerPlacement(NamedTuple):
     """Consecutive layers, and the mesh they go to."""
 
     layers: range
-    mesh: Mesh | AbstractMesh
+    mesh: Mesh
 
 
 def weight_specs(
@@ -50,7 +50,7 @@ def weight_specs(
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
 
     def spec(
-        mesh: Mesh | AbstractMesh, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]
+        mesh: Mesh, leaf: jax.ShapeDtypeStruct, axes: tuple[str, ...]
     ) -> jax.ShapeDtypeStruct:
         sizes = zip(leaf.shape, axes, strict=True)
         shape = tuple(len(slots.get(axis, range(size))) for size, axis in sizes)
@@ -139,7 +139,7 @@ def restore_shardings(
         placed = spec.sharding
         for i, axis in enumerate(axes):
             if axis in slots and not _are_all(slots[axis], leaf.shape[i]):
-                return _split_elsewhere(leaf.shape, i, placed.mesh, placed.spec[i])
+                return _split_elsewhere(leaf.shape, i, placed)
         return placed
 
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
@@ -158,9 +158,10 @@ def _slots(layout: HeadLayout) -> dict[str, Slots]:
 
 
 def _split_elsewhere(
-    shape: Sequence[int], heads: int, mesh: Mesh, mesh_axis: str | None
+    shape: Sequence[int], heads: int, placed: NamedSharding
 ) -> NamedSharding:
     """Split along the first dimension but `heads` that divides; whole if none does."""
+    mesh, mesh_axis = placed.mesh, placed.spec[heads]
     spec: list[str | None] = [None] * len(shape)
     for i, size in enumerate(shape):
         if mesh_axis and i != heads and size % mesh.shape[mesh_axis] == 0:

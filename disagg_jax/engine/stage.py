@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import kv_cache
@@ -34,7 +34,7 @@ class Stage:
         self,
         config: ModelConfig,
         layers: range,
-        mesh: Mesh | AbstractMesh,
+        mesh: Mesh,
         rules: Rules,
         memory: KVMemory,
     ):

@@ -21,7 +21,7 @@ from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.programs import StepShape
 from models.config import get_config
-from sharding.mesh import abstract_mesh, make_mesh
+from sharding.mesh import cut_meshes
 from sharding.rules import RULES
 from tests.engine.harness import BUCKETS, FAMILIES, MODELS, make_config, random_params
 
@@ -31,13 +31,7 @@ BLOCKS = 16
 
 def placed_bytes(config, spec, memory, layer_groups: int) -> int:
     """What the fullest device really holds."""
-    meshes = [
-        make_mesh(
-            jax.devices()[i * spec.parallelism.tp : (i + 1) * spec.parallelism.tp]
-        )
-        for i in range(spec.parallelism.pp)
-    ]
-    programs = ModelPrograms(config, meshes, RULE_TABLE, memory, layer_groups)
+    programs = make_programs(config, spec, memory, layer_groups)
     arrays = jax.tree.leaves(PlacedModel(programs, random_params(config)).params)
     arrays += jax.tree.leaves(programs.new_cache())
     by_device = dict.fromkeys(jax.devices(), 0)
@@ -47,8 +41,8 @@ def placed_bytes(config, spec, memory, layer_groups: int) -> int:
     return max(by_device.values())
 
 
-def on_no_device(config, spec, memory, layer_groups: int = 1) -> ModelPrograms:
-    meshes = [abstract_mesh(spec.parallelism.tp)] * spec.parallelism.pp
+def make_programs(config, spec, memory, layer_groups: int = 1) -> ModelPrograms:
+    meshes = cut_meshes(jax.devices(), [spec.parallelism.tp] * spec.parallelism.pp)
     return ModelPrograms(config, meshes, RULE_TABLE, memory, layer_groups)
 
 
@@ -65,7 +59,7 @@ def test_the_limit_is_what_is_really_placed(config, tp, pp, layer_groups):
     spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp, pp))
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
     needed = placed_bytes(config, spec, memory, layer_groups)
-    programs = on_no_device(config, spec, memory, layer_groups)
+    programs = make_programs(config, spec, memory, layer_groups)
     check_fits(spec, programs, needed)
     check_fits(spec, programs, None)
     with pytest.raises(ValueError, match=f"{BLOCKS - 1} blocks would fit"):
@@ -105,7 +99,7 @@ def test_donated_arrays_are_no_results():
     """A step gives the pool back; only tokens and logits are new."""
     config, spec = MODELS["divided"], InstanceSpec(role=Role.DECODE)
     memory = KVMemory(num_blocks=4095, block_tokens=4, max_context=64)
-    programs = ModelPrograms(config, [make_mesh(jax.devices()[:1])], RULE_TABLE, memory)
+    programs = make_programs(config, spec, memory)
     (step,) = programs.step_programs(StepShape.prefill(8, 1))
     analysis = step.compile().memory_analysis()
     pool_bytes = 4096 * 4 * 2 * config.layers * config.kv_heads * config.head_dim * 4
@@ -117,7 +111,7 @@ def test_donated_arrays_are_no_results():
 def test_a_backend_that_cannot_say_is_taken_at_its_weights_and_pool():
     config, spec = MODELS["divided"], InstanceSpec(role=Role.DECODE)
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
-    programs = on_no_device(config, spec, memory)
+    programs = make_programs(config, spec, memory)
     silent = SimpleNamespace(memory_analysis=lambda: None)
     programs.stages[0].programs.add("silent", cast(Compiled, silent))
     check_fits(spec, programs, placed_bytes(config, spec, memory, 1))
@@ -131,13 +125,15 @@ def test_weights_alone_may_be_too_large():
     spec = InstanceSpec(role=Role.DECODE)
     memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
     with pytest.raises(ValueError, match="large on 'decode:tp1'.* 0 blocks would fit"):
-        check_fits(spec, on_no_device(config, spec, memory), 2**20)
+        check_fits(spec, make_programs(config, spec, memory), 2**20)
 
 
 def default(model: str, limit_bytes: int | None, *max_context: int, tp: int = 1):
     spec = InstanceSpec(role=Role.DECODE, parallelism=Parallelism(tp))
     config = get_config(model)
-    return default_memory(config, spec, RULE_TABLE, limit_bytes, *max_context)
+    return default_memory(
+        config, spec, RULE_TABLE, jax.devices(), limit_bytes, *max_context
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +158,7 @@ def test_a_pool_takes_its_share_of_what_weights_leave():
     memory = default("llama-3-8b", limit_bytes)
     assert memory == KVMemory(num_blocks=3702, max_context=8192)
     config = get_config("llama-3-8b")
-    check_fits(spec, on_no_device(config, spec, memory), limit_bytes)
+    check_fits(spec, make_programs(config, spec, memory), limit_bytes)
 
 
 def test_a_context_that_is_asked_for_must_fit():
@@ -175,4 +171,4 @@ def test_where_the_weights_do_not_fit_the_check_says_so():
     config, limit_bytes = get_config("llama-3-8b"), 2**30
     spec, memory = InstanceSpec(role=Role.DECODE), default("llama-3-8b", limit_bytes)
     with pytest.raises(ValueError, match="GiB on a device, got 14.96 of weights"):
-        check_fits(spec, on_no_device(config, spec, memory), limit_bytes)
+        check_fits(spec, make_programs(config, spec, memory), limit_bytes)

@@ -17,7 +17,7 @@ from disagg_jax.engine.placed_model import PlacedModel
 from models import checkpoint, transformer
 from models.checkpoint import Checkpoint
 from sharding.heads import head_layout
-from sharding.mesh import abstract_mesh, cut_meshes, make_mesh
+from sharding.mesh import cut_meshes, make_mesh
 from sharding.rules import RULES
 from tests.engine.harness import (
     FAMILIES,
@@ -129,7 +129,8 @@ def test_no_device_holds_the_whole_while_restoring(name):
     """A weight with heads or width is in parts, repeated and padded heads included."""
     config = CONFIGS[name]
     layout = head_layout(config.q_heads, config.kv_heads, 4)
-    places = [LayerPlacement(range(config.layers), abstract_mesh(4))]
+    mesh = make_mesh(jax.devices()[:4])
+    places = [LayerPlacement(range(config.layers), mesh)]
     specs = weight_specs(config, layout, places, RULE_TABLE)
     shapes, axes = transformer.param_shapes(config), transformer.param_axes(config)
     shardings = restore_shardings(config, layout, specs)
