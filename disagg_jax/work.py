@@ -93,8 +93,8 @@ def last_tokens(chunks: Sequence[tuple[int, int]], most: int) -> int:
 
 
 def pool_extent(slices: Sequence[Slice]) -> int:
-    """Return the blocks of the pool up to the last one that `slices` have."""
-    return 1 + max([max(part.blocks) for part in slices], default=-1)
+    """Return the blocks that `slices` attend to together."""
+    return sum([len(part.blocks) for part in slices])
 
 
 @dataclasses.dataclass(slots=True)

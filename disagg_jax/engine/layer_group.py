@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.kv_cache import Cache
 from disagg_jax.engine.attention.packing import fields_of
-from disagg_jax.engine.attention.pool_order import step_attend
+from disagg_jax.engine.attention.step import step_attend
 from disagg_jax.engine.program_table import Program, Programs, program_name
 from disagg_jax.engine.stage import Stage
 from disagg_jax.programs import StepShape
@@ -135,6 +136,8 @@ class LayerGroup:
             stage.memory.block_tokens,
             shape,
             is_last=self.is_last,
+            kv_sharding=stage.kv_sharding,
+            chunk=stage.decode_chunk,
         )
 
         def run(weights: FlatWeights, *inputs: Any) -> tuple[Cache, Any]:
@@ -161,6 +164,8 @@ def _run_group(
     packed: Array,
     *x_TE: Array,
     is_last: bool,
+    kv_sharding: NamedSharding,
+    chunk: int | None,
 ) -> tuple[Cache, Any]:
     """Run one layer group of a step; without an `x_TE` embed the tokens first.
 
@@ -170,7 +175,7 @@ def _run_group(
     inputs = fields_of(shape, block_tokens).split(packed)
     position = inputs["position"]
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
-    attend = step_attend(shape, inputs, cache[0][0].shape[0], block_tokens)
+    attend = step_attend(shape, inputs, block_tokens, kv_sharding, chunk)
     x, cache = transformer.run_layers(
         config, params["layers"], x, position, attend, cache
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import kv_cache
 from disagg_jax.engine.attention.kv_cache import Cache
+from disagg_jax.engine.attention.paged import chunk_entries
 from disagg_jax.engine.program_table import Programs
 from models.config import ModelConfig
 from sharding.heads import head_layout
@@ -59,6 +61,14 @@ class Stage:
         slots = len(self.layout.kv)
         part = kv_cache.part_spec(self.config, self.memory, slots, self.kv_sharding)
         return [(part, part)] * layers
+
+    @property
+    def decode_chunk(self) -> int | None:
+        """How many of their blocks decodes attend to at a time; see `chunk_entries`."""
+        part, _ = self.cache_spec(1)[0]
+        _, *block = self.kv_sharding.shard_shape(part.shape)
+        block_bytes = 2 * math.prod(block) * part.dtype.itemsize
+        return chunk_entries(self.mesh.devices.flat[0].platform, block_bytes)
 
     def new_cache(self) -> Cache:
         """Make the empty cache of the stage's layers."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.packing import Fields, fields_of, pack
+from disagg_jax.engine.attention.paged import UNSEEN
 from disagg_jax.programs import StepShape
 from disagg_jax.request import Sampling
 from disagg_jax.work import Slice
@@ -58,13 +59,14 @@ def slot(part: Slice, position: int, block: int) -> int:
     return part.blocks[position // block] * block + position % block
 
 
-def owners(slices, extent: int, block: int) -> tuple[list[int], list[int]]:
-    """For each leading block of the pool: its row, and where in the request it is."""
-    owner, start = [-1] * extent, [0] * extent
-    for row, part in enumerate(slices):
-        for i, id in enumerate(part.blocks):
-            owner[id], start[id] = row, i * block
-    return owner, start
+def entries(slices, block: int, padding: int) -> list[tuple[int, int, int]]:
+    """Each block that a decode attends to: its row, and where in the request it is."""
+    found = [
+        (id, row, i * block)
+        for row, part in enumerate(slices)
+        for i, id in enumerate(part.blocks)
+    ]
+    return found + [(SCRATCH, max(0, len(slices) - 1), UNSEEN)] * padding
 
 
 def packed_fields(shape: StepShape, slices, memory: KVMemory) -> dict[str, list[int]]:
@@ -115,18 +117,19 @@ def test_prefill(batch, more_tokens, more_rows):
     assert fields["last"] == [end - 1 for end in ends] + [0] * more_rows
 
 
-@given(batches("decode"), st.integers(0, 3))
-def test_decode(batch, more_rows):
+@given(batches("decode"), st.integers(0, 3), st.integers(0, 3))
+def test_decode(batch, more_rows, more_blocks):
     memory, slices = batch
     block = memory.block_tokens
-    extent = 1 + max(max(part.blocks) for part in slices)
-    shape = StepShape.decode(len(slices) + more_rows, extent)
+    attended = sum(len(part.blocks) for part in slices)
+    shape = StepShape.decode(len(slices) + more_rows, attended + more_blocks)
     fields = packed_fields(shape, slices, memory)
     rows = [(p.tokens[0], p.start, slot(p, p.start, block)) for p in slices]
     rows += [(0, 0, SCRATCH * block)] * more_rows
     got = zip(fields["token"], fields["position"], fields["slot"], strict=True)
     assert list(got) == rows
-    assert (fields["owner"], fields["start"]) == owners(slices, extent, block)
+    got = zip(fields["block"], fields["owner"], fields["start"], strict=True)
+    assert list(got) == entries(slices, block, more_blocks)
 
 
 @given(batches("mixed"), st.integers(1, 6), st.lists(st.integers(0, 3), min_size=4))
@@ -136,7 +139,7 @@ def test_mixed(batch, decodes, more):
     chunks, last = list(slices), []
     while chunks and chunks[-1].is_decode and len(last) < decodes:
         last.insert(0, chunks.pop())
-    extent = 1 + max((max(part.blocks) for part in last), default=-1) + more[0]
+    attended = sum(len(part.blocks) for part in last)
     context = sum(len(part.blocks) for part in chunks) + more[1]
     tokens = [(p.tokens[0], p.start, -1) for p in last]
     ends = list(range(len(last)))
@@ -145,7 +148,11 @@ def test_mixed(batch, decodes, more):
             tokens.append((token, part.start + i, row))
         ends.insert(row, len(tokens) - 1)
     shape = StepShape.mixed(
-        len(tokens) + more[2], len(slices) + more[3], context, decodes, extent
+        len(tokens) + more[2],
+        len(slices) + more[3],
+        context,
+        decodes,
+        attended + more[0],
     )
     fields = packed_fields(shape, slices, memory)
     got = zip(*(fields[name] for name in ("token", "position", "row")), strict=True)
@@ -163,7 +170,8 @@ def test_mixed(batch, decodes, more):
         for i, id in enumerate(part.blocks)
     ]
     assert list(got) == blocks + [(SCRATCH, -1, 0)] * more[1]
-    assert (fields["owner"], fields["start"]) == owners(last, extent, block)
+    got = zip(fields["block"], fields["owner"], fields["start"], strict=True)
+    assert list(got) == entries(last, block, more[0])
 
 
 def test_chunks_that_all_cross_an_edge_have_room():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
 from models.layers import attention
@@ -30,17 +30,33 @@ _MAX_PIECES = 16
 
 
 def prompt_attention(row_T: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array) -> Array:
-    """Attend from each token of whole prompts to its row, up to itself."""
-    T = row_T.shape[0]
+    """Attend from each token of whole prompts to its row, up to itself.
+
+    It goes over the kv heads of a device one by one: scores of all heads at once do not
+    stay on chip, and were written to memory and read again (2048 tokens of Llama-3-8B,
+    compiled for a v6e: 1.19 GB a layer, and 0.83 GB head by head). On a core 512 tokens
+    take 7 % less for 3 kv heads, and 27 % less for 8.
+    """
+    T, N, H = q_TNH.shape
+    K = k_TKH.shape[1]
     index_T = jnp.arange(T)
-    outs: list[Array] = []
-    for start in range(0, T, _QUERY_CHUNK):
-        end = min(start + _QUERY_CHUNK, T)
-        mask = (row_T[start:end, None] == row_T[None, :end]) & (
-            index_T[start:end, None] >= index_T[None, :end]
-        )
-        outs.append(attention(q_TNH[start:end], k_TKH[:end], v_TKH[:end], mask))
-    return jnp.concatenate(outs)
+
+    def attend_head(head: tuple[Array, Array, Array]) -> Array:
+        q_TGH, k_TH, v_TH = head
+        outs: list[Array] = []
+        for start in range(0, T, _QUERY_CHUNK):
+            end = min(start + _QUERY_CHUNK, T)
+            mask = (row_T[start:end, None] == row_T[None, :end]) & (
+                index_T[start:end, None] >= index_T[None, :end]
+            )
+            k_S1H, v_S1H = k_TH[:end, None], v_TH[:end, None]
+            outs.append(attention(q_TGH[start:end], k_S1H, v_S1H, mask))
+        return jnp.concatenate(outs)
+
+    q_KTGH = q_TNH.reshape(T, K, N // K, H).swapaxes(0, 1)
+    heads = (q_KTGH, k_TKH.swapaxes(0, 1), v_TKH.swapaxes(0, 1))
+    out_KTGH = lax.map(attend_head, heads)
+    return out_KTGH.swapaxes(0, 1).reshape(T, N, H)
 
 
 def gathered_attention(inputs: Mapping[str, Array], block_tokens: int) -> Attention:

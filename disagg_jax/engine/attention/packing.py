@@ -1,8 +1,8 @@
 """A step's slices as one int32 vector: one copy from host to devices per step.
 
 Shape letters as in `models/transformer.py`; also R rows that get logits, B decodes, P
-leading blocks of the pool, C blocks that chunks attend to, W blocks that prompts write,
-O offsets in a block.
+blocks that decodes attend to, C blocks that chunks attend to, W blocks that prompts
+write, O offsets in a block.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from disagg_jax.deployment import KVMemory
+from disagg_jax.engine.attention.paged import UNSEEN
 from disagg_jax.programs.shapes import StepShape, split_decodes
 from disagg_jax.work import Slice
 
@@ -53,15 +54,15 @@ def fields_of(shape: StepShape, block_tokens: int) -> Fields:
     A token's `row` is the prompt, or chunk, that it belongs to. `last` is each row's
     last token. Prompts write whole blocks: `write_token` is, for each offset of each
     `write_block`, the token of the step that goes there, or -1. A decode writes to its
-    `slot` in the pool: block * block_tokens + offset. `owner` and `start` of a block
-    are the decode that has it and its first token's position in the request;
-    `chunk_owner` and `chunk_start` say it of `chunk_block`.
+    `slot` in the pool: block * block_tokens + offset. `owner` and `start` of a `block`
+    are the decode that attends to it and its first token's position in the request
+    (`paged.Entries`); `chunk_owner` and `chunk_start` say it of `chunk_block`.
     """
     _, T, R, C, B, P = shape
     W = _most_written(shape, block_tokens)
     tokens = dict.fromkeys(("token", "position", "row"), T)
     writes = {"write_block": W, "write_token": W * block_tokens}
-    decodes = {"slot": B, "owner": P, "start": P}
+    decodes = {"slot": B, **dict.fromkeys(("block", "owner", "start"), P)}
     match shape.kind:
         case "prefill":
             return Fields({**tokens, **writes, "last": R})
@@ -85,8 +86,8 @@ def pack(shape: StepShape, slices: Sequence[Slice], memory: KVMemory) -> np.ndar
 
     Decodes come first, so that their queries are a fixed slice of the batch; chunks
     follow at once, so that neither is padded apart from the other. Padding goes to the
-    scratch block after the pool and owns no block. The `row` of padding and of decodes
-    is -1.
+    scratch block after the pool; the last decode has it, and does not see it. The `row`
+    of padding and of decodes is -1.
     """
     block_tokens, scratch_block = memory.block_tokens, memory.num_blocks
     fields = fields_of(shape, block_tokens)
@@ -95,7 +96,8 @@ def pack(shape: StepShape, slices: Sequence[Slice], memory: KVMemory) -> np.ndar
     chunks, decodes = split_decodes(slices, shape.decodes)
     if "slot" in views:
         views["slot"][:] = scratch_block * block_tokens
-        views["owner"][:] = -1
+        views["block"][:] = scratch_block
+        views["start"][:] = UNSEEN
         if decodes:
             _pack_decodes(views, decodes, block_tokens)
     if "row" in views:
@@ -159,17 +161,19 @@ def _pack_tables(
 def _pack_decodes(
     views: Mapping[str, np.ndarray], slices: Sequence[Slice], block_tokens: int
 ) -> None:
-    """Write decodes as the first tokens, and the owner of each leading pool block."""
+    """Write decodes as the first tokens, and the blocks that they attend to."""
     n = len(slices)
     tables = [part.blocks for part in slices]
     counts = np.array([len(table) for table in tables])
     ends = counts.cumsum()
     firsts = ends - counts  # where each table begins in `block`
-    # numpy indexes with intp and converts anything else first.
-    block = np.fromiter(itertools.chain.from_iterable(tables), np.intp)
-    row = np.repeat(np.arange(n), counts)
-    views["owner"][block] = row
-    views["start"][block] = (np.arange(len(block)) - firsts[row]) * block_tokens
+    block = np.fromiter(itertools.chain.from_iterable(tables), np.int32)
+    entries = len(block)
+    owner = np.repeat(np.arange(n), counts)
+    views["block"][:entries] = block
+    views["owner"][:entries] = owner
+    views["owner"][entries:] = n - 1
+    views["start"][:entries] = (np.arange(entries) - firsts[owner]) * block_tokens
     position = np.array([part.start for part in slices])
     views["token"][:n] = [part.tokens[0] for part in slices]
     views["position"][:n] = position
