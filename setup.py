@@ -95,6 +95,8 @@ setup(
         "cuda": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # Compiles for GPUs that are not there: JAX's plugin without the CUDA libraries.
+        "compile-cuda": ["jax[cuda12-local]"],
         # What keeps a local cluster off the network is undocumented; 2.60 was tried.
         "cluster": ["ray>=2.60,<2.61"],
         "weights": [GGUF, SAFETENSORS, TOKENIZERS],

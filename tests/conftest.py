@@ -41,8 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     # Every test but the gpu ones stays on the CPU devices, GPU or not.
     asks_for_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    looks_at_programs = re.search(r"(?<!not )\b[tg]pu_aot\b", config.option.markexpr)
     _share_compiled_programs(config)
-    if not asks_for_gpu:
+    if not asks_for_gpu and not looks_at_programs:
         _compile_fast()
     import jax
 

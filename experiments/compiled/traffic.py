@@ -81,7 +81,7 @@ class OpTraffic:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Traffic:
+class ProgramTraffic:
     """The account of a program on one device."""
 
     ops: tuple[OpTraffic, ...]  # in the program's order
@@ -116,7 +116,7 @@ def traffic(
     program: CompiledProgram | str,
     pool: Sequence[int] | None = None,
     kernels: Mapping[str, KernelCost] | None = None,
-) -> Traffic:
+) -> ProgramTraffic:
     """Account for a compiled program, or for its text.
 
     Args:
@@ -131,7 +131,7 @@ def traffic(
     count = _Count(module, kernels or {})
     ops = tuple(count.run(module.entry, 1))
     copies = pool_copies(module, pool) if pool else set[str]()
-    return Traffic(
+    return ProgramTraffic(
         ops=ops,
         pool_copies=tuple(op for op in ops if op.name in copies),
         unknown_loops=tuple(count.unknown_loops),
