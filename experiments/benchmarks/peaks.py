@@ -62,21 +62,31 @@ class StepBound:
 
     @classmethod
     def of(cls, model: ModelConfig, load: StepLoad, peaks: Peaks) -> StepBound:
-        """Apply the roofline. Bytes are its seconds at 1 byte/s, FLOPs at 1 FLOP/s."""
+        """Return the bound of a model on one device."""
+        (bound,) = cls.of_stages(model, load, peaks, 1)
+        return bound
 
-        def seconds(bytes_s: float, flops: float) -> float:
+    @classmethod
+    def of_stages(
+        cls, model: ModelConfig, load: StepLoad, peaks: Peaks, pp: int
+    ) -> list[StepBound]:
+        """Apply the roofline to each of `pp` pipeline stages, of one device each.
+
+        Bytes are its seconds at 1 byte/s, FLOPs at 1 FLOP/s.
+        """
+        partition = Partition(model, Parallelism(pp=pp))
+
+        def seconds(bytes_s: float, flops: float) -> tuple[float, ...]:
             hardware = Peaks(bytes_s=bytes_s, flops=flops).hardware()
-            return sum(
-                RooflineInstance(Partition(model, Parallelism()), hardware).stages_s(
-                    load
-                )
-            )
+            return RooflineInstance(partition, hardware).stages_s(load)
 
-        return cls(
-            size_bytes=seconds(1.0, math.inf),
-            flops=seconds(math.inf, 1.0),
-            seconds=seconds(peaks.bytes_s, peaks.flops),
+        of_each = zip(
+            seconds(1.0, math.inf),
+            seconds(math.inf, 1.0),
+            seconds(peaks.bytes_s, peaks.flops),
+            strict=True,
         )
+        return [cls(size_bytes=b, flops=f, seconds=s) for b, f, s in of_each]
 
 
 def spec_sheet() -> Hardware | None:

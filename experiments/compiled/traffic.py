@@ -62,11 +62,12 @@ class OpTraffic:
     name: str
     opcode: str
     shape: str  # of the first array of the result
-    op_name: str  # where it was written, as JAX says
+    op_name: str  # where it was written, as JAX says; see `_places`
     times: int
     read_bytes: float
     written_bytes: float
     flops: float
+    cycles: float  # XLA's estimate, which it has for most of a TPU's fusions
 
     @property
     def size_bytes(self) -> float:
@@ -149,7 +150,9 @@ class _Count:
 
     def run(self, computation: Computation, times: int) -> Iterator[OpTraffic]:
         """Yield the ops of a computation that runs `times` times, and those below."""
+        places = _places(computation)
         for x in started(computation):
+            x = dataclasses.replace(x, op_name=places[x.name])
             match x.opcode:
                 case _ if x.opcode in _FREE:
                     continue
@@ -238,22 +241,42 @@ def started(computation: Computation) -> Iterator[Instruction]:
     """Yield the instructions, with each asynchronous pair as one op.
 
     `copy-start` and `copy-done` are a `copy` at the place of the first, whose result is
-    that of the second.
+    that of the second. One whose result nothing uses is left out: on a TPU the last op
+    of a program prefetches weights for its next run, which then need not do so itself
+    (`cross_program_prefetch_index`).
     """
-    done = {
-        x.operands[0]: x
-        for x in computation.instructions.values()
-        if x.opcode.endswith("-done")
-    }
-    for x in computation.instructions.values():
-        if x.opcode.endswith(("-done", "-update")) and x.opcode != "async-update":
+    instructions = computation.instructions.values()
+    done = {x.operands[0]: x for x in instructions if x.opcode.endswith("-done")}
+    used = {computation.root.name}.union(*(x.operands for x in instructions))
+    for x in instructions:
+        if x.opcode.endswith(("-done", "-update")):
             continue
         if x.opcode.endswith("-start"):
-            shape = done[x.name].shape if x.name in done else x.shape
-            x = dataclasses.replace(
-                x, opcode=x.opcode.removesuffix("-start"), shape=shape
-            )
+            end = done.get(x.name, x)
+            if end.name not in used:
+                continue
+            opcode = x.opcode.removesuffix("-start")
+            x = dataclasses.replace(x, opcode=opcode, shape=end.shape)
         yield x
+
+
+def _places(computation: Computation) -> dict[str, str]:
+    """Return where each instruction was written, such as "jit(run)/layer_0/mlp/mul".
+
+    One that XLA added has no place, nor has an argument. It has that of what first uses
+    it, such as the matmul whose weights are prefetched; or if that has none, as where a
+    copy makes a result of the program, that of what it uses.
+    """
+    instructions = computation.instructions.values()
+    places = {x.name: x.op_name if "/" in x.op_name else "" for x in instructions}
+    for x in reversed(instructions):
+        for operand in x.operands:
+            if not x.opcode == "tuple":
+                places[operand] = places[operand] or places[x.name]
+    for x in instructions:
+        used = [places[operand] for operand in x.operands]
+        places[x.name] = places[x.name] or next(filter(None, used), "")
+    return places
 
 
 def hbm_bytes(shape: Shape) -> int:
@@ -270,6 +293,7 @@ def _kernel_name(x: Instruction) -> str:
 def _op_traffic(
     x: Instruction, times: int, read: float, written: float, flops: float
 ) -> OpTraffic:
+    cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
     return OpTraffic(
         name=x.name,
         opcode=x.opcode,
@@ -279,4 +303,5 @@ def _op_traffic(
         read_bytes=times * read,
         written_bytes=times * written,
         flops=times * flops,
+        cycles=times * (int(cycles[1]) if cycles else 0),
     )

@@ -68,6 +68,18 @@ def test_weights_that_are_prefetched_count_once():
     assert not found.unstated_kernels
 
 
+def test_a_prefetch_for_the_next_run_is_not_counted_beside_that_of_this_one():
+    again = """
+    %n = (bf16[1024,1024]{1,0:S(1)}, bf16[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%w)
+    %m = bf16[1024,1024]{1,0:S(1)} copy-done(%n)
+    ROOT"""
+    text = entry(PREFETCH.replace("ROOT", again))
+    assert traffic(text).size_bytes == 2 * M
+    # But if it is the program's result.
+    result = text.replace("ROOT %z", "%z").replace("%m =", "ROOT %m =")
+    assert traffic(result).size_bytes == 4 * M
+
+
 def test_an_asynchronous_copy_counts_once():
     text = entry("""
         %a = f32[1024,1024]{1,0} parameter(0)
@@ -290,6 +302,26 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":\
     assert found.flops == 2 * 64 * 512 * 1024
     assert found.size_bytes == 2 * (64 * 1024 + 1024 * 512 + 64 * 512)
     assert not found.unstated_kernels
+
+
+# -- places ----------------------------------------------------------------------------
+
+
+def test_what_xla_adds_has_the_place_of_its_user_or_else_of_what_it_uses():
+    named = PREFETCH.replace(
+        "rhs_contracting_dims={0}",
+        'rhs_contracting_dims={0}, metadata={op_name="jit(run)/layer_3/mlp/dot"}',
+    )
+    out = """
+    %s2 = (bf16[8,1024]{1,0}, bf16[8,1024]{1,0:S(1)}, u32[]{:S(2)}) copy-start(%z)
+    %o = bf16[8,1024]{1,0} copy-done(%s2)
+    ROOT %r = (bf16[8,1024]{1,0}) tuple(%o)
+"""
+    found = traffic(entry(named.replace("ROOT ", "") + out))
+    places = {op.name: op.op_name for op in found.ops}
+    assert places == dict.fromkeys(
+        ("s", "t", "y", "z", "s2"), "jit(run)/layer_3/mlp/dot"
+    )
 
 
 # -- FLOPs -----------------------------------------------------------------------------
