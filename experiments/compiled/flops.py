@@ -42,7 +42,12 @@ def _sums(module: Module, reduce: Instruction) -> bool:
 
 
 def _is_product(where: Computation, reduce: Instruction) -> bool:
-    """Return whether what is summed was multiplied just before, in the same fusion."""
+    """Return whether what is summed was multiplied just before, in the same fusion.
+
+    XLA writes a matmul of one row as such a sum too, sometimes in a fusion of its own.
+    """
+    if reduce.op_name.endswith("/dot_general"):
+        return True
     x = where.operands(reduce)[0]
     while x.opcode in _MOVES:
         x = where.operands(x)[0]

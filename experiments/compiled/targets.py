@@ -20,8 +20,22 @@ from disagg_jax.errors import require
 from disagg_jax.sim.hardware import HARDWARE, Hardware
 from sharding.mesh import Device
 
-# What libtpu calls a chip -> its spec sheet.
-_TPUS = {"v5e": "tpu-v5e", "v5p": "tpu-v5p", "v6e": "tpu-v6e"}
+
+class _Tpu(NamedTuple):
+    """A chip that libtpu knows by name."""
+
+    hardware: str  # its spec sheet
+    clock_ghz: float  # that gives the spec sheet's FLOPs
+    memory_gib: (
+        float  # what libtpu 0.0.42 says is available when a program is too large
+    )
+
+
+_TPUS = {
+    "v5e": _Tpu("tpu-v5e", 1.5, 15.75),
+    "v5p": _Tpu("tpu-v5p", 1.75, 95.74),
+    "v6e": _Tpu("tpu-v6e", 1.75, 31.25),
+}
 # Read by libtpu when it is loaded. It must not ask a cloud's metadata server where it
 # is, nor refuse to be loaded by two processes: no chip is in use.
 _TPU_ENVIRONMENT = {
@@ -71,7 +85,8 @@ class CompileTarget:
 
     name: str  # as it was asked for
     hardware: Hardware  # the peaks that bounds are made of
-    memory_bytes: float  # of a device
+    memory_bytes: float  # of a device, for programs
+    clock_hz: float
     devices: Sequence[Device]
 
     @classmethod
@@ -98,17 +113,19 @@ class CompileTarget:
             )
         jax.config.update("jax_platforms", "cpu")
         if kind in _TPUS:
-            hardware = HARDWARE[_TPUS[kind]]
+            tpu = _TPUS[kind]
             return cls(
                 name=text,
-                hardware=hardware,
-                memory_bytes=hardware.memory_bytes,
+                hardware=HARDWARE[tpu.hardware],
+                memory_bytes=tpu.memory_gib * 2**30,
+                clock_hz=tpu.clock_ghz * 1e9,
                 devices=_tpu_devices(text),
             )
         return cls(
             name=text,
             hardware=HARDWARE[kind],
             memory_bytes=_GPUS[kind].memory_bytes,
+            clock_hz=_GPUS[kind].clock_ghz * 1e9,
             devices=_gpu_devices(_GPUS[kind], int(size)),
         )
 

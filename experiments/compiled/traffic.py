@@ -73,6 +73,10 @@ class OpTraffic:
     def size_bytes(self) -> float:
         return self.read_bytes + self.written_bytes
 
+    @property
+    def matmul_cycles(self) -> float:
+        return self.cycles if self.flops else 0.0
+
     def __str__(self) -> str:
         return (
             f"{self.size_bytes / 1e6:10.2f} MB {self.flops / 1e9:10.3f} GFLOP "

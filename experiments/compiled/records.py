@@ -1,0 +1,314 @@
+"""A deployment's programs compiled for a target, a record for each.
+
+A model of many layers may be compiled with a few of them: further layers are equal, so
+that bytes and FLOPs of the whole model follow by repetition.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.stages import Compiled
+
+from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.deployment_programs import DeploymentPrograms
+from disagg_jax.engine.program_table import Program
+from disagg_jax.engine.stage import Stage
+from disagg_jax.errors import require
+from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs.slices import full_slices
+from disagg_jax.work import StepLoad
+from experiments.compiled.bounds import ProgramBound, step_bound, transfer_bound
+from experiments.compiled.targets import CompileTarget
+from experiments.compiled.traffic import OpTraffic, ProgramTraffic, traffic
+from models.config import ModelConfig
+
+_TRANSFERS = ("gather", "insert")
+_LAYER = re.compile(r"/layer_(\d+)/")  # the scope of a layer in `models.transformer`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramRecord:
+    """One program on one device of its mesh.
+
+    `compile_s`, `temp_bytes`, `pool_copies` and what XLA says are those of the program
+    as it was compiled, with `layers` layers. All other figures are for the
+    `model_layers` that it has in the whole model.
+    """
+
+    target: str
+    instance: str  # such as prefill:tp2
+    program: str
+    kind: str
+    layers: int
+    model_layers: int
+    compile_s: float
+    fits: bool
+    error: str = ""  # why it does not fit
+    # None of a program that the compiler found no memory for:
+    argument_bytes: float | None = None
+    needed_bytes: float | None = None  # with results and code; of transfers: weights
+    temp_bytes: int | None = None
+    code_bytes: int | None = None
+    pool_copies: int | None = None
+    hbm_bytes: float | None = None
+    flops: float | None = None
+    xla_bytes: float | None = None  # as XLA counts; nothing on a GPU
+    xla_flops: float | None = None
+    bound_bytes: float
+    bound_flops: float
+    bytes_over_bound: float | None = None
+    flops_over_bound: float | None = None  # None of a transfer too: it has none
+    roofline_s: float
+    estimate_s: float | None = None  # see `_estimate_s`
+    unknown_loops: Sequence[str] = ()
+    unstated_kernels: Sequence[str] = ()
+    largest: Sequence[str] = ()  # the ops that move most
+
+
+class CompiledDeployment:
+    """A deployment of a model on the devices of a target.
+
+    Args:
+      layers: of the model, that are compiled.
+      memory: the KV pool of each instance.
+
+    Raises:
+      ValueError: if the target has too few devices, or the model does not divide.
+    """
+
+    def __init__(
+        self,
+        target: CompileTarget,
+        config: ModelConfig,
+        deployment: Deployment,
+        memory: Sequence[KVMemory],
+        layers: int,
+    ):
+        few = f"{target.name}: expected at least {deployment.devices} devices, which "
+        few += f"'{deployment}' takes"
+        enough = deployment.devices <= len(target.devices)
+        require(enough, few, len(target.devices))
+        least = max(spec.parallelism.pp for spec in deployment.instances)
+        in_range = least <= layers <= config.layers
+        expected = f"layers: expected {least} to {config.layers} of {config.name}"
+        require(in_range, expected, layers)
+        self.target, self.config, self.deployment = target, config, deployment
+        some = dataclasses.replace(config, layers=layers)
+        # Equal instances have equal programs.
+        self._compiled, self._whole = (
+            DeploymentPrograms(
+                each, deployment, target.devices, memory, share_devices=True
+            )
+            for each in (some, config)
+        )
+
+    def programs(self, buckets: Sequence[Buckets], *, every: bool) -> list[Program]:
+        """Return the programs of the listed shapes, greedy.
+
+        Args:
+          every: all of them; else the smallest and the largest of each kind.
+        """
+        found = self._compiled.programs(buckets, sampled=False)
+        if every:
+            return found
+        kinds: dict[Any, list[Program]] = collections.defaultdict(list)
+        for program in found:
+            key = (program.instance, program.kind, program.layers.start)
+            kinds[key].append(program)
+        sorted_kinds = [sorted(some, key=_size) for some in kinds.values()]
+        return [each for some in sorted_kinds for each in (some[0], *some[1:][-1:])]
+
+    def record(self, program: Program) -> ProgramRecord:
+        """Compile a program and account for it."""
+        spec = self.deployment.instances[program.instance]
+        index, stage = self._stage(program)
+        bound = self._bound(program, index)
+        said = {
+            "target": self.target.name,
+            "instance": str(spec),
+            "program": program.name,
+            "kind": program.kind,
+            "layers": len(program.layers),
+            "model_layers": self._model_layers(program, index),
+            "bound_bytes": bound.size_bytes,
+            "bound_flops": bound.flops,
+            "roofline_s": bound.seconds(self.target.hardware),
+        }
+        start_s = time.perf_counter()
+        try:
+            compiled = program.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            spent_s = time.perf_counter() - start_s
+            return ProgramRecord(
+                **said, compile_s=spent_s, fits=False, error=_first_lines(str(error))
+            )
+        spent_s = time.perf_counter() - start_s
+        pool = stage.cache_spec(1)[0][0]
+        found = traffic(compiled, pool=pool.sharding.shard_shape(pool.shape))
+        return ProgramRecord(
+            **said,
+            compile_s=spent_s,
+            **self._memory(program, index, compiled),
+            **self._figures(program, index, bound, found),
+            **_as_xla_counts(compiled),
+        )
+
+    def _figures(
+        self, program: Program, index: int, bound: ProgramBound, found: ProgramTraffic
+    ) -> dict[str, Any]:
+        whole = self._model_layers(program, index)
+        size_bytes, flops, cycles = (
+            _repeated(program, whole, [(op, getattr(op, name)) for op in found.ops])
+            for name in ("size_bytes", "flops", "matmul_cycles")
+        )
+        return {
+            "pool_copies": len(found.pool_copies),
+            "hbm_bytes": size_bytes,
+            "flops": flops,
+            "bytes_over_bound": size_bytes / bound.size_bytes,
+            "flops_over_bound": flops / bound.flops if bound.flops else None,
+            "estimate_s": self._estimate_s(size_bytes, flops, cycles),
+            "unknown_loops": found.unknown_loops,
+            "unstated_kernels": found.unstated_kernels,
+            "largest": [str(op) for op in found.largest(12)],
+        }
+
+    def _estimate_s(self, size_bytes: float, flops: float, cycles: float) -> float:
+        """Return the longest of moving the bytes, the FLOPs at the peak, and cycles.
+
+        XLA's cycles of matmuls are 2 to 40 % above the roofline on a v5e or v6e, and
+        its others 3 to 4 times too many (../shared/facts/accelerators.md, section 1).
+        """
+        hardware, clock_hz = self.target.hardware, self.target.clock_hz
+        moving_s = size_bytes / hardware.hbm_bytes_s
+        computing_s = max(flops / hardware.peak_flops, cycles / clock_hz)
+        return max(moving_s, computing_s)
+
+    def _memory(
+        self, program: Program, index: int, compiled: Compiled
+    ) -> dict[str, Any]:
+        """Return what a device needs when it runs the program, and whether it has it.
+
+        Weights and pool are the whole model's, also where a transfer is not given the
+        weights.
+        """
+        said, (_, stage) = compiled.memory_analysis(), self._stage(program)
+        whole_stage = self._whole.models[program.instance].stages[index]
+        weights, pool = _held_bytes(self._compiled, program.instance, stage)
+        all_weights, all_pool = _held_bytes(self._whole, program.instance, whole_stage)
+        # Arguments are scaled, as a TPU pads some of them to whole tiles.
+        results = max(0, said.output_size_in_bytes - said.alias_size_in_bytes)
+        if program.kind in _TRANSFERS:
+            factor = all_pool / pool
+            others = all_weights + factor * results
+        else:
+            factor = (all_weights + all_pool) / (weights + pool)
+            others = results
+        temp_bytes = int(said.temp_size_in_bytes)
+        code_bytes = int(said.generated_code_size_in_bytes)
+        arguments = factor * said.argument_size_in_bytes
+        needed, limit = (
+            arguments + others + temp_bytes + code_bytes,
+            self.target.memory_bytes,
+        )
+        error = f"needs {needed / 2**30:.2f} GiB, the device has {limit / 2**30:.2f}"
+        return {
+            "argument_bytes": arguments,
+            "needed_bytes": needed,
+            "temp_bytes": temp_bytes,
+            "code_bytes": code_bytes,
+            "fits": needed <= limit,
+            "error": "" if needed <= limit else error,
+        }
+
+    def _stage(self, program: Program) -> tuple[int, Stage]:
+        """Return the pipeline stage of a program, and its index."""
+        stages = self._compiled.models[program.instance].stages
+        return next(
+            (i, stage)
+            for i, stage in enumerate(stages)
+            if program.layers.start in stage.layers
+        )
+
+    def _model_layers(self, program: Program, index: int) -> int:
+        """Return the layers that the program has in the whole model."""
+        stage = self._compiled.models[program.instance].stages[index]
+        whole = self._whole.models[program.instance].stages[index]
+        # A transfer may be of a part of a stage, where stages of its ends differ.
+        return round(len(program.layers) * len(whole.layers) / len(stage.layers))
+
+    def _bound(self, program: Program, index: int) -> ProgramBound:
+        memory = self._compiled.models[program.instance].memory
+        parallelism = self.deployment.instances[program.instance].parallelism
+        if isinstance(program.size, StepShape):
+            load = StepLoad.of(full_slices(program.size, memory))
+            return step_bound(
+                self.config, load, parallelism.tp, parallelism.pp, stage=index
+            )
+        tokens = program.size * memory.block_tokens
+        layers = self._model_layers(program, index)
+        return transfer_bound(self.config, tokens, layers, parallelism.tp)
+
+
+def _size(program: Program) -> tuple[int, ...]:
+    """Return what programs of a kind are ordered by."""
+    size = program.size
+    return (size,) if isinstance(size, int) else tuple(size[1:])
+
+
+def _repeated(
+    program: Program, whole: int, values: Sequence[tuple[OpTraffic, float]]
+) -> float:
+    """Return the sum over all ops of the program with `whole` layers.
+
+    The first and the last layer are apart, where there are others: their weights are
+    prefetched beside other ops.
+    """
+    total = sum(value for _, value in values)
+    more = whole - len(program.layers)
+    if program.kind in _TRANSFERS:
+        return total * whole / len(program.layers)
+    layers: dict[int, float] = dict.fromkeys(program.layers, 0.0)
+    for op, value in values:
+        place = _LAYER.search(op.op_name)
+        if place:
+            layers[int(place[1])] += value
+    every = list(layers.values())
+    between = every[1:-1] or every
+    return total + more * sum(between) / len(between)
+
+
+def _held_bytes(
+    programs: DeploymentPrograms, instance: int, stage: Stage
+) -> tuple[int, int]:
+    """Return the bytes of weights and of the KV pool on a device of a stage."""
+    groups = [each for each in programs.models[instance].groups if each.stage is stage]
+    weights = jax.tree.leaves([group.specs for group in groups])
+    cache = jax.tree.leaves(stage.cache_spec(len(stage.layers)))
+    return sum(map(_device_bytes, weights)), sum(map(_device_bytes, cache))
+
+
+def _device_bytes(spec: jax.ShapeDtypeStruct) -> int:
+    return math.prod(spec.sharding.shard_shape(spec.shape)) * spec.dtype.itemsize
+
+
+def _as_xla_counts(compiled: Compiled) -> dict[str, float]:
+    """Return XLA's own counts: a loop's body once, VMEM as if it were HBM."""
+    said = compiled.cost_analysis() or {}
+    names = {"xla_bytes": "bytes accessed", "xla_flops": "flops"}
+    return {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
+
+
+def _first_lines(text: str) -> str:
+    """Return an error without its list of allocations."""
+    return next(iter(text.split("\n\n")), "").strip()
