@@ -1,4 +1,4 @@
-"""The ops that copy the KV pool, or most of an array of it, from HBM to HBM."""
+"""The ops that write a copy of the KV pool to HBM, or of half an array of it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from experiments.compiled.hlo import (
     Module,
     Shape,
     arrays,
+    asynchronous,
 )
 from experiments.compiled.uses import UPDATES, fusion_uses, inlined
 
 # What only moves values. Half a pool that went through other ops is no copy of it.
 _MOVES = {
     *("bitcast", "bitcast-convert", "broadcast", "concatenate", "convert", "copy"),
-    *("copy-start", "dynamic-slice", "gather", "pad", "reshape", "reverse", "select"),
-    *("slice", "slice-start", "transpose"),
+    *("dynamic-slice", "gather", "pad", "reshape", "reverse", "select", "slice"),
+    "transpose",
 }
 _NOT_EXECUTED = {"bitcast", "parameter", "tuple", "get-tuple-element"}
 _COPIED = 0.5  # share of the pool's elements from which it is a copy
@@ -60,7 +61,9 @@ class _Walk:
     def run(self, computation: Computation, given: Sequence[_Origin]) -> _Origin:
         """Note the copies that a computation makes, and return its result's origin."""
         origins: dict[str, _Origin] = {}
-        for x in computation.instructions.values():
+        pairs = asynchronous(computation)
+        for each in computation.instructions.values():
+            x, _ = pairs.get(each.name, (each, each))
             operands = [origins[name] for name in x.operands]
             origins[x.name] = self._origin(x, operands, given)
             if x.opcode not in _NOT_EXECUTED:
@@ -89,16 +92,16 @@ class _Walk:
                 return self.run(
                     self._module.computations[x.called("body")[0]], operands
                 )
-            case "call":
-                name = x.called("to_apply")[0]
+            case "call" | "async":
+                name = x.called("to_apply", "calls")[0]
                 return self.run(self._module.computations[name], operands)
             case "fusion":
                 # Nothing inside is an op of its own.
                 fused = self._fused(x.called("calls")[0])
                 return _Walk(self._module, 0).run(fused, operands)
-            case _ if x.opcode in UPDATES or x.opcode.endswith("-done"):
+            case _ if x.opcode in UPDATES or x.opcode.endswith(("-done", "-update")):
                 return operands[0]
-            case _ if x.opcode in _MOVES:
+            case _ if x.opcode in _MOVES or _puts_together(x):
                 return any(came is True for came in operands)
             case _:
                 return False
@@ -106,10 +109,10 @@ class _Walk:
     def _written_elements(self, x: Instruction) -> Iterator[float]:
         """Yield what is written to HBM of each array of the result."""
         results = list(arrays(x.shape))
-        if x.opcode in ("while", "call", *UPDATES) or x.opcode.endswith("-done"):
+        if x.opcode in ("while", "call", "async", *UPDATES):
             return
-        if x.opcode == "copy-start":
-            results = results[:1]  # then comes the source
+        if x.opcode.endswith(("-done", "-update")):
+            return
         shares: Sequence[float] = [1.0] * len(results)
         if x.opcode == "fusion":
             shares = fusion_uses(self._fused(x.called("calls")[0])).writes
@@ -119,6 +122,11 @@ class _Walk:
     @functools.cache  # noqa: B019 (the walk is short-lived)
     def _fused(self, name: str) -> Computation:
         return inlined(self._module, name)
+
+
+def _puts_together(x: Instruction) -> bool:
+    """Return whether slices that were copied into VMEM apart are used as one array."""
+    return x.text("custom_call_target") == "ConcatBitcast"
 
 
 def _flat(origin: _Origin) -> Iterator[bool]:

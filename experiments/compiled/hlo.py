@@ -132,6 +132,28 @@ class Computation:
         return [self.instructions[name] for name in instruction.operands]
 
 
+def asynchronous(
+    computation: Computation,
+) -> dict[str, tuple[Instruction, Instruction]]:
+    """Return, by the name of each `-start`, the op that it begins, and its `-done`.
+
+    `copy-start` and `copy-done` together are a `copy` with the result of the latter.
+    """
+    begun = computation.instructions
+    return {
+        x.operands[0]: (
+            dataclasses.replace(
+                begun[x.operands[0]],
+                opcode=x.opcode.removesuffix("-done"),
+                shape=x.shape,
+            ),
+            x,
+        )
+        for x in begun.values()
+        if x.opcode.endswith("-done")
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A program: the entry computation and those that it calls."""

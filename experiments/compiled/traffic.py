@@ -28,6 +28,7 @@ from experiments.compiled.hlo import (
     Module,
     Shape,
     arrays,
+    asynchronous,
 )
 from experiments.compiled.trips import loop_trips
 from experiments.compiled.uses import fusion_uses, inlined, single_uses
@@ -154,8 +155,16 @@ class _Count:
 
     def run(self, computation: Computation, times: int) -> Iterator[OpTraffic]:
         """Yield the ops of a computation that runs `times` times, and those below."""
-        places = _places(computation)
-        for x in started(computation):
+        places, pairs = _places(computation), asynchronous(computation)
+        used = {computation.root.name}.union(
+            *(x.operands for x in computation.instructions.values())
+        )
+        for each in computation.instructions.values():
+            x, end = pairs.get(each.name, (each, each))
+            # On a TPU the last op of a program prefetches weights for its next run,
+            # which then need not do so (`cross_program_prefetch_index`).
+            if each.opcode.endswith(("-done", "-update")) or end.name not in used:
+                continue
             x = dataclasses.replace(x, op_name=places[x.name])
             match x.opcode:
                 case _ if x.opcode in _FREE:
@@ -239,29 +248,6 @@ class _Count:
     @functools.cache  # noqa: B019 (the walk is short-lived)
     def _fused(self, name: str) -> Computation:
         return inlined(self._module, name)
-
-
-def started(computation: Computation) -> Iterator[Instruction]:
-    """Yield the instructions, with each asynchronous pair as one op.
-
-    `copy-start` and `copy-done` are a `copy` at the place of the first, whose result is
-    that of the second. One whose result nothing uses is left out: on a TPU the last op
-    of a program prefetches weights for its next run, which then need not do so itself
-    (`cross_program_prefetch_index`).
-    """
-    instructions = computation.instructions.values()
-    done = {x.operands[0]: x for x in instructions if x.opcode.endswith("-done")}
-    used = {computation.root.name}.union(*(x.operands for x in instructions))
-    for x in instructions:
-        if x.opcode.endswith(("-done", "-update")):
-            continue
-        if x.opcode.endswith("-start"):
-            end = done.get(x.name, x)
-            if end.name not in used:
-                continue
-            opcode = x.opcode.removesuffix("-start")
-            x = dataclasses.replace(x, opcode=opcode, shape=end.shape)
-        yield x
 
 
 def _places(computation: Computation) -> dict[str, str]:

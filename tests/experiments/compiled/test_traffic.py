@@ -107,6 +107,7 @@ calls=%inner
 
 
 POOL = "bf16[513,8,128,128]{3,2,1,0}"
+VMEM = "bf16[513,8,128,128]{3,2,1,0:S(1)}"
 BLOCK_BYTES = 8 * 128 * 128 * 2
 GATHER = f"""%taken (p: {POOL}, i: s32[16]) -> bf16[16,8,128,128] {{
   %p = {POOL} parameter(0)
@@ -446,9 +447,25 @@ def test_an_asynchronous_copy_of_the_pool_is_listed():
         ROOT %done = {POOL} copy-done(%start)
     """
     assert copies(body) == ["start"]
-    assert (
-        copies(body.replace(f"({POOL},", "(bf16[513,8,128,128]{3,2,1,0:S(1)},")) == []
+    in_vmem = body.replace(f"({POOL},", f"({VMEM},").replace(
+        f"done = {POOL}", f"done = {VMEM}"
     )
+    assert copies(in_vmem) == []
+
+
+def test_a_pool_that_comes_back_from_vmem_is_listed():
+    half = "bf16[257,8,128,128]{3,2,1,0:S(1)}"
+    body = f"""
+        %pool = {POOL} parameter(0)
+        %s = (({POOL}), {half}, u32[]{{:S(2)}}) slice-start(%pool), slice={{[0:257]}}
+        %t = (({POOL}), {half}, u32[]{{:S(2)}}) slice-start(%pool), slice={{[256:513]}}
+        %u = {half} slice-done(%s)
+        %v = {half} slice-done(%t)
+        %w = {VMEM} custom-call(%u, %v), custom_call_target="ConcatBitcast"
+        %start = ({POOL}, {VMEM}, u32[]{{:S(2)}}) copy-start(%w)
+        ROOT %done = {POOL} copy-done(%start)
+    """
+    assert copies(body) == ["start"]
 
 
 def test_a_fusion_that_takes_half_the_pool_is_listed_and_one_that_takes_less_is_not():
