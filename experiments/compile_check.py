@@ -42,16 +42,18 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.engine.memory_check import default_memory
+from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets
+from disagg_jax.progress import Progress, silent
 from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.scheduling.system import System
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags
 from experiments.cli.names import ENGINE_MODEL
-from experiments.cli.progress import Deadline, MinutesFlag, ProgressLines
+from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.compiled import report
 from experiments.compiled.records import CompiledDeployment, ProgramRecord
 from experiments.compiled.targets import CompileTarget
@@ -59,6 +61,8 @@ from experiments.report.table import numbers
 from experiments.runs.folder import run_folder, write_json
 from models.config import ModelConfig, get_engine_config
 from sharding.rules import RULES
+
+_UNLIMITED = 10**9  # of a step, where only the other limit is given
 
 FLAGS = Flags()
 _TARGET = FLAGS.list(
@@ -90,108 +94,132 @@ _CONTEXT = FLAGS.integer(
     "max_context", 2048, "Longest prompt and output, in tokens.", lower_bound=1
 )
 _BLOCKS = FLAGS.integer(
-    "blocks", None, "KV blocks; by default what the device holds.", lower_bound=1
+    "blocks",
+    None,
+    "KV blocks of an instance; by default as many as the engine has on the device.",
+    lower_bound=1,
 )
 _BLOCK_TOKENS = FLAGS.integer("block_tokens", 16, "Tokens in a block.", lower_bound=1)
 _MINUTES = MinutesFlag(FLAGS, "programs")
 _OUT = FLAGS.string("out", REQUIRED, "Folder for compiled.json.")
 
 
-def pools(
-    config: ModelConfig, deployment: Deployment, target: CompileTarget
-) -> list[KVMemory]:
-    """Return the KV pool of each instance: --blocks, or what the device holds."""
-    made: list[KVMemory] = []
-    for spec in deployment.instances:
-        pool = default_memory(
-            config,
-            spec,
-            RULES[spec.role],
-            int(target.memory_bytes),
-            min(_CONTEXT.value, config.max_length),
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """What is compiled for each target."""
+
+    config: ModelConfig
+    deployment: Deployment
+    system: str | None = None  # None: disaggregated, or vllm_v1 where colocated
+    layers: int | None = None  # None: all
+    every: bool = False  # all programs, not only the smallest and largest of a kind
+    batch: int | None = None  # most requests in a step, instead of the policies'
+    step_tokens: int | None = None  # most tokens in a step, instead of the policies'
+    max_context: int = 2048
+    blocks: int | None = None  # of an instance; None: as the engine has on the device
+    block_tokens: int = 16
+
+    def pools(self, target: CompileTarget) -> list[KVMemory]:
+        """Return the KV pool of each instance: as the engine has it by default."""
+        return [self._pool(spec, target) for spec in self.deployment.instances]
+
+    def _pool(self, spec: InstanceSpec, target: CompileTarget) -> KVMemory:
+        # One block where the weights fill a device: the compiler then says so.
+        limit = int(target.memory_bytes)
+        pool = default_memory(self.config, spec, RULES[spec.role], limit)
+        held = max(1, pool.num_blocks * pool.block_tokens // self.block_tokens)
+        return KVMemory(
+            num_blocks=self.blocks or held,
+            block_tokens=self.block_tokens,
+            max_context=min(self.max_context, self.config.max_length),
         )
-        held = pool.num_blocks * pool.block_tokens // _BLOCK_TOKENS.value
-        blocks = _BLOCKS.value or held
-        made.append(
-            dataclasses.replace(
-                pool, num_blocks=blocks, block_tokens=_BLOCK_TOKENS.value
+
+    def buckets(self, pools: Sequence[KVMemory]) -> list[Buckets]:
+        """Return the listed shapes of each instance.
+
+        Raises:
+          ValueError: if the system has no policy for one.
+        """
+        roles = {spec.role for spec in self.deployment.instances}
+        by_default = "vllm_v1" if Role.COLOCATED in roles else DISAGGREGATED
+        system = System.of(self.system or by_default, str(self.deployment))
+        expected = f"system: expected one for {sorted(roles)} instances"
+        require(roles <= system.policies.keys(), expected, self.system)
+        if self.batch or self.step_tokens:
+            system = system.within(
+                tokens=self.step_tokens or _UNLIMITED, rows=self.batch or _UNLIMITED
             )
-        )
-    return made
-
-
-def steps(deployment: Deployment, pools: Sequence[KVMemory]) -> list[Buckets]:
-    """Return the listed shapes of each instance, by the policies of --system."""
-    colocated = any(spec.role == "colocated" for spec in deployment.instances)
-    name = _SYSTEM.value or ("vllm_v1" if colocated else DISAGGREGATED)
-    system = System.of(name, str(deployment))
-    if _BATCH.value or _STEP_TOKENS.value:
-        system = system.within(
-            tokens=_STEP_TOKENS.value or 10**9, rows=_BATCH.value or 10**9
-        )
-    listed: list[Buckets] = []
-    for spec, pool in zip(deployment.instances, pools, strict=True):
-        expected = f"system: expected a policy for '{spec}'"
-        require(spec.role in system.policies, expected, name)
-        listed.append(Buckets.for_limits(system.policies[spec.role].limits, pool))
-    return listed
+        return [
+            Buckets.for_limits(system.policies[spec.role].limits, pool)
+            for spec, pool in zip(self.deployment.instances, pools, strict=True)
+        ]
 
 
 def run(
-    config: ModelConfig,
+    options: CheckOptions,
     targets: Sequence[CompileTarget],
     out: pathlib.Path,
-    deadline: Deadline,
-) -> None:
+    progress: Progress = silent,
+    deadline: Deadline = ENDLESS,
+) -> list[ProgramRecord]:
     """Compile for each target, print its table, and write the records.
 
     Raises:
-      ValueError: if a target has too few devices, or does not hold the model; before
-        any program is compiled.
+      ValueError: if a target has too few devices, or the model does not divide over
+        them; before any program is compiled.
     """
-    deployment = Deployment.parse(_DEPLOYMENT.value)
-    progress = ProgressLines()
-    planned = []
+    planned: list[tuple[CompiledDeployment, list[Program]]] = []
     for target in targets:
-        memory = pools(config, deployment, target)
+        config, pools = options.config, options.pools(target)
         compiled = CompiledDeployment(
-            target, config, deployment, memory, _LAYERS.value or config.layers
+            target,
+            config,
+            options.deployment,
+            pools,
+            layers=options.layers or config.layers,
         )
-        programs = compiled.programs(
-            steps(deployment, memory), every=_PROGRAMS.value == "all"
-        )
+        programs = compiled.programs(options.buckets(pools), every=options.every)
         planned.append((compiled, programs))
     records: list[ProgramRecord] = []
     left_out: list[str] = []
     for compiled, programs in planned:
-        name = compiled.target.name
-        found: list[ProgramRecord] = []
+        name, first = compiled.target.name, len(records)
         for i, program in enumerate(programs):
             if deadline.passed():
                 left_out.append(f"{name} {program.name}")
                 continue
-            progress.step(name, i, len(programs), program.name)
-            found.append(compiled.record(program))
-            records.append(found[-1])
+            progress(name, i, len(programs), program.name)
+            records.append(compiled.record(program))
             content = [dataclasses.asdict(record) for record in records]
             write_json(out / "compiled.json", {"records": content})
-        if found:
-            progress.step(name, len(programs), len(programs))
+        if found := records[first:]:
             rows = [report.HEAD, *map(report.row, found)]
-            print("\n".join([*numbers(rows, report.LABELS), *report.notes(found), ""]))
+            print(*numbers(rows, report.LABELS), *report.notes(found), "", sep="\n")
     if left_out:
         print(f"left out, as --minutes were spent: {', '.join(left_out)}")
-    print(out / "compiled.json")
+    return records
 
 
 @command(FLAGS)
 def main() -> None:
     deadline = _MINUTES.start()
-    config = dataclasses.replace(get_engine_config(_MODEL.value), dtype=_DTYPE.value)
+    options = CheckOptions(
+        config=dataclasses.replace(get_engine_config(_MODEL.value), dtype=_DTYPE.value),
+        deployment=Deployment.parse(_DEPLOYMENT.value),
+        system=_SYSTEM.value,
+        layers=_LAYERS.value,
+        every=_PROGRAMS.value == "all",
+        batch=_BATCH.value,
+        step_tokens=_STEP_TOKENS.value,
+        max_context=_CONTEXT.value,
+        blocks=_BLOCKS.value,
+        block_tokens=_BLOCK_TOKENS.value,
+    )
     targets = [CompileTarget.parse(text) for text in _TARGET.value]
     out = pathlib.Path(_OUT.value)
     with run_folder(out, FLAGS.asked(), "compiled.json", replace=True):
-        run(config, targets, out, deadline)
+        run(options, targets, out, ProgressLines().step, deadline)
+    print(out / "compiled.json")
 
 
 if __name__ == "__main__":

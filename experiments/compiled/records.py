@@ -31,7 +31,7 @@ from experiments.compiled.traffic import OpTraffic, ProgramTraffic, traffic
 from models.config import ModelConfig
 
 _TRANSFERS = ("gather", "insert")
-_LAYER = re.compile(r"/layer_(\d+)/")  # the scope of a layer in `models.transformer`
+_LAYER = re.compile(r"/layer_(\d+)/")  # a layer's scope, from 0 on in each program
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,13 +278,12 @@ def _repeated(
     more = whole - len(program.layers)
     if program.kind in _TRANSFERS:
         return total * whole / len(program.layers)
-    layers: dict[int, float] = dict.fromkeys(program.layers, 0.0)
+    layers = [0.0] * len(program.layers)
     for op, value in values:
         place = _LAYER.search(op.op_name)
         if place:
             layers[int(place[1])] += value
-    every = list(layers.values())
-    between = every[1:-1] or every
+    between = layers[1:-1] or layers
     return total + more * sum(between) / len(between)
 
 
