@@ -118,7 +118,7 @@ class Computation:
     """Instructions in an order in which operands come before their users."""
 
     name: str
-    instructions: Mapping[str, Instruction]
+    instructions: dict[str, Instruction]
     root: Instruction
 
     @functools.cached_property

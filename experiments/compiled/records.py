@@ -12,7 +12,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.stages import Compiled
@@ -22,15 +22,14 @@ from disagg_jax.engine.deployment_programs import DeploymentPrograms
 from disagg_jax.engine.program_table import Program
 from disagg_jax.engine.stage import Stage
 from disagg_jax.errors import require
-from disagg_jax.programs import Buckets, StepShape
+from disagg_jax.programs import Buckets
 from disagg_jax.programs.slices import full_slices
 from disagg_jax.work import StepLoad
 from experiments.compiled.bounds import ProgramBound, step_bound, transfer_bound
 from experiments.compiled.targets import CompileTarget
-from experiments.compiled.traffic import OpTraffic, ProgramTraffic, traffic
+from experiments.compiled.traffic import OpTraffic, traffic
 from models.config import ModelConfig
 
-_TRANSFERS = ("gather", "insert")
 _LAYER = re.compile(r"/layer_(\d+)/")  # a layer's scope, from 0 on in each program
 
 
@@ -38,8 +37,8 @@ _LAYER = re.compile(r"/layer_(\d+)/")  # a layer's scope, from 0 on in each prog
 class ProgramRecord:
     """One program on one device of its mesh.
 
-    `compile_s`, `temp_bytes`, `pool_copies` and what XLA says are those of the program
-    as it was compiled, with `layers` layers. All other figures are for the
+    `compile_s`, `temp_bytes`, `pool_copies` and what XLA counts are those of the
+    program as it was compiled, with `layers` layers. All other figures are for the
     `model_layers` that it has in the whole model.
     """
 
@@ -54,14 +53,17 @@ class ProgramRecord:
     error: str = ""  # why it does not fit
     # None of a program that the compiler found no memory for:
     argument_bytes: float | None = None
-    needed_bytes: float | None = None  # with results and code; of transfers: weights
+    needed_bytes: float | None = None  # with temp, results and code; see `_memory`
     temp_bytes: int | None = None
     code_bytes: int | None = None
     pool_copies: int | None = None
     hbm_bytes: float | None = None
     flops: float | None = None
-    xla_bytes: float | None = None  # as XLA counts; nothing on a GPU
+    # As XLA counts, which does not for a GPU, and as counted here, for the same layers:
+    xla_bytes: float | None = None
     xla_flops: float | None = None
+    compiled_bytes: float | None = None
+    compiled_flops: float | None = None
     bound_bytes: float
     bound_flops: float
     bytes_over_bound: float | None = None
@@ -73,12 +75,36 @@ class ProgramRecord:
     largest: Sequence[str] = ()  # the ops that move most
 
 
+class _Part(NamedTuple):
+    """A program, and the pipeline stage that it is of."""
+
+    program: Program
+    stage: Stage  # as it is compiled
+    whole: Stage  # with all its layers
+    index: int  # of the stage
+
+    @property
+    def is_transfer(self) -> bool:
+        return self.program.kind in ("gather", "insert")
+
+    @property
+    def repeats(self) -> float:
+        """Layers in the whole model for each that is compiled."""
+        return len(self.whole.layers) / len(self.stage.layers)
+
+    @property
+    def layers(self) -> int:
+        """Layers that the program has in the whole model."""
+        # A transfer may be of a part of a stage, where the stages of its ends differ.
+        return round(len(self.program.layers) * self.repeats)
+
+
 class CompiledDeployment:
     """A deployment of a model on the devices of a target.
 
     Args:
-      layers: of the model, that are compiled.
       memory: the KV pool of each instance.
+      layers: of the model, that are compiled.
 
     Raises:
       ValueError: if the target has too few devices, or the model does not divide.
@@ -92,14 +118,12 @@ class CompiledDeployment:
         memory: Sequence[KVMemory],
         layers: int,
     ):
-        few = f"{target.name}: expected at least {deployment.devices} devices, which "
-        few += f"'{deployment}' takes"
-        enough = deployment.devices <= len(target.devices)
-        require(enough, few, len(target.devices))
+        needed, have = deployment.devices, len(target.devices)
+        expected = f"{target.name}: expected at least {needed} devices, which "
+        require(needed <= have, f"{expected}'{deployment}' takes", have)
         least = max(spec.parallelism.pp for spec in deployment.instances)
-        in_range = least <= layers <= config.layers
         expected = f"layers: expected {least} to {config.layers} of {config.name}"
-        require(in_range, expected, layers)
+        require(least <= layers <= config.layers, expected, layers)
         self.target, self.config, self.deployment = target, config, deployment
         some = dataclasses.replace(config, layers=layers)
         # Equal instances have equal programs.
@@ -111,7 +135,7 @@ class CompiledDeployment:
         )
 
     def programs(self, buckets: Sequence[Buckets], *, every: bool) -> list[Program]:
-        """Return the programs of the listed shapes, greedy.
+        """Return the programs of the listed shapes, for greedy requests.
 
         Args:
           every: all of them; else the smallest and the largest of each kind.
@@ -128,53 +152,74 @@ class CompiledDeployment:
 
     def record(self, program: Program) -> ProgramRecord:
         """Compile a program and account for it."""
-        spec = self.deployment.instances[program.instance]
-        index, stage = self._stage(program)
-        bound = self._bound(program, index)
-        said = {
-            "target": self.target.name,
-            "instance": str(spec),
-            "program": program.name,
-            "kind": program.kind,
-            "layers": len(program.layers),
-            "model_layers": self._model_layers(program, index),
-            "bound_bytes": bound.size_bytes,
-            "bound_flops": bound.flops,
-            "roofline_s": bound.seconds(self.target.hardware),
-        }
+        part = self._part(program)
+        bound = self._bound(part)
         start_s = time.perf_counter()
         try:
-            compiled = program.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            compiled, error = program.compile(), ""
+        except jax.errors.JaxRuntimeError as raised:
+            if "RESOURCE_EXHAUSTED" not in str(raised):
                 raise
-            spent_s = time.perf_counter() - start_s
-            return ProgramRecord(
-                **said, compile_s=spent_s, fits=False, error=_first_lines(str(error))
-            )
-        spent_s = time.perf_counter() - start_s
-        pool = stage.cache_spec(1)[0][0]
-        found = traffic(compiled, pool=pool.sharding.shard_shape(pool.shape))
-        return ProgramRecord(
-            **said,
-            compile_s=spent_s,
-            **self._memory(program, index, compiled),
-            **self._figures(program, index, bound, found),
+            # What follows is a list of allocations.
+            compiled, error = None, str(raised).split("\n\n")[0].strip()
+        record = ProgramRecord(
+            target=self.target.name,
+            instance=str(self.deployment.instances[program.instance]),
+            program=program.name,
+            kind=program.kind,
+            layers=len(program.layers),
+            model_layers=part.layers,
+            compile_s=time.perf_counter() - start_s,
+            fits=not error,
+            error=error,
+            bound_bytes=bound.size_bytes,
+            bound_flops=bound.flops,
+            roofline_s=bound.seconds(self.target.hardware),
+        )
+        if compiled is None:
+            return record
+        found = {
+            **self._memory(part, compiled),
+            **self._figures(part, bound, compiled),
             **_as_xla_counts(compiled),
+        }
+        return dataclasses.replace(record, **found)
+
+    def _part(self, program: Program) -> _Part:
+        stages, whole = (
+            each.models[program.instance].stages
+            for each in (self._compiled, self._whole)
+        )
+        return next(
+            _Part(program, stage, whole[i], i)
+            for i, stage in enumerate(stages)
+            if program.layers.start in stage.layers
         )
 
+    def _bound(self, part: _Part) -> ProgramBound:
+        size, memory = part.program.size, part.stage.memory
+        spread = self.deployment.instances[part.program.instance].parallelism
+        if isinstance(size, int):
+            tokens = size * memory.block_tokens
+            return transfer_bound(self.config, tokens, part.layers, spread.tp)
+        load = StepLoad.of(full_slices(size, memory))
+        return step_bound(self.config, load, spread.tp, spread.pp, part.index)
+
     def _figures(
-        self, program: Program, index: int, bound: ProgramBound, found: ProgramTraffic
+        self, part: _Part, bound: ProgramBound, compiled: Compiled
     ) -> dict[str, Any]:
-        whole = self._model_layers(program, index)
+        pool = part.stage.cache_spec(1)[0][0]
+        found = traffic(compiled, pool=pool.sharding.shard_shape(pool.shape))
         size_bytes, flops, cycles = (
-            _repeated(program, whole, [(op, getattr(op, name)) for op in found.ops])
+            _repeated(part, [(op, getattr(op, name)) for op in found.ops])
             for name in ("size_bytes", "flops", "matmul_cycles")
         )
         return {
             "pool_copies": len(found.pool_copies),
             "hbm_bytes": size_bytes,
             "flops": flops,
+            "compiled_bytes": found.size_bytes,
+            "compiled_flops": found.flops,
             "bytes_over_bound": size_bytes / bound.size_bytes,
             "flops_over_bound": flops / bound.flops if bound.flops else None,
             "estimate_s": self._estimate_s(size_bytes, flops, cycles),
@@ -186,37 +231,37 @@ class CompiledDeployment:
     def _estimate_s(self, size_bytes: float, flops: float, cycles: float) -> float:
         """Return the longest of moving the bytes, the FLOPs at the peak, and cycles.
 
-        XLA's cycles of matmuls are 2 to 40 % above the roofline on a v5e or v6e, and
-        its others 3 to 4 times too many (../shared/facts/accelerators.md, section 1).
+        XLA's cycles of matmuls are 2 to 40 % above the roofline on a v5e or v6e; those
+        of other ops, which do not count here, are 3 to 4 times too many
+        (../shared/facts/accelerators.md, section 1).
         """
-        hardware, clock_hz = self.target.hardware, self.target.clock_hz
+        hardware = self.target.hardware
         moving_s = size_bytes / hardware.hbm_bytes_s
-        computing_s = max(flops / hardware.peak_flops, cycles / clock_hz)
-        return max(moving_s, computing_s)
+        computing_s = flops / hardware.peak_flops
+        return max(moving_s, computing_s, cycles / self.target.clock_hz)
 
-    def _memory(
-        self, program: Program, index: int, compiled: Compiled
-    ) -> dict[str, Any]:
+    def _memory(self, part: _Part, compiled: Compiled) -> dict[str, Any]:
         """Return what a device needs when it runs the program, and whether it has it.
 
         Weights and pool are the whole model's, also where a transfer is not given the
         weights.
         """
-        said, (_, stage) = compiled.memory_analysis(), self._stage(program)
-        whole_stage = self._whole.models[program.instance].stages[index]
-        weights, pool = _held_bytes(self._compiled, program.instance, stage)
-        all_weights, all_pool = _held_bytes(self._whole, program.instance, whole_stage)
+        said = compiled.memory_analysis()
+        if said is None:
+            raise ValueError(f"{part.program.name}: expected XLA to say its memory")
+        instance = part.program.instance
+        weights, pool = _held_bytes(self._compiled, instance, part.stage)
+        all_weights, all_pool = _held_bytes(self._whole, instance, part.whole)
         # Arguments are scaled, as a TPU pads some of them to whole tiles.
         results = max(0, said.output_size_in_bytes - said.alias_size_in_bytes)
-        if program.kind in _TRANSFERS:
-            factor = all_pool / pool
-            others = all_weights + factor * results
+        if part.is_transfer:
+            arguments = said.argument_size_in_bytes * all_pool / pool
+            others = all_weights + results * all_pool / pool
         else:
             factor = (all_weights + all_pool) / (weights + pool)
-            others = results
+            arguments, others = said.argument_size_in_bytes * factor, results
         temp_bytes = int(said.temp_size_in_bytes)
         code_bytes = int(said.generated_code_size_in_bytes)
-        arguments = factor * said.argument_size_in_bytes
         needed, limit = (
             arguments + others + temp_bytes + code_bytes,
             self.target.memory_bytes,
@@ -231,34 +276,6 @@ class CompiledDeployment:
             "error": "" if needed <= limit else error,
         }
 
-    def _stage(self, program: Program) -> tuple[int, Stage]:
-        """Return the pipeline stage of a program, and its index."""
-        stages = self._compiled.models[program.instance].stages
-        return next(
-            (i, stage)
-            for i, stage in enumerate(stages)
-            if program.layers.start in stage.layers
-        )
-
-    def _model_layers(self, program: Program, index: int) -> int:
-        """Return the layers that the program has in the whole model."""
-        stage = self._compiled.models[program.instance].stages[index]
-        whole = self._whole.models[program.instance].stages[index]
-        # A transfer may be of a part of a stage, where stages of its ends differ.
-        return round(len(program.layers) * len(whole.layers) / len(stage.layers))
-
-    def _bound(self, program: Program, index: int) -> ProgramBound:
-        memory = self._compiled.models[program.instance].memory
-        parallelism = self.deployment.instances[program.instance].parallelism
-        if isinstance(program.size, StepShape):
-            load = StepLoad.of(full_slices(program.size, memory))
-            return step_bound(
-                self.config, load, parallelism.tp, parallelism.pp, stage=index
-            )
-        tokens = program.size * memory.block_tokens
-        layers = self._model_layers(program, index)
-        return transfer_bound(self.config, tokens, layers, parallelism.tp)
-
 
 def _size(program: Program) -> tuple[int, ...]:
     """Return what programs of a kind are ordered by."""
@@ -266,24 +283,21 @@ def _size(program: Program) -> tuple[int, ...]:
     return (size,) if isinstance(size, int) else tuple(size[1:])
 
 
-def _repeated(
-    program: Program, whole: int, values: Sequence[tuple[OpTraffic, float]]
-) -> float:
-    """Return the sum over all ops of the program with `whole` layers.
+def _repeated(part: _Part, values: Sequence[tuple[OpTraffic, float]]) -> float:
+    """Return the sum over all ops of the program with all its layers.
 
-    The first and the last layer are apart, where there are others: their weights are
-    prefetched beside other ops.
+    Further layers are as those between the first and the last, if there are any.
     """
     total = sum(value for _, value in values)
-    more = whole - len(program.layers)
-    if program.kind in _TRANSFERS:
-        return total * whole / len(program.layers)
-    layers = [0.0] * len(program.layers)
+    if part.is_transfer:
+        return total * part.repeats
+    layers = [0.0] * len(part.program.layers)
     for op, value in values:
         place = _LAYER.search(op.op_name)
         if place:
             layers[int(place[1])] += value
     between = layers[1:-1] or layers
+    more = part.layers - len(layers)
     return total + more * sum(between) / len(between)
 
 
@@ -306,8 +320,3 @@ def _as_xla_counts(compiled: Compiled) -> dict[str, float]:
     said = compiled.cost_analysis() or {}
     names = {"xla_bytes": "bytes accessed", "xla_flops": "flops"}
     return {ours: said[theirs] for ours, theirs in names.items() if theirs in said}
-
-
-def _first_lines(text: str) -> str:
-    """Return an error without its list of allocations."""
-    return next(iter(text.split("\n\n")), "").strip()

@@ -104,7 +104,7 @@ class CompileTarget:
         known = f"{', '.join(_TPUS)} with a topology (v6e:2x4), or "
         known += f"{', '.join(_GPUS)} with a number of devices (h100:8)"
         ok = kind in _TPUS or (kind in _GPUS and size.isdecimal() and int(size) > 0)
-        require(ok and size, f"target: expected one of {known}", text)
+        require(ok and bool(size), f"target: expected one of {known}", text)
         extra = missing_wheel(text)
         if extra is not None:
             raise ValueError(

@@ -103,6 +103,8 @@ def test_figures_are_those_of_the_model_on_one_device(tmp_path):
     assert decode.argument_bytes > 4 * weights(TINY)
     assert decode.fits and not decode.error
     assert decode.xla_flops == pytest.approx(decode.flops, rel=0.5)
+    assert decode.compiled_flops == decode.flops
+    assert decode.compiled_bytes == decode.hbm_bytes
     assert decode.roofline_s == max(
         decode.bound_bytes / HERE.hardware.hbm_bytes_s,
         decode.bound_flops / HERE.hardware.peak_flops,
@@ -133,6 +135,7 @@ def test_further_layers_follow_by_repetition(tmp_path, capsys):
         assert (some.layers, some.model_layers) == (2, 4)
         assert (whole.layers, whole.model_layers) == (4, 4)
         assert some.bound_bytes == whole.bound_bytes
+        assert some.compiled_bytes < 0.8 * some.hbm_bytes
         assert some.flops == pytest.approx(whole.flops, rel=0.01)
         assert some.hbm_bytes == pytest.approx(whole.hbm_bytes, rel=0.1)
         assert some.argument_bytes == pytest.approx(whole.argument_bytes, rel=0.05)
