@@ -120,13 +120,20 @@ class CheckOptions:
     block_tokens: int = 16
 
     def pools(self, target: CompileTarget) -> list[KVMemory]:
-        """Return the KV pool of each instance: as the engine has it by default."""
+        """Return the KV pool of each instance: as the engine has it by default.
+
+        Raises:
+          ValueError: if the target has too few devices.
+        """
+        needed, have = self.deployment.devices, len(target.devices)
+        expected = f"{target.name}: expected at least {needed} devices, which "
+        require(needed <= have, f"{expected}'{self.deployment}' takes", have)
         return [self._pool(spec, target) for spec in self.deployment.instances]
 
     def _pool(self, spec: InstanceSpec, target: CompileTarget) -> KVMemory:
         # One block where the weights fill a device: the compiler then says so.
-        limit = int(target.memory_bytes)
-        pool = default_memory(self.config, spec, RULES[spec.role], limit)
+        rules, limit = RULES[spec.role], int(target.memory_bytes)
+        pool = default_memory(self.config, spec, rules, target.devices, limit)
         held = max(1, pool.num_blocks * pool.block_tokens // self.block_tokens)
         return KVMemory(
             num_blocks=self.blocks or held,

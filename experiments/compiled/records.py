@@ -107,7 +107,8 @@ class CompiledDeployment:
       layers: of the model, that are compiled.
 
     Raises:
-      ValueError: if the target has too few devices, or the model does not divide.
+      ValueError: if the layers are too few or too many, or `DeploymentPrograms` refuses
+        the deployment.
     """
 
     def __init__(
@@ -118,9 +119,6 @@ class CompiledDeployment:
         memory: Sequence[KVMemory],
         layers: int,
     ):
-        needed, have = deployment.devices, len(target.devices)
-        expected = f"{target.name}: expected at least {needed} devices, which "
-        require(needed <= have, f"{expected}'{deployment}' takes", have)
         least = max(spec.parallelism.pp for spec in deployment.instances)
         expected = f"layers: expected {least} to {config.layers} of {config.name}"
         require(least <= layers <= config.layers, expected, layers)
