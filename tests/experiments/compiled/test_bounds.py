@@ -46,9 +46,10 @@ def test_a_prompt_computes_one_row_of_logits_and_half_of_the_pairs():
 
 
 def test_a_chunk_reads_the_kv_before_it():
-    alone = step_bound(SHAPE, StepLoad(((0, 8),), 0, 0), tp=1)
-    chunk = step_bound(SHAPE, StepLoad(((16, 8),), 0, 0), tp=1)
-    assert chunk.size_bytes - alone.size_bytes == 16 * 2 * 16
+    for tp in (1, 2):  # there is one kv head: each device reads it
+        alone = step_bound(SHAPE, StepLoad(((0, 8),), 0, 0), tp=tp)
+        chunk = step_bound(SHAPE, StepLoad(((16, 8),), 0, 0), tp=tp)
+        assert chunk.size_bytes - alone.size_bytes == 16 * 2 * 16
 
 
 def test_work_is_spread_over_the_devices_and_kv_over_its_heads():

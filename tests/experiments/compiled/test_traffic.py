@@ -384,6 +384,16 @@ def test_a_compiled_loop_counts_all_its_rounds():
     assert found.size_bytes >= 7 * 3 * 4 * 64 * 64
 
 
+def test_loops_in_loops_multiply():
+    def f(x, w):
+        def five(y):
+            return jax.lax.fori_loop(0, 5, lambda _, z: jnp.sin(z @ w), y)
+
+        return jax.lax.fori_loop(0, 3, lambda _, y: five(y), x)
+
+    assert traffic(compiled(f, (64, 64), (64, 64))).flops == 3 * 5 * 2 * 64**3
+
+
 def test_a_multiply_and_a_sum_are_a_product():
     def f(q, k):
         return (q[:, None] * k).sum(-1)
