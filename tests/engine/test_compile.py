@@ -264,7 +264,8 @@ def test_programs_work_in_place(tp):
         part._replace(blocks=pool.num_blocks),
     ]
     parts = [StepShape.decode(1, 64), StepShape.decode(4, 64), part]
-    for shape in (StepShape.prefill(64, 4), *parts, *whole):
+    one_block = [StepShape.prefill(8, 1), StepShape.mixed(8, 1, 1, 0, 0)]
+    for shape in (StepShape.prefill(64, 4), *one_block, *parts, *whole):
         model.compile_step(shape)
     programs = dict(group.programs._compiled)
     for other in (tp, 2 * tp):  # its shards as they are, and in two pieces
@@ -273,7 +274,7 @@ def test_programs_work_in_place(tp):
         for blocks in (1, 16):
             programs["gather", blocks, other] = out._gather_program(blocks)
             programs["insert", blocks, other] = back._insert_program(blocks)
-    assert len(programs) == 6 + 8
+    assert len(programs) == 8 + 8
     part_bytes = 16_384 * 16 * 2 * config.head_dim * 4  # k, or v; on each device
     for key, program in programs.items():
         memory = program.memory_analysis()

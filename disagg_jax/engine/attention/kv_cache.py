@@ -70,8 +70,6 @@ def write_blocks(
       keep: whether offsets without a token keep what they have; otherwise they become
         0, which saves reading the blocks.
     """
-    if block_W.shape[0] == 1:  # as in `write_tokens`
-        block_W, token_WO = jnp.repeat(block_W, 2, 0), jnp.repeat(token_WO, 2, 0)
     x_WOKH = x_TKH.at[jnp.maximum(token_WO, 0)].get(mode=IN_BOUNDS)
     old = part.at[block_W].get(mode=IN_BOUNDS) if keep else jnp.zeros((), part.dtype)
     is_none = (token_WO < 0)[:, None, :, None]
