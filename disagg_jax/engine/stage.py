@@ -27,6 +27,7 @@ class Stage:
     Attributes:
       layers: indices of the model's layers on this stage.
       layout: which kv head is in which slot of the cache.
+      tiled: see `kv_cache.is_tiled`.
       replicated: the sharding of arrays that every device has whole: activations and
         step inputs.
       programs: what takes KV blocks out of the cache and puts them in, see `Segment`.
@@ -42,6 +43,7 @@ class Stage:
     ):
         self.config, self.layers, self.mesh, self.memory = config, layers, mesh, memory
         self.layout = head_layout(config.q_heads, config.kv_heads, mesh.size)
+        self.tiled = kv_cache.is_tiled(mesh)
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)

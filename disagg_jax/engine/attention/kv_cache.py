@@ -9,18 +9,20 @@ Shape letters as in `models/transformer.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from disagg_jax.deployment import KVMemory
 from models.config import ModelConfig
 
 LayerCache = tuple[Array, Array]  # k, v
 Cache = list[LayerCache]
+Shape = tuple[int, ...]
 AXES = ("blocks", "kv_heads", "length", "head_dim")  # of k and of v
 PAYLOAD_AXES = ("blocks", "kv_heads")  # of an array of a payload, see `gather`
 
@@ -78,49 +80,72 @@ def write_blocks(
 
 
 def gather(
-    cache: Cache, ids: Array, *, pieces: int, together: int
+    cache: Cache, ids: Array, *, pieces: int, together: int, tiled: bool
 ) -> list[list[Array]]:
     """Take the blocks `ids` of a device's part of the cache, in pieces of kv heads.
 
+    Args:
+      tiled: see `is_tiled`.
+
     Returns:
       For each piece k and v of each layer in turn, `together` of them one after another
-      in an array `[together * len(ids), heads of a piece * block_tokens * H]`.
+      in an array `[together * len(ids), *piece_shape(heads of a piece)]`.
     """
-    rows = [_rows(part, pieces) for pair in cache for part in pair]
+    parts = [_by_piece(part, pieces, tiled) for pair in cache for part in pair]
 
     def take(piece: int, start: int) -> Array:
-        some = rows[start : start + together]
-        return jnp.concatenate([r.at[ids, piece].get(mode=IN_BOUNDS) for r in some])
+        some, at = parts[start : start + together], ids * pieces + piece
+        return jnp.concatenate([part.at[at].get(mode=IN_BOUNDS) for part in some])
 
-    starts = range(0, len(rows), together)
+    starts = range(0, len(parts), together)
     return [[take(piece, start) for start in starts] for piece in range(pieces)]
 
 
 def insert(
-    cache: Cache, ids: Array, pieces: Sequence[Sequence[Array]]
+    cache: Cache, ids: Array, pieces: Sequence[Sequence[Array]], *, tiled: bool
 ) -> tuple[Cache, Array]:
     """Write pieces side by side into a device's blocks `ids`; (cache, done)."""
-    rows = [_rows(part, len(pieces)) for pair in cache for part in pair]
+    parts = [_by_piece(part, len(pieces), tiled) for pair in cache for part in pair]
     first, blocks = ids[0], ids.shape[0]
-    if blocks == 1:  # as in `write`: the pool was copied
+    if blocks == 1:  # as in `write_tokens`: the pool was copied
         ids = jnp.repeat(ids, 2)
     for piece, arrays in enumerate(pieces):
         new = [x for a in arrays for x in jnp.split(a, a.shape[0] // blocks)]
-        new = [jnp.broadcast_to(x, (ids.shape[0], x.shape[1])) for x in new]
-        rows = [
-            r.at[ids, piece].set(x, mode=IN_BOUNDS)
-            for r, x in zip(rows, new, strict=True)
+        new = [jnp.broadcast_to(x, (ids.shape[0], *x.shape[1:])) for x in new]
+        at = ids * len(pieces) + piece
+        parts = [
+            part.at[at].set(x, mode=IN_BOUNDS)
+            for part, x in zip(parts, new, strict=True)
         ]
     shape = cache[0][0].shape
-    parts = [r.reshape(shape) for r in rows]
+    parts = [part.reshape(shape) for part in parts]
     return list(zip(parts[::2], parts[1::2], strict=True)), first
 
 
-def _rows(part: Array, pieces: int) -> Array:
-    """Return k or v as `[blocks, pieces, heads of a piece * block_tokens * H]`.
+def is_tiled(mesh: Mesh) -> bool:
+    """Return whether devices keep an array in tiles of its last two dimensions.
 
-    XLA copies long rows faster than many short ones: taking 128 MiB out of a pool took
-    30 ms with heads, offsets and head_dim as dimensions, and takes 20 ms. XLA also
-    copies updates first unless they come as rows.
+    A TPU does. There a block stays `[heads, block_tokens, H]` while it moves: as a row
+    it has other tiles, for which XLA rewrote the whole pool, up to 130 times the bytes
+    of 2048 tokens. Elsewhere a block moves as a row, which is copied faster: a gather
+    of 1 to 128 MiB out of a pool took a CPU up to 1.5 times as long with heads, offsets
+    and head_dim as dimensions, and XLA copied updates first that did not come as rows.
     """
-    return part.reshape(part.shape[0], pieces, -1)
+    return mesh.devices.flat[0].platform == "tpu"
+
+
+def piece_shape(part: jax.ShapeDtypeStruct | Array, heads: int, tiled: bool) -> Shape:
+    """Return the shape of `heads` kv heads of a block of k or v while they move."""
+    shape = (heads, *part.shape[2:])
+    return shape if tiled else (math.prod(shape),)
+
+
+def _by_piece(part: Array, pieces: int, tiled: bool) -> Array:
+    """Return k or v as `[blocks * pieces, *piece_shape(heads of a piece)]`.
+
+    So a piece of a block is one index. With one for the block and one for its first
+    head a scatter became a loop over blocks on a TPU.
+    """
+    blocks, heads = part.shape[:2]
+    shape = piece_shape(part, heads // pieces, tiled)
+    return part.reshape(blocks * pieces, *shape)

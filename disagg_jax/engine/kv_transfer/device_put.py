@@ -24,8 +24,8 @@ def move(
     """Copy pieces, device to device, to the mesh of `target`.
 
     Args:
-      pieces: for each piece of a source shard its arrays, sharded along the last axis
-        (the kv heads): the shard on device i is that piece of source shard i.
+      pieces: for each piece of a source shard its arrays, sharded along axis 1 (the kv
+        heads): the shard on device i is that piece of source shard i.
       target: the same sharding on the destination mesh.
 
     Returns:
@@ -48,8 +48,8 @@ def move(
 
     def assemble() -> Array:
         shards = [next(moved) for _ in dst_devices]
-        *rest, width = shards[0].shape
-        shape = (*rest, width * len(shards))
+        blocks, width, *rest = shards[0].shape
+        shape = (blocks, width * len(shards), *rest)
         return jax.make_array_from_single_device_arrays(shape, target, shards)
 
     return [[assemble() for _ in arrays] for _ in range(per_dst)]

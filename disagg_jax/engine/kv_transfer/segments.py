@@ -23,8 +23,8 @@ from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.program_table import Program, program_name
 from disagg_jax.engine.stage import Stage
 
-# For each piece of a shard its arrays, sharded along the last axis (the kv heads): the
-# shard on device i is that piece of shard i.
+# For each piece of a shard its arrays, sharded along axis 1 (the kv heads): the shard
+# on device i is that piece of shard i.
 Pieces = list[list[Array]]
 # Each extra array in a `device_put` costs about 0.1 ms per device; packing several into
 # one costs a copy on arrival. m32, TP4 to TP4: 1 MiB took 4.4 ms with k and v of each
@@ -108,6 +108,7 @@ class Segment(NamedTuple):
             kv_cache.gather,
             pieces=self.plan.pieces_per_source,
             together=self._together(blocks),
+            tiled=stage.tiled,
         )
         program = jax.shard_map(
             gather,
@@ -123,7 +124,7 @@ class Segment(NamedTuple):
         stage = self.dst
         kv, payload = stage.kv_sharding.spec, stage.payload_sharding.spec
         program = jax.shard_map(
-            kv_cache.insert,
+            functools.partial(kv_cache.insert, tiled=stage.tiled),
             mesh=stage.mesh,
             in_specs=(kv, PartitionSpec(), payload),
             out_specs=(kv, PartitionSpec()),
@@ -136,10 +137,10 @@ class Segment(NamedTuple):
     def _pieces_spec(self, blocks: int) -> list[list[jax.ShapeDtypeStruct]]:
         """Describe the pieces as they arrive."""
         parts, together = 2 * len(self.layers), self._together(blocks)
-        width = self.dst.mesh.size * self._row_size
+        width, *rest = self._piece_shape
         piece = [
             jax.ShapeDtypeStruct(
-                (min(together, parts - i) * blocks, width),
+                (min(together, parts - i) * blocks, self.dst.mesh.size * width, *rest),
                 jnp.dtype(self.dst.config.dtype),
                 sharding=self.dst.payload_sharding,
             )
@@ -149,14 +150,14 @@ class Segment(NamedTuple):
 
     def _together(self, blocks: int) -> int:
         """Return how many k or v of layers share an array of a piece."""
-        part_bytes = blocks * self._row_size * self.dst.config.dtype_bytes
+        part_bytes = blocks * math.prod(self._piece_shape) * self.dst.config.dtype_bytes
         return max(1, _ARRAY_BYTES // part_bytes)
 
     @property
-    def _row_size(self) -> int:
-        """Elements of a piece in a block of a layer's k, or v."""
-        config, block_tokens = self.dst.config, self.dst.memory.block_tokens
-        return self.plan.piece_heads * block_tokens * config.head_dim
+    def _piece_shape(self) -> kv_cache.Shape:
+        """The shape of a piece of a block of a layer's k, or v."""
+        part = self.dst.cache_spec(1)[0][0]
+        return kv_cache.piece_shape(part, self.plan.piece_heads, self.dst.tiled)
 
 
 def find_segments(src: ModelPrograms, dst: ModelPrograms) -> list[Segment]:
