@@ -96,6 +96,9 @@ def _step_attention(
     if shape.kind == "prefill":
         return lambda q, k, v, _: prompt_attention(inputs["row"], q, k, v)
     B = shape.decodes
+    if not B:  # an instance that never decodes: there are no entries
+        gathered = gathered_attention(inputs, block_tokens)
+        return lambda q, k, v, layer: gathered(q, layer)
     entries = Entries(inputs["block"], inputs["owner"], inputs["start"])
     paged = paged_attention(inputs["position"][:B], entries, chunk)
     if shape.kind == "decode":
@@ -105,8 +108,6 @@ def _step_attention(
 
     def mixed(q_TNH: Array, k: Array, v: Array, layer: LayerCache) -> Array:
         out_TNH = gathered(q_TNH, layer)
-        if not B:
-            return out_TNH
         first = jnp.where(is_chunk, out_TNH[:B], paged(q_TNH[:B], layer))
         return jnp.concatenate([first, out_TNH[B:]])
 
