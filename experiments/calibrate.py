@@ -4,7 +4,7 @@
     python -m experiments.calibrate --model=smollm2-135m --out=runs/smollm2.json
     python -m experiments.calibrate --show=experiments/profiles/m32_cpu.json
     python -m experiments.calibrate --model=llama-3-8b --deployment=colocated:tp1 \\
-        --deployment=prefill:tp1,decode:tp1 --set memory.blocks_per_device=2048
+        --deployment=prefill:tp1,decode:tp1 --set memory.tokens_per_device=32768
 
 The grid is every program that the systems of a config compile: prefills, chunks beside
 decodes, and decodes, by tokens, rows and context; and every size of a transfer between

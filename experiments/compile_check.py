@@ -99,7 +99,12 @@ _BLOCKS = FLAGS.integer(
     "KV blocks of an instance; by default as many as the engine has on the device.",
     lower_bound=1,
 )
-_BLOCK_TOKENS = FLAGS.integer("block_tokens", 16, "Tokens in a block.", lower_bound=1)
+_BLOCK_TOKENS = FLAGS.integer(
+    "block_tokens",
+    None,
+    "Tokens in a block; by default as the engine has on the device.",
+    lower_bound=1,
+)
 _MINUTES = MinutesFlag(FLAGS, "programs")
 _OUT = FLAGS.string("out", REQUIRED, "Folder for compiled.json.")
 
@@ -117,7 +122,7 @@ class CheckOptions:
     step_tokens: int | None = None  # most tokens in a step, instead of the policies'
     max_context: int = 2048
     blocks: int | None = None  # of an instance; None: as the engine has on the device
-    block_tokens: int = 16
+    block_tokens: int | None = None  # None: as the engine has on the device
 
     def pools(self, target: CompileTarget) -> list[KVMemory]:
         """Return the KV pool of each instance: as the engine has it by default.
@@ -133,11 +138,17 @@ class CheckOptions:
     def _pool(self, spec: InstanceSpec, target: CompileTarget) -> KVMemory:
         # One block where the weights fill a device: the compiler then says so.
         rules, limit = RULES[spec.role], int(target.memory_bytes)
-        pool = default_memory(self.config, spec, rules, target.devices, limit)
-        held = max(1, pool.num_blocks * pool.block_tokens // self.block_tokens)
-        return KVMemory(
-            num_blocks=self.blocks or held,
+        pool = default_memory(
+            self.config,
+            spec,
+            rules,
+            target.devices,
+            limit,
             block_tokens=self.block_tokens,
+        )
+        return dataclasses.replace(
+            pool,
+            num_blocks=self.blocks or pool.num_blocks,
             max_context=min(self.max_context, self.config.max_length),
         )
 

@@ -37,6 +37,7 @@ from collections.abc import Sequence
 import jax
 
 from disagg_jax.engine.engine import Engine
+from disagg_jax.engine.memory_check import default_block_tokens
 from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.progress import Progress, Stop, never, silent
@@ -82,7 +83,7 @@ class StepOptions:
     batches: Sequence[int] = (1, 8, 16)  # requests in a decode step
     context: int = 256  # tokens that each of them attends to, the new one included
     prompts: Sequence[int] = (128, 512)  # tokens of the one prompt of a prefill step
-    block_tokens: int = 16
+    block_tokens: int = 64
     handoff_mib: int = 16  # 0 is no hand-off
     repeats: int = 5  # rounds that a median is taken over
     dense: bool = True  # whether decode with a plain cache is timed as well
@@ -295,7 +296,9 @@ _DTYPE = FLAGS.string("dtype", None, "Instead of the preset's.")
 _BATCHES = FLAGS.list("batches", ["1", "8", "16"], "Requests in a decode step.")
 _CONTEXT = FLAGS.integer("context", 256, "Tokens each of them attends to.")
 _PROMPTS = FLAGS.list("prompts", ["128", "512"], "Tokens of a prefill step.")
-_BLOCK = FLAGS.integer("block_tokens", 16, "Tokens in a block of KV.")
+_BLOCK = FLAGS.integer(
+    "block_tokens", None, "Tokens in a block of KV; by default what suits the device."
+)
 _MIB = FLAGS.integer("handoff", 16, "MiB of a hand-off; 0 is none.")
 _REPEATS = FLAGS.integer("repeats", 5, "Rounds that a median is taken over.")
 _DENSE = FLAGS.boolean("dense", True, "Time a plain dense cache as well.")
@@ -311,22 +314,24 @@ def main() -> None:
     out, config = writable(_OUT.value), get_engine_config(_MODEL.value)
     if _DTYPE.value is not None:
         config = dataclasses.replace(config, dtype=_DTYPE.value)
+    # All of this before JAX starts and says what the device is.
+    if _CORES.value is not None:
+        host_devices.pin(_CORES.value)
+    keep_freed_memory()
+    if _MIB.value:
+        host_devices.provide(2)
     options = StepOptions(
         config=config,
         batches=integers("batches", _BATCHES.value),
         context=_CONTEXT.value,
         prompts=integers("prompts", _PROMPTS.value),
-        block_tokens=_BLOCK.value,
+        block_tokens=_BLOCK.value or default_block_tokens(jax.default_backend()),
         handoff_mib=_MIB.value,
         repeats=_REPEATS.value,
         dense=_DENSE.value,
         trace=pathlib.Path(_TRACE.value) if _TRACE.value else None,
     )
-    if _CORES.value is not None:
-        host_devices.pin(_CORES.value)
-    keep_freed_memory()
     if options.handoff_mib:
-        host_devices.provide(2)
         several = len(jax.devices()) > 1
         expect_used(several, _MIB, expected="two devices", got="one")
     report = run(options, ProgressLines().step, deadline)

@@ -82,8 +82,8 @@ class Targets:
 class Memory:
     """KV memory, the same on each device whatever its instance's role."""
 
-    blocks_per_device: int = 256  # an instance with tp devices has tp times as many
-    block_tokens: int = 16  # tokens in a block
+    tokens_per_device: int = 4096  # an instance with tp devices holds tp times as many
+    block_tokens: int = 0  # tokens in a block; 0: what suits the device (64 on a CPU)
     max_context: int = 512  # longest prompt + output, in tokens
 
 

@@ -63,7 +63,7 @@ def smoke() -> Config:
         systems=_TWO_SYSTEMS,
         execute_all=True,
         workload=WorkloadConfig(num_requests=12, prompt_tokens="uniform:8:60"),
-        memory=Memory(blocks_per_device=64, max_context=128),
+        memory=Memory(tokens_per_device=1024, max_context=128),
         rates=(20.0, 200.0),
         num_seeds=2,
         timing_repeats=5,
@@ -80,7 +80,7 @@ def five_minutes() -> Config:
         weights="trained",
         systems=_TWO_SYSTEMS,
         workload=WorkloadConfig(num_requests=100, prompt_tokens="uniform:32:200"),
-        memory=Memory(blocks_per_device=128, max_context=256),
+        memory=Memory(tokens_per_device=2048, max_context=256),
         num_seeds=3,
         timing_repeats=5,
     )
@@ -99,7 +99,7 @@ def tiny_tp2() -> Config:
             )
             for name, system in _TWO_SYSTEMS.items()
         },
-        memory=Memory(blocks_per_device=128),
+        memory=Memory(tokens_per_device=2048),
         durations="modelled",
         cost=LinearCost(
             step_base_s=1e-3,
@@ -167,7 +167,7 @@ def smollm2_humaneval() -> Config:
             output_tokens="uniform:32:64",
             ignore_eos=False,
         ),
-        memory=Memory(blocks_per_device=128, max_context=512),
+        memory=Memory(tokens_per_device=2048, max_context=512),
         rates=(0.2, 0.4, 0.8, 1.6),
         num_seeds=2,
         timing_repeats=3,

@@ -68,7 +68,7 @@ class RequestSource:
                         raise ValueError(
                             f"request {request.id} of seed {seed}: a KV pool {why}; "
                             "change the lengths, or memory.max_context and "
-                            "memory.blocks_per_device"
+                            "memory.tokens_per_device"
                         )
 
     def every(self) -> Iterator[Request]:

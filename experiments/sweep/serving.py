@@ -12,6 +12,7 @@ from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role, cut_layers
 from disagg_jax.engine.engine import Engine, Progress
 from disagg_jax.engine.executor import DurationRule, as_measured, from_table
+from disagg_jax.engine.memory_check import default_block_tokens
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import (
     ServedDeployment,
@@ -74,6 +75,8 @@ def instance_memory(
 ) -> list[KVMemory]:
     """Return the KV pool of each instance: devices hold equally much in every system.
 
+    Whole blocks only: a device holds at least one.
+
     With pipeline stages a block's KV has fewer layers, so a device holds more blocks;
     the stage with the most layers decides how many.
 
@@ -81,14 +84,17 @@ def instance_memory(
       layers: of the model.
     """
 
+    size = config.memory.block_tokens or default_block_tokens(jax.default_backend())
+
     def blocks(spec: InstanceSpec) -> int:
         most = len(cut_layers(range(layers), spec.parallelism.pp)[0])
-        return config.memory.blocks_per_device * spec.parallelism.tp * layers // most
+        tokens = config.memory.tokens_per_device * spec.parallelism.tp * layers // most
+        return max(1, tokens // size)
 
     return [
         KVMemory(
             num_blocks=blocks(spec),
-            block_tokens=config.memory.block_tokens,
+            block_tokens=size,
             max_context=config.memory.max_context,
         )
         for spec in deployment.instances

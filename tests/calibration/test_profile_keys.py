@@ -132,7 +132,7 @@ def test_an_engine_is_measured_and_its_profile_used(
     monkeypatch.setattr(calibrate, "load_model", lambda config: random_model)
     policies = {"prefill": seqs(1, token_budget=32), "decode": seqs(1)}
     pair = System.of("disaggregated", "prefill:tp1,decode:tp1", **policies)
-    memory = Memory(blocks_per_device=4, max_context=32)
+    memory = Memory(tokens_per_device=64, block_tokens=16, max_context=32)
     lengths = {"prompt_tokens": "uniform:4:16", "output_tokens": "uniform:2:8"}
     workload = WorkloadConfig(num_requests=10, **lengths)
     config = Config(systems={"pair": pair}, memory=memory, workload=workload)

@@ -16,7 +16,11 @@ from disagg_jax.deployment import (
 )
 from disagg_jax.engine import engine as engine_module
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.memory_check import check_fits, default_memory
+from disagg_jax.engine.memory_check import (
+    check_fits,
+    default_block_tokens,
+    default_memory,
+)
 from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.programs import StepShape
@@ -139,12 +143,12 @@ def default(model: str, limit_bytes: int | None, *max_context: int, tp: int = 1)
 @pytest.mark.parametrize(
     ("model", "tp", "max_context", "blocks"),
     [
-        ("tiny", 1, 1024, 16 * 64),  # 16 longest requests
-        # 512 MiB in blocks of 16 tokens of 46,080 bytes: 728, one of them scratch.
-        ("smollm2-135m", 1, 8192, 727),
-        # In blocks of 2 MiB, or of 1 MiB on each of two devices.
-        ("llama-3-8b", 1, 255 * 16, 255),
-        ("llama-3-8b", 2, 511 * 16, 511),
+        ("tiny", 1, 1024, 16 * 16),  # 16 longest requests
+        # 512 MiB in blocks of 64 tokens of 46,080 bytes: 182, one of them scratch.
+        ("smollm2-135m", 1, 8192, 181),
+        # In blocks of 8 MiB, or of 4 MiB on each of two devices.
+        ("llama-3-8b", 1, 63 * 64, 63),
+        ("llama-3-8b", 2, 127 * 64, 127),
     ],
 )
 def test_a_host_has_room_for_a_modest_pool(model, tp, max_context, blocks):
@@ -153,18 +157,32 @@ def test_a_host_has_room_for_a_modest_pool(model, tp, max_context, blocks):
 
 
 def test_a_pool_takes_its_share_of_what_weights_leave():
-    """24 GiB, less 14.957 GiB of weights: 0.8 of it is 3,702 blocks of 2 MiB."""
+    """24 GiB, less 14.957 of weights: 0.8 is 925 blocks of 8 MiB, one is scratch."""
     spec, limit_bytes = InstanceSpec(role=Role.DECODE), 24 * 2**30
     memory = default("llama-3-8b", limit_bytes)
-    assert memory == KVMemory(num_blocks=3702, max_context=8192)
+    assert memory == KVMemory(num_blocks=924, block_tokens=64, max_context=8192)
     config = get_config("llama-3-8b")
     check_fits(spec, make_programs(config, spec, memory), limit_bytes)
 
 
 def test_a_context_that_is_asked_for_must_fit():
     assert default("llama-3-8b", None, 4000).max_context == 4000
-    with pytest.raises(ValueError, match="max_context: expected at most 4080, .* 5000"):
+    with pytest.raises(ValueError, match="max_context: expected at most 4032, .* 5000"):
         default("llama-3-8b", None, 5000)
+
+
+def test_blocks_are_those_of_the_device_or_as_asked():
+    """A TPU's are as long as a dimension of its tiles."""
+    assert [default_block_tokens(kind) for kind in ("tpu", "gpu", "cpu")] == [
+        128,
+        64,
+        64,
+    ]
+    spec, config = InstanceSpec(role=Role.DECODE), get_config("tiny")
+    args = config, spec, RULE_TABLE, jax.devices(), None
+    assert default_memory(*args).block_tokens == 64
+    asked = default_memory(*args, block_tokens=16)
+    assert (asked.block_tokens, asked.num_blocks) == (16, 16 * 64)
 
 
 def test_where_the_weights_do_not_fit_the_check_says_so():

@@ -196,7 +196,7 @@ COMPARED = Config(
     workload=WorkloadConfig(
         num_requests=16, prompt_tokens="uniform:8:20", output_tokens="uniform:4:12"
     ),
-    memory=Memory(blocks_per_device=4, max_context=32),
+    memory=Memory(tokens_per_device=64, block_tokens=16, max_context=32),
     num_seeds=2,
     durations="modelled",  # so that the engine's durations are known
     cost=CONSTANT,

@@ -26,7 +26,7 @@ SWEEP = [
             "workload.output_tokens=fixed:4",
             "workload.prompt_tokens=uniform:8:30",
             "memory.max_context=64",
-            "memory.blocks_per_device=16",
+            "memory.tokens_per_device=256",
             "timing_repeats=1",
             "num_seeds=1",
         )

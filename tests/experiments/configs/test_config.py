@@ -363,7 +363,7 @@ def test_the_defaults_are_those_that_the_documents_name():
     assert (config.slo.ttft_scale, config.slo.tpot_scale) == (5.0, 1.5)
     assert (config.slo.ttft_s, config.slo.tpot_s, config.slo.preset) == (0, 0, "")
     memory = config.memory
-    assert (memory.blocks_per_device, memory.block_tokens) == (256, 16)
+    assert (memory.tokens_per_device, memory.block_tokens) == (4096, 0)
     assert memory.max_context == 512
     workload = config.workload
     assert (workload.num_requests, workload.source) == (100, "random")

@@ -74,7 +74,7 @@ def config_of(*deployments, **fields):
 def test_a_device_has_equally_many_blocks_whatever_its_stage(
     deployment, layers, blocks
 ):
-    memory = Memory(blocks_per_device=10, block_tokens=8, max_context=99)
+    memory = Memory(tokens_per_device=80, block_tokens=8, max_context=99)
     found = instance_memory(
         config_of("colocated:tp1", memory=memory), Deployment.parse(deployment), layers
     )
@@ -204,8 +204,8 @@ def test_step_sizes_are_for_the_mean_lengths_and_the_target_of_later_tokens(
 
 
 def test_memory_limits_the_decodes_beside_a_prompt(random_model):
-    """Of 64 blocks: 1024 tokens are 4 requests of 256."""
-    small = dataclasses.replace(MODELLED, memory=Memory(blocks_per_device=64))
+    """1024 tokens are 4 requests of 256."""
+    small = dataclasses.replace(MODELLED, memory=Memory(tokens_per_device=1024))
     one = durations(random_model, CHUNKS, small, kind=Asked)
     one.tuned(CHUNKS.policies, 7.0, requests((206, 100)))
     assert max(load.decodes for _, load in one.loads) == 4

@@ -174,7 +174,7 @@ def test_random_prompts_need_no_tokenizer(tmp_path):
         "workload.prompt_tokens=fixed:5",
         "workload.output_tokens=fixed:3",
         "memory.max_context=32",
-        "memory.blocks_per_device=16",
+        "memory.tokens_per_device=256",
         "systems.vllm_v0.policies.colocated.max_seqs=2",
         "systems.vllm_v0.policies.colocated.max_batched_tokens=32",
     ]
