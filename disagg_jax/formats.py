@@ -51,7 +51,10 @@ ENGINE_PROFILE = Format(
     name="engine profile", number=1, command="python -m experiments.fit_engine"
 )
 EVENT_LOG = Format(
-    name="event log", number=2, command="python -m experiments.goodput_sweep"
+    name="event log",
+    number=3,
+    oldest=3,  # before, a step told how far into the pool its decodes read
+    command="python -m experiments.goodput_sweep",
 )
 MAPS = Format(
     name="maps.json",
@@ -64,14 +67,18 @@ PLACEMENT = Format(
     number=1,
     command="python -m experiments.placement_search --out=FOLDER",
 )
-PROFILE = Format(name="profile", number=2, command="python -m experiments.calibrate")
+# Of calibrated profiles those before 3 are not read: see `measured_profile`.
+PROFILE = Format(name="profile", number=3, command="python -m experiments.calibrate")
 # Of all files in a run directory; it stands in config.json, which is written first and
 # read before any work. So raise it together with those of the files in it.
 RUN = Format(
     name="run directory",
-    number=2,
+    number=3,
     command="the command in its env.json, with another --out",
 )
 STEP_TIMES = Format(
-    name="step_times.json", number=2, command="python -m experiments.goodput_sweep"
+    name="step_times.json",
+    number=3,
+    oldest=3,  # as for profiles
+    command="python -m experiments.goodput_sweep",
 )

@@ -92,11 +92,6 @@ def last_tokens(chunks: Sequence[tuple[int, int]], most: int) -> int:
     return found
 
 
-def pool_extent(slices: Sequence[Slice]) -> int:
-    """Return the blocks that `slices` attend to together."""
-    return sum([len(part.blocks) for part in slices])
-
-
 @dataclasses.dataclass(slots=True)
 class StepLoad:
     """The amount of work in a step, as far as its duration depends on it."""
@@ -104,9 +99,9 @@ class StepLoad:
     chunks: tuple[tuple[int, int], ...]  # (start, count) of each prompt part
     decodes: int  # requests that decode one token each
     context: int  # tokens that the decodes attend to together, new ones included
-    # Blocks of the pool up to the last one of slices that count as decodes; 0 if blocks
-    # are only counted.
-    pool_extent: int = 0
+    # KV blocks that the decodes attend to together: a block counts for each of them. 0
+    # if only the context is known.
+    decode_blocks: int = 0
 
     @property
     def prompt_tokens(self) -> int:
@@ -123,8 +118,13 @@ class StepLoad:
         return sum([(start + n) ** 2 - start**2 for start, n in self.chunks])
 
     def times(self, count: int) -> StepLoad:
-        """Return the load of `count` such steps in one; it has no pool."""
-        return StepLoad(self.chunks * count, self.decodes * count, self.context * count)
+        """Return the load of `count` such steps in one."""
+        return StepLoad(
+            self.chunks * count,
+            self.decodes * count,
+            self.context * count,
+            self.decode_blocks * count,
+        )
 
     @classmethod
     def of(cls, slices: Sequence[Slice]) -> StepLoad:
@@ -134,6 +134,7 @@ class StepLoad:
             tuple((p.start, p.count) for p in slices if not p.is_decode),
             len(decodes),
             sum(part.start + 1 for part in decodes),
+            sum(len(part.blocks) for part in decodes),
         )
 
 
@@ -155,11 +156,6 @@ class Step:
     def of(cls, id: int, instance: int, slices: Sequence[Slice]) -> Step:
         """Make a step of given slices."""
         return cls(id, instance, slices, StepLoad.of(slices))
-
-    @property
-    def pool_extent(self) -> int:
-        """Blocks of the pool up to the last one that its decodes have."""
-        return pool_extent([part for part in self.slices if part.is_decode])
 
     @property
     def instances(self) -> tuple[int, ...]:
@@ -187,20 +183,6 @@ class Transfer:
     def instances(self) -> tuple[int, ...]:
         """The instances it occupies or touches."""
         return (self.src, self.dst)
-
-
-def read_blocks(transfer: Transfer) -> None:
-    """Read both block lists of a transfer, the source's first: blocks get identities.
-
-    Raises:
-      RuntimeError: if there are not equally many on both sides.
-    """
-    src, dst = len(transfer.src_blocks), len(transfer.dst_blocks)
-    if src != dst:
-        raise RuntimeError(
-            f"transfer {transfer.id}: expected equally many blocks on both sides, got "
-            f"{src} and {dst}"
-        )
 
 
 @dataclasses.dataclass(slots=True)

@@ -49,7 +49,7 @@ def without_engine(served: ServedDeployment) -> SimulatedDeployment:
         ),
         streams=served.streams,
         spans=False,
-        exact_block_placement=True,
+        counts_blocks=True,
         prefill_router=served.prefill_router,
         decode_router=served.decode_router,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Collection
 
 from disagg_jax.deployment import KVMemory
@@ -22,12 +21,7 @@ class KVBlocks:
         self.free = memory.num_blocks  # blocks that no request holds
         self._held: dict[int, int] = {}
         self._tables: dict[int, list[int]] = {}
-        # By owner, for each block of its table: how long the front of the pool is that
-        # has this block and those before it.
-        self._extents: dict[int, list[int]] = {}
-        # Lowest free blocks first keeps the used part of the pool short: a decode step
-        # reads the pool up to its last used block.
-        self._returned: list[int] = []  # a heap; all below `_untouched`
+        self._returned: list[int] = []  # the last one is used again first
         self._untouched = 0  # the first block that was never in a table
 
     @property
@@ -45,24 +39,10 @@ class KVBlocks:
 
     def table(self, owner: int) -> tuple[int, ...]:
         """Return the blocks of `owner`, in the order of its tokens."""
-        self._place(owner)
-        return tuple(self._tables[owner])
-
-    def extent(self, owner: int, tokens: int) -> int:
-        """Count the pool's blocks up to the last one that has `tokens` of `owner`."""
-        extents = self._extents.get(owner, ())
-        if len(extents) < self._held[owner]:
-            extents = self._place(owner)
-        return extents[-(-tokens // self.memory.block_tokens) - 1]
-
-    def _place(self, owner: int) -> list[int]:
-        """Give each block of `owner` an identity; return its extents."""
         table = self._tables.setdefault(owner, [])
-        extents = self._extents.setdefault(owner, [])
         for _ in range(self._held[owner] - len(table)):
-            table.append(self._lowest())
-            extents.append(max(table[-1] + 1, extents[-1] if extents else 0))
-        return extents
+            table.append(self._next())
+        return tuple(table)
 
     def extend(self, owner: int, tokens: int) -> None:
         """Give `owner` the blocks it is missing to hold `tokens` tokens."""
@@ -94,12 +74,10 @@ class KVBlocks:
         if owner not in self._held:
             raise RuntimeError(f"request {owner} holds no KV blocks to release")
         self.free += self._held.pop(owner)
-        self._extents.pop(owner, None)
-        for block in self._tables.pop(owner, ()):
-            heapq.heappush(self._returned, block)
+        self._returned += self._tables.pop(owner, ())
 
-    def _lowest(self) -> int:
+    def _next(self) -> int:
         if self._returned:
-            return heapq.heappop(self._returned)
+            return self._returned.pop()
         self._untouched += 1
         return self._untouched - 1

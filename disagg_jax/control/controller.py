@@ -40,10 +40,8 @@ from disagg_jax.work import (
     StageFree,
     Step,
     Straggle,
-    Transfer,
     Up,
     Work,
-    read_blocks,
 )
 
 
@@ -66,9 +64,8 @@ class Controller:
         layer group by layer group, if the decode side has room then.
       spans: plan all decode iterations at once until something can change the plan. The
         results are the same and come faster, but need a backend that simulates.
-      places_blocks: give each block of the work an identity as it is made, so that
-        steps tell their `pool_extent`. Otherwise blocks are counted, and get identities
-        when their work is read.
+      counts_blocks: let each step tell the KV blocks that its decodes attend to; see
+        `StepLoad`. Not for spans, in which they change.
 
     Raises:
       ValueError: if a role has no policy, or `memory` does not match the deployment,
@@ -85,7 +82,7 @@ class Controller:
         decode_router: Router = least_loaded,
         streams: bool = False,
         spans: bool = False,
-        places_blocks: bool = False,
+        counts_blocks: bool = False,
     ):
         self._in_flight: dict[int, InFlight] = {}
         self._spans = Spans(self._in_flight, self._end_span)
@@ -107,7 +104,7 @@ class Controller:
         self._policies = [policies[i.spec.role] for i in self.instances]
         self._limits = [policy.limits for policy in self._policies]
         self._plans_spans, self._streams = spans, streams
-        self._places_blocks = places_blocks
+        self._counts_blocks = counts_blocks
         self._requests: dict[int, RequestState] = {}
         self._to_stream: list[StepInFlight] = []  # new steps with prompts
         self._last_work_id = 0
@@ -163,21 +160,14 @@ class Controller:
             if self._decodes_apart:
                 self._start_transfers(now_s, works)
             made_room = self._start_steps(now_s, works)
-        if self._places_blocks:
-            self._place_blocks(works)
+        if self._counts_blocks:
+            for work in works:
+                if isinstance(work, Step):
+                    flight = typing.cast(StepInFlight, self._in_flight[work.id])
+                    work.load.decode_blocks = flight.batch.attended
         if self._active and not self._in_flight:
             self._check_alive()
         return works
-
-    def _place_blocks(self, works: Sequence[Work]) -> None:
-        """Give blocks identities, in the order in which an engine reads them."""
-        for work in works:
-            if isinstance(work, Step):
-                flight = typing.cast(StepInFlight, self._in_flight[work.id])
-                most = self._limits[work.instance].decode_rows
-                self._fleet.place_blocks(flight, most)
-            elif isinstance(work, Transfer):
-                read_blocks(work)
 
     def _next_work_id(self) -> int:
         self._last_work_id += 1

@@ -19,7 +19,7 @@ from disagg_jax.errors import require
 from disagg_jax.request import Request
 from disagg_jax.scheduling.interface import Chunk
 from disagg_jax.scheduling.routing import Router
-from disagg_jax.work import OnRead, Slice, Step, StepLoad, Transfer, last_tokens
+from disagg_jax.work import OnRead, Slice, Step, StepLoad, Transfer
 
 
 class Fleet:
@@ -239,23 +239,6 @@ class Fleet:
         until = batch.iteration + iterations
         instance.step = StepInFlight(work, prompts, batch, until=until)
         return instance.step
-
-    def place_blocks(self, flight: StepInFlight, most_decodes: int) -> None:
-        """Give the blocks of a step that begins now an identity; note its pool extent.
-
-        Args:
-          most_decodes: slices that can count as decodes.
-        """
-        load, batch = flight.work.load, flight.batch
-        blocks = self.instances[flight.work.instance].blocks
-        extents = [
-            blocks.extent(state.id, start + count)
-            for state, (start, count) in zip(flight.prompts, load.chunks, strict=True)
-        ]
-        last = last_tokens(load.chunks, most_decodes - load.decodes)
-        decodes = extents[len(extents) - last :]
-        decodes += [blocks.extent(s.id, s.cached_tokens + 1) for s in batch.members]
-        load.pool_extent = max(decodes, default=0)
 
     def finish_chunks(self, flight: StepInFlight) -> None:
         """Count the chunks of a step as cached; their requests need a new place."""

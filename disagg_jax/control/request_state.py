@@ -366,6 +366,12 @@ class DecodeBatch:
         self.context += count * len(self.members)
 
     @property
+    def attended(self) -> int:
+        """KV blocks that the next iteration attends to, those of each member."""
+        now, size = self.iteration, self._block_tokens
+        return sum([(state.base + now) // size + 1 for state in self.members])
+
+    @property
     def begun(self) -> int:
         """Iterations completed or going on."""
         return self.iteration + self._reserved

@@ -10,7 +10,7 @@ import jax
 
 from disagg_jax.control.backend import Outcome
 from disagg_jax.engine.engine import Engine, Result
-from disagg_jax.work import Step, Task, Transfer, read_blocks
+from disagg_jax.work import Step, Task, Transfer
 
 # (work, seconds that each of its parts took) -> the time it has on the timeline. See
 # `Engine.part_keys` for the parts.
@@ -97,8 +97,5 @@ class TimingExecutor:
     duration: DurationRule  # given () for the times of the parts
 
     def run(self, work: Task) -> Outcome:
-        size = 0
-        if isinstance(work, Transfer):
-            read_blocks(work)  # as an engine does when it starts one
-            size = self.engine.transfer_bytes(work)
+        size = self.engine.transfer_bytes(work) if isinstance(work, Transfer) else 0
         return dataclasses.replace(self.duration(work, ()), bytes=size)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from disagg_jax.deployment import KVMemory
 from disagg_jax.programs.shapes import StepShape, split_decodes
 from disagg_jax.scheduling.interface import StepLimits
-from disagg_jax.work import Slice, StepLoad, last_tokens, pool_extent
+from disagg_jax.work import Slice, StepLoad, last_tokens
 
 _TOKENS_PER_ROW = 8  # of a prefill shape: shorter prompts take the next size
 _ROWS = 16  # mixed shapes have a multiple of it: similar policies share programs
@@ -30,7 +30,7 @@ class Buckets:
       prefill: one shape for each number of tokens; none where an instance never
         prefills.
       decode_rows: requests in one decode step; none where it never decodes.
-      pool_blocks: leading blocks of the KV pool that a decode step reads.
+      pool_blocks: KV blocks that a decode step attends to, of all its requests.
       transfer_blocks: KV blocks in one transfer.
       mixed: where prompts come in parts or beside decodes, instead of `prefill`.
     """
@@ -44,14 +44,16 @@ class Buckets:
     @classmethod
     def for_limits(cls, limits: StepLimits, memory: KVMemory) -> Buckets:
         """List sizes up to what a policy can ask for: a few dozen an instance."""
+        # Each decode has a block at least.
+        rows = min(limits.decode_rows, memory.num_blocks)
+        limits = dataclasses.replace(limits, decode_rows=rows)
         mixes = limits.mixed and limits.prefill_rows > 0
         prefills = limits.prefill_rows > 0 and not mixes
         return cls(
             prefill=_prefill_shapes(limits, memory) if prefills else (),
             mixed=_mixed_shapes(limits, memory) if mixes else (),
             decode_rows=_sizes(1, limits.decode_rows, 1.0),
-            # Steps of 4: finer ones would be more programs, and a pool in full use is
-            # read to its end anyway.
+            # Steps of 4: finer ones would be more programs.
             pool_blocks=_sizes(16, memory.num_blocks, 1.0, factor=4)
             if limits.decode_rows
             else (),
@@ -60,9 +62,18 @@ class Buckets:
 
     @functools.cached_property
     def decode(self) -> tuple[StepShape, ...]:
-        """The decode shapes: all pairs of `decode_rows` and `pool_blocks`."""
-        sizes = itertools.product(self.decode_rows, self.pool_blocks)
-        return tuple(StepShape.decode(*size) for size in sizes)
+        """The decode shapes: pairs of `decode_rows` and `pool_blocks`.
+
+        Each request attends to a block at least, so that a step of more rows than the
+        next smaller size has more blocks than that.
+        """
+        fewer = (0, *self.decode_rows)
+        return tuple(
+            StepShape.decode(rows, blocks)
+            for less, rows in zip(fewer, self.decode_rows, strict=False)
+            for blocks in self.pool_blocks
+            if blocks > less
+        )
 
     @property
     def step_shapes(self) -> tuple[StepShape, ...]:
@@ -108,36 +119,37 @@ class Buckets:
             rows=len(slices),
             context=sum([len(part.blocks) for part in chunks]),
             decodes=len(decodes),
-            blocks=pool_extent(decodes),
+            blocks=sum([len(part.blocks) for part in decodes]),
         )
 
     def load_shape(self, load: StepLoad, block_tokens: int) -> StepShape:
         """Return the shape of a step of which only the load is known.
 
-        A load tells how much context its decodes have, but mostly not where in the pool
-        that context lies; see `guess_extent`. Decodes beyond `most_decodes` count as
-        chunks of the mean context.
+        A load tells how much context its decodes have, but mostly not in how many
+        blocks; see `guess_blocks`. Decodes beyond `most_decodes` count as chunks of the
+        mean context.
 
         Raises:
           ValueError: if the step is larger than every listed shape.
         """
         chunks, decodes, context = load.chunks, load.decodes, load.context
+        blocks, known = load.decode_blocks, load.decode_blocks > 0 or not decodes
         most = self.most_decodes if self.mixed else decodes
         if self.mixed and (last := last_tokens(chunks, most - decodes)):
             context += sum([start + 1 for start, _ in chunks[-last:]])
+            blocks += sum([start // block_tokens + 1 for start, _ in chunks[-last:]])
             chunks, decodes = chunks[:-last], decodes + last
         extra = max(0, decodes - most)
         placed, each = decodes - extra, context / decodes if decodes else 0.0
         ends = [start + n for start, n in chunks] + [math.ceil(each)] * extra
-        extent = load.pool_extent
-        if placed and not extent:
-            extent = self.guess_extent(placed, round(each * placed), block_tokens)
+        if extra or not known:
+            blocks = self.guess_blocks(placed, round(each * placed), block_tokens)
         return self._first(
             tokens=sum([n for _, n in chunks]) + decodes,
             rows=len(chunks) + decodes,
             context=sum([-(-end // block_tokens) for end in ends]),
             decodes=placed,
-            blocks=extent,
+            blocks=blocks,
         )
 
     def _first(
@@ -149,7 +161,7 @@ class Buckets:
         elif self.mixed:
             listed = self.mixed
             needed = StepShape("mixed", tokens, rows, context, decodes, blocks)
-        else:  # no part of the pool is read
+        else:  # no KV of before is read
             listed, needed = self.prefill, StepShape.prefill(tokens, rows)
         _, tokens, rows, context, _, blocks = needed
         for shape in listed:
@@ -163,19 +175,18 @@ class Buckets:
         largest = repr(listed[-1]) if listed else "none"
         raise ValueError(f"{needed.kind}: expected at most {largest}, got {needed!r}")
 
-    def guess_extent(self, decodes: int, context: int, block_tokens: int) -> int:
-        """Return the leading pool blocks that hold `context` tokens of `decodes`.
+    def guess_blocks(self, decodes: int, context: int, block_tokens: int) -> int:
+        """Return the KV blocks that hold `context` tokens of `decodes` requests.
 
-        The lowest free blocks are used first, so the extent is taken to be the number
-        of blocks, each request's last one half full. That is too short where other
-        requests have, or had, blocks too. It is never more than the whole pool.
+        Each request's last block is taken to be half full. It is never more than the
+        largest listed number.
         """
         tokens = context + decodes * _spare_tokens(block_tokens)
-        return min(math.ceil(tokens / block_tokens), self._pool)
+        return min(math.ceil(tokens / block_tokens), self._most_blocks)
 
     @functools.cached_property
-    def _pool(self) -> int:
-        """Blocks of the largest extent that programs are listed for: the whole pool."""
+    def _most_blocks(self) -> int:
+        """Most KV blocks that decodes attend to in a listed program."""
         return max([shape.blocks for shape in self.step_shapes], default=0)
 
     def transfer_size(self, blocks: int) -> int:
@@ -192,7 +203,7 @@ class Buckets:
 
 
 def most_context(decodes: int, blocks: int, block_tokens: int) -> int:
-    """Return the most context for which `Buckets.guess_extent` says `blocks`."""
+    """Return the most context for which `Buckets.guess_blocks` says `blocks`."""
     return math.floor(blocks * block_tokens - decodes * _spare_tokens(block_tokens))
 
 
@@ -237,7 +248,7 @@ def _mixed_shapes(limits: StepLimits, memory: KVMemory) -> tuple[StepShape, ...]
     sizes = [
         (tokens, min(context, every), blocks)
         for tokens in _mixed_tokens(budget, most)
-        for context, blocks in _mixed_blocks(tokens, limits.splits, whole, memory)
+        for context, blocks in _mixed_blocks(tokens, limits, memory)
     ]
     return tuple(
         StepShape.mixed(
@@ -263,13 +274,13 @@ def _mixed_tokens(budget: int, most: int) -> list[int]:
 
 
 def _mixed_blocks(
-    tokens: int, splits: bool, whole: int, memory: KVMemory
+    tokens: int, limits: StepLimits, memory: KVMemory
 ) -> list[tuple[int, int]]:
-    """Return (blocks of chunks, blocks of the pool) for a step of `tokens` tokens.
+    """Return (blocks of chunks, blocks of decodes) for a step of `tokens` tokens.
 
     Chunks attend to their own blocks, some of them in part; to these and the blocks of
-    a long request that goes on; or to a number between. Decodes read a quarter of the
-    pool or all of it; beside the longest chunks this difference hardly matters.
+    a long request that goes on; or to a number between. Decodes have a quarter of the
+    pool, or all of it; beside the longest chunks this difference hardly matters.
     """
     own = memory.blocks_for(tokens * 5 // 4)
     beside = own + memory.blocks_for(_longest(memory))
@@ -277,10 +288,11 @@ def _mixed_blocks(
     # Odd, so that the number of keys is no power of 2: 272 tokens of tiny on a CPU took
     # 9.6 ms with 31 blocks, 14.7 with 32 and 10.0 with 33.
     own, between, beside = (size | 1 for size in (own, between, beside))
-    extents = (-(-whole // 4), whole)
-    if not splits:
-        return [(own, extent) for extent in extents]
-    return [*itertools.product((own, between), extents), (beside, whole)]
+    whole = memory.num_blocks if limits.decode_rows else 0
+    attended = (max(-(-whole // 4), limits.decode_rows), whole)
+    if not limits.splits:
+        return [(own, blocks) for blocks in attended]
+    return [*itertools.product((own, between), attended), (beside, whole)]
 
 
 def _longest(memory: KVMemory) -> int:

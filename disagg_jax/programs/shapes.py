@@ -22,7 +22,7 @@ class StepShape(NamedTuple):
     rows: int  # R: rows that get logits
     context: int = 0  # C: KV blocks that the chunks of a mixed step attend to
     decodes: int = 0  # B: leading tokens that may be decodes
-    blocks: int = 0  # P: leading blocks of the pool that decodes attend to
+    blocks: int = 0  # P: KV blocks that decodes attend to, a block for each of them
 
     @classmethod
     def prefill(cls, tokens: int, rows: int) -> StepShape:
@@ -31,7 +31,7 @@ class StepShape(NamedTuple):
 
     @classmethod
     def decode(cls, rows: int, blocks: int) -> StepShape:
-        """Return the shape of `rows` decodes over `blocks` blocks of the pool."""
+        """Return the shape of `rows` decodes over `blocks` KV blocks together."""
         return cls("decode", rows, rows, 0, rows, blocks)
 
     @classmethod

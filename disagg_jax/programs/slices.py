@@ -49,7 +49,10 @@ def load_slices(load: StepLoad, memory: KVMemory) -> tuple[Slice, ...]:
     """Return slices of a step with this load, its decodes all alike."""
     parts = list(load.chunks)
     if load.decodes:
-        parts += [(max(1, load.context // load.decodes - 1), 1)] * load.decodes
+        # Alike, they may need more blocks than there are: then as much as fits.
+        fitting = memory.num_blocks // load.decodes * memory.block_tokens
+        each = min(load.context // load.decodes, fitting)
+        parts += [(max(1, each - 1), 1)] * load.decodes
     return slices_of(parts, memory)
 
 
@@ -69,9 +72,12 @@ def slices_of(parts: Iterable[tuple[int, int]], memory: KVMemory) -> tuple[Slice
 
 
 def _full_decodes(rows: int, blocks: int, memory: KVMemory) -> tuple[Slice, ...]:
-    """Return decodes that alone have the pool's first `blocks` blocks, all full."""
+    """Return decodes that have the pool's first `blocks` blocks, all full.
+
+    They are as many as `rows`, or as there are blocks if these are fewer.
+    """
+    rows = min(rows, blocks)
     tables = np.array_split(np.arange(blocks), rows) if rows else []
-    tables = [table if len(table) else np.array([0]) for table in tables]
     return tuple(
         _slice(len(table) * memory.block_tokens - 1, 1, table.tolist())
         for table in tables

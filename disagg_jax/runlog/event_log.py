@@ -25,6 +25,7 @@ from disagg_jax.work import (
     Progress,
     StageFree,
     Step,
+    StepLoad,
     Straggle,
     TruncateSpan,
     Up,
@@ -34,7 +35,6 @@ from disagg_jax.work import (
 _PLAIN_EVENTS = {
     kind.__name__: kind for kind in (Cancelled, Down, Straggle, StageFree, Up)
 }
-_RENAMED = {"Slow": "Straggle", "Cut": "TruncateSpan"}  # since format 2
 
 
 @dataclasses.dataclass
@@ -67,7 +67,7 @@ class LoggedStep:
     instance: int
     slices: Sequence[tuple[int, int, int]]  # request, start, count; of one iteration
     iterations: int
-    pool_extent: int = 0  # see `StepLoad`
+    decode_blocks: int = 0  # see `StepLoad`
 
     @property
     def instances(self) -> tuple[int, ...]:
@@ -117,15 +117,12 @@ def replay(lines: Iterable[str], controller: Controller) -> Iterator[int]:
 
 
 def _turns(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Yield the turns of a log, with all kinds under the names of today."""
+    """Yield the turns of a log, which follow the line with its format."""
     for number, line in enumerate(lines):
-        # A log from before there were numbers begins with a turn.
-        turn = EVENT_LOG.read(json.loads(line)) if number == 0 else json.loads(line)
-        if not turn:
-            continue
-        for record in (*turn["events"], *turn["works"]):
-            record[0] = _RENAMED.get(record[0], record[0])
-        yield turn
+        if number == 0:
+            EVENT_LOG.read(json.loads(line))
+        else:
+            yield json.loads(line)
 
 
 def _event_to_json(event: Event) -> list[Any]:
@@ -160,7 +157,8 @@ def _work_to_json(work: Work) -> list[Any]:
     if isinstance(work, Step):
         slices = [[part.request.id, part.start, part.count] for part in work.slices]
         details = [ids for part in work.slices for ids in (part.blocks, part.tokens)]
-        span = [work.iterations, _checksum(details), work.pool_extent]
+        decode_blocks = StepLoad.of(work.slices).decode_blocks
+        span = [work.iterations, _checksum(details), decode_blocks]
         return ["Step", work.id, work.instance, slices, *span]
     if isinstance(work, TruncateSpan):
         return ["TruncateSpan", work.work, work.iterations]
@@ -173,13 +171,13 @@ def _work_to_json(work: Work) -> list[Any]:
 def _work_from_json(record: list[Any]) -> LoggedWork:
     kind, *values = record
     if kind == "Step":
-        id, instance, slices, iterations, _, pool_extent = values
+        id, instance, slices, iterations, _, decode_blocks = values
         return LoggedStep(
             id=id,
             instance=instance,
             slices=[(request, start, count) for request, start, count in slices],
             iterations=iterations,
-            pool_extent=pool_extent,
+            decode_blocks=decode_blocks,
         )
     if kind == "TruncateSpan":
         return TruncateSpan(*values)

@@ -31,12 +31,12 @@ class SimulatedDeployment:
       streams: whether KV leaves while the rest of its prompt is computed.
       spans: whether several decode iterations are taken at once. Results are equal;
         only the speed changes.
-      exact_block_placement: whether each request has blocks of its own in the pool, as
-        on an engine, so that the cost model gets `StepLoad.pool_extent`. This needs
-        `spans=False`.
+      counts_blocks: whether steps tell the KV blocks that their decodes attend to, for
+        a cost model that rounds to an engine's programs (`StepLoad.decode_blocks`).
+        This needs `spans=False`.
 
     Raises:
-      ValueError: on `exact_block_placement` with `spans`.
+      ValueError: on `counts_blocks` with `spans`.
     """
 
     deployment: Deployment
@@ -47,11 +47,11 @@ class SimulatedDeployment:
     decode_router: Router = least_loaded
     streams: bool = False
     spans: bool = True
-    exact_block_placement: bool = False
+    counts_blocks: bool = False
 
     def __post_init__(self) -> None:
-        ok = not (self.exact_block_placement and self.spans)
-        require(ok, "exact_block_placement: expected spans=False", self.spans)
+        ok = not (self.counts_blocks and self.spans)
+        require(ok, "counts_blocks: expected spans=False", self.spans)
 
     def controller(self) -> Controller:
         """Return a new controller of this deployment."""
@@ -63,7 +63,7 @@ class SimulatedDeployment:
             decode_router=self.decode_router,
             streams=self.streams,
             spans=self.spans,
-            places_blocks=self.exact_block_placement,
+            counts_blocks=self.counts_blocks,
         )
 
     def run(

@@ -203,7 +203,7 @@ class PairedRun:
             memory=self.server.memory,
             cost=self.cost,
             spans=False,
-            exact_block_placement=True,
+            counts_blocks=True,
         )
 
     def requests(self, rate_rps: float, seed: int) -> list[Request]:

@@ -72,7 +72,7 @@ def serve_each(
     """Serve requests on each system and yield its steps, until there is to be a stop.
 
     The program of each step is known here, while a simulation guesses it
-    (`Buckets.guess_extent`): errors of the guess depend on the lengths of requests and
+    (`Buckets.guess_blocks`): errors of the guess depend on the lengths of requests and
     say nothing of the machine. The pools hold garbage afterwards: probes write there,
     between the requests' steps. Probes run if the profile has times of probes.
 

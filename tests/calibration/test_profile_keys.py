@@ -19,7 +19,7 @@ from disagg_jax.programs import split_decodes
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.sim.simulated_deployment import SimulatedDeployment
-from disagg_jax.work import Step, StepLoad, Transfer, pool_extent
+from disagg_jax.work import Step, StepLoad, Transfer
 from disagg_jax.workload import RandomWorkload, UniformLengths
 from experiments import calibrate
 from experiments.calibrate import on_deployments
@@ -170,7 +170,7 @@ class Asked(LinearCost):
 @pytest.mark.parametrize(
     "system", ["vllm_v0", "orca", "sarathi_serve", "disaggregated"]
 )
-def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
+def test_where_blocks_are_counted_the_program_is_the_engines(known, system):
     """Without, it is a guess; requests come and go, so that it is often wrong."""
     engine, policies = known[system], CONFIG.systems[system].policies
     memory = tuple(instance.programs.memory for instance in engine.instances)
@@ -181,7 +181,7 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
         memory=memory,
         cost=Asked(step_base_s=2e-3, pp=stages),
         spans=False,
-        exact_block_placement=True,
+        counts_blocks=True,
     )
     workload = RandomWorkload(
         prompt=UniformLengths(low=8, high=200), output=UniformLengths(low=2, high=60)
@@ -203,7 +203,8 @@ def test_where_blocks_are_settled_the_program_is_the_engines(known, system):
         program = key_of(engine, step).program
         assert buckets.load_shape(load, size) == program
         _, decodes = split_decodes(step.slices, buckets.most_decodes)
-        assert load.pool_extent == pool_extent(decodes)
-        unplaced = dataclasses.replace(load, pool_extent=0)
-        guesses += buckets.load_shape(unplaced, size) == program
+        one = sum(len(part.blocks) for part in decodes if part.is_decode)
+        assert load.decode_blocks <= one
+        unknown = dataclasses.replace(load, decode_blocks=0)
+        guesses += buckets.load_shape(unknown, size) == program
     assert 0.2 * len(steps) < guesses < len(steps)

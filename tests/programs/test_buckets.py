@@ -77,8 +77,9 @@ def test_whatever_a_policy_may_prefill_has_a_shape(limits, memory, data):
 def test_whatever_a_policy_may_decode_has_a_shape(limits, memory, data):
     buckets = Buckets.for_limits(limits, memory)
     rows = data.draw(st.integers(1, limits.decode_rows))
-    blocks = data.draw(st.integers(1, memory.num_blocks))
-    load = StepLoad((), rows, rows, pool_extent=blocks)
+    rows = min(rows, memory.num_blocks)
+    blocks = data.draw(st.integers(rows, memory.num_blocks))
+    load = StepLoad((), rows, rows, decode_blocks=blocks)
     shape = buckets.load_shape(load, memory.block_tokens)
     assert shape in buckets.step_shapes
     assert rows <= shape.rows <= max(2 * rows, 1)
@@ -237,11 +238,10 @@ def test_shape_of_a_step_by_example():
         pool_blocks=(16, 64),
         transfer_blocks=(1,),
     )
-    one = make_slice(7, 1, (3, 15))
-    far = make_slice(7, 1, (3, 16))
+    one, long = make_slice(7, 1, (3, 15)), make_slice(14, 1, range(15))
     assert buckets.step_shape([one]) == StepShape.decode(1, 16)
     assert buckets.step_shape([one, one]) == StepShape.decode(4, 16)
-    assert buckets.step_shape([one, far]) == StepShape.decode(4, 64)
+    assert buckets.step_shape([one, long]) == StepShape.decode(4, 64)
     # A prompt of one token is no decode; five prompts need more rows.
     assert buckets.step_shape([make_slice(0, 1, (40,))]) == StepShape.prefill(32, 4)
     assert buckets.step_shape([make_slice(0, 33, (0, 1))]) == StepShape.prefill(64, 8)
@@ -270,14 +270,14 @@ def test_shape_of_a_mixed_step_by_example():
         shape = buckets.step_shape(slices)
         return (shape.tokens, shape.context, shape.blocks)
 
-    one, far = make_slice(7, 1, (3, 15)), make_slice(7, 1, (3, 16))
+    one, long = make_slice(7, 1, (3, 15)), make_slice(14, 1, range(15))
     fresh, late = make_slice(0, 30, range(8)), make_slice(30, 3, range(9))
     assert size(fresh) == (32, 8, 16)
     assert size(fresh, one) == (32, 8, 16)
-    assert size(fresh, one, far) == (32, 8, 64)
+    assert size(fresh, one, long) == (32, 8, 64)
     assert size(fresh, one, one, one) == (64, 8, 16)
     assert size(late) == (32, 40, 16)
-    assert size(late, fresh, far) == (64, 40, 64)
+    assert size(late, fresh, long, one) == (64, 40, 64)
     assert size(make_slice(120, 8, range(32)), late) == (80, 64, 64)
     # Decodes only; a fifth is a chunk; a token of a prompt in its middle is like one.
     assert buckets.step_shape([one] * 4) == StepShape.decode(4, 16)
@@ -287,7 +287,7 @@ def test_shape_of_a_mixed_step_by_example():
     for slices in (
         [make_slice(0, 81, range(21))],
         [make_slice(259, 1, range(65)), *[one] * 4],
-        [fresh, make_slice(7, 1, (3, 64))],
+        [fresh, make_slice(255, 1, range(64)), one],
         [make_slice(0, 1, (0,))] * 9,
     ):
         with pytest.raises(ValueError, match="mixed: expected .*tokens=80, .* got"):

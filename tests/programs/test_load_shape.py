@@ -162,7 +162,7 @@ LARGE = dataclasses.replace(NOTHING, decode_rows=(64,), pool_blocks=(10**6,))
 def test_the_extent_is_guessed_to_half_a_block_for_each_request(contexts, size):
     blocks = sum(-(-context // size) for context in contexts)
     decodes = len(contexts)
-    guess = LARGE.guess_extent(decodes, sum(contexts), size)
+    guess = LARGE.guess_blocks(decodes, sum(contexts), size)
     assert -decodes / 2 < guess - blocks < decodes / 2 + 1
     low, high = extents(blocks, decodes, 10**6)
     assert low <= guess <= high
@@ -171,8 +171,8 @@ def test_the_extent_is_guessed_to_half_a_block_for_each_request(contexts, size):
 @given(st.integers(1, 64), st.integers(1, 500), st.sampled_from([1, 4, 16, 17]))
 def test_the_context_of_an_extent_is_the_most_it_holds(decodes, blocks, size):
     context = most_context(decodes, blocks, size)
-    assert LARGE.guess_extent(decodes, context, size) <= blocks
-    assert LARGE.guess_extent(decodes, context + 1, size) > blocks
+    assert LARGE.guess_blocks(decodes, context, size) <= blocks
+    assert LARGE.guess_blocks(decodes, context + 1, size) > blocks
 
 
 # ---- by example ----------------------------------------------------------------------

@@ -429,36 +429,36 @@ def test_workers_give_the_results_of_one_process_in_order():
 
 
 class Seen(LinearCost):
-    """Notes of each step its chunks, its decodes and the pool's front that they use."""
+    """Notes of each step its chunks, its decodes and the blocks that these see."""
 
     seen: ClassVar[list[tuple[object, int, int]]] = []
 
     def stages_s(self, instance, load):
-        self.seen.append((load.chunks, load.decodes, load.pool_extent))
+        self.seen.append((load.chunks, load.decodes, load.decode_blocks))
         return super().stages_s(instance, load)
 
 
-def test_the_last_token_of_a_prompt_counts_as_a_decode_where_blocks_are_placed():
-    """Blocks of 4 tokens: a chunk attends to itself, but the last token to 2 blocks."""
+def test_steps_tell_the_blocks_that_their_decodes_attend_to():
+    """Blocks of 4 tokens; two requests, of which the second is 3 tokens behind."""
     Seen.seen.clear()
     policies = {Role.COLOCATED: SarathiServe(token_budget=4, max_seqs=2)}
     run = dataclasses.replace(
         simulated("colocated:tp1", policies=policies),
         cost=Seen(step_base_s=1.0),
-        exact_block_placement=True,
+        counts_blocks=True,
         spans=False,
     )
-    run.run([make_request(prompt=5, out=5)])
-    decodes = [((), 1, 2), ((), 1, 2), ((), 1, 2), ((), 1, 3)]
-    assert Seen.seen == [(((0, 4),), 0, 0), (((4, 1),), 0, 2), *decodes]
+    run.run([make_request(prompt=5, out=5), make_request(1, prompt=2, out=4)])
+    # Contexts with the new token: 6 and 3, 7 and 4, 8 and 5, then 9.
+    first, second = ((0, 4),), ((4, 1), (0, 2))
+    decodes = [((), 2, 3), ((), 2, 3), ((), 2, 4), ((), 1, 3)]
+    assert Seen.seen == [(first, 0, 0), (second, 0, 0), *decodes]
 
 
-def test_blocks_are_settled_in_no_span():
-    with pytest.raises(ValueError, match="placement: expected spans=False, got True"):
-        dataclasses.replace(simulated(PAIR), exact_block_placement=True)
-    settled = dataclasses.replace(
-        simulated(PAIR), exact_block_placement=True, spans=False
-    )
+def test_blocks_are_counted_in_no_span():
+    with pytest.raises(ValueError, match="blocks: expected spans=False, got True"):
+        dataclasses.replace(simulated(PAIR), counts_blocks=True)
+    counted = dataclasses.replace(simulated(PAIR), counts_blocks=True, spans=False)
     requests = [make_request(i, prompt=6, out=5) for i in range(3)]
-    found, expected = (it.run(requests).timelines for it in (settled, simulated(PAIR)))
+    found, expected = (it.run(requests).timelines for it in (counted, simulated(PAIR)))
     assert [t.token_s for t in found] == [t.token_s for t in expected]

@@ -1,6 +1,6 @@
 """Read and write the profiles of `experiments.calibrate`, as JSON.
 
-    {"format": 2,                     see `formats.py`; without it, 0
+    {"format": 3,                     see `formats.py`; at least 3
      "name": "tiny-cpu",              marks the outputs of a simulation
      "kind": "calibrated",
      "provenance": {...},             texts: "model", "dtype", "device", "commit", ...
@@ -19,8 +19,7 @@
         "base_s": 1e-4, "block_s": 6e-6}]}
 
 Programs: `programs/shapes.py`; terms: `sim/cost/step_time_terms.py`. All times are
-seconds of one step on that stage, or of one transfer, host work included. Before format
-2 "serving_factor" was "in_service".
+seconds of one step on that stage, or of one transfer, host work included.
 """
 
 from __future__ import annotations
@@ -106,6 +105,12 @@ def profile_from_json(record: object) -> CalibratedProfile:
       ValueError: naming the place, what was expected and what came.
     """
     top = open_profile(record, "calibrated")
+    number = PROFILE.number_of(as_mapping(record, "profile"))
+    expected = (
+        "profile: expected format 3 or later, since a decode program is now told "
+    )
+    expected += "by the KV blocks that its requests have; calibrate again"
+    require(number >= 3, expected, number)
     provenance = get_texts(top, "provenance", "profile")
     for key in PROVENANCE:
         get_text(provenance, key, "provenance")
@@ -157,7 +162,7 @@ def _layout(
     get_list(record, "measured", where)  # raises where it is missing or empty
     measured = _times(record, "measured", where)
     fits = get_mapping(record, "fits", where)
-    factor = record.get("serving_factor", record.get("in_service", {}))  # format 0, 1
+    factor = record.get("serving_factor", {})
     factors = as_mapping(factor, f"{where}.serving_factor")
     for key, kinds in (("fits", fits), ("serving_factor", factors)):
         expected = f"{where}.{key}: expected some of {KINDS}"

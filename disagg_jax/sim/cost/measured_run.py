@@ -27,7 +27,7 @@ def step_load(step: LoggedStep) -> StepLoad:
         (start, count) for _, start, count in step.slices if not start or count > 1
     ]
     context = sum(decodes) + len(decodes)
-    return StepLoad(tuple(chunks), len(decodes), context, step.pool_extent)
+    return StepLoad(tuple(chunks), len(decodes), context, step.decode_blocks)
 
 
 def step_kind(load: StepLoad) -> str:

@@ -16,8 +16,8 @@ from disagg_jax.work import StepLoad, Transfer
 class ProgramTimes:
     """A `DeploymentCost` that rounds work to an engine's programs, and looks them up.
 
-    It is exact where each request has blocks of its own
-    (`SimulatedDeployment.exact_block_placement`).
+    It is exact where steps tell the KV blocks that their decodes attend to
+    (`SimulatedDeployment.counts_blocks`).
 
     Attributes:
       buckets: the shapes that each instance has programs for.

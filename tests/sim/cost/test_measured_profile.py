@@ -28,7 +28,7 @@ ROWS = BUCKETS.decode
 MEMORY = KVMemory(num_blocks=16, max_context=256)
 ABOUT = {"model": "toy", "dtype": "float32", "device": "cpu"}
 RECORD = {
-    "format": 2,
+    "format": 3,
     "name": "toy",
     "kind": "calibrated",
     "provenance": {**ABOUT, "date": "today", "commit": "none", "by": "me"},
@@ -191,14 +191,10 @@ def test_a_profile_survives_its_json_exactly():
     assert again.layouts[Parallelism(1, 1)].measured[ROWS[0]] == (1 / 3,)
 
 
-@pytest.mark.parametrize("number", [{}, {"format": 1}])
-def test_a_profile_of_an_older_format_is_read_alike(number):
-    older = {**copy.deepcopy(RECORD), **number}
-    if not number:
-        del older["format"]
-    for layout in older["layouts"]:
-        layout["in_service"] = layout.pop("serving_factor")
-    assert profile_from_json(older) == PROFILE
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_profile_whose_decode_programs_meant_something_else_is_refused(number):
+    with pytest.raises(ValueError, match="format 3 or later, .* calibrate again, got"):
+        profile_from_json({**RECORD, "format": number})
 
 
 def test_a_profile_of_a_newer_format_is_refused_before_its_content():

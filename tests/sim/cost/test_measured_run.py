@@ -130,5 +130,5 @@ def test_the_load_of_a_logged_step():
     # A prompt of one token is no decode, nor is a chunk of two after three. The decode
     # attends to its four cached tokens and to itself.
     slices = ((0, 0, 1), (1, 4, 1), (2, 3, 2))
-    step = LoggedStep(id=1, instance=0, slices=slices, iterations=1, pool_extent=7)
+    step = LoggedStep(id=1, instance=0, slices=slices, iterations=1, decode_blocks=7)
     assert step_load(step) == StepLoad(((0, 1), (3, 2)), 1, 5, 7)
