@@ -68,15 +68,11 @@ class OpTraffic:
     read_bytes: float
     written_bytes: float
     flops: float
-    cycles: float  # XLA's estimate, which it has for most of a TPU's fusions
+    matmul_cycles: float  # XLA's estimate for a matmul on a TPU; 0 of other ops
 
     @property
     def size_bytes(self) -> float:
         return self.read_bytes + self.written_bytes
-
-    @property
-    def matmul_cycles(self) -> float:
-        return self.cycles if self.flops else 0.0
 
     def __str__(self) -> str:
         return (
@@ -200,17 +196,16 @@ class _Count:
         if x.opcode == "custom-call":
             cost = self._kernel(computation, x)
             if cost is not None:
-                return _op_traffic(x, times, cost.size_bytes, 0.0, cost.flops)
+                return _op_traffic(x, times, cost.size_bytes, 0.0, cost.flops, 0)
         if x.opcode == "fusion":
-            fused = self._fused(x.called("calls")[0])
-            uses = fusion_uses(fused)
-            flops = sum(
-                instruction_flops(self._module, fused, each)
-                for each in fused.instructions.values()
-            )
+            where = self._fused(x.called("calls")[0])
+            inside, uses = list(where.instructions.values()), fusion_uses(where)
         else:
-            uses = single_uses(computation, x)
-            flops = instruction_flops(self._module, computation, x)
+            where, inside, uses = computation, [x], single_uses(computation, x)
+        flops = sum(instruction_flops(self._module, where, each) for each in inside)
+        estimate = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
+        is_matmul = any(each.opcode in ("dot", "convolution") for each in inside)
+        cycles = int(estimate[1]) if estimate and is_matmul else 0
         operands = computation.operands(x)
         read = sum(
             share * hbm_bytes(operand.shape)
@@ -220,7 +215,7 @@ class _Count:
             share * hbm_bytes(array)
             for share, array in zip(uses.writes, arrays(x.shape), strict=True)
         )
-        return _op_traffic(x, times, read, written, flops)
+        return _op_traffic(x, times, read, written, flops, cycles)
 
     def _kernel(self, computation: Computation, x: Instruction) -> KernelCost | None:
         """Return what a custom call costs, if that is stated; note it if not."""
@@ -281,9 +276,8 @@ def _kernel_name(x: Instruction) -> str:
 
 
 def _op_traffic(
-    x: Instruction, times: int, read: float, written: float, flops: float
+    x: Instruction, times: int, read: float, written: float, flops: float, cycles: int
 ) -> OpTraffic:
-    cycles = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
     return OpTraffic(
         name=x.name,
         opcode=x.opcode,
@@ -293,5 +287,5 @@ def _op_traffic(
         read_bytes=times * read,
         written_bytes=times * written,
         flops=times * flops,
-        cycles=times * (int(cycles[1]) if cycles else 0),
+        matmul_cycles=times * cycles,
     )

@@ -13,7 +13,6 @@ from experiments.compile_check import CheckOptions, run
 from experiments.compiled import report, targets
 from experiments.compiled.records import CompiledDeployment
 from experiments.compiled.targets import CompileTarget
-from experiments.compiled.traffic import OpTraffic
 from models.config import get_config
 from tests.commands import run_command
 from tests.deadlines import After
@@ -220,22 +219,6 @@ def _record():
     pools = OPTIONS.pools(HERE)
     made = CompiledDeployment(HERE, TINY, OPTIONS.deployment, pools, layers=1)
     return made.record(made.programs(OPTIONS.buckets(pools), every=False)[-2])
-
-
-def test_cycles_count_where_there_are_matmuls():
-    op = OpTraffic(
-        name="dot",
-        opcode="fusion",
-        shape="f32[8]",
-        op_name="",
-        times=1,
-        read_bytes=0,
-        written_bytes=0,
-        flops=1,
-        cycles=7,
-    )
-    assert op.matmul_cycles == 7
-    assert dataclasses.replace(op, flops=0).matmul_cycles == 0
 
 
 def test_programs_after_the_deadline_are_named(tmp_path, capsys):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.compiled import targets
@@ -34,14 +35,6 @@ def test_a_missing_wheel_is_an_error_with_the_command(monkeypatch, text, extra):
     assert said.endswith(f"pip install -e '.[{extra}]'") and "\n" not in said
 
 
-@pytest.fixture
-def target(request) -> CompileTarget:
-    extra = targets.missing_wheel(request.param)
-    if extra is not None:
-        pytest.skip(f"needs the extra {extra}")
-    return CompileTarget.parse(request.param)
-
-
 @pytest.mark.parametrize("target", [TPU, GPU], indirect=True)
 def test_a_matmul_is_compiled_for_devices_that_are_not_there(target):
     assert len(target.devices) == 4
@@ -59,6 +52,33 @@ def test_a_matmul_is_compiled_for_devices_that_are_not_there(target):
     assert found.flops == 2 * 512 * 4096 * 4096  # of one of two devices
     needed = 2 * (512 * 4096 + 4096 * 4096 + 512 * 4096)
     assert found.size_bytes == pytest.approx(needed, rel=0.05)
+
+
+@pytest.mark.parametrize("target", [TPU], indirect=True)
+def test_a_program_keeps_what_a_kernel_states(target):
+    mesh = Mesh(np.array(target.devices[:1]), ("tensor",))
+    x = jax.ShapeDtypeStruct(
+        (1024, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+
+    def double(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    def run(x):
+        block = pl.BlockSpec((128, 128), lambda i: (i, 0))
+        call = pl.pallas_call(
+            double,
+            out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+            grid=8,
+            in_specs=[block],
+            out_specs=block,
+            name="double",
+            cost_estimate=pl.CostEstimate(flops=5, bytes_accessed=7, transcendentals=0),
+        )
+        return call(x)
+
+    found = traffic(jax.jit(run).lower(x).compile())
+    assert (found.size_bytes, found.flops, found.unstated_kernels) == (7, 5, ())
 
 
 @pytest.mark.tpu_aot

@@ -325,6 +325,21 @@ def test_what_xla_adds_has_the_place_of_its_user_or_else_of_what_it_uses():
     )
 
 
+# -- cycles ----------------------------------------------------------------------------
+
+
+def test_cycles_are_those_of_matmuls_in_every_round():
+    """XLA's are far too many for other ops."""
+    dots = LOOP.replace(
+        "negate(%x)",
+        'dot(%x, %x), lhs_contracting_dims={1}, backend_config={"window_config":'
+        '{"estimated_cycles":"70"}}',
+    )
+    assert sum(op.matmul_cycles for op in traffic(entry(ROUNDS, dots)).ops) == 32 * 70
+    others = dots.replace("dot(%x, %x)", "multiply(%x, %x)")
+    assert not any(op.matmul_cycles for op in traffic(entry(ROUNDS, others)).ops)
+
+
 # -- FLOPs -----------------------------------------------------------------------------
 
 
