@@ -1,6 +1,7 @@
 """The hand-off of KV: what moves, where to, and by which way."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -64,7 +65,7 @@ def test_a_head_that_is_nowhere_is_an_error():
         piece_plan((0, 1), 1, (0, 1, 2), 1)
 
 
-PAIRS = [(1, 1), (1, 4), (2, 2), (2, 4), (4, 1), (4, 2), (4, 4)]
+PAIRS = list(itertools.product([1, 2, 4], repeat=2))
 
 
 def fill(instance, seed: int) -> list[np.ndarray]:
@@ -101,31 +102,51 @@ def make_transfer(src_blocks, dst_blocks, context: int) -> Transfer:
     )
 
 
+SOME = make_transfer((3, 0, 15), (7, 15, 2), 11)
+
+
 @pytest.mark.parametrize("prefill, decode", PAIRS)
 @pytest.mark.parametrize("model", MODELS)
 def test_only_the_blocks_of_the_request_change(world, model, prefill, decode):
     """Its heads are in the destination's slots, and all else is as it was."""
     config = MODELS[model]
     engine = world.engine(f"prefill:tp{prefill},decode:tp{decode}", config)
+    assert_moved(engine, config.head_dim)
+
+
+@pytest.mark.parametrize("prefill, decode", PAIRS)
+@pytest.mark.parametrize("model", MODELS)
+def test_blocks_that_move_as_they_are(tiled_world, model, prefill, decode):
+    """Not as rows, and in heads of a TPU's size."""
+    only = dataclasses.replace(BUCKETS, prefill=(), decode_rows=(), pool_blocks=())
+    deployment = f"prefill:tp{prefill},decode:tp{decode}"
+    engine = tiled_world.engine(deployment, MODELS[model], only)
+    assert_moved(engine, head_dim=128)
+    for array in next(engine.start(SOME)).arrays:
+        assert array.shape[2:] == (POOL.block_tokens, 128)
+
+
+def assert_moved(engine, head_dim: int) -> None:
+    """Moves some blocks and looks at everything."""
     src, dst = engine.instances
     sent, before = fill(src, 1), fill(dst, 2)
-    src_blocks, dst_blocks = (3, 0, 15), (7, 15, 2)
-    _, (tokens, size) = run_alone(engine, make_transfer(src_blocks, dst_blocks, 11))
+    _, (tokens, size) = run_alone(engine, SOME)
     assert tokens == ()
     slots = list(dst.programs.layout.kv)
+    src_blocks, dst_blocks = list(SOME.src_blocks), list(SOME.dst_blocks)
     others = sorted(set(range(POOL.num_blocks)) - set(dst_blocks))
     for source, old, part in zip(sent, before, contents(dst), strict=True):
         np.testing.assert_array_equal(part[others], old[others])
         for slot, head in enumerate(slots):
             if head is not None:
                 np.testing.assert_array_equal(
-                    part[list(dst_blocks), slot],
-                    source[list(src_blocks), src.programs.layout.kv.index(head)],
+                    part[dst_blocks, slot],
+                    source[src_blocks, src.programs.layout.kv.index(head)],
                 )
     for source, part in zip(sent, contents(src), strict=True):
         np.testing.assert_array_equal(part, source)
-    bucket = engine.instances[0].buckets.transfer_blocks[0]
-    token = 2 * config.layers * len(slots) * config.head_dim * 4
+    bucket = src.buckets.transfer_blocks[0]
+    token = 2 * engine.config.layers * len(slots) * head_dim * 4
     assert size == bucket * POOL.block_tokens * token
 
 

@@ -15,6 +15,7 @@ from disagg_jax.deployment import (
     Role,
 )
 from disagg_jax.engine import engine as engine_module
+from disagg_jax.engine.attention import kv_cache
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.memory_check import (
     check_fits,
@@ -68,6 +69,25 @@ def test_the_limit_is_what_is_really_placed(config, tp, pp, layer_groups):
     check_fits(spec, programs, None)
     with pytest.raises(ValueError, match=f"{BLOCKS - 1} blocks would fit"):
         check_fits(spec, programs, needed - 1)
+
+
+@pytest.mark.parametrize("head_dim, stored", [(8, 128), (128, 128), (192, 256)])
+def test_heads_that_are_padded_count_as_such(monkeypatch, head_dim, stored):
+    config = make_config(f"heads of {head_dim}", head_dim=head_dim, layers=1)
+    spec = InstanceSpec(role=Role.DECODE)
+    pools = []
+    for tiled in (False, True):
+        monkeypatch.setattr(kv_cache, "is_tiled", lambda mesh, tiled=tiled: tiled)
+        memory = KVMemory(num_blocks=BLOCKS, block_tokens=4, max_context=64)
+        programs = make_programs(config, spec, memory)
+        part, _ = programs.stages[0].cache_spec(1)[0]
+        assert part.shape[-1] == (stored if tiled else head_dim)
+        needed = placed_bytes(config, spec, memory, 1)
+        check_fits(spec, programs, needed)
+        with pytest.raises(ValueError, match=f"{BLOCKS - 1} blocks would fit"):
+            check_fits(spec, programs, needed - 1)
+        pools.append(programs.new_cache()[0][0].nbytes)
+    assert pools[1] * head_dim == pools[0] * stored
 
 
 # -- with compiled programs -----------------------------------------------------------

@@ -142,6 +142,15 @@ def test_tokens_are_those_of_the_reference(world, model, tp):
         assert engine.totals["mixed"].steps >= 2
 
 
+def test_kv_as_a_tpu_keeps_it(tiled_world):
+    """What pads a head is as spoilt as the rest of the pool, and never read."""
+    config = MODELS["padded"]
+    engine = tiled_world.engine("colocated:tp2", config, MIXED)
+    assert engine.instances[0].cache[0][0].shape[-1] == 128
+    tokens = serve_by_hand(engine, start(engine, REQUESTS), chunk=5)
+    assert tokens == reference(tiled_world, config, REQUESTS)
+
+
 def test_the_plan_makes_every_mix():
     """Without it the test above would say less than it seems to."""
     kinds = set()

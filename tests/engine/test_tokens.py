@@ -52,6 +52,24 @@ def test_disaggregated(world, model, prefill, decode):
     assert timelines[2].transfer_bytes == 0  # its only token is prefill's
 
 
+@pytest.mark.parametrize(
+    "model, deployment",
+    [
+        ("divided", "prefill:tp1,decode:tp2"),
+        ("repeated", "prefill:tp4,decode:tp1"),
+        ("padded", "prefill:tp2,decode:tp4"),
+        ("qwen3", "colocated:tp1"),
+    ],
+)
+def test_kv_as_a_tpu_keeps_it(tiled_world, model, deployment):
+    """Heads of 8 and 16 are stored as 128, and blocks move as they are."""
+    config = (MODELS | FAMILIES)[model]
+    engine = tiled_world.engine(deployment, config)
+    assert engine.instances[0].cache[0][0].shape[-1] == 128
+    timelines = serve_virtual(engine, mixed_requests(tiled_world, config))
+    assert_reference(tiled_world, config, timelines)
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("model", MODELS)
 def test_colocated(world, model, tp):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jax import Array, lax
 
-from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
+from disagg_jax.engine.attention.kv_cache import LayerCache, read_blocks
 from models.layers import attention
 
 Attention = Callable[[Array, LayerCache], Array]  # (queries, layer's cache) -> outputs
@@ -80,10 +80,9 @@ def gathered_attention(inputs: Mapping[str, Array], block_tokens: int) -> Attent
     piece = max(min(_QUERY_CHUNK, _SCORES // S), -(-T // _MAX_PIECES))
 
     def attend(q_TNH: Array, layer: LayerCache) -> Array:
-        k, v = (part.at[inputs["chunk_block"]].get(mode=IN_BOUNDS) for part in layer)
-        k_SKH, v_SKH = (
-            part.swapaxes(1, 2).reshape(S, -1, k.shape[-1]) for part in (k, v)
-        )
+        H = q_TNH.shape[-1]
+        k, v = (read_blocks(part, inputs["chunk_block"], H) for part in layer)
+        k_SKH, v_SKH = (part.swapaxes(1, 2).reshape(S, -1, H) for part in (k, v))
         # Keys that no query sees have weight 0, and 0 * NaN would be NaN.
         v_SKH = jnp.where(used_S[:, None, None], v_SKH, 0)
         outs = [

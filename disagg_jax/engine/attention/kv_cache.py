@@ -30,16 +30,23 @@ PAYLOAD_AXES = ("blocks", "kv_heads")  # of an array of a payload, see `gather`
 # is out of bounds; saying so keeps XLA from adding a bounds mask to each access.
 IN_BOUNDS = "promise_in_bounds"
 
+_LANES = 128  # last dimension of a TPU's tile
+
 
 def part_spec(
     config: ModelConfig, memory: KVMemory, kv_slots: int, sharding: NamedSharding
 ) -> jax.ShapeDtypeStruct:
     """Return k, or v, of a layer: the pool's blocks and the scratch block after them.
 
+    On a TPU head_dim is padded to whole tiles: XLA has another layout for 64, and
+    copied the pool between the two in every step, 4 to 6 times a layer.
+
     Args:
       kv_slots: kv heads of all devices of the mesh, repeated and padded ones included.
     """
-    shape = (memory.num_blocks + 1, kv_slots, memory.block_tokens, config.head_dim)
+    padding = -config.head_dim % _LANES if is_tiled(sharding.mesh) else 0
+    head_dim = config.head_dim + padding
+    shape = (memory.num_blocks + 1, kv_slots, memory.block_tokens, head_dim)
     return jax.ShapeDtypeStruct(shape, jnp.dtype(config.dtype), sharding=sharding)
 
 
@@ -56,6 +63,7 @@ def write_tokens(part: Array, slot_B: Array, x_BKH: Array) -> Array:
         # equal rows stay a scatter.
         slot_B, x_BKH = jnp.repeat(slot_B, 2, 0), jnp.repeat(x_BKH, 2, 0)
     block_B, offset_B = jnp.divmod(slot_B, part.shape[2])
+    x_BKH = _padded(x_BKH, part)
     return part.at[block_B, :, offset_B].set(x_BKH, mode=IN_BOUNDS)
 
 
@@ -72,11 +80,22 @@ def write_blocks(
       keep: whether offsets without a token keep what they have; otherwise they become
         0, which saves reading the blocks.
     """
-    x_WOKH = x_TKH.at[jnp.maximum(token_WO, 0)].get(mode=IN_BOUNDS)
+    x_WOKH = _padded(x_TKH, part).at[jnp.maximum(token_WO, 0)].get(mode=IN_BOUNDS)
     old = part.at[block_W].get(mode=IN_BOUNDS) if keep else jnp.zeros((), part.dtype)
     is_none = (token_WO < 0)[:, None, :, None]
     new_WKOH = jnp.where(is_none, old, x_WOKH.swapaxes(1, 2))
     return part.at[block_W].set(new_WKOH, mode=IN_BOUNDS)
+
+
+def read_blocks(part: Array, block_C: Array, head_dim: int) -> Array:
+    """Return blocks `[C, K, block_tokens, head_dim]` of k or v, without padding."""
+    return part.at[block_C].get(mode=IN_BOUNDS)[..., :head_dim]
+
+
+def _padded(x: Array, part: Array) -> Array:
+    """Return `[..., H]` with zeros up to the head_dim of `part`."""
+    padding = part.shape[-1] - x.shape[-1]
+    return jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, padding)]) if padding else x
 
 
 def gather(

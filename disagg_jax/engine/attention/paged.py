@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from disagg_jax.engine.attention.gathered import Attention
-from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
+from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache, read_blocks
 from models.layers import einsum
 
 UNSEEN = 2**30  # `start` of padding: beyond the position of every row
@@ -138,7 +138,7 @@ def _attend(
       fuse: whether to multiply by element, so that XLA reads blocks where they are.
     """
     block_C, owner_C, start_C = entries
-    k_CKOH, v_CKOH = (part.at[block_C].get(mode=IN_BOUNDS) for part in layer)
+    k_CKOH, v_CKOH = (read_blocks(part, block_C, q_RKGH.shape[-1]) for part in layer)
     q_CKGH = q_RKGH.at[owner_C].get(mode=IN_BOUNDS)
     position_C = position_R.at[owner_C].get(mode=IN_BOUNDS)
     block_tokens, H = k_CKOH.shape[2:]
