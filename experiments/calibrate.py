@@ -254,7 +254,8 @@ def show(path: str) -> str:
         raise ValueError(
             f"--show: expected a profile of this command, got '{path}': {error!r}"
         ) from error
-    return f"{table(profile)}\n\n{service_table(profile)}"
+    about = [f"{profile.name}: {profile.mark}"] if profile.mark else []
+    return "\n\n".join([*about, table(profile), service_table(profile)])
 
 
 @command(FLAGS)

@@ -76,8 +76,8 @@ from experiments.configs.options import no_effect, shown
 from experiments.configs.override import assign
 from experiments.configs.paper_workloads import get_workload
 from experiments.runs.folder import (
-    engine_record,
     plain,
+    profile_record,
     run_folder,
     write_json,
     write_text,
@@ -290,21 +290,28 @@ def _spec() -> ComparisonSpec:
 
 
 def _maps(simulation: Simulation) -> list[Map]:
-    lengths = lengths_map(
+    maps = {"lengths": _lengths, "targets": _targets}
+    return [
+        make(simulation) for name, make in maps.items() if _MAP.value in (name, "both")
+    ]
+
+
+def _lengths(simulation: Simulation) -> Map:
+    return lengths_map(
         numbers("prompts", _PROMPTS.value, int),
         numbers("outputs", _OUTPUTS.value, int),
         _SIGMA.value,
         SLO.parse(_SLO.value),
         min(_MAX_TOKENS.value, simulation.max_context),
     )
-    workload, name = _workload(simulation)
-    targets = slos_map(
+
+
+def _targets(simulation: Simulation) -> Map:
+    return slos_map(
         numbers("ttfts", _TTFTS.value, float),
         numbers("tpots", _TPOTS.value, float),
-        workload,
-        name,
+        *_workload(simulation),
     )
-    return [each for each in (lengths, targets) if _MAP.value in (each.name, "both")]
 
 
 def _workload(simulation: Simulation) -> tuple[Workload, str]:
@@ -464,7 +471,7 @@ def main() -> None:
         _WORKERS.value,
         pathlib.Path(_OUT.value) if _OUT.value else None,
         ProgressLines().step,
-        {"flags": FLAGS.asked(), **engine_record(spec.simulation)},
+        {"flags": FLAGS.asked(), **profile_record(spec.simulation)},
         stop=deadline.passed,
         rate_rps=_RATE.value,
         max_devices=_MAX_DEVICES.value,

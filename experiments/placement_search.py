@@ -50,7 +50,7 @@ from disagg_jax.sim.simulation import Simulation
 from disagg_jax.workload import TraceWorkload, Workload
 from experiments.cli.command import command
 from experiments.cli.flags import REQUIRED, Flags, expect_used
-from experiments.cli.names import DEVICE, ENGINE, LINK, MODEL
+from experiments.cli.names import DEVICE, ENGINE, LINK, MODEL, PROFILE
 from experiments.cli.progress import MinutesFlag, ProgressLines
 from experiments.cli.trace_flags import TraceFlags
 from experiments.cli.workers import Workers, open_workers
@@ -61,7 +61,7 @@ from experiments.configs.named_simulations import (
 )
 from experiments.configs.paper_workloads import get_workload
 from experiments.placement.report import report
-from experiments.runs.folder import engine_record, plain, run_folder, write_text
+from experiments.runs.folder import plain, profile_record, run_folder, write_text
 
 FLAGS = Flags()
 _MODEL = FLAGS.string("model", REQUIRED, MODEL)
@@ -77,7 +77,7 @@ _LINK = FLAGS.string(
     f"{LINK}",
 )
 _COST = FLAGS.string(
-    "cost", None, f"Step times: {', '.join(COSTS)}, or module:attribute."
+    "cost", None, f"Step times: {', '.join(COSTS)}; {PROFILE}, or module:attribute."
 )
 _ENGINE = FLAGS.string(
     "engine",
@@ -265,7 +265,7 @@ def main() -> None:
         prune=not _EXHAUSTIVE.value,
         whole=_WHOLE.value,
         stop=deadline.passed,
-        about={"flags": FLAGS.asked(), **engine_record(simulation)},
+        about={"flags": FLAGS.asked(), **profile_record(simulation)},
     )
     print("\n".join([_simulated(simulation), *notes, text]))
 
@@ -274,7 +274,7 @@ def _simulated(simulation: Simulation) -> str:
     """Name the model, its devices and the link between them."""
     model, cost, other = simulation.model, simulation.cost, simulation.prefill_cost
     devices = f"prefill {other.name}, decode {cost.name}" if other else cost.name
-    return f"{model.name}: {devices}, KV over {simulation.inside or 'a free link'}"
+    return f"{model.name}: {devices}, KV over {simulation.wires}"
 
 
 if __name__ == "__main__":

@@ -40,14 +40,12 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, Role
-from disagg_jax.errors import require
 from disagg_jax.metrics import SLO
-from disagg_jax.scheduling import get_system
-from disagg_jax.scheduling.interface import Policy
+from disagg_jax.scheduling.system import get_systems
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.hardware import get_link
 from experiments.cli.command import command
@@ -55,7 +53,7 @@ from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.progress import ProgressLines
 from experiments.cli.simulation_flags import SimulationFlags
 from experiments.cli.traffic_flags import TrafficFlags
-from experiments.runs.folder import engine_record, plain, run_folder
+from experiments.runs.folder import plain, profile_record, run_folder
 from experiments.simulated.report import Summary, refused_share
 from experiments.simulated.served import NO_TARGETS, list_cases
 from experiments.simulated.study import Study
@@ -112,7 +110,7 @@ def _deployments() -> list[Deployment]:
 def _simulation(deployments: Sequence[Deployment]) -> Simulation:
     simulation = _SIMULATED.read(_MAX_CONTEXT.value)
     if _SYSTEM.value is not None:
-        policies, engine = _policies(_SYSTEM.value), simulation.engine
+        policies, engine = get_systems(_SYSTEM.value), simulation.engine
         limited = policies if engine is None else engine.limit(policies)
         simulation = dataclasses.replace(simulation, policies=limited)
     if _STREAMED.value is not None:
@@ -125,14 +123,6 @@ def _simulation(deployments: Sequence[Deployment]) -> Simulation:
         )
         simulation = dataclasses.replace(simulation, streamed_groups=_STREAMED.value)
     return simulation
-
-
-def _policies(names: Sequence[str]) -> Mapping[Role, Policy]:
-    systems = [get_system(name) for name in names]
-    policies = {role: p for system in systems for role, p in system.items()}
-    apart = len(policies) == sum(map(len, systems))
-    require(apart, "--system: expected systems of different roles", list(names))
-    return policies
 
 
 def _study() -> Study:
@@ -162,7 +152,7 @@ def _record(study: Study) -> dict[str, Any]:
         # Beside the names: a file of one's own may change.
         "model": plain(simulation.model),
         "hardware": plain(_SIMULATED.hardware),
-        **engine_record(simulation),
+        **profile_record(simulation),
         "links": {where: plain(get_link(n)) for where, n in links.items() if n},
         "deployment": ";".join(deployments),
     }

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from disagg_jax.programs import StepShape
+from disagg_jax.programs import KINDS, StepShape
 from disagg_jax.sim.cost import step_time_terms
+from disagg_jax.sim.cost.measured import LayoutTimes, TransferTimes
 
 # Compiled once for each shape: without jit it would be compiled anew in each call.
 _nnls = jax.jit(optax.nnls, static_argnums=2)
@@ -51,6 +52,28 @@ def fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
     """Return `(base, slope)` of base + slope x."""
     base, slope = fit([(1.0, x) for x in seconds], list(seconds.values()))
     return base, slope
+
+
+def fit_layout(pp: int, measured: Mapping[StepShape, tuple[float, ...]]) -> LayoutTimes:
+    """Return the times of a layout, with a fit for each kind and stage."""
+    fits = {
+        kind: tuple(fit_programs(of_stage(measured, kind, i)) for i in range(pp))
+        for kind in KINDS
+        if of_stage(measured, kind, 0)
+    }
+    return LayoutTimes(pp, measured, fits)
+
+
+def fit_transfers(measured: Mapping[int, float]) -> TransferTimes:
+    """Return the times of transfers between two layouts, by their blocks."""
+    return TransferTimes(measured, *fit_line(measured))
+
+
+def of_stage(
+    measured: Mapping[StepShape, tuple[float, ...]], kind: str, stage: int
+) -> dict[StepShape, float]:
+    """Return the seconds of the programs of one kind on one stage."""
+    return {p: parts[stage] for p, parts in measured.items() if p.kind == kind}
 
 
 def left_out_error(seconds: Mapping[StepShape, float], parts: int = 5) -> float | None:

@@ -8,7 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from disagg_jax.calibration.fit import fit_line, fit_programs, left_out_error
+from disagg_jax.calibration.fit import (
+    fit_layout,
+    fit_transfers,
+    left_out_error,
+    of_stage,
+)
 from disagg_jax.calibration.machine_speed import SpeedProbe, choose_probes
 from disagg_jax.calibration.profile_keys import (
     EngineWork,
@@ -28,7 +33,7 @@ from disagg_jax.calibration.timing import (
 from disagg_jax.calibration.works import every_work
 from disagg_jax.deployment import Parallelism
 from disagg_jax.engine.engine import Engine
-from disagg_jax.programs import KINDS, Buckets, StepShape
+from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.slices import slices_of
 from disagg_jax.progress import Progress, Stop, never, silent
 from disagg_jax.sim.cost.measured import (
@@ -188,6 +193,13 @@ def calibrate(
         provenance={**provenance, "rounds": f"{taken}", "drift": f"{changed - 1:+.1%}"},
         held_out={},
         probes=probe.medians_s(),
+        kv_blocks={
+            spec.parallelism: pool.num_blocks
+            for engine in engines
+            for spec, pool in zip(
+                engine.deployment.instances, engine.memory, strict=True
+            )
+        },
     )
     turns = [found[i] for i in range(len(others))]
     held_out = held_out_errors(profile, others, turns)
@@ -201,8 +213,7 @@ def _layouts(samples: Samples) -> dict[Parallelism, LayoutTimes]:
         if isinstance(key, StepKey):
             steps.setdefault(key.layout, {})[key.program] = typical_s(turns)
     return {
-        layout: LayoutTimes(layout.pp, measured, _fits(layout.pp, measured))
-        for layout, measured in steps.items()
+        layout: fit_layout(layout.pp, measured) for layout, measured in steps.items()
     }
 
 
@@ -215,25 +226,7 @@ def _transfers(
         if isinstance(key, TransferKey):
             pair = moves.setdefault((key.src, key.dst), {})
             pair[key.blocks] = sum(typical_s(turns))
-    return {
-        pair: TransferTimes(sizes, *fit_line(sizes)) for pair, sizes in moves.items()
-    }
-
-
-def _fits(
-    pp: int, measured: Mapping[StepShape, tuple[float, ...]]
-) -> dict[str, tuple[tuple[float, ...], ...]]:
-    return {
-        kind: tuple(fit_programs(_stage(measured, kind, i)) for i in range(pp))
-        for kind in KINDS
-        if _stage(measured, kind, 0)
-    }
-
-
-def _stage(
-    measured: Mapping[StepShape, tuple[float, ...]], kind: str, stage: int
-) -> dict[StepShape, float]:
-    return {p: parts[stage] for p, parts in measured.items() if p.kind == kind}
+    return {pair: fit_transfers(sizes) for pair, sizes in moves.items()}
 
 
 # -- how far it is off -----------------------------------------------------------------
@@ -275,7 +268,7 @@ def left_out_errors(profile: CalibratedProfile) -> dict[str, float | None]:
     for layout, times in profile.layouts.items():
         for kind in times.fits:
             found.setdefault(kind, []).extend(
-                left_out_error(_stage(times.measured, kind, i))
+                left_out_error(of_stage(times.measured, kind, i))
                 for i in range(layout.pp)
             )
     means: dict[str, float | None] = {}

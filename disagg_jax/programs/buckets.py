@@ -207,6 +207,24 @@ def most_context(decodes: int, blocks: int, block_tokens: int) -> int:
     return math.floor(blocks * block_tokens - decodes * _spare_tokens(block_tokens))
 
 
+def exact_shape(load: StepLoad, block_tokens: int, *, mixed: bool) -> StepShape:
+    """Return the shape that holds a step and no more, which no list need have.
+
+    Args:
+      mixed: whether a step of prompts alone is a mixed one.
+    """
+    chunks, decodes = load.chunks, load.decodes
+    spare = decodes * _spare_tokens(block_tokens)
+    extent = load.pool_extent or math.ceil((load.context + spare) / block_tokens)
+    if not chunks:
+        return StepShape.decode(decodes, extent)
+    tokens, rows = load.prompt_tokens + decodes, len(chunks) + decodes
+    if not (mixed or decodes):
+        return StepShape.prefill(tokens, rows)
+    context = sum(-(-(start + n) // block_tokens) for start, n in chunks)
+    return StepShape.mixed(tokens, rows, context, decodes, extent)
+
+
 def _spare_tokens(block_tokens: int) -> float:
     """Return the tokens that a request's last block has room for, on average."""
     return (block_tokens - 1) / 2

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from disagg_jax.deployment import Role
+from disagg_jax.errors import require
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.tuning import capped, has_rule, resized
@@ -44,3 +45,16 @@ class System:
             for role, policy in self.policies.items()
         }
         return dataclasses.replace(self, policies=policies)
+
+
+def get_systems(names: Sequence[str]) -> Mapping[Role, Policy]:
+    """Return the policies of several systems; each serves the roles that it has.
+
+    Raises:
+      ValueError: on an unknown name, or two systems of one role.
+    """
+    systems = [get_system(name) for name in names]
+    policies = {role: p for system in systems for role, p in system.items()}
+    apart = len(policies) == sum(map(len, systems))
+    require(apart, "--system: expected systems of different roles", list(names))
+    return policies

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
 from disagg_jax.errors import require
+from disagg_jax.programs import Buckets
 from disagg_jax.scheduling import SYSTEMS, get_system
 from disagg_jax.scheduling.interface import Policy
 from disagg_jax.scheduling.prefill_only import PrefillOnly
@@ -19,6 +20,7 @@ from disagg_jax.scheduling.simdistserve import (
 )
 from disagg_jax.scheduling.tuning import replicated
 from disagg_jax.sim.cost.deployment import ModelledCost
+from disagg_jax.sim.cost.interface import DeploymentCost
 from disagg_jax.sim.device_cost import COST_MODELS, DeviceCost, MakeCost, get_cost
 from disagg_jax.sim.engines import EngineProfile, get_engine
 from disagg_jax.sim.hardware.link import get_link
@@ -39,7 +41,8 @@ class Simulation:
     `dataclasses.replace(simulation, between="100gb")`.
 
     Raises:
-      ValueError: on an unknown link or router, or more streamed groups than layers.
+      ValueError: on an unknown link or router, or more streamed groups than layers; or
+        on a link, streamed groups or another cost model beside a profile.
     """
 
     model: ModelConfig
@@ -57,7 +60,8 @@ class Simulation:
     decode_router: str = "least_loaded"
     prefill_budget_is_memory: bool = False  # simdistserve: L_m is the KV capacity
     kv_memory: bool = True  # False: unlimited
-    # Links are names of `get_link`, or None. Inside a node None takes no time.
+    # Links are names of `get_link`, or None. Inside a node None takes no time. With a
+    # profile, which has transfers of its own, both are None.
     inside: str | None = None
     between: str | None = None  # between nodes; None: all is one node
     node_devices: int = 8
@@ -76,6 +80,17 @@ class Simulation:
                 get_link(link)
         for router in (self.prefill_router, self.decode_router):
             get_router(router)
+        if self.cost.profile is not None:
+            self._check_profile()
+
+    def _check_profile(self) -> None:
+        who, groups = self.cost.name, self.streamed_groups
+        links = [link for link in (self.inside, self.between) if link is not None]
+        require(not links, f"link: expected none, as {who} has transfers", links)
+        expected = f"streamed_groups: expected 0, as {who} has whole transfers"
+        require(groups == 0, expected, groups)
+        others = [c.name for c in (self.colocated_cost, self.prefill_cost) if c]
+        require(not others, f"cost: expected {who} for all instances", others)
 
     @classmethod
     def of(
@@ -99,7 +114,8 @@ class Simulation:
             colocated instances, and DistServe's for others. With an engine it has the
             engine's limits.
           engine: of `get_engine`: whose overheads and limits the instances have.
-          cost: of `get_cost`, which looks in `costs`.
+          cost: of `get_cost`, which looks in `costs`. With a profile, blocks have the
+            tokens that it has.
           fields: other fields, such as `max_context=8192`.
 
         Raises:
@@ -113,8 +129,11 @@ class Simulation:
             named["policies"] = profile.limit(policies) if profile else policies
         elif profile is not None and "policies" not in fields:
             named["policies"] = profile.policies
-        fields.setdefault("inside", device.hop.name)
         made = get_cost(cost, found, device, costs, profile)
+        if made.profile is None:
+            fields.setdefault("inside", device.hop.name)
+        else:
+            fields.setdefault("block_tokens", made.profile.block_tokens)
         return cls(model=found, cost=made, **named, **fields)
 
     def over(self, link: str) -> Simulation:
@@ -150,6 +169,13 @@ class Simulation:
         if other is None or other.name == self.cost.name:
             return ""
         return f"unequal engines: colocated {other.name}, others {self.cost.name}"
+
+    @property
+    def wires(self) -> str:
+        """Say what KV moves over inside a node, to print with results."""
+        if self.cost.profile is not None:
+            return "the links of its profile"
+        return self.inside or "a free link"
 
     def cost_of(self, spec: InstanceSpec) -> DeviceCost:
         """Return the cost model of an instance."""
@@ -197,8 +223,9 @@ class Simulation:
 
         Raises:
           ValueError: if the model does not fit, or the cost model has no data for a tp,
-            or KV is to be streamed and no instance sends any, or with an engine the
-            instances of a role have unequal dp.
+            or a profile has none of a kind of step, or KV is to be streamed and no
+            instance sends any, or with an engine the instances of a role have unequal
+            dp.
         """
         if isinstance(deployment, str):
             deployment = Deployment.parse(deployment)
@@ -207,26 +234,40 @@ class Simulation:
             f"streamed_groups: expected 0, as no instance of {deployment} sends KV"
         )
         require(bool(sends), expected, self.streamed_groups)
+        policies = self._policies(deployment)
+        memory = tuple(self.memory_of(spec) for spec in deployment.instances)
         return SimulatedDeployment(
             deployment=deployment,
-            policies=self._policies(deployment),
-            memory=tuple(self.memory_of(spec) for spec in deployment.instances),
+            policies=policies,
+            memory=memory,
             prefill_router=get_router(self.prefill_router),
             decode_router=get_router(self.decode_router),
             streams=self.streamed_groups > 0,
-            cost=ModelledCost(
-                instances=tuple(
-                    self.cost_of(spec).instance(spec.parallelism)
-                    for spec in deployment.instances
-                ),
-                network=Network(
-                    deployment=deployment,
-                    kv_bytes_per_token=self.model.kv_bytes_per_token,
-                    inside=get_link(self.inside) if self.inside else None,
-                    between=get_link(self.between) if self.between else None,
-                    node_devices=self.node_devices,
-                    layer_groups=max(1, self.streamed_groups),
-                ),
+            cost=self._durations(deployment, policies, memory),
+        )
+
+    def _durations(
+        self,
+        deployment: Deployment,
+        policies: Mapping[Role, Policy],
+        memory: Sequence[KVMemory],
+    ) -> DeploymentCost:
+        instances, profile = deployment.instances, self.cost.profile
+        if profile is not None:
+            limits = [policies[spec.role].limits for spec in instances]
+            buckets = list(map(Buckets.for_limits, limits, memory))
+            return profile.cost(deployment, buckets, memory)
+        return ModelledCost(
+            instances=tuple(
+                self.cost_of(spec).instance(spec.parallelism) for spec in instances
+            ),
+            network=Network(
+                deployment=deployment,
+                kv_bytes_per_token=self.model.kv_bytes_per_token,
+                inside=get_link(self.inside) if self.inside else None,
+                between=get_link(self.between) if self.between else None,
+                node_devices=self.node_devices,
+                layer_groups=max(1, self.streamed_groups),
             ),
         )
 

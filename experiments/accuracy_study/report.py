@@ -73,6 +73,7 @@ class Result:
     seeds: int
     clock: str
     profile: Mapping[str, str]  # its provenance
+    mark: str  # of the profile: '' if it was measured
     # Programs alone over the profile, before and after all runs; None if there was no
     # time for all.
     moved: tuple[float, float | None]
@@ -122,6 +123,7 @@ def compare(
         seeds=config.num_seeds,
         clock=config.clock,
         profile=profile.provenance,
+        mark=profile.mark,
         moved=moved,
         missing=missing,
     )
@@ -340,8 +342,9 @@ def to_json(result: Result) -> dict[str, Any]:
 def _asked(result: Result) -> str:
     """Name the model, the device, the requests and the seeds."""
     profile = result.profile
+    marked = f"; profile {result.mark}" if result.mark else ""
     return (
-        f"{profile['model']} {profile['dtype']} on {profile['device']}; "
+        f"{profile['model']} {profile['dtype']} on {profile['device']}{marked}; "
         f"{result.num_requests} requests x {result.seeds} seeds a point"
     )
 

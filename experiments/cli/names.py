@@ -20,3 +20,4 @@ LINK = f"One of {', '.join(sorted(LINKS))}; or a .json file ({_FORMS})."
 ENGINE = (
     f"One of {', '.join(engine_names())}; or a .json file of experiments.fit_engine."
 )
+PROFILE = "a profile, the .json file of calibrate or of compile_check --profile"

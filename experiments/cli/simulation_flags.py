@@ -7,7 +7,7 @@ import dataclasses
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.hardware import Hardware, get_hardware
 from experiments.cli.flags import Flags, expect_used
-from experiments.cli.names import DEVICE, ENGINE, LINK, MODEL
+from experiments.cli.names import DEVICE, ENGINE, LINK, MODEL, PROFILE
 from experiments.configs.named_simulations import COSTS, SIMULATIONS, get_simulation
 
 
@@ -18,7 +18,9 @@ class SimulationFlags:
         self._model = own.string("model", "llama-3-8b", MODEL)
         self._hardware = own.string("hardware", "a100-80g", DEVICE)
         self._cost = own.string(
-            "cost", "roofline", f"Step times: {', '.join(COSTS)}, or module:attribute."
+            "cost",
+            "roofline",
+            f"Step times: {', '.join(COSTS)}; {PROFILE}, or module:attribute.",
         )
         self._config = own.enum(
             "config",

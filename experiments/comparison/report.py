@@ -118,7 +118,6 @@ def bounded(grid: Grid) -> str:
 
 
 def _header(spec: ComparisonSpec) -> str:
-    link = spec.simulation.inside or "a free link"
     limits = ", ".join(
         f"{name} {policy.limits.decode_rows}"
         for name in spec.systems
@@ -127,7 +126,7 @@ def _header(spec: ComparisonSpec) -> str:
     )
     checked = "".join(f"{line}\n" for line in spec.simulation.checked.splitlines())
     return (
-        f"{_on(spec)}, KV over {link}; simulated\n{checked}"
+        f"{_on(spec)}, KV over {spec.simulation.wires}; simulated\n{checked}"
         f"goodput: requests/s per device at which {spec.plan.target:.0%} of the "
         f"requests meet both targets\n{_seeds(spec)}; N requests a run; ratios are "
         "paired by seed\n"

@@ -20,6 +20,7 @@ from typing import Any
 
 from disagg_jax.formats import RUN
 from disagg_jax.sim import DeviceCost, Simulation
+from disagg_jax.sim.cost.measured_profile import profile_to_json
 from disagg_jax.workload import TraceWorkload
 from experiments.cli.command import command_line
 
@@ -211,13 +212,14 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def engine_record(simulation: Simulation) -> dict[str, Any]:
-    """Return the content of a simulation's engine profile, for a config; {} of none.
+def profile_record(simulation: Simulation) -> dict[str, Any]:
+    """Return the content of a simulation's profiles, for a config; {} of none.
 
     The file that a name stands for may change.
     """
-    engine = simulation.engine
-    return {} if engine is None else {"engine": plain(engine)}
+    engine, profile = simulation.engine, simulation.cost.profile
+    found = {} if engine is None else {"engine": plain(engine)}
+    return found if profile is None else {**found, "profile": profile_to_json(profile)}
 
 
 # -- files ----------------------------------------------------------------------------

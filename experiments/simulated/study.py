@@ -108,14 +108,14 @@ class Study:
     @property
     def title(self) -> str:
         """Say what all cases have in common."""
-        simulation = self.simulation
-        link = simulation.inside or "a free link"
+        simulation, cost = self.simulation, self.simulation.cost
+        wires = simulation.wires
         if simulation.between:
-            link += f", between nodes over {simulation.between}"
+            wires += f", between nodes over {simulation.between}"
         targets = "" if self.slo == NO_TARGETS else f"\n{self.slo}"
         requests = len(self.cases[0].requests)
         said = [
-            f"{simulation.model.name} by {simulation.cost.name}, KV over {link}",
+            f"{simulation.model.name} by {cost.name}, KV over {wires}",
             simulation.checked,
             f"{self.traffic.said}; N={requests}{targets}",
         ]

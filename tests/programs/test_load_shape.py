@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.programs import Buckets, StepShape, split_decodes
-from disagg_jax.programs.buckets import most_context
+from disagg_jax.programs.buckets import exact_shape, most_context
 from disagg_jax.programs.slices import load_slices
 from disagg_jax.request import Request
 from disagg_jax.scheduling import SYSTEMS
@@ -253,3 +253,21 @@ def test_the_smallest_listed_shape_is_found(buckets, load, expected):
 def test_a_load_larger_than_all_shapes_is_refused(buckets, load, message):
     with pytest.raises(ValueError, match=message):
         buckets.load_shape(StepLoad(*load), 16)
+
+
+@pytest.mark.parametrize(
+    ("load", "mixed", "expected"),
+    [
+        ((((0, 20), (0, 13)), 0, 0), False, StepShape.prefill(33, 2)),
+        ((((0, 20), (0, 13)), 0, 0), True, StepShape.mixed(33, 2, 3, 0, 0)),
+        ((((30, 3),), 0, 0), True, StepShape.mixed(3, 1, 3, 0, 0)),
+        # 3 decodes of 30 tokens have half a block each to spare: 52.5 tokens.
+        (((), 3, 30), False, StepShape.decode(3, 4)),
+        (((), 3, 30), True, StepShape.decode(3, 4)),
+        (((), 3, 30, 9), True, StepShape.decode(3, 9)),
+        ((((0, 20),), 3, 30), False, StepShape.mixed(23, 4, 2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_an_exact_shape_holds_a_load_and_no_more(load, mixed, expected):
+    assert exact_shape(StepLoad(*load), 16, mixed=mixed) == expected

@@ -1,7 +1,9 @@
-"""Step and transfer times of an engine, as `experiments.calibrate` measured them.
+"""Step and transfer times of an engine: measured, or estimates of compiled programs.
 
-The time of a step is that of its program (`programs/buckets.py`): the measured median,
-or the fitted form (`sim/cost/step_time_terms.py`) where the program was not measured.
+`experiments.calibrate` measures them, `experiments.compile_check` estimates those of a
+device that is not there; here both are called measured. The time of a step is that of
+its program (`programs/buckets.py`): the measured median, or the fitted form
+(`sim/cost/step_time_terms.py`) where the program was not measured.
 The time of a transfer depends likewise on the blocks that it is padded to. Programs
 were measured alone, one after itself; among other steps, as in serving, a step takes
 longer or shorter by the factor of its kind (`LayoutTimes.serving_factor`).
@@ -16,7 +18,7 @@ from itertools import chain
 
 from disagg_jax.deployment import Deployment, KVMemory, Parallelism, Role
 from disagg_jax.errors import require
-from disagg_jax.programs.buckets import Buckets, most_context
+from disagg_jax.programs.buckets import Buckets, exact_shape, most_context
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.interface import Decoder, require_one_stage
@@ -127,8 +129,16 @@ class CalibratedInstance:
         return self._times.served_s(self.program(load))
 
     def program(self, load: StepLoad) -> StepShape:
-        """Return the shape whose program the step runs."""
-        return self._buckets.load_shape(load, self._block_tokens)
+        """Return the shape whose program the step runs.
+
+        No step of a policy is larger than all of them, but estimates ask for whole
+        prompts where a policy splits them: these have a shape of their own.
+        """
+        try:
+            return self._buckets.load_shape(load, self._block_tokens)
+        except ValueError:
+            mixed = bool(self._buckets.mixed)
+            return exact_shape(load, self._block_tokens, mixed=mixed)
 
     def decode_s(self, decodes: int, context: int) -> float:
         """Return the seconds of a decode-only step on the one stage."""
@@ -147,6 +157,30 @@ class CalibratedInstance:
             most.append(context)
             seconds.append(self._times.served_s(program)[0])
         return most, seconds
+
+
+class UnpaddedInstance:
+    """An `InstanceCost`: the times of a layout, by a program as large as each step.
+
+    It answers what is asked before an instance has programs, as they follow from its
+    policy: which size of a step to choose.
+    """
+
+    __slots__ = ("_block_tokens", "_times")
+
+    def __init__(self, times: LayoutTimes, block_tokens: int):
+        self._times, self._block_tokens = times, block_tokens
+
+    def stages_s(self, load: StepLoad) -> tuple[float, ...]:
+        """Return the seconds on each stage."""
+        mixed = "prefill" not in self._times.fits or any(s for s, _ in load.chunks)
+        shape = exact_shape(load, self._block_tokens, mixed=mixed)
+        return self._times.served_s(shape)
+
+    def decode_s(self, decodes: int, context: int) -> float:
+        """Return the seconds of a decode-only step on the one stage."""
+        require_one_stage(self._times.pp)
+        return self.stages_s(StepLoad((), decodes, context))[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,6 +223,9 @@ class CalibratedProfile:
       held_out: by kind, the mean relative error for loads that the fit did not have.
       probes: seconds of some programs, all stages together, that ran now and then while
         the others were measured; see `calibration/machine_speed.py`.
+      kv_blocks: of the pool of an instance, which its programs are for. Profiles of
+        before they were kept have none.
+      compiled: whether the times are estimates of compiled programs, not measurements.
     """
 
     name: str
@@ -201,6 +238,15 @@ class CalibratedProfile:
     probes: Mapping[tuple[Parallelism, StepShape], float] = dataclasses.field(
         default_factory=dict[tuple[Parallelism, StepShape], float]
     )
+    kv_blocks: Mapping[Parallelism, int] = dataclasses.field(
+        default_factory=dict[Parallelism, int]
+    )
+    compiled: bool = False
+
+    @property
+    def mark(self) -> str:
+        """Return what to print with its name; '' if it was measured."""
+        return "compiled, not measured" if self.compiled else ""
 
     def __post_init__(self) -> None:
         for layout in chain(self.layouts, *self.transfers):
@@ -221,13 +267,15 @@ class CalibratedProfile:
           memory: the KV pool of each instance.
 
         Raises:
-          ValueError: on a layout, a pair of them or a block size without measurement.
+          ValueError: on a layout, a pair of them, a kind of step or a block size that
+            was not measured.
         """
         layouts = [spec.parallelism for spec in deployment.instances]
-        for layout, pool in zip(layouts, memory, strict=True):
-            expected = f"{self.name}: expected one of {sorted(self.layouts)}"
-            require(layout in self.layouts, expected, layout)
-            size = self.block_tokens
+        for layout, listed, pool in zip(layouts, buckets, memory, strict=True):
+            times, size = self._times(layout), self.block_tokens
+            kinds = {shape.kind for shape in listed.step_shapes}
+            expected = f"{self.name}: {layout}: expected steps of {sorted(times.fits)}"
+            require(kinds <= times.fits.keys(), expected, sorted(kinds))
             expected = f"{self.name}: expected blocks of {size} tokens"
             require(pool.block_tokens == size, expected, pool.block_tokens)
         transfers: dict[tuple[int, int], TransferTimes] = {}
@@ -247,3 +295,27 @@ class CalibratedProfile:
             block_tokens=self.block_tokens,
             block_bytes=self.block_bytes,
         )
+
+    def instance(self, layout: Parallelism) -> UnpaddedInstance:
+        """Return the durations on an instance whose programs are not known yet.
+
+        Raises:
+          ValueError: on a layout without measurement.
+        """
+        return UnpaddedInstance(self._times(layout), self.block_tokens)
+
+    def kv_tokens(self, layout: Parallelism) -> int:
+        """Return the tokens that the pool of an instance holds.
+
+        Raises:
+          ValueError: on a layout whose pool is not known.
+        """
+        expected = f"{self.name}: expected a layout with kv_blocks, one of "
+        expected += f"{sorted(self.kv_blocks)}"
+        require(layout in self.kv_blocks, expected, layout)
+        return self.kv_blocks[layout] * self.block_tokens
+
+    def _times(self, layout: Parallelism) -> LayoutTimes:
+        expected = f"{self.name}: expected one of {sorted(self.layouts)}"
+        require(layout in self.layouts, expected, layout)
+        return self.layouts[layout]

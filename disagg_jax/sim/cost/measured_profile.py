@@ -1,14 +1,15 @@
-"""Read and write the profiles of `experiments.calibrate`, as JSON.
+"""Read and write the profiles of `experiments.calibrate` and `compile_check`, as JSON.
 
     {"format": 3,                     see `formats.py`; at least 3
      "name": "tiny-cpu",              marks the outputs of a simulation
-     "kind": "calibrated",
+     "kind": "calibrated",            or "compiled": estimates, not measurements
      "provenance": {...},             texts: "model", "dtype", "device", "commit", ...
      "block_tokens": 16,
      "block_bytes": 65536,            KV of a block, all layers
      "held_out": {"prefill": 0.02},   mean relative error for loads not fitted to
      "layouts": [                     one for each (tp, pp) that was measured
        {"tp": 1, "pp": 1,
+        "kv_blocks": 256,             of its pool; older ones may lack it
         "measured": [["prefill", T, R, C, B, P, [seconds on each stage]], ...],
         "fits": {"prefill": [[coefficient of each term], ... of each stage]},
         "probes": [["decode", T, R, C, B, P, [seconds]], ...],
@@ -19,7 +20,8 @@
         "base_s": 1e-4, "block_s": 6e-6}]}
 
 Programs: `programs/shapes.py`; terms: `sim/cost/step_time_terms.py`. All times are
-seconds of one step on that stage, or of one transfer, host work included.
+seconds of one step on that stage, or of one transfer, host work included but for those
+that are compiled.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
     """Return the record of the form above."""
     content: dict[str, object] = {
         "name": profile.name,
-        "kind": "calibrated",
+        "kind": "compiled" if profile.compiled else "calibrated",
         "provenance": dict(profile.provenance),
         "block_tokens": profile.block_tokens,
         "block_bytes": profile.block_bytes,
@@ -70,6 +72,7 @@ def profile_to_json(profile: CalibratedProfile) -> dict[str, object]:
             {
                 "tp": layout.tp,
                 "pp": layout.pp,
+                **_known("kv_blocks", profile.kv_blocks.get(layout)),
                 "measured": [[*p, list(s)] for p, s in sorted(times.measured.items())],
                 "fits": {
                     kind: list(map(list, fits)) for kind, fits in times.fits.items()
@@ -104,11 +107,9 @@ def profile_from_json(record: object) -> CalibratedProfile:
     Raises:
       ValueError: naming the place, what was expected and what came.
     """
-    top = open_profile(record, "calibrated")
+    top = open_profile(record, "calibrated", "compiled")
     number = PROFILE.number_of(as_mapping(record, "profile"))
-    expected = (
-        "profile: expected format 3 or later, since a decode program is now told "
-    )
+    expected = "profile: expected format 3 or later, since a decode program is now told "
     expected += "by the KV blocks that its requests have; calibrate again"
     require(number >= 3, expected, number)
     provenance = get_texts(top, "provenance", "profile")
@@ -120,6 +121,11 @@ def profile_from_json(record: object) -> CalibratedProfile:
         for i, item in enumerate(get_list(top, "layouts", "profile"))
     ]
     layouts = [_layout(item, where) for where, item in items]
+    kv_blocks = {
+        layout: positive_int(item["kv_blocks"], f"{where}.kv_blocks")
+        for (layout, _), (where, item) in zip(layouts, items, strict=True)
+        if "kv_blocks" in item
+    }
     probes = {
         (layout, program): sum(seconds)
         for (layout, _), (where, item) in zip(layouts, items, strict=True)
@@ -138,7 +144,13 @@ def profile_from_json(record: object) -> CalibratedProfile:
         provenance=provenance,
         held_out={k: as_number(v, f"held_out.{k}") for k, v in held_out.items()},
         probes=probes,
+        kv_blocks=kv_blocks,
+        compiled=top["kind"] == "compiled",
     )
+
+
+def _known(key: str, value: int | None) -> dict[str, int]:
+    return {} if value is None else {key: value}
 
 
 def _optional_list(

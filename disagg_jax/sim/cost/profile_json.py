@@ -35,11 +35,11 @@ def get_texts(record: Mapping[str, object], key: str, where: str) -> Mapping[str
     return {name: get_text(inner, name, key) for name in inner}
 
 
-def open_profile(record: object, kind: str) -> Mapping[str, object]:
-    """Return `record`, an object of that "kind", without its format number."""
+def open_profile(record: object, *kinds: str) -> Mapping[str, object]:
+    """Return `record`, an object of one of these "kind", without its format number."""
     top = PROFILE.read(as_mapping(record, "profile"))
-    came = get_text(top, "kind", "profile")
-    require(came == kind, f"profile.kind: expected {kind!r}", came)
+    came, known = get_text(top, "kind", "profile"), " or ".join(map(repr, kinds))
+    require(came in kinds, f"profile.kind: expected {known}", came)
     return top
 
 

@@ -99,6 +99,7 @@ def result(**changes):
             **{"model": "tiny", "dtype": "float32", "device": "cpu"},
             **{"date": "2024-01-02", "commit": "abc"},
         },
+        "mark": "",
         "moved": (1.021, 0.97),
     }
     return Result(**(fields | changes))
@@ -192,6 +193,8 @@ def test_the_head_says_what_was_compared():
         "-3.0% after",
     ):
         assert f"# {said}" in head
+    marked = report.text(result(mark="compiled, not measured"))
+    assert "# tiny float32 on cpu; profile compiled, not measured; 70 req" in marked
 
 
 def test_the_verdicts_count_and_name_causes():
@@ -373,7 +376,7 @@ class Told:
 def test_a_result_has_the_goodput_of_each_side_and_the_steps_of_all_rates():
     decodes = [step(1.0 + i, 2.0) for i in range(5000)]
     prompt = PredictedStep(0, StepLoad(((0, 9),), 0, 0), 1.0, 3.0)
-    profile = SimpleNamespace(provenance={"model": "tiny"})
+    profile = SimpleNamespace(provenance={"model": "tiny"}, mark="")
     workload = SimpleNamespace(num_requests=33)
     found = report.compare(
         [Told([*decodes, prompt])],

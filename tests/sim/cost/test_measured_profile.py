@@ -39,6 +39,7 @@ RECORD = {
         {
             "tp": 1,
             "pp": 1,
+            "kv_blocks": 9,
             "measured": [[*ROWS[0], [1 / 3]], [*SMALL, [9.0]]],
             "fits": {
                 "prefill": [[1.0, 0.5] + [0.0] * 6],
@@ -97,11 +98,56 @@ def test_a_kind_that_was_not_measured_is_refused():
     instance = CalibratedInstance(PROFILE.layouts[Parallelism(2, 2)], BUCKETS, 16)
     with pytest.raises(ValueError, match=r"decode_B1_P4: .*prefill.*, got 'decode'"):
         instance.stages_s(StepLoad((), 1, 9))
+    # And before any step, where an instance has programs of it.
+    deployment = Deployment.parse("colocated:tp2pp2")
+    message = r"tp2pp2: expected steps of \['prefill'\], got \['decode', 'prefill'\]"
+    with pytest.raises(ValueError, match=message):
+        PROFILE.cost(deployment, [BUCKETS], [MEMORY])
+
+
+def test_a_whole_prompt_has_a_program_of_its_size_where_none_is_so_large():
+    """Estimates ask for it, where a policy would split the prompt."""
+    times = PROFILE.layouts[Parallelism()]
+    instance = CalibratedInstance(times, BUCKETS, 16)
+    assert instance.stages_s(StepLoad(((0, 65),), 0, 0)) == (1 + 0.5 * 65,)
+    mixed = dataclasses.replace(BUCKETS, mixed=(StepShape.mixed(32, 4, 4, 4, 16),))
+    with pytest.raises(ValueError, match="mixed_T65_C5_P0: .* got 'mixed'"):
+        CalibratedInstance(times, mixed, 16).stages_s(StepLoad(((0, 65),), 0, 0))
+
+
+def test_without_programs_a_step_takes_one_of_its_own_size():
+    """3 decodes of 30 tokens: 52.5 with half of each last block to spare, in 4."""
+    instance = PROFILE.instance(Parallelism())
+    assert instance.stages_s(StepLoad(((0, 20), (0, 13)), 0, 0)) == (1 + 0.5 * 33,)
+    assert instance.stages_s(StepLoad((), 3, 30)) == (1.25 * (2 + 0.25 * 4),)
+    assert instance.decode_s(3, 30) == 1.25 * (2 + 0.25 * 4)
+    for load in (((8, 20),), 0, 0), (((0, 20),), 1, 9):
+        with pytest.raises(ValueError, match="mixed_.* got 'mixed'"):
+            instance.stages_s(StepLoad(*load))
+    with pytest.raises(ValueError, match=r"toy: .* \[tp1, tp2pp2\], got tp4"):
+        PROFILE.instance(Parallelism(4))
+    with pytest.raises(ValueError, match="expected pp = 1"):
+        PROFILE.instance(Parallelism(2, 2)).decode_s(1, 9)
+
+
+def test_kv_memory_is_that_of_the_pool_that_the_programs_are_for():
+    assert PROFILE.kv_tokens(Parallelism()) == 9 * 16
+    with pytest.raises(ValueError, match=r"toy: .* kv_blocks, one of \[tp1\], got tp2"):
+        PROFILE.kv_tokens(Parallelism(2, 2))
+
+
+def test_a_compiled_profile_says_so():
+    assert PROFILE.mark == "" and not PROFILE.compiled
+    compiled = profile_from_json({**RECORD, "kind": "compiled"})
+    assert compiled == dataclasses.replace(PROFILE, compiled=True)
+    assert compiled.mark == "compiled, not measured"
+    assert profile_to_json(compiled) == {**RECORD, "kind": "compiled"}
 
 
 def hop(context, **fields):
     deployment = Deployment.parse("prefill:tp1,decode:tp2pp2")
-    cost = PROFILE.cost(deployment, [BUCKETS] * 2, [MEMORY] * 2)
+    whole_prompts = dataclasses.replace(BUCKETS, decode_rows=(), pool_blocks=())
+    cost = PROFILE.cost(deployment, [whole_prompts] * 2, [MEMORY] * 2)
     request = Request(id=0, arrival_s=0, prompt_tokens=context, max_tokens=2)
     return cost.hop(Transfer(1, request, 0, 1, (), (), context, **fields))
 
@@ -127,7 +173,7 @@ def test_a_transfer_that_was_not_measured_is_refused():
     ("deployment", "block_tokens", "message"),
     [
         ("colocated:tp4", 16, r"toy: .* \[tp1, tp2pp2\], got tp4"),
-        ("prefill:tp2pp2,decode:tp1", 16, r"transfers between .*, got \(tp2pp2, tp1\)"),
+        ("prefill:tp1,decode:tp1", 16, r"transfers between .*, got \(tp1, tp1\)"),
         ("colocated:tp1", 8, "toy: expected blocks of 16 tokens, got 8"),
     ],
 )
@@ -233,7 +279,12 @@ MOVE = ("transfers", 0)
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("kind",), "fitted", "profile.kind: expected 'calibrated', got 'fitted'"),
+        (
+            ("kind",),
+            "fitted",
+            "profile.kind: .* 'calibrated' or 'compiled', got 'fitted'",
+        ),
+        (("layouts", 0, "kv_blocks"), 0, r"layouts\[0\].kv_blocks: .* >= 1, got 0"),
         (("name",), "", "profile.name: expected a text, not empty"),
         (("provenance", "dtype"), 32, "provenance.dtype: expected a text"),
         (("block_tokens",), 0, "block_tokens: expected an integer >= 1, got 0"),
