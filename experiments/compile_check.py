@@ -31,6 +31,12 @@ With --layers fewer layers are compiled, and the figures of the model follow by
 repetition. On a TPU equal layers cost little: 32 layers of a decode step compile in 1.3
 times the time of two.
 
+With --profile=FILE some more programs of each kind are compiled, of one target, and
+FILE gets a profile of them: step and transfer times by these estimates, marked as
+compiled, for the --cost of simulate, compare_systems and placement_search
+(experiments/README.md says what it cannot know). For a v6e and two layers of llama-3-8b
+the 17 steps of one layout take about 14 minutes of a core, 6 without colocated ones.
+
 DIR gets compiled.json, written after each program: the figures of each row, what XLA
 counts, and the ops that move most. With --minutes no other program is begun after that
 time, and those left out are named.
@@ -42,27 +48,31 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role
+from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
 from disagg_jax.engine.memory_check import default_memory
 from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets
 from disagg_jax.progress import Progress, silent
 from disagg_jax.scheduling import DISAGGREGATED
-from disagg_jax.scheduling.system import System
-from experiments.cli.command import command
-from experiments.cli.flags import REQUIRED, Flags
+from disagg_jax.scheduling.system import System, get_systems
+from disagg_jax.sim.cost.measured import CalibratedProfile
+from disagg_jax.sim.cost.measured_profile import profile_to_json
+from experiments.cli.command import command, command_line
+from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.names import ENGINE_MODEL
 from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.compiled import report
+from experiments.compiled.profile import ProfilePlan, fit_errors
 from experiments.compiled.records import CompiledDeployment, ProgramRecord
 from experiments.compiled.targets import CompileTarget
 from experiments.report.table import numbers
-from experiments.runs.folder import run_folder, write_json
+from experiments.runs.folder import environment, run_folder, write_json
 from models.config import ModelConfig, get_engine_config
 from sharding.rules import RULES
 
 _UNLIMITED = 10**9  # of a step, where only the other limit is given
+_SYSTEMS = (DISAGGREGATED, "vllm_v1")
 
 FLAGS = Flags()
 _TARGET = FLAGS.list(
@@ -76,11 +86,11 @@ _DTYPE = FLAGS.string("dtype", "bfloat16", "Of weights and KV.")
 _DEPLOYMENT = FLAGS.string(
     "deployment", "prefill:tp1,decode:tp1", "Such as 2xcolocated:tp2."
 )
-_SYSTEM = FLAGS.string(
+_SYSTEM = FLAGS.list(
     "system",
-    None,
-    "Whose steps are compiled; by default disaggregated, of colocated instances "
-    "vllm_v1. One of your own is module:attribute.",
+    list(_SYSTEMS),
+    "Whose steps are compiled; of several, each serves the roles it has. One of your "
+    "own is module:attribute.",
 )
 _LAYERS = FLAGS.integer("layers", None, "To compile; by default all.", lower_bound=1)
 _PROGRAMS = FLAGS.enum(
@@ -105,6 +115,12 @@ _BLOCK_TOKENS = FLAGS.integer(
     "Tokens in a block; by default as the engine has on the device.",
     lower_bound=1,
 )
+_PROFILE = FLAGS.string(
+    "profile",
+    None,
+    "File for a profile of one target: step times for simulate and compare_systems. "
+    "It compiles a few more programs of each kind.",
+)
 _MINUTES = MinutesFlag(FLAGS, "programs")
 _OUT = FLAGS.string("out", REQUIRED, "Folder for compiled.json.")
 
@@ -115,7 +131,7 @@ class CheckOptions:
 
     config: ModelConfig
     deployment: Deployment
-    system: str | None = None  # None: disaggregated, or vllm_v1 where colocated
+    systems: Sequence[str] = _SYSTEMS  # each for the roles it has
     layers: int | None = None  # None: all
     every: bool = False  # all programs, not only the smallest and largest of a kind
     batch: int | None = None  # most requests in a step, instead of the policies'
@@ -159,10 +175,10 @@ class CheckOptions:
           ValueError: if the system has no policy for one.
         """
         roles = {spec.role for spec in self.deployment.instances}
-        by_default = "vllm_v1" if Role.COLOCATED in roles else DISAGGREGATED
-        system = System.of(self.system or by_default, str(self.deployment))
+        policies = get_systems(self.systems)
         expected = f"system: expected one for {sorted(roles)} instances"
-        require(roles <= system.policies.keys(), expected, self.system)
+        require(roles <= policies.keys(), expected, list(self.systems))
+        system = System(deployment=str(self.deployment), policies=policies)
         if self.batch or self.step_tokens:
             system = system.within(
                 tokens=self.step_tokens or _UNLIMITED, rows=self.batch or _UNLIMITED
@@ -171,6 +187,19 @@ class CheckOptions:
             Buckets.for_limits(system.policies[spec.role].limits, pool)
             for spec, pool in zip(self.deployment.instances, pools, strict=True)
         ]
+
+    def deployed(
+        self, target: CompileTarget
+    ) -> tuple[CompiledDeployment, list[Buckets]]:
+        """Return the deployment on a target, and its listed shapes.
+
+        Raises:
+          ValueError: if there are too few devices, or the model does not divide.
+        """
+        pools, config = self.pools(target), self.config
+        layers = self.layers or config.layers
+        made = CompiledDeployment(target, config, self.deployment, pools, layers=layers)
+        return made, self.buckets(pools)
 
 
 def run(
@@ -186,18 +215,67 @@ def run(
       ValueError: if a target has too few devices, or the model does not divide over
         them; before any program is compiled.
     """
-    planned: list[tuple[CompiledDeployment, list[Program]]] = []
-    for target in targets:
-        config, pools = options.config, options.pools(target)
-        compiled = CompiledDeployment(
-            target,
-            config,
-            options.deployment,
-            pools,
-            layers=options.layers or config.layers,
+    made = [options.deployed(target) for target in targets]
+    planned = [(c, c.programs(buckets, every=options.every)) for c, buckets in made]
+    return _compile(planned, out, progress, deadline)
+
+
+def run_profile(
+    options: CheckOptions,
+    target: CompileTarget,
+    out: pathlib.Path,
+    progress: Progress = silent,
+    deadline: Deadline = ENDLESS,
+) -> CalibratedProfile:
+    """Compile what a profile needs, as `run` does, and return the profile.
+
+    Raises:
+      ValueError: as `run`, or if there are too few programs for a fit; if one does not
+        fit on the target, or there was no time for all.
+    """
+    compiled, buckets = options.deployed(target)
+    plan = ProfilePlan.of(compiled, buckets, every=options.every)
+    planned = [(compiled, plan.programs)]
+    records = _compile(planned, out, progress, deadline, must_fit=True)
+    if len(records) < len(plan.programs):
+        raise ValueError(
+            f"profile: expected time for {len(plan.programs)} programs, got "
+            f"{len(records)} before --minutes were spent"
         )
-        programs = compiled.programs(options.buckets(pools), every=options.every)
-        planned.append((compiled, programs))
+    return plan.profile(records, provenance=_provenance(options, compiled))
+
+
+def _provenance(options: CheckOptions, compiled: CompiledDeployment) -> dict[str, str]:
+    target, config, now = compiled.target, options.config, environment()
+    return {
+        "model": config.name,
+        "dtype": config.dtype,
+        # As JAX says where the device is; of GPUs that are not there it does not.
+        "device": target.devices[0].device_kind or target.hardware.name,
+        "hardware": target.hardware.name,
+        "target": target.name,
+        "date": now["date"],
+        "commit": now["commit"] or "none",
+        "jax": now["packages"]["jax"],
+        "python": now["python"],
+        "command": command_line(),
+        "systems": f"{', '.join(options.systems)} on {options.deployment}",
+        "memory": f"{compiled.compiled.models[0].memory}",
+        "layers": f"{options.layers or config.layers} of {config.layers} compiled",
+        "method": "compiled, not measured: of each program the longest of its bytes at "
+        "the peak bandwidth, its FLOPs at the peak, and XLA's cycles of its matmuls; "
+        f"of a transfer also its bytes over {target.hardware.hop.name}",
+    }
+
+
+def _compile(
+    planned: Sequence[tuple[CompiledDeployment, Sequence[Program]]],
+    out: pathlib.Path,
+    progress: Progress,
+    deadline: Deadline,
+    *,
+    must_fit: bool = False,
+) -> list[ProgramRecord]:
     records: list[ProgramRecord] = []
     left_out: list[str] = []
     for compiled, programs in planned:
@@ -207,9 +285,17 @@ def run(
                 left_out.append(f"{name} {program.name}")
                 continue
             progress(name, i, len(programs), program.name)
-            records.append(compiled.record(program))
+            record = compiled.record(program)
+            records.append(record)
             content = [dataclasses.asdict(record) for record in records]
             write_json(out / "compiled.json", {"records": content})
+            if must_fit and not record.fits:
+                raise ValueError(
+                    f"profile: expected programs that fit on {name}, but "
+                    f"{record.program} of {record.instance} does not: {record.error}; "
+                    "fewer --blocks leave a step more, and with less --max_context, "
+                    "--batch or --step_tokens it needs less"
+                )
         if found := records[first:]:
             rows = [report.HEAD, *map(report.row, found)]
             print(*numbers(rows, report.LABELS), *report.notes(found), "", sep="\n")
@@ -224,7 +310,7 @@ def main() -> None:
     options = CheckOptions(
         config=dataclasses.replace(get_engine_config(_MODEL.value), dtype=_DTYPE.value),
         deployment=Deployment.parse(_DEPLOYMENT.value),
-        system=_SYSTEM.value,
+        systems=_SYSTEM.value,
         layers=_LAYERS.value,
         every=_PROGRAMS.value == "all",
         batch=_BATCH.value,
@@ -233,10 +319,18 @@ def main() -> None:
         blocks=_BLOCKS.value,
         block_tokens=_BLOCK_TOKENS.value,
     )
+    several = f"--target={','.join(_TARGET.value)}"
+    one = len(_TARGET.value) == 1
+    expect_used(one, _PROFILE, expected="one --target", got=several)
     targets = [CompileTarget.parse(text) for text in _TARGET.value]
-    out = pathlib.Path(_OUT.value)
+    out, progress = pathlib.Path(_OUT.value), ProgressLines().step
     with run_folder(out, FLAGS.asked(), "compiled.json", replace=True):
-        run(options, targets, out, ProgressLines().step, deadline)
+        if _PROFILE.value is None:
+            run(options, targets, out, progress, deadline)
+        else:
+            made = run_profile(options, targets[0], out, progress, deadline)
+            write_json(pathlib.Path(_PROFILE.value), profile_to_json(made))
+            print(f"{_PROFILE.value}: {made.name}, {made.mark}; {fit_errors(made)}")
     print(out / "compiled.json")
 
 

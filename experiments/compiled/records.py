@@ -132,6 +132,11 @@ class CompiledDeployment:
             for each in (some, config)
         )
 
+    @property
+    def compiled(self) -> DeploymentPrograms:
+        """Return the programs as they are compiled, with some of the layers."""
+        return self._compiled
+
     def programs(self, buckets: Sequence[Buckets], *, every: bool) -> list[Program]:
         """Return the programs of the listed shapes, for greedy requests.
 

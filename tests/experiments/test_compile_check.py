@@ -84,10 +84,10 @@ def test_chunks_beside_decodes_are_compiled_where_a_system_mixes_them(tmp_path):
     assert {record.kind for record in found} == {"mixed", "decode"}
     # Equal instances have equal programs, and each is compiled once.
     assert len(found) == 4 and {r.instance for r in found} == {"colocated:tp1"}
-    whole = records(tmp_path, deployment=deployment, system="vllm_v0")
+    whole = records(tmp_path, deployment=deployment, systems=("vllm_v0",))
     assert {record.kind for record in whole} == {"prefill", "decode"}
     with pytest.raises(ValueError, match="system: expected one for"):
-        records(tmp_path, system="vllm_v0")
+        records(tmp_path, systems=("vllm_v0",))
 
 
 def test_figures_are_those_of_the_model_on_one_device(tmp_path):
