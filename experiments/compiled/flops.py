@@ -11,17 +11,29 @@ import functools
 import json
 import math
 import re
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 
 from experiments.compiled.hlo import Computation, Instruction, Module, arrays
 
 _MOVES = ("bitcast", "convert", "copy", "reshape", "transpose")  # between product, sum
+Made: TypeAlias = tuple[Computation, Instruction]  # an instruction, and where it is
 _WINDOW = {"size": 1, "stride": 1, "lhs_dilate": 1, "rhs_dilate": 1}  # and what if none
 
 
-def instruction_flops(module: Module, where: Computation, x: Instruction) -> float:
-    """Return the FLOPs of one instruction of `where`, without those that it calls."""
+def instruction_flops(
+    module: Module,
+    where: Computation,
+    x: Instruction,
+    given: Sequence[Made] = (),
+) -> float:
+    """Return the FLOPs of one instruction of `where`, without those that it calls.
+
+    Args:
+      given: what made each parameter of `where`, if that is a fusion.
+    """
     match x.opcode:
         case "dot":
             lhs = where.operands(x)[0].array
@@ -31,7 +43,7 @@ def instruction_flops(module: Module, where: Computation, x: Instruction) -> flo
             return _convolution_flops(where, x)
         case "custom-call" if x.text("custom_call_target").startswith("__cublas$"):
             return _cublas_flops(where, x)
-        case "reduce" if _sums(module, x) and _is_product(where, x):
+        case "reduce" if _sums(module, x) and _is_product(where, x, given):
             return 2.0 * where.operands(x)[0].array.elements
         case _:
             return 0.0
@@ -41,17 +53,20 @@ def _sums(module: Module, reduce: Instruction) -> bool:
     return module.computations[reduce.called("to_apply")[0]].root.opcode == "add"
 
 
-def _is_product(where: Computation, reduce: Instruction) -> bool:
-    """Return whether what is summed was multiplied just before, in the same fusion.
+def _is_product(where: Computation, reduce: Instruction, given: Sequence[Made]) -> bool:
+    """Return whether what is summed was multiplied just before.
 
-    XLA writes a matmul of one row as such a sum too, sometimes in a fusion of its own.
+    The multiply may be in a fusion of its own, as XLA for GPUs has it for some matmuls
+    of one row.
     """
-    if reduce.op_name.endswith("/dot_general"):
-        return True
     x = where.operands(reduce)[0]
-    while x.opcode in _MOVES:
-        x = where.operands(x)[0]
-    return x.opcode == "multiply"
+    while True:
+        if x.opcode in _MOVES:
+            x = where.operands(x)[0]
+        elif x.opcode == "parameter" and given:
+            (where, x), given = given[int(x.literal)], ()
+        else:
+            return x.opcode == "multiply"
 
 
 def _cublas_flops(where: Computation, call: Instruction) -> float:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from experiments.compiled.copies import pool_copies
-from experiments.compiled.flops import instruction_flops
+from experiments.compiled.flops import Made, instruction_flops
 from experiments.compiled.hlo import (
     HBM,
     Computation,
@@ -31,7 +31,7 @@ from experiments.compiled.hlo import (
     asynchronous,
 )
 from experiments.compiled.trips import loop_trips
-from experiments.compiled.uses import fusion_uses, inlined, single_uses
+from experiments.compiled.uses import fusion_uses, inlined, results, single_uses
 
 _FREE = {
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "after-all"),
@@ -197,16 +197,20 @@ class _Count:
             cost = self._kernel(computation, x)
             if cost is not None:
                 return _op_traffic(x, times, cost.size_bytes, 0.0, cost.flops, 0)
+        operands = computation.operands(x)
         if x.opcode == "fusion":
             where = self._fused(x.called("calls")[0])
             inside, uses = list(where.instructions.values()), fusion_uses(where)
+            given = [self._made(computation, operand) for operand in operands]
         else:
             where, inside, uses = computation, [x], single_uses(computation, x)
-        flops = sum(instruction_flops(self._module, where, each) for each in inside)
+            given = []
+        flops = sum(
+            instruction_flops(self._module, where, each, given) for each in inside
+        )
         estimate = re.search(r'"estimated_cycles":"(\d+)"', x.attributes)
         is_matmul = any(each.opcode in ("dot", "convolution") for each in inside)
         cycles = int(estimate[1]) if estimate and is_matmul else 0
-        operands = computation.operands(x)
         read = sum(
             share * hbm_bytes(operand.shape)
             for share, operand in zip(uses.reads, operands, strict=True)
@@ -216,6 +220,17 @@ class _Count:
             for share, array in zip(uses.writes, arrays(x.shape), strict=True)
         )
         return _op_traffic(x, times, read, written, flops, cycles)
+
+    def _made(self, computation: Computation, x: Instruction) -> Made:
+        """Return the instruction that made an array, in a fusion where it was one."""
+        index = 0
+        while x.opcode in ("bitcast", "get-tuple-element"):
+            index = x.ints("index")[0] if x.opcode != "bitcast" else index
+            x = computation.operands(x)[0]
+        if x.opcode != "fusion":
+            return computation, x
+        fused = self._fused(x.called("calls")[0])
+        return fused, results(fused)[index]
 
     def _kernel(self, computation: Computation, x: Instruction) -> KernelCost | None:
         """Return what a custom call costs, if that is stated; note it if not."""

@@ -418,6 +418,43 @@ def test_a_multiply_and_a_sum_are_a_product():
     assert traffic(compiled(lambda k: k.sum(-1), (8, 32, 128))).flops == 0
 
 
+@pytest.mark.parametrize(("op", "flops"), [("multiply", 2 * M), ("add", 0)])
+def test_a_product_may_be_multiplied_and_summed_in_two_fusions(op, flops):
+    fusions = f"""%made (a: f32[1024,1024], b: f32[1024,1024]) -> f32[1024,1024] {{
+  %a = f32[1024,1024]{{1,0}} parameter(0)
+  %b = f32[1024,1024]{{1,0}} parameter(1)
+  %n = f32[1024,1024]{{1,0}} negate(%a)
+  %m = f32[1024,1024]{{1,0}} {op}(%n, %b)
+  ROOT %t = (f32[1024,1024]{{1,0}}, f32[1024,1024]{{1,0}}) tuple(%n, %m)
+}}
+
+%plus (x: f32[], y: f32[]) -> f32[] {{
+  %x = f32[] parameter(0)
+  %y = f32[] parameter(1)
+  ROOT %z = f32[] add(%x, %y)
+}}
+
+%summed (p: f32[1048576]) -> f32[1024] {{
+  %p = f32[1048576]{{0}} parameter(0)
+  %q = f32[1024,1024]{{1,0}} bitcast(%p)
+  %zero = f32[] constant(0)
+  ROOT %r = f32[1024]{{0}} reduce(%q, %zero), dimensions={{1}}, to_apply=%plus
+}}"""
+    text = entry(
+        """
+        %a = f32[1024,1024]{1,0} parameter(0)
+        %b = f32[1024,1024]{1,0} parameter(1)
+        %f = (f32[1024,1024]{1,0}, f32[1024,1024]{1,0}) fusion(%a, %b), kind=kLoop, \
+calls=%made
+        %g = f32[1024,1024]{1,0} get-tuple-element(%f), index=1
+        %h = f32[1048576]{0} bitcast(%g)
+        ROOT %s = f32[1024]{0} fusion(%h), kind=kInput, calls=%summed
+        """,
+        fusions,
+    )
+    assert traffic(text).flops == flops
+
+
 def test_a_compiled_gather_or_scatter_of_a_few_rows_leaves_the_rest_alone():
     ids = jax.ShapeDtypeStruct((4,), np.int32)
     pool = jax.ShapeDtypeStruct((1000, 256), jnp.float32)
