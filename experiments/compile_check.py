@@ -48,8 +48,8 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory
-from disagg_jax.engine.memory_check import default_memory
+from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.memory_check import default_block_tokens
 from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets
@@ -64,12 +64,15 @@ from experiments.cli.names import ENGINE_MODEL
 from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.compiled import report
 from experiments.compiled.profile import ProfilePlan, fit_errors
-from experiments.compiled.records import CompiledDeployment, ProgramRecord
+from experiments.compiled.records import (
+    CompiledDeployment,
+    ProgramRecord,
+    held_blocks,
+)
 from experiments.compiled.targets import CompileTarget
 from experiments.report.table import numbers
 from experiments.runs.folder import environment, run_folder, write_json
 from models.config import ModelConfig, get_engine_config
-from sharding.rules import RULES
 
 _UNLIMITED = 10**9  # of a step, where only the other limit is given
 _SYSTEMS = (DISAGGREGATED, "vllm_v1")
@@ -106,7 +109,7 @@ _CONTEXT = FLAGS.integer(
 _BLOCKS = FLAGS.integer(
     "blocks",
     None,
-    "KV blocks of an instance; by default as many as the engine has on the device.",
+    "KV blocks of an instance; by default 0.8 of what the weights leave of a device.",
     lower_bound=1,
 )
 _BLOCK_TOKENS = FLAGS.integer(
@@ -137,11 +140,11 @@ class CheckOptions:
     batch: int | None = None  # most requests in a step, instead of the policies'
     step_tokens: int | None = None  # most tokens in a step, instead of the policies'
     max_context: int = 2048
-    blocks: int | None = None  # of an instance; None: as the engine has on the device
+    blocks: int | None = None  # of an instance; None: what the device holds
     block_tokens: int | None = None  # None: as the engine has on the device
 
     def pools(self, target: CompileTarget) -> list[KVMemory]:
-        """Return the KV pool of each instance: as the engine has it by default.
+        """Return the KV pool of each instance.
 
         Raises:
           ValueError: if the target has too few devices.
@@ -149,24 +152,17 @@ class CheckOptions:
         needed, have = self.deployment.devices, len(target.devices)
         expected = f"{target.name}: expected at least {needed} devices, which "
         require(needed <= have, f"{expected}'{self.deployment}' takes", have)
-        return [self._pool(spec, target) for spec in self.deployment.instances]
-
-    def _pool(self, spec: InstanceSpec, target: CompileTarget) -> KVMemory:
-        # One block where the weights fill a device: the compiler then says so.
-        rules, limit = RULES[spec.role], int(target.memory_bytes)
-        pool = default_memory(
-            self.config,
-            spec,
-            rules,
-            target.devices,
-            limit,
-            block_tokens=self.block_tokens,
-        )
-        return dataclasses.replace(
-            pool,
-            num_blocks=self.blocks or pool.num_blocks,
+        platform = target.devices[0].platform
+        one = KVMemory(
+            num_blocks=1,
+            block_tokens=self.block_tokens or default_block_tokens(platform),
             max_context=min(self.max_context, self.config.max_length),
         )
+        held = held_blocks(target, self.config, self.deployment, one)
+        return [
+            dataclasses.replace(one, num_blocks=self.blocks or blocks)
+            for blocks in held
+        ]
 
     def buckets(self, pools: Sequence[KVMemory]) -> list[Buckets]:
         """Return the listed shapes of each instance.

@@ -199,7 +199,7 @@ def test_the_pool_is_what_the_device_holds(tmp_path):
     # Two devices have half of the weights each, and half of the heads of a block.
     assert 100 < 2 * decode.num_blocks < prefill.num_blocks
     wide, _ = dataclasses.replace(held, block_tokens=64).pools(small)
-    assert wide.num_blocks == prefill.num_blocks // 4
+    assert wide.num_blocks + 1 == (prefill.num_blocks + 1) // 4  # and a scratch block
     found = records(tmp_path, target=small, blocks=None)
     steps = [record for record in found if record.kind in ("prefill", "decode")]
     # Temporary arrays of a step take of what the pool leaves.

@@ -109,8 +109,8 @@ def profile_from_json(record: object) -> CalibratedProfile:
     """
     top = open_profile(record, "calibrated", "compiled")
     number = PROFILE.number_of(as_mapping(record, "profile"))
-    expected = "profile: expected format 3 or later, since a decode program is now told "
-    expected += "by the KV blocks that its requests have; calibrate again"
+    expected = "profile: expected format 3 or later, since a decode program is told by "
+    expected += "the KV blocks that its requests have; calibrate again"
     require(number >= 3, expected, number)
     provenance = get_texts(top, "provenance", "profile")
     for key in PROVENANCE:
