@@ -215,14 +215,14 @@ def exact_shape(load: StepLoad, block_tokens: int, *, mixed: bool) -> StepShape:
     """
     chunks, decodes = load.chunks, load.decodes
     spare = decodes * _spare_tokens(block_tokens)
-    extent = load.pool_extent or math.ceil((load.context + spare) / block_tokens)
+    blocks = load.decode_blocks or math.ceil((load.context + spare) / block_tokens)
     if not chunks:
-        return StepShape.decode(decodes, extent)
+        return StepShape.decode(decodes, blocks)
     tokens, rows = load.prompt_tokens + decodes, len(chunks) + decodes
     if not (mixed or decodes):
         return StepShape.prefill(tokens, rows)
     context = sum(-(-(start + n) // block_tokens) for start, n in chunks)
-    return StepShape.mixed(tokens, rows, context, decodes, extent)
+    return StepShape.mixed(tokens, rows, context, decodes, blocks)
 
 
 def _spare_tokens(block_tokens: int) -> float:

@@ -7,9 +7,8 @@ import pytest
 
 from disagg_jax.calibration.program_times import without_engine
 from disagg_jax.calibration.works import every_work
-from disagg_jax.engine.executor import TimingExecutor, from_table
+from disagg_jax.engine.executor import from_table
 from disagg_jax.engine.served_deployment import ServedDeployment
-from disagg_jax.work import OnRead, Transfer
 from disagg_jax.workload import RandomWorkload, parse_lengths
 from experiments.configs.config import System
 from experiments.sweep.serving import build_engines
@@ -78,19 +77,3 @@ def test_on_the_wall_clock_there_is_no_such_table(known):
     served = ServedDeployment(engine=known["orca"], policies=policies)
     with pytest.raises(ValueError, match="expected that of a virtual clock"):
         without_engine(served)
-
-
-def test_a_transfer_settles_its_blocks_on_both_sides_when_it_starts(known):
-    """As on an engine: who reads blocks first gets the lowest ones."""
-    engine = known["chunked"]
-    request = WORKLOAD.requests(1, 1.0, seed=0)[0]
-    read = []
-
-    def make(side):
-        read.append(side)
-        return (0, 1)
-
-    blocks = [OnRead(make, side) for side in ("src", "dst")]
-    executor = TimingExecutor(engine, from_table(engine, table(engine)))
-    executor.run(Transfer(0, request, 0, 1, *blocks, 32))
-    assert read == ["src", "dst"]

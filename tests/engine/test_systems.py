@@ -112,7 +112,7 @@ def test_a_log_replays_to_the_same_decisions(world, policy):
     turn = json.loads(log.lines[1])
     turn["works"][0][3][0][2] += 1  # tokens of the first slice
     other = make_controller(engine, policies(policy))
-    assert list(replay([json.dumps(turn)], other)) == [0]
+    assert list(replay([log.lines[0], json.dumps(turn)], other)) == [0]
 
 
 def test_the_pool_is_what_the_tests_say():

@@ -11,7 +11,7 @@ from disagg_jax.calibration.measure import calibrate
 from disagg_jax.calibration.profile_keys import TransferKey, key_of
 from disagg_jax.engine.engine import Engine
 from disagg_jax.sim.cost import step_time_terms
-from experiments.configs.config import Config, System
+from experiments.configs.config import Config, Memory, System
 from experiments.sweep.serving import build_engines
 from models.config import get_config
 from models.load import Model
@@ -27,6 +27,7 @@ def seqs(n, **more):
 
 # Several `max_seqs`, and two layouts.
 CONFIG = Config(
+    memory=Memory(block_tokens=16),
     systems={
         "vllm_v0": System.of("vllm_v0", "colocated:tp1", colocated=seqs(16)),
         "orca": System.of(
@@ -48,7 +49,7 @@ CONFIG = Config(
             decode=seqs(16),
         ),
         "stages": System.of("sarathi", "colocated:tp1pp2", colocated=seqs(16)),
-    }
+    },
 )
 # Of each stage, by kind; see `step_time_terms.TERMS`. No prefill instance has two.
 TRUE = (

@@ -33,6 +33,7 @@ OPTIONS = CheckOptions(
     step_tokens=64,
     max_context=128,
     blocks=32,
+    block_tokens=16,
 )
 
 

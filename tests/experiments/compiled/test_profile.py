@@ -46,6 +46,7 @@ OPTIONS = CheckOptions(
     step_tokens=128,
     max_context=512,
     blocks=512,
+    block_tokens=16,
 )
 # Small enough that all its programs compile in seconds.
 SMALL = dataclasses.replace(
