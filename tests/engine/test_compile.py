@@ -229,7 +229,7 @@ def test_live_durations_are_what_a_step_took(world):
 
 
 def test_a_query_is_rotated_once_and_not_for_each_block(world):
-    """XLA would fuse the rotation of a single row into a product over the pool."""
+    """XLA would fuse the rotation of queries into a gather for all their blocks."""
     instance = world.engine("colocated:tp1", CONFIG).instances[0]
     (group,) = instance.programs.groups
     for rows in (1, 2, 4):
@@ -246,11 +246,7 @@ def test_a_query_is_rotated_once_and_not_for_each_block(world):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_programs_work_in_place(tp):
-    """Beside a pool of 32 MiB a device, no program needs a copy of it, or of a part.
-
-    Decode over a part of the pool copies that part, which is why the whole pool is
-    read with its scratch block.
-    """
+    """Beside a pool of 32 MiB a device, no program needs a copy of it, or of a part."""
     config = make_config("deep pool", layers=1, q_heads=4 * tp, kv_heads=2 * tp)
     pool = KVMemory(num_blocks=16_383, block_tokens=16, max_context=64)
     model = ModelPrograms(
@@ -283,8 +279,8 @@ def test_programs_work_in_place(tp):
         if not isinstance(key, StepShape):
             # One block is like many: no array is copied.
             assert not re.search(r"\[\d\S* copy\(", program.as_text()), key
-        # For each 8 floats of k: a score and a weight of 2 query heads, and more.
-        limit = part_bytes if key in whole else part_bytes // 50
+        # A chunk of the blocks that decodes attend to, and of bytes of k for each int.
+        limit = part_bytes // 5 if key in whole else part_bytes // 50
         assert memory.temp_size_in_bytes < limit, (key, memory.temp_size_in_bytes)
 
 

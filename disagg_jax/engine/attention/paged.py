@@ -86,7 +86,9 @@ def paged_attention(
       chunk: see `chunk_entries`.
     """
     B, P = position_B.shape[0], entries.owner_P.shape[0]
-    trips = -(-P // (chunk or P))
+    # At least two, or there would be no loop: XLA would fuse the computation of queries
+    # into the gather, and so rotate a query once for each of its entries.
+    trips = max(2, -(-P // chunk)) if chunk else 1
     C = -(-P // trips)  # alike, so that little is padded
     R = min(B, C)
     # A slice beyond the end would be moved to where it fits.
@@ -112,9 +114,8 @@ def paged_attention(
                 *(lax.dynamic_update_slice_in_dim(x, new, first, 0) for x, new in parts)
             )
 
-        if trips == 1:
-            fuse = chunk is None
-            found = _attend(q_BKGH, position_B, entries, layer, found, fuse=fuse)
+        if chunk is None:
+            found = _attend(q_BKGH, position_B, entries, layer, found, fuse=True)
         else:
             found = lax.fori_loop(0, trips, trip, found)
         out_BKGH = found.out_RKGH / jnp.maximum(found.total_RKG, 1e-30)[..., None]
