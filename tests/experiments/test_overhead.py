@@ -11,6 +11,7 @@ import pytest
 from disagg_jax.engine.executor import run_alone
 from disagg_jax.work import Step
 from experiments import overhead
+from experiments.benchmarks.attention import AttentionShape
 from experiments.benchmarks.engines import NamedShape
 from experiments.benchmarks.handoff import (
     handoff_engine,
@@ -34,6 +35,7 @@ SMALL = OverheadOptions(
     prompt=16,
     output=4,
     prefill_tokens=32,
+    attention=AttentionShape(rows=2, tokens=[64], block_tokens=16, q_heads=8),
     named=NamedShape(
         config=TINY, requests=4, prompt=8, output=6, batch=2, prefill_rows=2
     ),
@@ -105,6 +107,7 @@ def test_one_round_is_always_taken_after_the_warm_up(asked, rounds):
         ),
         ("decode", ["B2 whole loop"]),
         ("prefill", ["4 x 8 whole loop"]),
+        ("attention", ["B2 over 64 tokens"]),
         (
             "handoff",
             [
@@ -215,7 +218,7 @@ def test_a_part_that_lacks_devices_is_refused(monkeypatch):
 
 def test_parts_share_a_process_if_they_need_as_many_devices():
     assert overhead._by_devices(list(overhead.PARTS)) == [
-        ["host", "decode", "prefill", "m32"],
+        ["host", "decode", "prefill", "attention", "m32"],
         ["handoff"],
     ]
 
