@@ -377,7 +377,7 @@ def _step_times(
 
 
 def _parse_step_times(record: Mapping[str, Any]) -> StepTimes:
-    """Return the times in a `step_times.json`; format 1 has medians only."""
+    """Return the times in a `step_times.json`; one made by hand may have medians."""
     content = STEP_TIMES.read(record)
     if "rounds" in content:
         rounds = {key: [*map(float, each)] for key, each in content["rounds"].items()}

@@ -135,8 +135,15 @@ def test_output_is_right_up_to_the_last_token_of_the_context(world, deployment, 
 def test_float32_stays_float32(world, shape):
     """Every float of a step is 32 bits wide, and no matmul may round its inputs."""
     instance = world.engine("colocated:tp1").instances[0]
+    (stage,) = instance.programs.stages
     step = functools.partial(
-        layer_group._run_group, CONFIG, POOL.block_tokens, shape, is_last=True
+        layer_group._run_group,
+        CONFIG,
+        POOL.block_tokens,
+        shape,
+        is_last=True,
+        kv_sharding=stage.kv_sharding,
+        chunk=stage.decode_chunk,
     )
     packed = np.zeros(fields_of(shape, POOL.block_tokens).size, np.int32)
     (params,), cache = instance.model.params, instance.cache

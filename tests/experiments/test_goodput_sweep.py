@@ -484,7 +484,7 @@ def test_step_times_of_other_programs_are_refused(first, tmp_path):
 def test_step_times_of_a_newer_format_are_refused_before_any_work(tmp_path):
     times = tmp_path / "step_times.json"
     times.write_text('{"format": 99, "seconds": {}}')
-    with pytest.raises(ValueError, match="--step_times: .*format 0 to 2, .*got 99"):
+    with pytest.raises(ValueError, match="--step_times: .*format 3 to 3, .*got 99"):
         goodput_sweep.run(config(), tmp_path / "run", str(times))
     assert not (tmp_path / "run").exists()
 
@@ -844,16 +844,16 @@ def test_step_times_are_taken_once_or_given(tmp_path, monkeypatch):
     assert goodput_sweep._step_times(config(), run_dir, *how) == given
     assert compiled == ["orca"]
     assert run_dir.read_json("step_times.json") == {
-        "format": 2,
+        "format": 3,
         "seconds": {"a": 2.0},
         "rounds": {"a": [2.0]},
         "measured": None,
     }
 
 
-def test_step_times_of_the_first_format_are_one_round(tmp_path):
+def test_medians_alone_are_one_round(tmp_path):
     path = tmp_path / "step_times.json"
-    path.write_text('{"format": 1, "seconds": {"a": 2.0}, "measured": null}')
+    path.write_text('{"format": 3, "seconds": {"a": 2.0}}')
     assert goodput_sweep._read_step_times(str(path)) == StepTimes(rounds={"a": [2.0]})
 
 

@@ -44,6 +44,7 @@ def part_spec(
     Args:
       kv_slots: kv heads of all devices of the mesh, repeated and padded ones included.
     """
+    assert isinstance(sharding.mesh, Mesh)
     padding = -config.head_dim % _LANES if is_tiled(sharding.mesh) else 0
     head_dim = config.head_dim + padding
     shape = (memory.num_blocks + 1, kv_slots, memory.block_tokens, head_dim)
