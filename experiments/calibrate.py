@@ -2,7 +2,7 @@
 
     python -m experiments.calibrate
     python -m experiments.calibrate --model=smollm2-135m --out=runs/smollm2.json
-    python -m experiments.calibrate --show=experiments/profiles/m32_cpu.json
+    python -m experiments.calibrate --show=runs/smollm2.json
     python -m experiments.calibrate --model=llama-3-8b --deployment=colocated:tp1 \\
         --deployment=prefill:tp1,decode:tp1 --set memory.tokens_per_device=32768
 

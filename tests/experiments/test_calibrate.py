@@ -18,7 +18,7 @@ from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.linear import LinearCost
 from disagg_jax.sim.cost.measured import CalibratedProfile
-from disagg_jax.sim.cost.measured_profile import profile_to_json
+from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
 from disagg_jax.work import Step
 from experiments import accuracy, calibrate
 from experiments.accuracy_study import report
@@ -360,14 +360,15 @@ def test_lengths_must_be_known(tmp_path):
 
 
 def test_show_prints_the_errors_of_a_profile_and_says_what_is_none(tmp_path):
-    published = calibrate.show("experiments/profiles/m32_cpu.json")
-    errors, service = published.split("\n\n")
-    assert [line.split()[0] for line in errors.splitlines()] == [
-        *("kind", "chunk", "decode", "mixed", "prefill", "transfer")
-    ]
+    text = calibrate.show(write_profile(tmp_path / "p.json", factor=1.5))
+    profile = profile_from_json(json.loads((tmp_path / "p.json").read_text()))
+    errors, service = text.split("\n\n")
+    kinds = [line.split()[0] for line in errors.splitlines()]
+    assert kinds == ["kind", *sorted(profile.held_out)]
+    factors = profile.layouts[Parallelism()].serving_factor
     assert [line.split()[:2] for line in service.splitlines()] == [
         ["layout", "kind"],
-        *(["tp1", kind] for kind in ("decode", "mixed", "prefill")),
+        *(["tp1", kind] for kind in sorted(factors)),
     ]
     for text in ("", "{}", "[1]"):
         (tmp_path / "none.json").write_text(text)
