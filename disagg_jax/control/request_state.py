@@ -367,7 +367,7 @@ class DecodeBatch:
 
     @property
     def attended(self) -> int:
-        """KV blocks that the next iteration attends to, those of each member."""
+        """Count the KV blocks that the next iteration attends to, of all members."""
         now, size = self.iteration, self._block_tokens
         return sum([(state.base + now) // size + 1 for state in self.members])
 

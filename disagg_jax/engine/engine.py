@@ -313,7 +313,13 @@ class Engine:
         queue of steps ever waits for the link.
         """
         src, dst = self.instances[transfer.src], self.instances[transfer.dst]
-        size = src.buckets.transfer_size(len(transfer.src_blocks))
+        blocks = len(transfer.src_blocks), len(transfer.dst_blocks)
+        if blocks[0] != blocks[1]:
+            raise RuntimeError(
+                f"transfer {transfer.id}: expected equally many blocks on both sides, "
+                f"got {blocks[0]} and {blocks[1]}"
+            )
+        size = src.buckets.transfer_size(blocks[0])
         src_ids = _ids(transfer.src_blocks, size, src.programs.memory)
         dst_ids = _ids(transfer.dst_blocks, size, dst.programs.memory)
         size_bytes = 0

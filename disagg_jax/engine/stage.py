@@ -66,7 +66,7 @@ class Stage:
 
     @property
     def decode_chunk(self) -> int | None:
-        """How many of their blocks decodes attend to at a time; see `chunk_entries`."""
+        """Return how many blocks decodes attend to at a time; see `chunk_entries`."""
         part, _ = self.cache_spec(1)[0]
         _, *block = self.kv_sharding.shard_shape(part.shape)
         block_bytes = 2 * math.prod(block) * part.dtype.itemsize

@@ -62,7 +62,7 @@ class Buckets:
 
     @functools.cached_property
     def decode(self) -> tuple[StepShape, ...]:
-        """The decode shapes: pairs of `decode_rows` and `pool_blocks`.
+        """Return the decode shapes: pairs of `decode_rows` and `pool_blocks`.
 
         Each request attends to a block at least, so that a step of more rows than the
         next smaller size has more blocks than that.
@@ -186,7 +186,7 @@ class Buckets:
 
     @functools.cached_property
     def _most_blocks(self) -> int:
-        """Most KV blocks that decodes attend to in a listed program."""
+        """Return the most KV blocks that decodes attend to in a listed program."""
         return max([shape.blocks for shape in self.step_shapes], default=0)
 
     def transfer_size(self, blocks: int) -> int:

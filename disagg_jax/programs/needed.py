@@ -25,9 +25,9 @@ def needed_buckets(
     `Buckets.for_limits` lists dozens of shapes, so that a step of any load has little
     padding. Here somebody waits for each to be compiled, so there is one of a kind, and
     a second one only where most steps would be padded to much more than they hold: if a
-    prompt is longer than the policy's budget, if not all requests can decode at once,
-    and if the pool is too small for all of them. In the last case a request may be
-    preempted, and computed again with the tokens that it has generated.
+    prompt is longer than the policy's budget, and if the pool is too small for all of
+    them. In the last case a request may be preempted, and computed again with the
+    tokens that it has generated.
 
     Sizes are rounded up, so that similar requests need the same programs.
 
@@ -46,12 +46,11 @@ def needed_buckets(
     limits = _at_most(limits, rows=len(requests))
     largest = [_for_lengths(limits, memory, each, sum(blocks)) for each in lengths]
     together = sum(heapq.nlargest(limits.decode_rows, blocks))
-    pool_blocks = [_clip(memory.num_blocks, n) for n in (together, sum(blocks))]
     return Buckets(
         prefill=_once(each.prefill[-1:] for each in largest),
         mixed=_once(each.mixed[-1:] for each in largest),
         decode_rows=largest[-1].decode_rows[-1:],
-        pool_blocks=_once([pool_blocks]) if limits.decode_rows else (),
+        pool_blocks=(_clip(memory.num_blocks, together),) if limits.decode_rows else (),
         transfer_blocks=_once(each.transfer_blocks[-1:] for each in largest),
     )
 

@@ -198,6 +198,12 @@ def test_kv_never_passes_through_the_host(world, model, prefill, decode):
     assert stages == 3
 
 
+def test_a_transfer_has_as_many_blocks_on_both_sides(world):
+    engine = world.engine("prefill:tp1,decode:tp1")
+    with pytest.raises(RuntimeError, match="equally many blocks .* got 2 and 1"):
+        next(engine.start(make_transfer((0, 1), (1,), 8)))
+
+
 def test_the_guard_catches_device_put_between_unequal_shardings():
     """Otherwise the test above would show nothing."""
     source, target = make_mesh(jax.devices()[:4]), make_mesh(jax.devices()[4:6])
