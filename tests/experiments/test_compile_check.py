@@ -8,24 +8,16 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment
-from disagg_jax.sim.hardware import HARDWARE
 from experiments.compile_check import CheckOptions, run
 from experiments.compiled import report, targets
 from experiments.compiled.records import CompiledDeployment
-from experiments.compiled.targets import CompileTarget
 from models.config import get_config
 from tests.commands import run_command
 from tests.deadlines import After
+from tests.experiments.host_target import HERE
 
 TINY = dataclasses.replace(get_config("tiny"), layers=1)
 DEEP = dataclasses.replace(TINY, layers=4)
-HERE = CompileTarget(
-    name="cpu:8",
-    hardware=HARDWARE["cpu"],
-    memory_bytes=2**26,
-    clock_hz=1e9,
-    devices=jax.devices(),
-)
 OPTIONS = CheckOptions(
     config=TINY,
     deployment=Deployment.parse("prefill:tp2,decode:tp1"),

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 
-import jax
 import pytest
 
 from disagg_jax.calibration.profile_keys import device_name, read_profile
@@ -17,7 +16,6 @@ from disagg_jax.scheduling.prefill_only import PrefillOnly
 from disagg_jax.sim import Simulation
 from disagg_jax.sim.cost import step_time_terms
 from disagg_jax.sim.cost.measured_profile import profile_from_json, profile_to_json
-from disagg_jax.sim.hardware import HARDWARE
 from disagg_jax.work import StepLoad
 from experiments import calibrate
 from experiments.compile_check import CheckOptions, run_profile
@@ -28,16 +26,10 @@ from experiments.compiled.targets import CompileTarget
 from models.config import get_config
 from tests.commands import run_command
 from tests.deadlines import After
+from tests.experiments.host_target import HERE
 
 ONE, TWO = Parallelism(), Parallelism(2)
 DEEP = dataclasses.replace(get_config("tiny"), layers=4)
-HERE = CompileTarget(
-    name="cpu:8",
-    hardware=HARDWARE["cpu"],
-    memory_bytes=2**26,
-    clock_hz=1e9,
-    devices=jax.devices(),
-)
 OPTIONS = CheckOptions(
     config=DEEP,
     deployment=Deployment.parse("prefill:tp2,decode:tp1,2xcolocated:tp1"),
