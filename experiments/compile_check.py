@@ -49,7 +49,8 @@ import pathlib
 from collections.abc import Sequence
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.memory_check import default_block_tokens
+from disagg_jax.engine.deployment_programs import DeploymentPrograms
+from disagg_jax.engine.memory_check import default_block_tokens, held_blocks
 from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets
@@ -64,11 +65,7 @@ from experiments.cli.names import ENGINE_MODEL
 from experiments.cli.progress import ENDLESS, Deadline, MinutesFlag, ProgressLines
 from experiments.compiled import report
 from experiments.compiled.profile import ProfilePlan, fit_errors
-from experiments.compiled.records import (
-    CompiledDeployment,
-    ProgramRecord,
-    held_blocks,
-)
+from experiments.compiled.records import CompiledDeployment, ProgramRecord
 from experiments.compiled.targets import CompileTarget
 from experiments.report.table import numbers
 from experiments.runs.folder import environment, run_folder, write_json
@@ -158,10 +155,19 @@ class CheckOptions:
             block_tokens=self.block_tokens or default_block_tokens(platform),
             max_context=min(self.max_context, self.config.max_length),
         )
-        held = held_blocks(target, self.config, self.deployment, one)
+        programs = DeploymentPrograms(
+            self.config,
+            self.deployment,
+            target.devices,
+            [one] * len(self.deployment.instances),
+            share_devices=True,
+        )
+        limit_bytes = int(target.memory_bytes)
         return [
-            dataclasses.replace(one, num_blocks=self.blocks or blocks)
-            for blocks in held
+            dataclasses.replace(
+                one, num_blocks=self.blocks or held_blocks(model, limit_bytes)
+            )
+            for model in programs.models
         ]
 
     def buckets(self, pools: Sequence[KVMemory]) -> list[Buckets]:

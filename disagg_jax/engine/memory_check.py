@@ -86,8 +86,7 @@ def default_memory(
 ) -> KVMemory:
     """Return a KV pool for an instance: `_LONGEST_AT_ONCE` requests of `max_context`.
 
-    It is smaller where a device has less room: `_POOL_SHARE` of what the weights leave
-    free, or `_HOST_POOL_BYTES` where the device does not say what it has.
+    It is smaller where a device has less room; see `held_blocks`.
 
     Args:
       devices: as many as the instance has, or more; each of `limit_bytes`.
@@ -105,21 +104,32 @@ def default_memory(
     )
     meshes = cut_meshes(devices, [spec.parallelism.tp] * spec.parallelism.pp)
     programs = ModelPrograms(config, meshes, rules, memory)
-    stages = [_stage_bytes(programs, stage) for stage in programs.stages]
-    weights = max(stage.weights for stage in stages)
-    block_bytes = max(stage.block for stage in stages)
-    room_bytes = _HOST_POOL_BYTES
-    if limit_bytes is not None:
-        room_bytes = int(_POOL_SHARE * (limit_bytes - weights))
-    # Beside the scratch block. `check_fits` says so if there is no room for one.
-    most = max(1, room_bytes // block_bytes - 1)
+    most = held_blocks(programs, limit_bytes)
     held = most * memory.block_tokens
-    expected = f"max_context: expected at most {held}, what a KV pool of "
-    expected += f"{room_bytes / _GIB:.4g} GiB on a device of '{spec}' has room for"
+    expected = f"max_context: expected at most {held}, what the default KV pool of "
+    expected += f"'{spec}' has room for"
     require(held >= (max_context or 1), expected, memory.max_context)
     longest = min(memory.max_context, held)
     blocks = min(most, _LONGEST_AT_ONCE * memory.blocks_for(longest))
     return dataclasses.replace(memory, num_blocks=blocks, max_context=longest)
+
+
+def held_blocks(programs: ModelPrograms, limit_bytes: int | None) -> int:
+    """Return the KV blocks that the fullest device of an instance holds by default.
+
+    They take `_POOL_SHARE` of what the weights leave free, or `_HOST_POOL_BYTES` where
+    the device does not say what it has; one of them is the scratch block. At least one
+    is held beside it: `check_fits`, or the compiler, says so if there is no room.
+    """
+
+    def on_stage(stage: Stage) -> int:
+        held = _stage_bytes(programs, stage)
+        room_bytes = _HOST_POOL_BYTES
+        if limit_bytes is not None:
+            room_bytes = int(_POOL_SHARE * (limit_bytes - held.weights))
+        return max(1, room_bytes // held.block - 1)
+
+    return min(map(on_stage, programs.stages))
 
 
 class _StageBytes(NamedTuple):

@@ -30,7 +30,6 @@ from experiments.compiled.targets import CompileTarget
 from experiments.compiled.traffic import OpTraffic, traffic
 from models.config import ModelConfig
 
-_POOL_SHARE = 0.8  # of a default pool, as `engine.memory_check` has it
 _LAYER = re.compile(r"/layer_(\d+)/")  # a layer's scope, from 0 on in each program
 
 
@@ -279,33 +278,6 @@ class CompiledDeployment:
             "fits": needed <= limit,
             "error": "" if needed <= limit else error,
         }
-
-
-def held_blocks(
-    target: CompileTarget, config: ModelConfig, deployment: Deployment, one: KVMemory
-) -> list[int]:
-    """Return the KV blocks that the fullest device of each instance holds.
-
-    They take a share of what the weights leave, as steps need memory too. At least one
-    is held: where the weights alone are too large, the compiler says so.
-
-    Args:
-      one: a pool of one block.
-    """
-    pools = [one] * len(deployment.instances)
-    programs = DeploymentPrograms(
-        config, deployment, target.devices, pools, share_devices=True
-    )
-
-    def on_stage(instance: int, stage: Stage) -> int:
-        weights, two_blocks = _held_bytes(programs, instance, stage)  # one is scratch
-        room_bytes = _POOL_SHARE * (target.memory_bytes - weights)
-        return max(1, int(2 * room_bytes // two_blocks) - 1)
-
-    return [
-        min(on_stage(i, stage) for stage in model.stages)
-        for i, model in enumerate(programs.models)
-    ]
 
 
 def _size(program: Program) -> tuple[int, ...]:
