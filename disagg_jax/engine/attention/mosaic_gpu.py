@@ -1,0 +1,292 @@
+"""Attention of decodes on Hopper GPUs: a Pallas kernel for Mosaic GPU.
+
+**Compiled for an H100, never run on one.** Its arithmetic and its barriers are tested
+in JAX's interpreter; see `tests/engine/test_mosaic_gpu.py`.
+
+A row's entries are cut into *items* of about equal size, so that few long rows fill a
+GPU too (flash-decoding). A warpgroup takes an item and a kv head. It copies blocks of K
+and V into a ring of buffers in shared memory while it multiplies those before, and
+keeps a running softmax in registers (Milakov & Gimelshein 2018). Tensor cores take 64
+rows at a time, of which the queries of a kv head fill at most G: the others are
+whatever is in shared memory, and nothing reads what comes of them. That is little work:
+64 rows take 2.1 MFLOP for the 32 KiB of a block of 128 x 64, a quarter of an H100's
+peak at its full bandwidth.
+
+Last, XLA weighs the items of a row. All sums have an order of their own: equal inputs
+give equal bits.
+
+Shape letters as in `paged.py`; also W items, M items of a row at most, Q queries of a
+kv head with padding.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from disagg_jax.engine.attention.gathered import Attention
+from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
+from disagg_jax.engine.attention.paged import Entries
+from disagg_jax.errors import require
+
+KERNEL = "mosaic_gpu_decode_attention"  # its name in a compiled program
+
+_ROWS = 64  # of a wgmma; also tokens of a block
+# Of shared memory for K and V: an SM of Hopper has 227 KiB, for two warpgroups.
+_BUFFER_BYTES = 96 * 2**10
+_WARPGROUPS = 4 * 132  # that a call should have: twice what an H100 runs at a time
+_FEWEST_ENTRIES = 4  # of an item, or its start would take longer than its blocks
+_FEWEST_SPLITS = 8  # that a long row among many can have
+_LOWEST = -1e30  # a score of what is not seen; finite, since inf - inf is NaN
+
+
+class Items(NamedTuple):
+    """Runs of a row's entries; of unused items the count is 0."""
+
+    row_W: Array
+    first_W: Array  # entry
+    count_W: Array  # of entries
+    items_B: Array  # of each row; they lie one after the other
+
+
+class Grid(NamedTuple):
+    """The sizes that a call has for all its rows, whatever their lengths."""
+
+    entries: int  # of an item, unless its row would have too many items
+    items: int  # of all rows
+    splits: int  # items of a row
+
+    @classmethod
+    def of(cls, rows: int, entries: int, kv_heads: int) -> Grid:
+        size = max(_FEWEST_ENTRIES, -(-entries * kv_heads // _WARPGROUPS))
+        splits = max(_FEWEST_SPLITS, -(-_WARPGROUPS // (rows * kv_heads)))
+        return cls(
+            entries=size,
+            items=min(entries, rows + entries // size),
+            splits=min(splits, -(-entries // size)),
+        )
+
+
+def decode_attention(position_B: Array, entries: Entries) -> Attention:
+    """Return the attention of one query a row, as `paged.paged_attention` does.
+
+    It is for bfloat16, blocks of 64 tokens, and a head_dim of 64, 128 or 256. It runs
+    on one device: under `jax.shard_map` it sees the device's own heads.
+    """
+
+    def attend(q_BNH: Array, layer: LayerCache) -> Array:
+        B, N, H = q_BNH.shape
+        k, v = layer
+        _check(q_BNH, k)
+        K = k.shape[1]
+        G = N // K
+        grid = Grid.of(B, entries.owner_P.shape[0], K)
+        items = split_rows(position_B, entries, grid)
+        q_BKGH = q_BNH.reshape(B, K, G, H)
+        q_BKQH = jnp.pad(q_BKGH, [(0, 0), (0, 0), (0, -G % 8), (0, 0)])
+        run = _kernel(grid.items, q_BKQH.shape)
+        row = jnp.stack([items.row_W, position_B.at[items.row_W].get(mode=IN_BOUNDS)])
+        numbers = jnp.stack([*row, items.first_W, items.count_W])
+        out_WKQH, lse_WKQ = run(
+            numbers, entries.block_P, entries.start_P, q_BKQH, k, v
+        )
+        out_BKGH = join_items(
+            items.items_B, grid.splits, out_WKQH[:, :, :G], lse_WKQ[:, :, :G]
+        )
+        return out_BKGH.astype(q_BNH.dtype).reshape(B, N, H)
+
+    return attend
+
+
+def _check(q_BNH: Array, k: Array) -> None:
+    H, (_, K, block_tokens, cache_H) = q_BNH.shape[-1], k.shape
+    ok = q_BNH.dtype == k.dtype == jnp.bfloat16
+    require(ok, "attention on Hopper: expected bfloat16", f"{q_BNH.dtype}, {k.dtype}")
+    ok = block_tokens == _ROWS and H == cache_H and H in (64, 128, 256)
+    expected = "attention on Hopper: expected blocks of 64 tokens of 64, 128 or 256"
+    require(ok, expected, f"{block_tokens} of {cache_H}, and queries of {H}")
+    expected = f"attention on Hopper: expected at most {_ROWS} queries a kv head"
+    require(q_BNH.shape[1] // K <= _ROWS, expected, str(q_BNH.shape[1] // K))
+
+
+def split_rows(position_B: Array, entries: Entries, grid: Grid) -> Items:
+    """Cut the entries of each row into items; padding at the end of the list in none.
+    """
+    owner_P, (B,), (P,) = entries.owner_P, position_B.shape, entries.owner_P.shape
+    seen_P = entries.start_P <= position_B.at[owner_P].get(mode=IN_BOUNDS)
+    used = jnp.where(seen_P, jnp.arange(1, P + 1), 0).max()
+    # All at once: a search by halves would be a loop of small kernels.
+    row_B = jnp.arange(B)
+    first_B = (owner_P[None, :] < row_B[:, None]).sum(1)
+    end_B = jnp.minimum((owner_P[None, :] <= row_B[:, None]).sum(1), used)
+    count_B = jnp.maximum(end_B - first_B, 0)
+    splits_B = jnp.clip(-(-count_B // grid.entries), 1, grid.splits)
+    size_B = jnp.maximum(-(-count_B // splits_B), 1)
+    items_B = -(-count_B // size_B)
+    end_item_B = jnp.cumsum(items_B)
+    index_W = jnp.arange(grid.items)
+    row_W = jnp.minimum((end_item_B[None, :] <= index_W[:, None]).sum(1), B - 1)
+    size_W, count_W, first_W, first_item_W = (
+        x.at[row_W].get(mode=IN_BOUNDS)
+        for x in (size_B, count_B, first_B, end_item_B - items_B)
+    )
+    done_W = (index_W - first_item_W) * size_W  # entries of the row's items before
+    left_W = jnp.clip(count_W - done_W, 0, size_W)
+    return Items(row_W, first_W + done_W, left_W, items_B)
+
+
+def join_items(
+    items_B: Array, splits: int, out_WKGH: Array, lse_WKG: Array
+) -> Array:
+    """Return the outputs of rows `[B, K, G, H]` in float32; 0 of rows without items.
+
+    Args:
+      items_B: of each row.
+      splits: the most of them.
+      lse_WKG: log2 of the sum of an item's weights.
+    """
+    first_B = jnp.cumsum(items_B) - items_B
+    index_M = jnp.arange(splits)
+    is_item_BM = index_M[None, :] < items_B[:, None]
+    item_BM = jnp.where(is_item_BM, first_B[:, None] + index_M[None, :], 0)
+    # What is in unused items was never written: it can be NaN.
+    lse_BMKG = lse_WKG.at[item_BM].get(mode=IN_BOUNDS)
+    lse_BMKG = jnp.where(is_item_BM[:, :, None, None], lse_BMKG, _LOWEST)
+    weight_BMKG = jnp.exp2(lse_BMKG - lse_BMKG.max(1, keepdims=True))
+    out_BMKGH = out_WKGH.at[item_BM].get(mode=IN_BOUNDS).astype(jnp.float32)
+    out_BMKGH = jnp.where(is_item_BM[:, :, None, None, None], out_BMKGH, 0)
+    out_BKGH = (weight_BMKG[..., None] * out_BMKGH).sum(1)
+    return out_BKGH / weight_BMKG.sum(1)[..., None]
+
+
+# -- the kernel ----------------------------------------------------------------------
+
+
+def _kernel(items: int, q_shape: tuple[int, ...]):
+    """Return (numbers of items, blocks, starts, q, k, v) -> outputs and sums of items.
+    """
+    _, K, Q, H = q_shape
+    dtype = jnp.bfloat16
+    depth = max(2, _BUFFER_BYTES // (2 * _ROWS * H * dtype.dtype.itemsize))
+    # What a wgmma takes: tiles of 8 rows of 128 bytes.
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    return plgpu.kernel(
+        functools.partial(_attend_item, depth=depth),
+        out_type=(
+            jax.ShapeDtypeStruct((items, K, Q, H), dtype),
+            jax.ShapeDtypeStruct((items, K, Q), jnp.float32),
+        ),
+        scratch_types=(
+            buffer((_ROWS, H)),
+            buffer((depth, _ROWS, H)),
+            buffer((depth, _ROWS, H)),
+            plgpu.SMEM((_ROWS,), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=depth),
+        ),
+        grid=(items, K),
+        grid_names=("item", "head"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name=KERNEL,
+    )
+
+
+def _attend_item(
+    numbers, block_P, start_P, q_BKQH, k_pool, v_pool, out_WKQH, lse_WKQ, *scratch, depth
+):
+    """Attend with a kv head's queries to the blocks of an item. All are references."""
+    q_RH, k_DOH, v_DOH, lse_R, q_here, kv_here = scratch
+    item, head = lax.axis_index("item"), lax.axis_index("head")
+    row, position, first, count = (numbers[i, item] for i in range(4))
+    queries = pl.ds(0, q_BKQH.shape[2])
+    H = q_RH.shape[1]
+
+    def fetch(i) -> None:
+        slot, block = lax.rem(i, depth), block_P[first + i]
+        for pool, buffer in ((k_pool, k_DOH), (v_pool, v_DOH)):
+            plgpu.copy_gmem_to_smem(
+                pool.at[block, head], buffer.at[slot], kv_here.at[slot]
+            )
+
+    def attend_block(i, found):
+        max_R, total_R, out_RH = found
+        slot = lax.rem(i, depth)
+        last = position - start_P[first + i]  # offset that is seen
+        plgpu.barrier_wait(kv_here.at[slot])
+        pl.when(last < _ROWS - 1)(lambda: _clear_after(last, v_DOH.at[slot]))
+        scores_RO = _scores(q_RH, k_DOH.at[slot]) * (H**-0.5 * math.log2(math.e))
+        seen_RO = _iota((_ROWS, _ROWS), 1) <= last
+        scores_RO = jnp.where(seen_RO, scores_RO, _LOWEST)
+        new_R = jnp.maximum(max_R, scores_RO.max(1))
+        before_R = jnp.exp2(max_R - new_R)
+        weight_RO = jnp.exp2(scores_RO - lax.broadcast_in_dim(new_R, (_ROWS,) * 2, [0]))
+        weight_RO = jnp.where(seen_RO, weight_RO, 0.0)
+        total_R = total_R * before_R + weight_RO.sum(1)
+        out_RH = out_RH * lax.broadcast_in_dim(before_R, out_RH.shape, [0])
+        out_RH = _add_values(out_RH, weight_RO.astype(v_DOH.dtype), v_DOH.at[slot])
+        pl.when(i + depth < count)(lambda: fetch(i + depth))
+        return new_R, total_R, out_RH
+
+    @pl.when(count > 0)
+    def _():
+        plgpu.copy_gmem_to_smem(q_BKQH.at[row, head], q_RH.at[queries], q_here)
+        for i in range(depth):
+            pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
+        plgpu.barrier_wait(q_here)
+        found = _full((_ROWS,), _LOWEST), _full((_ROWS,), 0.0), _full((_ROWS, H), 0.0)
+        max_R, total_R, out_RH = lax.fori_loop(0, count, attend_block, found)
+        total_R = jnp.maximum(total_R, 1e-30)
+        out_RH = out_RH / lax.broadcast_in_dim(total_R, out_RH.shape, [0])
+        q_RH[...] = out_RH.astype(q_RH.dtype)  # all blocks have seen the queries
+        lse_R[...] = max_R + jnp.log(total_R) * math.log2(math.e)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_RH.at[queries], out_WKQH.at[item, head])
+        plgpu.copy_smem_to_gmem(lse_R.at[queries], lse_WKQ.at[item, head])
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _clear_after(last, v_OH) -> None:
+    """Put zeros into the offsets after `last`: a weight of 0 times NaN is NaN."""
+    kept = _iota(v_OH.shape, 0) <= last
+    v_OH[...] = jnp.where(kept, v_OH[...], jnp.zeros((), v_OH.dtype))
+    plgpu.commit_smem()
+
+
+def _scores(q_RH, k_OH):
+    """Return the products of queries and keys, `[R, O]`."""
+
+    def multiply(found):
+        plgpu.wgmma(found, q_RH, plgpu.transpose_ref(k_OH, (1, 0)))
+        return found[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+
+
+def _add_values(out_RH, weight_RO, v_OH):
+    """Return `out_RH` and the weighted values."""
+
+    def multiply(found) -> None:
+        plgpu.wgmma(found, weight_RO, v_OH)
+
+    return pl.run_state(multiply)(plgpu.ACC.init(out_RH))
+
+
+def _iota(shape, dimension):
+    layout = plgpu.Layout.WGMMA
+    return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=layout)
+
+
+def _full(shape, value):
+    layout = plgpu.Layout.WGMMA
+    return plgpu.layout_cast(
+        jnp.full(shape, value, jnp.float32),
+        layout if len(shape) == 2 else layout.reduce(1),
+    )
