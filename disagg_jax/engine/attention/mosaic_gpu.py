@@ -44,6 +44,7 @@ _BUFFER_BYTES = 96 * 2**10
 _WARPGROUPS = 4 * 132  # that a call should have: twice what an H100 runs at a time
 _FEWEST_ENTRIES = 4  # of an item, or its start would take longer than its blocks
 _FEWEST_SPLITS = 8  # that a long row among many can have
+_BYTES = 2  # of a bfloat16
 _LOWEST = -1e30  # a score of what is not seen; finite, since inf - inf is NaN
 
 
@@ -74,6 +75,40 @@ class Grid(NamedTuple):
         )
 
 
+class Cost(NamedTuple):
+    """What one call of the kernel on a device reads and writes in HBM, and computes."""
+
+    size_bytes: int
+    flops: int
+
+
+def kernel_cost(
+    rows: int, entries: int, heads: int, kv_heads: int, head_dim: int
+) -> Cost:
+    """State the cost of the kernel named `KERNEL`, if no entry is padding.
+
+    What XLA does before and after it is not in this. FLOPs are those of tensor cores,
+    for 64 queries a kv head; 64 / G times what attention needs.
+
+    Args:
+      heads: of queries on the device.
+    """
+    items = Grid.of(rows, entries, kv_heads).items
+    queries = kv_heads * _padded(heads // kv_heads)  # of an item
+    kv_bytes = entries * kv_heads * 2 * _ROWS * head_dim * _BYTES
+    q_and_out_bytes = 2 * items * queries * head_dim * _BYTES
+    numbers_bytes = 4 * (4 * items + 2 * entries + items * queries)
+    return Cost(
+        size_bytes=kv_bytes + q_and_out_bytes + numbers_bytes,
+        flops=entries * kv_heads * 4 * _ROWS * _ROWS * head_dim,
+    )
+
+
+def _padded(queries: int) -> int:
+    """Return the queries of a kv head with padding: tiles have 8 rows."""
+    return -(-queries // 8) * 8
+
+
 def decode_attention(position_B: Array, entries: Entries) -> Attention:
     """Return the attention of one query a row, as `paged.paged_attention` does.
 
@@ -90,13 +125,11 @@ def decode_attention(position_B: Array, entries: Entries) -> Attention:
         grid = Grid.of(B, entries.owner_P.shape[0], K)
         items = split_rows(position_B, entries, grid)
         q_BKGH = q_BNH.reshape(B, K, G, H)
-        q_BKQH = jnp.pad(q_BKGH, [(0, 0), (0, 0), (0, -G % 8), (0, 0)])
+        q_BKQH = jnp.pad(q_BKGH, [(0, 0), (0, 0), (0, _padded(G) - G), (0, 0)])
         run = _kernel(grid.items, q_BKQH.shape)
         row = jnp.stack([items.row_W, position_B.at[items.row_W].get(mode=IN_BOUNDS)])
         numbers = jnp.stack([*row, items.first_W, items.count_W])
-        out_WKQH, lse_WKQ = run(
-            numbers, entries.block_P, entries.start_P, q_BKQH, k, v
-        )
+        out_WKQH, lse_WKQ = run(numbers, entries.block_P, entries.start_P, q_BKQH, k, v)
         out_BKGH = join_items(
             items.items_B, grid.splits, out_WKQH[:, :, :G], lse_WKQ[:, :, :G]
         )
@@ -117,8 +150,7 @@ def _check(q_BNH: Array, k: Array) -> None:
 
 
 def split_rows(position_B: Array, entries: Entries, grid: Grid) -> Items:
-    """Cut the entries of each row into items; padding at the end of the list in none.
-    """
+    """Cut the entries of each row into items, but for padding at the list's end."""
     owner_P, (B,), (P,) = entries.owner_P, position_B.shape, entries.owner_P.shape
     seen_P = entries.start_P <= position_B.at[owner_P].get(mode=IN_BOUNDS)
     used = jnp.where(seen_P, jnp.arange(1, P + 1), 0).max()
@@ -142,9 +174,7 @@ def split_rows(position_B: Array, entries: Entries, grid: Grid) -> Items:
     return Items(row_W, first_W + done_W, left_W, items_B)
 
 
-def join_items(
-    items_B: Array, splits: int, out_WKGH: Array, lse_WKG: Array
-) -> Array:
+def join_items(items_B: Array, splits: int, out_WKGH: Array, lse_WKG: Array) -> Array:
     """Return the outputs of rows `[B, K, G, H]` in float32; 0 of rows without items.
 
     Args:
@@ -170,11 +200,10 @@ def join_items(
 
 
 def _kernel(items: int, q_shape: tuple[int, ...]):
-    """Return (numbers of items, blocks, starts, q, k, v) -> outputs and sums of items.
-    """
+    """Return (numbers of items, blocks, starts, q, k, v) -> items' outputs, sums."""
     _, K, Q, H = q_shape
     dtype = jnp.bfloat16
-    depth = max(2, _BUFFER_BYTES // (2 * _ROWS * H * dtype.dtype.itemsize))
+    depth = max(2, _BUFFER_BYTES // (2 * _ROWS * H * _BYTES))
     # What a wgmma takes: tiles of 8 rows of 128 bytes.
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
@@ -200,7 +229,16 @@ def _kernel(items: int, q_shape: tuple[int, ...]):
 
 
 def _attend_item(
-    numbers, block_P, start_P, q_BKQH, k_pool, v_pool, out_WKQH, lse_WKQ, *scratch, depth
+    numbers,
+    block_P,
+    start_P,
+    q_BKQH,
+    k_pool,
+    v_pool,
+    out_WKQH,
+    lse_WKQ,
+    *scratch,
+    depth,
 ):
     """Attend with a kv head's queries to the blocks of an item. All are references."""
     q_RH, k_DOH, v_DOH, lse_R, q_here, kv_here = scratch
@@ -267,7 +305,9 @@ def _scores(q_RH, k_OH):
         plgpu.wgmma(found, q_RH, plgpu.transpose_ref(k_OH, (1, 0)))
         return found[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((_ROWS, _ROWS), jnp.float32))
+    return pl.run_scoped(
+        multiply, plgpu.WGMMAAccumulatorRef((_ROWS, _ROWS), jnp.float32)
+    )
 
 
 def _add_values(out_RH, weight_RO, v_OH):
@@ -276,7 +316,7 @@ def _add_values(out_RH, weight_RO, v_OH):
     def multiply(found) -> None:
         plgpu.wgmma(found, weight_RO, v_OH)
 
-    return pl.run_state(multiply)(plgpu.ACC.init(out_RH))
+    return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(out_RH))
 
 
 def _iota(shape, dimension):

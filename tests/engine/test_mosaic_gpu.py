@@ -1,0 +1,259 @@
+"""The Hopper kernel in JAX's interpreter of GPU kernels, on a CPU.
+
+It runs the kernel's own code: its items, copies, barriers, masks and softmax, and looks
+for races. Two products are plain ones here, since the interpreter of jax 0.10 knows
+wgmma neither with a transposed operand nor with one in registers.
+
+`-m gpu` runs the same cases on a GPU, as they are.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+from jax._src.pallas.mosaic_gpu.interpret.params import (
+    InterpretGPUParams,
+    force_gpu_interpret_mode,
+)
+
+from disagg_jax.engine.attention import mosaic_gpu
+from disagg_jax.engine.attention.mosaic_gpu import Grid, kernel_cost, split_rows
+from disagg_jax.engine.attention.paged import UNSEEN, Entries, paged_attention
+from tests.engine.test_attention import Decodes, double
+
+ROWS, ENTRIES = 4, 12  # so that most cases are one program
+INTERPRETED = "interpreted"
+WHERE = [INTERPRETED, pytest.param("gpu", marks=pytest.mark.gpu)]
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def attend(position_B, entries, q_BNH, layer, where):
+    del where  # programs of the interpreter are others
+    return mosaic_gpu.decode_attention(position_B, entries)(q_BNH, layer)
+
+
+@pytest.fixture
+def on(request, monkeypatch):
+    """Runs a test in the interpreter, or on a GPU."""
+    monkeypatch.setattr(OnHopper, "where", request.param)
+    if request.param != INTERPRETED:
+        with jax.default_device(jax.devices("gpu")[0]):
+            yield
+        return
+
+    def product(x, y):
+        return jnp.dot(x, y, preferred_element_type=jnp.float32)
+
+    patched = {
+        "_scores": lambda q, k: product(q[...], k[...].T),
+        "_add_values": lambda out, weights, v: out + product(weights, v[...]),
+        "_iota": functools.partial(lax.broadcasted_iota, jnp.int32),
+        "_full": functools.partial(jnp.full, dtype=jnp.float32),
+        # Two buffers of a head_dim of 64, so that items of 4 blocks use them again.
+        "_BUFFER_BYTES": 2**15,
+    }
+    for name, value in patched.items():
+        monkeypatch.setattr(mosaic_gpu, name, value)
+    with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
+        yield
+    interpreter.reset_gpu_interpret_mode_state()
+
+
+class OnHopper(Decodes):
+    """Rows and entries of one size, with what the kernel is for."""
+
+    where = INTERPRETED
+
+    def __init__(self, contexts, *, kv_heads=1, head_dim=64, **kwargs):
+        blocks = sum(-(-context // 64) for context in contexts)
+        super().__init__(
+            contexts,
+            block_tokens=64,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            dtype="bfloat16",
+            padding=(ROWS - len(contexts), ENTRIES - blocks),
+            **kwargs,
+        )
+
+    def attend(self, chunk=None, layer=None) -> np.ndarray:
+        args = self.position_B, self.entries, self.q_BNH, layer or self.layer
+        got = attend(*args, where=self.where)
+        assert got.dtype == self.q_BNH.dtype and got.shape == self.q_BNH.shape
+        if self.where == INTERPRETED:
+            assert not interpreter.get_races().races_found
+        return double(got)
+
+
+on_each = pytest.mark.parametrize("on", WHERE, indirect=True)
+
+
+@on_each
+@pytest.mark.parametrize(
+    "contexts, shared",
+    [
+        ([1, 64, 65], False),  # and a row of padding
+        ([700], False),  # 11 blocks, which are three items
+        ([130, 127, 256, 190], False),  # no padding of either kind
+        ([130, 63, 200], True),
+        ([], False),
+    ],
+)
+def test_each_row_attends_to_its_own_context(on, contexts, shared):
+    """NaN is wherever no row looks: in free blocks, and after the ends of rows."""
+    OnHopper(contexts, shared=shared).check(None)
+
+
+@on_each
+@pytest.mark.parametrize(
+    "kv_heads, group, head_dim", [(2, 1, 128), (1, 8, 128), (1, 12, 64)]
+)
+def test_heads(on, kv_heads, group, head_dim):
+    OnHopper([65, 300], kv_heads=kv_heads, group=group, head_dim=head_dim).check(None)
+
+
+@on_each
+def test_a_row_with_nan_does_not_harm_the_others(on):
+    """Of keys, or values, that the row sees; it shows the NaN itself."""
+    decodes = OnHopper([130, 70, 200, 3])
+    expected = decodes.attend()
+    for part in (0, 1):
+        layer = list(decodes.layer)
+        layer[part] = layer[part].at[decodes.tables[2][0]].set(np.nan)
+        got = decodes.attend(layer=tuple(layer))
+        assert np.isnan(got[2]).all()
+        np.testing.assert_array_equal(np.delete(got, 2, 0), np.delete(expected, 2, 0))
+
+
+@on_each
+def test_large_scores_do_not_overflow(on):
+    decodes = OnHopper([130, 700 - 192])
+    decodes.q_BNH *= 1000
+    decodes.check(None)
+
+
+@on_each
+def test_as_plain_attention_where_entries_have_any_order(on):
+    """Entries without a token that is seen lie between others; a row has only such."""
+    decodes = OnHopper([200, 300])
+    order = jnp.array([2, 0, 3, 1, 8, 4, 9, 7, 5, 6, 10, 11])
+    block, _, start = (x[order] for x in decodes.entries)
+    owner = jnp.array([0] * 4 + [1] * 6 + [2] * 2)
+    decodes.entries = Entries(block, owner, start)
+    plain = paged_attention(decodes.position_B, decodes.entries, None)
+    got, expected = decodes.attend(), double(plain(decodes.q_BNH, decodes.layer))
+    # Weights are rounded to bfloat16 here, and not there.
+    np.testing.assert_allclose(got, expected, atol=2e-2, rtol=2e-2)
+    np.testing.assert_array_equal(got[2:], 0)
+
+
+# -- without the kernel ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype, block_tokens, head_dim, group, message",
+    [
+        ("float32", 64, 64, 2, "expected bfloat16, got 'float32, float32'"),
+        ("bfloat16", 16, 64, 2, "got '16 of 64, and queries of 64'"),
+        ("bfloat16", 64, 80, 2, "got '64 of 80, and queries of 80'"),
+        ("bfloat16", 64, 64, 65, "at most 64 queries a kv head, got '65'"),
+    ],
+)
+def test_says_what_it_is_not_for(dtype, block_tokens, head_dim, group, message):
+    decodes = Decodes(
+        [3], dtype=dtype, block_tokens=block_tokens, head_dim=head_dim, group=group
+    )
+    run = mosaic_gpu.decode_attention(decodes.position_B, decodes.entries)
+    with pytest.raises(ValueError, match=message):
+        run(decodes.q_BNH, decodes.layer)
+
+
+@functools.partial(jax.jit, static_argnames="grid")
+def items_of(position_B, owner_P, start_P, grid):
+    return split_rows(position_B, Entries(start_P, owner_P, start_P), grid)
+
+
+@given(
+    st.lists(st.integers(1, 40), max_size=8).filter(lambda counts: sum(counts) <= 64),
+    st.sampled_from([1, 2, 8, 64]),
+)
+def test_items_are_all_entries_once(counts, kv_heads):
+    """Whatever the rows, they are as many as the grid has, and no row has too many."""
+    rows, entries = 8, 64
+    grid = Grid.of(rows, entries, kv_heads)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    padding = entries - len(owner)
+    owner = np.pad(owner, (0, padding), constant_values=max(len(counts) - 1, 0))
+    start = [64 * i for count in counts for i in range(count)] + [UNSEEN] * padding
+    position = [64 * count - 1 for count in counts] + [0] * (rows - len(counts))
+    args = (jnp.array(x, jnp.int32) for x in (position, owner, start))
+    row, first, count, items = map(np.asarray, items_of(*args, grid))
+    used = count > 0
+    assert used[: items.sum()].all() and not used[items.sum() :].any()
+    assert items.max() <= grid.splits
+    np.testing.assert_array_equal(np.bincount(row[used], minlength=rows), items)
+    taken = [
+        (row, first + i)
+        for row, first, count in zip(row, first, count, strict=True)
+        for i in range(count)
+    ]
+    assert taken == [(row, i) for i, row in enumerate(owner[: sum(counts)])]
+
+
+def test_few_long_rows_fill_a_gpu():
+    """A row of 64 Ki tokens of 8 kv heads, and of 2: most of what 132 SMs can hold."""
+    assert Grid.of(rows=1, entries=1024, kv_heads=8).items * 8 > 264
+    assert Grid.of(rows=1, entries=1024, kv_heads=2).items * 2 > 264
+
+
+def kernel_calls(jaxpr) -> list:
+    """The calls of Pallas kernels in a program."""
+    calls = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("mpmd_map", "pallas_call"):
+            calls.append(eqn)
+            continue
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", None)
+            calls += kernel_calls(inner) if inner is not None else []
+    return calls
+
+
+@pytest.mark.parametrize("group, queries", [(1, 8), (4, 8), (12, 16)])
+@pytest.mark.parametrize("contexts", [[64] * 5, [64 * 5] * 5])
+def test_cost_is_of_what_the_kernel_is_given(contexts, group, queries):
+    """Each array once; but queries once for each item of their row."""
+    kv_heads, head_dim, rows = 2, 128, len(contexts)
+    decodes = Decodes(
+        contexts,
+        block_tokens=64,
+        kv_heads=kv_heads,
+        group=group,
+        head_dim=head_dim,
+        dtype="bfloat16",
+    )
+    blocks = sum(contexts) // 64
+    decodes.layer = tuple(part[:blocks] for part in decodes.layer)  # no free ones
+    run = mosaic_gpu.decode_attention(decodes.position_B, decodes.entries)
+    program = jax.make_jaxpr(run)(decodes.q_BNH, decodes.layer)
+    (call,) = kernel_calls(program.jaxpr)
+    avals = [var.aval for var in (*call.invars, *call.outvars)]
+    size_bytes = sum(aval.size * aval.dtype.itemsize for aval in avals)
+    items = call.outvars[0].aval.shape[0]
+    assert items >= rows
+    size_bytes += (items - rows) * kv_heads * queries * head_dim * 2
+    got = kernel_cost(rows, blocks, kv_heads * group, kv_heads, head_dim)
+    assert got.size_bytes == size_bytes
+
+
+def test_cost_counts_all_64_queries_of_a_tensor_core():
+    """As if each kv head had 64, whatever it has: two products with 64 keys a block."""
+    for heads in (2, 128):
+        cost = kernel_cost(3, 7, heads, kv_heads=2, head_dim=128)
+        assert cost.flops == 2 * (2 * 7 * 64 * 128 * 128)
