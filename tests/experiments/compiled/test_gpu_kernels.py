@@ -1,0 +1,66 @@
+"""GPU kernels compiled for an H100 that is not there: they fit, and read KV once."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from disagg_jax.engine.attention import mosaic_gpu
+from disagg_jax.engine.attention.paged import Entries
+from experiments.compiled.traffic import KernelCost, traffic
+
+BLOCK_TOKENS = 64
+
+
+def compiled_decode(target, rows, entries, heads, kv_heads, head_dim):
+    """Return a layer's attention, compiled, and the shape of its k."""
+    mesh = Mesh(np.array(target.devices[:1]), ("tensor",))
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def spec(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+    def attend(position_B, listed, q_BNH, layer):
+        return mosaic_gpu.decode_attention(position_B, listed)(q_BNH, layer)
+
+    pool = entries + 1, kv_heads, BLOCK_TOKENS, head_dim
+    listed = Entries(*[spec(entries, dtype=jnp.int32)] * 3)
+    position_B = spec(rows, dtype=jnp.int32)
+    lowered = jax.jit(attend).lower(
+        position_B, listed, spec(rows, heads, head_dim), (spec(*pool),) * 2
+    )
+    return lowered.compile(), pool
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("target", ["h100:4"], indirect=True)
+@pytest.mark.parametrize(
+    "rows, entries, heads, kv_heads, head_dim",
+    [
+        (64, 1024, 32, 8, 128),  # Llama-3-8B
+        (256, 4096, 32, 8, 128),
+        (64, 1024, 8, 2, 128),  # a device of tp4
+        (1, 1024, 32, 8, 128),
+        (64, 1024, 9, 3, 64),  # SmolLM2-135M
+        (64, 1024, 16, 4, 256),
+    ],
+)
+def test_decode_attention_reads_kv_once(
+    target, rows, entries, heads, kv_heads, head_dim
+):
+    """Beside KV it moves queries and outputs, of a few items a row."""
+    sizes = rows, entries, heads, kv_heads, head_dim
+    compiled, pool = compiled_decode(target, *sizes)
+    stated = mosaic_gpu.kernel_cost(*sizes)
+    cost = KernelCost(size_bytes=stated.size_bytes, flops=stated.flops)
+    found = traffic(compiled, pool=pool, kernels={mosaic_gpu.KERNEL: cost})
+    assert not found.unstated_kernels and not found.unknown_loops
+    assert not found.pool_copies
+    kv_bytes = 2 * 2 * entries * math.prod(pool[1:])
+    assert kv_bytes < found.size_bytes < 1.1 * kv_bytes, str(found)
+    assert found.flops < 1.01 * cost.flops
+    temp_bytes = compiled.memory_analysis().temp_size_in_bytes
+    assert temp_bytes < 0.04 * kv_bytes
