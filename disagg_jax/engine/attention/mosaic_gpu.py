@@ -262,11 +262,11 @@ def _attend_item(
         pl.when(last < _ROWS - 1)(lambda: _clear_after(last, v_DOH.at[slot]))
         scores_RO = _scores(q_RH, k_DOH.at[slot]) * (H**-0.5 * math.log2(math.e))
         seen_RO = _iota((_ROWS, _ROWS), 1) <= last
+        # Where nothing is seen weights are 1, of zeros; what is seen makes them 0.
         scores_RO = jnp.where(seen_RO, scores_RO, _LOWEST)
         new_R = jnp.maximum(max_R, scores_RO.max(1))
         before_R = jnp.exp2(max_R - new_R)
         weight_RO = jnp.exp2(scores_RO - lax.broadcast_in_dim(new_R, (_ROWS,) * 2, [0]))
-        weight_RO = jnp.where(seen_RO, weight_RO, 0.0)
         total_R = total_R * before_R + weight_RO.sum(1)
         out_RH = out_RH * lax.broadcast_in_dim(before_R, out_RH.shape, [0])
         out_RH = _add_values(out_RH, weight_RO.astype(v_DOH.dtype), v_DOH.at[slot])
@@ -281,7 +281,6 @@ def _attend_item(
         plgpu.barrier_wait(q_here)
         found = _full((_ROWS,), _LOWEST), _full((_ROWS,), 0.0), _full((_ROWS, H), 0.0)
         max_R, total_R, out_RH = lax.fori_loop(0, count, attend_block, found)
-        total_R = jnp.maximum(total_R, 1e-30)
         out_RH = out_RH / lax.broadcast_in_dim(total_R, out_RH.shape, [0])
         q_RH[...] = out_RH.astype(q_RH.dtype)  # all blocks have seen the queries
         lse_R[...] = max_R + jnp.log(total_R) * math.log2(math.e)
