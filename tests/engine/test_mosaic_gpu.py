@@ -7,6 +7,7 @@ wgmma neither with a transposed operand nor with one in registers.
 `-m gpu` runs the same cases on a GPU, as they are.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -23,8 +24,11 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
 )
 
 from disagg_jax.engine.attention import mosaic_gpu
+from disagg_jax.engine.attention.entries import UNSEEN, Entries
+from disagg_jax.engine.attention.gpu import MosaicGpuAttention
 from disagg_jax.engine.attention.mosaic_gpu import Grid, kernel_cost, split_rows
-from disagg_jax.engine.attention.paged import UNSEEN, Entries, paged_attention
+from disagg_jax.engine.attention.paged import paged_attention
+from models.config import get_config
 from tests.engine.test_attention import Decodes, double
 
 ROWS, ENTRIES = 4, 12  # so that most cases are one program
@@ -33,9 +37,9 @@ WHERE = [INTERPRETED, pytest.param("gpu", marks=pytest.mark.gpu)]
 
 
 @functools.partial(jax.jit, static_argnames="where")
-def attend(position_B, entries, q_BNH, layer, where):
+def attend(*args, where):
     del where  # programs of the interpreter are others
-    return mosaic_gpu.decode_attention(position_B, entries)(q_BNH, layer)
+    return mosaic_gpu.decode_attention(*args)
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ class OnHopper(Decodes):
         )
 
     def attend(self, chunk=None, layer=None) -> np.ndarray:
-        args = self.position_B, self.entries, self.q_BNH, layer or self.layer
+        args = self.q_BNH, layer or self.layer, self.position_B, self.entries
         got = jax.block_until_ready(attend(*args, where=self.where))
         assert got.dtype == self.q_BNH.dtype and got.shape == self.q_BNH.shape
         if self.where == INTERPRETED:
@@ -146,8 +150,8 @@ def test_as_plain_attention_where_entries_have_any_order(on):
     block, _, start = (x[order] for x in decodes.entries)
     owner = jnp.array([0] * 4 + [1] * 6 + [2] * 2)
     decodes.entries = Entries(block, owner, start)
-    plain = paged_attention(decodes.position_B, decodes.entries, None)
-    got, expected = decodes.attend(), double(plain(decodes.q_BNH, decodes.layer))
+    args = decodes.q_BNH, decodes.layer, decodes.position_B, decodes.entries
+    got, expected = decodes.attend(), double(paged_attention(*args, None))
     # Weights are rounded to bfloat16 here, and not there.
     np.testing.assert_allclose(got, expected, atol=2e-2, rtol=2e-2)
     np.testing.assert_array_equal(got[2:], 0)
@@ -157,21 +161,21 @@ def test_as_plain_attention_where_entries_have_any_order(on):
 
 
 @pytest.mark.parametrize(
-    "dtype, block_tokens, head_dim, group, message",
+    "platform, changes, block_tokens, message",
     [
-        ("float32", 64, 64, 2, "expected bfloat16, got 'float32, float32'"),
-        ("bfloat16", 16, 64, 2, "got '16 of 64, and queries of 64'"),
-        ("bfloat16", 64, 80, 2, "got '64 of 80, and queries of 80'"),
-        ("bfloat16", 64, 64, 65, "at most 64 queries a kv head, got '65'"),
+        ("gpu", {}, 64, ""),
+        ("cpu", {}, 64, "expected a GPU of Hopper"),
+        ("gpu", {"dtype": "float32"}, 64, "expected bfloat16"),
+        ("gpu", {}, 16, "expected blocks of 64 tokens, got 16"),
+        ("gpu", {"head_dim": 80}, 64, "expected a head_dim of 64, 128 or 256, got 80"),
+        ("gpu", {"kv_heads": 1, "q_heads": 65}, 64, "at most 64 query heads a kv head"),
     ],
 )
-def test_says_what_it_is_not_for(dtype, block_tokens, head_dim, group, message):
-    decodes = Decodes(
-        [3], dtype=dtype, block_tokens=block_tokens, head_dim=head_dim, group=group
-    )
-    run = mosaic_gpu.decode_attention(decodes.position_B, decodes.entries)
-    with pytest.raises(ValueError, match=message):
-        run(decodes.q_BNH, decodes.layer)
+def test_says_what_it_is_not_for(platform, changes, block_tokens, message):
+    config = dataclasses.replace(get_config("llama-3-8b"), dtype="bfloat16")
+    config = dataclasses.replace(config, **changes)
+    problem = MosaicGpuAttention(platform).problem(config, block_tokens)
+    assert message in problem and bool(message) == bool(problem)
 
 
 @functools.partial(jax.jit, static_argnames="grid")
@@ -241,8 +245,8 @@ def test_cost_is_of_what_the_kernel_is_given(contexts, group, queries):
     )
     blocks = sum(contexts) // 64
     decodes.layer = tuple(part[:blocks] for part in decodes.layer)  # no free ones
-    run = mosaic_gpu.decode_attention(decodes.position_B, decodes.entries)
-    program = jax.make_jaxpr(run)(decodes.q_BNH, decodes.layer)
+    args = decodes.q_BNH, decodes.layer, decodes.position_B, decodes.entries
+    program = jax.make_jaxpr(mosaic_gpu.decode_attention)(*args)
     (call,) = kernel_calls(program.jaxpr)
     avals = [var.aval for var in (*call.invars, *call.outvars)]
     size_bytes = sum(aval.size * aval.dtype.itemsize for aval in avals)

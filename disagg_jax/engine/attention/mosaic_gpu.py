@@ -31,10 +31,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from disagg_jax.engine.attention.gathered import Attention
+from disagg_jax.engine.attention.entries import Entries
+from disagg_jax.engine.attention.kernel import KernelCost
 from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
-from disagg_jax.engine.attention.paged import Entries
-from disagg_jax.errors import require
 
 KERNEL = "mosaic_gpu_decode_attention"  # its name in a compiled program
 
@@ -75,16 +74,9 @@ class Grid(NamedTuple):
         )
 
 
-class Cost(NamedTuple):
-    """What one call of the kernel on a device reads and writes in HBM, and computes."""
-
-    size_bytes: int
-    flops: int
-
-
 def kernel_cost(
     rows: int, entries: int, heads: int, kv_heads: int, head_dim: int
-) -> Cost:
+) -> KernelCost:
     """State the cost of the kernel named `KERNEL`, if no entry is padding.
 
     What XLA does before and after it is not in this. FLOPs are those of tensor cores,
@@ -98,7 +90,7 @@ def kernel_cost(
     kv_bytes = entries * kv_heads * 2 * _ROWS * head_dim * _BYTES
     q_and_out_bytes = 2 * items * queries * head_dim * _BYTES
     numbers_bytes = 4 * (4 * items + 2 * entries + items * queries)
-    return Cost(
+    return KernelCost(
         size_bytes=kv_bytes + q_and_out_bytes + numbers_bytes,
         flops=entries * kv_heads * 4 * _ROWS * _ROWS * head_dim,
     )
@@ -109,44 +101,45 @@ def _padded(queries: int) -> int:
     return -(-queries // 8) * 8
 
 
-def decode_attention(position_B: Array, entries: Entries) -> Attention:
-    """Return the attention of one query a row, as `paged.paged_attention` does.
+def decode_attention(
+    q_BNH: Array, layer: LayerCache, position_B: Array, entries: Entries
+) -> Array:
+    """Attend from one query a row to the blocks of its entries.
 
-    It is for bfloat16, blocks of 64 tokens, and a head_dim of 64, 128 or 256. It runs
-    on one device: under `jax.shard_map` it sees the device's own heads.
+    It means what `paged.paged_attention` does, for what `problem` has nothing against.
     """
-
-    def attend(q_BNH: Array, layer: LayerCache) -> Array:
-        B, N, H = q_BNH.shape
-        k, v = layer
-        _check(q_BNH, k)
-        K = k.shape[1]
-        G = N // K
-        grid = Grid.of(B, entries.owner_P.shape[0], K)
-        items = split_rows(position_B, entries, grid)
-        q_BKGH = q_BNH.reshape(B, K, G, H)
-        q_BKQH = jnp.pad(q_BKGH, [(0, 0), (0, 0), (0, _padded(G) - G), (0, 0)])
-        run = _kernel(grid.items, q_BKQH.shape)
-        row = jnp.stack([items.row_W, position_B.at[items.row_W].get(mode=IN_BOUNDS)])
-        numbers = jnp.stack([*row, items.first_W, items.count_W])
-        out_WKQH, lse_WKQ = run(numbers, entries.block_P, entries.start_P, q_BKQH, k, v)
-        out_BKGH = join_items(
-            items.items_B, grid.splits, out_WKQH[:, :, :G], lse_WKQ[:, :, :G]
-        )
-        return out_BKGH.astype(q_BNH.dtype).reshape(B, N, H)
-
-    return attend
+    B, N, H = q_BNH.shape
+    k, v = layer
+    K = k.shape[1]
+    G = N // K
+    assert not problem(q_BNH.dtype.name, k.shape[2], H, G), (q_BNH, k)
+    grid = Grid.of(B, entries.owner_P.shape[0], K)
+    items = split_rows(position_B, entries, grid)
+    q_BKGH = q_BNH.reshape(B, K, G, H)
+    q_BKQH = jnp.pad(q_BKGH, [(0, 0), (0, 0), (0, _padded(G) - G), (0, 0)])
+    position_W = position_B.at[items.row_W].get(mode=IN_BOUNDS)
+    numbers = jnp.stack([items.row_W, position_W, items.first_W, items.count_W])
+    run = _kernel(grid.items, q_BKQH.shape)
+    out_WKQH, lse_WKQ = run(numbers, entries.block_P, entries.start_P, q_BKQH, k, v)
+    out_BKGH = join_items(
+        items.items_B, grid.splits, out_WKQH[:, :, :G], lse_WKQ[:, :, :G]
+    )
+    return out_BKGH.astype(q_BNH.dtype).reshape(B, N, H)
 
 
-def _check(q_BNH: Array, k: Array) -> None:
-    H, (_, K, block_tokens, cache_H) = q_BNH.shape[-1], k.shape
-    ok = q_BNH.dtype == k.dtype == jnp.bfloat16
-    require(ok, "attention on Hopper: expected bfloat16", f"{q_BNH.dtype}, {k.dtype}")
-    ok = block_tokens == _ROWS and H == cache_H and H in (64, 128, 256)
-    expected = "attention on Hopper: expected blocks of 64 tokens of 64, 128 or 256"
-    require(ok, expected, f"{block_tokens} of {cache_H}, and queries of {H}")
-    expected = f"attention on Hopper: expected at most {_ROWS} queries a kv head"
-    require(q_BNH.shape[1] // K <= _ROWS, expected, str(q_BNH.shape[1] // K))
+def problem(dtype: str, block_tokens: int, head_dim: int, group: int) -> str:
+    """Say what the kernel is not for; "" if it is for this.
+
+    Args:
+      group: query heads of a kv head.
+    """
+    if dtype != "bfloat16":
+        return "expected bfloat16"
+    if block_tokens != _ROWS:
+        return f"expected blocks of {_ROWS} tokens, got {block_tokens}"
+    if head_dim not in (64, 128, 256):
+        return f"expected a head_dim of 64, 128 or 256, got {head_dim}"
+    return "" if group <= _ROWS else f"expected at most {_ROWS} query heads a kv head"
 
 
 def split_rows(position_B: Array, entries: Entries, grid: Grid) -> Items:

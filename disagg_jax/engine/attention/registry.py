@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from disagg_jax.engine.attention.gpu import MosaicGpuAttention
 from disagg_jax.engine.attention.kernel import AttentionKernel
 from disagg_jax.engine.attention.xla import XlaAttention
 from models.config import ModelConfig
@@ -14,7 +15,9 @@ from models.named import find_named
 KernelType: TypeAlias = type[AttentionKernel]
 
 AUTO = "auto"
-KERNELS: Mapping[str, KernelType] = {kind.name: kind for kind in (XlaAttention,)}
+KERNELS: Mapping[str, KernelType] = {
+    kind.name: kind for kind in (XlaAttention, MosaicGpuAttention)
+}
 
 
 class ChosenKernel(NamedTuple):
