@@ -1,8 +1,8 @@
-"""The Hopper kernel in JAX's interpreter of GPU kernels, on a CPU.
+"""The Hopper kernels in JAX's interpreter of GPU kernels, on a CPU.
 
-It runs the kernel's own code: its items, copies, barriers, masks and softmax, and looks
-for races. Two products are plain ones here, since the interpreter of jax 0.10 knows
-wgmma neither with a transposed operand nor with one in registers.
+It runs the kernels' own code: their items, copies, barriers, masks and softmax, and
+looks for races. Two products are plain ones here, since the interpreter of jax 0.10
+knows wgmma neither with a transposed operand nor with one in registers.
 
 `-m gpu` runs the same cases on a GPU, as they are.
 """
@@ -23,7 +23,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
     force_gpu_interpret_mode,
 )
 
-from disagg_jax.engine.attention import mosaic_gpu
+from disagg_jax.engine.attention import gathered, mosaic_gpu, mosaic_gpu_prompts
 from disagg_jax.engine.attention.entries import UNSEEN, Entries
 from disagg_jax.engine.attention.gpu import MosaicGpuAttention
 from disagg_jax.engine.attention.mosaic_gpu import Grid, kernel_cost, split_rows
@@ -57,8 +57,9 @@ def on(request, monkeypatch):
     patched = {
         "_scores": lambda q, k: product(q[...], k[...].T),
         "_add_values": lambda out, weights, v: out + product(weights, v[...]),
-        "_iota": functools.partial(lax.broadcasted_iota, jnp.int32),
-        "_full": functools.partial(jnp.full, dtype=jnp.float32),
+        "column": lambda values: values[...],
+        "iota": functools.partial(lax.broadcasted_iota, jnp.int32),
+        "full": functools.partial(jnp.full, dtype=jnp.float32),
         # Two buffers of a head_dim of 64, so that items of 4 blocks use them again.
         "_BUFFER_BYTES": 2**15,
     }
@@ -151,10 +152,52 @@ def test_as_plain_attention_where_entries_have_any_order(on):
     owner = jnp.array([0] * 4 + [1] * 6 + [2] * 2)
     decodes.entries = Entries(block, owner, start)
     args = decodes.q_BNH, decodes.layer, decodes.position_B, decodes.entries
-    got, expected = decodes.attend(), double(paged_attention(*args, None))
+    plain = jax.jit(paged_attention, static_argnums=4)
+    got, expected = decodes.attend(), double(plain(*args, None))
     # Weights are rounded to bfloat16 here, and not there.
     np.testing.assert_allclose(got, expected, atol=2e-2, rtol=2e-2)
     np.testing.assert_array_equal(got[2:], 0)
+
+
+# -- whole prompts ---------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def attend_prompts(*args, where):
+    del where
+    return mosaic_gpu_prompts.prompt_attention(*args)
+
+
+@on_each
+@pytest.mark.parametrize(
+    "lengths, heads, kv_heads, head_dim",
+    [
+        ([70, 1, 57, 64], 2, 1, 64),  # rows begin in tiles, and at the edge of one
+        ([5, 187], 2, 1, 64),  # three tiles of keys, through two buffers
+        ([66], 2, 2, 128),
+    ],
+)
+def test_each_token_attends_to_its_prompt_up_to_itself(
+    on, lengths, heads, kv_heads, head_dim
+):
+    """Of packed prompts, and padding behind them."""
+    padding = 5
+    row_T = np.repeat([*range(len(lengths)), -1], [*lengths, padding])
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(len(row_T), n, head_dim)), "bfloat16")
+        for n in (heads, kv_heads, kv_heads)
+    )
+    args = jnp.array(row_T), q, k, v
+    got = jax.block_until_ready(attend_prompts(*args, where=OnHopper.where))
+    if OnHopper.where == INTERPRETED:
+        assert not interpreter.get_races().races_found
+    assert got.dtype == q.dtype and np.isfinite(double(got)).all()
+    exact = (x.astype(jnp.float32) for x in (q, k, v))
+    expected = double(gathered.prompt_attention(args[0], *exact))
+    np.testing.assert_allclose(  # bfloat16 rounds weights and outputs to 3 digits
+        double(got)[:-padding], expected[:-padding], atol=2e-2, rtol=2e-2
+    )
 
 
 # -- without the kernel ----------------------------------------------------------------
@@ -262,3 +305,11 @@ def test_cost_counts_all_64_queries_of_a_tensor_core():
     for heads in (2, 128):
         cost = kernel_cost(3, 7, heads, kv_heads=2, head_dim=128)
         assert cost.flops == 2 * (2 * 7 * 64 * 128 * 128)
+
+
+def test_cost_of_prompts_is_of_half_the_pairs_of_tiles():
+    """Three tiles of queries see 1, 2 and 3 of keys: two products each."""
+    cost = mosaic_gpu_prompts.kernel_cost(tokens=190, heads=4, kv_heads=2, head_dim=64)
+    assert cost.flops == 4 * (1 + 2 + 3) * 2 * (2 * 64 * 64 * 64)
+    q_and_out, kv = (2 * 192 * 64 * 2 * heads for heads in (4, 2))
+    assert cost.size_bytes == q_and_out + kv + 4 * 192

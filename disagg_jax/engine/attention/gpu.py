@@ -15,15 +15,15 @@ from models.config import ModelConfig
 
 
 class MosaicGpuAttention(XlaAttention):
-    """Plain XLA, but for decodes: an own kernel for Hopper, `mosaic_gpu.py`.
+    """Own kernels for Hopper: `mosaic_gpu.py`; chunks of prompts are in plain XLA.
 
-    Equal inputs give equal bits. The kernel is compiled for an H100 in tests, and its
-    arithmetic is tested in an interpreter on a CPU; **it never ran on a GPU**.
+    Equal inputs give equal bits. The kernels are compiled for an H100 in tests, and
+    their arithmetic is tested in an interpreter on a CPU; **they never ran on a GPU**.
     """
 
     name = "mosaic_gpu"
 
-    # `mosaic_gpu` is imported where it is used: Pallas takes a second to import, and
+    # The kernels are imported where they are used: Pallas takes a second to import, and
     # not every jaxlib has its GPU side.
 
     def problem(self, config: ModelConfig, block_tokens: int) -> str:
@@ -34,6 +34,11 @@ class MosaicGpuAttention(XlaAttention):
         group = config.q_heads // config.kv_heads
         return mosaic_gpu.problem(config.dtype, block_tokens, config.head_dim, group)
 
+    def prompts(self, q_TNH: Array, k_TKH: Array, v_TKH: Array, row_T: Array) -> Array:
+        from disagg_jax.engine.attention import mosaic_gpu_prompts
+
+        return mosaic_gpu_prompts.prompt_attention(row_T, q_TNH, k_TKH, v_TKH)
+
     def decodes(
         self, q_BNH: Array, layer: LayerCache, position_B: Array, entries: Entries
     ) -> Array:
@@ -42,10 +47,14 @@ class MosaicGpuAttention(XlaAttention):
         return mosaic_gpu.decode_attention(q_BNH, layer, position_B, entries)
 
     def costs(self, shape: StepShape, heads: DeviceHeads) -> Mapping[str, KernelCost]:
-        from disagg_jax.engine.attention import mosaic_gpu
+        from disagg_jax.engine.attention import mosaic_gpu, mosaic_gpu_prompts
 
+        _, K, _, H = heads.part.shape
+        sizes = heads.q_heads, K, H
+        if shape.kind == "prefill":
+            cost = mosaic_gpu_prompts.kernel_cost(shape.tokens, *sizes)
+            return {mosaic_gpu_prompts.KERNEL: cost}
         if not shape.decodes:
             return {}
-        _, K, _, H = heads.part.shape
-        cost = mosaic_gpu.kernel_cost(shape.decodes, shape.blocks, heads.q_heads, K, H)
+        cost = mosaic_gpu.kernel_cost(shape.decodes, shape.blocks, *sizes)
         return {mosaic_gpu.KERNEL: cost}

@@ -37,7 +37,7 @@ from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache
 
 KERNEL = "mosaic_gpu_decode_attention"  # its name in a compiled program
 
-_ROWS = 64  # of a wgmma; also tokens of a block
+TILE = 64  # queries of a wgmma; also tokens of a block
 # Of shared memory for K and V: an SM of Hopper has 227 KiB, for two warpgroups.
 _BUFFER_BYTES = 96 * 2**10
 _WARPGROUPS = 4 * 132  # that a call should have: twice what an H100 runs at a time
@@ -87,12 +87,12 @@ def kernel_cost(
     """
     items = Grid.of(rows, entries, kv_heads).items
     queries = kv_heads * _padded(heads // kv_heads)  # of an item
-    kv_bytes = entries * kv_heads * 2 * _ROWS * head_dim * _BYTES
+    kv_bytes = entries * kv_heads * 2 * TILE * head_dim * _BYTES
     q_and_out_bytes = 2 * items * queries * head_dim * _BYTES
     numbers_bytes = 4 * (4 * items + 2 * entries + items * queries)
     return KernelCost(
         size_bytes=kv_bytes + q_and_out_bytes + numbers_bytes,
-        flops=entries * kv_heads * 4 * _ROWS * _ROWS * head_dim,
+        flops=entries * kv_heads * 4 * TILE * TILE * head_dim,
     )
 
 
@@ -135,11 +135,11 @@ def problem(dtype: str, block_tokens: int, head_dim: int, group: int) -> str:
     """
     if dtype != "bfloat16":
         return "expected bfloat16"
-    if block_tokens != _ROWS:
-        return f"expected blocks of {_ROWS} tokens, got {block_tokens}"
+    if block_tokens != TILE:
+        return f"expected blocks of {TILE} tokens, got {block_tokens}"
     if head_dim not in (64, 128, 256):
         return f"expected a head_dim of 64, 128 or 256, got {head_dim}"
-    return "" if group <= _ROWS else f"expected at most {_ROWS} query heads a kv head"
+    return "" if group <= TILE else f"expected at most {TILE} query heads a kv head"
 
 
 def split_rows(position_B: Array, entries: Entries, grid: Grid) -> Items:
@@ -196,24 +196,14 @@ def _kernel(items: int, q_shape: tuple[int, ...]):
     """Return (numbers of items, blocks, starts, q, k, v) -> items' outputs, sums."""
     _, K, Q, H = q_shape
     dtype = jnp.bfloat16
-    depth = max(2, _BUFFER_BYTES // (2 * _ROWS * H * _BYTES))
-    # What a wgmma takes: tiles of 8 rows of 128 bytes.
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    buffer = functools.partial(plgpu.SMEM, dtype=dtype, transforms=transforms)
+    depth, scratch_types = buffers(H)
     return plgpu.kernel(
         functools.partial(_attend_item, depth=depth),
         out_type=(
             jax.ShapeDtypeStruct((items, K, Q, H), dtype),
             jax.ShapeDtypeStruct((items, K, Q), jnp.float32),
         ),
-        scratch_types=(
-            buffer((_ROWS, H)),
-            buffer((depth, _ROWS, H)),
-            buffer((depth, _ROWS, H)),
-            plgpu.SMEM((_ROWS,), jnp.float32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=depth),
-        ),
+        scratch_types=(*scratch_types, plgpu.SMEM((TILE,), jnp.float32)),
         grid=(items, K),
         grid_names=("item", "head"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -234,7 +224,7 @@ def _attend_item(
     depth,
 ):
     """Attend with a kv head's queries to the blocks of an item. All are references."""
-    q_RH, k_DOH, v_DOH, lse_R, q_here, kv_here = scratch
+    q_RH, k_DOH, v_DOH, q_here, kv_here, lse_R = scratch
     item, head = lax.axis_index("item"), lax.axis_index("head")
     row, position, first, count = (numbers[i, item] for i in range(4))
     queries = pl.ds(0, q_BKQH.shape[2])
@@ -248,23 +238,14 @@ def _attend_item(
             )
 
     def attend_block(i, found):
-        max_R, total_R, out_RH = found
         slot = lax.rem(i, depth)
         last = position - start_P[first + i]  # offset that is seen
         plgpu.barrier_wait(kv_here.at[slot])
-        pl.when(last < _ROWS - 1)(lambda: _clear_after(last, v_DOH.at[slot]))
-        scores_RO = _scores(q_RH, k_DOH.at[slot]) * (H**-0.5 * math.log2(math.e))
-        seen_RO = _iota((_ROWS, _ROWS), 1) <= last
-        # Where nothing is seen weights are 1, of zeros; what is seen makes them 0.
-        scores_RO = jnp.where(seen_RO, scores_RO, _LOWEST)
-        new_R = jnp.maximum(max_R, scores_RO.max(1))
-        before_R = jnp.exp2(max_R - new_R)
-        weight_RO = jnp.exp2(scores_RO - lax.broadcast_in_dim(new_R, (_ROWS,) * 2, [0]))
-        total_R = total_R * before_R + weight_RO.sum(1)
-        out_RH = out_RH * lax.broadcast_in_dim(before_R, out_RH.shape, [0])
-        out_RH = _add_values(out_RH, weight_RO.astype(v_DOH.dtype), v_DOH.at[slot])
+        pl.when(last < TILE - 1)(lambda: _clear_after(last, v_DOH.at[slot]))
+        seen_RO = iota((TILE, TILE), 1) <= last
+        found = softmax_step(q_RH, k_DOH.at[slot], v_DOH.at[slot], seen_RO, found)
         pl.when(i + depth < count)(lambda: fetch(i + depth))
-        return new_R, total_R, out_RH
+        return found
 
     @pl.when(count > 0)
     def _():
@@ -272,8 +253,8 @@ def _attend_item(
         for i in range(depth):
             pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
         plgpu.barrier_wait(q_here)
-        found = _full((_ROWS,), _LOWEST), _full((_ROWS,), 0.0), _full((_ROWS, H), 0.0)
-        max_R, total_R, out_RH = lax.fori_loop(0, count, attend_block, found)
+        found = lax.fori_loop(0, count, attend_block, nothing_found(H))
+        max_R, total_R, out_RH = found
         out_RH = out_RH / lax.broadcast_in_dim(total_R, out_RH.shape, [0])
         q_RH[...] = out_RH.astype(q_RH.dtype)  # all blocks have seen the queries
         lse_R[...] = max_R + jnp.log(total_R) * math.log2(math.e)
@@ -285,9 +266,47 @@ def _attend_item(
 
 def _clear_after(last, v_OH) -> None:
     """Put zeros into the offsets after `last`: a weight of 0 times NaN is NaN."""
-    kept = _iota(v_OH.shape, 0) <= last
+    kept = iota(v_OH.shape, 0) <= last
     v_OH[...] = jnp.where(kept, v_OH[...], jnp.zeros((), v_OH.dtype))
     plgpu.commit_smem()
+
+
+# -- of a tile of queries and one of keys; also for prompts ----------------------------
+
+
+def buffers(head_dim: int):
+    """Return how many tiles of K and V there is room for, and the shared memory.
+
+    That is of queries, of K and V, and barriers: that the queries are here, and that a
+    tile of K and one of V are.
+    """
+    dtype = jnp.bfloat16
+    depth = max(2, _BUFFER_BYTES // (2 * TILE * head_dim * _BYTES))
+    # What a wgmma takes: tiles of 8 rows of 128 bytes.
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    queries = plgpu.SMEM((TILE, head_dim), dtype, transforms=transforms)
+    kv = plgpu.SMEM((depth, TILE, head_dim), dtype, transforms=transforms)
+    here = plgpu.Barrier(num_arrivals=2, num_barriers=depth)
+    return depth, (queries, kv, kv, plgpu.Barrier(), here)
+
+
+def nothing_found(head_dim: int):
+    """Return highest scores, sums of weights and outputs before any key."""
+    return full((TILE,), _LOWEST), full((TILE,), 0.0), full((TILE, head_dim), 0.0)
+
+
+def softmax_step(q_RH, k_OH, v_OH, seen_RO, found):
+    """Return `found` with the keys of one more tile; scores are in bits."""
+    max_R, total_R, out_RH = found
+    scores_RO = _scores(q_RH, k_OH) * (q_RH.shape[1] ** -0.5 * math.log2(math.e))
+    # Where nothing is seen weights are 1; what is seen afterwards makes them 0.
+    scores_RO = jnp.where(seen_RO, scores_RO, _LOWEST)
+    new_R = jnp.maximum(max_R, scores_RO.max(1))
+    before_R = jnp.exp2(max_R - new_R)
+    weight_RO = jnp.exp2(scores_RO - lax.broadcast_in_dim(new_R, scores_RO.shape, [0]))
+    total_R = total_R * before_R + weight_RO.sum(1)
+    out_RH = out_RH * lax.broadcast_in_dim(before_R, out_RH.shape, [0])
+    return new_R, total_R, _add_values(out_RH, weight_RO.astype(v_OH.dtype), v_OH)
 
 
 def _scores(q_RH, k_OH):
@@ -297,9 +316,7 @@ def _scores(q_RH, k_OH):
         plgpu.wgmma(found, q_RH, plgpu.transpose_ref(k_OH, (1, 0)))
         return found[...]
 
-    return pl.run_scoped(
-        multiply, plgpu.WGMMAAccumulatorRef((_ROWS, _ROWS), jnp.float32)
-    )
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
 
 
 def _add_values(out_RH, weight_RO, v_OH):
@@ -311,14 +328,19 @@ def _add_values(out_RH, weight_RO, v_OH):
     return pl.run_state(multiply)(plgpu.WGMMAAccumulatorRef.init(out_RH))
 
 
-def _iota(shape, dimension):
+def iota(shape, dimension):
     layout = plgpu.Layout.WGMMA
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=layout)
 
 
-def _full(shape, value):
+def full(shape, value):
     layout = plgpu.Layout.WGMMA
     return plgpu.layout_cast(
         jnp.full(shape, value, jnp.float32),
         layout if len(shape) == 2 else layout.reduce(1),
     )
+
+
+def column(values_R):
+    """Return what a reference holds, a value for each query."""
+    return plgpu.layout_cast(values_R[...], plgpu.Layout.WGMMA.reduce(1))

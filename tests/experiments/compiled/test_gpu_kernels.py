@@ -97,4 +97,5 @@ def test_a_decode_step_reads_kv_once(target, deployment, shape, bytes_limit):
     )
     record = step_record(compiled, shape)
     check_moves(compiled, record, bytes_limit)
-    assert record.temp_bytes < smallest_part_bytes(compiled) / 2
+    logits_bytes = 4 * shape.rows * config.vocab_size
+    assert record.temp_bytes < logits_bytes + smallest_part_bytes(compiled) / 4
