@@ -170,6 +170,24 @@ def test_a_transfer_moves_its_own_blocks(target, pair):
 
 
 @pytest.mark.parametrize(
+    ("target", "pair"),
+    [
+        case("v5e:2x4", "tp1-tp1"),
+        case("v5e:2x4", "tp2-tp1", slow=True),
+        case("v6e:2x4", "tp2-tp4", slow=True),
+    ],
+    indirect=["target"],
+)
+def test_a_small_pool_is_not_fetched_for_a_transfer(target, pair):
+    """Into VMEM, which has room for 32 MiB."""
+    source, destination = pair.split("-")
+    deployment = f"prefill:{source},decode:{destination}"
+    compiled = one_layer(target, LLAMA, deployment, 2**25)
+    for record in records(compiled, transfer_blocks=(16,)):
+        assert record.bytes_over_bound <= 1.1, record.largest
+
+
+@pytest.mark.parametrize(
     "target", [case("v6e:2x2"), case("h100:4"), case("v5e:2x2")], indirect=True
 )
 def test_a_pool_that_is_too_large_does_not_fit(target):
