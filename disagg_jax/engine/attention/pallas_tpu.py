@@ -65,7 +65,8 @@ def decode_attention(
         block = k.shape[1:]
         _, block_tokens, cache_H = block
         block_bytes = 2 * k[0].size * k.dtype.itemsize
-        E = max(1, min(_STEP_BYTES // block_bytes, _MOST_ENTRIES))
+        most = min(_MOST_ENTRIES, entries.owner_P.shape[0])
+        E = max(1, min(most, _STEP_BYTES // block_bytes))
         scalars = _scalars(position_B, entries, block_tokens, E)
         P = scalars[0].shape[0]
         rows = pl.BlockSpec((B, N, cache_H), lambda i, *_: (0, 0, 0))
