@@ -3,6 +3,7 @@
 How they compile for TPUs is in tests/experiments/compiled/.
 """
 
+import functools
 import itertools
 import math
 
@@ -11,10 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from disagg_jax.engine.attention import pallas_tpu
-from disagg_jax.engine.attention.pallas_tpu import decode_attention
-from disagg_jax.engine.attention.paged import UNSEEN, Entries
-from tests.engine.test_attention import DTYPES, Decodes, double
+from disagg_jax.engine.attention import pallas_tpu_decodes, pallas_tpu_prompts
+from disagg_jax.engine.attention.entries import UNSEEN, Entries
+from disagg_jax.engine.attention.pallas_tpu_decodes import decode_attention
+from disagg_jax.engine.attention.pallas_tpu_prompts import (
+    chunk_attention,
+    prompt_attention,
+)
+from tests.engine.test_attention import (
+    DTYPES,
+    ERROR,
+    Decodes,
+    double,
+    plain_attention,
+    want,
+)
 
 
 class KernelDecodes(Decodes):
@@ -22,9 +34,10 @@ class KernelDecodes(Decodes):
 
     def attend(self, chunk: int | None, layer=None) -> np.ndarray:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pallas_tpu, "_MOST_ENTRIES", chunk)
-            attend = decode_attention(self.position_B, self.entries, interpret=True)
-            got = jax.jit(attend)(self.q_BNH, layer or self.layer)
+            patch.setattr(pallas_tpu_decodes, "_MOST_ENTRIES", chunk)
+            attend = jax.jit(functools.partial(decode_attention, interpret=True))
+            layer = layer or self.layer
+            got = attend(self.q_BNH, layer, self.position_B, self.entries)
         assert got.dtype == self.q_BNH.dtype and got.shape == self.q_BNH.shape
         return double(got)
 
@@ -93,6 +106,97 @@ def test_large_scores_do_not_overflow():
     decodes.check(2)
 
 
+# -- prompts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "lengths, tokens, kv_heads, group, head_dim",
+    [
+        ([5], 5, 2, 1, 64),
+        ([9, 1, 20], 40, 1, 3, 16),
+        ([100, 156], 256, 2, 4, 128),
+        ([130, 1, 200], 400, 1, 8, 256),
+        ([600, 513], 1200, 1, 2, 128),  # over the edges of tiles
+    ],
+)
+def test_prompts(lengths, tokens, kv_heads, group, head_dim, dtype):
+    """Packed one after the other; nothing comes from another, or from later."""
+    rng, used = np.random.default_rng(0), sum(lengths)
+    row_T = np.repeat(np.arange(len(lengths)), lengths)
+    row_T = jnp.array([*row_T, *[-1] * (tokens - used)], jnp.int32)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(tokens, heads, head_dim)), dtype)
+        for heads in (kv_heads * group, kv_heads, kv_heads)
+    )
+    attend = jax.jit(functools.partial(prompt_attention, interpret=True))
+    got = attend(q, k, v, row_T)
+    assert got.dtype == dtype and np.isfinite(double(got)).all()
+    first = 0
+    for length in lengths:
+        for token in {first, first + length // 2, first + length - 1}:
+            seen = slice(first, token + 1)
+            expected = plain_attention(*map(double, (q[token], k[seen], v[seen])))
+            error = ERROR[dtype]
+            np.testing.assert_allclose(
+                double(got[token]), expected, atol=error, rtol=error
+            )
+        first += length
+
+
+# -- chunks ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "chunks, block_tokens, group, head_dim, cache_dim",
+    [
+        ([(0, 5), (7, 6), (33, 1)], 4, 2, 16, 16),
+        ([(100, 28), (0, 130)], 16, 1, 64, 128),  # a pool as on a TPU
+        ([(1000, 120), (40, 24), (0, 5)], 64, 4, 128, 128),  # over the edges of tiles
+        ([(130, 140)], 128, 8, 256, 256),
+    ],
+)
+def test_chunks(chunks, block_tokens, group, head_dim, cache_dim, dtype):
+    """(start, count) of each; although NaN is wherever none of its tokens looks."""
+    rng, K = np.random.default_rng(0), 2
+    ends = [start + count for start, count in chunks]
+    counts = [-(-end // block_tokens) for end in ends]
+    pool, C = sum(counts) + 2, sum(counts) + 3
+    ids = rng.permutation(pool - 1).tolist()
+    tables = [[ids.pop() for _ in range(count)] for count in counts]
+    k, v = (rng.normal(size=(pool, K, block_tokens, cache_dim)) for _ in "kv")
+    seen = np.zeros((pool, block_tokens), bool)
+    for table, end in zip(tables, ends, strict=True):
+        for i, block in enumerate(table):
+            seen[block, : end - i * block_tokens] = True
+    for part in (k, v):
+        part[..., head_dim:] = 0
+        part[np.broadcast_to(~seen[:, None, :, None], part.shape)] = np.nan
+    layer = jnp.asarray(k, dtype), jnp.asarray(v, dtype)
+    # Two decodes first, and padding.
+    row = [-1, -1, *np.repeat(np.arange(len(chunks)), [n for _, n in chunks]), -1]
+    spans = [range(start, start + count) for start, count in chunks]
+    position = [50, 3, *itertools.chain(*spans), 0]
+    q = jnp.asarray(rng.normal(size=(len(row), K * group, head_dim)), dtype)
+    starts = [i * block_tokens for count in counts for i in range(count)]
+    owners = np.repeat(np.arange(len(chunks)), counts).tolist()
+    blocks = Entries(
+        jnp.array([*sum(tables, []), *[pool - 1] * (C - sum(counts))], jnp.int32),
+        jnp.array([*owners, *[-1] * (C - sum(counts))], jnp.int32),
+        jnp.array([*starts, *[0] * (C - sum(counts))], jnp.int32),
+    )
+    attend = jax.jit(functools.partial(chunk_attention, interpret=True))
+    got = attend(q, layer, jnp.array(row), jnp.array(position), blocks)
+    assert got.dtype == dtype and np.isfinite(double(got)).all()
+    cut = [part[..., :head_dim] for part in layer]
+    for token in {2, *range(3, len(row) - 1, 7), len(row) - 2}:
+        expected = want(q[token], cut, tables[row[token]], position[token])
+        np.testing.assert_allclose(
+            double(got[token]), expected, atol=ERROR[dtype], rtol=ERROR[dtype]
+        )
+
+
 # -- what a kernel moves ---------------------------------------------------------------
 
 
@@ -136,26 +240,65 @@ def decode_call(patch, used: int, *, P=64, B=8, K=2, head_dim=128) -> Call:
     owner = np.minimum(np.arange(P), used - 1) * B // P
     start = np.where(np.arange(P) < used, 0, UNSEEN)
     entries = Entries(*(jnp.array(x, jnp.int32) for x in (block, owner, start)))
-    layer = (jnp.zeros((P + 1, K, 128, head_dim), jnp.bfloat16),) * 2
-    q = jnp.zeros((B, 4 * K, head_dim), jnp.bfloat16)
-    attend = decode_attention(jnp.zeros(B, jnp.int32), entries, interpret=True)
-    return Call(patch, pallas_tpu, lambda: attend(q, layer))
+    part = jnp.zeros((P + 1, K, 128, head_dim), jnp.bfloat16)
+    q, position = jnp.zeros((B, 4 * K, head_dim), part.dtype), jnp.zeros(B, jnp.int32)
+    run = functools.partial(decode_attention, interpret=True)
+    return Call(
+        patch, pallas_tpu_decodes, lambda: run(q, (part, part), position, entries)
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8, 32])
 def test_decodes_state_what_they_move(monkeypatch, kv_heads):
     call = decode_call(monkeypatch, 64, K=kv_heads)
-    assert call.stated.bytes_accessed == call.moved_bytes()
     block_bytes = 2 * kv_heads * 128 * 128 * 2
     rows_bytes = 2 * 8 * 4 * kv_heads * 128 * 2
     assert call.moved_bytes() == 64 * block_bytes + rows_bytes
+    assert call.stated.bytes_accessed == call.moved_bytes()
 
 
 @pytest.mark.parametrize("used", [1, 13, 32])
 def test_padding_is_hardly_read(monkeypatch, used):
-    """Of each step's places, one scratch block at most, and one of an entry before."""
+    """No more than a step's blocks, however much of it there is."""
     call = decode_call(monkeypatch, used)
     places = len(call.scalars[0]) // call.grid[0]
     block_bytes = 2 * 2 * 128 * 128 * 2
     rows_bytes = 2 * 8 * 8 * 128 * 2
     assert call.moved_bytes() <= (used + places) * block_bytes + rows_bytes
+
+
+@pytest.mark.parametrize("tokens", [100, 700, 2048])
+def test_a_prompt_states_what_it_moves(monkeypatch, tokens):
+    """If it is one for all tokens, which is the most."""
+    T, N, K, H = tokens, 4, 1, 128
+    q, k = (jnp.zeros((T, n, H), jnp.bfloat16) for n in (N, K))
+    run = functools.partial(prompt_attention, interpret=True)
+    one = Call(monkeypatch, pallas_tpu_prompts, lambda: run(q, k, k, jnp.zeros(T)))
+    assert one.moved_bytes() == one.stated.bytes_accessed
+    rows = jnp.arange(T) // 64
+    many = Call(monkeypatch, pallas_tpu_prompts, lambda: run(q, k, k, rows))
+    assert many.stated == one.stated
+    assert many.moved_bytes() <= one.moved_bytes()
+    if T == 2048:  # tiles of 512 keys for each kv head: 20 pairs with tiles of 256
+        # queries, 2 of which have what is there already; and 4 with 64 tokens a prompt
+        tile_bytes = 2 * 512 * H * 2
+        assert one.moved_bytes() - many.moved_bytes() == K * tile_bytes * (18 - 4)
+
+
+@pytest.mark.parametrize("tokens, blocks", [(128, 3), (512, 14), (576, 4)])
+def test_a_chunk_states_what_it_moves(monkeypatch, tokens, blocks):
+    """If it is one whose every token sees all blocks, which is the most."""
+    T, C, N, K, H = tokens, blocks, 4, 1, 128
+    q, part = jnp.zeros((T, N, H), jnp.bfloat16), jnp.zeros((C, K, 128, H), "bfloat16")
+    table = Entries(jnp.arange(C), jnp.zeros(C, jnp.int32), jnp.arange(C) * 128)
+    call = Call(
+        monkeypatch,
+        pallas_tpu_prompts,
+        lambda: chunk_attention(
+            *(q, (part, part), jnp.zeros(T), jnp.full(T, C * 128 - 1), table),
+            interpret=True,
+        ),
+    )
+    padding = -C % 4 if C > 4 else 0
+    assert call.grid[2] * min(C, 4) == C + padding
+    assert call.moved_bytes() == call.stated.bytes_accessed

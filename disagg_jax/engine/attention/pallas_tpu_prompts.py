@@ -16,7 +16,8 @@ queries of a tile, S keys of a tile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from disagg_jax.engine.attention.gathered import Attention
+from disagg_jax.engine.attention.entries import Entries
 from disagg_jax.engine.attention.kv_cache import LayerCache
 from models.layers import einsum
 
@@ -33,7 +34,10 @@ _KEYS = 512  # of a tile
 _QUERIES = 1024  # of a tile, those of all heads of a kv head together
 _MOST_BLOCKS = 8  # of a tile, each of which is brought by itself
 _SPARE_BYTES = 2**24  # of VMEM, for scores and weights
+# The score of a key that is not seen, and half of it the highest score before there is
+# any: so the weight of such a key is 0, without a further mask.
 _LOWEST = float(jnp.finfo(jnp.float32).min)
+_LOG2_E = math.log2(math.e)
 
 
 class Spans(NamedTuple):
@@ -46,7 +50,8 @@ class Spans(NamedTuple):
 class Keys(NamedTuple):
     """The list of keys and values, in tiles."""
 
-    arrays: tuple[Array, Array]  # that hold k, and v
+    k: Array  # an array with k in it
+    v: Array
     block: tuple[int | None, ...]  # of an array that is brought at a time, `[O, H]`
     parts: int  # blocks of a tile
     tiles: int
@@ -56,7 +61,7 @@ class Keys(NamedTuple):
 
 
 def prompt_attention(
-    row_T: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array, *, interpret: bool
+    q_TNH: Array, k_TKH: Array, v_TKH: Array, row_T: Array, *, interpret: bool
 ) -> Array:
     """Attend from each token of whole prompts to its row, up to itself.
 
@@ -65,79 +70,69 @@ def prompt_attention(
     Args:
       interpret: whether to run without a TPU.
     """
-    T = row_T.shape[0]
+    T, _, H = q_TNH.shape
     size = _tile(T)
-    more = -T % size
+    tiles = -(-T // size)
     index_T = jnp.arange(T)
     begins_T = row_T != jnp.roll(row_T, 1)
     first_T = lax.cummax(jnp.where(begins_T, index_T, 0))
     spans = Spans(first_T, jnp.where(row_T >= 0, index_T, -1))
-    k, v = (
-        jnp.pad(x, ((0, more), (0, 0), (0, 0))).swapaxes(0, 1) for x in (k_TKH, v_TKH)
-    )
-    tiles = (T + more) // size
+    more = (0, tiles * size - T), (0, 0), (0, 0)
     keys = Keys(
-        arrays=(k, v),
-        block=(None, size, k.shape[-1]),
+        k=jnp.pad(k_TKH, more).swapaxes(0, 1),
+        v=jnp.pad(v_TKH, more).swapaxes(0, 1),
+        block=(None, size, H),
         parts=1,
         tiles=tiles,
         index=lambda head, block, _: (head, block, 0),
         table=jnp.zeros(1, jnp.int32),
         filled=jnp.full(tiles, size),
     )
-    return _flash(
-        q_TNH,
-        spans,
-        keys,
-        scale=q_TNH.shape[-1] ** -0.5,
-        causal=True,
-        interpret=interpret,
-    )
+    return _flash(q_TNH, spans, keys, H**-0.5, causal=True, interpret=interpret)
 
 
 def chunk_attention(
-    inputs: Mapping[str, Array], block_tokens: int, *, interpret: bool
-) -> Attention:
-    """Return the attention of chunks to their blocks.
+    q_TNH: Array,
+    layer: LayerCache,
+    row_T: Array,
+    position_T: Array,
+    blocks: Entries,
+    *,
+    interpret: bool,
+) -> Array:
+    """Attend from each token of chunks to the blocks of its row, up to itself.
 
     It means what `gathered.gathered_attention` does; padding gets zeros.
 
     Args:
-      inputs: the fields of a mixed step, see `packing.fields_of`.
       interpret: whether to run without a TPU.
     """
-    row_T, position_T = inputs["row"], inputs["position"]
-    block_C, owner_C, start_C = (
-        inputs[f"chunk_{name}"] for name in ("block", "owner", "start")
-    )
+    H = q_TNH.shape[-1]
+    _, _, O, cache_H = layer[0].shape  # noqa: E741
+    block_C, owner_C, start_C = blocks
+    C = block_C.shape[0]
     own_TC = (row_T[:, None] == owner_C[None, :]) & (row_T >= 0)[:, None]
-    first_T = jnp.argmax(own_TC, axis=1).astype(jnp.int32) * block_tokens
-    last_T = jnp.where(row_T >= 0, first_T + position_T, -1)
+    begins_C = owner_C != jnp.roll(owner_C, 1)
+    first_C = O * lax.cummax(jnp.where(begins_C, jnp.arange(C), 0))
+    first_T = jnp.where(own_TC, first_C[None, :], 0).max(1)
+    spans = Spans(first_T, jnp.where(own_TC.any(1), first_T + position_T, -1))
     # A chunk's last token sees all that any of its tokens sees.
     end_C = jnp.where(own_TC, position_T[:, None], -1).max(0) + 1
-    filled_C = jnp.clip(end_C - start_C, 0, block_tokens)
-    C = block_C.shape[0]
-    parts = max(1, min(_KEYS // block_tokens, _MOST_BLOCKS, C))
-    more = (0, -C % parts)
-
-    def attend(q_TNH: Array, layer: LayerCache) -> Array:
-        H, cache_H = q_TNH.shape[-1], layer[0].shape[-1]
-        q_TNH = jnp.pad(q_TNH, ((0, 0), (0, 0), (0, cache_H - H)))
-        keys = Keys(
-            arrays=layer,
-            block=(None, None, block_tokens, cache_H),
-            parts=parts,
-            tiles=(C + more[1]) // parts,
-            index=lambda head, block, table: (table[block], head, 0, 0),
-            table=jnp.pad(block_C, more, "edge"),
-            filled=jnp.pad(filled_C, more),
-        )
-        spans = Spans(first_T, last_T)
-        return _flash(
-            q_TNH, spans, keys, scale=H**-0.5, causal=False, interpret=interpret
-        )[..., :H]
-
-    return attend
+    parts = max(1, min(_KEYS // O, _MOST_BLOCKS, C))
+    tiles = -(-C // parts)
+    more = (0, tiles * parts - C)
+    keys = Keys(
+        *layer,
+        block=(None, None, O, cache_H),
+        parts=parts,
+        tiles=tiles,
+        index=lambda head, block, table: (table[block], head, 0, 0),
+        table=jnp.pad(block_C, more, "edge"),
+        filled=jnp.pad(jnp.clip(end_C - start_C, 0, O), more),
+    )
+    q_TNH = jnp.pad(q_TNH, ((0, 0), (0, 0), (0, cache_H - H)))
+    out_TNH = _flash(q_TNH, spans, keys, H**-0.5, causal=False, interpret=interpret)
+    return out_TNH[..., :H]
 
 
 def _tile(tokens: int) -> int:
@@ -149,8 +144,8 @@ def _flash(
     q_TNH: Array,
     spans: Spans,
     keys: Keys,
-    *,
     scale: float,
+    *,
     causal: bool,
     interpret: bool,
 ) -> Array:
@@ -161,7 +156,7 @@ def _flash(
         at a later index: what is stated as moved then counts no more.
     """
     T, N, H = q_TNH.shape
-    K = keys.arrays[0].shape[-3]
+    K = keys.k.shape[-3]
     G = N // K
     # A power of two, so that it divides what prompts are padded to.
     Q = min(_tile(T), 2 ** ((_QUERIES // G).bit_length() - 1))
@@ -173,20 +168,17 @@ def _flash(
         jnp.pad(x, more, constant_values=fill)
         for x, fill in zip(spans, (0, -1), strict=True)
     )
-    O = keys.block[-2]
-    assert O is not None
-    S = keys.parts * O
+    S = keys.parts * (keys.block[-2] or 1)
     rows = pl.BlockSpec((None, G, Q, H), lambda head, tile, *_: (head, 0, tile, 0))
     span = pl.BlockSpec((Q, 1), lambda head, tile, *_: (tile, 0))
     blocks = [
         pl.BlockSpec(keys.block, functools.partial(_block_index, keys, part))
         for part in range(keys.parts)
     ]
-    k, v = keys.arrays
-    itemsize = k.dtype.itemsize
+    itemsize = keys.k.dtype.itemsize
     vmem_bytes = 2 * (2 * G * Q * H + 2 * S * H) * itemsize + 4 * G * Q * (H + 256)
     out_KGTH = pl.pallas_call(
-        functools.partial(_kernel, parts=keys.parts, scale=scale),
+        functools.partial(_kernel, parts=keys.parts, scale=scale * _LOG2_E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(K, tiles, keys.tiles),
@@ -210,8 +202,8 @@ def _flash(
         first_T[:, None],
         last_T[:, None],
         q_KGTH,
-        *[k] * keys.parts,
-        *[v] * keys.parts,
+        *[keys.k] * keys.parts,
+        *[keys.v] * keys.parts,
     )
     return out_KGTH.transpose(2, 0, 1, 3).reshape(tiles * Q, N, H)[:T]
 
@@ -241,9 +233,7 @@ def _cost(
 ) -> pl.CostEstimate:
     """Return the most that the kernel can have to do: one prompt, or chunk."""
     K, G, T, H = q_KGTH.shape
-    seen = [
-        (end - 1) // S + 1 if causal else key_tiles for end in range(Q, T + Q, Q)
-    ]
+    seen = [(end - 1) // S + 1 if causal else key_tiles for end in range(Q, T + Q, Q)]
     # A tile of keys stays, from one tile of queries to the next, if it is the only one.
     brought = sum(seen) - seen[:-1].count(1)
     spans_bytes = 2 * 4 * T * (K if len(seen) > 1 else 1)
@@ -269,14 +259,18 @@ def _kernel(
     parts: int,
     scale: float,
 ) -> None:
-    """Attend from a tile of queries to a tile of keys, of one kv head."""
+    """Attend from a tile of queries to a tile of keys, of one kv head.
+
+    Args:
+      scale: of scores whose weights are powers of 2.
+    """
     k_refs, v_refs = refs[:parts], refs[parts : 2 * parts]
     out_ref, max_ref, total_ref, sum_ref = refs[2 * parts :]
     tile, step = pl.program_id(1), pl.program_id(2)
 
     @pl.when(step == 0)
     def _() -> None:
-        max_ref[...] = jnp.full_like(max_ref, _LOWEST)
+        max_ref[...] = jnp.full_like(max_ref, _LOWEST / 2)
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
@@ -292,13 +286,12 @@ def _kernel(
         index_QS = step * S + lax.broadcasted_iota(jnp.int32, (Q, S), 1)
         seen_QS = (first_ref[...] <= index_QS) & (index_QS <= last_ref[...])
         scores = einsum("qh,sh->qs", q_ref[...].reshape(G * Q, H), k_SH, jnp.float32)
-        scores_GQS = jnp.where(seen_QS[None], (scores * scale).reshape(G, Q, S), _LOWEST)
+        scores_GQS = jnp.where(seen_QS[None], scores.reshape(G, Q, S), _LOWEST)
         scores = scores_GQS.reshape(G * Q, S)
-        before, top = max_ref[...], scores.max(1, keepdims=True)
-        top = jnp.maximum(before, top)
-        weights = jnp.exp(scores - top)
-        weights = jnp.where(seen_QS[None], weights.reshape(G, Q, S), 0.0).reshape(G * Q, S)
-        factor = jnp.exp(before - top)
+        before = max_ref[...]
+        top = jnp.maximum(before, scores.max(1, keepdims=True))
+        factor = jnp.exp2((before - top) * scale)
+        weights = jnp.exp2((scores - top) * scale)
         max_ref[...] = top
         total_ref[...] = total_ref[...] * factor + weights.sum(1, keepdims=True)
         out = einsum("qs,sh->qh", weights.astype(v_SH.dtype), v_SH, jnp.float32)
