@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.programs import Buckets, StepShape
 from experiments.compiled.records import CompiledDeployment, ProgramRecord
@@ -38,7 +39,11 @@ def case(target: str, *rest, slow: bool = False):
 
 
 def one_layer(
-    target: CompileTarget, model: str, deployment: str, part_bytes: int = PART_BYTES
+    target: CompileTarget,
+    model: str,
+    deployment: str,
+    part_bytes: int = PART_BYTES,
+    attention: str = AUTO,
 ) -> CompiledDeployment:
     """Return a layer of a model, with k (and v) of `part_bytes` on a device."""
     config = dataclasses.replace(get_config(model), dtype="bfloat16")
@@ -54,7 +59,9 @@ def one_layer(
         )
 
     pools = [pool(spec.parallelism.tp) for spec in parsed.instances]
-    return CompiledDeployment(target, config, parsed, pools, layers=1)
+    return CompiledDeployment(
+        target, config, parsed, pools, layers=1, attention=attention
+    )
 
 
 def records(compiled: CompiledDeployment, **shapes) -> list[ProgramRecord]:
