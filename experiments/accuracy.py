@@ -39,10 +39,13 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from disagg_jax.calibration.machine_speed import choose_probes
 from disagg_jax.calibration.profile_keys import StepKey, read_profile
 from disagg_jax.calibration.step_times import step_times_of
 from disagg_jax.calibration.timing import grid, measure, time_alone, typical_s
+from disagg_jax.engine.attention.registry import choose_kernel
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
@@ -134,7 +137,8 @@ def run(
     host_devices.provide(most_devices(config))
     check_modelled(config)
     model = load_model(config)
-    profile = read_profile(profile_path, model.config)
+    chosen = choose_kernel(config.attention, jax.default_backend(), model.config)
+    profile = read_profile(profile_path, model.config, chosen.kernel.name)
     record = {**plain(config), "profile": profile_to_json(profile)}
     with sole_use(out):
         run_dir = RunDir(out, {**record, "factors": list(factors)})

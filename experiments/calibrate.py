@@ -220,7 +220,10 @@ def run(
     profile = calibrate(
         list(engines.values()),
         name=f"{model.config.name}-{device_name()}".replace(" ", "-").lower(),
-        provenance=provenance_of(model.config, config),
+        provenance={
+            **provenance_of(model.config, config),
+            "attention": next(iter(engines.values())).programs.attention.kernel.name,
+        },
         rounds=rounds,
         count=count,
         max_drift=max_drift,

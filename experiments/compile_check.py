@@ -49,8 +49,9 @@ import pathlib
 from collections.abc import Sequence
 
 from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.attention.registry import AUTO, choose_kernel
 from disagg_jax.engine.deployment_programs import DeploymentPrograms
-from disagg_jax.engine.memory_check import default_block_tokens, held_blocks
+from disagg_jax.engine.memory_check import held_blocks
 from disagg_jax.engine.program_table import Program
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets
@@ -59,6 +60,7 @@ from disagg_jax.scheduling import DISAGGREGATED
 from disagg_jax.scheduling.system import System, get_systems
 from disagg_jax.sim.cost.measured import CalibratedProfile
 from disagg_jax.sim.cost.measured_profile import profile_to_json
+from experiments.cli.attention import attention_flag
 from experiments.cli.command import command, command_line
 from experiments.cli.flags import REQUIRED, Flags, expect_used
 from experiments.cli.names import ENGINE_MODEL
@@ -115,6 +117,7 @@ _BLOCK_TOKENS = FLAGS.integer(
     "Tokens in a block; by default as the engine has on the device.",
     lower_bound=1,
 )
+_ATTENTION = attention_flag(FLAGS)
 _PROFILE = FLAGS.string(
     "profile",
     None,
@@ -139,6 +142,7 @@ class CheckOptions:
     max_context: int = 2048
     blocks: int | None = None  # of an instance; None: what the device holds
     block_tokens: int | None = None  # None: as the engine has on the device
+    attention: str = AUTO  # the kernel
 
     def pools(self, target: CompileTarget) -> list[KVMemory]:
         """Return the KV pool of each instance.
@@ -150,9 +154,10 @@ class CheckOptions:
         expected = f"{target.name}: expected at least {needed} devices, which "
         require(needed <= have, f"{expected}'{self.deployment}' takes", have)
         platform = target.devices[0].platform
+        asked = self.attention, platform, self.config, self.block_tokens
         one = KVMemory(
             num_blocks=1,
-            block_tokens=self.block_tokens or default_block_tokens(platform),
+            block_tokens=self.block_tokens or choose_kernel(*asked).kernel.block_tokens,
             max_context=min(self.max_context, self.config.max_length),
         )
         programs = DeploymentPrograms(
@@ -160,6 +165,7 @@ class CheckOptions:
             self.deployment,
             target.devices,
             [one] * len(self.deployment.instances),
+            attention=self.attention,
             share_devices=True,
         )
         limit_bytes = int(target.memory_bytes)
@@ -200,7 +206,14 @@ class CheckOptions:
         """
         pools, config = self.pools(target), self.config
         layers = self.layers or config.layers
-        made = CompiledDeployment(target, config, self.deployment, pools, layers=layers)
+        made = CompiledDeployment(
+            target,
+            config,
+            self.deployment,
+            pools,
+            layers=layers,
+            attention=self.attention,
+        )
         return made, self.buckets(pools)
 
 
@@ -252,6 +265,7 @@ def _provenance(options: CheckOptions, compiled: CompiledDeployment) -> dict[str
     return {
         "model": config.name,
         "dtype": config.dtype,
+        "attention": compiled.compiled.attention.kernel.name,
         # As JAX says where the device is; of GPUs that are not there it does not.
         "device": target.devices[0].device_kind or target.hardware.name,
         "hardware": target.hardware.name,
@@ -282,6 +296,7 @@ def _compile(
     left_out: list[str] = []
     for compiled, programs in planned:
         name, first = compiled.target.name, len(records)
+        progress(name, 0, len(programs), str(compiled.compiled.attention))
         for i, program in enumerate(programs):
             if deadline.passed():
                 left_out.append(f"{name} {program.name}")
@@ -320,6 +335,7 @@ def main() -> None:
         max_context=_CONTEXT.value,
         blocks=_BLOCKS.value,
         block_tokens=_BLOCK_TOKENS.value,
+        attention=_ATTENTION.value,
     )
     several = f"--target={','.join(_TARGET.value)}"
     one = len(_TARGET.value) == 1

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from disagg_jax.engine import LLM, Generation, Piece
 from disagg_jax.errors import require
 from disagg_jax.request import Sampling
+from experiments.cli.attention import attention_flag
 from experiments.cli.command import command
 from experiments.cli.flags import Flags
 from experiments.cli.progress import ProgressLines
@@ -44,6 +45,7 @@ _SYSTEM = FLAGS.string(
     "system", None, "A scheduling system. By default one for the deployment's roles."
 )
 _MAX_TOKENS = FLAGS.integer("max_tokens", 64, "To generate at most.", lower_bound=1)
+_ATTENTION = attention_flag(FLAGS)
 _TEMPERATURE = FLAGS.float("temperature", 0.0, "0 takes the likeliest token always.")
 _TOP_K = FLAGS.integer("top_k", 0, "Draw from as many likeliest tokens; 0: from all.")
 _TOP_P = FLAGS.float("top_p", 1.0, "Draw from likeliest tokens of this probability.")
@@ -123,6 +125,7 @@ def main() -> None:
         _DEPLOYMENT.value,
         system=_SYSTEM.value,
         dtype=_DTYPE.value,
+        attention=_ATTENTION.value,
         progress=ProgressLines(),
     )
     found = llm.generate(

@@ -149,9 +149,7 @@ def run(
     source = RequestSource.load(config, model)
     for system in config.systems.values():
         source.check(
-            instance_memory(
-                config, Deployment.parse(system.deployment), model.config.layers
-            )
+            instance_memory(config, Deployment.parse(system.deployment), model.config)
         )
     engines = build_engines(config, model)
     if given is not None:

@@ -42,6 +42,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
 from disagg_jax.metrics.attainment import SLO
@@ -226,7 +227,8 @@ def _loop_step_s(deployment: ServedDeployment, requests: Sequence[Request]) -> f
 def attention(options: OverheadOptions) -> list[Figure]:
     """Measure decode attention of one layer, and a read of its KV."""
     shape = options.attention
-    return [attention_figure(shape, n, options.repeats) for n in shape.tokens]
+    kernel = XlaAttention(jax.default_backend())
+    return [attention_figure(shape, kernel, n, options.repeats) for n in shape.tokens]
 
 
 # -- hand-off --------------------------------------------------------------------------

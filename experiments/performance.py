@@ -36,8 +36,8 @@ from collections.abc import Sequence
 
 import jax
 
+from disagg_jax.engine.attention.registry import AUTO, choose_kernel
 from disagg_jax.engine.engine import Engine
-from disagg_jax.engine.memory_check import default_block_tokens
 from disagg_jax.errors import require
 from disagg_jax.programs.shapes import StepShape
 from disagg_jax.progress import Progress, Stop, never, silent
@@ -57,6 +57,7 @@ from experiments.benchmarks.timing import (
     values_in_turn,
 )
 from experiments.cli import host_devices
+from experiments.cli.attention import attention_flag
 from experiments.cli.command import command
 from experiments.cli.flags import Flags, expect_used, integers, writable
 from experiments.cli.names import ENGINE_MODEL
@@ -84,6 +85,7 @@ class StepOptions:
     context: int = 256  # tokens that each of them attends to, the new one included
     prompts: Sequence[int] = (128, 512)  # tokens of the one prompt of a prefill step
     block_tokens: int = 64
+    attention: str = AUTO  # the kernel
     handoff_mib: int = 16  # 0 is no hand-off
     repeats: int = 5  # rounds that a median is taken over
     dense: bool = True  # whether decode with a plain cache is timed as well
@@ -250,16 +252,19 @@ def run(
         lines.extend(some)
 
     config = options.config
+    engine = bare_engine(
+        config, list(step_loads(options)), options.block_tokens, options.attention
+    )
     say(
         f"# {config.name} {config.dtype}, context {options.context}, blocks of "
-        f"{options.block_tokens} tokens, {options.repeats} rounds, on "
-        f"{jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} cores",
+        f"{options.block_tokens} tokens, {engine.programs.attention}",
+        f"# {options.repeats} rounds on {jax.devices()[0].device_kind}, "
+        f"{len(os.sched_getaffinity(0))} cores",
         f"# commit {commit()}, {datetime.date.today()}, Python "
         f"{platform.python_version()}, jax {jax.__version__}, load average "
         f"{load_average()} before",
         "",
     )
-    engine = bare_engine(config, list(step_loads(options)), options.block_tokens)
     peaks, steps, taken = measure(options, engine, progress, deadline.passed)
     peer = PEER.get((config.name, config.dtype), {})
     rows = [step.row(peaks, peer.get(step.kind, {}).get(step.size)) for step in steps]
@@ -299,6 +304,7 @@ _PROMPTS = FLAGS.list("prompts", ["128", "512"], "Tokens of a prefill step.")
 _BLOCK = FLAGS.integer(
     "block_tokens", None, "Tokens in a block of KV; by default what suits the device."
 )
+_ATTENTION = attention_flag(FLAGS)
 _MIB = FLAGS.integer("handoff", 16, "MiB of a hand-off; 0 is none.")
 _REPEATS = FLAGS.integer("repeats", 5, "Rounds that a median is taken over.")
 _DENSE = FLAGS.boolean("dense", True, "Time a plain dense cache as well.")
@@ -320,12 +326,16 @@ def main() -> None:
     keep_freed_memory()
     if _MIB.value:
         host_devices.provide(2)
+    chosen = choose_kernel(
+        _ATTENTION.value, jax.default_backend(), config, _BLOCK.value
+    )
     options = StepOptions(
         config=config,
         batches=integers("batches", _BATCHES.value),
         context=_CONTEXT.value,
         prompts=integers("prompts", _PROMPTS.value),
-        block_tokens=_BLOCK.value or default_block_tokens(jax.default_backend()),
+        block_tokens=_BLOCK.value or chosen.kernel.block_tokens,
+        attention=_ATTENTION.value,
         handoff_mib=_MIB.value,
         repeats=_REPEATS.value,
         dense=_DENSE.value,

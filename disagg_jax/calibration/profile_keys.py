@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from disagg_jax.deployment import Parallelism
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.engine import Engine
 from disagg_jax.programs import StepShape
 from disagg_jax.sim.cost.measured import CalibratedCost, CalibratedProfile
@@ -60,11 +61,17 @@ def device_name() -> str:
     return jax.devices()[0].device_kind
 
 
-def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
+def read_profile(
+    path: str, model: ModelConfig, attention: str = XlaAttention.name
+) -> CalibratedProfile:
     """Return the profile in a file, if it is of `model` on this machine's devices.
 
+    Args:
+      attention: the name of the attention kernel. A profile without one is of plain
+        XLA, as all were before there were others.
+
     Raises:
-      ValueError: if the file is no profile, or of another model or device.
+      ValueError: if the file is no profile, or of another model, device or kernel.
     """
     try:
         profile = profile_from_json(json.loads(pathlib.Path(path).read_text()))
@@ -73,12 +80,18 @@ def read_profile(path: str, model: ModelConfig) -> CalibratedProfile:
             f"--profile: expected what experiments.calibrate wrote, got '{path}': "
             f"{error}"
         ) from error
-    here = {"model": model.name, "dtype": model.dtype, "device": device_name()}
+    here = {
+        "model": model.name,
+        "dtype": model.dtype,
+        "device": device_name(),
+        "attention": attention,
+    }
+    said = {"attention": XlaAttention.name, **profile.provenance}
     for key, value in here.items():
-        if profile.provenance[key] != value:
+        if said[key] != value:
             raise ValueError(
                 f"--profile: expected one of {key} {value}, got '{path}' of {key} "
-                f"{profile.provenance[key]}"
+                f"{said[key]}"
             )
     return profile
 

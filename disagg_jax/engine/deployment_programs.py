@@ -10,6 +10,7 @@ from typing import TypeAlias
 from jax.sharding import Mesh
 
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.engine.attention.registry import AUTO, choose_kernel
 from disagg_jax.engine.kv_transfer.segments import Segment, find_segments
 from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.program_table import Program
@@ -19,7 +20,8 @@ from models.config import ModelConfig
 from sharding.mesh import Device, cut_meshes
 from sharding.rules import RULES
 
-# The inputs of programs: model, layer groups, rule table, stages, device ids, KV pool.
+# The inputs of programs: model, layer groups, rule table, stages, device ids, KV pool,
+# attention kernel.
 ModelKey: TypeAlias = tuple[Hashable, ...]
 
 
@@ -30,6 +32,7 @@ class DeploymentPrograms:
       devices: the meshes of the stages are cut from them in order. They may be those of
         a topology that is not here, which is enough to compile.
       memory: the KV pool of each instance.
+      attention: the kernel; see `choose_kernel`.
       layer_groups: programs that the layers of each stage are cut into.
       made: programs to use again where they have the same inputs; new ones are added.
       share_devices: give equal instances the same devices.
@@ -37,11 +40,13 @@ class DeploymentPrograms:
     Attributes:
       models: the programs of each instance, and `keys` their keys in `made`.
       segments: the parts of a transfer, by (source, destination).
+      attention: the kernel of all instances, and why.
 
     Raises:
       ValueError: if the devices or the layers are too few, `memory` is not one for each
         instance, a context is longer than the model's, a dimension of the model does
-        not divide over an instance's mesh, or an instance has dp or ep.
+        not divide over an instance's mesh, an instance has dp or ep, or the attention
+        kernel cannot serve the model.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class DeploymentPrograms:
         devices: Sequence[Device],
         memory: Sequence[KVMemory],
         *,
+        attention: str = AUTO,
         layer_groups: int = 1,
         made: dict[ModelKey, ModelPrograms] | None = None,
         share_devices: bool = False,
@@ -63,14 +69,20 @@ class DeploymentPrograms:
         made = {} if made is None else made
         self.deployment = deployment
         self.keys: list[ModelKey] = []
+        self.attention = choose_kernel(
+            attention, devices[0].platform, config, memory[0].block_tokens
+        )
+        kernel = self.attention.kernel
         meshes = _meshes(deployment, devices, share_devices)
         for spec, pool, cut in zip(deployment.instances, memory, meshes, strict=True):
             rules = RULES[spec.role]
             ids = tuple(d.id for mesh in cut for d in mesh.devices.flat)
             table = tuple(sorted(rules.items()))
-            key = (config, layer_groups, table, spec.parallelism.pp, ids, pool)
+            key = (config, layer_groups, table, spec.parallelism.pp, ids, pool, kernel)
             if key not in made:
-                made[key] = ModelPrograms(config, cut, rules, pool, layer_groups)
+                made[key] = ModelPrograms(
+                    config, cut, rules, pool, kernel, layer_groups
+                )
             self.keys.append(key)
         self.models = [made[key] for key in self.keys]
         self.segments: dict[tuple[int, int], list[Segment]] = {

@@ -18,6 +18,7 @@ may be the difference of two, which is what turns a greedy choice.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -28,9 +29,10 @@ import numpy as np
 
 from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.attention.registry import AUTO, choose_kernel
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.executor import as_measured, run_alone
-from disagg_jax.engine.memory_check import default_block_tokens
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
 from disagg_jax.programs import needed_buckets
@@ -145,14 +147,17 @@ def compare_dtypes(
     *,
     deployment: str = "prefill:tp1,decode:tp1",
     dtype: str = "bfloat16",
+    attention: str = AUTO,
 ) -> DtypeComparison:
     """Generate `max_tokens` greedy tokens for each prompt, in float32 and in `dtype`.
 
-    Both are the engine's own programs on the same devices. Weights of float32 are there
-    before those of `dtype`, not beside them. All logits are kept on the host.
+    Both are the engine's own programs on the same devices. Their weights and caches are
+    not there at the same time. All logits are kept on the host.
 
     Args:
       params: of `config`; cast to both dtypes, so that rounding them is an error too.
+      devices: as many as the deployment has; one may stand for several.
+      attention: the kernel in `dtype`; float32 has plain XLA. See `choose_kernel`.
 
     Raises:
       ValueError: as `Engine` does, or if `dtype` is unknown or float32.
@@ -170,41 +175,44 @@ def compare_dtypes(
     ]
 
     def outputs(
-        config: ModelConfig, tokens: Mapping[int, Sequence[int]] | None = None
+        config: ModelConfig,
+        attention: str,
+        tokens: Mapping[int, Sequence[int]] | None = None,
     ) -> list[Output]:
-        weights = cast(params, config)
-        served = _serve(config, weights, deployment, devices, requests)
+        parsed, weights = Deployment.parse(deployment), cast(params, config)
+        served = _serve(config, weights, parsed, devices, attention, requests)
+        del weights  # the engine has its own
         return greedy_outputs(served, requests, tokens)
 
-    exact = outputs(dataclasses.replace(config, dtype="float32"))
+    exact = outputs(dataclasses.replace(config, dtype="float32"), XlaAttention.name)
+    gc.collect()  # an engine is in a cycle, and has the memory that the next one needs
     follow = {i: output.tokens_T.tolist() for i, output in enumerate(exact)}
     config = dataclasses.replace(config, dtype=dtype)
-    return DtypeComparison.of(config, exact, outputs(config, follow))
+    return DtypeComparison.of(config, exact, outputs(config, attention, follow))
 
 
 def _serve(
     config: ModelConfig,
     weights: Weights,
-    deployment: str,
+    deployment: Deployment,
     devices: Sequence[Device],
+    attention: str,
     requests: Sequence[Request],
 ) -> ServedDeployment:
-    """Return a compiled engine that holds all `requests` at once."""
-    parsed = Deployment.parse(deployment)
+    """Return a compiled engine whose pools hold all `requests`."""
     policies = {**get_system("vllm_v0"), **get_system(DISAGGREGATED)}
-    block_tokens = default_block_tokens(devices[0].platform)
+    kernel = choose_kernel(attention, devices[0].platform, config).kernel
     lengths = [request.prompt_tokens + request.max_tokens for request in requests]
-    blocks = sum(-(-length // block_tokens) for length in lengths)
-    pool = KVMemory(
-        # Two, since a policy may keep some of the pool free.
-        num_blocks=2 * blocks,
-        block_tokens=block_tokens,
-        max_context=max(lengths),
-    )
-    roles = [spec.role for spec in parsed.instances]
+    pool = KVMemory(num_blocks=1, block_tokens=kernel.block_tokens, max_context=1)
+    blocks = sum(map(pool.blocks_for, lengths))
+    # Twice as many, since a policy may keep a share of the pool free.
+    pool = dataclasses.replace(pool, num_blocks=2 * blocks, max_context=max(lengths))
+    roles = [spec.role for spec in deployment.instances]
     buckets = [needed_buckets(policies[role].limits, pool, requests) for role in roles]
     memory = [pool] * len(roles)
-    engine = Engine(config, weights, parsed, devices, memory, buckets)
+    engine = Engine(
+        config, weights, deployment, devices, memory, buckets, attention=attention
+    )
     engine.compile(sampled=False)
     return ServedDeployment(engine=engine, policies=policies)
 

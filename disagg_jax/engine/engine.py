@@ -24,7 +24,7 @@ from disagg_jax.control.run import StepTotals
 from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine import sampling
 from disagg_jax.engine.attention.kv_cache import Cache
-from disagg_jax.engine.attention.packing import pack
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.deployment_programs import DeploymentPrograms, ModelKey
 from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
@@ -74,7 +74,8 @@ class Instance:
     def pack(self, slices: Sequence[Slice]) -> tuple[StepShape, np.ndarray]:
         """Return that shape, and `slices` as its program takes them."""
         shape = self.step_shape(slices)
-        return shape, pack(shape, slices, self.programs.memory)
+        programs = self.programs
+        return shape, programs.kernel.pack(shape, slices, programs.memory)
 
 
 class Engine:
@@ -85,6 +86,7 @@ class Engine:
         order.
       memory: the KV pool of each instance.
       buckets: the listed shapes of each instance; only these can run.
+      attention: the attention kernel; see `choose_kernel`.
       layer_groups: programs that the layers of each stage are cut into; KV that leaves
         while its prompt is computed goes in as many parts.
       models: weights and programs made before from the same `params`; the engine adds
@@ -100,8 +102,9 @@ class Engine:
     Raises:
       ValueError: if the devices or the layers are too few, `memory` or `buckets` is not
         one for each instance, a context is longer than the model's, a dimension of the
-        model does not divide over an instance's mesh, an instance has dp or ep, or
-        weights and pool are larger than a device's memory.
+        model does not divide over an instance's mesh, an instance has dp or ep, the
+        attention kernel cannot serve the model, or weights and pool are larger than a
+        device's memory.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Engine:
         memory: Sequence[KVMemory],
         buckets: Sequence[Buckets],
         *,
+        attention: str = AUTO,
         layer_groups: int = 1,
         models: dict[ModelKey, PlacedModel] | None = None,
         share_devices: bool = False,
@@ -123,6 +127,7 @@ class Engine:
             deployment,
             devices,
             memory,
+            attention=attention,
             layer_groups=layer_groups,
             made={key: model.programs for key, model in models.items()},
             share_devices=share_devices,

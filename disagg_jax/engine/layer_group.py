@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding
 from jax.stages import Compiled
 
 from disagg_jax.engine import sampling
+from disagg_jax.engine.attention.kernel import AttentionKernel
 from disagg_jax.engine.attention.kv_cache import Cache
-from disagg_jax.engine.attention.packing import fields_of
+from disagg_jax.engine.attention.packing import Fields
 from disagg_jax.engine.attention.step import step_attend
 from disagg_jax.engine.program_table import Program, Programs, program_name
 from disagg_jax.engine.stage import Stage
@@ -126,18 +127,18 @@ class LayerGroup:
     def _compile_step(self, shape: StepShape) -> Compiled:
         stage, config = self.stage, self.stage.config
         weights, tree = jax.tree.flatten(self.specs)
-        fields = fields_of(shape, stage.memory.block_tokens)
+        fields = stage.kernel.fields(shape, stage.memory.block_tokens)
         packed = stage.spec((fields.size,), jnp.int32)
         x_spec = stage.spec((shape.tokens, config.embed), config.dtype)
         x = [] if self.is_first else [x_spec]
         run_group = functools.partial(
             _run_group,
             config,
-            stage.memory.block_tokens,
+            fields,
             shape,
             is_last=self.is_last,
+            kernel=stage.kernel,
             kv_sharding=stage.kv_sharding,
-            chunk=stage.decode_chunk,
         )
 
         def run(weights: FlatWeights, *inputs: Any) -> tuple[Cache, Any]:
@@ -157,25 +158,25 @@ class LayerGroup:
 
 def _run_group(
     config: ModelConfig,
-    block_tokens: int,
+    fields: Fields,
     shape: StepShape,
     params: transformer.Params,
     cache: Cache,
     packed: Array,
     *x_TE: Array,
     is_last: bool,
+    kernel: AttentionKernel,
     kv_sharding: NamedSharding,
-    chunk: int | None,
 ) -> tuple[Cache, Any]:
     """Run one layer group of a step; without an `x_TE` embed the tokens first.
 
     Returns:
       The cache, and `[T, E]` the residual stream; if it is last, tokens and logits.
     """
-    inputs = fields_of(shape, block_tokens).split(packed)
+    inputs = fields.split(packed)
     position = inputs["position"]
     x = x_TE[0] if x_TE else transformer.embed(params, inputs["token"], position)
-    attend = step_attend(shape, inputs, block_tokens, kv_sharding, chunk)
+    attend = step_attend(shape, inputs, kernel, kv_sharding)
     x, cache = transformer.run_layers(
         config, params["layers"], x, position, attend, cache
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar, cast
 
 from disagg_jax import metrics
 from disagg_jax.deployment import Deployment, KVMemory, Role
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.devices import find_devices
 from disagg_jax.engine.engine import Engine, Progress
 from disagg_jax.engine.memory_check import default_memory, memory_bytes
@@ -74,6 +75,7 @@ class LLM:
         prefill and decode instances are `disaggregated`, colocated ones `vllm_v0`.
       max_context: the longest prompt and output together, in tokens; by default the
         model's, or what the KV memory has room for.
+      attention: the attention kernel; see `choose_kernel`.
       memory: the KV pool of each instance; by default see `default_memory`.
       buckets: the shapes that each instance has programs for; by default those that a
         call needs, see `needed_buckets`.
@@ -89,7 +91,8 @@ class LLM:
 
     Raises:
       ValueError: if the deployment needs more devices, or more of their memory, or
-        another system, or has dp or ep; before weights are placed.
+        another system, or has dp or ep, or there is no such attention kernel; before
+        weights are placed.
       FileNotFoundError: if there are no such weights; says how to get them.
     """
 
@@ -100,6 +103,7 @@ class LLM:
         *,
         system: str | Mapping[Role, Policy] | None = None,
         max_context: int | None = None,
+        attention: str = AUTO,
         memory: Sequence[KVMemory] | None = None,
         buckets: Sequence[Buckets] | None = None,
         dtype: str | None = None,
@@ -122,10 +126,19 @@ class LLM:
             weights = load_model("auto", str(weights), dtype=dtype)
         self.config, self.tokenizer = weights.config, weights.tokenizer
         if memory is None:
-            memory = _memory(self.config, instances, devices, max_context)
+            memory = _memory(self.config, instances, devices, max_context, attention)
         listed = buckets or [_NO_SHAPES] * len(memory)
         params = weights.params
-        engine = Engine(self.config, params, instances, devices, memory, listed)
+        engine = Engine(
+            self.config,
+            params,
+            instances,
+            devices,
+            memory,
+            listed,
+            attention=attention,
+        )
+        self._progress(str(engine.programs.attention))
         self.served = ServedDeployment(engine=engine, policies=policies)
 
     @property
@@ -266,12 +279,19 @@ def _memory(
     deployment: Deployment,
     devices: Sequence[Device],
     max_context: int | None,
+    attention: str,
 ) -> list[KVMemory]:
     """Return the default KV pool of each instance."""
     limit_bytes = memory_bytes(devices[0])
     return [
         default_memory(
-            config, spec, RULES[spec.role], devices, limit_bytes, max_context
+            config,
+            spec,
+            RULES[spec.role],
+            devices,
+            limit_bytes,
+            max_context,
+            attention=attention,
         )
         for spec in deployment.instances
     ]

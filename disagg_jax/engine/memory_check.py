@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from disagg_jax.deployment import InstanceSpec, KVMemory
+from disagg_jax.engine.attention.registry import AUTO, choose_kernel
 from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.place_weights import join_groups
 from disagg_jax.engine.stage import Stage
@@ -24,25 +25,11 @@ _GIB = 2**30
 _LONGEST_AT_ONCE = 16
 _POOL_SHARE = 0.8
 _HOST_POOL_BYTES = 2**29
-# Tokens in a KV block. A TPU keeps 128 floats of an array's last dimension together,
-# and scores have offsets there. On a core attention of 16 decodes over 4096 tokens of
-# SmolLM2 took 2.2 ms with 16 tokens in a block, 1.8 with 32, 1.4 with 64, 1.6 with 128.
-_BLOCK_TOKENS = {"tpu": 128}
-_BLOCK_TOKENS_ELSE = 64
 
 
 def memory_bytes(device: Device) -> int | None:
     """Return the bytes the device's allocator may hand out; None if it does not say."""
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def default_block_tokens(platform: str) -> int:
-    """Return the tokens in a KV block that suit a kind of device.
-
-    Args:
-      platform: of the devices, as JAX names it.
-    """
-    return _BLOCK_TOKENS.get(platform, _BLOCK_TOKENS_ELSE)
 
 
 def check_fits(
@@ -83,6 +70,7 @@ def default_memory(
     limit_bytes: int | None,
     max_context: int | None = None,
     block_tokens: int | None = None,
+    attention: str = AUTO,
 ) -> KVMemory:
     """Return a KV pool for an instance: `_LONGEST_AT_ONCE` requests of `max_context`.
 
@@ -91,19 +79,21 @@ def default_memory(
     Args:
       devices: as many as the instance has, or more; each of `limit_bytes`.
       max_context: by default the model's, or what the pool has room for.
-      block_tokens: by default those of `default_block_tokens`.
+      block_tokens: by default those that suit the attention kernel.
+      attention: the kernel; see `choose_kernel`.
 
     Raises:
       ValueError: if the pool has no room for a request of `max_context`, or for what
         `ModelPrograms` raises it.
     """
+    chosen = choose_kernel(attention, devices[0].platform, config, block_tokens)
     memory = KVMemory(
         num_blocks=1,
-        block_tokens=block_tokens or default_block_tokens(devices[0].platform),
+        block_tokens=block_tokens or chosen.kernel.block_tokens,
         max_context=max_context or config.max_length,
     )
     meshes = cut_meshes(devices, [spec.parallelism.tp] * spec.parallelism.pp)
-    programs = ModelPrograms(config, meshes, rules, memory)
+    programs = ModelPrograms(config, meshes, rules, memory, chosen.kernel)
     most = held_blocks(programs, limit_bytes)
     held = most * memory.block_tokens
     expected = f"max_context: expected at most {held}, what the default KV pool of "

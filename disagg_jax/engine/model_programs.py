@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from disagg_jax.deployment import KVMemory, Parallelism, cut_layers
+from disagg_jax.engine.attention.kernel import AttentionKernel
 from disagg_jax.engine.attention.kv_cache import Cache
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.layer_group import LayerGroup
 from disagg_jax.engine.place_weights import LayerPlacement, weight_specs
 from disagg_jax.engine.program_table import Program
@@ -49,13 +51,21 @@ class ModelPrograms:
         meshes: Sequence[Mesh],
         rules: Rules,
         memory: KVMemory,
+        kernel: AttentionKernel,
         layer_groups: int = 1,
     ):
-        self.config, self.memory = config, memory
+        self.config, self.memory, self.kernel = config, memory, kernel
         self.tp: int = meshes[0].size
         cut = _cut_layers(config, len(meshes), layer_groups)
         self.stages = [
-            Stage(config, range(groups[0].start, groups[-1].stop), mesh, rules, memory)
+            Stage(
+                config,
+                range(groups[0].start, groups[-1].stop),
+                mesh,
+                rules,
+                memory,
+                kernel,
+            )
             for groups, mesh in zip(cut, meshes, strict=True)
         ]
         self.layout = self.stages[0].layout  # equal on all stages
@@ -72,9 +82,14 @@ class ModelPrograms:
         ]
 
     def __str__(self) -> str:
-        """Return the parallelism: tp2pp2, then g4 for 4 layer groups a stage."""
-        groups = len(self.groups) // self.pp
-        return f"{Parallelism(self.tp, self.pp)}" + (f"g{groups}" if groups > 1 else "")
+        """Return the parallelism, tp2pp2, then g4 for 4 layer groups a stage.
+
+        Behind it stands @ and the attention kernel, unless that is plain XLA.
+        """
+        groups, kernel = len(self.groups) // self.pp, self.kernel.name
+        said = f"g{groups}" if groups > 1 else ""
+        said += f"@{kernel}" if kernel != XlaAttention.name else ""
+        return f"{Parallelism(self.tp, self.pp)}{said}"
 
     @property
     def device(self) -> Device:

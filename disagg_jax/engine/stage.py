@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -13,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import kv_cache
+from disagg_jax.engine.attention.kernel import AttentionKernel
 from disagg_jax.engine.attention.kv_cache import Cache
-from disagg_jax.engine.attention.paged import chunk_entries
 from disagg_jax.engine.program_table import Programs
 from models.config import ModelConfig
 from sharding.heads import head_layout
@@ -40,8 +39,10 @@ class Stage:
         mesh: Mesh,
         rules: Rules,
         memory: KVMemory,
+        kernel: AttentionKernel,
     ):
         self.config, self.layers, self.mesh, self.memory = config, layers, mesh, memory
+        self.kernel = kernel
         self.layout = head_layout(config.q_heads, config.kv_heads, mesh.size)
         self.tiled = kv_cache.is_tiled(mesh)
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
@@ -61,16 +62,8 @@ class Stage:
     def cache_spec(self, layers: int) -> list[tuple[jax.ShapeDtypeStruct, ...]]:
         """Describe the cache of `layers` layers."""
         slots = len(self.layout.kv)
-        part = kv_cache.part_spec(self.config, self.memory, slots, self.kv_sharding)
+        part = self.kernel.part_spec(self.config, self.memory, slots, self.kv_sharding)
         return [(part, part)] * layers
-
-    @property
-    def decode_chunk(self) -> int | None:
-        """Return how many blocks decodes attend to at a time; see `chunk_entries`."""
-        part, _ = self.cache_spec(1)[0]
-        _, *block = self.kv_sharding.shard_shape(part.shape)
-        block_bytes = 2 * math.prod(block) * part.dtype.itemsize
-        return chunk_entries(self.mesh.devices.flat[0].platform, block_bytes)
 
     def new_cache(self) -> Cache:
         """Make the empty cache of the stage's layers."""

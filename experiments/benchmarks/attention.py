@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from disagg_jax.engine.attention.paged import Entries, chunk_entries, paged_attention
+from disagg_jax.engine.attention.entries import Entries
+from disagg_jax.engine.attention.kernel import AttentionKernel
 from experiments.benchmarks.timing import Figure, interleaved, timed_s
 
 
@@ -27,7 +28,9 @@ class AttentionShape:
     head_dim: int = 128
 
 
-def attention_figure(shape: AttentionShape, tokens: int, repeats: int) -> Figure:
+def attention_figure(
+    shape: AttentionShape, kernel: AttentionKernel, tokens: int, repeats: int
+) -> Figure:
     """Measure attention to `tokens` tokens of KV, and a sum over that KV."""
     rng = np.random.default_rng(0)
     each = -(-tokens // shape.rows // shape.block_tokens)
@@ -43,11 +46,10 @@ def attention_figure(shape: AttentionShape, tokens: int, repeats: int) -> Figure
         jnp.array(np.tile(np.arange(each) * shape.block_tokens, shape.rows)),
     )
     position_B = jnp.full(shape.rows, tokens // shape.rows - 1)
-    chunk = chunk_entries(jax.default_backend(), 2 * pool[0].nbytes)
 
     @jax.jit
     def attend(entries: Entries, q_BNH: Array, layer: tuple[Array, Array]) -> Array:
-        return paged_attention(position_B, entries, chunk)(q_BNH, layer)
+        return kernel.decodes(q_BNH, layer, position_B, entries)
 
     @jax.jit
     def read(layer: tuple[Array, Array]) -> Array:

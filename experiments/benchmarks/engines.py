@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.attention.packing import pack
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import ServedDeployment, devices_for
@@ -38,6 +38,7 @@ def benchmark_engine(
     buckets: Sequence[Buckets],
     *,
     params: Weights | None = None,
+    attention: str = AUTO,
     layer_groups: int = 1,
     virtual: bool = False,
     models: dict[Any, PlacedModel] | None = None,
@@ -59,6 +60,7 @@ def benchmark_engine(
         devices_for(parsed, shared=virtual),
         memory,
         buckets,
+        attention=attention,
         layer_groups=layer_groups,
         models=models,
         share_devices=virtual,
@@ -81,7 +83,10 @@ def pool(config: ModelConfig, blocks: int, block_tokens: int) -> KVMemory:
 
 
 def bare_engine(
-    config: ModelConfig, shapes: Sequence[StepShape], block_tokens: int
+    config: ModelConfig,
+    shapes: Sequence[StepShape],
+    block_tokens: int,
+    attention: str = AUTO,
 ) -> Engine:
     """Return one instance with the programs of `shapes`; its pool holds the largest."""
     prefill = [shape for shape in shapes if shape.kind == "prefill"]
@@ -94,7 +99,9 @@ def bare_engine(
     needed = [math.ceil(shape.tokens / block_tokens) for shape in prefill]
     blocks = max([*needed, *(shape.blocks for shape in decode)])
     memory = [pool(config, blocks, block_tokens)]
-    return benchmark_engine(config, "colocated:tp1", memory, [buckets], shapes=shapes)
+    return benchmark_engine(
+        config, "colocated:tp1", memory, [buckets], shapes=shapes, attention=attention
+    )
 
 
 def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> float:
@@ -106,7 +113,7 @@ def bare_step_s(engine: Engine, instance: int, shape: StepShape, steps: int) -> 
     model, cache = engine.instances[instance].model, engine.instances[instance].cache
     (stage,) = model.programs.stages
     slices = full_slices(shape, stage.memory)
-    packed = stage.put(pack(shape, slices, stage.memory))
+    packed = stage.put(stage.kernel.pack(shape, slices, stage.memory))
 
     def loop() -> None:
         for _ in range(steps):

@@ -11,13 +11,15 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.stages import Compiled
 
 from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.attention.kernel import DeviceHeads, KernelCost
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.deployment_programs import DeploymentPrograms
 from disagg_jax.engine.program_table import Program
 from disagg_jax.engine.stage import Stage
@@ -105,6 +107,7 @@ class CompiledDeployment:
     Args:
       memory: the KV pool of each instance.
       layers: of the model, that are compiled.
+      attention: the kernel; see `choose_kernel`.
 
     Raises:
       ValueError: if the layers are too few or too many, or `DeploymentPrograms` refuses
@@ -118,6 +121,7 @@ class CompiledDeployment:
         deployment: Deployment,
         memory: Sequence[KVMemory],
         layers: int,
+        attention: str = AUTO,
     ):
         least = max(spec.parallelism.pp for spec in deployment.instances)
         expected = f"layers: expected {least} to {config.layers} of {config.name}"
@@ -127,7 +131,12 @@ class CompiledDeployment:
         # Equal instances have equal programs.
         self._compiled, self._whole = (
             DeploymentPrograms(
-                each, deployment, target.devices, memory, share_devices=True
+                each,
+                deployment,
+                target.devices,
+                memory,
+                attention=attention,
+                share_devices=True,
             )
             for each in (some, config)
         )
@@ -211,8 +220,10 @@ class CompiledDeployment:
     def _figures(
         self, part: _Part, bound: ProgramBound, compiled: Compiled
     ) -> dict[str, Any]:
-        pool = part.stage.cache_spec(1)[0][0]
-        found = traffic(compiled, pool=pool.sharding.shard_shape(pool.shape))
+        on_device = _on_device(part.stage)
+        found = traffic(
+            compiled, pool=on_device.part.shape, kernels=_costs(part, on_device)
+        )
         size_bytes, flops, cycles = (
             _repeated(part, [(op, getattr(op, name)) for op in found.ops])
             for name in ("size_bytes", "flops", "matmul_cycles")
@@ -278,6 +289,20 @@ class CompiledDeployment:
             "fits": needed <= limit,
             "error": "" if needed <= limit else error,
         }
+
+
+def _on_device(stage: Stage) -> DeviceHeads:
+    """Return what a device of a stage has of a layer."""
+    part = stage.cache_spec(1)[0][0]
+    shape = part.sharding.shard_shape(part.shape)
+    q_heads = len(stage.layout.q) // stage.mesh.size
+    return DeviceHeads(q_heads, jax.ShapeDtypeStruct(shape, part.dtype))
+
+
+def _costs(part: _Part, heads: DeviceHeads) -> Mapping[str, KernelCost]:
+    """Return what the attention kernel says that its programs move."""
+    size = part.program.size
+    return {} if isinstance(size, int) else part.stage.kernel.costs(size, heads)
 
 
 def _size(program: Program) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
+from disagg_jax.engine.attention.kernel import KernelCost
 from experiments.compiled.copies import pool_copies
 from experiments.compiled.flops import Made, instruction_flops
 from experiments.compiled.hlo import (
@@ -46,14 +47,6 @@ class CompiledProgram(Protocol):
     """What `jax.jit(...).lower(...).compile()` returns."""
 
     def as_text(self) -> str | None: ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KernelCost:
-    """What one call of a kernel reads and writes in HBM, and computes."""
-
-    size_bytes: float
-    flops: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -136,6 +136,8 @@ class Config:
     cost: LinearCost = LinearCost(step_base_s=1e-3)
     prefill_router: str = "shortest_queue"  # picks the instance of a prompt
     decode_router: str = "least_loaded"  # picks the instance that pulls KV
+    # The kernel: auto, by the device, or what `engine.attention.choose_kernel` finds.
+    attention: str = "auto"
     layer_groups: int = 1  # programs that the layers of a pipeline stage are cut into
     # Virtual clock: a preset of sim.hardware.link or a .json file, whose time
     # transfers take.

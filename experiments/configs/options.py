@@ -210,7 +210,7 @@ CONFIG: Mapping[str, tuple[Need, ...]] = {
     **dict.fromkeys(
         (
             *("model", "weights", "systems", "memory", "num_seeds", "seed", "clock"),
-            *("first_seeds",),
+            *("first_seeds", "attention"),
             *("workload.source", "workload.num_requests", "workload.ignore_eos"),
             *("slo.ttft_s", "slo.tpot_s", "criterion", "rates"),
             *("search.target", "search.tolerance"),

@@ -10,9 +10,9 @@ import jax
 
 from disagg_jax.control.backend import Outcome
 from disagg_jax.deployment import Deployment, InstanceSpec, KVMemory, Role, cut_layers
+from disagg_jax.engine.attention.registry import choose_kernel
 from disagg_jax.engine.engine import Engine, Progress
 from disagg_jax.engine.executor import DurationRule, as_measured, from_table
-from disagg_jax.engine.memory_check import default_block_tokens
 from disagg_jax.engine.placed_model import PlacedModel
 from disagg_jax.engine.served_deployment import (
     ServedDeployment,
@@ -31,6 +31,7 @@ from disagg_jax.work import Step, Task
 from experiments.configs.config import Config
 from experiments.sweep.request_source import RequestSource
 from models import load
+from models.config import ModelConfig
 
 # -- engines ---------------------------------------------------------------------------
 
@@ -71,7 +72,7 @@ def check_modelled(config: Config) -> None:
 
 
 def instance_memory(
-    config: Config, deployment: Deployment, layers: int
+    config: Config, deployment: Deployment, model: ModelConfig
 ) -> list[KVMemory]:
     """Return the KV pool of each instance: devices hold equally much in every system.
 
@@ -80,11 +81,14 @@ def instance_memory(
     With pipeline stages a block's KV has fewer layers, so a device holds more blocks;
     the stage with the most layers decides how many.
 
-    Args:
-      layers: of the model.
+    Raises:
+      ValueError: if there is no such attention kernel, or it cannot serve the model.
     """
-
-    size = config.memory.block_tokens or default_block_tokens(jax.default_backend())
+    asked = config.memory.block_tokens
+    chosen = choose_kernel(
+        config.attention, jax.default_backend(), model, asked or None
+    )
+    size, layers = asked or chosen.kernel.block_tokens, model.layers
 
     def blocks(spec: InstanceSpec) -> int:
         most = len(cut_layers(range(layers), spec.parallelism.pp)[0])
@@ -113,7 +117,7 @@ def build_engine(
       shared: weights and programs; see `Engine.models`.
     """
     deployment = Deployment.parse(system.deployment)
-    memory = instance_memory(config, deployment, model.config.layers)
+    memory = instance_memory(config, deployment, model.config)
     virtual = config.clock == "virtual"
     return Engine(
         model.config,
@@ -125,6 +129,7 @@ def build_engine(
             Buckets.for_limits(system.policies[spec.role].limits, pool)
             for spec, pool in zip(deployment.instances, memory, strict=True)
         ],
+        attention=config.attention,
         layer_groups=config.layer_groups,
         models=shared,
         share_devices=virtual,
@@ -145,7 +150,7 @@ def build_engines(
 def compile_engines(engines: Mapping[str, Engine], progress: Progress) -> None:
     """Compile every program that greedy requests can need."""
     for engine in engines.values():
-        progress(f"compiling for {engine.deployment}")
+        progress(f"compiling for {engine.deployment}, {engine.programs.attention}")
         engine.compile(sampled=False)
 
 

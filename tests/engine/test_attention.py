@@ -12,14 +12,11 @@ from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import gathered, kv_cache
+from disagg_jax.engine.attention.entries import UNSEEN, Entries
 from disagg_jax.engine.attention.packing import fields_of, pack
-from disagg_jax.engine.attention.paged import (
-    UNSEEN,
-    Entries,
-    chunk_entries,
-    paged_attention,
-)
+from disagg_jax.engine.attention.paged import chunk_entries, paged_attention
 from disagg_jax.engine.attention.step import step_attend
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.programs import StepShape
 from disagg_jax.programs.shapes import split_decodes
 from disagg_jax.work import Slice
@@ -115,8 +112,9 @@ class Decodes:
         )
 
     def attend(self, chunk: int | None, layer=None) -> np.ndarray:
-        attend = paged_attention(self.position_B, self.entries, chunk)
-        got = jax.jit(attend)(self.q_BNH, layer or self.layer)
+        attend = jax.jit(paged_attention, static_argnums=4)
+        layer = layer or self.layer
+        got = attend(self.q_BNH, layer, self.position_B, self.entries, chunk)
         assert got.dtype == self.q_BNH.dtype and got.shape == self.q_BNH.shape
         return double(got)
 
@@ -208,9 +206,19 @@ def random(rng, *shape, dtype):
     return jnp.asarray(rng.normal(size=shape), dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chunked(XlaAttention):
+    """Plain XLA, with so many entries at a time."""
+
+    chunk: int | None = None
+
+    def decodes(self, *args):
+        return paged_attention(*args, self.chunk)
+
+
 def attention_of(shape: StepShape, inputs, chunk):
     inputs = {name: jnp.array(values) for name, values in inputs.items()}
-    attend = step_attend(shape, inputs, BLOCK, ONE_DEVICE, chunk)
+    attend = step_attend(shape, inputs, Chunked("cpu", chunk), ONE_DEVICE)
     return jax.jit(functools.partial(attend, 0))
 
 
@@ -323,7 +331,7 @@ def writer(shape: StepShape, memory: KVMemory):
     @jax.jit
     def step(packed, q, k, v, cache):
         inputs = fields_of(shape, block).split(packed)
-        attend = step_attend(shape, inputs, block, ONE_DEVICE, 4)
+        attend = step_attend(shape, inputs, Chunked("cpu", 4), ONE_DEVICE)
         return attend(0, q, k, v, cache)
 
     return step

@@ -5,6 +5,7 @@ rule is that of `dtype_comparison`. The reference is one device without a cache.
 """
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 
 from disagg_jax.deployment import Role
-from disagg_jax.engine import LLM
-from disagg_jax.engine.attention import step
+from disagg_jax.engine import LLM, dtype_comparison
+from disagg_jax.engine.attention import kv_cache
 from disagg_jax.engine.dtype_comparison import (
     DtypeComparison,
     Output,
@@ -25,6 +26,7 @@ from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.programs import StepShape
 from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from models import transformer
+from models.config import get_config
 from models.gguf import load_gguf
 from models.load import load_model
 from tests.engine.harness import (
@@ -65,13 +67,15 @@ def reference_outputs(world, config) -> list[Output]:
     return outputs
 
 
-def compare(world, config, deployment, policies=POLICIES, **options) -> DtypeComparison:
+def compare(
+    world, config, deployment, policies=POLICIES, streams=False, **options
+) -> DtypeComparison:
     engine = world.engine(deployment, half(config), **options)
     arrays = [i.cache for i in engine.instances]
     arrays += [i.model.params for i in engine.instances]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(arrays)} == {"bfloat16"}
     exact = reference_outputs(world, config)
-    served = ServedDeployment(engine=engine, policies=policies)
+    served = ServedDeployment(engine=engine, policies=policies, streams=streams)
     follow = {r.id: o.tokens_T.tolist() for r, o in zip(REQUESTS, exact, strict=True)}
     found = greedy_outputs(served, REQUESTS, follow)
     return DtypeComparison.of(half(config), exact, found)
@@ -115,18 +119,23 @@ def test_chunks_of_prompts_beside_decodes(world, model, tp):
     )
 
 
+def test_kv_that_leaves_while_it_is_computed(world):
+    deployment = "prefill:tp1pp2,decode:tp2"
+    check(compare(world, DEEP, deployment, streams=True, layer_groups=2))
+
+
 def test_kv_as_a_tpu_keeps_it(tiled_world):
     check(compare(tiled_world, CONFIGS["divided"], "prefill:tp1,decode:tp2"))
 
 
 def test_a_cache_of_fewer_digits_is_outside_the_rule(world, monkeypatch):
     """Decodes whose keys and values have 3 digits of 8."""
-    write = step.write_tokens
+    write = kv_cache.write_tokens
 
     def write_less(part, slot, x):
         return write(part, slot, x.astype(jnp.float8_e4m3fn).astype(x.dtype))
 
-    monkeypatch.setattr(step, "write_tokens", write_less)
+    monkeypatch.setattr(kv_cache, "write_tokens", write_less)
     fresh = World({MODELS["divided"]: world.params(MODELS["divided"])})
     assert not compare(fresh, MODELS["divided"], "colocated:tp1").holds
 
@@ -164,6 +173,22 @@ def test_compare_dtypes():
     assert found.holds and len(found.agrees_T) == 32, str(found)
     assert found.rms > error_bound(found.config) / 10
     assert "tiny bfloat16 against float32, 32 positions" in str(found)
+
+
+def test_the_float32_engine_is_gone_when_the_other_is_built(monkeypatch):
+    config, serve, live = get_config("tiny"), dtype_comparison._serve, []
+
+    def count(*args):
+        shape = (config.vocab_size, config.embed)
+        live.append(sum(array.shape == shape for array in jax.live_arrays()))
+        return serve(*args)
+
+    gc.collect()  # engines of other tests
+    monkeypatch.setattr(dtype_comparison, "_serve", count)
+    devices = jax.devices()[:1] * 2  # which stands for both
+    params = load_model("auto", "tiny").params
+    compare_dtypes(config, params, [[1, 2]], 1, devices)
+    assert live[0] == live[1]
 
 
 def test_float32_is_not_compared_with_itself():

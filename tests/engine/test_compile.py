@@ -14,6 +14,7 @@ from disagg_jax.calibration import timing
 from disagg_jax.calibration.step_times import check_step_times, measure_step_times
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import KVMemory
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.executor import (
     EngineExecutor,
     as_measured,
@@ -250,7 +251,11 @@ def test_programs_work_in_place(tp):
     config = make_config("deep pool", layers=1, q_heads=4 * tp, kv_heads=2 * tp)
     pool = KVMemory(num_blocks=16_383, block_tokens=16, max_context=64)
     model = ModelPrograms(
-        config, [make_mesh(jax.devices()[:tp])], RULES["decode"], pool
+        config,
+        [make_mesh(jax.devices()[:tp])],
+        RULES["decode"],
+        pool,
+        XlaAttention("cpu"),
     )
     (stage,), (group,) = model.stages, model.groups
     heads = model.layout.kv

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from disagg_jax.engine import layer_group
-from disagg_jax.engine.attention.packing import fields_of
 from disagg_jax.engine.executor import as_measured
 from disagg_jax.engine.wall_clock import WallBackend
 from disagg_jax.programs import StepShape
@@ -136,16 +135,17 @@ def test_float32_stays_float32(world, shape):
     """Every float of a step is 32 bits wide, and no matmul may round its inputs."""
     instance = world.engine("colocated:tp1").instances[0]
     (stage,) = instance.programs.stages
+    fields = stage.kernel.fields(shape, POOL.block_tokens)
     step = functools.partial(
         layer_group._run_group,
         CONFIG,
-        POOL.block_tokens,
+        fields,
         shape,
         is_last=True,
+        kernel=stage.kernel,
         kv_sharding=stage.kv_sharding,
-        chunk=stage.decode_chunk,
     )
-    packed = np.zeros(fields_of(shape, POOL.block_tokens).size, np.int32)
+    packed = np.zeros(fields.size, np.int32)
     (params,), cache = instance.model.params, instance.cache
     jaxpr = jax.make_jaxpr(step)(params, cache, packed)
     floats, matmuls = set(), 0

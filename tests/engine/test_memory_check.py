@@ -16,10 +16,10 @@ from disagg_jax.deployment import (
 )
 from disagg_jax.engine import engine as engine_module
 from disagg_jax.engine.attention import kv_cache
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.memory_check import (
     check_fits,
-    default_block_tokens,
     default_memory,
 )
 from disagg_jax.engine.model_programs import ModelPrograms
@@ -48,7 +48,9 @@ def placed_bytes(config, spec, memory, layer_groups: int) -> int:
 
 def make_programs(config, spec, memory, layer_groups: int = 1) -> ModelPrograms:
     meshes = cut_meshes(jax.devices(), [spec.parallelism.tp] * spec.parallelism.pp)
-    return ModelPrograms(config, meshes, RULE_TABLE, memory, layer_groups)
+    return ModelPrograms(
+        config, meshes, RULE_TABLE, memory, XlaAttention("cpu"), layer_groups
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,11 +195,8 @@ def test_a_context_that_is_asked_for_must_fit():
 
 def test_blocks_are_those_of_the_device_or_as_asked():
     """A TPU's are as long as a dimension of its tiles."""
-    assert [default_block_tokens(kind) for kind in ("tpu", "gpu", "cpu")] == [
-        128,
-        64,
-        64,
-    ]
+    kinds = "tpu", "gpu", "cpu"
+    assert [XlaAttention(kind).block_tokens for kind in kinds] == [128, 64, 64]
     spec, config = InstanceSpec(role=Role.DECODE), get_config("tiny")
     args = config, spec, RULE_TABLE, jax.devices(), None
     assert default_memory(*args).block_tokens == 64

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.place_weights import (
     LayerPlacement,
@@ -100,7 +101,9 @@ def test_weights_are_placed_as_their_specs_say(world, name, tp, pp):
 
 def make_programs(config, tp: int, pp: int, layer_groups: int = 1) -> ModelPrograms:
     meshes = cut_meshes(jax.devices(), [tp] * pp)
-    return ModelPrograms(config, meshes, RULE_TABLE, POOL, layer_groups)
+    return ModelPrograms(
+        config, meshes, RULE_TABLE, POOL, XlaAttention("cpu"), layer_groups
+    )
 
 
 def test_a_tied_embedding_is_there_once(world):

@@ -8,15 +8,12 @@ Shape letters as in `models/transformer.py`; also C blocks that chunks attend to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import jax.numpy as jnp
 from jax import Array, lax
 
+from disagg_jax.engine.attention.entries import Entries
 from disagg_jax.engine.attention.kv_cache import LayerCache, read_blocks
 from models.layers import attention
-
-Attention = Callable[[Array, LayerCache], Array]  # (queries, layer's cache) -> outputs
 
 # Prefill queries that attend at a time. It bounds the score matrix, and a piece leaves
 # out the keys that come after it. SmolLM2 on a core, 512 tokens, CPU time of attention
@@ -59,17 +56,23 @@ def prompt_attention(row_T: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array) -> 
     return out_KTGH.swapaxes(0, 1).reshape(T, N, H)
 
 
-def gathered_attention(inputs: Mapping[str, Array], block_tokens: int) -> Attention:
-    """Return the attention of chunks to copies of their blocks, with a mask.
+def gathered_attention(
+    q_TNH: Array,
+    layer: LayerCache,
+    row_T: Array,
+    position_T: Array,
+    blocks: Entries,
+) -> Array:
+    """Attend from tokens of chunks to copies of their blocks, with a mask.
 
     Args:
-      inputs: the fields of a mixed step, see `packing.fields_of`.
+      row_T: the chunk of each token, -1 of others.
+      blocks: of all chunks; the owner of padding is -1.
     """
-    row_T, position_T = inputs["row"], inputs["position"]
-    owner_C, start_C = inputs["chunk_owner"], inputs["chunk_start"]
+    H, block_tokens = q_TNH.shape[-1], layer[0].shape[2]
     offset_O = jnp.arange(block_tokens)
-    position_S = (start_C[:, None] + offset_O[None, :]).reshape(-1)
-    owner_S = jnp.repeat(owner_C, block_tokens)
+    position_S = (blocks.start_P[:, None] + offset_O[None, :]).reshape(-1)
+    owner_S = jnp.repeat(blocks.owner_P, block_tokens)
     seen_TS = (
         (row_T[:, None] == owner_S[None, :])
         & (owner_S >= 0)[None, :]
@@ -78,17 +81,12 @@ def gathered_attention(inputs: Mapping[str, Array], block_tokens: int) -> Attent
     used_S = seen_TS.any(0)
     T, S = seen_TS.shape
     piece = max(min(_QUERY_CHUNK, _SCORES // S), -(-T // _MAX_PIECES))
-
-    def attend(q_TNH: Array, layer: LayerCache) -> Array:
-        H = q_TNH.shape[-1]
-        k, v = (read_blocks(part, inputs["chunk_block"], H) for part in layer)
-        k_SKH, v_SKH = (part.swapaxes(1, 2).reshape(S, -1, H) for part in (k, v))
-        # Keys that no query sees have weight 0, and 0 * NaN would be NaN.
-        v_SKH = jnp.where(used_S[:, None, None], v_SKH, 0)
-        outs = [
-            attention(q_TNH[i : i + piece], k_SKH, v_SKH, seen_TS[i : i + piece])
-            for i in range(0, T, piece)
-        ]
-        return jnp.concatenate(outs)
-
-    return attend
+    k, v = (read_blocks(part, blocks.block_P, H) for part in layer)
+    k_SKH, v_SKH = (part.swapaxes(1, 2).reshape(S, -1, H) for part in (k, v))
+    # Keys that no query sees have weight 0, and 0 * NaN would be NaN.
+    v_SKH = jnp.where(used_S[:, None, None], v_SKH, 0)
+    outs = [
+        attention(q_TNH[i : i + piece], k_SKH, v_SKH, seen_TS[i : i + piece])
+        for i in range(0, T, piece)
+    ]
+    return jnp.concatenate(outs)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from disagg_jax.deployment import KVMemory
-from disagg_jax.engine.attention.paged import UNSEEN
+from disagg_jax.engine.attention.entries import UNSEEN
 from disagg_jax.programs.shapes import StepShape, split_decodes
 from disagg_jax.work import Slice
 
@@ -56,7 +56,7 @@ def fields_of(shape: StepShape, block_tokens: int) -> Fields:
     `write_block`, the token of the step that goes there, or -1. A decode writes to its
     `slot` in the pool: block * block_tokens + offset. `owner` and `start` of a `block`
     are the decode that attends to it and its first token's position in the request
-    (`paged.Entries`); `chunk_owner` and `chunk_start` say it of `chunk_block`.
+    (`Entries`); `chunk_owner` and `chunk_start` say it of `chunk_block`.
     """
     _, T, R, C, B, P = shape
     W = _most_written(shape, block_tokens)

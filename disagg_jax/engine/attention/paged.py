@@ -1,9 +1,5 @@
 """Attention of decodes to the blocks of their block tables.
 
-An *entry* is a block that a decode attends to: its id, its row, and the position of its
-first token. The entries of a step lie in one list, a row's one after the other, so that
-no row is padded to the longest. Two rows may have the same block.
-
 On a CPU and a TPU a loop takes a chunk of the entries at a time: it gathers their
 blocks, attends to each block by itself, and adds up by rows in a running softmax
 (Milakov & Gimelshein 2018). Gathered blocks stay in a core's cache, or in VMEM, so that
@@ -30,28 +26,14 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from disagg_jax.engine.attention.gathered import Attention
+from disagg_jax.engine.attention.entries import UNSEEN, Entries
 from disagg_jax.engine.attention.kv_cache import IN_BOUNDS, LayerCache, read_blocks
 from models.layers import einsum
-
-UNSEEN = 2**30  # `start` of padding: beyond the position of every row
 
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 _SORTED = {"indices_are_sorted": True, "mode": IN_BOUNDS}
 # Bytes of K and V that a trip of the loop gathers on a device.
 _CHUNK_BYTES = {"cpu": 2**21, "tpu": 2**24}
-
-
-class Entries(NamedTuple):
-    """The blocks that decodes attend to.
-
-    Owners begin with row 0 and rise by 0 or 1 from one entry to the next, so that rows
-    without entries are the last ones. Padding belongs to the last owner.
-    """
-
-    block_P: Array  # in the pool
-    owner_P: Array  # row that attends to it
-    start_P: Array  # position of its first token
 
 
 class Softmax(NamedTuple):
@@ -74,9 +56,13 @@ def chunk_entries(platform: str, block_bytes: int) -> int | None:
 
 
 def paged_attention(
-    position_B: Array, entries: Entries, chunk: int | None
-) -> Attention:
-    """Return the attention of one query a row to the blocks of its entries.
+    q_BNH: Array,
+    layer: LayerCache,
+    position_B: Array,
+    entries: Entries,
+    chunk: int | None,
+) -> Array:
+    """Attend from one query a row to the blocks of its entries.
 
     Rows without entries get zeros. Nothing reaches a row of what it does not see: other
     blocks, and offsets after its position; also not if there is NaN.
@@ -85,7 +71,8 @@ def paged_attention(
       position_B: of the queries; their own KV is in the cache already.
       chunk: see `chunk_entries`.
     """
-    B, P = position_B.shape[0], entries.owner_P.shape[0]
+    B, N, H = q_BNH.shape
+    K, P = layer[0].shape[1], entries.owner_P.shape[0]
     # At least two, or there would be no loop: XLA would fuse the computation of queries
     # into the gather, and so rotate a query once for each of its entries.
     trips = max(2, -(-P // chunk)) if chunk else 1
@@ -94,34 +81,28 @@ def paged_attention(
     # A slice beyond the end would be moved to where it fits.
     block, owner, start = (jnp.pad(x, (0, trips * C - P), "edge") for x in entries)
     entries = Entries(block, owner, start.at[P:].set(UNSEEN))
+    q_BKGH = q_BNH.reshape(B, K, N // K, H)
+    zeros_BKG = jnp.zeros(q_BKGH.shape[:-1])
+    found = Softmax(zeros_BKG + _LOWEST, zeros_BKG, jnp.zeros(q_BKGH.shape))
 
-    def attend(q_BNH: Array, layer: LayerCache) -> Array:
-        N, H = q_BNH.shape[1:]
-        K = layer[0].shape[1]
-        q_BKGH = q_BNH.reshape(B, K, N // K, H)
-        zeros_BKG = jnp.zeros(q_BKGH.shape[:-1])
-        found = Softmax(zeros_BKG + _LOWEST, zeros_BKG, jnp.zeros(q_BKGH.shape))
+    def trip(i: Array, found: Softmax) -> Softmax:
+        some = Entries(*(lax.dynamic_slice_in_dim(x, i * C, C) for x in entries))
+        first = jnp.minimum(some.owner_P[0], B - R)
+        some = some._replace(owner_P=some.owner_P - first)
+        rows = (q_BKGH, position_B, *found)
+        q, position, *part = (lax.dynamic_slice_in_dim(x, first, R) for x in rows)
+        part = _attend(q, position, some, layer, Softmax(*part))
+        parts = zip(found, part, strict=True)
+        return Softmax(
+            *(lax.dynamic_update_slice_in_dim(x, new, first, 0) for x, new in parts)
+        )
 
-        def trip(i: Array, found: Softmax) -> Softmax:
-            some = Entries(*(lax.dynamic_slice_in_dim(x, i * C, C) for x in entries))
-            first = jnp.minimum(some.owner_P[0], B - R)
-            some = some._replace(owner_P=some.owner_P - first)
-            rows = (q_BKGH, position_B, *found)
-            q, position, *part = (lax.dynamic_slice_in_dim(x, first, R) for x in rows)
-            part = _attend(q, position, some, layer, Softmax(*part))
-            parts = zip(found, part, strict=True)
-            return Softmax(
-                *(lax.dynamic_update_slice_in_dim(x, new, first, 0) for x, new in parts)
-            )
-
-        if chunk is None:
-            found = _attend(q_BKGH, position_B, entries, layer, found, fuse=True)
-        else:
-            found = lax.fori_loop(0, trips, trip, found)
-        out_BKGH = found.out_RKGH / jnp.maximum(found.total_RKG, 1e-30)[..., None]
-        return out_BKGH.astype(q_BNH.dtype).reshape(B, N, H)
-
-    return attend
+    if chunk is None:
+        found = _attend(q_BKGH, position_B, entries, layer, found, fuse=True)
+    else:
+        found = lax.fori_loop(0, trips, trip, found)
+    out_BKGH = found.out_RKGH / jnp.maximum(found.total_RKG, 1e-30)[..., None]
+    return out_BKGH.astype(q_BNH.dtype).reshape(B, N, H)
 
 
 def _attend(

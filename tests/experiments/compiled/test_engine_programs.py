@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.memory_check import default_block_tokens
+from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.programs import Buckets, StepShape
 from experiments.compiled.records import CompiledDeployment, ProgramRecord
 from experiments.compiled.targets import CompileTarget
@@ -43,7 +43,7 @@ def one_layer(
     """Return a layer of a model, with k (and v) of `part_bytes` on a device."""
     config = dataclasses.replace(get_config(model), dtype="bfloat16")
     parsed = Deployment.parse(deployment)
-    block_tokens = default_block_tokens(target.devices[0].platform)
+    block_tokens = XlaAttention(target.devices[0].platform).block_tokens
 
     def pool(tp: int) -> KVMemory:
         block_bytes = 2 * config.kv_heads * block_tokens * config.head_dim // tp
@@ -161,7 +161,7 @@ PAIRS = ["tp1-tp2", "tp2-tp1", "tp1-tp4", "tp2-tp4"]
 def test_a_transfer_moves_its_own_blocks(target, pair):
     source, destination = pair.split("-")
     compiled = one_layer(target, LLAMA, f"prefill:{source},decode:{destination}")
-    block_tokens = default_block_tokens(target.devices[0].platform)
+    block_tokens = XlaAttention(target.devices[0].platform).block_tokens
     found = records(compiled, transfer_blocks=(2048 // block_tokens,))
     assert [record.kind for record in found] == ["gather", "insert"]
     for record in found:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.compiled.traffic import KernelCost, traffic
+from disagg_jax.engine.attention.kernel import KernelCost
+from experiments.compiled.traffic import traffic
 
 M = 2**20
 

@@ -26,6 +26,7 @@ from experiments.sweep.serving import (
     resolve_slo,
 )
 from experiments.sweep.targets import resolve_criteria
+from models.config import get_config
 from tests.experiments.calibrating import CONFIG, seqs
 
 # Seconds of a step, of each prompt token, decode and token of its context.
@@ -75,8 +76,9 @@ def test_a_device_has_equally_many_blocks_whatever_its_stage(
     deployment, layers, blocks
 ):
     memory = Memory(tokens_per_device=80, block_tokens=8, max_context=99)
+    model = dataclasses.replace(get_config("tiny"), layers=layers)
     found = instance_memory(
-        config_of("colocated:tp1", memory=memory), Deployment.parse(deployment), layers
+        config_of("colocated:tp1", memory=memory), Deployment.parse(deployment), model
     )
     assert [pool.num_blocks for pool in found] == blocks
     assert {(pool.block_tokens, pool.max_context) for pool in found} == {(8, 99)}

@@ -1,0 +1,68 @@
+"""The attention kernels by name, and which of them a device gets."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from disagg_jax.engine.attention.kernel import AttentionKernel
+from disagg_jax.engine.attention.xla import XlaAttention
+from models.config import ModelConfig
+from models.named import find_named
+
+KernelType: TypeAlias = type[AttentionKernel]
+
+AUTO = "auto"
+KERNELS: Mapping[str, KernelType] = {kind.name: kind for kind in (XlaAttention,)}
+
+
+class ChosenKernel(NamedTuple):
+    """A kernel, and why it was chosen."""
+
+    kernel: AttentionKernel
+    reason: str
+
+    def __str__(self) -> str:
+        return f"attention {self.kernel.name} ({self.reason})"
+
+
+def choose_kernel(
+    name: str, platform: str, config: ModelConfig, block_tokens: int | None = None
+) -> ChosenKernel:
+    """Return the kernel of that name for a model on a kind of device.
+
+    Args:
+      name: a key of `KERNELS`, `AUTO`, or what `find_named` finds, such as
+        `my_module:MyKernel`.
+      platform: of the devices, as JAX names it.
+      block_tokens: in a KV block; by default those of the kernel.
+
+    Raises:
+      ValueError: if there is none of that name, or it cannot serve the model.
+    """
+    if name == AUTO:
+        return ChosenKernel(XlaAttention(platform), f"auto on a {platform}")
+    kernel = _named(name)(platform)
+    problem = kernel.problem(config, block_tokens or kernel.block_tokens)
+    if problem:
+        raise ValueError(
+            f"attention: {name} on a {platform}, for {config.name} in {config.dtype}: "
+            f"{problem}"
+        )
+    return ChosenKernel(kernel, "as asked")
+
+
+def _named(name: str) -> KernelType:
+    return find_named(
+        name,
+        KERNELS,
+        kind="attention kernel",
+        what="a subclass of AttentionKernel that lacks nothing",
+        is_one=_is_kernel,
+    )
+
+
+def _is_kernel(found: Any) -> bool:
+    is_class = isinstance(found, type) and issubclass(found, AttentionKernel)
+    return is_class and not inspect.isabstract(found)

@@ -1,0 +1,93 @@
+"""The attention kernels by name, and an engine with a kernel of one's own."""
+
+import dataclasses
+
+import pytest
+
+from disagg_jax.engine.attention import (
+    KERNELS,
+    AttentionKernel,
+    XlaAttention,
+    choose_kernel,
+)
+from models.config import get_config
+from tests.engine.harness import (
+    MODELS,
+    assert_reference,
+    mixed_requests,
+    serve_virtual,
+)
+
+LLAMA = get_config("llama-3-8b")
+
+
+class Doubled(XlaAttention):
+    """A kernel whose decodes are twice what they should be."""
+
+    name = "doubled"
+
+    def problem(self, config, block_tokens):
+        return "" if config.head_dim < 128 else "expected heads below 128"
+
+    def decodes(self, *args):
+        return super().decodes(*args) * 2
+
+
+class Unfinished(AttentionKernel):
+    name = "unfinished"
+
+
+HERE = __name__
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_has_the_name_it_is_found_by(name):
+    assert KERNELS[name].name == name
+
+
+def test_auto_says_what_it_picked_and_why():
+    chosen = choose_kernel("auto", "cpu", LLAMA)
+    assert chosen.kernel == XlaAttention("cpu")
+    assert str(chosen) == "attention xla (auto on a cpu)"
+
+
+def test_a_kernel_of_ones_own_is_found_by_its_module():
+    chosen = choose_kernel(f"{HERE}:Doubled", "gpu", get_config("tiny"))
+    assert chosen.kernel == Doubled("gpu")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flash", "attention kernel: expected one of .*'xla'.* got 'flash'"),
+        (f"{HERE}:Unfinished", "a subclass of AttentionKernel that lacks nothing"),
+        (f"{HERE}:LLAMA", "a subclass of AttentionKernel that lacks nothing"),
+        (f"{HERE}:Doubled", "on a tpu, for llama-3-8b in float32: expected heads"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(name, message):
+    config = dataclasses.replace(LLAMA, dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        choose_kernel(name, "tpu", config)
+
+
+def test_an_engine_attends_with_the_kernel_that_is_asked_for(world):
+    """Tokens are others with twice the decodes."""
+    config = MODELS["divided"]
+    requests = mixed_requests(world, config)
+    same, other = (
+        world.engine("prefill:tp1,decode:tp2", config, attention=name)
+        for name in ("xla", f"{HERE}:Doubled")
+    )
+    assert_reference(world, config, serve_virtual(same, requests))
+    with pytest.raises(AssertionError, match="request"):
+        assert_reference(world, config, serve_virtual(other, requests))
+
+
+def test_programs_are_keyed_by_their_kernel(world):
+    """Plain XLA's have the keys that they had before there were others."""
+    names = [
+        str(world.engine("colocated:tp2", attention=name).instances[0].programs)
+        for name in ("auto", "xla", f"{HERE}:Doubled")
+    ]
+    assert names == ["tp2", "tp2", "tp2@doubled"]
