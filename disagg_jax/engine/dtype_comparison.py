@@ -228,14 +228,14 @@ def greedy_outputs(
       requests: which no token ends early.
       tokens: that each request goes on with, by id; by default its likeliest.
     """
-    recorder = _Recorder(served.engine, tokens)
+    recorder = _LogitRecorder(served.engine, tokens)
     dataclasses.replace(served, timing=as_measured, around=lambda _: recorder).run(
         requests
     )
     return [recorder.output(request) for request in requests]
 
 
-class _Recorder:
+class _LogitRecorder:
     """An `Executor` that keeps logits, and may choose tokens. All parts take 1 s."""
 
     def __init__(self, engine: Engine, tokens: Mapping[int, Sequence[int]] | None):
