@@ -23,10 +23,10 @@ from jax._src.pallas.mosaic_gpu.interpret.params import (
     force_gpu_interpret_mode,
 )
 
-from disagg_jax.engine.attention import gathered, mosaic_gpu, mosaic_gpu_prompts
+from disagg_jax.engine.attention import gathered, mosaic_gpu_decodes, mosaic_gpu_prompts
 from disagg_jax.engine.attention.entries import UNSEEN, Entries
-from disagg_jax.engine.attention.gpu import MosaicGpuAttention
-from disagg_jax.engine.attention.mosaic_gpu import Grid, kernel_cost, split_rows
+from disagg_jax.engine.attention.mosaic_gpu import MosaicGpuAttention
+from disagg_jax.engine.attention.mosaic_gpu_decodes import Grid, kernel_cost, split_rows
 from disagg_jax.engine.attention.paged import paged_attention
 from models.config import get_config
 from tests.engine.test_attention import Decodes, double
@@ -39,7 +39,7 @@ WHERE = [INTERPRETED, pytest.param("gpu", marks=pytest.mark.gpu)]
 @functools.partial(jax.jit, static_argnames="where")
 def attend(*args, where):
     del where  # programs of the interpreter are others
-    return mosaic_gpu.decode_attention(*args)
+    return mosaic_gpu_decodes.decode_attention(*args)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def on(request, monkeypatch):
         "_BUFFER_BYTES": 2**15,
     }
     for name, value in patched.items():
-        monkeypatch.setattr(mosaic_gpu, name, value)
+        monkeypatch.setattr(mosaic_gpu_decodes, name, value)
     with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
         yield
     interpreter.reset_gpu_interpret_mode_state()
@@ -188,13 +188,13 @@ def test_each_token_attends_to_its_prompt_up_to_itself(
         jnp.asarray(rng.normal(size=(len(row_T), n, head_dim)), "bfloat16")
         for n in (heads, kv_heads, kv_heads)
     )
-    args = jnp.array(row_T), q, k, v
-    got = jax.block_until_ready(attend_prompts(*args, where=OnHopper.where))
+    row_T = jnp.array(row_T)
+    got = jax.block_until_ready(attend_prompts(q, k, v, row_T, where=OnHopper.where))
     if OnHopper.where == INTERPRETED:
         assert not interpreter.get_races().races_found
     assert got.dtype == q.dtype and np.isfinite(double(got)).all()
     exact = (x.astype(jnp.float32) for x in (q, k, v))
-    expected = double(gathered.prompt_attention(args[0], *exact))
+    expected = double(gathered.prompt_attention(row_T, *exact))
     np.testing.assert_allclose(  # bfloat16 rounds weights and outputs to 3 digits
         double(got)[:-padding], expected[:-padding], atol=2e-2, rtol=2e-2
     )
@@ -289,7 +289,7 @@ def test_cost_is_of_what_the_kernel_is_given(contexts, group, queries):
     blocks = sum(contexts) // 64
     decodes.layer = tuple(part[:blocks] for part in decodes.layer)  # no free ones
     args = decodes.q_BNH, decodes.layer, decodes.position_B, decodes.entries
-    program = jax.make_jaxpr(mosaic_gpu.decode_attention)(*args)
+    program = jax.make_jaxpr(mosaic_gpu_decodes.decode_attention)(*args)
     (call,) = kernel_calls(program.jaxpr)
     avals = [var.aval for var in (*call.invars, *call.outvars)]
     size_bytes = sum(aval.size * aval.dtype.itemsize for aval in avals)

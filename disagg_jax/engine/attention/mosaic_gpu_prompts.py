@@ -1,6 +1,6 @@
 """Attention of whole prompts on Hopper GPUs: a Pallas kernel for Mosaic GPU.
 
-**Compiled for an H100, never run on one.** See `mosaic_gpu.py`.
+**Compiled for an H100, never run on one.** See `mosaic_gpu_decodes.py`.
 
 A warpgroup takes 64 tokens and a query head, and goes over the keys from the beginning
 of the first token's prompt to the last token (flash attention). Scores never leave it:
@@ -20,9 +20,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from disagg_jax.engine.attention import mosaic_gpu
+from disagg_jax.engine.attention import mosaic_gpu_decodes
 from disagg_jax.engine.attention.kernel import KernelCost
-from disagg_jax.engine.attention.mosaic_gpu import TILE
+from disagg_jax.engine.attention.mosaic_gpu_decodes import TILE
 
 KERNEL = "mosaic_gpu_prompt_attention"  # its name in a compiled program
 
@@ -39,10 +39,10 @@ def kernel_cost(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Kernel
     return KernelCost(size_bytes=size_bytes + 4 * tiles * TILE, flops=flops)
 
 
-def prompt_attention(row_T: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array) -> Array:
+def prompt_attention(q_TNH: Array, k_TKH: Array, v_TKH: Array, row_T: Array) -> Array:
     """Attend from each token of whole prompts to its row, up to itself.
 
-    It means what `gathered.prompt_attention` does, for what `mosaic_gpu.problem` has
+    It means what `gathered.prompt_attention` does, for what `mosaic_gpu_decodes.problem` has
     nothing against.
     """
     T = row_T.shape[0]
@@ -56,7 +56,7 @@ def prompt_attention(row_T: Array, q_TNH: Array, k_TKH: Array, v_TKH: Array) -> 
 
 def _kernel(tokens: int, heads: int, head_dim: int):
     """Return (begin of each token's row, q, k, v) -> outputs."""
-    depth, scratch_types = mosaic_gpu.buffers(head_dim)
+    depth, scratch_types = mosaic_gpu_decodes.buffers(head_dim)
     begin = plgpu.SMEM((TILE,), jnp.int32)
     return plgpu.kernel(
         functools.partial(_attend_tile, depth=depth),
@@ -93,22 +93,22 @@ def _attend_tile(begin_T, q_TNH, k_TKH, v_TKH, out_TNH, *scratch, depth):
     plgpu.barrier_wait(q_here)
     plgpu.barrier_wait(begin_here)
     square = TILE, TILE
-    begin_RO = lax.broadcast_in_dim(mosaic_gpu.column(begin_R), square, [0])
-    offset_RO = mosaic_gpu.iota(square, 1)
-    ahead_RO = offset_RO - mosaic_gpu.iota(square, 0)
+    begin_RO = lax.broadcast_in_dim(mosaic_gpu_decodes.column(begin_R), square, [0])
+    offset_RO = mosaic_gpu_decodes.iota(square, 1)
+    ahead_RO = offset_RO - mosaic_gpu_decodes.iota(square, 0)
 
     def attend_keys(i, found):
         slot = lax.rem(i, depth)
         plgpu.barrier_wait(kv_here.at[slot])
         start = (first + i) * TILE
         seen_RO = (offset_RO + start >= begin_RO) & (ahead_RO + start <= tile * TILE)
-        found = mosaic_gpu.softmax_step(
+        found = mosaic_gpu_decodes.softmax_step(
             q_RH, k_DOH.at[slot], v_DOH.at[slot], seen_RO, found
         )
         pl.when(i + depth < count)(lambda: fetch(i + depth))
         return found
 
-    found = mosaic_gpu.nothing_found(q_RH.shape[1])
+    found = mosaic_gpu_decodes.nothing_found(q_RH.shape[1])
     _, total_R, out_RH = lax.fori_loop(0, count, attend_keys, found)
     out_RH = out_RH / lax.broadcast_in_dim(total_R, out_RH.shape, [0])
     q_RH[...] = out_RH.astype(q_RH.dtype)  # all tiles have seen the queries

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from disagg_jax.deployment import Deployment, KVMemory
-from disagg_jax.engine.attention import mosaic_gpu
+from disagg_jax.engine.attention import mosaic_gpu_decodes
 from disagg_jax.engine.attention.entries import Entries
 from disagg_jax.programs import StepShape
 from experiments.compiled.records import CompiledDeployment
@@ -37,7 +37,7 @@ def compiled_decode(target, rows, entries, heads, kv_heads, head_dim):
     listed = Entries(*[spec(entries, dtype=jnp.int32)] * 3)
     position_B = spec(rows, dtype=jnp.int32)
     layer = (spec(*pool),) * 2
-    lowered = jax.jit(mosaic_gpu.decode_attention).lower(
+    lowered = jax.jit(mosaic_gpu_decodes.decode_attention).lower(
         spec(rows, heads, head_dim), layer, position_B, listed
     )
     return lowered.compile(), pool
@@ -62,8 +62,8 @@ def test_decode_attention_reads_kv_once(
     """Beside KV it moves queries and outputs, of a few items a row."""
     sizes = rows, entries, heads, kv_heads, head_dim
     compiled, pool = compiled_decode(target, *sizes)
-    cost = mosaic_gpu.kernel_cost(*sizes)
-    found = traffic(compiled, pool=pool, kernels={mosaic_gpu.KERNEL: cost})
+    cost = mosaic_gpu_decodes.kernel_cost(*sizes)
+    found = traffic(compiled, pool=pool, kernels={mosaic_gpu_decodes.KERNEL: cost})
     assert not found.unstated_kernels and not found.unknown_loops
     assert not found.pool_copies
     kv_bytes = 2 * 2 * entries * math.prod(pool[1:])
