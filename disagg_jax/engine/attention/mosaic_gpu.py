@@ -15,7 +15,7 @@ from models.config import ModelConfig
 
 
 class MosaicGpuAttention(XlaAttention):
-    """Own kernels for Hopper: `mosaic_gpu_decodes.py`; chunks of prompts are in plain XLA.
+    """Own kernels for Hopper; chunks of prompts are left to plain XLA.
 
     Equal inputs give equal bits. The kernels are compiled for an H100 in tests, and
     their arithmetic is tested in an interpreter on a CPU; **they never ran on a GPU**.

@@ -42,8 +42,8 @@ def kernel_cost(tokens: int, heads: int, kv_heads: int, head_dim: int) -> Kernel
 def prompt_attention(q_TNH: Array, k_TKH: Array, v_TKH: Array, row_T: Array) -> Array:
     """Attend from each token of whole prompts to its row, up to itself.
 
-    It means what `gathered.prompt_attention` does, for what `mosaic_gpu_decodes.problem` has
-    nothing against.
+    It means what `gathered.prompt_attention` does, for what `problem` has nothing
+    against (`mosaic_gpu_decodes.py`).
     """
     T = row_T.shape[0]
     padding = -T % TILE

@@ -22,6 +22,7 @@ KERNELS: Mapping[str, KernelType] = {
 # What `AUTO` is for models in bfloat16, and why; plain XLA else. float32 is the exact
 # mode, which plain XLA is tested for on more kinds of devices.
 _FAST: Mapping[str, tuple[KernelType, str]] = {
+    "gpu": (XlaAttention, "mosaic_gpu has not run on one yet"),
     "tpu": (PallasTpuAttention, "fewest bytes as compiled, not run on a chip yet"),
 }
 

@@ -78,17 +78,22 @@ def test_decode_attention_reads_kv_once(
 @pytest.mark.parametrize(
     "deployment, shape, bytes_limit",
     [
+        ("colocated:tp1", StepShape.prefill(512, 4), 1.4),
+        ("colocated:tp1", StepShape.prefill(2048, 4), 2.5),
         ("colocated:tp1", StepShape.decode(64, 1024), 1.15),
         # A quarter of the weights and KV, beside logits that are whole on each device.
         ("colocated:tp4", StepShape.decode(64, 1024), 1.3),
         ("colocated:tp1", StepShape.decode(256, 4096), 1.12),
     ],
 )
-def test_a_decode_step_reads_kv_once(target, deployment, shape, bytes_limit):
-    """Plain XLA moves 1.24, 1.39 and 1.32 times the bound."""
+def test_a_step_moves_little_beside_its_bound(target, deployment, shape, bytes_limit):
+    """Plain XLA moves 1.72, 5.61, 1.24, 1.39 and 1.32 times the bound.
+
+    The bound of a prefill has weights and KV, and no activations between its matmuls.
+    """
     config = dataclasses.replace(get_config("llama-3-8b"), dtype="bfloat16")
     memory = KVMemory(
-        num_blocks=shape.blocks, block_tokens=BLOCK_TOKENS, max_context=2048
+        num_blocks=max(1024, shape.blocks), block_tokens=BLOCK_TOKENS, max_context=2048
     )
     compiled = CompiledDeployment(
         *(target, config, Deployment.parse(deployment), [memory]),
@@ -97,5 +102,6 @@ def test_a_decode_step_reads_kv_once(target, deployment, shape, bytes_limit):
     )
     record = step_record(compiled, shape)
     check_moves(compiled, record, bytes_limit)
-    logits_bytes = 4 * shape.rows * config.vocab_size
-    assert record.temp_bytes < logits_bytes + smallest_part_bytes(compiled) / 4
+    if shape.kind == "decode":
+        logits_bytes = 4 * shape.rows * config.vocab_size
+        assert record.temp_bytes < logits_bytes + smallest_part_bytes(compiled) / 4
