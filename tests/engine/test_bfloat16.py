@@ -222,7 +222,9 @@ def test_smollm2(smollm2_cases, smollm2_file):
     93 of 96 tokens agreed, the others had margins of 0.035 spreads and less.
     """
     config, params = load_gguf(smollm2_file)
-    prompts = [case["prompt_ids"] for case in smollm2_cases[:4]]
-    found = compare_dtypes(config, params, prompts, 8, jax.devices())
+    prompts = [case["prompt_ids"] for case in smollm2_cases[:2]]
+    found = compare_dtypes(
+        config, params, prompts, 6, jax.devices(), deployment="colocated:tp1"
+    )
     assert found.holds, str(found)
     assert found.agreeing > 0.9, str(found)
