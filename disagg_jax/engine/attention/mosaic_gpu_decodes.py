@@ -1,7 +1,7 @@
 """Attention of decodes on Hopper GPUs: a Pallas kernel for Mosaic GPU.
 
-**Compiled for an H100, never run on one.** Its arithmetic and its barriers are tested
-in JAX's interpreter; see `tests/engine/test_mosaic_gpu.py`.
+**Compiled for an H100, never run on one.** Its arithmetic and most of its barriers are
+tested in JAX's interpreter, its wgmmas are not: `tests/engine/test_mosaic_gpu.py`.
 
 A row's entries are cut into *items* of about equal size, so that few long rows fill a
 GPU too (flash-decoding). A warpgroup takes an item and a kv head. It copies blocks of K
