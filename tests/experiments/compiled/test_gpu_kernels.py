@@ -43,17 +43,21 @@ def compiled_decode(target, rows, entries, heads, kv_heads, head_dim):
     return lowered.compile(), pool
 
 
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.mark.gpu_aot
 @pytest.mark.parametrize("target", ["h100:4"], indirect=True)
 @pytest.mark.parametrize(
     "rows, entries, heads, kv_heads, head_dim",
     [
         (64, 1024, 32, 8, 128),  # Llama-3-8B
-        (256, 4096, 32, 8, 128),
-        (64, 1024, 8, 2, 128),  # a device of tp4
+        slow(256, 4096, 32, 8, 128),
+        slow(64, 1024, 8, 2, 128),  # a device of tp4
         (1, 1024, 32, 8, 128),
-        (64, 1024, 9, 3, 64),  # SmolLM2-135M
-        (64, 1024, 16, 4, 256),
+        slow(64, 1024, 9, 3, 64),  # SmolLM2-135M
+        slow(64, 1024, 16, 4, 256),
     ],
 )
 def test_decode_attention_reads_kv_once(
@@ -89,12 +93,11 @@ def has_cudnn() -> bool:
     "attention, deployment, shape, bytes_limit",
     [
         ("mosaic_gpu", "colocated:tp1", StepShape.prefill(512, 4), 1.4),
-        ("mosaic_gpu", "colocated:tp1", StepShape.prefill(2048, 4), 2.5),
+        slow("mosaic_gpu", "colocated:tp1", StepShape.prefill(2048, 4), 2.5),
         ("cudnn", "colocated:tp1", StepShape.prefill(2048, 4), 2.5),
         ("mosaic_gpu", "colocated:tp1", StepShape.decode(64, 1024), 1.15),
-        # A quarter of the weights and KV, beside logits that are whole on each device.
-        ("mosaic_gpu", "colocated:tp4", StepShape.decode(64, 1024), 1.3),
-        ("mosaic_gpu", "colocated:tp1", StepShape.decode(256, 4096), 1.12),
+        slow("mosaic_gpu", "colocated:tp4", StepShape.decode(64, 1024), 1.3),
+        slow("mosaic_gpu", "colocated:tp1", StepShape.decode(256, 4096), 1.12),
     ],
 )
 def test_a_step_moves_little_beside_its_bound(
