@@ -185,7 +185,7 @@ def _flash(
             in_specs=[span, span, rows, *blocks, *blocks],
             out_specs=rows,
             scratch_shapes=[
-                pltpu.VMEM((G * Q, width), jnp.float32) for width in (1, 1, H)
+                pltpu.VMEM((G, Q, width), jnp.float32) for width in (1, 1, H)
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q_KGTH.shape, q_KGTH.dtype),
@@ -281,26 +281,31 @@ def _kernel(
         v_SH = jnp.concatenate(
             [_filled(v[...], filled[i]) for v, i in zip(v_refs, blocks, strict=True)]
         )
-        G, Q, H = q_ref.shape
+        G, Q, _ = q_ref.shape
         S = k_SH.shape[0]
         index_QS = step * S + lax.broadcasted_iota(jnp.int32, (Q, S), 1)
         seen_QS = (first_ref[...] <= index_QS) & (index_QS <= last_ref[...])
-        scores = einsum("qh,sh->qs", q_ref[...].reshape(G * Q, H), k_SH, jnp.float32)
-        scores_GQS = jnp.where(seen_QS[None], scores.reshape(G, Q, S), _LOWEST)
-        scores = scores_GQS.reshape(G * Q, S)
-        before = max_ref[...]
-        top = jnp.maximum(before, scores.max(1, keepdims=True))
-        factor = jnp.exp2((before - top) * scale)
-        weights = jnp.exp2((scores - top) * scale)
-        max_ref[...] = top
-        total_ref[...] = total_ref[...] * factor + weights.sum(1, keepdims=True)
-        out = einsum("qs,sh->qh", weights.astype(v_SH.dtype), v_SH, jnp.float32)
-        sum_ref[...] = sum_ref[...] * factor + out
+
+        # A loop has less code, which is compiled sooner.
+        @pl.loop(0, G)
+        def _(head: Any) -> None:
+            scores_QS = einsum("QH,SH->QS", q_ref[head], k_SH, jnp.float32)
+            scores_QS = jnp.where(seen_QS, scores_QS, _LOWEST)
+            before_Q1 = max_ref[head]
+            max_Q1 = jnp.maximum(before_Q1, scores_QS.max(1, keepdims=True))
+            factor_Q1 = jnp.exp2((before_Q1 - max_Q1) * scale)
+            weights_QS = jnp.exp2((scores_QS - max_Q1) * scale)
+            total_Q1 = weights_QS.sum(1, keepdims=True)
+            weights_QS = weights_QS.astype(v_SH.dtype)
+            out_QH = einsum("QS,SH->QH", weights_QS, v_SH, jnp.float32)
+            max_ref[head] = max_Q1
+            total_ref[head] = total_ref[head] * factor_Q1 + total_Q1
+            sum_ref[head] = sum_ref[head] * factor_Q1 + out_QH
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
-        out = sum_ref[...] / jnp.maximum(total_ref[...], 1e-30)
-        out_ref[...] = out.reshape(out_ref.shape).astype(out_ref.dtype)
+        out_GQH = sum_ref[...] / jnp.maximum(total_ref[...], 1e-30)
+        out_ref[...] = out_GQH.astype(out_ref.dtype)
 
 
 def _filled(v_OH: Array, filled: Array) -> Array:
