@@ -31,7 +31,7 @@ from disagg_jax.engine.attention.kv_cache import LayerCache
 from models.layers import einsum
 
 _KEYS = 512  # of a tile
-_QUERIES = 1024  # of a tile, those of all heads of a kv head together
+_QUERIES = 2048  # of a tile, those of all heads of a kv head together
 _MOST_BLOCKS = 8  # of a tile, each of which is brought by itself
 _SPARE_BYTES = 2**24  # of VMEM, for scores and weights
 # The score of a key that is not seen, and half of it the highest score before there is

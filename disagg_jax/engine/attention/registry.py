@@ -21,7 +21,7 @@ KERNELS: Mapping[str, KernelType] = {
 # What `AUTO` is for models in bfloat16, and why; plain XLA else. float32 is the exact
 # mode, which plain XLA is tested for on more kinds of devices.
 _FAST: Mapping[str, tuple[KernelType, str]] = {
-    "tpu": (PallasTpuAttention, "fewest bytes as compiled, not run on a chip yet"),
+    "tpu": (PallasTpuAttention, "by its compiled programs, none of which ran on a chip"),
 }
 
 

@@ -34,7 +34,7 @@ MIXED = StepShape.mixed(512, 68, 32, 64, 512)
 
 def case(target: str, *rest, slow: bool = False):
     """A case of a test; without the name of an attention kernel it is the auto one."""
-    if isinstance(rest[-1], float):
+    if rest and isinstance(rest[-1], float):
         rest = *rest, AUTO
     marks = [pytest.mark.gpu_aot if target[0] in "hab" else pytest.mark.tpu_aot]
     return pytest.param(
@@ -138,13 +138,13 @@ def test_decodes_read_kv_once(
 @pytest.mark.parametrize(
     "target, deployment, shape, bytes_limit, attention",
     [
-        case("v6e:2x2", "colocated:tp1", PREFILL, 1.6),
+        case("v6e:2x2", "colocated:tp1", PREFILL, 1.8),
         case("v6e:2x2", "colocated:tp1", PREFILL, 2.5, XLA, slow=True),
         case("h100:4", "colocated:tp1", StepShape.prefill(512, 4), 2.5),
         case("v6e:2x2", "colocated:tp1", StepShape.prefill(512, 4), 2.5, slow=True),
         case("v6e:2x2", "colocated:tp4", PREFILL, 2.5, slow=True),
         case("v5e:2x2", "colocated:tp4", PREFILL, 2.5, slow=True),
-        case("v5p:2x2x1", "colocated:tp1", PREFILL, 2.5, slow=True),
+        case("v5p:2x2x1", "colocated:tp1", PREFILL, 2.8, slow=True),
     ],
     indirect=["target"],
 )
