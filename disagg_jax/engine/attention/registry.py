@@ -19,9 +19,9 @@ KERNELS: Mapping[str, KernelType] = {
     kind.name: kind for kind in (XlaAttention, PallasTpuAttention)
 }
 # What `AUTO` is for models in bfloat16, and why; plain XLA else. float32 is the exact
-# mode, which plain XLA is tested for on more kinds of devices.
+# mode, for which plain XLA is the reference.
 _FAST: Mapping[str, tuple[KernelType, str]] = {
-    "tpu": (PallasTpuAttention, "by its compiled programs, none of which ran on a chip"),
+    "tpu": (PallasTpuAttention, "by compiled programs, never run on a chip"),
 }
 
 
