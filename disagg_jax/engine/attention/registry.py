@@ -22,10 +22,10 @@ KERNELS: Mapping[str, KernelType] = {
     for kind in (XlaAttention, PallasTpuAttention, MosaicGpuAttention, CudnnAttention)
 }
 # What `AUTO` is for models in bfloat16, and why; plain XLA else. float32 is the exact
-# mode, which plain XLA is tested for on more kinds of devices.
+# mode, for which plain XLA is the reference.
 _FAST: Mapping[str, tuple[KernelType, str]] = {
     "gpu": (XlaAttention, "other kernels have not run on one yet"),
-    "tpu": (PallasTpuAttention, "fewest bytes as compiled, not run on a chip yet"),
+    "tpu": (PallasTpuAttention, "by compiled programs, never run on a chip"),
 }
 
 

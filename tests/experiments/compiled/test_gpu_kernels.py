@@ -121,5 +121,4 @@ def test_a_step_moves_little_beside_its_bound(
     record = step_record(compiled, shape)
     check_moves(compiled, record, bytes_limit)
     if shape.kind == "decode":
-        logits_bytes = 4 * shape.rows * config.vocab_size
-        assert record.temp_bytes < logits_bytes + smallest_part_bytes(compiled) / 4
+        assert record.temp_bytes < smallest_part_bytes(compiled) / 4
