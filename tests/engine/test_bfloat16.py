@@ -95,15 +95,15 @@ def check(found: DtypeComparison) -> None:
 @pytest.mark.parametrize(
     "model, deployment, layer_groups",
     [
-        ("divided", "colocated:tp1", 1),
+        pytest.param("divided", "colocated:tp1", 1, marks=pytest.mark.slow),
         ("divided", "prefill:tp1,decode:tp4", 1),
-        ("repeated", "prefill:tp4,decode:tp1", 1),
+        pytest.param("repeated", "prefill:tp4,decode:tp1", 1, marks=pytest.mark.slow),
         ("padded", "prefill:tp2,decode:tp4", 1),
-        ("padded", "colocated:tp2", 3),
+        pytest.param("padded", "colocated:tp2", 3, marks=pytest.mark.slow),
         ("deep", "prefill:tp1pp3,decode:tp1pp2", 1),
-        ("deep", "prefill:tp2pp2,decode:tp1", 2),
+        pytest.param("deep", "prefill:tp2pp2,decode:tp1", 2, marks=pytest.mark.slow),
         ("opt", "prefill:tp1,decode:tp2", 1),
-        ("qwen3", "prefill:tp2,decode:tp1", 1),
+        pytest.param("qwen3", "prefill:tp2,decode:tp1", 1, marks=pytest.mark.slow),
         ("scaled", "colocated:tp4", 1),
     ],
 )
@@ -179,6 +179,7 @@ def test_compare_dtypes():
     assert "tiny bfloat16 against float32, 32 positions" in str(found)
 
 
+@pytest.mark.slow
 def test_an_engine_is_gone_when_the_next_is_built(monkeypatch):
     config, serve, live = get_config("tiny"), dtype_comparison._serve, []
 

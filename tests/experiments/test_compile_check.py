@@ -232,14 +232,20 @@ def test_a_missing_wheel_ends_the_command_with_one_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1].endswith("pip install -e '.[tpu]'")
 
 
+def slow(target: str):
+    return pytest.param(target, marks=pytest.mark.slow)
+
+
 @pytest.mark.tpu_aot
-@pytest.mark.parametrize("target", ["v6e:2x2", "v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("target", ["v6e:2x2", "v5e:2x2", slow("v5p:2x2x1")])
 def test_the_command_compiles_for_tpus_that_are_not_there(tmp_path, target):
     check(tmp_path, target, "tpu")
 
 
 @pytest.mark.gpu_aot
-@pytest.mark.parametrize("target", ["h100:2", "h200:2", "a100-80g:2", "b200:2"])
+@pytest.mark.parametrize(
+    "target", ["h100:2", slow("h200:2"), "a100-80g:2", slow("b200:2")]
+)
 def test_the_command_compiles_for_gpus_that_are_not_there(tmp_path, target):
     check(tmp_path, target, "compile-cuda")
 
