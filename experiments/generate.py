@@ -40,6 +40,7 @@ _WEIGHTS = FLAGS.string(
 _DEPLOYMENT = FLAGS.string(
     "deployment", "prefill:tp1,decode:tp1", "Instances, such as 2xcolocated:tp1."
 )
+_DTYPE = FLAGS.string("dtype", None, "float32 or bfloat16. By default the weights'.")
 _SYSTEM = FLAGS.string(
     "system", None, "A scheduling system. By default one for the deployment's roles."
 )
@@ -123,6 +124,7 @@ def main() -> None:
         _WEIGHTS.value or find_weights(),
         _DEPLOYMENT.value,
         system=_SYSTEM.value,
+        dtype=_DTYPE.value,
         attention=_ATTENTION.value,
         progress=ProgressLines(),
     )

@@ -29,20 +29,24 @@ class Model:
     tokenizer: Tokenizer
 
 
-def load_model(name: str, weights: str, *, seed: int = 0) -> Model:
+def load_model(
+    name: str, weights: str, *, seed: int = 0, dtype: str | None = None
+) -> Model:
     """Return the model `name` with `weights`.
 
     Args:
       name: a preset, or "auto" for the model that the weights describe.
       weights: "random", or what `find_weights` takes.
       seed: of random weights.
+      dtype: of weights, activations and KV cache; by default the preset's, or with
+        "auto" that of the weights.
 
     Raises:
-      ValueError: if the name is unknown or that of a model that is not dense, or the
+      ValueError: if the name or the dtype is unknown, the model is not dense, or the
         weights are another model's.
       FileNotFoundError: if the weights are missing; says how to get them.
     """
-    preset = None if name == "auto" else get_engine_config(name)
+    preset = None if name == "auto" else _in_dtype(get_engine_config(name), dtype)
     if weights == "random":
         if preset is None:
             raise ValueError("model: expected a preset for weights=random, got auto")
@@ -50,14 +54,19 @@ def load_model(name: str, weights: str, *, seed: int = 0) -> Model:
         return Model(preset, params, ByteTokenizer(vocab_size=preset.vocab_size))
     path = find_weights(name, weights)
     loaded, params = read_weights(path)
-    preset = preset or loaded
+    preset = preset or _in_dtype(loaded, dtype)
     sizes = dataclasses.replace(loaded, name=preset.name, dtype=preset.dtype)
     if sizes != preset:
         raise ValueError(
             f"weights: expected those of {name}, {preset}; {path} has {loaded};"
             " model=auto takes what it has"
         )
-    return Model(preset, _cast(params, preset), read_tokenizer(path))
+    return Model(preset, cast(params, preset), read_tokenizer(path))
+
+
+def _in_dtype(config: ModelConfig, dtype: str | None) -> ModelConfig:
+    """Return `config` with another dtype, if one is given."""
+    return config if dtype is None else dataclasses.replace(config, dtype=dtype)
 
 
 def find_weights(name: str, weights: str) -> pathlib.Path:
@@ -99,8 +108,8 @@ def read_weights(path: pathlib.Path) -> tuple[ModelConfig, Weights]:
     return checkpoint.config, checkpoint
 
 
-def _cast(weights: Weights, preset: ModelConfig) -> Weights:
-    """Return `weights` in the dtype of their preset."""
+def cast(weights: Weights, preset: ModelConfig) -> Weights:
+    """Return `weights` in the dtype of their preset; a checkpoint is restored to it."""
     if isinstance(weights, Checkpoint):
         return dataclasses.replace(weights, config=preset)
     dtype = jnp.dtype(preset.dtype)

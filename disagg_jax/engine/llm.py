@@ -79,6 +79,8 @@ class LLM:
       memory: the KV pool of each instance; by default see `default_memory`.
       buckets: the shapes that each instance has programs for; by default those that a
         call needs, see `needed_buckets`.
+      dtype: float32 or bfloat16, of weights, activations and KV; by default that of
+        the weights. Those of a loaded model are as they are.
       devices: to place the instances on, in order; by default those of this machine,
         whose host is split into enough if JAX has not started yet.
       progress: told what is done while one waits; by default a line to stderr each.
@@ -104,6 +106,7 @@ class LLM:
         attention: str = AUTO,
         memory: Sequence[KVMemory] | None = None,
         buckets: Sequence[Buckets] | None = None,
+        dtype: str | None = None,
         devices: Sequence[Device] | None = None,
         progress: Progress | None = None,
     ):
@@ -113,11 +116,14 @@ class LLM:
         if memory is not None:
             expected = "max_context: expected none beside memory, which says it"
             require(max_context is None, expected, max_context)
+        if isinstance(weights, Model):
+            expected = "dtype: expected none beside a loaded model, which has one"
+            require(dtype is None, expected, dtype)
         devices = find_devices(instances) if devices is None else devices
         self._progress, self._listed = progress or _to_stderr, buckets
         if not isinstance(weights, Model):
             self._progress(f"loading {weights}")
-            weights = load_model("auto", str(weights))
+            weights = load_model("auto", str(weights), dtype=dtype)
         self.config, self.tokenizer = weights.config, weights.tokenizer
         if memory is None:
             memory = _memory(self.config, instances, devices, max_context, attention)
