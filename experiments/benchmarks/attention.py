@@ -50,19 +50,22 @@ class Decodes(NamedTuple):
     entries: Entries
 
 
+def draw(seed: int, shape: tuple[int, ...], dtype: str) -> Array:
+    """Return normal numbers, drawn on the device."""
+    return _normal(jax.random.key(seed), shape, jnp.dtype(dtype))
+
+
+_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+
+
 def random_decodes(shape: AttentionShape, tokens: int) -> Decodes:
     """Return decodes over `tokens` tokens of KV, drawn on the device."""
     each = -(-tokens // shape.rows // shape.block_tokens)
     blocks = shape.rows * each
     pool = (blocks, shape.kv_heads, shape.block_tokens, shape.head_dim)
     rows = (shape.rows, shape.q_heads, shape.head_dim)
-    draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    k, v, q_BNH = (
-        draw(key, each_shape, jnp.dtype(shape.dtype))
-        for key, each_shape in zip(
-            jax.random.split(jax.random.key(0), 3), (pool, pool, rows), strict=True
-        )
-    )
+    shapes = (pool, pool, rows)
+    k, v, q_BNH = (draw(i, each, shape.dtype) for i, each in enumerate(shapes))
     entries = Entries(
         jnp.array(np.random.default_rng(0).permutation(blocks)),
         jnp.array(np.repeat(np.arange(shape.rows), each)),

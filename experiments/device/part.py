@@ -1,0 +1,74 @@
+"""A part of a run on a device: what it is, where it runs, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TextIO
+
+from experiments.cli.progress import ENDLESS, Deadline
+from experiments.device.sizes import Sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Where a part runs, and how long it may."""
+
+    sizes: Sizes
+    out: pathlib.Path  # the folder of the run
+    deadline: Deadline = ENDLESS  # after which the part begins nothing more
+
+
+class Found(NamedTuple):
+    """What a part came to."""
+
+    result: str  # in a phrase
+    left_out: str = ""  # what there was no time for
+    wrong: bool = False  # whether something that was checked does not hold
+
+
+def _anywhere(sizes: Sizes) -> str:
+    return ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing to do on a device. It prints what it finds as soon as it is there.
+
+    Attributes:
+      problem: says why it cannot run; "" if it can. It may not ask JAX for devices.
+      weight: share of the time, relative to other parts.
+    """
+
+    name: str
+    about: str
+    run: Callable[[Bench], Found]
+    problem: Callable[[Sizes], str] = _anywhere
+    weight: float = 1.0
+
+
+@contextlib.contextmanager
+def printed_to(path: pathlib.Path) -> Iterator[None]:
+    """Write all that is printed into a new file too, line by line."""
+    with path.open("w", buffering=1) as file:
+        with contextlib.redirect_stdout(_Both(sys.stdout, file)):
+            yield
+
+
+class _Both:
+    """Two streams as one."""
+
+    def __init__(self, *streams: TextIO):
+        self._streams = streams
+
+    def write(self, text: str) -> int:
+        for stream in self._streams:
+            stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        for stream in self._streams:
+            stream.flush()
