@@ -159,7 +159,7 @@ def _table(sizes: Sizes, out: pathlib.Path, not_begun: Sequence[str]) -> str:
             )
             if record["left_out"]:
                 missing.append(f"{name}: {record['left_out']}")
-    lines = [f"{sizes.model} {sizes.dtype} on {sizes.devices}", ""]
+    lines = [f"{sizes.config.name} {sizes.dtype} on {sizes.devices}", ""]
     lines += align(rows, right=(2,))
     if missing:
         lines += ["", f"left out, as --minutes were spent: {'; '.join(missing)}"]
@@ -181,6 +181,7 @@ def main() -> None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
     with tempfile.TemporaryDirectory() as programs:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         try:
             devices = in_a_process(look)
         except WorkError as failure:

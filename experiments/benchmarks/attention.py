@@ -173,7 +173,7 @@ def step_error(kernel: AttentionKernel, config: ModelConfig, step: str) -> float
         )
     pairs = list(zip(whole, starts, strict=True))
     got = run(slices, [[x[n:] for x in qkv] for qkv, n in pairs])
-    want = [_plain(*map(_double, qkv), n) for qkv, n in pairs]
+    want = [_plain(_double(q), _double(k), _double(v), n) for (q, k, v), n in pairs]
     out, right = np.concatenate(got), np.concatenate(want)
     return float(np.linalg.norm(out - right) / np.linalg.norm(right))
 
@@ -212,10 +212,12 @@ class _Attention:
         fields = self._kernel.fields(shape, self._memory.block_tokens)
 
         @jax.jit
-        def attend(packed: Array, cache: Cache, *qkv: Array) -> tuple[Array, Cache]:
+        def attend(
+            packed: Array, cache: Cache, q: Array, k: Array, v: Array
+        ) -> tuple[Array, Cache]:
             inputs = fields.split(packed)
             step = step_attend(shape, inputs, self._kernel, self._sharding)
-            return step(0, *qkv, cache)
+            return step(0, q, k, v, cache)
 
         packed = jnp.array(self._kernel.pack(shape, slices, self._memory))
         out, self._cache = attend(packed, self._cache, *joined)

@@ -164,6 +164,8 @@ def burst_deployment(
     context: int,
     block_tokens: int,
     decodes: bool = True,
+    attention: str = AUTO,
+    virtual: bool = False,
 ) -> tuple[ServedDeployment, StepShape]:
     """Return a deployment for bursts of as many requests as `prefill` has rows.
 
@@ -172,6 +174,7 @@ def burst_deployment(
 
     Args:
       decodes: whether requests have more than one output token.
+      virtual: whether a device may stand for several; see `devices_for`.
     """
     rows, tokens = prefill.rows, prefill.tokens
     blocks = rows * math.ceil(context / block_tokens)
@@ -192,7 +195,9 @@ def burst_deployment(
             dataclasses.replace(steps, transfer_blocks=moves),
         ]
     memory = [pool(config, blocks, block_tokens)] * len(buckets)
-    engine = benchmark_engine(config, deployment, memory, buckets)
+    engine = benchmark_engine(
+        config, deployment, memory, buckets, attention=attention, virtual=virtual
+    )
     return ServedDeployment(engine=engine, policies=policies), StepShape.decode(
         rows, blocks
     )

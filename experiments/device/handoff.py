@@ -10,7 +10,13 @@ from experiments.benchmarks.handoff import rates
 from experiments.benchmarks.peaks import spec_sheet
 from experiments.device.part import Bench, Found, Part
 from experiments.device.sizes import Sizes
-from experiments.two_meshes import Cut, handoff_table, link_between
+from experiments.two_meshes import (
+    Cut,
+    build,
+    check_tokens,
+    handoff_table,
+    link_between,
+)
 
 _MIB = 2**20
 
@@ -34,24 +40,31 @@ def bound(sizes: Sizes) -> LinkSpec | None:
 
 
 def run(bench: Bench) -> Found:
-    """Move KV of each size, by the engine and by plain JAX."""
-    sizes, config = bench.sizes, bench.sizes.config
-    kernel = choose_kernel(sizes.attention, sizes.devices.platform, config).kernel
+    """Move KV of each size, and compare tokens of two pools with those of one."""
+    sizes, config, attention = bench.sizes, bench.sizes.config, bench.sizes.attention
+    kernel = choose_kernel(attention, sizes.devices.platform, config).kernel
+    cut = Cut(prefill=1, decode=1)
     if shared := sizes.devices.count < 2:
         print("the two pools share one device: KV crosses no link, and is copied in it")
-    kv_only = dataclasses.replace(config, vocab_size=1, mlp=1)  # its sizes, but weights
     mib = [n for n in sizes.handoff_mib if 8 * n * _MIB <= sizes.devices.room_bytes]
     found = rates(
-        kv_only,
+        dataclasses.replace(config, vocab_size=1, mlp=1),  # as much KV, fewer weights
         [(1, 1)],
         [n * _MIB for n in mib],
         kernel.block_tokens,
         None,
         sizes.repeats,
     )
-    print(handoff_table(found, Cut(prefill=1, decode=1), bound(sizes)))
+    print(handoff_table(found, cut, bound(sizes)))
     most = max(rate.size_bytes / rate.seconds for rate in found if rate.way == "whole")
-    return Found(f"{most / 1e9:.3g} GB/s" + (", one device" if shared else ""))
+    said = f"{most / 1e9:.3g} GB/s" + (" in one device" if shared else "")
+    if bench.deadline.passed():
+        return Found(said, left_out="tokens of two pools")
+    meshes = build(config, cut, attention, kernel.block_tokens, virtual=True)
+    tokens = check_tokens(config, meshes, attention)
+    print(f"\n{tokens}")
+    equal = tokens.equal == tokens.total
+    return Found(f"{said}; {tokens}", wrong=tokens.exact and not equal)
 
 
 PART = Part(name="handoff", about="KV from pool to pool", run=run)

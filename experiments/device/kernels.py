@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from disagg_jax.engine.attention import KERNELS, AttentionKernel
+from disagg_jax.engine.attention import KERNELS, AttentionKernel, choose_kernel
 from experiments.benchmarks.attention import (
     STEPS,
     AttentionShape,
@@ -35,9 +35,14 @@ _WORDS = 100  # characters of a reason
 Timer: TypeAlias = Callable[[], float]
 
 
-def usable(config: ModelConfig, platform: str) -> tuple[list[AttentionKernel], str]:
-    """Return the kernels that can serve the model, and why others cannot."""
-    kernels = [kind(platform) for kind in KERNELS.values()]
+def usable(sizes: Sizes) -> tuple[list[AttentionKernel], str]:
+    """Return the kernels that can serve the model, and why others cannot.
+
+    They are the listed ones, and the one that was asked for.
+    """
+    config, platform = sizes.config, sizes.devices.platform
+    asked = choose_kernel(sizes.attention, platform, config).kernel
+    kernels = list(dict.fromkeys([k(platform) for k in KERNELS.values()] + [asked]))
     problems = {k: k.problem(config, k.block_tokens) for k in kernels}
     reasons = [f"{k.name}: {why}" for k, why in problems.items() if why]
     return [k for k, why in problems.items() if not why], "; ".join(reasons)
@@ -46,7 +51,7 @@ def usable(config: ModelConfig, platform: str) -> tuple[list[AttentionKernel], s
 def run(bench: Bench) -> Found:
     """Print the errors of each kernel, then its times."""
     sizes, config = bench.sizes, bench.sizes.config
-    kernels, reasons = usable(config, sizes.devices.platform)
+    kernels, reasons = usable(sizes)
     print(f"{config.name} {config.dtype}, one layer on one device")
     if reasons:
         print(f"cannot serve it: {reasons}")

@@ -7,6 +7,7 @@ process, or never ends, takes no other work with it.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -51,6 +52,7 @@ def in_a_process(work: Callable[..., T], *args: Any, most_s: float | None = None
 
 
 def _answer(pipe: Connection, work: Callable[..., Any], args: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent hears it, and kills it
     try:
         answer = work(*args), ""
     except Exception:

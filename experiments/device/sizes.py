@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from disagg_jax.engine.attention.registry import AUTO
+from disagg_jax.engine.attention.registry import AUTO, choose_kernel
 from disagg_jax.engine.memory_check import memory_bytes
 from disagg_jax.errors import require
 from models.config import ModelConfig, get_engine_config
@@ -81,14 +81,16 @@ class Sizes:
         """Return what is asked for, and for the rest what suits the devices.
 
         Raises:
-          ValueError: on an unknown model, sizes that are no numbers >= 1, or longer
-            than the model's context.
+          ValueError: on an unknown model or kernel, or one that cannot serve the model;
+            on sizes that are no numbers >= 1, or longer than the model's context.
         """
         on_host = devices.platform == "cpu"
-        config = get_engine_config(model or _largest(devices))
+        model = model or _largest(devices)
+        config = get_engine_config(model)
         small = config.name == _SMALLEST
         asked = [*batches, *contexts, *prompts]
         limit, longest = config.max_length, max([*contexts, *prompts, 1])
+        choose_kernel(attention, devices.platform, config)  # raises
         require(min(asked, default=1) >= 1, "sizes: expected numbers >= 1", asked)
         require(longest <= limit, f"sizes: expected at most {limit} tokens", longest)
 
@@ -97,7 +99,7 @@ class Sizes:
 
         return cls(
             devices=devices,
-            model=config.name,
+            model=model,
             dtype=config.dtype,
             attention=attention,
             batches=batches or ((1, 4) if on_host else (1, 16, 64, 256)),

@@ -22,8 +22,12 @@ _HEAD = (
 
 
 def groups(sizes: Sizes, block_tokens: int) -> Iterator[StepOptions]:
-    """Yield the steps that are measured together: the prefills, then a context each."""
-    for i, context in enumerate(sizes.contexts):
+    """Yield the steps that are measured together: those of one context.
+
+    Prefills are with the first. Contexts are rounded up to whole blocks.
+    """
+    for i, tokens in enumerate(sizes.contexts):
+        context = -(-tokens // block_tokens) * block_tokens
         if batches := sizes.batches_at(context):
             yield StepOptions(
                 config=sizes.config,

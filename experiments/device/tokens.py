@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 
+from disagg_jax.deployment import Deployment
 from disagg_jax.engine.dtype_comparison import compare_dtypes
+from disagg_jax.engine.served_deployment import devices_for
 from experiments.device.part import Bench, Found, Part
 from experiments.device.sizes import Sizes, weight_bytes
 from models import transformer
@@ -26,18 +27,18 @@ def problem(sizes: Sizes) -> str:
 
 
 def run(bench: Bench) -> Found:
-    """Compare them, on two pools if there are two devices."""
+    """Compare them as they are served by a prefill and a decode pool."""
     sizes, config = bench.sizes, bench.sizes.config
     rng = np.random.default_rng(0)
     prompts = [rng.integers(config.vocab_size, size=n).tolist() for n in _PROMPTS]
-    several = sizes.devices.count > 1
+    deployment = Deployment.parse("prefill:tp1,decode:tp1")
     found = compare_dtypes(
         config,
         transformer.init_params(config, 0),
         prompts,
         _MAX_TOKENS,
-        jax.devices(),
-        deployment="prefill:tp1,decode:tp1" if several else "colocated:tp1",
+        devices_for(deployment, shared=True),
+        deployment=str(deployment),
         attention=sizes.attention,
     )
     print(found)
