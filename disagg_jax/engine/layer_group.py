@@ -91,7 +91,8 @@ class LayerGroup:
 
         Returns:
           The cache, and `[T, E]` the residual stream after the layers; from the last
-          group `[rows] int32` likeliest next tokens and `[rows, V]` logits.
+          group `[rows] int32` likeliest next tokens and `[rows, V]` logits, see
+          `Stage.logits`.
 
         Raises:
           ValueError: if the step of `shape` was not compiled.
@@ -120,7 +121,9 @@ class LayerGroup:
 
     def _compile_draw(self, rows: int) -> Compiled:
         vocab = self.stage.config.vocab_size
-        logits = self.stage.spec((rows, vocab), jnp.float32)
+        logits = jax.ShapeDtypeStruct(
+            (rows, vocab), jnp.float32, sharding=self.stage.logits
+        )
         packed = self.stage.spec((sampling.PARAMETERS, rows), jnp.int32)
         return jax.jit(sampling.draw).lower(logits, packed).compile()
 
@@ -146,11 +149,12 @@ class LayerGroup:
 
         shardings = [weight.sharding for weight in weights]
         step_inputs = (stage.replicated,) * (1 + len(x))
+        out = (stage.replicated, stage.logits) if self.is_last else stage.replicated
         program = jax.jit(
             run,
             donate_argnums=1,
             in_shardings=(shardings, stage.kv_sharding, *step_inputs),
-            out_shardings=(stage.kv_sharding, stage.replicated),
+            out_shardings=(stage.kv_sharding, out),
         )
         cache = stage.cache_spec(len(self.layers))
         return program.lower(weights, cache, packed, *x).compile()

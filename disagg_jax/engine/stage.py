@@ -29,6 +29,8 @@ class Stage:
       tiled: see `kv_cache.is_tiled`.
       replicated: the sharding of arrays that every device has whole: activations and
         step inputs.
+      logits: the sharding of logits `[rows, V]`. Each device keeps those of its part of
+        the vocabulary: a greedy step needs no more than the likeliest of each part.
       programs: what takes KV blocks out of the cache and puts them in, see `Segment`.
     """
 
@@ -48,6 +50,7 @@ class Stage:
         # Sharding objects are made once: a fresh one per call misses jax's fast path.
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.kv_sharding = named_sharding(mesh, kv_cache.AXES, rules)
+        self.logits = named_sharding(mesh, (None, "vocab"), rules)
         self.payload_sharding = named_sharding(mesh, kv_cache.PAYLOAD_AXES, rules)
         self.programs = Programs()
 

@@ -15,6 +15,7 @@ from disagg_jax.engine.attention import gathered, kv_cache
 from disagg_jax.engine.attention.entries import UNSEEN, Entries
 from disagg_jax.engine.attention.packing import fields_of, pack
 from disagg_jax.engine.attention.paged import chunk_entries, paged_attention
+from disagg_jax.engine.attention.pallas_tpu import PallasTpuAttention
 from disagg_jax.engine.attention.step import step_attend
 from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.programs import StepShape
@@ -216,15 +217,18 @@ class Chunked(XlaAttention):
         return paged_attention(*args, self.chunk)
 
 
-def attention_of(shape: StepShape, inputs, chunk):
+KERNELS = [*(Chunked("cpu", chunk) for chunk in CHUNKS), PallasTpuAttention("cpu")]
+
+
+def attention_of(shape: StepShape, inputs, kernel):
     inputs = {name: jnp.array(values) for name, values in inputs.items()}
-    attend = step_attend(shape, inputs, Chunked("cpu", chunk), ONE_DEVICE)
+    attend = step_attend(shape, inputs, kernel, ONE_DEVICE)
     return jax.jit(functools.partial(attend, 0))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("chunk", CHUNKS)
-def test_a_decode_attends_to_its_own_token_too(rows, chunk):
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_a_decode_attends_to_its_own_token_too(rows, kernel):
     """Rows 0 and 1 have blocks in any order, row 2 is padding; block 5 is scratch."""
     rng = np.random.default_rng(0)
     cache = tuple(random(rng, 6, KV_HEADS, BLOCK, HEAD_DIM, dtype="f4") for _ in "kv")
@@ -238,7 +242,7 @@ def test_a_decode_attends_to_its_own_token_too(rows, chunk):
         "owner": [0, 0, 1, 1, 1] if rows > 1 else [0] * 5,
         "start": [0, BLOCK, *([0] if rows > 1 else [UNSEEN]), UNSEEN, UNSEEN],
     }
-    attend = attention_of(StepShape.decode(rows, 5), inputs, chunk)
+    attend = attention_of(StepShape.decode(rows, 5), inputs, kernel)
     got, [layer] = attend(q, *new, [cache])
     for row, table in enumerate(tables):
         for part, token in zip(layer, new, strict=True):
@@ -257,10 +261,13 @@ MIXED_BLOCKS = {"decode": [2, 3], "chunk": [5, 0], "fresh": [4]}
 MIXED_TOKENS = {"decode": [0], "chunk": [1, 2, 3], "fresh": [4, 5]}
 
 
-@pytest.mark.parametrize("chunk", [1, None])
-@pytest.mark.parametrize("queries", [512, 3])
+@pytest.mark.parametrize(
+    "queries, kernel",
+    [(512, KERNELS[0]), (3, KERNELS[-2]), (512, KERNELS[-1])],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, queries, chunk):
+def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, queries, kernel):
     """With all queries at a time, and 3; although free blocks hold NaN."""
     monkeypatch.setattr(gathered, "_QUERY_CHUNK", queries)
     rng = np.random.default_rng(0)
@@ -284,7 +291,7 @@ def test_mixed_attends_to_its_own_context_only(monkeypatch, dtype, queries, chun
         "start": [0, BLOCK, UNSEEN, UNSEEN],
     }
     shape = StepShape.mixed(tokens=8, rows=3, context=4, decodes=2, blocks=4)
-    attend = attention_of(shape, inputs, chunk)
+    attend = attention_of(shape, inputs, kernel)
     got, [layer] = attend(q, *new, [(k, v)])
     assert got.dtype == dtype and np.isfinite(double(got)).all()
     error = ERROR[dtype]

@@ -46,6 +46,7 @@ def test_flags_reach_the_model():
         ("--system=orca", "error: system: expected a policy for the prefill instances"),
         ("--prompts=/none", "error: '/none': No such file"),
         ("--weights=/none", "error: weights: expected random, trained, tiny"),
+        ("--dtype=float8", "error: dtype: expected one of ['bfloat16', 'float32']"),
         ("--top_p=2", "error: top_p: expected in (0, 1], got 2"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from disagg_jax.engine.attention.kernel import AttentionKernel
+from disagg_jax.engine.attention.pallas_tpu import PallasTpuAttention
 from disagg_jax.engine.attention.xla import XlaAttention
 from models.config import ModelConfig
 from models.named import find_named
@@ -14,7 +15,14 @@ from models.named import find_named
 KernelType: TypeAlias = type[AttentionKernel]
 
 AUTO = "auto"
-KERNELS: Mapping[str, KernelType] = {kind.name: kind for kind in (XlaAttention,)}
+KERNELS: Mapping[str, KernelType] = {
+    kind.name: kind for kind in (XlaAttention, PallasTpuAttention)
+}
+# What `AUTO` is for models in bfloat16, and why; plain XLA else. float32 is the exact
+# mode, which plain XLA is tested for on more kinds of devices.
+_FAST: Mapping[str, tuple[KernelType, str]] = {
+    "tpu": (PallasTpuAttention, "fewest bytes as compiled, not run on a chip yet"),
+}
 
 
 class ChosenKernel(NamedTuple):
@@ -42,7 +50,7 @@ def choose_kernel(
       ValueError: if there is none of that name, or it cannot serve the model.
     """
     if name == AUTO:
-        return ChosenKernel(XlaAttention(platform), f"auto on a {platform}")
+        return _fast_kernel(platform, config, block_tokens)
     kernel = _named(name)(platform)
     problem = kernel.problem(config, block_tokens or kernel.block_tokens)
     if problem:
@@ -51,6 +59,19 @@ def choose_kernel(
             f"{problem}"
         )
     return ChosenKernel(kernel, "as asked")
+
+
+def _fast_kernel(
+    platform: str, config: ModelConfig, block_tokens: int | None
+) -> ChosenKernel:
+    """Return the kernel that a device gets if none is asked for."""
+    reason = f"auto on a {platform}"
+    if platform in _FAST and config.dtype == "bfloat16":
+        kind, why = _FAST[platform]
+        kernel = kind(platform)
+        if not kernel.problem(config, block_tokens or kernel.block_tokens):
+            return ChosenKernel(kernel, f"{reason}: {why}")
+    return ChosenKernel(XlaAttention(platform), reason)
 
 
 def _named(name: str) -> KernelType:

@@ -118,7 +118,7 @@ class Segment(NamedTuple):
         )
         cache = stage.cache_spec(len(self.layers))
         ids = stage.spec((blocks,), jnp.int32)
-        return jax.jit(program).lower(cache, ids).compile()
+        return jax.jit(program).lower(cache, ids).compile(_options(stage))
 
     def _insert_program(self, blocks: int) -> Compiled:
         stage = self.dst
@@ -132,7 +132,8 @@ class Segment(NamedTuple):
         cache = stage.cache_spec(len(self.layers))
         ids = stage.spec((blocks,), jnp.int32)
         jitted = jax.jit(program, donate_argnums=0)
-        return jitted.lower(cache, ids, self._pieces_spec(blocks)).compile()
+        lowered = jitted.lower(cache, ids, self._pieces_spec(blocks))
+        return lowered.compile(_options(stage))
 
     def _pieces_spec(self, blocks: int) -> list[list[jax.ShapeDtypeStruct]]:
         """Describe the pieces as they arrive."""
@@ -158,6 +159,17 @@ class Segment(NamedTuple):
         """The shape of a piece of a block of a layer's k, or v."""
         part = self.dst.cache_spec(1)[0][0]
         return kv_cache.piece_shape(part, self.plan.piece_heads, self.dst.tiled)
+
+
+def _options(stage: Stage) -> dict[str, int]:
+    """Return how the programs of transfers are compiled.
+
+    A program for a TPU may begin by fetching an argument into VMEM, while the one
+    before it ends: XLA chose a whole array of the pool where it had room (up to 110 MiB
+    on a v5e, to send a block of 128 KiB).
+    """
+    is_tpu = stage.mesh.devices.flat[0].platform == "tpu"
+    return {"xla_msa_max_cross_program_prefetches": 0} if is_tpu else {}
 
 
 def find_segments(src: ModelPrograms, dst: ModelPrograms) -> list[Segment]:

@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from disagg_jax.deployment import Deployment, KVMemory
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.attention.xla import XlaAttention
 from disagg_jax.programs import Buckets, StepShape
 from experiments.compiled.records import CompiledDeployment, ProgramRecord
@@ -38,7 +39,11 @@ def case(target: str, *rest, slow: bool = False):
 
 
 def one_layer(
-    target: CompileTarget, model: str, deployment: str, part_bytes: int = PART_BYTES
+    target: CompileTarget,
+    model: str,
+    deployment: str,
+    part_bytes: int = PART_BYTES,
+    attention: str = AUTO,
 ) -> CompiledDeployment:
     """Return a layer of a model, with k (and v) of `part_bytes` on a device."""
     config = dataclasses.replace(get_config(model), dtype="bfloat16")
@@ -54,7 +59,9 @@ def one_layer(
         )
 
     pools = [pool(spec.parallelism.tp) for spec in parsed.instances]
-    return CompiledDeployment(target, config, parsed, pools, layers=1)
+    return CompiledDeployment(
+        target, config, parsed, pools, layers=1, attention=attention
+    )
 
 
 def records(compiled: CompiledDeployment, **shapes) -> list[ProgramRecord]:
@@ -167,6 +174,24 @@ def test_a_transfer_moves_its_own_blocks(target, pair):
     for record in found:
         check_moves(compiled, record, 1.1)
         assert record.temp_bytes < smallest_part_bytes(compiled) / 4
+
+
+@pytest.mark.parametrize(
+    ("target", "pair"),
+    [
+        case("v5e:2x4", "tp1-tp1"),
+        case("v5e:2x4", "tp2-tp1", slow=True),
+        case("v6e:2x4", "tp2-tp4", slow=True),
+    ],
+    indirect=["target"],
+)
+def test_a_small_pool_is_not_fetched_for_a_transfer(target, pair):
+    """Into VMEM, which has room for 32 MiB."""
+    source, destination = pair.split("-")
+    deployment = f"prefill:{source},decode:{destination}"
+    compiled = one_layer(target, LLAMA, deployment, 2**25)
+    for record in records(compiled, transfer_blocks=(16,)):
+        assert record.bytes_over_bound <= 1.1, record.largest
 
 
 @pytest.mark.parametrize(
