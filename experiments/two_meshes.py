@@ -198,9 +198,8 @@ def check_tokens(
     requests = burst(config, _REQUESTS, _PROMPT, _OUTPUT)
     split = meshes.run(requests).timelines
     block_tokens = meshes.engine.memory[0].block_tokens
-    alone = (
-        build(config, "colocated:tp1", attention, block_tokens).run(requests).timelines
-    )
+    single = build(config, "colocated:tp1", attention, block_tokens)
+    alone = single.run(requests).timelines
     pairs = [
         pair
         for ours, theirs in zip(split, alone, strict=True)

@@ -29,7 +29,7 @@ from models.config import ModelConfig
 # bfloat16 rounds weights, values and outputs to 3 digits; float32 leaves room for
 # another order of sums and a device's own exp.
 _LARGEST_ERROR = {"float32": 1e-4, "bfloat16": 2e-2}
-_STEPS = 8  # in one timed program, beside which its launch is short
+_STEPS = 8  # in one timed program, beside which a device's launch is short
 _WORDS = 100  # characters of a reason
 
 Timer: TypeAlias = Callable[[], float]
@@ -132,7 +132,8 @@ class _Case:
 
 def _times(bench: Bench, kernels: Sequence[AttentionKernel]) -> str:
     """Print a table for each shape; return what there was no time for."""
-    cases = [*_decode_cases(bench.sizes), *_prompt_cases(bench.sizes)]
+    steps = 1 if bench.sizes.devices.platform == "cpu" else _STEPS
+    cases = [*_decode_cases(bench.sizes, steps), *_prompt_cases(bench.sizes, steps)]
     for i, case in enumerate(cases):
         if bench.deadline.passed():
             return f"times of {len(cases) - i} of {len(cases)} shapes"
@@ -140,7 +141,7 @@ def _times(bench: Bench, kernels: Sequence[AttentionKernel]) -> str:
     return ""
 
 
-def _decode_cases(sizes: Sizes) -> Iterator[_Case]:
+def _decode_cases(sizes: Sizes, steps: int) -> Iterator[_Case]:
     """Yield decodes of equal context, beside one read of their KV."""
     config, spec = sizes.config, spec_sheet()
     for context in sizes.contexts:
@@ -161,7 +162,7 @@ def _decode_cases(sizes: Sizes) -> Iterator[_Case]:
             ) -> Timer:
                 shape = dataclasses.replace(shape, block_tokens=kernel.block_tokens)
                 decodes = random_decodes(shape, tokens)
-                return attention_s(kernel.decodes, *decodes, steps=_STEPS)
+                return attention_s(kernel.decodes, *decodes, steps=steps)
 
             def read(shape: AttentionShape = shape, tokens: int = tokens) -> Timer:
                 return read_s(random_decodes(shape, tokens).layer)
@@ -176,7 +177,7 @@ def _decode_cases(sizes: Sizes) -> Iterator[_Case]:
             )
 
 
-def _prompt_cases(sizes: Sizes) -> Iterator[_Case]:
+def _prompt_cases(sizes: Sizes, steps: int) -> Iterator[_Case]:
     """Yield one prompt of each length: causal, so half of the products."""
     config, spec = sizes.config, spec_sheet()
     for tokens in sizes.prompts:
@@ -188,7 +189,7 @@ def _prompt_cases(sizes: Sizes) -> Iterator[_Case]:
                 for i, n in enumerate(heads)
             )
             row_T = jnp.zeros(tokens, jnp.int32)
-            return attention_s(kernel.prompts, q, k, v, row_T, steps=_STEPS)
+            return attention_s(kernel.prompts, q, k, v, row_T, steps=steps)
 
         yield _Case(
             name=f"prompt of {tokens} tokens",

@@ -12,7 +12,7 @@ from experiments.device.sizes import Sizes, weight_bytes
 from models import transformer
 
 _PROMPTS, _MAX_TOKENS = (33, 64, 100, 128), 16
-_BESIDE = 1.2  # of the weights: pools, programs and what they need
+_BESIDE = 1.3  # of the weights: pools, programs and what they need
 
 
 def problem(sizes: Sizes) -> str:
@@ -37,7 +37,7 @@ def run(bench: Bench) -> Found:
         transformer.init_params(config, 0),
         prompts,
         _MAX_TOKENS,
-        devices_for(deployment, shared=True),
+        devices_for(deployment, shared=True)[: deployment.devices],
         deployment=str(deployment),
         attention=sizes.attention,
     )
