@@ -19,9 +19,10 @@ run; the status is 1 then. The same command again runs what failed or was left o
 in part, and leaves the rest as it is; --parts chooses. table.txt has a line for each.
 
 Weights are random, drawn on the device. With --minutes each part gets a share of what
-is left. After its share it begins nothing more; a part that goes on for a minute beyond
---minutes is killed. Programs that are compiled for one part are there for the next, as
-JAX_COMPILATION_CACHE_DIR says; by default in a folder that goes with this command.
+is left, and begins nothing more after it. A part that goes on for a minute beyond twice
+its share, or beyond --minutes, is killed: a kernel may hang. What is compiled for one
+part is there for the next, in JAX_COMPILATION_CACHE_DIR; by default it is a folder that
+goes with this command.
 
 Needs jax, flax, optax, orbax-checkpoint, absl-py, numpy, scipy and matplotlib. The
 default model is llama-3-8b where a device has room for it, and tiny on a CPU, where all
@@ -65,10 +66,13 @@ _MINUTES = MinutesFlag(FLAGS, "parts, and what a part does last")
 _OUT = FLAGS.string("out", "runs/on_device", "Folder.")
 
 _TABLE = "table.txt"
-_GRACE_S = 60.0  # beyond --minutes, after which a part is killed
+_GRACE_S = 60.0  # beyond twice its share, or --minutes: then a part is killed
 # What became of a part.
 _DONE, _IN_PART, _SKIPPED = "done", "in part", "skipped"
 _WRONG, _FAILED = "WRONG", "FAILED"
+# Of a GPU's memory, under its newer name; JAX refuses both names at once.
+_FRACTION = "XLA_CLIENT_MEM_FRACTION"
+_OLD_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 Call = Callable[..., Any]  # `in_a_process`, or like it
 
 
@@ -142,7 +146,8 @@ def _share(
     if (left_s := deadline.left_s) is None:
         return None, None
     weights = [PARTS[name].weight for name in left]
-    return left_s * weights[0] / sum(weights) / 60, left_s + _GRACE_S
+    share_s = left_s * weights[0] / sum(weights)
+    return share_s / 60, min(left_s, 2 * share_s) + _GRACE_S
 
 
 def _table(sizes: Sizes, out: pathlib.Path, not_begun: Sequence[str]) -> str:
@@ -178,7 +183,8 @@ def main() -> None:
         for flag in (_BATCHES, _CONTEXTS, _PROMPTS)
     }
     # For the processes of parts: JAX keeps to three quarters of a GPU otherwise.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    if not {_FRACTION, _OLD_FRACTION} & os.environ.keys():
+        os.environ[_FRACTION] = "0.9"
     with tempfile.TemporaryDirectory() as programs:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

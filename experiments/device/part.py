@@ -52,8 +52,8 @@ class Part:
 
 @contextlib.contextmanager
 def printed_to(path: pathlib.Path) -> Iterator[None]:
-    """Write all that is printed into a new file too, line by line."""
-    with path.open("w", buffering=1) as file:
+    """Write all that is printed into a new file too, at once."""
+    with path.open("w") as file:
         with contextlib.redirect_stdout(_Both(sys.stdout, file)):
             yield
 
@@ -67,6 +67,7 @@ class _Both:
     def write(self, text: str) -> int:
         for stream in self._streams:
             stream.write(text)
+            stream.flush()  # a process that is killed leaves all that it said
         return len(text)
 
     def flush(self) -> None:

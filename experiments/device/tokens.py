@@ -48,4 +48,10 @@ def run(bench: Bench) -> Found:
     )
 
 
-PART = Part(name="tokens", about="bfloat16 against float32", run=run, problem=problem)
+PART = Part(
+    name="tokens",
+    about="bfloat16 against float32",
+    run=run,
+    problem=problem,
+    weight=2,
+)
