@@ -14,7 +14,7 @@ from disagg_jax.engine.attention import XlaAttention
 from experiments import on_device
 from experiments.benchmarks.attention import STEPS, step_error
 from experiments.cli.progress import Deadline
-from experiments.device import device_tests, kernels
+from experiments.device import device_tests, kernels, parts
 from experiments.device.part import Bench, Found, Part
 from experiments.device.parts import PARTS
 from experiments.device.process import WorkError, in_a_process
@@ -125,11 +125,10 @@ def test_a_folder_of_other_sizes_is_refused(whole):
 def fakes(monkeypatch):
     """Puts parts, by name, in the place of the real ones."""
 
-    def put(**parts):
-        for name in list(PARTS):
-            monkeypatch.delitem(PARTS, name)
-        for name, run in parts.items():
-            monkeypatch.setitem(PARTS, name, Part(name=name, about="", run=run))
+    def put(**runs):
+        made = {name: Part(name=name, about="", run=run) for name, run in runs.items()}
+        for module in (on_device, parts):
+            monkeypatch.setattr(module, "PARTS", made)
 
     return put
 
