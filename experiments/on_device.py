@@ -21,8 +21,8 @@ in part, and leaves the rest as it is; --parts chooses. table.txt has a line for
 Weights are random, drawn on the device. With --minutes each part gets a share of what
 is left, and begins nothing more after it. A part that goes on for a minute beyond twice
 its share, or beyond --minutes, is killed: a kernel may hang. What is compiled for one
-part is there for the next, in JAX_COMPILATION_CACHE_DIR; by default it is a folder that
-goes with this command.
+part is there for the next, and for the same command again: in `programs`, or where
+JAX_COMPILATION_CACHE_DIR says. It is all that may be large.
 
 Needs jax, flax, optax, orbax-checkpoint, absl-py, numpy, scipy and matplotlib. The
 default model is llama-3-8b where a device has room for it, and tiny on a CPU, where all
@@ -34,7 +34,6 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -185,15 +184,16 @@ def main() -> None:
     # For the processes of parts: JAX keeps to three quarters of a GPU otherwise.
     if not {_FRACTION, _OLD_FRACTION} & os.environ.keys():
         os.environ[_FRACTION] = "0.9"
-    with tempfile.TemporaryDirectory() as programs:
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        try:
-            devices = in_a_process(look)
-        except WorkError as failure:
-            raise ValueError(f"no device: {failure}") from failure
-        sizes = Sizes.of(devices, _MODEL.value, _ATTENTION.value, **asked)
-        text, right = run(sizes, pathlib.Path(_OUT.value), parts, deadline)
+    out = pathlib.Path(_OUT.value)
+    programs = str((out / "programs").absolute())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", programs)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    try:
+        devices = in_a_process(look)
+    except WorkError as failure:
+        raise ValueError(f"no device: {failure}") from failure
+    sizes = Sizes.of(devices, _MODEL.value, _ATTENTION.value, **asked)
+    text, right = run(sizes, out, parts, deadline)
     print(text)
     sys.exit(0 if right else 1)
 

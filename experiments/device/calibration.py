@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from disagg_jax.calibration.measure import LEAST_ROUNDS
 from disagg_jax.scheduling.system import System
 from disagg_jax.sim.cost.measured_profile import profile_to_json
 from experiments import calibrate
+from experiments.cli.progress import Deadline
 from experiments.configs.config import Config, Memory, WorkloadConfig
 from experiments.device.part import Bench, Found, Part
 from experiments.device.sizes import Sizes
@@ -46,6 +48,18 @@ def study(sizes: Sizes) -> Config:
     )
 
 
+class _WithRounds(Deadline):
+    """A deadline that lets a fit have the rounds it needs, however long it compiled."""
+
+    def __init__(self, deadline: Deadline):
+        super().__init__(None)
+        self._deadline, self._asked = deadline, 0
+
+    def passed(self) -> bool:
+        self._asked += 1  # before the warm-up, and before each round
+        return self._asked > 1 + LEAST_ROUNDS and self._deadline.passed()
+
+
 def run(bench: Bench) -> Found:
     """Measure every program of the two systems, and write the profile."""
     sizes = bench.sizes
@@ -56,7 +70,7 @@ def run(bench: Bench) -> Found:
         _UNSEEN,
         math.inf if on_host else _MAX_DRIFT,
         speed_probes=on_host,
-        deadline=bench.deadline,
+        deadline=_WithRounds(bench.deadline),
     )
     write_json(bench.out / PROFILE, profile_to_json(profile))
     print(f"{calibrate.table(profile)}\n\n{calibrate.service_table(profile)}")

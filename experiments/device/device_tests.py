@@ -11,7 +11,7 @@ from experiments.device.part import Bench, Found, Part
 from experiments.device.sizes import Sizes
 
 _ROOT = pathlib.Path(__file__).parents[2]
-_NEEDS = ("pytest", "hypothesis")
+_NEEDS = ("pytest", "hypothesis", "xdist")
 _NO_TESTS = 5  # pytest's status where none was selected
 
 
@@ -50,5 +50,5 @@ def run(bench: Bench) -> Found:
 
 
 PART = Part(
-    name="tests", about="the tests that need a GPU", run=run, problem=problem, weight=2
+    name="tests", about="the tests that need a GPU", run=run, problem=problem, weight=3
 )

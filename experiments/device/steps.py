@@ -42,6 +42,12 @@ def groups(sizes: Sizes, block_tokens: int) -> Iterator[StepOptions]:
             )
 
 
+def problem(sizes: Sizes) -> str:
+    """Return the room that a device lacks."""
+    fits = any(map(sizes.batches_at, sizes.contexts))
+    return "" if fits else "no batch of these contexts has room beside the weights"
+
+
 def run(bench: Bench) -> Found:
     """Measure them on one engine, a group after the other."""
     sizes = bench.sizes
@@ -102,4 +108,10 @@ def _row(step: StepTime, options: StepOptions, peaks: Peaks) -> tuple[str, ...]:
     )
 
 
-PART = Part(name="steps", about="decode and prefill beside bounds", run=run, weight=3)
+PART = Part(
+    name="steps",
+    about="decode and prefill beside bounds",
+    run=run,
+    problem=problem,
+    weight=3,
+)

@@ -14,7 +14,7 @@ from disagg_jax.engine.attention import XlaAttention
 from experiments import on_device
 from experiments.benchmarks.attention import STEPS, step_error
 from experiments.cli.progress import Deadline
-from experiments.device import device_tests, kernels, parts
+from experiments.device import calibration, device_tests, kernels, parts
 from experiments.device.part import Bench, Found, Part
 from experiments.device.parts import PARTS
 from experiments.device.process import WorkError, in_a_process
@@ -205,6 +205,12 @@ def test_each_part_has_its_share_of_the_time_and_what_is_left_out_is_named(
     assert ran == ["b", "c"] and "left out" not in table
 
 
+def test_a_fit_has_its_rounds_however_late_it_is():
+    late = calibration._WithRounds(Deadline(1e-9))
+    asked = [late.passed() for _ in range(6)]
+    assert asked == [False] * 4 + [True] * 2  # the warm-up and 3 rounds
+
+
 def test_parts_end_at_their_deadline(whole, capsys):
     """Each says what it lacks."""
     spent = Deadline(1e-9)
@@ -370,6 +376,13 @@ def test_batches_whose_kv_has_no_room_are_left_out():
     assert sizes.batches_at(8192) == [1, 16, 64]
     small = dataclasses.replace(GPU, memory_bytes=40 * GIB)
     assert Sizes.of(small).batches_at(8192) == [1, 16]
+
+
+def test_steps_need_room():
+    small = dataclasses.replace(GPU, memory_bytes=15 * GIB)
+    assert PARTS["steps"].problem(Sizes.of(GPU)) == ""
+    why = PARTS["steps"].problem(Sizes.of(small, "llama-3-8b"))
+    assert why == "no batch of these contexts has room beside the weights"
 
 
 def test_two_copies_of_the_weights_need_room():
