@@ -84,15 +84,20 @@ def read_s(layer: LayerCache) -> Callable[[], float]:
 def attention_s(
     attend: Callable[..., Array], q: Array, *args: Any, steps: int = 1
 ) -> Callable[[], float]:
-    """Compile `attend(q, *args)`; return a timer of its mean seconds.
+    """Return a timer of the mean seconds of `attend(q, *args)`; see `repeated`."""
+    run = repeated(attend, steps)
+    return lambda: timed_s(lambda: run(q, *args).block_until_ready()) / steps
 
-    Args:
-      steps: in one program, the output of each the queries of the next, so that a
-        launch from the host does not hide the time of a short one.
+
+def repeated(attend: Callable[..., Array], steps: int) -> Callable[..., Array]:
+    """Return `steps` calls of `attend(q, *args)` in one program.
+
+    The output of each is the queries of the next. So a launch from the host does not
+    hide the time of a short one.
     """
 
     @jax.jit
-    def run(q: Array, args: Any) -> Array:
+    def run(q: Array, *args: Any) -> Array:
         def step(_: Array, q: Array) -> Array:
             # Else what does not depend on the queries is computed once for all.
             q, each = lax.optimization_barrier((q, args))
@@ -100,7 +105,7 @@ def attention_s(
 
         return lax.fori_loop(0, steps, step, q) if steps > 1 else attend(q, *args)
 
-    return lambda: timed_s(lambda: run(q, args).block_until_ready()) / steps
+    return run
 
 
 def attention_figure(
