@@ -16,7 +16,8 @@ sweep        goodput of two systems, emulated with the profile's step times
 Each part runs in a process of its own and writes at once: NAME.txt what it printed,
 NAME.json what it came to. A part that fails leaves its traceback there, and the others
 run; the status is 1 then. The same command again runs what failed or was left out, also
-in part, and leaves the rest as it is; --parts chooses. table.txt has a line for each.
+in part, and leaves the rest as it is (kernels, steps and the sweep go on where they
+were); --parts chooses. table.txt has a line for each.
 
 Weights are random, drawn on the device. With --minutes each part gets a share of what
 is left, and begins nothing more after it. A part that goes on for a minute beyond twice

@@ -21,7 +21,7 @@ from experiments.benchmarks.attention import (
 )
 from experiments.benchmarks.peaks import spec_sheet
 from experiments.benchmarks.timing import interleaved
-from experiments.device.part import Bench, Found, Part
+from experiments.device.part import Bench, Found, Kept, Part
 from experiments.device.sizes import Sizes
 from experiments.report.table import align
 from models.config import ModelConfig
@@ -55,20 +55,25 @@ def run(bench: Bench) -> Found:
     print(f"{config.name} {config.dtype}, one layer on one device")
     if reasons:
         print(f"cannot serve it: {reasons}")
+    kept = bench.kept(PART.name)
     right, wrong, broken = [], [], []
     for kernel in kernels:
-        verdicts = [_checked(kernel, config, step) for step in STEPS]
-        for step, (said, _) in zip(STEPS, verdicts, strict=True):
-            print(f"{kernel.name:12} {step:8} {said}")
-        found = [ok for _, ok in verdicts]
-        kept = wrong if False in found else broken if None in found else right
-        kept.append(kernel.name)
+        found: list[bool | None] = []
+        for step in STEPS:
+            name = f"{kernel.name:12} {step:8}"
+            said, ok = kept[name] if name in kept else _checked(kernel, config, step)
+            if ok:  # what is wrong, or cannot run, is tried again
+                kept[name] = said, ok
+            print(name, said)
+            found.append(ok)
+        names = wrong if False in found else broken if None in found else right
+        names.append(kernel.name)
     lists = {"right": right, "WRONG": wrong, "cannot run": broken}
     said = "; ".join(
         f"{', '.join(names)} {how}" for how, names in lists.items() if names
     )
     print()
-    return Found(said or "no kernel", _times(bench, kernels), wrong=bool(wrong))
+    return Found(said or "no kernel", _times(bench, kernels, kept), wrong=bool(wrong))
 
 
 def _checked(
@@ -130,14 +135,16 @@ class _Case:
         return align(rows, right=(1, 2, 3))
 
 
-def _times(bench: Bench, kernels: Sequence[AttentionKernel]) -> str:
+def _times(bench: Bench, kernels: Sequence[AttentionKernel], kept: Kept) -> str:
     """Print a table for each shape; return what there was no time for."""
     steps = 1 if bench.sizes.devices.platform == "cpu" else _STEPS
     cases = [*_decode_cases(bench.sizes, steps), *_prompt_cases(bench.sizes, steps)]
     for i, case in enumerate(cases):
-        if bench.deadline.passed():
-            return f"times of {len(cases) - i} of {len(cases)} shapes"
-        print(*case.table(kernels, bench.sizes.repeats), "", sep="\n", flush=True)
+        if case.name not in kept:
+            if bench.deadline.passed():
+                return f"times of {len(cases) - i} of {len(cases)} shapes"
+            kept[case.name] = case.table(kernels, bench.sizes.repeats)
+        print(*kept[case.name], "", sep="\n")
     return ""
 
 
@@ -205,5 +212,5 @@ PART = Part(
     name="kernels",
     about="attention kernels against float64, and their times",
     run=run,
-    weight=2,
+    weight=3,
 )

@@ -7,10 +7,11 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from experiments.cli.progress import ENDLESS, Deadline
 from experiments.device.sizes import Sizes
+from experiments.runs.folder import read_json, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class Bench:
     out: pathlib.Path  # the folder of the run
     deadline: Deadline = ENDLESS  # after which the part begins nothing more
 
+    def kept(self, part: str) -> Kept:
+        """Return what a part of that name has found before."""
+        return Kept(self.out / f"{part}.found.json")
+
 
 class Found(NamedTuple):
     """What a part came to."""
@@ -28,6 +33,24 @@ class Found(NamedTuple):
     result: str  # in a phrase
     left_out: str = ""  # what there was no time for
     wrong: bool = False  # whether something that was checked does not hold
+
+
+class Kept:
+    """What a part has found so far, in a file: a part that is resumed goes on there."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._found: dict[str, Any] = read_json(path) or {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._found
+
+    def __getitem__(self, name: str) -> Any:
+        return self._found[name]
+
+    def __setitem__(self, name: str, found: Any) -> None:
+        self._found[name] = found
+        write_json(self._path, self._found)
 
 
 def _anywhere(sizes: Sizes) -> str:

@@ -16,7 +16,7 @@ from experiments.device.sizes import Sizes
 from experiments.runs.folder import read_json, write_json
 from experiments.sweep.serving import build_engines, load_model
 
-_FOLDER, _TIMES = "sweep", "step_times.json"
+_TIMES = "step_times.json"
 _REQUESTS, _SEEDS, _EXECUTED = 100, 2, 20
 
 
@@ -35,23 +35,23 @@ def config_of(sizes: Sizes) -> Config:
 def run(bench: Bench) -> Found:
     """Search the goodput of each system; programs run at the rates that pass.
 
-    Without a profile its programs are timed first.
+    Without a profile its programs are timed first, in a folder of another name.
     """
-    config, out = config_of(bench.sizes), bench.out / _FOLDER
-    times = bench.out / _TIMES
+    config, times = config_of(bench.sizes), bench.out / _TIMES
     profile = read_json(bench.out / PROFILE)
-    if profile is not None and not times.exists():
+    if profile is not None:
         found = profile_from_json(profile)
         engines = build_engines(config, load_model(config))
         seconds: dict[str, float] = {}
         for engine in engines.values():
             seconds |= step_times_of(found, engine)
         write_json(times, STEP_TIMES.write({"seconds": seconds}))
-    given = str(times) if times.exists() else None
+    out = bench.out / ("sweep" if profile is not None else "sweep_timed")
+    given = None if profile is None else str(times)
     text = goodput_sweep.run(config, out, given, 1, bench.deadline)
     print(text)
-    missing = (read_json(out / "summary.json") or {}).get("missing", [])
-    return Found(text.partition("\n")[0], "; ".join(missing))
+    summary = read_json(out / "summary.json") or {"missing": ["all systems"]}
+    return Found(text.partition("\n")[0], "; ".join(summary.get("missing", [])))
 
 
 PART = Part(name="sweep", about="goodput of two systems, emulated", run=run, weight=2)

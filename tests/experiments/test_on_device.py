@@ -211,15 +211,20 @@ def test_a_fit_has_its_rounds_however_late_it_is():
     assert asked == [False] * 4 + [True] * 2  # the warm-up and 3 rounds
 
 
-def test_parts_end_at_their_deadline(whole, capsys):
-    """Each says what it lacks."""
+def test_parts_end_at_their_deadline(whole, tmp_path, capsys):
+    """Each says what it lacks; what was found before is there again."""
     spent = Deadline(1e-9)
-    bench = Bench(sizes=SIZES, out=whole[0], deadline=spent)
+    bench = Bench(sizes=SIZES, out=tmp_path, deadline=spent)
     assert PARTS["kernels"].run(bench).left_out == "times of 3 of 3 shapes"
     assert PARTS["steps"].run(bench).left_out == (
         "decodes over 64 tokens, decodes over 128 tokens"
     )
     assert PARTS["handoff"].run(bench).left_out == "tokens of two pools"
+    assert PARTS["sweep"].run(bench).left_out == "all systems"
+    capsys.readouterr()
+    for name in ("kernels", "steps"):
+        assert PARTS[name].run(dataclasses.replace(bench, out=whole[0])).left_out == ""
+        assert capsys.readouterr().out == (whole[0] / f"{name}.txt").read_text()
 
 
 # -- processes -----------------------------------------------------------------------
