@@ -280,7 +280,8 @@ def hbm_bytes(shape: Shape) -> int:
 def _kernel_name(x: Instruction) -> str:
     """Return the name of a Pallas kernel, or the target of another custom call."""
     *path, last = x.op_name.split("/")
-    return path[-1] if last == "pallas_call" and path else x.text("custom_call_target")
+    is_kernel = last in ("pallas_call", "mpmd_map") and path  # `plgpu.kernel` makes one
+    return path[-1] if is_kernel else x.text("custom_call_target")
 
 
 def _op_traffic(

@@ -51,6 +51,27 @@ def test_auto_says_what_it_picked_and_why():
     assert str(chosen) == "attention xla (auto on a cpu)"
 
 
+@pytest.mark.parametrize(
+    "platform, dtype, block_tokens, name",
+    [
+        ("tpu", "bfloat16", None, "pallas_tpu"),
+        ("tpu", "bfloat16", 24, "xla"),  # it has a problem with them
+        ("tpu", "float32", None, "xla"),
+        ("gpu", "bfloat16", None, "xla"),
+        ("cpu", "bfloat16", None, "xla"),
+    ],
+)
+def test_auto_takes_a_fast_kernel_where_it_can(platform, dtype, block_tokens, name):
+    config = dataclasses.replace(LLAMA, dtype=dtype)
+    chosen = choose_kernel("auto", platform, config, block_tokens)
+    assert chosen.kernel.name == name and chosen.kernel.platform == platform
+
+
+def test_kernels_for_tpus_refuse_a_gpu():
+    with pytest.raises(ValueError, match="on a gpu, .* expected TPUs, or CPUs"):
+        choose_kernel("pallas_tpu", "gpu", LLAMA)
+
+
 def test_a_kernel_of_ones_own_is_found_by_its_module():
     chosen = choose_kernel(f"{HERE}:Doubled", "gpu", get_config("tiny"))
     assert chosen.kernel == Doubled("gpu")

@@ -207,3 +207,20 @@ def test_layer_groups(world, model, layer_groups, deployment):
         assert len(instance.programs.groups) == layer_groups
     timelines = serve_virtual(engine, mixed_requests(world, config))
     assert_reference(world, config, timelines)
+
+
+@pytest.mark.parametrize(
+    "model, deployment",
+    [
+        ("divided", "prefill:tp1,decode:tp2"),
+        pytest.param("repeated", "prefill:tp4,decode:tp1", marks=pytest.mark.slow),
+        pytest.param("padded", "prefill:tp2,decode:tp4", marks=pytest.mark.slow),
+        pytest.param("divided", "colocated:tp2", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_for_tpus(world, model, deployment):
+    """Interpreted."""
+    config = MODELS[model]
+    engine = world.engine(deployment, config, attention="pallas_tpu")
+    timelines = serve_virtual(engine, mixed_requests(world, config))
+    assert_reference(world, config, timelines)

@@ -31,7 +31,7 @@ from disagg_jax.engine.attention.kv_cache import LayerCache
 from models.layers import einsum
 
 _KEYS = 512  # of a tile
-_QUERIES = 1024  # of a tile, those of all heads of a kv head together
+_QUERIES = 2048  # of a tile, those of all heads of a kv head together
 _MOST_BLOCKS = 8  # of a tile, each of which is brought by itself
 _SPARE_BYTES = 2**24  # of VMEM, for scores and weights
 # The score of a key that is not seen, and half of it the highest score before there is
@@ -40,7 +40,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 _LOG2_E = math.log2(math.e)
 
 
-class Spans(NamedTuple):
+class KeySpans(NamedTuple):
     """The keys that each token sees, as indices of the list; none if last < first."""
 
     first_T: Array
@@ -76,7 +76,7 @@ def prompt_attention(
     index_T = jnp.arange(T)
     begins_T = row_T != jnp.roll(row_T, 1)
     first_T = lax.cummax(jnp.where(begins_T, index_T, 0))
-    spans = Spans(first_T, jnp.where(row_T >= 0, index_T, -1))
+    spans = KeySpans(first_T, jnp.where(row_T >= 0, index_T, -1))
     more = (0, tiles * size - T), (0, 0), (0, 0)
     keys = Keys(
         k=jnp.pad(k_TKH, more).swapaxes(0, 1),
@@ -115,7 +115,7 @@ def chunk_attention(
     begins_C = owner_C != jnp.roll(owner_C, 1)
     first_C = O * lax.cummax(jnp.where(begins_C, jnp.arange(C), 0))
     first_T = jnp.where(own_TC, first_C[None, :], 0).max(1)
-    spans = Spans(first_T, jnp.where(own_TC.any(1), first_T + position_T, -1))
+    spans = KeySpans(first_T, jnp.where(own_TC.any(1), first_T + position_T, -1))
     # A chunk's last token sees all that any of its tokens sees.
     end_C = jnp.where(own_TC, position_T[:, None], -1).max(0) + 1
     parts = max(1, min(_KEYS // O, _MOST_BLOCKS, C))
@@ -142,7 +142,7 @@ def _tile(tokens: int) -> int:
 
 def _flash(
     q_TNH: Array,
-    spans: Spans,
+    spans: KeySpans,
     keys: Keys,
     scale: float,
     *,
@@ -185,7 +185,7 @@ def _flash(
             in_specs=[span, span, rows, *blocks, *blocks],
             out_specs=rows,
             scratch_shapes=[
-                pltpu.VMEM((G * Q, width), jnp.float32) for width in (1, 1, H)
+                pltpu.VMEM((G, Q, width), jnp.float32) for width in (1, 1, H)
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q_KGTH.shape, q_KGTH.dtype),
@@ -281,26 +281,31 @@ def _kernel(
         v_SH = jnp.concatenate(
             [_filled(v[...], filled[i]) for v, i in zip(v_refs, blocks, strict=True)]
         )
-        G, Q, H = q_ref.shape
+        G, Q, _ = q_ref.shape
         S = k_SH.shape[0]
         index_QS = step * S + lax.broadcasted_iota(jnp.int32, (Q, S), 1)
         seen_QS = (first_ref[...] <= index_QS) & (index_QS <= last_ref[...])
-        scores = einsum("qh,sh->qs", q_ref[...].reshape(G * Q, H), k_SH, jnp.float32)
-        scores_GQS = jnp.where(seen_QS[None], scores.reshape(G, Q, S), _LOWEST)
-        scores = scores_GQS.reshape(G * Q, S)
-        before = max_ref[...]
-        top = jnp.maximum(before, scores.max(1, keepdims=True))
-        factor = jnp.exp2((before - top) * scale)
-        weights = jnp.exp2((scores - top) * scale)
-        max_ref[...] = top
-        total_ref[...] = total_ref[...] * factor + weights.sum(1, keepdims=True)
-        out = einsum("qs,sh->qh", weights.astype(v_SH.dtype), v_SH, jnp.float32)
-        sum_ref[...] = sum_ref[...] * factor + out
+
+        # A loop has less code, which is compiled sooner.
+        @pl.loop(0, G)
+        def _(head: Any) -> None:
+            scores_QS = einsum("QH,SH->QS", q_ref[head], k_SH, jnp.float32)
+            scores_QS = jnp.where(seen_QS, scores_QS, _LOWEST)
+            before_Q1 = max_ref[head]
+            max_Q1 = jnp.maximum(before_Q1, scores_QS.max(1, keepdims=True))
+            factor_Q1 = jnp.exp2((before_Q1 - max_Q1) * scale)
+            weights_QS = jnp.exp2((scores_QS - max_Q1) * scale)
+            total_Q1 = weights_QS.sum(1, keepdims=True)
+            weights_QS = weights_QS.astype(v_SH.dtype)
+            out_QH = einsum("QS,SH->QH", weights_QS, v_SH, jnp.float32)
+            max_ref[head] = max_Q1
+            total_ref[head] = total_ref[head] * factor_Q1 + total_Q1
+            sum_ref[head] = sum_ref[head] * factor_Q1 + out_QH
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
-        out = sum_ref[...] / jnp.maximum(total_ref[...], 1e-30)
-        out_ref[...] = out.reshape(out_ref.shape).astype(out_ref.dtype)
+        out_GQH = sum_ref[...] / jnp.maximum(total_ref[...], 1e-30)
+        out_ref[...] = out_GQH.astype(out_ref.dtype)
 
 
 def _filled(v_OH: Array, filled: Array) -> Array:

@@ -6,7 +6,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from disagg_jax.engine.attention.cudnn import CudnnAttention
 from disagg_jax.engine.attention.kernel import AttentionKernel
+from disagg_jax.engine.attention.mosaic_gpu import MosaicGpuAttention
 from disagg_jax.engine.attention.pallas_tpu import PallasTpuAttention
 from disagg_jax.engine.attention.xla import XlaAttention
 from models.config import ModelConfig
@@ -16,12 +18,14 @@ KernelType: TypeAlias = type[AttentionKernel]
 
 AUTO = "auto"
 KERNELS: Mapping[str, KernelType] = {
-    kind.name: kind for kind in (XlaAttention, PallasTpuAttention)
+    kind.name: kind
+    for kind in (XlaAttention, PallasTpuAttention, MosaicGpuAttention, CudnnAttention)
 }
 # What `AUTO` is for models in bfloat16, and why; plain XLA else. float32 is the exact
-# mode, which plain XLA is tested for on more kinds of devices.
+# mode, for which plain XLA is the reference.
 _FAST: Mapping[str, tuple[KernelType, str]] = {
-    "tpu": (PallasTpuAttention, "fewest bytes as compiled, not run on a chip yet"),
+    "gpu": (XlaAttention, "other kernels have not run on one yet"),
+    "tpu": (PallasTpuAttention, "by compiled programs, never run on a chip"),
 }
 
 

@@ -24,6 +24,7 @@ from models.config import get_config
 # done to the pool is not seen.
 PART_BYTES = 160 * 2**20
 LLAMA, SMOLLM2 = "llama-3-8b", "smollm2-135m"
+XLA = XlaAttention.name
 NO_SHAPES = Buckets(prefill=(), decode_rows=(), pool_blocks=(), transfer_blocks=())
 DECODE, WIDE = StepShape.decode(64, 512), StepShape.decode(256, 2048)  # of 128 tokens
 GPU_DECODE = StepShape.decode(64, 1024)  # of 64 tokens
@@ -32,6 +33,9 @@ MIXED = StepShape.mixed(512, 68, 32, 64, 512)
 
 
 def case(target: str, *rest, slow: bool = False):
+    """A case of a test; without the name of an attention kernel it is the auto one."""
+    if rest and isinstance(rest[-1], float):
+        rest = *rest, AUTO
     marks = [pytest.mark.gpu_aot if target[0] in "hab" else pytest.mark.tpu_aot]
     return pytest.param(
         target, *rest, marks=[*marks, pytest.mark.slow] if slow else marks
@@ -102,9 +106,10 @@ def check_moves(
 
 
 @pytest.mark.parametrize(
-    "target, model, deployment, shape, bytes_limit, flops_limit",
+    "target, model, deployment, shape, bytes_limit, flops_limit, attention",
     [
         case("v6e:2x2", LLAMA, "colocated:tp1", DECODE, 1.1, 1.1),
+        case("v6e:2x2", LLAMA, "colocated:tp1", DECODE, 1.1, 1.1, XLA),
         # head_dim 64 is padded to 128, so that twice the KV is read.
         case("v6e:2x2", SMOLLM2, "colocated:tp1", DECODE, 2.2, 2.2),
         case("h100:4", LLAMA, "colocated:tp1", GPU_DECODE, 1.5, 1.1),
@@ -112,14 +117,15 @@ def check_moves(
         case("v5e:2x2", LLAMA, "colocated:tp4", DECODE, 1.3, 1.3, slow=True),
         case("v5p:2x2x1", LLAMA, "colocated:tp1", DECODE, 1.3, 1.3, slow=True),
         case("h100:4", LLAMA, "colocated:tp4", GPU_DECODE, 1.8, 1.3, slow=True),
-        case("v6e:2x2", LLAMA, "colocated:tp1", MIXED, 2.5, 2.5, slow=True),
+        case("v6e:2x2", LLAMA, "colocated:tp1", MIXED, 1.3, 1.1, slow=True),
     ],
     indirect=["target"],
 )
 def test_decodes_read_kv_once(
-    target, model, deployment, shape, bytes_limit, flops_limit
+    target, model, deployment, shape, bytes_limit, flops_limit, attention
 ):
-    compiled = one_layer(target, model, deployment)
+    """Temp has no copy of KV, and no logits of other devices."""
+    compiled = one_layer(target, model, deployment, attention=attention)
     record = step_record(compiled, shape)
     check_moves(compiled, record, bytes_limit)
     assert 0.9 < record.flops_over_bound < flops_limit, record.largest
@@ -127,20 +133,24 @@ def test_decodes_read_kv_once(
 
 
 @pytest.mark.parametrize(
-    "target, deployment, shape, bytes_limit",
+    "target, deployment, shape, bytes_limit, attention",
     [
-        case("v6e:2x2", "colocated:tp1", PREFILL, 2.5),
+        case("v6e:2x2", "colocated:tp1", PREFILL, 1.8),
+        case("v6e:2x2", "colocated:tp1", PREFILL, 2.5, XLA, slow=True),
         case("h100:4", "colocated:tp1", StepShape.prefill(512, 4), 2.5),
         case("v6e:2x2", "colocated:tp1", StepShape.prefill(512, 4), 2.5, slow=True),
         case("v6e:2x2", "colocated:tp4", PREFILL, 2.5, slow=True),
         case("v5e:2x2", "colocated:tp4", PREFILL, 2.5, slow=True),
-        case("v5p:2x2x1", "colocated:tp1", PREFILL, 2.5, slow=True),
+        # Its compiler keeps activations between matmuls in HBM.
+        case("v5p:2x2x1", "colocated:tp1", PREFILL, 2.8, slow=True),
     ],
     indirect=["target"],
 )
-def test_prompts_write_their_own_blocks(target, deployment, shape, bytes_limit):
+def test_prompts_write_their_own_blocks(
+    target, deployment, shape, bytes_limit, attention
+):
     """Temp is activations, 3 times those between the MLP's matmuls; no pool beside."""
-    compiled = one_layer(target, LLAMA, deployment)
+    compiled = one_layer(target, LLAMA, deployment, attention=attention)
     record = step_record(compiled, shape)
     check_moves(compiled, record, bytes_limit)
     assert 0.9 < record.flops_over_bound < 1.2, record.largest
