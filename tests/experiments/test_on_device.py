@@ -10,7 +10,7 @@ import traceback
 import pytest
 
 from disagg_jax.calibration.profile_keys import read_profile
-from disagg_jax.engine.attention import XlaAttention
+from disagg_jax.engine.attention import KERNELS, XlaAttention
 from experiments import on_device
 from experiments.benchmarks.attention import STEPS, step_error
 from experiments.cli.progress import Deadline
@@ -54,6 +54,15 @@ def forbidden(work, *args, most_s=None):
 
 
 # -- all of it -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_kernels():
+    """Leaves out kernels that a CPU interprets, but for one: they take long."""
+    with pytest.MonkeyPatch.context() as patch:
+        listed = {name: KERNELS[name] for name in ("xla", "pallas_tpu")}
+        patch.setattr(kernels, "KERNELS", listed)
+        yield
 
 
 @pytest.fixture(scope="module")
