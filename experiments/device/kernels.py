@@ -43,9 +43,16 @@ def usable(sizes: Sizes) -> tuple[list[AttentionKernel], str]:
     config, platform = sizes.config, sizes.devices.platform
     asked = choose_kernel(sizes.attention, platform, config).kernel
     kernels = list(dict.fromkeys([k(platform) for k in KERNELS.values()] + [asked]))
-    problems = {k: k.problem(config, k.block_tokens) for k in kernels}
+    problems = {k: _problem(k, config) for k in kernels}
     reasons = [f"{k.name}: {why}" for k, why in problems.items() if why]
     return [k for k, why in problems.items() if not why], "; ".join(reasons)
+
+
+def _problem(kernel: AttentionKernel, config: ModelConfig) -> str:
+    try:
+        return kernel.problem(config, kernel.block_tokens)
+    except Exception as failure:  # what it imports may not be there
+        return _reason(failure)
 
 
 def run(bench: Bench) -> Found:

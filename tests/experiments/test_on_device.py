@@ -249,11 +249,20 @@ def test_work_in_a_process():
         in_a_process(time.sleep, 600, most_s=1)
 
 
-def test_the_command(tmp_path):
-    out = f"--out={tmp_path}"
-    done = run_command("on_device", "--parts=tests", out)
-    assert done.returncode == 0, done.stderr
+def test_the_command_itself_takes_no_device(tmp_path):
+    """A GPU's memory is for the parts."""
+    code = (
+        "import sys\n"
+        "from jax._src import xla_bridge\n"
+        "from experiments import on_device\n"
+        "try:\n"
+        "    on_device.main(['on_device', '--parts=tests', *sys.argv[1:]])\n"
+        "except SystemExit as end:\n"
+        "    print('status', end.code, xla_bridge.backends_are_initialized())\n"
+    )
+    done = run_code(code, f"--out={tmp_path}")
     assert "tests  skipped  0  the tests are marked gpu, this is a cpu" in done.stdout
+    assert done.stdout.endswith("status 0 False\n"), done.stderr
 
 
 def test_an_unknown_part_is_refused_before_any_work(tmp_path):
@@ -280,6 +289,13 @@ class Broken(XlaAttention):
         raise RuntimeError("cuDNN\nis not there")
 
 
+class Unimportable(XlaAttention):
+    name = "unimportable"
+
+    def problem(self, config, block_tokens):
+        raise ImportError("no mosaic")
+
+
 class Elsewhere(XlaAttention):
     name = "elsewhere"
 
@@ -287,15 +303,19 @@ class Elsewhere(XlaAttention):
         return "expected a TPU"
 
 
+ALL = (XlaAttention, Doubled, Broken, Elsewhere, Unimportable)
+
+
 def test_kernels_that_are_wrong_or_cannot_run_are_rows(monkeypatch, tmp_path, capsys):
-    listed = {k.name: k for k in (XlaAttention, Doubled, Broken, Elsewhere)}
+    listed = {k.name: k for k in ALL}
     monkeypatch.setattr(kernels, "KERNELS", listed)
     bench = Bench(sizes=SIZES, out=tmp_path, deadline=Deadline(1e-9))
     found = kernels.run(bench)
     assert found.wrong
     assert found.result == "xla right; doubled WRONG; broken cannot run"
     lines = capsys.readouterr().out.splitlines()
-    assert "cannot serve it: elsewhere: expected a TPU" in lines
+    said = "elsewhere: expected a TPU; unimportable: cannot run: ImportError: no mosaic"
+    assert f"cannot serve it: {said}" in lines
     rows = {tuple(line.split()[:2]): line for line in lines}
     assert "error 1.0e+00 WRONG, over 0.0001" in rows["doubled", "decodes"]
     assert "RuntimeError: cuDNN is not there" in rows["broken", "chunks"]
