@@ -49,7 +49,7 @@ from experiments.device.calibration import PROFILE
 from experiments.device.part import Found
 from experiments.device.parts import PARTS, look, run_part
 from experiments.device.process import WorkError, in_a_process
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.report.table import align
 from experiments.runs.folder import plain, read_json, run_folder, write_json, write_text
 
@@ -77,7 +77,7 @@ Call = Callable[..., Any]  # `in_a_process`, or like it
 
 
 def run(
-    sizes: Sizes,
+    sizes: DeviceSizes,
     out: pathlib.Path,
     parts: Sequence[str],
     deadline: Deadline = ENDLESS,
@@ -114,7 +114,11 @@ def _is_done(out: pathlib.Path, name: str) -> bool:
 
 
 def _record(
-    left: Sequence[str], sizes: Sizes, out: pathlib.Path, deadline: Deadline, call: Call
+    left: Sequence[str],
+    sizes: DeviceSizes,
+    out: pathlib.Path,
+    deadline: Deadline,
+    call: Call,
 ) -> dict[str, Any]:
     """Run the first part that is left, and return what it came to."""
     name, start_s = left[0], time.perf_counter()
@@ -150,7 +154,7 @@ def _share(
     return share_s / 60, min(left_s, 2 * share_s) + _GRACE_S
 
 
-def _table(sizes: Sizes, out: pathlib.Path, not_begun: Sequence[str]) -> str:
+def _table(sizes: DeviceSizes, out: pathlib.Path, not_begun: Sequence[str]) -> str:
     """Return a row for each part that has run, and what there was no time for."""
     rows = [("part", "", "s", "result")]
     missing: list[str] = []
@@ -193,7 +197,7 @@ def main() -> None:
         devices = in_a_process(look)
     except WorkError as failure:
         raise ValueError(f"no device: {failure}") from failure
-    sizes = Sizes.of(devices, _MODEL.value, _ATTENTION.value, **asked)
+    sizes = DeviceSizes.of(devices, _MODEL.value, _ATTENTION.value, **asked)
     text, right = run(sizes, out, parts, deadline)
     print(text)
     sys.exit(0 if right else 1)

@@ -41,7 +41,7 @@ class AttentionShape:
     head_dim: int = 128
 
 
-class Decodes(NamedTuple):
+class DecodeArguments(NamedTuple):
     """The arguments of `AttentionKernel.decodes`."""
 
     q_BNH: Array
@@ -58,7 +58,7 @@ def draw(seed: int, shape: tuple[int, ...], dtype: str) -> Array:
 _normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
 
 
-def random_decodes(shape: AttentionShape, tokens: int) -> Decodes:
+def random_decodes(shape: AttentionShape, tokens: int) -> DecodeArguments:
     """Return decodes over `tokens` tokens of KV, drawn on the device."""
     each = -(-tokens // shape.rows // shape.block_tokens)
     blocks = shape.rows * each
@@ -72,7 +72,7 @@ def random_decodes(shape: AttentionShape, tokens: int) -> Decodes:
         jnp.array(np.tile(np.arange(each) * shape.block_tokens, shape.rows)),
     )
     position_B = jnp.full(shape.rows, tokens // shape.rows - 1)
-    return Decodes(q_BNH, (k, v), position_B, entries)
+    return DecodeArguments(q_BNH, (k, v), position_B, entries)
 
 
 def read_s(layer: LayerCache) -> Callable[[], float]:
@@ -168,7 +168,7 @@ def step_error(kernel: AttentionKernel, config: ModelConfig, step: str) -> float
         return [jnp.array(rng.standard_normal(shape), dtype) for shape in shapes]
 
     whole = [draw(part) for part in slices]
-    run = _Attention(kernel, config, memory)
+    run = _AttentionSteps(kernel, config, memory)
     starts = [part.start for part in slices]
     if any(starts):
         known = [i for i, n in enumerate(starts) if n]
@@ -191,7 +191,7 @@ def _first(part: Slice, tokens: int, memory: KVMemory) -> Slice:
     )
 
 
-class _Attention:
+class _AttentionSteps:
     """Attention of steps on one device, to a pool of NaN at first."""
 
     def __init__(self, kernel: AttentionKernel, config: ModelConfig, memory: KVMemory):

@@ -11,7 +11,7 @@ from experiments import calibrate
 from experiments.cli.progress import Deadline
 from experiments.configs.config import Config, Memory, WorkloadConfig
 from experiments.device.part import Bench, Found, Part
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.runs.folder import write_json
 
 PROFILE = "profile.json"
@@ -20,7 +20,7 @@ _REQUESTS, _UNSEEN = 30, 6
 _MAX_DRIFT = 0.3
 
 
-def study(sizes: Sizes) -> Config:
+def study(sizes: DeviceSizes) -> Config:
     """Return two systems on two devices, which share programs, on the virtual clock."""
     longest, seqs = sizes.max_context, {"max_seqs": sizes.max_seqs}
     colocated = {**seqs, "max_batched_tokens": longest}

@@ -8,14 +8,14 @@ import subprocess
 import sys
 
 from experiments.device.part import Bench, Found, Part
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _NEEDS = ("pytest", "hypothesis", "xdist")
 _NO_TESTS = 5  # pytest's status where none was selected
 
 
-def problem(sizes: Sizes) -> str:
+def problem(sizes: DeviceSizes) -> str:
     """Return what the tests would need."""
     if sizes.devices.platform != "gpu":
         return f"the tests are marked gpu, this is a {sizes.devices.platform}"

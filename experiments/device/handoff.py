@@ -9,7 +9,7 @@ from disagg_jax.sim.hardware.link import LinkSpec
 from experiments.benchmarks.handoff import rates
 from experiments.benchmarks.peaks import spec_sheet
 from experiments.device.part import Bench, Found, Part
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.two_meshes import (
     Cut,
     build,
@@ -21,7 +21,7 @@ from experiments.two_meshes import (
 _MIB = 2**20
 
 
-def bound(sizes: Sizes) -> LinkSpec | None:
+def bound(sizes: DeviceSizes) -> LinkSpec | None:
     """Return what KV goes over; None where it is not known.
 
     On one device that is its memory: bytes are read and written to leave a pool, and

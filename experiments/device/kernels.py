@@ -22,7 +22,7 @@ from experiments.benchmarks.attention import (
 from experiments.benchmarks.peaks import spec_sheet
 from experiments.benchmarks.timing import interleaved
 from experiments.device.part import Bench, Found, Kept, Part
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.report.table import align
 from models.config import ModelConfig
 
@@ -35,7 +35,7 @@ _WORDS = 100  # characters of a reason
 Timer: TypeAlias = Callable[[], float]
 
 
-def usable(sizes: Sizes) -> tuple[list[AttentionKernel], str]:
+def usable(sizes: DeviceSizes) -> tuple[list[AttentionKernel], str]:
     """Return the kernels that can serve the model, and why others cannot.
 
     They are the listed ones, and the one that was asked for.
@@ -155,7 +155,7 @@ def _times(bench: Bench, kernels: Sequence[AttentionKernel], kept: Kept) -> str:
     return ""
 
 
-def _decode_cases(sizes: Sizes, steps: int) -> Iterator[_Case]:
+def _decode_cases(sizes: DeviceSizes, steps: int) -> Iterator[_Case]:
     """Yield decodes of equal context, beside one read of their KV."""
     config, spec = sizes.config, spec_sheet()
     for context in sizes.contexts:
@@ -191,7 +191,7 @@ def _decode_cases(sizes: Sizes, steps: int) -> Iterator[_Case]:
             )
 
 
-def _prompt_cases(sizes: Sizes, steps: int) -> Iterator[_Case]:
+def _prompt_cases(sizes: DeviceSizes, steps: int) -> Iterator[_Case]:
     """Yield one prompt of each length: causal, so half of the products."""
     config, spec = sizes.config, spec_sheet()
     for tokens in sizes.prompts:

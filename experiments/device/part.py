@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TextIO
 
 from experiments.cli.progress import ENDLESS, Deadline
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.runs.folder import read_json, write_json
 
 
@@ -18,7 +18,7 @@ from experiments.runs.folder import read_json, write_json
 class Bench:
     """Where a part runs, and how long it may."""
 
-    sizes: Sizes
+    sizes: DeviceSizes
     out: pathlib.Path  # the folder of the run
     deadline: Deadline = ENDLESS  # after which the part begins nothing more
 
@@ -53,7 +53,7 @@ class Kept:
         write_json(self._path, self._found)
 
 
-def _anywhere(sizes: Sizes) -> str:
+def _anywhere(sizes: DeviceSizes) -> str:
     return ""
 
 
@@ -69,7 +69,7 @@ class Part:
     name: str
     about: str
     run: Callable[[Bench], Found]
-    problem: Callable[[Sizes], str] = _anywhere
+    problem: Callable[[DeviceSizes], str] = _anywhere
     weight: float = 1.0
 
 

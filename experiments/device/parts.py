@@ -17,7 +17,7 @@ from experiments.device import (
     tokens,
 )
 from experiments.device.part import Bench, Found, Part, printed_to
-from experiments.device.sizes import Devices, Sizes
+from experiments.device.sizes import Devices, DeviceSizes
 
 _MODULES = (device_tests, tokens, kernels, calibration, steps, handoff, sweep)
 PARTS: Mapping[str, Part] = {module.PART.name: module.PART for module in _MODULES}
@@ -30,7 +30,7 @@ def look() -> Devices:
 
 
 def run_part(
-    name: str, sizes: Sizes, out: pathlib.Path, minutes: float | None
+    name: str, sizes: DeviceSizes, out: pathlib.Path, minutes: float | None
 ) -> Found:
     """Run a part; what it prints is in `out`/NAME.txt too."""
     host_devices.provide(2)

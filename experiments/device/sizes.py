@@ -52,7 +52,7 @@ class Devices:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes:
+class DeviceSizes:
     """What is run: with the devices it is all that decides the result."""
 
     devices: Devices
@@ -77,7 +77,7 @@ class Sizes:
         batches: Sequence[int] = (),
         contexts: Sequence[int] = (),
         prompts: Sequence[int] = (),
-    ) -> Sizes:
+    ) -> DeviceSizes:
         """Return what is asked for, and for the rest what suits the devices.
 
         Raises:

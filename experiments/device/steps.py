@@ -14,7 +14,7 @@ from disagg_jax.progress import Stop
 from experiments.benchmarks.engines import bare_engine, compile_steps
 from experiments.benchmarks.peaks import Peaks, spec_sheet
 from experiments.device.part import Bench, Found, Part
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.performance import (
     StepOptions,
     StepTime,
@@ -30,7 +30,7 @@ _HEAD = (
 )
 
 
-def groups(sizes: Sizes, block_tokens: int) -> Iterator[StepOptions]:
+def groups(sizes: DeviceSizes, block_tokens: int) -> Iterator[StepOptions]:
     """Yield the steps that are measured together: those of one context.
 
     Prefills are with the first. Contexts are rounded up to whole blocks.
@@ -51,7 +51,7 @@ def groups(sizes: Sizes, block_tokens: int) -> Iterator[StepOptions]:
             )
 
 
-def problem(sizes: Sizes) -> str:
+def problem(sizes: DeviceSizes) -> str:
     """Return the room that a device lacks."""
     fits = any(map(sizes.batches_at, sizes.contexts))
     return "" if fits else "no batch of these contexts has room beside the weights"

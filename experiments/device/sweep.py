@@ -12,7 +12,7 @@ from experiments import goodput_sweep
 from experiments.configs.config import Config
 from experiments.device.calibration import PROFILE, study
 from experiments.device.part import Bench, Found, Part
-from experiments.device.sizes import Sizes
+from experiments.device.sizes import DeviceSizes
 from experiments.runs.folder import read_json, write_json
 from experiments.sweep.serving import build_engines, load_model
 
@@ -20,7 +20,7 @@ _TIMES = "step_times.json"
 _REQUESTS, _SEEDS, _EXECUTED = 100, 2, 20
 
 
-def config_of(sizes: Sizes) -> Config:
+def config_of(sizes: DeviceSizes) -> Config:
     """Return a sweep of the systems that were calibrated."""
     base = study(sizes)
     return dataclasses.replace(

@@ -8,14 +8,14 @@ from disagg_jax.deployment import Deployment
 from disagg_jax.engine.dtype_comparison import compare_dtypes
 from disagg_jax.engine.served_deployment import devices_for
 from experiments.device.part import Bench, Found, Part
-from experiments.device.sizes import Sizes, weight_bytes
+from experiments.device.sizes import DeviceSizes, weight_bytes
 from models import transformer
 
 _PROMPTS, _MAX_TOKENS = (33, 64, 100, 128), 16
 _BESIDE = 1.3  # of the weights: pools, programs and what they need
 
 
-def problem(sizes: Sizes) -> str:
+def problem(sizes: DeviceSizes) -> str:
     """Return the memory that both copies of the weights would need."""
     config, room_bytes = sizes.config, sizes.devices.room_bytes
     # Those that were drawn, and a float32 copy of them.

@@ -18,7 +18,7 @@ from experiments.device import calibration, device_tests, kernels, parts
 from experiments.device.part import Bench, Found, Part
 from experiments.device.parts import PARTS
 from experiments.device.process import WorkError, in_a_process
-from experiments.device.sizes import Devices, Sizes
+from experiments.device.sizes import Devices, DeviceSizes
 from models.config import get_config
 from tests.commands import run_code, run_command
 
@@ -27,7 +27,7 @@ HERE = __name__
 SMALL = dataclasses.replace(get_config("tiny"), name="small", layers=1)
 CPU = Devices(platform="cpu", kind="cpu", count=2, memory_bytes=None)
 GPU = Devices(platform="gpu", kind="NVIDIA H200", count=1, memory_bytes=125 * GIB)
-SIZES = Sizes(
+SIZES = DeviceSizes(
     devices=CPU,
     model=f"{HERE}:SMALL",
     dtype="float32",
@@ -382,8 +382,10 @@ def test_one_device_stands_for_two_pools():
     ("gib", "model"), [(125, "llama-3-8b"), (20, "qwen3-0.6b"), (4, "tiny")]
 )
 def test_the_default_model_fits_the_device(gib, model):
-    assert Sizes.of(dataclasses.replace(GPU, memory_bytes=gib * GIB)).model == model
-    assert Sizes.of(CPU).model == "tiny"
+    assert (
+        DeviceSizes.of(dataclasses.replace(GPU, memory_bytes=gib * GIB)).model == model
+    )
+    assert DeviceSizes.of(CPU).model == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -397,7 +399,7 @@ def test_the_default_model_fits_the_device(gib, model):
 )
 def test_bad_sizes(asked, message):
     with pytest.raises(ValueError, match=message):
-        Sizes.of(CPU, **asked)
+        DeviceSizes.of(CPU, **asked)
 
 
 def test_batches_whose_kv_has_no_room_are_left_out():
@@ -405,23 +407,23 @@ def test_batches_whose_kv_has_no_room_are_left_out():
 
     Three quarters of the other 118 GB are 676,000 tokens: 256 rows of 2048, 64 of 8192.
     """
-    sizes = Sizes.of(GPU)
+    sizes = DeviceSizes.of(GPU)
     assert sizes.batches_at(2048) == [1, 16, 64, 256]
     assert sizes.batches_at(8192) == [1, 16, 64]
     small = dataclasses.replace(GPU, memory_bytes=40 * GIB)
-    assert Sizes.of(small).batches_at(8192) == [1, 16]
+    assert DeviceSizes.of(small).batches_at(8192) == [1, 16]
 
 
 def test_steps_need_room():
     small = dataclasses.replace(GPU, memory_bytes=15 * GIB)
-    assert PARTS["steps"].problem(Sizes.of(GPU)) == ""
-    why = PARTS["steps"].problem(Sizes.of(small, "llama-3-8b"))
+    assert PARTS["steps"].problem(DeviceSizes.of(GPU)) == ""
+    why = PARTS["steps"].problem(DeviceSizes.of(small, "llama-3-8b"))
     assert why == "no batch of these contexts has room beside the weights"
 
 
 def test_two_copies_of_the_weights_need_room():
     """bfloat16 16 GB and float32 32 GB, with three tenths more: 58 GiB."""
     problem = PARTS["tokens"].problem
-    assert problem(Sizes.of(GPU)) == ""
-    small = Sizes.of(dataclasses.replace(GPU, memory_bytes=40 * GIB))
+    assert problem(DeviceSizes.of(GPU)) == ""
+    small = DeviceSizes.of(dataclasses.replace(GPU, memory_bytes=40 * GIB))
     assert problem(small) == "needs 58 GiB, a device has 40"
