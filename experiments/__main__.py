@@ -33,6 +33,7 @@ COMMANDS = {
         "kv_transfer": "know how much of a KV transfer is seen",
         "overhead": "know what serving adds to the device's work",
         "performance": "hold steps of the engine against the device's bound",
+        "on_device": "know all that only an accelerator can tell, borrowed for minutes",
         "compile_check": "know what its programs do on a TPU or GPU that is not here",
         "simulator_speed": "know how fast the simulator is",
     },

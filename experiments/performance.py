@@ -94,7 +94,7 @@ class StepOptions:
     def __post_init__(self) -> None:
         check_numbers(
             batches=self.batches,
-            prompts=self.prompts,
+            prompts=self.prompts or [1],  # none: decodes alone
             context=[self.context],
             block_tokens=[self.block_tokens],
             repeats=[self.repeats],
@@ -102,7 +102,7 @@ class StepOptions:
         require(self.handoff_mib >= 0, "handoff_mib: expected >= 0", self.handoff_mib)
         whole = f"context: expected a multiple of block_tokens={self.block_tokens}"
         require(self.context % self.block_tokens == 0, whole, self.context)
-        longest, limit = max(self.context, *self.prompts), self.config.max_length
+        longest, limit = max([self.context, *self.prompts]), self.config.max_length
         most = f"{self.config.name}: expected at most {limit} tokens"
         require(longest <= limit, most, longest)
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.sharding import NamedSharding
 
+from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.served_deployment import ServedDeployment
 from disagg_jax.errors import require
@@ -96,12 +97,30 @@ def _power_of_two(most: int) -> int:
     return 1 << (max(1, most).bit_length() - 1)
 
 
-def build(config: ModelConfig, cut: Cut | str) -> ServedDeployment:
-    """Build the two meshes of a cut, or a deployment, for a few short requests."""
+def build(
+    config: ModelConfig,
+    cut: Cut | str,
+    attention: str = AUTO,
+    block_tokens: int = _BLOCK,
+    *,
+    virtual: bool = False,
+) -> ServedDeployment:
+    """Build the two meshes of a cut, or a deployment, for a few short requests.
+
+    Args:
+      attention: the kernel; see `choose_kernel`.
+      virtual: whether a device may stand for several.
+    """
     prefill = StepShape.prefill(_REQUESTS * _PROMPT, _REQUESTS)
     context = _PROMPT + _OUTPUT
     return burst_deployment(
-        config, prefill, str(cut), context=context, block_tokens=_BLOCK
+        config,
+        prefill,
+        str(cut),
+        context=context,
+        block_tokens=block_tokens,
+        attention=attention,
+        virtual=virtual,
     )[0]
 
 
@@ -169,14 +188,18 @@ class Tokens:
         )
 
 
-def check_tokens(config: ModelConfig, meshes: ServedDeployment) -> Tokens:
+def check_tokens(
+    config: ModelConfig, meshes: ServedDeployment, attention: str = AUTO
+) -> Tokens:
     """Serve requests on the two meshes and on one device, and compare the tokens.
 
     In half precision, sums in another order can turn a close choice.
     """
     requests = burst(config, _REQUESTS, _PROMPT, _OUTPUT)
     split = meshes.run(requests).timelines
-    alone = build(config, "colocated:tp1").run(requests).timelines
+    block_tokens = meshes.engine.memory[0].block_tokens
+    single = build(config, "colocated:tp1", attention, block_tokens)
+    alone = single.run(requests).timelines
     pairs = [
         pair
         for ours, theirs in zip(split, alone, strict=True)

@@ -59,7 +59,7 @@ ORDER = (
         *("experiments.simulated", "experiments.measured"),
     ),
     ("experiments.comparison", "experiments.benchmarks"),
-    ("experiments.accuracy_study", "experiments.compiled"),
+    ("experiments.accuracy_study", "experiments.compiled", "experiments.device"),
 )
 
 RULES = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -67,9 +69,17 @@ def benchmark_engine(
     )
     if shapes is None:
         engine.compile(sampled=False)
-    for shape in shapes or ():
-        engine.instances[0].programs.compile_step(shape)
+    else:
+        compile_steps(engine, shapes)
     return engine
+
+
+def compile_steps(engine: Engine, shapes: Iterable[StepShape]) -> None:
+    """Compile the steps of the only instance, as many at a time as there are cores."""
+    (instance,) = engine.instances
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        # A list, since only reading the results raises what a thread raised.
+        list(threads.map(instance.programs.compile_step, shapes))
 
 
 def pool(config: ModelConfig, blocks: int, block_tokens: int) -> KVMemory:
@@ -87,8 +97,14 @@ def bare_engine(
     shapes: Sequence[StepShape],
     block_tokens: int,
     attention: str = AUTO,
+    *,
+    compiled: bool = True,
 ) -> Engine:
-    """Return one instance with the programs of `shapes`; its pool holds the largest."""
+    """Return one instance for steps of `shapes`; its pool holds the largest.
+
+    Args:
+      compiled: whether it has their programs; see `compile_steps`.
+    """
     prefill = [shape for shape in shapes if shape.kind == "prefill"]
     decode = [shape for shape in shapes if shape.kind == "decode"]
     buckets = only(
@@ -100,7 +116,12 @@ def bare_engine(
     blocks = max([*needed, *(shape.blocks for shape in decode)])
     memory = [pool(config, blocks, block_tokens)]
     return benchmark_engine(
-        config, "colocated:tp1", memory, [buckets], shapes=shapes, attention=attention
+        config,
+        "colocated:tp1",
+        memory,
+        [buckets],
+        shapes=shapes if compiled else (),
+        attention=attention,
     )
 
 
@@ -143,6 +164,8 @@ def burst_deployment(
     context: int,
     block_tokens: int,
     decodes: bool = True,
+    attention: str = AUTO,
+    virtual: bool = False,
 ) -> tuple[ServedDeployment, StepShape]:
     """Return a deployment for bursts of as many requests as `prefill` has rows.
 
@@ -151,6 +174,7 @@ def burst_deployment(
 
     Args:
       decodes: whether requests have more than one output token.
+      virtual: whether a device may stand for several; see `devices_for`.
     """
     rows, tokens = prefill.rows, prefill.tokens
     blocks = rows * math.ceil(context / block_tokens)
@@ -171,7 +195,9 @@ def burst_deployment(
             dataclasses.replace(steps, transfer_blocks=moves),
         ]
     memory = [pool(config, blocks, block_tokens)] * len(buckets)
-    engine = benchmark_engine(config, deployment, memory, buckets)
+    engine = benchmark_engine(
+        config, deployment, memory, buckets, attention=attention, virtual=virtual
+    )
     return ServedDeployment(engine=engine, policies=policies), StepShape.decode(
         rows, blocks
     )

@@ -29,13 +29,17 @@ def handoff_engine(
     block_tokens: int,
     layer_groups: int = 1,
 ) -> Engine:
-    """Return a prefill and a decode mesh, for transfers of `sizes` blocks alone."""
+    """Return a prefill and a decode mesh, for transfers of `sizes` blocks alone.
+
+    One device may stand for two; see `devices_for`.
+    """
     return benchmark_engine(
         config,
         f"prefill:tp{src_tp},decode:tp{dst_tp}",
         [pool(config, max(sizes), block_tokens)] * 2,
         [only(transfer_blocks=tuple(sorted(sizes)))] * 2,
         layer_groups=layer_groups,
+        virtual=True,
     )
 
 

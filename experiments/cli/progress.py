@@ -78,6 +78,11 @@ class Deadline:
         """Return whether the time is spent."""
         return self._end_s is not None and self._clock() >= self._end_s
 
+    @property
+    def left_s(self) -> float | None:
+        """Return the seconds until then, 0 at least; None for no end."""
+        return None if self._end_s is None else max(0.0, self._end_s - self._clock())
+
 
 ENDLESS = Deadline(None)
 

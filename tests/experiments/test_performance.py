@@ -103,6 +103,12 @@ def test_every_row_of_a_decode_attends_to_all_of_the_context():
     }
 
 
+def test_without_prompts_there_are_decodes_alone():
+    options = dataclasses.replace(SMALL, prompts=[])
+    kinds = {shape.kind for shape in performance.step_loads(options)}
+    assert kinds == {"decode"}
+
+
 def test_the_report_has_every_part(capsys):
     report = performance.run(SMALL)
     assert report == capsys.readouterr().out

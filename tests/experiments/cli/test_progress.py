@@ -80,6 +80,16 @@ def test_a_deadline_passes_once_and_none_never():
     assert deadline.passed() and not none.passed()
 
 
+def test_what_is_left_of_a_deadline_is_never_less_than_nothing():
+    clock = Hand()
+    deadline = Deadline(0.5, clock)
+    clock.now_s += 29
+    assert deadline.left_s == 1
+    clock.now_s += 29
+    assert deadline.left_s == 0
+    assert Deadline(None, clock).left_s is None
+
+
 def test_no_time_at_all_is_refused():
     flags = Flags()
     minutes = MinutesFlag(flags, "cells")
