@@ -161,7 +161,7 @@ class Segment(NamedTuple):
         return kv_cache.piece_shape(part, self.plan.piece_heads, self.dst.tiled)
 
 
-def _options(stage: Stage) -> dict[str, int]:
+def _options(stage: Stage) -> dict[str, str | bool]:
     """Return how the programs of transfers are compiled.
 
     A program for a TPU may begin by fetching an argument into VMEM, while the one
@@ -169,7 +169,7 @@ def _options(stage: Stage) -> dict[str, int]:
     on a v5e, to send a block of 128 KiB).
     """
     is_tpu = stage.mesh.devices.flat[0].platform == "tpu"
-    return {"xla_msa_max_cross_program_prefetches": 0} if is_tpu else {}
+    return {"xla_msa_max_cross_program_prefetches": "0"} if is_tpu else {}
 
 
 def find_segments(src: ModelPrograms, dst: ModelPrograms) -> list[Segment]:
