@@ -168,6 +168,7 @@ def test_figures_by_hand():
     assert not dataclasses.replace(near, rms_T=near.rms_T * np.nan).holds
 
 
+@pytest.mark.slow
 def test_compare_dtypes():
     """A trained model from its checkpoint, on the engine that the function makes."""
     model = load_model("auto", "tiny")
