@@ -96,7 +96,7 @@ def check(found: DtypeComparison) -> None:
     "model, deployment, layer_groups",
     [
         pytest.param("divided", "colocated:tp1", 1, marks=pytest.mark.slow),
-        ("divided", "prefill:tp1,decode:tp4", 1),
+        pytest.param("divided", "prefill:tp1,decode:tp4", 1, marks=pytest.mark.slow),
         pytest.param("repeated", "prefill:tp4,decode:tp1", 1, marks=pytest.mark.slow),
         ("padded", "prefill:tp2,decode:tp4", 1),
         pytest.param("padded", "colocated:tp2", 3, marks=pytest.mark.slow),
@@ -104,7 +104,7 @@ def check(found: DtypeComparison) -> None:
         pytest.param("deep", "prefill:tp2pp2,decode:tp1", 2, marks=pytest.mark.slow),
         ("opt", "prefill:tp1,decode:tp2", 1),
         pytest.param("qwen3", "prefill:tp2,decode:tp1", 1, marks=pytest.mark.slow),
-        ("scaled", "colocated:tp4", 1),
+        pytest.param("scaled", "colocated:tp4", 1, marks=pytest.mark.slow),
     ],
 )
 def test_layouts(world, model, deployment, layer_groups):

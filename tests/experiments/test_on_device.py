@@ -71,6 +71,7 @@ def whole(tmp_path_factory):
     return out, *on_device.run(SIZES, out, list(PARTS), call=here)
 
 
+@pytest.mark.slow
 def test_a_whole_run_leaves_each_part_the_table_and_the_profile(whole):
     out, table, right = whole
     assert right, table
@@ -100,11 +101,13 @@ def test_a_whole_run_leaves_each_part_the_table_and_the_profile(whole):
         ("sweep", ["SLO:", "2xcolocated:tp1  prefill:tp1,decode:tp1"]),
     ],
 )
+@pytest.mark.slow
 def test_what_a_part_prints_is_in_its_file(whole, part, expected):
     text = (whole[0] / f"{part}.txt").read_text()
     assert all(each in text for each in expected), text
 
 
+@pytest.mark.slow
 def test_the_sweep_has_the_step_times_of_the_profile(whole):
     out = whole[0]
     times = json.loads((out / "step_times.json").read_text())["seconds"]
@@ -116,11 +119,13 @@ def test_the_sweep_has_the_step_times_of_the_profile(whole):
     assert [times[key]] == list(decode[key.split("/")[-1]])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_does_nothing_twice(whole):
     out, table, _ = whole
     assert on_device.run(SIZES, out, list(PARTS), call=forbidden) == (table, True)
 
 
+@pytest.mark.slow
 def test_a_folder_of_other_sizes_is_refused(whole):
     other = dataclasses.replace(SIZES, repeats=2)
     with pytest.raises(ValueError, match=r"another config \(repeats\)"):
@@ -220,6 +225,7 @@ def test_a_fit_has_its_rounds_however_late_it_is():
     assert asked == [False] * 4 + [True] * 2  # the warm-up and 3 rounds
 
 
+@pytest.mark.slow
 def test_parts_end_at_their_deadline(whole, tmp_path, capsys):
     """Each says what it lacks; what was found before is there again."""
     spent = Deadline(1e-9)
