@@ -4,7 +4,7 @@
     python -m experiments.on_device --parts=kernels,steps --batches=1,64 --out=runs/h200
     JAX_PLATFORMS=cpu python -m experiments.on_device --out=runs/tried
 
-tests        the tests that need a GPU; skipped without pytest
+tests        the tests that need a GPU or TPU; skipped without pytest
 tokens       logits and greedy tokens in bfloat16 against float32
 kernels      every attention kernel against float64, then their times beside the bytes
              and FLOPs they need

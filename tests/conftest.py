@@ -39,17 +39,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if _core_only(config):
         sys.meta_path.insert(0, _WithoutJax())  # pyright: ignore[reportArgumentType]
         return
-    # Every test but the gpu ones stays on the CPU devices, GPU or not.
-    asks_for_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    # Every test but those that need a GPU or TPU stays on the CPU devices.
+    asks_for_device = re.search(r"(?<!not )\b[tg]pu\b", config.option.markexpr)
     looks_at_programs = re.search(r"(?<!not )\b[tg]pu_aot\b", config.option.markexpr)
     _share_compiled_programs(config)
-    if not asks_for_gpu and not looks_at_programs:
+    if not asks_for_device and not looks_at_programs:
         _compile_fast()
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    if not asks_for_gpu and not jax.config.jax_platforms:
+    if not asks_for_device and not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
 
 
@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(
     """Marks what was collected without JAX as `core`."""
     if _core_only(config):
         for item in items:
-            if not any(map(item.get_closest_marker, ("slow", "gpu", "jax"))):
+            if not any(map(item.get_closest_marker, ("slow", "gpu", "tpu", "jax"))):
                 item.add_marker("core")
 
 

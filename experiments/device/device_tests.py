@@ -11,14 +11,15 @@ from experiments.device.part import Bench, Found, Part
 from experiments.device.sizes import DeviceSizes
 
 _ROOT = pathlib.Path(__file__).parents[2]
+_MARKS = ("gpu", "tpu")  # of tests; also what JAX calls the devices
 _NEEDS = ("pytest", "hypothesis", "xdist")
 _NO_TESTS = 5  # pytest's status where none was selected
 
 
 def problem(sizes: DeviceSizes) -> str:
     """Return what the tests would need."""
-    if sizes.devices.platform != "gpu":
-        return f"the tests are marked gpu, this is a {sizes.devices.platform}"
+    if sizes.devices.platform not in _MARKS:
+        return f"tests are marked gpu or tpu, this is a {sizes.devices.platform}"
     missing = [name for name in _NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         return f"needs {' and '.join(missing)}"
@@ -27,7 +28,8 @@ def problem(sizes: DeviceSizes) -> str:
 
 def run(bench: Bench) -> Found:
     """Run them in a process of their own: this one does not start JAX."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p"]
+    mark = bench.sizes.devices.platform
+    command = [sys.executable, "-m", "pytest", "-m", mark, "-q", "-p"]
     command += ["no:cacheprovider", "tests"]
     try:
         done = subprocess.run(
@@ -50,5 +52,9 @@ def run(bench: Bench) -> Found:
 
 
 PART = Part(
-    name="tests", about="the tests that need a GPU", run=run, problem=problem, weight=3
+    name="tests",
+    about="the tests that need a GPU or TPU",
+    run=run,
+    problem=problem,
+    weight=3,
 )

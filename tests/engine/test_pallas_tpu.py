@@ -19,12 +19,16 @@ from jax.experimental import pallas as pl
 
 from disagg_jax.engine.attention import pallas_tpu_decodes, pallas_tpu_prompts
 from disagg_jax.engine.attention.entries import UNSEEN, Entries
+from disagg_jax.engine.attention.pallas_tpu import PallasTpuAttention
 from disagg_jax.engine.attention.pallas_tpu_decodes import decode_attention
 from disagg_jax.engine.attention.pallas_tpu_prompts import (
     chunk_attention,
     prompt_attention,
 )
+from experiments.benchmarks.attention import STEPS, step_error
+from models.config import get_config
 from tests.engine.test_attention import (
+    DTYPES,
     ERROR,
     Decodes,
     double,
@@ -352,3 +356,18 @@ def test_a_chunk_states_what_it_moves(tokens, blocks):
     padding = -C % 4 if C > 4 else 0
     assert call.grid[2] * min(C, 4) == C + padding
     assert call.moved_bytes() == call.stated.bytes_accessed
+
+
+# -- on a TPU --------------------------------------------------------------------------
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_on_a_tpu(step, dtype):
+    """Each kind of attention, after a step's own writes, against float64."""
+    if jax.default_backend() != "tpu":
+        pytest.skip(f"needs a TPU, this is a {jax.default_backend()}")
+    config = dataclasses.replace(get_config("llama-3-8b"), dtype=dtype)
+    error = step_error(PallasTpuAttention("tpu"), config, step)
+    assert error <= ERROR[dtype]

@@ -78,7 +78,7 @@ def test_a_whole_run_leaves_each_part_the_table_and_the_profile(whole):
     records = {name: json.loads((out / f"{name}.json").read_text()) for name in PARTS}
     states = {name: record["status"] for name, record in records.items()}
     assert states == {**dict.fromkeys(PARTS, "done"), "tests": "skipped"}
-    assert records["tests"]["result"] == "the tests are marked gpu, this is a cpu"
+    assert records["tests"]["result"] == "tests are marked gpu or tpu, this is a cpu"
     assert (out / "table.txt").read_text() == table + "\n"
     for name, record in records.items():
         assert any(
