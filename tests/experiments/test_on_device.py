@@ -267,7 +267,8 @@ def test_the_command_itself_takes_no_device(tmp_path):
         "    print('status', end.code, xla_bridge.backends_are_initialized())\n"
     )
     done = run_code(code, f"--out={tmp_path}")
-    assert "tests  skipped  0  tests are marked gpu or tpu, this is a cpu" in done.stdout
+    said = "tests  skipped  0  tests are marked gpu or tpu, this is a cpu"
+    assert said in done.stdout
     assert done.stdout.endswith("status 0 False\n"), done.stderr
 
 
