@@ -244,7 +244,7 @@ def _attend_item(
         pl.when(last < TILE - 1)(lambda: _clear_after(last, v_DOH.at[slot]))
         seen_RO = iota((TILE, TILE), 1) <= last
         found = softmax_step(q_RH, k_DOH.at[slot], v_DOH.at[slot], seen_RO, found)
-        pl.when(i + depth < count)(lambda: fetch(i + depth))
+        pl.when(i + depth < count)(lambda: refill(fetch, i + depth))
         return found
 
     @pl.when(count > 0)
@@ -290,6 +290,15 @@ def buffers(head_dim: int):
     return depth, (queries, kv, kv, plgpu.Barrier(), here)
 
 
+def refill(fetch, i) -> None:
+    """Fetch tile `i` of K and V into buffers that were read, once all warps have.
+
+    A product is over for a warp when its own rows are; one thread asks for the copy.
+    """
+    plgpu.commit_smem()
+    fetch(i)
+
+
 def nothing_found(head_dim: int):
     """Return highest scores, sums of weights and outputs before any key."""
     return full((TILE,), _LOWEST), full((TILE,), 0.0), full((TILE, head_dim), 0.0)
@@ -313,7 +322,7 @@ def _scores(q_RH, k_OH):
     """Return the products of queries and keys, `[R, O]`."""
 
     def multiply(found):
-        plgpu.wgmma(found, q_RH, plgpu.transpose_ref(k_OH, (1, 0)))
+        plgpu.wgmma(found, q_RH, k_OH.transpose((1, 0)))
         return found[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((TILE, TILE), jnp.float32))
@@ -329,11 +338,13 @@ def _add_values(out_RH, weight_RO, v_OH):
 
 
 def iota(shape, dimension):
+    """Return indices along a dimension, laid out as scores are."""
     layout = plgpu.Layout.WGMMA
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=layout)
 
 
 def full(shape, value):
+    """Return a value everywhere, laid out as scores are, or as their rows."""
     layout = plgpu.Layout.WGMMA
     return plgpu.layout_cast(
         jnp.full(shape, value, jnp.float32),

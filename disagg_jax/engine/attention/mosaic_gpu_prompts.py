@@ -105,7 +105,7 @@ def _attend_tile(begin_T, q_TNH, k_TKH, v_TKH, out_TNH, *scratch, depth):
         found = mosaic_gpu_decodes.softmax_step(
             q_RH, k_DOH.at[slot], v_DOH.at[slot], seen_RO, found
         )
-        pl.when(i + depth < count)(lambda: fetch(i + depth))
+        pl.when(i + depth < count)(lambda: mosaic_gpu_decodes.refill(fetch, i + depth))
         return found
 
     found = mosaic_gpu_decodes.nothing_found(q_RH.shape[1])
