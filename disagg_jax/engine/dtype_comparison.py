@@ -114,27 +114,27 @@ class DtypeComparison:
 
     @property
     def rms(self) -> float:
-        """Root mean square of all errors."""
+        """Return the root mean square of all errors."""
         return float(np.sqrt(np.square(self.rms_T).mean()))
 
     @property
     def worst(self) -> float:
-        """The largest error of a logit."""
+        """Return the largest error of a logit."""
         return float(self.worst_T.max())
 
     @property
     def agreeing(self) -> float:
-        """Share of positions with equal greedy tokens."""
+        """Return the share of positions with equal greedy tokens."""
         return float(self.agrees_T.mean())
 
     @property
     def margins(self) -> list[float]:
-        """The float32 margin of each choice that is another one, falling."""
+        """Return the float32 margin of each choice that differs, falling."""
         return np.sort(self.margin_T[~self.agrees_T])[::-1].tolist()
 
     @property
     def holds(self) -> bool:
-        """Whether errors and other choices are within the rule at the top."""
+        """Return whether errors and choices that differ are within the rule."""
         worst = max(self.worst, *self.margins, 0.0)
         # Written so that NaN is outside.
         return self.rms <= self.bound and worst <= TAIL * self.bound

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import gc
-import os
 from collections.abc import (
     Callable,
     Generator,
@@ -30,7 +28,7 @@ from disagg_jax.engine.kv_transfer.segments import Segment
 from disagg_jax.engine.memory_check import check_fits, memory_bytes
 from disagg_jax.engine.model_programs import ModelPrograms
 from disagg_jax.engine.placed_model import PlacedModel
-from disagg_jax.engine.program_table import Program
+from disagg_jax.engine.program_table import compile_all
 from disagg_jax.errors import require
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.request import Request
@@ -153,28 +151,18 @@ class Engine:
     ) -> None:
         """Compile every program of the listed shapes, unless done before.
 
-        As many are compiled at a time as the host has cores. Then they are known to fit
-        beside weights and pools.
+        Then they are known to fit beside weights and pools; see `compile_all`.
 
         Args:
           sampled: whether some requests may not be greedy.
-          progress: told which program is next, and how many there are, in any thread.
+          progress: see `compile_all`.
 
         Raises:
           ValueError: if an instance's weights, pool and largest program together are
             larger than a device's memory.
         """
         buckets = [instance.buckets for instance in self.instances]
-        listed = self.programs.programs(buckets, sampled=sampled)
-        missing = [program for program in listed if not program.is_compiled]
-
-        def compile_next(i: int, program: Program) -> None:
-            progress(f"compiling {program.name} ({i} of {len(missing)})")
-            program.compile()
-
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-            # A list, since only reading the results raises what a thread raised.
-            list(threads.map(compile_next, range(1, len(missing) + 1), missing))
+        compile_all(self.programs.programs(buckets, sampled=sampled), progress)
         self._check_fits()
 
     def _check_fits(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 from jax.stages import Compiled
 
@@ -41,6 +43,25 @@ class Program:
         if not self.is_compiled:
             self.table.add(self.key, self.build())
         return self.table[self.key]
+
+
+def compile_all(
+    programs: Iterable[Program], progress: Callable[[str], None] = lambda text: None
+) -> None:
+    """Compile those programs that are not, as many at a time as the host has cores.
+
+    Args:
+      progress: told which program is next, and how many there are, in any thread.
+    """
+    missing = [program for program in programs if not program.is_compiled]
+
+    def compile_next(i: int, program: Program) -> None:
+        progress(f"compiling {program.name} ({i} of {len(missing)})")
+        program.compile()
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        # A list, since only reading the results raises what a thread raised.
+        list(threads.map(compile_next, range(1, len(missing) + 1), missing))
 
 
 class Programs:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +14,7 @@ from disagg_jax.deployment import Deployment, KVMemory
 from disagg_jax.engine.attention.registry import AUTO
 from disagg_jax.engine.engine import Engine
 from disagg_jax.engine.placed_model import PlacedModel
+from disagg_jax.engine.program_table import compile_all
 from disagg_jax.engine.served_deployment import ServedDeployment, devices_for
 from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.programs.slices import full_slices
@@ -75,11 +74,9 @@ def benchmark_engine(
 
 
 def compile_steps(engine: Engine, shapes: Iterable[StepShape]) -> None:
-    """Compile the steps of the only instance, as many at a time as there are cores."""
+    """Compile the steps of the only instance; see `compile_all`."""
     (instance,) = engine.instances
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-        # A list, since only reading the results raises what a thread raised.
-        list(threads.map(instance.programs.compile_step, shapes))
+    compile_all(p for s in shapes for p in instance.programs.step_programs(s))
 
 
 def pool(config: ModelConfig, blocks: int, block_tokens: int) -> KVMemory:

@@ -114,7 +114,7 @@ class DeviceSizes:
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
+        """Return the model."""
         return get_engine_config(self.model)
 
     def batches_at(self, context: int) -> list[int]:

@@ -60,8 +60,8 @@ class AttentionKernel(abc.ABC):
     """Attention of steps on devices of one kind.
 
     The three kinds of attention, `prompts`, `chunks` and `decodes`, are called under
-    `jax.shard_map`: they see the heads of one device. Nothing may reach a token from
-    what it does not see, also not if there is NaN.
+    `jax.shard_map`: they see the heads of one device. Nothing in the cache may reach a
+    token that does not see it, not even NaN.
 
     Attributes:
       platform: of the devices, as JAX names it: cpu, gpu or tpu.
