@@ -245,6 +245,25 @@ def test_a_query_is_rotated_once_and_not_for_each_block(world):
             assert made <= max(2, rows) * CONFIG.q_heads * CONFIG.head_dim, text
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_logits_stay_on_the_device_of_their_part_of_the_vocabulary(rows):
+    """No device gets those of all; the likeliest token is found without."""
+    pool = KVMemory(num_blocks=16, block_tokens=4, max_context=64)
+    meshes = [make_mesh(jax.devices()[:2])]
+    model = ModelPrograms(CONFIG, meshes, RULES["decode"], pool, XlaAttention("cpu"))
+    shape, (group,) = StepShape.decode(rows, 16), model.groups
+    model.compile_step(shape)
+    _, (_, logits) = group.program(shape).output_shardings
+    assert logits.shard_shape((rows, CONFIG.vocab_size)) == (
+        rows,
+        CONFIG.vocab_size / 2,
+    )
+    gathered = re.findall(
+        r"= f32\[([\d,]*)\]\S* all-gather", group.program(shape).as_text()
+    )
+    assert f"{rows},{CONFIG.vocab_size}" not in gathered
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_programs_work_in_place(tp):
     """Beside a pool of 32 MiB a device, no program needs a copy of it, or of a part."""
