@@ -137,7 +137,7 @@ def run(
     host_devices.provide(most_devices(config))
     check_modelled(config)
     model = load_model(config)
-    chosen = choose_kernel(config.attention, jax.default_backend(), model.config)
+    chosen = choose_kernel(config.attention, jax.devices()[0], model.config)
     profile = read_profile(profile_path, model.config, chosen.kernel.name)
     record = {**plain(config), "profile": profile_to_json(profile)}
     with sole_use(out):

@@ -153,8 +153,7 @@ class CheckOptions:
         needed, have = self.deployment.devices, len(target.devices)
         expected = f"{target.name}: expected at least {needed} devices, which "
         require(needed <= have, f"{expected}'{self.deployment}' takes", have)
-        platform = target.devices[0].platform
-        asked = self.attention, platform, self.config, self.block_tokens
+        asked = self.attention, target.devices[0], self.config, self.block_tokens
         one = KVMemory(
             num_blocks=1,
             block_tokens=self.block_tokens or choose_kernel(*asked).kernel.block_tokens,

@@ -326,9 +326,7 @@ def main() -> None:
     keep_freed_memory()
     if _MIB.value:
         host_devices.provide(2)
-    chosen = choose_kernel(
-        _ATTENTION.value, jax.default_backend(), config, _BLOCK.value
-    )
+    chosen = choose_kernel(_ATTENTION.value, jax.devices()[0], config, _BLOCK.value)
     options = StepOptions(
         config=config,
         batches=integers("batches", _BATCHES.value),

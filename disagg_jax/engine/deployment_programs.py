@@ -70,7 +70,7 @@ class DeploymentPrograms:
         self.deployment = deployment
         self.keys: list[ModelKey] = []
         self.attention = choose_kernel(
-            attention, devices[0].platform, config, memory[0].block_tokens
+            attention, devices[0], config, memory[0].block_tokens
         )
         kernel = self.attention.kernel
         meshes = _meshes(deployment, devices, share_devices)

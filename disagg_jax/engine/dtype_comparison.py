@@ -235,7 +235,7 @@ def _serve(
 ) -> ServedDeployment:
     """Return a compiled engine whose pools hold all `requests`."""
     policies = {**get_system("vllm_v0"), **get_system(DISAGGREGATED)}
-    kernel = choose_kernel(attention, devices[0].platform, config).kernel
+    kernel = choose_kernel(attention, devices[0], config).kernel
     lengths = [request.prompt_tokens + request.max_tokens for request in requests]
     pool = KVMemory(num_blocks=1, block_tokens=kernel.block_tokens, max_context=1)
     blocks = sum(map(pool.blocks_for, lengths))

@@ -86,7 +86,7 @@ def default_memory(
       ValueError: if the pool has no room for a request of `max_context`, or for what
         `ModelPrograms` raises it.
     """
-    chosen = choose_kernel(attention, devices[0].platform, config, block_tokens)
+    chosen = choose_kernel(attention, devices[0], config, block_tokens)
     memory = KVMemory(
         num_blocks=1,
         block_tokens=block_tokens or chosen.kernel.block_tokens,

@@ -26,9 +26,7 @@ class _Tpu(NamedTuple):
 
     hardware: str  # its spec sheet
     clock_ghz: float  # that gives the spec sheet's FLOPs
-    memory_gib: (
-        float  # what libtpu 0.0.42 says is available when a program is too large
-    )
+    memory_gib: float  # what libtpu 0.0.42 says there is, to a program too large for it
 
 
 _TPUS = {

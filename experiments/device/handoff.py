@@ -42,7 +42,7 @@ def bound(sizes: DeviceSizes) -> LinkSpec | None:
 def run(bench: Bench) -> Found:
     """Move KV of each size, and compare tokens of two pools with those of one."""
     sizes, config, attention = bench.sizes, bench.sizes.config, bench.sizes.attention
-    kernel = choose_kernel(attention, sizes.devices.platform, config).kernel
+    kernel = choose_kernel(attention, sizes.devices, config).kernel
     cut = Cut(prefill=1, decode=1)
     if shared := sizes.devices.count < 2:
         print("the two pools share one device: KV crosses no link, and is copied in it")

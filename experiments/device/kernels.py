@@ -40,9 +40,10 @@ def usable(sizes: DeviceSizes) -> tuple[list[AttentionKernel], str]:
 
     They are the listed ones, and the one that was asked for.
     """
-    config, platform = sizes.config, sizes.devices.platform
-    asked = choose_kernel(sizes.attention, platform, config).kernel
-    kernels = list(dict.fromkeys([k(platform) for k in KERNELS.values()] + [asked]))
+    config, device = sizes.config, sizes.devices
+    asked = choose_kernel(sizes.attention, device, config).kernel
+    listed = [kind.on(device) for kind in KERNELS.values()]
+    kernels = list(dict.fromkeys([*listed, asked]))
     problems = {k: _problem(k, config) for k in kernels}
     reasons = [f"{k.name}: {why}" for k, why in problems.items() if why]
     return [k for k, why in problems.items() if not why], "; ".join(reasons)

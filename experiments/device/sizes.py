@@ -27,6 +27,7 @@ class Devices:
     kind: str
     count: int
     memory_bytes: int | None  # of one; None if it does not say
+    compute_capability: str = ""  # of a GPU
 
     @classmethod
     def look(cls) -> Devices:
@@ -38,6 +39,7 @@ class Devices:
             kind=first.device_kind,
             count=len(devices),
             memory_bytes=memory_bytes(first),
+            compute_capability=getattr(first, "compute_capability", ""),
         )
 
     @property
@@ -90,7 +92,7 @@ class DeviceSizes:
         small = config.name == _SMALLEST
         asked = [*batches, *contexts, *prompts]
         limit, longest = config.max_length, max([*contexts, *prompts, 1])
-        choose_kernel(attention, devices.platform, config)  # raises
+        choose_kernel(attention, devices, config)  # raises
         require(min(asked, default=1) >= 1, "sizes: expected numbers >= 1", asked)
         require(longest <= limit, f"sizes: expected at most {limit} tokens", longest)
 

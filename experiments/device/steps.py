@@ -6,8 +6,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from disagg_jax.engine.attention.registry import choose_kernel
 from disagg_jax.engine.engine import Engine
 from disagg_jax.progress import Stop
@@ -60,7 +58,7 @@ def problem(sizes: DeviceSizes) -> str:
 def run(bench: Bench) -> Found:
     """Measure them on one engine, a group after the other."""
     sizes, config, kept = bench.sizes, bench.sizes.config, bench.kept(PART.name)
-    chosen = choose_kernel(sizes.attention, jax.default_backend(), config)
+    chosen = choose_kernel(sizes.attention, sizes.devices, config)
     block_tokens = chosen.kernel.block_tokens
     listed = list(groups(sizes, block_tokens))
     print(f"# {config.name} {config.dtype}, {chosen}")

@@ -85,9 +85,7 @@ def instance_memory(
       ValueError: if there is no such attention kernel, or it cannot serve the model.
     """
     asked = config.memory.block_tokens
-    chosen = choose_kernel(
-        config.attention, jax.default_backend(), model, asked or None
-    )
+    chosen = choose_kernel(config.attention, jax.devices()[0], model, asked or None)
     size, layers = asked or chosen.kernel.block_tokens, model.layers
 
     def blocks(spec: InstanceSpec) -> int:

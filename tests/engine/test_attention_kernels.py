@@ -1,7 +1,9 @@
 """The attention kernels by name, and an engine with a kernel of one's own."""
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import pytest
 
 from disagg_jax.engine.attention import (
@@ -19,6 +21,13 @@ from tests.engine.harness import (
 )
 
 LLAMA = get_config("llama-3-8b")
+
+
+class Device(NamedTuple):
+    """One that is not here."""
+
+    platform: str
+    compute_capability: str = ""
 
 
 class Doubled(XlaAttention):
@@ -46,7 +55,7 @@ def test_a_kernel_has_the_name_it_is_found_by(name):
 
 
 def test_auto_says_what_it_picked_and_why():
-    chosen = choose_kernel("auto", "cpu", LLAMA)
+    chosen = choose_kernel("auto", jax.devices()[0], LLAMA)
     assert chosen.kernel == XlaAttention("cpu")
     assert str(chosen) == "attention xla (auto on a cpu)"
 
@@ -63,17 +72,38 @@ def test_auto_says_what_it_picked_and_why():
 )
 def test_auto_takes_a_fast_kernel_where_it_can(platform, dtype, block_tokens, name):
     config = dataclasses.replace(LLAMA, dtype=dtype)
-    chosen = choose_kernel("auto", platform, config, block_tokens)
+    chosen = choose_kernel("auto", Device(platform), config, block_tokens)
     assert chosen.kernel.name == name and chosen.kernel.platform == platform
 
 
 def test_kernels_for_tpus_refuse_a_gpu():
     with pytest.raises(ValueError, match="on a gpu, .* expected TPUs, or CPUs"):
-        choose_kernel("pallas_tpu", "gpu", LLAMA)
+        choose_kernel("pallas_tpu", Device("gpu"), LLAMA)
+
+
+@pytest.mark.parametrize(
+    "name, capability, fits",
+    [
+        ("mosaic_gpu", "8.0", False),
+        ("mosaic_gpu", "9.0", True),
+        ("mosaic_gpu", "10.0", False),  # its instructions are Hopper's alone
+        ("cudnn", "7.5", False),
+        ("cudnn", "8.0", True),
+        ("cudnn", "10.0", True),
+    ],
+)
+def test_kernels_are_for_gpus_of_some_generations(name, capability, fits):
+    gpu = Device("gpu", capability)
+    if fits:
+        chosen = choose_kernel(name, gpu, LLAMA)
+        assert chosen.kernel.compute_capability == capability
+        return
+    with pytest.raises(ValueError, match=f"expected a GPU of .*, got {capability}"):
+        choose_kernel(name, gpu, LLAMA)
 
 
 def test_a_kernel_of_ones_own_is_found_by_its_module():
-    chosen = choose_kernel(f"{HERE}:Doubled", "gpu", get_config("tiny"))
+    chosen = choose_kernel(f"{HERE}:Doubled", Device("gpu"), get_config("tiny"))
     assert chosen.kernel == Doubled("gpu")
 
 
@@ -89,7 +119,7 @@ def test_a_kernel_of_ones_own_is_found_by_its_module():
 def test_what_cannot_be_used_is_refused(name, message):
     config = dataclasses.replace(LLAMA, dtype="float32")
     with pytest.raises(ValueError, match=message):
-        choose_kernel(name, "tpu", config)
+        choose_kernel(name, Device("tpu"), config)
 
 
 def test_an_engine_attends_with_the_kernel_that_is_asked_for(world):

@@ -29,8 +29,9 @@ class CudnnAttention(XlaAttention):
     name = "cudnn"
 
     def problem(self, config: ModelConfig, block_tokens: int) -> str:
-        if self.platform != "gpu":
-            return "expected a GPU of Ampere or later (compute capability 8.0)"
+        if self.platform != "gpu" or float(self.compute_capability or 8) < 8:
+            expected = "expected a GPU of compute capability 8.0 or more (Ampere), got "
+            return expected + (self.compute_capability or f"a {self.platform}")
         if config.dtype != "bfloat16":
             return "expected bfloat16"
         if config.head_dim % 8 or config.head_dim > 128:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,16 @@ class DeviceHeads(NamedTuple):
     part: jax.ShapeDtypeStruct  # k, or v: [blocks, K, block_tokens, H]
 
 
+class KernelDevice(Protocol):
+    """What a kernel has to know of its devices, as a `jax.Device` says it.
+
+    A GPU also has a `compute_capability`.
+    """
+
+    @property
+    def platform(self) -> str: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionKernel(abc.ABC):
     """Attention of steps on devices of one kind.
@@ -65,11 +75,18 @@ class AttentionKernel(abc.ABC):
 
     Attributes:
       platform: of the devices, as JAX names it: cpu, gpu or tpu.
+      compute_capability: of GPUs, such as "9.0"; "" of others, or if it is not known.
       name: in `--set attention=`, profiles and keys of programs.
     """
 
     platform: str
+    compute_capability: str = ""
     name: ClassVar[str]
+
+    @classmethod
+    def on(cls, device: KernelDevice) -> Self:
+        """Return the kernel for devices like this one."""
+        return cls(device.platform, getattr(device, "compute_capability", ""))
 
     def problem(self, config: ModelConfig, block_tokens: int) -> str:
         """Say what the kernel would need instead; "" if it can serve the model."""

@@ -27,8 +27,9 @@ class MosaicGpuAttention(XlaAttention):
     # not every jaxlib has its GPU side.
 
     def problem(self, config: ModelConfig, block_tokens: int) -> str:
-        if self.platform != "gpu":
-            return "expected a GPU of Hopper (compute capability 9.0)"
+        if self.platform != "gpu" or self.compute_capability not in ("", "9.0"):
+            expected = "expected a GPU of Hopper (compute capability 9.0), got "
+            return expected + (self.compute_capability or f"a {self.platform}")
         from disagg_jax.engine.attention import mosaic_gpu_decodes
 
         group = config.q_heads // config.kv_heads

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from disagg_jax.engine.attention.cudnn import CudnnAttention
-from disagg_jax.engine.attention.kernel import AttentionKernel
+from disagg_jax.engine.attention.kernel import AttentionKernel, KernelDevice
 from disagg_jax.engine.attention.mosaic_gpu import MosaicGpuAttention
 from disagg_jax.engine.attention.pallas_tpu import PallasTpuAttention
 from disagg_jax.engine.attention.xla import XlaAttention
@@ -40,42 +40,43 @@ class ChosenKernel(NamedTuple):
 
 
 def choose_kernel(
-    name: str, platform: str, config: ModelConfig, block_tokens: int | None = None
+    name: str,
+    device: KernelDevice,
+    config: ModelConfig,
+    block_tokens: int | None = None,
 ) -> ChosenKernel:
-    """Return the kernel of that name for a model on a kind of device.
+    """Return the kernel of that name for a model on devices like this one.
 
     Args:
       name: a key of `KERNELS`, `AUTO`, or what `find_named` finds, such as
         `my_module:MyKernel`.
-      platform: of the devices, as JAX names it.
       block_tokens: in a KV block; by default those of the kernel.
 
     Raises:
       ValueError: if there is none of that name, or it cannot serve the model.
     """
     if name == AUTO:
-        return _fast_kernel(platform, config, block_tokens)
-    kernel = _named(name)(platform)
+        return _fast_kernel(device, config, block_tokens)
+    kernel = _named(name).on(device)
     problem = kernel.problem(config, block_tokens or kernel.block_tokens)
     if problem:
-        raise ValueError(
-            f"attention: {name} on a {platform}, for {config.name} in {config.dtype}: "
-            f"{problem}"
-        )
+        of = f"{name} on a {device.platform}, for {config.name} in {config.dtype}"
+        raise ValueError(f"attention: {of}: {problem}")
     return ChosenKernel(kernel, "as asked")
 
 
 def _fast_kernel(
-    platform: str, config: ModelConfig, block_tokens: int | None
+    device: KernelDevice, config: ModelConfig, block_tokens: int | None
 ) -> ChosenKernel:
     """Return the kernel that a device gets if none is asked for."""
+    platform = device.platform
     reason = f"auto on a {platform}"
     if platform in _FAST and config.dtype == "bfloat16":
         kind, why = _FAST[platform]
-        kernel = kind(platform)
+        kernel = kind.on(device)
         if not kernel.problem(config, block_tokens or kernel.block_tokens):
             return ChosenKernel(kernel, f"{reason}: {why}")
-    return ChosenKernel(XlaAttention(platform), reason)
+    return ChosenKernel(XlaAttention.on(device), reason)
 
 
 def _named(name: str) -> KernelType:
