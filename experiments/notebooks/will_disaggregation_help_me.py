@@ -201,21 +201,17 @@ assert all(one.rps >= 0 for one in found)
 # %% [markdown]
 # ## Where the answer flips
 #
-# The same question for other targets around yours: the tighter the time per token, the
-# more it is worth to keep prompts away from decodes. In each cell stand the winner, its
-# goodput, and disaggregated over the best colocated system (d/c); hatched cells have no
-# clear winner. From a shell: more values for `--ttfts` and `--tpots`.
+# The same question with twice the time per token: the tighter that target, the more it
+# is worth to keep prompts away from decodes. From a shell, more values for `--ttfts`
+# and `--tpots` give a map: in each cell stand the winner, its goodput, and disaggregated
+# over the best colocated system (d/c); hatched cells have no clear winner.
 
 # %%
-around = slos_map(
-    [ttft_s, 2 * ttft_s],
-    [tpot_s, 2 * tpot_s],
-    workload,
-    pathlib.Path(trace).name,
-)
-report, _ = compare_systems.run(spec, [around], out=out / "around")
-print(report.splitlines()[-1])
-Image(filename=out / "around" / "maps.png")
+looser = slos_map([ttft_s], [2 * tpot_s], workload, pathlib.Path(trace).name)
+_, (grid,) = compare_systems.run(spec, [looser], out=out / "looser")
+(found,) = grid.values()
+print(answer(found))
+Image(filename=out / "looser" / "maps.png")
 
 # %% [markdown]
 # ## How far to trust it

@@ -10,6 +10,12 @@ import pytest
 from disagg_jax.engine.attention import gathered
 from disagg_jax.engine.attention.cudnn import CudnnAttention, prompt_attention
 from models.config import get_config
+from tests.engine.harness import (
+    MODELS,
+    assert_reference,
+    mixed_requests,
+    serve_virtual,
+)
 from tests.engine.test_attention import double
 
 
@@ -46,3 +52,30 @@ def test_says_what_it_is_not_for(platform, changes, message):
         dataclasses.replace(config, **changes), block_tokens=64
     )
     assert message in problem and bool(message) == bool(problem)
+
+
+class OnCpu(CudnnAttention):
+    """The same call in plain XLA."""
+
+    name = "cudnn_on_cpu"
+
+    def problem(self, config, block_tokens):
+        return ""
+
+    def prompts(self, *args):
+        return prompt_attention(*args, "xla")
+
+
+@pytest.mark.parametrize(
+    "model, deployment",
+    [
+        ("divided", "prefill:tp2,decode:tp1"),
+        pytest.param("padded", "prefill:tp4,decode:tp2", marks=pytest.mark.slow),
+        pytest.param("repeated", "colocated:tp4", marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_are_those_of_the_reference(world, model, deployment):
+    config = MODELS[model]
+    engine = world.engine(deployment, config, attention=f"{__name__}:OnCpu")
+    timelines = serve_virtual(engine, mixed_requests(world, config))
+    assert_reference(world, config, timelines)

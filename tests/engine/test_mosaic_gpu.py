@@ -7,6 +7,7 @@ knows wgmma neither with a transposed operand nor with one in registers.
 `-m gpu` runs the same cases on a GPU, as they are.
 """
 
+import contextlib
 import dataclasses
 import functools
 
@@ -18,18 +19,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
-from jax._src.pallas.mosaic_gpu.interpret.params import (
-    InterpretGPUParams,
-    force_gpu_interpret_mode,
-)
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from disagg_jax.deployment import KVMemory
 from disagg_jax.engine.attention import gathered, mosaic_gpu_decodes, mosaic_gpu_prompts
 from disagg_jax.engine.attention.entries import UNSEEN, Entries
 from disagg_jax.engine.attention.mosaic_gpu import MosaicGpuAttention
 from disagg_jax.engine.attention.mosaic_gpu_decodes import Grid, kernel_cost, split_rows
 from disagg_jax.engine.attention.paged import paged_attention
 from models.config import get_config
+from tests.engine.harness import BUCKETS, make_config
 from tests.engine.test_attention import Decodes, double
+from tests.engine.test_bfloat16 import check, compare
 
 ROWS, ENTRIES = 4, 12  # so that most cases are one program
 INTERPRETED = "interpreted"
@@ -65,8 +67,10 @@ def on(request, monkeypatch):
     }
     for name, value in patched.items():
         monkeypatch.setattr(mosaic_gpu_decodes, name, value)
-    with force_gpu_interpret_mode(InterpretGPUParams(detect_races=True)):
-        yield
+    params = InterpretGPUParams(detect_races=True)
+    kernel = functools.partial(plgpu.kernel, interpret=params)
+    monkeypatch.setattr(plgpu, "kernel", kernel)  # also of threads that compile
+    yield
     interpreter.reset_gpu_interpret_mode_state()
 
 
@@ -313,3 +317,33 @@ def test_cost_of_prompts_is_of_half_the_pairs_of_tiles():
     assert cost.flops == 4 * (1 + 2 + 3) * 2 * (2 * 64 * 64 * 64)
     q_and_out, kv = (2 * 192 * 64 * 2 * heads for heads in (4, 2))
     assert cost.size_bytes == q_and_out + kv + 4 * 192
+
+
+# -- in the engine ---------------------------------------------------------------------
+
+
+class OnCpu(MosaicGpuAttention):
+    """The kernels in the interpreter, which has no GPU."""
+
+    name = "mosaic_gpu_on_cpu"
+
+    def problem(self, config, block_tokens):
+        return MosaicGpuAttention("gpu").problem(config, block_tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("on", [INTERPRETED], indirect=True)
+def test_an_engine_attends_with_them(world, on, monkeypatch):
+    """On one device each: with two, the interpreter waits for itself."""
+    for guard in ("no_tracing", "transfer_guard"):  # it traces as it runs
+        monkeypatch.setattr(jax, guard, lambda _: contextlib.nullcontext())
+    found = compare(
+        world,
+        make_config("hopper", layers=1, kv_heads=4, head_dim=64),
+        "prefill:tp1,decode:tp1",
+        attention=f"{__name__}:OnCpu",
+        pool=KVMemory(num_blocks=4, block_tokens=64, max_context=64),
+        buckets=dataclasses.replace(BUCKETS, pool_blocks=(4,), transfer_blocks=(1,)),
+    )
+    check(found)
+    assert not interpreter.get_races().races_found

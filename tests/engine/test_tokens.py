@@ -209,13 +209,16 @@ def test_layer_groups(world, model, layer_groups, deployment):
     assert_reference(world, config, timelines)
 
 
+QUICK = "divided", "prefill:tp1,decode:tp2"
+LAYOUTS = [f"colocated:tp{n}" for n in (1, 2, 4)]
+LAYOUTS += [f"prefill:tp{n},decode:tp{m}" for n in (1, 2, 4) for m in (1, 2, 4)]
+
+
 @pytest.mark.parametrize(
     "model, deployment",
     [
-        ("divided", "prefill:tp1,decode:tp2"),
-        pytest.param("repeated", "prefill:tp4,decode:tp1", marks=pytest.mark.slow),
-        pytest.param("padded", "prefill:tp2,decode:tp4", marks=pytest.mark.slow),
-        pytest.param("divided", "colocated:tp2", marks=pytest.mark.slow),
+        pytest.param(*case, marks=[] if case == QUICK else pytest.mark.slow)
+        for case in itertools.product(MODELS, LAYOUTS)
     ],
 )
 def test_kernels_for_tpus(world, model, deployment):
