@@ -17,7 +17,7 @@
 #
 # Your model, hardware, latency targets and trace in; the system that serves the most
 # requests in time, its margin and how sure that is out. Simulated, so it needs no
-# accelerator: about half a minute on a laptop.
+# accelerator: a minute or two on a laptop.
 
 # %%
 # @title On Colab: get the code. Elsewhere: find it.
