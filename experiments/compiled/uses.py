@@ -53,7 +53,7 @@ def fusion_uses(fused: Computation) -> Uses:
             in_place.add(update.name)
             writes.append(_updated(update, fused.operands(update)))
         else:
-            writes.append(1.0)
+            writes += [1.0] * len(list(arrays(result.shape)))
         needed[result.name] = 1.0
     for x in reversed(fused.instructions.values()):
         if needed[x.name] == 0 or not x.operands:

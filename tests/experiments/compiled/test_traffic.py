@@ -154,6 +154,39 @@ def test_a_scatter_in_place_writes_its_updates():
     assert sizes(entry(alone)) == sizes(entry(PUT, SCATTER))
 
 
+def test_a_fusion_may_reduce_several_arrays_at_once():
+    """Its root has several results without a tuple, such as a largest and its place."""
+    most = """
+most (p: f32[], i: s32[], q: f32[], j: s32[]) -> (f32[], s32[]) {
+  %p = f32[] parameter(0)
+  %i = s32[] parameter(1)
+  %q = f32[] parameter(2)
+  %j = s32[] parameter(3)
+  %m = f32[] maximum(%p, %q)
+  %n = s32[] maximum(%i, %j)
+  ROOT %t = (f32[], s32[]) tuple(%m, %n)
+}"""
+    fused = """
+fused (p: f32[1024,1024], i: s32[1024,1024]) -> (f32[1024], s32[1024]) {
+  %p = f32[1024,1024]{1,0} parameter(0)
+  %i = s32[1024,1024]{1,0} parameter(1)
+  %low = f32[] constant(-inf)
+  %zero = s32[] constant(0)
+  ROOT %r = (f32[1024]{0}, s32[1024]{0}) reduce(%p, %i, %low, %zero), dimensions={1}, \
+to_apply=%most
+}"""
+    text = entry(
+        """
+        %a = f32[1024,1024]{1,0} parameter(0)
+        %b = s32[1024,1024]{1,0} parameter(1)
+        ROOT %f = (f32[1024]{0}, s32[1024]{0}) fusion(%a, %b), kind=kInput, calls=fused
+        """,
+        most,
+        fused,
+    )
+    assert sizes(text) == (8 * M, 2 * 4096)
+
+
 def test_an_update_of_an_array_that_the_fusion_makes_writes_all_of_it():
     made = SCATTER.replace(f"%b = {POOL} bitcast", f"%b = {POOL} negate")
     read, written = sizes(entry(PUT, made))
