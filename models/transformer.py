@@ -43,6 +43,7 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -214,7 +215,7 @@ def greedy(
     padding = [0] * (-total % 64 + n)
     tokens_T = jnp.array([*prompt, *padding], jnp.int32)
     tokens_T = _extend(config, params, tokens_T, len(prompt), total)
-    return tokens_T[len(prompt) : total].tolist()
+    return np.asarray(tokens_T)[len(prompt) : total].tolist()
 
 
 @functools.partial(jax.jit, static_argnums=0)

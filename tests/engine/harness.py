@@ -53,7 +53,7 @@ MODELS = {
     for config in (
         make_config("divided", q_heads=8, kv_heads=4),
         make_config("repeated", q_heads=4, kv_heads=2),  # at 4
-        make_config("padded", q_heads=6, kv_heads=3, layers=3),  # at 2 and 4
+        make_config("padded", q_heads=6, kv_heads=3),  # at 2 and 4
     )
 }
 # The other families, with heads that tensor parallelism must pad, and repeat at 4.

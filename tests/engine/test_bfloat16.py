@@ -99,7 +99,7 @@ def check(found: DtypeComparison) -> None:
         pytest.param("divided", "prefill:tp1,decode:tp4", 1, marks=pytest.mark.slow),
         pytest.param("repeated", "prefill:tp4,decode:tp1", 1, marks=pytest.mark.slow),
         ("padded", "prefill:tp2,decode:tp4", 1),
-        pytest.param("padded", "colocated:tp2", 3, marks=pytest.mark.slow),
+        pytest.param("padded", "colocated:tp2", 2, marks=pytest.mark.slow),
         ("deep", "prefill:tp1pp3,decode:tp1pp2", 1),
         pytest.param("deep", "prefill:tp2pp2,decode:tp1", 2, marks=pytest.mark.slow),
         ("opt", "prefill:tp1,decode:tp2", 1),

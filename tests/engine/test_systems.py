@@ -79,7 +79,12 @@ def test_tokens_are_the_references(world, policy):
 @pytest.mark.parametrize("policy", [ALL[0], *chunked(7)], ids=name)
 @pytest.mark.parametrize(
     ("model", "devices"),
-    [("divided", "tp2"), ("repeated", "tp4"), ("padded", "tp4"), ("divided", "tp1pp2")],
+    [
+        pytest.param("divided", "tp2", marks=pytest.mark.slow),
+        pytest.param("repeated", "tp4", marks=pytest.mark.slow),
+        ("padded", "tp4"),
+        ("divided", "tp1pp2"),
+    ],
 )
 def test_tokens_on_several_devices(world, model, devices, policy):
     config = MODELS[model]
