@@ -83,6 +83,12 @@ BUCKETS = Buckets(
     pool_blocks=(16,),
     transfer_blocks=(16,),
 )
+# Chunks of prompts beside decodes: as much as the longest prompt beside 4 of them.
+MIXED = dataclasses.replace(
+    BUCKETS,
+    prefill=(),
+    mixed=(StepShape.mixed(tokens=68, rows=8, context=16, decodes=4, blocks=16),),
+)
 POLICIES = {
     Role.COLOCATED: PrefillFirst(max_batched_tokens=64, max_seqs=4),
     Role.PREFILL: PrefillOnly(token_budget=64, max_seqs=4),
