@@ -105,8 +105,9 @@ def driver(task, *args):
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("task", ["pid_after", "spin"])
+@pytest.mark.parametrize(
+    ("signum", "task"), [(signal.SIGTERM, "spin"), (signal.SIGKILL, "pid_after")]
+)
 def test_no_worker_outlives_a_parent_that_was_ended(signum, task):
     parent = driver(task)
     workers = [int(pid) for pid in parent.stdout.readline().split()]
