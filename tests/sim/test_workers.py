@@ -12,7 +12,7 @@ import time
 import pytest
 
 from disagg_jax.sim.workers import _cancelled_quietly, process_pool, worker_pool
-from tests.processes import alive, session, wait_until_gone
+from tests.processes import GONE_S, alive, session, wait_until_gone
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -113,7 +113,8 @@ def test_no_worker_outlives_a_parent_that_was_ended(signum, task):
     workers = [int(pid) for pid in parent.stdout.readline().split()]
     assert workers and all(alive(pid) for pid in workers)
     parent.send_signal(signum)
-    parent.communicate()  # ends when nobody has its output open: no worker does
+    # Ends when nobody has its output open: no worker does.
+    parent.communicate(timeout=GONE_S)
     assert parent.returncode == -signum
     wait_until_gone(session(parent.pid))
 
