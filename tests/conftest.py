@@ -21,7 +21,7 @@ from models.gguf import smollm2_path
 hypothesis.settings.register_profile("local", deadline=None, max_examples=50)
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=10_000)
 hypothesis.settings.register_profile(
-    "fixed", deadline=None, derandomize=True, max_examples=100
+    "fixed", deadline=None, derandomize=True, max_examples=50
 )
 hypothesis.settings.load_profile("fixed" if os.environ.get("CI") else "local")
 

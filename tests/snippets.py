@@ -22,7 +22,7 @@ def sections(document: pathlib.Path) -> dict[str, list[str]]:
 def run(examples: list[str], folder: pathlib.Path, library: pathlib.Path) -> str:
     """Run the examples of a section in `folder`, and return what they print.
 
-    One whose first line names a file is written to it, for those that follow.
+    One whose first line names a file is written to it, and those that follow import it.
 
     Args:
       library: the folder to import the packages from.
@@ -32,6 +32,8 @@ def run(examples: list[str], folder: pathlib.Path, library: pathlib.Path) -> str
         named = _FILE.match(example)
         file = folder / (named[1] if named else f"example_{i}.py")
         file.write_text(example)
+        if named:
+            continue
         done = subprocess.run(
             [sys.executable, file.name],
             cwd=folder,

@@ -2,6 +2,7 @@
 
 import ast
 import collections
+import functools
 import subprocess
 import sys
 import tomllib
@@ -125,7 +126,17 @@ def dotted(node: ast.expr) -> str | None:
     return None
 
 
-def references(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
+@functools.cache
+def references(
+    source: str, module: str, is_package: bool
+) -> tuple[tuple[int, str], ...]:
+    """What `find_references` finds: each file is looked at by many tests."""
+    return tuple(find_references(source, module, is_package))
+
+
+def find_references(
+    source: str, module: str, is_package: bool
+) -> Iterator[tuple[int, str]]:
     """Every (line, dotted name) the source imports or reaches through an import.
 
     Imports inside functions and under TYPE_CHECKING count. So do attribute chains that

@@ -53,7 +53,7 @@ MODELS = {
     for config in (
         make_config("divided", q_heads=8, kv_heads=4),
         make_config("repeated", q_heads=4, kv_heads=2),  # at 4
-        make_config("padded", q_heads=6, kv_heads=3, layers=3),  # at 2 and 4
+        make_config("padded", q_heads=6, kv_heads=3),  # at 2 and 4
     )
 }
 # The other families, with heads that tensor parallelism must pad, and repeat at 4.
@@ -82,6 +82,12 @@ BUCKETS = Buckets(
     decode_rows=(4,),
     pool_blocks=(16,),
     transfer_blocks=(16,),
+)
+# Chunks of prompts beside decodes: as much as the longest prompt beside 4 of them.
+MIXED = dataclasses.replace(
+    BUCKETS,
+    prefill=(),
+    mixed=(StepShape.mixed(tokens=68, rows=8, context=16, decodes=4, blocks=16),),
 )
 POLICIES = {
     Role.COLOCATED: PrefillFirst(max_batched_tokens=64, max_seqs=4),

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from disagg_jax.deployment import KVMemory
@@ -80,11 +80,12 @@ class Decodes:
         padding=(0, 0),
         shared=False,
         unseen=np.nan,
+        pool=0,
         seed=0,
     ):
         rng = np.random.default_rng(seed)
         counts = [-(-context // block_tokens) for context in contexts]
-        pool = sum(counts) + 3  # free blocks, and the last one for scratch
+        pool = pool or sum(counts) + 3  # free blocks, and the last one for scratch
         ids = rng.permutation(pool - 1).tolist()
         self.tables = [[ids.pop() for _ in range(count)] for count in counts]
         if shared:  # all rows begin with the same block
@@ -130,30 +131,29 @@ class Decodes:
 
 CHUNKS = [1, 3, 64, None]
 ROWS = st.lists(st.integers(1, 20), min_size=1, max_size=6)
-PADDING = st.tuples(st.integers(0, 3), st.integers(0, 9))
 
 
-@settings(max_examples=40, deadline=None)
-@given(ROWS, PADDING, st.sampled_from([1, 2, 3, 5, 64, None]), st.booleans())
-def test_each_row_attends_to_its_own_context(contexts, padding, chunk, shared):
+@given(ROWS, st.sampled_from([1, 2, 3, 5, 64, None]), st.booleans())
+def test_each_row_attends_to_its_own_context(contexts, chunk, shared):
     """For any rows, padding and chunks, although NaN is wherever no row looks."""
-    Decodes(contexts, padding=padding, shared=shared).check(chunk)
+    # One shape, so that a chunk is one program.
+    entries = sum(-(-context // 4) for context in contexts)
+    padding = 7 - len(contexts), 31 - entries
+    Decodes(contexts, padding=padding, shared=shared, pool=36).check(chunk)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_tokens", [1, 4, 16, 64])
-def test_blocks_of_any_size(block_tokens, dtype, chunk):
+def test_blocks_of_any_size(block_tokens, chunk):
     """A token alone, one short of a block, a full one, one more, and many."""
     n = block_tokens
     contexts = [1, max(1, n - 1), n, n + 1, 5 * n - 1]
-    Decodes(contexts, block_tokens=n, dtype=dtype, padding=(2, 3)).check(chunk)
+    Decodes(contexts, block_tokens=n, padding=(2, 3)).check(chunk)
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [16, 64, 128])
-@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("group, head_dim", [(1, 128), (3, 64), (8, 16)])
 def test_heads(group, head_dim, dtype, chunk):
     Decodes([9, 1, 6], group=group, head_dim=head_dim, dtype=dtype).check(chunk)
 
@@ -217,7 +217,10 @@ class Chunked(XlaAttention):
         return paged_attention(*args, self.chunk)
 
 
-KERNELS = [*(Chunked("cpu", chunk) for chunk in CHUNKS), PallasTpuAttention("cpu")]
+KERNELS = [
+    *(Chunked("cpu", chunk=chunk) for chunk in CHUNKS),
+    PallasTpuAttention("cpu"),
+]
 
 
 def attention_of(shape: StepShape, inputs, kernel):
@@ -338,7 +341,7 @@ def writer(shape: StepShape, memory: KVMemory):
     @jax.jit
     def step(packed, q, k, v, cache):
         inputs = fields_of(shape, block).split(packed)
-        attend = step_attend(shape, inputs, Chunked("cpu", 4), ONE_DEVICE)
+        attend = step_attend(shape, inputs, Chunked("cpu", chunk=4), ONE_DEVICE)
         return attend(0, q, k, v, cache)
 
     return step

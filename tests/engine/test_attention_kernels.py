@@ -127,7 +127,7 @@ def test_an_engine_attends_with_the_kernel_that_is_asked_for(world):
     config = MODELS["divided"]
     requests = mixed_requests(world, config)
     same, other = (
-        world.engine("prefill:tp1,decode:tp2", config, attention=name)
+        world.engine("colocated:tp2", config, attention=name)
         for name in ("xla", f"{HERE}:Doubled")
     )
     assert_reference(world, config, serve_virtual(same, requests))

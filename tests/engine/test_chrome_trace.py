@@ -19,7 +19,11 @@ DEEP = make_config("deep", layers=4, q_heads=8, kv_heads=4)
 @pytest.mark.parametrize("clock", ["virtual", "wall"])
 @pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize(
-    "deployment", ["prefill:tp1pp3,decode:tp1pp2", "prefill:tp2pp2,2xdecode:tp1"]
+    "deployment",
+    [
+        pytest.param("prefill:tp1pp3,decode:tp1pp2", marks=pytest.mark.slow),
+        "prefill:tp2pp2,2xdecode:tp1",
+    ],
 )
 def test_a_run_of_the_engine(world, deployment, streams, clock):
     engine = world.engine(deployment, DEEP)

@@ -264,7 +264,7 @@ def test_logits_stay_on_the_device_of_their_part_of_the_vocabulary(rows):
     assert f"{rows},{CONFIG.vocab_size}" not in gathered
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_programs_work_in_place(tp):
     """Beside a pool of 32 MiB a device, no program needs a copy of it, or of a part."""
     config = make_config("deep pool", layers=1, q_heads=4 * tp, kv_heads=2 * tp)

@@ -65,6 +65,8 @@ def test_a_head_that_is_nowhere_is_an_error():
         piece_plan((0, 1), 1, (0, 1, 2), 1)
 
 
+# Transfers, and no steps.
+ONLY = dataclasses.replace(BUCKETS, prefill=(), decode_rows=(), pool_blocks=())
 PAIRS = list(itertools.product([1, 2, 4], repeat=2))
 
 
@@ -110,7 +112,7 @@ SOME = make_transfer((3, 0, 15), (7, 15, 2), 11)
 def test_only_the_blocks_of_the_request_change(world, model, prefill, decode):
     """Its heads are in the destination's slots, and all else is as it was."""
     config = MODELS[model]
-    engine = world.engine(f"prefill:tp{prefill},decode:tp{decode}", config)
+    engine = world.engine(f"prefill:tp{prefill},decode:tp{decode}", config, ONLY)
     assert_moved(engine, config.head_dim)
 
 
@@ -118,9 +120,8 @@ def test_only_the_blocks_of_the_request_change(world, model, prefill, decode):
 @pytest.mark.parametrize("model", MODELS)
 def test_blocks_that_move_as_they_are(tiled_world, model, prefill, decode):
     """Not as rows, and in heads of a TPU's size."""
-    only = dataclasses.replace(BUCKETS, prefill=(), decode_rows=(), pool_blocks=())
     deployment = f"prefill:tp{prefill},decode:tp{decode}"
-    engine = tiled_world.engine(deployment, MODELS[model], only)
+    engine = tiled_world.engine(deployment, MODELS[model], ONLY)
     assert_moved(engine, head_dim=128)
     for array in next(engine.start(SOME)).arrays:
         assert array.shape[2:] == (POOL.block_tokens, 128)
@@ -151,7 +152,7 @@ def assert_moved(engine, head_dim: int) -> None:
 
 
 def test_bytes_follow_the_blocks_and_not_the_pool(world):
-    sizes = dataclasses.replace(BUCKETS, transfer_blocks=(2, 16))
+    sizes = dataclasses.replace(ONLY, transfer_blocks=(2, 16))
     engine = world.engine("prefill:tp1,decode:tp1", buckets=sizes)
 
     def sent_bytes(n):
@@ -169,7 +170,7 @@ def test_bytes_follow_the_blocks_and_not_the_pool(world):
 def test_the_bytes_that_are_said_are_those_that_arrive(world, model, prefill, decode):
     """What is told without running it; in the destination's heads, padding included."""
     config = MODELS[model]
-    engine = world.engine(f"prefill:{prefill},decode:{decode}", config)
+    engine = world.engine(f"prefill:{prefill},decode:{decode}", config, ONLY)
     transfer = make_transfer((3, 0, 15), (7, 15, 2), 11)
     heads = len(engine.instances[1].programs.layout.kv)
     blocks = engine.instances[0].buckets.transfer_size(3)
@@ -187,7 +188,8 @@ def test_the_bytes_that_are_said_are_those_that_arrive(world, model, prefill, de
 @pytest.mark.parametrize("model", MODELS)
 def test_kv_never_passes_through_the_host(world, model, prefill, decode):
     """Between gather and the end nothing may be copied from host to device."""
-    engine = world.engine(f"prefill:tp{prefill},decode:tp{decode}", MODELS[model])
+    deployment = f"prefill:tp{prefill},decode:tp{decode}"
+    engine = world.engine(deployment, MODELS[model], ONLY)
     running = engine.start(make_transfer((0, 1), (1, 0), 8))
     next(running)  # the block ids went to the devices, KV was gathered
     with jax.transfer_guard_host_to_device("disallow_explicit"):
@@ -199,7 +201,7 @@ def test_kv_never_passes_through_the_host(world, model, prefill, decode):
 
 
 def test_a_transfer_has_as_many_blocks_on_both_sides(world):
-    engine = world.engine("prefill:tp1,decode:tp1")
+    engine = world.engine("prefill:tp1,decode:tp1", buckets=ONLY)
     with pytest.raises(RuntimeError, match="equally many blocks .* got 2 and 1"):
         next(engine.start(make_transfer((0, 1), (1,), 8)))
 
@@ -218,7 +220,7 @@ def test_the_guard_catches_device_put_between_unequal_shardings():
 
 def test_a_small_payload_is_one_array_with_heads_over_the_mesh(world):
     """k and v of 2 layers, each 16 blocks of 4 heads of 4 tokens."""
-    engine = world.engine("prefill:tp2,decode:tp1")
+    engine = world.engine("prefill:tp2,decode:tp1", buckets=ONLY)
     (array,) = next(engine.start(make_transfer((0, 1), (1, 0), 8))).arrays
     head_dim = MODELS["divided"].head_dim
     assert array.shape == (2 * 2 * 16, 4 * 4 * head_dim)
@@ -231,7 +233,7 @@ def test_a_larger_payload_is_several_arrays(world, monkeypatch, room, arrays):
     config = make_config(f"room for {room}", kv_heads=2, layers=3)
     part_bytes = 16 * POOL.block_tokens * config.head_dim * 4  # of one head
     monkeypatch.setattr(segments, "_ARRAY_BYTES", room * part_bytes + part_bytes // 2)
-    engine = world.engine("prefill:tp1,decode:tp2", config)
+    engine = world.engine("prefill:tp1,decode:tp2", config, ONLY)
     src, dst = engine.instances
     sent, _ = fill(src, 1), fill(dst, 2)
     transfer = make_transfer((3, 0), (7, 15), 8)

@@ -5,7 +5,6 @@ are those of the one-device, no-cache reference.
 """
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -19,8 +18,8 @@ from disagg_jax.programs import StepShape
 from disagg_jax.request import Request, Sampling
 from disagg_jax.work import Slice, Step
 from tests.engine.harness import (
-    BUCKETS,
     FAMILIES,
+    MIXED,
     MODELS,
     POOL,
     make_request,
@@ -28,8 +27,7 @@ from tests.engine.harness import (
 )
 
 CONFIG = MODELS["divided"]
-SHAPE = StepShape.mixed(tokens=32, rows=8, context=16, decodes=4, blocks=16)
-MIXED = dataclasses.replace(BUCKETS, prefill=(), mixed=(SHAPE,))
+(SHAPE,) = MIXED.mixed
 SPARE = 1  # blocks that each request reserves and never uses
 
 
@@ -129,7 +127,18 @@ REQUESTS = [
 
 
 @pytest.mark.parametrize(
-    "model, tp", [*itertools.product(MODELS, [1, 2, 4]), ("opt", 4), ("qwen3", 1)]
+    "model, tp",
+    [
+        ("divided", 1),
+        pytest.param("divided", 2, marks=pytest.mark.slow),
+        pytest.param("divided", 4, marks=pytest.mark.slow),
+        pytest.param("repeated", 2, marks=pytest.mark.slow),
+        ("repeated", 4),
+        ("padded", 2),
+        pytest.param("padded", 4, marks=pytest.mark.slow),
+        ("opt", 4),
+        pytest.param("qwen3", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_tokens_are_those_of_the_reference(world, model, tp):
     """Chunks of a token, a block, no whole blocks, whole prompts; in a spoilt pool."""
@@ -172,10 +181,9 @@ def test_the_plan_makes_every_mix():
     }
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_layer_groups(world, tp):
+def test_layer_groups(world):
     config = MODELS["padded"]
-    engine = world.engine(f"colocated:tp{tp}", config, MIXED, layer_groups=3)
+    engine = world.engine("colocated:tp2", config, MIXED, layer_groups=2)
     tokens = serve_by_hand(engine, start(engine, REQUESTS), chunk=5)
     assert tokens == reference(world, config, REQUESTS)
 
@@ -277,7 +285,7 @@ def test_totals_say_how_much_was_padding(world):
             run(engine, [(second, 5), (first, 1)])
             run(engine, [(second, 1), (first, 1)])
         assert engine.totals == {
-            "mixed": StepTotals(steps=2, tokens=6 + 6, width=2 * 32),
+            "mixed": StepTotals(steps=2, tokens=6 + 6, width=2 * 68),
             "decode": StepTotals(steps=1, tokens=2, width=4),
         }
 
@@ -285,15 +293,14 @@ def test_totals_say_how_much_was_padding(world):
 def test_step_times_cover_mixed_steps(world):
     engine = world.engine("colocated:tp1", buckets=MIXED)
     table = measure_step_times([engine], repeats=1).seconds
-    assert set(table) == {"tp1/mixed_T32_C16_P16", "tp1/decode_B4_P16"}
+    assert set(table) == {"tp1/mixed_T68_C16_P16", "tp1/decode_B4_P16"}
 
 
 def test_a_step_beyond_the_listed_shapes_is_an_error(world):
     engine = world.engine("colocated:tp1", buckets=MIXED)
-    request = make_request(0, 40, 1)
-    hand = Hand(request, tuple(range(16)))
-    with pytest.raises(ValueError, match="mixed: expected at most .*got .*tokens=33"):
-        run(engine, [(hand, 33)])
+    hands = [Hand(make_request(i, 40, 1), tuple(range(16))) for i in range(2)]
+    with pytest.raises(ValueError, match="mixed: expected at most .*got .*tokens=69"):
+        run(engine, [(hands[0], 35), (hands[1], 34)])
 
 
 def test_the_pool_stays_where_it_is(world):

@@ -147,7 +147,11 @@ def test_no_device_holds_the_whole_while_restoring(name):
 
 
 @pytest.mark.parametrize(
-    "deployment", ["prefill:tp2,decode:tp4", "prefill:tp2pp2,decode:tp1pp2"]
+    "deployment",
+    [
+        pytest.param("prefill:tp2,decode:tp4", marks=pytest.mark.slow),
+        "prefill:tp1pp2,decode:tp2",
+    ],
 )
 def test_restored_instances_generate_the_same_tokens(world, checkpoints, deployment):
     """Nothing is in memory: each mesh restores its layers' shards from disk."""

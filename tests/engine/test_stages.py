@@ -32,21 +32,25 @@ from tests.engine.harness import (
 )
 
 DEEP = make_config("deep", layers=4, q_heads=8, kv_heads=4)
-NARROW = make_config("narrow", layers=4, q_heads=4, kv_heads=1)  # kv heads < tp
+NARROW = make_config("narrow", q_heads=4, kv_heads=1)  # kv heads < tp
 
 
 @pytest.mark.parametrize(
     "config, deployment",
     [
         (DEEP, "prefill:tp2pp2,2xdecode:tp1"),
-        (DEEP, "prefill:tp4,decode:tp1pp2"),
-        (DEEP, "prefill:tp1pp4,decode:tp2"),
+        pytest.param(DEEP, "prefill:tp4,decode:tp1pp2", marks=pytest.mark.slow),
+        pytest.param(DEEP, "prefill:tp1pp4,decode:tp2", marks=pytest.mark.slow),
         (DEEP, "prefill:tp1pp3,decode:tp1pp2"),
-        (DEEP, "colocated:tp2pp2"),
+        pytest.param(DEEP, "colocated:tp2pp2", marks=pytest.mark.slow),
         (NARROW, "prefill:tp2pp2,decode:tp4"),
-        (MODELS["padded"], "prefill:tp2pp2,decode:tp1pp3"),
+        pytest.param(
+            MODELS["padded"], "prefill:tp2pp2,decode:tp1pp2", marks=pytest.mark.slow
+        ),
         (FAMILIES["opt"], "prefill:tp1pp2,decode:tp2"),
-        (FAMILIES["qwen3"], "prefill:tp2,decode:tp1pp2"),
+        pytest.param(
+            FAMILIES["qwen3"], "prefill:tp2,decode:tp1pp2", marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: getattr(value, "name", value),
 )
@@ -83,9 +87,8 @@ def test_each_stage_has_its_layers_on_its_own_devices(world):
 
 
 def test_times_of_other_cuts_have_other_keys(world):
-    one, four = (
-        world.engine("prefill:tp1,decode:tp1", DEEP, layer_groups=n) for n in (1, 4)
-    )
+    one = world.engine("prefill:tp1,decode:tp1")
+    four = world.engine("prefill:tp1,decode:tp1", DEEP, layer_groups=4)
     request = make_request(0, 8, 4)
     transfer = transfer_of(request, (0, 1), (1, 0))
     step = prompt_step(1, request, (0, 1))
@@ -250,7 +253,9 @@ def test_the_next_step_starts_while_the_last_is_on_a_later_stage(world):
     [
         (DEEP, "prefill:tp1,decode:tp1", 4),
         (DEEP, "prefill:tp1pp2,decode:tp2", 2),
-        (MODELS["padded"], "prefill:tp4,decode:tp2", 3),
+        pytest.param(
+            MODELS["padded"], "prefill:tp4,decode:tp2", 2, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda value: getattr(value, "name", value),
 )

@@ -12,7 +12,6 @@ from disagg_jax.control.loop import serve
 from disagg_jax.control.virtual_clock import VirtualBackend
 from disagg_jax.deployment import Role
 from disagg_jax.engine.executor import EngineExecutor
-from disagg_jax.programs import Buckets, StepShape
 from disagg_jax.runlog.event_log import EventLog, replay
 from disagg_jax.scheduling.orca import Orca
 from disagg_jax.scheduling.sarathi import Sarathi
@@ -20,6 +19,7 @@ from disagg_jax.scheduling.sarathi_serve import SarathiServe
 from disagg_jax.scheduling.splitfuse import SplitFuse
 from disagg_jax.scheduling.vllm_v1 import RunningFirst
 from tests.engine.harness import (
+    MIXED,
     MODELS,
     POOL,
     assert_reference,
@@ -32,14 +32,6 @@ from tests.engine.harness import (
 
 CONFIG = MODELS["divided"]
 SEQS = 4
-# One program for all: as much as the longest prompt beside decodes.
-BUCKETS = Buckets(
-    prefill=(),
-    mixed=(StepShape.mixed(tokens=68, rows=8, context=16, decodes=SEQS, blocks=16),),
-    decode_rows=(SEQS,),
-    pool_blocks=(16,),
-    transfer_blocks=(16,),
-)
 
 
 def policies(policy):
@@ -67,7 +59,7 @@ ALL += [policy for size in (4, 7, 16, 64) for policy in chunked(size)]
 
 @pytest.mark.parametrize("policy", ALL, ids=name)
 def test_tokens_are_the_references(world, policy):
-    engine = world.engine("colocated:tp1", CONFIG, BUCKETS)
+    engine = world.engine("colocated:tp1", CONFIG, MIXED)
     requests = mixed_requests(world, CONFIG)
     timelines = serve_virtual(engine, requests, policies=policies(policy))
     assert_reference(world, CONFIG, timelines)
@@ -79,11 +71,16 @@ def test_tokens_are_the_references(world, policy):
 @pytest.mark.parametrize("policy", [ALL[0], *chunked(7)], ids=name)
 @pytest.mark.parametrize(
     ("model", "devices"),
-    [("divided", "tp2"), ("repeated", "tp4"), ("padded", "tp4"), ("divided", "tp1pp2")],
+    [
+        pytest.param("divided", "tp2", marks=pytest.mark.slow),
+        pytest.param("repeated", "tp4", marks=pytest.mark.slow),
+        ("padded", "tp2"),
+        ("divided", "tp1pp2"),
+    ],
 )
 def test_tokens_on_several_devices(world, model, devices, policy):
     config = MODELS[model]
-    engine = world.engine(f"colocated:{devices}", config, BUCKETS)
+    engine = world.engine(f"colocated:{devices}", config, MIXED)
     timelines = serve_virtual(
         engine, mixed_requests(world, config), policies=policies(policy)
     )
@@ -93,14 +90,14 @@ def test_tokens_on_several_devices(world, model, devices, policy):
 @pytest.mark.parametrize("policy", [ALL[0], *chunked(4)], ids=name)
 def test_requests_that_each_fill_the_pool_take_turns(world, policy):
     requests = [make_request(i, 5, 59) for i in range(3)]
-    engine = world.engine("colocated:tp1", CONFIG, BUCKETS)
+    engine = world.engine("colocated:tp1", CONFIG, MIXED)
     timelines = serve_virtual(engine, requests, policies=policies(policy))
     assert_reference(world, CONFIG, timelines)
 
 
 @pytest.mark.parametrize("policy", [ALL[0], *chunked(7)], ids=name)
 def test_a_log_replays_to_the_same_decisions(world, policy):
-    engine = world.engine("colocated:tp1", CONFIG, BUCKETS)
+    engine = world.engine("colocated:tp1", CONFIG, MIXED)
     log, requests = EventLog(), mixed_requests(world, CONFIG)
     with engine.serving():
         backend = VirtualBackend(EngineExecutor(engine, one_second))

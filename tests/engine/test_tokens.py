@@ -55,10 +55,10 @@ def test_disaggregated(world, model, prefill, decode):
 @pytest.mark.parametrize(
     "model, deployment",
     [
-        ("divided", "prefill:tp1,decode:tp2"),
+        pytest.param("divided", "prefill:tp1,decode:tp2", marks=pytest.mark.slow),
         ("repeated", "prefill:tp4,decode:tp1"),
         ("padded", "prefill:tp2,decode:tp4"),
-        ("qwen3", "colocated:tp1"),
+        pytest.param("qwen3", "colocated:tp1", marks=pytest.mark.slow),
     ],
 )
 def test_kv_as_a_tpu_keeps_it(tiled_world, model, deployment):
@@ -70,8 +70,17 @@ def test_kv_as_a_tpu_keeps_it(tiled_world, model, deployment):
     assert_reference(tiled_world, config, timelines)
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model, tp",
+    [
+        ("divided", 1),
+        pytest.param("divided", 2, marks=pytest.mark.slow),
+        pytest.param("divided", 4, marks=pytest.mark.slow),
+        ("repeated", 4),
+        ("padded", 2),
+        pytest.param("padded", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_colocated(world, model, tp):
     config = MODELS[model]
     timelines = serve_virtual(
@@ -85,11 +94,11 @@ def test_colocated(world, model, tp):
     "model, deployment, layer_groups",
     [
         ("opt", "prefill:tp2,decode:tp4", 1),
-        ("opt", "colocated:tp1", 2),
+        pytest.param("opt", "colocated:tp1", 2, marks=pytest.mark.slow),
         ("qwen3", "prefill:tp2,decode:tp4", 1),
-        ("qwen3", "colocated:tp1", 1),
-        ("scaled", "prefill:tp2,decode:tp4", 1),
-        ("scaled", "colocated:tp1", 2),
+        pytest.param("qwen3", "colocated:tp1", 1, marks=pytest.mark.slow),
+        pytest.param("scaled", "prefill:tp2,decode:tp4", 1, marks=pytest.mark.slow),
+        ("scaled", "colocated:tp1", 1),
     ],
 )
 def test_families(world, model, deployment, layer_groups):
@@ -114,10 +123,11 @@ def test_several_instances(world, deployment):
 
 
 def test_instances_on_devices_of_their_own(world):
-    engine = world.engine("2xprefill:tp1,decode:tp1", devices=jax.devices()[2:5])
+    devices = [jax.devices()[id] for id in (0, 3, 4)]
+    engine = world.engine("2xprefill:tp1,decode:tp1", devices=devices)
     meshes = [instance.programs.stages[0].mesh for instance in engine.instances]
     ids = [[device.id for device in mesh.devices.flat] for mesh in meshes]
-    assert ids == [[2], [3], [4]]
+    assert ids == [[0], [3], [4]]
     timelines = serve_virtual(engine, mixed_requests(world, CONFIG))
     assert_reference(world, CONFIG, timelines)
 
@@ -197,7 +207,7 @@ def test_bfloat16(world):
     "model, layer_groups, deployment",
     [
         ("divided", 2, "prefill:tp1,decode:tp2"),
-        ("padded", 3, "prefill:tp1,decode:tp1"),
+        pytest.param("padded", 2, "prefill:tp1,decode:tp1", marks=pytest.mark.slow),
     ],
 )
 def test_layer_groups(world, model, layer_groups, deployment):

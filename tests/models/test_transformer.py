@@ -250,9 +250,14 @@ def test_bfloat16_stays_bfloat16_up_to_the_logits(params: Params) -> None:
         assert q.dtype == k.dtype == v.dtype == jnp.bfloat16
         return causal_attend(layer, q, k, v, cache)
 
-    x_TE, _ = transformer.run_layers(
-        config, params16["layers"], x_TE, jnp.arange(24), attend, ()
-    )
+    @jax.jit
+    def run16(layer_params: list[Params], x_TE: Array) -> Array:
+        positions_T = jnp.arange(24)
+        return transformer.run_layers(
+            config, layer_params, x_TE, positions_T, attend, ()
+        )[0]
+
+    x_TE = run16(params16["layers"], x_TE)
     assert x_TE.dtype == jnp.bfloat16
     logits = transformer.unembed(config, params16, x_TE)
     assert logits.dtype == jnp.float32

@@ -111,7 +111,9 @@ SPACES = [
 ]
 
 
-@pytest.mark.parametrize("given", SPACES)
+@pytest.mark.parametrize(
+    "given", [*SPACES[:2], pytest.param(SPACES[2], marks=pytest.mark.slow)]
+)
 def test_pruning_keeps_the_winner(given):
     bounds = phases(given)
     units = [
@@ -135,7 +137,9 @@ def test_pruning_keeps_the_winner(given):
         )
 
 
-@pytest.mark.parametrize("given", SPACES[:2])
+@pytest.mark.parametrize(
+    "given", [SPACES[0], pytest.param(SPACES[1], marks=pytest.mark.slow)]
+)
 def test_pruned_phases_give_bounds_too(given):
     full, fast = phases(given), phases(given, prune=True)
     for role in (0, 1):

@@ -24,9 +24,13 @@ SLOW_CHAT = "sharegptlike__disagg-p21-d11__rate3"
 DISAGGREGATED = [
     (FIXED, "13b", "prefill:tp1pp2,decode:tp1pp4"),
     (CHAT, "13b", "prefill:tp1pp2,decode:tp1pp2"),
-    (SLOW_CHAT, "13b", "prefill:tp2pp2,decode:tp2pp2"),
     (SLOW_CHAT, "66b", "prefill:tp4,decode:tp2pp2"),
-    (SLOW_CHAT, "66b", "prefill:tp4pp2,decode:tp4pp4"),
+    pytest.param(
+        *(SLOW_CHAT, "13b", "prefill:tp2pp2,decode:tp2pp2"), marks=pytest.mark.slow
+    ),
+    pytest.param(
+        *(SLOW_CHAT, "66b", "prefill:tp4pp2,decode:tp4pp4"), marks=pytest.mark.slow
+    ),
 ]
 
 

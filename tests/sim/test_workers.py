@@ -12,7 +12,7 @@ import time
 import pytest
 
 from disagg_jax.sim.workers import _cancelled_quietly, process_pool, worker_pool
-from tests.processes import alive, session, wait_until_gone
+from tests.processes import GONE_S, alive, session, wait_until_gone
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -105,14 +105,16 @@ def driver(task, *args):
     )
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("task", ["pid_after", "spin"])
+@pytest.mark.parametrize(
+    ("signum", "task"), [(signal.SIGTERM, "spin"), (signal.SIGKILL, "pid_after")]
+)
 def test_no_worker_outlives_a_parent_that_was_ended(signum, task):
     parent = driver(task)
     workers = [int(pid) for pid in parent.stdout.readline().split()]
     assert workers and all(alive(pid) for pid in workers)
     parent.send_signal(signum)
-    parent.communicate()  # ends when nobody has its output open: no worker does
+    # Ends when nobody has its output open: no worker does.
+    parent.communicate(timeout=GONE_S)
     assert parent.returncode == -signum
     wait_until_gone(session(parent.pid))
 
