@@ -106,6 +106,7 @@ def param_shapes(config: ModelConfig) -> Params:
     return jax.eval_shape(functools.partial(init_params, config), 0)
 
 
+@functools.cache
 def param_axes(config: ModelConfig) -> Params:
     """Return `Params` of tuples with the logical name of each dimension."""
 

@@ -17,8 +17,11 @@ from collections.abc import Callable
 
 ROOT = pathlib.Path(__file__).parents[1]
 # No module of these defines flags or looks for devices.
-_IMPORTED = ("absl.app", "matplotlib.pyplot", "disagg_jax.sim.simulated_deployment")
-_IMPORTED_WITH_JAX = ("jax.numpy", "disagg_jax.engine.engine", "models.transformer")
+_IMPORTED = (
+    *("absl.app", "matplotlib.pyplot", "scipy.optimize"),
+    *("disagg_jax.search.comparison", "experiments.report.draw"),
+)
+_IMPORTED_WITH_JAX = ("disagg_jax.calibration.measure", "models.transformer")
 
 _forks = multiprocessing.get_context("forkserver")
 

@@ -657,9 +657,9 @@ def test_a_goodput_does_not_begin_below_0():
 def test_a_single_cell_from_a_trace_and_files(tmp_path):
     (tmp_path / "mine.json").write_text(
         json.dumps(
-            {
-                **{"layers": 4, "embed": 512, "q_heads": 8, "kv_heads": 8, "mlp": 2048},
-                **{"head_dim": 64, "gated_mlp": True, "vocab": 1000},
+            {  # so large that a queue is long after few requests
+                **{"layers": 32, "embed": 4096, "q_heads": 32, "kv_heads": 8},
+                **{"mlp": 14336, "head_dim": 128, "gated_mlp": True, "vocab": 1000},
                 "tie_embeddings": True,
             }
         )

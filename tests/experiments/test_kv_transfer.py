@@ -48,7 +48,6 @@ def seen(params, mode: Mode, deployment="tp1:tp1", link=SLOW):
         ("whole", "tp1:tp1", 8.0),
         # Streams hardly begin before the prompt is computed, so all is seen.
         ("groups", "tp1:tp1", 8.0),
-        ("chunks", "tp1:tp1", 8.0),
         ("chunks, groups", "tp1pp2:tp1", 8.0),
     ],
 )

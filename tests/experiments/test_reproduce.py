@@ -38,7 +38,7 @@ NAMES = (
     "sarathi_serve_ablation sarathi_serve_capacity fastgen "
     "sarathi_gpt3 mlperf"
 ).split()
-TINY = Lab(num_requests=8, seeds=2, workers=1)
+TINY = Lab(num_requests=4, seeds=2, workers=1)
 
 
 def test_every_figure_asked_for_is_there():
@@ -68,9 +68,10 @@ def test_a_figure_runs_and_has_a_row_for_each_claim(name: str, tmp_path: pathlib
     "name", [name for name in NAMES if "engine" in FIGURES[name].reads]
 )
 def test_a_figure_of_rooflines_has_the_overheads_of_an_engine(name, tmp_path):
+    requests = 8 if name == "mlperf" else 4  # of fewer, its rates all pass
     ours = {}
     for engine in (None, "vllm"):
-        lab = dataclasses.replace(TINY, engine=engine)
+        lab = Lab(num_requests=requests, seeds=1, workers=1, engine=engine)
         drawn = FIGURES[name].make(lab)
         ours[engine] = [claim.ours for claim in drawn.claims]
         expected = f"engine {engine or 'none'}: not checked"
@@ -128,9 +129,10 @@ def test_numbers_come_from_the_runs(tmp_path: pathlib.Path):
         lab = Lab(num_requests=requests, seeds=2, workers=1)
         return [claim.ours for claim in FIGURES["fig8a"].make(lab).claims]
 
-    assert ours(8) == ours(8)
+    few = ours(8)
+    assert few == ours(8)
     # Other runs, other numbers; some rows may have none yet, or a bound.
-    pairs = list(zip(ours(8), ours(60), strict=True))
+    pairs = list(zip(few, ours(60), strict=True))
     assert sum(a != b for a, b in pairs) >= 6
 
 

@@ -209,8 +209,11 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+@pytest.mark.parametrize(
+    ("place", "signum"),
+    [(place, signal.SIGINT) for place in PLACES] + [(in_the_collector, signal.SIGTERM)],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_one_interrupt_ends_a_command_wherever_it_comes(place, signum, capsys):
     cleaned = []
 
@@ -325,7 +328,9 @@ def test_no_noise_of_libraries():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+@pytest.mark.parametrize(
+    "platform", ["cuda", "nonsense", pytest.param("tpu", marks=pytest.mark.slow)]
+)
 def test_a_platform_that_is_not_there_is_one_line(platform):
     done = shell("experiments.machine", JAX_PLATFORMS=platform)
     if done.returncode == 0:

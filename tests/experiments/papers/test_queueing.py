@@ -51,7 +51,7 @@ def simulated(
 
 
 def run(
-    system: SimulatedDeployment, rate_rps: float, seed: int, output: int, n: int = 3000
+    system: SimulatedDeployment, rate_rps: float, seed: int, output: int, n: int = 1200
 ) -> Run:
     workload = RandomWorkload(
         prompt=FixedLengths(tokens=512), output=FixedLengths(tokens=output)
@@ -139,15 +139,15 @@ def test_filling_and_draining_leaves_the_bubble(batches: int, stages: int):
     assert idle == pytest.approx(bubble, abs=1e-12)
 
 
-@pytest.mark.parametrize("load", [0.3, 0.7])
-def test_transfers_on_a_shared_link_are_an_md1_queue(load: float):
+@pytest.mark.parametrize(("load", "n"), [(0.3, 1200), (0.7, 2400)])
+def test_transfers_on_a_shared_link_are_an_md1_queue(load: float, n: int):
     # Two prefill instances send to one decode instance, whose end is the wire.
     link = LinkSpec(name="wire", latency_s=0.0, bandwidth_bytes_s=5120, efficiency=1)
     system = simulated("2xprefill:tp1,decode:tp1", (INSTANT_S,), link)
     rate = load / TRANSFER_S
     waits, shares = [], []
     for seed in SEEDS:
-        done = run(system, rate, seed, output=2)
+        done = run(system, rate, seed, output=2, n=n)
         waits.append(mean([_wait_s(t) for t in done.timelines]))
         shares.append(done.busy_s[(-2, 2)] / done.end_s)
     expect_inside(queueing.md1_wait_s(rate, TRANSFER_S), waits)
