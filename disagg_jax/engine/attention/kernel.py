@@ -80,13 +80,14 @@ class AttentionKernel(abc.ABC):
     """
 
     platform: str
-    compute_capability: str = ""
+    compute_capability: str = dataclasses.field(default="", kw_only=True)
     name: ClassVar[str]
 
     @classmethod
     def on(cls, device: KernelDevice) -> Self:
         """Return the kernel for devices like this one."""
-        return cls(device.platform, getattr(device, "compute_capability", ""))
+        capability = getattr(device, "compute_capability", "")
+        return cls(device.platform, compute_capability=capability)
 
     def problem(self, config: ModelConfig, block_tokens: int) -> str:
         """Say what the kernel would need instead; "" if it can serve the model."""
