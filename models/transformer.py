@@ -265,8 +265,8 @@ def _filled(
 def _graph(
     build: Callable[[ModelConfig], Built], config: ModelConfig
 ) -> nnx.GraphDef[Built]:
-    """Return the module without weights.
+    """Return what the module consists of, without weights.
 
-    That of a block takes 20 ms, and each layer of each program has one.
+    To find it takes 20 ms for a block, and every layer of every program asks for it.
     """
     return nnx.graphdef(nnx.eval_shape(functools.partial(build, config)))
